@@ -1,0 +1,228 @@
+"""`manifest.json`: everything about a bundle that is not a weight or a graph.
+
+Units (heads, groups) are numbered by *slot*: their place in `weights.bin`. `unit_order` says which unit of the
+checkpoint stands in each slot. A step's mask is a row of bits, [L, 2, H] with (heads, groups) on axis 1, packed and
+written as hex.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from enum import StrEnum
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+import numpy as np
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from dydit.diffusion.coefficients import COEFFICIENTS
+from dydit.diffusion.schedule import Sampler
+from dydit.errors import BundleError
+from dydit.models.config import ModelConfig, Strict
+
+SCHEMA_VERSION: Literal[1] = 1
+MANIFEST, WEIGHTS, CONDITIONING = "manifest.json", "weights.bin", "conditioning.onnx"
+
+
+class Routing(StrEnum):
+    """How routed tokens reach the MLP (DESIGN, decision 6)."""
+
+    DYNAMIC = "dynamic"  # NonZero, Gather, MLP, ScatterND: least compute, data-dependent shapes
+    CAPACITY = "capacity"  # static shapes: prefix-sum compaction into a fixed number of slots
+    DENSE = "dense"  # every token, multiplied by the mask: the yardstick
+
+
+class PlanKind(StrEnum):
+    """What the planner was asked for."""
+
+    PER_STEP = "per-step"
+    MAX_SUBNETS = "max-subnets"
+    MEMORY_BUDGET = "memory-budget"
+
+
+class FileEntry(Strict):
+    """Size in bytes and SHA-256 of a file of the bundle."""
+
+    bytes: int = Field(ge=0)
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+
+
+class WeightEntry(Strict):
+    """Where a stored tensor lies in `weights.bin`: byte offset, shape, NumPy dtype name."""
+
+    offset: int = Field(ge=0)
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+
+
+class SamplingEntry(Strict):
+    """The run that the bundle was made for; lists are in execution order (noisiest step first)."""
+
+    sampler: Sampler
+    timesteps: tuple[int, ...]
+    coefficients: tuple[tuple[float, ...], ...]
+    cfg_channels: int = Field(ge=1, description="how many latent channels guidance acts on")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SamplingEntry:
+        if not self.timesteps or len(self.coefficients) != len(self.timesteps):
+            raise ValueError("timesteps and coefficients differ in length")
+        if any(len(row) != len(COEFFICIENTS) for row in self.coefficients):
+            raise ValueError(f"a step has {len(COEFFICIENTS)} coefficients")
+        return self
+
+    @property
+    def steps(self) -> int:
+        """Number of sampling steps S."""
+        return len(self.timesteps)
+
+
+class SubnetEntry(Strict):
+    """One compiled subnetwork: the slots it holds, per block, in ascending order."""
+
+    file: str
+    heads: tuple[tuple[int, ...], ...]
+    groups: tuple[tuple[int, ...], ...]
+    gated: bool = Field(description="takes the `gates` input, because the steps it serves differ in their masks")
+    capacities: tuple[int, ...] | None = Field(default=None, description="MLP token slots per image, per block")
+    full_file: str | None = Field(default=None, description="the same at full capacity, for steps that overflow")
+    weight_bytes: int = Field(ge=0, description="bytes of weights.bin that it reads")
+
+
+class SegmentEntry(Strict):
+    """Consecutive steps (execution order) that run on one subnetwork."""
+
+    first: int = Field(ge=0)
+    count: int = Field(ge=1)
+    subnet: int = Field(ge=0)
+
+    @property
+    def steps(self) -> range:
+        """The execution indices of the segment's steps."""
+        return range(self.first, self.first + self.count)
+
+
+class PlanEntry(Strict):
+    """The segments, and their cost beside the exact masks' (multiply-adds of an image's blocks, whole run)."""
+
+    kind: PlanKind
+    segments: tuple[SegmentEntry, ...]
+    macs: float
+    per_step_macs: float
+    static_macs: float
+
+
+class Manifest(Strict):
+    """A bundle's description. `digest` covers all other fields, so that an edited manifest is noticed."""
+
+    schema_version: Literal[1]
+    model: ModelConfig
+    sampling: SamplingEntry
+    plan: PlanEntry
+    subnets: tuple[SubnetEntry, ...]
+    masks: tuple[str, ...]
+    head_order: tuple[tuple[int, ...], ...]
+    group_order: tuple[tuple[int, ...], ...]
+    routing: Routing | None = Field(description="null: a static model, whose tokens all enter the MLP")
+    precision: Literal["fp32"]
+    max_batch: int = Field(ge=1)
+    weights: dict[str, WeightEntry]
+    files: dict[str, FileEntry]
+    checkpoint_sha256: str
+    tools: dict[str, str]
+    digest: str = ""
+
+    @field_validator("files")
+    @classmethod
+    def _inside(cls, files: dict[str, FileEntry]) -> dict[str, FileEntry]:
+        for name in files:
+            path = PurePosixPath(name)
+            if path.is_absolute() or ".." in path.parts or "\\" in name or not path.parts:
+                raise ValueError(f"path {name!r} leaves the bundle")
+        return files
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Manifest:
+        steps = self.sampling.steps
+        covered = [step for segment in self.plan.segments for step in segment.steps]
+        if covered != list(range(steps)):
+            raise ValueError("the plan's segments do not cover the sampling steps once each, in order")
+        if any(segment.subnet >= len(self.subnets) for segment in self.plan.segments):
+            raise ValueError("the plan names a subnetwork that is not there")
+        if len(self.masks) != steps:
+            raise ValueError("there is not one mask per sampling step")
+        depth, heads = self.model.depth, self.model.num_heads
+        for order in (self.head_order, self.group_order):
+            if len(order) != depth or any(sorted(units) != list(range(heads)) for units in order):
+                raise ValueError("a unit order is not a permutation of the units of each block")
+        for name in (WEIGHTS, CONDITIONING, *(s.file for s in self.subnets), *(s.full_file for s in self.subnets)):
+            if name is not None and name not in self.files:
+                raise ValueError(f"file {name!r} is used but not listed")
+        return self
+
+    def step_masks(self) -> np.ndarray:
+        """Masks of all steps by slot, bool [S, L, 2, H]."""
+        shape = (self.model.depth, 2, self.model.num_heads)
+        return np.stack([unpack_mask(text, shape) for text in self.masks])
+
+    def checkpoint_masks(self) -> np.ndarray:
+        """The same by unit of the checkpoint, bool [S, L, 2, H]."""
+        slots = self.step_masks()
+        units = np.empty_like(slots)
+        for part, order in enumerate((self.head_order, self.group_order)):
+            for block, units_of_slots in enumerate(order):
+                units[:, block, part, list(units_of_slots)] = slots[:, block, part]
+        return units
+
+    def compute_digest(self) -> str:
+        """SHA-256 over the canonical JSON of every field but `digest`."""
+        values = self.model_dump(mode="json", exclude={"digest"})
+        return hashlib.sha256(json.dumps(values, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+    def to_json(self) -> str:
+        """The text of `manifest.json`, with the digest filled in."""
+        values = self.model_dump(mode="json", exclude={"digest"}) | {"digest": self.compute_digest()}
+        return json.dumps(values, indent=1, allow_nan=False) + "\n"
+
+
+def pack_mask(mask: np.ndarray) -> str:
+    """A bool array as hex, its bits packed big-endian in C order."""
+    return np.packbits(mask.reshape(-1)).tobytes().hex()
+
+
+def unpack_mask(text: str, shape: tuple[int, ...]) -> np.ndarray:
+    """The inverse of `pack_mask`. Raises `BundleError` where the text does not hold that many bits."""
+    count = int(np.prod(shape))
+    try:
+        raw = bytes.fromhex(text)
+    except ValueError as error:
+        raise BundleError(f"manifest: a mask is not hexadecimal: {text[:20]!r}") from error
+    if len(raw) != (count + 7) // 8:
+        raise BundleError(f"manifest: a mask has {len(raw)} bytes, expected {(count + 7) // 8}")
+    return np.unpackbits(np.frombuffer(raw, np.uint8), count=count).astype(bool).reshape(shape)
+
+
+def parse_manifest(path: Path) -> Manifest:
+    """Read and check `manifest.json`. Raises `BundleError` with one line that says what is wrong."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text)
+    except FileNotFoundError as error:
+        raise BundleError(f"{path.parent} is not a bundle: it has no {MANIFEST}") from error
+    except NotADirectoryError as error:
+        raise BundleError(f"{path.parent} is not a bundle: a bundle is a folder, made by `dydit export`") from error
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise BundleError(f"{path} is damaged: not JSON ({error}); export the bundle again") from error
+    version = values.get("schema_version") if isinstance(values, dict) else None
+    if version != SCHEMA_VERSION:
+        raise BundleError(f"{path}: schema version {version!r}, this program reads {SCHEMA_VERSION}; export again")
+    try:
+        manifest = Manifest.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "manifest"
+        raise BundleError(f"{path} is not valid: {where}: {first['msg']}; export the bundle again") from error
+    if manifest.digest != manifest.compute_digest():
+        raise BundleError(f"{path} was changed after it was written (its digest differs); export the bundle again")
+    return manifest

@@ -1,0 +1,1 @@
+"""The diffusion process: schedule, step coefficients, noise. Plain NumPy, used by all other parts."""

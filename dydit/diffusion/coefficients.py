@@ -1,0 +1,50 @@
+"""One formula for every sampler step, so that one compiled graph serves DDPM and DDIM.
+
+    x_prev = c_x * x + c_eps * eps + c_noise * exp(slope * v + offset) * noise
+
+`eps` is the (guided) noise prediction, `v` the model's raw variance output. A step is the five numbers
+(c_x, c_eps, c_noise, slope, offset); what they are for each sampler is derived below. A model without learned variance
+has v = 0.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from dydit.diffusion.schedule import Sampler, Schedule
+
+COEFFICIENTS = ("x", "eps", "noise", "log_std_slope", "log_std_offset")
+
+
+def step_coefficients(schedule: Schedule, sampler: Sampler, learn_sigma: bool = True) -> np.ndarray:
+    """Coefficients of all steps in execution order (largest t first), [S, 5] float64.
+
+    DDPM: x_0 = x/sqrt(a) - sqrt(1/a - 1) eps, put into the posterior mean m_0 x_0 + m_x x (Ho et al. 2020, eqs. 7, 15);
+    log variance = frac*max + (1-frac)*min with frac = (v+1)/2 (Nichol & Dhariwal 2021, eq. 15), halved for the
+    deviation: slope = (max-min)/4, offset = (max+min)/4. With no learned variance it is the posterior's. The last step
+    adds no noise.
+
+    DDIM, eta = 0: x_prev = sqrt(a') x_0 + sqrt(1 - a') eps (Song et al. 2021, eq. 12).
+    """
+    a, previous = schedule.alphas_cumprod, schedule.alphas_cumprod_prev
+    x0_of_x, x0_of_eps = np.sqrt(1 / a), -np.sqrt(1 / a - 1)
+    out = np.zeros((schedule.steps, len(COEFFICIENTS)))
+    if sampler is Sampler.DDIM:
+        out[:, 0] = np.sqrt(previous) * x0_of_x
+        out[:, 1] = np.sqrt(previous) * x0_of_eps + np.sqrt(1 - previous)
+    else:
+        of_x0, of_xt = schedule.posterior_mean_coefficients
+        low, high = schedule.log_variance_range
+        out[:, 0] = of_x0 * x0_of_x + of_xt
+        out[:, 1] = of_x0 * x0_of_eps
+        out[1:, 2] = 1
+        if learn_sigma:
+            out[:, 3], out[:, 4] = (high - low) / 4, (high + low) / 4
+        else:
+            out[:, 4] = low / 2
+    return out[::-1].copy()
+
+
+def apply_step(c: np.ndarray, x: np.ndarray, eps: np.ndarray, v: np.ndarray | float, noise: np.ndarray) -> np.ndarray:
+    """The formula at the top of this module, for arrays of any one shape (NumPy, or torch tensors with c as floats)."""
+    return c[0] * x + c[1] * eps + c[2] * np.exp(c[3] * v + c[4]) * noise

@@ -1,0 +1,1 @@
+"""Masks of the sampling steps, plan, weights, graphs: a checkpoint becomes a bundle."""

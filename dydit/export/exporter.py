@@ -1,0 +1,261 @@
+"""`dydit export`: a checkpoint becomes a bundle. Masks, then plan, weights, graphs, manifest, into one new folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from dydit.bundle.bundle import Bundle
+from dydit.bundle.manifest import (
+    CONDITIONING,
+    MANIFEST,
+    SCHEMA_VERSION,
+    WEIGHTS,
+    FileEntry,
+    Manifest,
+    PlanEntry,
+    PlanKind,
+    Routing,
+    SamplingEntry,
+    SegmentEntry,
+    SubnetEntry,
+    WeightEntry,
+    pack_mask,
+)
+from dydit.diffusion.coefficients import step_coefficients
+from dydit.diffusion.schedule import TRAIN_STEPS, Sampler, Schedule
+from dydit.errors import ConfigError
+from dydit.export.blocks import FunctionLibrary
+from dydit.export.graph import UNIT_WEIGHTS, SubnetSpec, Windows, conditioning_graph, save_graph, subnet_graph
+from dydit.export.masks import activity_order, by_slot, freeze_masks
+from dydit.export.plan import Plan, budget_plan, merged_plan, per_step_plan
+from dydit.export.weights import nbytes, write_weights
+from dydit.files import new_folder, require_absent, sha256_of
+from dydit.models.checkpoint import Checkpoint
+from dydit.models.config import ModelConfig, Strict
+from dydit.models.cost import unit_costs
+from dydit.models.layout import stored_tensors
+
+Progress = Callable[[int, int], None]
+GUIDED_CHANNELS = 3  # what the reference guides by default
+
+
+class ExportConfig(Strict):
+    """What to make of a checkpoint.
+
+    `max_subnets` counts for `PlanKind.MAX_SUBNETS`, `memory_budget` (bytes) for `PlanKind.MEMORY_BUDGET`.
+    `cfg_channels`: latent channels that guidance acts on, by default the first 3. `capacities`: MLP token slots per
+    image and block, for capacity routing; all tokens by default.
+    """
+
+    steps: int = Field(default=250, ge=1, le=TRAIN_STEPS)
+    sampler: Sampler = Sampler.DDPM
+    plan: PlanKind = PlanKind.MAX_SUBNETS
+    max_subnets: int = Field(default=32, ge=1)
+    memory_budget: int | None = Field(default=None, gt=0)
+    routing: Routing = Routing.DYNAMIC
+    max_batch: int = Field(default=16, ge=1)
+    cfg_channels: int | None = Field(default=None, ge=1)
+    capacities: tuple[int, ...] | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ExportConfig:
+        if (self.plan is PlanKind.MEMORY_BUDGET) != (self.memory_budget is not None):
+            raise ValueError("a memory budget goes with the memory-budget plan, and only with it")
+        if self.capacities is not None and self.routing is not Routing.CAPACITY:
+            raise ValueError("capacities go with capacity routing only")
+        return self
+
+
+def export(checkpoint: Checkpoint, out: Path, config: ExportConfig, progress: Progress | None = None) -> Bundle:
+    """Write a bundle to the new folder `out`, complete or not at all; `progress(done, total)` counts graphs.
+
+    Raises `ConfigError` for settings that do not fit the model, `OutputError` where `out` exists or cannot be written.
+    """
+    require_absent(out)
+    job = _plan_job(checkpoint, config)
+    with new_folder(out) as folder:
+        weights = write_weights(
+            folder / WEIGHTS,
+            stored_tensors(checkpoint.state, job.model, job.order[:, 0].tolist(), job.order[:, 1].tolist()),
+        )
+        save_graph(conditioning_graph(job.model, Windows(weights)), folder / CONDITIONING)
+        subnets = _write_subnets(folder, job, weights, progress)
+        manifest = _manifest(folder, checkpoint, config, job, weights, subnets)
+        (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+    return Bundle.open(out, verify=False)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What the settings come to for one model, before anything is written."""
+
+    model: ModelConfig
+    schedule: Schedule
+    order: np.ndarray  # [L, 2, H] checkpoint unit of each slot
+    masks: np.ndarray  # [S, L, 2, H] by slot, execution order
+    costs: np.ndarray  # [L, 2, H] multiply-adds a step
+    plan: Plan
+    routing: Routing | None
+    capacities: tuple[int, ...] | None
+    cfg_channels: int
+
+
+def _plan_job(checkpoint: Checkpoint, config: ExportConfig) -> _Job:
+    model = checkpoint.config
+    cfg_channels = min(GUIDED_CHANNELS, model.in_channels) if config.cfg_channels is None else config.cfg_channels
+    if cfg_channels > model.in_channels:
+        raise ConfigError(f"guidance on {cfg_channels} channels, but the model has {model.in_channels}")
+    schedule = Schedule.respaced(config.steps)
+    masks = freeze_masks(checkpoint.model(), schedule.timesteps[::-1])
+    order = activity_order(masks)
+    masks = by_slot(masks, order)
+    costs = unit_costs(model)
+    routing = config.routing if model.dynamic else None
+    capacities = config.capacities
+    if routing is Routing.CAPACITY:
+        capacities = capacities or (model.tokens,) * model.depth
+        if len(capacities) != model.depth or not all(1 <= c <= model.tokens for c in capacities):
+            raise ConfigError(f"capacities {capacities}: expected {model.depth} numbers in 1..{model.tokens}")
+    plan = _make_plan(config, model, masks, costs)
+    return _Job(model, schedule, order, masks, costs, plan, routing, capacities, cfg_channels)
+
+
+def _make_plan(config: ExportConfig, model: ModelConfig, masks: np.ndarray, costs: np.ndarray) -> Plan:
+    if config.plan is PlanKind.PER_STEP:
+        return per_step_plan(masks, costs)
+    if config.plan is PlanKind.MAX_SUBNETS:
+        return merged_plan(masks, costs, config.max_subnets)
+    assert config.memory_budget is not None
+    return budget_plan(masks, costs, unit_bytes(model), fixed_bytes(model), config.memory_budget)
+
+
+def unit_bytes(model: ModelConfig) -> np.ndarray:
+    """Bytes of one head's and one group's fp32 weights, [L, 2, H] float64."""
+    d, hd, gs = model.hidden_size, model.head_dim, model.group_dim
+    sizes = np.empty((model.depth, 2, model.num_heads))
+    sizes[:, 0], sizes[:, 1] = 4 * (4 * hd * d + 3 * hd), 4 * (2 * gs * d + gs)
+    return sizes
+
+
+def fixed_bytes(model: ModelConfig) -> int:
+    """Bytes of the fp32 weights that every subnetwork reads at any width: embedding, routers, final layer, biases."""
+    d, p2 = model.hidden_size, model.patch_size**2
+    r = model.token_router_hidden
+    router = (r * d + 2 * r + 1) if model.dynamic else 0
+    embed = (p2 * model.in_channels + 1 + model.tokens) * d
+    final = p2 * model.out_channels * (d + 1)
+    return 4 * (embed + final + model.depth * (2 * d + router))
+
+
+def _write_subnets(
+    folder: Path, job: _Job, weights: dict[str, WeightEntry], progress: Progress | None
+) -> tuple[list[SubnetEntry], list[SegmentEntry]]:
+    """Write a graph for every distinct subnetwork; segments with the same one share it."""
+    library = FunctionLibrary(job.model, job.cfg_channels)
+    entries: list[SubnetEntry] = []
+    segments: list[SegmentEntry] = []
+    known: dict[SubnetSpec, int] = {}
+    for done, (first, end) in enumerate(job.plan.segments):
+        spec = segment_spec(job.masks[first:end], job.routing, job.capacities)
+        if spec not in known:
+            known[spec] = len(entries)
+            entries.append(_write_subnet(folder, len(entries), spec, job, library, weights))
+        segments.append(SegmentEntry(first=first, count=end - first, subnet=known[spec]))
+        if progress:
+            progress(done + 1, len(job.plan.segments))
+    return entries, segments
+
+
+def segment_spec(masks: np.ndarray, routing: Routing | None, capacities: tuple[int, ...] | None) -> SubnetSpec:
+    """The subnetwork for the union of the masks [steps, L, 2, H]; parts that the steps do not share are gated."""
+    union = np.asarray(masks.any(axis=0))
+    differs = np.asarray((masks != union).any(axis=(0, 3)))  # [L, 2]
+    slots = [[tuple(map(int, np.flatnonzero(units))) for units in union[:, part]] for part in (0, 1)]
+    gated = frozenset((int(block), int(part)) for block, part in np.argwhere(differs))
+    return SubnetSpec(tuple(slots[0]), tuple(slots[1]), gated, routing, capacities)
+
+
+def _write_subnet(
+    folder: Path, index: int, spec: SubnetSpec, job: _Job, library: FunctionLibrary, weights: dict[str, WeightEntry]
+) -> SubnetEntry:
+    file, full_file = f"subnet-{index:04d}.onnx", None
+    save_graph(subnet_graph(job.model, spec, library, Windows(weights)), folder / file)
+    everything = (job.model.tokens,) * job.model.depth
+    if spec.capacities is not None and spec.capacities != everything:
+        full = SubnetSpec(spec.heads, spec.groups, spec.gated, spec.routing, everything)
+        full_file = f"subnet-{index:04d}-full.onnx"
+        save_graph(subnet_graph(job.model, full, library, Windows(weights)), folder / full_file)
+    units = len(job.order[0, 0])
+    used = sum(
+        nbytes(weights[f"blocks.{block}.{part}"]) // units * len(slots[block])
+        for slots, parts in ((spec.heads, UNIT_WEIGHTS[:3]), (spec.groups, UNIT_WEIGHTS[3:]))
+        for block in range(job.model.depth)
+        for part in parts
+    )
+    return SubnetEntry(
+        file=file,
+        full_file=full_file,
+        heads=spec.heads,
+        groups=spec.groups,
+        gated=bool(spec.gated),
+        capacities=spec.capacities,
+        weight_bytes=used + fixed_bytes(job.model),
+    )
+
+
+def _manifest(
+    folder: Path,
+    checkpoint: Checkpoint,
+    config: ExportConfig,
+    job: _Job,
+    weights: dict[str, WeightEntry],
+    written: tuple[list[SubnetEntry], list[SegmentEntry]],
+) -> Manifest:
+    subnets, segments = written
+    coefficients = step_coefficients(job.schedule, config.sampler, job.model.learn_sigma).astype(np.float32)
+    files = sorted(file for file in folder.iterdir() if file.is_file())
+    return Manifest(
+        schema_version=SCHEMA_VERSION,
+        model=job.model,
+        sampling=SamplingEntry(
+            sampler=config.sampler,
+            timesteps=tuple(job.schedule.timesteps[::-1].tolist()),
+            coefficients=tuple(tuple(row) for row in coefficients.tolist()),
+            cfg_channels=job.cfg_channels,
+        ),
+        plan=PlanEntry(
+            kind=config.plan,
+            segments=tuple(segments),
+            macs=job.plan.cost,
+            per_step_macs=float((job.masks * job.costs).sum()),
+            static_macs=float(job.costs.sum() * config.steps),
+        ),
+        subnets=tuple(subnets),
+        masks=tuple(pack_mask(mask) for mask in job.masks),
+        head_order=tuple(map(tuple, job.order[:, 0].tolist())),
+        group_order=tuple(map(tuple, job.order[:, 1].tolist())),
+        routing=job.routing,
+        precision="fp32",
+        max_batch=config.max_batch,
+        weights=weights,
+        files={file.name: FileEntry(bytes=file.stat().st_size, sha256=sha256_of(file)) for file in files},
+        checkpoint_sha256=checkpoint.sha256,
+        tools={package: version(package) for package in ("dydit", "numpy", "onnx", "onnx-ir", "torch")},
+    )
+
+
+def stale_reasons(manifest: Manifest, checkpoint: Checkpoint) -> list[str]:
+    """Why a bundle no longer stands for a checkpoint; empty where it does."""
+    reasons = []
+    if manifest.checkpoint_sha256 != checkpoint.sha256:
+        reasons.append(f"the weights changed: {checkpoint.path} is not the file that the bundle was exported from")
+    if json.dumps(manifest.model.model_dump(mode="json")) != json.dumps(checkpoint.config.model_dump(mode="json")):
+        reasons.append("the architecture differs")
+    return reasons

@@ -1,0 +1,284 @@
+"""Writing a subnetwork's graph: which functions are called with which weights. And the conditioning graph.
+
+Weights come from a `WeightSource`: as windows on `weights.bin` (a static subnetwork, which a runtime can specialise),
+or as graph inputs with symbolic widths (one graph for every width; DESIGN, decision 12).
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from dydit.bundle.graph_io import (
+    TensorSpec,
+    conditioning_inputs,
+    conditioning_outputs,
+    modulation_vectors,
+    residual_name,
+    subnet_inputs,
+    subnet_outputs,
+    token_mask_name,
+)
+from dydit.bundle.manifest import WEIGHTS, Routing, WeightEntry
+from dydit.export.blocks import FunctionLibrary, call
+from dydit.export.ops import DOMAIN, IR_VERSION, OPSET, Ops
+from dydit.export.weights import runs
+from dydit.models.config import ModelConfig
+
+ITEM = 4  # bytes of a float32
+UNIT_WEIGHTS = ("qkv.weight", "qkv.bias", "proj.weight", "fc1.weight", "fc1.bias", "fc2.weight")
+"""The stored tensors of a block whose first axis is the unit's slot."""
+
+
+@dataclass(frozen=True)
+class SubnetSpec:
+    """What a subnetwork holds: slots per block, which (block, part) is gated, and how tokens are routed.
+
+    `heads`, `groups`: ascending slots per block. `gated`: (block, part) pairs, part 0 heads and 1 groups, whose units
+    are not all on in every step it serves. `capacities`: token slots per image and block, with `Routing.CAPACITY`.
+    """
+
+    heads: tuple[tuple[int, ...], ...]
+    groups: tuple[tuple[int, ...], ...]
+    gated: frozenset[tuple[int, int]]
+    routing: Routing | None
+    capacities: tuple[int, ...] | None = None
+
+
+class WeightSource(ABC):
+    """Gives the values that functions take as weights, and keeps what the graph must declare for them."""
+
+    def __init__(self) -> None:
+        self.initializers: dict[str, ir.Value] = {}
+        self.inputs: list[TensorSpec] = []
+
+    def local(self, name: str, array: np.ndarray) -> ir.Value:
+        """A small constant of the graph itself."""
+        if name not in self.initializers:
+            self.initializers[name] = _initializer(name, ir.tensor(array, name=name))
+        return self.initializers[name]
+
+    @abstractmethod
+    def whole(self, name: str) -> ir.Value:
+        """A stored tensor, complete."""
+
+    @abstractmethod
+    def units(self, ops: Ops, block: int, part: str, slots: Sequence[int]) -> ir.Value:
+        """The rows of the given slots of `blocks.<block>.<part>`, the unit axis merged with the next."""
+
+
+class Windows(WeightSource):
+    """Weights as external data: (offset, length) windows on `weights.bin`; a concatenation where slots have holes."""
+
+    def __init__(self, entries: Mapping[str, WeightEntry]):
+        super().__init__()
+        self.entries = entries
+
+    def whole(self, name: str) -> ir.Value:
+        entry = self.entries[name]
+        return self._external(name, entry.offset, entry.shape)
+
+    def units(self, ops: Ops, block: int, part: str, slots: Sequence[int]) -> ir.Value:
+        name = f"blocks.{block}.{part}"
+        entry = self.entries[name]
+        rows, *rest = entry.shape[1:]
+        unit_bytes = ITEM * math.prod(entry.shape[1:])
+        pieces = [
+            self._external(f"{name}[{first}:{first + count}]", entry.offset + first * unit_bytes, (count * rows, *rest))
+            for first, count in runs(slots)
+        ]
+        return pieces[0] if len(pieces) == 1 else ops.Concat(*pieces, axis=0)
+
+    def _external(self, name: str, offset: int, shape: tuple[int, ...]) -> ir.Value:
+        if name not in self.initializers:
+            length = ITEM * math.prod(shape)
+            tensor = ir.ExternalTensor(WEIGHTS, offset, length, ir.DataType.FLOAT, shape=ir.Shape(shape), name=name)
+            self.initializers[name] = _initializer(name, tensor)
+        return self.initializers[name]
+
+
+class WeightInputs(Windows):
+    """Block weights as graph inputs whose first dimension is a symbol; what has one width only stays a constant."""
+
+    def units(self, ops: Ops, block: int, part: str, slots: Sequence[int]) -> ir.Value:
+        name = f"blocks.{block}.{part}"
+        symbol = f"{'heads' if part.startswith(('qkv', 'proj')) else 'groups'}_{block}"
+        entry = self.entries[name]
+        spec = TensorSpec(name, "float32", (f"{symbol}*{entry.shape[1]}", *entry.shape[2:]))
+        self.inputs.append(spec)
+        return _value(spec)
+
+
+def _initializer(name: str, tensor: ir.TensorProtocol) -> ir.Value:
+    return ir.Value(name=name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype), const_value=tensor)
+
+
+def _value(spec: TensorSpec) -> ir.Value:
+    dtype = ir.DataType.from_numpy(np.dtype(spec.dtype))
+    return ir.Value(name=spec.name, shape=ir.Shape(spec.shape), type=ir.TensorType(dtype))
+
+
+def subnet_graph(config: ModelConfig, spec: SubnetSpec, library: FunctionLibrary, weights: WeightSource) -> ir.Model:
+    """The graph of one sampling step on one subnetwork; inputs and outputs as `dydit.bundle.graph_io` describes them.
+
+    Each block's residual stream and token mask are values of the main graph, under the names that `graph_io` gives.
+    """
+    writer = _SubnetWriter(config, spec, library, weights)
+    return writer.write()
+
+
+class _SubnetWriter:
+    def __init__(self, config: ModelConfig, spec: SubnetSpec, library: FunctionLibrary, weights: WeightSource):
+        self.config, self.spec, self.library, self.weights = config, spec, library, weights
+        self.ops = Ops()
+        self.functions: dict[str, ir.Function] = {}
+        self.inputs = {each.name: _value(each) for each in subnet_inputs(config, bool(spec.gated))}
+        self.ones = weights.local("ones", np.ones(config.hidden_size, np.float32))
+
+    def write(self) -> ir.Model:
+        inputs, ops, config = self.inputs, self.ops, self.config
+        vectors = ops.split(inputs["modulation"], 1, modulation_vectors(config))  # [rows, 1, D] each
+        embed = [self.weights.whole(name) for name in ("embed.weight", "embed.bias", "pos_embed")]
+        (x,) = self._call(self.library.embed(), [inputs["x"], inputs["modulation"], *embed], ["tokens"])
+        overflow = []
+        for block in range(config.depth):
+            shift1, scale1, gate1, shift2, scale2, gate2 = vectors[6 * block : 6 * block + 6]
+            x = self._attention(block, x, [shift1, scale1, gate1])
+            x, *counted = self._mlp(block, x, [shift2, scale2, gate2])
+            overflow += counted
+        final = [self.weights.whole(name) for name in ("final.weight", "final.bias")]
+        (out,) = self._call(self.library.final(), [x, self.ones, *vectors[-2:], *final], ["model_output"])
+        step = [inputs[name] for name in ("x", "noise", "coefficients", "cfg_scale")]
+        capacity = self.spec.routing is Routing.CAPACITY
+        outputs = [_value(each) for each in subnet_outputs(config, capacity)]
+        self._call(self.library.sampler(), [*step, out], [outputs[0].name or ""], outputs[:1])
+        if capacity:
+            (total,) = ops.call("", "Concat", overflow, ["token_overflow"], {"axis": 0})
+            outputs[1] = _typed(total, outputs[1])
+        return _model("subnetwork", [*inputs.values(), *map(_value, self.weights.inputs)], outputs, self)
+
+    def _call(
+        self,
+        target: ir.Function,
+        inputs: Sequence[ir.Value],
+        names: Sequence[str],
+        typed: list[ir.Value] | None = None,
+    ) -> Sequence[ir.Value]:
+        self.functions[target.name] = target
+        values = call(self.ops, target, inputs, names)
+        if typed is not None:
+            typed[:] = [_typed(value, like) for value, like in zip(values, typed, strict=True)]
+        return values
+
+    def _gates(self, block: int, part: int, slots: Sequence[int]) -> list[ir.Value]:
+        """The gates of a part's slots, [units], where it is gated."""
+        if (block, part) not in self.spec.gated:
+            return []
+        index = np.asarray(slots, np.int64) + (2 * block + part) * self.config.num_heads
+        flat = self.ops.Reshape(self.inputs["gates"], self.ops.constant([-1]))
+        return [self.ops.Gather(flat, self.ops.constant(index), axis=0)]
+
+    def _attention(self, block: int, x: ir.Value, vectors: list[ir.Value]) -> ir.Value:
+        slots, name, ops = self.spec.heads[block], f"blocks.{block}", self.ops
+        bias = self.weights.whole(f"{name}.proj.bias")
+        if not slots:
+            return self._call(self.library.attention_none(), [x, vectors[2], bias], [f"{name}.attended"])[0]
+        gates = self._gates(block, 0, slots)
+        units = [self.weights.units(ops, block, part, slots) for part in UNIT_WEIGHTS[:3]]
+        shape = np.array([-1, self.config.tokens, len(slots), 3 * self.config.head_dim], np.int64)
+        if isinstance(self.weights, WeightInputs):
+            rows = ops.Shape(x, start=0, end=2)
+            qkv_shape = ops.Concat(rows, ops.constant([-1, 3 * self.config.head_dim]), axis=0)
+        else:
+            qkv_shape = self.weights.local(f"qkv_shape_{len(slots)}", shape)
+        function = self.library.attention(bool(gates))
+        arguments = [x, self.ones, *vectors, *units, bias, qkv_shape, *gates]
+        return self._call(function, arguments, [f"{name}.attended"])[0]
+
+    def _mlp(self, block: int, x: ir.Value, vectors: list[ir.Value]) -> Sequence[ir.Value]:
+        """Returns x and, with capacity routing, the overflow."""
+        slots, name, routing = self.spec.groups[block], f"blocks.{block}", self.spec.routing
+        router = []
+        if routing:
+            parts = ("router.0.weight", "router.0.bias", "router.2.weight", "router.2.bias")
+            router = [self.weights.whole(f"{name}.{part}") for part in parts]
+        names = [residual_name(block), *([token_mask_name(block)] if routing else [])]
+        bias = self.weights.whole(f"{name}.fc2.bias")
+        capacity = routing is Routing.CAPACITY
+        if not slots:
+            x, *_ = self._call(self.library.mlp_none(bool(routing)), [x, vectors[2], bias, *router], names)
+            return [x, *([self.ops.constant([0])] if capacity else [])]
+        gates = self._gates(block, 1, slots)
+        fc1_w, fc1_b, fc2_w = (self.weights.units(self.ops, block, part, slots) for part in UNIT_WEIGHTS[3:])
+        arguments = [x, self.ones, *vectors, fc1_w, fc1_b, fc2_w, bias, *router]
+        if capacity:
+            assert self.spec.capacities is not None
+            arguments.append(self.ops.constant([self.spec.capacities[block]]))
+            names.append(f"{name}.overflow")
+        x, *extra = self._call(self.library.mlp(routing, bool(gates)), [*arguments, *gates], names)
+        return [x, *(extra[1:] if capacity else [])]
+
+
+def _typed(value: ir.Value, like: ir.Value) -> ir.Value:
+    value.shape, value.type = like.shape, like.type
+    return value
+
+
+def _model(name: str, inputs: Sequence[ir.Value], outputs: Sequence[ir.Value], writer: _SubnetWriter) -> ir.Model:
+    graph = ir.Graph(
+        inputs,
+        outputs,
+        nodes=writer.ops.nodes,
+        initializers=list(writer.weights.initializers.values()),
+        opset_imports={"": OPSET, DOMAIN: 1},
+        name=name,
+    )
+    return ir.Model(graph, ir_version=IR_VERSION, producer_name="dydit", functions=list(writer.functions.values()))
+
+
+def conditioning_graph(config: ModelConfig, weights: WeightSource) -> ir.Model:
+    """(timesteps [T], labels [R]) -> modulation [T, R, 6L+2, D] of every pair, as one matrix product."""
+    ops, d, vectors = Ops(), config.hidden_size, modulation_vectors(config)
+    timesteps, labels = (_value(spec) for spec in conditioning_inputs())
+    angles = ops.Mul(
+        ops.Unsqueeze(ops.Cast(timesteps, to=ir.DataType.FLOAT), ops.constant([1])), weights.whole("time.frequencies")
+    )
+    sinusoid = ops.Concat(ops.Cos(angles), ops.Sin(angles), axis=1)
+    hidden = _silu(ops, ops.Gemm(sinusoid, weights.whole("time.0.weight"), weights.whole("time.0.bias"), transB=1))
+    t_emb = ops.Gemm(hidden, weights.whole("time.2.weight"), weights.whole("time.2.bias"), transB=1)
+    y_emb = ops.Gather(weights.whole("label.table"), labels, axis=0)
+    c = ops.Add(ops.Unsqueeze(t_emb, ops.constant([1])), y_emb)  # [T, R, D]
+    flat = _silu(ops, ops.Reshape(c, ops.constant([-1, d])))
+    out = ops.Gemm(flat, weights.whole("adaln.weight"), weights.whole("adaln.bias"), transB=1)
+    ones = np.zeros((vectors, d), np.float32)
+    ones[[*(6 * b + k for b in range(config.depth) for k in (1, 4)), vectors - 1]] = 1
+    out = ops.Add(ops.Reshape(out, ops.constant([-1, vectors, d])), weights.local("scale_ones", ones[:, :1]))
+    shape = ops.Concat(ops.Shape(timesteps), ops.Shape(labels), ops.constant([vectors, d]), axis=0)
+    (modulation,) = ops.call("", "Reshape", (out, shape), ["modulation"])
+    _typed(modulation, _value(conditioning_outputs(config)[0]))
+    graph = ir.Graph(
+        [timesteps, labels],
+        [modulation],
+        nodes=ops.nodes,
+        initializers=list(weights.initializers.values()),
+        opset_imports={"": OPSET},
+        name="conditioning",
+    )
+    return ir.Model(graph, ir_version=IR_VERSION, producer_name="dydit")
+
+
+def _silu(ops: Ops, x: ir.Value) -> ir.Value:
+    return ops.Mul(x, ops.Sigmoid(x))
+
+
+def save_graph(model: ir.Model, path: Path) -> None:
+    """Serialise a graph; external weights stay references to `weights.bin` beside it."""
+    proto: onnx.ModelProto = ir.to_proto(model)
+    path.write_bytes(proto.SerializeToString(deterministic=True))

@@ -1,0 +1,59 @@
+"""A thin way to write ONNX nodes: `ops.MatMul(a, b)` adds a node and returns its output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+OPSET, IR_VERSION = 23, 11  # the newest that every runtime we target reads
+DOMAIN = "dydit"
+
+
+class Ops:
+    """Collects the nodes of one graph or function, in order. Any attribute access names an operator."""
+
+    def __init__(self) -> None:
+        self.nodes: list[ir.Node] = []
+
+    def __getattr__(self, operator: str) -> Callable[..., ir.Value]:
+        def add(*inputs: ir.Value | None, **attributes: Any) -> ir.Value:
+            return self.call("", operator, inputs, 1, attributes)[0]
+
+        return add
+
+    def call(
+        self,
+        domain: str,
+        operator: str,
+        inputs: Sequence[ir.Value | None],
+        outputs: int | Sequence[str],
+        attributes: dict[str, Any] | None = None,
+    ) -> Sequence[ir.Value]:
+        """Add a node with several outputs, or with names for them."""
+        count = outputs if isinstance(outputs, int) else len(outputs)
+        node = ir.node(operator, inputs, attributes, domain=domain, num_outputs=count)
+        if not isinstance(outputs, int):
+            for value, name in zip(node.outputs, outputs, strict=True):
+                value.name = name
+        self.nodes.append(node)
+        return node.outputs
+
+    def constant(self, value: Any, dtype: Any = np.int64) -> ir.Value:
+        """A constant tensor: integers by default, for shapes and axes."""
+        return self.call("", "Constant", (), 1, {"value": ir.tensor(np.asarray(value, dtype))})[0]
+
+    def split(self, value: ir.Value, axis: int, count: int) -> Sequence[ir.Value]:
+        """Equal parts along an axis."""
+        return self.call("", "Split", (value,), count, {"axis": axis, "num_outputs": count})
+
+
+def function(name: str, inputs: Sequence[str], body: Callable[..., Sequence[ir.Value]]) -> ir.Function:
+    """An ONNX local function: `body(ops, *inputs)` writes its nodes and returns its outputs."""
+    ops = Ops()
+    values = [ir.Value(name=each) for each in inputs]
+    outputs = body(ops, *values)
+    graph = ir.Graph(values, outputs, nodes=ops.nodes, opset_imports={"": OPSET}, name=name)
+    return ir.Function(DOMAIN, name, graph=graph, attributes=())

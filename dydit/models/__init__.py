@@ -1,0 +1,1 @@
+"""The Diffusion Transformer, its routers, and the checkpoints that hold it."""

@@ -1,0 +1,211 @@
+"""The DiT of Peebles & Xie (2023) with DyDiT's routers (Zhao et al. 2025), under the published state-dict names.
+
+Shapes: x [B, C, S, S] latents, t [B] timesteps in 0..999, y [B] labels (num_classes is the null class);
+N tokens of hidden size D, H heads. The output is [B, 2C, S, S]: epsilon, then the variance, where sigma is learned.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dydit.models.config import ModelConfig
+from dydit.models.routers import Gating, Masked, Static, TokenRouter, WidthRouter
+
+FREQUENCIES = 256
+NORM_EPS = 1e-6
+
+
+def timestep_frequencies() -> Tensor:
+    """The 128 angular frequencies of the sinusoidal timestep embedding, `exp(-ln(10000) i/128)`, float32."""
+    half = FREQUENCIES // 2
+    return torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32) / half)
+
+
+def sine_position_embedding(config: ModelConfig) -> Tensor:
+    """The frozen 2-D sine-cosine position embedding, [1, N, D] float32: half from the column, half from the row."""
+    side, quarter = config.input_size // config.patch_size, config.hidden_size // 4
+    omega = 1 / 10000 ** (torch.arange(quarter, dtype=torch.float64) / quarter)
+    angles = torch.arange(side, dtype=torch.float64)[:, None] * omega
+    axis = torch.cat([angles.sin(), angles.cos()], 1)
+    column = axis[None, :, :].expand(side, side, -1)
+    row = axis[:, None, :].expand(side, side, -1)
+    return torch.cat([column, row], -1).reshape(1, config.tokens, config.hidden_size).float()
+
+
+def layer_norm(x: Tensor) -> Tensor:
+    """LayerNorm without affine parameters, over the last axis."""
+    return F.layer_norm(x, x.shape[-1:], eps=NORM_EPS)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """adaLN: x [B, N, D] scaled and shifted per image, shift and scale [B, D]."""
+    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+
+class PatchEmbed(nn.Module):
+    """Latents [B, C, S, S] to tokens [B, N, D]."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.proj = nn.Conv2d(config.in_channels, config.hidden_size, config.patch_size, stride=config.patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+class TimestepEmbedder(nn.Module):
+    """Timesteps [B] to t_emb [B, D]. The sinusoid is computed in fp32."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        d = config.hidden_size
+        self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, d), nn.SiLU(), nn.Linear(d, d))
+        self.register_buffer("frequencies", timestep_frequencies(), persistent=False)
+
+    def forward(self, t: Tensor) -> Tensor:
+        angles = t[:, None].float() * self.frequencies
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], -1).to(self.mlp[0].weight.dtype))
+
+
+class LabelEmbedder(nn.Module):
+    """Labels [B] to y_emb [B, D]."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.embedding_table = nn.Embedding(config.num_classes + 1, config.hidden_size)
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.embedding_table(y)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; rows of `qkv` are (3, H, head_dim)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.heads = config.num_heads
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x: Tensor, head_gates: Tensor | None) -> Tensor:
+        b, n, d = x.shape
+        q, k, v = self.qkv(x).view(b, n, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(q, k, v)  # [B, H, N, head_dim]
+        if head_gates is not None:
+            out = out * head_gates[:, :, None, None]
+        return self.proj(out.transpose(1, 2).reshape(b, n, d))
+
+
+class Mlp(nn.Module):
+    """fc2(GELU_tanh(fc1(x))); the 4D hidden channels are H contiguous groups."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.groups = config.num_heads
+        self.fc1 = nn.Linear(config.hidden_size, config.mlp_hidden)
+        self.fc2 = nn.Linear(config.mlp_hidden, config.hidden_size)
+
+    def forward(self, x: Tensor, group_gates: Tensor | None) -> Tensor:
+        hidden = self.fc1(x)
+        if group_gates is not None:
+            grouped = hidden.unflatten(-1, (self.groups, -1)) * group_gates[:, None, :, None]
+            hidden = grouped.flatten(-2)
+        return self.fc2(F.gelu(hidden, approximate="tanh"))
+
+
+class Block(nn.Module):
+    """adaLN-Zero block with its three routers (absent in a static DiT)."""
+
+    def __init__(self, config: ModelConfig, index: int):
+        super().__init__()
+        self.index = index
+        self.attn = Attention(config)
+        self.mlp = Mlp(config)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.hidden_size, 6 * config.hidden_size))
+        self.attn_rate = WidthRouter(config) if config.dynamic else None
+        self.mlp_rate = WidthRouter(config) if config.dynamic else None
+        self.token_selection = TokenRouter(config) if config.dynamic else None
+
+    def forward(self, x: Tensor, c: Tensor, t_emb: Tensor, gating: Gating) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=-1)
+        heads = gating.heads(self.index, self.attn_rate, t_emb)
+        x = x + gate1.unsqueeze(1) * self.attn(modulate(layer_norm(x), shift1, scale1), heads)
+        groups = gating.groups(self.index, self.mlp_rate, t_emb)
+        tokens = gating.tokens(self.index, self.token_selection, x)
+        branch = gate2.unsqueeze(1) * self.mlp(modulate(layer_norm(x), shift2, scale2), groups)
+        return x + (branch if tokens is None else branch * tokens.unsqueeze(-1))
+
+
+class FinalLayer(nn.Module):
+    """adaLN and a linear map from each token to its patch of output channels."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        d = config.hidden_size
+        self.linear = nn.Linear(d, config.patch_size**2 * config.out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(d, 2 * d))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)
+        return self.linear(modulate(layer_norm(x), shift, scale))
+
+
+class DiT(nn.Module):
+    """A (Dynamic) Diffusion Transformer. `forward` runs it with the gating it is given, by default as at inference."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.x_embedder = PatchEmbed(config)
+        self.t_embedder = TimestepEmbedder(config)
+        self.y_embedder = LabelEmbedder(config)
+        self.pos_embed = nn.Parameter(sine_position_embedding(config), requires_grad=False)
+        self.blocks = nn.ModuleList(Block(config, index) for index in range(config.depth))
+        self.final_layer = FinalLayer(config)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, gating: Gating | None = None) -> Tensor:
+        gating = gating or (Masked() if self.config.dynamic else Static())
+        t_emb = self.t_embedder(t)
+        c = t_emb + self.y_embedder(y)
+        x = self.x_embedder(x) + self.pos_embed
+        for block in self.blocks:
+            x = block(x, c, t_emb, gating)
+        return unpatchify(self.final_layer(x, c), self.config)
+
+
+def unpatchify(x: Tensor, config: ModelConfig) -> Tensor:
+    """Tokens of patches [B, N, p*p*C] to images [B, C, S, S]."""
+    side, p = config.input_size // config.patch_size, config.patch_size
+    x = x.view(x.shape[0], side, side, p, p, config.out_channels)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(x.shape[0], config.out_channels, config.input_size, config.input_size)
+
+
+def initialize(model: DiT, generator: torch.Generator, token_bias: float = 35.0, width_bias: float = 15.0) -> None:
+    """Fresh weights: DiT's initialisation (zero adaLN and output layers), and routers that start with everything on."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            nn.init.xavier_uniform_(module.weight.view(module.weight.shape[0], -1), generator=generator)
+            nn.init.zeros_(module.bias)
+    nn.init.normal_(model.y_embedder.embedding_table.weight, std=0.02, generator=generator)
+    for layer in (model.t_embedder.mlp[0], model.t_embedder.mlp[2]):
+        nn.init.normal_(layer.weight, std=0.02, generator=generator)
+    last = [block.adaLN_modulation[1] for block in model.blocks]
+    for layer in (*last, model.final_layer.adaLN_modulation[1], model.final_layer.linear):
+        nn.init.zeros_(layer.weight)
+    if model.config.dynamic:
+        initialize_routers(model, generator, token_bias, width_bias)
+
+
+def initialize_routers(
+    model: DiT, generator: torch.Generator, token_bias: float = 35.0, width_bias: float = 15.0
+) -> None:
+    """Xavier router weights, and biases that open every gate (PAPER: 15 for heads and groups, 35 for tokens)."""
+    for block in model.blocks:
+        linears = (block.attn_rate.router, block.mlp_rate.router, *block.token_selection.mlp_head[::2])
+        for linear, bias in zip(linears, (width_bias, width_bias, 0.0, token_bias), strict=True):
+            nn.init.xavier_uniform_(linear.weight, generator=generator)
+            nn.init.constant_(linear.bias, bias)

@@ -1,0 +1,89 @@
+"""The backends by name, and which of them work here. Each is imported only when it is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from dydit.bundle.bundle import Bundle
+from dydit.errors import BackendError, one_line
+from dydit.runtime.backends.base import Backend, BackendOptions
+
+BACKENDS = ("onnxruntime", "torch")
+DEVICES = ("cpu", "cuda")
+PLANNED = ("tensorrt", "tensorrt-rtx")
+
+
+def open_backend(name: str, bundle: Bundle, options: BackendOptions | None = None) -> Backend:
+    """The backend `name` on a bundle.
+
+    Raises `BackendError` for a name or device that is not known, and where what the backend needs is not installed.
+    """
+    require_known(name)
+    options = options or BackendOptions()
+    if options.device not in DEVICES:
+        raise BackendError(f"unknown device {options.device!r}; known: {', '.join(DEVICES)}")
+    if options.threads < 0:
+        raise BackendError(f"threads {options.threads} is negative; 0 leaves the choice to the backend")
+    return _OPENERS[name](bundle, options)
+
+
+def require_known(name: str) -> None:
+    """Raise `BackendError` for a name that is not in `BACKENDS`, naming those that are."""
+    if name in PLANNED:
+        raise BackendError(f"backend {name!r} is not available in this version; available: {', '.join(BACKENDS)}")
+    if name not in BACKENDS:
+        raise BackendError(f"unknown backend {name!r}; available: {', '.join(BACKENDS)}")
+
+
+def backend_status() -> list[tuple[str, bool, str]]:
+    """(name, whether it works here, versions and devices, or what is missing) of every backend and those to come."""
+    return [*(_status(name) for name in BACKENDS), *((name, False, "not in this version") for name in PLANNED)]
+
+
+def _status(name: str) -> tuple[str, bool, str]:
+    try:
+        return name, True, _PROBES[name]()
+    except BackendError as error:
+        return name, False, one_line(error)
+
+
+def _open_onnxruntime(bundle: Bundle, options: BackendOptions) -> Backend:
+    from dydit.runtime.backends.onnxruntime import OnnxRuntimeBackend
+
+    return OnnxRuntimeBackend(bundle, options)
+
+
+def _open_torch(bundle: Bundle, options: BackendOptions) -> Backend:
+    _require_torch()
+    from dydit.runtime.backends.torch import TorchBackend
+
+    return TorchBackend(bundle, options)
+
+
+def _require_torch() -> None:
+    try:
+        import torch  # noqa: F401  (whether it can be imported is the question)
+    except ImportError as error:
+        raise BackendError(f"PyTorch cannot be imported ({one_line(error)}); pip install 'dydit[export]'") from error
+
+
+def _probe_onnxruntime() -> str:
+    from dydit.runtime.backends.onnxruntime import PROVIDERS, runtime
+
+    ort = runtime()
+    devices = [device for device, provider in PROVIDERS.items() if provider in ort.get_available_providers()]
+    return f"onnxruntime {ort.__version__}, devices: {', '.join(devices)}"
+
+
+def _probe_torch() -> str:
+    _require_torch()
+    import torch
+
+    return f"torch {torch.__version__}, devices: {'cpu, cuda' if torch.cuda.is_available() else 'cpu'}"
+
+
+_OPENERS: dict[str, Callable[[Bundle, BackendOptions], Backend]] = {
+    "onnxruntime": _open_onnxruntime,
+    "torch": _open_torch,
+}
+_PROBES: dict[str, Callable[[], str]] = {"onnxruntime": _probe_onnxruntime, "torch": _probe_torch}

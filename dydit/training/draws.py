@@ -1,0 +1,101 @@
+"""All randomness of a run, as a pure function of (seed, iteration, process): nothing to save, so resuming is exact.
+
+Philox generators keyed through NumPy's SeedSequence; draws are made on the CPU, the same for every device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import lru_cache
+
+import numpy as np
+
+from dydit.diffusion.schedule import TRAIN_STEPS
+from dydit.training.data import Dataset
+
+QUARTERS = 4
+
+
+class Purpose(IntEnum):
+    """What a stream of random numbers is for; streams of different purposes are independent."""
+
+    ORDER = 1
+    BATCH = 2
+    PROBE = 3
+    INITIAL_WEIGHTS = 4
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One process' share of an iteration."""
+
+    x0: np.ndarray  # [b, C, S, S] float32
+    labels: np.ndarray  # [b] int64, the null class where the label was dropped
+    timesteps: np.ndarray  # [b] int64
+    noise: np.ndarray  # [b, C, S, S] float32
+    gate_seed: int
+
+
+def stream(seed: int, purpose: Purpose, *where: int) -> np.random.Generator:
+    """The generator of one purpose, at `where` (an iteration and process, or an epoch)."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, int(purpose), *where))))
+
+
+@lru_cache(maxsize=4)
+def _epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
+    return stream(seed, Purpose.ORDER, epoch).permutation(count)
+
+
+def sample_indices(seed: int, first: int, count: int, total: int) -> np.ndarray:
+    """Entries `first .. first+count-1` of the endless sequence that visits `total` images once an epoch, [count]."""
+    places = np.arange(first, first + count)
+    orders = {epoch: _epoch_order(seed, int(epoch), total) for epoch in np.unique(places // total)}
+    return np.array([orders[place // total][place % total] for place in places], np.int64)
+
+
+def stratified_timesteps(rng: np.random.Generator, first: int, count: int) -> np.ndarray:
+    """Timesteps of batch elements `first ..`, [count] int64: each from one of the four quarters of 0..999 in turn."""
+    width = TRAIN_STEPS // QUARTERS
+    return (np.arange(first, first + count) % QUARTERS) * width + rng.integers(0, width, count)
+
+
+@dataclass(frozen=True)
+class BatchSource:
+    """Makes the batches of one process. `batch_size` is that of all processes together."""
+
+    data: Dataset
+    seed: int
+    batch_size: int
+    label_dropout: float
+    null_class: int
+    process: int = 0
+    processes: int = 1
+
+    def batch(self, iteration: int) -> Batch:
+        """This process' share of iteration `iteration` (from 0)."""
+        share = self.batch_size // self.processes
+        offset = self.process * share
+        indices = sample_indices(self.seed, iteration * self.batch_size + offset, share, len(self.data))
+        return self._draw(
+            stream(self.seed, Purpose.BATCH, iteration, self.process), indices, offset, self.label_dropout
+        )
+
+    def probe(self, count: int) -> Batch:
+        """A fixed batch on which a run is watched: the first `count` images, labels kept."""
+        indices = sample_indices(self.seed, 0, count, len(self.data))
+        return self._draw(stream(self.seed, Purpose.PROBE), indices, 0, 0.0)
+
+    def _draw(self, rng: np.random.Generator, indices: np.ndarray, offset: int, dropout: float) -> Batch:
+        images, labels = self.data.batch(indices)
+        if self.data.flip:
+            mirrored = rng.random(len(indices)) < 0.5
+            images = np.where(mirrored[:, None, None, None], images[..., ::-1], images)
+        dropped = rng.random(len(indices)) < dropout
+        return Batch(
+            x0=np.ascontiguousarray(images, np.float32),
+            labels=np.where(dropped, self.null_class, labels),
+            timesteps=stratified_timesteps(rng, offset, len(indices)),
+            noise=rng.standard_normal(images.shape, np.float32),
+            gate_seed=int(rng.integers(0, 2**62)),
+        )

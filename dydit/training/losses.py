@@ -1,0 +1,139 @@
+"""The losses of DiT and DyDiT: pure functions on tensors, with the process' constants from `dydit.diffusion.schedule`.
+
+Shapes: x0, x_t, noise [B, C, S, S]; t [B] in 0..999; a model's output [B, 2C, S, S] (epsilon, then the raw variance v)
+or [B, C, S, S] without learned variance. All in fp32.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dydit.diffusion.schedule import Schedule
+from dydit.models.config import ModelConfig
+from dydit.models.cost import flops_ratio
+from dydit.models.routers import Decisions, GumbelSigmoid
+
+
+@dataclass(frozen=True)
+class Process:
+    """Constants of the forward process and its posterior, each fp32 [1000]."""
+
+    sqrt_alpha: Tensor  # of x_0 in x_t
+    sqrt_one_minus_alpha: Tensor  # of the noise in x_t
+    x0_of_x: Tensor  # x_0 = x0_of_x * x_t - x0_of_eps * eps
+    x0_of_eps: Tensor
+    mean_of_x0: Tensor  # posterior mean
+    mean_of_xt: Tensor
+    log_variance_low: Tensor  # the posterior's log variance, its first entry replaced by the second
+    log_variance_high: Tensor  # log beta
+
+    @classmethod
+    def training(cls, device: torch.device | str = "cpu") -> Process:
+        """The full 1000-step process."""
+        schedule = Schedule.training()
+        a = schedule.alphas_cumprod
+        arrays = (
+            np.sqrt(a),
+            np.sqrt(1 - a),
+            np.sqrt(1 / a),
+            np.sqrt(1 / a - 1),
+            *schedule.posterior_mean_coefficients,
+            *schedule.log_variance_range,
+        )
+        return cls(*(torch.tensor(array, dtype=torch.float32, device=device) for array in arrays))
+
+
+def _at(table: Tensor, t: Tensor) -> Tensor:
+    return table[t][:, None, None, None]
+
+
+def add_noise(process: Process, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    """x_t ~ q(x_t | x_0) (Ho et al. 2020, eq. 4)."""
+    return _at(process.sqrt_alpha, t) * x0 + _at(process.sqrt_one_minus_alpha, t) * noise
+
+
+def diffusion_loss(
+    process: Process, output: Tensor, x0: Tensor, x_t: Tensor, t: Tensor, noise: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(mean squared error on epsilon, variational term in bits per dimension), each [B]; the loss is their sum.
+
+    The variational term trains the variance only: the mean is detached (Nichol & Dhariwal 2021, section 3.1). At
+    T = 1000 it enters with weight 1, as in DiT. It is 0 where the model does not learn the variance.
+    """
+    output, channels = output.float(), x0.shape[1]
+    eps = output[:, :channels]
+    mse = (noise - eps).square().flatten(1).mean(1)
+    if output.shape[1] == channels:
+        return mse, torch.zeros_like(mse)
+    return mse, variational_term(process, eps.detach(), output[:, channels:], x0, x_t, t)
+
+
+def variational_term(process: Process, eps: Tensor, v: Tensor, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+    """KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), at t = 0 the decoder's -log p(x_0 | x_1); bits per dimension.
+
+    eps, v, x0, x_t [B, C, S, S]; returns [B].
+    """
+    of_x0, of_xt = _at(process.mean_of_x0, t), _at(process.mean_of_xt, t)
+    low, high = _at(process.log_variance_low, t), _at(process.log_variance_high, t)
+    predicted = _at(process.x0_of_x, t) * x_t - _at(process.x0_of_eps, t) * eps
+    true_mean, mean = of_x0 * x0 + of_xt * x_t, of_x0 * predicted + of_xt * x_t
+    share = (v + 1) / 2
+    log_variance = share * high + (1 - share) * low
+    kl = normal_kl(true_mean, low, mean, log_variance).flatten(1).mean(1)
+    nll = -discretized_normal_log_likelihood(x0, mean, log_variance / 2).flatten(1).mean(1)
+    return torch.where(t == 0, nll, kl) / math.log(2)
+
+
+def normal_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:
+    """KL(N1 || N2) in nats, elementwise."""
+    difference = log_variance2 - log_variance1
+    return 0.5 * (difference - 1 + torch.exp(-difference) + (mean1 - mean2).square() * torch.exp(-log_variance2))
+
+
+def discretized_normal_log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+    """log P of the 8-bit value x in [-1, 1] under a normal, elementwise: bins of 2/255, the outer two unbounded.
+
+    Ho et al. 2020, eq. 13; the normal distribution function is exact here (the reference uses a tanh approximation).
+    """
+    inverse = torch.exp(-log_std)
+    above = torch.special.ndtr((x - mean + 1 / 255) * inverse)
+    below = torch.special.ndtr((x - mean - 1 / 255) * inverse)
+    probability = torch.where(x < -0.999, above, torch.where(x > 0.999, 1 - below, above - below))
+    return torch.log(probability.clamp(min=1e-12))
+
+
+def achieved_ratio(config: ModelConfig, decisions: Decisions) -> Tensor:
+    """The FLOPs ratio of each image, [B], from heads and groups [L, B, H] and tokens [L, B, N]; differentiable."""
+    heads, groups = decisions.heads.sum(-1).T, decisions.groups.sum(-1).T
+    ratio: Tensor = flops_ratio(config, heads, groups, decisions.tokens.mean(-1).T)
+    return ratio
+
+
+def flops_loss(ratio: Tensor, target: float, weight: float) -> Tensor:
+    """`weight * (mean over the batch of F_dyn/F_static - target)^2`, a scalar (PAPER, "Training: Loss")."""
+    return weight * (ratio.mean() - target).square()
+
+
+class AnnealedGumbelSigmoid(GumbelSigmoid):
+    """`GumbelSigmoid` whose noise is multiplied by `noise`: 1 is the paper's, at 0 the gates are those of inference.
+
+    Noise flips gates whose logits are near 0, so a model that meets its target while noisy may miss it without.
+    Annealing the noise at the end of training closes that gap. Gradients stay those of the sigmoid.
+    """
+
+    def __init__(self, generator: torch.Generator, temperature: float, noise: float):
+        super().__init__(generator, temperature)
+        self.noise = noise
+
+    def gate(self, logits: Tensor) -> Tensor:
+        """Logits to gates of the same shape."""
+        uniform = torch.rand(logits.shape, generator=self.generator, device=logits.device)
+        logistic = self.noise * torch.logit(uniform, eps=1e-7)
+        soft = torch.sigmoid((logits.float() + logistic) / self.temperature)
+        hard = (logits.float() + logistic > 0).to(soft.dtype)
+        return (hard - soft.detach() + soft).to(logits.dtype)

@@ -1,0 +1,192 @@
+"""Recipes: everything that decides the outcome of a training run, in one frozen configuration.
+
+A named recipe is one run or a sequence of runs (static, then dynamic); each later run starts from the weights of the
+one before it. Settings are overridden by `key=value` words; nested ones by `model.depth=12`; in a sequence,
+`static.key` and `dynamic.key` address one run and a bare key all of them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from enum import StrEnum
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from dydit.errors import ConfigError
+from dydit.models.config import ModelConfig, Routers, Strict, parse_config
+
+
+class Stage(StrEnum):
+    """What a run trains."""
+
+    STATIC = "static"  # a plain DiT, every unit and token on
+    DYNAMIC = "dynamic"  # routers and weights together, towards a share of the compute
+
+
+class Precision(StrEnum):
+    """The type of the matrix products; weights, moments and losses are fp32 in both."""
+
+    FP32 = "fp32"
+    BF16 = "bf16"
+
+
+class LearningRateSchedule(StrEnum):
+    """What the learning rate does after its linear warm-up."""
+
+    CONSTANT = "constant"
+    COSINE = "cosine"  # half a cosine, to a twentieth of the peak
+
+
+class Recipe(Strict):
+    """One training run. Defaults are those of the paper for lambda 0.5 (Zhao et al. 2025, and their code)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    name: str
+    stage: Stage
+    model: ModelConfig
+    data: str
+    init: str | None = Field(default=None, description="checkpoint to start from; fresh weights where absent")
+
+    iterations: int = Field(gt=0)
+    batch_size: int = Field(default=256, gt=0, description="images an iteration, over all processes")
+    learning_rate: float = Field(default=1e-4, gt=0)
+    learning_rate_schedule: LearningRateSchedule = LearningRateSchedule.CONSTANT
+    learning_rate_warmup: int = Field(default=0, ge=0, description="iterations of linear warm-up")
+    router_learning_rate: float = Field(default=1.0, gt=0, description="the routers' learning rate, as a multiple")
+    weight_decay: float = Field(default=0.0, ge=0)
+    clip_norm: float | None = Field(default=None, gt=0, description="scale longer gradients down to this norm")
+    grad_norm_limit: float | None = Field(default=200.0, gt=0, description="skip the step where the norm is above")
+    ema_decay: float = Field(default=0.9999, ge=0, lt=1)
+    label_dropout: float = Field(default=0.1, ge=0, le=1)
+    precision: Precision = Precision.FP32
+    seed: int = Field(default=0, ge=0, lt=2**32)
+
+    lambda_target: float = Field(default=0.5, gt=0, le=1, description="share of the blocks' multiply-adds to keep")
+    flops_weight: float = Field(default=2.0, ge=0)
+    ramp_iterations: int = Field(
+        default=1000, ge=0, description="the target falls linearly to lambda_target until here"
+    )
+    ramp_hold: int = Field(default=100, ge=0, description="the target is 1 before this iteration")
+    warmup_iterations: int = Field(default=0, ge=0, description="iterations with the complete model's loss added")
+    temperature: float = Field(default=5.0, gt=0)
+    noise_anneal: float = Field(
+        default=0.0, ge=0, le=1, description="last share of the run in which gate noise goes to 0"
+    )
+    width_bias: float = 15.0
+    token_bias: float = 35.0
+
+    log_every: int = Field(default=50, gt=0)
+    save_every: int = Field(default=500, gt=0)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        if (self.stage is Stage.DYNAMIC) != self.model.dynamic:
+            raise ValueError(f"stage {self.stage} does not go with model.routers {self.model.routers}")
+        if self.batch_size % 4:
+            raise ValueError(f"batch_size {self.batch_size} is not a multiple of 4 (timesteps are drawn by quarters)")
+        return self
+
+    def target(self, iteration: int) -> float:
+        """The FLOPs ratio asked for at `iteration` (from 0): 1 while held, then down the ramp to `lambda_target`."""
+        if iteration < self.ramp_hold:
+            return 1.0
+        if iteration >= self.ramp_iterations:
+            return self.lambda_target
+        return 1 - (1 - self.lambda_target) * iteration / self.ramp_iterations
+
+    def gate_noise(self, iteration: int) -> float:
+        """The factor on the gates' noise: 1, going linearly to 0 over the last `noise_anneal` share of the run."""
+        if self.noise_anneal == 0:
+            return 1.0
+        left = self.iterations - 1 - iteration
+        return min(1.0, left / (self.noise_anneal * self.iterations))
+
+
+_DIGITS = ModelConfig(
+    hidden_size=128,
+    depth=6,
+    num_heads=8,
+    patch_size=2,
+    input_size=16,
+    in_channels=1,
+    num_classes=10,
+    routers=Routers.NONE,
+)
+_DIGITS_STATIC = {
+    "name": "digits-static",
+    "stage": "static",
+    "model": _DIGITS.model_dump(mode="json"),
+    "data": "digits",
+    "iterations": 4000,
+    "batch_size": 64,
+    "learning_rate": 1e-3,
+    "learning_rate_schedule": "cosine",
+    "learning_rate_warmup": 100,
+    "clip_norm": 1.0,
+    "ema_decay": 0.999,
+}
+_DIGITS_DYNAMIC = {
+    **_DIGITS_STATIC,
+    "name": "digits-dynamic",
+    "stage": "dynamic",
+    "model": {**_DIGITS.model_dump(mode="json"), "routers": "first-on"},
+    "iterations": 3000,
+    "learning_rate": 3e-4,
+    "router_learning_rate": 10.0,
+    "width_bias": 5.0,
+    "token_bias": 3.0,
+    "noise_anneal": 0.2,
+}
+RECIPES: dict[str, tuple[dict[str, Any], ...]] = {
+    "digits-static": (_DIGITS_STATIC,),
+    "digits-dynamic": (_DIGITS_DYNAMIC,),
+    "digits": (_DIGITS_STATIC, _DIGITS_DYNAMIC),
+}
+
+
+def find_recipes(name: str, overrides: Sequence[str] = ()) -> tuple[Recipe, ...]:
+    """The runs of the named recipe, with `key=value` overrides applied.
+
+    Raises `ConfigError` for an unknown recipe or key (naming those that exist) and for a value outside its range.
+    """
+    if name not in RECIPES:
+        raise ConfigError(f"unknown recipe {name!r}; known: {', '.join(RECIPES)}")
+    runs = [json.loads(json.dumps(run)) for run in RECIPES[name]]
+    stages = [run["stage"] for run in runs]
+    for word in overrides:
+        key, equals, text = word.partition("=")
+        if not equals:
+            raise ConfigError(f"{word!r} is not of the form key=value")
+        chosen = runs
+        first, _, rest = key.partition(".")
+        if first in tuple(Stage):
+            if first not in stages:
+                raise ConfigError(f"{word!r}: recipe {name} has no {first} run; it has {', '.join(stages)}")
+            chosen, key = [runs[stages.index(first)]], rest
+        for run in chosen:
+            _set(run, key.split("."), _value(text), Recipe, word)
+    return tuple(parse_config(Recipe, run) for run in runs)
+
+
+def _set(values: dict[str, Any], path: list[str], value: Any, kind: type[BaseModel], word: str) -> None:
+    known = kind.model_fields
+    if path[0] not in known:
+        raise ConfigError(f"{word!r}: unknown setting {path[0]!r}; known: {', '.join(known)}")
+    if len(path) == 1:
+        values[path[0]] = value
+        return
+    nested = known[path[0]].annotation
+    if not (isinstance(nested, type) and issubclass(nested, BaseModel)):
+        raise ConfigError(f"{word!r}: {path[0]} has no settings of its own")
+    _set(values[path[0]], path[1:], value, nested, word)
+
+
+def _value(text: str) -> Any:
+    """JSON where it is JSON (numbers, true, null), else the text itself, for pydantic to judge."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text

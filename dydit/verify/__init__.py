@@ -1,0 +1,1 @@
+"""Proof: parity, latency, reports on checkpoints and bundles."""

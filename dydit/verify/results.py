@@ -1,0 +1,333 @@
+"""What parity and bench found, as plain data: frozen models that go to JSON and back, and that reports render.
+
+Steps are execution indices (0 is the noisiest). A measured value is None where it is not a finite number, which JSON
+cannot hold and which no bar allows. `to_json` gives plain dictionaries and lists; `parse` reads them back.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from enum import StrEnum
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import Field
+
+from dydit.models.config import Strict
+
+PACKAGES = ("dydit", "numpy", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "torch")
+
+Measured = float | None
+
+
+def measured(value: float) -> Measured:
+    """A number that JSON can hold: None in place of NaN and infinities."""
+    value = float(value)
+    return value if math.isfinite(value) else None
+
+
+def measured_all(values: Iterable[float]) -> tuple[Measured, ...]:
+    """`measured` of each."""
+    return tuple(measured(value) for value in values)
+
+
+class Result(Strict):
+    """Base of everything here."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dictionaries, lists, strings and numbers."""
+        return self.model_dump(mode="json")
+
+    @classmethod
+    def parse(cls, values: dict[str, Any]) -> Self:
+        """The inverse of `to_json`."""
+        return cls.model_validate(values)
+
+
+class Machine(Result):
+    """Where something was measured."""
+
+    cpu: str
+    cores: int
+    system: str
+    python: str
+    packages: dict[str, str]
+    date: str = Field(description="UTC, ISO 8601")
+
+    @classmethod
+    def here(cls) -> Machine:
+        """This machine, now."""
+        packages = {}
+        for package in PACKAGES:
+            try:
+                packages[package] = version(package)
+            except PackageNotFoundError:
+                continue
+        return cls(
+            cpu=_cpu_name(),
+            cores=_cores(),
+            system=platform.platform(),
+            python=platform.python_version(),
+            packages=packages,
+            date=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+class Status(StrEnum):
+    """How a hop ended."""
+
+    PASSED = "passed"
+    FAILED = "failed"
+    SKIPPED = "skipped"  # `detail` says why
+
+
+class Departure(Result):
+    """Where two sides of a hop first part. Each field is None where the question does not arise."""
+
+    step: int | None = None
+    timestep: int | None = None
+    block: int | None = None
+    where: str = Field(description="in words: which weight, router, or part of the step")
+
+
+class FlippedImage(Result):
+    """An image that routed a token differently, and where it began.
+
+    `step` and `block` are where the first token flipped (from where the image's values may jump); `margin` the largest
+    |logit| of the tokens that flipped there, in root mean squares of that block's logits: tiny for a tie; `flips` the
+    tokens that differ in all its steps; `value` the relative L2 of what the hop compares, of its worst step.
+    """
+
+    image: int
+    step: int
+    timestep: int
+    block: int
+    margin: Measured
+    tie: bool
+    flips: int
+    value: Measured
+
+
+class Hop(Result):
+    """One comparison of two forms of the model.
+
+    `worst`: the largest value over steps and over images whose decisions agree (masks, weights: how many bits, elements
+    differ). Of the arrays, the entry k belongs to `ParityReport.steps_compared[k]`, except for the run, which has all
+    steps: `per_step` the largest value over images that agree (None where none does), `per_step_contribution` the same
+    measured on x_prev - c_x*x, the part that comes from the model (information, no bar), `per_step_flips` the tokens
+    that flipped. `per_image`: each image's largest value over the steps in which its decisions agree; of the run, its
+    final latents. `per_block`: at the step of departure, the relative L2 of the residual stream after each block.
+    """
+
+    name: str = Field(description="masks, weights, sliced, step or run")
+    title: str
+    measure: str
+    bar: float
+    reason: str = Field(description="why this bar")
+    status: Status
+    detail: str = Field(description="one line: what was found, or why it was skipped")
+    worst: Measured = None
+    worst_step: int | None = None
+    worst_image: int | None = None
+    departure: Departure | None = None
+    per_step: tuple[Measured, ...] = ()
+    per_step_contribution: tuple[Measured, ...] = ()
+    per_step_flips: tuple[int, ...] = ()
+    per_image: tuple[Measured, ...] = ()
+    per_block: tuple[Measured, ...] = ()
+    decisions: int = Field(default=0, description="token routing decisions compared")
+    flips: int = Field(default=0, description="how many of them differ")
+    flipped_images: tuple[FlippedImage, ...] = ()
+
+    @property
+    def agreement(self) -> float:
+        """Share of the token routing decisions that agree; 1 where there are none."""
+        return 1 - self.flips / self.decisions if self.decisions else 1.0
+
+
+class ParityReport(Result):
+    """Hop by hop from the reference model to what a backend runs."""
+
+    bundle: str
+    checkpoint: str
+    backend: str
+    threads: int
+    device: str
+    labels: tuple[int, ...]
+    seed: int
+    cfg_scale: float | None = Field(description="null: without guidance")
+    steps: int
+    sampler: str
+    routing: str | None
+    steps_compared: tuple[int, ...]
+    timesteps: tuple[int, ...]
+    stale_reasons: tuple[str, ...]
+    hops: tuple[Hop, ...]
+    token_share: tuple[float, ...] = Field(description="per sampling step, share of tokens that entered the MLP")
+    flops_ratio: tuple[float, ...] = Field(description="per sampling step, of the reference (PAPER: F_dyn / F_static)")
+    machine: Machine
+    seconds: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether every hop passed."""
+        return all(hop.status is Status.PASSED for hop in self.hops)
+
+    @property
+    def first_failure(self) -> Hop | None:
+        """The first hop that did not pass."""
+        return next((hop for hop in self.hops if hop.status is not Status.PASSED), None)
+
+    def hop(self, name: str) -> Hop:
+        """A hop by name."""
+        return next(hop for hop in self.hops if hop.name == name)
+
+    @property
+    def summary(self) -> str:
+        """One line."""
+        failed = self.first_failure
+        if failed is None:
+            return f"parity holds: {', '.join(hop.name for hop in self.hops)}"
+        at = f": {failed.departure.where}" if failed.departure else ""
+        return f"parity fails at {failed.name}: {failed.detail}{at}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, with the verdict."""
+        failed = self.first_failure
+        return super().to_json() | {
+            "ok": self.ok,
+            "first_failure": failed.name if failed else None,
+            "summary": self.summary,
+        }
+
+    @classmethod
+    def parse(cls, values: dict[str, Any]) -> ParityReport:
+        """The inverse of `to_json`; the verdict is derived again."""
+        return cls.model_validate({k: v for k, v in values.items() if k not in ("ok", "first_failure", "summary")})
+
+
+class SideKind(StrEnum):
+    """What a side of a benchmark runs."""
+
+    BUNDLE = "bundle"
+    TORCH_MASKED = "torch-masked"  # dense compute times masks, eager: what the public code does
+    TORCH_STATIC = "torch-static"  # the same weights, routers ignored
+
+
+class Side(Result):
+    """One side of a benchmark: `path` is a bundle's folder or a checkpoint; `backend` is for bundles."""
+
+    name: str
+    kind: SideKind
+    path: str
+    backend: str = "onnxruntime"
+
+
+class SideResult(Result):
+    """What one side took. Times are wall-clock milliseconds of a step, whole batch, guidance included.
+
+    `round_ms`: mean over the round's steps, one entry per counted round; `step_ms`: median over the rounds, per step
+    measured. `peak_bytes`: largest resident size of the side's process; `load_seconds`: to read and compile all that
+    the measured steps need, `subnets_loaded` of them. `token_share`, `flops_ratio`: per measured step, of the very
+    tokens that it routed; `macs`: multiply-adds of an image's blocks, mean over the measured steps.
+    """
+
+    side: Side
+    load_seconds: float
+    subnets_loaded: int
+    round_ms: tuple[float, ...]
+    step_ms: tuple[float, ...]
+    median_ms: float
+    min_ms: float
+    max_ms: float
+    peak_bytes: int
+    images_per_second: float = Field(
+        description="extrapolated to all sampling steps from those measured; loading apart"
+    )
+    overflows: int = Field(description="steps that ran again at full capacity, in all counted rounds; in the times")
+    token_share: tuple[float, ...]
+    flops_ratio: tuple[float, ...]
+    macs: float
+
+
+class Comparison(Result):
+    """A side against another, round by round of the same run.
+
+    `ratios` = time of `other` / time of `side`, pair by pair (above 1: `side` is faster); `allowed` = multiply-adds of
+    `other` / of `side`, the speed-up that compute alone would give; `achieved` = median ratio / allowed.
+    """
+
+    side: str
+    other: str
+    ratios: tuple[float, ...]
+    median: float
+    min: float
+    max: float
+    allowed: float
+    achieved: float
+
+
+class BenchReport(Result):
+    """All sides of one run, which took turns, each in its own process; and every pair of them compared."""
+
+    batch: int
+    rows: int = Field(description="what the model runs on: batch, or twice that with guidance")
+    threads: int
+    repeats: int
+    warmup: int
+    seed: int
+    steps: int = Field(description="sampling steps of a whole run")
+    steps_measured: tuple[int, ...]
+    timesteps: tuple[int, ...]
+    sides: tuple[SideResult, ...]
+    comparisons: tuple[Comparison, ...] = Field(description="the first side against each other one")
+    load_average: tuple[float, float] = Field(
+        description="of the machine, one minute, before and after: others' work shows"
+    )
+    machine: Machine
+    seconds: float
+
+    def side(self, name: str) -> SideResult:
+        """A side by name."""
+        return next(side for side in self.sides if side.side.name == name)
+
+    def comparison(self, other: str) -> Comparison:
+        """The first side against another one."""
+        return next(pair for pair in self.comparisons if pair.other == other)
+
+    @property
+    def summary(self) -> str:
+        """One line, saying how much of the run was measured."""
+        first = self.sides[0]
+        measured_of = f"steps measured: {len(self.steps_measured)} of {self.steps}"
+        versus = "; ".join(
+            f"{pair.median:.2f}x as fast as {pair.other} ({pair.allowed:.2f}x allowed)" for pair in self.comparisons
+        )
+        return f"{first.side.name}: {first.median_ms:.1f} ms a step ({measured_of}){'; ' if versus else ''}{versus}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, with the summary."""
+        return super().to_json() | {"summary": self.summary}
+
+    @classmethod
+    def parse(cls, values: dict[str, Any]) -> BenchReport:
+        """The inverse of `to_json`."""
+        return cls.model_validate({k: v for k, v in values.items() if k != "summary"})

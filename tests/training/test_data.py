@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dydit.errors import ConfigError
+from dydit.models.config import ModelConfig
+from dydit.training.data import Digits, digits_pixels, enlarge, open_data
+
+
+def test_digits_are_images_in_range_with_their_labels() -> None:
+    data = Digits()
+    images, labels = data.batch(np.array([0, 5, 1796]))
+    assert images.dtype == np.float32 and images.shape == (3, 1, 16, 16)
+    assert labels.dtype == np.int64 and labels.tolist() == [0, 5, 8]
+    assert len(data) == 1797 and data.images.min() == -1 and data.images.max() == 1
+    assert np.unique(data.labels).tolist() == list(range(10))
+
+
+def test_enlarged_digits_are_the_digits() -> None:
+    from sklearn.datasets import load_digits
+
+    small = load_digits().images.reshape(-1, 64) / 16
+    features = digits_pixels(Digits().images)
+    # Interpolation blurs, but each image stays nearest to its own original.
+    distances = ((features[:50, None] - small[None, :50]) ** 2).sum(-1)
+    assert (distances.argmin(1) == np.arange(50)).all()
+    assert np.corrcoef(features.ravel(), small.ravel())[0, 1] > 0.95
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(2, 9), st.floats(-3, 3), st.floats(-3, 3))
+def test_enlarging_keeps_straight_lines(length: int, slope: float, start: float) -> None:
+    line = start + slope * np.arange(length)
+    long = enlarge(line, 0)
+    assert long.shape == (2 * length,)
+    inside = start + slope * ((np.arange(2 * length) + 0.5) / 2 - 0.5)
+    np.testing.assert_allclose(long[1:-1], inside[1:-1], atol=1e-12)
+    np.testing.assert_allclose(long[[0, -1]], line[[0, -1]], atol=1e-12)
+
+
+def test_enlarging_works_along_any_axis() -> None:
+    values = np.random.default_rng(0).normal(size=(3, 4, 5))
+    for axis in range(3):
+        np.testing.assert_allclose(enlarge(values, axis), np.apply_along_axis(enlarge, axis, values, 0))
+
+
+def test_pixels_are_means_of_two_by_two_in_zero_to_one() -> None:
+    image = np.full((1, 1, 16, 16), -1.0, np.float32)
+    image[0, 0, 2:4, 6:8] = [[1, -1], [0, 0]]
+    image[0, 0, 14:, 14:] = 7  # outside the range of images
+    features = digits_pixels(image)[0]
+    assert features[8 * 1 + 3] == pytest.approx(0.5)
+    assert features[63] == 1
+    assert np.count_nonzero(features) == 2
+
+
+def test_pixels_refuse_other_shapes() -> None:
+    with pytest.raises(ConfigError, match=r"\[n, 1, 16, 16\]; got \[2, 16, 16\]"):
+        digits_pixels(np.zeros((2, 16, 16)))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("imagenet", {}, "unknown data 'imagenet'; known: digits"),
+        ("digits", {"input_size": 32}, r"images of \(1, 16, 16\), but the model takes \(1, 32, 32\)"),
+        ("digits", {"in_channels": 3}, "but the model takes"),
+        ("digits", {"num_classes": 9}, "10 classes, but the model knows 9"),
+    ],
+)
+def test_data_that_does_not_fit_is_refused(
+    name: str, changes: dict[str, int], message: str, static_config: ModelConfig
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        open_data(name, static_config.model_copy(update=changes))

@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from dydit.diffusion.coefficients import step_coefficients
+from dydit.diffusion.schedule import Sampler, Schedule
+from dydit.models.config import ModelConfig
+from dydit.models.cost import attention_macs, mlp_macs
+from dydit.models.dit import DiT
+from dydit.models.routers import Decisions, GumbelSigmoid, Masked, Recording
+from dydit.training.losses import (
+    AnnealedGumbelSigmoid,
+    Process,
+    achieved_ratio,
+    add_noise,
+    diffusion_loss,
+    discretized_normal_log_likelihood,
+    flops_loss,
+    normal_kl,
+)
+
+PROCESS = Process.training()
+
+
+def draws(seed: int = 0, batch: int = 6) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shape = (batch, 1, 4, 4)
+    x0 = torch.rand(shape, generator=generator) * 2 - 1
+    x0[:, :, 0, :2] = torch.tensor([-1.0, 1.0])  # the outer bins too
+    noise = torch.randn(shape, generator=generator)
+    t = torch.tensor([0, 1, 2, 250, 700, 999])[:batch]
+    output = torch.randn((batch, 2, 4, 4), generator=generator) * 0.5
+    return {"output": output, "x0": x0, "x_t": add_noise(PROCESS, x0, t, noise), "t": t, "noise": noise}
+
+
+def test_noise_is_added_as_the_schedule_says() -> None:
+    d = draws()
+    a = Schedule.training().alphas_cumprod[d["t"].numpy()][:, None, None, None]
+    expected = np.sqrt(a) * d["x0"].numpy() + np.sqrt(1 - a) * d["noise"].numpy()
+    np.testing.assert_allclose(d["x_t"].numpy(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_two_terms_agree_with_an_independent_computation_in_float64() -> None:
+    d = draws()
+    mse, vb = diffusion_loss(PROCESS, **d)
+    schedule, coefficients = Schedule.training(), step_coefficients(Schedule.training(), Sampler.DDPM)[::-1]
+    of_x0, of_xt = schedule.posterior_mean_coefficients
+    arrays = {key: value.double().numpy() for key, value in d.items()}
+    for i, t in enumerate(d["t"].tolist()):
+        eps, v = arrays["output"][i]
+        c, x0, x_t = coefficients[t], arrays["x0"][i, 0], arrays["x_t"][i, 0]
+        assert float(mse[i]) == pytest.approx(((eps - arrays["noise"][i, 0]) ** 2).mean(), rel=1e-5)
+        mean, deviation = c[0] * x_t + c[1] * eps, np.exp(c[3] * v + c[4])  # as the sampler steps
+        if t == 0:
+            edges = np.where(x0 > 0.999, np.inf, x0 + 1 / 255), np.where(x0 < -0.999, -np.inf, x0 - 1 / 255)
+            probability = stats.norm.cdf(edges[0], mean, deviation) - stats.norm.cdf(edges[1], mean, deviation)
+            expected = -np.log2(np.maximum(probability, 1e-12)).mean()
+        else:
+            true = of_x0[t] * x0 + of_xt[t] * x_t
+            variance = schedule.posterior_variance[t]
+            kl = np.log(deviation) - np.log(variance) / 2 + (variance + (true - mean) ** 2) / (2 * deviation**2) - 0.5
+            expected = kl.mean() / math.log(2)
+        assert float(vb[i]) == pytest.approx(expected, rel=2e-3, abs=1e-6), t
+
+
+def test_the_variational_term_trains_the_variance_only() -> None:
+    d = draws()
+    d["output"].requires_grad_(True)
+    _, vb = diffusion_loss(PROCESS, **d)
+    vb.sum().backward()
+    gradient = d["output"].grad
+    assert gradient is not None
+    assert (gradient[:, 0] == 0).all() and (gradient[:, 1] != 0).float().mean() > 0.5
+
+
+def test_a_model_without_learned_variance_has_no_variational_term() -> None:
+    d = draws()
+    d["output"] = d["output"][:, :1]
+    mse, vb = diffusion_loss(PROCESS, **d)
+    assert (mse > 0).all() and (vb == 0).all()
+
+
+def test_perfect_noise_and_the_smallest_variance_leave_only_the_posterior() -> None:
+    d = draws()
+    d["output"] = torch.cat([d["noise"], -torch.ones_like(d["noise"])], 1)
+    mse, vb = diffusion_loss(PROCESS, **d)
+    assert (mse == 0).all()
+    assert (vb[1:].abs() < 1e-3).all()  # KL of equal normals, up to fp32
+
+
+def test_kl_is_zero_for_equal_normals_and_positive_else() -> None:
+    one, zero = torch.ones(()), torch.zeros(())
+    assert float(normal_kl(one, zero, one, zero)) == 0
+    assert float(normal_kl(one, zero, zero, zero)) == pytest.approx(0.5)
+    assert float(normal_kl(zero, zero, zero, one)) > 0
+
+
+def test_the_likelihood_of_all_256_values_sums_to_one() -> None:
+    values = torch.linspace(-1, 1, 256, dtype=torch.float64)
+    for mean, log_std in ((0.3, -1.0), (-0.98, -3.0), (2.0, 0.0)):
+        log = discretized_normal_log_likelihood(values, torch.tensor(mean), torch.tensor(log_std, dtype=torch.float64))
+        assert float(log.exp().sum()) == pytest.approx(1, abs=1e-6)
+
+
+def test_the_flops_ratio_counts_what_is_on(dynamic_config: ModelConfig) -> None:
+    heads, groups = torch.zeros(2, 3, 4), torch.zeros(2, 3, 4)
+    tokens = torch.zeros(2, 3, dynamic_config.tokens)
+    heads[:, :, 0] = 1
+    heads[1, 2] = 1
+    groups[0, 1] = 1
+    tokens[0, 1, :8] = 1
+    attention, mlp = attention_macs(dynamic_config), mlp_macs(dynamic_config)
+    whole = 2 * (attention + mlp)
+    expected = [attention * 2 / 4 / whole, (attention * 2 / 4 + mlp / 2) / whole, attention * 5 / 4 / whole]
+    got = achieved_ratio(dynamic_config, Decisions(heads, groups, tokens))
+    torch.testing.assert_close(got, torch.tensor(expected))
+    assert float(flops_loss(got, 0.5, 2.0)) == pytest.approx(2 * (np.mean(expected) - 0.5) ** 2)
+
+
+@pytest.mark.parametrize("target", [0.01, 0.999])
+def test_the_flops_loss_pushes_every_router_towards_the_target(
+    target: float, dynamic_config: ModelConfig, randomised: Callable[..., DiT]
+) -> None:
+    model = randomised(dynamic_config)
+    gating = Recording(GumbelSigmoid(torch.Generator().manual_seed(0)), dynamic_config)
+    model(draws16(), torch.tensor([3, 600]), torch.tensor([1, 2]), gating)
+    ratio = achieved_ratio(dynamic_config, gating.decisions())
+    assert 0.05 < float(ratio.detach().mean()) < 0.95
+    flops_loss(ratio, target, 2.0).backward()
+    sign = 1 if target < 0.5 else -1
+    for block in model.blocks:
+        for bias in (block.attn_rate.router.bias, block.mlp_rate.router.bias, block.token_selection.mlp_head[2].bias):
+            assert (sign * bias.grad > 0).all()
+
+
+def draws16() -> torch.Tensor:
+    return torch.randn(2, 1, 16, 16, generator=torch.Generator().manual_seed(5))
+
+
+def test_without_noise_the_gates_are_those_of_inference() -> None:
+    logits = torch.tensor([-2.0, -1e-7, 0.0, 1e-7, 0.3, math.inf])
+    gates = AnnealedGumbelSigmoid(torch.Generator().manual_seed(0), 5.0, noise=0.0).gate(logits)
+    assert gates.round().equal(Masked().gate(logits))
+    torch.testing.assert_close(gates, Masked().gate(logits))
+
+
+def test_with_full_noise_the_gates_are_those_of_the_paper() -> None:
+    logits = torch.randn(1000, generator=torch.Generator().manual_seed(1))
+    full = AnnealedGumbelSigmoid(torch.Generator().manual_seed(2), 5.0, noise=1.0).gate(logits)
+    paper = GumbelSigmoid(torch.Generator().manual_seed(2), 5.0).gate(logits)
+    assert full.equal(paper)
+    none = AnnealedGumbelSigmoid(torch.Generator().manual_seed(2), 5.0, noise=0.0).gate(logits)
+    half = AnnealedGumbelSigmoid(torch.Generator().manual_seed(2), 5.0, noise=0.5).gate(logits)
+    flips = [(gates.round() != none.round()).float().mean() for gates in (none, half, full)]
+    assert flips[0] == 0 and 0.05 < flips[1] < flips[2]
+
+
+def test_gates_are_open_as_often_as_the_sigmoid_says() -> None:
+    for logit in (-1.0, 0.5):
+        gates = AnnealedGumbelSigmoid(torch.Generator().manual_seed(3), 5.0, 1.0).gate(torch.full((20_000,), logit))
+        assert float(gates.mean()) == pytest.approx(1 / (1 + math.exp(-logit)), abs=0.015)
+
+
+def test_gradients_of_gates_are_the_sigmoids() -> None:
+    logits = torch.tensor([-3.0, 0.0, 4.0], requires_grad=True)
+    AnnealedGumbelSigmoid(torch.Generator().manual_seed(0), 5.0, noise=0.0).gate(logits).sum().backward()
+    soft = torch.sigmoid(logits.detach() / 5)
+    torch.testing.assert_close(logits.grad, soft * (1 - soft) / 5)
