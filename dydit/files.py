@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -11,7 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from dydit.errors import OutputError
 
@@ -36,8 +37,9 @@ def fsync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write `data` to `path` through a temporary sibling and a rename.
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Yield a file to write; on success it becomes `path` by a rename, on failure nothing is left of it.
 
     Raises `OutputError` where the disk is full or the folder cannot be written.
     """
@@ -47,7 +49,7 @@ def write_atomic(path: Path, data: bytes) -> None:
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
         try:
             with os.fdopen(handle, "wb") as file:
-                file.write(data)
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             os.chmod(name, 0o644)
@@ -57,6 +59,12 @@ def write_atomic(path: Path, data: bytes) -> None:
                 os.unlink(name)
             raise
         fsync_folder(path.parent)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write `data` to `path`, all of it or nothing. Raises as `atomic_file` does."""
+    with atomic_file(path) as file:
+        file.write(data)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -88,6 +96,9 @@ def new_folder(path: Path) -> Iterator[Path]:
                 if file.is_file():
                     with open(file, "rb") as opened:
                         os.fsync(opened.fileno())
+                elif file.is_dir():
+                    fsync_folder(file)
+            fsync_folder(part)
             os.chmod(part, 0o755)
             require_absent(path)
             os.rename(part, path)
@@ -99,7 +110,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 def remove_stale_parts(path: Path) -> None:
     """Remove the temporary folders that killed runs left beside `path`; those of living processes stay."""
-    for part in path.parent.glob(f".{path.name}.*.part"):
+    for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
         owner = part.name.split(".")[-2]
         if owner.isdigit() and not _alive(int(owner)):
             shutil.rmtree(part, ignore_errors=True)
@@ -121,10 +132,10 @@ def explained(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno == errno.ENOSPC:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise OutputError(f"no space left on the disk that holds {path}; free some and run again") from error
         if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
             raise OutputError(f"cannot write {path}: {error.strerror}; choose a folder that can be written") from error
-        if error.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
+        if error.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENOTEMPTY, errno.ENAMETOOLONG):
             raise OutputError(f"cannot write {path}: {error.strerror}; choose another output") from error
         raise

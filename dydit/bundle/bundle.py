@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dydit.bundle.manifest import MANIFEST, WEIGHTS, Manifest, parse_manifest
-from dydit.errors import BundleError
+from dydit.bundle.manifest import MANIFEST, STORAGE, WEIGHTS, FileEntry, Manifest, parse_manifest
+from dydit.errors import BundleError, one_line
 from dydit.files import sha256_of
 
 
@@ -30,20 +30,11 @@ class Bundle:
         if not folder.exists():
             raise BundleError(f"{folder} does not exist; make a bundle with `dydit export CHECKPOINT --out {folder}`")
         manifest = parse_manifest(folder / MANIFEST)
-        root = folder.resolve()
         for name, entry in manifest.files.items():
-            file = folder / name
-            if not file.resolve().is_relative_to(root):
-                raise BundleError(f"{folder}: path {name!r} leaves the bundle; do not use it")
-            if not file.is_file():
-                raise BundleError(f"{folder}: {name} is missing; export the bundle again")
-            if file.stat().st_size != entry.bytes:
-                raise BundleError(
-                    f"{folder}: {name} has {file.stat().st_size} bytes, the manifest says {entry.bytes} "
-                    "(truncated or replaced); export the bundle again"
-                )
-            if verify and sha256_of(file) != entry.sha256:
-                raise BundleError(f"{folder}: {name} was changed (its SHA-256 differs); export the bundle again")
+            try:
+                _check_file(folder, name, entry, verify)
+            except (OSError, RuntimeError) as error:  # unreadable, a name too long, symlinks in a circle
+                raise BundleError(f"{folder}: {name} cannot be read: {one_line(error)}") from error
         bundle = cls(folder, manifest)
         bundle._check_weights()
         return bundle
@@ -51,7 +42,7 @@ class Bundle:
     def _check_weights(self) -> None:
         size = self.manifest.files[WEIGHTS].bytes
         for name, entry in self.manifest.weights.items():
-            if entry.offset + int(np.prod(entry.shape)) * np.dtype(entry.dtype).itemsize > size:
+            if entry.offset + entry.nbytes > size:
                 raise BundleError(f"{self.path}: weight {name} lies outside {WEIGHTS}; export the bundle again")
 
     def file(self, name: str) -> Path:
@@ -71,6 +62,21 @@ class Bundle:
         return mask.reshape(-1, mask.shape[-1]).astype(np.float32)
 
     def weight(self, name: str) -> np.ndarray:
-        """A stored tensor, memory-mapped read-only; see `dydit.export.weights` for the names and layouts."""
+        """A stored tensor, memory-mapped read-only, of the type that `STORAGE` gives; see `dydit.models.layout`."""
         entry = self.manifest.weights[name]
-        return np.memmap(self.path / WEIGHTS, entry.dtype, "r", entry.offset, entry.shape)
+        return np.memmap(self.path / WEIGHTS, STORAGE[entry.dtype], "r", entry.offset, entry.shape)
+
+
+def _check_file(folder: Path, name: str, entry: FileEntry, verify: bool) -> None:
+    file = folder / name
+    if not file.resolve().is_relative_to(folder.resolve()):
+        raise BundleError(f"{folder}: path {name!r} leaves the bundle; do not use it")
+    if not file.is_file():
+        raise BundleError(f"{folder}: {name} is missing; export the bundle again")
+    if file.stat().st_size != entry.bytes:
+        raise BundleError(
+            f"{folder}: {name} has {file.stat().st_size} bytes, the manifest says {entry.bytes} "
+            "(truncated or replaced); export the bundle again"
+        )
+    if verify and sha256_of(file) != entry.sha256:
+        raise BundleError(f"{folder}: {name} was changed (its SHA-256 differs); export the bundle again")

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from enum import StrEnum
+from itertools import accumulate
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
 import numpy as np
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, FiniteFloat, NonNegativeInt, ValidationError, field_validator, model_validator
 
 from dydit.diffusion.coefficients import COEFFICIENTS
 from dydit.diffusion.schedule import Sampler
-from dydit.errors import BundleError
+from dydit.errors import BundleError, one_line
 from dydit.models.config import ModelConfig, Strict
 
 SCHEMA_VERSION: Literal[1] = 1
@@ -31,6 +33,31 @@ class Routing(StrEnum):
     DYNAMIC = "dynamic"  # NonZero, Gather, MLP, ScatterND: least compute, data-dependent shapes
     CAPACITY = "capacity"  # static shapes: prefix-sum compaction into a fixed number of slots
     DENSE = "dense"  # every token, multiplied by the mask: the yardstick
+
+
+StoredType = Literal["float32", "float16", "bfloat16"]
+
+
+class Precision(StrEnum):
+    """The type of matrix products and attention, and of their weights; all else is fp32 (DESIGN, decision 9)."""
+
+    FP32 = "fp32"
+    FP16 = "fp16"
+    BF16 = "bf16"
+
+    @property
+    def dtype(self) -> StoredType:
+        """The name of the type, as `WeightEntry` has it."""
+        return _STORED[self]
+
+
+_STORED: dict[Precision, StoredType] = {
+    Precision.FP32: "float32",
+    Precision.FP16: "float16",
+    Precision.BF16: "bfloat16",
+}
+STORAGE = {"float32": "float32", "float16": "float16", "bfloat16": "uint16"}
+"""NumPy's type for each stored type; it has no bfloat16, whose bits are read as uint16."""
 
 
 class PlanKind(StrEnum):
@@ -49,11 +76,21 @@ class FileEntry(Strict):
 
 
 class WeightEntry(Strict):
-    """Where a stored tensor lies in `weights.bin`: byte offset, shape, NumPy dtype name."""
+    """Where a stored tensor lies in `weights.bin`: byte offset, shape, type."""
 
     offset: int = Field(ge=0)
-    shape: tuple[int, ...]
-    dtype: str = "float32"
+    shape: tuple[NonNegativeInt, ...]
+    dtype: StoredType = "float32"
+
+    @property
+    def item_bytes(self) -> int:
+        """Bytes of one number."""
+        return 4 if self.dtype == "float32" else 2
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor."""
+        return self.item_bytes * math.prod(self.shape)
 
 
 class SamplingEntry(Strict):
@@ -61,7 +98,7 @@ class SamplingEntry(Strict):
 
     sampler: Sampler
     timesteps: tuple[int, ...]
-    coefficients: tuple[tuple[float, ...], ...]
+    coefficients: tuple[tuple[FiniteFloat, ...], ...]
     cfg_channels: int = Field(ge=1, description="how many latent channels guidance acts on")
 
     @model_validator(mode="after")
@@ -108,9 +145,9 @@ class PlanEntry(Strict):
 
     kind: PlanKind
     segments: tuple[SegmentEntry, ...]
-    macs: float
-    per_step_macs: float
-    static_macs: float
+    macs: FiniteFloat
+    per_step_macs: FiniteFloat
+    static_macs: FiniteFloat
 
 
 class Manifest(Strict):
@@ -125,7 +162,7 @@ class Manifest(Strict):
     head_order: tuple[tuple[int, ...], ...]
     group_order: tuple[tuple[int, ...], ...]
     routing: Routing | None = Field(description="null: a static model, whose tokens all enter the MLP")
-    precision: Literal["fp32"]
+    precision: Precision
     max_batch: int = Field(ge=1)
     weights: dict[str, WeightEntry]
     files: dict[str, FileEntry]
@@ -140,13 +177,15 @@ class Manifest(Strict):
             path = PurePosixPath(name)
             if path.is_absolute() or ".." in path.parts or "\\" in name or not path.parts:
                 raise ValueError(f"path {name!r} leaves the bundle")
+            if not name.isprintable():
+                raise ValueError(f"path {name!r} is no file name")
         return files
 
     @model_validator(mode="after")
     def _consistent(self) -> Manifest:
         steps = self.sampling.steps
-        covered = [step for segment in self.plan.segments for step in segment.steps]
-        if covered != list(range(steps)):
+        ends = list(accumulate((segment.count for segment in self.plan.segments), initial=0))
+        if [segment.first for segment in self.plan.segments] != ends[:-1] or ends[-1] != steps:
             raise ValueError("the plan's segments do not cover the sampling steps once each, in order")
         if any(segment.subnet >= len(self.subnets) for segment in self.plan.segments):
             raise ValueError("the plan names a subnetwork that is not there")
@@ -154,7 +193,7 @@ class Manifest(Strict):
             raise ValueError("there is not one mask per sampling step")
         depth, heads = self.model.depth, self.model.num_heads
         for order in (self.head_order, self.group_order):
-            if len(order) != depth or any(sorted(units) != list(range(heads)) for units in order):
+            if len(order) != depth or any(len(units) != heads or set(units) != set(range(heads)) for units in order):
                 raise ValueError("a unit order is not a permutation of the units of each block")
         for name in (WEIGHTS, CONDITIONING, *(s.file for s in self.subnets), *(s.full_file for s in self.subnets)):
             if name is not None and name not in self.files:
@@ -212,8 +251,10 @@ def parse_manifest(path: Path) -> Manifest:
         raise BundleError(f"{path.parent} is not a bundle: it has no {MANIFEST}") from error
     except NotADirectoryError as error:
         raise BundleError(f"{path.parent} is not a bundle: a bundle is a folder, made by `dydit export`") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise BundleError(f"{path} is damaged: not JSON ({error}); export the bundle again") from error
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read: {error.strerror}; check its permissions and the disk") from error
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, a number of thousands of digits, too deep
+        raise BundleError(f"{path} is damaged: not JSON ({one_line(error)}); export the bundle again") from error
     version = values.get("schema_version") if isinstance(values, dict) else None
     if version != SCHEMA_VERSION:
         raise BundleError(f"{path}: schema version {version!r}, this program reads {SCHEMA_VERSION}; export again")
@@ -222,7 +263,8 @@ def parse_manifest(path: Path) -> Manifest:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "manifest"
-        raise BundleError(f"{path} is not valid: {where}: {first['msg']}; export the bundle again") from error
+        trouble = one_line(ValueError(f"{where}: {first['msg']}"))
+        raise BundleError(f"{path} is not valid: {trouble}; export the bundle again") from error
     if manifest.digest != manifest.compute_digest():
         raise BundleError(f"{path} was changed after it was written (its digest differs); export the bundle again")
     return manifest

@@ -46,5 +46,5 @@ def step_coefficients(schedule: Schedule, sampler: Sampler, learn_sigma: bool = 
 
 
 def apply_step(c: np.ndarray, x: np.ndarray, eps: np.ndarray, v: np.ndarray | float, noise: np.ndarray) -> np.ndarray:
-    """The formula at the top of this module, for arrays of any one shape (NumPy, or torch tensors with c as floats)."""
+    """The formula at the top of this module; NumPy arrays of any one shape."""
     return c[0] * x + c[1] * eps + c[2] * np.exp(c[3] * v + c[4]) * noise

@@ -2,7 +2,9 @@
 
 Shapes: x [rows, N, D]; modulation vectors [rows, 1, D]; T = rows*N tokens, flattened over the batch before routing. A
 function's weights are inputs, so it does not know whether they are constants or graph inputs, nor how wide they are.
-The arithmetic is that of `dydit.models.dit`, in the order that rounds alike.
+The arithmetic is that of `dydit.models.dit`, in the order that rounds alike. Below fp32, only matrix products and
+attention work in the lower type: values are cast at their edges, and the residual stream, modulation, routers and the
+sampler's formula stay in fp32 (DESIGN, decision 9).
 """
 
 from __future__ import annotations
@@ -13,8 +15,8 @@ from functools import cache
 import numpy as np
 import onnx_ir as ir
 
-from dydit.bundle.manifest import Routing
-from dydit.export.ops import Ops, function
+from dydit.bundle.manifest import Precision, Routing
+from dydit.export.ops import DATA_TYPES, Ops, function
 from dydit.models.config import ModelConfig
 
 NORM_EPS = 1e-6
@@ -34,10 +36,11 @@ def _flat(ops: Ops, x: ir.Value) -> ir.Value:
     return ops.Flatten(x, axis=2)
 
 
-def attention_function(config: ModelConfig, gated: bool) -> ir.Function:
+def attention_function(config: ModelConfig, gated: bool, precision: Precision) -> ir.Function:
     """x + gate * proj(gates * attention(modulated x)), for any number of heads.
 
-    Weights: qkv [h*3*hd, D] head-major, proj [h*hd, D]; `gates` [h]; `qkv_shape` = (rows, N, h or -1, 3*hd).
+    Weights: qkv [h*3*hd, D] head-major, proj [h*hd, D]; `gates` [h]; `qkv_shape` = (rows, N, h or -1, 3*hd). Attention
+    is the operator of that name below fp32, so that compilers fuse it, and three operators in fp32, which none fuses.
     """
     inputs = ["x", "ones", *_VECTORS, "qkv_w", "qkv_b", "proj_w", "proj_b", "qkv_shape", *(["gates"] if gated else [])]
 
@@ -45,31 +48,34 @@ def attention_function(config: ModelConfig, gated: bool) -> ir.Function:
         ops: Ops, x: ir.Value, ones: ir.Value, shift: ir.Value, scale: ir.Value, gate: ir.Value, *rest: ir.Value
     ) -> Values:
         qkv_w, qkv_b, proj_w, proj_b, qkv_shape, *gates = rest
-        hidden = _flat(ops, _modulate(ops, x, ones, shift, scale))
+        hidden = ops.to_precision(_flat(ops, _modulate(ops, x, ones, shift, scale)), precision)
         qkv = ops.Reshape(ops.Gemm(hidden, qkv_w, qkv_b, transB=1), qkv_shape)  # [rows, N, h, 3*hd]
         q, k, v = (ops.Transpose(part, perm=[0, 2, 1, 3]) for part in ops.split(qkv, 3, 3))  # [rows, h, N, hd]
-        scores = ops.MatMul(
-            ops.Mul(q, ops.constant(config.head_dim**-0.5, np.float32)), ops.Transpose(k, perm=[0, 1, 3, 2])
-        )
-        mixed = ops.Transpose(ops.MatMul(ops.Softmax(scores, axis=-1), v), perm=[0, 2, 1, 3])  # [rows, N, h, hd]
+        if precision is Precision.FP32:
+            scaled = ops.Mul(q, ops.constant(config.head_dim**-0.5, np.float32))
+            scores = ops.MatMul(scaled, ops.Transpose(k, perm=[0, 1, 3, 2]))
+            mixed = ops.MatMul(ops.Softmax(scores, axis=-1), v)
+        else:
+            mixed = ops.Attention(q, k, v, scale=config.head_dim**-0.5)
+        mixed = ops.Transpose(mixed, perm=[0, 2, 1, 3])  # [rows, N, h, hd]
         if gates:
-            mixed = ops.Mul(mixed, ops.Unsqueeze(gates[0], ops.constant([1])))
-        out = ops.Gemm(_flat(ops, mixed), proj_w, proj_b)
+            mixed = ops.Mul(mixed, ops.Unsqueeze(ops.to_precision(gates[0], precision), ops.constant([1])))
+        out = ops.to_fp32(ops.Gemm(_flat(ops, mixed), proj_w, proj_b), precision)
         return (ops.Add(x, ops.Mul(gate, ops.Reshape(out, ops.Shape(x)))),)
 
     return function("attention_gated" if gated else "attention", inputs, body)
 
 
-def attention_none_function() -> ir.Function:
+def attention_none_function(precision: Precision) -> ir.Function:
     """Attention with no head on: only the projection's bias is left."""
 
     def body(ops: Ops, x: ir.Value, gate: ir.Value, proj_b: ir.Value) -> Values:
-        return (ops.Add(x, ops.Mul(gate, proj_b)),)
+        return (ops.Add(x, ops.Mul(gate, ops.to_fp32(proj_b, precision))),)
 
     return function("attention_none", ["x", "gate", "proj_b"], body)
 
 
-def mlp_function(config: ModelConfig, routing: Routing | None, gated: bool) -> ir.Function:
+def mlp_function(config: ModelConfig, routing: Routing | None, gated: bool, precision: Precision) -> ir.Function:
     """x + token_mask * gate * fc2(gates * GELU(fc1(modulated x))), with tokens routed as asked (None: no routing).
 
     Weights: fc1 [g*gs, D], fc2 [g*gs, D] group-major; `gates` [g]; `capacity`: token slots per image. Outputs: x, then
@@ -84,33 +90,35 @@ def mlp_function(config: ModelConfig, routing: Routing | None, gated: bool) -> i
         ops: Ops, x: ir.Value, ones: ir.Value, shift: ir.Value, scale: ir.Value, gate: ir.Value, *rest: ir.Value
     ) -> Values:
         values = dict(zip(inputs[5:], rest, strict=True))
-        hidden = _flat(ops, _modulate(ops, x, ones, shift, scale))  # [T, D]
+        hidden = ops.to_precision(_flat(ops, _modulate(ops, x, ones, shift, scale)), precision)  # [T, D]
 
         def mlp(tokens: ir.Value) -> ir.Value:
             inner = ops.Gelu(ops.Gemm(tokens, values["fc1_w"], values["fc1_b"], transB=1), approximate="tanh")
             if gated:
-                inner = ops.Mul(inner, _per_channel(ops, values["gates"], config.group_dim))
+                gates = ops.to_precision(values["gates"], precision)
+                inner = ops.Mul(inner, _per_channel(ops, gates, config.group_dim))
             return ops.Gemm(inner, values["fc2_w"], values["fc2_b"])
 
         if routing is None:
             branch, extra = mlp(hidden), list[ir.Value]()
         else:
             mask = _token_mask(ops, _flat(ops, x), *(values[name] for name in _ROUTER))
-            branch, extra = _ROUTED[routing](ops, config, hidden, mask, values.get("capacity"), mlp)
+            branch, extra = _ROUTED[routing](ops, config.tokens, precision, hidden, mask, values.get("capacity"), mlp)
             extra = [mask, *extra]
-        return (ops.Add(x, ops.Mul(gate, ops.Reshape(branch, ops.Shape(x)))), *extra)
+        branch = ops.to_fp32(ops.Reshape(branch, ops.Shape(x)), precision)
+        return (ops.Add(x, ops.Mul(gate, branch)), *extra)
 
     return function(
         "_".join(["mlp", *([routing.value] if routing else []), *(["gated"] if gated else [])]), inputs, body
     )
 
 
-def mlp_none_function(routed: bool) -> ir.Function:
+def mlp_none_function(routed: bool, precision: Precision) -> ir.Function:
     """The MLP with no group on: fc2's bias on the routed tokens."""
     inputs = ["x", "gate", "fc2_b", *(_ROUTER if routed else ())]
 
     def body(ops: Ops, x: ir.Value, gate: ir.Value, fc2_b: ir.Value, *router: ir.Value) -> Values:
-        branch = ops.Mul(gate, fc2_b)
+        branch = ops.Mul(gate, ops.to_fp32(fc2_b, precision))
         if not routed:
             return (ops.Add(x, branch),)
         tokens = _flat(ops, x)
@@ -135,27 +143,35 @@ def _token_mask(ops: Ops, tokens: ir.Value, w0: ir.Value, b0: ir.Value, w2: ir.V
 
 
 MlpBody = Callable[[ir.Value], ir.Value]
-Branch = tuple[ir.Value, list[ir.Value]]
+Branch = tuple[ir.Value, list[ir.Value]]  # [T, D], and the overflow where there can be one
 
 
-def _dense(ops: Ops, config: ModelConfig, hidden: ir.Value, mask: ir.Value, _: ir.Value | None, mlp: MlpBody) -> Branch:
+def _dense(
+    ops: Ops, tokens: int, precision: Precision, hidden: ir.Value, mask: ir.Value, _: ir.Value | None, mlp: MlpBody
+) -> Branch:
     """Compute all, multiply by the mask."""
-    on = ops.Unsqueeze(ops.Cast(mask, to=ir.DataType.FLOAT), ops.constant([1]))
+    on = ops.Unsqueeze(ops.Cast(mask, to=DATA_TYPES[precision.dtype]), ops.constant([1]))
     return ops.Mul(mlp(hidden), on), []
 
 
 def _dynamic(
-    ops: Ops, config: ModelConfig, hidden: ir.Value, mask: ir.Value, _: ir.Value | None, mlp: MlpBody
+    ops: Ops, tokens: int, precision: Precision, hidden: ir.Value, mask: ir.Value, _: ir.Value | None, mlp: MlpBody
 ) -> Branch:
     """NonZero gives the ids of routed tokens; gather them, and scatter their results into zeros."""
     ids = ops.Reshape(ops.NonZero(mask), ops.constant([-1]))
     out = mlp(ops.Gather(hidden, ids, axis=0))
     zeros = ops.ConstantOfShape(ops.Shape(hidden), value=ir.tensor(np.zeros(1, np.float32)))
-    return ops.ScatterND(zeros, ops.Unsqueeze(ids, ops.constant([1])), out), []
+    return ops.ScatterND(ops.to_precision(zeros, precision), ops.Unsqueeze(ids, ops.constant([1])), out), []
 
 
 def _capacity(
-    ops: Ops, config: ModelConfig, hidden: ir.Value, mask: ir.Value, capacity: ir.Value | None, mlp: MlpBody
+    ops: Ops,
+    tokens: int,
+    precision: Precision,
+    hidden: ir.Value,
+    mask: ir.Value,
+    capacity: ir.Value | None,
+    mlp: MlpBody,
 ) -> Branch:
     """Prefix-sum compaction into `slots = rows * capacity` rows, static shapes throughout.
 
@@ -163,7 +179,7 @@ def _capacity(
     routed go to one spare slot at the end. The way back is a gather: mask * y[slot].
     """
     total = ops.Shape(mask)  # [1], T
-    rows = ops.Div(total, ops.constant([config.tokens]))
+    rows = ops.Div(total, ops.constant([tokens]))
     slots = ops.Mul(rows, capacity)
     count = ops.Cast(mask, to=ir.DataType.INT64)
     slot = ops.Sub(ops.CumSum(count, ops.constant(0)), ops.constant([1]))
@@ -174,7 +190,7 @@ def _capacity(
     table = ops.Slice(ops.ScatterElements(empty, target, ids, axis=0), ops.constant([0]), slots, ops.constant([0]))
     out = mlp(ops.Gather(hidden, table, axis=0))
     home = ops.Where(fits, slot, ops.constant([0]))
-    on = ops.Unsqueeze(ops.Cast(fits, to=ir.DataType.FLOAT), ops.constant([1]))
+    on = ops.Unsqueeze(ops.Cast(fits, to=DATA_TYPES[precision.dtype]), ops.constant([1]))
     routed = ops.ReduceSum(count, keepdims=1)
     overflow = ops.Max(ops.Sub(routed, slots), ops.constant([0]))
     return ops.Mul(ops.Gather(out, home, axis=0), on), [overflow]
@@ -251,12 +267,12 @@ def sampler_function(config: ModelConfig, cfg_channels: int) -> ir.Function:
 class FunctionLibrary:
     """The functions of one model, made when first asked for and shared by all graphs."""
 
-    def __init__(self, config: ModelConfig, cfg_channels: int):
-        self.config, self.cfg_channels = config, cfg_channels
-        self.attention = cache(lambda gated: attention_function(config, gated))
-        self.attention_none = cache(attention_none_function)
-        self.mlp = cache(lambda routing, gated: mlp_function(config, routing, gated))
-        self.mlp_none = cache(mlp_none_function)
+    def __init__(self, config: ModelConfig, cfg_channels: int, precision: Precision = Precision.FP32):
+        self.config, self.cfg_channels, self.precision = config, cfg_channels, precision
+        self.attention = cache(lambda gated: attention_function(config, gated, precision))
+        self.attention_none = cache(lambda: attention_none_function(precision))
+        self.mlp = cache(lambda routing, gated: mlp_function(config, routing, gated, precision))
+        self.mlp_none = cache(lambda routed: mlp_none_function(routed, precision))
         self.embed = cache(lambda: embed_function(config))
         self.final = cache(lambda: final_function(config))
         self.sampler = cache(lambda: sampler_function(config, cfg_channels))

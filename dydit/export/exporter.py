@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from dydit.bundle.manifest import (
     Manifest,
     PlanEntry,
     PlanKind,
+    Precision,
     Routing,
     SamplingEntry,
     SegmentEntry,
@@ -35,7 +37,7 @@ from dydit.export.blocks import FunctionLibrary
 from dydit.export.graph import UNIT_WEIGHTS, SubnetSpec, Windows, conditioning_graph, save_graph, subnet_graph
 from dydit.export.masks import activity_order, by_slot, freeze_masks
 from dydit.export.plan import Plan, budget_plan, merged_plan, per_step_plan
-from dydit.export.weights import nbytes, write_weights
+from dydit.export.weights import write_weights
 from dydit.files import new_folder, require_absent, sha256_of
 from dydit.models.checkpoint import Checkpoint
 from dydit.models.config import ModelConfig, Strict
@@ -60,6 +62,7 @@ class ExportConfig(Strict):
     max_subnets: int = Field(default=32, ge=1)
     memory_budget: int | None = Field(default=None, gt=0)
     routing: Routing = Routing.DYNAMIC
+    precision: Precision = Precision.FP32
     max_batch: int = Field(default=16, ge=1)
     cfg_channels: int | None = Field(default=None, ge=1)
     capacities: tuple[int, ...] | None = None
@@ -81,11 +84,10 @@ def export(checkpoint: Checkpoint, out: Path, config: ExportConfig, progress: Pr
     require_absent(out)
     job = _plan_job(checkpoint, config)
     with new_folder(out) as folder:
-        weights = write_weights(
-            folder / WEIGHTS,
-            stored_tensors(checkpoint.state, job.model, job.order[:, 0].tolist(), job.order[:, 1].tolist()),
-        )
-        save_graph(conditioning_graph(job.model, Windows(weights)), folder / CONDITIONING)
+        head_order, group_order = job.order[:, 0].tolist(), job.order[:, 1].tolist()
+        tensors = stored_tensors(checkpoint.state, job.model, head_order, group_order)
+        weights = write_weights(folder / WEIGHTS, tensors, config.precision)
+        save_graph(conditioning_graph(job.model, Windows(weights), config.precision), folder / CONDITIONING)
         subnets = _write_subnets(folder, job, weights, progress)
         manifest = _manifest(folder, checkpoint, config, job, weights, subnets)
         (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
@@ -105,6 +107,7 @@ class _Job:
     routing: Routing | None
     capacities: tuple[int, ...] | None
     cfg_channels: int
+    precision: Precision
 
 
 def _plan_job(checkpoint: Checkpoint, config: ExportConfig) -> _Job:
@@ -118,13 +121,13 @@ def _plan_job(checkpoint: Checkpoint, config: ExportConfig) -> _Job:
     masks = by_slot(masks, order)
     costs = unit_costs(model)
     routing = config.routing if model.dynamic else None
-    capacities = config.capacities
+    capacities = None
     if routing is Routing.CAPACITY:
-        capacities = capacities or (model.tokens,) * model.depth
+        capacities = config.capacities or (model.tokens,) * model.depth
         if len(capacities) != model.depth or not all(1 <= c <= model.tokens for c in capacities):
             raise ConfigError(f"capacities {capacities}: expected {model.depth} numbers in 1..{model.tokens}")
     plan = _make_plan(config, model, masks, costs)
-    return _Job(model, schedule, order, masks, costs, plan, routing, capacities, cfg_channels)
+    return _Job(model, schedule, order, masks, costs, plan, routing, capacities, cfg_channels, config.precision)
 
 
 def _make_plan(config: ExportConfig, model: ModelConfig, masks: np.ndarray, costs: np.ndarray) -> Plan:
@@ -133,43 +136,51 @@ def _make_plan(config: ExportConfig, model: ModelConfig, masks: np.ndarray, cost
     if config.plan is PlanKind.MAX_SUBNETS:
         return merged_plan(masks, costs, config.max_subnets)
     assert config.memory_budget is not None
-    return budget_plan(masks, costs, unit_bytes(model), fixed_bytes(model), config.memory_budget)
+    return budget_plan(
+        masks, costs, unit_bytes(model, config.precision), fixed_bytes(model, config.precision), config.memory_budget
+    )
 
 
-def unit_bytes(model: ModelConfig) -> np.ndarray:
-    """Bytes of one head's and one group's fp32 weights, [L, 2, H] float64."""
+def unit_bytes(model: ModelConfig, precision: Precision = Precision.FP32) -> np.ndarray:
+    """Bytes of one head's and one group's weights, [L, 2, H] float64."""
     d, hd, gs = model.hidden_size, model.head_dim, model.group_dim
+    item = 4 if precision is Precision.FP32 else 2
     sizes = np.empty((model.depth, 2, model.num_heads))
-    sizes[:, 0], sizes[:, 1] = 4 * (4 * hd * d + 3 * hd), 4 * (2 * gs * d + gs)
+    sizes[:, 0], sizes[:, 1] = item * (4 * hd * d + 3 * hd), item * (2 * gs * d + gs)
     return sizes
 
 
-def fixed_bytes(model: ModelConfig) -> int:
-    """Bytes of the fp32 weights that every subnetwork reads at any width: embedding, routers, final layer, biases."""
+def fixed_bytes(model: ModelConfig, precision: Precision = Precision.FP32) -> int:
+    """Bytes of the weights that every subnetwork reads at any width: embedding, routers, final layer, biases."""
     d, p2 = model.hidden_size, model.patch_size**2
     r = model.token_router_hidden
     router = (r * d + 2 * r + 1) if model.dynamic else 0
     embed = (p2 * model.in_channels + 1 + model.tokens) * d
     final = p2 * model.out_channels * (d + 1)
-    return 4 * (embed + final + model.depth * (2 * d + router))
+    biases = 2 * d * (4 if precision is Precision.FP32 else 2)
+    return 4 * (embed + final + model.depth * router) + model.depth * biases
 
 
 def _write_subnets(
     folder: Path, job: _Job, weights: dict[str, WeightEntry], progress: Progress | None
 ) -> tuple[list[SubnetEntry], list[SegmentEntry]]:
     """Write a graph for every distinct subnetwork; segments with the same one share it."""
-    library = FunctionLibrary(job.model, job.cfg_channels)
+    library = FunctionLibrary(job.model, job.cfg_channels, job.precision)
     entries: list[SubnetEntry] = []
     segments: list[SegmentEntry] = []
     known: dict[SubnetSpec, int] = {}
-    for done, (first, end) in enumerate(job.plan.segments):
-        spec = segment_spec(job.masks[first:end], job.routing, job.capacities)
-        if spec not in known:
-            known[spec] = len(entries)
-            entries.append(_write_subnet(folder, len(entries), spec, job, library, weights))
-        segments.append(SegmentEntry(first=first, count=end - first, subnet=known[spec]))
-        if progress:
-            progress(done + 1, len(job.plan.segments))
+    gc.freeze()  # graphs are cyclic garbage; without this, collecting them walks all of PyTorch's objects each time
+    try:
+        for done, (first, end) in enumerate(job.plan.segments):
+            spec = segment_spec(job.masks[first:end], job.routing, job.capacities)
+            if spec not in known:
+                known[spec] = len(entries)
+                entries.append(_write_subnet(folder, len(entries), spec, job, library, weights))
+            segments.append(SegmentEntry(first=first, count=end - first, subnet=known[spec]))
+            if progress:
+                progress(done + 1, len(job.plan.segments))
+    finally:
+        gc.unfreeze()
     return entries, segments
 
 
@@ -194,7 +205,7 @@ def _write_subnet(
         save_graph(subnet_graph(job.model, full, library, Windows(weights)), folder / full_file)
     units = len(job.order[0, 0])
     used = sum(
-        nbytes(weights[f"blocks.{block}.{part}"]) // units * len(slots[block])
+        weights[f"blocks.{block}.{part}"].nbytes // units * len(slots[block])
         for slots, parts in ((spec.heads, UNIT_WEIGHTS[:3]), (spec.groups, UNIT_WEIGHTS[3:]))
         for block in range(job.model.depth)
         for part in parts
@@ -206,7 +217,7 @@ def _write_subnet(
         groups=spec.groups,
         gated=bool(spec.gated),
         capacities=spec.capacities,
-        weight_bytes=used + fixed_bytes(job.model),
+        weight_bytes=used + fixed_bytes(job.model, job.precision),
     )
 
 
@@ -242,7 +253,7 @@ def _manifest(
         head_order=tuple(map(tuple, job.order[:, 0].tolist())),
         group_order=tuple(map(tuple, job.order[:, 1].tolist())),
         routing=job.routing,
-        precision="fp32",
+        precision=config.precision,
         max_batch=config.max_batch,
         weights=weights,
         files={file.name: FileEntry(bytes=file.stat().st_size, sha256=sha256_of(file)) for file in files},

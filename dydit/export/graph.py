@@ -26,13 +26,12 @@ from dydit.bundle.graph_io import (
     subnet_outputs,
     token_mask_name,
 )
-from dydit.bundle.manifest import WEIGHTS, Routing, WeightEntry
+from dydit.bundle.manifest import WEIGHTS, Precision, Routing, WeightEntry
 from dydit.export.blocks import FunctionLibrary, call
-from dydit.export.ops import DOMAIN, IR_VERSION, OPSET, Ops
+from dydit.export.ops import DATA_TYPES, DOMAIN, IR_VERSION, OPSET, Ops
 from dydit.export.weights import runs
 from dydit.models.config import ModelConfig
 
-ITEM = 4  # bytes of a float32
 UNIT_WEIGHTS = ("qkv.weight", "qkv.bias", "proj.weight", "fc1.weight", "fc1.bias", "fc2.weight")
 """The stored tensors of a block whose first axis is the unit's slot."""
 
@@ -83,23 +82,29 @@ class Windows(WeightSource):
 
     def whole(self, name: str) -> ir.Value:
         entry = self.entries[name]
-        return self._external(name, entry.offset, entry.shape)
+        return self._external(name, entry)
 
     def units(self, ops: Ops, block: int, part: str, slots: Sequence[int]) -> ir.Value:
         name = f"blocks.{block}.{part}"
         entry = self.entries[name]
         rows, *rest = entry.shape[1:]
-        unit_bytes = ITEM * math.prod(entry.shape[1:])
         pieces = [
-            self._external(f"{name}[{first}:{first + count}]", entry.offset + first * unit_bytes, (count * rows, *rest))
+            self._external(f"{name}[{first}:{first + count}]", entry, first, (count * rows, *rest))
             for first, count in runs(slots)
         ]
         return pieces[0] if len(pieces) == 1 else ops.Concat(*pieces, axis=0)
 
-    def _external(self, name: str, offset: int, shape: tuple[int, ...]) -> ir.Value:
+    def _external(
+        self, name: str, entry: WeightEntry, first: int = 0, shape: tuple[int, ...] | None = None
+    ) -> ir.Value:
+        """The window of `shape` that starts at unit `first` of a stored tensor; all of it by default."""
         if name not in self.initializers:
-            length = ITEM * math.prod(shape)
-            tensor = ir.ExternalTensor(WEIGHTS, offset, length, ir.DataType.FLOAT, shape=ir.Shape(shape), name=name)
+            shape = entry.shape if shape is None else shape
+            offset = entry.offset + first * entry.item_bytes * math.prod(entry.shape[1:])
+            length = entry.item_bytes * math.prod(shape)
+            tensor = ir.ExternalTensor(
+                WEIGHTS, offset, length, DATA_TYPES[entry.dtype], shape=ir.Shape(shape), name=name
+            )
             self.initializers[name] = _initializer(name, tensor)
         return self.initializers[name]
 
@@ -111,18 +116,19 @@ class WeightInputs(Windows):
         name = f"blocks.{block}.{part}"
         symbol = f"{'heads' if part.startswith(('qkv', 'proj')) else 'groups'}_{block}"
         entry = self.entries[name]
-        spec = TensorSpec(name, "float32", (f"{symbol}*{entry.shape[1]}", *entry.shape[2:]))
+        spec = TensorSpec(name, entry.dtype, (f"{symbol}*{entry.shape[1]}", *entry.shape[2:]))
         self.inputs.append(spec)
         return _value(spec)
 
 
 def _initializer(name: str, tensor: ir.TensorProtocol) -> ir.Value:
-    return ir.Value(name=name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    return ir.Value(
+        name=name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype), const_value=tensor
+    )
 
 
 def _value(spec: TensorSpec) -> ir.Value:
-    dtype = ir.DataType.from_numpy(np.dtype(spec.dtype))
-    return ir.Value(name=spec.name, shape=ir.Shape(spec.shape), type=ir.TensorType(dtype))
+    return ir.Value(name=spec.name, shape=ir.Shape(spec.shape), type=ir.TensorType(DATA_TYPES[spec.dtype]))
 
 
 def subnet_graph(config: ModelConfig, spec: SubnetSpec, library: FunctionLibrary, weights: WeightSource) -> ir.Model:
@@ -243,7 +249,7 @@ def _model(name: str, inputs: Sequence[ir.Value], outputs: Sequence[ir.Value], w
     return ir.Model(graph, ir_version=IR_VERSION, producer_name="dydit", functions=list(writer.functions.values()))
 
 
-def conditioning_graph(config: ModelConfig, weights: WeightSource) -> ir.Model:
+def conditioning_graph(config: ModelConfig, weights: WeightSource, precision: Precision) -> ir.Model:
     """(timesteps [T], labels [R]) -> modulation [T, R, 6L+2, D] of every pair, as one matrix product."""
     ops, d, vectors = Ops(), config.hidden_size, modulation_vectors(config)
     timesteps, labels = (_value(spec) for spec in conditioning_inputs())
@@ -256,7 +262,9 @@ def conditioning_graph(config: ModelConfig, weights: WeightSource) -> ir.Model:
     y_emb = ops.Gather(weights.whole("label.table"), labels, axis=0)
     c = ops.Add(ops.Unsqueeze(t_emb, ops.constant([1])), y_emb)  # [T, R, D]
     flat = _silu(ops, ops.Reshape(c, ops.constant([-1, d])))
+    flat = ops.to_precision(flat, precision)
     out = ops.Gemm(flat, weights.whole("adaln.weight"), weights.whole("adaln.bias"), transB=1)
+    out = ops.to_fp32(out, precision)
     ones = np.zeros((vectors, d), np.float32)
     ones[[*(6 * b + k for b in range(config.depth) for k in (1, 4)), vectors - 1]] = 1
     out = ops.Add(ops.Reshape(out, ops.constant([-1, vectors, d])), weights.local("scale_ones", ones[:, :1]))

@@ -8,7 +8,15 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from dydit.bundle.manifest import Precision
+
 OPSET, IR_VERSION = 23, 11  # the newest that every runtime we target reads
+DATA_TYPES = {
+    "float32": ir.DataType.FLOAT,
+    "float16": ir.DataType.FLOAT16,
+    "bfloat16": ir.DataType.BFLOAT16,
+    "int64": ir.DataType.INT64,
+}
 DOMAIN = "dydit"
 
 
@@ -44,6 +52,14 @@ class Ops:
     def constant(self, value: Any, dtype: Any = np.int64) -> ir.Value:
         """A constant tensor: integers by default, for shapes and axes."""
         return self.call("", "Constant", (), 1, {"value": ir.tensor(np.asarray(value, dtype))})[0]
+
+    def to_precision(self, value: ir.Value, precision: Precision) -> ir.Value:
+        """An fp32 (or bool) value in the type of matrix products; nothing is added where that is what it is."""
+        return value if precision is Precision.FP32 else self.Cast(value, to=DATA_TYPES[precision.dtype])
+
+    def to_fp32(self, value: ir.Value, precision: Precision) -> ir.Value:
+        """The way back."""
+        return value if precision is Precision.FP32 else self.Cast(value, to=ir.DataType.FLOAT)
 
     def split(self, value: ir.Value, axis: int, count: int) -> Sequence[ir.Value]:
         """Equal parts along an axis."""

@@ -86,7 +86,7 @@ def merged_plan(masks: np.ndarray, unit_costs: np.ndarray, most: int) -> Plan:
     exact = per_step_plan(masks, unit_costs)
     if len(exact.segments) <= most:
         return exact
-    return optimal_plans(masks, unit_costs, most)[-1]
+    return min(optimal_plans(masks, unit_costs, most), key=lambda plan: plan.cost)  # the first, so the fewest segments
 
 
 def budget_plan(masks: np.ndarray, unit_costs: np.ndarray, unit_bytes: np.ndarray, fixed: int, budget: int) -> Plan:
@@ -107,6 +107,13 @@ def budget_plan(masks: np.ndarray, unit_costs: np.ndarray, unit_bytes: np.ndarra
 
 
 def plan_bytes(plan: Plan, masks: np.ndarray, unit_bytes: np.ndarray, fixed: int) -> int:
-    """Bytes of the weights of a plan's distinct subnetworks, each counted once."""
-    unions = {masks[first:end].any(axis=0).tobytes(): masks[first:end].any(axis=0) for first, end in plan.segments}
+    """Bytes of the weights of a plan's distinct subnetworks, each counted once.
+
+    The same units with and without gates are two subnetworks, as the exporter writes them.
+    """
+    unions = {}
+    for first, end in plan.segments:
+        union = masks[first:end].any(axis=0)
+        gated = (masks[first:end] != union).any(axis=(0, -1))
+        unions[union.tobytes(), gated.tobytes()] = union
     return sum(int((union * unit_bytes).sum()) + fixed for union in unions.values())

@@ -9,29 +9,43 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
+import torch
 from torch import Tensor
 
-from dydit.bundle.manifest import WeightEntry
+from dydit.bundle.manifest import Precision, WeightEntry
 from dydit.errors import CheckpointError
 
 ALIGNMENT = 4096
+_PRODUCTS = ("qkv", "proj", "fc1", "fc2", "adaln")
+_TYPES = {Precision.FP32: torch.float32, Precision.FP16: torch.float16, Precision.BF16: torch.bfloat16}
 
 
-def write_weights(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, WeightEntry]:
-    """Write tensors one after another, as float32, aligned; returns where each lies.
+def stored_precision(name: str, precision: Precision) -> Precision:
+    """The type of a stored tensor: the products' weights and biases follow the bundle's, all else stays fp32."""
+    return precision if name.split(".")[-2:][0] in _PRODUCTS else Precision.FP32
 
-    Only one tensor is in memory at a time. Raises `CheckpointError` for a value that is not finite.
+
+def write_weights(
+    path: Path, tensors: Iterable[tuple[str, Tensor]], precision: Precision = Precision.FP32
+) -> dict[str, WeightEntry]:
+    """Write tensors one after another, aligned; returns where each lies.
+
+    Only one tensor is in memory at a time. Raises `CheckpointError` for a value that is not finite, or is not any more
+    in the bundle's precision.
     """
     entries: dict[str, WeightEntry] = {}
     with open(path, "wb") as file:
         for name, tensor in tensors:
-            array = np.ascontiguousarray(tensor.detach().float().numpy())
-            if not np.isfinite(array).all():
-                raise CheckpointError(f"weight {name} holds NaN or infinite values; this checkpoint cannot be exported")
+            kind = stored_precision(name, precision)
+            stored = tensor.detach().to(_TYPES[kind]).contiguous()
+            if not torch.isfinite(stored).all():
+                trouble = f"is too large for {kind.value}; export as bf16 or fp32"
+                if not torch.isfinite(tensor).all():
+                    trouble = "is NaN or infinite; this checkpoint cannot be exported"
+                raise CheckpointError(f"a value of weight {name} {trouble}")
             file.write(b"\0" * (-file.tell() % ALIGNMENT))
-            entries[name] = WeightEntry(offset=file.tell(), shape=array.shape)
-            file.write(array.tobytes())
+            entries[name] = WeightEntry(offset=file.tell(), shape=tuple(stored.shape), dtype=kind.dtype)
+            file.write(stored.view(torch.uint8).numpy().tobytes())
     return entries
 
 
@@ -46,8 +60,3 @@ def runs(slots: Sequence[int]) -> Iterator[tuple[int, int]]:
             first = slot
         previous = slot
     yield first, previous - first + 1
-
-
-def nbytes(entry: WeightEntry) -> int:
-    """Bytes of a stored tensor."""
-    return int(np.prod(entry.shape)) * np.dtype(entry.dtype).itemsize

@@ -9,20 +9,16 @@ written here; the format is a length, JSON, and the data.)
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
 from dydit.errors import CheckpointError, ConfigError
-from dydit.files import explained, fsync_folder, require_absent, sha256_of
+from dydit.files import atomic_file, require_absent, sha256_of
 from dydit.models.config import ModelConfig, parse_config
 from dydit.models.dit import DiT, timestep_frequencies
 from dydit.models.safe_load import Container, container_of, plain_tensors, read_safetensors, read_torch, shown
@@ -174,7 +170,7 @@ def save_checkpoint(
         header = _header(config, metadata or {})
     except CheckpointError as error:
         raise CheckpointError(f"{path}: not written: the model {error}") from error
-    with _atomic_file(path) as file:
+    with atomic_file(path) as file:
         file.write(header)
         for name in sorted(state):
             array = state[name].detach().to("cpu", torch.float32).contiguous().numpy()
@@ -199,26 +195,6 @@ def _header(config: ModelConfig, metadata: Mapping[str, str]) -> bytes:
         raise CheckpointError("has metadata that is not valid text") from error
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
-
-
-@contextlib.contextmanager
-def _atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """As `dydit.files.write_atomic`, for data that is not in memory as a whole."""
-    with explained(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(name, 0o644)
-            os.replace(name, path)
-        except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(name)
-            raise
-        fsync_folder(path.parent)
 
 
 def convert(source: Path, target: Path, num_heads: int | None = None) -> Checkpoint:

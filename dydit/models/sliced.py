@@ -54,8 +54,9 @@ class SlicedDiT:
     """One subnetwork over stored weights (names and layout: `dydit.models.layout`).
 
     `heads`, `groups`: the slots that each block holds, ascending; `capacities`: routed tokens per row that each block
-    has room for (all, where not given); `cfg_channels`: how many channels guidance acts on. Works in the weights' dtype
-    and on their device.
+    has room for (all, where not given); `cfg_channels`: how many channels guidance acts on. Works on the weights'
+    device and in their dtype; where only the matrices of attention and MLP are of a lower precision, these products
+    alone are (DESIGN, decision 9).
     """
 
     def __init__(
@@ -120,13 +121,14 @@ class SlicedDiT:
     def _attention(self, block: _Block, x: Tensor, gates: Tensor | None) -> Tensor:
         heads = len(block.heads)
         if not heads:
-            return block.proj_bias
-        qkv = F.linear(x, block.qkv, block.qkv_bias).view(*x.shape[:2], heads, 3, -1)
+            return block.proj_bias.to(x.dtype)
+        low = block.qkv.dtype
+        qkv = F.linear(x.to(low), block.qkv, block.qkv_bias).view(*x.shape[:2], heads, 3, -1)
         q, k, v = qkv.permute(3, 0, 2, 1, 4)
         out = F.scaled_dot_product_attention(q, k, v)  # [R, h, N, hd]
         if gates is not None:
-            out = out * gates[block.heads][:, None, None]
-        return out.transpose(1, 2).flatten(2) @ block.proj + block.proj_bias
+            out = out * gates[block.heads][:, None, None].to(low)
+        return (out.transpose(1, 2).flatten(2) @ block.proj + block.proj_bias).to(x.dtype)
 
     def _route(self, block: _Block, x: Tensor) -> Tensor | None:
         """Token decisions, bool [R, N], from the residual stream; None where every token enters the MLP."""
@@ -157,11 +159,12 @@ class SlicedDiT:
 
     def _feed_forward(self, block: _Block, x: Tensor, gates: Tensor | None) -> Tensor:
         if not len(block.groups):
-            return block.fc2_bias.expand_as(x)
-        hidden = F.gelu(F.linear(x, block.fc1, block.fc1_bias), approximate="tanh")
+            return block.fc2_bias.to(x.dtype).expand_as(x)
+        low = block.fc1.dtype
+        hidden = F.gelu(F.linear(x.to(low), block.fc1, block.fc1_bias), approximate="tanh")
         if gates is not None:
-            hidden = hidden * gates[block.groups].repeat_interleave(self.config.group_dim)
-        return hidden @ block.fc2 + block.fc2_bias
+            hidden = hidden * gates[block.groups].repeat_interleave(self.config.group_dim).to(low)
+        return (hidden @ block.fc2 + block.fc2_bias).to(x.dtype)
 
     def _sampler_step(
         self, x: Tensor, output: Tensor, noise: Tensor, coefficients: Tensor, cfg_scale: Tensor
@@ -188,8 +191,8 @@ def conditioning(config: ModelConfig, weights: Mapping[str, Tensor], timesteps: 
     hidden = F.silu(F.linear(sinusoid, weights["time.0.weight"], weights["time.0.bias"]))
     t_emb = F.linear(hidden, weights["time.2.weight"], weights["time.2.bias"])
     c = t_emb[:, None] + weights["label.table"][labels]
-    out = F.linear(F.silu(c), weights["adaln.weight"], weights["adaln.bias"])
-    out = out.view(len(timesteps), len(labels), -1, config.hidden_size)
+    out = F.linear(F.silu(c).to(weights["adaln.weight"].dtype), weights["adaln.weight"], weights["adaln.bias"])
+    out = out.to(c.dtype).view(len(timesteps), len(labels), -1, config.hidden_size)
     scales = [vector for block in range(config.depth) for vector in (6 * block + 1, 6 * block + 4)]
     out[..., [*scales, 6 * config.depth + 1], :] += 1
     return out

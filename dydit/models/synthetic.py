@@ -32,7 +32,7 @@ def synthetic_model(config: ModelConfig, seed: int = 0, flops_ratio: float = 0.5
     model = DiT(config).eval()
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
-            fan_in = module.weight[0].numel()
+            fan_in = module.weight.shape[1:].numel()
             module.weight.normal_(std=fan_in**-0.5, generator=generator)
             module.bias.normal_(std=0.05, generator=generator)
     model.y_embedder.embedding_table.weight.normal_(std=0.5, generator=generator)
@@ -41,7 +41,7 @@ def synthetic_model(config: ModelConfig, seed: int = 0, flops_ratio: float = 0.5
     model.final_layer.linear.weight.mul_(0.5)
     if config.dynamic:
         density = _density(config, flops_ratio)
-        _set_width_routers(model, density)
+        _set_width_routers(model, density, generator)
         _set_token_routers(model, density, generator)
     return model
 
@@ -52,7 +52,7 @@ def _density(config: ModelConfig, ratio: float) -> float:
     return float((-a + (a * a + 4 * m * ratio * (a + m)) ** 0.5) / (2 * m))
 
 
-def _set_width_routers(model: DiT, density: float) -> None:
+def _set_width_routers(model: DiT, density: float, generator: torch.Generator) -> None:
     """Standardise each unit's logit over the timesteps, then shift all so that a share `density` of all is above 0."""
     config = model.config
     t_emb = model.t_embedder(torch.linspace(0, 999, PROBE_STEPS).round())
@@ -67,9 +67,11 @@ def _set_width_routers(model: DiT, density: float) -> None:
             spread = logits.std(0) + 1e-6
             router.weight.div_(spread[:, None])
             logits = logits / spread
-            # Half of the spread between units is their own, so that some are nearly always on and others rarely.
-            centred = logits - logits.mean(0) + torch.linspace(1.5, -1.5, routed)
-            router.bias.copy_(torch.linspace(1.5, -1.5, routed) - logits.mean(0) - _quantile(centred, 1 - share))
+            # Half of the spread between units is their own, so that some are nearly always on and others rarely; which
+            # ones is drawn, because in a trained model the busiest units do not come first.
+            own = torch.linspace(1.5, -1.5, routed)[torch.randperm(routed, generator=generator)]
+            centred = logits - logits.mean(0) + own
+            router.bias.copy_(own - logits.mean(0) - _quantile(centred, 1 - share))
 
 
 def _set_token_routers(model: DiT, density: float, generator: torch.Generator) -> None:

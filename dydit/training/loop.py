@@ -33,6 +33,7 @@ from dydit.training.recipe import LearningRateSchedule, Precision, Recipe, Stage
 from dydit.training.state import (
     CURVES,
     MODEL,
+    RECIPE,
     SUMMARY,
     Counters,
     append_log,
@@ -214,7 +215,7 @@ class _Run:
         limit = recipe.grad_norm_limit or math.inf
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         norm = float(self.accelerator.clip_grad_norm_(parameters, recipe.clip_norm or math.inf))
-        if norm <= limit:  # false for NaN
+        if math.isfinite(norm) and norm <= limit:
             self.optimizer.step()
             counters.skipped_in_a_row = 0
         else:
@@ -262,8 +263,9 @@ class _Run:
         """Write the EMA weights, the curves and, last, the summary; the states are no longer needed."""
         recipe, counters, out = self.recipe, self.counters, self.out
         log = read_log(out)
+        described = json.loads((out / RECIPE).read_text())
         summary = {
-            "recipe": recipe.model_dump(mode="json"),
+            "recipe": described,
             "iterations": counters.iteration,
             "skipped": counters.skipped,
             "seconds": round(counters.seconds, 1),
@@ -273,8 +275,7 @@ class _Run:
             "last": log[-1] if log else {},
         }
         if self.accelerator.is_main_process:
-            metadata = {"recipe": json.dumps(recipe.model_dump(mode="json"))}
-            save_checkpoint(out / MODEL, self.ema, recipe.model, metadata)
+            save_checkpoint(out / MODEL, self.ema, recipe.model, {"recipe": json.dumps(described)})
             draw_curves(log, out / CURVES, recipe.name)
             write_json(out / SUMMARY, summary)
             for path in states(out):
@@ -285,7 +286,8 @@ class _Run:
 
 def _tensors(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     arrays = (batch.x0, batch.timesteps, batch.labels, batch.noise)
-    return tuple(torch.from_numpy(np.ascontiguousarray(array)).to(device) for array in arrays)  # type: ignore[return-value]
+    x0, t, y, noise = (torch.from_numpy(np.ascontiguousarray(array)).to(device) for array in arrays)
+    return x0, t, y, noise
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """What a run keeps on disk, so that it can be killed at any moment and resumed to the same bits.
 
-    recipe.json              the recipe; a run is resumed only with the same one
+    recipe.json              the recipe, its `init` as a hash; a run is resumed only with the same one
     log.jsonl                one line every `log_every` iterations; nothing in it depends on the clock
     state-00000500/          weights, EMA and optimiser moments (tensors.safetensors) and the counters (state.json)
     model.safetensors        the EMA weights, at the end
@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dydit.errors import CheckpointError, ConfigError, OutputError
-from dydit.files import explained, new_folder, write_atomic, write_json
+from dydit.files import explained, new_folder, sha256_of, write_atomic, write_json
 from dydit.training.recipe import Recipe
 
 RECIPE, LOG, MODEL, SUMMARY, CURVES = "recipe.json", "log.jsonl", "model.safetensors", "train.json", "curves.png"
@@ -53,7 +53,7 @@ def claim_folder(out: Path, recipe: Recipe, resume: bool) -> None:
         out.mkdir(parents=True, exist_ok=True)
         present = [path for path in out.iterdir() if not path.name.endswith(".part")]
     if not present:
-        write_json(out / RECIPE, recipe.model_dump(mode="json"))
+        write_json(out / RECIPE, identity(recipe))
         return
     if not resume:
         raise OutputError(f"{out} is not empty; choose another folder, or continue the run in it with --resume")
@@ -63,9 +63,17 @@ def claim_folder(out: Path, recipe: Recipe, resume: bool) -> None:
         stored = json.loads((out / RECIPE).read_text())
     except json.JSONDecodeError as error:
         raise OutputError(f"{out / RECIPE} is damaged ({error}); start again in another folder") from error
-    different = differing_settings(stored, recipe.model_dump(mode="json"))
+    different = differing_settings(stored, identity(recipe))
     if different:
         raise ConfigError(f"{out} is a run of another recipe; it differs in {', '.join(different)}")
+
+
+def identity(recipe: Recipe) -> dict[str, Any]:
+    """What makes two runs the same: the recipe, where `init` is told by its content and not by where the file lies."""
+    values = recipe.model_dump(mode="json")
+    if recipe.init is not None and Path(recipe.init).is_file():
+        values["init"] = f"sha256:{sha256_of(Path(recipe.init))}"
+    return values
 
 
 def differing_settings(stored: Any, asked: Any, prefix: str = "") -> list[str]:

@@ -1,4 +1,4 @@
-"""How every picture of a report looks: one restrained style, one accent, colours that colour-blind readers can tell apart.
+"""How every picture of a report looks: one restrained style, one accent, colours that colour-blind readers tell apart.
 
 Pictures are made without a display and without matplotlib's global state, and are returned as the bytes of a PNG.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -16,8 +16,8 @@ from dydit.errors import DyditError
 
 INK, MUTED, FAINT = "#1d2733", "#6b7785", "#dfe4ea"
 ACCENT, ACCENT_LIGHT, SECOND = "#1b6ca8", "#a9cbe4", "#c75b12"
-OFF = "#eef1f4"
-"""A unit that is off. `SECOND` (vermilion) is for limits and for what needs attention, and for nothing else."""
+OFF = "#e4e9ee"
+"""A unit that is off. `SECOND` (vermilion) marks limits, the chosen plan, outlines."""
 
 DPI = 200  # twice the 100 that a report shows an inch at
 
@@ -66,12 +66,13 @@ def drawing(width: float, height: float) -> Iterator[Any]:
         from matplotlib import rc_context
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
     except ImportError as error:
         raise DyditError("matplotlib is not installed, but draws the pictures: pip install 'dydit[report]'") from error
-    with rc_context(_STYLE):
-        figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white", layout="constrained")
+    with rc_context(cast("Any", _STYLE)):
+        layout = ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.05, wspace=0.05, hspace=0.02)
+        figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white", layout=layout)
         FigureCanvasAgg(figure)
-        figure.get_layout_engine().set(w_pad=0.06, h_pad=0.05, wspace=0.05, hspace=0.02)
         yield figure
 
 
@@ -80,7 +81,7 @@ def headline(figure: Any, finding: str, detail: str = "") -> None:
     width, height = figure.get_size_inches()
     band = 0.56 if detail else 0.36
     figure.get_layout_engine().set(rect=(0, 0, 1, 1 - band / height))
-    left = 0.1 / width
+    left = 0.02 / width
     figure.text(left, 1 - 0.1 / height, finding, ha="left", va="top", fontsize=11.5, fontweight="bold", color=INK)
     figure.text(left, 1 - 0.335 / height, detail, ha="left", va="top", fontsize=8.5, color=MUTED)
 
@@ -100,21 +101,3 @@ def timestep_ticks(timesteps: Sequence[int], most: int = 6) -> tuple[list[float]
     values = [t for t in range(first - first % stride, last - 1, -stride) if first - t > stride / 3]
     values = [first, *values]
     return list(np.interp(values, times[::-1], np.arange(len(times))[::-1])), [str(value) for value in values]
-
-
-def bytes_text(size: float) -> str:
-    """A size in binary units, with three figures: `7.34 MiB`."""
-    unit = "B"
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if size < 1024 or unit == "TiB":
-            break
-        size /= 1024
-    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.3g} {unit}" if size < 1000 else f"{size:.0f} {unit}"
-
-
-def count_text(value: float, unit: str = "") -> str:
-    """A count in powers of a thousand, with three figures: `33.1 M`, `6.07 GMAC`."""
-    for size, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= size:
-            return f"{value / size:.3g} {prefix}{unit}"
-    return f"{value:.3g} {unit}".rstrip()

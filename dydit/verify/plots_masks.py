@@ -1,4 +1,4 @@
-"""Pictures of what is dynamic: width over the timesteps (masks), and tokens over the image.
+"""Pictures of what is dynamic: width over the timesteps (masks), and tokens over the image. And of the samples.
 
 Each function returns the bytes of a PNG.
 """
@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from dydit.verify.plot_style import ACCENT, FAINT, INK, MUTED, OFF, drawing, headline, png, timestep_ticks
+from dydit.verify.plot_style import ACCENT, ACCENT_LIGHT, OFF, SECOND, drawing, headline, png, timestep_ticks
 
 PARTS = ("attention heads", "channel groups")
 
@@ -18,7 +18,7 @@ PARTS = ("attention heads", "channel groups")
 def masks_png(masks: np.ndarray, timesteps: Sequence[int]) -> bytes:
     """Which heads and channel groups are on at each sampling step.
 
-    `masks` bool [S, L, 2, H] by checkpoint unit, steps in execution order (noisiest first); `timesteps` [S] original ones.
+    `masks` bool [S, L, 2, H] by checkpoint unit, steps in execution order (noisiest first); `timesteps` [S].
     """
     steps, depth, _, units = masks.shape
     height = min(max(depth * units * 0.062, 2.6), 8.5)
@@ -52,18 +52,22 @@ def _share_line(axis: Any, masks: np.ndarray, name: str) -> None:
     axis.grid(axis="y")
     axis.tick_params(bottom=False)
     unit = name.split()[-1]
-    axis.set_title(f"{name.capitalize()}: {share.min():.0%} to {share.max():.0%} on; {toggling} of {masks[0].size} {unit} toggle")
+    axis.set_title(
+        f"{name.capitalize()}: {share.min():.0%} to {share.max():.0%} on; {toggling} of {masks[0].size} {unit} toggle"
+    )
 
 
 def _mask_map(axis: Any, masks: np.ndarray, timesteps: Sequence[int]) -> None:
     from matplotlib.colors import ListedColormap
 
     steps, depth, units = masks.shape
-    gap = max(1, round(units / 12))
+    gap = max(1, round(units / 8))
     rows = np.full((depth, units + gap, steps), 2)  # 2: the white rows that part the blocks
     rows[:, :units] = masks.transpose(1, 2, 0)
     rows = rows.reshape(-1, steps)[:-gap]
-    axis.imshow(rows, cmap=ListedColormap([OFF, ACCENT, "white"]), vmin=0, vmax=2, aspect="auto", interpolation="nearest")
+    axis.imshow(
+        rows, cmap=ListedColormap([OFF, ACCENT, "white"]), vmin=0, vmax=2, aspect="auto", interpolation="nearest"
+    )
     blocks = range(0, depth, -(-depth // 14))
     axis.set_yticks([block * (units + gap) + (units - 1) / 2 for block in blocks], [str(block) for block in blocks])
     axis.set_xticks(*timestep_ticks(timesteps))
@@ -73,52 +77,98 @@ def _mask_map(axis: Any, masks: np.ndarray, timesteps: Sequence[int]) -> None:
 
 
 def tokens_png(
-    images: np.ndarray,
-    tokens: np.ndarray,
-    timesteps: Sequence[int],
-    labels: Sequence[str],
-    share: float | None = None,
+    images: np.ndarray, tokens: np.ndarray, timesteps: Sequence[int], labels: Sequence[str], share: float | None = None
 ) -> bytes:
     """Where in the image compute went: for each image and step, how many blocks let each token into their MLP.
 
-    `images` float [T, R, C, S, S] in [-1, 1], as they are after each shown step, or [R, C, S, S], one for all steps;
-    `tokens` bool [T, L, R, N]; `timesteps` [T]; `labels` [R]. `share`: tokens computed over the whole run, where known.
+    `images` float [R, C, S, S] in [-1, 1], finished; the first column shows them, and where they have one channel their
+    outline lies over the heat. `tokens` bool [T, L, R, N] at the `timesteps` [T] shown; `labels` [R]. `share`: of
+    tokens computed over the whole run, 0..1, where it is known; else that of the steps shown.
     """
     shown, depth, rows, count = tokens.shape
     side = round(count**0.5)
     counts = tokens.sum(1).reshape(shown, rows, side, side)
-    pictures = np.broadcast_to(images, (shown, *images.shape)) if images.ndim == 4 else images
-    cell = min(1.32, 8.6 / shown)
-    with drawing(shown * cell + 1.5, rows * cell + 1.25) as figure:
-        per_step = tokens.mean(axis=(1, 2, 3))
-        average = tokens.mean() if share is None else share
-        spread = tokens.mean(axis=(0, 1, 3))
+    heat = _count_colours(depth)
+    average = tokens.mean() if share is None else share
+    per_image, per_step = tokens.mean(axis=(0, 1, 3)), tokens.mean(axis=(1, 2, 3))
+    cell = min(1.2, 8.4 / (shown + 1))
+    by_image = f"{per_image.min():.0%} to {per_image.max():.0%}"
+    with drawing((shown + 1) * cell + 1.6, rows * cell + 1.15) as figure:
         headline(
             figure,
-            f"The routers send {average:.0%} of the tokens through the MLPs",
-            f"by image {spread.min():.0%} to {spread.max():.0%}; colour: blocks, of {depth}, that computed the token",
+            f"{average:.0%} of the tokens enter the MLPs; the rest pass by",
+            f"in the steps shown: {by_image} of an image's tokens; over all images, what stands above each column",
         )
-        axes = figure.subplots(rows, shown, squeeze=False)
-        drawn = None
+        axes = figure.subplots(rows, shown + 1, squeeze=False)
         for row in range(rows):
-            for column in range(shown):
-                drawn = _token_cell(axes[row, column], pictures[column, row], counts[column, row], depth)
+            _picture_cell(axes[row, 0], images[row])
             axes[row, 0].set_ylabel(labels[row], rotation=0, ha="right", va="center", labelpad=8)
+            for column in range(shown):
+                drawn = _heat_cell(axes[row, column + 1], counts[column, row], images[row], heat)
+        axes[0, 0].set_title("image", loc="center", fontsize=8.5)
         for column, timestep in enumerate(timesteps):
-            axes[0, column].set_title(f"t = {int(timestep)}\n{per_step[column]:.0%}", loc="center", fontsize=8.5, color=INK)
-        bar = figure.colorbar(drawn, ax=axes, shrink=min(1.0, 3 / rows), aspect=18, pad=0.015, ticks=range(depth + 1))
-        bar.set_label("blocks that computed the token")
-        bar.outline.set_visible(False)
+            title = f"t = {int(timestep)}\n{per_step[column]:.0%}"
+            axes[0, column + 1].set_title(title, loc="center", fontsize=8.5, linespacing=1.35)
+        _count_bar(figure, axes, drawn, depth)
         return png(figure)
 
 
-def _token_cell(axis: Any, image: np.ndarray, counts: np.ndarray, depth: int) -> Any:
+def _count_colours(depth: int) -> Any:
+    """One colour for each count 0..L, from nearly white to navy, evenly in lightness."""
+    from matplotlib.colors import LinearSegmentedColormap, ListedColormap
+
+    ramp = LinearSegmentedColormap.from_list("compute", [OFF, ACCENT_LIGHT, ACCENT, "#0c2f4f"])
+    return ListedColormap(ramp(np.linspace(0, 1, depth + 1)))
+
+
+def _picture_cell(axis: Any, image: np.ndarray) -> None:
+    pixels = np.clip((image[:3] + 1) / 2, 0, 1)
+    pixels = pixels.transpose(1, 2, 0) if len(pixels) == 3 else pixels[0]
     size = image.shape[-1]
-    grey = np.clip((image.mean(0) + 1) / 2, 0, 1)
-    axis.imshow(grey, cmap="gray", vmin=0, vmax=1, extent=(0, size, size, 0), interpolation="nearest")
-    heat = axis.imshow(
-        counts, cmap="viridis", vmin=0, vmax=depth, alpha=0.6, extent=(0, size, size, 0), interpolation="nearest"
-    )
+    axis.imshow(pixels, cmap="gray", vmin=0, vmax=1, extent=(0, size, size, 0), interpolation="nearest")
+    _bare(axis)
+
+
+def _heat_cell(axis: Any, counts: np.ndarray, image: np.ndarray, colours: Any) -> Any:
+    size = image.shape[-1]
+    limits = {"vmin": -0.5, "vmax": colours.N - 0.5}
+    drawn = axis.imshow(counts, cmap=colours, extent=(0, size, size, 0), interpolation="nearest", **limits)
+    if len(image) == 1 and image.min() < 0 < image.max():
+        centres = np.arange(size) + 0.5
+        axis.contour(centres, centres, image[0], levels=[0], colors="white", linewidths=2.2)
+        axis.contour(centres, centres, image[0], levels=[0], colors=SECOND, linewidths=1.1)
+    _bare(axis)
+    return drawn
+
+
+def _bare(axis: Any) -> None:
     axis.set(xticks=(), yticks=())
     axis.spines[:].set_visible(False)
-    return heat
+
+
+def _count_bar(figure: Any, axes: Any, drawn: Any, depth: int) -> None:
+    stride = -(-depth // 8)
+    ticks = [*range(0, depth - stride // 2, stride), depth]
+    bar = figure.colorbar(drawn, ax=axes, shrink=min(1.0, 3.2 / len(axes)), aspect=16, pad=0.02, ticks=ticks)
+    bar.set_label(f"blocks, of {depth}, that computed the token")
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(length=0)
+
+
+def samples_png(images: np.ndarray, labels: Sequence[int]) -> bytes:
+    """Samples as a sheet, a column for each class: images f32 [n, C, S, S] in [-1, 1], C = 1 or 3; labels [n]."""
+    classes = sorted(set(labels))
+    columns = [[image for image, label in zip(images, labels, strict=True) if label == wanted] for wanted in classes]
+    rows = max(map(len, columns))
+    cell = min(0.95, 9.8 / len(classes))
+    with drawing(len(classes) * cell + 0.2, rows * cell + 0.35) as figure:
+        figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.0, hspace=0.0)
+        axes = figure.subplots(rows, len(classes), squeeze=False)
+        for column, (label, pictures) in enumerate(zip(classes, columns, strict=True)):
+            axes[0, column].set_title(str(label), loc="center", fontsize=9.5)
+            for row in range(rows):
+                if row < len(pictures):
+                    _picture_cell(axes[row, column], pictures[row])
+                else:
+                    axes[row, column].set_axis_off()
+        return png(figure)

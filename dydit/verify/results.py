@@ -134,7 +134,8 @@ class Hop(Result):
     steps: `per_step` the largest value over images that agree (None where none does), `per_step_contribution` the same
     measured on x_prev - c_x*x, the part that comes from the model (information, no bar), `per_step_flips` the tokens
     that flipped. `per_image`: each image's largest value over the steps in which its decisions agree; of the run, its
-    final latents. `per_block`: at the step of departure, the relative L2 of the residual stream after each block.
+    final latents. `per_block`: the relative L2 of the residual stream after each block, of the departing image in its
+    step; where the hop passed, of the worst image in the worst step.
     """
 
     name: str = Field(description="masks, weights, sliced, step or run")
@@ -173,7 +174,7 @@ class ParityReport(Result):
     device: str
     labels: tuple[int, ...]
     seed: int
-    cfg_scale: float | None = Field(description="null: without guidance")
+    cfg_scale: float = Field(description="1: without guidance")
     steps: int
     sampler: str
     routing: str | None
@@ -181,6 +182,9 @@ class ParityReport(Result):
     timesteps: tuple[int, ...]
     stale_reasons: tuple[str, ...]
     hops: tuple[Hop, ...]
+    repeated_steps: int = Field(
+        default=0, description="evaluations whose routed tokens overflowed, so that they ran again"
+    )
     token_share: tuple[float, ...] = Field(description="per sampling step, share of tokens that entered the MLP")
     flops_ratio: tuple[float, ...] = Field(description="per sampling step, of the reference (PAPER: F_dyn / F_static)")
     machine: Machine
@@ -233,21 +237,24 @@ class SideKind(StrEnum):
 
 
 class Side(Result):
-    """One side of a benchmark: `path` is a bundle's folder or a checkpoint; `backend` is for bundles."""
+    """One side of a benchmark: `path` is a bundle's folder or a checkpoint; `backend` and `packed` are for bundles."""
 
     name: str
     kind: SideKind
     path: str
     backend: str = "onnxruntime"
+    packed: bool = Field(default=False, description="see `dydit.runtime.backends.base.BackendOptions`")
 
 
 class SideResult(Result):
-    """What one side took. Times are wall-clock milliseconds of a step, whole batch, guidance included.
+    """What one side took. Times are wall-clock milliseconds of a step: whole batch, guidance and conditioning included.
 
     `round_ms`: mean over the round's steps, one entry per counted round; `step_ms`: median over the rounds, per step
-    measured. `peak_bytes`: largest resident size of the side's process; `load_seconds`: to read and compile all that
-    the measured steps need, `subnets_loaded` of them. `token_share`, `flops_ratio`: per measured step, of the very
-    tokens that it routed; `macs`: multiply-adds of an image's blocks, mean over the measured steps.
+    measured. `peak_bytes`: largest resident size of the side's process, where a page of weights counts once for each
+    session that maps it; `settled_bytes`: after the rounds, each page once (None where the system does not tell).
+    `load_seconds`: to read and compile all that the measured steps need, `subnets_loaded` of them. `token_share`,
+    `flops_ratio`: per measured step, of the very tokens that it routed; `macs`: multiply-adds of an image's blocks that
+    it has to compute, mean over the measured steps: those of its decisions for a bundle, all for PyTorch.
     """
 
     side: Side
@@ -259,10 +266,11 @@ class SideResult(Result):
     min_ms: float
     max_ms: float
     peak_bytes: int
+    settled_bytes: int | None = None
     images_per_second: float = Field(
         description="extrapolated to all sampling steps from those measured; loading apart"
     )
-    overflows: int = Field(description="steps that ran again at full capacity, in all counted rounds; in the times")
+    overflows: int = Field(description="steps of counted rounds that ran again at full capacity; the times include it")
     token_share: tuple[float, ...]
     flops_ratio: tuple[float, ...]
     macs: float
@@ -289,7 +297,8 @@ class BenchReport(Result):
     """All sides of one run, which took turns, each in its own process; and every pair of them compared."""
 
     batch: int
-    rows: int = Field(description="what the model runs on: batch, or twice that with guidance")
+    cfg_scale: float = Field(description="1: without guidance, at half the rows")
+    latents: str = Field(description="what the steps were measured on: run or noise (`dydit.verify.measure`)")
     threads: int
     repeats: int
     warmup: int

@@ -135,10 +135,13 @@ def test_loaded_model_is_independent_fp32_and_in_eval_mode(tmp_path: Path) -> No
     assert {tensor.dtype for tensor in first.state_dict().values()} == {torch.float32}
     assert not first.training and not any(tensor.is_meta for tensor in first.buffers())
     assert [name for name, parameter in first.named_parameters() if not parameter.requires_grad] == ["pos_embed"]
-    with torch.no_grad():
-        first.final_layer.linear.weight.zero_()
-    assert checkpoint.state["final_layer.linear.weight"].abs().max() > 0
-    assert torch.equal(output(checkpoint.model()), output(checkpoint.model()))
+    save_checkpoint(tmp_path / "full.safetensors", model, model.config)
+    for file in (path, tmp_path / "full.safetensors"):
+        checkpoint = load_checkpoint(file)
+        before = output(checkpoint.model())
+        with torch.no_grad():
+            checkpoint.model().final_layer.linear.weight.zero_()
+        assert torch.equal(output(checkpoint.model()), before)
 
 
 @pytest.mark.parametrize("legacy", [False, True])
@@ -241,7 +244,18 @@ def test_diffusers_names_are_those_of_the_official_conversion() -> None:
     expected = {f"{name}.{kind}" for name in linear for kind in ("weight", "bias")} | {"pos_embed.pos_embed"}
     expected |= {f"transformer_blocks.{i}.norm1.emb.class_embedder.embedding_table.weight" for i in (0, 1)}
     assert names == expected
-    assert diffusers_names("final_layer.adaLN_modulation.1.weight", 2) == ["proj_out_1.weight"]
+    in_order = {
+        "x_embedder.proj.weight": ["pos_embed.proj.weight"],
+        "final_layer.adaLN_modulation.1.weight": ["proj_out_1.weight"],
+        "final_layer.linear.bias": ["proj_out_2.bias"],
+        "t_embedder.mlp.2.bias": [f"transformer_blocks.{i}.{parts[1]}.bias" for i in (0, 1)],
+        "blocks.1.adaLN_modulation.1.bias": ["transformer_blocks.1.norm1.linear.bias"],
+        "blocks.1.attn.qkv.weight": [f"transformer_blocks.1.attn1.to_{part}.weight" for part in "qkv"],
+        "blocks.1.attn.proj.bias": ["transformer_blocks.1.attn1.to_out.0.bias"],
+        "blocks.1.mlp.fc1.weight": ["transformer_blocks.1.ff.net.0.proj.weight"],
+        "blocks.1.mlp.fc2.weight": ["transformer_blocks.1.ff.net.2.weight"],
+    }
+    assert {name: diffusers_names(name, 2) for name in in_order} == in_order
 
 
 def test_convert_keeps_the_model_and_names_the_origin(tmp_path: Path) -> None:

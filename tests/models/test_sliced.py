@@ -124,11 +124,14 @@ def test_guidance_acts_on_the_asked_channels_only(model):
 
 
 def test_union_with_gates_equals_the_narrow_subnetwork(model):
+    """The union over two timesteps: heads and groups of a block are different slots, and not all of them."""
     step, config = Step(model), model.config
     masks = width_masks(model, step.t)
-    everything = [list(range(config.num_heads))] * config.depth
+    both = masks | width_masks(model, 100)
     gates = torch.tensor(masks.reshape(-1, config.num_heads), dtype=torch.float64)
-    union = SlicedDiT(config, step.weights, everything, everything, 3)
+    union = SlicedDiT(config, step.weights, *slots(both), 3)
+    if config.dynamic:
+        assert (both[:, 0] != both[:, 1]).any() and not both.all() and (both != masks).any((0, 2)).all()
     narrow = SlicedDiT(config, step.weights, *slots(masks), 3)
     gated = union.step(*step.inputs(), gates=gates).x_prev
     assert relative(gated, narrow.step(*step.inputs()).x_prev) < 1e-12

@@ -124,8 +124,10 @@ def test_a_start_that_does_not_fit_is_refused(dynamic_recipe: Make, dynamic_conf
 
 
 def test_repeating_a_run_gives_the_same_bytes(tmp_path: Path, dynamic_recipe: Make) -> None:
-    for name in ("a", "b"):
-        train(dynamic_recipe(), tmp_path / name)
+    train(dynamic_recipe(), tmp_path / "a")
+    elsewhere = tmp_path / "elsewhere.safetensors"  # the same weights from another place
+    elsewhere.write_bytes((tmp_path / "static.safetensors").read_bytes())
+    train(dynamic_recipe(init=str(elsewhere)), tmp_path / "b")
     train(dynamic_recipe(seed=1), tmp_path / "c")
     a, b, c = ((tmp_path / name / "model.safetensors").read_bytes() for name in "abc")
     assert a == b != c
@@ -260,7 +262,7 @@ def test_a_sequence_hands_its_weights_on(tmp_path: Path, small_recipe: Make, dyn
     runs = (small_recipe(), dynamic_recipe(init=None))
     first, second = train_sequence(runs, tmp_path / "out")
     assert first.model == tmp_path / "out/static/model.safetensors"
-    assert second.summary["recipe"]["init"] == str(first.model)
+    assert second.summary["recipe"]["init"] == f"sha256:{load_checkpoint(first.model).sha256}"
     assert load_checkpoint(second.model).config.dynamic
     again = train_sequence(runs, tmp_path / "out", resume=True, progress=lambda *_: pytest.fail("it ran"))
     assert again == [first, second]

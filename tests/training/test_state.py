@@ -53,6 +53,15 @@ def test_another_recipe_is_refused_naming_what_differs(
     assert "iterations" not in text
 
 
+def test_a_start_is_known_by_its_content(tmp_path: Path, small_recipe: Make) -> None:
+    for name, content in (("a", "x"), ("b", "x"), ("c", "y")):
+        (tmp_path / name).write_text(content)
+    claim_folder(tmp_path / "run", small_recipe(init=str(tmp_path / "a")), resume=False)
+    claim_folder(tmp_path / "run", small_recipe(init=str(tmp_path / "b")), resume=True)
+    with pytest.raises(ConfigError, match="init"):
+        claim_folder(tmp_path / "run", small_recipe(init=str(tmp_path / "c")), resume=True)
+
+
 def test_a_folder_of_something_else_is_not_resumed(tmp_path: Path, small_recipe: Make) -> None:
     (tmp_path / "thesis.tex").write_text("precious")
     with pytest.raises(OutputError, match="holds no run"):

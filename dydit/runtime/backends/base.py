@@ -40,8 +40,8 @@ class BackendOptions:
 class StepResult:
     """What one step returns.
 
-    `x_prev` f32 [B, C, S, S]; `overflow` int64 [L] routed tokens that found no slot (zeros unless routing is by capacity);
-    `tokens` bool [L, rows, N] and `residuals` f32 [L, rows, N, D], only from a subnetwork loaded with `debug`.
+    `x_prev` f32 [B, C, S, S]; `overflow` int64 [L] routed tokens that found no slot (zeros unless routing is by
+    capacity). From a subnetwork loaded with `debug` also `tokens` bool [L, rows, N], `residuals` f32 [L, rows, N, D].
     """
 
     x_prev: np.ndarray
@@ -60,7 +60,7 @@ class Subnet(ABC):
         self._open = True
 
     def step(self, feeds: Arrays) -> StepResult:
-        """Run one sampling step on the inputs of `graph_io.subnet_inputs`. Surplus `gates` are dropped where not taken."""
+        """Run one step on the inputs of `graph_io.subnet_inputs`. Surplus `gates` are dropped where not taken."""
         if not self._open:
             raise BackendError(f"{self.what} was closed")
         if not self.entry.gated:
@@ -106,4 +106,4 @@ class Backend(ABC):
 
     @abstractmethod
     def subnet(self, index: int, full_capacity: bool = False, debug: bool = False) -> Subnet:
-        """Load a subnetwork; `full_capacity` for the form with a slot for every token, `debug` for the extra outputs."""
+        """Load a subnetwork; `full_capacity`: the form with a slot for every token; `debug`: with the extra outputs."""

@@ -1,9 +1,9 @@
 """The ONNX Runtime backend: one inference session per subnetwork, on the CPU or through the CUDA provider.
 
-Many sessions live in one process, so none may hold what it does not need while it is idle (figures: DiT-S/2, two cores):
+Many sessions live in one process, so none may hold what it does not need while idle (figures: DiT-S/2, two cores):
 
 - threads do not spin: with other work on the machine spinning made a step twice as slow (310 against 145 ms);
-- no memory arena: each would keep the activations of its largest step (24 MB per session for one image) for 1.5 % of time;
+- no memory arena: each would keep the activations of its largest step (24 MB for one image), to save 1.5 % of time;
 - weights stay one shared map of `weights.bin`, unless `BackendOptions.packed` asks for each session's own copy.
 """
 
@@ -17,7 +17,7 @@ import numpy as np
 
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.graph_io import residual_name, token_mask_name
-from dydit.bundle.manifest import CONDITIONING
+from dydit.bundle.manifest import CONDITIONING, Precision
 from dydit.errors import BackendError, one_line
 from dydit.runtime.backends.base import Arrays, Backend, BackendOptions, StepResult, Subnet
 
@@ -64,6 +64,10 @@ class OnnxRuntimeBackend(Backend):
             raise BackendError(
                 f"this onnxruntime has no {provider}; pip uninstall onnxruntime, then pip install 'dydit[gpu]', "
                 "or use --device cpu"
+            )
+        if self.options.device == "cpu" and bundle.manifest.precision is Precision.BF16:
+            raise BackendError(
+                "onnxruntime has no bf16 matrix products on the CPU; use --backend torch, or a bundle in fp32 or fp16"
             )
 
     @cached_property

@@ -12,6 +12,8 @@ from dydit.errors import BackendError
 from dydit.models.sliced import SlicedDiT, conditioning
 from dydit.runtime.backends.base import Arrays, Backend, BackendOptions, StepResult, Subnet
 
+_TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
 
 class TorchSubnet(Subnet):
     """A subnetwork as sliced matrices; consecutive slots are views of the shared weights."""
@@ -75,7 +77,6 @@ def mapped_weights(bundle: Bundle, device: torch.device) -> dict[str, Tensor]:
     raw = np.memmap(bundle.file(WEIGHTS), np.uint8, "c")
     weights = {}
     for name, entry in bundle.manifest.weights.items():
-        size = int(np.prod(entry.shape)) * np.dtype(entry.dtype).itemsize
-        array = raw[entry.offset : entry.offset + size].view(entry.dtype).reshape(entry.shape)
-        weights[name] = torch.from_numpy(array).to(device)
+        flat = torch.from_numpy(raw[entry.offset : entry.offset + entry.nbytes])
+        weights[name] = flat.view(_TYPES[entry.dtype]).view(entry.shape).to(device)
     return weights

@@ -1,0 +1,1 @@
+"""TensorRT engines of a bundle: built from its graphs, kept by content, loaded only where they belong."""

@@ -1,0 +1,140 @@
+"""Building one engine: parse, check types, build, write. Runs in a process of its own; see `dydit.engines.workers`."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib
+import os
+import resource
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from dydit.bundle.graph_io import TensorSpec
+from dydit.engines.findings import require_types
+from dydit.engines.fingerprint import EngineRequest, HardwareCompatibility
+from dydit.engines.flavour import Flavour, load_flavour, load_polygraphy
+from dydit.engines.network import Messages, Parsed, parse_graph, read_network, require_inputs
+from dydit.engines.profiles import Extent, Profile, shape_profile
+from dydit.errors import BackendError, one_line
+from dydit.files import write_atomic
+
+
+@dataclass(frozen=True)
+class Job:
+    """One engine to build.
+
+    `inputs`: the graph's inputs as described; None for a graph whose own declaration is all that there is, such as a
+    VAE decoder's, whose types are not held against the recipe either.
+    """
+
+    graph: Path
+    engine: Path
+    request: EngineRequest
+    inputs: tuple[TensorSpec, ...] | None
+    ranges: dict[str, Extent]
+    log: Path
+    timing_cache: Path | None = None
+
+
+@dataclass(frozen=True)
+class Built:
+    """What became of a job. `peak_memory` in bytes, of the process since it started."""
+
+    sha256: str
+    bytes: int
+    modified_ns: int
+    seconds: float
+    peak_memory: int
+    layers: int
+    warnings: int
+
+
+def build_engine(job: Job) -> Built:
+    """Build and write one engine; what the builder said goes to the log.
+
+    Raises `BackendError`, naming the graph, where it cannot be parsed, its types are not the recipe's, or the builder
+    fails.
+    """
+    started, messages = time.perf_counter(), Messages()
+    outcome = "failed"
+    try:
+        trt = load_flavour(job.request.flavour)
+        parsed = parse_graph(trt, job.graph, messages)
+        network = read_network(parsed.network)
+        if job.inputs is not None:
+            require_inputs(network, job.inputs, job.graph.name)
+            require_types(network, job.request.precision, job.graph.name)
+        profile = shape_profile(network.inputs, job.ranges, job.graph.name)
+        plan = _plan(trt, parsed, job, profile, messages)
+        digest = hashlib.sha256(plan).hexdigest()
+        write_atomic(job.engine, plan)
+        status = job.engine.stat()
+        seconds = time.perf_counter() - started
+        outcome = f"built in {seconds:.1f} s"
+    finally:
+        _log(job.log, f"{job.engine.name} from {job.graph.name}: {outcome}", messages)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    warnings = sum(messages.warnings.values())
+    return Built(digest, status.st_size, status.st_mtime_ns, seconds, peak, len(network.layers), warnings)
+
+
+def _plan(trt: Any, parsed: Parsed, job: Job, profile: Profile, messages: Messages) -> Any:
+    """The serialised engine, a buffer."""
+    polygraphy = load_polygraphy(job.request.flavour)
+    config = _config(trt, polygraphy, job, profile)(parsed.builder, parsed.network)
+    # On by default; it would let fp32 products, on which routing decisions hang, round to 10 bits.
+    config.clear_flag(trt.BuilderFlag.TF32)
+    loader = polygraphy.EngineBytesFromNetwork(
+        (parsed.builder, parsed.network, parsed.parser),
+        config=config,
+        save_timing_cache=str(job.timing_cache) if job.timing_cache else None,
+    )
+    try:
+        return loader()
+    except Exception as error:  # Polygraphy's own, which says less than the builder did
+        reason = messages.reason() if messages.errors else one_line(error)
+        raise BackendError(f"{job.request.flavour} cannot build {job.graph.name}: {reason}; see {job.log}") from error
+
+
+def _config(trt: Any, polygraphy: Any, job: Job, profile: Profile) -> Any:
+    shapes = polygraphy.Profile()
+    for name, extent in profile.items():
+        shapes.add(name, extent.min, extent.opt, extent.max)
+    request = job.request
+    if request.flavour is Flavour.TENSORRT_RTX:
+        rtx = importlib.import_module("polygraphy.backend.tensorrt_rtx")
+        targets = [tuple(int(part) for part in each.split(".")) for each in request.compute_capabilities]
+        return rtx.CreateConfigRTX(profiles=[shapes], compute_capabilities=targets or None)
+    cache = job.timing_cache if job.timing_cache and job.timing_cache.exists() else None
+    return polygraphy.CreateConfig(
+        profiles=[shapes],
+        load_timing_cache=str(cache) if cache else None,
+        hardware_compatibility_level=_hardware_level(trt, request.hardware_compatibility),
+        version_compatible=request.version_compatible,
+    )
+
+
+def _hardware_level(trt: Any, wanted: HardwareCompatibility) -> Any:
+    names: Mapping[HardwareCompatibility, str] = {
+        HardwareCompatibility.NONE: "NONE",
+        HardwareCompatibility.SAME_CAPABILITY: "SAME_COMPUTE_CAPABILITY",
+        HardwareCompatibility.AMPERE_PLUS: "AMPERE_PLUS",
+    }
+    level = getattr(trt.HardwareCompatibilityLevel, names[wanted], None)
+    if level is None:
+        raise BackendError(f"{trt.__name__} {trt.__version__} has no hardware compatibility {wanted.value!r}")
+    return level
+
+
+def _log(path: Path, title: str, messages: Messages) -> None:
+    """Append to the build log in one write, so that several processes do not mix their lines."""
+    stamp = datetime.now(UTC).isoformat(timespec="seconds")
+    text = f"{stamp} {title}\n{messages.text()}".encode()
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    with contextlib.closing(os.fdopen(descriptor, "wb", buffering=0)) as file:
+        file.write(text)

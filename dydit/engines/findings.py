@@ -1,0 +1,205 @@
+"""What is wrong with the types of a network, layer by layer, before anything is built (DESIGN, decision 9).
+
+The recipe: below fp32, matrix products and attention in the lower type, attention as the fused operator, casts only at
+their edges; the residual stream, modulation, routers, embedding, final layer and the sampler's formula in fp32.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+
+from dydit.bundle.manifest import Precision
+from dydit.engines.network import Layer, Network
+from dydit.errors import BackendError
+
+FP32_WEIGHTS = re.compile(r"(embed|final|time\.[02]|blocks\.\d+\.router\.[02])\.weight")
+"""The weights, by the names of `dydit.models.layout`, whose products are fp32 in every precision."""
+
+_PRODUCTS = frozenset({"matrix_multiply", "einsum", "convolution", "deconvolution"})
+_ATTENTION = frozenset({"attention_input", "attention_output"})
+_HEAVY = _PRODUCTS | _ATTENTION
+# These hand values on as they are; a cast on their far side is still at the edge of what comes next.
+_MOVING = frozenset({"shuffle", "slice", "gather", "concatenation", "unsqueeze", "squeeze", "identity", "select"})
+_MADE_UP = frozenset({"constant", "fill"})
+_FLOATS = frozenset({"float16", "bfloat16", "float32", "float64"})
+_SHOWN = 3
+
+
+class Kind(StrEnum):
+    """What a finding is about."""
+
+    PRODUCT = "product"  # a matrix product of the wrong type
+    ATTENTION = "attention"  # attention that no compiler will fuse
+    CAST = "cast"  # a cast that is not at the edge of a product or attention
+    NORM = "norm"  # a normalisation, and so the residual stream, below fp32
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A layer whose types are wrong: its name, what kind of fault, and what it is and should be."""
+
+    layer: str
+    kind: Kind
+    text: str
+
+    def __str__(self) -> str:
+        return f"layer {self.layer}: {self.text}"
+
+
+def type_findings(network: Network, precision: Precision) -> list[Finding]:
+    """All faults in the types of a subnetwork or the conditioning, in the order of its layers."""
+    check = _Check(network, precision)
+    return [finding for layer in network.layers for finding in check.layer(layer)]
+
+
+def require_types(network: Network, precision: Precision, what: str) -> None:
+    """Raise `BackendError`, naming the layers, where `type_findings` finds anything."""
+    if findings := type_findings(network, precision):
+        more = f" (and {len(findings) - _SHOWN} more)" if len(findings) > _SHOWN else ""
+        raise BackendError(
+            f"{what} is not as {precision} should be: {'; '.join(map(str, findings[:_SHOWN]))}{more}; "
+            f"export the bundle again with --precision {precision}"
+        )
+
+
+class _Check:
+    def __init__(self, network: Network, precision: Precision):
+        self.network, self.low = network, precision.dtype
+        self.is_fp32 = precision is Precision.FP32
+
+    def layer(self, layer: Layer) -> Iterator[Finding]:
+        types = {self.network.dtypes[name] for name in layer.inputs} & _FLOATS
+        if strange := types - {"float32", self.low}:
+            yield Finding(str(layer), Kind.CAST, f"works in {strange.pop()}, which {self.low} graphs do not use")
+        elif layer.kind in _PRODUCTS:
+            yield from self._product(layer, types)
+        elif layer.kind in _ATTENTION and types - {self.low}:
+            yield Finding(str(layer), Kind.ATTENTION, f"attention takes {_words(types)}, expected {self.low}")
+        elif layer.kind == "softmax" and not self.is_fp32:
+            text = (
+                f"attention is written as products and a softmax, which is not fused; expected Attention in {self.low}"
+            )
+            yield Finding(str(layer), Kind.ATTENTION, text)
+        elif layer.kind == "normalization" and types - {"float32"}:
+            yield Finding(str(layer), Kind.NORM, f"normalises {_words(types)}, expected a residual stream in float32")
+        elif layer.kind == "cast":
+            yield from self._cast(layer)
+
+    def _product(self, layer: Layer, types: set[str]) -> Iterator[Finding]:
+        if self.is_fp32:
+            return
+        weights = [name for operand in layer.inputs for name in self._weights(operand)]
+        named = f"with {weights[0]}" if weights else "of two activations"
+        if any(FP32_WEIGHTS.fullmatch(name) for name in weights):
+            if types - {"float32"}:
+                text = f"the product {named} takes {_words(types)}, expected float32 in every precision"
+                yield Finding(str(layer), Kind.PRODUCT, text)
+        elif not weights:
+            text = f"a product of two activations in {_words(types)} is attention that is not fused; expected Attention"
+            yield Finding(str(layer), Kind.ATTENTION, text)
+        elif "float32" in types:
+            yield Finding(str(layer), Kind.PRODUCT, f"the product {named} takes float32, expected {self.low}")
+
+    def _weights(self, operand: str) -> list[str]:
+        """The stored weights that an operand is made of; empty for an activation."""
+        inputs = {spec.name for spec in self.network.inputs}
+        names = []
+        for name in self._back(operand, lambda layer: layer.kind in _MOVING or layer.kind == "cast"):
+            producer = self.network.producers.get(name)
+            if self.network.dtypes[name] not in _FLOATS:
+                continue
+            if producer is None and name in inputs and "." in name:
+                names.append(name)  # a weight that is an input of the graph
+            elif producer is None or producer.kind not in _MOVING | _MADE_UP | {"cast"}:
+                return []
+            elif producer.kind == "constant":
+                names.append(producer.name)
+        return [re.sub(r"\[\d+:\d+\]$", "", name) for name in names]
+
+    def _cast(self, layer: Layer) -> Iterator[Finding]:
+        (source, *_), (made, *_) = layer.inputs, layer.outputs
+        before, after = self.network.dtypes[source], self.network.dtypes[made]
+        if before not in _FLOATS or after not in _FLOATS or before == after or self._is_made_up(source):
+            return
+        if after not in ("float32", self.low):
+            yield Finding(str(layer), Kind.CAST, f"casts {before} to {after}, which {self.low} graphs do not use")
+        elif after == "float32":
+            if not self._comes_from_product(source):
+                yield Finding(str(layer), Kind.CAST, f"casts {before} to float32, but not what a product gave")
+        elif not self._feeds_product(made):
+            yield Finding(str(layer), Kind.CAST, f"casts float32 to {after}, but not at the edge of a product")
+        elif self._is_island(source):
+            text = f"casts back to {after} what was {after} before: float32 in the midst of a product's values"
+            yield Finding(str(layer), Kind.CAST, text)
+
+    def _feeds_product(self, name: str) -> bool:
+        """Whether a value just cast down goes, only moved on the way, into products, or gates their results."""
+        for reached in self._forward(name):
+            if reached in self.network.outputs:
+                return False
+            for consumer in self.network.consumers.get(reached, []):
+                if consumer.kind in _HEAVY or consumer.kind in _MOVING or consumer.kind in ("shape", "scatter"):
+                    continue
+                others = [other for other in consumer.inputs if other != reached]
+                if consumer.kind != "elementwise" or not any(self._comes_from_product(other) for other in others):
+                    return False
+        return True
+
+    def _comes_from_product(self, name: str) -> bool:
+        """Whether a value in the lower type was made by a product or attention, or by what directly follows one."""
+
+        def onward(layer: Layer) -> bool:
+            return layer.kind not in _HEAVY and layer.kind not in ("cast", "normalization", "shape")
+
+        return any(
+            producer is not None and producer.kind in _HEAVY
+            for producer in (self.network.producers.get(each) for each in self._back(name, onward))
+        )
+
+    def _is_island(self, name: str) -> bool:
+        """Whether a float32 value was in the lower type before, with no normalisation in between."""
+
+        def onward(layer: Layer) -> bool:
+            ends = layer.kind in _HEAVY or layer.kind in ("normalization", "shape")
+            return not ends and not self._casts_up(layer)
+
+        producers = (self.network.producers.get(each) for each in self._back(name, onward))
+        return any(producer is not None and self._casts_up(producer) for producer in producers)
+
+    def _casts_up(self, layer: Layer) -> bool:
+        return layer.kind == "cast" and self.network.dtypes[layer.inputs[0]] == self.low
+
+    def _is_made_up(self, name: str) -> bool:
+        """Whether a value comes from constants alone: a cast of it happens once, when the engine is built."""
+        reached = self._back(name, lambda layer: layer.kind in _MOVING)
+        producers = [self.network.producers.get(each) for each in reached if self.network.dtypes[each] in _FLOATS]
+        return all(each is not None and each.kind in _MADE_UP | _MOVING for each in producers)
+
+    def _back(self, name: str, onward: Callable[[Layer], bool]) -> list[str]:
+        """A tensor and all that it is made from, going back through the layers that `onward` lets pass."""
+        seen, waiting = dict.fromkeys([name]), [name]
+        while waiting:
+            producer = self.network.producers.get(waiting.pop())
+            if producer is not None and onward(producer):
+                fresh = [each for each in producer.inputs if each not in seen]
+                seen.update(dict.fromkeys(fresh))
+                waiting.extend(fresh)
+        return list(seen)
+
+    def _forward(self, name: str) -> list[str]:
+        """A tensor and all that layers which only move values make of it."""
+        seen, waiting = dict.fromkeys([name]), [name]
+        while waiting:
+            for consumer in self.network.consumers.get(waiting.pop(), []):
+                if consumer.kind in _MOVING:
+                    fresh = [each for each in consumer.outputs if each not in seen]
+                    seen.update(dict.fromkeys(fresh))
+                    waiting.extend(fresh)
+        return list(seen)
+
+
+def _words(types: set[str]) -> str:
+    return " and ".join(sorted(types)) or "no floats"

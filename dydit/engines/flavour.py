@@ -1,0 +1,157 @@
+"""The two flavours of TensorRT: which package each is, where it can build, and what it cannot.
+
+`tensorrt` (data-centre) builds on the GPU that will run the engines; `tensorrt-rtx` (RTX GPUs) builds ahead of time,
+with no GPU. Nothing is imported before it is asked for. Polygraphy drives either, but only one of them in a process,
+so that builds run in processes of their own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import importlib.util
+import os
+import sys
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from dydit.errors import BackendError, one_line
+
+_POLYGRAPHY_SWITCH = "POLYGRAPHY_USE_TENSORRT_RTX"
+_CUDA_LIBRARY = "libcuda.so.1"
+_CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76  # CUdevice_attribute
+
+
+class Flavour(StrEnum):
+    """A TensorRT package, by the name that users write."""
+
+    TENSORRT = "tensorrt"
+    TENSORRT_RTX = "tensorrt-rtx"
+
+    @property
+    def module(self) -> str:
+        """The Python module's name."""
+        return self.value.replace("-", "_")
+
+    @property
+    def traits(self) -> Traits:
+        """What it can do."""
+        return _TRAITS[self]
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What a flavour can do.
+
+    `majors`: the versions that we know. `ahead_of_time`: builds without a GPU. `data_dependent_shapes`: has NonZero.
+    `targets`: the compute capabilities that it can be told to build for. Of tensorrt-rtx 7.5 is left out: it has no
+    fp32 matrix product, and routers, embedding and final layer are fp32 in every precision.
+    """
+
+    majors: tuple[int, ...]
+    ahead_of_time: bool
+    data_dependent_shapes: bool
+    targets: tuple[str, ...]
+
+
+_TRAITS = {
+    Flavour.TENSORRT: Traits((10, 11), ahead_of_time=False, data_dependent_shapes=True, targets=()),
+    Flavour.TENSORRT_RTX: Traits(
+        (1,), ahead_of_time=True, data_dependent_shapes=False, targets=("8.0", "8.6", "8.9", "12.0", "12.1")
+    ),
+}
+
+
+def load_flavour(flavour: Flavour) -> Any:
+    """The flavour's module. Raises `BackendError`, saying what to install, where it is missing or too old or new."""
+    install = f"pip install 'dydit[{flavour}]'"
+    try:
+        module = importlib.import_module(flavour.module)
+    except ModuleNotFoundError as error:
+        if error.name != flavour.module:
+            raise BackendError(f"{flavour.module} cannot be imported ({one_line(error)}): {install}") from error
+        raise BackendError(f"{flavour.module} is not installed: {install}") from error
+    except (ImportError, OSError) as error:
+        raise BackendError(f"{flavour.module} cannot be imported ({one_line(error)}): {install}") from error
+    major = module.__version__.partition(".")[0]
+    if not (major.isdigit() and int(major) in flavour.traits.majors):
+        known = " or ".join(f"{each}.x" for each in flavour.traits.majors)
+        raise BackendError(f"{flavour} {module.__version__} is not supported, only {known}: {install}")
+    return module
+
+
+def installed_version(flavour: Flavour) -> str:
+    """The version of a flavour, `1.7.1.116`. Raises as `load_flavour` does."""
+    version: str = load_flavour(flavour).__version__
+    return version
+
+
+def load_polygraphy(flavour: Flavour) -> Any:
+    """`polygraphy.backend.trt`, driving this flavour.
+
+    Raises `BackendError` where Polygraphy is missing, or drives the other flavour in this process already.
+    """
+    load_flavour(flavour)
+    rtx = flavour is Flavour.TENSORRT_RTX
+    if "polygraphy" not in sys.modules:
+        os.environ[_POLYGRAPHY_SWITCH] = str(int(rtx))
+    try:
+        config = importlib.import_module("polygraphy.config")
+        loaders = importlib.import_module("polygraphy.backend.trt")
+    except ModuleNotFoundError as error:
+        raise BackendError(f"{error.name} is not installed: pip install 'dydit[{flavour}]'") from error
+    if bool(config.USE_TENSORRT_RTX) != rtx:
+        raise BackendError(
+            f"Polygraphy drives the other TensorRT in this process already; use {flavour} in a process of its own"
+        )
+    importlib.import_module("polygraphy.logger").G_LOGGER.module_severity = 1000  # what it says is in our messages
+    return loaders
+
+
+def is_installed(flavour: Flavour) -> bool:
+    """Whether the module is there; it is not imported."""
+    return importlib.util.find_spec(flavour.module) is not None
+
+
+def default_flavour() -> Flavour:
+    """The flavour that is installed; of both, `tensorrt` where there is a GPU to build on.
+
+    Raises `BackendError` where none is.
+    """
+    here = [flavour for flavour in Flavour if is_installed(flavour)]
+    if not here:
+        raise BackendError(
+            "no TensorRT is installed: pip install 'dydit[tensorrt-rtx]' (builds with no GPU, for RTX GPUs) or "
+            "'dydit[tensorrt]' (builds on the data-centre GPU that runs the engines)"
+        )
+    if len(here) == 1:
+        return here[0]
+    return Flavour.TENSORRT if present_gpu() else Flavour.TENSORRT_RTX
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """The first NVIDIA GPU here: its name and compute capability, `8.9`."""
+
+    name: str
+    compute_capability: str
+
+    def __str__(self) -> str:
+        return f"{self.name} (compute capability {self.compute_capability})"
+
+
+def present_gpu() -> Gpu | None:
+    """The GPU that engines would run on, asked of the driver; None without one."""
+    try:
+        cuda = ctypes.CDLL(_CUDA_LIBRARY)
+    except OSError:
+        return None
+    device, name = ctypes.c_int(), ctypes.create_string_buffer(256)
+    numbers = ctypes.c_int(), ctypes.c_int()
+    if cuda.cuInit(0) or cuda.cuDeviceGet(ctypes.byref(device), 0) or cuda.cuDeviceGetName(name, 256, device):
+        return None
+    for number, attribute in zip(numbers, (_CAPABILITY_MAJOR, _CAPABILITY_MINOR), strict=True):
+        if cuda.cuDeviceGetAttribute(ctypes.byref(number), attribute, device):
+            return None
+    return Gpu(name.value.decode(errors="replace"), f"{numbers[0].value}.{numbers[1].value}")

@@ -1,0 +1,205 @@
+"""A graph as TensorRT parsed it: reading it, and a plain picture of its layers that can be checked without TensorRT.
+
+Parsing needs no GPU. Weights are read from `weights.bin` beside the graph. Networks are strongly typed: precision is
+what the graph says.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from dydit.bundle.graph_io import TensorSpec
+from dydit.errors import BackendError
+
+_DTYPES = {
+    **{"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "DOUBLE": "float64"},
+    **{"INT64": "int64", "INT32": "int32", "BOOL": "bool"},
+}
+_FUNCTION = re.compile(r"\((\w+)\)\]\s*$")
+_MESSAGES = 3
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer: its name, kind (`matrix_multiply`, `cast`, ...), the local function that it comes from, its tensors."""
+
+    name: str
+    kind: str
+    function: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.function})" if self.function else self.name
+
+
+@dataclass(frozen=True)
+class Network:
+    """Layers in any order, the dtype of every tensor (NumPy's name), the inputs with their symbols, output names."""
+
+    layers: tuple[Layer, ...]
+    dtypes: dict[str, str]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[str, ...]
+
+    @cached_property
+    def producers(self) -> dict[str, Layer]:
+        """The layer that makes a tensor."""
+        return {name: layer for layer in self.layers for name in layer.outputs}
+
+    @cached_property
+    def consumers(self) -> dict[str, list[Layer]]:
+        """The layers that take a tensor."""
+        taken: dict[str, list[Layer]] = {}
+        for layer in self.layers:
+            for name in dict.fromkeys(layer.inputs):
+                taken.setdefault(name, []).append(layer)
+        return taken
+
+
+@dataclass
+class Messages:
+    """What TensorRT said while it worked on one graph: errors, and warnings with how often each came."""
+
+    errors: list[str] = field(default_factory=list)
+    warnings: dict[str, int] = field(default_factory=dict)
+
+    def reason(self) -> str:
+        """The first errors, for a message."""
+        return "; ".join(dict.fromkeys(" ".join(each.split()) for each in self.errors[:_MESSAGES])) or "no reason given"
+
+    def text(self) -> str:
+        """All of it, a line each."""
+        lines = [f"  error: {' '.join(each.split())}" for each in self.errors]
+        for message, times in self.warnings.items():
+            lines.append(f"  warning{f' ({times} times)' if times > 1 else ''}: {' '.join(message.split())}")
+        return "".join(line + "\n" for line in lines)
+
+
+def make_logger(trt: Any, messages: Messages) -> Any:
+    """A TensorRT logger that collects errors and warnings in `messages`."""
+
+    class Collector(trt.ILogger):
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR):
+                messages.errors.append(message)
+            elif severity == trt.ILogger.WARNING:
+                messages.warnings[message] = messages.warnings.get(message, 0) + 1
+
+    return Collector()
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """TensorRT's builder, network and parser (which owns the weights), and the logger that must outlive them."""
+
+    builder: Any
+    network: Any
+    parser: Any
+    logger: Any
+
+
+def parse_graph(trt: Any, path: Path, messages: Messages) -> Parsed:
+    """Parse an ONNX graph as a strongly typed network. Raises `BackendError` with the parser's reason."""
+    require_distinct_names(path)
+    logger = make_logger(trt, messages)
+    builder = trt.Builder(logger)
+    # TensorRT 11 knows no other networks, and may drop the flag.
+    typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    network = builder.create_network(0 if typed is None else 1 << int(typed))
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse_from_file(str(path)):
+        errors = [" ".join(str(parser.get_error(index)).split()) for index in range(parser.num_errors)]
+        raise BackendError(f"{trt.__name__} cannot parse {path.name}: {'; '.join(errors[:1]) or messages.reason()}")
+    return Parsed(builder, network, parser, logger)
+
+
+def require_distinct_names(path: Path) -> None:
+    """Raise `BackendError` where a function's inner value has the name of one of the main graph's.
+
+    TensorRT's parser (tensorrt-rtx 1.7.1) then takes one for the other, and where their shapes agree without a word.
+    """
+    try:
+        import onnx
+    except ImportError as error:
+        raise BackendError("onnx is not installed: pip install 'dydit[export]'") from error
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except Exception as error:  # protobuf's DecodeError, which onnx does not wrap
+        raise BackendError(f"{path} is no ONNX graph ({type(error).__name__}); export the bundle again") from error
+    graph = model.graph
+    main = {each.name for each in (*graph.input, *graph.initializer)}
+    main.update(name for node in graph.node for name in node.output)
+    for function in model.functions:
+        inner = {name for node in function.node for name in node.output}
+        if shared := sorted(inner & main):
+            raise BackendError(
+                f"{path.name}: function {function.name!r} and the main graph both have a value {shared[0]!r}, which "
+                "TensorRT's parser takes for one; export the bundle again"
+            )
+
+
+def read_network(network: Any) -> Network:
+    """The picture of a parsed network."""
+    layers, dtypes = [], {}
+
+    def name_of(tensor: Any) -> str:
+        name: str = tensor.name
+        if name not in dtypes:
+            dtypes[name] = _dtype(tensor)
+        return name
+
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        taken = [layer.get_input(place) for place in range(layer.num_inputs)]
+        made = [layer.get_output(place) for place in range(layer.num_outputs)]
+        function = _FUNCTION.search(layer.metadata)
+        layers.append(
+            Layer(
+                name=layer.name,
+                kind=layer.type.name.lower(),
+                function=function[1] if function else "",
+                inputs=tuple(name_of(tensor) for tensor in taken if tensor is not None),
+                outputs=tuple(name_of(tensor) for tensor in made),
+            )
+        )
+    inputs = [network.get_input(index) for index in range(network.num_inputs)]
+    outputs = [network.get_output(index) for index in range(network.num_outputs)]
+    specs = tuple(TensorSpec(name_of(tensor), _dtype(tensor), _shape(tensor)) for tensor in inputs)
+    return Network(tuple(layers), dtypes, specs, tuple(name_of(tensor) for tensor in outputs))
+
+
+def _dtype(tensor: Any) -> str:
+    name: str = tensor.dtype.name
+    return _DTYPES.get(name, name.lower())
+
+
+def _shape(tensor: Any) -> tuple[int | str, ...]:
+    """Numbers, and the symbols that ONNX gave to the others."""
+    return tuple(
+        (tensor.get_dimension_name(axis) or f"axis {axis} of {tensor.name}") if size < 0 else size
+        for axis, size in enumerate(tensor.shape)
+    )
+
+
+def require_inputs(network: Network, specs: Sequence[TensorSpec], what: str) -> None:
+    """Hold a parsed network's inputs against their description. Raises `BackendError` naming the first that differs."""
+    found, expected = {spec.name: spec for spec in network.inputs}, {spec.name: spec for spec in specs}
+    for name in sorted(found.keys() | expected.keys()):
+        if found.get(name) != expected.get(name):
+            raise BackendError(
+                f"{what}: input {name!r} is {_describe(found.get(name))}, expected {_describe(expected.get(name))}; "
+                "export the bundle again"
+            )
+
+
+def _describe(spec: TensorSpec | None) -> str:
+    return "missing" if spec is None else f"{spec.dtype} {list(spec.shape)}"

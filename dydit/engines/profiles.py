@@ -1,0 +1,100 @@
+"""Optimisation profiles: the least, usual and largest shape of every input, from the graphs' one description.
+
+A symbol of `dydit.bundle.graph_io` has a range; an input's three shapes follow from the ranges of its symbols.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from pydantic import model_validator
+
+from dydit.bundle.graph_io import BATCH, LABELS, ROWS, STEPS, TensorSpec, modulation_vectors
+from dydit.bundle.manifest import Manifest
+from dydit.errors import BackendError
+from dydit.models.config import ModelConfig, Strict
+
+CONDITIONING_ELEMENTS = 1 << 28
+"""The most numbers that one evaluation of the conditioning engine returns: 1 GiB, far below TensorRT's 2**31."""
+
+
+class Extent(Strict):
+    """The range of a symbol, `1 <= min <= opt <= max`; an engine is tuned for `opt` and runs anywhere between."""
+
+    min: int
+    opt: int
+    max: int
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Extent:
+        if not 1 <= self.min <= self.opt <= self.max:
+            raise ValueError(f"{self.min}, {self.opt}, {self.max} is no range: expected 1 <= min <= opt <= max")
+        return self
+
+
+class ShapeExtent(Strict):
+    """The least, usual and largest shape of an input."""
+
+    min: tuple[int, ...]
+    opt: tuple[int, ...]
+    max: tuple[int, ...]
+
+
+Ranges = Mapping[str, Extent]
+Profile = dict[str, ShapeExtent]
+
+
+def symbol_ranges(manifest: Manifest, opt_batch: int, max_batch: int) -> dict[str, Extent]:
+    """Ranges of the symbols of a bundle's graphs.
+
+    `rows` goes to twice the batch, with guidance, and is tuned for that. `steps` x `labels`: a batch's labels and the
+    null class, for as many steps of a segment as `CONDITIONING_ELEMENTS` allow.
+    """
+    model = manifest.model
+    counts = [segment.count for segment in manifest.plan.segments]
+    labels = min(max_batch, model.num_classes) + 1
+    fitting = CONDITIONING_ELEMENTS // (labels * modulation_vectors(model) * model.hidden_size)
+    steps = max(1, min(max(counts), fitting))
+    return {
+        BATCH: Extent(min=1, opt=opt_batch, max=max_batch),
+        ROWS: Extent(min=1, opt=2 * opt_batch, max=2 * max_batch),
+        STEPS: Extent(min=1, opt=min(steps, -(-sum(counts) // len(counts))), max=steps),
+        LABELS: Extent(min=1, opt=min(opt_batch, model.num_classes) + 1, max=labels),
+    }
+
+
+def width_ranges(model: ModelConfig, opt_share: float = 0.5) -> dict[str, Extent]:
+    """Ranges of the widths of a graph whose block weights are inputs (`WeightInputs` of `dydit.export.graph`).
+
+    A dimension `heads_3*216` is 216 rows for each head that block 3 has on: 1 to all of them, tuned for `opt_share`.
+    """
+    opt = max(1, round(opt_share * model.num_heads))
+    parts = {"heads": (3 * model.head_dim, model.head_dim), "groups": (model.group_dim,)}
+    return {
+        f"{part}_{block}*{rows}": Extent(min=rows, opt=opt * rows, max=model.num_heads * rows)
+        for block in range(model.depth)
+        for part, sizes in parts.items()
+        for rows in sizes
+    }
+
+
+def shape_profile(specs: Sequence[TensorSpec], ranges: Ranges, what: str) -> Profile:
+    """The three shapes of every input of `specs` that has a symbol.
+
+    Raises `BackendError`, naming graph `what` and input, for a symbol without a range.
+    """
+    profile: Profile = {}
+    for spec in specs:
+        symbols = [dim for dim in spec.shape if isinstance(dim, str)]
+        if unknown := [symbol for symbol in symbols if symbol not in ranges]:
+            raise BackendError(
+                f"{what}: no range is known for {unknown[0]!r}, a dimension of input {spec.name!r}; known: "
+                f"{', '.join(sorted(ranges))}"
+            )
+        if symbols:
+            profile[spec.name] = ShapeExtent(
+                min=spec.concrete({symbol: ranges[symbol].min for symbol in symbols}),
+                opt=spec.concrete({symbol: ranges[symbol].opt for symbol in symbols}),
+                max=spec.concrete({symbol: ranges[symbol].max for symbol in symbols}),
+            )
+    return profile

@@ -1,0 +1,266 @@
+"""`BUNDLE/engines/<settings>/`: the engines of one set of build settings, and the only way to load one.
+
+    engines.json        the settings, and of every graph: engine file, what it depends on, SHA-256, size, seconds
+    subnet-0000.engine, conditioning.engine, ...
+    build.log           what the builder warned of
+    timing.cache        tensorrt: measured tactics, for the next build
+    runtime.cache       tensorrt-rtx: compiled kernels, for the next run; its SHA-256 is in runtime.json
+
+An engine is code. It is loaded from its bundle's own folder only, and only with the hash that was recorded when it was
+built there, on a GPU and version that it was built for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+
+from dydit.bundle.bundle import Bundle
+from dydit.bundle.manifest import WEIGHTS
+from dydit.engines.fingerprint import EngineKey, EngineRequest, HardwareCompatibility
+from dydit.engines.flavour import Flavour, Gpu
+from dydit.errors import BundleError
+from dydit.files import sha256_of, write_atomic
+from dydit.models.config import Strict
+
+ENGINES, INDEX, BUILD_LOG, TIMING_CACHE = "engines", "engines.json", "build.log", "timing.cache"
+RUNTIME_CACHE, RUNTIME_RECORD = "runtime.cache", "runtime.json"
+_INDEX_VERSION: Literal[1] = 1
+_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*\.engine")
+_LEAST_RTX = (8, 0)
+
+
+class EngineEntry(Strict):
+    """A built engine: its file, what it depends on, and its build.
+
+    `modified_ns`: the file's time when its hash was last taken.
+    """
+
+    file: str
+    key: EngineKey
+    fingerprint: str
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    bytes: int = Field(ge=1)
+    modified_ns: int
+    seconds: float
+    peak_memory: int = Field(description="bytes, of the process that built it, since its start")
+    layers: int = Field(description="of the parsed network, whose types were checked")
+    warnings: int
+
+
+class EngineIndex(Strict):
+    """`engines.json`. `engines`: by the graph's file name; equal graphs share a file."""
+
+    schema_version: Literal[1]
+    request: EngineRequest
+    engines: dict[str, EngineEntry]
+    digest: str = ""
+
+    def compute_digest(self) -> str:
+        """SHA-256 over the canonical JSON of every field but `digest`."""
+        values = self.model_dump(mode="json", exclude={"digest"})
+        return hashlib.sha256(json.dumps(values, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+    def to_json(self) -> str:
+        """The text of `engines.json`, with the digest filled in."""
+        values = self.model_dump(mode="json", exclude={"digest"}) | {"digest": self.compute_digest()}
+        return json.dumps(values, indent=1, allow_nan=False) + "\n"
+
+
+@dataclass(frozen=True)
+class EngineStore:
+    """The folder of one set of settings."""
+
+    bundle: Bundle
+    folder: Path
+
+    @classmethod
+    def of(cls, bundle: Bundle, request: EngineRequest) -> EngineStore:
+        """The store for a request; it need not exist."""
+        return cls(bundle, bundle.path / ENGINES / request.folder)
+
+    @property
+    def timing_cache(self) -> Path:
+        """Where tactic timings are kept."""
+        return self.folder / TIMING_CACHE
+
+    @property
+    def build_log(self) -> Path:
+        """Where the builder's warnings go."""
+        return self.folder / BUILD_LOG
+
+    def read(self) -> EngineIndex | None:
+        """The index; None where nothing was built. Raises `BundleError` where it is damaged or was changed."""
+        path = self.folder / INDEX
+        remove = f"remove {self.folder} and build again"
+        try:
+            index = EngineIndex.model_validate(json.loads(path.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return None
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"]) or INDEX
+            raise BundleError(f"{path} is not valid: {where}: {first['msg']}; {remove}") from error
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise BundleError(f"{path} is damaged: not JSON ({error}); {remove}") from error
+        if index.digest != index.compute_digest():
+            raise BundleError(f"{path} was changed after it was written (its digest differs); {remove}")
+        return index
+
+    def write(self, request: EngineRequest, engines: dict[str, EngineEntry]) -> None:
+        """Write the index, atomically."""
+        index = EngineIndex(schema_version=_INDEX_VERSION, request=request, engines=dict(sorted(engines.items())))
+        write_atomic(self.folder / INDEX, index.to_json().encode())
+
+    def engine_path(self, entry: EngineEntry) -> Path:
+        """The file of an entry. Raises `BundleError` where it is not a file of this folder, inside the bundle."""
+        path, root = self.folder / entry.file, self.bundle.path.resolve()
+        inside = path.resolve().parent == root / ENGINES / self.folder.name
+        if not _FILE_NAME.fullmatch(entry.file) or not inside:
+            raise BundleError(
+                f"{path} is not a file of the bundle's own engines folder; engines are code and are loaded from "
+                f"nowhere else: remove {self.folder} and build again"
+            )
+        return path
+
+    def is_complete(self, entry: EngineEntry) -> bool:
+        """Whether an engine's file is there as it was built; it is hashed only where its time or size differ."""
+        path = self.engine_path(entry)
+        if not path.is_file() or path.stat().st_size != entry.bytes:
+            return False
+        if path.stat().st_mtime_ns == entry.modified_ns:
+            return True
+        return sha256_of(path) == entry.sha256
+
+    def load(self, graph: str) -> bytes:
+        """The engine of a graph, the very bytes whose hash was checked.
+
+        Raises `BundleError`, with the command that mends it, where it was not built, is missing, was changed, or was
+        made from another bundle's graph or weights.
+        """
+        index = self.read()
+        entry = index.engines.get(graph) if index else None
+        if index is None or entry is None:
+            flavour = index.request.flavour if index else None
+            raise BundleError(f"{self.folder} has no engine for {graph}; run `{build_command(self.bundle, flavour)}`")
+        command = build_command(self.bundle, index.request)
+        manifest = self.bundle.manifest
+        if graph not in manifest.files or entry.key.graph_sha256 != manifest.files[graph].sha256:
+            raise BundleError(f"{self.folder}: {entry.file} was built from another bundle's {graph}; run `{command}`")
+        if entry.key.weights_sha256 != manifest.files[WEIGHTS].sha256:
+            raise BundleError(f"{self.folder}: {entry.file} was built with another bundle's weights; run `{command}`")
+        path = self.engine_path(entry)
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError as error:
+            raise BundleError(f"{path} is missing; run `{command}`") from error
+        if hashlib.sha256(data).hexdigest() != entry.sha256:
+            raise BundleError(
+                f"{path} was changed after it was built (its SHA-256 differs); remove it and run `{command}`"
+            )
+        return data
+
+    def read_runtime_cache(self) -> bytes | None:
+        """What the last run compiled; None where there is nothing, or not what was written here."""
+        try:
+            data = (self.folder / RUNTIME_CACHE).read_bytes()
+            record = json.loads((self.folder / RUNTIME_RECORD).read_text(encoding="utf-8"))
+        except (FileNotFoundError, UnicodeDecodeError, json.JSONDecodeError):
+            return None
+        known = isinstance(record, dict) and record.get("sha256") == hashlib.sha256(data).hexdigest()
+        return data if known else None
+
+    def write_runtime_cache(self, data: bytes) -> None:
+        """Keep what a run compiled."""
+        write_atomic(self.folder / RUNTIME_CACHE, data)
+        record = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+        write_atomic(self.folder / RUNTIME_RECORD, (json.dumps(record) + "\n").encode())
+
+
+def stores(bundle: Bundle) -> Iterator[EngineStore]:
+    """The folders of engines that a bundle holds, newest index first."""
+    found = [path.parent for path in (bundle.path / ENGINES).glob(f"*/{INDEX}")]
+    for folder in sorted(found, key=lambda each: (each / INDEX).stat().st_mtime_ns, reverse=True):
+        yield EngineStore(bundle, folder)
+
+
+def open_store(bundle: Bundle, flavour: Flavour, installed: str, gpu: Gpu | None) -> EngineStore:
+    """The engines that run here.
+
+    Raises `BundleError`, with the command that mends it, where there are none of this flavour, or only some for
+    another GPU or version.
+    """
+    refusals = []
+    for store in stores(bundle):
+        index = store.read()
+        if index is None or index.request.flavour is not flavour:
+            continue
+        refusal = unfit_reason(index.request, installed, gpu)
+        if refusal is None:
+            return store
+        command = build_command(bundle, flavour if index.request.compute_capabilities else index.request)
+        refusals.append(f"{store.folder} {refusal}; run `{command}`")
+    if refusals:
+        raise BundleError(refusals[0])
+    raise BundleError(f"{bundle.path} has no {flavour} engines; run `{build_command(bundle, flavour)}`")
+
+
+def unfit_reason(request: EngineRequest, installed: str, gpu: Gpu | None) -> str | None:
+    """Why engines of a request do not run on a version and GPU; None where they do."""
+    if not _version_fits(request, installed):
+        return f"was built by {request.flavour} {request.version}, but {installed} is installed"
+    if gpu is None:
+        return "needs an NVIDIA GPU to run, and there is no driver or GPU here"
+    if not _gpu_fits(request, gpu):
+        built_for = " or ".join(request.compute_capabilities) or "8.0 and later"
+        name = f" ({request.gpu})" if request.gpu else ""
+        return f"was built for compute capability {built_for}{name}, but the GPU here is {gpu}"
+    return None
+
+
+def _version_fits(request: EngineRequest, installed: str) -> bool:
+    if installed == request.version:
+        return True
+    if not request.version_compatible:
+        return False
+    here, built = _numbers(installed), _numbers(request.version)
+    return here[0] == built[0] and here >= built
+
+
+def _gpu_fits(request: EngineRequest, gpu: Gpu) -> bool:
+    if request.flavour is Flavour.TENSORRT_RTX and not request.compute_capabilities:
+        return _numbers(gpu.compute_capability) >= _LEAST_RTX
+    if request.hardware_compatibility is HardwareCompatibility.AMPERE_PLUS:
+        return _numbers(gpu.compute_capability) >= _LEAST_RTX
+    return gpu.compute_capability in request.compute_capabilities
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(".") if part.isdigit())
+
+
+def build_command(bundle: Bundle, wanted: EngineRequest | Flavour | None) -> str:
+    """The command that builds such engines, for messages."""
+    words: list[Any] = ["dydit", "build", bundle.path]
+    if isinstance(wanted, Flavour):
+        words += ["--flavour", wanted]
+    elif wanted is not None:
+        words += ["--flavour", wanted.flavour]
+        if wanted.max_batch != bundle.manifest.max_batch:
+            words += ["--max-batch", wanted.max_batch]
+        if wanted.opt_batch != wanted.max_batch:
+            words += ["--opt-batch", wanted.opt_batch]
+        if wanted.flavour.traits.ahead_of_time:
+            words += [word for each in wanted.compute_capabilities for word in ("--compute-capability", each)]
+        if wanted.hardware_compatibility is not HardwareCompatibility.NONE:
+            words += ["--hardware-compatibility", wanted.hardware_compatibility]
+        if wanted.version_compatible:
+            words += ["--version-compatible"]
+    return " ".join(str(word) for word in words)

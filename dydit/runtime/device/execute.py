@@ -1,0 +1,254 @@
+"""Doing what a `LaunchPlan` lists, on anything that has the few abilities of a `Device`.
+
+This is the only interpreter of the operations: on a GPU (`dydit.runtime.device.cuda`) and, in tests, on a device made
+of NumPy arrays that runs its streams in any order that the events allow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from dydit.errors import BackendError, DyditError
+from dydit.runtime.device import operations as op
+from dydit.runtime.device.launches import WORKSPACE, DeviceState, LaunchPlan
+from dydit.runtime.device.operations import Address, Binding, EngineId, GraphKey, HostArray, Operation
+
+
+class Tensor(NamedTuple):
+    """An input or output of an engine at an address of the device."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    address: int
+
+
+class Device(Protocol):
+    """What a device does. Addresses are integers; work is queued on named streams unless it says that it waits."""
+
+    def activate(self) -> AbstractContextManager[Any]:
+        """Make the device usable from this thread."""
+
+    def allocate(self, nbytes: int) -> int:
+        """Memory, 256-byte aligned. Raises `BackendError` where there is not enough."""
+
+    def free(self, address: int) -> None:
+        """Give memory back."""
+
+    def upload(self, to: int, data: np.ndarray, stream: str) -> None:
+        """Copy contiguous host data to the device; the host may change it as soon as this returns."""
+
+    def download(self, source: int, nbytes: int) -> np.ndarray:
+        """Wait for the compute stream and return bytes, uint8 [nbytes]."""
+
+    def copy(self, to: int, source: int, nbytes: int) -> None:
+        """Copy within the device, on the compute stream."""
+
+    def clear(self, to: int, nbytes: int) -> None:
+        """Zero bytes, on the compute stream."""
+
+    def record(self, event: str, stream: str) -> None:
+        """Mark the end of a stream."""
+
+    def wait(self, stream: str, event: str) -> None:
+        """Let a stream wait for a mark."""
+
+    def synchronize(self, event: str) -> None:
+        """Let the host wait for a mark."""
+
+    def idle(self) -> None:
+        """Let the host wait for everything."""
+
+    def load(self, engine: EngineId) -> None:
+        """Load an engine."""
+
+    def unload(self, engine: EngineId) -> None:
+        """Free an engine and its contexts."""
+
+    def launch(
+        self, engine: EngineId, inputs: Sequence[Tensor], outputs: Sequence[Tensor], workspace: tuple[int, int]
+    ) -> None:
+        """Run an engine on the compute stream; `workspace`: address and bytes for its activations."""
+
+    def begin_capture(self) -> None:
+        """From here on, record what is queued on the compute stream instead of doing it."""
+
+    def end_capture(self) -> Any:
+        """The graph of what was recorded."""
+
+    def replay(self, graph: Any) -> None:
+        """Do what a graph holds, on the compute stream."""
+
+    def drop(self, graph: Any) -> None:
+        """Free a graph that is not running."""
+
+
+class Host(Protocol):
+    """Where data comes from and latents go to."""
+
+    def array(self, source: HostArray) -> np.ndarray:
+        """Data to upload, contiguous."""
+
+
+Deliver = Callable[[int, int, np.ndarray, int], None]
+"""`deliver(batch, segments, bytes, repeated)`: latents after so many segments; steps repeated since the last time."""
+Progress = Callable[[int], None]
+"""`progress(steps)`: so many more steps of a batch were launched."""
+
+
+@dataclass
+class RunCounts:
+    """What a run did: steps of a batch, how many of them were repeated, tokens that had found no slot."""
+
+    steps: int = 0
+    repeated_steps: int = 0
+    overflowed_tokens: int = 0
+
+
+class Executor:
+    """Runs plans on a device, which keeps buffers, engines and graphs from one run to the next until `close`."""
+
+    def __init__(self, device: Device):
+        self.device = device
+        self._buffers: dict[str, tuple[int, int]] = {}
+        self._engines: list[EngineId] = []
+        self._graphs: dict[GraphKey, tuple[Any, int]] = {}
+        self._do: dict[type, Callable[[Any], None]] = {
+            op.Allocate: self._allocate,
+            op.Free: lambda o: device.free(self._buffers.pop(o.buffer)[0]),
+            op.Clear: lambda o: device.clear(self._at(o.to), o.nbytes),
+            op.Copy: lambda o: device.copy(self._at(o.to), self._at(o.source), o.nbytes),
+            op.Launch: self._launch,
+            op.WarmUp: lambda o: self._all(o.body),
+            op.Capture: self._capture,
+            op.Replay: lambda o: device.replay(self._graphs[o.graph][0]),
+            op.DropGraph: lambda o: device.drop(self._graphs.pop(o.graph)[0]),
+            op.LoadEngine: self._load,
+            op.UnloadEngine: self._unload,
+            op.Record: lambda o: device.record(o.event, o.stream),
+            op.Wait: lambda o: device.wait(o.stream, o.event),
+            op.Synchronize: lambda o: device.synchronize(o.event),
+        }
+
+    @property
+    def state(self) -> DeviceState:
+        """What is on the device now."""
+        sizes = {name: nbytes for name, (_, nbytes) in self._buffers.items()}
+        return DeviceState(sizes, tuple(self._engines), frozenset(self._graphs))
+
+    def run(self, plan: LaunchPlan, host: Host, deliver: Deliver, progress: Progress | None = None) -> RunCounts:
+        """Run a plan made for this executor's `state`. Raises `BackendError` as the device does."""
+        counts, again = RunCounts(), dict.fromkeys(range(len(plan.shape.sizes)), 0)
+        with self.device.activate():
+            try:
+                self._perform(plan.setup(), host)
+                for part in plan.segments():
+                    overflowed = self._perform(part.run, host, counts, progress)
+                    self._perform(part.settle, host)
+                    for batch in overflowed:
+                        again[batch] += plan.manifest.plan.segments[part.segment].count
+                    if overflowed:
+                        self._perform(plan.repeat(part.segment, overflowed), host)
+                    for each in part.save:
+                        assert isinstance(each, op.Download)
+                        data = self.device.download(self._at(each.source), each.nbytes)
+                        counts.repeated_steps += again[each.batch]
+                        deliver(each.batch, each.segments, data, again[each.batch])
+                        again[each.batch] = 0
+            except BaseException:
+                with suppress(DyditError):
+                    self.device.idle()
+                raise
+        return counts
+
+    def close(self) -> None:
+        """Free everything on the device."""
+        with self.device.activate():
+            with suppress(DyditError):
+                self.device.idle()
+            self._all(tuple(op.DropGraph(graph) for graph in self._graphs))
+            self._all(tuple(op.UnloadEngine(engine) for engine in self._engines))
+            self._all(tuple(op.Free(name) for name in self._buffers))
+
+    def _perform(
+        self,
+        ops: Sequence[Operation],
+        host: Host,
+        counts: RunCounts | None = None,
+        progress: Progress | None = None,
+    ) -> tuple[int, ...]:
+        """Do operations in order; returns the batches that overflowed."""
+        overflowed: list[int] = []
+        for each in ops:
+            if isinstance(each, op.Upload):
+                data = host.array(each.source)
+                assert data.nbytes == each.nbytes, each
+                self.device.upload(self._at(each.to), data, each.stream)
+            elif isinstance(each, op.ReadOverflow):
+                overflowed += self._read_overflow(each, counts)
+            else:
+                self._do[type(each)](each)
+            steps = self._steps(each)
+            if counts is not None:
+                counts.steps += steps
+            if progress and steps:
+                progress(steps)
+        return tuple(overflowed)
+
+    def _steps(self, each: Operation) -> int:
+        """How many sampling steps an operation is."""
+        if isinstance(each, op.Replay):
+            return self._graphs[each.graph][1]
+        return int(isinstance(each, op.Launch) and each.step is not None)
+
+    def _read_overflow(self, each: op.ReadOverflow, counts: RunCounts | None) -> list[int]:
+        data = self.device.download(self._at(each.source), each.nbytes).view(np.int64)
+        tokens = data.reshape(len(each.batches), each.steps, -1)[:, :, : each.blocks].sum(axis=(1, 2))
+        if each.strict and tokens.any():
+            raise BackendError(
+                f"segment {each.segment} drops tokens even at full capacity; export the bundle and build it again"
+            )
+        if counts is not None:
+            counts.overflowed_tokens += int(tokens.sum())
+        return [batch for batch, count in zip(each.batches, tokens, strict=True) if count]
+
+    def _all(self, ops: Sequence[Operation]) -> None:
+        for each in ops:
+            self._do[type(each)](each)
+
+    def _at(self, place: Address) -> int:
+        return self._buffers[place.buffer][0] + place.offset
+
+    def _allocate(self, each: op.Allocate) -> None:
+        self._buffers[each.buffer] = (self.device.allocate(each.nbytes), each.nbytes)
+
+    def _load(self, each: op.LoadEngine) -> None:
+        self.device.load(each.engine)
+        self._engines.append(each.engine)
+
+    def _unload(self, each: op.UnloadEngine) -> None:
+        self.device.unload(each.engine)
+        self._engines.remove(each.engine)
+
+    def _launch(self, each: op.Launch) -> None:
+        inputs, outputs = ([self._tensor(one) for one in side] for side in (each.inputs, each.outputs))
+        self.device.launch(each.engine, inputs, outputs, self._buffers.get(WORKSPACE, (0, 0)))
+
+    def _tensor(self, binding: Binding) -> Tensor:
+        return Tensor(binding.name, binding.dtype, binding.shape, self._at(binding.address))
+
+    def _capture(self, each: op.Capture) -> None:
+        self.device.begin_capture()
+        try:
+            self._all(each.body)
+        except BaseException:
+            with suppress(DyditError):
+                self.device.drop(self.device.end_capture())
+            raise
+        steps = sum(isinstance(one, op.Launch) and one.step is not None for one in each.body)
+        self._graphs[each.graph] = (self.device.end_capture(), steps)

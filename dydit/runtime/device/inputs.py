@@ -1,0 +1,85 @@
+"""The numbers that a run on a device needs from the host, in the form in which `layout` wants them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from dydit.bundle.bundle import Bundle
+from dydit.runtime.device.layout import Layout
+from dydit.runtime.device.operations import ALIGNMENT, HostArray
+from dydit.runtime.loop import LatentStore
+from dydit.runtime.noise import NoiseSource
+from dydit.runtime.request import Batch
+
+
+class HostInputs:
+    """Makes each `HostArray` when it is asked for; nothing large is kept."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        layout: Layout,
+        batches: Sequence[Batch],
+        noise: NoiseSource,
+        store: LatentStore,
+        cfg_scale: float,
+    ):
+        assert tuple(len(batch.images) for batch in batches) == layout.shape.sizes
+        self._bundle, self._layout, self._batches = bundle, layout, batches
+        self._noise, self._store, self._cfg_scale = noise, store, cfg_scale
+        self._tables: dict[str, Callable[[], np.ndarray]] = {
+            "coefficients": self._coefficients,
+            "cfg_scale": lambda: np.asarray([cfg_scale], np.float32),
+            "gates": self._gates,
+            "timesteps": self._timesteps,
+            "labels.all": self._labels,
+        }
+
+    def array(self, source: HostArray) -> np.ndarray:
+        """The data, contiguous; rows of tables are padded to their stride."""
+        if source.kind in self._tables:
+            return self._tables[source.kind]()
+        assert source.batch is not None and source.segment is not None
+        if source.kind == "latents":
+            batch = self._batches[source.batch]
+            latents = self._store.load(source.batch) if source.segment else self._noise.initial(batch)
+            return np.ascontiguousarray(latents, np.float32)
+        assert source.kind == "noise", source
+        return self._segment_noise(source.batch, source.segment)
+
+    def _coefficients(self) -> np.ndarray:
+        return _table(self._bundle.manifest.sampling.coefficients, np.float32, ALIGNMENT)
+
+    def _gates(self) -> np.ndarray:
+        steps = range(self._bundle.manifest.sampling.steps)
+        rows = [self._bundle.step_gates(step).reshape(-1) for step in steps]
+        return _table(rows, np.float32, self._layout.gates_stride)
+
+    def _timesteps(self) -> np.ndarray:
+        timesteps = self._bundle.manifest.sampling.timesteps
+        rows = [timesteps[chunk.start : chunk.stop] for chunk in self._layout.all_chunks]
+        return _table(rows, np.int64, self._layout.timesteps_stride)
+
+    def _labels(self) -> np.ndarray:
+        null = self._bundle.manifest.model.null_class
+        guided = self._layout.shape.guided
+        rows = [[*batch.labels.tolist(), *[null] * (guided * len(batch.images))] for batch in self._batches]
+        return _table(rows, np.int64, self._layout.labels_stride)
+
+    def _segment_noise(self, index: int, segment: int) -> np.ndarray:
+        batch, layout = self._batches[index], self._layout
+        size, steps = len(batch.images), layout.noise_steps(segment)
+        table = np.zeros((len(steps), layout.noise_stride(size) // 4), np.float32)
+        for row, step in zip(table, steps, strict=True):
+            row[: size * layout.image_bytes // 4] = self._noise.step(batch, step).reshape(-1)
+        return table
+
+
+def _table(rows: Sequence[Sequence[float] | np.ndarray], dtype: type[np.generic], stride: int) -> np.ndarray:
+    """Rows of numbers, each padded with zeros to `stride` bytes."""
+    table = np.zeros((len(rows), stride // np.dtype(dtype).itemsize), dtype)
+    for row, values in zip(table, rows, strict=True):
+        row[: len(values)] = values
+    return table

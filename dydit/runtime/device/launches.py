@@ -1,0 +1,370 @@
+"""The whole run on a device as a list of operations, worked out in plain Python before anything is launched.
+
+Setup makes the buffers and uploads what the whole run needs. Then, segment by segment over all batches:
+
+    for each batch: noise, labels and latents come to the segment's places; modulation is computed on the device;
+                    the steps run, each reading what the one before wrote; the latents go to their next place
+    meanwhile:      the next segment's engine is loaded, and the next noise uploaded on the copy stream
+    then, by capacity: one read of the overflow counters, and batches that overflowed pass the segment again, whole,
+                    on its form at full capacity, from the latents and noise that they started it with
+
+Nothing inside a segment waits for the host. With graphs, the steps of a segment are captured once for each batch size
+and replayed for every batch after that; their inputs then come to fixed places first, because a graph must not outlive
+a change of the execution context that it was captured from, of addresses too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from dydit.bundle.manifest import Manifest
+from dydit.errors import BackendError
+from dydit.runtime.device.layout import LaunchOptions, Layout, RunShape
+from dydit.runtime.device.operations import (
+    ALIGNMENT,
+    COMPUTE,
+    CONDITIONER,
+    COPY,
+    Address,
+    Allocate,
+    Body,
+    Capture,
+    Clear,
+    Copy,
+    Download,
+    DropGraph,
+    EngineId,
+    Free,
+    GraphKey,
+    HostArray,
+    Launch,
+    LoadEngine,
+    Operation,
+    ReadOverflow,
+    Record,
+    Replay,
+    Synchronize,
+    UnloadEngine,
+    Upload,
+    Wait,
+    WarmUp,
+)
+from dydit.runtime.device.residency import Stop, plan_residency
+
+WORKSPACE = "workspace"
+NOISE_READY, NOISE_TAKEN, SEGMENT_DONE = "noise ready", "noise taken", "segment done"
+_OUTSIDE_GRAPHS = ("latents.0", "latents.1", "labels", "labels.all", "timesteps", "overflow", "noise.next")
+_GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class EngineMemory:
+    """Bytes of device memory: of an execution context's activations, and of the loaded engine (its weights)."""
+
+    activation: int
+    weights: int
+
+
+@dataclass(frozen=True)
+class DeviceState:
+    """What earlier runs left on the device: buffers with their bytes, engines, graphs."""
+
+    buffers: Mapping[str, int] = field(default_factory=dict)
+    engines: tuple[EngineId, ...] = ()
+    graphs: frozenset[GraphKey] = frozenset()
+
+
+@dataclass(frozen=True)
+class MemoryTotal:
+    """Bytes of device memory of a run: its buffers, the shared workspace, engines at their peak."""
+
+    buffers: int
+    workspace: int
+    engines: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.buffers + self.workspace + self.engines
+
+
+@dataclass(frozen=True)
+class SegmentOps:
+    """A segment: what runs; then, where a batch overflowed, `LaunchPlan.repeat`; then what is saved.
+
+    `settle` makes room between `run` and the repetition, when nothing is in work.
+    """
+
+    segment: int
+    run: tuple[Operation, ...]
+    settle: tuple[Operation, ...]
+    save: tuple[Operation, ...]
+
+
+class LaunchPlan:
+    """The operations of a run. `memory`: what each engine that it may load needs (`engines_of` names them).
+
+    Call `setup`, then draw `segments` one after another, calling `repeat` for a segment before the next one is drawn.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        shape: RunShape,
+        memory: Mapping[EngineId, EngineMemory],
+        options: LaunchOptions | None = None,
+        state: DeviceState | None = None,
+    ):
+        self.manifest, self.shape = manifest, shape
+        self.options, self._state = options or LaunchOptions(), state or DeviceState()
+        self.layout = Layout(manifest, shape, self.options)
+        self._memory = memory
+        self._engines = [EngineId(manifest.plan.segments[index].subnet) for index in self.layout.visited]
+        repeats = any(self._may_overflow(index) for index in self.layout.visited)
+        loaded = [key for key in self._state.engines if key != CONDITIONER]
+        self._residency = plan_residency(self._engines, loaded, self.options.resident, repeats)
+        self._captured = set(self._state.graphs)
+
+    @cached_property
+    def buffers(self) -> dict[str, int]:
+        """Bytes of every buffer during the run; those of earlier runs stay where they are large enough."""
+        need = max(self._memory[key].activation for key in engines_of(self.manifest, self.layout.visited))
+        required = {**self.layout.buffers, WORKSPACE: -(-need // ALIGNMENT) * ALIGNMENT}
+        held = dict(self._state.buffers)
+        return held | {name: max(nbytes, held.get(name, 0)) for name, nbytes in required.items() if nbytes}
+
+    @property
+    def memory(self) -> MemoryTotal:
+        """What the run takes at most."""
+        weights = {key: each.weights for key, each in self._memory.items()}
+        workspace = self.buffers.get(WORKSPACE, 0)
+        engines = weights[CONDITIONER] + self._residency.peak_bytes(weights, repeats=self.layout.capacity)
+        return MemoryTotal(sum(self.buffers.values()) - workspace, workspace, engines)
+
+    def setup(self) -> tuple[Operation, ...]:
+        """Before the first segment."""
+        held = self._state.buffers
+        changed = [name for name, nbytes in self.buffers.items() if held.get(name) != nbytes]
+        ops: list[Operation] = []
+        if any(name not in _OUTSIDE_GRAPHS for name in changed):
+            ops += self._drop(self._captured)
+        ops += self._unload(self._residency.unload)
+        ops += [Free(name) for name in changed if name in held]
+        ops += [Allocate(name, self.buffers[name]) for name in changed]
+        engines = [key for key in (CONDITIONER,) if key not in self._state.engines]
+        ops += [LoadEngine(key) for key in (*engines, *self._residency.load)]
+        if "zeros" in self.buffers:
+            ops.append(Clear(Address("zeros"), self.buffers["zeros"]))
+        ops += self._uploads()
+        return (*ops, *self._fetch_noise(self.layout.visited[0], self.layout.waiting(self.layout.visited[0])[0], True))
+
+    def segments(self) -> Iterator[SegmentOps]:
+        """Segment after segment. Each is worked out when it is asked for."""
+        visited = self.layout.visited
+        for index, segment in enumerate(visited):
+            stop = self._residency.stops[index]
+            following = visited[index + 1] if index + 1 < len(visited) else None
+            run = self._run(segment, stop, following)
+            settle: list[Operation] = []
+            if stop.unload:
+                settle = [Record(SEGMENT_DONE, COMPUTE), Synchronize(SEGMENT_DONE), *self._unload(stop.unload)]
+            last = following is None
+            save = [
+                Download(
+                    batch,
+                    segment + 1,
+                    self.layout.latents(segment + 1, batch),
+                    self.shape.sizes[batch] * self.layout.image_bytes,
+                )
+                for batch in self.layout.waiting(segment)
+                if last or self.options.save_segments
+            ]
+            yield SegmentOps(segment, tuple(run), tuple(settle), tuple(save))
+
+    def repeat(self, segment: int, batches: Sequence[int]) -> tuple[Operation, ...]:
+        """Pass a segment again with some batches, at full capacity."""
+        engine = EngineId(self.manifest.plan.segments[segment].subnet, full=True)
+        ops: list[Operation] = [LoadEngine(engine)]
+        for place, batch in enumerate(batches):
+            if nbytes := self._noise_bytes(segment, batch):
+                ops.append(Upload(Address("noise"), HostArray("noise", batch, segment), nbytes))
+            ops += self._visit(segment, batch, place, engine)
+        return (*ops, self._read_overflow(segment, batches, strict=True), UnloadEngine(engine))
+
+    def operations(self) -> tuple[Operation, ...]:
+        """Everything, for a run in which no tokens overflow."""
+        return (*self.setup(), *(op for part in self.segments() for op in (*part.run, *part.settle, *part.save)))
+
+    def _uploads(self) -> list[Operation]:
+        """What stays for the whole run, and the latents that it starts from."""
+        kinds = {"coefficients", "cfg_scale", "gates", "timesteps", "labels.all"}
+        sizes = self.layout.buffers | {"cfg_scale": 4}
+        ops: list[Operation] = [Upload(Address(name), HostArray(name), sizes[name]) for name in sizes if name in kinds]
+        for batch, size in enumerate(self.shape.sizes):
+            behind = self.shape.behind(batch)
+            if behind < len(self.layout.segments):
+                source = HostArray("latents", batch, behind)
+                ops.append(Upload(self.layout.latents(behind, batch), source, size * self.layout.image_bytes))
+        return ops
+
+    def _noise_bytes(self, segment: int, batch: int) -> int:
+        return len(self.layout.noise_steps(segment)) * self.layout.noise_stride(self.shape.sizes[batch])
+
+    def _fetch_noise(self, segment: int, batch: int, first: bool = False) -> list[Operation]:
+        """Bring a batch's noise for a segment while other work runs; its place is free once the last was taken."""
+        nbytes = self._noise_bytes(segment, batch)
+        if not nbytes:
+            return []
+        upload = Upload(Address("noise.next"), HostArray("noise", batch, segment), nbytes, COPY)
+        wait: list[Operation] = [] if first else [Wait(COPY, NOISE_TAKEN)]
+        return [*wait, upload, Record(NOISE_READY, COPY)]
+
+    def _take_noise(self, segment: int, batch: int) -> list[Operation]:
+        nbytes = self._noise_bytes(segment, batch)
+        if not nbytes:
+            return []
+        copy = Copy(Address("noise"), Address("noise.next"), nbytes)
+        return [Wait(COMPUTE, NOISE_READY), copy, Record(NOISE_TAKEN, COMPUTE)]
+
+    def _run(self, segment: int, stop: Stop, following: int | None) -> list[Operation]:
+        batches = self.layout.waiting(segment)
+        ops: list[Operation] = []
+        for place, batch in enumerate(batches):
+            ops += self._take_noise(segment, batch)
+            ops += self._visit(segment, batch, place, stop.engine)
+            if place == 0 and stop.load:
+                ops.append(LoadEngine(stop.load))
+            if place + 1 < len(batches):
+                ops += self._fetch_noise(segment, batches[place + 1])
+            elif following is not None:
+                ops += self._fetch_noise(following, self.layout.waiting(following)[0])
+        if self._may_overflow(segment):
+            ops.append(self._read_overflow(segment, batches))
+        return ops
+
+    def _visit(self, segment: int, batch: int, place: int, engine: EngineId) -> list[Operation]:
+        """A batch passes a segment; its noise is in place."""
+        layout, size = self.layout, self.shape.sizes[batch]
+        count, nbytes = layout.segments[segment].count, size * layout.image_bytes
+        labels = Copy(Address("labels"), Address("labels.all", batch * layout.labels_stride), 8 * self.shape.rows(size))
+        ops: list[Operation] = [labels, Copy(Address("x.0"), layout.latents(segment, batch), nbytes)]
+        for chunk in layout.chunks(segment):
+            inputs, outputs = layout.conditioning_bindings(chunk, size)
+            ops.append(Launch(CONDITIONER, None, inputs, outputs))
+            body = self._body(segment, chunk, size, engine)
+            capturing = layout.capturing and not engine.full
+            ops += self._captured_body(segment, chunk, size, body) if capturing else body
+        result = Address("x.1" if layout.staged else f"x.{count % 2}")
+        ops.append(Copy(layout.latents(segment + 1, batch), result, nbytes))
+        if self._may_overflow(segment):
+            counters = count * layout.overflow_stride
+            ops.append(Copy(Address("overflow", place * counters), Address("overflow.visit"), counters))
+        return ops
+
+    def _captured_body(self, segment: int, chunk: range, size: int, body: Body) -> list[Operation]:
+        key = GraphKey(segment, chunk.start, len(chunk), size, self.shape.rows(size))
+        ops: list[Operation] = []
+        if key not in self._captured:
+            self._captured.add(key)
+            if chunk.start == self.layout.segments[segment].first:
+                launch = next(i for i, op in enumerate(body) if isinstance(op, Launch))
+                ops.append(WarmUp(body[: launch + 1]))
+            ops.append(Capture(key, body))
+        return [*ops, Replay(key)]
+
+    def _body(self, segment: int, chunk: range, size: int, engine: EngineId) -> Body:
+        """The steps of a part of a segment; the first step of the segment reads x.0."""
+        layout, first = self.layout, self.layout.segments[segment].first
+        gated = self.manifest.subnets[self.manifest.plan.segments[segment].subnet].gated
+        ops: list[Copy | Launch] = []
+        for step in chunk:
+            sources = {
+                "noise": layout.noise(segment, step, size),
+                "coefficients": Address("coefficients", step * ALIGNMENT),
+                "modulation": layout.modulation(chunk, step, size),
+                **({"gates": Address("gates", step * layout.gates_stride)} if gated else {}),
+            }
+            places = {
+                "x": Address(f"x.{(step - first) % 2}"),
+                "x_prev": Address(f"x.{(step - first + 1) % 2}"),
+                "cfg_scale": Address("cfg_scale"),
+                "token_overflow": layout.overflow(segment, step),
+                **sources,
+            }
+            if layout.staged:
+                fixed = {name: Address(f"step.{name}") for name in sources}
+                places |= {"x": Address("x.0"), "x_prev": Address("x.1"), **fixed}
+                places["token_overflow"] = Address("step.overflow")
+                if step != first:
+                    ops.append(Copy(Address("x.0"), Address("x.1"), size * layout.image_bytes))
+            inputs, outputs = layout.step_bindings(engine, size, places)
+            launch = Launch(engine, step, inputs, outputs)
+            if layout.staged:
+                sizes = {each.name: each.nbytes for each in (*inputs, *outputs)}
+                ops += [Copy(fixed[name], source, sizes[name]) for name, source in sources.items()]
+            ops.append(launch)
+            if layout.staged and layout.capacity:
+                counters = sizes["token_overflow"]
+                ops.append(Copy(layout.overflow(segment, step), places["token_overflow"], counters))
+        return tuple(ops)
+
+    def _read_overflow(self, segment: int, batches: Sequence[int], strict: bool = False) -> ReadOverflow:
+        count, blocks = self.layout.segments[segment].count, self.manifest.model.depth
+        stride = self.layout.overflow_stride
+        return ReadOverflow(Address("overflow"), segment, tuple(batches), count, stride, blocks, strict)
+
+    def _may_overflow(self, segment: int) -> bool:
+        return self.manifest.subnets[self.manifest.plan.segments[segment].subnet].full_file is not None
+
+    def _unload(self, engines: Sequence[EngineId]) -> list[Operation]:
+        """Unload engines, and before them the graphs that were captured from them."""
+        subnets = {key.subnet for key in engines}
+        segments = self.manifest.plan.segments
+        graphs = [graph for graph in self._captured if segments[graph.segment].subnet in subnets]
+        return [*self._drop(graphs), *(UnloadEngine(key) for key in engines)]
+
+    def _drop(self, graphs: Sequence[GraphKey] | set[GraphKey]) -> list[Operation]:
+        ops: list[Operation] = [DropGraph(graph) for graph in sorted(graphs, key=dataclasses.astuple)]
+        self._captured.difference_update(tuple(graphs))
+        return ops
+
+
+def engines_of(manifest: Manifest, segments: Sequence[int] | None = None) -> tuple[EngineId, ...]:
+    """Every engine that a run over the given segments (by default all) may load."""
+    chosen = range(len(manifest.plan.segments)) if segments is None else segments
+    subnets = sorted({manifest.plan.segments[index].subnet for index in chosen})
+    full = [EngineId(index, full=True) for index in subnets if manifest.subnets[index].full_file]
+    return (CONDITIONER, *(EngineId(index) for index in subnets), *full)
+
+
+def fit_resident(
+    manifest: Manifest,
+    shape: RunShape,
+    memory: Mapping[EngineId, EngineMemory],
+    options: LaunchOptions,
+    limit: int,
+) -> LaunchOptions:
+    """The options with as many resident subnetworks as fit in `limit` bytes of device memory.
+
+    Raises `BackendError` where not even two do.
+    """
+
+    def total(resident: int | None) -> int:
+        tried = dataclasses.replace(options, resident=resident)
+        return LaunchPlan(manifest, shape, memory, tried).memory.total
+
+    if total(None) <= limit:
+        return dataclasses.replace(options, resident=None)
+    low, high = 2, len(manifest.subnets)
+    if (least := total(low)) > limit:
+        raise BackendError(
+            f"a batch of {max(shape.sizes)} images needs {least / _GIB:.1f} GiB of device memory with two subnetworks "
+            f"loaded, and {limit / _GIB:.1f} GiB are free; use a smaller batch size"
+        )
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if total(middle) <= limit else (low, middle - 1)
+    return dataclasses.replace(options, resident=low)

@@ -1,0 +1,253 @@
+"""The vocabulary of a run on a device: one small frozen dataclass for each thing that is done.
+
+Memory is named: an `Address` is a buffer and a byte offset, so that lists of operations can be made, compared and
+tested without a device. Work is queued on one of two streams, `COMPUTE` and `COPY`, and done in order on each; the
+host goes on at once, but for the operations in `HOST_WAITS`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+COMPUTE, COPY = "compute", "copy"
+ALIGNMENT = 256  # bytes; what TensorRT asks of device memory
+
+
+def aligned(nbytes: int) -> int:
+    """The next multiple of `ALIGNMENT`."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+@dataclass(frozen=True)
+class EngineId:
+    """An engine of the bundle: a subnetwork (`full`: its form at full capacity), or with None the conditioning."""
+
+    subnet: int | None
+    full: bool = False
+
+    def __str__(self) -> str:
+        if self.subnet is None:
+            return "conditioning"
+        return f"subnetwork {self.subnet}{' at full capacity' if self.full else ''}"
+
+
+CONDITIONER = EngineId(None)
+
+
+@dataclass(frozen=True)
+class GraphKey:
+    """A captured graph: consecutive steps of a segment, at one batch size and number of modulation rows."""
+
+    segment: int
+    first: int
+    count: int
+    batch: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Address:
+    """A place in device memory."""
+
+    buffer: str
+    offset: int = 0
+
+
+@dataclass(frozen=True)
+class Binding:
+    """An input or output of an engine: its name, and the contiguous array that it reads or writes."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    address: Address
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the array."""
+        return np.dtype(self.dtype).itemsize * math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Allocate:
+    """Make a buffer; its content is undefined."""
+
+    buffer: str
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Free:
+    """Give a buffer back."""
+
+    buffer: str
+
+
+@dataclass(frozen=True)
+class Clear:
+    """Fill with zero bytes, on the compute stream."""
+
+    to: Address
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class HostArray:
+    """Data that the host provides (`dydit.runtime.device.inputs`): what it is, and of which batch and segment."""
+
+    kind: str
+    batch: int | None = None
+    segment: int | None = None
+
+
+@dataclass(frozen=True)
+class Upload:
+    """Copy data of the host to the device. The host may change it as soon as this returns."""
+
+    to: Address
+    source: HostArray
+    nbytes: int
+    stream: str = COMPUTE
+
+
+@dataclass(frozen=True)
+class Copy:
+    """Copy within the device, on the compute stream."""
+
+    to: Address
+    source: Address
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Run an engine once, on the compute stream. `step`: the sampling step (execution order); None: conditioning."""
+
+    engine: EngineId
+    step: int | None
+    inputs: tuple[Binding, ...]
+    outputs: tuple[Binding, ...]
+
+
+@dataclass(frozen=True)
+class WarmUp:
+    """Do work whose results are overwritten later: TensorRT wants one launch at the shapes before a capture."""
+
+    body: tuple[Copy | Launch, ...]
+
+
+@dataclass(frozen=True)
+class Capture:
+    """Record work into a graph, without doing it."""
+
+    graph: GraphKey
+    body: tuple[Copy | Launch, ...]
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Do what was captured, on the compute stream."""
+
+    graph: GraphKey
+
+
+@dataclass(frozen=True)
+class DropGraph:
+    """Forget a captured graph that is not running."""
+
+    graph: GraphKey
+
+
+@dataclass(frozen=True)
+class LoadEngine:
+    """Load an engine. The host works while the device goes on with what is queued."""
+
+    engine: EngineId
+
+
+@dataclass(frozen=True)
+class UnloadEngine:
+    """Free an engine that nothing queued uses."""
+
+    engine: EngineId
+
+
+@dataclass(frozen=True)
+class Record:
+    """Mark the present end of a stream."""
+
+    event: str
+    stream: str
+
+
+@dataclass(frozen=True)
+class Wait:
+    """Let a stream go on only after the last mark of that name."""
+
+    stream: str
+    event: str
+
+
+@dataclass(frozen=True)
+class Synchronize:
+    """Let the host go on only after the last mark of that name."""
+
+    event: str
+
+
+@dataclass(frozen=True)
+class ReadOverflow:
+    """Read a segment's overflow counters, int64 [blocks] at `source + (i*steps + step)*stride` for `batches[i]`.
+
+    The host waits for it. Where a counter is not zero, the batch has to be repeated at full capacity; with `strict`
+    that is an error.
+    """
+
+    source: Address
+    segment: int
+    batches: tuple[int, ...]
+    steps: int
+    stride: int
+    blocks: int
+    strict: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes to read."""
+        return len(self.batches) * self.steps * self.stride
+
+
+@dataclass(frozen=True)
+class Download:
+    """Bring the latents of a batch to the host, which waits for them; they have `segments` segments behind them."""
+
+    batch: int
+    segments: int
+    source: Address
+    nbytes: int
+
+
+Body = tuple[Copy | Launch, ...]
+Operation = (
+    Allocate
+    | Free
+    | Clear
+    | Upload
+    | Copy
+    | Launch
+    | WarmUp
+    | Capture
+    | Replay
+    | DropGraph
+    | LoadEngine
+    | UnloadEngine
+    | Record
+    | Wait
+    | Synchronize
+    | ReadOverflow
+    | Download
+)
+HOST_WAITS = (Synchronize, ReadOverflow, Download)

@@ -1,0 +1,93 @@
+"""Which engines are loaded when: the next one loads while the present one runs, and room is made between segments."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from dydit.runtime.device.operations import EngineId
+
+
+@dataclass(frozen=True)
+class Stop:
+    """One segment: its engine, the engine that is loaded meanwhile, those that go afterwards, those that then stay."""
+
+    engine: EngineId
+    load: EngineId | None
+    unload: tuple[EngineId, ...]
+    stay: tuple[EngineId, ...]
+
+
+@dataclass(frozen=True)
+class Residency:
+    """Engines to unload and load before a run, those that are then there, and the run's stops.
+
+    The conditioning's engine is not counted here.
+    """
+
+    unload: tuple[EngineId, ...]
+    load: tuple[EngineId, ...]
+    start: tuple[EngineId, ...]
+    stops: tuple[Stop, ...]
+
+    def peak_bytes(self, weights: Mapping[EngineId, int], repeats: bool) -> int:
+        """The most that loaded engines hold at any time; with `repeats` also while full forms are loaded for one."""
+        present, peak = list(self.start), sum(weights[key] for key in self.start)
+        for stop in self.stops:
+            present += [stop.load] if stop.load else []
+            full = weights.get(EngineId(stop.engine.subnet, full=True), 0) if repeats else 0
+            peak = max(peak, sum(weights[key] for key in present), sum(weights[key] for key in stop.stay) + full)
+            present = list(stop.stay)
+        return peak
+
+
+class _Uses:
+    """When each engine is used next."""
+
+    def __init__(self, engines: Sequence[EngineId]):
+        self._positions: dict[EngineId, list[int]] = defaultdict(list)
+        self._end = len(engines)
+        for position, key in enumerate(engines):
+            self._positions[key].append(position)
+
+    def next(self, key: EngineId, position: int) -> int:
+        """The first use at `position` or later; the end where there is none."""
+        positions = self._positions.get(key, [])
+        place = bisect_left(positions, position)
+        return positions[place] if place < len(positions) else self._end
+
+
+def plan_residency(
+    engines: Sequence[EngineId], loaded: Sequence[EngineId], limit: int | None, spare: bool
+) -> Residency:
+    """Loads and unloads for segments that run on `engines`, starting from those that are `loaded`.
+
+    `limit`: most engines at a time (None: all stay), at least 2. Those whose next use lies farthest go first. With
+    `spare` there is room for one more after every segment, for a repetition at full capacity.
+    """
+    uses = _Uses(engines)
+
+    def make_room(present: list[EngineId], needed: int, position: int, stay: Sequence[EngineId]) -> list[EngineId]:
+        """What has to go so that `needed` more fit."""
+        if limit is None:
+            return []
+        free = sorted((key for key in present if key not in stay), key=lambda key: -uses.next(key, position))
+        return free[: max(0, len(present) + needed - limit)]
+
+    wanted = list(dict.fromkeys(engines[:2]))
+    missing = [key for key in wanted if key not in loaded]
+    unload = make_room(list(loaded), len(missing), 0, wanted)
+    load = [engines[0]] if engines[0] in missing else []
+    start = [key for key in loaded if key not in unload] + load
+    present, stops = list(start), []
+    for position, engine in enumerate(engines):
+        upcoming = engines[position + 1 : position + 3]
+        following = upcoming[0] if upcoming and upcoming[0] not in present else None
+        present += [following] if following else []
+        needed = int(spare or (len(upcoming) > 1 and upcoming[1] not in present))
+        gone = make_room(present, needed, position + 1, upcoming[:1])
+        present = [key for key in present if key not in gone]
+        stops.append(Stop(engine, following, tuple(gone), tuple(present)))
+    return Residency(tuple(unload), tuple(load), tuple(start), tuple(stops))

@@ -1,0 +1,86 @@
+"""From samples to files: 8-bit images, a grid, and the `.npz` that evaluators read.
+
+Only models of pixels (1 or 3 channels) give images here; what a latent model samples needs its decoder.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import zipfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from dydit.files import atomic_file, write_atomic
+from dydit.models.config import ModelConfig
+
+GRID_IMAGES = 100
+
+
+def shows_pixels(model: ModelConfig) -> bool:
+    """Whether samples of the model are pixels, grey or RGB."""
+    return model.in_channels in (1, 3)
+
+
+def to_uint8(samples: np.ndarray) -> np.ndarray:
+    """Samples f32 [B, C, S, S] in [-1, 1] to uint8 [B, S, S, C], rounded to nearest; what lies outside is clipped."""
+    levels = np.clip(samples * 127.5 + 128.0, 0, 255).astype(np.uint8)
+    return np.ascontiguousarray(levels.transpose(0, 2, 3, 1))
+
+
+def to_pil(image: np.ndarray) -> Image.Image:
+    """A uint8 [S, S, 1 or 3] array as a picture."""
+    return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+
+
+def write_png(path: Path, image: np.ndarray) -> None:
+    """Write a uint8 [H, W, 1 or 3] array as PNG, atomically."""
+    data = io.BytesIO()
+    to_pil(image).save(data, format="PNG")
+    write_atomic(path, data.getvalue())
+
+
+def make_grid(images: Sequence[np.ndarray], gap: int = 2) -> np.ndarray:
+    """Images [S, S, C] in reading order on a nearly square white sheet, `gap` pixels apart."""
+    columns = math.ceil(math.sqrt(len(images)))
+    rows = math.ceil(len(images) / columns)
+    side, channels = images[0].shape[0], images[0].shape[-1]
+    pitch = side + gap
+    sheet = np.full((rows * pitch - gap, columns * pitch - gap, channels), 255, np.uint8)
+    for place, image in enumerate(images):
+        top, left = (place // columns) * pitch, (place % columns) * pitch
+        sheet[top : top + side, left : left + side] = image
+    return sheet
+
+
+def to_rgb(images: np.ndarray) -> np.ndarray:
+    """Images [B, S, S, 1 or 3] with three channels, which evaluators expect."""
+    return np.repeat(images, 3, axis=-1) if images.shape[-1] == 1 else images
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """An array that comes in pieces along its first axis."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    pieces: Iterable[np.ndarray]
+
+
+def write_npz(path: Path, arrays: dict[str, Streamed]) -> None:
+    """Write an uncompressed `.npz`, piece by piece and atomically; the same arrays give the same bytes."""
+    with atomic_file(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        for name, array in arrays.items():
+            # A ZipInfo made from a name alone is dated 1980: no clock in the file.
+            with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
+                header = {"descr": np.dtype(array.dtype).str, "fortran_order": False, "shape": array.shape}
+                np.lib.format.write_array_header_1_0(member, header)
+                rows = 0
+                for piece in array.pieces:
+                    member.write(np.ascontiguousarray(piece, array.dtype).tobytes())
+                    rows += len(piece)
+                assert rows == array.shape[0]

@@ -1,0 +1,216 @@
+"""The sampling loop: segment by segment over all batches, so that a run loads a subnetwork once (DESIGN, decision 10).
+
+`StepRunner` makes one step's inputs and runs it, from any latents; `sample` drives it over a run. Between segments,
+latents live in a `LatentStore`: in memory here, on disk in `dydit.runtime.bulk`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from dydit.bundle.manifest import Manifest, PlanKind, SegmentEntry
+from dydit.diffusion.coefficients import COEFFICIENTS
+from dydit.errors import BackendError
+from dydit.runtime.backends.base import Backend, StepResult
+from dydit.runtime.noise import NoiseSource
+from dydit.runtime.request import Batch
+from dydit.runtime.resident import ResidentSubnets
+
+Progress = Callable[[int, int], None]
+CONDITIONING_BYTES = 64 << 20
+_NOISE = COEFFICIENTS.index("noise")
+
+
+class Conditioner:
+    """Modulation vectors, computed for many steps at once and kept while they serve.
+
+    A table holds a whole segment for all of the run's labels where that fits in `budget` bytes, and otherwise some of
+    its steps for the labels of one batch. Which of the two depends on the run alone, so a resumed run repeats its
+    numbers bit for bit.
+    """
+
+    def __init__(self, backend: Backend, labels: Sequence[int] | np.ndarray, budget: int = CONDITIONING_BYTES):
+        self._backend, self._budget = backend, budget
+        self._labels = np.unique(np.asarray(labels, np.int64))
+        self._segments = {step: s for s in backend.bundle.manifest.plan.segments for step in s.steps}
+        self._key: tuple[int, bytes] | None = None
+        self._table = np.empty(0, np.float32)
+
+    def rows(self, step: int, labels: np.ndarray) -> np.ndarray:
+        """Modulation of one step, a row for each of `labels`: f32 [len(labels), 6L+2, D]."""
+        assert np.isin(labels, self._labels).all(), "a label that was not announced"
+        segment = self._segments[step]
+        known, steps = self._labels, segment.count
+        if steps * len(known) > self._pairs:
+            known = np.unique(labels)
+            steps = max(1, min(steps, self._pairs // len(known)))
+        first = step - (step - segment.first) % steps
+        if self._key != (first, known.tobytes()):
+            last = min(first + steps, segment.first + segment.count)
+            timesteps = np.asarray(self._backend.bundle.manifest.sampling.timesteps[first:last], np.int64)
+            self._table = self._backend.conditioning(timesteps, known)
+            self._key = (first, known.tobytes())
+        return self._table[step - first, np.searchsorted(known, labels)]
+
+    @property
+    def _pairs(self) -> int:
+        """How many (step, label) pairs fit in the budget."""
+        model = self._backend.bundle.manifest.model
+        return self._budget // (4 * (6 * model.depth + 2) * model.hidden_size)
+
+
+class StepRunner:
+    """Runs any step of a bundle. `labels` are all that will be asked for; `cfg_scale` 1 runs without guidance.
+
+    Where `subnets` load with `debug`, a step also returns every block's token decisions and residual stream.
+    """
+
+    def __init__(
+        self, backend: Backend, subnets: ResidentSubnets, labels: Sequence[int] | np.ndarray, cfg_scale: float
+    ):
+        manifest = backend.bundle.manifest
+        self.backend, self.subnets, self.cfg_scale = backend, subnets, cfg_scale
+        null = [manifest.model.null_class] * self.guided
+        self._conditioner = Conditioner(backend, [*labels, *null])
+        self._coefficients = np.asarray(manifest.sampling.coefficients, np.float32)
+        self._subnet_of = {step: s.subnet for s in manifest.plan.segments for step in s.steps}
+
+    @property
+    def guided(self) -> bool:
+        """Whether the unconditional rows are computed."""
+        return self.cfg_scale != 1
+
+    def feeds(self, step: int, x: np.ndarray, noise: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
+        """The inputs of a step for latents and noise f32 [B, C, S, S] and labels int64 [B]."""
+        null = self.backend.bundle.manifest.model.null_class
+        rows = np.concatenate([labels, np.full_like(labels, null)]) if self.guided else labels
+        return {
+            "x": x,
+            "noise": noise,
+            "coefficients": self._coefficients[step],
+            "cfg_scale": np.asarray(self.cfg_scale, np.float32),
+            "modulation": self._conditioner.rows(step, rows),
+            "gates": self.backend.bundle.step_gates(step),
+        }
+
+    def run(self, step: int, x: np.ndarray, noise: np.ndarray, labels: np.ndarray) -> StepResult:
+        """One step. Where routed tokens found no slot it is repeated with room for all, so the result is complete;
+        `overflow` then still tells how many there were.
+        """
+        index = self._subnet_of[step]
+        feeds = self.feeds(step, x, noise, labels)
+        result = self.subnets.get(index).step(feeds)
+        if result.overflow.any():
+            complete = self.subnets.full(index).step(feeds)
+            if complete.overflow.any():
+                raise BackendError(f"step {step} drops tokens even at full capacity; export the bundle again")
+            result = dataclasses.replace(complete, overflow=result.overflow)
+        return result
+
+
+class LatentStore(Protocol):
+    """Where the latents of each batch are between segments."""
+
+    def done(self, batch: int) -> int:
+        """How many segments the batch has behind it."""
+
+    def load(self, batch: int) -> np.ndarray:
+        """Its latents then, f32 [B, C, S, S]."""
+
+    def save(self, batch: int, segments: int, latents: np.ndarray, repeated: int) -> None:
+        """Keep the latents after `segments` segments; the last of them repeated `repeated` steps."""
+
+
+@dataclass
+class MemoryStore:
+    """Latents in memory."""
+
+    latents: dict[int, np.ndarray] = field(default_factory=dict)
+    segments: dict[int, int] = field(default_factory=dict)
+
+    def done(self, batch: int) -> int:
+        """How many segments the batch has behind it."""
+        return self.segments.get(batch, 0)
+
+    def load(self, batch: int) -> np.ndarray:
+        """Its latents then, f32 [B, C, S, S]."""
+        return self.latents[batch]
+
+    def save(self, batch: int, segments: int, latents: np.ndarray, repeated: int) -> None:
+        """Keep the latents after `segments` segments."""
+        self.latents[batch], self.segments[batch] = latents, segments
+
+
+@dataclass(frozen=True)
+class RunStats:
+    """What this call did: images, steps of a batch, how many of them were repeated at full capacity, wall seconds."""
+
+    images: int
+    steps: int
+    repeated_steps: int
+    seconds: float
+
+
+def sample(
+    runner: StepRunner,
+    batches: Sequence[Batch],
+    noise: NoiseSource,
+    store: LatentStore,
+    progress: Progress | None = None,
+) -> RunStats:
+    """Run every batch to its end; `store` then holds the final latents. Starts from where the store is.
+
+    `progress(done, total)` counts steps of a batch. Raises `BackendError`, naming the segment, where latents are not
+    finite.
+    """
+    start, steps, repeated = time.perf_counter(), 0, 0
+    segments = runner.backend.bundle.manifest.plan.segments
+    total = len(batches) * runner.backend.bundle.manifest.sampling.steps
+    done = sum(segments[index].count for b in range(len(batches)) for index in range(store.done(b)))
+    for index, segment in enumerate(segments):
+        waiting = [b for b in range(len(batches)) if store.done(b) == index]
+        if not waiting:
+            continue
+        runner.subnets.get(segment.subnet)
+        if index + 1 < len(segments):
+            runner.subnets.prefetch(segments[index + 1].subnet)
+        for b in waiting:
+            x = noise.initial(batches[b]) if index == 0 else store.load(b)
+            again = 0
+            for step in segment.steps:
+                result = runner.run(step, x, _step_noise(runner, noise, batches[b], step), batches[b].labels)
+                x, again, steps, done = result.x_prev, again + bool(result.overflow.any()), steps + 1, done + 1
+                if progress:
+                    progress(done, total)
+            _require_finite(x, batches[b], index, segment)
+            store.save(b, index + 1, x, again)
+            repeated += again
+    return RunStats(sum(len(batch.images) for batch in batches), steps, repeated, time.perf_counter() - start)
+
+
+def default_residency(manifest: Manifest) -> int | None:
+    """How many subnetworks a process that samples again and again keeps: all of a merged plan, 2 of a per-step one."""
+    return 2 if manifest.plan.kind is PlanKind.PER_STEP else None
+
+
+def _step_noise(runner: StepRunner, noise: NoiseSource, batch: Batch, step: int) -> np.ndarray:
+    manifest = runner.backend.bundle.manifest
+    if manifest.sampling.coefficients[step][_NOISE] == 0:
+        model = manifest.model
+        return np.zeros((len(batch.images), model.in_channels, model.input_size, model.input_size), np.float32)
+    return noise.step(batch, step)
+
+
+def _require_finite(x: np.ndarray, batch: Batch, index: int, segment: SegmentEntry) -> None:
+    bad = [image for image, latents in zip(batch.images, x, strict=True) if not np.isfinite(latents).all()]
+    if bad:
+        raise BackendError(
+            f"the latents of image {bad[0]} hold NaN or infinite values after segment {index} (steps {segment.first} "
+            f"to {segment.steps[-1]}, subnetwork {segment.subnet}); compare bundle and checkpoint with `dydit parity`"
+        )

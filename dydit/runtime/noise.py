@@ -1,0 +1,116 @@
+"""Where a run's noise comes from: drawn for each image (`dydit.diffusion.noise`), or read from a file.
+
+A noise file is an `.npz` of `x_T` [B, C, S, S] (the starting latents), `noise` [steps, B, C, S, S] in execution order,
+both floating point and finite, and integers `labels` [B]. It lets another program's run be repeated number by number.
+"""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from dydit.bundle.manifest import Manifest
+from dydit.diffusion.noise import INITIAL_DRAW, image_noise, step_draw
+from dydit.errors import ConfigError, one_line
+from dydit.files import sha256_of
+from dydit.runtime.request import Batch
+
+
+class NoiseSource(Protocol):
+    """Noise of the images of a batch, f32 [B, C, S, S]."""
+
+    def initial(self, batch: Batch) -> np.ndarray:
+        """The starting latents x_T."""
+
+    def step(self, batch: Batch, step: int) -> np.ndarray:
+        """The noise that execution step `step` adds."""
+
+
+@dataclass(frozen=True)
+class SeededNoise:
+    """Noise as a function of (seed, image, draw); `shape` is that of one image's latents."""
+
+    seed: int
+    shape: tuple[int, ...]
+
+    def initial(self, batch: Batch) -> np.ndarray:
+        """The starting latents x_T."""
+        return image_noise(self.seed, batch.images, INITIAL_DRAW, self.shape)
+
+    def step(self, batch: Batch, step: int) -> np.ndarray:
+        """The noise that execution step `step` adds."""
+        return image_noise(self.seed, batch.images, step_draw(step), self.shape)
+
+
+@dataclass(frozen=True)
+class NoiseFile:
+    """The content of a noise file, checked against a bundle; images are taken by their place in the run."""
+
+    path: Path
+    sha256: str
+    x_T: np.ndarray
+    noise: np.ndarray
+    labels: tuple[int, ...]
+
+    @classmethod
+    def read(cls, path: Path, manifest: Manifest) -> NoiseFile:
+        """Read a file for a bundle. Raises `ConfigError`, in one line, for whatever does not fit."""
+        arrays = _read_arrays(path)
+        model, steps = manifest.model, manifest.sampling.steps
+        image = (model.in_channels, model.input_size, model.input_size)
+        count = len(arrays["x_T"]) if arrays["x_T"].ndim else 0
+        expected = {"x_T": (count, *image), "noise": (steps, count, *image), "labels": (count,)}
+        for name, shape in expected.items():
+            array, wanted = arrays[name], np.integer if name == "labels" else np.floating
+            if not np.issubdtype(array.dtype, wanted):
+                kind = "integers" if name == "labels" else "floating point"
+                raise ConfigError(f"{path}: {name} is {array.dtype.name}, expected {kind}")
+            if array.shape != shape or not count:
+                what = ", ".join(map(str, shape)) if count else f"images, {', '.join(map(str, image))}"
+                raise ConfigError(f"{path}: {name} has shape {array.shape}, expected ({what}) for this bundle")
+            if not np.isfinite(array).all():
+                raise ConfigError(f"{path}: {name} holds NaN or infinite values")
+        x_t, noise = (_float32(path, name, arrays[name]) for name in ("x_T", "noise"))
+        return cls(path, sha256_of(path), x_t, noise, tuple(arrays["labels"].tolist()))
+
+    def initial(self, batch: Batch) -> np.ndarray:
+        """The starting latents x_T."""
+        return self.x_T[batch.first : batch.first + len(batch.images)]
+
+    def step(self, batch: Batch, step: int) -> np.ndarray:
+        """The noise that execution step `step` adds."""
+        return self.noise[step, batch.first : batch.first + len(batch.images)]
+
+
+def _read_arrays(path: Path) -> dict[str, np.ndarray]:
+    names = ("x_T", "noise", "labels")
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        if not isinstance(loaded, np.lib.npyio.NpzFile):
+            raise ConfigError(f"{path} is a single array, expected an .npz with {', '.join(names)}")
+        with loaded as file:
+            if missing := [name for name in names if name not in file]:
+                raise ConfigError(f"{path} has no array {missing[0]!r}; expected {', '.join(names)}")
+            arrays = {name: file[name] for name in names}
+    except OSError as error:
+        raise ConfigError(f"cannot read noise from {path}: {error.strerror or one_line(error)}") from error
+    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error, pickle.UnpicklingError) as error:
+        raise ConfigError(f"{path} is not a noise file: {one_line(error)}") from error
+    # NumPy hands out a member that does not start like an array as bytes.
+    if strange := [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]:
+        raise ConfigError(f"{path} is not a noise file: {strange[0]} is not an array")
+    return arrays
+
+
+def _float32(path: Path, name: str, array: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        single = array.astype(np.float32)
+    if not np.isfinite(single).all():
+        raise ConfigError(f"{path}: {name} holds values beyond the range of float32")
+    return single

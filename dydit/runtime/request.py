@@ -1,0 +1,85 @@
+"""What is asked of a sampling run: which images, from which noise, in which batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from dydit.bundle.manifest import Manifest
+from dydit.errors import ConfigError
+from dydit.models.config import Strict
+
+UINT64 = 1 << 64
+DEFAULT_CFG_SCALE = 4.0
+
+
+class SampleRequest(Strict):
+    """Images of `labels`, repeated in turn until there are `num` (by default one for each label).
+
+    Image i of the run draws its noise from (seed, first_image + i), so a run can be split over machines. `cfg_scale` 1
+    is no guidance, at half the cost. `noise_from`: an `.npz` (see `dydit.runtime.noise`) that gives the noise, and the
+    labels where none are asked for.
+    """
+
+    labels: tuple[int, ...] = ()
+    num: int | None = Field(default=None, ge=1)
+    seed: int = Field(default=0, ge=0, lt=UINT64)
+    cfg_scale: float = Field(default=DEFAULT_CFG_SCALE, ge=0, allow_inf_nan=False)
+    first_image: int = Field(default=0, ge=0, lt=UINT64)
+    batch_size: int | None = Field(default=None, ge=1)
+    noise_from: Path | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SampleRequest:
+        if not self.labels and self.noise_from is None:
+            raise ValueError("give at least one label, or noise that names its labels")
+        if self.first_image + self.images > UINT64:
+            raise ValueError("image indices go beyond 2^64-1")
+        return self
+
+    @property
+    def images(self) -> int:
+        """How many images (0 while only a noise file knows)."""
+        return self.num or len(self.labels)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images that run together: `first` is the place of the first in the run, `images` are the keys of their noise."""
+
+    first: int
+    images: tuple[int, ...]
+    labels: np.ndarray  # int64 [B]
+
+
+def check_labels(labels: Sequence[int], manifest: Manifest) -> None:
+    """Raise `ConfigError` for a label that is not one of the model's classes."""
+    classes = manifest.model.num_classes
+    for label in labels:
+        if not 0 <= label < classes:
+            raise ConfigError(f"label {label} is outside 0..{classes - 1}, the classes of this model")
+
+
+def check_batch_size(size: int | None, manifest: Manifest, images: int) -> int:
+    """The batch size to use: what is asked for, else the largest that the bundle allows and the images fill."""
+    if size is None:
+        return min(manifest.max_batch, images)
+    if not 1 <= size <= manifest.max_batch:
+        raise ConfigError(
+            f"batch size {size} is outside 1..{manifest.max_batch}, the range that the bundle was exported for; "
+            "a larger one needs `dydit export --max-batch`"
+        )
+    return size
+
+
+def make_batches(labels: Sequence[int], images: Sequence[int], size: int) -> list[Batch]:
+    """Cut a run into batches of `size`, in order; the last may be smaller. `labels` and `images` are one per image."""
+    assert len(labels) == len(images)
+    return [
+        Batch(first, tuple(images[first : first + size]), np.asarray(labels[first : first + size], np.int64))
+        for first in range(0, len(images), size)
+    ]

@@ -1,0 +1,257 @@
+"""`dydit bench`: how long a step takes, side against side, in one run.
+
+Each side runs in a process of its own and they take turns, round by round: whatever else slows the machine slows all of
+them, and no side's idle threads disturb another's (sessions that shared a process made a 75 ms step take 104 ms). The
+first `warmup` rounds are not counted. What a round is: `dydit.verify.measure`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from pydantic import Field
+
+from dydit.bundle.bundle import Bundle
+from dydit.bundle.manifest import SamplingEntry
+from dydit.errors import BackendError, ConfigError
+from dydit.files import write_json
+from dydit.models.config import ModelConfig, Strict
+from dydit.verify.measure import Decided, Job, Latents, Loaded, Round
+from dydit.verify.results import BenchReport, Comparison, Machine, Side, SideKind, SideResult
+
+REPORT = "bench.json"
+WORKER = [sys.executable, "-m", "dydit.verify.bench_worker"]
+SETTLE_SECONDS = 0.05  # for the threads of the side that had its turn
+Progress = Callable[[int, int], None]
+
+
+class BenchConfig(Strict):
+    """What to time: a batch of one image per label; `cfg_scale` 1 is no guidance.
+
+    `steps_measured`: sampling steps of a round, spread evenly over the run (all, where it has fewer). `threads`: cores
+    for each side (0: all).
+    """
+
+    labels: tuple[int, ...] = Field(default=(0,), min_length=1)
+    seed: int = Field(default=0, ge=0)
+    cfg_scale: float = Field(default=4.0, ge=0, allow_inf_nan=False)
+    steps_measured: int = Field(default=25, ge=1)
+    repeats: int = Field(default=7, ge=1)
+    warmup: int = Field(default=1, ge=1)
+    threads: int = Field(default=0, ge=0)
+    device: str = "cpu"
+    latents: Latents = Latents.RUN
+
+
+def sides_of(
+    bundle: Bundle, versus: Bundle | None = None, checkpoint: Path | None = None, backend: str = "onnxruntime"
+) -> list[Side]:
+    """The usual sides: a bundle, another one, and a checkpoint as the masked PyTorch model."""
+    sides = [Side(name=bundle.path.name, kind=SideKind.BUNDLE, path=str(bundle.path), backend=backend)]
+    if versus is not None:
+        name = versus.path.name if versus.path.name != bundle.path.name else str(versus.path)
+        sides.append(Side(name=name, kind=SideKind.BUNDLE, path=str(versus.path), backend=backend))
+    if checkpoint is not None:
+        sides.append(Side(name="pytorch-masked", kind=SideKind.TORCH_MASKED, path=str(checkpoint)))
+    return sides
+
+
+def run_bench(
+    sides: Sequence[Side], config: BenchConfig, out: Path | None = None, progress: Progress | None = None
+) -> BenchReport:
+    """Time all sides, the first of which is compared with each other one; with `out`, write `out/bench.json`.
+
+    The first bundle says what a run is (sampling steps, guided channels). `progress(done, total)` counts rounds. Raises
+    `ConfigError` for sides that cannot be compared, `BackendError` where a side cannot run.
+    """
+    start, load_before = time.perf_counter(), os.getloadavg()[0]
+    model, sampling, most = _common_run(sides)
+    if len(config.labels) > most:
+        raise ConfigError(f"{len(config.labels)} labels, but a bundle was exported for batches up to {most}")
+    for label in config.labels:
+        if not 0 <= label <= model.null_class:
+            raise ConfigError(f"label {label} is outside 0..{model.null_class}")
+    config = config.model_copy(update={"threads": config.threads or Machine.here().cores})
+    steps = spread_steps(sampling.steps, config.steps_measured)
+    turns = config.warmup + config.repeats
+    with ExitStack() as stack:
+        workers = [stack.enter_context(_Worker(_job(side, config, model, sampling, steps))) for side in sides]
+        rounds: list[list[Round]] = [[] for _ in sides]
+        for turn in range(turns):
+            for index, worker in enumerate(workers):
+                time.sleep(SETTLE_SECONDS)
+                rounds[index].append(Round.model_validate(worker.ask("round")))
+                if progress:
+                    progress(turn * len(sides) + index + 1, turns * len(sides))
+        load_after = os.getloadavg()[0]
+        results = [
+            _side_result(worker, counted[config.warmup :], len(config.labels), sampling.steps)
+            for worker, counted in zip(workers, rounds, strict=True)
+        ]
+    report = BenchReport(
+        batch=len(config.labels),
+        **config.model_dump(include={"cfg_scale", "latents", "threads", "repeats", "warmup", "seed"}, mode="json"),
+        steps=sampling.steps,
+        steps_measured=steps,
+        timesteps=tuple(sampling.timesteps[step] for step in steps),
+        sides=tuple(results),
+        comparisons=tuple(compare_sides(results[0], other) for other in results[1:]),
+        load_average=(load_before, load_after),
+        machine=Machine.here(),
+        seconds=round(time.perf_counter() - start, 3),
+    )
+    if out is not None:
+        write_json(out / REPORT, report.to_json())
+    return report
+
+
+def spread_steps(steps: int, count: int) -> tuple[int, ...]:
+    """`count` of the steps 0..steps-1, evenly spread, with the first and the last."""
+    return tuple(int(step) for step in np.unique(np.linspace(0, steps - 1, min(count, steps)).round()))
+
+
+def compare_sides(side: SideResult, other: SideResult) -> Comparison:
+    """A side against another, pair by pair of rounds."""
+    ratios = [theirs / ours for ours, theirs in zip(side.round_ms, other.round_ms, strict=True)]
+    median, allowed = float(np.median(ratios)), other.macs / side.macs
+    return Comparison(
+        side=side.side.name,
+        other=other.side.name,
+        ratios=tuple(ratios),
+        median=median,
+        min=min(ratios),
+        max=max(ratios),
+        allowed=allowed,
+        achieved=median / allowed,
+    )
+
+
+def _common_run(sides: Sequence[Side]) -> tuple[ModelConfig, SamplingEntry, int]:
+    """The model, the run and the largest batch that all sides have in common; bundles are verified here, once."""
+    if len({side.name for side in sides}) != len(sides):
+        raise ConfigError(f"sides need different names: {', '.join(side.name for side in sides)}")
+    manifests = [Bundle.open(side.path).manifest for side in sides if side.kind is SideKind.BUNDLE]
+    if not manifests:
+        raise ConfigError("nothing to time: give at least one bundle")
+    first = manifests[0]
+    for other in manifests[1:]:
+        for what, ours, theirs in (
+            ("sampling steps", first.sampling.steps, other.sampling.steps),
+            ("model sizes", first.model.without_routers(), other.model.without_routers()),
+            ("guided channels", first.sampling.cfg_channels, other.sampling.cfg_channels),
+        ):
+            if ours != theirs:
+                raise ConfigError(f"the bundles cannot be compared: their {what} differ ({ours} and {theirs})")
+    return first.model, first.sampling, min(manifest.max_batch for manifest in manifests)
+
+
+def _job(side: Side, config: BenchConfig, model: ModelConfig, sampling: SamplingEntry, steps: tuple[int, ...]) -> Job:
+    shared = config.model_dump(include={"labels", "seed", "cfg_scale", "threads", "device", "latents"})
+    return Job(
+        side=side,
+        sizes=model.without_routers(),
+        steps=steps,
+        of=sampling.steps,
+        cfg_channels=sampling.cfg_channels,
+        **shared,
+    )
+
+
+def _side_result(worker: _Worker, rounds: list[Round], batch: int, steps: int) -> SideResult:
+    memory = worker.ask("memory")  # before the untimed round, which loads more
+    decided = Decided.model_validate(worker.ask("decided"))
+    table = np.array([each.ms for each in rounds])
+    means = table.mean(axis=1)
+    median = float(np.median(means))
+    return SideResult(
+        side=worker.job.side,
+        load_seconds=worker.loaded.seconds,
+        subnets_loaded=worker.loaded.subnets,
+        round_ms=tuple(means.tolist()),
+        step_ms=tuple(np.median(table, axis=0).tolist()),
+        median_ms=median,
+        min_ms=float(means.min()),
+        max_ms=float(means.max()),
+        peak_bytes=memory["peak_bytes"],
+        settled_bytes=memory["settled_bytes"],
+        images_per_second=1e3 * batch / (median * steps),
+        overflows=sum(each.overflows for each in rounds),
+        **decided.model_dump(),
+    )
+
+
+class _Worker:
+    """A side's process, loaded; as a context manager it ends with the block."""
+
+    def __init__(self, job: Job):
+        self.job = job
+        self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115  (closed in _end)
+        self._process = subprocess.Popen(
+            WORKER,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            encoding="utf-8",
+            env={**os.environ, "OMP_NUM_THREADS": str(job.threads)},
+        )
+
+    def __enter__(self) -> Self:
+        try:
+            self.loaded = Loaded.model_validate(self.ask(self.job.model_dump_json()))
+        except BaseException:
+            self._end()
+            raise
+        return self
+
+    def ask(self, line: str) -> dict[str, Any]:
+        """Send a line and wait for the answer."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        try:
+            self._process.stdin.write(line + "\n")
+            self._process.stdin.flush()
+            answer = self._process.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
+        if not answer:
+            raise BackendError(f"the process that runs {self.job.side.name!r} ended: {self._last_words()}")
+        values: dict[str, Any] = json.loads(answer)
+        if "error" in values:
+            raise BackendError(f"{self.job.side.name}: {values['error']}")
+        return values
+
+    def _last_words(self) -> str:
+        code = self._process.wait()
+        self._errors.seek(0)
+        lines = [line.strip() for line in self._errors.read().splitlines() if line.strip()]
+        return f"{lines[-1] if lines else 'it said nothing'} (exit code {code})"
+
+    def _end(self) -> None:
+        for stream in (self._process.stdin, self._process.stdout):
+            if stream is not None:
+                with suppress(BrokenPipeError):  # what is left to send to a process that has ended
+                    stream.close()
+        try:
+            self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._errors.close()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            self._process.kill()
+        self._end()

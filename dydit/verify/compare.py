@@ -1,0 +1,76 @@
+"""The arithmetic of a comparison: relative errors image by image, and token decisions apart from values.
+
+An image whose tokens were routed differently made a jump, so its value says nothing about rounding; whether the flip is
+excusable shows in how near to zero its logit was. NumPy only: B images, L blocks, rows = B or 2B, N tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+def relative_l2(value: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """||value - reference|| / ||reference|| of each entry of the first axis, float64.
+
+    0 where both are zero, infinite where `value` is not finite.
+    """
+    a, b = (array.reshape(len(array), -1).astype(np.float64) for array in (value, reference))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        difference, size = np.linalg.norm(a - b, axis=1), np.linalg.norm(b, axis=1)
+        ratio = np.where(difference == 0, 0.0, difference / size)
+    return np.where(np.isfinite(ratio), ratio, np.inf)
+
+
+@dataclass(frozen=True)
+class StepComparison:
+    """One sampling step held against the reference.
+
+    `values`, `contributions`: float64 [B], relative L2 of x_prev and of x_prev - c_x*x. `flips`: int64 [L, B], tokens
+    routed differently. `margins`: float64 [L, B], the largest |logit| among them in root mean squares of the block's
+    logits, 0 where nothing flipped. `decisions`: how many were compared.
+    """
+
+    step: int
+    values: np.ndarray
+    contributions: np.ndarray
+    flips: np.ndarray
+    margins: np.ndarray
+    decisions: int
+
+
+@dataclass(frozen=True)
+class StepValues:
+    """What a form of the model made of a step: `x` it started from and `x_prev`, f32 [B, C, S, S]; `tokens` bool
+    [L, rows, N], None where nothing is routed; `residuals` f32 [L, rows, N, D] where they were asked for."""
+
+    x: np.ndarray
+    x_prev: np.ndarray
+    tokens: np.ndarray | None
+    residuals: np.ndarray | None = None
+
+
+def compare_step(
+    step: int, ours: StepValues, reference: StepValues, c_x: float, logits: np.ndarray | None
+) -> StepComparison:
+    """Hold a step against the reference's; `logits`: f32 [L, rows, N], the reference's (None for a static model)."""
+    images = len(ours.x)
+    parts = [each.x_prev.astype(np.float64) - c_x * each.x for each in (ours, reference)]
+    flips, margins, decisions = np.zeros((1, images), np.int64), np.zeros((1, images)), 0
+    if logits is not None:
+        assert ours.tokens is not None and ours.tokens.shape == logits.shape
+        flips, margins = count_flips(ours.tokens, logits, images)
+        decisions = logits.size
+    return StepComparison(
+        step, relative_l2(ours.x_prev, reference.x_prev), relative_l2(parts[0], parts[1]), flips, margins, decisions
+    )
+
+
+def count_flips(tokens: np.ndarray, logits: np.ndarray, images: int) -> tuple[np.ndarray, np.ndarray]:
+    """(flips, margins) as in `StepComparison`, from [L, rows, N]; an image's rows, with and without label, together."""
+    size = np.sqrt(np.mean(np.square(logits, dtype=np.float64), axis=(1, 2), keepdims=True))
+    wrong = tokens != (logits > 0)
+    margin = np.where(wrong, np.abs(logits) / np.maximum(size, np.finfo(np.float64).tiny), 0.0)
+    shape = (len(tokens), -1, images, tokens.shape[2])  # rows are (with and without label, images)
+    return wrong.reshape(shape).sum(axis=(1, 3)), margin.reshape(shape).max(axis=(1, 3))

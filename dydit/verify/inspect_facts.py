@@ -1,0 +1,224 @@
+"""What `dydit.verify.inspect` finds, as plain data that goes to JSON and back, and laid out for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pydantic import Field
+
+from dydit.models.config import ModelConfig
+from dydit.verify.results import Result
+from dydit.verify.text import aligned, bytes_text, count_text
+
+ROWS_SHOWN = 12
+
+
+class WidthFacts(Result):
+    """The width masks over a run: shares are of all units and steps, 0..1."""
+
+    steps: int
+    distinct_masks: int
+    head_share: float
+    group_share: float
+    toggling_units: int = Field(description="heads and groups that are on in some steps and off in others")
+    units: int = Field(description="heads and groups of all blocks")
+    flops_ratio: float = Field(description="of the blocks, by width alone: every token counted")
+
+
+class PlanRow(Result):
+    """The cheapest plan of a number of subnetworks; multiply-adds of an image's blocks over the whole run."""
+
+    subnets: int
+    macs: float
+    versus_exact: float
+    versus_static: float
+    weight_bytes: int = Field(description="of all distinct subnetworks together")
+
+
+class ModelFacts(Result):
+    """Sizes and cost of a model; multiply-adds of one image and step, everything on."""
+
+    config: ModelConfig
+    tokens: int
+    parameters: int
+    router_parameters: int
+    static_macs: int = Field(description="whole model, as the paper counts")
+    block_macs: int = Field(description="all blocks' attention and MLP, which is what masks save on")
+
+
+class CheckpointFacts(Result):
+    """A checkpoint."""
+
+    kind: str = "checkpoint"
+    path: str
+    format: str
+    sha256: str
+    file_bytes: int
+    metadata: dict[str, str]
+    model: ModelFacts
+    width: WidthFacts
+    plans: tuple[PlanRow, ...]
+
+
+class SubnetFacts(Result):
+    """One subnetwork of a bundle; heads and groups over all blocks."""
+
+    index: int
+    segments: int
+    steps: int
+    heads: int
+    groups: int
+    gated: bool
+    weight_bytes: int
+    graph_bytes: int
+
+
+class BundleFacts(Result):
+    """A bundle. `dense_bytes`: the weights that a step of the model with everything on reads."""
+
+    kind: str = "bundle"
+    path: str
+    schema_version: int
+    checkpoint_sha256: str
+    sampler: str
+    steps: int
+    cfg_channels: int
+    routing: str | None
+    precision: str
+    max_batch: int
+    plan_kind: str
+    segments: int
+    model: ModelFacts
+    width: WidthFacts
+    chosen: PlanRow
+    plans: tuple[PlanRow, ...]
+    subnets: tuple[SubnetFacts, ...]
+    bundle_bytes: int
+    stored_bytes: int
+    graph_bytes: int
+    dense_bytes: int
+    tools: dict[str, str]
+
+
+def checkpoint_text(facts: CheckpointFacts) -> str:
+    """Facts of a checkpoint for a terminal."""
+    head = [
+        ("checkpoint", facts.path),
+        ("format", f"{facts.format}, {bytes_text(facts.file_bytes)}, SHA-256 {facts.sha256[:16]}"),
+        *_model_lines(facts.model),
+        *_width_lines(facts.model, facts.width),
+        *((key, value if len(value) <= 80 else value[:77] + "...") for key, value in sorted(facts.metadata.items())),
+    ]
+    if not facts.model.config.dynamic:
+        return aligned(head)
+    return f"{aligned(head)}\n\n{_plan_table(facts.plans, None)}"
+
+
+def bundle_text(facts: BundleFacts) -> str:
+    """Facts of a bundle for a terminal; of many subnetworks, the first and the last."""
+    routing = f"tokens routed: {facts.routing}" if facts.routing else "static: every token enters the MLPs"
+    share = facts.bundle_bytes / facts.stored_bytes
+    head = [
+        ("bundle", f"{facts.path}, schema version {facts.schema_version}"),
+        ("checkpoint", f"SHA-256 {facts.checkpoint_sha256[:16]}"),
+        *_model_lines(facts.model),
+        *_width_lines(facts.model, facts.width),
+        (
+            "sampling",
+            f"{facts.steps} {facts.sampler} steps, guidance on {_many(facts.cfg_channels, 'channel')}, batch up to "
+            f"{facts.max_batch}, {facts.precision}",
+        ),
+        ("routing", routing),
+        (
+            "on disk",
+            f"{bytes_text(facts.bundle_bytes)} = {share:.2f} x its weights ({bytes_text(facts.stored_bytes)}, once); "
+            f"graphs {bytes_text(facts.graph_bytes)}",
+        ),
+        ("plan", _plan_line(facts)),
+    ]
+    parts = [aligned(head)]
+    if facts.model.config.dynamic:
+        parts.append(_plan_table(facts.plans, facts.chosen))
+    return "\n\n".join([*parts, _subnet_table(facts)])
+
+
+def _plan_line(facts: BundleFacts) -> str:
+    sizes = f"{_many(facts.chosen.subnets, 'subnetwork')} in {_many(facts.segments, 'segment')}"
+    if not facts.model.config.dynamic:
+        return sizes
+    cost = f"{facts.chosen.versus_exact:.3f} x the exact masks, {facts.chosen.versus_static:.3f} x static"
+    return f"{facts.plan_kind}: {sizes}, {cost}"
+
+
+def _model_lines(model: ModelFacts) -> list[tuple[str, str]]:
+    c = model.config
+    kind = f"DyDiT, routers {c.routers}" if c.dynamic else "DiT, static"
+    shape = f"{c.in_channels}x{c.input_size}x{c.input_size}"
+    routers = f", of them routers {model.router_parameters:,}" if model.router_parameters else ""
+    return [
+        ("model", f"{kind}; hidden {c.hidden_size}, {c.depth} blocks, {c.num_heads} heads, patch {c.patch_size}"),
+        ("input", f"{shape}, {model.tokens} tokens, {c.num_classes} classes"),
+        ("parameters", f"{model.parameters:,}{routers}"),
+        (
+            "cost",
+            f"{count_text(model.static_macs)} multiply-adds an image and step with everything on, "
+            f"of them blocks {count_text(model.block_macs)}",
+        ),
+    ]
+
+
+def _width_lines(model: ModelFacts, width: WidthFacts) -> list[tuple[str, str]]:
+    if not model.config.dynamic:
+        return []
+    return [
+        (
+            "masks",
+            f"{width.distinct_masks} distinct in {width.steps} steps; "
+            f"{width.toggling_units} of {width.units} units toggle",
+        ),
+        (
+            "width",
+            f"heads {width.head_share:.1%} on, channel groups {width.group_share:.1%}: "
+            f"{width.flops_ratio:.3f} of the blocks' multiply-adds, before token routing",
+        ),
+    ]
+
+
+def _plan_table(plans: Sequence[PlanRow], chosen: PlanRow | None) -> str:
+    rows = [["subnetworks", "x exact masks", "x static", "weights", ""]]
+    shown = {row.subnets: row for row in plans} | ({chosen.subnets: chosen} if chosen else {})
+    for count in sorted(shown):
+        row = shown[count]
+        mark = "<- chosen" if row is chosen else ""
+        rows.append(
+            [str(count), f"{row.versus_exact:.3f}", f"{row.versus_static:.3f}", bytes_text(row.weight_bytes), mark]
+        )
+    return aligned(rows, right=(0, 1, 2, 3))
+
+
+def _subnet_table(facts: BundleFacts) -> str:
+    units = facts.model.config.depth * facts.model.config.num_heads
+    rows = [["subnetwork", "steps", f"heads/{units}", f"groups/{units}", "gated", "weights", "x dense", "graph"]]
+    subnets = list(facts.subnets)
+    shown = subnets if len(subnets) <= 2 * ROWS_SHOWN else [*subnets[:ROWS_SHOWN], None, *subnets[-2:]]
+    for subnet in shown:
+        if subnet is None:
+            rows.append([f"... {len(subnets) - ROWS_SHOWN - 2} more"])
+            continue
+        rows.append(
+            [
+                str(subnet.index),
+                str(subnet.steps),
+                str(subnet.heads),
+                str(subnet.groups),
+                "yes" if subnet.gated else "no",
+                bytes_text(subnet.weight_bytes),
+                f"{subnet.weight_bytes / facts.dense_bytes:.2f}",
+                bytes_text(subnet.graph_bytes),
+            ]
+        )
+    return aligned(rows, right=range(8))
+
+
+def _many(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"

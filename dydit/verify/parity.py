@@ -1,0 +1,283 @@
+"""`dydit parity`: hold a bundle against the checkpoint that it came from, hop by hop (DESIGN, section 6).
+
+    masks    the model's own gates in every sampling step == the frozen table
+    weights  every stored tensor == the checkpoint's, bit for bit
+    sliced   masked model vs the sliced torch form, each step from the reference's own latents
+    step     masked model vs the backend, each step from the reference's own latents
+    run      masked model vs the backend, the whole run from the same noise
+
+The reference (`dydit.verify.reference`) runs first and is never patched. All hops are made, also after one has failed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from pydantic import Field
+
+from dydit.bundle.bundle import Bundle
+from dydit.errors import ConfigError
+from dydit.export.exporter import stale_reasons
+from dydit.files import write_json
+from dydit.models.checkpoint import Checkpoint
+from dydit.models.config import ModelConfig, Strict
+from dydit.models.cost import flops_ratio
+from dydit.models.layout import stored_tensors
+from dydit.models.sliced import SlicedDiT, conditioning
+from dydit.runtime.backends.base import BackendOptions
+from dydit.runtime.backends.registry import open_backend
+from dydit.runtime.loop import StepRunner
+from dydit.runtime.resident import ResidentSubnets
+from dydit.verify.compare import StepComparison, StepValues, compare_step
+from dydit.verify.hops import Verdict, counted, judge, locate, locate_in_run, skipped
+from dydit.verify.reference import Images, Reference, Trajectory
+from dydit.verify.results import Departure, Hop, Machine, ParityReport
+from dydit.verify.tolerances import DERIVED_WEIGHTS, HOPS
+
+REPORT = "parity.json"
+Progress = Callable[[int, int], None]
+
+
+class ParityConfig(Strict):
+    """What to compare: an image for each label (the null class counts as one), `cfg_scale` 1 being no guidance.
+
+    `every`: compare every n-th step, and the last, from the reference's latents; the whole run always has all steps.
+    """
+
+    backend: str = "onnxruntime"
+    threads: int = Field(default=0, ge=0)
+    device: str = "cpu"
+    labels: tuple[int, ...] = Field(default=(0, 1), min_length=1)
+    seed: int = Field(default=0, ge=0)
+    cfg_scale: float = Field(default=4.0, ge=0, allow_inf_nan=False)
+    every: int = Field(default=1, ge=1)
+
+
+def run_parity(
+    bundle: Bundle,
+    checkpoint: Checkpoint,
+    config: ParityConfig,
+    out: Path | None = None,
+    progress: Progress | None = None,
+) -> ParityReport:
+    """Make every hop and, with `out`, write `out/parity.json`. `progress(done, total)` counts model evaluations.
+
+    A bundle of another checkpoint is not refused: the hops fail and name what differs. Raises `ConfigError` for labels
+    that do not fit the bundle, `BackendError` where the backend cannot run it.
+    """
+    start, manifest = time.perf_counter(), bundle.manifest
+    if len(config.labels) > manifest.max_batch:
+        raise ConfigError(
+            f"{len(config.labels)} labels, but the bundle was exported for batches up to {manifest.max_batch}"
+        )
+    Images(config.labels).row_labels(manifest.model)
+    steps = manifest.sampling.steps
+    compared = sorted({*range(0, steps, config.every), steps - 1})
+    if manifest.model == checkpoint.config:
+        parity = _Parity(bundle, checkpoint, config, compared, progress)
+        hops, trajectory = parity.hops()
+        repeated = parity.repeated
+    else:
+        hops, trajectory, repeated = _other_architecture(manifest.model, checkpoint.config), None, 0
+    tokens, ratio = (np.empty(0), np.empty(0)) if trajectory is None else cost_of(manifest.model, trajectory)
+    report = ParityReport(
+        bundle=str(bundle.path),
+        checkpoint=str(checkpoint.path),
+        **config.model_dump(include={"backend", "threads", "device", "labels", "seed", "cfg_scale"}),
+        steps=steps,
+        sampler=manifest.sampling.sampler.value,
+        routing=manifest.routing.value if manifest.routing else None,
+        steps_compared=tuple(compared),
+        timesteps=manifest.sampling.timesteps,
+        stale_reasons=tuple(stale_reasons(manifest, checkpoint)),
+        hops=tuple(hops),
+        repeated_steps=repeated,
+        token_share=tuple(tokens.tolist()),
+        flops_ratio=tuple(ratio.tolist()),
+        machine=Machine.here(),
+        seconds=round(time.perf_counter() - start, 3),
+    )
+    if out is not None:
+        write_json(out / REPORT, report.to_json())
+    return report
+
+
+def cost_of(model: ModelConfig, trajectory: Trajectory) -> tuple[np.ndarray, np.ndarray]:
+    """(share of tokens that entered the MLP, FLOPs ratio) of every step, each [S]."""
+    counts = trajectory.widths.mean(axis=3).sum(axis=-1)  # [S, L, 2]
+    routed = np.ones(counts.shape[:2]) if trajectory.tokens is None else trajectory.tokens.mean(axis=(2, 3))
+    ratio: np.ndarray = flops_ratio(model, counts[:, :, 0], counts[:, :, 1], routed)
+    return routed.mean(axis=1), ratio
+
+
+def _other_architecture(ours: ModelConfig, reference: ModelConfig) -> list[Hop]:
+    name = next(name for name in ModelConfig.model_fields if getattr(ours, name) != getattr(reference, name))
+    where = f"{name} is {getattr(ours, name)} in the bundle and {getattr(reference, name)} in the checkpoint"
+    first, *rest = HOPS
+    failed = counted(first.hop, 1, "the architecture differs", Departure(where=where))
+    return [failed, *(skipped(each.hop, "the architecture differs") for each in rest)]
+
+
+@dataclass
+class _Counter:
+    progress: Progress | None
+    total: int
+    done: int = 0
+
+    def __call__(self) -> None:
+        self.done += 1
+        if self.progress:
+            self.progress(self.done, self.total)
+
+
+class _Parity:
+    """One comparison: the parts that hops share."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        checkpoint: Checkpoint,
+        config: ParityConfig,
+        compared: Sequence[int],
+        progress: Progress | None,
+    ):
+        self.bundle, self.checkpoint, self.config, self.compared = bundle, checkpoint, config, compared
+        self.model, sampling = bundle.manifest.model, bundle.manifest.sampling
+        self.images = Images(config.labels, config.seed, config.cfg_scale)
+        self.reference = Reference(checkpoint.model(), sampling.steps, sampling.sampler, sampling.cfg_channels)
+        self.timesteps = self.reference.timesteps
+        self.repeated = 0
+        self.tick = _Counter(progress, 2 * sampling.steps + 2 * len(compared))
+
+    def hops(self) -> tuple[list[Hop], Trajectory]:
+        """All hops, in order, and the reference's run."""
+        self.trajectory = self.reference.run(self.images, self.tick)
+        masks = compare_masks(self.bundle, self.timesteps, self.trajectory.widths)
+        return [masks, compare_weights(self.bundle, self.checkpoint), self._sliced(), *self._backend()], self.trajectory
+
+    def _expected(self, step: int) -> StepValues:
+        tokens = self.trajectory.tokens
+        latents = self.trajectory.latents
+        return StepValues(latents[step], latents[step + 1], None if tokens is None else tokens[step])
+
+    def _compare(self, step: int, ours: StepValues) -> StepComparison:
+        logits = None if self.trajectory.logits is None else self.trajectory.logits[step]
+        return compare_step(step, ours, self._expected(step), float(self.reference.coefficients[step, 0]), logits)
+
+    def _located(self, verdict: Verdict, ours: Callable[[int], StepValues]) -> Hop:
+        """The hop with the block in which it departs: both sides run that step once more, with their residuals."""
+        if verdict.step is None:
+            return verdict.hop
+        expected, step = self._expected(verdict.step), verdict.step
+        again = self.reference.step(self.images, step, expected.x, residuals=True)
+        reference = StepValues(expected.x, expected.x_prev, expected.tokens, again.residuals)
+        return locate(verdict, ours(step), reference, int(self.timesteps[step]))
+
+    def _sliced(self) -> Hop:
+        weights = dict(stored_tensors(self.checkpoint.state, self.model))
+        labels = torch.from_numpy(self.images.row_labels(self.model))
+
+        def run(step: int) -> StepValues:
+            widths = self.trajectory.widths[step, :, :, 0]
+            slots = [[np.flatnonzero(units).tolist() for units in widths[:, part]] for part in (0, 1)]
+            sliced = SlicedDiT(self.model, weights, slots[0], slots[1], self.reference.cfg_channels)
+            x = self.trajectory.latents[step]
+            modulation = conditioning(self.model, weights, torch.tensor([int(self.timesteps[step])]), labels)[0]
+            out = sliced.step(
+                torch.from_numpy(x),
+                torch.from_numpy(self.images.noise(self.model, step)),
+                torch.from_numpy(self.reference.coefficients[step].astype(np.float32)),
+                torch.tensor(self.config.cfg_scale),
+                modulation,
+                debug=True,
+            )
+            assert out.tokens is not None and out.residuals is not None
+            return StepValues(x, out.x_prev.numpy(), out.tokens.numpy(), out.residuals.numpy())
+
+        comparisons = []
+        for step in self.compared:
+            comparisons.append(self._compare(step, run(step)))
+            self.tick()
+        return self._located(judge("sliced", comparisons, self.timesteps), run)
+
+    def _backend(self) -> list[Hop]:
+        """Both hops of the backend, segment by segment, so that each subnetwork is loaded once."""
+        config = self.config
+        backend = open_backend(
+            config.backend, self.bundle, BackendOptions(threads=config.threads, device=config.device)
+        )
+        labels, latents = self.images.row_labels(self.model), self.trajectory.latents
+        # Values come from the graphs that sampling uses, decisions from their twins with more outputs.
+        with ResidentSubnets(backend, 2) as plain, ResidentSubnets(backend, 2, debug=True) as open_:
+            runner, watched = (StepRunner(backend, each, labels, config.cfg_scale) for each in (plain, open_))
+
+            def run(step: int, x: np.ndarray, residuals: bool = False) -> StepValues:
+                feeds = (step, x, self.images.noise(self.model, step), labels[: self.images.batch])
+                inside, made = watched.run(*feeds), runner.run(*feeds)
+                self.repeated += bool(made.overflow.any())
+                return StepValues(x, made.x_prev, inside.tokens, inside.residuals if residuals else None)
+
+            x, alone, together = latents[0], [], []
+            for step in range(len(self.timesteps)):
+                ours = run(step, x)
+                together.append(self._compare(step, ours))
+                x = ours.x_prev
+                self.tick()
+                if step in self.compared:
+                    alone.append(self._compare(step, run(step, latents[step])))
+                    self.tick()
+            single = self._located(judge("step", alone, self.timesteps), lambda step: run(step, latents[step], True))
+        return [single, locate_in_run(judge("run", together, self.timesteps), self.timesteps)]
+
+
+def compare_masks(bundle: Bundle, timesteps: np.ndarray, widths: np.ndarray) -> Hop:
+    """The gates that the model itself used, bool [S, L, 2, rows, H] by checkpoint unit, and the timesteps that it was given,
+    against the manifest's. Departure: the first step, block and unit."""
+    frozen = bundle.manifest.checkpoint_masks()
+    wrong = (widths != frozen[:, :, :, None]).any(axis=3)  # [S, L, 2, H]
+    late = np.asarray(bundle.manifest.sampling.timesteps) != timesteps
+    per_step = wrong.sum(axis=(1, 2, 3)) + late
+    if not per_step.any():
+        return counted("masks", 0, f"all {wrong.size} gates of {len(timesteps)} steps are equal", None, per_step)
+    step = int(np.argmax(per_step > 0))
+    block, where = None, f"step {step} is at timestep {bundle.manifest.sampling.timesteps[step]}, not {timesteps[step]}"
+    if not late[step]:
+        block, part, unit = map(int, np.argwhere(wrong[step])[0])
+        frozen_as = "on" if frozen[step, block, part, unit] else "off"
+        unit_name = f"{('head', 'group')[part]} {unit}"
+        where = f"step {step} (timestep {timesteps[step]}), block {block}: {unit_name} is frozen as {frozen_as}"
+    departure = Departure(step=step, timestep=int(timesteps[step]), block=block, where=where)
+    total = int(per_step.sum())
+    return counted("masks", total, f"{total} of {wrong.size} gates or timesteps differ", departure, per_step)
+
+
+def compare_weights(bundle: Bundle, checkpoint: Checkpoint) -> Hop:
+    """Every tensor of `weights.bin` against the checkpoint's, in the manifest's order of units."""
+    manifest = bundle.manifest
+    elements, differing, first = 0, 0, None
+    for name, tensor in stored_tensors(checkpoint.state, manifest.model, manifest.head_order, manifest.group_order):
+        expected = tensor.numpy()
+        elements += expected.size
+        wrong = _differing(bundle, name, expected)
+        differing += wrong
+        if wrong and first is None:
+            block = int(name.split(".")[1]) if name.startswith("blocks.") else None
+            first = Departure(block=block, where=f"{name}: {wrong} of {expected.size} elements")
+    detail = f"{differing} of {elements} elements differ" if differing else f"all {elements} elements are equal"
+    return counted("weights", differing, detail, first)
+
+
+def _differing(bundle: Bundle, name: str, expected: np.ndarray) -> int:
+    """How many elements of a stored tensor are not the expected ones: bit for bit, but for what no checkpoint holds."""
+    entry = bundle.manifest.weights.get(name)
+    if entry is None or tuple(entry.shape) != expected.shape:
+        return int(expected.size)
+    stored = bundle.weight(name)
+    if name in DERIVED_WEIGHTS:
+        return int((~np.isclose(stored, expected, rtol=DERIVED_WEIGHTS[name], atol=0)).sum())
+    return int((stored.view(np.uint32) != expected.view(np.uint32)).sum())

@@ -1,0 +1,175 @@
+"""What a quickstart found, as five lines, pictures and a report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dydit.bundle.bundle import Bundle
+from dydit.bundle.manifest import Manifest
+from dydit.files import write_atomic
+from dydit.verify.inspect import Inspection, inspect_bundle
+from dydit.verify.plots import latency_png, parity_png
+from dydit.verify.plots_masks import samples_png, tokens_png
+from dydit.verify.report import Headline, ReportContent, write_report
+from dydit.verify.results import BenchReport, Machine, ParityReport, Result
+from dydit.verify.text import exponent
+from dydit.verify.trace import Trace, decided_ratio, executed_ratio
+
+STATIC = "static DiT"
+SHOWN_TIMESTEPS = (980, 750, 500, 250, 50, 0)
+SHOWN_ROWS = 6
+
+
+class Line(Result):
+    """One of the closing lines: `value` says it in a word, `note` what it was measured on."""
+
+    label: str
+    value: str
+    note: str
+
+
+class Sampled(Result):
+    """The sampling run: `batch` images at a time, `seconds` of wall clock for all of it, loading included."""
+
+    images: int
+    batch: int
+    cfg_scale: float
+    seed: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Found:
+    """The results of all stages."""
+
+    bundle: Bundle
+    sampled: Sampled
+    trace: Trace
+    parity: ParityReport
+    bench: BenchReport
+
+
+def lines_of(found: Found, out: Path) -> tuple[Line, ...]:
+    """Where things are, images per second, speed-up, multiply-adds saved, largest deviation from PyTorch."""
+    manifest, bench, sampled = found.bundle.manifest, found.bench, found.sampled
+    pair, ours = bench.comparison(STATIC), bench.sides[0]
+    executed = executed_ratio(manifest, found.trace.tokens)
+    decided = decided_ratio(manifest, found.trace.tokens)
+    threads = f"{bench.threads} thread{'s' if bench.threads != 1 else ''}"
+    return (
+        Line(
+            label="results", value=str(out / "report.html"), note="with samples, pictures, bundles and data beside it"
+        ),
+        Line(
+            label="images per second",
+            value=f"{sampled.images / sampled.seconds:.2f}",
+            note=f"{manifest.sampling.steps} {manifest.sampling.sampler.upper()} steps{_guidance(sampled.cfg_scale)}, "
+            f"batch {min(sampled.batch, sampled.images)}, {threads}",
+        ),
+        Line(
+            label="speed-up",
+            value=f"{pair.median:.2f}\u00d7",
+            note=f"{ours.median_ms:.1f} against {bench.side(STATIC).median_ms:.1f} ms a step of the static DiT; "
+            f"multiply-adds allow {pair.allowed:.2f}\u00d7",
+        ),
+        Line(
+            label="multiply-adds saved",
+            value=f"{1 - executed:.1%}",
+            note=f"of the blocks', over a run, tokens included; a subnetwork a mask would save {1 - decided:.1%}",
+        ),
+        _deviation(found.parity),
+    )
+
+
+def _guidance(cfg_scale: float) -> str:
+    return "" if cfg_scale == 1 else f", guidance {cfg_scale:g}"
+
+
+def _deviation(parity: ParityReport) -> Line:
+    run = parity.hop("run")
+    flips = f"{run.flips} of {run.decisions:,} token decisions differ"
+    worst = "none" if run.worst is None else exponent(run.worst)
+    verdict = f"bar {exponent(run.bar)}" if parity.ok else f"PARITY FAILS: {parity.summary}"
+    return Line(
+        label="deviation from PyTorch",
+        value=worst,
+        note=f"largest relative L2 after {parity.steps} steps, {verdict}; {flips}",
+    )
+
+
+def token_picture(manifest: Manifest, trace: Trace) -> bytes:
+    """The first images of a trace, at timesteps across the run; only the rows with a label are shown."""
+    times = np.asarray(manifest.sampling.timesteps)
+    steps = sorted({int(np.argmin(np.abs(times - timestep))) for timestep in SHOWN_TIMESTEPS})
+    rows = min(SHOWN_ROWS, len(trace.latents))
+    labels = [f"class {row % manifest.model.num_classes}" for row in range(rows)]
+    tokens = trace.tokens[steps][:, :, :rows]
+    return tokens_png(trace.latents[:rows], tokens, times[steps].tolist(), labels, share=trace.token_share)
+
+
+def write_results(found: Found, lines: tuple[Line, ...], images: np.ndarray, out: Path) -> dict[str, Any]:
+    """Write every picture and `report.html` into `out`; returns the data for `report.json`.
+
+    `images` f32 [n, C, S, S] in [-1, 1], those of the sampling run, in order.
+    """
+    manifest = found.bundle.manifest
+    inspection = inspect_bundle(found.bundle.path)
+    classes = manifest.model.num_classes
+    pictures = {
+        **inspection.pictures(),
+        "samples.png": samples_png(images, [image % classes for image in range(len(images))]),
+        "tokens.png": token_picture(manifest, found.trace),
+        "parity.png": parity_png(found.parity),
+        "latency.png": latency_png(found.bench),
+    }
+    for name, data in pictures.items():
+        write_atomic(out / name, data)
+    write_report(out / "report.html", _content(found, lines, inspection, pictures))
+    return {
+        "lines": [line.to_json() for line in lines],
+        "sampled": found.sampled.to_json(),
+        "flops_ratio": {
+            "decided": decided_ratio(manifest, found.trace.tokens),
+            "executed": executed_ratio(manifest, found.trace.tokens),
+            "token_share": found.trace.token_share,
+        },
+        "parity": found.parity.to_json(),
+        "bench": found.bench.to_json(),
+        "bundle": inspection.to_json(),
+    }
+
+
+def _content(
+    found: Found, lines: tuple[Line, ...], inspection: Inspection, pictures: dict[str, bytes]
+) -> ReportContent:
+    manifest, sampled = found.bundle.manifest, found.sampled
+    where, *numbers = lines
+    model = manifest.model
+    return ReportContent(
+        title="A dynamic diffusion transformer on handwritten digits",
+        subtitle=(
+            f"{model.depth} blocks of {model.num_heads} heads, fine-tuned to skip what a step and a token do not need, "
+            f"then compiled to {len(manifest.subnets)} static subnetworks that ONNX Runtime executes."
+        ),
+        headlines=[Headline(line.label, line.value, line.note) for line in (*numbers, where)],
+        machine=Machine.here(),
+        samples=pictures["samples.png"],
+        samples_note=(
+            f"{sampled.images} images in {sampled.seconds:.1f} s: {manifest.sampling.steps} "
+            f"{manifest.sampling.sampler.upper()} steps{_guidance(sampled.cfg_scale)}, seed {sampled.seed}. None is "
+            "picked by hand."
+        ),
+        tokens=pictures["tokens.png"],
+        parity=found.parity,
+        bench=found.bench,
+        inspection=inspection,
+        facts=(
+            ("Bundle", str(found.bundle.path)),
+            ("Checkpoint", f"SHA-256 {manifest.checkpoint_sha256}"),
+            ("Exported with", ", ".join(f"{name} {number}" for name, number in sorted(manifest.tools.items()))),
+        ),
+    )

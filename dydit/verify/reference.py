@@ -1,0 +1,189 @@
+"""The reference that everything is held to: the masked model and the sampler's formula, step by step, in PyTorch fp32.
+
+The model is the checkpoint's own `DiT`, dense, its routers live: nothing here is frozen, sliced or read from a bundle,
+and nothing in the model is patched. Timesteps and coefficients come from the diffusion process, not from the manifest.
+Rows of the model are the conditional images, then, with guidance, the same images with the null class.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dydit.diffusion.coefficients import step_coefficients
+from dydit.diffusion.noise import INITIAL_DRAW, image_noise, step_draw
+from dydit.diffusion.schedule import Sampler, Schedule
+from dydit.errors import ConfigError
+from dydit.models.config import ModelConfig
+from dydit.models.dit import DiT
+from dydit.models.routers import Gating, Masked, Recording, Static, TokenRouter
+
+
+@dataclass(frozen=True)
+class Images:
+    """What is sampled: an image per label, its noise by (seed, place), and the guidance scale (1: without guidance)."""
+
+    labels: tuple[int, ...]
+    seed: int = 0
+    cfg_scale: float = 4.0
+
+    @property
+    def batch(self) -> int:
+        """Images."""
+        return len(self.labels)
+
+    @property
+    def rows(self) -> int:
+        """What the model runs on: twice the batch with guidance."""
+        return self.batch * (1 if self.cfg_scale == 1 else 2)
+
+    def row_labels(self, config: ModelConfig) -> np.ndarray:
+        """Labels of all rows, int64 [rows]. Raises `ConfigError` for a label outside 0..num_classes."""
+        for label in self.labels:
+            if not 0 <= label <= config.null_class:
+                raise ConfigError(f"label {label} is outside 0..{config.null_class}")
+        free = (config.null_class,) * (self.rows - self.batch)
+        return np.asarray((*self.labels, *free), np.int64)
+
+    def noise(self, config: ModelConfig, step: int | None) -> np.ndarray:
+        """Noise of an execution step, or the starting latents (None), f32 [B, C, S, S]."""
+        shape = (config.in_channels, config.input_size, config.input_size)
+        return image_noise(self.seed, range(self.batch), INITIAL_DRAW if step is None else step_draw(step), shape)
+
+
+@dataclass(frozen=True)
+class ReferenceStep:
+    """One step: `x_prev` f32 [B, C, S, S]; `widths` bool [L, 2, R, H] the gates of heads and of groups; `logits` f32
+    [L, R, N] of the token routers (None for a static model); `residuals` f32 [L, R, N, D], where asked for."""
+
+    x_prev: np.ndarray
+    widths: np.ndarray
+    logits: np.ndarray | None
+    residuals: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """A whole run: `latents` f32 [S+1, B, C, S, S], entry s being what step s starts from; the rest as in
+    `ReferenceStep`, stacked over the steps."""
+
+    latents: np.ndarray
+    widths: np.ndarray
+    logits: np.ndarray | None
+
+    @property
+    def tokens(self) -> np.ndarray | None:
+        """Which tokens entered each MLP, bool [S, L, R, N]."""
+        return None if self.logits is None else self.logits > 0
+
+
+@dataclass
+class _Watched(Masked):
+    """Gates as at inference, and keeps the token routers' logits on the way."""
+
+    logits: list[Tensor] = field(default_factory=list)
+
+    def tokens(self, block: int, router: TokenRouter | None, x: Tensor) -> Tensor | None:
+        if router is None:
+            return None
+        logits = router(x)
+        self.logits.append(logits)
+        return self.gate(logits)
+
+
+class Reference:
+    """The masked model of a checkpoint and a sampler of `steps` steps. With `static`, routers are ignored."""
+
+    def __init__(self, model: DiT, steps: int, sampler: Sampler, cfg_channels: int, static: bool = False):
+        self.model, self.config, self.cfg_channels = model.eval(), model.config, cfg_channels
+        self.schedule = Schedule.respaced(steps)
+        self.timesteps = self.schedule.timesteps[::-1].copy()
+        self.coefficients = step_coefficients(self.schedule, sampler, self.config.learn_sigma)
+        self.static = static or not self.config.dynamic
+
+    @torch.inference_mode()
+    def x_prev(self, step: int, x: Tensor, noise: Tensor, labels: Tensor, cfg_scale: float, gating: Gating) -> Tensor:
+        """The latents after a step: x, noise [B, C, S, S], labels [rows]."""
+        rows = len(labels)
+        timesteps = torch.full((rows,), int(self.timesteps[step]))
+        out = self.model(x.repeat(rows // len(x), 1, 1, 1), timesteps, labels, gating)
+        return guided_step(self.config, self.cfg_channels, self.coefficients[step], cfg_scale, x, out, noise)
+
+    @torch.inference_mode()
+    def step(self, images: Images, step: int, x: np.ndarray, residuals: bool = False) -> ReferenceStep:
+        """One step from the latents x, with its decisions."""
+        watched = _Watched()
+        recording = Recording(Static() if self.static else watched, self.config)
+        labels = torch.from_numpy(images.row_labels(self.config))
+        noise = torch.from_numpy(images.noise(self.config, step))
+        with _after_blocks(self.model, residuals) as kept:
+            out = self.x_prev(step, torch.from_numpy(x), noise, labels, images.cfg_scale, recording)
+        decisions = recording.decisions()
+        widths = torch.stack([decisions.heads, decisions.groups], 1) > 0
+        return ReferenceStep(
+            out.numpy(),
+            widths.numpy(),
+            torch.stack(watched.logits).numpy() if watched.logits else None,
+            torch.stack(kept).numpy() if residuals else None,
+        )
+
+    def run(self, images: Images, progress: Callable[[], None] | None = None) -> Trajectory:
+        """All steps from pure noise; `progress()` is called after each."""
+        latents, kept = [images.noise(self.config, None)], []
+        for step in range(len(self.timesteps)):
+            done = self.step(images, step, latents[-1])
+            latents.append(done.x_prev)
+            kept.append(done)
+            if progress:
+                progress()
+        logits = None if self.static else np.stack([_present(each.logits) for each in kept])
+        return Trajectory(np.stack(latents), np.stack([each.widths for each in kept]), logits)
+
+
+def _present(array: np.ndarray | None) -> np.ndarray:
+    assert array is not None
+    return array
+
+
+def guided_step(
+    config: ModelConfig,
+    cfg_channels: int,
+    coefficients: Sequence[float] | np.ndarray,
+    cfg_scale: float,
+    x: Tensor,
+    out: Tensor,
+    noise: Tensor,
+) -> Tensor:
+    """Guidance eps = u + s*(c - u) on the first channels, then the formula of `dydit.diffusion.coefficients`.
+
+    x, noise [B, C, S, S]; out [B or 2B, C or 2C, S, S], conditional rows first. The variance is the conditional one.
+    """
+    batch, channels = x.shape[0], config.in_channels
+    eps, v = out[:batch, :channels], out[:batch, channels:]
+    if out.shape[0] > batch:
+        free = out[batch:, :cfg_channels]
+        eps = torch.cat([free + cfg_scale * (eps[:, :cfg_channels] - free), eps[:, cfg_channels:]], 1)
+    of_x, of_eps, of_noise, slope, offset = (float(each) for each in coefficients)
+    deviation = torch.exp(slope * v + offset) if config.learn_sigma else float(np.exp(offset))
+    return of_x * x + of_eps * eps + of_noise * deviation * noise
+
+
+@contextlib.contextmanager
+def _after_blocks(model: DiT, wanted: bool) -> Iterator[list[Tensor]]:
+    """While open, keeps what each block returns. Forward hooks look on: they change nothing."""
+    kept: list[Tensor] = []
+
+    def keep(module: nn.Module, inputs: object, output: Tensor) -> None:
+        kept.append(output)
+
+    handles = [block.register_forward_hook(keep) for block in model.blocks] if wanted else []
+    try:
+        yield kept
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,133 @@
+"""One HTML file that shows what a bundle does: samples, masks, tokens, parity, latency, plan, machine.
+
+The file holds everything (pictures as base64 PNG, styles inline), so it can be mailed, archived and opened offline.
+Each section is there only if its result is.
+"""
+
+from __future__ import annotations
+
+import base64
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dydit.errors import DyditError
+from dydit.files import write_atomic
+from dydit.verify.inspect import Inspection
+from dydit.verify.inspect_facts import BundleFacts
+from dydit.verify.plot_style import DPI
+from dydit.verify.plots import bound_of, latency_png, parity_png
+from dydit.verify.results import BenchReport, Machine, ParityReport
+from dydit.verify.text import bytes_text, count_text, exponent
+
+TEMPLATE = "report.html.j2"
+CSS_DPI = 100  # pictures are drawn at DPI and shown at this many pixels an inch: crisp on a screen of twice the density
+
+
+@dataclass(frozen=True)
+class Headline:
+    """One of the findings at the top: `value` large, `label` above, `note` below."""
+
+    label: str
+    value: str
+    note: str
+
+
+@dataclass(frozen=True)
+class ReportContent:
+    """What a report shows. Pictures are PNG bytes; `facts` are pairs for the foot."""
+
+    title: str
+    subtitle: str
+    headlines: Sequence[Headline]
+    machine: Machine
+    samples: bytes | None = None
+    samples_note: str = ""
+    tokens: bytes | None = None
+    parity: ParityReport | None = None
+    bench: BenchReport | None = None
+    inspection: Inspection | None = None
+    facts: Sequence[tuple[str, str]] = field(default=())
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An embedded picture: data URI, size in CSS pixels, and what it shows for those who do not see it."""
+
+    uri: str
+    width: int
+    height: int
+    alt: str
+
+    @classmethod
+    def of(cls, data: bytes, alt: str) -> Picture:
+        """From the bytes of a PNG drawn at `plot_style.DPI`."""
+        width, height = struct.unpack(">II", data[16:24])  # the header chunk comes first in every PNG
+        uri = "data:image/png;base64," + base64.b64encode(data).decode()
+        return cls(uri, width * CSS_DPI // DPI, height * CSS_DPI // DPI, alt)
+
+
+def write_report(path: Path, content: ReportContent) -> None:
+    """Write the report as one HTML file, atomically, replacing `path`."""
+    write_atomic(path, render_report(content).encode())
+
+
+def render_report(content: ReportContent) -> str:
+    """The report as HTML. Raises `DyditError` where jinja2 or matplotlib is not installed."""
+    try:
+        from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    except ImportError as error:
+        raise DyditError("jinja2 is not installed, but writes the report: pip install 'dydit[report]'") from error
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"bytes": bytes_text, "count": count_text, "exponent": _exponent}
+    return environment.get_template(TEMPLATE).render(content=content, pictures=_pictures(content), **_tables(content))
+
+
+def _exponent(value: float | None) -> str:
+    return "\u2013" if value is None else exponent(value)
+
+
+def _pictures(content: ReportContent) -> dict[str, Picture]:
+    data: dict[str, tuple[bytes, str]] = {}
+    if content.samples:
+        data["samples"] = content.samples, "Sheet of generated images, a column for each class"
+    if content.inspection:
+        drawn = content.inspection.pictures()
+        if "masks.png" in drawn:
+            data["masks"] = drawn["masks.png"], "Heat maps of active heads and channel groups over the sampling steps"
+        if "plan.png" in drawn:
+            data["plan"] = drawn["plan.png"], "Cost and memory of plans against their number of subnetworks"
+    if content.tokens:
+        data["tokens"] = (
+            content.tokens,
+            "Images, and how many blocks computed each of their tokens, by timestep",
+        )
+    if content.parity:
+        data["parity"] = parity_png(content.parity), "Deviation from the reference in each step, with its bars"
+    if content.bench:
+        data["latency"] = (
+            latency_png(content.bench),
+            "Milliseconds a step of each side, and what multiply-adds allow",
+        )
+    return {name: Picture.of(png, alt) for name, (png, alt) in data.items()}
+
+
+def _tables(content: ReportContent) -> dict[str, Any]:
+    """What the template lays out besides pictures."""
+    inspection = content.inspection
+    facts = inspection.facts if inspection and isinstance(inspection.facts, BundleFacts) else None
+    flipped = [image for hop in content.parity.hops for image in hop.flipped_images] if content.parity else []
+    return {
+        "bundle": facts,
+        "bound": bound_of(content.bench) if content.bench else None,
+        "flipped": flipped,
+        "packages": sorted(content.machine.packages.items()),
+    }

@@ -1,0 +1,92 @@
+"""A sampling run with its token decisions kept: what the routers really saved, and where.
+
+The graphs are those of sampling with more outputs (`debug`), so the images are the same up to rounding; for times,
+sample without this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dydit.bundle.bundle import Bundle
+from dydit.bundle.manifest import Manifest
+from dydit.models.cost import flops_ratio
+from dydit.runtime.backends.base import BackendOptions
+from dydit.runtime.backends.registry import open_backend
+from dydit.runtime.loop import StepRunner
+from dydit.runtime.noise import SeededNoise
+from dydit.runtime.request import check_batch_size, check_labels, make_batches
+from dydit.runtime.resident import ResidentSubnets
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """`latents` f32 [B, C, S, S], finished; `tokens` bool [steps, L, rows, N], rows being the images with their labels
+    and then, with guidance, the same images with the null class."""
+
+    latents: np.ndarray
+    tokens: np.ndarray
+
+    @property
+    def token_share(self) -> float:
+        """Share of tokens that entered an MLP, over all steps, blocks and rows."""
+        return float(self.tokens.mean())
+
+
+def trace_tokens(
+    bundle: Bundle,
+    labels: Sequence[int],
+    cfg_scale: float,
+    seed: int = 0,
+    backend: str = "onnxruntime",
+    options: BackendOptions | None = None,
+    progress: Progress | None = None,
+) -> Trace:
+    """Sample an image for each label, in one batch, keeping every token decision; `progress(done, total)` counts steps.
+
+    Raises `ConfigError` for labels that the bundle does not take, `BackendError` as backends do.
+    """
+    manifest, model = bundle.manifest, bundle.manifest.model
+    check_labels(labels, manifest)
+    check_batch_size(len(labels), manifest, len(labels))
+    (batch,) = make_batches(labels, range(len(labels)), len(labels))
+    noise = SeededNoise(seed, (model.in_channels, model.input_size, model.input_size))
+    engine = open_backend(backend, bundle, options)
+    tokens = []
+    with ResidentSubnets(engine, 2, debug=True) as subnets:
+        runner = StepRunner(engine, subnets, batch.labels, cfg_scale)
+        x = noise.initial(batch)
+        for step in range(manifest.sampling.steps):
+            result = runner.run(step, x, noise.step(batch, step), batch.labels)
+            assert result.tokens is not None
+            tokens.append(result.tokens)
+            x = result.x_prev
+            if progress:
+                progress(step + 1, manifest.sampling.steps)
+    return Trace(x, np.stack(tokens))
+
+
+def decided_ratio(manifest: Manifest, tokens: np.ndarray) -> float:
+    """F_dyn / F_static of a run by the model's own decisions: exact masks, and `tokens` bool [steps, L, rows, N]."""
+    masks = manifest.step_masks().sum(axis=-1)  # [S, L, 2]
+    return _mean_ratio(manifest, masks, tokens)
+
+
+def executed_ratio(manifest: Manifest, tokens: np.ndarray) -> float:
+    """The same of what runs: the subnetworks' widths, which are those of the union of their steps' masks."""
+    widths = np.array(
+        [[[len(part) for part in block] for block in zip(s.heads, s.groups, strict=True)] for s in manifest.subnets]
+    )
+    subnet_of = {step: segment.subnet for segment in manifest.plan.segments for step in segment.steps}
+    return _mean_ratio(manifest, widths[[subnet_of[step] for step in range(len(tokens))]], tokens)
+
+
+def _mean_ratio(manifest: Manifest, units: np.ndarray, tokens: np.ndarray) -> float:
+    """`units` [S, L, 2] active heads and groups."""
+    share = tokens.mean(axis=(2, 3))
+    return float(np.mean(flops_ratio(manifest.model, units[:, :, 0], units[:, :, 1], share)))

@@ -1,0 +1,291 @@
+"""Opening a bundle refuses, in one clear line, whatever is missing, damaged, tampered with or outside the folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dydit.bundle.bundle import Bundle
+from dydit.bundle.manifest import Manifest
+from dydit.errors import BundleError
+
+AGAIN = "export the bundle again"
+Change = Callable[[dict[str, Any]], object]
+
+
+@pytest.fixture
+def folder(make_bundle, tmp_path) -> Path:
+    """A copy of a bundle, to be damaged."""
+    target = tmp_path / "bundle"
+    shutil.copytree(make_bundle().path, target)
+    return target
+
+
+def digest_of(values: dict[str, Any]) -> str:
+    kept = {key: value for key, value in values.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def rewrite(folder: Path, change: Change, sign: bool = True) -> None:
+    """Edit the manifest; with `sign`, as somebody would who knows how the digest is made."""
+    path = folder / "manifest.json"
+    values = json.loads(path.read_text())
+    assert values["digest"] == digest_of(values)
+    change(values)
+    if sign:
+        values["digest"] = digest_of(values)
+    path.write_text(json.dumps(values))
+
+
+def refusal(path: Path, **options: bool) -> str:
+    with pytest.raises(BundleError) as caught:
+        Bundle.open(path, **options)
+    message = str(caught.value)
+    assert "\n" not in message and str(path) in message and len(message) < 800
+    return message
+
+
+def flip_byte(path: Path, position: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    path.write_bytes(data)
+
+
+def test_untouched_copy_opens(folder, make_bundle):
+    assert Bundle.open(folder).manifest == make_bundle().manifest
+    assert Bundle.open(str(folder)).path == folder
+    rewrite(folder, lambda values: None)
+    Bundle.open(folder)
+
+
+def test_reads_weights_masks_and_files(make_bundle, make_checkpoint):
+    bundle = make_bundle()
+    state = make_checkpoint().state
+    np.testing.assert_array_equal(bundle.weight("pos_embed"), state["pos_embed"][0])
+    with pytest.raises(ValueError, match="read-only"):
+        bundle.weight("pos_embed")[0, 0] = 1
+    steps, (depth, heads) = bundle.manifest.sampling.steps, (3, 4)
+    assert bundle.masks.shape == (steps, depth, 2, heads) and bundle.masks.dtype == bool
+    gates = bundle.step_gates(3)
+    assert gates.dtype == np.float32 and gates.shape == (2 * depth, heads)
+    for block in range(depth):
+        np.testing.assert_array_equal(gates[2 * block], bundle.masks[3, block, 0])
+        np.testing.assert_array_equal(gates[2 * block + 1], bundle.masks[3, block, 1])
+    assert bundle.file("weights.bin") == bundle.path / "weights.bin"
+    with pytest.raises(BundleError, match="the manifest lists no file 'other'"):
+        bundle.file("other")
+
+
+def test_not_a_bundle(tmp_path, folder):
+    assert refusal(tmp_path / "nowhere").endswith(
+        f"make a bundle with `dydit export CHECKPOINT --out {tmp_path}/nowhere`"
+    )
+    (tmp_path / "empty").mkdir()
+    assert refusal(tmp_path / "empty") == f"{tmp_path}/empty is not a bundle: it has no manifest.json"
+    message = refusal(folder / "weights.bin")
+    assert message.endswith("is not a bundle: a bundle is a folder, made by `dydit export`")
+    (folder / "manifest.json").unlink()
+    (folder / "manifest.json").mkdir()
+    assert "manifest.json cannot be read: Is a directory" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [b"", b"{", b"\xff\xfe{}", b'{"schema_version": 1,}', b"[" * 200_000, b"9" * 5000],
+    ids=["empty", "cut", "not-utf8", "comma", "deep", "long-number"],
+)
+def test_manifest_that_is_not_json(folder, text):
+    (folder / "manifest.json").write_bytes(text)
+    message = refusal(folder)
+    assert "manifest.json is damaged: not JSON (" in message and message.endswith(AGAIN)
+
+
+@pytest.mark.parametrize("text", ["[]", "3", '"x"', "null", "{}", '{"schema_version": 2}', '{"schema_version": "1"}'])
+def test_other_schema_versions(folder, text):
+    (folder / "manifest.json").write_text(text)
+    assert "this program reads 1; export again" in refusal(folder)
+
+
+@pytest.mark.parametrize("size", [0.3, 0.99])
+def test_truncated_manifest(folder, size):
+    path = folder / "manifest.json"
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * size)])
+    assert "is damaged: not JSON" in refusal(folder)
+
+
+EDITS: dict[str, Change] = {
+    "coefficient": lambda m: m["sampling"]["coefficients"][0].__setitem__(0, 1.25),
+    "timestep": lambda m: m["sampling"]["timesteps"].__setitem__(0, 998),
+    "mask": lambda m: m["masks"].__setitem__(0, m["masks"][1]),
+    "hash": lambda m: m["files"]["weights.bin"].__setitem__("sha256", "0" * 64),
+    "batch": lambda m: m.__setitem__("max_batch", 17),
+    "digest": lambda m: m.__setitem__("digest", "0" * 64),
+    "no-digest": lambda m: m.pop("digest"),
+    "checkpoint": lambda m: m.__setitem__("checkpoint_sha256", "0" * 64),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
+def test_edited_manifest_is_noticed(folder, edit):
+    rewrite(folder, edit, sign=False)
+    assert refusal(folder).endswith(f"was changed after it was written (its digest differs); {AGAIN}")
+
+
+@pytest.mark.parametrize(
+    ("change", "where"),
+    [
+        (lambda m: m.update(extra=1), "extra: Extra inputs are not permitted"),
+        (lambda m: m["model"].update(width=1), "model.width: Extra inputs are not permitted"),
+        (lambda m: m["subnets"][0].update(x=1), "subnets.0.x: Extra inputs are not permitted"),
+        (lambda m: m.pop("masks"), "masks: Field required"),
+        (lambda m: m["sampling"].update(sampler="euler"), "sampling.sampler: Input should be 'ddpm' or 'ddim'"),
+        (lambda m: m.update(precision="fp12"), "precision: Input should be"),
+        (lambda m: m.update(routing="sparse"), "routing: Input should be 'dynamic', 'capacity' or 'dense'"),
+        (lambda m: m["files"]["weights.bin"].update(bytes=-1), "files.weights.bin.bytes: Input should be greater"),
+        (lambda m: m["files"]["weights.bin"].update(sha256="../../x"), "files.weights.bin.sha256: String should match"),
+        (lambda m: m["model"].update(num_heads=5), "hidden_size 64 is not a multiple of num_heads 5"),
+        (lambda m: m["sampling"]["timesteps"].pop(), "timesteps and coefficients differ in length"),
+        (lambda m: m["sampling"]["coefficients"][2].pop(), "sampling: Value error, a step has 5 coefficients"),
+        (lambda m: m["masks"].pop(), "manifest: Value error, there is not one mask per sampling step"),
+        (lambda m: m["head_order"][0].__setitem__(0, m["head_order"][0][1]), "a unit order is not a permutation"),
+        (lambda m: m["group_order"].pop(), "a unit order is not a permutation"),
+        (
+            lambda m: m["plan"]["segments"].pop(),
+            "the plan's segments do not cover the sampling steps once each, in order",
+        ),
+        (
+            lambda m: m["plan"]["segments"][0].update(count=10**15),
+            "the plan's segments do not cover the sampling steps",
+        ),
+        (lambda m: m["plan"]["segments"].reverse(), "the plan's segments do not cover the sampling steps"),
+        (lambda m: m["plan"]["segments"][0].update(subnet=99), "the plan names a subnetwork that is not there"),
+        (lambda m: m["files"].pop("conditioning.onnx"), "file 'conditioning.onnx' is used but not listed"),
+        (lambda m: m["subnets"][0].update(file="other.onnx"), "file 'other.onnx' is used but not listed"),
+        (lambda m: m["subnets"][0].update(full_file="full.onnx"), "file 'full.onnx' is used but not listed"),
+        (lambda m: m["weights"]["pos_embed"].update(dtype="object"), "weights.pos_embed.dtype: Input should be"),
+        (
+            lambda m: m["weights"]["pos_embed"].update(shape=[-4, 64]),
+            "weights.pos_embed.shape.0: Input should be greater",
+        ),
+        (
+            lambda m: m["sampling"]["coefficients"][0].__setitem__(0, float("nan")),
+            "sampling.coefficients.0.0: Input should be a finite",
+        ),
+        (lambda m: m["plan"].update(macs=float("inf")), "plan.macs: Input should be a finite"),
+    ],
+)
+def test_inconsistent_manifest_is_refused_even_when_signed(folder, change, where):
+    rewrite(folder, change)
+    message = refusal(folder)
+    assert where in message and message.endswith(AGAIN)
+
+
+@pytest.mark.parametrize("name", ["../evil", "/etc/passwd", "a/../../evil", "..", "a\\b", "", "."])
+def test_paths_that_leave_the_bundle(folder, name):
+    (folder.parent / "evil").write_bytes(b"")
+    entry = {"bytes": 0, "sha256": hashlib.sha256(b"").hexdigest()}
+    rewrite(folder, lambda m: m["files"].update({name: entry}))
+    message = refusal(folder)
+    assert f"path {name!r} leaves the bundle" in message
+
+
+@pytest.mark.parametrize("name", ["two\nlines", "nul\0", "escape\x1b[2J"])
+def test_names_that_no_exporter_writes(folder, name):
+    rewrite(folder, lambda m: m["files"].update({name: {"bytes": 0, "sha256": "0" * 64}}))
+    assert f"path {name!r} is no file name" in refusal(folder)
+    rewrite(folder, lambda m: m["files"].update({name: {"bytes": -1, "sha256": "0" * 64}}))
+    refusal(folder)
+
+
+def test_name_too_long_for_the_file_system(folder):
+    rewrite(folder, lambda m: m["files"].update({"x" * 300: {"bytes": 0, "sha256": "0" * 64}}))
+    assert "cannot be read: [Errno 36] File name too long" in refusal(folder)
+
+
+def test_symlinks_that_leave_the_bundle(folder):
+    outside = folder.parent / "weights.bin"
+    (folder / "weights.bin").rename(outside)
+    (folder / "weights.bin").symlink_to(outside)
+    assert "path 'weights.bin' leaves the bundle; do not use it" in refusal(folder)
+
+
+def test_symlinked_folder_inside_the_bundle(folder):
+    outside = folder.parent / "elsewhere"
+    outside.mkdir()
+    shutil.copy(folder / "conditioning.onnx", outside / "x.onnx")
+    (folder / "inner").symlink_to(outside)
+    rewrite(folder, lambda m: m["files"].update({"inner/x.onnx": m["files"]["conditioning.onnx"]}))
+    assert "path 'inner/x.onnx' leaves the bundle; do not use it" in refusal(folder)
+
+
+def test_symlink_loop(folder):
+    (folder / "conditioning.onnx").unlink()
+    (folder / "conditioning.onnx").symlink_to("conditioning.onnx")
+    refusal(folder)
+
+
+def test_a_bundle_may_itself_be_a_symlink(folder):
+    link = folder.parent / "link"
+    link.symlink_to(folder)
+    assert Bundle.open(link).manifest == Bundle.open(folder).manifest
+
+
+@pytest.mark.parametrize("name", ["weights.bin", "conditioning.onnx", "subnet-0000.onnx"])
+def test_damaged_files(folder, name):
+    path = folder / name
+    original = path.read_bytes()
+    flip_byte(path, len(original) // 2)
+    assert refusal(folder).endswith(f"{name} was changed (its SHA-256 differs); {AGAIN}")
+    Bundle.open(folder, verify=False)
+    for data in (original[:-1], original + b"\0", b""):
+        path.write_bytes(data)
+        for verify in (True, False):
+            message = refusal(folder, verify=verify)
+            assert message.endswith(
+                f"{name} has {len(data)} bytes, the manifest says {len(original)} (truncated or replaced); {AGAIN}"
+            )
+    path.unlink()
+    assert refusal(folder).endswith(f"{name} is missing; {AGAIN}")
+    path.mkdir()
+    assert refusal(folder).endswith(f"{name} is missing; {AGAIN}")
+
+
+def test_weights_beyond_the_end_of_the_file(folder):
+    rewrite(folder, lambda m: m["weights"]["pos_embed"].update(offset=10**9))
+    assert refusal(folder).endswith(f"weight pos_embed lies outside weights.bin; {AGAIN}")
+
+
+def test_files_that_are_not_listed_do_not_matter(folder):
+    """Engines are built beside the graphs later."""
+    (folder / "engines").mkdir()
+    (folder / "engines" / "plan").write_bytes(b"x")
+    Bundle.open(folder)
+
+
+def test_masks_that_are_no_masks(folder):
+    bundle = Bundle.open(folder)
+    for text, complaint in (
+        ("zz" * 3, "a mask is not hexadecimal: 'zzzzzz'"),
+        ("00", "a mask has 1 bytes, expected 3"),
+    ):
+        masks = (text, *bundle.manifest.masks[1:])
+        broken = Bundle(folder, bundle.manifest.model_copy(update={"masks": masks}))
+        with pytest.raises(BundleError, match=complaint):
+            _ = broken.masks
+
+
+@pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")
+def test_digest_covers_every_field(make_bundle):
+    manifest = make_bundle().manifest
+    assert manifest.digest == manifest.compute_digest()
+    other = {"tools": {}, "max_batch": 99, "checkpoint_sha256": "x", "routing": None, "masks": ()}
+    for field in Manifest.model_fields.keys() - {"digest"}:
+        changed = manifest.model_copy(update={field: other.get(field, {})})
+        assert changed.compute_digest() != manifest.digest, field

@@ -1,0 +1,90 @@
+"""Masks survive packing, manifests survive JSON, and slots translate back to units of the checkpoint."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dydit.bundle.manifest import Manifest, SegmentEntry, pack_mask, parse_manifest, unpack_mask
+from dydit.errors import BundleError
+from dydit.export.masks import freeze_masks
+from dydit.models.config import Routers
+
+LAW = settings(max_examples=25, deadline=None)
+SHAPES = st.tuples(st.integers(1, 4), st.just(2), st.integers(1, 17))
+
+
+@LAW
+@given(SHAPES, st.data())
+def test_masks_survive_packing(shape, data):
+    count = int(np.prod(shape))
+    bits = data.draw(st.lists(st.booleans(), min_size=count, max_size=count))
+    mask = np.array(bits).reshape(shape)
+    text = pack_mask(mask)
+    assert len(text) == 2 * ((count + 7) // 8)
+    back = unpack_mask(text, shape)
+    assert back.dtype == bool
+    np.testing.assert_array_equal(back, mask)
+
+
+def test_packing_is_big_endian_in_c_order():
+    assert pack_mask(np.array([[[True, False, False], [False, False, True]]])) == "84"
+
+
+@LAW
+@given(st.text("0123456789abcdef xyz", max_size=8), SHAPES)
+def test_text_that_is_no_mask_is_refused(text, shape):
+    count = int(np.prod(shape))
+    try:
+        fits = len(bytes.fromhex(text)) == (count + 7) // 8
+    except ValueError:
+        fits = False
+    if fits:
+        assert unpack_mask(text, shape).shape == shape
+    else:
+        with pytest.raises(BundleError, match=r"^manifest: a mask "):
+            unpack_mask(text, shape)
+
+
+def test_manifest_survives_json(make_bundle, tmp_path):
+    manifest = make_bundle().manifest
+    path = tmp_path / "manifest.json"
+    path.write_text(manifest.to_json())
+    assert parse_manifest(path) == manifest
+    assert path.read_bytes() == (make_bundle().path / "manifest.json").read_bytes()
+    assert json.loads(path.read_text())["schema_version"] == 1
+
+
+@pytest.mark.parametrize("routers", [Routers.FIRST_ON, Routers.ALL_ROUTED])
+def test_checkpoint_masks_are_those_of_the_model(make_bundle, make_checkpoint, small_config, routers):
+    checkpoint = make_checkpoint(small_config.model_copy(update={"routers": routers}), seed=3)
+    manifest = make_bundle(checkpoint).manifest
+    expected = freeze_masks(checkpoint.model(), np.array(manifest.sampling.timesteps))
+    np.testing.assert_array_equal(manifest.checkpoint_masks(), expected)
+    order = np.array([manifest.head_order, manifest.group_order])
+    assert (order != np.arange(4)).any(), "the slots are in an order of their own"
+    assert (manifest.step_masks() != expected).any()
+
+
+def test_segment_steps():
+    assert list(SegmentEntry(first=3, count=2, subnet=0).steps) == [3, 4]
+
+
+def test_timesteps_run_from_noise_to_image(make_bundle):
+    sampling = make_bundle().manifest.sampling
+    assert list(sampling.timesteps) == sorted(sampling.timesteps, reverse=True)
+    assert sampling.timesteps[0] == 999 and sampling.timesteps[-1] == 0
+    assert sampling.coefficients[-1][2] == 0 and sampling.coefficients[0][2] == 1
+
+
+def test_fields_have_no_defaults_that_hide_a_loss(make_bundle):
+    """Every field but the digest must be there, so that a manifest cut short is noticed."""
+    values = json.loads(make_bundle().manifest.to_json())
+    for field in values.keys() - {"digest"}:
+        kept = {key: value for key, value in values.items() if key != field}
+        with pytest.raises(ValueError, match=field):
+            Manifest.model_validate(kept)

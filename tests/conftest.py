@@ -1,0 +1,67 @@
+"""Small synthetic checkpoints and bundles, made once per session: gates open and closed, tokens routed and skipped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from dydit.bundle.bundle import Bundle
+    from dydit.models.checkpoint import Checkpoint
+    from dydit.models.config import ModelConfig
+
+STEPS = 12
+
+
+@pytest.fixture(scope="session")
+def small_config() -> ModelConfig:
+    """Three blocks of four heads over 16 tokens, with routers whose unit 0 is always on."""
+    from dydit.models.config import ModelConfig
+
+    return ModelConfig(hidden_size=64, depth=3, num_heads=4, patch_size=2, input_size=8, in_channels=4, num_classes=7)
+
+
+@pytest.fixture(scope="session")
+def make_checkpoint(tmp_path_factory: pytest.TempPathFactory, small_config: ModelConfig) -> Callable[..., Checkpoint]:
+    """`make_checkpoint(config=None, seed=0, flops_ratio=0.5)`: a checkpoint on disk. Shared: do not write to it."""
+    from dydit.models.checkpoint import load_checkpoint, save_checkpoint
+    from dydit.models.synthetic import synthetic_model
+
+    folder = tmp_path_factory.mktemp("checkpoints")
+    made: dict[tuple[ModelConfig, int, float], Checkpoint] = {}
+
+    def make(config: ModelConfig | None = None, seed: int = 0, flops_ratio: float = 0.5) -> Checkpoint:
+        key = (config or small_config, seed, flops_ratio)
+        if key not in made:
+            path = folder / f"{len(made)}.safetensors"
+            save_checkpoint(path, synthetic_model(*key), key[0])
+            made[key] = load_checkpoint(path)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_bundle(
+    tmp_path_factory: pytest.TempPathFactory, make_checkpoint: Callable[..., Checkpoint]
+) -> Callable[..., Bundle]:
+    """`make_bundle(checkpoint=None, **export settings)`: an exported bundle of 12 steps unless told otherwise.
+
+    Shared: do not write into its folder.
+    """
+    from dydit.export.exporter import ExportConfig, export
+
+    folder: Path = tmp_path_factory.mktemp("bundles")
+    made: dict[tuple[Path, ExportConfig], Bundle] = {}
+
+    def make(checkpoint: Checkpoint | None = None, **settings: object) -> Bundle:
+        chosen = checkpoint or make_checkpoint()
+        config = ExportConfig.model_validate({"steps": STEPS, "max_subnets": 4, **settings})
+        if (chosen.path, config) not in made:
+            made[chosen.path, config] = export(chosen, folder / f"bundle-{len(made)}", config)
+        return made[chosen.path, config]
+
+    return make

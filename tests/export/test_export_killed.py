@@ -1,0 +1,85 @@
+"""An export that is killed at any moment leaves no bundle or a whole one, and the next run clears up after it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+from dydit.bundle.bundle import Bundle
+
+# Forks one export after another from a process that has imported all it needs, so that a kill hits the export itself.
+DRIVER = """
+import json, os, signal, sys, time
+from pathlib import Path
+
+import torch
+
+from dydit.bundle.bundle import Bundle
+from dydit.export.exporter import ExportConfig, export
+from dydit.models.checkpoint import load_checkpoint
+
+torch.set_num_threads(1)
+checkpoint, out = load_checkpoint(sys.argv[1]), Path(sys.argv[2])
+config = ExportConfig.model_validate(json.loads(sys.argv[3]))
+outcomes = []
+
+def run(kill_after=None):
+    started = time.monotonic()
+    child = os.fork()
+    if not child:
+        try:
+            export(checkpoint, out, config)
+            os._exit(0)
+        except BaseException as error:
+            print(repr(error), file=sys.stderr)
+            os._exit(1)
+    if kill_after is not None:
+        time.sleep(max(0.0, kill_after - (time.monotonic() - started)))
+        os.kill(child, signal.SIGKILL)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return status, time.monotonic() - started
+
+def look():
+    parts = [path for path in out.parent.iterdir() if path != out]
+    if out.exists():
+        Bundle.open(out)  # raises where it is not whole
+    return {"whole": out.exists(), "parts": len(parts), "files": sum(1 for part in parts for _ in part.iterdir())}
+
+status, duration = run()
+assert status == 0
+os.rename(out, out.parent.parent / "reference")
+kills = int(sys.argv[4])
+for index in range(kills):
+    status, _ = run(kill_after=duration * (index + 0.5) / kills)
+    outcomes.append({"status": status, **look()})
+    if out.exists():
+        os.rename(out, out.parent.parent / f"whole-{index}")
+status, _ = run()
+print(json.dumps({"outcomes": outcomes, "last": status, "after": look()}))
+"""
+
+
+def test_killed_at_any_moment(make_bundle, make_checkpoint, tmp_path):
+    out = tmp_path / "place" / "out"
+    out.parent.mkdir()
+    settings = {"steps": 12, "plan": "per-step", "routing": "dynamic"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "12345"}
+    arguments = [str(make_checkpoint().path), str(out), json.dumps(settings), "6"]
+    run = subprocess.run(
+        [sys.executable, "-c", DRIVER, *arguments], capture_output=True, text=True, env=environment, timeout=120
+    )
+    assert run.returncode == 0, run.stderr
+    report = json.loads(run.stdout.splitlines()[-1])
+    killed = [each for each in report["outcomes"] if each["status"] == -9]
+    assert all(each["whole"] == (each["status"] == 0) for each in report["outcomes"] if each["status"] != -9)
+    # Each run removes what the one before left, so there is never more than one.
+    assert all(each["parts"] <= 1 for each in report["outcomes"])
+    assert sum(each["parts"] == 1 and each["files"] > 0 for each in killed) > 1, "some were hit while they wrote"
+    assert report["last"] == 0 and report["after"] == {"whole": True, "parts": 0, "files": 0}
+    # And the bytes are those of another process, with other hashes of strings.
+    mine = make_bundle(plan="per-step").path
+    for path in (out, tmp_path / "reference"):
+        assert {p.name: p.read_bytes() for p in path.iterdir()} == {p.name: p.read_bytes() for p in mine.iterdir()}
+    Bundle.open(out)

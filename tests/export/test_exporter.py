@@ -1,0 +1,314 @@
+"""Export end to end: every kind of plan runs as the model does, and the bundle is what its manifest says."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from dydit.bundle.bundle import Bundle
+from dydit.bundle.graph_io import token_mask_name
+from dydit.bundle.manifest import PlanKind, Precision, Routing
+from dydit.diffusion.coefficients import apply_step, step_coefficients
+from dydit.diffusion.schedule import Sampler, Schedule
+from dydit.errors import ConfigError, OutputError
+from dydit.export.exporter import ExportConfig, export, fixed_bytes, stale_reasons, unit_bytes
+from dydit.export.masks import activity_order, freeze_masks
+from dydit.models.config import ModelConfig, Routers, parse_config
+from dydit.models.cost import unit_costs
+from dydit.models.routers import Masked, Recording, Static
+
+# A sampler's own would let x drown what the model says: one step changes little.
+COEFFICIENTS = (0.1, 1.0, 0.3, 0.4, -0.5)
+SCALE = 2.5
+PLANS = {
+    "per-step": {"plan": PlanKind.PER_STEP},
+    "three": {"plan": PlanKind.MAX_SUBNETS, "max_subnets": 3},
+    "one": {"plan": PlanKind.MAX_SUBNETS, "max_subnets": 1},
+}
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def graph_of(bundle: Bundle, name: str) -> onnx.ModelProto:
+    return onnx.load(bundle.path / name, load_external_data=False)
+
+
+def run_every_step(bundle: Bundle, checkpoint, sessions, distance, full: bool = False) -> int:
+    """Hold each step against the model; returns how many token decisions were compared."""
+    open_session, run_session = sessions
+    manifest, config = bundle.manifest, bundle.manifest.model
+    model = checkpoint.model().double()
+    conditioning = open_session(bundle.file("conditioning.onnx"))
+    labels = np.array([1, 4, config.null_class, config.null_class])
+    shape = (2, config.in_channels, config.input_size, config.input_size)
+    rng, routed = np.random.default_rng(0), 0
+    tokens = [token_mask_name(block) for block in range(config.depth)] if manifest.routing else []
+    opened = {}
+    for segment in manifest.plan.segments:
+        entry = manifest.subnets[segment.subnet]
+        if segment.subnet not in opened:
+            opened[segment.subnet] = open_session(bundle.file(entry.full_file if full else entry.file), tokens)
+        for step in segment.steps:
+            t = manifest.sampling.timesteps[step]
+            table = run_session(conditioning, {"timesteps": np.array([t]), "labels": labels})["modulation"][0]
+            x, noise = (rng.normal(size=shape).astype(np.float32) for _ in range(2))
+            feeds = {"x": x, "noise": noise, "modulation": table, "gates": bundle.step_gates(step)}
+            feeds |= {"coefficients": np.array(COEFFICIENTS, np.float32), "cfg_scale": np.array(SCALE, np.float32)}
+            out = run_session(opened[segment.subnet], feeds)
+            recording = Recording(Masked() if config.dynamic else Static(), config)
+            rows = torch.tensor(x).double().repeat(2, 1, 1, 1)
+            with torch.no_grad():
+                said = model(rows, torch.full((4,), t), torch.tensor(labels), recording).numpy()
+            eps, guided = said[:2, : config.in_channels].copy(), manifest.sampling.cfg_channels
+            eps[:, :guided] = said[2:, :guided] + SCALE * (said[:2, :guided] - said[2:, :guided])
+            coefficients = np.array(COEFFICIENTS, np.float32).astype(float)
+            expected = apply_step(
+                coefficients, x.astype(float), eps, said[:2, config.in_channels :], noise.astype(float)
+            )
+            if tokens:
+                decided = np.stack([out[name].reshape(4, -1) for name in tokens])
+                np.testing.assert_array_equal(decided, recording.decisions().tokens.numpy() > 0)
+                assert 0 < decided.mean() < 1
+                routed += decided.size
+            assert distance(out["x_prev"], expected) < 1e-5, f"step {step}"
+    return routed
+
+
+@pytest.mark.parametrize("routing", list(Routing))
+@pytest.mark.parametrize("plan", PLANS)
+def test_every_step_of_every_plan_is_the_models(make_bundle, make_checkpoint, sessions, distance, plan, routing):
+    bundle = make_bundle(routing=routing, **PLANS[plan])
+    assert run_every_step(bundle, make_checkpoint(), sessions, distance) == 12 * 3 * 4 * 16
+    order = np.array([bundle.manifest.head_order, bundle.manifest.group_order])
+    assert (order != np.arange(4)).any(), "units were reordered on the way"
+    assert any(entry.gated for entry in bundle.manifest.subnets) == (plan != "per-step")
+
+
+@pytest.mark.parametrize("routers", [Routers.ALL_ROUTED, Routers.NONE])
+def test_other_models_run_too(make_bundle, make_checkpoint, small_config, sessions, distance, routers):
+    checkpoint = make_checkpoint(small_config.model_copy(update={"routers": routers}), flops_ratio=0.3)
+    bundle = make_bundle(checkpoint, plan=PlanKind.PER_STEP)
+    run_every_step(bundle, checkpoint, sessions, distance)
+    if routers is Routers.ALL_ROUTED:
+        assert any(not slots for entry in bundle.manifest.subnets for slots in (*entry.heads, *entry.groups))
+    else:
+        assert bundle.manifest.routing is None and len(bundle.manifest.subnets) == 1
+        assert bundle.manifest.plan.macs == bundle.manifest.plan.static_macs
+        assert bundle.masks.all() and not any("router" in name for name in bundle.manifest.weights)
+
+
+def test_plan_kinds(make_bundle, make_checkpoint):
+    exact = make_bundle(plan=PlanKind.PER_STEP).manifest
+    masks = exact.step_masks()
+    changes = (masks[1:] != masks[:-1]).any(axis=(1, 2, 3))
+    assert [segment.first for segment in exact.plan.segments] == [0, *(np.flatnonzero(changes) + 1).tolist()]
+    assert 3 < len(exact.plan.segments) <= 12
+    assert (
+        exact.plan.macs == exact.plan.per_step_macs == (masks * unit_costs(exact.model)).sum() < exact.plan.static_macs
+    )
+    costs = []
+    for most in (1, 2, 3, 50):
+        manifest = make_bundle(plan=PlanKind.MAX_SUBNETS, max_subnets=most).manifest
+        assert len(manifest.subnets) <= len(manifest.plan.segments) <= most
+        assert manifest.plan.kind is PlanKind.MAX_SUBNETS and manifest.plan.per_step_macs == exact.plan.macs
+        union = 0.0
+        for segment in manifest.plan.segments:
+            steps = masks[segment.first : segment.first + segment.count]
+            union += segment.count * (steps.any(0) * unit_costs(exact.model)).sum()
+        assert manifest.plan.macs == pytest.approx(union)
+        costs.append(manifest.plan.macs)
+    assert costs == sorted(costs, reverse=True) and costs[0] > costs[-1] == exact.plan.macs
+
+
+def test_memory_budget(make_bundle, make_checkpoint):
+    one = make_bundle(plan=PlanKind.MAX_SUBNETS, max_subnets=1).manifest.subnets[0].weight_bytes
+    every = sum(entry.weight_bytes for entry in make_bundle(plan=PlanKind.PER_STEP).manifest.subnets)
+    costs = []
+    for budget in (one, 2 * one, 3 * one, every):
+        manifest = make_bundle(plan=PlanKind.MEMORY_BUDGET, memory_budget=budget).manifest
+        assert sum(entry.weight_bytes for entry in manifest.subnets) <= budget
+        costs.append(manifest.plan.macs)
+    assert costs == sorted(costs, reverse=True) and costs[-1] == manifest.plan.per_step_macs < costs[0]
+
+
+def test_memory_budget_too_small(make_checkpoint, tmp_path):
+    config = ExportConfig(steps=12, plan=PlanKind.MEMORY_BUDGET, memory_budget=1000)
+    with pytest.raises(
+        ConfigError, match=r"^memory budget 1000 bytes: the smallest plan needs \d+ bytes; raise the budget$"
+    ):
+        export(make_checkpoint(), tmp_path / "out", config)
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("precision", [Precision.FP32, Precision.FP16])
+def test_weight_bytes_are_what_the_graph_reads(make_bundle, plan, precision):
+    bundle = make_bundle(precision=precision, **PLANS[plan])
+    for entry in bundle.manifest.subnets:
+        windows = [t for t in graph_of(bundle, entry.file).graph.initializer if t.external_data]
+        read = sum(int(each.value) for t in windows for each in t.external_data if each.key == "length")
+        assert entry.weight_bytes == read
+
+
+def test_unit_and_fixed_bytes_add_up_to_the_stored_step(make_bundle, small_config):
+    for precision in (Precision.FP32, Precision.FP16):
+        weights = make_bundle(precision=precision).manifest.weights
+        step = sum(w.nbytes for name, w in weights.items() if not name.startswith(("time", "label", "adaln")))
+        assert unit_bytes(small_config, precision).sum() + fixed_bytes(small_config, precision) == step
+
+
+def test_a_bundle_of_many_subnetworks_is_about_one_model(make_bundle, make_checkpoint):
+    bundle, checkpoint = make_bundle(plan=PlanKind.PER_STEP), make_checkpoint()
+    stored = sum(tensor.numel() for name, tensor in checkpoint.state.items() if "_rate." not in name) + 128
+    entries = bundle.manifest.weights.values()
+    assert sum(math.prod(entry.shape) for entry in entries) == stored, "every weight once, the width routers not at all"
+    size = bundle.file("weights.bin").stat().st_size
+    assert 4 * stored <= size < 4 * stored + 4096 * len(entries)
+    graphs = [bundle.file(name).stat().st_size for name in bundle.manifest.files if name.endswith(".onnx")]
+    assert len(graphs) > 4 and max(graphs) < 40_000
+
+
+def test_manifest_lists_exactly_the_files(make_bundle):
+    bundle = make_bundle()
+    assert sorted([*bundle.manifest.files, "manifest.json"]) == names(bundle.path)
+    assert all(path.stat().st_mode & 0o444 == 0o444 for path in bundle.path.iterdir())
+    Bundle.open(bundle.path)
+
+
+@pytest.mark.parametrize("sampler", list(Sampler))
+def test_manifest_describes_the_run(make_bundle, make_checkpoint, sampler):
+    manifest = make_bundle(sampler=sampler, steps=7, max_batch=5).manifest
+    schedule, checkpoint = Schedule.respaced(7), make_checkpoint()
+    assert list(manifest.sampling.timesteps) == schedule.timesteps[::-1].tolist() and manifest.sampling.steps == 7
+    np.testing.assert_array_equal(
+        np.array(manifest.sampling.coefficients, np.float32), step_coefficients(schedule, sampler).astype(np.float32)
+    )
+    assert manifest.sampling.cfg_channels == 3 and manifest.max_batch == 5
+    assert manifest.model == checkpoint.config and manifest.checkpoint_sha256 == checkpoint.sha256
+    masks = freeze_masks(checkpoint.model(), schedule.timesteps[::-1])
+    order = activity_order(masks)
+    np.testing.assert_array_equal(manifest.head_order, order[:, 0])
+    np.testing.assert_array_equal(manifest.group_order, order[:, 1])
+    assert {"dydit", "onnx", "torch"} <= manifest.tools.keys()
+
+
+def test_same_checkpoint_same_bytes(make_bundle, make_checkpoint, tmp_path):
+    first = make_bundle(routing=Routing.CAPACITY, capacities=(9, 9, 9))
+    config = ExportConfig(steps=12, max_subnets=4, routing=Routing.CAPACITY, capacities=(9, 9, 9))
+    second = export(make_checkpoint(), tmp_path / "again", config)
+    assert names(first.path) == names(second.path) and len(names(first.path)) > 6
+    for name in names(first.path):
+        assert (first.path / name).read_bytes() == (second.path / name).read_bytes(), name
+
+
+class TestCapacity:
+    def test_full_form_only_where_some_block_has_less(self, make_bundle):
+        roomy = make_bundle(routing=Routing.CAPACITY).manifest
+        assert all(entry.capacities == (16,) * 3 and entry.full_file is None for entry in roomy.subnets)
+        same = make_bundle(routing=Routing.CAPACITY, capacities=(16, 16, 16)).manifest
+        assert all(entry.full_file is None for entry in same.subnets)
+        tight = make_bundle(routing=Routing.CAPACITY, capacities=(16, 2, 16)).manifest
+        for index, entry in enumerate(tight.subnets):
+            assert entry.capacities == (16, 2, 16) and entry.full_file == f"subnet-{index:04d}-full.onnx"
+        assert all(entry.capacities is None for entry in make_bundle().manifest.subnets)
+
+    def test_full_form_is_exact_and_the_tight_one_overflows(self, make_bundle, make_checkpoint, sessions, distance):
+        bundle = make_bundle(routing=Routing.CAPACITY, capacities=(2, 2, 2))
+        run_every_step(bundle, make_checkpoint(), sessions, distance, full=True)
+        with pytest.raises(AssertionError):
+            run_every_step(bundle, make_checkpoint(), sessions, distance)
+
+    def test_a_static_model_has_no_tokens_to_route(self, make_bundle, make_checkpoint, small_config):
+        checkpoint = make_checkpoint(small_config.without_routers())
+        (entry,) = make_bundle(checkpoint, routing=Routing.CAPACITY, capacities=(2, 2, 2)).manifest.subnets
+        assert entry.capacities is None and entry.full_file is None
+
+    @pytest.mark.parametrize("capacities", [(16, 16), (0, 1, 1), (17, 1, 1), (1, 1, 1, 1)])
+    def test_wrong_capacities(self, make_checkpoint, tmp_path, capacities):
+        config = ExportConfig(steps=3, routing=Routing.CAPACITY, capacities=capacities)
+        with pytest.raises(ConfigError, match=r"^capacities \(.*\): expected 3 numbers in 1..16$"):
+            export(make_checkpoint(), tmp_path / "out", config)
+        assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"steps": 0}, "steps: Input should be greater than or equal to 1"),
+        ({"steps": 1001}, "steps: Input should be less than or equal to 1000"),
+        ({"max_subnets": 0}, "max_subnets: Input should be greater"),
+        ({"plan": "memory-budget"}, "a memory budget goes with the memory-budget plan, and only with it"),
+        ({"memory_budget": 10}, "a memory budget goes with the memory-budget plan, and only with it"),
+        ({"capacities": (1,)}, "capacities go with capacity routing only"),
+        ({"routing": "sparse"}, "routing: Input should be 'dynamic', 'capacity' or 'dense'"),
+        ({"sampler": "euler"}, "sampler: Input should be 'ddpm' or 'ddim'"),
+        ({"max_batch": 0}, "max_batch: Input should be greater"),
+        ({"step": 5}, "step: Extra inputs are not permitted"),
+    ],
+)
+def test_settings_that_make_no_sense(settings, message):
+    with pytest.raises(ConfigError) as caught:
+        parse_config(ExportConfig, settings)
+    assert message in str(caught.value)
+
+
+def test_guidance_on_channels_that_are_not_there(make_checkpoint, tmp_path):
+    with pytest.raises(ConfigError, match=r"^guidance on 5 channels, but the model has 4$"):
+        export(make_checkpoint(), tmp_path / "out", ExportConfig(steps=3, cfg_channels=5))
+
+
+def test_one_channel_models_are_guided_on_it(make_bundle, make_checkpoint, small_config):
+    checkpoint = make_checkpoint(small_config.model_copy(update={"in_channels": 1}))
+    assert make_bundle(checkpoint, steps=2).manifest.sampling.cfg_channels == 1
+    assert make_bundle(steps=2, cfg_channels=4).manifest.sampling.cfg_channels == 4
+
+
+def test_one_step(make_bundle, make_checkpoint, sessions, distance):
+    bundle = make_bundle(steps=1)
+    assert bundle.manifest.sampling.timesteps == (0,) and len(bundle.manifest.subnets) == 1
+    run_every_step(bundle, make_checkpoint(), sessions, distance)
+
+
+def test_what_exists_is_never_touched(make_checkpoint, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine").write_text("x")
+    with pytest.raises(OutputError, match="exists already; choose another output or remove it first"):
+        export(make_checkpoint(), out, ExportConfig(steps=3))
+    assert names(tmp_path) == ["out"] and names(out) == ["mine"]
+
+
+def test_failure_in_the_middle_leaves_nothing(make_checkpoint, tmp_path):
+    def interrupt(done: int, total: int) -> None:
+        assert len(names(tmp_path)) == 1, "the temporary folder is beside the output"
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        export(make_checkpoint(), tmp_path / "out", ExportConfig(steps=12), interrupt)
+    assert names(tmp_path) == []
+
+
+def test_progress_counts_to_its_end(make_checkpoint, tmp_path):
+    calls: list[tuple[int, int]] = []
+    bundle = export(make_checkpoint(), tmp_path / "out", ExportConfig(steps=12), lambda *call: calls.append(call))
+    total = len(bundle.manifest.plan.segments)
+    assert calls == [(done, total) for done in range(1, total + 1)]
+
+
+def test_stale_reasons(make_bundle, make_checkpoint, small_config):
+    manifest = make_bundle().manifest
+    assert stale_reasons(manifest, make_checkpoint()) == []
+    other = make_checkpoint(seed=1)
+    assert stale_reasons(manifest, other) == [
+        f"the weights changed: {other.path} is not the file that the bundle was exported from"
+    ]
+    wider = make_checkpoint(ModelConfig.model_validate({**small_config.model_dump(), "depth": 2}))
+    assert stale_reasons(manifest, wider)[1:] == ["the architecture differs"]

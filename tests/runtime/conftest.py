@@ -1,0 +1,74 @@
+"""Bundles of a pixel model, and the reference that backends are held against: the masked PyTorch model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+if TYPE_CHECKING:
+    from dydit.bundle.bundle import Bundle
+    from dydit.models.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the masked model says of one step: x_prev, and token decisions bool [L, rows, N]."""
+
+    x_prev: np.ndarray
+    tokens: np.ndarray
+
+
+@pytest.fixture(scope="session")
+def pixel_checkpoint(make_checkpoint, small_config) -> Checkpoint:
+    """Three channels, so that samples are pictures."""
+    return make_checkpoint(small_config.model_copy(update={"in_channels": 3}))
+
+
+@pytest.fixture(scope="session")
+def pixel_bundle(make_bundle, pixel_checkpoint) -> Bundle:
+    """Four gated subnetworks for six steps."""
+    bundle = make_bundle(pixel_checkpoint, steps=6, max_subnets=4, max_batch=8)
+    assert any(subnet.gated for subnet in bundle.manifest.subnets)
+    return bundle
+
+
+@pytest.fixture(scope="session")
+def reference() -> Callable[..., Reference]:
+    """`reference(checkpoint, bundle, step, x, noise, labels, cfg_scale)`, computed by the dense masked model."""
+    import torch
+
+    from dydit.diffusion.coefficients import apply_step
+    from dydit.models.routers import Masked, Recording, Static
+
+    def compute(checkpoint, bundle, step, x, noise, labels, cfg_scale) -> Reference:
+        config, sampling = checkpoint.config, bundle.manifest.sampling
+        model, guided = checkpoint.model(), cfg_scale != 1
+        rows = np.concatenate([labels, np.full_like(labels, config.null_class)]) if guided else labels
+        images = torch.from_numpy(np.concatenate([x, x]) if guided else x)
+        recording = Recording(Masked() if config.dynamic else Static(), config)
+        with torch.no_grad():
+            t = torch.full((len(rows),), sampling.timesteps[step])
+            out = model(images, t, torch.from_numpy(rows), recording).numpy()
+        eps, v = out[: len(x), : config.in_channels].copy(), out[: len(x), config.in_channels :]
+        if guided:
+            steered = slice(0, sampling.cfg_channels)
+            free = out[len(x) :, steered]
+            eps[:, steered] = free + np.float32(cfg_scale) * (eps[:, steered] - free)
+        coefficients = np.asarray(sampling.coefficients[step], np.float32)
+        return Reference(apply_step(coefficients, x, eps, v, noise), recording.decisions().tokens.bool().numpy())
+
+    return compute
+
+
+def relative_l2(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
+@pytest.fixture(scope="session")
+def relative() -> Callable[[np.ndarray, np.ndarray], float]:
+    """|a - b| / |b|."""
+    return relative_l2

@@ -1,0 +1,212 @@
+"""A device made of NumPy arrays whose streams run in any order that events allow, and ONNX Runtime as its engines."""
+
+from __future__ import annotations
+
+import contextlib
+from bisect import bisect_right
+from collections import deque
+
+import numpy as np
+import pytest
+
+from dydit.errors import BackendError
+from dydit.runtime.backends.base import BackendOptions
+from dydit.runtime.backends.onnxruntime import OnnxRuntimeBackend
+from dydit.runtime.device.launches import EngineMemory, engines_of
+from dydit.runtime.device.operations import ALIGNMENT, COMPUTE, COPY
+
+GAP = 4096
+
+
+class FakeDevice:
+    """Queues work and does it only when the host waits, choosing between streams by a seeded draw.
+
+    Memory starts as garbage. Reading what nothing wrote, memory that was freed, an engine that is not loaded, freeing
+    what queued work uses, a captured context that was launched with other addresses: each fails the test.
+    """
+
+    def __init__(self, bundle, activation=lambda engine: 1000, seed=0, limit=None):
+        self.bundle, self.activation, self.limit = bundle, activation, limit
+        self.backend = OnnxRuntimeBackend(bundle, BackendOptions(threads=1))
+        self.rng = np.random.default_rng(seed)
+        self.memory, self.written, self.top = {}, {}, ALIGNMENT
+        self.queues = {COMPUTE: deque(), COPY: deque()}
+        self.marks, self.done = {}, set()
+        self.recording, self.graphs = None, []
+        self.engines, self.log, self.waits = {}, [], 0
+        self.captures = self.replays = 0
+
+    def activate(self):
+        return contextlib.nullcontext()
+
+    def allocate(self, nbytes):
+        if self.limit is not None and sum(a.nbytes for a in self.memory.values()) + nbytes > self.limit:
+            raise BackendError("out of device memory")
+        address = self.top
+        self.top += -(-nbytes // ALIGNMENT) * ALIGNMENT + GAP
+        self.memory[address] = self.rng.integers(0, 256, nbytes, np.uint8)
+        self.written[address] = np.zeros(nbytes, bool)
+        return address
+
+    def free(self, address):
+        assert not any(self.queues.values()), "memory freed while work is queued"
+        del self.memory[address], self.written[address]
+
+    def _find(self, address, nbytes):
+        starts = sorted(self.memory)
+        start = starts[bisect_right(starts, address) - 1]
+        offset = address - start
+        assert 0 <= offset and offset + nbytes <= len(self.memory[start]), "outside of every buffer"
+        part = slice(offset, offset + nbytes)
+        return self.memory[start][part], self.written[start][part]
+
+    def upload(self, to, data, stream):
+        assert data.flags.c_contiguous
+        raw = np.frombuffer(data.tobytes(), np.uint8)
+        self._find(to, raw.nbytes)
+
+        def work():
+            bytes_, written = self._find(to, raw.nbytes)
+            bytes_[:], written[:] = raw, True
+
+        self._queue(work, stream)
+
+    def download(self, source, nbytes):
+        self._wait_for(COMPUTE)
+        self.waits += 1
+        return self._find(source, nbytes)[0].copy()
+
+    def copy(self, to, source, nbytes):
+        self._find(to, nbytes), self._find(source, nbytes)
+
+        def work():
+            (a, written), (b, origin) = self._find(to, nbytes), self._find(source, nbytes)
+            a[:], written[:] = b.copy(), origin
+
+        self._queue(work, COMPUTE)
+
+    def clear(self, to, nbytes):
+        def work():
+            bytes_, written = self._find(to, nbytes)
+            bytes_[:], written[:] = 0, True
+
+        self._queue(work, COMPUTE)
+
+    def record(self, event, stream):
+        mark = object()
+        self.marks[event] = mark
+        self._queue(lambda: self.done.add(mark), stream)
+
+    def wait(self, stream, event):
+        if event in self.marks:
+            self._queue(self.marks[event], stream)
+
+    def synchronize(self, event):
+        self.waits += 1
+        while self.marks[event] not in self.done:
+            self._advance()
+
+    def idle(self):
+        while any(self.queues.values()):
+            self._advance()
+
+    def load(self, engine):
+        assert engine not in self.engines, f"{engine} is loaded twice"
+        self.engines[engine] = (
+            None if engine.subnet is None else self.backend.subnet(engine.subnet, full_capacity=engine.full)
+        )
+
+    def unload(self, engine):
+        assert not self.queues[COMPUTE], f"{engine} unloaded while work is queued"
+        assert all(engine not in used for _, used in self.graphs), f"{engine} unloaded under its graphs"
+        del self.engines[engine]
+
+    def launch(self, engine, inputs, outputs, workspace):
+        assert engine in self.engines, f"{engine} is not loaded"
+        address, nbytes = workspace
+        assert nbytes >= self.activation(engine), "workspace too small"
+        for tensor in (*inputs, *outputs):
+            assert tensor.address % ALIGNMENT == 0, f"{tensor.name} is not aligned"
+        if self.recording is not None:
+            self.recording[1].setdefault(engine, set()).add((tuple(inputs), tuple(outputs), workspace))
+
+        def work():
+            feeds = {}
+            for tensor in inputs:
+                size = np.dtype(tensor.dtype).itemsize * int(np.prod(tensor.shape))
+                raw, written = self._find(tensor.address, size)
+                assert written.all(), f"{engine}: {tensor.name} was never written"
+                feeds[tensor.name] = raw.copy().view(tensor.dtype).reshape(tensor.shape)
+            scratch, written = self._find(address, nbytes)
+            scratch[:], written[:] = 0xAA, False
+            for tensor, value in zip(outputs, self._evaluate(engine, feeds, outputs), strict=True):
+                assert (value.shape, value.dtype.name) == (tensor.shape, tensor.dtype)
+                raw, written = self._find(tensor.address, value.nbytes)
+                raw[:], written[:] = np.frombuffer(value.tobytes(), np.uint8), True
+            self.log.append((engine, {name: value.copy() for name, value in feeds.items()}))
+
+        self._queue(work, COMPUTE)
+
+    def _evaluate(self, engine, feeds, outputs):
+        if engine.subnet is None:
+            return [self.backend.conditioning(feeds["timesteps"], feeds["labels"])]
+        result = self.engines[engine].step(feeds)
+        return [result.x_prev, result.overflow][: len(outputs)]
+
+    def begin_capture(self):
+        assert self.recording is None
+        self.recording = ([], {})
+
+    def end_capture(self):
+        (work, used), self.recording = self.recording, None
+        assert all(len(states) == 1 for states in used.values()), "a context changed while it was captured"
+        self.graphs.append((work, used))
+        self.captures += 1
+        return self.graphs[-1]
+
+    def replay(self, graph):
+        work, used = graph
+        assert graph in self.graphs and set(used) <= set(self.engines)
+        self.replays += 1
+        self._queue(lambda: [each() for each in work], COMPUTE)
+
+    def drop(self, graph):
+        assert not self.queues[COMPUTE]
+        self.graphs.remove(graph)
+
+    def _queue(self, work, stream):
+        if self.recording is not None:
+            assert stream == COMPUTE, "only the compute stream is captured"
+            self.recording[0].append(work)
+        else:
+            self.queues[stream].append(work)
+
+    def _wait_for(self, stream):
+        while self.queues[stream]:
+            self._advance()
+
+    def _advance(self):
+        """Do the first piece of work of a stream that may go on."""
+        ready = [q for q in self.queues.values() if q and (callable(q[0]) or q[0] in self.done)]
+        assert ready, "the streams wait for each other"
+        work = ready[self.rng.integers(len(ready))].popleft()
+        if callable(work):
+            work()
+
+
+@pytest.fixture
+def fake_device():
+    return FakeDevice
+
+
+@pytest.fixture
+def figures():
+    """`figures(manifest, activation=1000)`: memory of every engine; each engine weighs differently."""
+
+    def of(manifest, activation=lambda engine: 1000):
+        return {
+            engine: EngineMemory(activation(engine), 10_000 + 100 * (engine.subnet or 0) + 7 * engine.full)
+            for engine in engines_of(manifest)
+        }
+
+    return of

@@ -1,0 +1,254 @@
+"""A plan of launches, executed on a device of NumPy arrays with ONNX Runtime's engines, is the sampling loop, bit for bit."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from dydit.bundle.manifest import PlanKind, Routing
+from dydit.diffusion.schedule import Sampler
+from dydit.errors import BackendError
+from dydit.runtime.device.execute import Executor
+from dydit.runtime.device.inputs import HostInputs
+from dydit.runtime.device.launches import LaunchPlan
+from dydit.runtime.device.layout import LaunchOptions, RunShape
+from dydit.runtime.device.operations import CONDITIONER, EngineId
+from dydit.runtime.loop import MemoryStore, StepRunner, sample
+from dydit.runtime.noise import SeededNoise
+from dydit.runtime.request import make_batches
+from dydit.runtime.resident import ResidentSubnets
+
+LABELS, IMAGES = [3, 1, 3, 0, 6], [0, 1, 2, 40, 41]
+
+
+def noise_of(bundle, seed=11):
+    model = bundle.manifest.model
+    return SeededNoise(seed, (model.in_channels, model.input_size, model.input_size))
+
+
+def by_loop(bundle, backend, size, scale=4.0, seed=11, count=5):
+    """Latents of each batch by the generic loop, and its stats."""
+    store, batches = MemoryStore(), make_batches(LABELS[:count], IMAGES[:count], size)
+    with ResidentSubnets(backend) as subnets:
+        runner = StepRunner(backend, subnets, LABELS[:count], scale)
+        stats = sample(runner, batches, noise_of(bundle, seed), store)
+    return [store.load(b) for b in range(len(batches))], stats
+
+
+class Run:
+    """An executor on a fake device, which stays between runs."""
+
+    def __init__(self, bundle, fake_device, figures, seed=0, **options):
+        activation = lambda engine: 777 + 64 * (engine.subnet or 0)  # noqa: E731
+        self.bundle, self.options = bundle, LaunchOptions(**options)
+        self.device = fake_device(bundle, activation, seed)
+        self.executor = Executor(self.device)
+        self.figures = figures(bundle.manifest, activation)
+
+    def __call__(self, size, scale=4.0, seed=11, count=5, done=(), store=None, progress=None):
+        batches, store = make_batches(LABELS[:count], IMAGES[:count], size), store or MemoryStore()
+        shape = RunShape(tuple(len(b.images) for b in batches), scale != 1, done)
+        plan = LaunchPlan(self.bundle.manifest, shape, self.figures, self.options, self.executor.state)
+        host = HostInputs(self.bundle, plan.layout, batches, noise_of(self.bundle, seed), store, scale)
+        model = self.bundle.manifest.model
+
+        def deliver(batch, segments, data, repeated):
+            latents = data.view(np.float32).reshape(-1, model.in_channels, model.input_size, model.input_size)
+            store.save(batch, segments, latents, repeated)
+
+        counts = self.executor.run(plan, host, deliver, progress)
+        return [store.load(b) for b in range(len(batches))], counts
+
+
+KINDS = {
+    "merged": {"routing": Routing.DENSE},
+    "per-step": {"routing": Routing.DENSE, "plan": PlanKind.PER_STEP},
+    "one": {"routing": Routing.DENSE, "max_subnets": 1},
+    "dynamic": {"routing": Routing.DYNAMIC},
+    "capacity": {"routing": Routing.CAPACITY},
+    "overflowing": {"routing": Routing.CAPACITY, "capacities": (6, 9, 9)},
+    "ddim": {"routing": Routing.DENSE, "sampler": Sampler.DDIM},
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        *((kind, {"graphs": True, "resident": 2}) for kind in KINDS),
+        *((kind, {"graphs": False}) for kind in ("merged", "per-step", "overflowing")),
+        ("one", {"modulation_bytes": 3 * 4 * 20 * 64 * 4}),
+        ("one", {"modulation_bytes": 1, "graphs": False}),
+        ("overflowing", {"conditioning_steps": 2}),
+    ],
+)
+def test_the_list_is_the_loop(kind, options, make_bundle, fake_device, figures):
+    """Five images in batches of two: the last batch is smaller."""
+    bundle = make_bundle(**KINDS[kind])
+    run = Run(bundle, fake_device, figures, **options)
+    latents, counts = run(2)
+    expected, stats = by_loop(bundle, run.device.backend, 2)
+    assert counts.steps == stats.steps
+    for a, b in zip(latents, expected, strict=True):
+        assert np.array_equal(a, b), np.abs(a - b).max()
+    capturing = options.get("graphs", True) and kind != "dynamic"
+    assert bool(run.device.captures) == capturing
+    if capturing:
+        assert run.device.replays == 3 / 2 * run.device.captures, "three batches of two sizes"
+    if kind == "overflowing":
+        assert counts.repeated_steps >= stats.repeated_steps > 0 and counts.overflowed_tokens > 0
+        assert counts.repeated_steps < counts.steps
+    else:
+        assert counts.repeated_steps == stats.repeated_steps == counts.overflowed_tokens == 0
+
+
+def test_without_guidance_half_the_rows_run(make_bundle, fake_device, figures):
+    bundle = make_bundle(**KINDS["capacity"])
+    run = Run(bundle, fake_device, figures)
+    (latents,), _ = run(3, scale=1.0, count=3)
+    (expected,), _ = by_loop(bundle, run.device.backend, 3, scale=1.0, count=3)
+    assert np.array_equal(latents, expected)
+    steps = [feeds for engine, feeds in run.device.log if engine != CONDITIONER]
+    assert {len(feeds["modulation"]) for feeds in steps} == {3}
+
+
+@pytest.mark.parametrize("kind", ["merged", "overflowing"])
+def test_any_order_of_the_streams_gives_the_same(kind, make_bundle, fake_device, figures):
+    bundle = make_bundle(**KINDS[kind])
+    runs = [Run(bundle, fake_device, figures, seed, resident=2)(1, count=3)[0] for seed in range(3)]
+    assert all(np.array_equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
+
+
+def test_runs_in_a_row_use_memory_engines_and_graphs_again(make_bundle, fake_device, figures):
+    bundle = make_bundle(**KINDS["merged"])
+    run = Run(bundle, fake_device, figures)
+    run(2, count=4), run(3, count=3, scale=1.0), run(3, count=3)
+    memory, captures = dict(run.executor.state.buffers), run.device.captures
+    for seed, size, scale in ((1, 2, 4.0), (2, 3, 4.0), (3, 3, 1.0), (4, 2, 4.0), (5, 3, 4.0)):
+        count = 4 if size == 2 else 3
+        latents, _ = run(size, scale, seed, count)
+        expected, _ = by_loop(bundle, run.device.backend, size, scale, seed, count)
+        assert all(np.array_equal(a, b) for a, b in zip(latents, expected, strict=True))
+    assert run.executor.state.buffers == memory and run.device.captures == captures
+    assert len(run.executor.state.engines) == 1 + len(bundle.manifest.subnets)
+    run.executor.close()
+    assert not run.device.memory and not run.device.engines and not run.device.graphs
+
+
+def test_a_resumed_run_starts_where_its_store_is(make_bundle, fake_device, figures):
+    bundle = make_bundle(**KINDS["overflowing"])
+    whole = MemoryStore()
+    first = Run(bundle, fake_device, figures, save_segments=True)
+    saved = []
+    keep = whole.save
+
+    def save(batch, segments, latents, repeated):
+        saved.append((batch, segments, latents.copy(), repeated))
+        keep(batch, segments, latents, repeated)
+
+    whole.save = save
+    latents, counts = first(2, store=whole)
+    segments = bundle.manifest.plan.segments
+    assert [entry[:2] for entry in saved] == [(b, s + 1) for s in range(len(segments)) for b in range(3)]
+    assert sum(entry[3] for entry in saved) == counts.repeated_steps
+    part = MemoryStore()
+    for batch, after, values, repeated in saved:
+        if after == (1, 2, len(segments))[batch]:
+            part.save(batch, after, values, repeated)
+    again, counts = Run(bundle, fake_device, figures)(2, done=(1, 2, len(segments)), store=part)
+    assert all(np.array_equal(a, b) for a, b in zip(latents, again, strict=True))
+    assert counts.steps == 2 * 12 - 2 * segments[0].count - segments[1].count
+
+
+def test_progress_counts_every_step_of_every_batch(make_bundle, fake_device, figures):
+    seen = []
+    Run(make_bundle(**KINDS["merged"]), fake_device, figures)(2, progress=seen.append)
+    assert sum(seen) == 36
+    seen.clear()
+    Run(make_bundle(**KINDS["overflowing"]), fake_device, figures, graphs=False)(2, progress=seen.append)
+    assert seen == [1] * 36, "repeated steps do not count twice"
+
+
+def test_the_host_waits_once_for_each_segment_at_most(make_bundle, fake_device, figures):
+    for kind, options, waits in (
+        ("merged", {}, 0),
+        ("merged", {"resident": 2}, None),
+        ("overflowing", {}, None),
+    ):
+        bundle = make_bundle(**KINDS[kind])
+        run = Run(bundle, fake_device, figures, **options)
+        _, counts = run(5)
+        segments = len(bundle.manifest.plan.segments)
+        final, repeats = 1, counts.repeated_steps and segments
+        most = segments + repeats + final if waits is None else waits + final
+        assert run.device.waits <= most
+
+
+def test_full_capacity_that_overflows_is_an_error(make_bundle, fake_device, figures):
+    bundle = make_bundle(**KINDS["overflowing"])
+    run = Run(bundle, fake_device, figures)
+    plain = run.device.backend.subnet
+    run.device.backend.subnet = lambda index, full_capacity=False: plain(index)
+    with pytest.raises(
+        BackendError, match=r"segment \d drops tokens even at full capacity; export the bundle and build"
+    ):
+        run(2)
+
+
+def test_after_a_failure_the_device_can_be_used_or_closed(make_bundle, fake_device, figures):
+    bundle = make_bundle(**KINDS["merged"])
+    run = Run(bundle, fake_device, figures)
+    evaluate, calls = run.device._evaluate, []
+
+    def fail_once(*args):
+        calls.append(args)
+        if len(calls) == 20:
+            raise BackendError("the device fell off the bus")
+        return evaluate(*args)
+
+    run.device._evaluate = fail_once
+    with pytest.raises(BackendError, match="fell off"):
+        run(2)
+    latents, _ = run(2)
+    expected, _ = by_loop(bundle, run.device.backend, 2)
+    assert all(np.array_equal(a, b) for a, b in zip(latents, expected, strict=True))
+    run.executor.close()
+    assert not run.device.memory
+
+
+def test_a_capture_that_fails_is_ended(make_bundle, fake_device, figures):
+    run = Run(make_bundle(**KINDS["merged"]), fake_device, figures)
+    launch = run.device.launch
+
+    def refuse(engine, *args):
+        if run.device.recording is not None:
+            raise BackendError("this engine cannot be captured")
+        launch(engine, *args)
+
+    run.device.launch = refuse
+    with pytest.raises(BackendError, match="cannot be captured"):
+        run(2)
+    assert run.device.recording is None and not run.executor.state.graphs
+    run.device.launch = launch
+    run(2)
+
+
+def test_too_little_memory_is_said_before_anything_runs(make_bundle, fake_device, figures):
+    run = Run(make_bundle(**KINDS["merged"]), fake_device, figures)
+    run.device.limit = 10_000
+    with pytest.raises(BackendError, match="out of device memory"):
+        run(2)
+    assert not run.device.log
+    run.device.limit = None
+    run(2)
+
+
+def test_engines_are_those_of_the_plan(make_bundle, fake_device, figures):
+    """Every step runs on its segment's subnetwork, and only overflowing segments on full forms."""
+    bundle = make_bundle(**KINDS["overflowing"])
+    run = Run(bundle, fake_device, figures, graphs=False)
+    run(5)
+    engines = {engine for engine, _ in run.device.log}
+    full = {engine for engine in engines if engine.full}
+    assert engines - full == {CONDITIONER, *(EngineId(i) for i in range(len(bundle.manifest.subnets)))}
+    assert full and len(full) < len(bundle.manifest.subnets)
+    assert not any(engine.full for engine in run.executor.state.engines)

@@ -1,0 +1,337 @@
+"""A run of any size ends in the same bytes, however often it was interrupted, and touches only what is its own."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dydit import files
+from dydit.errors import BackendError, ConfigError, OutputError
+from dydit.runtime import images, run_folder
+from dydit.runtime.backends.registry import open_backend
+from dydit.runtime.bulk import OutputOptions, sample_to_folder
+from dydit.runtime.images import to_uint8
+from dydit.runtime.loop import MemoryStore, StepRunner, sample
+from dydit.runtime.noise import SeededNoise
+from dydit.runtime.request import SampleRequest, make_batches
+from dydit.runtime.resident import ResidentSubnets
+
+REQUEST = SampleRequest(labels=(3, 1), num=7, batch_size=3, seed=2)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Every file under a folder, by name."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def finished(pixel_bundle, tmp_path_factory) -> Path:
+    """A run that nothing interrupted."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    summary = sample_to_folder(pixel_bundle, REQUEST, out, OutputOptions(npz=True))
+    assert (summary.images, summary.files, summary.finished_before) == (7, ("grid.png", "samples.npz"), False)
+    return out
+
+
+def test_what_a_run_leaves(finished, pixel_bundle, tmp_path):
+    names = [*(f"{i:06d}.png" for i in range(7)), "grid.png", "samples.json", "samples.npz"]
+    assert sorted(content(finished)) == names
+    with np.load(finished / "samples.npz", allow_pickle=False) as file:
+        pictures, labels = file["arr_0"], file["arr_1"]
+    assert pictures.shape == (7, 8, 8, 3) and pictures.dtype == np.uint8
+    assert labels.tolist() == [3, 1, 3, 1, 3, 1, 3]
+    for i in range(7):
+        with Image.open(finished / f"{i:06d}.png") as image:
+            assert np.array_equal(np.asarray(image), pictures[i])
+    assert len(np.unique(pictures.reshape(7, -1), axis=0)) == 7
+    facts = json.loads((finished / "samples.json").read_text())
+    assert facts["images"] == 7 and facts["settings"]["bundle"] == pixel_bundle.manifest.digest
+
+
+def test_a_finished_run_is_left_alone(finished, pixel_bundle):
+    before = {p: p.stat().st_mtime_ns for p in finished.iterdir()}
+    summary = sample_to_folder(pixel_bundle, REQUEST, finished, OutputOptions(npz=True))
+    assert summary.finished_before and "complete already" in summary.note and summary.images == 7
+    assert {p: p.stat().st_mtime_ns for p in finished.iterdir()} == before
+
+
+def test_other_settings_are_refused_by_name(finished, pixel_bundle):
+    before = content(finished)
+    other = SampleRequest(labels=(3, 1), num=7, batch_size=4, seed=5)
+    with pytest.raises(
+        OutputError, match="batch_size: 3 there, 4 asked; npz: true there, false asked; seed: 2 there, 5"
+    ):
+        sample_to_folder(pixel_bundle, other, finished)
+    with pytest.raises(OutputError, match='backend: "onnxruntime" there, "torch" asked'):
+        sample_to_folder(pixel_bundle, REQUEST, finished, OutputOptions(npz=True), backend="torch")
+    assert content(finished) == before
+
+
+def test_a_picture_that_was_removed_is_reported(finished, pixel_bundle, tmp_path):
+    copy = tmp_path / "run"
+    copy.mkdir()
+    for name, data in content(finished).items():
+        (copy / name).write_bytes(data)
+    (copy / "000004.png").unlink()
+    with pytest.raises(OutputError, match=r"finished run, but 000004.png is gone"):
+        sample_to_folder(pixel_bundle, REQUEST, copy, OutputOptions(npz=True))
+    facts = json.loads((copy / "samples.json").read_text())
+    (copy / "samples.json").write_text(json.dumps({"settings": facts["settings"]}))
+    with pytest.raises(OutputError, match=r"samples.json was changed by hand"):
+        sample_to_folder(pixel_bundle, REQUEST, copy, OutputOptions(npz=True))
+
+
+class Killed(BaseException):
+    """Stands for the death of the process: nothing catches it."""
+
+
+def test_dying_before_any_write_changes_nothing_in_the_end(pixel_bundle, tmp_path, monkeypatch):
+    """Die before the k-th write, for every k; the next call completes the run to the same bytes."""
+    request, outputs = SampleRequest(labels=(3, 1, 5), batch_size=2), OutputOptions(npz=True)
+    sample_to_folder(pixel_bundle, request, tmp_path / "whole", outputs, "torch")
+    write, left = files.write_atomic, [0]
+
+    def dying(path, data):
+        left[0] -= 1
+        if left[0] < 0:
+            raise Killed
+        write(path, data)
+
+    for module in (files, run_folder, images):
+        monkeypatch.setattr(module, "write_atomic", dying)
+    for k in range(100):
+        out, left[0] = tmp_path / f"run{k}", k
+        try:
+            sample_to_folder(pixel_bundle, request, out, outputs, "torch")
+            break
+        except Killed:
+            assert not (out / "samples.json").exists()
+        left[0] = 100
+        assert not sample_to_folder(pixel_bundle, request, out, outputs, "torch").finished_before
+        assert content(out) == content(tmp_path / "whole"), k
+    segments = len(pixel_bundle.manifest.plan.segments)
+    assert k == 1 + 2 * segments + 3 + 1 + 1, "run.json, states, pictures, grid, samples.json"
+
+
+def test_dying_while_cleaning_up_leaves_a_finished_run(finished, pixel_bundle, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+
+    def dying(self):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_folder.RunFolder, "clear", dying)
+        with pytest.raises(Killed):
+            sample_to_folder(pixel_bundle, REQUEST, out, OutputOptions(npz=True))
+    assert (out / ".work").is_dir()
+    assert sample_to_folder(pixel_bundle, REQUEST, out, OutputOptions(npz=True)).finished_before
+    assert content(out) == content(finished)
+
+
+def stopped_run(bundle, out: Path, at: int, **kwargs) -> None:
+    """Start a run and die at a step."""
+
+    def progress(done, total):
+        if done == at:
+            raise Killed
+
+    with pytest.raises(Killed):
+        sample_to_folder(bundle, REQUEST, out, progress=progress, **kwargs)
+
+
+def test_a_damaged_batch_starts_again_and_halves_of_files_go(finished, pixel_bundle, tmp_path):
+    out = tmp_path / "run"
+    stopped_run(pixel_bundle, out, 15, outputs=OutputOptions(npz=True))
+    states = sorted((out / ".work").glob("*.npz"))
+    assert len(states) == 3
+    damaged = bytearray(states[1].read_bytes())
+    damaged[len(damaged) // 2] ^= 0x10
+    states[1].write_bytes(damaged)
+    states[2].write_bytes(b"")
+    (out / ".000001.png.x1y2.part").write_bytes(b"half of a picture")
+    seen = []
+    sample_to_folder(pixel_bundle, REQUEST, out, OutputOptions(npz=True), progress=lambda *now: seen.append(now))
+    assert seen[-1] == (18, 18) and len(seen) > 18 - 15 + 1
+    assert content(out) == content(finished)
+
+
+def test_an_unfinished_run_with_other_settings_is_refused(pixel_bundle, tmp_path):
+    out = tmp_path / "run"
+    stopped_run(pixel_bundle, out, 4)
+    before = content(out)
+    with pytest.raises(OutputError, match=r"cfg_scale: 4\.0 there, 2\.0 asked"):
+        sample_to_folder(pixel_bundle, REQUEST.model_copy(update={"cfg_scale": 2.0}), out)
+    assert content(out) == before
+
+
+def test_two_processes_do_not_share_a_folder(pixel_bundle, tmp_path):
+    out = tmp_path / "run"
+    stopped_run(pixel_bundle, out, 4)
+    with open(out / ".work" / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(OutputError, match="another process is sampling into"):
+            sample_to_folder(pixel_bundle, REQUEST, out)
+    assert sample_to_folder(pixel_bundle, REQUEST, out).images == 7
+
+
+def test_folders_that_are_no_run_are_refused(pixel_bundle, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(OutputError, match="holds no sampling run"):
+        sample_to_folder(pixel_bundle, REQUEST, tmp_path)
+    with pytest.raises(OutputError, match="is not a folder"):
+        sample_to_folder(pixel_bundle, REQUEST, tmp_path / "notes.txt")
+    with pytest.raises(OutputError, match=r"cannot write .*notes\.txt"):
+        sample_to_folder(pixel_bundle, REQUEST, tmp_path / "notes.txt" / "run")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "samples.json").write_text("{}")
+    with pytest.raises(OutputError, match="holds no sampling run"):
+        sample_to_folder(pixel_bundle, REQUEST, tmp_path / "other")
+    (tmp_path / "other" / "samples.json").write_text("{")
+    with pytest.raises(OutputError, match="cannot be read"):
+        sample_to_folder(pixel_bundle, REQUEST, tmp_path / "other")
+    assert content(tmp_path) == {"notes.txt": b"mine", "other/samples.json": b"{"}
+
+
+def test_bad_requests_and_missing_backends_leave_no_folder(pixel_bundle, tmp_path):
+    out = tmp_path / "run"
+    for request, backend, error, message in (
+        (SampleRequest(labels=(9,)), "onnxruntime", ConfigError, r"label 9 is outside 0\.\.6"),
+        (SampleRequest(labels=(1,), batch_size=99), "onnxruntime", ConfigError, "batch size 99 is outside"),
+        (SampleRequest(labels=(1,)), "tensorrt", BackendError, "not available in this version"),
+        (SampleRequest(labels=(1,), noise_from=tmp_path / "no.npz"), "torch", ConfigError, "cannot read noise"),
+    ):
+        with pytest.raises(error, match=message):
+            sample_to_folder(pixel_bundle, request, out, backend=backend)
+    assert not out.exists()
+
+
+def test_latent_models_give_latents_and_say_so(make_bundle, tmp_path):
+    bundle, request = make_bundle(), SampleRequest(labels=(1, 2, 3), batch_size=2, first_image=10)
+    summary = sample_to_folder(bundle, request, tmp_path / "run", OutputOptions(latents_out=tmp_path / "too.npz"))
+    assert summary.files == ("latents.npz",) and "no VAE decoder" in summary.note
+    assert sorted(content(tmp_path / "run")) == ["latents.npz", "samples.json"]
+    with np.load(tmp_path / "run" / "latents.npz", allow_pickle=False) as file:
+        assert file["latents"].shape == (3, 4, 8, 8) and np.isfinite(file["latents"]).all()
+        assert file["labels"].tolist() == [1, 2, 3] and file["images"].tolist() == [10, 11, 12]
+    assert (tmp_path / "too.npz").read_bytes() == (tmp_path / "run" / "latents.npz").read_bytes()
+    with pytest.raises(ConfigError, match="--npz needs pictures"):
+        sample_to_folder(bundle, request, tmp_path / "x", OutputOptions(npz=True))
+    with pytest.raises(OutputError, match=r"too\.npz exists already"):
+        sample_to_folder(bundle, request, tmp_path / "x", OutputOptions(latents_out=tmp_path / "too.npz"))
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_run_can_be_split_by_first_image(finished, pixel_bundle, tmp_path):
+    whole = np.load(finished / "samples.npz")["arr_0"]
+    request = SampleRequest(labels=(1, 3, 1), seed=2, first_image=3)
+    sample_to_folder(pixel_bundle, request, tmp_path / "part", OutputOptions(npz=True))
+    assert sorted(content(tmp_path / "part"))[:3] == ["000003.png", "000004.png", "000005.png"]
+    part = np.load(tmp_path / "part" / "samples.npz")["arr_0"]
+    assert np.abs(part.astype(int) - whole[3:6]).max() <= 1
+
+
+def test_noise_from_a_file_is_used(pixel_bundle, tmp_path):
+    from dydit.diffusion.noise import image_noise
+
+    shape, images = (3, 8, 8), [0, 1, 2]
+    np.savez(
+        tmp_path / "n.npz",
+        x_T=image_noise(2, images, 0, shape),
+        noise=np.stack([image_noise(2, images, step + 1, shape) for step in range(6)]),
+        labels=np.array([3, 1, 3]),
+    )
+    out = OutputOptions(latents_out=tmp_path / "a.npz")
+    sample_to_folder(pixel_bundle, SampleRequest(noise_from=tmp_path / "n.npz", batch_size=3), tmp_path / "a", out)
+    seeded = OutputOptions(latents_out=tmp_path / "b.npz")
+    sample_to_folder(pixel_bundle, SampleRequest(labels=(3, 1, 3), seed=2, batch_size=3), tmp_path / "b", seeded)
+    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
+    for request, message in (
+        ({"num": 4}, "holds noise for 3 images, 4 are asked for"),
+        ({"labels": (3, 1)}, "the labels differ from those of"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            sample_to_folder(pixel_bundle, SampleRequest(noise_from=tmp_path / "n.npz", **request), tmp_path / "c")
+    settings = json.loads((tmp_path / "a" / "samples.json").read_text())["settings"]
+    assert settings["seed"] is None and len(settings["noise_sha256"]) == 64
+
+
+def test_repeated_steps_are_counted_over_interruptions(make_bundle, pixel_checkpoint, tmp_path):
+    from dydit.bundle.manifest import Routing
+
+    bundle = make_bundle(pixel_checkpoint, steps=6, max_subnets=4, routing=Routing.CAPACITY, capacities=(6, 9, 9))
+    whole = sample_to_folder(bundle, REQUEST, tmp_path / "whole")
+    backend, (batches, store) = (
+        open_backend("onnxruntime", bundle),
+        (make_batches([3, 1, 3, 1, 3, 1, 3], range(7), 3), MemoryStore()),
+    )
+    with ResidentSubnets(backend) as subnets:
+        runner = StepRunner(backend, subnets, [1, 3], REQUEST.cfg_scale)
+        stats = sample(runner, batches, SeededNoise(REQUEST.seed, (3, 8, 8)), store)
+    assert whole.repeated_steps == stats.repeated_steps > 3, "more than one segment repeats steps"
+    stopped_run(bundle, tmp_path / "parts", 11)
+    assert sample_to_folder(bundle, REQUEST, tmp_path / "parts").repeated_steps == whole.repeated_steps
+    assert content(tmp_path / "parts") == content(tmp_path / "whole")
+
+
+WORKER = """
+import sys
+from pathlib import Path
+from dydit.bundle.bundle import Bundle
+from dydit.runtime.backends.registry import open_backend
+from dydit.runtime.bulk import OutputOptions, sample_to_folder
+from dydit.runtime.loop import MemoryStore, StepRunner, sample
+from dydit.runtime.noise import SeededNoise
+from dydit.runtime.request import SampleRequest, make_batches
+from dydit.runtime.resident import ResidentSubnets
+bundle, out = Bundle.open(sys.argv[1]), Path(sys.argv[2])
+request = SampleRequest(labels=(3, 1), num=60, batch_size=4)
+outputs, said = OutputOptions(npz=True, latents_out=Path(sys.argv[3])), []
+sample_to_folder(bundle, request, out, outputs, progress=lambda *now: said or said.append(print("runs", flush=True)))
+print("ends", flush=True)
+"""
+
+
+def test_sigkill_at_random_moments(pixel_bundle, tmp_path):
+    """The process is killed again and again; what it ends with is what an undisturbed one writes."""
+
+    def start(name: str) -> subprocess.Popen[bytes]:
+        arguments = [str(pixel_bundle.path), str(tmp_path / name), str(tmp_path / f"{name}.npz")]
+        return subprocess.Popen([sys.executable, "-c", WORKER, *arguments], stdout=subprocess.PIPE)
+
+    clean, rng, states = start("clean"), random.Random(0), []
+    assert clean.communicate(timeout=120)[0] == b"runs\nends\n"
+    out = tmp_path / "killed"
+    for _ in range(5):
+        worker = start("killed")
+        assert worker.stdout is not None
+        if worker.stdout.readline() == b"runs\n":
+            time.sleep(rng.uniform(0, 0.15))
+            worker.send_signal(signal.SIGKILL)
+        worker.communicate()
+        states.append(content(out))
+    assert len({str(state) for state in states}) > 2, "the kills met different states"
+    assert start("killed").wait(120) == 0
+    results, expected = content(out), content(tmp_path / "clean")
+    summaries = [json.loads(each.pop("samples.json")) for each in (results, expected)]
+    assert results == expected
+    assert (tmp_path / "killed.npz").read_bytes() == (tmp_path / "clean.npz").read_bytes()
+    for summary in summaries:
+        summary["settings"].pop("latents_out")
+    assert summaries[0] == summaries[1]
+
+
+def test_pictures_are_those_of_the_latents(pixel_bundle, tmp_path):
+    outputs = OutputOptions(npz=True, latents_out=tmp_path / "l.npz")
+    sample_to_folder(pixel_bundle, REQUEST, tmp_path / "run", outputs, backend="torch")
+    with np.load(tmp_path / "l.npz") as latents, np.load(tmp_path / "run" / "samples.npz") as pictures:
+        assert np.array_equal(to_uint8(latents["latents"]), pictures["arr_0"])

@@ -1,0 +1,50 @@
+"""Requests are checked before anything runs, and refusals name value and range."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from dydit.errors import ConfigError
+from dydit.models.config import parse_config
+from dydit.runtime.request import SampleRequest, check_batch_size, check_labels, make_batches
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({}, "give at least one label"),
+        ({"labels": (1,), "num": 0}, "num: Input should be greater than or equal to 1"),
+        ({"labels": (1,), "seed": -1}, "seed: Input should be greater than or equal to 0"),
+        ({"labels": (1,), "seed": 1 << 64}, "seed: Input should be less than"),
+        ({"labels": (1,), "cfg_scale": math.nan}, "cfg_scale: Input should be"),
+        ({"labels": (1,), "cfg_scale": math.inf}, "cfg_scale: Input should be a finite number"),
+        ({"labels": (1,), "cfg_scale": -1}, "cfg_scale: Input should be greater than or equal to 0"),
+        ({"labels": (1,), "batch_size": 0}, "batch_size: Input should be greater"),
+        ({"labels": (1, 2), "first_image": (1 << 64) - 1}, r"image indices go beyond 2\^64-1"),
+        ({"labels": (1,), "sed": 3}, "sed: Extra inputs are not permitted"),
+        ({"labels": ("dog",)}, r"labels\.0: Input should be a valid integer"),
+    ],
+)
+def test_values_outside_their_range(values, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_config(SampleRequest, values)
+
+
+def test_labels_and_batch_size_are_held_against_the_bundle(pixel_bundle):
+    manifest = pixel_bundle.manifest
+    check_labels([0, 6], manifest)
+    for label in (-1, 7):
+        with pytest.raises(ConfigError, match=rf"label {label} is outside 0\.\.6, the classes of this model"):
+            check_labels([0, label], manifest)
+    with pytest.raises(ConfigError, match=r"batch size 9 is outside 1\.\.8.*--max-batch"):
+        check_batch_size(9, manifest, 100)
+    assert [check_batch_size(size, manifest, images) for size, images in ((None, 100), (None, 3), (5, 3))] == [8, 3, 5]
+
+
+def test_batches_cover_the_run_in_order():
+    batches = make_batches([0, 1, 2, 0, 1], range(10, 15), 2)
+    assert [batch.first for batch in batches] == [0, 2, 4]
+    assert [batch.images for batch in batches] == [(10, 11), (12, 13), (14,)]
+    assert [batch.labels.tolist() for batch in batches] == [[0, 1], [2, 0], [1]]

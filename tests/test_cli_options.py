@@ -1,0 +1,109 @@
+"""How labels and sizes are written, and what the progress line shows."""
+
+from __future__ import annotations
+
+import click
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dydit.cli_options import (
+    BYTE_UNITS,
+    ProgressLine,
+    duration,
+    parse_bytes,
+    parse_guided_channels,
+    parse_labels,
+    recipe_settings,
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "labels"),
+    [
+        ("207", (207,)),
+        ("207,360", (207, 360)),
+        ("0-3", (0, 1, 2, 3)),
+        ("5-5", (5,)),
+        ("3, 1-2 ,3", (3, 1, 2, 3)),
+    ],
+)
+def test_labels(text: str, labels: tuple[int, ...]) -> None:
+    assert parse_labels(text) == labels
+
+
+@pytest.mark.parametrize("text", ["", ",", "1,", "a", "-1", "1-", "1--2", "3-1", "1.5", "0x1", "\u0661", "0-99999999"])
+def test_labels_that_are_none(text: str) -> None:
+    with pytest.raises(click.BadParameter):
+        parse_labels(text)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(0, 10_000), min_size=1, max_size=20))
+def test_labels_come_back_as_written(labels: list[int]) -> None:
+    assert parse_labels(",".join(map(str, labels))) == tuple(labels)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("8GiB", 8 << 30), ("500MB", 500_000_000), ("64kB", 64_000), ("64 KiB", 65_536), ("1.5gib", 3 << 29), ("12B", 12)],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_bytes(text) == size
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 10**6), st.sampled_from(sorted(BYTE_UNITS)))
+def test_a_size_is_its_number_times_its_unit(number: int, unit: str) -> None:
+    assert parse_bytes(f"{number}{unit}") == number * BYTE_UNITS[unit]
+
+
+@pytest.mark.parametrize("text", ["", "8", "GiB", "8 G", "8XB", "-1GiB", "nanGB", "infGB", "1e3MB", "0GiB", "0.1B"])
+def test_sizes_that_are_none(text: str) -> None:
+    with pytest.raises(click.BadParameter, match=r"size|less than a byte"):
+        parse_bytes(text)
+
+
+def test_guided_channels() -> None:
+    assert (parse_guided_channels("3"), parse_guided_channels("all")) == (3, 0)
+    for text in ("0", "-1", "most", "1.5"):
+        with pytest.raises(click.BadParameter):
+            parse_guided_channels(text)
+
+
+def test_durations() -> None:
+    assert [duration(s) for s in (0.4, 59.4, 59.6, 187, 7500)] == ["0 s", "59 s", "1:00 min", "3:07 min", "2:05 h"]
+
+
+def test_the_progress_line_ends_blank(capsys: pytest.CaptureFixture[str]) -> None:
+    line = ProgressLine("export")
+    for done in range(1, 4):
+        line(done, 3)
+    line.close()
+    err = capsys.readouterr().err
+    assert "\rexport: 3/3 (100 %)" in err
+    assert err.endswith("\r") and not err.rpartition("\r")[0].rpartition("\r")[2].strip()
+    assert "\n" not in err
+
+
+def test_the_progress_line_starts_anew_with_the_next_run(capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    clock = iter([0.0, 1.0, 2.0, 10.0, 11.0])
+    monkeypatch.setattr("dydit.cli_options.time.monotonic", lambda: next(clock))
+    line = ProgressLine("train")
+    for done, total in ((1, 5), (3, 5), (1, 3), (2, 3)):
+        line(done, total)
+    shown = capsys.readouterr().err.split("\r")[1:]
+    assert [text.rstrip() for text in shown] == [
+        "train: 1/5 (20 %)",
+        "train: 3/5 (60 %), 1 s left",
+        "train: 1/3 (33 %)",
+        "train: 2/3 (66 %), 1 s left",
+    ]
+
+
+def test_recipe_settings_name_every_setting() -> None:
+    from dydit.training.recipe import Recipe
+
+    text = recipe_settings()
+    assert all(f"  {name} " in text for name in Recipe.model_fields)
+    assert "lambda_target 0.5: share of the blocks' multiply-adds to keep" in text

@@ -1,0 +1,252 @@
+"""Benchmarks: what is counted, who takes turns, what is refused. No test asserts a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from dydit.bundle.manifest import PlanKind, Routing
+from dydit.diffusion.coefficients import step_coefficients
+from dydit.diffusion.schedule import Sampler, Schedule
+from dydit.errors import BackendError, ConfigError
+from dydit.models.config import Routers
+from dydit.models.cost import attention_macs, mlp_macs
+from dydit.verify.bench import REPORT, BenchConfig, compare_sides, run_bench, sides_of, spread_steps
+from dydit.verify.measure import Job, Latents, chained_coefficients, open_side, settled_bytes
+from dydit.verify.results import BenchReport, Side, SideKind, SideResult
+
+QUICK = BenchConfig(labels=(1, 7), steps_measured=3, repeats=2, threads=1)
+
+
+@pytest.fixture(scope="module")
+def report(make_checkpoint, make_bundle, tmp_path_factory):
+    """Three sides of one run: merged with dynamic routing, per step by capacity, and the masked model."""
+    out, seen = tmp_path_factory.mktemp("bench"), []
+    sides = sides_of(
+        make_bundle(),
+        make_bundle(plan=PlanKind.PER_STEP, routing=Routing.CAPACITY, capacities=(1, 16, 16)),
+        make_checkpoint().path,
+    )
+    made = run_bench(sides, QUICK, out, lambda *at: seen.append(at))
+    assert seen == [(k + 1, 9) for k in range(9)]
+    assert BenchReport.parse(json.loads((out / REPORT).read_text())) == made
+    return made
+
+
+def static_macs(config):
+    return config.depth * (attention_macs(config) + mlp_macs(config))
+
+
+def test_what_was_measured_is_said(report):
+    assert report.steps_measured == (0, 6, 11)
+    assert report.steps == 12 and "steps measured: 3 of 12" in report.summary
+    assert (report.batch, report.threads, report.repeats, report.warmup) == (2, 1, 2, 1)
+    assert report.timesteps[0] == 999 and report.timesteps[-1] == 0
+
+
+def test_each_side_has_its_rounds_without_the_warm_up(report):
+    for side in report.sides:
+        assert len(side.round_ms) == 2 and len(side.step_ms) == 3
+        assert side.min_ms <= side.median_ms <= side.max_ms
+        assert side.images_per_second == pytest.approx(2 / (side.median_ms * 12 / 1e3))
+        assert side.peak_bytes > 20e6 and side.load_seconds > 0
+
+
+def test_multiply_adds_are_those_of_the_decisions(report, small_config):
+    """The sides ran on their own latents, which agree; so their decisions do."""
+    merged, capacity, masked = report.sides
+    assert merged.flops_ratio == pytest.approx(masked.flops_ratio)
+    assert merged.flops_ratio == pytest.approx(capacity.flops_ratio)
+    assert merged.token_share == pytest.approx(masked.token_share)
+    assert all(0.2 < ratio < 0.9 for ratio in merged.flops_ratio)
+    assert all(0.1 < share < 0.9 for share in merged.token_share)
+    assert merged.macs == pytest.approx(np.mean(merged.flops_ratio) * static_macs(small_config))
+    assert masked.macs == static_macs(small_config), "the masked model computes everything"
+
+
+def test_overflowing_steps_run_again_and_are_counted(report):
+    merged, capacity, masked = report.sides
+    assert (merged.overflows, masked.overflows) == (0, 0)
+    assert capacity.overflows == 2 * 3, "every step of both counted rounds"
+
+
+def test_comparisons_are_pair_by_pair(report):
+    assert [(pair.side, pair.other) for pair in report.comparisons] == [
+        (report.sides[0].side.name, other.side.name) for other in report.sides[1:]
+    ]
+    first, masked = report.sides[0], report.sides[2]
+    pair = report.comparison("pytorch-masked")
+    assert pair.ratios == tuple(b / a for a, b in zip(first.round_ms, masked.round_ms, strict=True))
+    assert pair.allowed == pytest.approx(1 / np.mean(first.flops_ratio))
+    assert pair.achieved == pytest.approx(pair.median / pair.allowed)
+
+
+def test_a_ratio_above_one_means_faster():
+    def side(name, rounds, macs):
+        return SideResult(
+            side=Side(name=name, kind=SideKind.BUNDLE, path="x"), load_seconds=1, subnets_loaded=1, round_ms=rounds,
+            step_ms=(1.0,), median_ms=1, min_ms=1, max_ms=1, peak_bytes=1, settled_bytes=None, images_per_second=1,
+            overflows=0, token_share=(1.0,), flops_ratio=(1.0,), macs=macs,
+        )  # fmt: skip
+
+    pair = compare_sides(side("ours", (10.0, 20.0, 10.0), 50), side("theirs", (20.0, 30.0, 30.0), 100))
+    assert pair.ratios == (2.0, 1.5, 3.0) and (pair.median, pair.min, pair.max) == (2.0, 1.5, 3.0)
+    assert (pair.allowed, pair.achieved) == (2.0, 1.0)
+
+
+def test_a_static_model_computes_everything(make_checkpoint, make_bundle, small_config):
+    checkpoint = make_checkpoint(small_config.model_copy(update={"routers": Routers.NONE}))
+    sides = [*sides_of(make_bundle(checkpoint)), Side(name="t", kind=SideKind.TORCH_STATIC, path=str(checkpoint.path))]
+    report = run_bench(sides, QUICK.model_copy(update={"repeats": 1, "cfg_scale": 1.0}))
+    for side in report.sides:
+        assert side.macs == static_macs(small_config) and set(side.flops_ratio) == {1.0}
+    assert report.comparisons[0].allowed == 1
+
+
+def test_without_its_routers_a_model_is_static(make_checkpoint, make_bundle, small_config):
+    side = Side(name="static", kind=SideKind.TORCH_STATIC, path=str(make_checkpoint().path))
+    decided = open_side(job(make_bundle(), side)).decided()
+    assert set(decided.flops_ratio) == {1.0} and decided.macs == static_macs(small_config)
+
+
+def job(bundle, side=None, **changes):
+    manifest = bundle.manifest
+    values = {
+        "side": side or sides_of(bundle)[0],
+        "sizes": manifest.model.without_routers(),
+        "steps": (0, 5, 11),
+        "of": 12,
+        "labels": (1,),
+        "seed": 0,
+        "cfg_scale": 4.0,
+        "cfg_channels": manifest.sampling.cfg_channels,
+        "threads": 1,
+        "device": "cpu",
+        "latents": Latents.RUN,
+    }
+    return Job.model_validate({**values, **changes})
+
+
+class TestMeasure:
+    def latents(self, side):
+        """What each step of a round starts from."""
+        seen = []
+        step = side._step
+
+        def watch(first, x, *rest):
+            seen.append(x["x"] if isinstance(x, dict) else x)
+            return step(first, x, *rest)
+
+        side._step = watch
+        side.round()
+        return seen
+
+    def test_a_round_is_a_run_through_the_measured_steps(self, make_checkpoint, make_bundle):
+        """All steps of a DDIM run, chained, are that run: the bundle's own coefficients."""
+        bundle = make_bundle(sampler=Sampler.DDIM)
+        every = job(bundle, steps=tuple(range(12)))
+        expected = np.asarray(bundle.manifest.sampling.coefficients, np.float32)
+        assert np.allclose(chained_coefficients(every.steps, 12, True), expected, rtol=1e-6)
+        side = open_side(every)
+        masked = open_side(
+            job(bundle, Side(name="m", kind=SideKind.TORCH_MASKED, path=str(make_checkpoint().path)), steps=every.steps)
+        )
+        ours, theirs = self.latents(side), self.latents(masked)
+        assert len(ours) == len(theirs) == 12
+        assert np.allclose(ours[-1], theirs[-1], rtol=1e-3, atol=1e-3) and not np.allclose(ours[0], ours[-1], atol=0.1)
+
+    def test_or_starts_each_step_from_noise(self, make_bundle):
+        side = open_side(job(make_bundle(), latents=Latents.NOISE))
+        for x in self.latents(side):
+            assert abs(x.mean()) < 0.3 and 0.8 < x.std() < 1.2
+
+    def test_fewer_steps_keep_their_marginals(self):
+        table = chained_coefficients((0, 100, 249), 250, True)
+        schedule = Schedule.respaced(250)
+        full = step_coefficients(schedule, Sampler.DDIM)
+        assert table.shape == (3, 5) and not table[:, 2].any()
+        assert np.allclose(table[2], full[249], rtol=1e-6), "the last step returns the sample in any run"
+        signal = np.sqrt(schedule.alphas_cumprod[::-1])  # execution order
+        assert table[0, 0] == pytest.approx(signal[100] / signal[0], rel=1e-5)
+
+    def test_a_subnetwork_that_does_not_stay_is_run_once_before_it_is_timed(self, make_bundle):
+        side = open_side(job(make_bundle(plan=PlanKind.PER_STEP)))
+        assert side.load().subnets == 3 and not side.keep_all
+        assert len(self.latents(side)) == 2 * 3
+        kept = open_side(job(make_bundle(max_subnets=4)))
+        assert kept.keep_all and len(self.latents(kept)) == 3
+
+    def test_settled_memory_is_that_of_this_process(self):
+        size = settled_bytes()
+        assert size is None or 20e6 < size < 50e9
+
+
+@pytest.mark.parametrize("count", [1, 2, 25, 249, 250, 400])
+def test_steps_are_spread_over_the_run(count):
+    steps = spread_steps(250, count)
+    assert len(steps) == min(count, 250) == len(set(steps)) and steps[0] == 0
+    assert count == 1 or steps[-1] == 249
+    if count > 1:
+        gaps = np.diff(steps)
+        assert gaps.max() - gaps.min() <= 1
+
+
+class TestRefusals:
+    def test_bundles_of_other_runs(self, make_bundle, make_checkpoint, small_config):
+        with pytest.raises(ConfigError, match=r"sampling steps differ \(12 and 6\)"):
+            run_bench(sides_of(make_bundle(), make_bundle(steps=6)), QUICK)
+        other = make_bundle(make_checkpoint(small_config.model_copy(update={"depth": 2})))
+        with pytest.raises(ConfigError, match="model sizes differ"):
+            run_bench(sides_of(make_bundle(), other), QUICK)
+
+    def test_labels_and_batches(self, make_bundle):
+        with pytest.raises(ConfigError, match=r"label 8 is outside 0..7"):
+            run_bench(sides_of(make_bundle()), QUICK.model_copy(update={"labels": (8,)}))
+        with pytest.raises(ConfigError, match=r"17 labels.*up to 16"):
+            run_bench(sides_of(make_bundle()), QUICK.model_copy(update={"labels": (0,) * 17}))
+
+    def test_no_bundle_or_the_same_name_twice(self, make_bundle, make_checkpoint):
+        side = Side(name="t", kind=SideKind.TORCH_MASKED, path=str(make_checkpoint().path))
+        with pytest.raises(ConfigError, match="at least one bundle"):
+            run_bench([side], QUICK)
+        with pytest.raises(ConfigError, match="different names"):
+            run_bench([side, side], QUICK)
+
+    def test_a_checkpoint_of_other_sizes(self, make_bundle, make_checkpoint, small_config):
+        other = make_checkpoint(small_config.model_copy(update={"depth": 2}))
+        with pytest.raises(BackendError, match=r"pytorch-masked: .*cannot be compared"):
+            run_bench(sides_of(make_bundle(), checkpoint=other.path), QUICK)
+
+    def test_a_backend_that_is_not_there(self, make_bundle):
+        with pytest.raises(BackendError, match="nonsense"):
+            run_bench(sides_of(make_bundle(), backend="nonsense"), QUICK)
+
+    def test_a_process_that_dies_is_told_with_its_last_words(self, make_bundle, monkeypatch):
+        monkeypatch.setattr("dydit.verify.bench.WORKER", [sys.executable, "-c", "raise SystemExit('out of luck')"])
+        with pytest.raises(BackendError, match=r"ended: out of luck \(exit code 1\)"):
+            run_bench(sides_of(make_bundle()), QUICK)
+
+
+def test_the_worker_speaks_only_json_and_needs_no_torch_for_onnxruntime(make_bundle):
+    code = (
+        "import os, sys; from dydit.verify import bench_worker; code = bench_worker.main(); os.write(1, b'noise');"
+        "print('torch' in sys.modules, file=sys.stderr); sys.exit(code)"
+    )
+    lines = [job(make_bundle()).model_dump_json(), "round", "memory", "decided", ""]
+    done = subprocess.run(
+        [sys.executable, "-c", code], input="\n".join(lines), capture_output=True, text=True, env=os.environ
+    )
+    assert done.returncode == 0, done.stderr
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [sorted(answer) for answer in answers] == [
+        ["seconds", "subnets"],
+        ["ms", "overflows"],
+        ["peak_bytes", "settled_bytes"],
+        ["flops_ratio", "macs", "token_share"],
+    ]
+    assert done.stderr.split() == ["noiseFalse"]

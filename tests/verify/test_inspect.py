@@ -1,0 +1,137 @@
+"""What inspect says of a bundle or a checkpoint is what is in it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from dydit.bundle.manifest import MANIFEST, PlanKind, Routing
+from dydit.errors import BundleError, CheckpointError
+from dydit.models.config import Routers
+from dydit.models.cost import model_macs
+from dydit.verify.inspect import inspect, inspect_bundle, inspect_checkpoint
+from dydit.verify.inspect_facts import BundleFacts, CheckpointFacts
+
+
+@pytest.fixture(scope="module")
+def static(make_checkpoint, small_config):
+    return make_checkpoint(small_config.without_routers())
+
+
+def test_facts_of_a_bundle(make_bundle, make_checkpoint):
+    bundle, checkpoint = make_bundle(), make_checkpoint()
+    found = inspect_bundle(bundle.path)
+    facts, manifest = found.facts, bundle.manifest
+    plan = manifest.plan
+    routers = [n for n in checkpoint.state if "_rate" in n]
+    stored = sum(t.numel() for n, t in checkpoint.state.items() if n not in routers)
+    assert facts.model.parameters == stored, "everything but the width routers, which are frozen"
+    assert facts.model.static_macs == model_macs(manifest.model)
+    assert facts.width.flops_ratio == pytest.approx(plan.per_step_macs / plan.static_macs)
+    assert facts.width.distinct_masks == len(set(manifest.masks)) and 0 < facts.width.toggling_units < facts.width.units
+    assert facts.chosen.macs == plan.macs and facts.chosen.subnets == len(manifest.subnets)
+    assert facts.chosen.versus_exact == pytest.approx(plan.macs / plan.per_step_macs)
+    assert facts.bundle_bytes == sum(f.stat().st_size for f in bundle.path.rglob("*"))
+    assert np.array_equal(found.masks, manifest.checkpoint_masks()) and found.timesteps == manifest.sampling.timesteps
+    assert sum(subnet.steps for subnet in facts.subnets) == 12
+    for subnet, entry in zip(facts.subnets, manifest.subnets, strict=True):
+        assert subnet.heads == sum(map(len, entry.heads)) and subnet.weight_bytes == entry.weight_bytes
+
+
+def test_the_plan_table_falls_in_cost_from_everything_to_the_exact_masks(make_bundle):
+    facts = inspect_bundle(make_bundle().path).facts
+    counts = [row.subnets for row in facts.plans]
+    costs = [row.macs for row in facts.plans]
+    assert counts[0] == 1 and counts == sorted(set(counts)) and costs == sorted(costs, reverse=True)
+    assert facts.plans[-1].versus_exact == 1 and facts.plans[0].versus_static <= 1
+    assert min(costs) <= facts.chosen.macs <= max(costs)
+    dense = facts.dense_bytes
+    assert all(0 < subnet.weight_bytes <= dense for subnet in facts.subnets)
+    row = next(row for row in facts.plans if row.subnets == facts.chosen.subnets)
+    assert (row.macs, row.weight_bytes) == (pytest.approx(facts.chosen.macs), facts.chosen.weight_bytes)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"plan": PlanKind.PER_STEP}, {"routing": Routing.CAPACITY, "capacities": (3, 5, 9)}]
+)
+def test_other_bundles(make_bundle, settings):
+    found = inspect_bundle(make_bundle(**settings).path)
+    assert found.facts.plan_kind == settings.get("plan", PlanKind.MAX_SUBNETS)
+    if "plan" in settings:
+        assert found.facts.chosen.versus_exact == 1
+    assert set(found.pictures()) == {"masks.png", "plan.png"}
+
+
+def test_a_checkpoint_and_its_bundle_agree(make_bundle, make_checkpoint):
+    checkpoint = make_checkpoint()
+    ours = inspect_checkpoint(checkpoint.path, steps=12)
+    bundle = inspect_bundle(make_bundle().path)
+    assert np.array_equal(ours.masks, bundle.masks) and ours.facts.width == bundle.facts.width
+    assert ours.facts.plans == bundle.facts.plans
+    assert ours.facts.model.parameters == sum(tensor.numel() for tensor in checkpoint.state.values())
+    assert 0 < ours.facts.model.router_parameters < ours.facts.model.parameters
+    assert set(ours.pictures()) == {"masks.png"}
+    assert ours.facts.file_bytes == checkpoint.path.stat().st_size and ours.facts.sha256 == checkpoint.sha256
+
+
+def test_a_static_model_has_no_routers_to_show(static, make_bundle):
+    for found in (inspect_checkpoint(static.path, steps=12), inspect_bundle(make_bundle(static).path)):
+        assert found.pictures() == {} and found.facts.model.router_parameters == 0
+        assert found.facts.model.config.routers is Routers.NONE and found.facts.width.flops_ratio == 1
+        assert "masks" not in found.text() and "static" in found.text()
+
+
+def test_inspect_tells_what_it_is_given(make_bundle, make_checkpoint, tmp_path):
+    assert isinstance(inspect(make_bundle().path).facts, BundleFacts)
+    assert isinstance(inspect(str(make_checkpoint().path)).facts, CheckpointFacts)
+    with pytest.raises(CheckpointError, match="does not exist"):
+        inspect(tmp_path / "nothing")
+    broken = tmp_path / "broken"
+    shutil.copytree(make_bundle().path, broken)
+    (broken / MANIFEST).write_text("{")
+    with pytest.raises(BundleError, match="export the bundle again"):
+        inspect(broken)
+
+
+def test_text_is_columns_and_json_goes_there_and_back(make_bundle, make_checkpoint):
+    for path in (make_bundle().path, make_checkpoint().path):
+        found = inspect(path)
+        values = json.loads(json.dumps(found.to_json(), allow_nan=False))
+        assert type(found.facts).parse(values) == found.facts
+        text = found.text()
+        lines = text.splitlines()
+        assert max(map(len, lines[2:8])) <= 110 and all(line == line.rstrip() for line in lines)
+        table = lines[lines.index("") + 1 :]
+        assert table[0].split()[0] == "subnetworks" and table[1].split()[0] == "1"
+        assert len({line.index("iB") for line in table[1 : table.index("") if "" in table else None]}) == 1, "aligned"
+    bundle = inspect(make_bundle().path)
+    assert "<- chosen" in bundle.text() and f"{bundle.facts.width.distinct_masks} distinct in 12 steps" in bundle.text()
+
+
+def test_many_subnetworks_are_cut_in_the_text(make_bundle, monkeypatch):
+    monkeypatch.setattr("dydit.verify.inspect_facts.ROWS_SHOWN", 2)
+    found = inspect(make_bundle(plan=PlanKind.PER_STEP).path)
+    assert len(found.facts.subnets) > 5 and f"... {len(found.facts.subnets) - 4} more" in found.text()
+
+
+def test_pictures_are_written(make_bundle, tmp_path):
+    paths = inspect(make_bundle().path).write_pictures(tmp_path / "out")
+    assert [path.name for path in paths] == ["masks.png", "plan.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
+
+
+def test_a_bundle_is_inspected_without_torch_and_onnx(make_bundle):
+    code = (
+        "import sys\n"
+        "sys.modules.update(dict.fromkeys(('torch', 'onnx', 'onnx_ir', 'onnxruntime', 'matplotlib')))\n"
+        "from dydit.verify.inspect import inspect\n"
+        f"print(inspect({str(make_bundle().path)!r}).text())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("bundle ")

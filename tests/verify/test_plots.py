@@ -1,0 +1,249 @@
+"""Pictures are PNGs of sensible size whose content follows the data."""
+
+from __future__ import annotations
+
+import io
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from dydit.diffusion.schedule import respaced_timesteps
+from dydit.errors import DyditError
+from dydit.verify import plots, plots_masks
+from dydit.verify.plot_style import ACCENT, OFF, SECOND, timestep_ticks
+from dydit.verify.plots import PlanPoint, bound_of, latency_png, parity_png, plan_png
+from dydit.verify.plots_masks import masks_png, samples_png, tokens_png
+from dydit.verify.results import (
+    BenchReport,
+    Comparison,
+    Hop,
+    Machine,
+    ParityReport,
+    Side,
+    SideKind,
+    SideResult,
+    Status,
+)
+
+NAVY = "#0c2f4f"
+RNG = np.random.default_rng(0)
+
+
+def pixels(png):
+    """The picture, uint8 [H, W, 3], after the checks that hold for all of them."""
+    assert png.startswith(b"\x89PNG\r\n\x1a\n")
+    with Image.open(io.BytesIO(png)) as image:
+        array = np.asarray(image.convert("RGB"))
+    assert 250 < array.shape[0] < 2400 and 300 < array.shape[1] <= 2100
+    assert array.std() > 8, "not blank"
+    return array
+
+
+def count(array, colour):
+    rgb = [int(colour[k : k + 2], 16) for k in (1, 3, 5)]
+    return int((array == rgb).all(axis=-1).sum())
+
+
+@pytest.fixture
+def titles(monkeypatch):
+    """The headlines of the pictures made in a test."""
+    said = []
+    for module in (plots, plots_masks):
+        original = module.headline
+        monkeypatch.setattr(
+            module, "headline", lambda figure, *words, _real=original: (said.append(words), _real(figure, *words))
+        )
+    return said
+
+
+def times(steps):
+    return respaced_timesteps(steps)[::-1].tolist()
+
+
+@pytest.mark.parametrize(("depth", "units", "density"), [(6, 8, 0.3), (28, 16, 0.8)])
+def test_masks_are_dark_where_units_are_on(depth, units, density, titles):
+    masks = RNG.random((60, depth, 2, units)) < density
+    array = pixels(masks_png(masks, times(60)))
+    lower = array[array.shape[0] // 2 :]
+    on, off = count(lower, ACCENT), count(lower, OFF)
+    assert on / (on + off) == pytest.approx(masks.mean(), abs=0.05)
+    ((finding, detail),) = titles
+    assert f"{masks[:, :, 0].mean():.0%} of heads" in finding and f"{masks[:, :, 1].mean():.0%} of channel" in finding
+    assert detail.startswith("60 distinct masks in 60 steps")
+
+
+def test_masks_of_one_step_and_equal_masks(titles):
+    pixels(masks_png(np.ones((1, 2, 2, 3), bool), [999]))
+    pixels(masks_png(np.ones((9, 2, 2, 3), bool), times(9)))
+    assert titles[1][1].startswith("1 distinct masks in 9 steps")
+
+
+def test_tokens_are_light_or_dark_by_how_many_blocks_computed_them(titles):
+    images = RNG.standard_normal((2, 4, 8, 8)).clip(-1, 1)
+    none, every = np.zeros((3, 6, 2, 16), bool), np.ones((3, 6, 2, 16), bool)
+    labels = ["class 0", "class 1"]
+    light, dark = (pixels(tokens_png(images, tokens, [980, 500, 0], labels)) for tokens in (none, every))
+    # The colour bar shows every colour once; six cells of tokens decide.
+    assert count(light, OFF) > 10 * count(light, NAVY) > 0
+    assert count(dark, NAVY) > 10 * count(dark, OFF) > 0
+    assert "0% of the tokens" in titles[0][0] and "100% of the tokens" in titles[1][0]
+
+
+def test_an_image_of_one_channel_lies_over_its_tokens_as_an_outline():
+    image = np.full((1, 1, 16, 16), -1.0)
+    tokens = np.ones((1, 2, 1, 64), bool)
+    empty = count(pixels(tokens_png(image, tokens, [0], ["a"])), SECOND)
+    image[:, :, 4:12, 4:12] = 1
+    assert count(pixels(tokens_png(image, tokens, [0], ["a"])), SECOND) > empty + 100
+
+
+def test_tokens_show_the_share_that_they_are_told(titles):
+    tokens = np.ones((1, 2, 1, 16), bool)
+    tokens_png(np.zeros((1, 1, 8, 8)), tokens, [0], ["a"], share=0.25)
+    assert titles[0][0].startswith("25% of the tokens")
+
+
+def test_samples_stand_in_the_column_of_their_class():
+    images = np.full((4, 1, 8, 8), -1.0)
+    images[[1, 3]] = 1  # both of class 7
+    array = pixels(samples_png(images, [2, 7, 2, 7]))
+    middle = array.shape[1] // 2
+    left, right = array[80:, 10 : middle - 20], array[80:, middle + 20 : -10]
+    assert np.median(left) == 0 and np.median(right) == 255
+    pixels(samples_png(np.zeros((5, 3, 8, 8)), [0, 1, 2, 0, 1]))
+
+
+def test_the_plan_marks_its_choice_and_says_what_it_costs(titles):
+    curve = [PlanPoint(k, 100 + 50 / k, 2**20 * k) for k in (1, 2, 4, 8, 16)]
+    array = pixels(plan_png(curve, curve[2], 100.0, 160.0))
+    assert count(array, SECOND) > 100
+    finding, detail = titles[0]
+    assert finding == "4 subnetworks cost 12.5% more multiply-adds than the exact masks"
+    assert detail == "and hold 4.00 MiB of weights, where 16 would hold 16.0 MiB"
+    pixels(plan_png(curve[:1], curve[0], 150.0, 150.0))
+    assert titles[1][0] == "1 subnetwork costs no more than the exact masks"
+
+
+def side(name, ms, kind=SideKind.BUNDLE, macs=50.0):
+    rounds = tuple(ms * factor for factor in (0.95, 1.0, 1.1))
+    return SideResult(
+        side=Side(name=name, kind=kind, path=name),
+        load_seconds=0.1,
+        subnets_loaded=1,
+        round_ms=rounds,
+        step_ms=rounds,
+        median_ms=ms,
+        min_ms=rounds[0],
+        max_ms=rounds[2],
+        peak_bytes=1 << 20,
+        settled_bytes=None,
+        images_per_second=1.0,
+        overflows=0,
+        token_share=(0.5,),
+        flops_ratio=(0.5,),
+        macs=macs,
+    )
+
+
+def bench(*sides):
+    first = sides[0]
+    pairs = []
+    for other in sides[1:]:
+        ratio, allowed = other.median_ms / first.median_ms, other.macs / first.macs
+        values = {"ratios": (ratio,), "median": ratio, "min": ratio, "max": ratio}
+        names = {"side": first.side.name, "other": other.side.name}
+        pairs.append(Comparison(**names, **values, allowed=allowed, achieved=ratio / allowed))
+    return BenchReport(
+        **{"batch": 4, "cfg_scale": 2.0, "latents": "run", "threads": 2, "repeats": 3, "warmup": 1, "seed": 0},
+        **{"steps": 12, "steps_measured": (0, 11), "timesteps": (999, 0)},
+        sides=sides,
+        comparisons=tuple(pairs),
+        load_average=(0.1, 0.2),
+        machine=Machine.here(),
+        seconds=1.0,
+    )
+
+
+def test_latency_draws_the_bound_of_the_other_bundle(titles):
+    torch = side("eager", 40.0, SideKind.TORCH_MASKED, macs=100.0)
+    report = bench(side("dynamic", 10.0), torch, side("static", 18.0, macs=100.0))
+    array = pixels(latency_png(report))
+    assert bound_of(report).other == "static"
+    assert titles[0][0] == "dynamic runs 1.80\u00d7 as fast as static; its multiply-adds allow 2.00\u00d7"
+    assert "batch 4, guidance 2, 2 threads" in titles[0][1]
+    alone = pixels(latency_png(bench(side("dynamic", 10.0))))
+    assert count(array, SECOND) > 50 and count(alone, SECOND) == 0
+    assert titles[1][0] == "dynamic takes 10.00 ms a step"
+
+
+def hop(name, bar, values, **more):
+    known = [value for value in values if value is not None]
+    facts = {"title": name, "measure": "relative L2", "reason": "rounding", "detail": f"{name} differs"}
+    status = more.pop("status", Status.PASSED)
+    worst = max(known, default=0.0)
+    return Hop(name=name, bar=bar, status=status, worst=worst, per_step=tuple(values), **facts, **more)
+
+
+def parity(*hops, compared=(0, 6, 11)):
+    return ParityReport(
+        **{"bundle": "b", "checkpoint": "c", "backend": "onnxruntime", "threads": 1, "device": "cpu", "labels": (0,)},
+        **{"seed": 0, "cfg_scale": 2.0, "steps": 12, "sampler": "ddpm", "routing": "dynamic"},
+        steps_compared=compared,
+        timesteps=tuple(times(12)),
+        stale_reasons=(),
+        hops=hops,
+        token_share=(),
+        flops_ratio=(),
+        machine=Machine.here(),
+        seconds=1.0,
+    )
+
+
+def test_parity_draws_curves_bars_and_flips(titles):
+    masks = hop("masks", 0, ())
+    step = hop("step", 1e-5, (1e-7, None, 0.0), decisions=600)
+    run = hop("run", 1e-3, np.geomspace(1e-7, 1e-4, 12).tolist(), decisions=600)
+    plain = pixels(parity_png(parity(masks, step, run)))
+    finding, detail = titles[0]
+    assert finding == "onnxruntime computes what PyTorch computes, to within rounding"
+    assert detail == "worst: step 1e-7; run 1e-4; 0 of 1,200 token decisions differ"
+    flipped = run.model_copy(update={"per_step_flips": (0,) * 5 + (2,) + (0,) * 6, "flips": 2})
+    marked = pixels(parity_png(parity(masks, step, flipped)))
+    assert count(marked, SECOND) > count(plain, SECOND) + 50
+    assert titles[1][1].endswith("2 of 1,200 token decisions differ")
+
+
+def test_parity_that_fails_says_where(titles):
+    broken = hop("weights", 0, (), status=Status.FAILED)
+    pixels(parity_png(parity(broken, hop("run", 1e-3, [0.1] * 12, status=Status.FAILED))))
+    assert titles[0] == ("Parity fails at \u201cweights\u201d", "weights differs")
+    pixels(parity_png(parity(broken)))
+
+
+def test_the_same_data_gives_the_same_bytes():
+    masks = RNG.random((12, 2, 2, 4)) < 0.5
+    assert masks_png(masks, times(12)) == masks_png(masks, times(12)) != masks_png(~masks, times(12))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 1000))
+def test_ticks_are_round_timesteps_where_they_belong(steps):
+    run = times(steps)
+    places, labels = timestep_ticks(run)
+    values = [int(label) for label in labels]
+    assert 1 <= len(places) <= 7 and values == sorted(set(values), reverse=True) and values[0] == run[0]
+    for place, value in zip(places, values, strict=True):
+        assert 0 <= place <= steps - 1
+        assert np.interp(place, np.arange(steps), run) == pytest.approx(value, abs=1e-6)
+
+
+def test_without_matplotlib_one_line_says_what_to_install(monkeypatch):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(DyditError, match=r"pip install 'dydit\[report\]'"):
+        masks_png(np.ones((3, 1, 2, 2), bool), times(3))
