@@ -91,15 +91,15 @@ def quickstart_command(out: Path, overwrite: bool, as_json: bool, **settings: An
     "--recipe",
     type=click.Choice(tuple(RECIPES)),
     required=True,
-    help="What to train. `digits` is the static model and then, from its weights, the dynamic one.",
+    help="What to train. `digits` is three runs: static, then dynamic from its weights, then settle.",
 )
 @click.option("--out", type=PATH, required=True, help="Folder for the run; must be empty, unless --resume is given.")
 @click.option("--resume", is_flag=True, help="Go on with the run in --out from its last saved state.")
 def train_command(overrides: tuple[str, ...], recipe: str, out: Path, resume: bool) -> None:
     """Train a model by a recipe, on the processors that are here.
 
-    KEY=VALUE changes a setting: iterations=100, model.depth=4; in a recipe of two runs static.KEY or dynamic.KEY
-    changes one of them. Leaves model.safetensors, train.json, log.jsonl and curves.png.
+    KEY=VALUE changes a setting: iterations=100, model.depth=4; in a recipe of several runs static.KEY, dynamic.KEY
+    or settle.KEY changes one of them. Leaves model.safetensors, train.json, log.jsonl and curves.png.
     """
     from dydit.training.loop import train_sequence
     from dydit.training.recipe import find_recipes

@@ -16,6 +16,7 @@ import pytest
 
 import dydit
 from dydit.cli import cli
+from dydit.cli_errors import EXTRAS
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "dydit"
@@ -44,7 +45,8 @@ ALLOWED = {
     "verify": MIDDLE | {"verify"},
     "cli_options": MIDDLE,
     "cli_errors": {"errors", "cli_options"},
-    "cli": MIDDLE | {"verify", "cli_options", "cli_errors"},
+    "cli_build": MIDDLE | {"verify", "cli_options"},
+    "cli": MIDDLE | {"verify", "cli_options", "cli_errors", "cli_build"},
     "__main__": {"cli"},
 }
 HEAVY = ("torch", "onnx", "onnx_ir", "onnxruntime", "safetensors", "tensorrt", "accelerate", "sklearn", "scipy")
@@ -164,6 +166,13 @@ def test_every_declared_dependency_is_pinned() -> None:
     base = names([*project["dependencies"], *extras["export"], *extras["report"], *extras["cpu"]])
     assert base <= pins("base.txt").keys()
     assert names([*extras["train"], *extras["dev"]]) <= pins("dev.txt").keys()
+
+
+def test_every_extra_that_a_message_advises_exists() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    advised = {name for path in MODULES.values() for name in re.findall(r"'dydit\[([a-z-]+)\]'", path.read_text())}
+    assert advised and advised <= extras.keys(), advised - extras.keys()
+    assert set(EXTRAS.values()) <= extras.keys()
 
 
 def test_the_environment_is_the_pinned_one() -> None:

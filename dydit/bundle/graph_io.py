@@ -95,6 +95,8 @@ def check_feeds(specs: tuple[TensorSpec, ...], feeds: Mapping[str, np.ndarray], 
     symbols: dict[str, int] = {}
     for spec in specs:
         array = feeds[spec.name]
+        if not isinstance(array, np.ndarray):
+            raise BackendError(f"{what}: input {spec.name!r} is a {type(array).__name__}, expected a NumPy array")
         if array.dtype.name != spec.dtype:
             raise BackendError(f"{what}: input {spec.name!r} is {array.dtype.name}, expected {spec.dtype}")
         fits = array.ndim == len(spec.shape)

@@ -87,8 +87,9 @@ def _plan(trt: Any, parsed: Parsed, job: Job, profile: Profile, messages: Messag
     """The serialised engine, a buffer."""
     polygraphy = load_polygraphy(job.request.flavour)
     config = _config(trt, polygraphy, job, profile)(parsed.builder, parsed.network)
-    # On by default; it would let fp32 products, on which routing decisions hang, round to 10 bits.
-    config.clear_flag(trt.BuilderFlag.TF32)
+    with contextlib.suppress(AttributeError):  # a version that has no such flag has no such rounding
+        # On by default; it would let fp32 products, on which routing decisions hang, round to 10 bits.
+        config.clear_flag(trt.BuilderFlag.TF32)
     loader = polygraphy.EngineBytesFromNetwork(
         (parsed.builder, parsed.network, parsed.parser),
         config=config,
@@ -120,8 +121,9 @@ def _config(trt: Any, polygraphy: Any, job: Job, profile: Profile) -> Any:
 
 
 def _hardware_level(trt: Any, wanted: HardwareCompatibility) -> Any:
+    if wanted is HardwareCompatibility.NONE:
+        return None
     names: Mapping[HardwareCompatibility, str] = {
-        HardwareCompatibility.NONE: "NONE",
         HardwareCompatibility.SAME_CAPABILITY: "SAME_COMPUTE_CAPABILITY",
         HardwareCompatibility.AMPERE_PLUS: "AMPERE_PLUS",
     }

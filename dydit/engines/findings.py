@@ -18,9 +18,9 @@ from dydit.errors import BackendError
 FP32_WEIGHTS = re.compile(r"(embed|final|time\.[02]|blocks\.\d+\.router\.[02])\.weight")
 """The weights, by the names of `dydit.models.layout`, whose products are fp32 in every precision."""
 
-_PRODUCTS = frozenset({"matrix_multiply", "einsum", "convolution", "deconvolution"})
-_ATTENTION = frozenset({"attention_input", "attention_output"})
-_HEAVY = _PRODUCTS | _ATTENTION
+PRODUCTS = frozenset({"matrix_multiply", "einsum", "convolution", "deconvolution"})
+ATTENTION = frozenset({"attention_input", "attention_output"})
+_HEAVY = PRODUCTS | ATTENTION
 # These hand values on as they are; a cast on their far side is still at the edge of what comes next.
 _MOVING = frozenset({"shuffle", "slice", "gather", "concatenation", "unsqueeze", "squeeze", "identity", "select"})
 _MADE_UP = frozenset({"constant", "fill"})
@@ -65,6 +65,12 @@ def require_types(network: Network, precision: Precision, what: str) -> None:
         )
 
 
+def fp32_products(network: Network) -> frozenset[str]:
+    """The ONNX nodes, as layers name them, whose products are fp32 in every precision."""
+    check = _Check(network, Precision.FP32)
+    return frozenset(layer.origin for layer in network.layers if layer.kind in PRODUCTS and check.is_exempt(layer))
+
+
 class _Check:
     def __init__(self, network: Network, precision: Precision):
         self.network, self.low = network, precision.dtype
@@ -74,9 +80,9 @@ class _Check:
         types = {self.network.dtypes[name] for name in layer.inputs} & _FLOATS
         if strange := types - {"float32", self.low}:
             yield Finding(str(layer), Kind.CAST, f"works in {strange.pop()}, which {self.low} graphs do not use")
-        elif layer.kind in _PRODUCTS:
+        elif layer.kind in PRODUCTS:
             yield from self._product(layer, types)
-        elif layer.kind in _ATTENTION and types - {self.low}:
+        elif layer.kind in ATTENTION and types - {self.low}:
             yield Finding(str(layer), Kind.ATTENTION, f"attention takes {_words(types)}, expected {self.low}")
         elif layer.kind == "softmax" and not self.is_fp32:
             text = (
@@ -93,7 +99,7 @@ class _Check:
             return
         weights = [name for operand in layer.inputs for name in self._weights(operand)]
         named = f"with {weights[0]}" if weights else "of two activations"
-        if any(FP32_WEIGHTS.fullmatch(name) for name in weights):
+        if self.is_exempt(layer):
             if types - {"float32"}:
                 text = f"the product {named} takes {_words(types)}, expected float32 in every precision"
                 yield Finding(str(layer), Kind.PRODUCT, text)
@@ -102,6 +108,11 @@ class _Check:
             yield Finding(str(layer), Kind.ATTENTION, text)
         elif "float32" in types:
             yield Finding(str(layer), Kind.PRODUCT, f"the product {named} takes float32, expected {self.low}")
+
+    def is_exempt(self, product: Layer) -> bool:
+        """Whether a product is with one of the weights that stay fp32."""
+        weights = [name for operand in product.inputs for name in self._weights(operand)]
+        return any(FP32_WEIGHTS.fullmatch(name) for name in weights)
 
     def _weights(self, operand: str) -> list[str]:
         """The stored weights that an operand is made of; empty for an activation."""

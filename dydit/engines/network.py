@@ -26,13 +26,19 @@ _MESSAGES = 3
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer: its name, kind (`matrix_multiply`, `cast`, ...), the local function that it comes from, its tensors."""
+    """A layer: its name, kind (`matrix_multiply`, `cast`, ...), tensors, and the ONNX node that it comes from."""
 
     name: str
     kind: str
-    function: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    origin: str = ""
+
+    @property
+    def function(self) -> str:
+        """The local function that the layer is part of; empty for the main graph."""
+        found = _FUNCTION.search(self.origin)
+        return found[1] if found else ""
 
     def __str__(self) -> str:
         return f"{self.name} ({self.function})" if self.function else self.name
@@ -92,6 +98,8 @@ def make_logger(trt: Any, messages: Messages) -> Any:
             if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR):
                 messages.errors.append(message)
             elif severity == trt.ILogger.WARNING:
+                # The nodes of a function come back with every call of it.
+                message = re.sub(r"A node named \S+ already", "A node named ... already", message)
                 messages.warnings[message] = messages.warnings.get(message, 0) + 1
 
     return Collector()
@@ -161,14 +169,13 @@ def read_network(network: Any) -> Network:
         layer = network.get_layer(index)
         taken = [layer.get_input(place) for place in range(layer.num_inputs)]
         made = [layer.get_output(place) for place in range(layer.num_outputs)]
-        function = _FUNCTION.search(layer.metadata)
         layers.append(
             Layer(
                 name=layer.name,
                 kind=layer.type.name.lower(),
-                function=function[1] if function else "",
                 inputs=tuple(name_of(tensor) for tensor in taken if tensor is not None),
                 outputs=tuple(name_of(tensor) for tensor in made),
+                origin=layer.metadata,
             )
         )
     inputs = [network.get_input(index) for index in range(network.num_inputs)]

@@ -47,19 +47,18 @@ Profile = dict[str, ShapeExtent]
 def symbol_ranges(manifest: Manifest, opt_batch: int, max_batch: int) -> dict[str, Extent]:
     """Ranges of the symbols of a bundle's graphs.
 
-    `rows` goes to twice the batch, with guidance, and is tuned for that. `steps` x `labels`: a batch's labels and the
-    null class, for as many steps of a segment as `CONDITIONING_ELEMENTS` allow.
+    `rows` goes to twice the batch, with guidance, and is tuned for that; so does `labels`, one of which makes a row.
+    `steps`: of the longest segment, as many as `CONDITIONING_ELEMENTS` allow for all labels.
     """
-    model = manifest.model
     counts = [segment.count for segment in manifest.plan.segments]
-    labels = min(max_batch, model.num_classes) + 1
-    fitting = CONDITIONING_ELEMENTS // (labels * modulation_vectors(model) * model.hidden_size)
-    steps = max(1, min(max(counts), fitting))
+    rows = Extent(min=1, opt=2 * opt_batch, max=2 * max_batch)
+    row_elements = modulation_vectors(manifest.model) * manifest.model.hidden_size
+    steps = max(1, min(max(counts), CONDITIONING_ELEMENTS // (rows.max * row_elements)))
     return {
         BATCH: Extent(min=1, opt=opt_batch, max=max_batch),
-        ROWS: Extent(min=1, opt=2 * opt_batch, max=2 * max_batch),
+        ROWS: rows,
         STEPS: Extent(min=1, opt=min(steps, -(-sum(counts) // len(counts))), max=steps),
-        LABELS: Extent(min=1, opt=min(opt_batch, model.num_classes) + 1, max=labels),
+        LABELS: rows,
     }
 
 

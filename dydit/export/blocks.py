@@ -146,12 +146,17 @@ MlpBody = Callable[[ir.Value], ir.Value]
 Branch = tuple[ir.Value, list[ir.Value]]  # [T, D], and the overflow where there can be one
 
 
+def _where(ops: Ops, precision: Precision, mask: ir.Value, rows: ir.Value) -> ir.Value:
+    """Rows [T, D] where the mask [T] is on, else 0. A choice, not a product: 0 * inf would be NaN."""
+    zero = ops.to_precision(ops.constant(0, np.float32), precision)
+    return ops.Where(ops.Unsqueeze(mask, ops.constant([1])), rows, zero)
+
+
 def _dense(
     ops: Ops, tokens: int, precision: Precision, hidden: ir.Value, mask: ir.Value, _: ir.Value | None, mlp: MlpBody
 ) -> Branch:
     """Compute all, multiply by the mask."""
-    on = ops.Unsqueeze(ops.Cast(mask, to=DATA_TYPES[precision.dtype]), ops.constant([1]))
-    return ops.Mul(mlp(hidden), on), []
+    return _where(ops, precision, mask, mlp(hidden)), []
 
 
 def _dynamic(
@@ -176,7 +181,7 @@ def _capacity(
     """Prefix-sum compaction into `slots = rows * capacity` rows, static shapes throughout.
 
     slot = CumSum(mask) - 1 numbers the routed tokens. Token ids are scattered into their slots; tokens that are not
-    routed go to one spare slot at the end. The way back is a gather: mask * y[slot].
+    routed go to one spare slot at the end. The way back is a gather: y[slot] where the token fits.
     """
     total = ops.Shape(mask)  # [1], T
     rows = ops.Div(total, ops.constant([tokens]))
@@ -190,10 +195,9 @@ def _capacity(
     table = ops.Slice(ops.ScatterElements(empty, target, ids, axis=0), ops.constant([0]), slots, ops.constant([0]))
     out = mlp(ops.Gather(hidden, table, axis=0))
     home = ops.Where(fits, slot, ops.constant([0]))
-    on = ops.Unsqueeze(ops.Cast(fits, to=DATA_TYPES[precision.dtype]), ops.constant([1]))
     routed = ops.ReduceSum(count, keepdims=1)
     overflow = ops.Max(ops.Sub(routed, slots), ops.constant([0]))
-    return ops.Mul(ops.Gather(out, home, axis=0), on), [overflow]
+    return _where(ops, precision, fits, ops.Gather(out, home, axis=0)), [overflow]
 
 
 _ROUTED = {Routing.DENSE: _dense, Routing.DYNAMIC: _dynamic, Routing.CAPACITY: _capacity}

@@ -39,7 +39,7 @@ def write_weights(
             kind = stored_precision(name, precision)
             stored = tensor.detach().to(_TYPES[kind]).contiguous()
             if not torch.isfinite(stored).all():
-                trouble = f"is too large for {kind.value}; export as bf16 or fp32"
+                trouble = f"is too large for {kind.value}; export in another precision"
                 if not torch.isfinite(tensor).all():
                     trouble = "is NaN or infinite; this checkpoint cannot be exported"
                 raise CheckpointError(f"a value of weight {name} {trouble}")

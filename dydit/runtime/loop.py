@@ -10,7 +10,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -157,6 +157,21 @@ class RunStats:
     seconds: float
 
 
+@runtime_checkable
+class WholeRuns(Protocol):
+    """A backend that does by itself what `sample` does, because coming back to the host after a step would cost it."""
+
+    def sample_run(
+        self,
+        batches: Sequence[Batch],
+        noise: NoiseSource,
+        store: LatentStore,
+        cfg_scale: float,
+        progress: Progress | None = None,
+    ) -> RunStats:
+        """Run every batch to its end; as `sample`."""
+
+
 def sample(
     runner: StepRunner,
     batches: Sequence[Batch],
@@ -169,6 +184,8 @@ def sample(
     `progress(done, total)` counts steps of a batch. Raises `BackendError`, naming the segment, where latents are not
     finite.
     """
+    if isinstance(runner.backend, WholeRuns):
+        return runner.backend.sample_run(batches, noise, store, runner.cfg_scale, progress)
     start, steps, repeated = time.perf_counter(), 0, 0
     segments = runner.backend.bundle.manifest.plan.segments
     total = len(batches) * runner.backend.bundle.manifest.sampling.steps

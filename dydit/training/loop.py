@@ -28,7 +28,15 @@ from dydit.training.curves import draw_curves
 from dydit.training.data import open_data
 from dydit.training.draws import Batch, BatchSource, Purpose, stream
 from dydit.training.importance import rank_and_permute
-from dydit.training.losses import AnnealedGumbelSigmoid, Process, achieved_ratio, add_noise, diffusion_loss, flops_loss
+from dydit.training.losses import (
+    AnnealedGumbelSigmoid,
+    Process,
+    achieved_ratio,
+    add_noise,
+    diffusion_loss,
+    flops_loss,
+    token_loss,
+)
 from dydit.training.recipe import LearningRateSchedule, Precision, Recipe, Stage
 from dydit.training.state import (
     CURVES,
@@ -85,6 +93,10 @@ class Objective(nn.Module):
         ratio = achieved_ratio(self.model.config, gating.decisions())
         flops = flops_loss(ratio, self.recipe.target(iteration), self.recipe.flops_weight)
         parts = {"loss": mse + vb + flops, "mse": mse, "vb": vb, "flops": flops, "ratio": ratio.mean()}
+        if self.recipe.token_weight:
+            tokens = gating.decisions().tokens
+            parts["token"] = token_loss(tokens, self.recipe.token_target, self.recipe.token_weight)
+            parts["loss"] = parts["loss"] + parts["token"]
         if iteration < self.recipe.warmup_iterations:
             whole = diffusion_loss(self.process, self.model(x_t, t, y, Static()), x0, x_t, t, noise)
             parts["complete"] = (whole[0] + whole[1]).mean()
@@ -101,8 +113,9 @@ def starting_model(recipe: Recipe) -> DiT:
     generator = torch.Generator().manual_seed(int(stream(recipe.seed, Purpose.INITIAL_WEIGHTS).integers(0, 2**62)))
     model = DiT(recipe.model)
     if recipe.init is None:
-        if recipe.stage is Stage.DYNAMIC:
-            raise ConfigError(f"recipe {recipe.name} starts from a static DiT: give its checkpoint with init=PATH")
+        if recipe.stage is not Stage.STATIC:
+            kind = "static DiT" if recipe.stage is Stage.DYNAMIC else "dynamic DiT"
+            raise ConfigError(f"recipe {recipe.name} starts from a {kind}: give its checkpoint with init=PATH")
         initialize(model, generator)
         return model
     start = load_checkpoint(Path(recipe.init))
@@ -246,7 +259,7 @@ class _Run:
         entry: dict[str, Any] = {"iteration": counters.iteration}
         entry |= {key: total / counters.summed for key, total in counters.sums.items()}
         entry |= {"learning_rate": learning_rate(recipe, counters.iteration - 1), "skipped": counters.skipped}
-        if recipe.stage is Stage.DYNAMIC:
+        if recipe.stage is not Stage.STATIC:
             entry["target"] = recipe.target(counters.iteration - 1)
         if self.accelerator.is_main_process:
             entry |= probe(self.ema, self.source.probe(PROBE_IMAGES), self.process)

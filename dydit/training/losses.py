@@ -17,6 +17,7 @@ from dydit.diffusion.schedule import Schedule
 from dydit.models.config import ModelConfig
 from dydit.models.cost import flops_ratio
 from dydit.models.routers import Decisions, GumbelSigmoid
+from dydit.training.draws import QUARTERS
 
 
 @dataclass(frozen=True)
@@ -137,3 +138,14 @@ class AnnealedGumbelSigmoid(GumbelSigmoid):
         soft = torch.sigmoid((logits.float() + logistic) / self.temperature)
         hard = (logits.float() + logistic > 0).to(soft.dtype)
         return (hard - soft.detach() + soft).to(logits.dtype)
+
+
+def token_loss(tokens: Tensor, target: float, weight: float) -> Tensor:
+    """`weight * mean over blocks and quarters of (share of tokens - target)^2`, a scalar; tokens [L, B, N].
+
+    Not in the paper, which trains far longer. In a short run the FLOPs loss is met soonest by switching the MLP of
+    whole blocks off for every token; held to a share in each block and quarter of the timesteps (batch element i is of
+    quarter i mod 4), a router can only choose between tokens, of one image and of different ones.
+    """
+    shares = tokens.mean(-1).unflatten(1, (-1, QUARTERS)).mean(1)  # [L, 4]
+    return weight * (shares - target).square().mean()

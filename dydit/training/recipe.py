@@ -1,8 +1,8 @@
 """Recipes: everything that decides the outcome of a training run, in one frozen configuration.
 
-A named recipe is one run or a sequence of runs (static, then dynamic); each later run starts from the weights of the
+A named recipe is one run or a sequence of runs (static, dynamic, settle); each later run starts from the weights of the
 one before it. Settings are overridden by `key=value` words; nested ones by `model.depth=12`; in a sequence,
-`static.key` and `dynamic.key` address one run and a bare key all of them.
+`static.key`, `dynamic.key` and `settle.key` address one run and a bare key all of them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ class Stage(StrEnum):
     """What a run trains."""
 
     STATIC = "static"  # a plain DiT, every unit and token on
-    DYNAMIC = "dynamic"  # routers and weights together, towards a share of the compute
+    DYNAMIC = "dynamic"  # routers and weights together, towards a share of the compute, with noise on the gates
+    SETTLE = "settle"  # the same with the gates as they are at inference: the weights adapt to what was decided
 
 
 class Precision(StrEnum):
@@ -66,6 +67,10 @@ class Recipe(Strict):
 
     lambda_target: float = Field(default=0.5, gt=0, le=1, description="share of the blocks' multiply-adds to keep")
     flops_weight: float = Field(default=2.0, ge=0)
+    token_target: float = Field(default=0.7, gt=0, le=1, description="share of tokens that `token_weight` asks for")
+    token_weight: float = Field(
+        default=0.0, ge=0, description="of the token loss, which is not the paper's: see losses.token_loss"
+    )
     ramp_iterations: int = Field(
         default=1000, ge=0, description="the target falls linearly to lambda_target until here"
     )
@@ -83,7 +88,7 @@ class Recipe(Strict):
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
-        if (self.stage is Stage.DYNAMIC) != self.model.dynamic:
+        if (self.stage is not Stage.STATIC) != self.model.dynamic:
             raise ValueError(f"stage {self.stage} does not go with model.routers {self.model.routers}")
         if self.batch_size % 4:
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of 4 (timesteps are drawn by quarters)")
@@ -98,7 +103,9 @@ class Recipe(Strict):
         return 1 - (1 - self.lambda_target) * iteration / self.ramp_iterations
 
     def gate_noise(self, iteration: int) -> float:
-        """The factor on the gates' noise: 1, going linearly to 0 over the last `noise_anneal` share of the run."""
+        """The factor on the gates' noise: 1, going to 0 over the last `noise_anneal` share of a run; settle has none."""
+        if self.stage is Stage.SETTLE:
+            return 0.0
         if self.noise_anneal == 0:
             return 1.0
         left = self.iterations - 1 - iteration
@@ -140,10 +147,22 @@ _DIGITS_DYNAMIC = {
     "token_bias": 3.0,
     "noise_anneal": 0.2,
 }
+_DIGITS_SETTLE = {
+    **_DIGITS_DYNAMIC,
+    "name": "digits-settle",
+    "stage": "settle",
+    "iterations": 1000,
+    "token_weight": 10.0,
+    "ramp_iterations": 0,
+    "ramp_hold": 0,
+    "ema_decay": 0.99,
+    "noise_anneal": 0.0,
+}
 RECIPES: dict[str, tuple[dict[str, Any], ...]] = {
     "digits-static": (_DIGITS_STATIC,),
     "digits-dynamic": (_DIGITS_DYNAMIC,),
-    "digits": (_DIGITS_STATIC, _DIGITS_DYNAMIC),
+    "digits-settle": (_DIGITS_SETTLE,),
+    "digits": (_DIGITS_STATIC, _DIGITS_DYNAMIC, _DIGITS_SETTLE),
 }
 
 

@@ -55,7 +55,7 @@ class Inspection:
             chosen = self.facts.chosen
             width = self.facts.width
             static = self.facts.model.block_macs * float(width.steps)
-            point = PlanPoint(chosen.subnets, chosen.macs, chosen.weight_bytes)
+            point = PlanPoint(chosen.segments, chosen.subnets, chosen.macs, chosen.weight_bytes)
             pictures["plan.png"] = plan_png(self.curve, point, width.flops_ratio * static, static)
         return pictures
 
@@ -130,7 +130,8 @@ def inspect_bundle(path: Path | str) -> Inspection:
     one = manifest.subnets[0]
     fixed = one.weight_bytes - _used_bytes(unit_sizes, one.heads, one.groups)
     curve = _curve(masks, unit_costs(config), unit_sizes, fixed)
-    point = PlanPoint(len(manifest.subnets), manifest.plan.macs, sum(entry.weight_bytes for entry in manifest.subnets))
+    loaded = sum(entry.weight_bytes for entry in manifest.subnets)
+    point = PlanPoint(len(manifest.plan.segments), len(manifest.subnets), manifest.plan.macs, loaded)
     stored = sum(_nbytes(entry.shape) for entry in manifest.weights.values())
     facts = BundleFacts(
         path=str(path),
@@ -143,7 +144,6 @@ def inspect_bundle(path: Path | str) -> Inspection:
         precision=manifest.precision,
         max_batch=manifest.max_batch,
         plan_kind=manifest.plan.kind,
-        segments=len(manifest.plan.segments),
         model=_stored_model_facts(manifest),
         width=_width_facts(masks, config),
         chosen=_row(point, manifest.plan.per_step_macs, manifest.plan.static_macs),
@@ -233,14 +233,15 @@ def _size_of(path: Path) -> int:
 
 
 def _curve(masks: np.ndarray, costs: np.ndarray, sizes: np.ndarray, fixed: int) -> tuple[PlanPoint, ...]:
-    """The cheapest plans for numbers of subnetworks from 1 to as many as the exact masks need."""
+    """The cheapest plans for numbers of segments from 1 to as many as the exact masks need."""
     exact = per_step_plan(masks, costs)
     most = len(exact.segments)
     plans = [*optimal_plans(masks, costs, most)[:-1], exact]
     wanted = {most, *(2**k for k in range(12))} | set(np.geomspace(1, most, CURVE_POINTS).round().astype(int).tolist())
 
     def point(plan: Plan) -> PlanPoint:
-        return PlanPoint(len(plan.segments), plan.cost, plan_bytes(plan, masks, sizes, fixed))
+        distinct = {masks[first:end].any(axis=0).tobytes() for first, end in plan.segments}
+        return PlanPoint(len(plan.segments), len(distinct), plan.cost, plan_bytes(plan, masks, sizes, fixed))
 
     return tuple(point(plan) for plan in plans if len(plan.segments) in wanted)
 
@@ -249,12 +250,13 @@ def _rows(curve: Sequence[PlanPoint], masks: np.ndarray, config: ModelConfig) ->
     """The table: K = 1, 2, 4, ... and the exact plan."""
     costs = unit_costs(config)
     exact, static = curve[-1].macs, float(costs.sum() * len(masks))
-    doublings = {2**k for k in range(12)} | {curve[-1].subnets}
-    return tuple(_row(point, exact, static) for point in curve if point.subnets in doublings)
+    doublings = {2**k for k in range(12)} | {curve[-1].segments}
+    return tuple(_row(point, exact, static) for point in curve if point.segments in doublings)
 
 
 def _row(point: PlanPoint, exact: float, static: float) -> PlanRow:
     return PlanRow(
+        segments=point.segments,
         subnets=point.subnets,
         macs=point.macs,
         versus_exact=point.macs / exact,

@@ -26,9 +26,10 @@ class WidthFacts(Result):
 
 
 class PlanRow(Result):
-    """The cheapest plan of a number of subnetworks; multiply-adds of an image's blocks over the whole run."""
+    """The cheapest plan of a number of segments; multiply-adds of an image's blocks over the whole run."""
 
-    subnets: int
+    segments: int
+    subnets: int = Field(description="distinct ones: segments with equal masks share theirs")
     macs: float
     versus_exact: float
     versus_static: float
@@ -87,7 +88,6 @@ class BundleFacts(Result):
     precision: str
     max_batch: int
     plan_kind: str
-    segments: int
     model: ModelFacts
     width: WidthFacts
     chosen: PlanRow
@@ -143,7 +143,7 @@ def bundle_text(facts: BundleFacts) -> str:
 
 
 def _plan_line(facts: BundleFacts) -> str:
-    sizes = f"{_many(facts.chosen.subnets, 'subnetwork')} in {_many(facts.segments, 'segment')}"
+    sizes = f"{_many(facts.chosen.subnets, 'subnetwork')} in {_many(facts.chosen.segments, 'segment')}"
     if not facts.model.config.dynamic:
         return sizes
     cost = f"{facts.chosen.versus_exact:.3f} x the exact masks, {facts.chosen.versus_static:.3f} x static"
@@ -185,15 +185,22 @@ def _width_lines(model: ModelFacts, width: WidthFacts) -> list[tuple[str, str]]:
 
 
 def _plan_table(plans: Sequence[PlanRow], chosen: PlanRow | None) -> str:
-    rows = [["subnetworks", "x exact masks", "x static", "weights", ""]]
-    shown = {row.subnets: row for row in plans} | ({chosen.subnets: chosen} if chosen else {})
+    rows = [["segments", "subnetworks", "x exact masks", "x static", "weights", ""]]
+    shown = {row.segments: row for row in plans} | ({chosen.segments: chosen} if chosen else {})
     for count in sorted(shown):
         row = shown[count]
         mark = "<- chosen" if row is chosen else ""
         rows.append(
-            [str(count), f"{row.versus_exact:.3f}", f"{row.versus_static:.3f}", bytes_text(row.weight_bytes), mark]
+            [
+                str(count),
+                str(row.subnets),
+                f"{row.versus_exact:.3f}",
+                f"{row.versus_static:.3f}",
+                bytes_text(row.weight_bytes),
+                mark,
+            ]
         )
-    return aligned(rows, right=(0, 1, 2, 3))
+    return aligned(rows, right=(0, 1, 2, 3, 4))
 
 
 def _subnet_table(facts: BundleFacts) -> str:

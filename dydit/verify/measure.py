@@ -1,7 +1,7 @@
 """Timing one side of a benchmark, inside its own process (`dydit.verify.bench_worker`). No PyTorch unless the side is.
 
 A *round* is a set of sampling steps spread over the whole run, as subnetworks differ in cost. It is timed step by step:
-the step itself with guidance, a repetition where tokens overflow, and the step's share of its segment's conditioning.
+the step itself with guidance, a repetition where tokens overflow, and its share of the conditioning of several steps.
 Loading and drawing noise are not in it. As many subnetworks stay loaded as when sampling, so that the memory is that of
 sampling; one that has to be loaded again is run once before it is timed.
 """
@@ -23,7 +23,7 @@ from dydit.diffusion.noise import INITIAL_DRAW, image_noise, step_draw
 from dydit.diffusion.schedule import Sampler, Schedule
 from dydit.models.config import ModelConfig, Strict
 from dydit.models.cost import attention_macs, flops_ratio, mlp_macs
-from dydit.runtime.backends.base import BackendOptions, StepResult
+from dydit.runtime.backends.base import Arrays, Backend, BackendOptions, StepResult, Subnet
 from dydit.runtime.backends.registry import open_backend
 from dydit.runtime.loop import StepRunner, default_residency
 from dydit.runtime.resident import ResidentSubnets
@@ -125,6 +125,27 @@ class Measured(ABC):
         return Decided(token_share=tuple(tokens.mean(axis=1).tolist()), flops_ratio=tuple(ratio.tolist()), macs=macs)
 
 
+class _Timed(Backend):
+    """A backend that notes what conditioning takes, per step that a call served: `shares`, seconds by timestep."""
+
+    def __init__(self, inner: Backend):
+        super().__init__(inner.bundle, inner.options)
+        self.inner, self.name = inner, inner.name
+        self.shares: dict[int, float] = {}
+        self.spent = 0.0
+
+    def _conditioning(self, feeds: Arrays) -> np.ndarray:
+        start = time.perf_counter()
+        table = self.inner.conditioning(feeds["timesteps"], feeds["labels"])
+        seconds = time.perf_counter() - start
+        self.spent += seconds
+        self.shares.update(dict.fromkeys(feeds["timesteps"].tolist(), seconds / len(table)))
+        return table
+
+    def subnet(self, index: int, full_capacity: bool = False, debug: bool = False) -> Subnet:
+        return self.inner.subnet(index, full_capacity, debug)
+
+
 class MeasuredBundle(Measured):
     """A bundle on a backend, run as the sampling loop runs it."""
 
@@ -133,16 +154,17 @@ class MeasuredBundle(Measured):
         self.bundle = Bundle.open(job.side.path, verify=False)
         super().__init__(job, self.bundle.manifest.model)
         options = BackendOptions(threads=job.threads, device=job.device, packed=job.side.packed)
-        self.backend = open_backend(job.side.backend, self.bundle, options)
+        self.backend = _Timed(open_backend(job.side.backend, self.bundle, options))
         plan = self.bundle.manifest.plan
-        self.segments = [next(s for s in plan.segments if step in s.steps) for step in job.steps]
-        self.needed = sorted({segment.subnet for segment in self.segments})
+        self.subnet_of = [next(s.subnet for s in plan.segments if step in s.steps) for step in job.steps]
+        self.needed = sorted(set(self.subnet_of))
         limit = default_residency(self.bundle.manifest)
         self.keep_all = limit is None or len(self.needed) <= limit
         self.subnets = ResidentSubnets(self.backend, limit)
 
     def load(self) -> Loaded:
         start = time.perf_counter()
+        self.backend.conditioning(np.asarray([0], np.int64), self.labels[:1])
         for index in self.needed:
             self.subnets.get(index)
         return Loaded(seconds=time.perf_counter() - start, subnets=len(self.needed))
@@ -160,22 +182,20 @@ class MeasuredBundle(Measured):
     def round(self) -> Round:
         runner = StepRunner(self.backend, self.subnets, self.labels, self.job.cfg_scale)
         times: list[float] = []
-        shares: dict[int, float] = {}  # of conditioning, per step, by the segment's first step
         overflows = 0
 
         def step(k: int, x: np.ndarray) -> np.ndarray:
             nonlocal overflows
-            segment = self.segments[k]
-            start = time.perf_counter()
+            start, before = time.perf_counter(), self.backend.spent
             feeds = self._feeds(runner, k, x)
-            prepared = time.perf_counter() - start
+            # Conditioning may have been computed for many steps at once, most of which are not measured.
+            prepared = time.perf_counter() - start - (self.backend.spent - before)
+            prepared += self.backend.shares[self.bundle.manifest.sampling.timesteps[self.job.steps[k]]]
             if not self.keep_all:
-                self._step(segment.subnet, feeds)
-            # The segment's first measured step computes the vectors of all its steps, and so pays for them.
-            share = shares.setdefault(segment.first, prepared / segment.count)
+                self._step(self.subnet_of[k], feeds)
             start = time.perf_counter()
-            result = self._step(segment.subnet, feeds)
-            times.append(1e3 * (time.perf_counter() - start + share))
+            result = self._step(self.subnet_of[k], feeds)
+            times.append(1e3 * (time.perf_counter() - start + prepared))
             overflows += bool(result.overflow.any())
             return result.x_prev
 
@@ -189,9 +209,9 @@ class MeasuredBundle(Measured):
 
             def step(k: int, x: np.ndarray) -> np.ndarray:
                 feeds = self._feeds(runner, k, x)
-                result = subnets.get(self.segments[k].subnet).step(feeds)
+                result = subnets.get(self.subnet_of[k]).step(feeds)
                 if result.overflow.any():
-                    result = subnets.full(self.segments[k].subnet).step(feeds)
+                    result = subnets.full(self.subnet_of[k]).step(feeds)
                 assert result.tokens is not None
                 tokens.append(result.tokens.mean(axis=(1, 2)))
                 return result.x_prev

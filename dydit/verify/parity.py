@@ -161,9 +161,8 @@ class _Parity:
         return [masks, compare_weights(self.bundle, self.checkpoint), self._sliced(), *self._backend()], self.trajectory
 
     def _expected(self, step: int) -> StepValues:
-        tokens = self.trajectory.tokens
-        latents = self.trajectory.latents
-        return StepValues(latents[step], latents[step + 1], None if tokens is None else tokens[step])
+        latents, logits = self.trajectory.latents, self.trajectory.logits
+        return StepValues(latents[step], latents[step + 1], None if logits is None else logits[step] > 0)
 
     def _compare(self, step: int, ours: StepValues) -> StepComparison:
         logits = None if self.trajectory.logits is None else self.trajectory.logits[step]
@@ -236,8 +235,10 @@ class _Parity:
 
 
 def compare_masks(bundle: Bundle, timesteps: np.ndarray, widths: np.ndarray) -> Hop:
-    """The gates that the model itself used, bool [S, L, 2, rows, H] by checkpoint unit, and the timesteps that it was given,
-    against the manifest's. Departure: the first step, block and unit."""
+    """The gates that the model itself used, and the timesteps that it was given, against the manifest's.
+
+    `widths`: bool [S, L, 2, rows, H], by unit of the checkpoint. The departure is the first step, block and unit.
+    """
     frozen = bundle.manifest.checkpoint_masks()
     wrong = (widths != frozen[:, :, :, None]).any(axis=3)  # [S, L, 2, H]
     late = np.asarray(bundle.manifest.sampling.timesteps) != timesteps

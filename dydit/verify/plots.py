@@ -28,30 +28,32 @@ from dydit.verify.text import bytes_text, exponent
 
 @dataclass(frozen=True)
 class PlanPoint:
-    """A plan: how many subnetworks, multiply-adds of a run, bytes of the weights of all its distinct subnetworks."""
+    """A plan: segments of steps, distinct subnetworks that serve them, multiply-adds of a run, bytes of the weights of
+    all those subnetworks."""
 
+    segments: int
     subnets: int
     macs: float
     weight_bytes: int
 
 
 def plan_png(curve: Sequence[PlanPoint], chosen: PlanPoint, exact: float, static: float) -> bytes:
-    """Cost and memory of the cheapest plans of K subnetworks, and the plan that was chosen.
+    """Cost and memory of the cheapest plans of K segments, and the plan that was chosen.
 
     `curve` ascends in K, its last being the exact masks'; `exact`, `static`: multiply-adds of a run with the per-step
     masks and with everything on.
     """
-    ks = [point.subnets for point in curve]
+    ks = [point.segments for point in curve]
     sizes = [point.weight_bytes / 2**20 for point in curve]
-    count, extra = chosen.subnets, chosen.macs / exact - 1
+    count, extra = chosen.segments, chosen.macs / exact - 1
     with drawing(7.2, 4.6) as figure:
-        cost = f"{extra:.1%} more multiply-adds than the exact masks" if extra > 0 else "no more than the exact masks"
-        headline(
-            figure,
-            f"{count} subnetworks cost {cost}" if count > 1 else f"1 subnetwork costs {cost}",
-            f"and hold {bytes_text(chosen.weight_bytes)} of weights, where {ks[-1]} would hold "
-            f"{bytes_text(curve[-1].weight_bytes)}",
-        )
+        cost = f"{extra:.1%} more multiply-adds" if extra > 5e-4 else "no more"
+        exact_size = bytes_text(curve[-1].weight_bytes)
+        detail = f"for {_plural(count, 'segment')} of steps; they hold {bytes_text(chosen.weight_bytes)} of weights"
+        if extra > 5e-4:
+            detail += f", where the exact masks' {curve[-1].subnets} would hold {exact_size}"
+        verb = "costs" if chosen.subnets == 1 else "cost"
+        headline(figure, f"{_plural(chosen.subnets, 'subnetwork')} {verb} {cost} than the exact masks", detail)
         upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(1.5, 1))
         upper.plot(ks, [point.macs / exact for point in curve], color=ACCENT)
         upper.axhline(static / exact, color=MUTED, lw=1, ls=(0, (4, 3)))
@@ -68,12 +70,14 @@ def plan_png(curve: Sequence[PlanPoint], chosen: PlanPoint, exact: float, static
         lower.plot(ks, sizes, color=ACCENT)
         lower.set_ylim(0, 1.08 * max(sizes))
         lower.set_ylabel("weights, MiB")
-        lower.set_xlabel("subnetworks K (cheapest plan of each K)")
+        lower.set_xlabel("segments K (cheapest plan of each K)")
         for axis, value in ((upper, chosen.macs / exact), (lower, chosen.weight_bytes / 2**20)):
             axis.axvline(count, color=SECOND, lw=0.9, alpha=0.6)
             axis.plot([count], [value], "o", ms=6, color=SECOND, mec="white", mew=1.2, zorder=5)
             axis.grid(axis="y")
-        _note(upper, f"chosen: K = {count}", (count, chosen.macs / exact), (7, 7), SECOND)
+        late = len(ks) > 1 and count > ks[-1] ** 0.8
+        place = {"offset": (-7, 7), "ha": "right"} if late else {"offset": (7, 7)}
+        _note(upper, f"chosen: K = {count}", (count, chosen.macs / exact), colour=SECOND, **place)
         if len(ks) > 1:
             _doubling_axis(lower, ks[-1])
         return png(figure)
@@ -87,6 +91,10 @@ def _doubling_axis(axis: Any, last: int) -> None:
     axis.xaxis.set_major_locator(FixedLocator([*doublings, last]))
     axis.xaxis.set_minor_locator(NullLocator())
     axis.xaxis.set_major_formatter(ScalarFormatter())
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def _note(axis: Any, text: str, at: tuple[float, float], offset: tuple[float, float], colour: str, **how: Any) -> None:
@@ -119,14 +127,16 @@ def latency_png(bench: BenchReport) -> bytes:
         )
         axis = figure.subplots()
         places = np.arange(len(sides))[::-1]
+        bound = bench.side(pair.other).median_ms / pair.allowed if pair else 0.0
         medians, most = [side.median_ms for side in sides], 1.16 * max(side.max_ms for side in sides)
         colours = [ACCENT, *[ACCENT_LIGHT] * (len(sides) - 1)]
         axis.barh(places, medians, height=0.56, color=colours)
         for place, side in zip(places, sides, strict=True):
             axis.plot([side.min_ms, side.max_ms], [place, place], color=INK, lw=1.1)
-            _note(axis, f"{side.median_ms:.2f} ms", (side.max_ms, place), (6, 0), INK, va="center")
+            right = max(side.max_ms, bound) if side is first else side.max_ms
+            _note(axis, f"{side.median_ms:.2f} ms", (right, place), (6, 0), INK, va="center")
         if pair is not None:
-            _bound_mark(axis, places[0], bench.side(pair.other).median_ms / pair.allowed, pair, most)
+            _bound_mark(axis, places[0], bound, pair, most)
         axis.set_yticks(places, [side.side.name for side in sides])
         axis.set_xlim(0, most)
         axis.set_ylim(-0.5, len(sides) - 0.18)

@@ -24,8 +24,9 @@ import numpy as np
 from PIL import Image
 from pydantic import Field
 
+from dydit import __version__ as dydit_version
 from dydit.bundle.bundle import Bundle
-from dydit.errors import CheckpointError
+from dydit.errors import BundleError, CheckpointError
 from dydit.models.config import Strict
 from dydit.runtime.backends.base import BackendOptions
 from dydit.runtime.bulk import picture_name, sample_to_folder
@@ -123,7 +124,11 @@ def run_quickstart(
     dydit, dit = (load_checkpoint(path) for path in paths)
     if not dydit.config.dynamic or dit.config.dynamic or dydit.config.without_routers() != dit.config:
         raise CheckpointError(f"{paths[0]} and {paths[1]} are not a DyDiT and a static DiT of the same sizes")
-    settings = {"config": config.model_dump(mode="json"), "checkpoints": [dydit.sha256, dit.sha256]}
+    settings = {
+        "version": dydit_version,
+        "config": config.model_dump(mode="json"),
+        "checkpoints": [dydit.sha256, dit.sha256],
+    }
     with folder.open(settings, overwrite):
         return _run(_Job(folder, config, dydit, dit, progress))
 
@@ -154,12 +159,12 @@ def _export(job: _Job) -> tuple[Bundle, Bundle]:
     bundles = []
     for name, checkpoint in (("bundle", job.dydit), ("static-bundle", job.dit)):
         path = job.folder.out / name
-        if path.exists():
+        with contextlib.suppress(BundleError):  # absent or damaged
             bundle = Bundle.open(path)
             if not stale_reasons(bundle.manifest, checkpoint):
                 bundles.append(bundle)
                 continue
-            shutil.rmtree(path)
+        shutil.rmtree(path, ignore_errors=True)
         bundles.append(export(checkpoint, path, config, job.tick(STAGES[0])))
     return bundles[0], bundles[1]
 

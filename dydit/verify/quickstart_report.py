@@ -12,6 +12,7 @@ from dydit.bundle.bundle import Bundle
 from dydit.bundle.manifest import Manifest
 from dydit.files import write_atomic
 from dydit.verify.inspect import Inspection, inspect_bundle
+from dydit.verify.inspect_facts import BundleFacts
 from dydit.verify.plots import latency_png, parity_png
 from dydit.verify.plots_masks import samples_png, tokens_png
 from dydit.verify.report import Headline, ReportContent, write_report
@@ -79,7 +80,8 @@ def lines_of(found: Found, out: Path) -> tuple[Line, ...]:
         Line(
             label="multiply-adds saved",
             value=f"{1 - executed:.1%}",
-            note=f"of the blocks', over a run, tokens included; a subnetwork a mask would save {1 - decided:.1%}",
+            note="of the blocks', measured over a run, tokens included"
+            + (f"; a subnetwork a mask would save {1 - decided:.1%}" if executed - decided > 5e-4 else ""),
         ),
         _deviation(found.parity),
     )
@@ -157,16 +159,15 @@ def _content(
         ),
         headlines=[Headline(line.label, line.value, line.note) for line in (*numbers, where)],
         machine=Machine.here(),
-        samples=pictures["samples.png"],
+        pictures={name.removesuffix(".png"): data for name, data in pictures.items()},
         samples_note=(
             f"{sampled.images} images in {sampled.seconds:.1f} s: {manifest.sampling.steps} "
             f"{manifest.sampling.sampler.upper()} steps{_guidance(sampled.cfg_scale)}, seed {sampled.seed}. None is "
             "picked by hand."
         ),
-        tokens=pictures["tokens.png"],
         parity=found.parity,
         bench=found.bench,
-        inspection=inspection,
+        bundle=inspection.facts if isinstance(inspection.facts, BundleFacts) else None,
         facts=(
             ("Bundle", str(found.bundle.path)),
             ("Checkpoint", f"SHA-256 {manifest.checkpoint_sha256}"),

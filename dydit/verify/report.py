@@ -8,21 +8,27 @@ from __future__ import annotations
 
 import base64
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from dydit.errors import DyditError
 from dydit.files import write_atomic
-from dydit.verify.inspect import Inspection
 from dydit.verify.inspect_facts import BundleFacts
 from dydit.verify.plot_style import DPI
-from dydit.verify.plots import bound_of, latency_png, parity_png
 from dydit.verify.results import BenchReport, Machine, ParityReport
 from dydit.verify.text import bytes_text, count_text, exponent
 
 TEMPLATE = "report.html.j2"
+PICTURES = {
+    "samples": "Sheet of generated images, a column for each class",
+    "masks": "Heat maps of active heads and channel groups over the sampling steps",
+    "tokens": "Images, and how many blocks computed each of their tokens, by timestep",
+    "parity": "Deviation from the reference in each step, with its bars",
+    "latency": "Milliseconds a step of each side, and what multiply-adds allow",
+    "plan": "Cost and memory of plans against their number of segments",
+}
+"""What a report has pictures of, and what each shows to those who do not see it."""
 CSS_DPI = 100  # pictures are drawn at DPI and shown at this many pixels an inch: crisp on a screen of twice the density
 
 
@@ -37,18 +43,17 @@ class Headline:
 
 @dataclass(frozen=True)
 class ReportContent:
-    """What a report shows. Pictures are PNG bytes; `facts` are pairs for the foot."""
+    """What a report shows. `pictures`: PNG bytes by name, of those in `PICTURES`; `facts`: pairs for the foot."""
 
     title: str
     subtitle: str
     headlines: Sequence[Headline]
     machine: Machine
-    samples: bytes | None = None
+    pictures: Mapping[str, bytes] = field(default_factory=dict)
     samples_note: str = ""
-    tokens: bytes | None = None
     parity: ParityReport | None = None
     bench: BenchReport | None = None
-    inspection: Inspection | None = None
+    bundle: BundleFacts | None = None
     facts: Sequence[tuple[str, str]] = field(default=())
 
 
@@ -75,7 +80,7 @@ def write_report(path: Path, content: ReportContent) -> None:
 
 
 def render_report(content: ReportContent) -> str:
-    """The report as HTML. Raises `DyditError` where jinja2 or matplotlib is not installed."""
+    """The report as HTML. Raises `DyditError` where jinja2 is not installed."""
     try:
         from jinja2 import Environment, FileSystemLoader, StrictUndefined
     except ImportError as error:
@@ -88,46 +93,10 @@ def render_report(content: ReportContent) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"bytes": bytes_text, "count": count_text, "exponent": _exponent}
-    return environment.get_template(TEMPLATE).render(content=content, pictures=_pictures(content), **_tables(content))
+    pictures = {name: Picture.of(data, PICTURES[name]) for name, data in content.pictures.items()}
+    flipped = [image for hop in content.parity.hops for image in hop.flipped_images] if content.parity else []
+    return environment.get_template(TEMPLATE).render(content=content, pictures=pictures, flipped=flipped)
 
 
 def _exponent(value: float | None) -> str:
     return "\u2013" if value is None else exponent(value)
-
-
-def _pictures(content: ReportContent) -> dict[str, Picture]:
-    data: dict[str, tuple[bytes, str]] = {}
-    if content.samples:
-        data["samples"] = content.samples, "Sheet of generated images, a column for each class"
-    if content.inspection:
-        drawn = content.inspection.pictures()
-        if "masks.png" in drawn:
-            data["masks"] = drawn["masks.png"], "Heat maps of active heads and channel groups over the sampling steps"
-        if "plan.png" in drawn:
-            data["plan"] = drawn["plan.png"], "Cost and memory of plans against their number of subnetworks"
-    if content.tokens:
-        data["tokens"] = (
-            content.tokens,
-            "Images, and how many blocks computed each of their tokens, by timestep",
-        )
-    if content.parity:
-        data["parity"] = parity_png(content.parity), "Deviation from the reference in each step, with its bars"
-    if content.bench:
-        data["latency"] = (
-            latency_png(content.bench),
-            "Milliseconds a step of each side, and what multiply-adds allow",
-        )
-    return {name: Picture.of(png, alt) for name, (png, alt) in data.items()}
-
-
-def _tables(content: ReportContent) -> dict[str, Any]:
-    """What the template lays out besides pictures."""
-    inspection = content.inspection
-    facts = inspection.facts if inspection and isinstance(inspection.facts, BundleFacts) else None
-    flipped = [image for hop in content.parity.hops for image in hop.flipped_images] if content.parity else []
-    return {
-        "bundle": facts,
-        "bound": bound_of(content.bench) if content.bench else None,
-        "flipped": flipped,
-        "packages": sorted(content.machine.packages.items()),
-    }

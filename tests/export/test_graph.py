@@ -177,6 +177,21 @@ def test_only_dynamic_routing_has_data_dependent_shapes(make_bench):
         assert not used & {"If", "Loop", "TopK", "Compress"}
 
 
+def test_attributes_too_small_to_show_in_the_numbers(make_bench):
+    """LayerNorm's epsilon moves a step by less than fp32 does; the model has 1e-6."""
+    bench = make_bench()
+    nodes = [node for each in load(bench.write(spec_of(bench, Routing.DYNAMIC))).functions for node in each.node]
+    found = {
+        (node.op_type, a.name): onnx.helper.get_attribute_value(a)
+        for node in nodes
+        if node.op_type in ("LayerNormalization", "Gelu")
+        for a in node.attribute
+    }
+    assert found["LayerNormalization", "epsilon"] == pytest.approx(1e-6)
+    assert found["LayerNormalization", "axis"] == -1
+    assert found["Gelu", "approximate"] == b"tanh"
+
+
 def test_values_for_debugging_are_in_the_main_graph(make_bench):
     bench = make_bench()
     for routing in MODES:

@@ -207,7 +207,7 @@ def test_bad_requests_and_missing_backends_leave_no_folder(pixel_bundle, tmp_pat
     for request, backend, error, message in (
         (SampleRequest(labels=(9,)), "onnxruntime", ConfigError, r"label 9 is outside 0\.\.6"),
         (SampleRequest(labels=(1,), batch_size=99), "onnxruntime", ConfigError, "batch size 99 is outside"),
-        (SampleRequest(labels=(1,)), "tensorrt", BackendError, "not available in this version"),
+        (SampleRequest(labels=(1,)), "jax", BackendError, "unknown backend 'jax'"),
         (SampleRequest(labels=(1,), noise_from=tmp_path / "no.npz"), "torch", ConfigError, "cannot read noise"),
     ):
         with pytest.raises(error, match=message):

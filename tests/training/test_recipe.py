@@ -87,6 +87,13 @@ def test_target_and_noise_never_rise(iteration: int, target: float, ramp: int, a
     assert 1 >= recipe.gate_noise(iteration) >= recipe.gate_noise(iteration + 1) >= 0
 
 
+def test_the_average_is_short_at_first_where_asked() -> None:
+    (recipe,) = find_recipes("digits-static", ["ema_decay=0.99", "ema_warmup=true"])
+    assert [recipe.average_decay(i) for i in (0, 8, 5000)] == [0.1, 0.5, 0.99]
+    (plain,) = find_recipes("digits-static", ["ema_decay=0.99", "ema_warmup=false"])
+    assert plain.average_decay(0) == 0.99
+
+
 def test_gate_noise_is_gone_at_the_last_iteration() -> None:
     (recipe,) = find_recipes("digits-dynamic", ["noise_anneal=0.2", "iterations=1000"])
     assert recipe.gate_noise(0) == recipe.gate_noise(790) == 1

@@ -101,11 +101,11 @@ def test_a_ratio_above_one_means_faster():
 
 def test_a_static_model_computes_everything(make_checkpoint, make_bundle, small_config):
     checkpoint = make_checkpoint(small_config.model_copy(update={"routers": Routers.NONE}))
-    sides = [*sides_of(make_bundle(checkpoint)), Side(name="t", kind=SideKind.TORCH_STATIC, path=str(checkpoint.path))]
-    report = run_bench(sides, QUICK.model_copy(update={"repeats": 1, "cfg_scale": 1.0}))
-    for side in report.sides:
-        assert side.macs == static_macs(small_config) and set(side.flops_ratio) == {1.0}
-    assert report.comparisons[0].allowed == 1
+    bundle = make_bundle(checkpoint)
+    for kind, path in ((SideKind.BUNDLE, bundle.path), (SideKind.TORCH_MASKED, checkpoint.path)):
+        decided = open_side(job(bundle, Side(name="s", kind=kind, path=str(path)), cfg_scale=1.0)).decided()
+        assert decided.macs == static_macs(small_config)
+        assert set(decided.flops_ratio) == set(decided.token_share) == {1.0}
 
 
 def test_without_its_routers_a_model_is_static(make_checkpoint, make_bundle, small_config):
@@ -219,11 +219,12 @@ class TestRefusals:
 
     def test_a_checkpoint_of_other_sizes(self, make_bundle, make_checkpoint, small_config):
         other = make_checkpoint(small_config.model_copy(update={"depth": 2}))
-        with pytest.raises(BackendError, match=r"pytorch-masked: .*cannot be compared"):
-            run_bench(sides_of(make_bundle(), checkpoint=other.path), QUICK)
+        side = Side(name="t", kind=SideKind.TORCH_MASKED, path=str(other.path))
+        with pytest.raises(ConfigError, match="cannot be compared"):
+            open_side(job(make_bundle(), side))
 
     def test_a_backend_that_is_not_there(self, make_bundle):
-        with pytest.raises(BackendError, match="nonsense"):
+        with pytest.raises(BackendError, match=r"^bundle-\d+: unknown backend 'nonsense'"):
             run_bench(sides_of(make_bundle(), backend="nonsense"), QUICK)
 
     def test_a_process_that_dies_is_told_with_its_last_words(self, make_bundle, monkeypatch):

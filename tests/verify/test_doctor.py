@@ -13,7 +13,11 @@ from dydit.verify import doctor, doctor_probes
 from dydit.verify.doctor import EXTRAS, DoctorReport, memory_bytes, run_doctor
 from dydit.verify.doctor_probes import PROBES, Finding, Unavailable, attempt, run_probe
 
-STATUS = [["onnxruntime", True, "onnxruntime 9"], ["torch", False, "broken"], ["tensorrt", False, "not in this version"]]
+STATUS = [
+    ["onnxruntime", True, "onnxruntime 9"],
+    ["torch", False, "broken"],
+    ["tensorrt", False, "not in this version"],
+]
 
 
 def fake(**findings):

@@ -35,6 +35,7 @@ def test_facts_of_a_bundle(make_bundle, make_checkpoint):
     assert facts.width.flops_ratio == pytest.approx(plan.per_step_macs / plan.static_macs)
     assert facts.width.distinct_masks == len(set(manifest.masks)) and 0 < facts.width.toggling_units < facts.width.units
     assert facts.chosen.macs == plan.macs and facts.chosen.subnets == len(manifest.subnets)
+    assert facts.chosen.segments == len(plan.segments)
     assert facts.chosen.versus_exact == pytest.approx(plan.macs / plan.per_step_macs)
     assert facts.bundle_bytes == sum(f.stat().st_size for f in bundle.path.rglob("*"))
     assert np.array_equal(found.masks, manifest.checkpoint_masks()) and found.timesteps == manifest.sampling.timesteps
@@ -45,14 +46,14 @@ def test_facts_of_a_bundle(make_bundle, make_checkpoint):
 
 def test_the_plan_table_falls_in_cost_from_everything_to_the_exact_masks(make_bundle):
     facts = inspect_bundle(make_bundle().path).facts
-    counts = [row.subnets for row in facts.plans]
+    counts = [row.segments for row in facts.plans]
     costs = [row.macs for row in facts.plans]
     assert counts[0] == 1 and counts == sorted(set(counts)) and costs == sorted(costs, reverse=True)
     assert facts.plans[-1].versus_exact == 1 and facts.plans[0].versus_static <= 1
     assert min(costs) <= facts.chosen.macs <= max(costs)
     dense = facts.dense_bytes
     assert all(0 < subnet.weight_bytes <= dense for subnet in facts.subnets)
-    row = next(row for row in facts.plans if row.subnets == facts.chosen.subnets)
+    row = next(row for row in facts.plans if row.segments == facts.chosen.segments)
     assert (row.macs, row.weight_bytes) == (pytest.approx(facts.chosen.macs), facts.chosen.weight_bytes)
 
 
@@ -107,7 +108,7 @@ def test_text_is_columns_and_json_goes_there_and_back(make_bundle, make_checkpoi
         lines = text.splitlines()
         assert max(map(len, lines[2:8])) <= 110 and all(line == line.rstrip() for line in lines)
         table = lines[lines.index("") + 1 :]
-        assert table[0].split()[0] == "subnetworks" and table[1].split()[0] == "1"
+        assert table[0].split()[:2] == ["segments", "subnetworks"] and table[1].split()[0] == "1"
         assert len({line.index("iB") for line in table[1 : table.index("") if "" in table else None]}) == 1, "aligned"
     bundle = inspect(make_bundle().path)
     assert "<- chosen" in bundle.text() and f"{bundle.facts.width.distinct_masks} distinct in 12 steps" in bundle.text()

@@ -118,14 +118,20 @@ def test_samples_stand_in_the_column_of_their_class():
 
 
 def test_the_plan_marks_its_choice_and_says_what_it_costs(titles):
-    curve = [PlanPoint(k, 100 + 50 / k, 2**20 * k) for k in (1, 2, 4, 8, 16)]
+    curve = [PlanPoint(k, k, 100 + 50 / k, 2**20 * k) for k in (1, 2, 4, 8, 16)]
     array = pixels(plan_png(curve, curve[2], 100.0, 160.0))
     assert count(array, SECOND) > 100
     finding, detail = titles[0]
     assert finding == "4 subnetworks cost 12.5% more multiply-adds than the exact masks"
-    assert detail == "and hold 4.00 MiB of weights, where 16 would hold 16.0 MiB"
+    held = "they hold 4.00 MiB of weights"
+    assert detail == f"for 4 segments of steps; {held}, where the exact masks' 16 would hold 16.0 MiB"
     pixels(plan_png(curve[:1], curve[0], 150.0, 150.0))
     assert titles[1][0] == "1 subnetwork costs no more than the exact masks"
+    pixels(plan_png(curve, PlanPoint(4, 3, 100.0, 2**20), 100.0, 160.0))
+    assert titles[2] == (
+        "3 subnetworks cost no more than the exact masks",
+        "for 4 segments of steps; they hold 1.00 MiB of weights",
+    )
 
 
 def side(name, ms, kind=SideKind.BUNDLE, macs=50.0):

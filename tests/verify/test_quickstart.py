@@ -38,7 +38,7 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(config, tmp_path_factory):
-    """(folder, result, stages of a run that was killed, stages of the one that completed it, wrong settings refused)."""
+    """(folder, result, stages of a killed run, stages of the one that completed it, how others were refused)."""
     out = tmp_path_factory.mktemp("quick") / "out"
     first, second = [], []
 
@@ -97,7 +97,9 @@ def test_five_lines_say_what_was_measured(finished, config):
     ratio = values["flops_ratio"]
     assert 0.2 < ratio["decided"] <= ratio["executed"] < 1 and 0.1 < ratio["token_share"] < 0.9
     assert saved.value == f"{1 - ratio['executed']:.1%}"
-    assert 0 < parity.hop("run").worst < 1e-3 and float(deviation.value) == pytest.approx(parity.hop("run").worst, rel=0.1)
+    assert 0 < parity.hop("run").worst < 1e-3 and float(deviation.value) == pytest.approx(
+        parity.hop("run").worst, rel=0.1
+    )
     assert values["kind"] == "dydit-quickstart" and values["result"]["ok"] is True
 
 

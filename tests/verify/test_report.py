@@ -15,6 +15,7 @@ from PIL import Image
 from dydit.errors import DyditError
 from dydit.verify.inspect import inspect
 from dydit.verify.parity import ParityConfig, run_parity
+from dydit.verify.plots import latency_png, parity_png
 from dydit.verify.plots_masks import samples_png, tokens_png
 from dydit.verify.report import Headline, ReportContent, render_report, write_report
 from dydit.verify.results import BenchReport, Comparison, FlippedImage, Machine, Side, SideKind, SideResult, Status
@@ -61,7 +62,13 @@ def parity(make_bundle, make_checkpoint):
 def bench():
     def side(name, ms, macs):
         rounds = {"round_ms": (ms,), "step_ms": (ms,), "median_ms": ms, "min_ms": ms * 0.9, "max_ms": ms * 1.1}
-        counts = {"load_seconds": 0.1, "subnets_loaded": 4, "peak_bytes": 9 << 20, "settled_bytes": 3 << 20, "images_per_second": 5.25}
+        counts = {
+            "load_seconds": 0.1,
+            "subnets_loaded": 4,
+            "peak_bytes": 9 << 20,
+            "settled_bytes": 3 << 20,
+            "images_per_second": 5.25,
+        }
         made = Side(name=name, kind=SideKind.BUNDLE, path=name)
         cost = {"token_share": (1,), "flops_ratio": (1,), "macs": macs}
         return SideResult(side=made, **rounds, **counts, **cost, overflows=0)
@@ -79,17 +86,24 @@ def bench():
 @pytest.fixture(scope="module")
 def content(make_bundle, parity, bench):
     images, tokens = np.zeros((2, 1, 8, 8)), np.ones((2, 3, 2, 16), bool)
+    inspection = inspect(make_bundle().path)
+    drawn = {name.removesuffix(".png"): data for name, data in inspection.pictures().items()}
     return ReportContent(
         title="A <b>title</b> & more",
         subtitle="what it is about",
         headlines=[Headline("speed-up", "1.75\u00d7", "on this machine"), Headline("results", "/a/long/path/x", "all")],
         machine=Machine.here(),
-        samples=samples_png(images, [0, 1]),
+        pictures={
+            **drawn,
+            "samples": samples_png(images, [0, 1]),
+            "tokens": tokens_png(images, tokens, [999, 0], ["a", "b"]),
+            "parity": parity_png(parity),
+            "latency": latency_png(bench),
+        },
         samples_note="two images",
-        tokens=tokens_png(images, tokens, [999, 0], ["a", "b"]),
         parity=parity,
         bench=bench,
-        inspection=inspect(make_bundle().path),
+        bundle=inspection.facts,
         facts=(("Bundle", "where it is"),),
     )
 
@@ -141,9 +155,10 @@ def test_tables_say_what_was_measured(html, parity, content):
     assert "ours 8.00 7.20 \u2013 8.80 5.25 4 M 3.00 MiB 0.10 s" in text["latency"]
     assert "theirs 1.75 \u00d7 1.50 \u2013 2.00 2.00 \u00d7 88%" in text["latency"]
     assert "Batch 4, no guidance, 1 thread, 3 rounds after 1 of warm-up, 2 of 12 steps" in text["latency"]
-    facts = content.inspection.facts
+    facts = content.bundle
     assert f"{facts.width.distinct_masks} distinct masks in 12 steps" in text["plan"]
-    assert f"{facts.chosen.subnets} {facts.chosen.versus_exact:.3f}" in text["plan"]
+    chosen = f"{facts.chosen.segments} {facts.chosen.subnets} {facts.chosen.versus_exact:.3f}"
+    assert chosen in text["plan"]
     assert Machine.here().cpu in text["machine"] and "numpy" in text["machine"] and "where it is" in text["machine"]
 
 
@@ -159,7 +174,7 @@ def test_failures_are_shown_as_such(content, parity):
 
 
 def test_what_was_not_measured_is_left_out(content):
-    nothing = dict.fromkeys(("samples", "tokens", "parity", "bench", "inspection"))
+    nothing = {"pictures": {}, "parity": None, "bench": None, "bundle": None}
     page = Page(render_report(changed(content, **nothing)))
     assert [each["id"] for each in page.all("section")] == ["machine"] and page.all("img") == []
     page = Page(render_report(changed(content, **{**nothing, "bench": content.bench})))
@@ -168,8 +183,11 @@ def test_what_was_not_measured_is_left_out(content):
 
 def test_a_static_bundle_has_a_plan_and_no_masks(content, make_bundle, make_checkpoint, small_config):
     static = inspect(make_bundle(make_checkpoint(small_config.without_routers())).path)
-    ids = [each["id"] for each in Page(render_report(changed(content, inspection=static, tokens=None))).all("section")]
-    assert "masks" not in ids and "plan" in ids
+    page = Page(render_report(changed(content, bundle=static.facts, pictures=static.pictures())))
+    assert [each["id"] for each in page.all("section")] == ["parity", "latency", "plan", "machine"]
+    assert (
+        page.all("img") == [] and "1 distinct mask in 12 steps become 1 subnetwork for 1 segment" in page.text["plan"]
+    )
 
 
 def test_it_is_written_as_utf8(content, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 
 from dydit.bundle.bundle import Bundle
@@ -10,7 +11,8 @@ from dydit.runtime.backends.base import Backend, BackendOptions
 
 BACKENDS = ("onnxruntime", "torch")
 DEVICES = ("cpu", "cuda")
-PLANNED = ("tensorrt", "tensorrt-rtx")
+ENGINE_BACKENDS = ("tensorrt", "tensorrt-rtx")
+"""These run engines that `dydit build` made, on a GPU; `tensorrt` takes those of either flavour."""
 
 
 def open_backend(name: str, bundle: Bundle, options: BackendOptions | None = None) -> Backend:
@@ -28,16 +30,14 @@ def open_backend(name: str, bundle: Bundle, options: BackendOptions | None = Non
 
 
 def require_known(name: str) -> None:
-    """Raise `BackendError` for a name that is not in `BACKENDS`, naming those that are."""
-    if name in PLANNED:
-        raise BackendError(f"backend {name!r} is not available in this version; available: {', '.join(BACKENDS)}")
-    if name not in BACKENDS:
-        raise BackendError(f"unknown backend {name!r}; available: {', '.join(BACKENDS)}")
+    """Raise `BackendError` for a name that is not known, naming those that are."""
+    if name not in _OPENERS:
+        raise BackendError(f"unknown backend {name!r}; available: {', '.join(_OPENERS)}")
 
 
 def backend_status() -> list[tuple[str, bool, str]]:
-    """(name, whether it works here, versions and devices, or what is missing) of every backend and those to come."""
-    return [*(_status(name) for name in BACKENDS), *((name, False, "not in this version") for name in PLANNED)]
+    """(name, whether it works here, versions and devices, or what is missing) of every backend."""
+    return [_status(name) for name in _OPENERS]
 
 
 def _status(name: str) -> tuple[str, bool, str]:
@@ -48,6 +48,10 @@ def _status(name: str) -> tuple[str, bool, str]:
 
 
 def _open_onnxruntime(bundle: Bundle, options: BackendOptions) -> Backend:
+    if options.device == "cuda" and importlib.util.find_spec("pycuda"):
+        from dydit.runtime.backends.ort_cuda import OnnxRuntimeDeviceBackend
+
+        return OnnxRuntimeDeviceBackend(bundle, options)
     from dydit.runtime.backends.onnxruntime import OnnxRuntimeBackend
 
     return OnnxRuntimeBackend(bundle, options)
@@ -58,6 +62,19 @@ def _open_torch(bundle: Bundle, options: BackendOptions) -> Backend:
     from dydit.runtime.backends.torch import TorchBackend
 
     return TorchBackend(bundle, options)
+
+
+def _open_tensorrt(bundle: Bundle, options: BackendOptions) -> Backend:
+    from dydit.runtime.backends.tensorrt import TensorRTBackend
+
+    return TensorRTBackend(bundle, options)
+
+
+def _open_tensorrt_rtx(bundle: Bundle, options: BackendOptions) -> Backend:
+    from dydit.engines.flavour import Flavour
+    from dydit.runtime.backends.tensorrt import TensorRTBackend
+
+    return TensorRTBackend(bundle, options, Flavour.TENSORRT_RTX)
 
 
 def _require_torch() -> None:
@@ -82,8 +99,28 @@ def _probe_torch() -> str:
     return f"torch {torch.__version__}, devices: {'cpu, cuda' if torch.cuda.is_available() else 'cpu'}"
 
 
+def _probe_tensorrt() -> str:
+    from dydit.runtime.backends.tensorrt import describe
+
+    return describe()
+
+
+def _probe_tensorrt_rtx() -> str:
+    from dydit.engines.flavour import Flavour
+    from dydit.runtime.backends.tensorrt import describe
+
+    return describe(Flavour.TENSORRT_RTX)
+
+
 _OPENERS: dict[str, Callable[[Bundle, BackendOptions], Backend]] = {
     "onnxruntime": _open_onnxruntime,
     "torch": _open_torch,
+    "tensorrt": _open_tensorrt,
+    "tensorrt-rtx": _open_tensorrt_rtx,
 }
-_PROBES: dict[str, Callable[[], str]] = {"onnxruntime": _probe_onnxruntime, "torch": _probe_torch}
+_PROBES: dict[str, Callable[[], str]] = {
+    "onnxruntime": _probe_onnxruntime,
+    "torch": _probe_torch,
+    "tensorrt": _probe_tensorrt,
+    "tensorrt-rtx": _probe_tensorrt_rtx,
+}

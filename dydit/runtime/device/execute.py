@@ -15,8 +15,12 @@ import numpy as np
 
 from dydit.errors import BackendError, DyditError
 from dydit.runtime.device import operations as op
-from dydit.runtime.device.launches import WORKSPACE, DeviceState, LaunchPlan
+from dydit.runtime.device.launches import WORKSPACE, DeviceState, EngineMemory, LaunchPlan
 from dydit.runtime.device.operations import Address, Binding, EngineId, GraphKey, HostArray, Operation
+
+
+class CaptureError(BackendError):
+    """Work cannot be captured in a graph here; it can be run without."""
 
 
 class Tensor(NamedTuple):
@@ -64,11 +68,20 @@ class Device(Protocol):
     def idle(self) -> None:
         """Let the host wait for everything."""
 
+    def free_memory(self) -> int:
+        """Bytes that are free now."""
+
     def load(self, engine: EngineId) -> None:
         """Load an engine."""
 
     def unload(self, engine: EngineId) -> None:
         """Free an engine and its contexts."""
+
+    def memory(self, engine: EngineId) -> EngineMemory:
+        """What a loaded engine needs."""
+
+    def longest(self, engine: EngineId, name: str) -> tuple[int, ...]:
+        """The largest shape of an input that a loaded engine takes."""
 
     def launch(
         self, engine: EngineId, inputs: Sequence[Tensor], outputs: Sequence[Tensor], workspace: tuple[int, int]
@@ -76,7 +89,7 @@ class Device(Protocol):
         """Run an engine on the compute stream; `workspace`: address and bytes for its activations."""
 
     def begin_capture(self) -> None:
-        """From here on, record what is queued on the compute stream instead of doing it."""
+        """From here on, record what is queued on the compute stream instead of doing it. May raise `CaptureError`."""
 
     def end_capture(self) -> Any:
         """The graph of what was recorded."""
@@ -165,6 +178,16 @@ class Executor:
                     self.device.idle()
                 raise
         return counts
+
+    def load(self, engine: EngineId) -> None:
+        """Load an engine ahead of a run."""
+        with self.device.activate():
+            self._load(op.LoadEngine(engine))
+
+    def unload(self, engine: EngineId) -> None:
+        """Free an engine that was loaded so."""
+        with self.device.activate():
+            self._unload(op.UnloadEngine(engine))
 
     def close(self) -> None:
         """Free everything on the device."""

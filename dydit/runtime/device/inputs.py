@@ -9,13 +9,15 @@ import numpy as np
 from dydit.bundle.bundle import Bundle
 from dydit.runtime.device.layout import Layout
 from dydit.runtime.device.operations import ALIGNMENT, HostArray
-from dydit.runtime.loop import LatentStore
 from dydit.runtime.noise import NoiseSource
 from dydit.runtime.request import Batch
 
 
 class HostInputs:
-    """Makes each `HostArray` when it is asked for; nothing large is kept."""
+    """Makes each `HostArray` when it is asked for; nothing large is kept.
+
+    `load(batch)`: latents of a batch that has segments behind it.
+    """
 
     def __init__(
         self,
@@ -23,12 +25,12 @@ class HostInputs:
         layout: Layout,
         batches: Sequence[Batch],
         noise: NoiseSource,
-        store: LatentStore,
+        load: Callable[[int], np.ndarray],
         cfg_scale: float,
     ):
         assert tuple(len(batch.images) for batch in batches) == layout.shape.sizes
         self._bundle, self._layout, self._batches = bundle, layout, batches
-        self._noise, self._store, self._cfg_scale = noise, store, cfg_scale
+        self._noise, self._load = noise, load
         self._tables: dict[str, Callable[[], np.ndarray]] = {
             "coefficients": self._coefficients,
             "cfg_scale": lambda: np.asarray([cfg_scale], np.float32),
@@ -44,7 +46,7 @@ class HostInputs:
         assert source.batch is not None and source.segment is not None
         if source.kind == "latents":
             batch = self._batches[source.batch]
-            latents = self._store.load(source.batch) if source.segment else self._noise.initial(batch)
+            latents = self._load(source.batch) if source.segment else self._noise.initial(batch)
             return np.ascontiguousarray(latents, np.float32)
         assert source.kind == "noise", source
         return self._segment_noise(source.batch, source.segment)

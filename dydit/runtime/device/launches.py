@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from dydit.bundle.manifest import Manifest
+from dydit.bundle.manifest import CONDITIONING, Manifest
 from dydit.errors import BackendError
 from dydit.runtime.device.layout import LaunchOptions, Layout, RunShape
 from dydit.runtime.device.operations import (
@@ -340,6 +340,14 @@ def engines_of(manifest: Manifest, segments: Sequence[int] | None = None) -> tup
     return (CONDITIONER, *(EngineId(index) for index in subnets), *full)
 
 
+def graph_of(manifest: Manifest, engine: EngineId) -> str:
+    """The file of the graph that an engine is made from."""
+    if engine.subnet is None:
+        return CONDITIONING
+    entry = manifest.subnets[engine.subnet]
+    return entry.full_file if engine.full and entry.full_file else entry.file
+
+
 def fit_resident(
     manifest: Manifest,
     shape: RunShape,
@@ -347,7 +355,7 @@ def fit_resident(
     options: LaunchOptions,
     limit: int,
 ) -> LaunchOptions:
-    """The options with as many resident subnetworks as fit in `limit` bytes of device memory.
+    """The options with as many resident subnetworks, of those that they allow, as fit in `limit` bytes.
 
     Raises `BackendError` where not even two do.
     """
@@ -356,9 +364,9 @@ def fit_resident(
         tried = dataclasses.replace(options, resident=resident)
         return LaunchPlan(manifest, shape, memory, tried).memory.total
 
-    if total(None) <= limit:
-        return dataclasses.replace(options, resident=None)
-    low, high = 2, len(manifest.subnets)
+    if total(options.resident) <= limit:
+        return options
+    low, high = 2, options.resident or len(manifest.subnets)
     if (least := total(low)) > limit:
         raise BackendError(
             f"a batch of {max(shape.sizes)} images needs {least / _GIB:.1f} GiB of device memory with two subnetworks "

@@ -63,13 +63,14 @@ class RunShape:
 class LaunchOptions:
     """How to run; none of it changes what is computed.
 
-    `graphs`: capture segments as CUDA graphs (dynamic routing cannot be captured and runs without). `resident`: how
-    many subnetworks are loaded at a time, at least 2 (None: all). `modulation_bytes`: at most so much is computed ahead
-    of its steps, `conditioning_steps` likewise (what the engine's profile allows). `save_segments`: download latents
-    after every segment, not only the last.
+    `graphs`: capture segments as CUDA graphs (dynamic routing cannot be captured and runs without). `fixed`: steps read
+    their inputs at fixed places even without graphs. `resident`: how many subnetworks are loaded at a time, at least 2
+    (None: all). `modulation_bytes`: at most so much is computed ahead of its steps, `conditioning_steps` likewise (what
+    the engine's profile allows). `save_segments`: download latents after every segment, not only the last.
     """
 
     graphs: bool = True
+    fixed: bool = False
     resident: int | None = None
     modulation_bytes: int = 1 << 30
     conditioning_steps: int = 1 << 30
@@ -118,7 +119,7 @@ class Layout:
     def staged(self) -> bool:
         """Whether steps read their inputs at fixed places: for graphs, or because a table cannot be padded."""
         rows = {self.shape.rows(size) for size in self.shape.sizes}
-        return self.capturing or any(count * self.modulation_row % ALIGNMENT for count in rows)
+        return self.capturing or self.options.fixed or any(count * self.modulation_row % ALIGNMENT for count in rows)
 
     @cached_property
     def chunk_steps(self) -> int:

@@ -25,14 +25,16 @@ class FakeDevice:
     what queued work uses, a captured context that was launched with other addresses: each fails the test.
     """
 
-    def __init__(self, bundle, activation=lambda engine: 1000, seed=0, limit=None):
+    def __init__(self, bundle, activation=lambda engine: 1000, seed=0, limit=None, longest=(100, 100)):
         self.bundle, self.activation, self.limit = bundle, activation, limit
+        self.extents = dict(zip(("timesteps", "labels"), longest, strict=True))
+        self.free_bytes, self.loads = 1 << 40, []
         self.backend = OnnxRuntimeBackend(bundle, BackendOptions(threads=1))
         self.rng = np.random.default_rng(seed)
-        self.memory, self.written, self.top = {}, {}, ALIGNMENT
+        self.arena, self.written, self.top = {}, {}, ALIGNMENT
         self.queues = {COMPUTE: deque(), COPY: deque()}
         self.marks, self.done = {}, set()
-        self.recording, self.graphs = None, []
+        self.recording, self.graphs, self.running = None, [], []
         self.engines, self.log, self.waits = {}, [], 0
         self.captures = self.replays = 0
 
@@ -40,25 +42,25 @@ class FakeDevice:
         return contextlib.nullcontext()
 
     def allocate(self, nbytes):
-        if self.limit is not None and sum(a.nbytes for a in self.memory.values()) + nbytes > self.limit:
+        if self.limit is not None and sum(a.nbytes for a in self.arena.values()) + nbytes > self.limit:
             raise BackendError("out of device memory")
         address = self.top
         self.top += -(-nbytes // ALIGNMENT) * ALIGNMENT + GAP
-        self.memory[address] = self.rng.integers(0, 256, nbytes, np.uint8)
+        self.arena[address] = self.rng.integers(0, 256, nbytes, np.uint8)
         self.written[address] = np.zeros(nbytes, bool)
         return address
 
     def free(self, address):
         assert not any(self.queues.values()), "memory freed while work is queued"
-        del self.memory[address], self.written[address]
+        del self.arena[address], self.written[address]
 
     def _find(self, address, nbytes):
-        starts = sorted(self.memory)
+        starts = sorted(self.arena)
         start = starts[bisect_right(starts, address) - 1]
         offset = address - start
-        assert 0 <= offset and offset + nbytes <= len(self.memory[start]), "outside of every buffer"
+        assert offset >= 0 and offset + nbytes <= len(self.arena[start]), "outside of every buffer"
         part = slice(offset, offset + nbytes)
-        return self.memory[start][part], self.written[start][part]
+        return self.arena[start][part], self.written[start][part]
 
     def upload(self, to, data, stream):
         assert data.flags.c_contiguous
@@ -116,6 +118,18 @@ class FakeDevice:
             None if engine.subnet is None else self.backend.subnet(engine.subnet, full_capacity=engine.full)
         )
 
+        self.loads.append(engine)
+
+    def memory(self, engine):
+        return EngineMemory(self.activation(engine), 10_000)
+
+    def longest(self, engine, name):
+        assert engine in self.engines
+        return (self.extents[name],)
+
+    def free_memory(self):
+        return self.free_bytes
+
     def unload(self, engine):
         assert not self.queues[COMPUTE], f"{engine} unloaded while work is queued"
         assert all(engine not in used for _, used in self.graphs), f"{engine} unloaded under its graphs"
@@ -137,8 +151,9 @@ class FakeDevice:
                 raw, written = self._find(tensor.address, size)
                 assert written.all(), f"{engine}: {tensor.name} was never written"
                 feeds[tensor.name] = raw.copy().view(tensor.dtype).reshape(tensor.shape)
-            scratch, written = self._find(address, nbytes)
-            scratch[:], written[:] = 0xAA, False
+            if nbytes:
+                scratch, written = self._find(address, nbytes)
+                scratch[:], written[:] = 0xAA, False
             for tensor, value in zip(outputs, self._evaluate(engine, feeds, outputs), strict=True):
                 assert (value.shape, value.dtype.name) == (tensor.shape, tensor.dtype)
                 raw, written = self._find(tensor.address, value.nbytes)
@@ -149,6 +164,8 @@ class FakeDevice:
 
     def _evaluate(self, engine, feeds, outputs):
         if engine.subnet is None:
+            assert len(feeds["timesteps"]) <= self.extents["timesteps"]
+            assert len(feeds["labels"]) <= self.extents["labels"]
             return [self.backend.conditioning(feeds["timesteps"], feeds["labels"])]
         result = self.engines[engine].step(feeds)
         return [result.x_prev, result.overflow][: len(outputs)]
@@ -168,10 +185,17 @@ class FakeDevice:
         work, used = graph
         assert graph in self.graphs and set(used) <= set(self.engines)
         self.replays += 1
-        self._queue(lambda: [each() for each in work], COMPUTE)
+        self.running.append(graph)
+
+        def play():
+            self.running.remove(graph)
+            for each in work:
+                each()
+
+        self._queue(play, COMPUTE)
 
     def drop(self, graph):
-        assert not self.queues[COMPUTE]
+        assert graph not in self.running
         self.graphs.remove(graph)
 
     def _queue(self, work, stream):
@@ -210,3 +234,9 @@ def figures():
         }
 
     return of
+
+
+@pytest.fixture
+def relative_to():
+    """|a - b| / |b|."""
+    return lambda a, b: float(np.linalg.norm(a - b) / np.linalg.norm(b))

@@ -82,7 +82,6 @@ def manifests(draw) -> Manifest:
 
 
 def small_model(hidden: int):
-    from dydit.models.config import ModelConfig
 
     return ModelConfig(
         hidden_size=hidden, depth=2, num_heads=2, patch_size=2, input_size=4, in_channels=3, num_classes=5
@@ -144,7 +143,7 @@ class Machine:
         del self.buffers[each.buffer], self.tags[each.buffer]
 
     def _within(self, place: op.Address, nbytes: int):
-        assert 0 <= place.offset and place.offset + nbytes <= self.buffers[place.buffer], (place, nbytes)
+        assert place.offset >= 0 and place.offset + nbytes <= self.buffers[place.buffer], (place, nbytes)
 
     def _erase(self, place: op.Address, nbytes: int):
         self._within(place, nbytes)

@@ -1,0 +1,97 @@
+"""What became of a network's types in the built engine, from TensorRT's engine inspector. Needs the engine's GPU.
+
+TensorRT may still split or merge what the network said; here fused attention and the type of each product are read off
+the kernels that were chosen.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dydit.bundle.manifest import Precision
+from dydit.engines.findings import ATTENTION, Finding, Kind, fp32_products
+from dydit.engines.flavour import Flavour, load_flavour, present_gpu
+from dydit.engines.network import Messages, make_logger, parse_graph, read_network
+from dydit.engines.store import EngineStore
+from dydit.errors import BackendError
+
+_PRODUCT_TYPES = ("gemm", "matrixmultiply", "matrix_multiply", "fullyconnected")
+_FUSED_MARKS = ("mha", "attention")
+_FP32 = re.compile(r"\b(float|float32|fp32)\b", re.IGNORECASE)
+
+
+def inspect_graph(store: EngineStore, graph: str) -> list[Finding]:
+    """Hold the built engine of a bundle's graph against the precision recipe; empty where it is as it should be.
+
+    Raises `BackendError` where there is no GPU to deserialise it on, and as `EngineStore.load` does.
+    """
+    index = store.read()
+    engine = store.load(graph)
+    assert index is not None
+    flavour, precision = index.request.flavour, index.request.precision
+    layers = engine_layers(flavour, engine)
+    # `Parsed` owns the network, so it has to outlive the reading.
+    parsed = parse_graph(load_flavour(flavour), store.bundle.file(graph), Messages())
+    network = read_network(parsed.network)
+    attends = any(layer.kind in ATTENTION for layer in network.layers)
+    return engine_findings(layers, precision, fp32_products(network), attends)
+
+
+def engine_layers(flavour: Flavour, engine: bytes) -> list[dict[str, Any]]:
+    """The layers of an engine, as the inspector describes them. Raises `BackendError` where it cannot be loaded."""
+    trt = load_flavour(flavour)
+    if present_gpu() is None:
+        raise BackendError(
+            "an engine can be inspected only where it runs, and there is no NVIDIA driver or GPU here; the types of "
+            "its network were checked before it was built"
+        )
+    messages = Messages()
+    runtime = trt.Runtime(make_logger(trt, messages))
+    loaded = runtime.deserialize_cuda_engine(engine)
+    if loaded is None:
+        raise BackendError(f"{flavour} {trt.__version__} cannot load the engine: {messages.reason()}")
+    text = loaded.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
+    layers = json.loads(text)["Layers"]
+    if not all(isinstance(layer, dict) for layer in layers):
+        raise BackendError("the engine was built without details of its layers; build it again")
+    return list(layers)
+
+
+def engine_findings(
+    layers: Sequence[Mapping[str, Any]], precision: Precision, exempt: frozenset[str], attends: bool
+) -> list[Finding]:
+    """Faults in the layers of an engine below fp32.
+
+    `exempt`: the ONNX nodes whose products stay fp32 (`fp32_products`). `attends`: whether the network has attention,
+    which then must be in some fused kernel.
+    """
+    if precision is Precision.FP32:
+        return []
+    findings = []
+    for layer in layers:
+        name, kind = str(layer.get("Name", "")), str(layer.get("LayerType", "")).lower()
+        origin = str(layer.get("Metadata", ""))
+        if kind in _PRODUCT_TYPES and _takes_fp32(layer) and not any(node in origin for node in exempt):
+            findings.append(Finding(name, Kind.PRODUCT, f"the product takes float32, expected {precision.dtype}"))
+        if "softmax" in f"{name} {kind}".lower() and not _is_fused(layer):
+            findings.append(Finding(name, Kind.ATTENTION, "attention is not fused: its softmax is a kernel of its own"))
+    if attends and not any(_is_fused(layer) for layer in layers):
+        findings.append(Finding("(none)", Kind.ATTENTION, "attention is not fused: no kernel is one of attention"))
+    return findings
+
+
+def _is_fused(layer: Mapping[str, Any]) -> bool:
+    text = f"{layer.get('Name', '')} {layer.get('LayerType', '')} {layer.get('TacticName', '')}".lower()
+    return any(mark in text for mark in _FUSED_MARKS)
+
+
+def _takes_fp32(layer: Mapping[str, Any]) -> bool:
+    """Whether a matrix among the inputs is fp32; a product's factors alpha and beta are, always."""
+    for tensor in layer.get("Inputs", ()):
+        dtype = str(tensor.get("Format/Datatype", tensor.get("Datatype", "")))
+        if len(tensor.get("Dimensions", ())) > 1 and _FP32.search(dtype):
+            return True
+    return False

@@ -1,0 +1,266 @@
+"""ONNX Runtime's CUDA provider on whole runs: inputs and outputs stay on the GPU, bound by their addresses.
+
+The list of launches is the one that TensorRT runs by (`dydit.runtime.device`); an engine is here an inference session
+that works on our stream. The provider captures its own CUDA graphs, one for each session and batch size, so our list
+holds none, and steps find their inputs at fixed places. With graphs every node has to run on the GPU; where one does
+not, the session runs without. Releases before microsoft/onnxruntime#28686 let the host wait after each replay.
+
+Binding works alike on the CPU (`HostSessions`), which is of use for tests only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import warnings
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dydit.bundle.bundle import Bundle
+from dydit.bundle.manifest import Routing
+from dydit.errors import BackendError, one_line
+from dydit.runtime.backends.base import BackendOptions
+from dydit.runtime.backends.onnxruntime import PROVIDERS, OnnxRuntimeBackend, _error_types, runtime
+from dydit.runtime.device.cuda import CudaMemory, pycuda_driver
+from dydit.runtime.device.execute import Executor, Tensor
+from dydit.runtime.device.launches import EngineMemory, engines_of, graph_of
+from dydit.runtime.device.layout import LaunchOptions
+from dydit.runtime.device.operations import ALIGNMENT, EngineId
+from dydit.runtime.device.sampler import DeviceSampler
+from dydit.runtime.loop import LatentStore, Progress, RunStats, default_residency
+from dydit.runtime.noise import NoiseSource
+from dydit.runtime.request import Batch
+
+
+class HostMemory:
+    """Memory of the host as a device that does everything at once."""
+
+    stream = 0
+
+    def __init__(self) -> None:
+        self._arrays: dict[int, np.ndarray] = {}
+
+    def activate(self) -> contextlib.AbstractContextManager[None]:
+        """Nothing has to be done."""
+        return contextlib.nullcontext()
+
+    def free_memory(self) -> int:
+        """More than any run takes."""
+        return 1 << 50
+
+    def allocate(self, nbytes: int) -> int:
+        """Memory, aligned as a device's is."""
+        array = np.empty(nbytes + ALIGNMENT, np.uint8)
+        address = -(-array.ctypes.data // ALIGNMENT) * ALIGNMENT
+        self._arrays[address] = array
+        return address
+
+    def free(self, address: int) -> None:
+        """Give memory back."""
+        del self._arrays[address]
+
+    def upload(self, to: int, data: np.ndarray, stream: str) -> None:
+        """Copy data in."""
+        _bytes_at(to, data.nbytes)[:] = data.reshape(-1).view(np.uint8)
+
+    def download(self, source: int, nbytes: int) -> np.ndarray:
+        """Copy bytes out."""
+        return _bytes_at(source, nbytes).copy()
+
+    def copy(self, to: int, source: int, nbytes: int) -> None:
+        """Copy within."""
+        _bytes_at(to, nbytes)[:] = _bytes_at(source, nbytes)
+
+    def clear(self, to: int, nbytes: int) -> None:
+        """Zero bytes."""
+        _bytes_at(to, nbytes)[:] = 0
+
+    def record(self, event: str, stream: str) -> None:
+        """All is done already."""
+
+    def wait(self, stream: str, event: str) -> None:
+        """All is done already."""
+
+    def synchronize(self, event: str) -> None:
+        """All is done already."""
+
+    def idle(self) -> None:
+        """All is done already."""
+
+
+def _bytes_at(address: int, nbytes: int) -> np.ndarray:
+    return np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(address))
+
+
+class _BoundEngine:
+    """A session on `device` (`cpu` or `cuda`). `graphs`: let the provider capture, where it can."""
+
+    def __init__(self, file: Path, device: str, options: BackendOptions, stream: int, graphs: bool):
+        ort = runtime()
+        self._ort, self._device, self._errors = ort, device, _error_types(ort)
+        settings = ort.SessionOptions()
+        settings.log_severity_level = 3
+        settings.intra_op_num_threads = options.threads
+        settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        if not options.packed:
+            settings.add_session_config_entry("session.disable_prepacking", "1")
+        self._graphs = graphs and device == "cuda"
+        try:
+            self._session = self._open(file, settings, stream)
+        except self._errors as error:
+            if not self._graphs:
+                raise BackendError(f"onnxruntime {ort.__version__} cannot load {file}: {one_line(error)}") from error
+            warnings.warn(f"{file.name} runs without CUDA graphs: {one_line(error)}", stacklevel=2)
+            self._graphs = False
+            self._session = self._open(file, settings, stream)
+        if PROVIDERS[device] not in self._session.get_providers():
+            raise BackendError(
+                f"onnxruntime {ort.__version__} could not start its {PROVIDERS[device]} (driver, CUDA or cuDNN "
+                "missing?); pip install 'dydit[gpu]', or use --device cpu"
+            )
+        self._shapes: dict[tuple[tuple[int, ...], ...], int] = {}
+
+    def _open(self, file: Path, settings: Any, stream: int) -> Any:
+        values = {"user_compute_stream": str(stream), "enable_cuda_graph": str(int(self._graphs))}
+        options = values if self._device == "cuda" else {}
+        return self._ort.InferenceSession(str(file), settings, providers=[(PROVIDERS[self._device], options)])
+
+    def launch(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor], what: str) -> None:
+        """Run once, reading and writing memory in place."""
+        binding = self._session.io_binding()
+        for bind, tensors in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
+            for each in tensors:
+                bind(each.name, self._device, 0, np.dtype(each.dtype), list(each.shape), each.address)
+        options = self._ort.RunOptions()
+        options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        if self._graphs:
+            number = self._shapes.setdefault(tuple(each.shape for each in inputs), len(self._shapes) + 1)
+            options.add_run_config_entry("gpu_graph_id", str(number))
+        try:
+            self._session.run_with_iobinding(binding, options)
+        except self._errors as error:
+            raise BackendError(f"onnxruntime failed in {what}: {one_line(error)}") from error
+
+
+class _Sessions:
+    """Sessions as the engines of a `Device` that captures no graphs of its own."""
+
+    kind: str
+    stream: int
+
+    def _open(self, bundle: Bundle, options: BackendOptions) -> None:
+        self._bundle, self._options = bundle, options
+        self._engines: dict[EngineId, _BoundEngine] = {}
+
+    def load(self, engine: EngineId) -> None:
+        """Open a session."""
+        manifest = self._bundle.manifest
+        # Conditioning comes with other addresses each time, repetitions come once.
+        graphs = manifest.routing is not Routing.DYNAMIC and engine.subnet is not None and not engine.full
+        file = self._bundle.file(graph_of(manifest, engine))
+        self._engines[engine] = _BoundEngine(file, self.kind, self._options, self.stream, graphs)
+
+    def unload(self, engine: EngineId) -> None:
+        """Close a session."""
+        del self._engines[engine]
+
+    def memory(self, engine: EngineId) -> EngineMemory:
+        """What a session holds."""
+        return session_memory(self._bundle, engine)
+
+    def longest(self, engine: EngineId, name: str) -> tuple[int, ...]:
+        """No limit."""
+        return (1 << 30,)
+
+    def launch(
+        self, engine: EngineId, inputs: Sequence[Tensor], outputs: Sequence[Tensor], workspace: tuple[int, int]
+    ) -> None:
+        """Run a session on the compute stream."""
+        self._engines[engine].launch(inputs, outputs, str(engine))
+
+    def begin_capture(self) -> None:
+        """Not done here: the provider captures by itself."""
+        raise NotImplementedError
+
+    def end_capture(self) -> Any:
+        """As `begin_capture`."""
+        raise NotImplementedError
+
+    def replay(self, graph: Any) -> None:
+        """As `begin_capture`."""
+        raise NotImplementedError
+
+    def drop(self, graph: Any) -> None:
+        """As `begin_capture`."""
+        raise NotImplementedError
+
+
+class HostSessions(_Sessions, HostMemory):
+    """Sessions of the CPU provider."""
+
+    kind = "cpu"
+
+    def __init__(self, bundle: Bundle, options: BackendOptions):
+        HostMemory.__init__(self)
+        self._open(bundle, options)
+
+
+class CudaSessions(_Sessions, CudaMemory):
+    """Sessions of the CUDA provider."""
+
+    kind = "cuda"
+
+    def __init__(self, bundle: Bundle, options: BackendOptions):
+        CudaMemory.__init__(self)
+        self._open(bundle, options)
+
+
+def session_memory(bundle: Bundle, engine: EngineId) -> EngineMemory:
+    """The weights that a session holds, in bytes; its activations are onnxruntime's own affair."""
+    if engine.subnet is not None:
+        return EngineMemory(0, bundle.manifest.subnets[engine.subnet].weight_bytes)
+    parts = ("time.", "label.", "adaln.")
+    return EngineMemory(0, sum(each.nbytes for name, each in bundle.manifest.weights.items() if name.startswith(parts)))
+
+
+class OnnxRuntimeDeviceBackend(OnnxRuntimeBackend):
+    """The ONNX Runtime backend whose runs stay on the device; single steps are as there.
+
+    Needs onnxruntime-gpu and PyCUDA for `device="cuda"`.
+    """
+
+    def __init__(self, bundle: Bundle, options: BackendOptions | None = None):
+        super().__init__(bundle, options)
+        if self.options.device == "cuda":
+            pycuda_driver()
+        self._executor: Executor | None = None
+
+    @cached_property
+    def _sampler(self) -> DeviceSampler:
+        manifest, kind = self.bundle.manifest, CudaSessions if self.options.device == "cuda" else HostSessions
+        self._executor = Executor(kind(self.bundle, self.options))
+        memory = {engine: session_memory(self.bundle, engine) for engine in engines_of(manifest)}
+        options = LaunchOptions(graphs=False, fixed=True, resident=default_residency(manifest))
+        return DeviceSampler(self._executor, self.bundle, memory, options)
+
+    def sample_run(
+        self,
+        batches: Sequence[Batch],
+        noise: NoiseSource,
+        store: LatentStore,
+        cfg_scale: float,
+        progress: Progress | None = None,
+    ) -> RunStats:
+        """What `dydit.runtime.loop.sample` does, without coming back to the host."""
+        return self._sampler.sample(batches, noise, store, cfg_scale, progress)
+
+    def close(self) -> None:
+        """Free the device's memory and sessions."""
+        if self._executor is not None:
+            self._executor.close()
+            self._executor = None
+            del self._sampler

@@ -1,0 +1,130 @@
+"""The TensorRT backend, for both flavours: engines that `dydit build` put into the bundle, on an NVIDIA GPU.
+
+What it does is in `dydit.runtime.device`; here is what it needs: a flavour of TensorRT, a GPU, PyCUDA, engines. None is
+imported or looked for before a backend is opened, and what is missing is said in one line.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from dydit.bundle.bundle import Bundle
+from dydit.engines.flavour import Flavour, Gpu, default_flavour, is_installed, load_flavour, present_gpu
+from dydit.engines.store import EngineStore, open_store
+from dydit.errors import BackendError, DyditError
+from dydit.files import write_json
+from dydit.runtime.backends.base import BackendOptions
+from dydit.runtime.device.backend import DeviceBackend
+from dydit.runtime.device.cuda import CudaDevice, pycuda_driver
+from dydit.runtime.device.launches import EngineMemory, engines_of, graph_of
+from dydit.runtime.device.operations import EngineId
+from dydit.runtime.device.tensorrt import Runtime
+from dydit.runtime.loop import LatentStore, Progress, RunStats
+from dydit.runtime.noise import NoiseSource
+from dydit.runtime.request import Batch
+
+FIGURES = "memory.json"
+"""Beside the engines: `{sha256: [activation bytes, engine bytes]}`, known once an engine was loaded on this machine."""
+
+
+class TensorRTBackend(DeviceBackend):
+    """Runs a bundle's engines of one flavour; by default of the one that is installed and has engines in the bundle.
+
+    Raises `BackendError` where a package, the driver or a GPU is missing, `BundleError` where engines are, or are of
+    another GPU or version.
+    """
+
+    name = "tensorrt"
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        options: BackendOptions | None = None,
+        flavour: Flavour | None = None,
+        graphs: bool = True,
+    ):
+        trt, self._store = open_engines(bundle, flavour)
+        runtime = Runtime(trt, _reader(bundle, self._store), self._store.read_runtime_cache())
+        self._runtime, self._kept = runtime, 0
+        known = _known(bundle, self._store)
+        super().__init__(bundle, options, lambda: CudaDevice(runtime), known, graphs)
+
+    def sample_run(
+        self,
+        batches: Sequence[Batch],
+        noise: NoiseSource,
+        store: LatentStore,
+        cfg_scale: float,
+        progress: Progress | None = None,
+    ) -> RunStats:
+        """As `DeviceBackend` does; then kernels that were compiled for it are kept for the next process."""
+        stats = super().sample_run(batches, noise, store, cfg_scale, progress)
+        if self._runtime.contexts != self._kept:
+            self._kept = self._runtime.contexts
+            if (compiled := self._runtime.compiled()) is not None:
+                self._store.write_runtime_cache(compiled)
+        return stats
+
+    def _keep_memory(self, memory: Mapping[EngineId, EngineMemory]) -> None:
+        hashes = _hashes(self.bundle, self._store)
+        values = {hashes[engine]: [each.activation, each.weights] for engine, each in memory.items()}
+        write_json(self._store.folder / FIGURES, values)
+
+
+def open_engines(bundle: Bundle, flavour: Flavour | None) -> tuple[Any, EngineStore]:
+    """A flavour's module, and the bundle's engines of it that run here; what is missing is raised in order of need."""
+    modules = {each: load_flavour(each) for each in _flavours(flavour)}
+    gpu = _require_gpu()
+    refusals: list[DyditError] = []
+    for each, trt in modules.items():
+        try:
+            return trt, open_store(bundle, each, trt.__version__, gpu)
+        except DyditError as error:
+            refusals.append(error)
+    raise refusals[0]
+
+
+def describe(flavour: Flavour | None = None) -> str:
+    """Versions and GPU, for `dydit doctor`. Raises `BackendError` for what is missing."""
+    flavours = _flavours(flavour)
+    versions = ", ".join(f"{each} {load_flavour(each).__version__}" for each in flavours)
+    return f"{versions} on {_require_gpu()}"
+
+
+def _flavours(flavour: Flavour | None) -> list[Flavour]:
+    if flavour is not None:
+        return [flavour]
+    return [each for each in Flavour if is_installed(each)] or [default_flavour()]
+
+
+def _require_gpu() -> Gpu:
+    gpu = present_gpu()
+    if gpu is None:
+        raise BackendError(
+            "TensorRT engines run on an NVIDIA GPU, and there is no driver or GPU here; use --backend onnxruntime"
+        )
+    pycuda_driver()
+    return gpu
+
+
+def _reader(bundle: Bundle, store: EngineStore) -> Callable[[EngineId], bytes]:
+    return lambda engine: store.load(graph_of(bundle.manifest, engine))
+
+
+def _hashes(bundle: Bundle, store: EngineStore) -> dict[EngineId, str]:
+    index = store.read()
+    entries = {} if index is None else index.engines
+    names = {engine: graph_of(bundle.manifest, engine) for engine in engines_of(bundle.manifest)}
+    return {engine: entries[name].sha256 for engine, name in names.items() if name in entries}
+
+
+def _known(bundle: Bundle, store: EngineStore) -> dict[EngineId, EngineMemory]:
+    """What earlier processes found out; anything strange is as good as nothing, and is found out again."""
+    try:
+        values = json.loads((store.folder / FIGURES).read_text(encoding="utf-8"))
+        known = {sha256: EngineMemory(int(activation), int(size)) for sha256, (activation, size) in values.items()}
+    except (FileNotFoundError, ValueError, TypeError, AttributeError):
+        return {}
+    return {engine: known[sha256] for engine, sha256 in _hashes(bundle, store).items() if sha256 in known}

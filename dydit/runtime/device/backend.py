@@ -1,0 +1,178 @@
+"""A backend on a `Device`: single steps for parity and the generic loop, and whole runs that stay on the device."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+
+import numpy as np
+
+from dydit.bundle.bundle import Bundle
+from dydit.bundle.graph_io import BATCH, LABELS, ROWS, STEPS, conditioning_outputs, subnet_outputs
+from dydit.bundle.manifest import Routing
+from dydit.errors import BackendError, one_line
+from dydit.runtime.backends.base import Arrays, Backend, BackendOptions, StepResult, Subnet
+from dydit.runtime.device.execute import CaptureError, Device, Executor
+from dydit.runtime.device.launches import EngineMemory, engines_of, fit_resident
+from dydit.runtime.device.layout import LaunchOptions, RunShape
+from dydit.runtime.device.operations import CONDITIONER, EngineId
+from dydit.runtime.device.sampler import DeviceSampler
+from dydit.runtime.device.stepping import Stepper
+from dydit.runtime.loop import LatentStore, Progress, RunStats, default_residency
+from dydit.runtime.noise import NoiseSource
+from dydit.runtime.request import Batch
+
+RESERVE = 512 << 20
+"""Bytes of device memory left alone: execution contexts, and what other libraries take meanwhile."""
+
+
+class DeviceSubnet(Subnet):
+    """A loaded engine, run step by step."""
+
+    def __init__(self, bundle: Bundle, engine: EngineId, stepper: Stepper):
+        assert engine.subnet is not None
+        super().__init__(bundle, engine.subnet)
+        self._manifest, self._engine, self._stepper = bundle.manifest, engine, stepper
+        stepper.load(engine)
+
+    def _step(self, feeds: Arrays) -> StepResult:
+        model = self._manifest.model
+        outputs = subnet_outputs(model, self._manifest.routing is Routing.CAPACITY)
+        sizes = {BATCH: feeds["x"].shape[0], ROWS: feeds["modulation"].shape[0]}
+        out = self._stepper.run(self._engine, feeds, outputs, sizes)
+        return StepResult(out["x_prev"], out.get("token_overflow", np.zeros(model.depth, np.int64)))
+
+    def close(self) -> None:
+        if self._open:
+            self._stepper.unload(self._engine)
+        super().close()
+
+
+class DeviceBackend(Backend):
+    """`make_device` opens the device; single steps and whole runs each have one, with engines of their own.
+
+    `known`: what engines need, as far as earlier runs found out. `graphs`: capture segments where the routing allows.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        options: BackendOptions | None,
+        make_device: Callable[[], Device],
+        known: Mapping[EngineId, EngineMemory] | None = None,
+        graphs: bool = True,
+    ):
+        super().__init__(bundle, options)
+        self._make_device, self._graphs = make_device, graphs
+        self._memory = dict(known or {})
+        self._owned: list[Executor | Stepper] = []
+        self._finalizer = weakref.finalize(self, _close_all, self._owned)
+
+    def subnet(self, index: int, full_capacity: bool = False, debug: bool = False) -> Subnet:
+        if debug:
+            raise BackendError(
+                f"{self.name} shows no values between layers; look inside with --backend onnxruntime or torch"
+            )
+        full = full_capacity and self.bundle.manifest.subnets[index].full_file is not None
+        return DeviceSubnet(self.bundle, EngineId(index, full), self._stepper)
+
+    def _conditioning(self, feeds: Arrays) -> np.ndarray:
+        steps, labels = self._conditioning_limits
+        outputs = conditioning_outputs(self.bundle.manifest.model)
+        rows = []
+        for t in range(0, len(feeds["timesteps"]), steps):
+            parts = []
+            for r in range(0, len(feeds["labels"]), labels):
+                part = {"timesteps": feeds["timesteps"][t : t + steps], "labels": feeds["labels"][r : r + labels]}
+                sizes = {STEPS: len(part["timesteps"]), LABELS: len(part["labels"])}
+                parts.append(self._stepper.run(CONDITIONER, part, outputs, sizes)["modulation"])
+            rows.append(np.concatenate(parts, axis=1))
+        return np.concatenate(rows)
+
+    @cached_property
+    def _stepper(self) -> Stepper:
+        stepper = Stepper(self._make_device())
+        self._owned.append(stepper)
+        return stepper
+
+    @cached_property
+    def _conditioning_limits(self) -> tuple[int, int]:
+        """The most timesteps and labels that the conditioning's engine takes at once."""
+        self._stepper.load(CONDITIONER)
+        return self._stepper.longest(CONDITIONER, "timesteps"), self._stepper.longest(CONDITIONER, "labels")
+
+    def sample_run(
+        self,
+        batches: Sequence[Batch],
+        noise: NoiseSource,
+        store: LatentStore,
+        cfg_scale: float,
+        progress: Progress | None = None,
+    ) -> RunStats:
+        """What `dydit.runtime.loop.sample` does, without coming back to the host.
+
+        Where a graph cannot be captured, a warning says so, and the run starts again without graphs.
+        """
+        sampler = self._sampler
+        try:
+            return sampler.sample(batches, noise, store, cfg_scale, progress)
+        except CaptureError as error:
+            warnings.warn(f"{one_line(error)}; going on without CUDA graphs", stacklevel=2)
+            sampler.options = dataclasses.replace(sampler.options, graphs=False)
+            return sampler.sample(batches, noise, store, cfg_scale, progress)
+
+    @cached_property
+    def _sampler(self) -> DeviceSampler:
+        device, manifest = self._make_device(), self.bundle.manifest
+        executor = Executor(device)
+        self._owned.append(executor)
+        self._measure(executor)
+        options = LaunchOptions(
+            graphs=self._graphs,
+            resident=default_residency(manifest),
+            conditioning_steps=device.longest(CONDITIONER, "timesteps")[0],
+        )
+        most_rows = device.longest(CONDITIONER, "labels")[0]
+
+        def fit(shape: RunShape, wanted: LaunchOptions) -> LaunchOptions:
+            if (rows := shape.rows(max(shape.sizes))) > most_rows:
+                raise BackendError(
+                    f"the conditioning's engine takes at most {most_rows} labels at once, and this batch has {rows}; "
+                    "use a smaller batch size, or build engines for larger batches"
+                )
+            state = executor.state
+            held = sum(state.buffers.values()) + sum(self._memory[engine].weights for engine in state.engines)
+            with device.activate():
+                limit = device.free_memory() + held - RESERVE
+            return fit_resident(manifest, shape, self._memory, wanted, limit)
+
+        return DeviceSampler(executor, self.bundle, self._memory, options, fit)
+
+    def _measure(self, executor: Executor) -> None:
+        """Find out what engines need whose figures no earlier run kept: each is loaded once for that."""
+        executor.load(CONDITIONER)
+        wanted = engines_of(self.bundle.manifest)
+        unknown = [engine for engine in wanted if engine not in self._memory]
+        for engine in unknown:
+            if engine != CONDITIONER:
+                executor.load(engine)
+            self._memory[engine] = executor.device.memory(engine)
+            if engine != CONDITIONER:
+                executor.unload(engine)
+        if unknown:
+            self._keep_memory(self._memory)
+
+    def _keep_memory(self, memory: Mapping[EngineId, EngineMemory]) -> None:
+        """Keep what engines need for the next process."""
+
+    def close(self) -> None:
+        """Free everything on the device. The backend can then not be used any more."""
+        self._finalizer()
+
+
+def _close_all(owned: list[Executor | Stepper]) -> None:
+    while owned:
+        owned.pop().close()

@@ -1,0 +1,113 @@
+"""`dydit build`: what it prints and how it exits."""
+
+from __future__ import annotations
+
+import json
+import sys
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from dydit.bundle.bundle import Bundle
+from dydit.cli_build import add_build
+from dydit.cli_errors import run_command
+from dydit.cli_options import CommandGroup
+
+GROUP = CommandGroup("dydit")
+add_build(GROUP)
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], pretence) -> Any:
+    """`run(*words) -> (exit code, output, errors)`, with a TensorRT for RTX 1.7.1 that is not one."""
+    fake = ModuleType("tensorrt_rtx")
+    fake.__version__ = "1.7.1"  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", fake)
+
+    def call(*words: object) -> tuple[int, str, str]:
+        code = run_command(GROUP, ["build", *map(str, words)])
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def test_it_says_what_it_built_and_then_that_nothing_changed(run, bundle: Bundle) -> None:
+    code, out, errors = run(bundle.path, "--flavour", "tensorrt-rtx", "--jobs", 2)
+    assert (code, errors) == (0, "")
+    lines = out.splitlines()
+    folder = next(path for path in (bundle.path / "engines").iterdir())
+    assert lines[0] == f"{folder}: 7 engines built by tensorrt-rtx 1.7.1"
+    assert lines[1] == f"14 warnings of the builder are in {folder / 'build.log'}"
+    assert lines[2].endswith(f"next: dydit sample {bundle.path} --backend tensorrt-rtx")
+    assert run(bundle.path, "--flavour", "tensorrt-rtx") == (
+        0,
+        f"{folder}: all 7 engines for tensorrt-rtx 1.7.1 are up to date; nothing was built\n",
+        "",
+    )
+
+
+def test_settings_reach_the_request_and_reasons_are_printed(run, bundle: Bundle) -> None:
+    run(bundle.path, "--flavour", "tensorrt-rtx")
+    first = next(path for path in (bundle.path / "engines").iterdir())
+    words = ["--max-batch", 32, "--opt-batch", 8, "--compute-capability", "8.9", "--compute-capability", "12.0"]
+    code, out, _ = run(bundle.path, "--flavour", "tensorrt-rtx", *words)
+    assert code == 0
+    assert out.splitlines()[0] == (
+        f"{first} does not serve (it stays; remove it when it is not needed): the batch it is tuned for: 4 became 8; "
+        "the largest batch: 4 became 32; the compute capabilities: any became 8.9 12.0"
+    )
+
+
+def test_json_alone_is_printed(run, bundle: Bundle) -> None:
+    code, out, _ = run(bundle.path, "--flavour", "tensorrt-rtx", "--json")
+    values = json.loads(out)
+    assert code == 0
+    assert values["request"]["flavour"] == "tensorrt-rtx"
+    assert len(values["built"]) == 7
+    assert values["kept"] == 0
+    assert values["jobs"] == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--compute-capability", "9.0"], "tensorrt-rtx cannot build for compute capability 9.0, only for 8.0, 8.6"),
+        (["--opt-batch", "9"], "tuned for 9 images, but at most 4 come in a batch"),
+        (["--version-compatible"], "engines of tensorrt-rtx run on the version that built them and no other"),
+        (["--jobs", "0"], "0 is not in the range x>=1"),
+    ],
+)
+def test_what_cannot_be_is_one_line_and_exit_code_2(run, pretence, bundle, words: list[str], message: str) -> None:
+    code, out, errors = run(bundle.path, "--flavour", "tensorrt-rtx", *words)
+    assert (code, out) == (2, "")
+    assert message in errors
+    assert errors.count("\n") == 1
+    assert pretence.built == []
+    assert not (bundle.path / "engines").exists()
+
+
+def test_dynamic_routing_is_refused_before_anything_is_written(run, make_bundle) -> None:
+    path = make_bundle(routing="dynamic").path
+    code, _, errors = run(path, "--flavour", "tensorrt-rtx")
+    assert code == 2
+    assert errors == (
+        "dydit: error: tensorrt-rtx has no NonZero, which dynamic routing needs; export with `dydit export CHECKPOINT "
+        "--out BUNDLE --routing capacity`, or build with --flavour tensorrt on the machine with the GPU\n"
+    )
+    assert not (path / "engines").exists()
+
+
+def test_a_missing_tensorrt_is_named(run, bundle: Bundle, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    code, _, errors = run(bundle.path, "--flavour", "tensorrt")
+    assert (code, errors) == (2, "dydit: error: tensorrt is not installed: pip install 'dydit[tensorrt]'\n")
+
+
+def test_a_changed_bundle_is_refused(run, bundle: Bundle) -> None:
+    with open(bundle.path / "weights.bin", "r+b") as file:
+        file.seek(100)
+        file.write(b"\x55")
+    code, _, errors = run(bundle.path, "--flavour", "tensorrt-rtx")
+    assert code == 2
+    assert "weights.bin was changed (its SHA-256 differs); export the bundle again" in errors

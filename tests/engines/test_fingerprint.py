@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from dydit.bundle.manifest import Precision
+from dydit.engines.fingerprint import (
+    MARKED,
+    EngineKey,
+    EngineRequest,
+    HardwareCompatibility,
+    make_request,
+    require_buildable,
+    stale_key_reasons,
+    stale_reasons,
+)
+from dydit.engines.flavour import Flavour, Gpu
+from dydit.engines.profiles import ShapeExtent
+from dydit.errors import BackendError, ConfigError
+
+GPU = Gpu("NVIDIA H200", "9.0")
+BASE = EngineRequest(
+    flavour=Flavour.TENSORRT_RTX, version="1.7.1", precision=Precision.FP16, opt_batch=4, max_batch=8, tools={"a": "1"}
+)
+OTHERS: dict[str, tuple[Any, str]] = {
+    "flavour": (Flavour.TENSORRT, "the flavour: tensorrt-rtx became tensorrt"),
+    "version": ("1.8.0", "the version: 1.7.1 became 1.8.0"),
+    "precision": (Precision.BF16, "the precision: fp16 became bf16"),
+    "opt_batch": (5, "the batch it is tuned for: 4 became 5"),
+    "max_batch": (16, "the largest batch: 8 became 16"),
+    "compute_capabilities": (("8.9", "12.0"), "the compute capabilities: any became 8.9 12.0"),
+    "gpu": ("NVIDIA L4", "the GPU: none became NVIDIA L4"),
+    "hardware_compatibility": (HardwareCompatibility.AMPERE_PLUS, "hardware compatibility: none became ampere+"),
+    "version_compatible": (True, "version compatibility: off became on"),
+    "recipe": (99, "the way that dydit builds: 1 became 99"),
+}
+
+
+def test_every_field_is_marked_or_known_not_to_change_an_engine() -> None:
+    assert set(MARKED) == set(OTHERS)
+    assert set(EngineRequest.model_fields) - set(MARKED) == {"tools"}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_marked_field_changes_the_fingerprints_and_is_given_as_the_reason(name: str) -> None:
+    value, reason = OTHERS[name]
+    changed = BASE.model_copy(update={name: value})
+    assert stale_reasons(BASE, changed) == [reason]
+    assert changed.folder != BASE.folder
+    key = EngineKey(graph_sha256="a", weights_sha256="b", profile={})
+    assert key.fingerprint(changed) != key.fingerprint(BASE)
+
+
+def test_the_rest_changes_nothing() -> None:
+    changed = BASE.model_copy(update={"tools": {"a": "2"}})
+    assert stale_reasons(BASE, changed) == []
+    assert changed.folder == BASE.folder
+
+
+def test_graph_weights_and_shapes_change_an_engines_fingerprint() -> None:
+    shapes = {"x": ShapeExtent(min=(1, 4), opt=(2, 4), max=(8, 4))}
+    key = EngineKey(graph_sha256="a", weights_sha256="b", profile=shapes)
+    wider = {"x": ShapeExtent(min=(1, 4), opt=(2, 4), max=(9, 4))}
+    changes: list[tuple[dict[str, Any], str]] = [
+        ({"graph_sha256": "c"}, "the graph changed"),
+        ({"weights_sha256": "c"}, "the weights changed"),
+        ({"profile": wider}, "the shapes of x changed from [1, 4] [2, 4] [8, 4] to [1, 4] [2, 4] [9, 4]"),
+        ({"profile": {}}, "the shapes of x changed from [1, 4] [2, 4] [8, 4] to none"),
+    ]
+    assert stale_key_reasons(key, key) == []
+    for update, reason in changes:
+        other = key.model_copy(update=update)
+        assert stale_key_reasons(key, other) == [reason]
+        assert other.fingerprint(BASE) != key.fingerprint(BASE)
+
+
+def test_a_request_takes_what_is_not_said_from_the_bundle(capacity_bundle) -> None:
+    manifest = capacity_bundle("bf16").manifest
+    request = make_request(manifest, Flavour.TENSORRT_RTX, "1.7.1", None, opt_batch=2)
+    assert (request.precision, request.opt_batch, request.max_batch) == (Precision.BF16, 2, manifest.max_batch)
+    assert make_request(manifest, Flavour.TENSORRT_RTX, "1.7.1", None, max_batch=64).opt_batch == 64
+
+
+def test_tensorrt_is_bound_to_the_gpu_it_builds_on(capacity_bundle) -> None:
+    manifest = capacity_bundle().manifest
+    request = make_request(manifest, Flavour.TENSORRT, "11.4.0", GPU)
+    assert (request.gpu, request.compute_capabilities) == ("NVIDIA H200", ("9.0",))
+    other = make_request(manifest, Flavour.TENSORRT, "11.4.0", Gpu("NVIDIA L4", "8.9"))
+    assert stale_reasons(request, other) == [
+        "the compute capabilities: 9.0 became 8.9",
+        "the GPU: NVIDIA H200 became NVIDIA L4",
+    ]
+
+
+def test_dynamic_routing_is_refused_where_there_is_no_nonzero(make_bundle) -> None:
+    manifest = make_bundle(routing="dynamic").manifest
+    with pytest.raises(BackendError) as caught:
+        make_request(manifest, Flavour.TENSORRT_RTX, "1.7.1", None)
+    assert str(caught.value) == (
+        "tensorrt-rtx has no NonZero, which dynamic routing needs; export with `dydit export CHECKPOINT --out BUNDLE "
+        "--routing capacity`, or build with --flavour tensorrt on the machine with the GPU"
+    )
+    make_request(manifest, Flavour.TENSORRT, "11.4.0", GPU)
+
+
+REFUSALS: list[tuple[Flavour, Gpu | None, dict[str, Any], str]] = [
+    (Flavour.TENSORRT, None, {}, "tensorrt builds on the GPU that runs the engines, and there is no NVIDIA driver"),
+    (Flavour.TENSORRT, GPU, {"compute_capabilities": ("8.9",)}, "tensorrt builds for the GPU that it builds on"),
+    (
+        Flavour.TENSORRT_RTX,
+        None,
+        {"compute_capabilities": ("9.0",)},
+        "cannot build for compute capability 9.0, only for 8.0, 8.6, 8.9, 12.0, 12.1; leave --compute-capability out",
+    ),
+    (Flavour.TENSORRT_RTX, None, {"compute_capabilities": ("7.5",)}, "has no fp32 matrix product for compute cap"),
+    (Flavour.TENSORRT_RTX, None, {"compute_capabilities": ("8.9", "8.9")}, "compute capability named twice: 8.9, 8.9"),
+    (
+        Flavour.TENSORRT_RTX,
+        None,
+        {"hardware_compatibility": HardwareCompatibility.AMPERE_PLUS},
+        "--hardware-compatibility is for tensorrt; engines of tensorrt-rtx run on all GPUs of 8.0 and later unless",
+    ),
+    (Flavour.TENSORRT_RTX, None, {"version_compatible": True}, "run on the version that built them and no other"),
+]
+
+
+@pytest.mark.parametrize(("flavour", "gpu", "settings", "message"), REFUSALS)
+def test_what_cannot_be_built_is_refused_before_any_build(
+    capacity_bundle, flavour: Flavour, gpu: Gpu | None, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(BackendError) as caught:
+        make_request(capacity_bundle().manifest, flavour, "1.7.1", gpu, **settings)
+    assert message in str(caught.value)
+
+
+def test_a_batch_beyond_the_largest_is_refused(capacity_bundle) -> None:
+    with pytest.raises(ConfigError, match="tuned for 8 images, but at most 4 come in a batch"):
+        make_request(capacity_bundle().manifest, Flavour.TENSORRT_RTX, "1.7.1", None, opt_batch=8, max_batch=4)
+
+
+def test_a_static_model_is_built_by_either(capacity_bundle) -> None:
+    static = capacity_bundle().manifest.model_copy(update={"routing": None})
+    require_buildable(static, BASE, None)

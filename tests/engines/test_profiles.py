@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from dydit.bundle.graph_io import TensorSpec, conditioning_inputs, modulation_vectors, subnet_inputs
+from dydit.engines.profiles import CONDITIONING_ELEMENTS, Extent, shape_profile, symbol_ranges, width_ranges
+from dydit.errors import BackendError
+from dydit.models.config import ModelConfig, preset
+
+
+def product(shape: tuple[int, ...]) -> int:
+    out = 1
+    for size in shape:
+        out *= size
+    return out
+
+
+@settings(max_examples=25, deadline=None)
+@given(opt=st.integers(1, 64), more=st.integers(0, 64))
+def test_every_shape_lies_in_its_range(capacity_bundle, opt: int, more: int) -> None:
+    manifest = capacity_bundle().manifest
+    ranges = symbol_ranges(manifest, opt, opt + more)
+    for specs in (subnet_inputs(manifest.model, True), conditioning_inputs()):
+        profile = shape_profile(specs, ranges, "graph")
+        assert profile.keys() == {spec.name for spec in specs if any(isinstance(dim, str) for dim in spec.shape)}
+        for extent in profile.values():
+            assert all(1 <= a <= b <= c for a, b, c in zip(extent.min, extent.opt, extent.max, strict=True))
+    subnet = shape_profile(subnet_inputs(manifest.model, True), ranges, "graph")
+    assert (subnet["x"].opt[0], subnet["x"].max[0]) == (opt, opt + more)
+    assert subnet["modulation"].min[0] == subnet["x"].min[0] == 1, "one image without guidance"
+    assert subnet["modulation"].max[0] == 2 * subnet["x"].max[0], "all images with guidance"
+
+
+def test_every_row_may_have_a_label_of_its_own(capacity_bundle) -> None:
+    ranges = symbol_ranges(capacity_bundle().manifest, 3, 4)
+    assert ranges["labels"] == ranges["rows"] == Extent(min=1, opt=6, max=8)
+
+
+def test_the_conditioning_goes_over_whole_segments_but_not_beyond_its_bound(capacity_bundle) -> None:
+    manifest = capacity_bundle().manifest
+    longest = max(segment.count for segment in manifest.plan.segments)
+    assert symbol_ranges(manifest, 4, 4)["steps"].max == longest
+    wide = manifest.model_copy(update={"model": preset("XL/2")})
+    ranges = symbol_ranges(wide, 512, 512)
+    elements = ranges["steps"].max * ranges["labels"].max * modulation_vectors(wide.model) * wide.model.hidden_size
+    assert ranges["steps"].max < longest
+    assert 0 < elements <= CONDITIONING_ELEMENTS
+
+
+def test_a_symbol_without_a_range_is_refused() -> None:
+    specs = (TensorSpec("latents", "float32", ("height", 4)),)
+    with pytest.raises(BackendError) as caught:
+        shape_profile(specs, {"batch": Extent(min=1, opt=1, max=1)}, "vae_decoder.onnx")
+    assert str(caught.value) == (
+        "vae_decoder.onnx: no range is known for 'height', a dimension of input 'latents'; known: batch"
+    )
+
+
+@pytest.mark.parametrize("bad", [(0, 1, 2), (2, 1, 3), (1, 3, 2)])
+def test_a_range_is_ordered(bad: tuple[int, int, int]) -> None:
+    with pytest.raises(ValidationError, match="is no range"):
+        Extent(min=bad[0], opt=bad[1], max=bad[2])
+
+
+def test_widths_have_ranges_for_every_weight_that_is_an_input(tmp_path: Path, digits_like: ModelConfig) -> None:
+    from dydit.export.graph import UNIT_WEIGHTS, WeightInputs
+    from dydit.export.ops import Ops
+    from dydit.export.weights import write_weights
+    from dydit.models.layout import stored_tensors
+    from dydit.models.synthetic import synthetic_model
+
+    tensors = stored_tensors(synthetic_model(digits_like).state_dict(), digits_like)
+    source = WeightInputs(write_weights(tmp_path / "weights.bin", tensors))
+    for block in range(digits_like.depth):
+        for part in UNIT_WEIGHTS:
+            source.units(Ops(), block, part, range(digits_like.num_heads))
+    ranges = width_ranges(digits_like)
+    profile = shape_profile(source.inputs, ranges, "sliding")
+    assert profile.keys() == {spec.name for spec in source.inputs}
+    assert {dim for spec in source.inputs for dim in spec.shape if isinstance(dim, str)} == ranges.keys()
+    for spec in source.inputs:
+        entry = source.entries[spec.name]
+        assert product(profile[spec.name].max) == product(entry.shape), "all units on is the whole stored tensor"
+        assert product(profile[spec.name].min) * digits_like.num_heads == product(entry.shape), "one unit"

@@ -1,0 +1,286 @@
+"""Engines that TensorRT for RTX really builds, without a GPU."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+
+from dydit.bundle.bundle import Bundle
+from dydit.bundle.graph_io import subnet_inputs
+from dydit.bundle.manifest import FileEntry, Precision, Routing
+from dydit.engines.build import BuildReport, build_engines
+from dydit.engines.builder import Built, Job, build_engine
+from dydit.engines.fingerprint import EngineRequest, make_request
+from dydit.engines.flavour import Flavour, installed_version, present_gpu
+from dydit.engines.inspector import engine_layers
+from dydit.engines.profiles import Extent, symbol_ranges, width_ranges
+from dydit.engines.store import EngineStore
+from dydit.engines.workers import run_jobs
+from dydit.errors import BackendError, BundleError
+from dydit.export.blocks import FunctionLibrary
+from dydit.export.graph import SubnetSpec, WeightInputs, save_graph, subnet_graph
+from dydit.export.weights import write_weights
+from dydit.files import sha256_of
+from dydit.models.config import ModelConfig
+from dydit.models.layout import stored_tensors
+
+SMALL = {"max_subnets": 2, "capacities": None, "steps": 4}  # one form of each subnetwork: fewer engines
+
+
+@pytest.fixture
+def small(rtx: Any, capacity_bundle: Callable[..., Bundle], tmp_path: Path) -> Callable[..., Bundle]:
+    """`small(precision="fp16")`: a bundle of two subnetworks to build in."""
+    return lambda precision="fp16": copy_of(capacity_bundle(precision, **SMALL), tmp_path / precision)
+
+
+@pytest.fixture(scope="session")
+def built_once(rtx: Any, capacity_bundle: Callable[..., Bundle], tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The same in fp16, with its engines. Shared: do not write."""
+    bundle = copy_of(capacity_bundle("fp16", **SMALL), tmp_path_factory.mktemp("built") / "bundle")
+    report = build(bundle, jobs=2)
+    assert [each.graph for each in report.built] == ["conditioning.onnx", "subnet-0000.onnx", "subnet-0001.onnx"]
+    check_built(bundle, report)
+    return bundle
+
+
+def copy_of(bundle: Bundle, path: Path) -> Bundle:
+    shutil.copytree(bundle.path, path)
+    return Bundle.open(path)
+
+
+def check_built(bundle: Bundle, report: BuildReport) -> None:
+    store = EngineStore.of(bundle, report.request)
+    for each in report.built:
+        assert len(store.load(each.graph)) == each.bytes > 100_000
+    log = report.log.read_text()
+    assert all(f"{each.file} from {each.graph}: built in" in log for each in report.built)
+    assert f"{report.warnings} warnings of the builder are in" in report.text()[-1]
+    assert 0 < report.peak_memory < 4 << 30
+
+
+def rtx_request(bundle: Bundle, **settings: Any) -> EngineRequest:
+    flavour = Flavour.TENSORRT_RTX
+    return make_request(bundle.manifest, flavour, installed_version(flavour), present_gpu(), **settings)
+
+
+def build(bundle: Bundle, jobs: int = 1, **settings: Any) -> BuildReport:
+    return build_engines(bundle, rtx_request(bundle, **settings), jobs)
+
+
+def test_every_subnetwork_of_a_digits_like_bundle_builds_in_fp16(built_once: Bundle) -> None:
+    started = time.perf_counter()
+    again = build(built_once, jobs=2)
+    assert (again.built, again.kept) == ((), 3)
+    assert time.perf_counter() - started < 5
+
+
+def test_every_subnetwork_of_a_digits_like_bundle_builds_in_fp32(small) -> None:
+    bundle = small("fp32")
+    report = build(bundle, jobs=2)
+    assert len(report.built) == 3
+    check_built(bundle, report)
+
+
+@pytest.mark.parametrize(("precision", "routing"), [("bf16", "capacity"), ("fp16", "dense")])
+def test_other_precisions_and_routings_build(
+    rtx, capacity_bundle, tmp_path: Path, precision: str, routing: str
+) -> None:
+    settings = {**SMALL, "max_subnets": 1, "routing": routing}
+    assert len(build(copy_of(capacity_bundle(precision, **settings), tmp_path / "copy")).built) == 2
+
+
+def test_a_changed_graph_alone_is_built_again(built_once: Bundle, tmp_path: Path) -> None:
+    bundle = copy_of(built_once, tmp_path / "copy")
+    path = bundle.path / "subnet-0001.onnx"
+    model = onnx.load(path, load_external_data=False)
+    model.doc_string = "another graph"
+    onnx.save(model, path)
+    entry = FileEntry(bytes=path.stat().st_size, sha256=sha256_of(path))
+    manifest = bundle.manifest.model_copy(update={"files": {**bundle.manifest.files, path.name: entry}})
+    (bundle.path / "manifest.json").write_text(manifest.to_json())
+    after = build(Bundle.open(bundle.path))
+    assert [(each.graph, each.reasons) for each in after.built] == [("subnet-0001.onnx", ("the graph changed",))]
+    assert after.kept == 2
+
+
+def test_a_wide_model_builds_in_fp16(rtx, make_checkpoint, make_bundle, tmp_path: Path) -> None:
+    wide = ModelConfig(hidden_size=1152, depth=2, num_heads=16, patch_size=2, input_size=32, num_classes=10)
+    bundle = make_bundle(
+        make_checkpoint(wide), precision="fp16", routing="capacity", max_subnets=1, steps=2, max_batch=8
+    )
+    report = build(copy_of(bundle, tmp_path / "wide"), compute_capabilities=("8.9", "12.0"))
+    assert [each.graph for each in report.built] == ["conditioning.onnx", "subnet-0000.onnx"]
+    assert report.built[1].bytes > bundle.manifest.subnets[0].weight_bytes, "a static subnetwork holds its weights"
+
+
+def test_one_engine_for_every_width_builds_and_holds_no_block_weights(
+    rtx, make_checkpoint, digits_like: ModelConfig, tmp_path: Path
+) -> None:
+    tensors = stored_tensors(make_checkpoint(digits_like).state, digits_like)
+    source = WeightInputs(write_weights(tmp_path / "weights.bin", tensors, Precision.FP16))
+    every = (tuple(range(digits_like.num_heads)),) * digits_like.depth
+    spec = SubnetSpec(every, every, frozenset(), Routing.CAPACITY, (digits_like.tokens,) * digits_like.depth)
+    library = FunctionLibrary(digits_like, 1, Precision.FP16)
+    save_graph(subnet_graph(digits_like, spec, library, source), tmp_path / "sliding.onnx")
+    request = EngineRequest(
+        flavour=Flavour.TENSORRT_RTX, version=rtx.__version__, precision=Precision.FP16, opt_batch=2, max_batch=4
+    )
+    ranges = {
+        "batch": Extent(min=1, opt=2, max=4),
+        "rows": Extent(min=1, opt=4, max=8),
+        **width_ranges(digits_like),
+    }
+    inputs = (*subnet_inputs(digits_like, False), *source.inputs)
+    job = Job(tmp_path / "sliding.onnx", tmp_path / "s.engine", request, inputs, ranges, tmp_path / "build.log")
+    results: list[Built] = []
+    run_jobs([job], 1, lambda _, built: results.append(built))
+    plan = (tmp_path / "s.engine").read_bytes()
+    assert len(plan) == results[0].bytes
+    stored = (tmp_path / "weights.bin").read_bytes()
+    for name in ("blocks.0.fc1.weight", "embed.weight"):
+        entry = source.entries[name]
+        sample = stored[entry.offset : entry.offset + 64]
+        assert (sample in plan) == (name == "embed.weight"), name
+
+
+def test_wrong_types_fail_the_build_before_it_and_are_logged(small) -> None:
+    bundle = small("fp32")
+    request = rtx_request(bundle).model_copy(update={"precision": Precision.FP16})
+    with pytest.raises(BackendError) as caught:
+        build_engines(bundle, request)
+    message = str(caught.value)
+    assert "conditioning.onnx is not as fp16 should be: layer " in message
+    assert "the product with adaln.weight takes float32, expected float16" in message
+    folder = EngineStore.of(bundle, request).folder
+    assert not list(folder.glob("*.engine"))
+    assert "conditioning.engine from conditioning.onnx: failed" in (folder / "build.log").read_text()
+
+
+def test_a_graph_that_is_not_as_described_fails_the_build(small, tmp_path: Path) -> None:
+    bundle = small()
+    manifest = bundle.manifest
+    request = rtx_request(bundle)
+    inputs = subnet_inputs(manifest.model, not manifest.subnets[0].gated)
+    ranges = symbol_ranges(manifest, request.opt_batch, request.max_batch)
+    engine = tmp_path / "x.engine"
+    job = Job(bundle.path / "subnet-0000.onnx", engine, request, inputs, ranges, tmp_path / "build.log")
+    with pytest.raises(BackendError, match=r"subnet-0000\.onnx: input 'gates' is .*; export the bundle again"):
+        build_engine(job)
+    assert not engine.exists()
+
+
+BUILD = """
+import sys
+from dydit.bundle.bundle import Bundle
+from dydit.engines.build import build_engines
+from dydit.engines.fingerprint import make_request
+from dydit.engines.flavour import Flavour, installed_version
+
+def told(done, total):
+    print(done, total, flush=True)
+
+if __name__ == "__main__":
+    bundle, flavour = Bundle.open(sys.argv[1]), Flavour.TENSORRT_RTX
+    build_engines(bundle, make_request(bundle.manifest, flavour, installed_version(flavour), None), 1, told)
+"""
+
+
+def test_killed_and_run_again_it_keeps_what_was_finished(small, tmp_path: Path) -> None:
+    bundle = small()
+    script = tmp_path / "build.py"
+    script.write_text(BUILD)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen(
+        [sys.executable, str(script), str(bundle.path)], stdout=subprocess.PIPE, text=True, env=environment
+    )
+    assert process.stdout is not None
+    assert [process.stdout.readline() for _ in range(2)] == ["0 3\n", "1 3\n"]
+    time.sleep(0.3)  # the next engine is under way
+    children = _children(process.pid)
+    assert children
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    deadline = time.monotonic() + 10
+    while any(_alive(child) for child in children) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(_alive(child) for child in children), "the building processes end with the one that started them"
+    report = build(bundle)
+    assert (report.kept, len(report.built)) == (1, 2)
+    assert all(
+        EngineStore.of(bundle, report.request).load(graph) for graph in ("conditioning.onnx", "subnet-0001.onnx")
+    )
+
+
+def _children(parent: int) -> list[int]:
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[1]) == parent:
+            found.append(int(stat.parent.name))
+    return found
+
+
+def _alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+def test_a_building_process_that_dies_is_reported(small, tmp_path: Path) -> None:
+    bundle = small()
+    request = rtx_request(bundle)
+    ranges = symbol_ranges(bundle.manifest, request.opt_batch, request.max_batch)
+
+    def job(name: str) -> Job:
+        inputs = subnet_inputs(bundle.manifest.model, bundle.manifest.subnets[0].gated)
+        return Job(bundle.path / name, tmp_path / f"{name}.engine", request, inputs, ranges, tmp_path / "build.log")
+
+    def kill_all(_: Job, __: Any) -> None:
+        for child in multiprocessing.active_children():
+            if child.name == "dydit-build":
+                os.kill(child.pid, signal.SIGKILL)
+
+    with pytest.raises(BackendError) as caught:
+        run_jobs([job("subnet-0000.onnx"), job("subnet-0000.onnx")], 1, kill_all)
+    assert str(caught.value) == (
+        "the process that built subnet-0000.onnx was ended by SIGKILL, as when memory runs out: run again, with fewer "
+        "--jobs; what is finished is kept"
+    )
+
+
+def test_without_a_gpu_an_engine_is_not_inspected(small) -> None:
+    if present_gpu() is not None:
+        pytest.skip("there is a GPU here")
+    with pytest.raises(BackendError) as caught:
+        engine_layers(Flavour.TENSORRT_RTX, b"")
+    assert str(caught.value) == (
+        "an engine can be inspected only where it runs, and there is no NVIDIA driver or GPU here; the types of its "
+        "network were checked before it was built"
+    )
+
+
+def test_a_built_engine_that_is_changed_is_refused(built_once: Bundle, tmp_path: Path) -> None:
+    bundle = copy_of(built_once, tmp_path / "copy")
+    store = EngineStore.of(bundle, rtx_request(bundle))
+    path = store.folder / "subnet-0000.engine"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(BundleError, match=r"was changed after it was built \(its SHA-256 differs\); remove it and run"):
+        store.load("subnet-0000.onnx")

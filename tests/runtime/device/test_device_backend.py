@@ -1,0 +1,266 @@
+"""A backend on a device keeps the contract of backends, by single steps and by whole runs."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from dydit.bundle.manifest import PlanKind, Routing
+from dydit.errors import BackendError
+from dydit.runtime.backends.base import BackendOptions
+from dydit.runtime.backends.onnxruntime import OnnxRuntimeBackend
+from dydit.runtime.device.backend import RESERVE, DeviceBackend
+from dydit.runtime.device.execute import CaptureError
+from dydit.runtime.device.launches import EngineMemory
+from dydit.runtime.device.operations import CONDITIONER, EngineId
+from dydit.runtime.loop import MemoryStore, StepRunner, sample
+from dydit.runtime.noise import SeededNoise
+from dydit.runtime.request import make_batches
+from dydit.runtime.resident import ResidentSubnets
+
+LABELS, IMAGES = [3, 1, 3, 0, 6], [0, 1, 2, 40, 41]
+OVERFLOWING = {"routing": Routing.CAPACITY, "capacities": (12, 14, 14), "plan": PlanKind.PER_STEP}
+
+
+class Kept(MemoryStore):
+    """A store that is not memory's, so that every segment is stored."""
+
+
+class Fixture:
+    def __init__(self, bundle, fake_device, known=None, graphs=True, **device):
+        self.devices, self.kept = [], []
+
+        def make():
+            self.devices.append(fake_device(bundle, **device))
+            return self.devices[-1]
+
+        fixture = self
+
+        class Backend(DeviceBackend):
+            name = "fake"
+
+            def _keep_memory(self, memory):
+                fixture.kept.append(dict(memory))
+
+        self.backend = Backend(bundle, BackendOptions(), make, known, graphs)
+        self.bundle = bundle
+        self.batches = make_batches(LABELS, IMAGES, 2)
+        model = bundle.manifest.model
+        self.noise = SeededNoise(5, (model.in_channels, model.input_size, model.input_size))
+
+    def run(self, scale=4.0, store=None, progress=None):
+        store = store or MemoryStore()
+        stats = self.backend.sample_run(self.batches, self.noise, store, scale, progress)
+        return [store.load(b) for b in range(len(self.batches))], stats
+
+    def loop(self, backend, scale=4.0):
+        store = MemoryStore()
+        with ResidentSubnets(backend, 2) as subnets:
+            stats = sample(StepRunner(backend, subnets, LABELS, scale), self.batches, self.noise, store)
+        return [store.load(b) for b in range(len(self.batches))], stats
+
+
+@pytest.fixture
+def expected():
+    def of(fixture, scale=4.0):
+        return fixture.loop(OnnxRuntimeBackend(fixture.bundle, BackendOptions(threads=1)), scale)
+
+    return of
+
+
+def same(a, b) -> bool:
+    return all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def stepwise(fixture, scale=4.0):
+    """The generic loop on single steps."""
+    store = MemoryStore()
+    with ResidentSubnets(fixture.backend, 2) as subnets:
+        runner = StepRunner(fixture.backend, subnets, LABELS, scale)
+        for b, batch in enumerate(fixture.batches):
+            x = fixture.noise.initial(batch)
+            for step in range(fixture.bundle.manifest.sampling.steps):
+                x = runner.run(step, x, fixture.noise.step(batch, step), batch.labels).x_prev
+            store.save(b, 0, x, 0)
+    return [store.load(b) for b in range(len(fixture.batches))]
+
+
+def test_single_steps_are_those_of_the_engines(make_bundle, fake_device, relative_to):
+    fixture = Fixture(make_bundle(**OVERFLOWING), fake_device, activation=lambda engine: 0)
+    ours = stepwise(fixture)
+    theirs, stats = fixture.loop(OnnxRuntimeBackend(fixture.bundle, BackendOptions(threads=1)))
+    assert stats.repeated_steps > 0
+    assert max(relative_to(a, b) for a, b in zip(ours, theirs, strict=True)) < 1e-5
+    (device,) = fixture.devices
+    assert set(device.engines) == {CONDITIONER}, "closed subnetworks are gone"
+    fixture.backend.close()
+    assert not device.arena and not device.engines
+
+
+def test_conditioning_is_cut_to_what_the_engine_takes(make_bundle, fake_device, relative_to):
+    fixture = Fixture(make_bundle(), fake_device, longest=(3, 2))
+    timesteps, labels = np.arange(7) * 100, np.array([0, 3, 1, 6, 2])
+    ours = fixture.backend.conditioning(timesteps, labels)
+    theirs = OnnxRuntimeBackend(fixture.bundle).conditioning(timesteps, labels)
+    assert ours.shape == theirs.shape and relative_to(ours, theirs) < 1e-6
+
+
+@pytest.mark.parametrize("kind", [{}, {"routing": Routing.DENSE}, OVERFLOWING], ids=["dynamic", "dense", "overflowing"])
+def test_a_whole_run_is_the_loop(kind, make_bundle, fake_device, expected):
+    fixture = Fixture(make_bundle(**kind), fake_device)
+    wanted, theirs = expected(fixture)
+    seen = []
+    for store in (MemoryStore(), Kept()):
+        seen.clear()
+        latents, stats = fixture.run(store=store, progress=lambda *now: seen.append(now))
+        assert same(latents, wanted)
+        assert (stats.images, stats.steps, stats.repeated_steps) == (5, theirs.steps, theirs.repeated_steps)
+        assert seen[-1] == (36, 36) and seen == sorted(seen)
+    (device,) = fixture.devices
+    memory = sum(len(a) for a in device.arena.values())
+    fixture.run()
+    assert sum(len(a) for a in device.arena.values()) == memory
+
+
+def test_a_run_goes_on_from_where_its_store_is(make_bundle, fake_device, expected):
+    fixture = Fixture(make_bundle(**OVERFLOWING), fake_device)
+    wanted, _ = expected(fixture)
+
+    class Stop(Exception):
+        pass
+
+    class Stopping(Kept):
+        stop = True
+
+        def save(self, batch, segments, latents, repeated):
+            super().save(batch, segments, latents, repeated)
+            if self.stop and (batch, segments) == (1, 3):
+                self.stop = False
+                raise Stop
+
+    store = Stopping()
+    with pytest.raises(Stop):
+        fixture.run(store=store)
+    assert store.segments == {0: 3, 1: 3, 2: 2}
+    latents, stats = fixture.run(store=store)
+    assert same(latents, wanted) and stats.steps == 36 - 3 - 3 - 2
+    again, stats = fixture.run(store=store)
+    assert stats.steps == 0 and same(again, wanted)
+
+
+def test_many_batches_go_in_several_passes(make_bundle, fake_device, expected, monkeypatch):
+    monkeypatch.setattr("dydit.runtime.device.sampler.BATCHES", 2)
+    fixture = Fixture(make_bundle(routing=Routing.DENSE), fake_device)
+    latents, stats = fixture.run()
+    assert same(latents, expected(fixture)[0]) and stats.steps == 36
+
+
+def test_where_graphs_cannot_be_captured_it_runs_without(make_bundle, fake_device, expected):
+    class Refusing(fake_device):
+        def launch(self, *arguments):
+            if self.recording is not None:
+                raise CaptureError("this engine cannot be captured")
+            super().launch(*arguments)
+
+    fixture = Fixture(make_bundle(routing=Routing.DENSE), Refusing)
+    with pytest.warns(UserWarning, match="cannot be captured; going on without CUDA graphs"):
+        latents, _ = fixture.run()
+    assert same(latents, expected(fixture)[0])
+    fixture.run()
+    assert not fixture.devices[0].graphs and fixture.devices[0].replays == 0
+
+
+def test_what_engines_need_is_found_out_once(make_bundle, fake_device):
+    bundle = make_bundle(**OVERFLOWING)
+    fixture = Fixture(bundle, fake_device)
+    fixture.run(), fixture.run()
+    subnets = len(bundle.manifest.subnets)
+    assert len(fixture.kept) == 1 and len(fixture.kept[0]) == 1 + 2 * subnets
+    first = fixture.devices[0].loads[: 1 + 2 * subnets]
+    assert len(set(first)) == len(first) == 1 + 2 * subnets
+    known = Fixture(bundle, fake_device, fixture.kept[0])
+    known.run()
+    assert not known.kept
+    assert [engine for engine in known.devices[0].loads[:3]] == [CONDITIONER, EngineId(0), EngineId(1)]
+    some = {engine: figures for engine, figures in fixture.kept[0].items() if not engine.full}
+    part = Fixture(bundle, fake_device, some)
+    part.run()
+    assert part.kept == fixture.kept
+
+
+def test_residency_follows_the_memory_that_is_free(make_bundle, fake_device, expected):
+    bundle = make_bundle(routing=Routing.DENSE)
+    known = {EngineId(i): EngineMemory(1000, 1 << 30) for i in range(len(bundle.manifest.subnets))}
+    known[CONDITIONER] = EngineMemory(1000, 1 << 30)
+    fixture = Fixture(bundle, fake_device, known)
+    fixture.backend._sampler  # noqa: B018  (opens the device)
+    (device,) = fixture.devices
+    peaks = []
+    load = device.load
+
+    def watched(engine):
+        load(engine)
+        peaks.append(len(device.engines))
+
+    device.load = watched
+    device.free_bytes = RESERVE + (5 << 29)
+    latents, _ = fixture.run()
+    assert max(peaks) == 3, "the conditioning and two subnetworks"
+    assert same(latents, expected(fixture)[0])
+    small = Fixture(bundle, fake_device, known)
+    small.backend._sampler  # noqa: B018
+    small.devices[0].free_bytes = RESERVE + (1 << 30)
+    with pytest.raises(BackendError, match=r"needs 3.0 GiB .* with two subnetworks loaded, and 2.0 GiB are free"):
+        small.run()
+
+
+def test_a_batch_that_the_conditioning_cannot_take_is_refused(make_bundle, fake_device):
+    fixture = Fixture(make_bundle(), fake_device, longest=(3, 3))
+    with pytest.raises(BackendError, match=r"at most 3 labels at once, and this batch has 4; use a smaller batch size"):
+        fixture.run()
+    assert len(fixture.run(scale=1.0)[0]) == 3
+
+
+def test_latents_that_are_not_finite_are_refused(make_bundle, fake_device):
+    fixture = Fixture(make_bundle(routing=Routing.DENSE), fake_device)
+
+    class Broken(SeededNoise):
+        def step(self, batch, step):
+            noise = super().step(batch, step).copy()
+            if step == 5:
+                noise[-1] = np.nan
+            return noise
+
+    fixture.noise = Broken(5, fixture.noise.shape)
+    with pytest.raises(BackendError, match="the latents of image 1 hold NaN or infinite values after 4 segments"):
+        fixture.run()
+    segment = next(i for i, s in enumerate(fixture.bundle.manifest.plan.segments) if 5 in s.steps)
+    with pytest.raises(BackendError, match=f"image 1 hold NaN or infinite values after {segment + 1} segments"):
+        fixture.run(store=Kept())
+
+
+def test_debug_is_refused(make_bundle, fake_device):
+    with pytest.raises(BackendError, match="shows no values between layers; look inside with --backend onnxruntime"):
+        Fixture(make_bundle(), fake_device).backend.subnet(0, debug=True)
+
+
+def test_a_subnetwork_that_two_loaded_stays_for_the_other(make_bundle, fake_device):
+    fixture = Fixture(make_bundle(), fake_device)
+    first, second = fixture.backend.subnet(0), fixture.backend.subnet(0)
+    (device,) = fixture.devices
+    first.close(), first.close()
+    assert EngineId(0) in device.engines
+    second.close()
+    assert EngineId(0) not in device.engines
+
+
+def test_a_backend_that_nobody_holds_frees_the_device(make_bundle, fake_device):
+    import gc
+
+    fixture = Fixture(make_bundle(routing=Routing.DENSE), fake_device)
+    fixture.run()
+    (device,) = fixture.devices
+    assert device.arena
+    del fixture.backend
+    gc.collect()
+    assert not device.arena and not device.engines and not device.graphs

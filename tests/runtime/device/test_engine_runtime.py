@@ -1,0 +1,221 @@
+"""How engines and contexts are used: by a stand-in that notes every call, and by the names of the real module."""
+
+from __future__ import annotations
+
+import importlib
+from types import SimpleNamespace
+
+import pytest
+
+from dydit.errors import BackendError
+from dydit.runtime.device.execute import CaptureError, Tensor
+from dydit.runtime.device.launches import EngineMemory
+from dydit.runtime.device.operations import CONDITIONER, EngineId
+from dydit.runtime.device.tensorrt import Runtime
+
+X, OTHER, OUT = (
+    Tensor("x", "float32", (2, 4), 1024),
+    Tensor("x", "float32", (3, 4), 1024),
+    Tensor("y", "float32", (2, 4), 2048),
+)
+WORK = (4096, 500)
+
+
+class StandIn:
+    """As much of TensorRT as is used. `refuse`: calls that return False or None; `rtx`: which flavour."""
+
+    def __init__(self, rtx=False, refuse=(), capturable=True):
+        self.calls, self.refuse, self.capturable = [], set(refuse), capturable
+        self.__name__, self.__version__ = ("tensorrt_rtx", "1.7.1") if rtx else ("tensorrt", "11.4.0")
+        self.ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="user managed")
+        if rtx:
+            self.CudaGraphStrategy = SimpleNamespace(DISABLED="disabled")
+            self.DynamicShapesKernelSpecializationStrategy = SimpleNamespace(EAGER="eager")
+        stand_in = self
+
+        class ILogger:
+            Severity = SimpleNamespace(ERROR=1, WARNING=2, INFO=3)
+
+            def __init__(self):
+                pass
+
+        class Runtime:
+            def __init__(self, logger):
+                self.logger = stand_in.logger = logger
+
+            def deserialize_cuda_engine(self, data):
+                return stand_in.say("deserialize", data) and Engine()
+
+        class Config(SimpleNamespace):
+            def set_execution_context_allocation_strategy(self, strategy):
+                self.strategy = strategy
+
+            def create_runtime_cache(self):
+                stand_in.say("create cache")
+                return SimpleNamespace(
+                    deserialize=lambda data: stand_in.say("fill cache", data), serialize=lambda: bytearray(b"compiled")
+                )
+
+            def set_runtime_cache(self, cache):
+                self.cache = cache
+
+        class Engine:
+            device_memory_size_v2 = 500
+
+            def create_runtime_config(self):
+                return Config()
+
+            def create_execution_context(self, how):
+                stand_in.how = how
+                return stand_in.say("context") and Context()
+
+            def get_tensor_profile_shape(self, name, profile):
+                assert (name, profile) == ("timesteps", 0)
+                return [(1,), (4,), (9,)]
+
+        class Context:
+            def __getattr__(self, name):
+                return lambda *arguments: stand_in.say(name, *arguments)
+
+            def is_stream_capturable(self, stream):
+                return stand_in.capturable
+
+        self.ILogger, self.Runtime = ILogger, Runtime
+
+    def say(self, name, *arguments):
+        self.calls.append((name, *arguments))
+        if name in self.refuse:
+            self.logger.log(1, f"[E] {name} is\nimpossible")
+            self.logger.log(3, "chatter")
+            return None
+        return True
+
+    def took(self):
+        calls, self.calls = self.calls, []
+        return calls
+
+
+def loaded(stand_in, engine=CONDITIONER, cache=None):
+    runtime = Runtime(stand_in, lambda each: f"bytes of {each}".encode(), cache)
+    return runtime, runtime.load(engine)
+
+
+def test_a_launch_sets_shapes_memory_addresses_and_nothing_twice():
+    trt = StandIn()
+    _, engine = loaded(trt, EngineId(2))
+    assert engine.memory == EngineMemory(500, len("bytes of subnetwork 2"))
+    assert trt.took() == [("deserialize", b"bytes of subnetwork 2")]
+    engine.launch([X], [OUT], WORK, 77, capturing=False)
+    assert trt.took() == [
+        ("context",),
+        ("set_input_shape", "x", (2, 4)),
+        ("set_device_memory", 4096, 500),
+        ("set_tensor_address", "x", 1024),
+        ("set_tensor_address", "y", 2048),
+        ("execute_async_v3", 77),
+    ]
+    assert trt.how == "user managed"
+    engine.launch([X], [OUT], WORK, 77, capturing=True)
+    assert trt.took() == [("execute_async_v3", 77)]
+    engine.launch([X], [OUT._replace(address=512)], WORK, 77, capturing=False)
+    assert trt.took() == [("set_tensor_address", "y", 512), ("execute_async_v3", 77)]
+    engine.launch([X], [OUT._replace(address=512)], (8192, 600), 77, capturing=False)
+    assert trt.took() == [("set_device_memory", 8192, 600), ("execute_async_v3", 77)]
+
+
+def test_other_shapes_get_a_context_of_their_own():
+    """So that a graph captured from the first is not touched."""
+    trt = StandIn()
+    runtime, engine = loaded(trt)
+    for x in (X, OTHER, X, OTHER):
+        engine.launch([x], [OUT], WORK, 1, capturing=False)
+    calls = [call[0] for call in trt.took()]
+    assert calls.count("context") == calls.count("set_input_shape") == runtime.contexts == 2
+    assert calls.count("execute_async_v3") == 4
+    assert engine.longest("timesteps") == (9,)
+    engine.close()
+
+
+def test_rtx_compiles_at_once_keeps_its_kernels_and_leaves_graphs_to_us():
+    trt = StandIn(rtx=True)
+    runtime, engine = loaded(trt, cache=b"kernels of before")
+    assert runtime.compiled() is None
+    engine.launch([X], [OUT], WORK, 1, capturing=False)
+    engine.launch([OTHER], [OUT], WORK, 1, capturing=False)
+    calls = trt.took()
+    assert calls.count(("create cache",)) == 1 and ("fill cache", b"kernels of before") in calls
+    assert (trt.how.strategy, trt.how.cuda_graph_strategy) == ("user managed", "disabled")
+    assert trt.how.dynamic_shapes_kernel_specialization_strategy == "eager" and trt.how.cache is not None
+    assert runtime.compiled() == b"compiled"
+    again, engine = loaded(StandIn(rtx=True), cache=b"compiled")
+    engine.launch([X], [OUT], WORK, 1, capturing=False)
+    assert again.compiled() is None, "nothing new"
+
+
+@pytest.mark.parametrize(
+    ("call", "trouble"),
+    [
+        ("context", "cannot make an execution context"),
+        ("set_input_shape", r"does not take x of shape \(2, 4\)"),
+        ("set_tensor_address", "has no input or output x"),
+        ("execute_async_v3", "failed"),
+    ],
+)
+def test_what_tensorrt_refuses_is_one_line_with_its_reason(call, trouble):
+    _, engine = loaded(StandIn(refuse=[call]))
+    with pytest.raises(BackendError, match=rf"^tensorrt 11.4.0: conditioning {trouble}: \[E\] {call} is impossible$"):
+        engine.launch([X], [OUT], WORK, 1, capturing=False)
+
+
+def test_an_engine_that_cannot_be_loaded_says_why():
+    with pytest.raises(
+        BackendError, match=r"^tensorrt 11.4.0 cannot load subnetwork 3: \[E\] deserialize is impossible$"
+    ):
+        loaded(StandIn(refuse=["deserialize"]), EngineId(3))
+
+
+def test_too_little_memory_to_work_in_is_noticed():
+    _, engine = loaded(StandIn())
+    with pytest.raises(BackendError, match=r"needs 500 bytes to work in and was given 400; remove memory.json"):
+        engine.launch([X], [OUT], (4096, 400), 1, capturing=False)
+
+
+def test_a_context_that_cannot_be_captured_says_so():
+    _, engine = loaded(StandIn(capturable=False))
+    engine.launch([X], [OUT], WORK, 1, capturing=False)
+    with pytest.raises(CaptureError, match="conditioning cannot be captured in a CUDA graph"):
+        engine.launch([X], [OUT], WORK, 1, capturing=True)
+
+
+@pytest.mark.parametrize("name", ["tensorrt", "tensorrt_rtx"])
+def test_the_names_that_are_used_exist(name):
+    """No GPU is needed for that."""
+    trt = pytest.importorskip(name, exc_type=ImportError)
+    used = {
+        trt.Runtime: ["deserialize_cuda_engine"],
+        trt.ICudaEngine: ["device_memory_size_v2", "get_tensor_profile_shape", "create_execution_context"],
+        trt.IExecutionContext: ["set_input_shape", "set_tensor_address", "set_device_memory", "execute_async_v3"],
+        trt.ExecutionContextAllocationStrategy: ["USER_MANAGED"],
+        trt.ILogger: ["Severity"],
+    }
+    if name == "tensorrt_rtx":
+        used |= {
+            trt.ICudaEngine: [*used[trt.ICudaEngine], "create_runtime_config"],
+            trt.IRuntimeConfig: [
+                "cuda_graph_strategy",
+                "dynamic_shapes_kernel_specialization_strategy",
+                "set_execution_context_allocation_strategy",
+                "create_runtime_cache",
+                "set_runtime_cache",
+            ],
+            trt.IRuntimeCache: ["serialize", "deserialize"],
+            trt.CudaGraphStrategy: ["DISABLED"],
+            trt.DynamicShapesKernelSpecializationStrategy: ["EAGER"],
+        }
+    missing = [
+        f"{owner.__name__}.{each}" for owner, names in used.items() for each in names if not hasattr(owner, each)
+    ]
+    assert not missing
+    assert importlib.import_module(name).ILogger.Severity.ERROR <= trt.ILogger.Severity.WARNING
+    runtime = Runtime(trt, lambda engine: b"this is no engine")
+    assert runtime.compiled() is None

@@ -1,0 +1,234 @@
+"""What the TensorRT backend needs is asked for in order, each refusal in one line that says what to do."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from dydit.bundle.bundle import Bundle
+from dydit.bundle.manifest import CONDITIONING, Routing
+from dydit.engines.fingerprint import EngineKey, make_request
+from dydit.engines.flavour import Flavour, Gpu
+from dydit.engines.store import EngineEntry, EngineStore
+from dydit.errors import BackendError, BundleError
+from dydit.runtime.backends import tensorrt as backend
+from dydit.runtime.backends.registry import backend_status, open_backend
+from dydit.runtime.device.launches import EngineMemory, engines_of, graph_of
+from dydit.runtime.device.operations import CONDITIONER, EngineId
+from dydit.runtime.loop import MemoryStore, StepRunner, sample
+from dydit.runtime.noise import SeededNoise
+from dydit.runtime.request import make_batches
+from dydit.runtime.resident import ResidentSubnets
+
+ADA, HOPPER = Gpu("NVIDIA L4", "8.9"), Gpu("NVIDIA H200", "9.0")
+VERSION = "1.7.1"
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """`machine(flavours, gpu, version)`: what is installed here, as the backend sees it."""
+
+    def install(flavours=(Flavour.TENSORRT_RTX,), gpu=ADA, version=VERSION):
+        monkeypatch.setattr(backend, "is_installed", lambda flavour: flavour in flavours)
+        monkeypatch.setattr(backend, "load_flavour", lambda flavour: SimpleNamespace(__version__=version))
+        monkeypatch.setattr(backend, "present_gpu", lambda: gpu)
+        monkeypatch.setattr(backend, "pycuda_driver", lambda: None)
+
+    return install
+
+
+@pytest.fixture
+def bundle(make_bundle, tmp_path) -> Bundle:
+    """A bundle of its own, to build in."""
+    copy = tmp_path / "bundle"
+    shutil.copytree(make_bundle(routing=Routing.CAPACITY, capacities=(12, 14, 14)).path, copy)
+    return Bundle.open(copy)
+
+
+def build(bundle: Bundle, **settings) -> EngineStore:
+    """An index of engines whose files say which graph they stand for."""
+    import hashlib
+
+    request = make_request(bundle.manifest, Flavour.TENSORRT_RTX, VERSION, None, **settings)
+    store = EngineStore.of(bundle, request)
+    store.folder.mkdir(parents=True)
+    entries = {}
+    for engine in engines_of(bundle.manifest):
+        graph = graph_of(bundle.manifest, engine)
+        data, name = f"engine of {graph}".encode(), graph.replace(".onnx", ".engine")
+        (store.folder / name).write_bytes(data)
+        files = bundle.manifest.files
+        key = EngineKey(graph_sha256=files[graph].sha256, weights_sha256=files["weights.bin"].sha256, profile={})
+        entries[graph] = EngineEntry(
+            file=name,
+            key=key,
+            fingerprint=key.fingerprint(request),
+            sha256=hashlib.sha256(data).hexdigest(),
+            bytes=len(data),
+            modified_ns=0,
+            seconds=1.0,
+            peak_memory=1,
+            layers=1,
+            warnings=0,
+        )
+    store.write(request, entries)
+    return store
+
+
+def refusal(bundle: Bundle, name: str = "tensorrt", kind: type[Exception] = BackendError) -> str:
+    with pytest.raises(kind) as caught:
+        open_backend(name, bundle)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_without_tensorrt(bundle, monkeypatch):
+    for module in ("tensorrt", "tensorrt_rtx"):
+        monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setattr("dydit.engines.flavour.is_installed", lambda flavour: False)
+    monkeypatch.setattr(backend, "is_installed", lambda flavour: False)
+    assert "no TensorRT is installed: pip install 'dydit[tensorrt-rtx]'" in refusal(bundle)
+    assert "tensorrt_rtx is not installed: pip install 'dydit[tensorrt-rtx]'" in refusal(
+        bundle, "tensorrt-rtx"
+    ).replace("cannot be imported (import of tensorrt_rtx halted; None in sys.modules)", "is not installed")
+    status = {name: (works, detail) for name, works, detail in backend_status()}
+    assert status["tensorrt"][0] is False and "pip install" in status["tensorrt"][1]
+
+
+def test_without_a_gpu(bundle, machine):
+    machine(gpu=None)
+    wanted = "TensorRT engines run on an NVIDIA GPU, and there is no driver or GPU here; use --backend onnxruntime"
+    assert refusal(bundle) == refusal(bundle, "tensorrt-rtx") == wanted
+    assert dict((n, d) for n, _, d in backend_status())["tensorrt"] == wanted
+
+
+def test_without_pycuda(bundle, machine, monkeypatch):
+    from dydit.runtime.device.cuda import pycuda_driver
+
+    machine()
+    monkeypatch.setattr(backend, "pycuda_driver", pycuda_driver)
+    monkeypatch.setitem(sys.modules, "pycuda.driver", None)
+    monkeypatch.setitem(sys.modules, "pycuda", None)
+    assert refusal(bundle).startswith("pycuda cannot be imported (")
+    assert refusal(bundle).endswith("pip install 'dydit[gpu]' (it is built on this machine and needs the CUDA headers)")
+
+
+def test_without_engines(bundle, machine):
+    machine()
+    command = f"run `dydit build {bundle.path} --flavour tensorrt-rtx`"
+    assert refusal(bundle, kind=BundleError) == f"{bundle.path} has no tensorrt-rtx engines; {command}"
+    machine(flavours=tuple(Flavour))
+    assert "has no tensorrt engines; run `dydit build" in refusal(bundle, kind=BundleError)
+
+
+def test_engines_of_another_machine_are_refused(bundle, machine):
+    build(bundle, compute_capabilities=("8.6",))
+    machine(gpu=HOPPER)
+    said = refusal(bundle, kind=BundleError)
+    assert "was built for compute capability 8.6, but the GPU here is NVIDIA H200 (compute capability 9.0)" in said
+    assert said.endswith(f"run `dydit build {bundle.path} --flavour tensorrt-rtx`")
+    machine(gpu=Gpu("NVIDIA RTX A6000", "8.6"), version="1.8.0")
+    assert "was built by tensorrt-rtx 1.7.1, but 1.8.0 is installed" in refusal(bundle, kind=BundleError)
+
+
+def test_the_flavour_that_has_engines_is_taken(bundle, machine):
+    store = build(bundle)
+    machine(flavours=tuple(Flavour))
+    trt, found = backend.open_engines(bundle, None)
+    assert trt.__version__ == VERSION and found.folder == store.folder
+    with pytest.raises(BundleError, match="has no tensorrt engines"):
+        backend.open_engines(bundle, Flavour.TENSORRT)
+    assert backend.describe(Flavour.TENSORRT_RTX) == f"tensorrt-rtx {VERSION} on NVIDIA L4 (compute capability 8.9)"
+
+
+@pytest.fixture
+def opened(bundle, machine, monkeypatch, fake_device):
+    """`opened()`: the backend on a device of NumPy arrays, and what it read and compiled."""
+    machine()
+    store = build(bundle)
+    facts = SimpleNamespace(store=store, read=[], devices=[], compiled=b"kernels")
+
+    class Compiler:
+        def __init__(self, trt, read, cache):
+            self.read, self.cache, self.contexts = read, cache, 0
+            facts.cache = cache
+
+        def compiled(self):
+            return facts.compiled if facts.compiled != self.cache else None
+
+    def device(runtime):
+        made = fake_device(bundle)
+        load, launch = made.load, made.launch
+
+        def loading(engine):
+            facts.read.append(runtime.read(engine).decode())
+            load(engine)
+
+        def launching(*arguments):
+            runtime.contexts += 1
+            launch(*arguments)
+
+        made.load, made.launch = loading, launching
+        facts.devices.append(made)
+        return made
+
+    monkeypatch.setattr(backend, "Runtime", Compiler)
+    monkeypatch.setattr(backend, "CudaDevice", device)
+
+    def make():
+        facts.read.clear()
+        facts.backend = open_backend("tensorrt", bundle)
+        return facts
+
+    return make
+
+
+def test_sampling_goes_through_whole_runs(bundle, opened):
+    facts = opened()
+    batches = make_batches([1, 2, 3], [0, 1, 2], 3)
+    model = bundle.manifest.model
+    noise = SeededNoise(0, (model.in_channels, model.input_size, model.input_size))
+    results = []
+    for name in ("tensorrt", "onnxruntime"):
+        engine = facts.backend if name == "tensorrt" else open_backend(name, bundle)
+        store = MemoryStore()
+        with ResidentSubnets(engine) as subnets:
+            stats = sample(StepRunner(engine, subnets, [1, 2, 3], 4.0), batches, noise, store)
+        results.append((store.load(0), stats.steps))
+    assert results[0][1] == results[1][1]
+    assert np.allclose(results[0][0], results[1][0], rtol=1e-4)
+    (device,) = facts.devices
+    assert device.replays and not any(engine.full for engine in device.engines)
+    assert set(facts.read) == {f"engine of {graph_of(bundle.manifest, e)}" for e in engines_of(bundle.manifest)}
+
+
+def test_what_a_run_finds_out_is_kept_for_the_next_process(bundle, opened):
+    facts = opened()
+    noise, batches = SeededNoise(0, (4, 8, 8)), make_batches([1], [0], 1)
+    facts.backend.sample_run(batches, noise, MemoryStore(), 1.0)
+    assert facts.cache is None and facts.store.read_runtime_cache() == b"kernels"
+    file = facts.store.folder / backend.FIGURES
+    figures = json.loads(file.read_text())
+    assert len(figures) == len(engines_of(bundle.manifest))
+    facts = opened()
+    facts.backend.sample_run(batches, noise, MemoryStore(), 1.0)
+    assert facts.cache == b"kernels"
+    assert facts.read[:2] == [f"engine of {CONDITIONING}", "engine of subnet-0000.onnx"], "nothing is measured again"
+    known = backend._known(bundle, facts.store)
+    assert known[CONDITIONER] == known[EngineId(0, True)] == EngineMemory(1000, 10_000)
+    for damage in ("", "[1]", '{"a": 1}', '{"a": [1]}', '{"a": ["x", 1]}'):
+        file.write_text(damage)
+        assert backend._known(bundle, facts.store) == {}
+
+
+def test_a_changed_engine_is_refused(bundle, opened):
+    facts = opened()
+    path = facts.store.folder / "subnet-0000.engine"
+    path.write_bytes(path.read_bytes().replace(b"e", b"f"))
+    with pytest.raises(BundleError, match=r"subnet-0000.engine was changed after it was built"):
+        facts.backend.subnet(0)

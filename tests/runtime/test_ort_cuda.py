@@ -1,0 +1,119 @@
+"""Whole runs by bound addresses are the loop, bit for bit; on the CPU provider, where binding works alike."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import pytest
+
+from dydit.bundle.manifest import PlanKind, Routing
+from dydit.errors import BackendError
+from dydit.runtime.backends.base import BackendOptions
+from dydit.runtime.backends.onnxruntime import OnnxRuntimeBackend
+from dydit.runtime.backends.ort_cuda import HostMemory, HostSessions, OnnxRuntimeDeviceBackend, session_memory
+from dydit.runtime.device.execute import Tensor
+from dydit.runtime.device.launches import engines_of
+from dydit.runtime.device.operations import CONDITIONER, EngineId
+from dydit.runtime.loop import MemoryStore, StepRunner, sample
+from dydit.runtime.noise import SeededNoise
+from dydit.runtime.request import make_batches
+from dydit.runtime.resident import ResidentSubnets
+
+LABELS, IMAGES = [3, 1, 3, 0, 6], [0, 1, 2, 40, 41]
+OPTIONS = BackendOptions(threads=1)
+
+
+def run(backend, seed=5, scale=4.0):
+    model = backend.bundle.manifest.model
+    noise = SeededNoise(seed, (model.in_channels, model.input_size, model.input_size))
+    batches, store = make_batches(LABELS, IMAGES, 2), MemoryStore()
+    with ResidentSubnets(backend, 2) as subnets:
+        stats = sample(StepRunner(backend, subnets, LABELS, scale), batches, noise, store)
+    return np.concatenate([store.load(b) for b in range(len(batches))]), stats
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"routing": Routing.DENSE},
+        {"routing": Routing.DYNAMIC, "plan": PlanKind.PER_STEP},
+        {"routing": Routing.CAPACITY, "capacities": (12, 14, 14), "plan": PlanKind.PER_STEP},
+    ],
+    ids=["dense", "dynamic", "overflowing"],
+)
+def test_whole_runs_are_the_loop(settings, make_bundle):
+    bundle = make_bundle(**settings)
+    backend = OnnxRuntimeDeviceBackend(bundle, OPTIONS)
+    for seed, scale in ((5, 4.0), (6, 2.5)):
+        latents, stats = run(backend, seed, scale)
+        expected, theirs = run(OnnxRuntimeBackend(bundle, OPTIONS), seed, scale)
+        assert np.array_equal(latents, expected)
+        assert (stats.steps, stats.repeated_steps) == (theirs.steps, theirs.repeated_steps)
+    assert stats.repeated_steps == 0 or "capacities" in settings
+    arrays = backend._executor.device._arrays
+    assert len(arrays) > 10
+    backend.close()
+    assert not arrays
+    assert np.array_equal(run(backend)[0], run(OnnxRuntimeBackend(bundle, OPTIONS))[0]), "closed, it opens again"
+
+
+def test_steps_find_their_inputs_at_the_same_places(make_bundle):
+    """What the provider's graphs ask for: one set of addresses for each session and batch size."""
+    seen = {}
+
+    class Noting(HostSessions):
+        def launch(self, engine, inputs, outputs, workspace):
+            shapes = tuple(each.shape for each in inputs)
+            seen.setdefault((engine, shapes), set()).add(tuple(each.address for each in (*inputs, *outputs)))
+            super().launch(engine, inputs, outputs, workspace)
+
+    backend = OnnxRuntimeDeviceBackend(make_bundle(routing=Routing.DENSE), OPTIONS)
+    sampler = backend._sampler
+    sampler._executor.device.__class__ = Noting
+    run(backend), run(backend, seed=8)
+    steps = {key: places for key, places in seen.items() if key[0] != CONDITIONER}
+    assert len(steps) == 2 * len(backend.bundle.manifest.subnets), "two batch sizes"
+    assert all(len(places) == 1 for places in steps.values())
+
+
+def test_memory_of_the_host_is_aligned_and_copied():
+    memory = HostMemory()
+    a, b = memory.allocate(1000), memory.allocate(1000)
+    assert a % 256 == b % 256 == 0
+    data = np.arange(200, dtype=np.float32)
+    memory.upload(a, data, "compute")
+    memory.clear(b, 1000)
+    memory.copy(b + 256, a, 400)
+    assert np.array_equal(memory.download(b + 256, 400).view(np.float32), data[:100])
+    assert not memory.download(b, 256).any() and not memory.download(b + 656, 300).any()
+    memory.free(a)
+
+
+def test_what_a_session_cannot_run_is_one_line(make_bundle):
+    device = HostSessions(make_bundle(), OPTIONS)
+    device.load(CONDITIONER)
+    place = device.allocate(1 << 20)
+    wrong = [Tensor("timesteps", "float32", (2,), place), Tensor("labels", "int64", (1,), place)]
+    out = [Tensor("modulation", "float32", (2, 1, 20, 64), place)]
+    with pytest.raises(BackendError, match="onnxruntime failed in conditioning") as caught:
+        device.launch(CONDITIONER, wrong, out, (0, 0))
+    assert "\n" not in str(caught.value)
+
+
+def test_memory_is_that_of_the_weights(make_bundle):
+    bundle = make_bundle(routing=Routing.CAPACITY, capacities=(12, 14, 14))
+    total = bundle.manifest.files["weights.bin"].bytes
+    figures = {engine: session_memory(bundle, engine).weights for engine in engines_of(bundle.manifest)}
+    assert all(0 < weights < total for weights in figures.values())
+    assert figures[EngineId(0)] == figures[EngineId(0, True)] == bundle.manifest.subnets[0].weight_bytes
+
+
+def test_the_gpu_needs_pycuda(make_bundle, monkeypatch):
+    from dydit.runtime.backends import onnxruntime
+
+    real = onnxruntime.runtime()
+    monkeypatch.setattr(real, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    monkeypatch.setitem(sys.modules, "pycuda", None)
+    with pytest.raises(BackendError, match="pycuda cannot be imported"):
+        OnnxRuntimeDeviceBackend(make_bundle(), BackendOptions(device="cuda"))
