@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from dydit.bundle.manifest import Precision, Routing
-from dydit.export.ops import DATA_TYPES, Ops, function
+from dydit.export.ops import Ops, function
 from dydit.models.config import ModelConfig
 
 NORM_EPS = 1e-6

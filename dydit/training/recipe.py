@@ -103,7 +103,7 @@ class Recipe(Strict):
         return 1 - (1 - self.lambda_target) * iteration / self.ramp_iterations
 
     def gate_noise(self, iteration: int) -> float:
-        """The factor on the gates' noise: 1, going to 0 over the last `noise_anneal` share of a run; settle has none."""
+        """The factor on the gates' noise: 1, going to 0 over the last `noise_anneal` share; 0 to settle."""
         if self.stage is Stage.SETTLE:
             return 0.0
         if self.noise_anneal == 0:

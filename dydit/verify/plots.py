@@ -55,17 +55,19 @@ def plan_png(curve: Sequence[PlanPoint], chosen: PlanPoint, exact: float, static
         verb = "costs" if chosen.subnets == 1 else "cost"
         headline(figure, f"{_plural(chosen.subnets, 'subnetwork')} {verb} {cost} than the exact masks", detail)
         upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(1.5, 1))
+        everything = static / exact
         upper.plot(ks, [point.macs / exact for point in curve], color=ACCENT)
-        upper.axhline(static / exact, color=MUTED, lw=1, ls=(0, (4, 3)))
+        upper.axhline(everything, color=MUTED, lw=1, ls=(0, (4, 3)))
         _note(
             upper,
-            f"everything on: {static / exact:.2f}",
-            (ks[-1], static / exact),
+            f"everything on: {everything:.2f}",
+            (ks[-1], everything),
             (0, -4),
             MUTED,
             ha="right",
             va="top",
         )
+        upper.set_ylim(1 - 0.05 * (everything - 1) - 1e-3, everything + 0.13 * (everything - 1) + 1e-3)
         upper.set_ylabel("multiply-adds,\nexact masks = 1")
         lower.plot(ks, sizes, color=ACCENT)
         lower.set_ylim(0, 1.08 * max(sizes))
@@ -106,6 +108,11 @@ def bound_of(bench: BenchReport) -> Comparison | None:
     kinds = {side.side.name: side.side.kind for side in bench.sides}
     bundles = [pair for pair in bench.comparisons if kinds[pair.other] is SideKind.BUNDLE]
     return next(iter([*bundles, *bench.comparisons]), None)
+
+
+def busy(bench: BenchReport) -> bool:
+    """Whether others' work shows in the load average: more than twice as many wanted to run as there are cores."""
+    return max(bench.load_average) > 2 * bench.machine.cores
 
 
 def latency_png(bench: BenchReport) -> bytes:

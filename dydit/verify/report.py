@@ -16,6 +16,7 @@ from dydit.errors import DyditError
 from dydit.files import write_atomic
 from dydit.verify.inspect_facts import BundleFacts
 from dydit.verify.plot_style import DPI
+from dydit.verify.plots import busy
 from dydit.verify.results import BenchReport, Machine, ParityReport
 from dydit.verify.text import bytes_text, count_text, exponent
 
@@ -95,7 +96,9 @@ def render_report(content: ReportContent) -> str:
     environment.filters |= {"bytes": bytes_text, "count": count_text, "exponent": _exponent}
     pictures = {name: Picture.of(data, PICTURES[name]) for name, data in content.pictures.items()}
     flipped = [image for hop in content.parity.hops for image in hop.flipped_images] if content.parity else []
-    return environment.get_template(TEMPLATE).render(content=content, pictures=pictures, flipped=flipped)
+    return environment.get_template(TEMPLATE).render(
+        content=content, pictures=pictures, flipped=flipped, busy=content.bench is not None and busy(content.bench)
+    )
 
 
 def _exponent(value: float | None) -> str:

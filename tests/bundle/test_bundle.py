@@ -48,7 +48,7 @@ def refusal(path: Path, **options: bool) -> str:
     with pytest.raises(BundleError) as caught:
         Bundle.open(path, **options)
     message = str(caught.value)
-    assert "\n" not in message and str(path) in message and len(message) < 800
+    assert "\n" not in message and str(path) in message and len(message.replace(str(path), "")) < 800
     return message
 
 

@@ -15,7 +15,7 @@ from dydit.diffusion.schedule import respaced_timesteps
 from dydit.errors import DyditError
 from dydit.verify import plots, plots_masks
 from dydit.verify.plot_style import ACCENT, OFF, SECOND, timestep_ticks
-from dydit.verify.plots import PlanPoint, bound_of, latency_png, parity_png, plan_png
+from dydit.verify.plots import PlanPoint, bound_of, busy, latency_png, parity_png, plan_png
 from dydit.verify.plots_masks import masks_png, samples_png, tokens_png
 from dydit.verify.results import (
     BenchReport,
@@ -184,6 +184,8 @@ def test_latency_draws_the_bound_of_the_other_bundle(titles):
     alone = pixels(latency_png(bench(side("dynamic", 10.0))))
     assert count(array, SECOND) > 50 and count(alone, SECOND) == 0
     assert titles[1][0] == "dynamic takes 10.00 ms a step"
+    assert not busy(report)
+    assert busy(report.model_copy(update={"load_average": (0.1, 2.1 * report.machine.cores)}))
 
 
 def hop(name, bar, values, **more):
