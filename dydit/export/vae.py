@@ -35,7 +35,7 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 def export_vae(source: str, folder: Path, model: ModelConfig, tile: int | None = None) -> VaeEntry:
     """Write the decoder for a model's latents into `folder`.
 
-    `source`: a folder that diffusers saved, or a hub name such as `stabilityai/sd-vae-ft-mse`, which alone may download.
+    `source`: a folder that diffusers saved, or a hub name such as `stabilityai/sd-vae-ft-mse`: only that downloads.
     `tile`: side of the latents that are decoded at once, by default all of them up to 64. Raises `BackendError` where
     diffusers is missing, `CheckpointError` for what is no such autoencoder, `ConfigError` where it does not fit.
     """
@@ -65,7 +65,7 @@ def export_vae(source: str, folder: Path, model: ModelConfig, tile: int | None =
 
 
 def load_vae(source: str) -> Any:
-    """A diffusers `AutoencoderKL`, in fp32, with attention written out. Local files only, unless a hub name is given."""
+    """A diffusers `AutoencoderKL` in fp32, attention written out. Local files only, unless a hub name is given."""
     try:
         from diffusers import AutoencoderKL
         from diffusers.models.attention_processor import AttnProcessor

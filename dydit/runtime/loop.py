@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -30,14 +30,15 @@ _NOISE = COEFFICIENTS.index("noise")
 class Conditioner:
     """Modulation vectors, computed for many steps at once and kept while they serve.
 
-    A table holds a whole segment for all of the run's labels where that fits in `budget` bytes, and otherwise some of
-    its steps for the labels of one batch. Which of the two depends on the run alone, so a resumed run repeats its
-    numbers bit for bit.
+    A table holds as many whole segments as fit in `budget` bytes for all of the run's labels; of a segment that alone
+    does not fit, some steps for the labels of one batch. Which of the two depends on the run alone, so a resumed run
+    repeats its numbers bit for bit.
     """
 
     def __init__(self, backend: Backend, labels: Sequence[int] | np.ndarray, budget: int = CONDITIONING_BYTES):
         self._backend, self._budget = backend, budget
         self._labels = np.unique(np.asarray(labels, np.int64))
+        self._spans = dict(self._whole_segments())
         self._segments = {step: s for s in backend.bundle.manifest.plan.segments for step in s.steps}
         self._key: tuple[int, bytes] | None = None
         self._table = np.empty(0, np.float32)
@@ -45,18 +46,31 @@ class Conditioner:
     def rows(self, step: int, labels: np.ndarray) -> np.ndarray:
         """Modulation of one step, a row for each of `labels`: f32 [len(labels), 6L+2, D]."""
         assert np.isin(labels, self._labels).all(), "a label that was not announced"
-        segment = self._segments[step]
-        known, steps = self._labels, segment.count
-        if steps * len(known) > self._pairs:
-            known = np.unique(labels)
-            steps = max(1, min(steps, self._pairs // len(known)))
-        first = step - (step - segment.first) % steps
-        if self._key != (first, known.tobytes()):
+        if step in self._spans:
+            known, (first, last) = self._labels, self._spans[step]
+        else:
+            known, segment = np.unique(labels), self._segments[step]
+            steps = max(1, self._pairs // len(known))
+            first = step - (step - segment.first) % steps
             last = min(first + steps, segment.first + segment.count)
+        if self._key != (first, known.tobytes()):
             timesteps = np.asarray(self._backend.bundle.manifest.sampling.timesteps[first:last], np.int64)
             self._table = self._backend.conditioning(timesteps, known)
             self._key = (first, known.tobytes())
         return self._table[step - first, np.searchsorted(known, labels)]
+
+    def _whole_segments(self) -> Iterator[tuple[int, tuple[int, int]]]:
+        """(step, the steps first..last-1 of its table), for the segments that fit, in runs of neighbours."""
+        room, first, last = self._pairs // len(self._labels), 0, 0
+        runs = []
+        for segment in self._backend.bundle.manifest.plan.segments:
+            if segment.first + segment.count - first > room:
+                runs.append((first, last))
+                first = segment.first if segment.count <= room else segment.first + segment.count
+            last = segment.first + segment.count
+        runs.append((first, last))
+        for first, last in runs:
+            yield from ((step, (first, last)) for step in range(first, last))
 
     @property
     def _pairs(self) -> int:

@@ -24,7 +24,7 @@ DecodeTile = Callable[[np.ndarray], np.ndarray]
 
 
 class VaeDecoder:
-    """Decodes latents of any size from the graph's own upwards. `folder`: the bundle's; `entry`: its manifest's `vae`."""
+    """Decodes latents of the graph's own size and larger. `folder`: the bundle's; `entry`: its manifest's `vae`."""
 
     def __init__(self, folder: Path, entry: VaeEntry, options: BackendOptions | None = None):
         self.entry = entry
@@ -40,9 +40,10 @@ class VaeDecoder:
             raise BackendError(f"onnxruntime {ort.__version__} cannot load {file}: {one_line(error)}") from error
 
     def decode(self, latents: np.ndarray, at_once: int = IMAGES_AT_ONCE) -> np.ndarray:
-        """Latents f32 [B, C, H, W], as the sampler returned them, to pixels f32 [B, 3, H*upscale, W*upscale] in [-1, 1].
+        """Latents f32 [B, C, H, W], as the sampler returned them, to pixels f32 [B, 3, H*upscale, W*upscale].
 
-        `at_once` tiles or images are decoded together, which bounds the memory. Pixels may lie slightly outside.
+        `at_once` tiles or images are decoded together, which bounds the memory. Pixels are meant for [-1, 1]; some lie
+        slightly outside.
         """
         return decode_tiled(latents, self.entry, self._decode, at_once)
 

@@ -58,15 +58,7 @@ def plan_png(curve: Sequence[PlanPoint], chosen: PlanPoint, exact: float, static
         everything = static / exact
         upper.plot(ks, [point.macs / exact for point in curve], color=ACCENT)
         upper.axhline(everything, color=MUTED, lw=1, ls=(0, (4, 3)))
-        _note(
-            upper,
-            f"everything on: {everything:.2f}",
-            (ks[-1], everything),
-            (0, -4),
-            MUTED,
-            ha="right",
-            va="top",
-        )
+        _note(upper, f"everything on: {everything:.2f}", (ks[-1], everything), (0, 3), MUTED, ha="right")
         upper.set_ylim(1 - 0.05 * (everything - 1) - 1e-3, everything + 0.13 * (everything - 1) + 1e-3)
         upper.set_ylabel("multiply-adds,\nexact masks = 1")
         lower.plot(ks, sizes, color=ACCENT)

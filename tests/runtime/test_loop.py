@@ -160,7 +160,7 @@ def test_a_run_goes_on_from_where_its_store_is(merged, latents):
     assert np.array_equal(store.load(0), latents)
 
 
-def test_conditioning_is_computed_once_per_segment_or_in_bounded_pieces(merged):
+def test_conditioning_is_computed_for_whole_segments_or_in_bounded_pieces(merged):
     backend = open_backend("onnxruntime", merged, BackendOptions(threads=1))
     calls = []
     plain = backend.conditioning
@@ -170,7 +170,15 @@ def test_conditioning_is_computed_once_per_segment_or_in_bounded_pieces(merged):
     segments = merged.manifest.plan.segments
     once = Conditioner(backend, [*LABELS, null])
     rows = [once.rows(step, np.array([3, 1, null])) for step in range(12) for _ in range(2)]
-    assert calls == [(s.count, 7) for s in segments]
+    assert calls == [(12, 7)], "all segments fit into one table"
+    calls.clear()
+    room = max(s.count for s in segments)
+    grouped = Conditioner(backend, [*LABELS, null], budget=room * 7 * vectors)
+    for step in range(12):
+        assert np.allclose(grouped.rows(step, np.array([3, 1, null])), rows[2 * step], atol=1e-6)
+    assert sum(steps for steps, _ in calls) == 12 and all(steps <= room and labels == 7 for steps, labels in calls)
+    ends = np.cumsum([steps for steps, _ in calls])
+    assert set(ends) <= {s.first + s.count for s in segments}, "a table ends where a segment does"
     calls.clear()
     pieces = Conditioner(backend, [*LABELS, null], budget=2 * 3 * vectors)
     again = [pieces.rows(step, np.array([3, 1, null])) for step in range(12) for _ in range(2)]
