@@ -11,17 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from dydit.bundle.bundle import Bundle
-from dydit.bundle.graph_io import TensorSpec, conditioning_inputs, subnet_inputs
-from dydit.bundle.manifest import CONDITIONING, WEIGHTS
+from dydit.bundle.graph_io import BATCH, TensorSpec, conditioning_inputs, subnet_inputs
+from dydit.bundle.manifest import CONDITIONING
+from dydit.bundle.vae import VAE_DECODER
 from dydit.engines.builder import Built, Job
 from dydit.engines.fingerprint import EngineKey, EngineRequest, stale_key_reasons, stale_reasons
-from dydit.engines.profiles import shape_profile, symbol_ranges
-from dydit.engines.store import EngineEntry, EngineStore, stores
+from dydit.engines.profiles import Extent, shape_profile, symbol_ranges
+from dydit.engines.store import EngineEntry, EngineStore, stores, weights_of
 from dydit.engines.workers import run_jobs
 from dydit.errors import BundleError, ConfigError, OutputError
 from dydit.files import explained, sha256_of
 
-VAE_DECODER = "vae_decoder.onnx"
+DECODED_AT_ONCE = 4
+"""Most images that the VAE decoder's engine takes: its activations are large."""
 Progress = Callable[[int, int], None]
 
 
@@ -79,6 +81,7 @@ class _Wanted:
 
     graph: str
     inputs: tuple[TensorSpec, ...] | None
+    ranges: dict[str, Extent]
     key: EngineKey
 
 
@@ -153,9 +156,17 @@ def _wanted(bundle: Bundle, request: EngineRequest) -> list[_Wanted]:
         digest = manifest.files[graph].sha256
         if sha256_of(bundle.file(graph)) != digest:
             raise BundleError(f"{bundle.path}: {graph} was changed (its SHA-256 differs); export the bundle again")
-        profile = shape_profile(inputs or (), ranges, graph)
-        key = EngineKey(graph_sha256=digest, weights_sha256=manifest.files[WEIGHTS].sha256, profile=profile)
-        wanted.append(_Wanted(graph, inputs, key))
+        if graph == VAE_DECODER:
+            few = min(DECODED_AT_ONCE, request.max_batch)
+            extents = {BATCH: Extent(min=1, opt=few, max=few)}
+        else:
+            extents = ranges
+        key = EngineKey(
+            graph_sha256=digest,
+            weights_sha256=manifest.files[weights_of(manifest, graph)].sha256,
+            profile=shape_profile(inputs or (), extents, graph),
+        )
+        wanted.append(_Wanted(graph, inputs, extents, key))
     return wanted
 
 
@@ -212,7 +223,6 @@ def _build(
     progress: Progress | None,
 ) -> list[Built]:
     """Build the stale graphs, equal ones once, and enter each in the index as it is finished."""
-    ranges = symbol_ranges(store.bundle.manifest, request.opt_batch, request.max_batch)
     groups: dict[str, list[_Wanted]] = {}
     for each, _ in stale:
         groups.setdefault(each.key.fingerprint(request), []).append(each)
@@ -220,11 +230,11 @@ def _build(
     taken = {entry.file for entry in entries.values()}
     work, todo = [], dict[str, list[_Wanted]]()
     for fingerprint, group in groups.items():
-        graph, inputs = store.bundle.file(group[0].graph), group[0].inputs
+        graph, first = store.bundle.file(group[0].graph), group[0]
         name = f"{graph.stem}.engine"
         engine = store.folder / (f"{graph.stem}-{fingerprint[:8]}.engine" if name in taken else name)
         todo[engine.name] = group
-        work.append(Job(graph, engine, request, inputs, ranges, store.build_log, timing_cache))
+        work.append(Job(graph, engine, request, first.inputs, first.ranges, store.build_log, timing_cache))
     new: list[Built] = []
 
     def done(job: Job, built: Built) -> None:

@@ -43,7 +43,11 @@ class Job:
 
 @dataclass(frozen=True)
 class Built:
-    """What became of a job. `peak_memory` in bytes, of the process since it started."""
+    """What became of a job.
+
+    `peak_memory`: bytes, of the process since it started. `activation_bytes`: device memory that the engine works in
+    at its largest shapes, where the builder told.
+    """
 
     sha256: str
     bytes: int
@@ -52,6 +56,7 @@ class Built:
     peak_memory: int
     layers: int
     warnings: int
+    activation_bytes: int | None
 
 
 def build_engine(job: Job) -> Built:
@@ -80,7 +85,8 @@ def build_engine(job: Job) -> Built:
         _log(job.log, f"{job.engine.name} from {job.graph.name}: {outcome}", messages)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     warnings = sum(messages.warnings.values())
-    return Built(digest, status.st_size, status.st_mtime_ns, seconds, peak, len(network.layers), warnings)
+    size, modified, layers = status.st_size, status.st_mtime_ns, len(network.layers)
+    return Built(digest, size, modified, seconds, peak, layers, warnings, messages.activation_bytes)
 
 
 def _plan(trt: Any, parsed: Parsed, job: Job, profile: Profile, messages: Messages) -> Any:

@@ -21,6 +21,7 @@ _DTYPES = {
     **{"INT64": "int64", "INT32": "int32", "BOOL": "bool"},
 }
 _FUNCTION = re.compile(r"\((\w+)\)\]\s*$")
+_ACTIVATION = re.compile(r"Total Activation Memory: (\d+) bytes")
 _MESSAGES = 3
 
 
@@ -70,10 +71,14 @@ class Network:
 
 @dataclass
 class Messages:
-    """What TensorRT said while it worked on one graph: errors, and warnings with how often each came."""
+    """What TensorRT said while it worked on one graph: errors, and warnings with how often each came.
+
+    `activation_bytes`: device memory that the engine works in, at its largest shapes; None until it is said.
+    """
 
     errors: list[str] = field(default_factory=list)
     warnings: dict[str, int] = field(default_factory=dict)
+    activation_bytes: int | None = None
 
     def reason(self) -> str:
         """The first errors, for a message."""
@@ -101,6 +106,8 @@ def make_logger(trt: Any, messages: Messages) -> Any:
                 # The nodes of a function come back with every call of it.
                 message = re.sub(r"A node named \S+ already", "A node named ... already", message)
                 messages.warnings[message] = messages.warnings.get(message, 0) + 1
+            elif found := _ACTIVATION.search(message):
+                messages.activation_bytes = int(found[1])
 
     return Collector()
 

@@ -23,7 +23,8 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 
 from dydit.bundle.bundle import Bundle
-from dydit.bundle.manifest import WEIGHTS
+from dydit.bundle.manifest import WEIGHTS, Manifest
+from dydit.bundle.vae import VAE_DECODER, VAE_WEIGHTS
 from dydit.engines.fingerprint import EngineKey, EngineRequest, HardwareCompatibility
 from dydit.engines.flavour import Flavour, Gpu
 from dydit.errors import BundleError
@@ -53,6 +54,7 @@ class EngineEntry(Strict):
     peak_memory: int = Field(description="bytes, of the process that built it, since its start")
     layers: int = Field(description="of the parsed network, whose types were checked")
     warnings: int
+    activation_bytes: int | None = Field(description="device memory that it works in, at its largest shapes")
 
 
 class EngineIndex(Strict):
@@ -154,7 +156,7 @@ class EngineStore:
         manifest = self.bundle.manifest
         if graph not in manifest.files or entry.key.graph_sha256 != manifest.files[graph].sha256:
             raise BundleError(f"{self.folder}: {entry.file} was built from another bundle's {graph}; run `{command}`")
-        if entry.key.weights_sha256 != manifest.files[WEIGHTS].sha256:
+        if entry.key.weights_sha256 != manifest.files[weights_of(manifest, graph)].sha256:
             raise BundleError(f"{self.folder}: {entry.file} was built with another bundle's weights; run `{command}`")
         path = self.engine_path(entry)
         try:
@@ -182,6 +184,11 @@ class EngineStore:
         write_atomic(self.folder / RUNTIME_CACHE, data)
         record = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
         write_atomic(self.folder / RUNTIME_RECORD, (json.dumps(record) + "\n").encode())
+
+
+def weights_of(manifest: Manifest, graph: str) -> str:
+    """The file with a graph's weights."""
+    return VAE_WEIGHTS if graph == VAE_DECODER and VAE_WEIGHTS in manifest.files else WEIGHTS
 
 
 def stores(bundle: Bundle) -> Iterator[EngineStore]:

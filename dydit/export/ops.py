@@ -21,9 +21,13 @@ DOMAIN = "dydit"
 
 
 class Ops:
-    """Collects the nodes of one graph or function, in order. Any attribute access names an operator."""
+    """Collects the nodes of one graph or function, in order. Any attribute access names an operator.
 
-    def __init__(self) -> None:
+    Values are named after `scope`: TensorRT's parser takes values of one name in a function and outside it for one.
+    """
+
+    def __init__(self, scope: str = "main") -> None:
+        self.scope = scope
         self.nodes: list[ir.Node] = []
 
     def __getattr__(self, operator: str) -> Callable[..., ir.Value]:
@@ -43,9 +47,10 @@ class Ops:
         """Add a node with several outputs, or with names for them."""
         count = outputs if isinstance(outputs, int) else len(outputs)
         node = ir.node(operator, inputs, attributes, domain=domain, num_outputs=count)
-        if not isinstance(outputs, int):
-            for value, name in zip(node.outputs, outputs, strict=True):
-                value.name = name
+        if isinstance(outputs, int):
+            outputs = [f"{self.scope}.{operator}_{len(self.nodes)}_{index}" for index in range(count)]
+        for value, name in zip(node.outputs, outputs, strict=True):
+            value.name = name
         self.nodes.append(node)
         return node.outputs
 
@@ -68,7 +73,7 @@ class Ops:
 
 def function(name: str, inputs: Sequence[str], body: Callable[..., Sequence[ir.Value]]) -> ir.Function:
     """An ONNX local function: `body(ops, *inputs)` writes its nodes and returns its outputs."""
-    ops = Ops()
+    ops = Ops(name)
     values = [ir.Value(name=each) for each in inputs]
     outputs = body(ops, *values)
     graph = ir.Graph(values, outputs, nodes=ops.nodes, opset_imports={"": OPSET}, name=name)

@@ -164,7 +164,8 @@ _LOWEST = 1e-9  # where exact agreement is drawn on a logarithmic axis
 def parity_png(parity: ParityReport) -> bytes:
     """Relative L2 of each step against the reference, on a logarithmic scale, with each hop's bar and the flips.
 
-    "One step" starts from the reference's own latents; "whole run" lets deviations accumulate.
+    It is that of the worst image among those whose routing agrees; the others' worst is in the title. "One step"
+    starts from the reference's own latents; "whole run" lets deviations accumulate.
     """
     hops = [hop for hop in parity.hops if hop.name in _CURVES and hop.per_step]
     with drawing(7.2, 4.4) as figure:
@@ -183,7 +184,7 @@ def parity_png(parity: ParityReport) -> bytes:
         axis.set_ylim(low, high * 2.5)
         axis.grid(axis="y")
         axis.set_xlabel("timestep   (noise → image)")
-        axis.set_ylabel("relative L2 to the reference, worst image")
+        axis.set_ylabel("relative L2 to the reference")
         if hops:
             figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=4)
         return png(figure)
@@ -193,12 +194,22 @@ def _parity_headline(parity: ParityReport, hops: Sequence[Hop]) -> tuple[str, st
     failed = parity.first_failure
     if failed is not None:
         return f"Parity fails at \u201c{failed.title}\u201d", failed.detail
-    worst = "; ".join(f"{hop.name} {exponent(hop.worst)}" for hop in hops if hop.worst is not None)
+    worst = "; ".join(f"{hop.name} {exponent(hop.worst)}{_jump(hop)}" for hop in hops if hop.worst is not None)
     decisions, flips = sum(hop.decisions for hop in hops), sum(hop.flips for hop in hops)
     return (
         f"{parity.backend} computes what PyTorch computes, to within rounding",
-        f"worst: {worst}; {flips} of {decisions:,} token decisions differ",
+        f"worst: {worst}; {decisions_text(flips, decisions)}",
     )
+
+
+def _jump(hop: Hop) -> str:
+    values = [image.value for image in hop.flipped_images if image.value is not None]
+    return f" (with a flipped token {exponent(max(values))})" if values else ""
+
+
+def decisions_text(flips: int, decisions: int) -> str:
+    """How many routing decisions differ, as part of a sentence."""
+    return f"{flips} of {decisions:,} token decisions differ{'s' if flips == 1 else ''}"
 
 
 def _steps_of(hop: Hop, parity: ParityReport) -> Sequence[int]:

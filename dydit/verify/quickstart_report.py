@@ -13,7 +13,7 @@ from dydit.bundle.manifest import Manifest
 from dydit.files import write_atomic
 from dydit.verify.inspect import Inspection, inspect_bundle
 from dydit.verify.inspect_facts import BundleFacts
-from dydit.verify.plots import busy, latency_png, parity_png
+from dydit.verify.plots import busy, decisions_text, latency_png, parity_png
 from dydit.verify.plots_masks import samples_png, tokens_png
 from dydit.verify.report import Headline, ReportContent, write_report
 from dydit.verify.results import BenchReport, Machine, ParityReport, Result
@@ -93,15 +93,17 @@ def _guidance(cfg_scale: float) -> str:
 
 
 def _deviation(parity: ParityReport) -> Line:
+    """The largest of all images, with those that routed a token differently, which the hop's own worst leaves out."""
     run = parity.hop("run")
-    flips = f"{run.flips} of {run.decisions:,} token decisions differ"
-    worst = "none" if run.worst is None else exponent(run.worst)
-    verdict = f"bar {exponent(run.bar)}" if parity.ok else f"PARITY FAILS: {parity.summary}"
-    return Line(
-        label="deviation from PyTorch",
-        value=worst,
-        note=f"largest relative L2 after {parity.steps} steps, {verdict}; {flips}",
-    )
+    jumps = [image.value for image in run.flipped_images]
+    known = [value for value in (run.worst, *jumps) if value is not None]
+    note = f"largest relative L2 in {parity.steps} steps; {decisions_text(run.flips, run.decisions)}"
+    if jumps:
+        alike = "no image routes all tokens alike" if run.worst is None else f"where none does, {exponent(run.worst)}"
+        note += f"; {alike}"
+    note += f" (bar {exponent(run.bar)})" if parity.ok else f"; PARITY FAILS: {parity.summary}"
+    value = exponent(max(known)) if known and None not in jumps else "not finite"
+    return Line(label="deviation from PyTorch", value=value, note=note)
 
 
 def token_picture(manifest: Manifest, trace: Trace) -> bytes:

@@ -85,7 +85,7 @@ class Pretence:
             job.engine.write_bytes(data)
             self.built.append(job.graph.name)
             modified = job.engine.stat().st_mtime_ns
-            done(job, Built(hashlib.sha256(data).hexdigest(), len(data), modified, 0.1, 1000, 10, 2))
+            done(job, Built(hashlib.sha256(data).hexdigest(), len(data), modified, 0.1, 1000, 10, 2, 5000))
 
 
 @pytest.fixture

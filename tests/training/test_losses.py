@@ -23,6 +23,7 @@ from dydit.training.losses import (
     discretized_normal_log_likelihood,
     flops_loss,
     normal_kl,
+    token_loss,
 )
 
 PROCESS = Process.training()
@@ -172,3 +173,12 @@ def test_gradients_of_gates_are_the_sigmoids() -> None:
     AnnealedGumbelSigmoid(torch.Generator().manual_seed(0), 5.0, noise=0.0).gate(logits).sum().backward()
     soft = torch.sigmoid(logits.detach() / 5)
     torch.testing.assert_close(logits.grad, soft * (1 - soft) / 5)
+
+
+def test_the_token_loss_holds_each_block_and_quarter_to_its_share() -> None:
+    tokens = torch.zeros(2, 8, 10)  # 2 blocks; batch element i is of quarter i mod 4
+    tokens[0, :, :5] = 1  # half of the tokens at every timestep
+    tokens[1, 0::4] = tokens[1, 1::4] = 1  # the same mean, but all or nothing by quarter
+    assert float(token_loss(tokens[:1], 0.5, 3.0)) == 0
+    assert float(token_loss(tokens[1:], 0.5, 3.0)) == pytest.approx(3 * 0.25)
+    assert float(token_loss(tokens, 0.5, 3.0)) == pytest.approx(3 * 0.125)

@@ -15,16 +15,17 @@ def test_every_named_recipe_is_valid_and_survives_json(name: str) -> None:
         assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
 
 
-def test_digits_is_the_static_run_then_the_dynamic_one() -> None:
-    assert [recipe.stage for recipe in find_recipes("digits")] == [Stage.STATIC, Stage.DYNAMIC]
-    assert find_recipes("digits") == find_recipes("digits-static") + find_recipes("digits-dynamic")
+def test_digits_is_its_stages_in_order() -> None:
+    assert [recipe.stage for recipe in find_recipes("digits")] == [Stage.STATIC, Stage.DYNAMIC, Stage.SETTLE]
+    alone = [find_recipes(f"digits-{stage}") for stage in Stage]
+    assert find_recipes("digits") == tuple(recipe for (recipe,) in alone)
 
 
 def test_overrides_reach_one_run_or_all_of_them() -> None:
-    static, dynamic = find_recipes(
+    static, dynamic, settle = find_recipes(
         "digits", ["seed=7", "static.iterations=5", "dynamic.model.depth=2", "learning_rate_schedule=constant"]
     )
-    assert static.seed == dynamic.seed == 7
+    assert static.seed == dynamic.seed == settle.seed == 7
     assert static.iterations == 5 != dynamic.iterations
     assert dynamic.model.depth == 2 != static.model.depth
     assert static.learning_rate_schedule == dynamic.learning_rate_schedule == "constant"
@@ -85,13 +86,6 @@ def test_target_and_noise_never_rise(iteration: int, target: float, ramp: int, a
     )
     assert 1 >= recipe.target(iteration) >= recipe.target(iteration + 1) >= target
     assert 1 >= recipe.gate_noise(iteration) >= recipe.gate_noise(iteration + 1) >= 0
-
-
-def test_the_average_is_short_at_first_where_asked() -> None:
-    (recipe,) = find_recipes("digits-static", ["ema_decay=0.99", "ema_warmup=true"])
-    assert [recipe.average_decay(i) for i in (0, 8, 5000)] == [0.1, 0.5, 0.99]
-    (plain,) = find_recipes("digits-static", ["ema_decay=0.99", "ema_warmup=false"])
-    assert plain.average_decay(0) == 0.99
 
 
 def test_gate_noise_is_gone_at_the_last_iteration() -> None:

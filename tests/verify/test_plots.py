@@ -20,6 +20,7 @@ from dydit.verify.plots_masks import masks_png, samples_png, tokens_png
 from dydit.verify.results import (
     BenchReport,
     Comparison,
+    FlippedImage,
     Hop,
     Machine,
     ParityReport,
@@ -219,10 +220,12 @@ def test_parity_draws_curves_bars_and_flips(titles):
     finding, detail = titles[0]
     assert finding == "onnxruntime computes what PyTorch computes, to within rounding"
     assert detail == "worst: step 1e-7; run 1e-4; 0 of 1,200 token decisions differ"
-    flipped = run.model_copy(update={"per_step_flips": (0,) * 5 + (2,) + (0,) * 6, "flips": 2})
+    image = FlippedImage(image=0, step=5, timestep=545, block=1, margin=1e-6, tie=True, flips=2, value=0.013)
+    flips = {"per_step_flips": (0,) * 5 + (2,) + (0,) * 6, "flips": 2, "flipped_images": (image,)}
+    flipped = run.model_copy(update=flips)
     marked = pixels(parity_png(parity(masks, step, flipped)))
     assert count(marked, SECOND) > count(plain, SECOND) + 50
-    assert titles[1][1].endswith("2 of 1,200 token decisions differ")
+    assert titles[1][1].endswith("run 1e-4 (with a flipped token 1.3e-2); 2 of 1,200 token decisions differ")
 
 
 def test_parity_that_fails_says_where(titles):

@@ -17,7 +17,8 @@ from dydit.models.synthetic import synthetic_model
 from dydit.verify import quickstart
 from dydit.verify.quickstart import STAGES, QuickstartConfig, run_quickstart
 from dydit.verify.quickstart_folder import PICTURES, RESULTS, WORK, QuickstartFolder
-from dydit.verify.results import BenchReport, ParityReport
+from dydit.verify.quickstart_report import _deviation
+from dydit.verify.results import BenchReport, FlippedImage, ParityReport, Status
 
 MODEL = ModelConfig(hidden_size=32, depth=2, num_heads=4, patch_size=2, input_size=8, in_channels=1, num_classes=3)
 
@@ -101,6 +102,24 @@ def test_five_lines_say_what_was_measured(finished, config):
         parity.hop("run").worst, rel=0.1
     )
     assert values["kind"] == "dydit-quickstart" and values["result"]["ok"] is True
+
+
+def test_the_largest_deviation_counts_images_that_flipped_a_token(finished):
+    parity = ParityReport.parse(json.loads((finished[0] / "parity.json").read_text()))
+    image = FlippedImage(image=0, step=2, timestep=700, block=1, margin=1e-6, tie=True, flips=1, value=0.025)
+
+    def line(**changes):
+        hops = [*parity.hops[:-1], parity.hops[-1].model_copy(update={"decisions": 5000, "worst": 1e-7, **changes})]
+        return _deviation(parity.model_copy(update={"hops": tuple(hops)}))
+
+    plain = line(flips=0)
+    assert plain.value == "1e-7" and plain.note.endswith("0 of 5,000 token decisions differ (bar 1e-3)")
+    jumped = line(flips=1, flipped_images=(image,))
+    assert jumped.value == "2.5e-2" and "1 of 5,000 token decisions differs; where none does, 1e-7" in jumped.note
+    alone = line(flips=1, flipped_images=(image,), worst=None)
+    assert alone.value == "2.5e-2" and "no image routes all tokens alike" in alone.note
+    failed = line(flips=0, status=Status.FAILED, worst=None)
+    assert failed.value == "not finite" and "PARITY FAILS: parity fails at run" in failed.note
 
 
 def test_a_finished_folder_is_refused_in_one_line(finished, config):

@@ -61,9 +61,9 @@ class Fixture:
 
 
 @pytest.fixture
-def expected():
+def expected(pairwise):
     def of(fixture, scale=4.0):
-        return fixture.loop(OnnxRuntimeBackend(fixture.bundle, BackendOptions(threads=1)), scale)
+        return fixture.loop(pairwise(fixture.bundle), scale)
 
     return of
 

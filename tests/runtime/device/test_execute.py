@@ -89,8 +89,11 @@ def test_the_list_is_the_loop(kind, options, make_bundle, fake_device, figures):
     latents, counts = run(2)
     expected, stats = by_loop(bundle, run.device.backend, 2)
     assert counts.steps == stats.steps
+    # With too little capacity the loop repeats a step at full capacity and the device its segment, whose other steps then
+    # run on matrices of another height: equal up to rounding, and bit for bit in all other cases.
+    bound = 1e-5 if kind == "overflowing" else 0
     for a, b in zip(latents, expected, strict=True):
-        assert np.array_equal(a, b), np.abs(a - b).max()
+        assert np.abs(a - b).max() <= bound * np.abs(b).max()
     capturing = options.get("graphs", True) and kind != "dynamic"
     assert bool(run.device.captures) == capturing
     if capturing:

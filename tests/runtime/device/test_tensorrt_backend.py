@@ -75,6 +75,7 @@ def build(bundle: Bundle, **settings) -> EngineStore:
             peak_memory=1,
             layers=1,
             warnings=0,
+            activation_bytes=None,
         )
     store.write(request, entries)
     return store
