@@ -1,5 +1,4 @@
 """The command line: each command parses, calls one public function, prints. What it needs is imported when it runs.
-
 What all commands share is in `cli_options`; how errors become one line and an exit code, in `cli_errors`.
 """
 
@@ -14,6 +13,7 @@ import click
 
 from dydit import __version__
 from dydit.bundle.manifest import Routing
+from dydit.cli_build import add_build
 from dydit.cli_errors import CHECK_FAILED, OK, run_command
 from dydit.cli_options import (
     PATH,
@@ -396,4 +396,5 @@ def doctor_command(as_json: bool) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return the exit code; errors become one line on standard error."""
+    add_build(cli)
     return run_command(cli, sys.argv[1:] if arguments is None else arguments)

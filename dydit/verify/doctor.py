@@ -92,6 +92,8 @@ def _backends(found: dict[str, Finding]) -> list[Row]:
         trial = found.get(f"{name}-cpu")
         if trial is not None:
             rows.append(_row(name, trial))
+        elif ready and name in found and not found[name].ok:
+            rows.append(_row(name, found[name]))
         else:
             rows.append(Row(name=name, ok=ready, detail=detail))
     return rows
@@ -106,6 +108,8 @@ def _devices(found: dict[str, Finding]) -> list[Row]:
 
 
 def _after_driver(row: Row) -> Row:
+    if row.name == "tensorrt-rtx":  # builds engines without a GPU
+        return row
     fixed_by_package = row.fix and row.fix.startswith("pip ")
     return row.model_copy(update={"fix": f"{row.fix}, where there is a GPU" if fixed_by_package else None})
 

@@ -114,6 +114,14 @@ def test_trials_overrule_what_the_registry_says():
     assert "no  onnxruntime  illegal instruction  ->  pip install X" in report.text()
 
 
+def test_a_backend_whose_library_fails_its_trial_is_not_ready(monkeypatch):
+    ready = [["onnxruntime", True, "here"], ["tensorrt", True, "tensorrt 11"]]
+    monkeypatch.setattr(f"{__name__}.STATUS", ready)
+    assert row(run_doctor(fake()).backends, "tensorrt").ok
+    broken = run_doctor(fake(tensorrt=Finding(ok=False, detail="makes no builder", fix="a GPU")))
+    assert not row(broken.backends, "tensorrt").ok and row(broken.backends, "tensorrt").fix == "a GPU"
+
+
 def test_nothing_works():
     bad = Finding(ok=False, detail="gone")
     report = run_doctor(fake(onnxruntime_cpu=bad, torch_cpu=bad))
@@ -127,6 +135,9 @@ def test_without_a_driver_packages_are_not_enough():
     assert row(with_driver.devices, "pycuda").fix == "pip install 'dydit[gpu]'"
     assert row(without.devices, "pycuda").fix == "pip install 'dydit[gpu]', where there is a GPU"
     assert row(without.devices, "driver").fix == "an NVIDIA GPU"
+    rtx = Finding(ok=False, detail="no tensorrt_rtx", fix="pip install rtx")
+    without = run_doctor(fake(tensorrt_rtx=rtx, driver=Finding(ok=False, detail="no driver")))
+    assert row(without.devices, "tensorrt-rtx").fix == "pip install rtx", "it builds without a GPU"
 
 
 def test_extras_that_are_missing_are_named(monkeypatch):
