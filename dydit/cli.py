@@ -325,13 +325,7 @@ def parity_command(
 @backend_options
 @json_option
 def bench_command(
-    bundle: Path,
-    versus: Path | None,
-    against: Path | None,
-    out: Path,
-    backend: str,
-    as_json: bool,
-    **settings: Any,
+    bundle: Path, versus: Path | None, against: Path | None, out: Path, backend: str, as_json: bool, **settings: Any
 ) -> None:
     """Time a step in milliseconds, side against side: each in a process of its own, taking turns."""
     from dydit.bundle.bundle import Bundle
@@ -394,7 +388,9 @@ def doctor_command(as_json: bool) -> int:
     return OK if report.ok else CHECK_FAILED
 
 
+add_build(cli)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return the exit code; errors become one line on standard error."""
-    add_build(cli)
     return run_command(cli, sys.argv[1:] if arguments is None else arguments)
