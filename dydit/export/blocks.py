@@ -214,8 +214,9 @@ def embed_function(config: ModelConfig) -> ir.Function:
         patches = ops.Transpose(patches, perm=[0, 2, 4, 1, 3, 5])  # [B, side, side, C, p, p]
         tokens = ops.Gemm(ops.Reshape(patches, ops.constant([-1, c * p * p])), weight, bias)
         tokens = ops.Add(ops.Reshape(tokens, ops.constant([-1, config.tokens, config.hidden_size])), position)
-        copies = ops.Div(ops.Shape(modulation, start=0, end=1), ops.Shape(x, start=0, end=1))
-        return (ops.Tile(tokens, ops.Concat(copies, ops.constant([1, 1]), axis=0)),)
+        # Two copies, then as many rows as wanted: with Tile by a computed count TensorRT loses the bound on the size.
+        rows = ops.Shape(modulation, start=0, end=1)
+        return (ops.Slice(ops.Concat(tokens, tokens, axis=0), ops.constant([0]), rows, ops.constant([0])),)
 
     return function("embed", ["x", "modulation", "weight", "bias", "position"], body)
 
