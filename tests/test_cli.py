@@ -167,7 +167,13 @@ def test_an_interrupted_export_leaves_nothing(run, monkeypatch, pixel_checkpoint
 
 def test_a_signal_interrupts_a_sampling_run(bundle: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "dydit", "sample", str(bundle), "--labels", "0-6", "--num", "100000"]
-    process = subprocess.Popen([*command, "--out", str(tmp_path / "out")], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*command, "--out", str(tmp_path / "out")],
+        stderr=subprocess.PIPE,
+        text=True,
+        # A job that a shell put into the background ignores this signal, and so would the process.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     started, deadline = tmp_path / "out" / ".work" / "000003.npz", time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None and not started.exists():
         time.sleep(0.02)

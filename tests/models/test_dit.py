@@ -196,7 +196,7 @@ def test_masked_units_are_rows_of_zero_weights():
 def test_skipped_tokens_keep_their_residual_exactly():
     model = random_model(CONFIG)
     block = model.blocks[0]
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(1)
     shapes = ((2, 9, 32), (2, 32), (2, 32))
     x, c, t_emb = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in shapes)
     kept: list[torch.Tensor] = []
