@@ -168,6 +168,7 @@ def export_command(
     per_step: bool,
     max_subnets: int | None,
     memory_budget: int | None,
+    sliding: bool,
     cfg_channels: int | None,
     num_heads: int | None,
     as_json: bool,
@@ -175,9 +176,10 @@ def export_command(
 ) -> None:
     """Compile a checkpoint into a bundle: one folder that any backend runs, in fp32.
 
-    CHECKPOINT is any that `dydit convert` reads. --per-step, --max-subnets and --memory-budget exclude each other.
+    CHECKPOINT is any that `dydit convert` reads. --per-step, --max-subnets, --memory-budget and --sliding exclude each
+    other.
     """
-    plan = chosen_plan(per_step, max_subnets, memory_budget)
+    plan = chosen_plan(per_step, max_subnets, memory_budget, sliding)
     from dydit.export.exporter import ExportConfig, export
     from dydit.files import require_absent
     from dydit.models.checkpoint import load_checkpoint

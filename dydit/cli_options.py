@@ -131,8 +131,13 @@ heads_option = click.option(
 
 
 def plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """`--per-step`, `--max-subnets` and `--memory-budget`, of which one may be given."""
+    """`--per-step`, `--max-subnets`, `--memory-budget` and `--sliding`, of which one may be given."""
     for option in (
+        click.option(
+            "--sliding",
+            is_flag=True,
+            help="One graph for every width: least compute, one copy of the weights; each step runs exactly its units.",
+        ),
         click.option(
             "--memory-budget",
             type=parse_bytes,
@@ -153,10 +158,12 @@ def plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def chosen_plan(per_step: bool, max_subnets: int | None, memory_budget: int | None) -> dict[str, Any]:
+def chosen_plan(per_step: bool, max_subnets: int | None, memory_budget: int | None, sliding: bool) -> dict[str, Any]:
     """What `plan_options` come to, as settings of an export."""
-    if per_step + (max_subnets is not None) + (memory_budget is not None) > 1:
-        raise click.UsageError("--per-step, --max-subnets and --memory-budget exclude each other")
+    if per_step + (max_subnets is not None) + (memory_budget is not None) + sliding > 1:
+        raise click.UsageError("--per-step, --max-subnets, --memory-budget and --sliding exclude each other")
+    if sliding:
+        return {"plan": PlanKind.SLIDING}
     if per_step:
         return {"plan": PlanKind.PER_STEP}
     if memory_budget is not None:

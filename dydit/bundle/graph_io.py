@@ -2,7 +2,8 @@
 
 The writer declares them from here, backends check feeds against it, and shape profiles for compilers derive from it.
 A dimension is a number or the name of a symbol: `batch` images, `rows` of modulation (equal to `batch`, or twice that
-with classifier-free guidance: first the conditional rows, then the unconditional ones), `steps`, `labels`.
+with classifier-free guidance: first the conditional rows, then the unconditional ones), `steps`, `labels`; and, where
+block weights are inputs, the widths of `unit_input`.
 """
 
 from __future__ import annotations
@@ -12,10 +13,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dydit.bundle.manifest import WeightEntry
 from dydit.diffusion.coefficients import COEFFICIENTS
 from dydit.errors import BackendError
 from dydit.models.config import ModelConfig
 
+HEAD_WEIGHTS = ("qkv.weight", "qkv.bias", "proj.weight")
+GROUP_WEIGHTS = ("fc1.weight", "fc1.bias", "fc2.weight")
+"""The stored tensors of a block whose first axis is the unit's slot, [H, rows of a unit, ...]."""
 Dim = int | str
 BATCH, ROWS, STEPS, LABELS = "batch", "rows", "steps", "labels"
 
@@ -53,6 +58,23 @@ def subnet_inputs(model: ModelConfig, gated: bool) -> tuple[TensorSpec, ...]:
         TensorSpec("modulation", "float32", (ROWS, modulation_vectors(model), model.hidden_size)),
     )
     return (*specs, TensorSpec("gates", "float32", (2 * model.depth, model.num_heads))) if gated else specs
+
+
+def unit_input(name: str, weight: WeightEntry) -> TensorSpec:
+    """A stored tensor of units as an input of a graph of any width.
+
+    Its first dimension is named `heads_3*216` or `groups_3*288`: rows of a unit times the units that block 3 has on.
+    """
+    _, block, part = name.split(".", 2)
+    symbol = f"{'heads' if part in HEAD_WEIGHTS else 'groups'}_{block}*{weight.shape[1]}"
+    return TensorSpec(name, weight.dtype, (symbol, *weight.shape[2:]))
+
+
+def unit_inputs(weights: Mapping[str, WeightEntry], depth: int) -> tuple[TensorSpec, ...]:
+    """The weight inputs of a graph of any width, in its order: those of block 0, then of block 1, ..."""
+    parts = (*HEAD_WEIGHTS, *GROUP_WEIGHTS)
+    names = (f"blocks.{block}.{part}" for block in range(depth) for part in parts)
+    return tuple(unit_input(name, weights[name]) for name in names)
 
 
 def subnet_outputs(model: ModelConfig, capacity: bool) -> tuple[TensorSpec, ...]:

@@ -25,6 +25,8 @@ from dydit.models.config import ModelConfig, Strict
 
 SCHEMA_VERSION: Literal[1] = 1
 MANIFEST, WEIGHTS, CONDITIONING = "manifest.json", "weights.bin", "conditioning.onnx"
+SLIDING, SLIDING_FULL = "sliding.onnx", "sliding-full.onnx"
+"""The graph of a sliding plan, and the same with a slot for every token."""
 
 
 class Routing(StrEnum):
@@ -66,6 +68,7 @@ class PlanKind(StrEnum):
     PER_STEP = "per-step"
     MAX_SUBNETS = "max-subnets"
     MEMORY_BUDGET = "memory-budget"
+    SLIDING = "sliding"  # per-step widths on one graph, whose block weights are inputs (DESIGN, decision 12)
 
 
 class FileEntry(Strict):
@@ -116,7 +119,7 @@ class SamplingEntry(Strict):
 
 
 class SubnetEntry(Strict):
-    """One compiled subnetwork: the slots it holds, per block, in ascending order."""
+    """One subnetwork: the slots it holds, per block, in ascending order. With a sliding plan all have one `file`."""
 
     file: str
     heads: tuple[tuple[int, ...], ...]
@@ -199,6 +202,11 @@ class Manifest(Strict):
             if name is not None and name not in self.files:
                 raise ValueError(f"file {name!r} is used but not listed")
         return self
+
+    @property
+    def sliding(self) -> bool:
+        """Whether one graph serves every width, its block weights being inputs."""
+        return self.plan.kind is PlanKind.SLIDING
 
     def step_masks(self) -> np.ndarray:
         """Masks of all steps by slot, bool [S, L, 2, H]."""

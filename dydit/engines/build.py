@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from dydit.bundle.bundle import Bundle
-from dydit.bundle.graph_io import BATCH, TensorSpec, conditioning_inputs, subnet_inputs
+from dydit.bundle.graph_io import BATCH, TensorSpec, conditioning_inputs, subnet_inputs, unit_inputs
 from dydit.bundle.manifest import CONDITIONING
 from dydit.bundle.vae import VAE_DECODER
 from dydit.engines.builder import Built, Job
 from dydit.engines.fingerprint import EngineKey, EngineRequest, stale_key_reasons, stale_reasons
-from dydit.engines.profiles import Extent, shape_profile, symbol_ranges
+from dydit.engines.profiles import Extent, shape_profile, symbol_ranges, width_ranges
 from dydit.engines.store import EngineEntry, EngineStore, stores, weights_of
 from dydit.engines.workers import run_jobs
 from dydit.errors import BundleError, ConfigError, OutputError
@@ -146,8 +146,12 @@ def _wanted(bundle: Bundle, request: EngineRequest) -> list[_Wanted]:
     manifest = bundle.manifest
     ranges = symbol_ranges(manifest, request.opt_batch, request.max_batch)
     described: dict[str, tuple[TensorSpec, ...] | None] = {CONDITIONING: conditioning_inputs()}
+    units: tuple[TensorSpec, ...] = ()
+    if manifest.sliding:
+        units = unit_inputs(manifest.weights, manifest.model.depth)
+        ranges |= width_ranges(manifest.model)
     for subnet in manifest.subnets:
-        specs = subnet_inputs(manifest.model, subnet.gated)
+        specs = (*subnet_inputs(manifest.model, subnet.gated), *units)
         described |= {file: specs for file in (subnet.file, subnet.full_file) if file is not None}
     if VAE_DECODER in manifest.files:
         described[VAE_DECODER] = None

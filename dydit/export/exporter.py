@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 from collections.abc import Callable
@@ -13,10 +14,13 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from dydit.bundle.bundle import Bundle
+from dydit.bundle.graph_io import GROUP_WEIGHTS, HEAD_WEIGHTS
 from dydit.bundle.manifest import (
     CONDITIONING,
     MANIFEST,
     SCHEMA_VERSION,
+    SLIDING,
+    SLIDING_FULL,
     WEIGHTS,
     FileEntry,
     Manifest,
@@ -34,7 +38,15 @@ from dydit.diffusion.coefficients import step_coefficients
 from dydit.diffusion.schedule import TRAIN_STEPS, Sampler, Schedule
 from dydit.errors import ConfigError
 from dydit.export.blocks import FunctionLibrary
-from dydit.export.graph import UNIT_WEIGHTS, SubnetSpec, Windows, conditioning_graph, save_graph, subnet_graph
+from dydit.export.graph import (
+    SubnetSpec,
+    WeightInputs,
+    WeightSource,
+    Windows,
+    conditioning_graph,
+    save_graph,
+    subnet_graph,
+)
 from dydit.export.masks import activity_order, by_slot, freeze_masks
 from dydit.export.plan import Plan, budget_plan, merged_plan, per_step_plan
 from dydit.export.weights import write_weights
@@ -104,6 +116,7 @@ class _Job:
     masks: np.ndarray  # [S, L, 2, H] by slot, execution order
     costs: np.ndarray  # [L, 2, H] multiply-adds a step
     plan: Plan
+    sliding: bool
     routing: Routing | None
     capacities: tuple[int, ...] | None
     cfg_channels: int
@@ -126,12 +139,14 @@ def _plan_job(checkpoint: Checkpoint, config: ExportConfig) -> _Job:
         capacities = config.capacities or (model.tokens,) * model.depth
         if len(capacities) != model.depth or not all(1 <= c <= model.tokens for c in capacities):
             raise ConfigError(f"capacities {capacities}: expected {model.depth} numbers in 1..{model.tokens}")
-    plan = _make_plan(config, model, masks, costs)
-    return _Job(model, schedule, order, masks, costs, plan, routing, capacities, cfg_channels, config.precision)
+    plan, sliding = _make_plan(config, model, masks, costs), config.plan is PlanKind.SLIDING
+    return _Job(
+        model, schedule, order, masks, costs, plan, sliding, routing, capacities, cfg_channels, config.precision
+    )
 
 
 def _make_plan(config: ExportConfig, model: ModelConfig, masks: np.ndarray, costs: np.ndarray) -> Plan:
-    if config.plan is PlanKind.PER_STEP:
+    if config.plan in (PlanKind.PER_STEP, PlanKind.SLIDING):
         return per_step_plan(masks, costs)
     if config.plan is PlanKind.MAX_SUBNETS:
         return merged_plan(masks, costs, config.max_subnets)
@@ -164,18 +179,23 @@ def fixed_bytes(model: ModelConfig, precision: Precision = Precision.FP32) -> in
 def _write_subnets(
     folder: Path, job: _Job, weights: dict[str, WeightEntry], progress: Progress | None
 ) -> tuple[list[SubnetEntry], list[SegmentEntry]]:
-    """Write a graph for every distinct subnetwork; segments with the same one share it."""
+    """Write a graph for every distinct subnetwork, or one for all; segments with the same one share it."""
     library = FunctionLibrary(job.model, job.cfg_channels, job.precision)
     entries: list[SubnetEntry] = []
     segments: list[SegmentEntry] = []
     known: dict[SubnetSpec, int] = {}
+    shared = _write_sliding(folder, job, library, weights) if job.sliding else None
     gc.freeze()  # graphs are cyclic garbage; without this, collecting them walks all of PyTorch's objects each time
     try:
         for done, (first, end) in enumerate(job.plan.segments):
             spec = segment_spec(job.masks[first:end], job.routing, job.capacities)
             if spec not in known:
                 known[spec] = len(entries)
-                entries.append(_write_subnet(folder, len(entries), spec, job, library, weights))
+                name = f"subnet-{len(entries):04d}"
+                files = shared or _write_graphs(
+                    folder, (f"{name}.onnx", f"{name}-full.onnx"), spec, job, library, lambda: Windows(weights)
+                )
+                entries.append(_subnet_entry(files, spec, job, weights))
             segments.append(SegmentEntry(first=first, count=end - first, subnet=known[spec]))
             if progress:
                 progress(done + 1, len(job.plan.segments))
@@ -193,26 +213,46 @@ def segment_spec(masks: np.ndarray, routing: Routing | None, capacities: tuple[i
     return SubnetSpec(tuple(slots[0]), tuple(slots[1]), gated, routing, capacities)
 
 
-def _write_subnet(
-    folder: Path, index: int, spec: SubnetSpec, job: _Job, library: FunctionLibrary, weights: dict[str, WeightEntry]
-) -> SubnetEntry:
-    file, full_file = f"subnet-{index:04d}.onnx", None
-    save_graph(subnet_graph(job.model, spec, library, Windows(weights)), folder / file)
+def _write_sliding(
+    folder: Path, job: _Job, library: FunctionLibrary, weights: dict[str, WeightEntry]
+) -> tuple[str, str | None]:
+    """Write the graph that serves every width."""
+    every = (tuple(range(job.model.num_heads)),) * job.model.depth
+    spec = SubnetSpec(every, every, frozenset(), job.routing, job.capacities)
+    return _write_graphs(folder, (SLIDING, SLIDING_FULL), spec, job, library, lambda: WeightInputs(weights))
+
+
+def _write_graphs(
+    folder: Path,
+    names: tuple[str, str],
+    spec: SubnetSpec,
+    job: _Job,
+    library: FunctionLibrary,
+    weights: Callable[[], WeightSource],
+) -> tuple[str, str | None]:
+    """Write a subnetwork's graph under the first name and, where tokens may not fit, its full form under the second."""
+    save_graph(subnet_graph(job.model, spec, library, weights()), folder / names[0])
     everything = (job.model.tokens,) * job.model.depth
-    if spec.capacities is not None and spec.capacities != everything:
-        full = SubnetSpec(spec.heads, spec.groups, spec.gated, spec.routing, everything)
-        full_file = f"subnet-{index:04d}-full.onnx"
-        save_graph(subnet_graph(job.model, full, library, Windows(weights)), folder / full_file)
+    if spec.capacities in (None, everything):
+        return names[0], None
+    full = dataclasses.replace(spec, capacities=everything)
+    save_graph(subnet_graph(job.model, full, library, weights()), folder / names[1])
+    return names
+
+
+def _subnet_entry(
+    files: tuple[str, str | None], spec: SubnetSpec, job: _Job, weights: dict[str, WeightEntry]
+) -> SubnetEntry:
     units = len(job.order[0, 0])
     used = sum(
         weights[f"blocks.{block}.{part}"].nbytes // units * len(slots[block])
-        for slots, parts in ((spec.heads, UNIT_WEIGHTS[:3]), (spec.groups, UNIT_WEIGHTS[3:]))
+        for slots, parts in ((spec.heads, HEAD_WEIGHTS), (spec.groups, GROUP_WEIGHTS))
         for block in range(job.model.depth)
         for part in parts
     )
     return SubnetEntry(
-        file=file,
-        full_file=full_file,
+        file=files[0],
+        full_file=files[1],
         heads=spec.heads,
         groups=spec.groups,
         gated=bool(spec.gated),

@@ -17,6 +17,8 @@ import onnx
 import onnx_ir as ir
 
 from dydit.bundle.graph_io import (
+    GROUP_WEIGHTS,
+    HEAD_WEIGHTS,
     TensorSpec,
     conditioning_inputs,
     conditioning_outputs,
@@ -25,15 +27,13 @@ from dydit.bundle.graph_io import (
     subnet_inputs,
     subnet_outputs,
     token_mask_name,
+    unit_input,
 )
 from dydit.bundle.manifest import WEIGHTS, Precision, Routing, WeightEntry
 from dydit.export.blocks import FunctionLibrary, call
 from dydit.export.ops import DATA_TYPES, DOMAIN, IR_VERSION, OPSET, Ops
 from dydit.export.weights import runs
 from dydit.models.config import ModelConfig
-
-UNIT_WEIGHTS = ("qkv.weight", "qkv.bias", "proj.weight", "fc1.weight", "fc1.bias", "fc2.weight")
-"""The stored tensors of a block whose first axis is the unit's slot."""
 
 
 @dataclass(frozen=True)
@@ -114,9 +114,7 @@ class WeightInputs(Windows):
 
     def units(self, ops: Ops, block: int, part: str, slots: Sequence[int]) -> ir.Value:
         name = f"blocks.{block}.{part}"
-        symbol = f"{'heads' if part.startswith(('qkv', 'proj')) else 'groups'}_{block}"
-        entry = self.entries[name]
-        spec = TensorSpec(name, entry.dtype, (f"{symbol}*{entry.shape[1]}", *entry.shape[2:]))
+        spec = unit_input(name, self.entries[name])
         self.inputs.append(spec)
         return _value(spec)
 
@@ -197,7 +195,7 @@ class _SubnetWriter:
         if not slots:
             return self._call(self.library.attention_none(), [x, vectors[2], bias], [f"{name}.attended"])[0]
         gates = self._gates(block, 0, slots)
-        units = [self.weights.units(ops, block, part, slots) for part in UNIT_WEIGHTS[:3]]
+        units = [self.weights.units(ops, block, part, slots) for part in HEAD_WEIGHTS]
         shape = np.array([-1, self.config.tokens, len(slots), 3 * self.config.head_dim], np.int64)
         if isinstance(self.weights, WeightInputs):
             rows = ops.Shape(x, start=0, end=2)
@@ -222,7 +220,7 @@ class _SubnetWriter:
             x, *_ = self._call(self.library.mlp_none(bool(routing)), [x, vectors[2], bias, *router], names)
             return [x, *([self.ops.constant([0])] if capacity else [])]
         gates = self._gates(block, 1, slots)
-        fc1_w, fc1_b, fc2_w = (self.weights.units(self.ops, block, part, slots) for part in UNIT_WEIGHTS[3:])
+        fc1_w, fc1_b, fc2_w = (self.weights.units(self.ops, block, part, slots) for part in GROUP_WEIGHTS)
         arguments = [x, self.ones, *vectors, fc1_w, fc1_b, fc2_w, bias, *router]
         if capacity:
             assert self.spec.capacities is not None

@@ -7,7 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from dydit.bundle.graph_io import TensorSpec, conditioning_inputs, modulation_vectors, subnet_inputs
+from dydit.bundle.graph_io import (
+    GROUP_WEIGHTS,
+    HEAD_WEIGHTS,
+    TensorSpec,
+    conditioning_inputs,
+    modulation_vectors,
+    subnet_inputs,
+)
 from dydit.engines.profiles import CONDITIONING_ELEMENTS, Extent, shape_profile, symbol_ranges, width_ranges
 from dydit.errors import BackendError
 from dydit.models.config import ModelConfig, preset
@@ -68,7 +75,7 @@ def test_a_range_is_ordered(bad: tuple[int, int, int]) -> None:
 
 
 def test_widths_have_ranges_for_every_weight_that_is_an_input(tmp_path: Path, digits_like: ModelConfig) -> None:
-    from dydit.export.graph import UNIT_WEIGHTS, WeightInputs
+    from dydit.export.graph import WeightInputs
     from dydit.export.ops import Ops
     from dydit.export.weights import write_weights
     from dydit.models.layout import stored_tensors
@@ -77,7 +84,7 @@ def test_widths_have_ranges_for_every_weight_that_is_an_input(tmp_path: Path, di
     tensors = stored_tensors(synthetic_model(digits_like).state_dict(), digits_like)
     source = WeightInputs(write_weights(tmp_path / "weights.bin", tensors))
     for block in range(digits_like.depth):
-        for part in UNIT_WEIGHTS:
+        for part in (*HEAD_WEIGHTS, *GROUP_WEIGHTS):
             source.units(Ops(), block, part, range(digits_like.num_heads))
     ranges = width_ranges(digits_like)
     profile = shape_profile(source.inputs, ranges, "sliding")

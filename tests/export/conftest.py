@@ -12,9 +12,10 @@ import onnxruntime
 import pytest
 import torch
 
+from dydit.bundle.graph_io import GROUP_WEIGHTS, HEAD_WEIGHTS
 from dydit.diffusion.coefficients import apply_step
 from dydit.export.blocks import FunctionLibrary
-from dydit.export.graph import UNIT_WEIGHTS, SubnetSpec, Windows, save_graph, subnet_graph
+from dydit.export.graph import SubnetSpec, Windows, save_graph, subnet_graph
 from dydit.export.weights import write_weights
 from dydit.models.config import ModelConfig
 from dydit.models.dit import DiT
@@ -138,7 +139,7 @@ class Bench:
         """What a graph with weights as inputs takes for these slots."""
         feeds = {}
         for block in range(self.config.depth):
-            for slots, parts in ((heads, UNIT_WEIGHTS[:3]), (groups, UNIT_WEIGHTS[3:])):
+            for slots, parts in ((heads, HEAD_WEIGHTS), (groups, GROUP_WEIGHTS)):
                 for part in parts:
                     name = f"blocks.{block}.{part}"
                     feeds[name] = self.stored[name][list(slots[block])].flatten(0, 1).numpy()

@@ -25,6 +25,9 @@ KINDS = {
     "capacity": {"routing": Routing.CAPACITY},
     "dense": {"routing": Routing.DENSE},
     "all-channels": {"cfg_channels": 4},
+    "sliding": {"plan": PlanKind.SLIDING},
+    "sliding-capacity": {"plan": PlanKind.SLIDING, "routing": Routing.CAPACITY},
+    "sliding-dense": {"plan": PlanKind.SLIDING, "routing": Routing.DENSE},
 }
 
 
@@ -65,11 +68,12 @@ def test_a_step_is_the_masked_model(backend_name, kind, make_bundle, make_checkp
     check_steps(backend_name, bundle, make_checkpoint(), reference, relative, cases)
 
 
+@pytest.mark.parametrize("plan", [PlanKind.MAX_SUBNETS, PlanKind.SLIDING])
 @pytest.mark.parametrize("routers", [Routers.NONE, Routers.ALL_ROUTED])
-def test_other_models(backend_name, routers, make_bundle, make_checkpoint, small_config, reference, relative):
+def test_other_models(backend_name, routers, plan, make_bundle, make_checkpoint, small_config, reference, relative):
     """A static DiT, and routers without an always-on unit, whose blocks may have nothing on."""
     checkpoint = make_checkpoint(small_config.model_copy(update={"routers": routers}), flops_ratio=0.15)
-    bundle = make_bundle(checkpoint)
+    bundle = make_bundle(checkpoint, plan=plan)
     if routers is Routers.ALL_ROUTED:
         assert not bundle.masks.any(-1).all(), "some block has nothing on"
     check_steps(backend_name, bundle, checkpoint, reference, relative, [(0, 2, 4.0), (5, 3, 1.0), (11, 1, 2.0)])

@@ -51,7 +51,7 @@ def exports(draw, model: ModelConfig, routing: Routing):
     return ExportConfig(
         steps=steps,
         sampler=draw(st.sampled_from(Sampler)),
-        plan=draw(st.sampled_from([PlanKind.MAX_SUBNETS, PlanKind.PER_STEP])),
+        plan=draw(st.sampled_from([PlanKind.MAX_SUBNETS, PlanKind.PER_STEP, PlanKind.SLIDING])),
         max_subnets=draw(st.integers(1, steps)),
         routing=routing,
         max_batch=MAX_BATCH,
@@ -111,6 +111,7 @@ def test_every_hop_holds(routing, routers):
             assert report.ok, report.summary
             masks = bundle.masks
             seen["examples"] += 1
+            seen["sliding"] += bundle.manifest.sliding
             seen["gated"] += any(subnet.gated for subnet in bundle.manifest.subnets)
             seen["holes"] += has_holes(masks)
             seen["closed"] += not masks.all()
@@ -122,7 +123,7 @@ def test_every_hop_holds(routing, routers):
             seen["guided"] += request.cfg_scale != 1
 
     holds()
-    wanted = ["examples", "guided", "odd heads", "routed tokens"]
+    wanted = ["examples", "sliding", "guided", "odd heads", "routed tokens"]
     if routers != (Routers.NONE,):
         wanted += ["gated", "holes", "closed", "skipped tokens"]
     if routing is Routing.CAPACITY:

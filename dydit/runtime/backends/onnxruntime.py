@@ -9,6 +9,7 @@ Many sessions live in one process, so none may hold what it does not need while 
 
 from __future__ import annotations
 
+import threading
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from dydit.bundle.graph_io import residual_name, token_mask_name
 from dydit.bundle.manifest import CONDITIONING, Precision
 from dydit.errors import BackendError, one_line
 from dydit.runtime.backends.base import Arrays, Backend, BackendOptions, StepResult, Subnet
+from dydit.runtime.sliding import SlidingWeights
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _ERRORS = (
@@ -29,15 +31,19 @@ _ERRORS = (
 
 
 class OnnxRuntimeSubnet(Subnet):
-    """A session on a subnetwork's graph."""
+    """A session on a subnetwork's graph; with a sliding plan, the session of all, and the weights that slide."""
 
-    def __init__(self, bundle: Bundle, index: int, session: _Session, debug: bool):
+    def __init__(
+        self, bundle: Bundle, index: int, session: _Session, debug: bool, weights: SlidingWeights | None = None
+    ):
         super().__init__(bundle, index)
-        self._model, self._debug = bundle.manifest.model, debug
+        self._model, self._debug, self._weights = bundle.manifest.model, debug, weights
         self._session: _Session | None = session
 
     def _step(self, feeds: Arrays) -> StepResult:
         assert self._session is not None
+        if self._weights is not None:
+            feeds = {**feeds, **self._weights.feeds(self.entry)}
         out = self._session.run(feeds, self.what)
         overflow = out.get("token_overflow", np.zeros(self._model.depth, np.int64))
         if not self._debug:
@@ -59,6 +65,8 @@ class OnnxRuntimeBackend(Backend):
 
     def __init__(self, bundle: Bundle, options: BackendOptions | None = None):
         super().__init__(bundle, options)
+        self._shared: dict[tuple[str, bool], _Session] = {}
+        self._loading = threading.Lock()  # the next subnetwork is loaded in the background
         provider = PROVIDERS[self.options.device]
         if provider not in runtime().get_available_providers():
             raise BackendError(
@@ -79,9 +87,22 @@ class OnnxRuntimeBackend(Backend):
 
     def subnet(self, index: int, full_capacity: bool = False, debug: bool = False) -> Subnet:
         entry = self.bundle.manifest.subnets[index]
-        file = self.bundle.file(entry.full_file if full_capacity and entry.full_file else entry.file)
+        file = entry.full_file if full_capacity and entry.full_file else entry.file
+        if not self.bundle.manifest.sliding:
+            return OnnxRuntimeSubnet(self.bundle, index, self._load(file, debug), debug)
+        with self._loading:
+            if (file, debug) not in self._shared:
+                self._shared[file, debug] = self._load(file, debug)
+        return OnnxRuntimeSubnet(self.bundle, index, self._shared[file, debug], debug, self._sliding)
+
+    @cached_property
+    def _sliding(self) -> SlidingWeights:
+        return SlidingWeights(self.bundle)
+
+    def _load(self, name: str, debug: bool) -> _Session:
+        file = self.bundle.file(name)
         graph = _with_debug_outputs(file, self.bundle.manifest.model.depth) if debug else None
-        return OnnxRuntimeSubnet(self.bundle, index, _Session(file, self.options, graph), debug)
+        return _Session(file, self.options, graph)
 
 
 class _Session:

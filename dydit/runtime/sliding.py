@@ -1,0 +1,104 @@
+"""One copy of the weights for every width: each block keeps the units that are on in the first places of its rows, so
+that a step's weights are prefixes (DESIGN, decision 12).
+
+    mask of a step          0 1 . 3 4 . 6 .         wanted: units 0 1 3 4 6
+    places before           0 1 2 3 4 5 6 7         the first five hold 0 1 2 3 4
+    exchange places 2, 6    0 1 6 3 4 5 2 7         now they hold what is wanted, in whatever order
+
+Heads may stand in any order, and so may channel groups, as long as all tensors of the block agree: the model is the
+same function. From one step to the next only the units that toggle move, by exchanges in place. Nothing is lost, so
+nothing is ever read again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dydit.bundle.bundle import Bundle
+from dydit.bundle.graph_io import GROUP_WEIGHTS, HEAD_WEIGHTS
+from dydit.bundle.manifest import STORAGE, WEIGHTS, SubnetEntry
+
+PARTS = (HEAD_WEIGHTS, GROUP_WEIGHTS)
+"""The tensors of a block's heads, and of its groups: what moves together."""
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """Two places of a block's heads (part 0) or groups (part 1) whose units change places."""
+
+    block: int
+    part: int
+    first: int
+    second: int
+
+
+def exchanges(places: Sequence[int], wanted: Sequence[int]) -> list[tuple[int, int]]:
+    """The fewest exchanges of places after which the units `wanted` fill the first ones.
+
+    `places`: the unit in each place. Each exchange takes one unit that is not wanted out of the first places and brings
+    one that is in.
+    """
+    count, chosen = len(wanted), set(wanted)
+    out = [place for place in range(count) if places[place] not in chosen]
+    into = [place for place in range(count, len(places)) if places[place] in chosen]
+    return list(zip(out, into, strict=True))
+
+
+class Arrangement:
+    """Which unit stands in which place: `places[block][part]`, at first the order in which they are stored."""
+
+    def __init__(self, depth: int, units: int):
+        self.places = [[list(range(units)) for _ in PARTS] for _ in range(depth)]
+
+    def arrange(self, heads: Sequence[Sequence[int]], groups: Sequence[Sequence[int]]) -> list[Exchange]:
+        """Bring the given units of every block to the front; returns what to do to the tensors, in this order."""
+        made = []
+        for block, wanted in enumerate(zip(heads, groups, strict=True)):
+            for part, units in enumerate(wanted):
+                places = self.places[block][part]
+                for first, second in exchanges(places, units):
+                    places[first], places[second] = places[second], places[first]
+                    made.append(Exchange(block, part, first, second))
+        return made
+
+
+class SlidingWeights:
+    """A bundle's unit weights in host memory, arranged for one subnetwork after another.
+
+    They are a private map of `weights.bin`: units that never move stay shared with the file, those that do are copied
+    by the page, and none is in memory twice.
+    """
+
+    def __init__(self, bundle: Bundle):
+        model, entries = bundle.manifest.model, bundle.manifest.weights
+        raw = np.memmap(bundle.file(WEIGHTS), np.uint8, "c")
+        self._arrangement = Arrangement(model.depth, model.num_heads)
+        self._units: dict[str, np.ndarray] = {}
+        for block in range(model.depth):
+            for name in (f"blocks.{block}.{part}" for parts in PARTS for part in parts):
+                entry = entries[name]
+                flat = np.asarray(raw[entry.offset : entry.offset + entry.nbytes]).view(STORAGE[entry.dtype])
+                self._units[name] = flat.reshape(entry.shape)
+
+    def feeds(self, subnet: SubnetEntry) -> dict[str, np.ndarray]:
+        """The weight inputs (`graph_io.unit_inputs`) of a subnetwork: views, good until the next call.
+
+        A part with no unit on gets one whose weights are zeros, which adds nothing: some operators take no empty input.
+        """
+        for exchange in self._arrangement.arrange(subnet.heads, subnet.groups):
+            places = [exchange.first, exchange.second]
+            for part in PARTS[exchange.part]:
+                units = self._units[f"blocks.{exchange.block}.{part}"]
+                units[places] = units[places[::-1]]
+        fed = {}
+        for block, counts in enumerate(zip(map(len, subnet.heads), map(len, subnet.groups), strict=True)):
+            for parts, count in zip(PARTS, counts, strict=True):
+                for name in (f"blocks.{block}.{part}" for part in parts):
+                    units = self._units[name]
+                    front = units[:count] if count else np.zeros_like(units[:1])
+                    fed[name] = front.reshape(math.prod(front.shape[:2]), *front.shape[2:])
+        return fed

@@ -1,0 +1,146 @@
+"""Weights that slide: the fewest moves, the right rows, the file untouched, one graph for all."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dydit.bundle.bundle import Bundle
+from dydit.bundle.graph_io import unit_inputs
+from dydit.bundle.manifest import WEIGHTS, PlanKind, Precision, Routing
+from dydit.runtime.backends.base import BackendOptions
+from dydit.runtime.backends.onnxruntime import OnnxRuntimeBackend
+from dydit.runtime.loop import MemoryStore, StepRunner, sample
+from dydit.runtime.noise import SeededNoise
+from dydit.runtime.request import make_batches
+from dydit.runtime.resident import ResidentSubnets
+from dydit.runtime.sliding import Arrangement, SlidingWeights, exchanges
+
+UNITS = 9
+wanted_units = st.sets(st.integers(0, UNITS - 1)).map(sorted)
+
+
+@given(st.permutations(range(UNITS)), wanted_units)
+def test_exchanges_are_the_fewest_that_bring_the_wanted_units_to_the_front(places, wanted):
+    after = list(places)
+    made = exchanges(places, wanted)
+    for first, second in made:
+        after[first], after[second] = after[second], after[first]
+    assert sorted(after[: len(wanted)]) == wanted and sorted(after) == list(range(UNITS))
+    missing = set(wanted) - set(places[: len(wanted)])
+    assert len(made) == len(missing), "one exchange brings in one unit, so no fewer do"
+
+
+@given(st.lists(st.lists(wanted_units, min_size=4, max_size=4), min_size=1, max_size=5))
+def test_an_arrangement_keeps_account_of_every_place(steps):
+    """Replayed on plain lists, the exchanges of a run lead to what the arrangement says, and toggles cost one each."""
+    arrangement = Arrangement(2, UNITS)
+    replayed = [[list(range(UNITS)), list(range(UNITS))] for _ in range(2)]
+    before = None
+    for heads0, heads1, groups0, groups1 in steps:
+        made = arrangement.arrange([heads0, heads1], [groups0, groups1])
+        for each in made:
+            row = replayed[each.block][each.part]
+            row[each.first], row[each.second] = row[each.second], row[each.first]
+        assert replayed == arrangement.places
+        assert replayed[0][0][: len(heads0)] != [] or not heads0
+        now = [set(heads0), set(groups0), set(heads1), set(groups1)]
+        if before is not None:
+            assert len(made) <= sum(len(a ^ b) for a, b in zip(before, now, strict=True))
+        before = now
+
+
+@pytest.fixture
+def sliding_bundle(make_bundle) -> Bundle:
+    return make_bundle(plan=PlanKind.SLIDING)
+
+
+def test_feeds_are_the_rows_of_the_units_that_are_on(sliding_bundle):
+    """For every subnetwork, in an order that jumps about: as sets of units, the rows that the stored tensors have."""
+    manifest, weights = sliding_bundle.manifest, SlidingWeights(sliding_bundle)
+    specs = unit_inputs(manifest.weights, manifest.model.depth)
+    before = hashlib.sha256((sliding_bundle.path / WEIGHTS).read_bytes()).hexdigest()
+    count = len(manifest.subnets)
+    assert count > 4
+    for index in [*range(count), 0, count - 1, count // 2, *reversed(range(count))]:
+        entry = manifest.subnets[index]
+        feeds = weights.feeds(entry)
+        assert list(feeds) == [spec.name for spec in specs]
+        for name, fed in feeds.items():
+            stored, (_, block, part) = sliding_bundle.weight(name), name.split(".", 2)
+            units = (entry.heads if part.startswith(("qkv", "proj")) else entry.groups)[int(block)]
+            assert fed.shape == (len(units) * stored.shape[1], *stored.shape[2:]) and fed.flags.c_contiguous
+            found = {row.tobytes() for row in fed.reshape(len(units), -1)}
+            assert found == {np.ascontiguousarray(stored[unit]).tobytes() for unit in units}
+    assert hashlib.sha256((sliding_bundle.path / WEIGHTS).read_bytes()).hexdigest() == before, "the file is untouched"
+
+
+def test_a_part_with_nothing_on_gets_zeros(make_bundle, make_checkpoint, small_config):
+    from dydit.models.config import Routers
+
+    checkpoint = make_checkpoint(small_config.model_copy(update={"routers": Routers.ALL_ROUTED}), flops_ratio=0.15)
+    bundle = make_bundle(checkpoint, plan=PlanKind.SLIDING)
+    weights, empty = SlidingWeights(bundle), 0
+    for entry in bundle.manifest.subnets:
+        feeds = weights.feeds(entry)
+        for block, heads in enumerate(entry.heads):
+            if not heads:
+                empty += 1
+                rows = feeds[f"blocks.{block}.qkv.weight"]
+                assert rows.shape[0] == 3 * bundle.manifest.model.head_dim and not rows.any()
+    assert empty, "some block of some step has no head on"
+
+
+def test_one_graph_one_session_for_every_width(sliding_bundle, make_bundle):
+    names = {entry.file for entry in sliding_bundle.manifest.subnets}
+    assert names == {"sliding.onnx"} and len(sliding_bundle.manifest.subnets) > 4
+    assert sorted(path.suffix for path in sliding_bundle.path.iterdir() if path.is_file()) == [
+        ".bin",
+        ".json",
+        ".onnx",
+        ".onnx",
+    ]
+    backend = OnnxRuntimeBackend(sliding_bundle, BackendOptions(threads=1))
+    assert len({id(backend.subnet(index)._session) for index in range(3)}) == 1
+    exact = make_bundle(plan=PlanKind.PER_STEP).manifest
+    assert sliding_bundle.manifest.plan.macs == exact.plan.macs == exact.plan.per_step_macs
+    assert [s.heads for s in sliding_bundle.manifest.subnets] == [s.heads for s in exact.subnets]
+
+
+@pytest.mark.parametrize("settings", [{}, {"routing": Routing.CAPACITY, "capacities": (2, 16, 5)}])
+def test_a_run_equals_the_per_step_plan(settings, make_bundle, relative):
+    latents = {}
+    for plan in (PlanKind.SLIDING, PlanKind.PER_STEP):
+        bundle = make_bundle(plan=plan, **settings)
+        if settings:
+            assert bundle.manifest.subnets[0].full_file == (
+                "sliding-full.onnx" if plan is PlanKind.SLIDING else "subnet-0000-full.onnx"
+            )
+        model = bundle.manifest.model
+        backend = OnnxRuntimeBackend(bundle, BackendOptions(threads=1))
+        batches, store = make_batches([0, 1, 2], [0, 1, 2], 2), MemoryStore()
+        with ResidentSubnets(backend, 2) as subnets:
+            noise = SeededNoise(3, (model.in_channels, model.input_size, model.input_size))
+            stats = sample(StepRunner(backend, subnets, [0, 1, 2], 4.0), batches, noise, store)
+        assert not settings or stats.repeated_steps > 0
+        latents[plan] = np.concatenate([store.load(index) for index in range(2)])
+    assert relative(latents[PlanKind.SLIDING], latents[PlanKind.PER_STEP]) < 1e-4
+
+
+def test_half_precision_slides_too(make_bundle, relative):
+    bundle = make_bundle(plan=PlanKind.SLIDING, precision=Precision.FP16)
+    feeds = SlidingWeights(bundle).feeds(bundle.manifest.subnets[1])
+    assert {array.dtype.name for array in feeds.values()} == {"float16"}
+    wide = make_bundle(plan=PlanKind.PER_STEP, precision=Precision.FP16)
+    rng, model = np.random.default_rng(0), bundle.manifest.model
+    x, noise = rng.standard_normal((2, 2, model.in_channels, model.input_size, model.input_size)).astype(np.float32)
+    results = []
+    for each in (bundle, wide):
+        backend = OnnxRuntimeBackend(each, BackendOptions(threads=1))
+        with ResidentSubnets(backend) as subnets:
+            results.append(StepRunner(backend, subnets, [0, 1], 4.0).run(7, x, noise, np.array([0, 1])).x_prev)
+    assert relative(*results) < 1e-3
