@@ -33,8 +33,10 @@ from dydit.training.losses import (
     Process,
     achieved_ratio,
     add_noise,
+    detail_loss,
     diffusion_loss,
     flops_loss,
+    relative_detail,
     token_loss,
 )
 from dydit.training.recipe import LearningRateSchedule, Precision, Recipe, Stage
@@ -94,14 +96,18 @@ class Objective(nn.Module):
         flops = flops_loss(ratio, self.recipe.target(iteration), self.recipe.flops_weight)
         parts = {"loss": mse + vb + flops, "mse": mse, "vb": vb, "flops": flops, "ratio": ratio.mean()}
         if self.recipe.token_weight:
-            tokens = gating.decisions().tokens
-            parts["token"] = token_loss(tokens, self.recipe.token_target, self.recipe.token_weight)
+            parts["token"] = self._token_loss(gating.decisions().tokens, x0)
             parts["loss"] = parts["loss"] + parts["token"]
         if iteration < self.recipe.warmup_iterations:
             whole = diffusion_loss(self.process, self.model(x_t, t, y, Static()), x0, x_t, t, noise)
             parts["complete"] = (whole[0] + whole[1]).mean()
             parts["loss"] = parts["loss"] + parts["complete"]
         return parts
+
+    def _token_loss(self, tokens: Tensor, x0: Tensor) -> Tensor:
+        target, weight, spread = self.recipe.token_target, self.recipe.token_weight, self.recipe.token_spread
+        loss = token_loss(tokens, target, weight)
+        return loss + detail_loss(tokens, relative_detail(x0), target, spread, weight) if spread else loss
 
 
 def starting_model(recipe: Recipe) -> DiT:

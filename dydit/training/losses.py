@@ -149,3 +149,24 @@ def token_loss(tokens: Tensor, target: float, weight: float) -> Tensor:
     """
     shares = tokens.mean(-1).unflatten(1, (-1, QUARTERS)).mean(1)  # [L, 4]
     return weight * (shares - target).square().mean()
+
+
+def detail_loss(tokens: Tensor, detail: Tensor, target: float, spread: float, weight: float) -> Tensor:
+    """`weight * mean over images of (share of tokens - target * (1 + spread * detail))^2`, a scalar.
+
+    tokens [L, B, N], detail [B] as `relative_detail` gives it. Not in the paper either: what an image needs is to
+    decide how many tokens it gets, and in a short run the routers find out where tokens matter, but not for which
+    images more of them do.
+    """
+    wanted = target * (1 + spread * detail)
+    return weight * (tokens.mean((0, 2)) - wanted).square().mean()
+
+
+def relative_detail(x0: Tensor) -> Tensor:
+    """How much detail each image of a batch has, [B]: total variation, in standard deviations from the batch's mean.
+
+    x0 [B, C, S, S], images or latents. 0 for all where they are equal.
+    """
+    variation = sum(x0.diff(dim=axis).abs().mean((1, 2, 3)) for axis in (2, 3))
+    assert isinstance(variation, Tensor)
+    return (variation - variation.mean()) / variation.std(correction=0).clamp(min=1e-12)

@@ -69,7 +69,10 @@ class Recipe(Strict):
     flops_weight: float = Field(default=2.0, ge=0)
     token_target: float = Field(default=0.7, gt=0, le=1, description="share of tokens that `token_weight` asks for")
     token_weight: float = Field(
-        default=0.0, ge=0, description="of the token loss, which is not the paper's: see losses.token_loss"
+        default=0.0, ge=0, description="of the token losses, which are not the paper's: see losses.token_loss"
+    )
+    token_spread: float = Field(
+        default=0.0, ge=0, description="how far an image's share of tokens follows its detail: see losses.detail_loss"
     )
     ramp_iterations: int = Field(
         default=1000, ge=0, description="the target falls linearly to lambda_target until here"
@@ -127,32 +130,34 @@ _DIGITS_STATIC = {
     "stage": "static",
     "model": _DIGITS.model_dump(mode="json"),
     "data": "digits",
-    "iterations": 4000,
-    "batch_size": 64,
+    "iterations": 8000,
+    "batch_size": 32,
     "learning_rate": 1e-3,
     "learning_rate_schedule": "cosine",
     "learning_rate_warmup": 100,
     "clip_norm": 1.0,
-    "ema_decay": 0.999,
+    "ema_decay": 0.998,
 }
 _DIGITS_DYNAMIC = {
     **_DIGITS_STATIC,
     "name": "digits-dynamic",
     "stage": "dynamic",
     "model": {**_DIGITS.model_dump(mode="json"), "routers": "first-on"},
-    "iterations": 3000,
-    "learning_rate": 3e-4,
+    "iterations": 4000,
+    "learning_rate": 5e-4,
     "router_learning_rate": 10.0,
     "width_bias": 5.0,
     "token_bias": 3.0,
+    "token_weight": 10.0,
+    "token_target": 0.6,
+    "token_spread": 0.1,
     "noise_anneal": 0.2,
 }
 _DIGITS_SETTLE = {
     **_DIGITS_DYNAMIC,
     "name": "digits-settle",
     "stage": "settle",
-    "iterations": 1000,
-    "token_weight": 10.0,
+    "iterations": 1200,
     "ramp_iterations": 0,
     "ramp_hold": 0,
     "ema_decay": 0.99,

@@ -19,10 +19,12 @@ from dydit.training.losses import (
     Process,
     achieved_ratio,
     add_noise,
+    detail_loss,
     diffusion_loss,
     discretized_normal_log_likelihood,
     flops_loss,
     normal_kl,
+    relative_detail,
     token_loss,
 )
 
@@ -182,3 +184,25 @@ def test_the_token_loss_holds_each_block_and_quarter_to_its_share() -> None:
     assert float(token_loss(tokens[:1], 0.5, 3.0)) == 0
     assert float(token_loss(tokens[1:], 0.5, 3.0)) == pytest.approx(3 * 0.25)
     assert float(token_loss(tokens, 0.5, 3.0)) == pytest.approx(3 * 0.125)
+
+
+def test_detail_is_the_total_variation_in_standard_deviations() -> None:
+    flat, stripes = torch.zeros(1, 2, 4, 4), torch.zeros(1, 2, 4, 4)
+    stripes[..., ::2] = 1
+    checks = stripes.roll(1, -1).clone()
+    checks[..., ::2, :] = 1 - checks[..., ::2, :]
+    detail = relative_detail(torch.cat([flat, stripes, checks]))
+    torch.testing.assert_close(detail, torch.tensor([-1.0, 0.0, 1.0]) * 1.5**0.5)  # variations 0, 1 and 2
+    assert not relative_detail(torch.cat([stripes, stripes])).any(), "equal images have equal detail"
+
+
+def test_the_detail_loss_asks_for_more_tokens_where_there_is_more_detail() -> None:
+    detail = torch.tensor([-1.0, 1.0, 0.0, 0.0])
+    tokens = torch.zeros(2, 4, 10)
+    for image, count in enumerate((4, 6, 5, 5)):  # of ten tokens, half and a fifth of that more or less
+        tokens[:, image, :count] = 1
+    assert float(detail_loss(tokens, detail, 0.5, 0.2, 3.0)) == pytest.approx(0, abs=1e-12)
+    assert float(detail_loss(tokens, -detail, 0.5, 0.2, 3.0)) == pytest.approx(3 * 2 * 0.2**2 / 4)
+    tokens.requires_grad_()
+    detail_loss(tokens, 2 * detail, 0.5, 0.2, 3.0).backward()
+    assert tokens.grad[:, 0].mean() > 0 > tokens.grad[:, 1].mean(), "down for the plain image, up for the detailed one"
