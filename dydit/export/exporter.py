@@ -129,7 +129,7 @@ def _plan_job(checkpoint: Checkpoint, config: ExportConfig) -> _Job:
     if cfg_channels > model.in_channels:
         raise ConfigError(f"guidance on {cfg_channels} channels, but the model has {model.in_channels}")
     schedule = Schedule.respaced(config.steps)
-    masks = freeze_masks(checkpoint.model(), schedule.timesteps[::-1])
+    masks = freeze_masks(checkpoint.width_routers(), schedule.timesteps[::-1])
     order = activity_order(masks)
     masks = by_slot(masks, order)
     costs = unit_costs(model)

@@ -16,6 +16,8 @@ from dydit.bundle.manifest import Precision, WeightEntry
 from dydit.errors import CheckpointError
 
 ALIGNMENT = 4096
+PIECE = 1 << 24
+"""Numbers that are converted and written at once: 64 MiB of them."""
 _PRODUCTS = ("qkv", "proj", "fc1", "fc2", "adaln")
 _TYPES = {Precision.FP32: torch.float32, Precision.FP16: torch.float16, Precision.BF16: torch.bfloat16}
 
@@ -30,23 +32,30 @@ def write_weights(
 ) -> dict[str, WeightEntry]:
     """Write tensors one after another, aligned; returns where each lies.
 
-    Only one tensor is in memory at a time. Raises `CheckpointError` for a value that is not finite, or is not any more
-    in the bundle's precision.
+    Only one tensor is in memory at a time, and of its conversion a piece. Raises `CheckpointError` for a value that is
+    not finite, or is not any more in the bundle's precision.
     """
     entries: dict[str, WeightEntry] = {}
     with open(path, "wb") as file:
         for name, tensor in tensors:
             kind = stored_precision(name, precision)
-            stored = tensor.detach().to(_TYPES[kind]).contiguous()
-            if not torch.isfinite(stored).all():
-                trouble = f"is too large for {kind.value}; export in another precision"
-                if not torch.isfinite(tensor).all():
-                    trouble = "is NaN or infinite; this checkpoint cannot be exported"
-                raise CheckpointError(f"a value of weight {name} {trouble}")
             file.write(b"\0" * (-file.tell() % ALIGNMENT))
-            entries[name] = WeightEntry(offset=file.tell(), shape=tuple(stored.shape), dtype=kind.dtype)
-            file.write(stored.view(torch.uint8).numpy().tobytes())
+            entries[name] = WeightEntry(offset=file.tell(), shape=tuple(tensor.shape), dtype=kind.dtype)
+            for piece in tensor.detach().flatten().split(PIECE):
+                _require_finite(name, piece, kind)
+                file.write(piece.to(_TYPES[kind]).view(torch.uint8).numpy().data)
     return entries
+
+
+def _require_finite(name: str, values: Tensor, kind: Precision) -> None:
+    if not values.numel():
+        return
+    extremes = torch.stack(values.aminmax())  # NaN where any is; rounding keeps the order, so these two tell for all
+    if not torch.isfinite(extremes.to(_TYPES[kind])).all():
+        trouble = f"is too large for {kind.value}; export in another precision"
+        if not torch.isfinite(extremes).all():
+            trouble = "is NaN or infinite; this checkpoint cannot be exported"
+        raise CheckpointError(f"a value of weight {name} {trouble}")
 
 
 def runs(slots: Sequence[int]) -> Iterator[tuple[int, int]]:

@@ -316,3 +316,18 @@ def test_save_refuses_what_it_could_not_read_again(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"NaN or infinite values in 1 tensor \(final_layer.linear.bias\)"):
         save_checkpoint(path, model, model.config)
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+def test_width_routers_decide_as_the_model_does(make_checkpoint) -> None:
+    import numpy as np
+
+    from dydit.export.masks import freeze_masks
+
+    checkpoint, timesteps = make_checkpoint(), np.arange(0, 1000, 37)
+    routers = checkpoint.width_routers()
+    masks = freeze_masks(routers, timesteps)
+    assert 0 < masks.mean() < 1 and np.array_equal(masks, freeze_masks(checkpoint.model(), timesteps))
+    held = sum(tensor.nbytes for tensor in routers.parameters() if not tensor.is_meta)
+    whole = sum(tensor.nbytes for tensor in checkpoint.model().parameters())
+    assert held < whole / 3
+    assert routers.blocks[0].mlp.fc1.weight.is_meta and not routers.blocks[0].mlp_rate.router.weight.is_meta
