@@ -200,8 +200,11 @@ def export_command(
         facts = {"segments": len(manifest.plan.segments), "subnets": len(manifest.subnets), "bytes": size}
         print_json({"bundle": str(out), "steps": manifest.sampling.steps, **facts, "plan": planned})
         return
+    served = (
+        f"one graph of {len(manifest.subnets)} widths" if manifest.sliding else f"{len(manifest.subnets)} subnetworks"
+    )
     say(
-        f"{out}: {manifest.sampling.steps} steps on {len(manifest.subnets)} subnetworks, {bytes_text(size)}; widths "
+        f"{out}: {manifest.sampling.steps} steps on {served}, {bytes_text(size)}; widths "
         f"cost {manifest.plan.macs / manifest.plan.static_macs:.1%} of the static model "
         f"({manifest.plan.per_step_macs / manifest.plan.static_macs:.1%} if every step had its own)",
         f"Next: dydit sample {out} --labels 0 --out SAMPLES, dydit parity {out} --against {checkpoint}",

@@ -6,6 +6,7 @@ width routers of a checkpoint; a bundle needs neither PyTorch nor ONNX.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from dydit.bundle.bundle import Bundle
+from dydit.bundle.graph_io import GROUP_WEIGHTS, HEAD_WEIGHTS
 from dydit.bundle.manifest import MANIFEST, Manifest
 from dydit.diffusion.schedule import Schedule
 from dydit.errors import CheckpointError
@@ -130,9 +132,10 @@ def inspect_bundle(path: Path | str) -> Inspection:
     one = manifest.subnets[0]
     fixed = one.weight_bytes - _used_bytes(unit_sizes, one.heads, one.groups)
     curve = _curve(masks, unit_costs(config), unit_sizes, fixed)
-    loaded = sum(entry.weight_bytes for entry in manifest.subnets)
+    dense = int(unit_sizes.sum()) + fixed
+    loaded = dense if manifest.sliding else sum(entry.weight_bytes for entry in manifest.subnets)
     point = PlanPoint(len(manifest.plan.segments), len(manifest.subnets), manifest.plan.macs, loaded)
-    stored = sum(_nbytes(entry.shape) for entry in manifest.weights.values())
+    stored = sum(entry.nbytes for entry in manifest.weights.values())
     facts = BundleFacts(
         path=str(path),
         schema_version=manifest.schema_version,
@@ -152,7 +155,7 @@ def inspect_bundle(path: Path | str) -> Inspection:
         bundle_bytes=_size_of(bundle.path),
         stored_bytes=stored,
         graph_bytes=sum(entry.bytes for name, entry in manifest.files.items() if name.endswith(".onnx")),
-        dense_bytes=int(unit_sizes.sum()) + fixed,
+        dense_bytes=dense,
         tools=manifest.tools,
     )
     return Inspection(facts, masks, manifest.sampling.timesteps, curve)
@@ -201,10 +204,9 @@ def _unit_bytes(manifest: Manifest) -> np.ndarray:
     """Bytes of one head's and one group's stored weights, [L, 2, H]."""
     config = manifest.model
     sizes = np.empty((config.depth, 2, config.num_heads))
-    parts = (("qkv.weight", "qkv.bias", "proj.weight"), ("fc1.weight", "fc1.bias", "fc2.weight"))
     for block in range(config.depth):
-        for part, names in enumerate(parts):
-            total = sum(_nbytes(manifest.weights[f"blocks.{block}.{name}"].shape) for name in names)
+        for part, names in enumerate((HEAD_WEIGHTS, GROUP_WEIGHTS)):
+            total = sum(manifest.weights[f"blocks.{block}.{name}"].nbytes for name in names)
             sizes[block, part] = total / config.num_heads
     return sizes
 
@@ -216,15 +218,11 @@ def _used_bytes(sizes: np.ndarray, heads: Sequence[Sequence[int]], groups: Seque
 
 def _stored_model_facts(manifest: Manifest) -> ModelFacts:
     """The width routers are not among a bundle's parameters: their decisions are frozen into its plan."""
-    counts = {name: _nbytes(entry.shape) // 4 for name, entry in manifest.weights.items()}
+    counts = {name: math.prod(entry.shape) for name, entry in manifest.weights.items()}
     del counts["time.frequencies"]
     return _model_facts(
         manifest.model, sum(counts.values()), sum(n for name, n in counts.items() if ".router." in name)
     )
-
-
-def _nbytes(shape: Sequence[int]) -> int:
-    return 4 * int(np.prod(shape))
 
 
 def _size_of(path: Path) -> int:

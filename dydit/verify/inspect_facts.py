@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from pydantic import Field
 
+from dydit.bundle.manifest import PlanKind
 from dydit.models.config import ModelConfig
 from dydit.verify.results import Result
 from dydit.verify.text import aligned, bytes_text, count_text
@@ -143,7 +144,10 @@ def bundle_text(facts: BundleFacts) -> str:
 
 
 def _plan_line(facts: BundleFacts) -> str:
-    sizes = f"{_many(facts.chosen.subnets, 'subnetwork')} in {_many(facts.chosen.segments, 'segment')}"
+    served = _many(facts.chosen.subnets, "subnetwork")
+    if facts.plan_kind == PlanKind.SLIDING:
+        served = f"one graph of {_many(facts.chosen.subnets, 'width')}"
+    sizes = f"{served} in {_many(facts.chosen.segments, 'segment')}"
     if not facts.model.config.dynamic:
         return sizes
     cost = f"{facts.chosen.versus_exact:.3f} x the exact masks, {facts.chosen.versus_static:.3f} x static"

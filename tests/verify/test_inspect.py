@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from dydit.bundle.manifest import MANIFEST, PlanKind, Routing
+from dydit.bundle.manifest import MANIFEST, PlanKind, Precision, Routing
 from dydit.errors import BundleError, CheckpointError
 from dydit.models.config import Routers
 from dydit.models.cost import model_macs
@@ -66,6 +66,23 @@ def test_other_bundles(make_bundle, settings):
     if "plan" in settings:
         assert found.facts.chosen.versus_exact == 1
     assert set(found.pictures()) == {"masks.png", "plan.png"}
+
+
+def test_a_sliding_bundle_holds_one_model_for_all_widths(make_bundle):
+    facts = inspect_bundle(make_bundle(plan=PlanKind.SLIDING).path).facts
+    exact = inspect_bundle(make_bundle(plan=PlanKind.PER_STEP).path).facts
+    assert facts.chosen.versus_exact == 1 and facts.chosen.subnets == exact.chosen.subnets > 4
+    assert facts.chosen.weight_bytes == facts.dense_bytes < exact.chosen.weight_bytes
+    assert (
+        f"one graph of {facts.chosen.subnets} widths" in inspect_bundle(make_bundle(plan=PlanKind.SLIDING).path).text()
+    )
+
+
+def test_half_precision_is_half_the_bytes_of_the_units(make_bundle):
+    single = inspect_bundle(make_bundle().path).facts
+    half = inspect_bundle(make_bundle(precision=Precision.FP16).path).facts
+    assert half.model.parameters == single.model.parameters
+    assert half.stored_bytes < single.stored_bytes and half.dense_bytes < single.dense_bytes
 
 
 def test_a_checkpoint_and_its_bundle_agree(make_bundle, make_checkpoint):
