@@ -96,14 +96,8 @@ def build_engine(job: Job) -> Built:
 def _plan(trt: Any, parsed: Parsed, job: Job, profile: Profile, messages: Messages) -> Any:
     """The serialised engine, a buffer."""
     polygraphy = load_polygraphy(job.request.flavour)
-    config = _config(trt, polygraphy, job, profile)(parsed.builder, parsed.network)
-    with contextlib.suppress(AttributeError):  # a version that has no such flag has no such rounding
-        # On by default; it would let fp32 products, on which routing decisions hang, round to 10 bits.
-        config.clear_flag(trt.BuilderFlag.TF32)
-    if job.request.flavour is Flavour.TENSORRT_RTX:
-        with contextlib.suppress(AttributeError):  # older versions have no such flag
-            # Without it an engine may allocate memory of its own while it runs, and then cannot be captured.
-            config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
+    config = builder_config(trt, polygraphy, job, profile)(parsed.builder, parsed.network)
+    set_flags(trt, config, job.request.flavour)
     loader = polygraphy.EngineBytesFromNetwork(
         (parsed.builder, parsed.network, parsed.parser),
         config=config,
@@ -127,7 +121,19 @@ def _require_kernels(trt: Any, plan: Any, network: Network, job: Job) -> bool:
     return findings is not None
 
 
-def _config(trt: Any, polygraphy: Any, job: Job, profile: Profile) -> Any:
+def set_flags(trt: Any, config: Any, flavour: Flavour) -> None:
+    """Set the flags that every engine of a flavour is built with, where this version has them."""
+    with contextlib.suppress(AttributeError):  # a version that has no such flag has no such rounding
+        # On by default; it would let fp32 products, on which routing decisions hang, round to 10 bits.
+        config.clear_flag(trt.BuilderFlag.TF32)
+    if flavour is Flavour.TENSORRT_RTX:
+        with contextlib.suppress(AttributeError):
+            # Without it an engine may allocate memory of its own while it runs, and then cannot be captured.
+            config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
+
+
+def builder_config(trt: Any, polygraphy: Any, job: Job, profile: Profile) -> Any:
+    """Polygraphy's loader of the builder's configuration."""
     shapes = polygraphy.Profile()
     for name, extent in profile.items():
         shapes.add(name, extent.min, extent.opt, extent.max)

@@ -59,6 +59,13 @@ def test_settings_reach_the_request_and_reasons_are_printed(run, bundle: Bundle)
     )
 
 
+def test_the_progress_line_counts_engines(run, bundle: Bundle, monkeypatch) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    _, _, errors = run(bundle.path, "--flavour", "tensorrt-rtx")
+    assert "\rbuild: 0/7 (0 %)" in errors
+    assert "\rbuild: 7/7 (100 %)" in errors
+
+
 def test_json_alone_is_printed(run, bundle: Bundle) -> None:
     code, out, _ = run(bundle.path, "--flavour", "tensorrt-rtx", "--json")
     values = json.loads(out)
