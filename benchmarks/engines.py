@@ -9,7 +9,7 @@ token. Each bundle is built by `dydit build` in a process of its own, then again
 
 Bars, for two cores: the digits' graphs in 240 s each time, DiT-XL/2 in 360 s with all processes together below 12 GB,
 and again in 5 s. Exit code 1 where one is missed. Times are of the whole command, interpreter and verification of the
-bundle included. Run it on a machine that does nothing else; the load average is in the report. Needs 12 GB of disk
+bundle included. Run it on a machine that does nothing else; the load average is in the report. Needs 16 GB of disk
 where temporary files go.
 """
 

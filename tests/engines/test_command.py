@@ -10,12 +10,8 @@ from typing import Any
 import pytest
 
 from dydit.bundle.bundle import Bundle
-from dydit.cli_build import add_build
+from dydit.cli import cli
 from dydit.cli_errors import run_command
-from dydit.cli_options import CommandGroup
-
-GROUP = CommandGroup("dydit")
-add_build(GROUP)
 
 
 @pytest.fixture
@@ -26,7 +22,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], pre
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", fake)
 
     def call(*words: object) -> tuple[int, str, str]:
-        code = run_command(GROUP, ["build", *map(str, words)])
+        code = run_command(cli, ["build", *map(str, words)])
         return code, *capsys.readouterr()
 
     return call
