@@ -12,7 +12,6 @@ from typing import Any
 import click
 
 from dydit import __version__
-from dydit.bundle.manifest import Routing
 from dydit.cli_build import add_build
 from dydit.cli_errors import CHECK_FAILED, OK, run_command
 from dydit.cli_options import (
@@ -22,9 +21,11 @@ from dydit.cli_options import (
     chosen_plan,
     draw,
     duration,
+    graph_options,
     heads_option,
     json_option,
     labels_option,
+    next_commands,
     parse_guided_channels,
     plan_options,
     print_json,
@@ -146,13 +147,7 @@ def convert_command(checkpoint: Path, out: Path, num_heads: int | None) -> None:
     help="ddpm: ancestral, with fresh noise in each step; ddim: deterministic.",
 )
 @plan_options
-@click.option(
-    "--routing",
-    type=click.Choice([each.value for each in Routing]),
-    default=Routing.DYNAMIC.value,
-    help="How tokens skip the MLP. dynamic: shapes depend on the data, least compute; capacity: fixed shapes, with a "
-    "slot for every token; dense: all are computed, then masked (the yardstick).",
-)
+@graph_options
 @click.option("--max-batch", type=click.IntRange(min=1), default=16, help="Most images in a batch.")
 @click.option(
     "--cfg-channels",
@@ -174,7 +169,7 @@ def export_command(
     as_json: bool,
     **settings: Any,
 ) -> None:
-    """Compile a checkpoint into a bundle: one folder that any backend runs, in fp32.
+    """Compile a checkpoint into a bundle: one folder that any backend runs.
 
     CHECKPOINT is any that `dydit convert` reads. --per-step, --max-subnets, --memory-budget and --sliding exclude each
     other.
@@ -207,7 +202,7 @@ def export_command(
         f"{out}: {manifest.sampling.steps} steps on {served}, {bytes_text(size)}; widths "
         f"cost {manifest.plan.macs / manifest.plan.static_macs:.1%} of the static model "
         f"({manifest.plan.per_step_macs / manifest.plan.static_macs:.1%} if every step had its own)",
-        f"Next: dydit sample {out} --labels 0 --out SAMPLES, dydit parity {out} --against {checkpoint}",
+        next_commands(manifest, out, checkpoint),
     )
 
 

@@ -48,8 +48,14 @@ def add_build(group: CommandGroup) -> None:
 @click.option(
     "--version-compatible", is_flag=True, help="Engines of tensorrt that later versions of the same major run, too."
 )
+@click.option(
+    "--inspect/--no-inspect",
+    default=True,
+    help="Where there is a GPU: fail where an engine's kernels are not of the bundle's precision, or attention is not "
+    "fused.",
+)
 @json_option
-def build_command(bundle: Path, flavour: str | None, jobs: int, as_json: bool, **settings: Any) -> None:
+def build_command(bundle: Path, flavour: str | None, jobs: int, inspect: bool, as_json: bool, **settings: Any) -> None:
     """Build the TensorRT engines of a bundle into its folder; those that are there and still right stay as they are.
 
     Engines are for one TensorRT version and the GPUs that are named. A build that is interrupted goes on where it was.
@@ -63,7 +69,7 @@ def build_command(bundle: Path, flavour: str | None, jobs: int, as_json: bool, *
     chosen = Flavour(flavour) if flavour else default_flavour()
     request = make_request(opened.manifest, chosen, installed_version(chosen), present_gpu(), **settings)
     with progress_line("build") as progress:
-        report = build_engines(opened, request, jobs, progress)
+        report = build_engines(opened, request, jobs, progress, inspect)
     if as_json:
         print_json(report.to_json())
         return

@@ -16,7 +16,7 @@ from typing import Any
 
 import click
 
-from dydit.bundle.manifest import PlanKind
+from dydit.bundle.manifest import Manifest, PlanKind, Precision, Routing
 from dydit.files import write_atomic
 from dydit.training.recipe import Recipe
 
@@ -171,6 +171,30 @@ def chosen_plan(per_step: bool, max_subnets: int | None, memory_budget: int | No
     return {"plan": PlanKind.MAX_SUBNETS} | ({} if max_subnets is None else {"max_subnets": max_subnets})
 
 
+def graph_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """`--routing` and `--precision`: what the graphs of an export are made of."""
+    for option in (
+        click.option(
+            "--precision",
+            type=click.Choice([each.value for each in Precision]),
+            default=Precision.FP32.value,
+            help="Type of matrix products, attention and their weights; residual stream, routers and sampler stay "
+            "fp32. fp32: as the checkpoint; fp16: half the size, for TensorRT and ONNX Runtime; bf16: as small, with "
+            "the range of fp32 and fewer digits, for TensorRT and PyTorch, not for ONNX Runtime on the CPU.",
+        ),
+        click.option(
+            "--routing",
+            type=click.Choice([each.value for each in Routing]),
+            default=Routing.DYNAMIC.value,
+            help="How tokens skip the MLP. dynamic: shapes depend on the data, least compute, not for TensorRT for "
+            "RTX; capacity: fixed shapes, with a slot for every token; dense: all are computed, then masked (the "
+            "yardstick).",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
 class CommandGroup(click.Group):
     """Commands in the order in which they are written; each has the common options, and so has the group."""
 
@@ -276,6 +300,18 @@ def draw(picture: Callable[[Any], bytes], result: Any, path: Path) -> None:
 def say_files(folder: Path) -> None:
     """Closing words: what is in a folder now."""
     say(f"{folder}: {', '.join(sorted(file.name for file in folder.iterdir())) or 'nothing'}")
+
+
+def next_commands(manifest: Manifest, bundle: Path, checkpoint: Path) -> str:
+    """Closing words after an export: commands that work with a bundle of this kind."""
+    match manifest.precision:
+        case Precision.FP32:
+            words = f"dydit sample {bundle} --labels 0 --out SAMPLES, dydit parity {bundle} --against {checkpoint}"
+        case Precision.FP16:
+            words = f"dydit sample {bundle} --labels 0 --out SAMPLES, dydit build {bundle}"
+        case Precision.BF16:
+            words = f"dydit sample {bundle} --labels 0 --backend torch --out SAMPLES, dydit build {bundle}"
+    return f"Next: {words}"
 
 
 def print_json(value: Any) -> None:

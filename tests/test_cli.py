@@ -380,6 +380,36 @@ def test_quickstart(run, monkeypatch, tmp_path: Path, holds: bool) -> None:
     assert second == (Path("quickstart"), quickstart.QuickstartConfig(), False)
 
 
+@pytest.mark.parametrize(
+    ("precision", "dtype", "advice"),
+    [
+        (None, "float32", "dydit parity {out} --against {checkpoint}"),
+        ("fp16", "float16", "dydit build {out}"),
+        ("bf16", "bfloat16", "--backend torch --out SAMPLES, dydit build {out}"),
+    ],
+)
+def test_export_in_a_precision(run, pixel_checkpoint, tmp_path: Path, precision, dtype: str, advice: str) -> None:
+    from dydit.bundle.bundle import Bundle
+
+    out, option = tmp_path / "out", ["--precision", precision] if precision else []
+    done = run("export", pixel_checkpoint, "--steps", STEPS, "--max-subnets", 2, *option, "--out", out)
+    assert (done.code, done.err) == (0, "")
+    assert done.out.splitlines()[-1].endswith(advice.format(out=out, checkpoint=pixel_checkpoint))
+    manifest = Bundle.open(out).manifest
+    assert manifest.precision == (precision or "fp32")
+    assert manifest.weights["blocks.0.fc1.weight"].dtype == dtype
+    assert manifest.weights["final.weight"].dtype == "float32", "what is fp32 in every precision"
+    # The command that it advises works.
+    words = done.out.splitlines()[-1].removeprefix("Next: dydit ").partition(",")[0].split()
+    assert run(*(str(tmp_path / "images") if word == "SAMPLES" else word for word in words)).code == 0
+
+
+def test_the_precisions_are_explained(run) -> None:
+    text = " ".join(run("export", "--help").out.split())
+    assert "--precision [fp32|fp16|bf16]" in text
+    assert "fp16: half the size, for TensorRT and ONNX Runtime; bf16: as small, with the range of fp32" in text
+
+
 def test_train_then_export_then_sample(run, tmp_path: Path) -> None:
     sizes = ["model.hidden_size=32", "model.depth=2", "model.num_heads=2", "model.patch_size=4"]
     train = ["train", "--recipe", "digits", *sizes, "iterations=8", "batch_size=8", "static.iterations=4"]

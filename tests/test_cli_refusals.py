@@ -163,6 +163,7 @@ def test_other_settings_out_of_range(run, exported: Path, tmp_path: Path, option
         ["--cfg-channels", "0"],
         ["--cfg-channels", "4"],
         ["--routing", "sliding"],
+        ["--precision", "int4"],
         ["--sampler", "euler"],
         ["--max-batch", "0"],
         ["--num-heads", "3"],
@@ -190,13 +191,35 @@ def test_a_backend_that_nobody_knows(run, exported: Path, tmp_path: Path, backen
     assert contents(tmp_path) == {}
 
 
+def test_a_bf16_bundle_on_the_cpu_of_onnxruntime(run, make_bundle, tmp_path: Path) -> None:
+    path = make_bundle(precision="bf16", steps=STEPS, max_subnets=2).path
+    assert_refused(
+        run("sample", path, "--labels", "1", "--out", tmp_path / "out"),
+        "onnxruntime has no bf16 matrix products on the CPU; use --backend torch, or a bundle in fp32 or fp16",
+    )
+    assert contents(tmp_path) == {}
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_parity_of_a_bundle_below_fp32(run, make_bundle, make_checkpoint, tmp_path: Path, precision: str) -> None:
+    path = make_bundle(precision=precision, steps=STEPS, max_subnets=2).path
+    assert_refused(
+        run("parity", path, "--against", make_checkpoint().path, "--out", tmp_path / "out"),
+        f"{path} is in {precision}, and parity has bars for fp32 alone; export the checkpoint with --precision fp32",
+    )
+    assert contents(tmp_path) == {}
+
+
 @pytest.mark.parametrize("backend", ["tensorrt", "tensorrt-rtx"])
 def test_a_backend_that_is_not_there(run, exported: Path, tmp_path: Path, monkeypatch, backend: str) -> None:
     for module in ("tensorrt", "tensorrt_rtx"):
         monkeypatch.setitem(sys.modules, module, None)
     for command in ("sample", "bench"):
         arguments = every_command(exported, tmp_path / "out")[NAMES.index(command)]
-        assert_refused(run(*arguments, "--backend", backend), "tensorrt")
+        done = run(*arguments, "--backend", backend)
+        assert_refused(done)
+        # bench asks in a process of its own, where a TensorRT that is installed is found, and no GPU or no engines
+        assert "tensorrt" in (done.err if command == "sample" else done.err.lower())
         assert contents(tmp_path) == {}
 
 

@@ -86,13 +86,13 @@ class _Wanted:
 
 
 def build_engines(
-    bundle: Bundle, request: EngineRequest, jobs: int = 1, progress: Progress | None = None
+    bundle: Bundle, request: EngineRequest, jobs: int = 1, progress: Progress | None = None, inspect: bool = True
 ) -> BuildReport:
     """Build what is missing or stale, `jobs` engines at a time; `progress(done, total)` counts those to be built.
 
-    `request` as `make_request` gives it. Finished engines are kept whatever happens to the others. Raises
-    `BackendError` where a graph cannot be built, `BundleError` where the bundle was changed, `OutputError` where
-    another build is at work or the folder cannot be written.
+    `request` as `make_request` gives it, `inspect` as `Job` has it. Finished engines are kept whatever happens to the
+    others. Raises `BackendError` where a graph cannot be built, `BundleError` where the bundle was changed,
+    `OutputError` where another build is at work or the folder cannot be written.
     """
     if jobs < 1:
         raise ConfigError(f"{jobs} jobs: expected at least 1")
@@ -106,7 +106,7 @@ def build_engines(
         index = store.read()
         entries = dict(index.engines) if index else {}
         stale = _sort_out(store, request, wanted, entries)
-        new = _build(store, request, stale, entries, jobs, progress)
+        new = _build(store, request, stale, entries, jobs, progress, inspect)
         _remove_unused(store, entries)
         if index is None or entries != index.engines:
             store.write(request, entries)
@@ -225,6 +225,7 @@ def _build(
     entries: dict[str, EngineEntry],
     jobs: int,
     progress: Progress | None,
+    inspect: bool,
 ) -> list[Built]:
     """Build the stale graphs, equal ones once, and enter each in the index as it is finished."""
     groups: dict[str, list[_Wanted]] = {}
@@ -238,7 +239,7 @@ def _build(
         name = f"{graph.stem}.engine"
         engine = store.folder / (f"{graph.stem}-{fingerprint[:8]}.engine" if name in taken else name)
         todo[engine.name] = group
-        work.append(Job(graph, engine, request, first.inputs, first.ranges, store.build_log, timing_cache))
+        work.append(Job(graph, engine, request, first.inputs, first.ranges, store.build_log, timing_cache, inspect))
     new: list[Built] = []
 
     def done(job: Job, built: Built) -> None:

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from dydit.bundle.graph_io import TensorSpec
-from dydit.engines.findings import require_types
+from dydit.engines.findings import require_types, shown
 from dydit.engines.fingerprint import EngineRequest, HardwareCompatibility
 from dydit.engines.flavour import Flavour, load_flavour, load_polygraphy
-from dydit.engines.network import Messages, Parsed, parse_graph, read_network, require_inputs
+from dydit.engines.inspector import inspect_engine
+from dydit.engines.network import Messages, Network, Parsed, parse_graph, read_network, require_inputs
 from dydit.engines.profiles import Extent, Profile, shape_profile
 from dydit.errors import BackendError, one_line
 from dydit.files import write_atomic
@@ -29,7 +30,8 @@ class Job:
     """One engine to build.
 
     `inputs`: the graph's inputs as described; None for a graph whose own declaration is all that there is, such as a
-    VAE decoder's, whose types are not held against the recipe either.
+    VAE decoder's, whose types are not held against the recipe either. `inspect`: also hold the kernels that were
+    chosen against it, where there is a GPU to load the engine on.
     """
 
     graph: Path
@@ -39,6 +41,7 @@ class Job:
     ranges: dict[str, Extent]
     log: Path
     timing_cache: Path | None = None
+    inspect: bool = True
 
 
 @dataclass(frozen=True)
@@ -62,8 +65,8 @@ class Built:
 def build_engine(job: Job) -> Built:
     """Build and write one engine; what the builder said goes to the log.
 
-    Raises `BackendError`, naming the graph, where it cannot be parsed, its types are not the recipe's, or the builder
-    fails.
+    Raises `BackendError`, naming the graph, where it cannot be parsed, its types or the kernels chosen for it are not
+    the recipe's, or the builder fails.
     """
     started, messages = time.perf_counter(), Messages()
     outcome = "failed"
@@ -76,11 +79,12 @@ def build_engine(job: Job) -> Built:
             require_types(network, job.request.precision, job.graph.name)
         profile = shape_profile(network.inputs, job.ranges, job.graph.name)
         plan = _plan(trt, parsed, job, profile, messages)
+        inspected = job.inspect and job.inputs is not None and _require_kernels(trt, plan, network, job)
         digest = hashlib.sha256(plan).hexdigest()
         write_atomic(job.engine, plan)
         status = job.engine.stat()
         seconds = time.perf_counter() - started
-        outcome = f"built in {seconds:.1f} s"
+        outcome = f"built in {seconds:.1f} s, {'its kernels inspected' if inspected else 'its kernels not inspected'}"
     finally:
         _log(job.log, f"{job.engine.name} from {job.graph.name}: {outcome}", messages)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -92,10 +96,8 @@ def build_engine(job: Job) -> Built:
 def _plan(trt: Any, parsed: Parsed, job: Job, profile: Profile, messages: Messages) -> Any:
     """The serialised engine, a buffer."""
     polygraphy = load_polygraphy(job.request.flavour)
-    config = _config(trt, polygraphy, job, profile)(parsed.builder, parsed.network)
-    with contextlib.suppress(AttributeError):  # a version that has no such flag has no such rounding
-        # On by default; it would let fp32 products, on which routing decisions hang, round to 10 bits.
-        config.clear_flag(trt.BuilderFlag.TF32)
+    config = builder_config(trt, polygraphy, job, profile)(parsed.builder, parsed.network)
+    set_flags(trt, config, job.request.flavour)
     loader = polygraphy.EngineBytesFromNetwork(
         (parsed.builder, parsed.network, parsed.parser),
         config=config,
@@ -108,7 +110,30 @@ def _plan(trt: Any, parsed: Parsed, job: Job, profile: Profile, messages: Messag
         raise BackendError(f"{job.request.flavour} cannot build {job.graph.name}: {reason}; see {job.log}") from error
 
 
-def _config(trt: Any, polygraphy: Any, job: Job, profile: Profile) -> Any:
+def _require_kernels(trt: Any, plan: Any, network: Network, job: Job) -> bool:
+    """Whether the engine's kernels could be inspected here. Raises `BackendError` where they are not the recipe's."""
+    findings = inspect_engine(trt, plan, network, job.request.precision)
+    if findings:
+        raise BackendError(
+            f"{job.request.flavour} {trt.__version__} built {job.graph.name} not as {job.request.precision} should be: "
+            f"{shown(findings)}; try another version of it, or keep such engines with --no-inspect"
+        )
+    return findings is not None
+
+
+def set_flags(trt: Any, config: Any, flavour: Flavour) -> None:
+    """Set the flags that every engine of a flavour is built with, where this version has them."""
+    with contextlib.suppress(AttributeError):  # a version that has no such flag has no such rounding
+        # On by default; it would let fp32 products, on which routing decisions hang, round to 10 bits.
+        config.clear_flag(trt.BuilderFlag.TF32)
+    if flavour is Flavour.TENSORRT_RTX:
+        with contextlib.suppress(AttributeError):
+            # Without it an engine may allocate memory of its own while it runs, and then cannot be captured.
+            config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
+
+
+def builder_config(trt: Any, polygraphy: Any, job: Job, profile: Profile) -> Any:
+    """Polygraphy's loader of the builder's configuration."""
     shapes = polygraphy.Profile()
     for name, extent in profile.items():
         shapes.add(name, extent.min, extent.opt, extent.max)

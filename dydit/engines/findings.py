@@ -7,7 +7,7 @@ their edges; the residual stream, modulation, routers, embedding, final layer an
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -58,11 +58,16 @@ def type_findings(network: Network, precision: Precision) -> list[Finding]:
 def require_types(network: Network, precision: Precision, what: str) -> None:
     """Raise `BackendError`, naming the layers, where `type_findings` finds anything."""
     if findings := type_findings(network, precision):
-        more = f" (and {len(findings) - _SHOWN} more)" if len(findings) > _SHOWN else ""
         raise BackendError(
-            f"{what} is not as {precision} should be: {'; '.join(map(str, findings[:_SHOWN]))}{more}; "
-            f"export the bundle again with --precision {precision}"
+            f"{what} is not as {precision} should be: {shown(findings)}; export the bundle again with --precision "
+            f"{precision}"
         )
+
+
+def shown(findings: Sequence[Finding]) -> str:
+    """The first findings, and how many more there are, for a message."""
+    more = f" (and {len(findings) - _SHOWN} more)" if len(findings) > _SHOWN else ""
+    return f"{'; '.join(map(str, findings[:_SHOWN]))}{more}"
 
 
 def fp32_products(network: Network) -> frozenset[str]:

@@ -21,7 +21,7 @@ from dydit.engines.profiles import Profile
 from dydit.errors import BackendError
 from dydit.models.config import Strict, parse_config
 
-RECIPE = 1
+RECIPE = 2
 """Counts up whenever this package builds another engine from the same settings."""
 _FOLDER_DIGITS = 16
 

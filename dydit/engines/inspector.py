@@ -13,51 +13,32 @@ from typing import Any
 
 from dydit.bundle.manifest import Precision
 from dydit.engines.findings import ATTENTION, Finding, Kind, fp32_products
-from dydit.engines.flavour import Flavour, load_flavour, present_gpu
-from dydit.engines.network import Messages, make_logger, parse_graph, read_network
-from dydit.engines.store import EngineStore
-from dydit.errors import BackendError
+from dydit.engines.flavour import present_gpu
+from dydit.engines.network import Messages, Network, make_logger
 
 _PRODUCT_TYPES = ("gemm", "matrixmultiply", "matrix_multiply", "fullyconnected")
 _FUSED_MARKS = ("mha", "attention")
 _FP32 = re.compile(r"\b(float|float32|fp32)\b", re.IGNORECASE)
 
 
-def inspect_graph(store: EngineStore, graph: str) -> list[Finding]:
-    """Hold the built engine of a bundle's graph against the precision recipe; empty where it is as it should be.
+def inspect_engine(trt: Any, engine: Any, network: Network, precision: Precision) -> list[Finding] | None:
+    """Hold a built engine (a buffer) against the precision recipe and the network that it was built from.
 
-    Raises `BackendError` where there is no GPU to deserialise it on, and as `EngineStore.load` does.
+    Empty where it is as it should be; None where this machine cannot tell: without a GPU, with another than the
+    engine's, or where the inspector gives no details of the layers.
     """
-    index = store.read()
-    engine = store.load(graph)
-    assert index is not None
-    flavour, precision = index.request.flavour, index.request.precision
-    layers = engine_layers(flavour, engine)
-    # `Parsed` owns the network, so it has to outlive the reading.
-    parsed = parse_graph(load_flavour(flavour), store.bundle.file(graph), Messages())
-    network = read_network(parsed.network)
-    attends = any(layer.kind in ATTENTION for layer in network.layers)
-    return engine_findings(layers, precision, fp32_products(network), attends)
-
-
-def engine_layers(flavour: Flavour, engine: bytes) -> list[dict[str, Any]]:
-    """The layers of an engine, as the inspector describes them. Raises `BackendError` where it cannot be loaded."""
-    trt = load_flavour(flavour)
     if present_gpu() is None:
-        raise BackendError(
-            "an engine can be inspected only where it runs, and there is no NVIDIA driver or GPU here; the types of "
-            "its network were checked before it was built"
-        )
-    messages = Messages()
-    runtime = trt.Runtime(make_logger(trt, messages))
+        return None
+    runtime = trt.Runtime(make_logger(trt, Messages()))
     loaded = runtime.deserialize_cuda_engine(engine)
     if loaded is None:
-        raise BackendError(f"{flavour} {trt.__version__} cannot load the engine: {messages.reason()}")
+        return None
     text = loaded.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
-    layers = json.loads(text)["Layers"]
-    if not all(isinstance(layer, dict) for layer in layers):
-        raise BackendError("the engine was built without details of its layers; build it again")
-    return list(layers)
+    layers = json.loads(text).get("Layers", [])
+    if not layers or not all(isinstance(layer, dict) for layer in layers):
+        return None
+    attends = any(layer.kind in ATTENTION for layer in network.layers)
+    return engine_findings(layers, precision, fp32_products(network), attends)
 
 
 def engine_findings(

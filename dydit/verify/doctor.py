@@ -10,13 +10,16 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
-from dydit.verify.doctor_probes import PROBES, Finding, run_probe
+from dydit.verify.doctor_probes import NO_GPU, PROBES, Finding, run_probe
 from dydit.verify.results import Machine, Result
 from dydit.verify.text import aligned, bytes_text
 
 Probe = Callable[[str], Finding]
 
 DEVICES = ("driver", "onnxruntime-cuda", "torch-cuda", "tensorrt", "tensorrt-rtx", "pycuda")
+# The flavours of TensorRT, with what else their builds need; and what engines need to run.
+BUILDERS: dict[str, tuple[str, ...]] = {"tensorrt": ("driver",), "tensorrt-rtx": ()}
+RUNNING = {"driver": NO_GPU, "pycuda": "PyCUDA"}
 # What each extra brings: (what it is for, modules). Looked up, not imported.
 EXTRAS = {
     "export": ("read checkpoints, write bundles", ("onnx", "onnx_ir", "safetensors", "torch")),
@@ -63,7 +66,20 @@ class DoctorReport(Result):
             parts.append(f"{title}\n{aligned([_line(row) for row in rows], indent='  ')}")
         working = [row.name for row in self.backends if row.ok]
         verdict = f"bundles run here on: {', '.join(working)}" if working else "no backend works here"
-        return "\n\n".join([*parts, verdict])
+        return "\n\n".join([*parts, f"{self.engines}\n{verdict}"])
+
+    @property
+    def engines(self) -> str:
+        """Which flavours of TensorRT build engines here, and what is missing to run them."""
+        rows = {row.name: row for row in self.devices}
+        builders = [name for name, needs in BUILDERS.items() if rows[name].ok and all(rows[need].ok for need in needs)]
+        if not builders:
+            rtx = rows["tensorrt-rtx"]
+            fix = f"  ->  {rtx.fix}" if rtx.fix else ""
+            return f"no engines are built here; tensorrt-rtx, which needs no GPU for that: {rtx.detail}{fix}"
+        missing = [what for name, what in RUNNING.items() if not rows[name].ok]
+        needs = f"; to run them here takes {' and '.join(missing)}" if missing else ", and run"
+        return f"engines are built here by: {', '.join(builders)}{needs}"
 
 
 def _line(row: Row) -> list[str]:

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -127,25 +128,39 @@ def _torch() -> Any:
 
 
 def tensorrt() -> str:
-    """Import TensorRT and make a builder, which needs its native libraries."""
-    return _tensorrt("tensorrt", "pip install 'dydit[tensorrt]'")
+    """Import TensorRT and make a builder, which needs its native libraries; and find Polygraphy, which drives it."""
+    trt, _ = _tensorrt("tensorrt")
+    return f"tensorrt {trt.__version__} imports and makes a builder"
 
 
 def tensorrt_rtx() -> str:
-    """The same for TensorRT for RTX."""
-    return _tensorrt("tensorrt_rtx", "pip install 'dydit[tensorrt-rtx]'")
+    """The same for TensorRT for RTX, and build an engine, which it can do without a GPU."""
+    trt, builder = _tensorrt("tensorrt_rtx")
+    network = builder.create_network(0)
+    parser = trt.OnnxParser(network, trt.Logger(trt.Logger.INTERNAL_ERROR))
+    start = time.perf_counter()
+    built = parser.parse(_GRAPH) and builder.build_serialized_network(network, builder.create_builder_config())
+    if not built:
+        raise Unavailable(
+            f"tensorrt_rtx {trt.__version__} cannot build an engine", "pip install -U 'dydit[tensorrt-rtx]'"
+        )
+    return f"tensorrt_rtx {trt.__version__} built an engine in {time.perf_counter() - start:.1f} s"
 
 
-def _tensorrt(module: str, fix: str) -> str:
+def _tensorrt(module: str) -> tuple[Any, Any]:
+    """The module and a builder."""
+    fix = f"pip install 'dydit[{module.replace('_', '-')}]'"
     try:
         trt = importlib.import_module(module)
     except (ImportError, OSError, RuntimeError) as error:
         raise Unavailable(f"{module} cannot be imported: {one_line(error)[:160]}", fix) from error
     try:
-        trt.Builder(trt.Logger(trt.Logger.ERROR))
+        builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
     except Exception as error:  # as above
         raise Unavailable(f"{module} {trt.__version__} makes no builder: {one_line(error)[:160]}", NO_GPU) from error
-    return f"{module} {trt.__version__} imports and makes a builder"
+    if find_spec("polygraphy") is None:
+        raise Unavailable(f"{module} {trt.__version__} is here, but polygraphy, which drives it, is not", fix)
+    return trt, builder
 
 
 def driver() -> str:

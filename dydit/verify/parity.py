@@ -21,6 +21,7 @@ import torch
 from pydantic import Field
 
 from dydit.bundle.bundle import Bundle
+from dydit.bundle.manifest import Precision
 from dydit.errors import ConfigError
 from dydit.export.exporter import stale_reasons
 from dydit.files import write_json
@@ -67,10 +68,15 @@ def run_parity(
 ) -> ParityReport:
     """Make every hop and, with `out`, write `out/parity.json`. `progress(done, total)` counts model evaluations.
 
-    A bundle of another checkpoint is not refused: the hops fail and name what differs. Raises `ConfigError` for labels
-    that do not fit the bundle, `BackendError` where the backend cannot run it.
+    A bundle of another checkpoint is not refused: the hops fail and name what differs. Raises `ConfigError` for a
+    bundle that is not in fp32 and for labels that do not fit it, `BackendError` where the backend cannot run it.
     """
     start, manifest = time.perf_counter(), bundle.manifest
+    if manifest.precision is not Precision.FP32:
+        raise ConfigError(
+            f"{bundle.path} is in {manifest.precision}, and parity has bars for fp32 alone; export the checkpoint with "
+            "--precision fp32 and hold that against it"
+        )
     if len(config.labels) > manifest.max_batch:
         raise ConfigError(
             f"{len(config.labels)} labels, but the bundle was exported for batches up to {manifest.max_batch}"

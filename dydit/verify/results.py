@@ -20,7 +20,10 @@ from pydantic import Field
 
 from dydit.models.config import Strict
 
-PACKAGES = ("dydit", "numpy", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "torch")
+PACKAGES = (
+    *("dydit", "numpy", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "polygraphy", "tensorrt"),
+    *("tensorrt-rtx-cu13", "torch"),
+)
 
 Measured = float | None
 

@@ -10,12 +10,8 @@ from typing import Any
 import pytest
 
 from dydit.bundle.bundle import Bundle
-from dydit.cli_build import add_build
+from dydit.cli import cli
 from dydit.cli_errors import run_command
-from dydit.cli_options import CommandGroup
-
-GROUP = CommandGroup("dydit")
-add_build(GROUP)
 
 
 @pytest.fixture
@@ -26,7 +22,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], pre
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", fake)
 
     def call(*words: object) -> tuple[int, str, str]:
-        code = run_command(GROUP, ["build", *map(str, words)])
+        code = run_command(cli, ["build", *map(str, words)])
         return code, *capsys.readouterr()
 
     return call
@@ -57,6 +53,13 @@ def test_settings_reach_the_request_and_reasons_are_printed(run, bundle: Bundle)
         f"{first} does not serve (it stays; remove it when it is not needed): the batch it is tuned for: 4 became 8; "
         "the largest batch: 4 became 32; the compute capabilities: any became 8.9 12.0"
     )
+
+
+def test_the_progress_line_counts_engines(run, bundle: Bundle, monkeypatch) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    _, _, errors = run(bundle.path, "--flavour", "tensorrt-rtx")
+    assert "\rbuild: 0/7 (0 %)" in errors
+    assert "\rbuild: 7/7 (100 %)" in errors
 
 
 def test_json_alone_is_printed(run, bundle: Bundle) -> None:

@@ -7,6 +7,7 @@ import pytest
 from dydit.bundle.manifest import Precision
 from dydit.engines.fingerprint import (
     MARKED,
+    RECIPE,
     EngineKey,
     EngineRequest,
     HardwareCompatibility,
@@ -33,7 +34,7 @@ OTHERS: dict[str, tuple[Any, str]] = {
     "gpu": ("NVIDIA L4", "the GPU: none became NVIDIA L4"),
     "hardware_compatibility": (HardwareCompatibility.AMPERE_PLUS, "hardware compatibility: none became ampere+"),
     "version_compatible": (True, "version compatibility: off became on"),
-    "recipe": (99, "the way that dydit builds: 1 became 99"),
+    "recipe": (99, f"the way that dydit builds: {RECIPE} became 99"),
 }
 
 

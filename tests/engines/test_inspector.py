@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from typing import Any
 
 import pytest
 
+from dydit.bundle.bundle import Bundle
+from dydit.bundle.graph_io import TensorSpec, conditioning_inputs
 from dydit.bundle.manifest import Precision
-from dydit.engines.findings import Kind
-from dydit.engines.inspector import engine_findings
+from dydit.engines import builder, inspector
+from dydit.engines.build import build_engines
+from dydit.engines.builder import Job, build_engine
+from dydit.engines.findings import Finding, Kind
+from dydit.engines.fingerprint import make_request
+from dydit.engines.flavour import Flavour, Gpu, present_gpu
+from dydit.engines.inspector import engine_findings, inspect_engine
+from dydit.engines.network import Layer, Network
+from dydit.engines.profiles import symbol_ranges
+from dydit.errors import BackendError
 
 ROUTER = "[ONNX Layer: node_Gemm_5 | node_mlp_capacity_4 (mlp_capacity)]"
 FC1 = "[ONNX Layer: node_Gemm_36 | node_mlp_capacity_4 (mlp_capacity)]"
@@ -67,24 +79,105 @@ def test_fp32_engines_have_nothing_to_find() -> None:
     assert found([layer("fc1", "gemm", "Float", FC1)], Precision.FP32) == []
 
 
+class PretendedTensorRT:
+    """Loads anything, and describes it by a text."""
+
+    __version__ = "11.4.0"
+
+    class ILogger:
+        pass
+
+    class LayerInformationFormat:
+        JSON = "json"
+
+    def __init__(self, text: str | None):
+        self.text = text
+
+    def Runtime(self, logger: Any) -> PretendedTensorRT:
+        return self
+
+    def deserialize_cuda_engine(self, engine: bytes) -> PretendedTensorRT | None:
+        return None if self.text is None else self
+
+    def create_engine_inspector(self) -> PretendedTensorRT:
+        return self
+
+    def get_engine_information(self, form: str) -> str:
+        assert form == "json" and self.text is not None
+        return self.text
+
+
+ROUTED = Network(
+    (
+        Layer("blocks.0.router.0.weight", "constant", (), ("w",)),
+        Layer("router", "matrix_multiply", ("x", "w"), ("y",), ROUTER),
+        Layer("attention", "attention_input", ("y",), ("z",), ATTENTION),
+    ),
+    dict.fromkeys("wxyz", "float32"),
+    (TensorSpec("x", "float32", ("rows", 64)),),
+    ("z",),
+)
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inspector, "present_gpu", lambda: Gpu("NVIDIA L4", "8.9"))
+
+
+def test_the_layers_of_an_engine_are_held_against_its_network(on_a_gpu) -> None:
+    trt = PretendedTensorRT(json.dumps({"Layers": GOOD}))
+    assert inspect_engine(trt, b"engine", ROUTED, Precision.FP16) == []
+    spoiled = [*GOOD[1:], layer("fc2_myl0_4", "gemm", "Float", FC1)]
+    found = inspect_engine(PretendedTensorRT(json.dumps({"Layers": spoiled})), b"engine", ROUTED, Precision.FP16)
+    assert found is not None
+    assert [(finding.layer, finding.kind) for finding in found] == [
+        ("fc2_myl0_4", Kind.PRODUCT),
+        ("(none)", Kind.ATTENTION),
+    ]
+
+
+@pytest.mark.parametrize("text", [None, '{"Layers": []}', '{"Layers": ["fc1_myl0_3"]}', "{}"])
+def test_an_engine_that_cannot_be_looked_into_is_not_judged(on_a_gpu, text: str | None) -> None:
+    assert inspect_engine(PretendedTensorRT(text), b"engine", ROUTED, Precision.FP16) is None
+
+
+def test_without_a_gpu_nothing_is_loaded(monkeypatch) -> None:
+    monkeypatch.setattr(inspector, "present_gpu", lambda: None)
+    assert inspect_engine(object(), b"engine", ROUTED, Precision.FP16) is None
+
+
+@pytest.mark.parametrize("inspect", [True, False])
+def test_an_engine_whose_kernels_are_wrong_is_refused_and_not_kept(
+    rtx, capacity_bundle, tmp_path, monkeypatch, inspect: bool
+) -> None:
+    """The engine is real; what its inspector says is not."""
+    bundle = capacity_bundle("fp16", max_subnets=2, capacities=None, steps=4)
+    faults = [Finding("fc2_myl0_4", Kind.PRODUCT, "the product takes float32, expected float16")]
+    monkeypatch.setattr(builder, "inspect_engine", lambda *_: faults)
+    request = make_request(bundle.manifest, Flavour.TENSORRT_RTX, rtx.__version__, None)
+    ranges = symbol_ranges(bundle.manifest, request.opt_batch, request.max_batch)
+    graph, engine, log = bundle.path / "conditioning.onnx", tmp_path / "x.engine", tmp_path / "build.log"
+    job = Job(graph, engine, request, conditioning_inputs(), ranges, log, inspect=inspect)
+    if not inspect:
+        assert build_engine(job).bytes == engine.stat().st_size
+        return
+    with pytest.raises(BackendError) as caught:
+        build_engine(job)
+    assert str(caught.value) == (
+        f"tensorrt-rtx {rtx.__version__} built conditioning.onnx not as fp16 should be: layer fc2_myl0_4: the product "
+        "takes float32, expected float16; try another version of it, or keep such engines with --no-inspect"
+    )
+    assert not engine.exists()
+    assert "x.engine from conditioning.onnx: failed" in log.read_text()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_a_built_engine_keeps_the_types_of_its_graph(rtx, capacity_bundle, tmp_path, precision: str) -> None:
-    import shutil
-
-    from dydit.bundle.bundle import Bundle
-    from dydit.engines.build import build_engines
-    from dydit.engines.fingerprint import make_request
-    from dydit.engines.flavour import Flavour, present_gpu
-    from dydit.engines.inspector import inspect_graph
-    from dydit.engines.store import open_store
-
     if present_gpu() is None:
         pytest.skip("no NVIDIA driver or GPU here")
     copy = tmp_path / "bundle"
     shutil.copytree(capacity_bundle(precision, max_subnets=1, capacities=None, steps=2).path, copy)
     bundle = Bundle.open(copy)
-    build_engines(bundle, make_request(bundle.manifest, Flavour.TENSORRT_RTX, rtx.__version__, present_gpu()))
-    store = open_store(bundle, Flavour.TENSORRT_RTX, rtx.__version__, present_gpu())
-    for graph in ("subnet-0000.onnx", "conditioning.onnx"):
-        assert inspect_graph(store, graph) == []
+    report = build_engines(bundle, make_request(bundle.manifest, Flavour.TENSORRT_RTX, rtx.__version__, present_gpu()))
+    assert report.log.read_text().count("its kernels inspected") == 2

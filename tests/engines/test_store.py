@@ -9,7 +9,7 @@ import pytest
 
 from dydit.bundle.bundle import Bundle
 from dydit.engines.build import build_engines
-from dydit.engines.fingerprint import EngineRequest, HardwareCompatibility
+from dydit.engines.fingerprint import RECIPE, EngineRequest, HardwareCompatibility
 from dydit.engines.flavour import Flavour, Gpu
 from dydit.engines.store import EngineStore, build_command, open_store, unfit_reason
 from dydit.errors import BundleError
@@ -115,7 +115,10 @@ def test_engines_elsewhere_behind_a_linked_folder_are_refused(built: EngineStore
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda path: path.write_text(path.read_text().replace('"recipe": 1', '"recipe": 2')), "its digest differs"),
+        (
+            lambda path: path.write_text(path.read_text().replace(f'"recipe": {RECIPE}', '"recipe": 99')),
+            "its digest differs",
+        ),
         (lambda path: path.write_text("{"), "is damaged: not JSON"),
         (lambda path: path.write_text('{"schema_version": 1}'), "is not valid: request"),
         (lambda path: path.write_bytes(b"\xff\xfe"), "is damaged: not JSON"),

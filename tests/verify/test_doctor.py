@@ -140,6 +140,53 @@ def test_without_a_driver_packages_are_not_enough():
     assert row(without.devices, "tensorrt-rtx").fix == "pip install rtx", "it builds without a GPU"
 
 
+def test_what_builds_engines_and_what_is_missing_to_run_them_is_said():
+    gone = Finding(ok=False, detail="no driver")
+    assert run_doctor(fake()).engines == "engines are built here by: tensorrt, tensorrt-rtx, and run"
+    no_gpu = run_doctor(fake(driver=gone, pycuda=Finding(ok=False, detail="no pycuda")))
+    said = "engines are built here by: tensorrt-rtx; to run them here takes an NVIDIA GPU and its driver and PyCUDA"
+    assert no_gpu.engines == said, "tensorrt builds on the GPU alone"
+    assert f"\n\n{said}\nbundles run here on:" in no_gpu.text()
+    assert run_doctor(fake(pycuda=gone)).engines.endswith("tensorrt-rtx; to run them here takes PyCUDA")
+
+
+def test_where_nothing_builds_engines_the_flavour_that_needs_no_gpu_is_named():
+    gone = Finding(ok=False, detail="no driver")
+    rtx = Finding(ok=False, detail="tensorrt_rtx cannot be imported", fix="pip install rtx")
+    report = run_doctor(fake(driver=gone, tensorrt_rtx=rtx))
+    assert report.engines == (
+        "no engines are built here; tensorrt-rtx, which needs no GPU for that: tensorrt_rtx cannot be imported  ->  "
+        "pip install rtx"
+    )
+
+
+def test_an_engine_is_built_without_a_gpu():
+    pytest.importorskip("tensorrt_rtx")
+    finding = attempt("tensorrt-rtx")
+    assert finding.ok and "built an engine in" in finding.detail
+
+
+@pytest.mark.parametrize("probe", ["tensorrt", "tensorrt-rtx"])
+def test_tensorrt_without_what_drives_it_is_no_help(monkeypatch, probe):
+    class Whole:
+        __version__ = "1.0"
+
+        class Logger:
+            ERROR = 1
+
+            def __init__(self, _):
+                pass
+
+        def Builder(self, _):
+            return self
+
+    monkeypatch.setitem(sys.modules, probe.replace("-", "_"), Whole())
+    monkeypatch.setitem(sys.modules, "polygraphy", None)
+    finding = attempt(probe)
+    assert not finding.ok and finding.fix == f"pip install 'dydit[{probe}]'"
+    assert finding.detail.endswith("1.0 is here, but polygraphy, which drives it, is not")
+
+
 def test_extras_that_are_missing_are_named(monkeypatch):
     monkeypatch.setattr(doctor, "_installed", lambda module: module not in ("jinja2", "diffusers"))
     rows = {each.name: each for each in run_doctor(fake()).extras}
