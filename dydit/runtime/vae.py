@@ -24,7 +24,11 @@ DecodeTile = Callable[[np.ndarray], np.ndarray]
 
 
 class VaeDecoder:
-    """Decodes latents of the graph's own size and larger. `folder`: the bundle's; `entry`: its manifest's `vae`."""
+    """Decodes latents of the graph's own size and larger. `folder`: the bundle's; `entry`: its manifest's `vae`.
+
+    With `cuda` as its device it runs on the CPU where this onnxruntime has no CUDA provider: the backend that sampled
+    may need none.
+    """
 
     def __init__(self, folder: Path, entry: VaeEntry, options: BackendOptions | None = None):
         self.entry = entry
@@ -34,8 +38,9 @@ class VaeDecoder:
         settings.intra_op_num_threads = options.threads
         settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
         file, provider = folder / VAE_DECODER, PROVIDERS[options.device]
+        providers = [provider] if provider in ort.get_available_providers() else [PROVIDERS["cpu"]]
         try:
-            self._session: Any = ort.InferenceSession(str(file), settings, providers=[provider])
+            self._session: Any = ort.InferenceSession(str(file), settings, providers=providers)
         except Exception as error:  # onnxruntime has no base class for what it raises
             raise BackendError(f"onnxruntime {ort.__version__} cannot load {file}: {one_line(error)}") from error
 
