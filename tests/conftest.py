@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 STEPS = 12
 VAE_SCALE = 0.18215
+VAE_SETTINGS: dict[str, Any] = {"steps": 6, "max_subnets": 2, "max_batch": 8, "routing": "capacity"}
 
 
 @pytest.fixture(scope="session")
@@ -108,6 +109,12 @@ def autoencoder(tmp_path_factory: pytest.TempPathFactory) -> SavedVae:
 
 
 @pytest.fixture(scope="session")
+def vae_settings() -> dict[str, Any]:
+    """The export settings of `vae_bundle`, but for its decoder."""
+    return VAE_SETTINGS
+
+
+@pytest.fixture(scope="session")
 def vae_bundle(make_bundle: Callable[..., Bundle], autoencoder: SavedVae) -> Bundle:
     """Latents 4x8x8 that become pictures of 16x16 pixels, six steps. Shared: do not write into its folder."""
-    return make_bundle(steps=6, max_subnets=2, max_batch=8, vae=str(autoencoder.folder))
+    return make_bundle(**VAE_SETTINGS, vae=str(autoencoder.folder))

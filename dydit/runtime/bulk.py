@@ -126,7 +126,7 @@ def sample_to_folder(
     steps_per_load = len(run.batches) * bundle.manifest.sampling.steps / len(bundle.manifest.plan.segments)
     packed = options.packed or steps_per_load >= PACKED_FROM_STEPS
     engine = open_backend(backend, bundle, dataclasses.replace(options, packed=packed))
-    to_pixels = ToPixels(bundle, options)
+    to_pixels = ToPixels(engine)
     with folder.open():
         if (known := folder.summary()) is not None:
             return _finished_before(folder, run, known)

@@ -100,7 +100,7 @@ class DyDiTPipeline:
 
     @cached_property
     def _to_pixels(self) -> ToPixels:
-        return ToPixels(self.backend.bundle, self.backend.options)
+        return ToPixels(self.backend)
 
     def _sample(self, request: SampleRequest, images: Sequence[int], progress: Progress | None) -> np.ndarray:
         manifest, model = self.backend.bundle.manifest, self.backend.bundle.manifest.model

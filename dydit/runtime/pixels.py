@@ -1,8 +1,8 @@
 """Whether a bundle gives pictures, and how what it samples becomes pixels: the one place that knows.
 
 A model of 1 or 3 channels samples pixels itself. Latents go through the bundle's VAE decoder; without one they stay
-latents. The decoder runs on ONNX Runtime, whatever backend sampled the latents: on the GPU where the device is `cuda`
-and this ONNX Runtime can, else on the CPU. Engines that `dydit build` makes of it are not run yet.
+latents. The decoder runs where the backend has it (`Backend.tile_decoder`: TensorRT, with an engine that `dydit build`
+made), else on ONNX Runtime: on the GPU where the device is `cuda` and this ONNX Runtime can, or on the CPU.
 """
 
 from __future__ import annotations
@@ -12,12 +12,11 @@ from functools import cached_property
 
 import numpy as np
 
-from dydit.bundle.bundle import Bundle
 from dydit.bundle.manifest import Manifest
 from dydit.errors import BackendError
-from dydit.runtime.backends.base import BackendOptions
+from dydit.runtime.backends.base import Backend
 from dydit.runtime.backends.onnxruntime import runtime
-from dydit.runtime.vae import IMAGES_AT_ONCE, VaeDecoder
+from dydit.runtime.vae import IMAGES_AT_ONCE, VaeDecoder, decode_tiled
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ def picture_format(manifest: Manifest) -> PictureFormat | None:
 
 
 class ToPixels:
-    """Makes pixels of what a bundle samples; the decoder is loaded when it is first needed.
+    """Makes pixels of what a backend sampled; the decoder is loaded when it is first needed.
 
     Raises `BackendError` where onnxruntime is needed and missing. `at_once`: images to hand over in one call, so that
     memory is bounded; the same images in one call give the same bits.
@@ -46,21 +45,26 @@ class ToPixels:
 
     at_once = IMAGES_AT_ONCE
 
-    def __init__(self, bundle: Bundle, options: BackendOptions | None = None):
-        self._bundle, self._options = bundle, options or BackendOptions()
-        if bundle.manifest.vae is not None:
+    def __init__(self, backend: Backend):
+        self._bundle, self._options = backend.bundle, backend.options
+        self._vae = backend.bundle.manifest.vae
+        self._own = None if self._vae is None else backend.tile_decoder()
+        if self._vae is not None and self._own is None:
             runtime()
 
     def __call__(self, samples: np.ndarray) -> np.ndarray:
         """Samples f32 [B, C, S, S] to pixels f32 [B, channels, side, side], meant for [-1, 1]."""
-        if self._bundle.manifest.vae is None:
+        if self._vae is None:
             return samples
-        pixels = self._decoder.decode(samples, self.at_once)
+        if self._own is not None:
+            pixels = decode_tiled(samples, self._vae, self._own, self.at_once)
+        else:
+            pixels = self._decoder.decode(samples, self.at_once)
         if not np.isfinite(pixels).all():
             raise BackendError("the VAE decoder returns NaN or infinite pixels; export the bundle with another VAE")
         return pixels
 
     @cached_property
     def _decoder(self) -> VaeDecoder:
-        assert self._bundle.manifest.vae is not None
-        return VaeDecoder(self._bundle.path, self._bundle.manifest.vae, self._options)
+        assert self._vae is not None
+        return VaeDecoder(self._bundle.path, self._vae, self._options)

@@ -1,4 +1,4 @@
-"""From latents to pictures: a bundle's VAE decoder on ONNX Runtime, in overlapping tiles where latents are larger.
+"""From latents to pixels: a bundle's VAE decoder on ONNX Runtime, in overlapping tiles where latents are larger.
 
 Tiles overlap by a quarter of their side and are blended linearly there, since a decoder sees no further than its tile
 and would leave seams.
@@ -6,7 +6,6 @@ and would leave seams.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,11 @@ import numpy as np
 from dydit.bundle.graph_io import BATCH
 from dydit.bundle.vae import VAE_DECODER, VaeEntry, vae_inputs
 from dydit.errors import BackendError, one_line
-from dydit.runtime.backends.base import BackendOptions
+from dydit.runtime.backends.base import BackendOptions, DecodeTile
 from dydit.runtime.backends.onnxruntime import PROVIDERS, runtime
 
 IMAGES_AT_ONCE = 4
 OVERLAP = 0.25
-DecodeTile = Callable[[np.ndarray], np.ndarray]
 
 
 class VaeDecoder:
