@@ -69,7 +69,7 @@ class ExportConfig(Strict):
     max_batch: int = Field(default=16, ge=1)
     cfg_channels: int | None = Field(default=None, ge=1)
     capacities: tuple[int, ...] | None = None
-    vae: str | None = None
+    vae: str | None = Field(default=None, min_length=1)
     vae_tile: int | None = Field(default=None, ge=1)
 
     @model_validator(mode="after")

@@ -84,7 +84,8 @@ def load_vae(source: str) -> Any:
         if missing := [*found["missing_keys"], *found["mismatched_keys"]]:  # diffusers would fill them with noise
             raise ValueError(f"weight {missing[0]} is missing or of another shape")
     except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
-        raise CheckpointError(f"{source} is no AutoencoderKL in safetensors: {one_line(error)[:300]}") from error
+        trouble = "is no" if local else "was not found as an"
+        raise CheckpointError(f"{source} {trouble} AutoencoderKL in safetensors: {one_line(error)[:300]}") from error
     loaded.set_attn_processor(AttnProcessor())
     return loaded.eval()
 

@@ -94,6 +94,27 @@ def test_weights_are_read_from_safetensors_alone(autoencoder, tmp_path):
         export_vae(str(tmp_path), tmp_path / "out", model_of())
 
 
+def test_only_a_hub_name_downloads(autoencoder, tmp_path, monkeypatch):
+    from diffusers import AutoencoderKL
+
+    asked = []
+
+    def load_config(source, local_files_only):
+        asked.append((source, local_files_only))
+        raise OSError("We couldn't connect\nto the hub")
+
+    monkeypatch.setattr(AutoencoderKL, "load_config", load_config)
+    for source, message in (
+        ("owner/name", "owner/name was not found as an AutoencoderKL in safetensors: We couldn't connect to the hub"),
+        (str(autoencoder.folder), "is no AutoencoderKL in safetensors"),
+        ("owner/name/more", "does not exist; give a folder that diffusers saved, or a hub name OWNER/NAME"),
+        ("/owner", "does not exist"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            export_vae(source, tmp_path, model_of())
+    assert asked == [("owner/name", False), (str(autoencoder.folder), True)]
+
+
 def respoiled(autoencoder, folder: Path, change) -> str:
     """A copy of the autoencoder, its configuration and weights changed in place."""
     from safetensors.torch import load_file, save_file
