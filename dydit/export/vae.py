@@ -81,8 +81,8 @@ def load_vae(source: str) -> Any:
         loaded, found = autoencoder.from_pretrained(
             source, local_files_only=local, use_safetensors=True, torch_dtype=torch.float32, output_loading_info=True
         )
-        if missing := [*found["missing_keys"], *found["mismatched_keys"]]:  # diffusers would fill them with noise
-            raise ValueError(f"weight {missing[0]} is missing or of another shape")
+        if missing := found["missing_keys"]:  # diffusers would fill them with noise
+            raise ValueError(f"weight {missing[0]} is missing")
     except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
         trouble = "is no" if local else "was not found as an"
         raise CheckpointError(f"{source} {trouble} AutoencoderKL in safetensors: {one_line(error)[:300]}") from error
