@@ -90,7 +90,10 @@ class SavedVae:
 @pytest.fixture(scope="session")
 def autoencoder(tmp_path_factory: pytest.TempPathFactory) -> SavedVae:
     """A random one of two levels, 4 latent channels, whose pictures have contrast. Shared: do not write to it."""
-    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed: pip install 'dydit[vae]'")
+    diffusers, _ = (
+        pytest.importorskip(name, reason=f"{name} is not installed: pip install 'dydit[vae]'")
+        for name in ("diffusers", "onnxscript")
+    )
     import torch
 
     torch.manual_seed(3)

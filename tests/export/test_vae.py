@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import onnx
@@ -171,6 +172,7 @@ def test_old_names_of_attention_weights_are_known(autoencoder, tmp_path):
 
 @pytest.mark.parametrize("package", ["diffusers", "onnxscript"])
 def test_without_a_package_of_the_extra(tmp_path, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, "onnxscript", ModuleType("onnxscript"))
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(BackendError, match=rf"^{package} cannot be imported .*: pip install 'dydit\[vae\]'"):
         export_vae(str(tmp_path), tmp_path, model_of())
