@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from dydit.cli_options import (
     recipe_settings,
     say,
     say_files,
+    vae_options,
 )
 from dydit.diffusion.schedule import Sampler
 from dydit.training.recipe import RECIPES
@@ -155,6 +157,7 @@ def convert_command(checkpoint: Path, out: Path, num_heads: int | None) -> None:
     metavar="N|all",
     help="Latent channels that guidance acts on.  [default: the first 3, or all of fewer]",
 )
+@vae_options
 @heads_option
 @json_option
 def export_command(
@@ -239,7 +242,7 @@ def sample_command(
 ) -> None:
     """Make images with a bundle; the same settings give the same images, in whatever batches.
 
-    Writes numbered PNGs, grid.png and samples.json; for a model of latents latents.npz in the pictures' place.
+    Writes numbered PNGs, grid.png and samples.json; of latents, where the bundle has no VAE decoder, latents.npz.
     """
     from dydit.bundle.bundle import Bundle
     from dydit.models.config import parse_config
@@ -253,13 +256,13 @@ def sample_command(
     outputs = OutputOptions(npz=npz, latents_out=latents_out)
     opened = Bundle.open(bundle)
     with progress_line("sample") as progress:
-        done = sample_to_folder(
-            opened, wanted, out, outputs, backend, BackendOptions(threads=threads, device=device), progress
-        )
+        options = BackendOptions(threads=threads, device=device)
+        pictures = partial(progress.stage, "pictures") if progress else None
+        done = sample_to_folder(opened, wanted, out, outputs, backend, options, progress, pictures)
     if as_json:
         print_json({**vars(done), "out": str(done.out)})
         return
-    took = "were there already" if done.finished_before else f"in {duration(done.seconds)}"
+    took = "were there already" if done.finished_before else f"in {duration(done.seconds + done.picture_seconds)}"
     say(f"{done.out}: {done.images} images {took}; look at {', '.join(done.files)}")
     if done.note:
         say(done.note)

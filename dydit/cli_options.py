@@ -195,6 +195,27 @@ def graph_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+def vae_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """`--vae` and `--vae-tile`, the decoder of a latent model's bundle."""
+    for option in (
+        click.option(
+            "--vae-tile",
+            type=click.IntRange(min=1),
+            metavar="N",
+            help="Side of the latents that are decoded at once; more are decoded in overlapping tiles.  [default: all, "
+            "up to 64]",
+        ),
+        click.option(
+            "--vae",
+            metavar="SOURCE",
+            help="For a model of latents: the AutoencoderKL whose decoder the bundle gets, as a folder that diffusers "
+            "saved, or a hub name, which is downloaded.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
 class CommandGroup(click.Group):
     """Commands in the order in which they are written; each has the common options, and so has the group."""
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 
 if TYPE_CHECKING:
@@ -14,6 +16,8 @@ if TYPE_CHECKING:
     from dydit.models.config import ModelConfig
 
 STEPS = 12
+VAE_SCALE = 0.18215
+VAE_SETTINGS: dict[str, Any] = {"steps": 6, "max_subnets": 2, "max_batch": 8, "routing": "capacity"}
 
 
 @pytest.fixture(scope="session")
@@ -65,3 +69,55 @@ def make_bundle(
         return made[chosen.path, config]
 
     return make
+
+
+@dataclass(frozen=True)
+class SavedVae:
+    """An autoencoder of diffusers: the folder that it was saved to, and the module."""
+
+    folder: Path
+    module: Any
+
+    def decode(self, latents: np.ndarray) -> np.ndarray:
+        """Pixels f32 [B, 3, S, S] of latents as the sampler returns them, by PyTorch."""
+        import torch
+
+        with torch.no_grad():
+            pixels: np.ndarray = self.module.decode(torch.from_numpy(latents) / VAE_SCALE, return_dict=False)[0].numpy()
+        return pixels
+
+
+@pytest.fixture(scope="session")
+def autoencoder(tmp_path_factory: pytest.TempPathFactory) -> SavedVae:
+    """A random one of two levels, 4 latent channels, whose pictures have contrast. Shared: do not write to it."""
+    diffusers, _ = (
+        pytest.importorskip(name, reason=f"{name} is not installed: pip install 'dydit[vae]'")
+        for name in ("diffusers", "onnxscript")
+    )
+    import torch
+
+    torch.manual_seed(3)
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        scaling_factor=VAE_SCALE,
+    )
+    folder = tmp_path_factory.mktemp("vae") / "autoencoder"
+    vae.save_pretrained(folder)
+    return SavedVae(folder, vae.eval())
+
+
+@pytest.fixture(scope="session")
+def vae_settings() -> dict[str, Any]:
+    """The export settings of `vae_bundle`, but for its decoder."""
+    return VAE_SETTINGS
+
+
+@pytest.fixture(scope="session")
+def vae_bundle(make_bundle: Callable[..., Bundle], autoencoder: SavedVae) -> Bundle:
+    """Latents 4x8x8 that become pictures of 16x16 pixels, six steps. Shared: do not write into its folder."""
+    return make_bundle(**VAE_SETTINGS, vae=str(autoencoder.folder))

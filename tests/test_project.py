@@ -165,7 +165,7 @@ def test_every_declared_dependency_is_pinned() -> None:
 
     base = names([*project["dependencies"], *extras["export"], *extras["report"], *extras["cpu"]])
     assert base <= pins("base.txt").keys()
-    assert names([*extras["train"], *extras["tensorrt-rtx"], *extras["dev"]]) <= pins("dev.txt").keys()
+    assert names([*extras["train"], *extras["tensorrt-rtx"], *extras["vae"], *extras["dev"]]) <= pins("dev.txt").keys()
     rtx = {version for package, version in pins("dev.txt").items() if package.startswith("tensorrt-rtx-cu13")}
     assert len(rtx) == 1, "bindings and libraries are of one version"
 

@@ -13,11 +13,12 @@ import math
 from enum import StrEnum
 from itertools import accumulate
 from pathlib import Path, PurePosixPath
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field, FiniteFloat, NonNegativeInt, ValidationError, field_validator, model_validator
 
+from dydit.bundle.vae import VAE_DECODER, VAE_WEIGHTS, VaeEntry
 from dydit.diffusion.coefficients import COEFFICIENTS
 from dydit.diffusion.schedule import Sampler
 from dydit.errors import BundleError, one_line
@@ -27,6 +28,7 @@ SCHEMA_VERSION: Literal[1] = 1
 MANIFEST, WEIGHTS, CONDITIONING = "manifest.json", "weights.bin", "conditioning.onnx"
 SLIDING, SLIDING_FULL = "sliding.onnx", "sliding-full.onnx"
 """The graph of a sliding plan, and the same with a slot for every token."""
+_LEFT_OUT_WHILE_NONE = ("vae",)  # fields that older bundles, and so their digests, do not have
 
 
 class Routing(StrEnum):
@@ -171,6 +173,7 @@ class Manifest(Strict):
     files: dict[str, FileEntry]
     checkpoint_sha256: str
     tools: dict[str, str]
+    vae: VaeEntry | None = Field(default=None, description="the decoder; without one, latents stay latents")
     digest: str = ""
 
     @field_validator("files")
@@ -198,9 +201,13 @@ class Manifest(Strict):
         for order in (self.head_order, self.group_order):
             if len(order) != depth or any(len(units) != heads or set(units) != set(range(heads)) for units in order):
                 raise ValueError("a unit order is not a permutation of the units of each block")
-        for name in (WEIGHTS, CONDITIONING, *(s.file for s in self.subnets), *(s.full_file for s in self.subnets)):
+        decoder = () if self.vae is None else (VAE_DECODER, VAE_WEIGHTS)
+        subnets = (*(s.file for s in self.subnets), *(s.full_file for s in self.subnets))
+        for name in (WEIGHTS, CONDITIONING, *subnets, *decoder):
             if name is not None and name not in self.files:
                 raise ValueError(f"file {name!r} is used but not listed")
+        if self.vae is not None and (reason := self.vae.unfit_reason(self.model)):
+            raise ValueError(reason)
         return self
 
     @property
@@ -224,13 +231,16 @@ class Manifest(Strict):
 
     def compute_digest(self) -> str:
         """SHA-256 over the canonical JSON of every field but `digest`."""
-        values = self.model_dump(mode="json", exclude={"digest"})
-        return hashlib.sha256(json.dumps(values, sort_keys=True, allow_nan=False).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(self._values(), sort_keys=True, allow_nan=False).encode()).hexdigest()
 
     def to_json(self) -> str:
         """The text of `manifest.json`, with the digest filled in."""
-        values = self.model_dump(mode="json", exclude={"digest"}) | {"digest": self.compute_digest()}
+        values = self._values() | {"digest": self.compute_digest()}
         return json.dumps(values, indent=1, allow_nan=False) + "\n"
+
+    def _values(self) -> dict[str, Any]:
+        values = self.model_dump(mode="json", exclude={"digest"})
+        return {name: value for name, value in values.items() if value is not None or name not in _LEFT_OUT_WHILE_NONE}
 
 
 def pack_mask(mask: np.ndarray) -> str:

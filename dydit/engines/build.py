@@ -13,7 +13,7 @@ from typing import Any
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.graph_io import BATCH, TensorSpec, conditioning_inputs, subnet_inputs, unit_inputs
 from dydit.bundle.manifest import CONDITIONING
-from dydit.bundle.vae import VAE_DECODER
+from dydit.bundle.vae import VAE_DECODER, vae_inputs
 from dydit.engines.builder import Built, Job
 from dydit.engines.fingerprint import EngineKey, EngineRequest, stale_key_reasons, stale_reasons
 from dydit.engines.profiles import Extent, shape_profile, symbol_ranges, width_ranges
@@ -153,7 +153,8 @@ def _wanted(bundle: Bundle, request: EngineRequest) -> list[_Wanted]:
     for subnet in manifest.subnets:
         specs = (*subnet_inputs(manifest.model, subnet.gated), *units)
         described |= {file: specs for file in (subnet.file, subnet.full_file) if file is not None}
-    if VAE_DECODER in manifest.files:
+    decoder = () if manifest.vae is None else vae_inputs(manifest.vae)
+    if decoder:
         described[VAE_DECODER] = None
     wanted = []
     for graph, inputs in described.items():
@@ -168,7 +169,7 @@ def _wanted(bundle: Bundle, request: EngineRequest) -> list[_Wanted]:
         key = EngineKey(
             graph_sha256=digest,
             weights_sha256=manifest.files[weights_of(manifest, graph)].sha256,
-            profile=shape_profile(inputs or (), extents, graph),
+            profile=shape_profile(decoder if graph == VAE_DECODER else inputs or (), extents, graph),
         )
         wanted.append(_Wanted(graph, inputs, extents, key))
     return wanted

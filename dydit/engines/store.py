@@ -188,7 +188,7 @@ class EngineStore:
 
 def weights_of(manifest: Manifest, graph: str) -> str:
     """The file with a graph's weights."""
-    return VAE_WEIGHTS if graph == VAE_DECODER and VAE_WEIGHTS in manifest.files else WEIGHTS
+    return VAE_WEIGHTS if graph == VAE_DECODER else WEIGHTS
 
 
 def stores(bundle: Bundle) -> Iterator[EngineStore]:

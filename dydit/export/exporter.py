@@ -34,6 +34,7 @@ from dydit.bundle.manifest import (
     WeightEntry,
     pack_mask,
 )
+from dydit.bundle.vae import VaeEntry
 from dydit.diffusion.coefficients import step_coefficients
 from dydit.diffusion.schedule import TRAIN_STEPS, Sampler, Schedule
 from dydit.errors import ConfigError
@@ -49,6 +50,7 @@ from dydit.export.graph import (
 )
 from dydit.export.masks import activity_order, by_slot, freeze_masks
 from dydit.export.plan import Plan, budget_plan, merged_plan, per_step_plan
+from dydit.export.vae import export_vae
 from dydit.export.weights import write_weights
 from dydit.files import new_folder, require_absent, sha256_of
 from dydit.models.checkpoint import Checkpoint
@@ -65,7 +67,8 @@ class ExportConfig(Strict):
 
     `max_subnets` counts for `PlanKind.MAX_SUBNETS`, `memory_budget` (bytes) for `PlanKind.MEMORY_BUDGET`.
     `cfg_channels`: latent channels that guidance acts on, by default the first 3. `capacities`: MLP token slots per
-    image and block, for capacity routing; all tokens by default.
+    image and block, for capacity routing; all tokens by default. `vae`, `vae_tile`: the decoder to add, as
+    `dydit.export.vae.export_vae` takes them.
     """
 
     steps: int = Field(default=250, ge=1, le=TRAIN_STEPS)
@@ -78,6 +81,8 @@ class ExportConfig(Strict):
     max_batch: int = Field(default=16, ge=1)
     cfg_channels: int | None = Field(default=None, ge=1)
     capacities: tuple[int, ...] | None = None
+    vae: str | None = Field(default=None, min_length=1)
+    vae_tile: int | None = Field(default=None, ge=1)
 
     @model_validator(mode="after")
     def _consistent(self) -> ExportConfig:
@@ -85,23 +90,27 @@ class ExportConfig(Strict):
             raise ValueError("a memory budget goes with the memory-budget plan, and only with it")
         if self.capacities is not None and self.routing is not Routing.CAPACITY:
             raise ValueError("capacities go with capacity routing only")
+        if self.vae_tile is not None and self.vae is None:
+            raise ValueError("a tile goes with a VAE decoder only")
         return self
 
 
 def export(checkpoint: Checkpoint, out: Path, config: ExportConfig, progress: Progress | None = None) -> Bundle:
     """Write a bundle to the new folder `out`, complete or not at all; `progress(done, total)` counts graphs.
 
-    Raises `ConfigError` for settings that do not fit the model, `OutputError` where `out` exists or cannot be written.
+    Raises `ConfigError` for settings that do not fit the model, `OutputError` where `out` exists or cannot be written,
+    and for a VAE decoder what `export_vae` does.
     """
     require_absent(out)
     job = _plan_job(checkpoint, config)
     with new_folder(out) as folder:
+        vae = None if config.vae is None else export_vae(config.vae, folder, job.model, config.vae_tile)
         head_order, group_order = job.order[:, 0].tolist(), job.order[:, 1].tolist()
         tensors = stored_tensors(checkpoint.state, job.model, head_order, group_order)
         weights = write_weights(folder / WEIGHTS, tensors, config.precision)
         save_graph(conditioning_graph(job.model, Windows(weights), config.precision), folder / CONDITIONING)
         subnets = _write_subnets(folder, job, weights, progress)
-        manifest = _manifest(folder, checkpoint, config, job, weights, subnets)
+        manifest = _manifest(folder, checkpoint, config, job, weights, subnets, vae)
         (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     return Bundle.open(out, verify=False)
 
@@ -268,10 +277,12 @@ def _manifest(
     job: _Job,
     weights: dict[str, WeightEntry],
     written: tuple[list[SubnetEntry], list[SegmentEntry]],
+    vae: VaeEntry | None,
 ) -> Manifest:
     subnets, segments = written
     coefficients = step_coefficients(job.schedule, config.sampler, job.model.learn_sigma).astype(np.float32)
     files = sorted(file for file in folder.iterdir() if file.is_file())
+    packages = ("dydit", "numpy", "onnx", "onnx-ir", "torch", *(() if vae is None else ("diffusers",)))
     return Manifest(
         schema_version=SCHEMA_VERSION,
         model=job.model,
@@ -298,7 +309,8 @@ def _manifest(
         weights=weights,
         files={file.name: FileEntry(bytes=file.stat().st_size, sha256=sha256_of(file)) for file in files},
         checkpoint_sha256=checkpoint.sha256,
-        tools={package: version(package) for package in ("dydit", "numpy", "onnx", "onnx-ir", "torch")},
+        tools={package: version(package) for package in packages},
+        vae=vae,
     )
 
 

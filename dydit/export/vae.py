@@ -20,12 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from dydit.bundle.graph_io import BATCH
-from dydit.bundle.manifest import FileEntry
 from dydit.bundle.vae import VAE_DECODER, VAE_WEIGHTS, VaeEntry, vae_inputs, vae_outputs
 from dydit.errors import BackendError, CheckpointError, ConfigError, one_line
 from dydit.export.ops import IR_VERSION, OPSET
-from dydit.files import sha256_of
-from dydit.models.config import ModelConfig
+from dydit.models.config import ModelConfig, parse_config
 
 LARGEST_TILE = 64
 """Side of latents that are decoded whole: 512 pixels with the usual autoencoders."""
@@ -39,27 +37,26 @@ def export_vae(source: str, folder: Path, model: ModelConfig, tile: int | None =
     `tile`: side of the latents that are decoded at once, by default all of them up to 64. Raises `BackendError` where
     diffusers is missing, `CheckpointError` for what is no such autoencoder, `ConfigError` where it does not fit.
     """
+    if model.samples_pixels:
+        raise ConfigError(f"the model samples pixels of {model.in_channels} channels itself; leave the VAE away")
+    side = min(model.input_size, LARGEST_TILE) if tile is None else tile
     vae = load_vae(source)
     config = vae.config
-    if config.latent_channels != model.in_channels:
-        raise ConfigError(
-            f"{source} decodes latents of {config.latent_channels} channels, but the model has {model.in_channels}"
-        )
+    values = {
+        "latent_channels": config.latent_channels,
+        "tile": side,
+        "upscale": 2 ** (len(config.block_out_channels) - 1),
+        "scaling_factor": config.scaling_factor,
+        "shift_factor": config.get("shift_factor") or 0.0,
+        "source": str(source),
+    }
+    entry = parse_config(VaeEntry, values)
+    if reason := entry.unfit_reason(model):
+        raise ConfigError(reason)
     if config.out_channels != 3:
         raise ConfigError(f"{source} decodes to {config.out_channels} channels; expected 3, for RGB")
     if config.get("latents_mean") is not None or config.get("latents_std") is not None:
         raise ConfigError(f"{source} scales each latent channel by itself, which is not supported")
-    side = min(model.input_size, LARGEST_TILE) if tile is None else tile
-    if not 1 <= side <= model.input_size:
-        raise ConfigError(f"tiles of {side} latents: expected 1..{model.input_size}, the side of the model's latents")
-    entry = VaeEntry(
-        latent_channels=config.latent_channels,
-        tile=side,
-        upscale=2 ** (len(config.block_out_channels) - 1),
-        scaling_factor=config.scaling_factor,
-        shift_factor=config.get("shift_factor") or 0.0,
-        source=str(source),
-    )
     _save(_trace(_Decoder(vae, entry), entry), folder)
     return entry
 
@@ -67,19 +64,28 @@ def export_vae(source: str, folder: Path, model: ModelConfig, tile: int | None =
 def load_vae(source: str) -> Any:
     """A diffusers `AutoencoderKL` in fp32, attention written out. Local files only, unless a hub name is given."""
     try:
+        import onnxscript  # noqa: F401  (PyTorch's exporter needs it; better said now than after a download)
         from diffusers import AutoencoderKL
         from diffusers.models.attention_processor import AttnProcessor
     except ImportError as error:
-        raise BackendError(f"diffusers cannot be imported ({one_line(error)}): pip install 'dydit[vae]'") from error
+        package = (error.name or "diffusers").partition(".")[0]
+        raise BackendError(f"{package} cannot be imported ({one_line(error)}): pip install 'dydit[vae]'") from error
+    autoencoder: Any = AutoencoderKL  # diffusers has types for a part of it only
     local = Path(source).exists()
     if not local and not _HUB_NAME.fullmatch(source):
         raise CheckpointError(f"{source} does not exist; give a folder that diffusers saved, or a hub name OWNER/NAME")
     try:
-        loaded = AutoencoderKL.from_pretrained(
-            source, local_files_only=local, use_safetensors=True, torch_dtype=torch.float32
+        kind = autoencoder.load_config(source, local_files_only=local).get("_class_name")
+        if kind != "AutoencoderKL":
+            raise ValueError(f"it is of class {kind}")
+        loaded, found = autoencoder.from_pretrained(
+            source, local_files_only=local, use_safetensors=True, torch_dtype=torch.float32, output_loading_info=True
         )
+        if missing := found["missing_keys"]:  # diffusers would fill them with noise
+            raise ValueError(f"weight {missing[0]} is missing")
     except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
-        raise CheckpointError(f"{source} is no AutoencoderKL in safetensors: {one_line(error)[:300]}") from error
+        trouble = "is no" if local else "was not found as an"
+        raise CheckpointError(f"{source} {trouble} AutoencoderKL in safetensors: {one_line(error)[:300]}") from error
     loaded.set_attn_processor(AttnProcessor())
     return loaded.eval()
 
@@ -127,12 +133,6 @@ def _trace(decoder: _Decoder, entry: VaeEntry) -> ir.Model:
 
 def _save(model: ir.Model, folder: Path) -> None:
     ir.save(model, folder / VAE_DECODER, external_data=VAE_WEIGHTS)
-
-
-def vae_files(folder: Path) -> dict[str, FileEntry]:
-    """Sizes and hashes of what `export_vae` wrote, for the manifest."""
-    paths = {name: folder / name for name in (VAE_DECODER, VAE_WEIGHTS)}
-    return {name: FileEntry(bytes=path.stat().st_size, sha256=sha256_of(path)) for name, path in paths.items()}
 
 
 @contextlib.contextmanager

@@ -83,6 +83,11 @@ class ModelConfig(Strict):
         return self.in_channels * (2 if self.learn_sigma else 1)
 
     @property
+    def samples_pixels(self) -> bool:
+        """Whether samples are pixels, grey or RGB, and not latents that a decoder turns into pixels."""
+        return self.in_channels in (1, 3)
+
+    @property
     def null_class(self) -> int:
         """The label that means "no class" in classifier-free guidance: one past the last class."""
         return self.num_classes

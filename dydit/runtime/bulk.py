@@ -2,13 +2,16 @@
 
 The folder then holds `000000.png`, ... (numbered by image index), `grid.png` (the first 100), `samples.json` (settings
 and facts), on demand `samples.npz` (`arr_0` uint8 [N, S, S, 3], what FID evaluators read, and `arr_1` int64 labels).
-Of a latent model it holds `latents.npz` (`latents` f32 [N, C, S, S], `labels` int64, `images` uint64) and no pictures.
-Settings decide the content bit for bit, on one machine, however often the run was interrupted.
+Of a latent model without a decoder it holds `latents.npz` (`latents` f32 [N, C, S, S], `labels` int64, `images` uint64)
+and no pictures. Settings decide the content bit for bit, on one machine, however often the run was interrupted.
+
+Pictures are made after sampling, a few at a time; each is complete once it is there, and the rest is read from them.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,14 +22,14 @@ import numpy as np
 from dydit.bundle.bundle import Bundle
 from dydit.errors import ConfigError, OutputError
 from dydit.files import require_absent
-from dydit.models.config import ModelConfig, Strict
+from dydit.models.config import Strict
 from dydit.runtime.backends.base import BackendOptions
 from dydit.runtime.backends.registry import open_backend
 from dydit.runtime.images import (
     GRID_IMAGES,
     Streamed,
     make_grid,
-    shows_pixels,
+    read_png,
     to_rgb,
     to_uint8,
     write_npz,
@@ -34,6 +37,7 @@ from dydit.runtime.images import (
 )
 from dydit.runtime.loop import Progress, StepRunner, sample
 from dydit.runtime.noise import NoiseFile, NoiseSource, SeededNoise
+from dydit.runtime.pixels import PictureFormat, ToPixels, picture_format
 from dydit.runtime.request import Batch, SampleRequest, check_batch_size, check_labels, make_batches
 from dydit.runtime.resident import ResidentSubnets
 from dydit.runtime.run_folder import FolderStore, RunFolder
@@ -55,8 +59,8 @@ class SampleSummary:
     """What is in the folder now.
 
     `files`: all names but those of the single pictures. `finished_before`: the run was complete already and nothing was
-    done. `repeated_steps`: steps run again at full capacity, over the whole run. `seconds`: sampling, in this call.
-    `note`: what the reader should know, or empty.
+    done. `repeated_steps`: steps run again at full capacity, over the whole run. `seconds`: sampling, in this call;
+    `picture_seconds`: decoding and writing pictures, in this call. `note`: what the reader should know, or empty.
     """
 
     out: Path
@@ -65,13 +69,19 @@ class SampleSummary:
     finished_before: bool
     repeated_steps: int
     seconds: float
+    picture_seconds: float
     note: str
 
 
 @dataclass(frozen=True)
 class _Run:
-    """A request held against a bundle: what will be sampled, and what identifies it."""
+    """A request held against a bundle: what will be sampled, what it becomes, and what identifies it.
 
+    `shape`: of an image's latents, [C, S, S].
+    """
+
+    shape: tuple[int, int, int]
+    pictures: PictureFormat | None
     batches: list[Batch]
     noise: NoiseSource
     settings: dict[str, Any]
@@ -93,37 +103,52 @@ def sample_to_folder(
     backend: str = "onnxruntime",
     options: BackendOptions | None = None,
     progress: Progress | None = None,
+    picture_progress: Progress | None = None,
 ) -> SampleSummary:
     """Sample `request` into `out`; called again after a kill, it goes on, and after the end it changes nothing.
 
-    `progress(done, total)` counts steps of a batch. Raises `ConfigError` for a request that does not fit the bundle,
-    `BackendError` as backends do, and `OutputError` where `out` holds something else or cannot be written.
+    `progress(done, total)` counts steps of a batch; after them `picture_progress(done, total)` counts pictures. Raises
+    `ConfigError` for a request that does not fit the bundle, `BackendError` as backends do, and `OutputError` where
+    `out` holds something else or cannot be written.
     """
     outputs, options = outputs or OutputOptions(), options or BackendOptions()
-    model = bundle.manifest.model
-    if outputs.npz and not shows_pixels(model):
-        raise ConfigError(f"--npz needs pictures, but this model samples latents of {model.in_channels} channels")
+    if outputs.npz and picture_format(bundle.manifest) is None:
+        raise ConfigError(
+            f"--npz needs pictures, but this model samples latents of {bundle.manifest.model.in_channels} channels and "
+            "the bundle has no decoder; give `dydit export` a --vae"
+        )
     run = _plan_run(bundle, request, outputs, backend, options)
     folder = RunFolder(out, run.settings)
     if (known := folder.summary()) is not None:
-        return _finished_before(folder, run, known, model)
+        return _finished_before(folder, run, known)
     if folder.fresh and outputs.latents_out is not None:
         require_absent(outputs.latents_out)
     steps_per_load = len(run.batches) * bundle.manifest.sampling.steps / len(bundle.manifest.plan.segments)
     packed = options.packed or steps_per_load >= PACKED_FROM_STEPS
     engine = open_backend(backend, bundle, dataclasses.replace(options, packed=packed))
+    to_pixels = ToPixels(engine)
     with folder.open():
         if (known := folder.summary()) is not None:
-            return _finished_before(folder, run, known, model)
-        store = FolderStore(folder, run.batches, (model.in_channels, model.input_size, model.input_size))
+            return _finished_before(folder, run, known)
+        store = FolderStore(folder, run.batches, run.shape)
         with ResidentSubnets(engine, RESIDENT) as subnets:
             runner = StepRunner(engine, subnets, np.unique(run.labels), request.cfg_scale)
             stats = sample(runner, run.batches, run.noise, store, progress)
-        files = _write_results(out, run, store, model, outputs)
+        started = time.perf_counter()
+        if run.pictures is not None:
+            _write_pictures(out, run, store, to_pixels, picture_progress)
+        files = _write_results(out, run, store, outputs)
         facts = {"images": len(run.images), "files": files, "repeated_steps": store.repeated_steps}
         folder.finish(facts)
     return SampleSummary(
-        out, len(run.images), tuple(files), False, store.repeated_steps, stats.seconds, _note(model, False)
+        out=out,
+        images=len(run.images),
+        files=tuple(files),
+        finished_before=False,
+        repeated_steps=store.repeated_steps,
+        seconds=stats.seconds,
+        picture_seconds=time.perf_counter() - started,
+        note=_note(run, False),
     )
 
 
@@ -151,7 +176,13 @@ def _plan_run(
         "npz": outputs.npz,
         "latents_out": None if outputs.latents_out is None else str(outputs.latents_out.resolve()),
     }
-    return _Run(make_batches(labels, images, size), file or SeededNoise(request.seed, shape), settings)
+    return _Run(
+        shape=shape,
+        pictures=picture_format(manifest),
+        batches=make_batches(labels, images, size),
+        noise=file or SeededNoise(request.seed, shape),
+        settings=settings,
+    )
 
 
 def _labels(request: SampleRequest, file: NoiseFile | None) -> list[int]:
@@ -165,44 +196,51 @@ def _labels(request: SampleRequest, file: NoiseFile | None) -> list[int]:
     return list(file.labels)
 
 
-def _write_results(out: Path, run: _Run, store: FolderStore, model: ModelConfig, outputs: OutputOptions) -> list[str]:
-    """Write everything but `samples.json`; returns the names in `out`, without the single pictures."""
-    if not shows_pixels(model):
-        _write_latents(out / LATENTS, run, store, model)
+def _write_pictures(
+    out: Path, run: _Run, store: FolderStore, to_pixels: ToPixels, progress: Progress | None = None
+) -> None:
+    """One PNG for each image. What an interrupted call wrote is complete and stays.
+
+    Which images are decoded together depends on the run alone, so that a resumed one makes the same pictures.
+    """
+    for index, batch in enumerate(run.batches):
+        for first in range(0, len(batch.images), to_pixels.at_once):
+            few = slice(first, first + to_pixels.at_once)
+            files = [out / picture_name(image) for image in batch.images[few]]
+            if not all(file.exists() for file in files):
+                for file, picture in zip(files, to_uint8(to_pixels(store.load(index)[few])), strict=True):
+                    if not file.exists():
+                        write_png(file, picture)
+            if progress:
+                progress(batch.first + first + len(files), len(run.images))
+
+
+def _write_results(out: Path, run: _Run, store: FolderStore, outputs: OutputOptions) -> list[str]:
+    """Write everything but the pictures and `samples.json`; returns the names in `out`, without the single pictures."""
+    if (pictures := run.pictures) is None:
+        _write_latents(out / LATENTS, run, store)
         files = [LATENTS]
     else:
-        _write_pictures(out, run, store)
+        write_png(out / GRID, make_grid(list(_pictures(out, pictures, run.images[:GRID_IMAGES]))))
         files = [GRID]
-    if outputs.npz:
-        shape = (len(run.images), model.input_size, model.input_size, 3)
-        pictures = Streamed("uint8", shape, (to_rgb(to_uint8(x)) for x in _latents(run, store)))
-        write_npz(out / NPZ, {"arr_0": pictures, "arr_1": _whole("int64", run.labels)})
-        files.append(NPZ)
+        if outputs.npz:
+            shape = (len(run.images), pictures.side, pictures.side, 3)
+            rows = (to_rgb(picture[None]) for picture in _pictures(out, pictures, run.images))
+            write_npz(out / NPZ, {"arr_0": Streamed("uint8", shape, rows), "arr_1": _whole("int64", run.labels)})
+            files.append(NPZ)
     if outputs.latents_out is not None:
-        _write_latents(outputs.latents_out, run, store, model)
+        _write_latents(outputs.latents_out, run, store)
     return files
 
 
-def _latents(run: _Run, store: FolderStore) -> Iterator[np.ndarray]:
-    return (store.load(index) for index in range(len(run.batches)))
+def _pictures(out: Path, pictures: PictureFormat, images: list[int]) -> Iterator[np.ndarray]:
+    """The pictures that were written, uint8 [S, S, channels]; PNG keeps them as they were."""
+    return (read_png(out / picture_name(image), pictures.side, pictures.channels) for image in images)
 
 
-def _write_pictures(out: Path, run: _Run, store: FolderStore) -> None:
-    """One PNG for each image, and the grid. What an interrupted call wrote is complete and stays."""
-    first: list[np.ndarray] = []
-    for batch, latents in zip(run.batches, _latents(run, store), strict=True):
-        for image, pixels in zip(batch.images, to_uint8(latents), strict=True):
-            if not (file := out / picture_name(image)).exists():
-                write_png(file, pixels)
-            if len(first) < GRID_IMAGES:
-                first.append(pixels)
-    write_png(out / GRID, make_grid(first))
-
-
-def _write_latents(file: Path, run: _Run, store: FolderStore, model: ModelConfig) -> None:
-    shape = (len(run.images), model.in_channels, model.input_size, model.input_size)
+def _write_latents(file: Path, run: _Run, store: FolderStore) -> None:
     arrays = {
-        "latents": Streamed("float32", shape, _latents(run, store)),
+        "latents": Streamed("float32", (len(run.images), *run.shape), map(store.load, range(len(run.batches)))),
         "labels": _whole("int64", run.labels),
         "images": _whole("uint64", np.asarray(run.images, np.uint64)),
     }
@@ -218,22 +256,29 @@ def picture_name(image: int) -> str:
     return f"{image:06d}.png"
 
 
-def _finished_before(folder: RunFolder, run: _Run, known: dict[str, Any], model: ModelConfig) -> SampleSummary:
+def _finished_before(folder: RunFolder, run: _Run, known: dict[str, Any]) -> SampleSummary:
     """The summary of a run that needs nothing more; its working files, if a kill left any, go."""
-    names = [*known["files"], *(picture_name(image) for image in run.images if shows_pixels(model))]
-    missing = [name for name in names if not (folder.out / name).is_file()]
+    pictures = () if run.pictures is None else map(picture_name, run.images)
+    missing = [name for name in (*known["files"], *pictures) if not (folder.out / name).is_file()]
     if missing:
         raise OutputError(
             f"{folder.out} is a finished run, but {missing[0]} is gone; remove the folder and sample again"
         )
     folder.clear()
     return SampleSummary(
-        folder.out, len(run.images), tuple(known["files"]), True, known["repeated_steps"], 0.0, _note(model, True)
+        out=folder.out,
+        images=len(run.images),
+        files=tuple(known["files"]),
+        finished_before=True,
+        repeated_steps=known["repeated_steps"],
+        seconds=0.0,
+        picture_seconds=0.0,
+        note=_note(run, True),
     )
 
 
-def _note(model: ModelConfig, finished: bool) -> str:
+def _note(run: _Run, finished: bool) -> str:
     notes = ["this run was complete already; nothing was changed"] if finished else []
-    if not shows_pixels(model):
+    if run.pictures is None:
         notes.append(f"the bundle has no VAE decoder, so the samples are latents, in {LATENTS}")
     return "; ".join(notes)

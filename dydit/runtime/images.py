@@ -1,6 +1,6 @@
 """From samples to files: 8-bit images, a grid, and the `.npz` that evaluators read.
 
-Only models of pixels (1 or 3 channels) give images here; what a latent model samples needs its decoder.
+Samples are pixels here already; `dydit.runtime.pixels` makes them of latents.
 """
 
 from __future__ import annotations
@@ -15,15 +15,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from dydit.errors import OutputError, one_line
 from dydit.files import atomic_file, write_atomic
-from dydit.models.config import ModelConfig
 
 GRID_IMAGES = 100
-
-
-def shows_pixels(model: ModelConfig) -> bool:
-    """Whether samples of the model are pixels, grey or RGB."""
-    return model.in_channels in (1, 3)
 
 
 def to_uint8(samples: np.ndarray) -> np.ndarray:
@@ -42,6 +37,19 @@ def write_png(path: Path, image: np.ndarray) -> None:
     data = io.BytesIO()
     to_pil(image).save(data, format="PNG")
     write_atomic(path, data.getvalue())
+
+
+def read_png(path: Path, side: int, channels: int) -> np.ndarray:
+    """What `write_png` wrote, uint8 [side, side, channels]. Raises `OutputError` where it is something else."""
+    try:
+        with Image.open(path, formats=("PNG",)) as picture:
+            array = np.asarray(picture)
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow's words for damaged files
+        raise OutputError(f"{path} cannot be read ({one_line(error)}); remove it and run again") from error
+    image = array[..., None] if array.ndim == 2 else array
+    if image.shape != (side, side, channels) or image.dtype != np.uint8:
+        raise OutputError(f"{path} is not a picture of this run; remove it and run again")
+    return image
 
 
 def make_grid(images: Sequence[np.ndarray], gap: int = 2) -> np.ndarray:

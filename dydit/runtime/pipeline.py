@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -15,9 +16,10 @@ from dydit.errors import ConfigError
 from dydit.models.config import parse_config
 from dydit.runtime.backends.base import Backend, BackendOptions
 from dydit.runtime.backends.registry import open_backend
-from dydit.runtime.images import shows_pixels, to_pil, to_uint8
+from dydit.runtime.images import to_pil, to_uint8
 from dydit.runtime.loop import MemoryStore, Progress, StepRunner, default_residency, sample
 from dydit.runtime.noise import SeededNoise
+from dydit.runtime.pixels import ToPixels, picture_format
 from dydit.runtime.request import DEFAULT_CFG_SCALE, SampleRequest, check_labels, make_batches
 from dydit.runtime.resident import ResidentSubnets
 
@@ -26,7 +28,7 @@ OUTPUT_TYPES = ("pil", "np", "latent")
 
 @dataclass(frozen=True)
 class PipelineOutput:
-    """`images`: PIL pictures, or for `np` an array f32 [B, S, S, C] in 0..1, or None for `latent`.
+    """`images`: PIL pictures, or for `np` an array f32 [B, side, side, 1 or 3] in 0..1, or None for `latent`.
 
     `latents`: f32 [B, C, S, S], what the sampler returned.
     """
@@ -71,15 +73,16 @@ class DyDiTPipeline:
         `seed`. `num_inference_steps` is fixed in the bundle, and may be given to assert it. `progress(done, total)`
         counts steps of a batch. Raises `ConfigError` for what the bundle cannot do.
         """
-        manifest, model = self.backend.bundle.manifest, self.backend.bundle.manifest.model
+        manifest = self.backend.bundle.manifest
         labels = [class_labels] if isinstance(class_labels, int) else list(class_labels)
         values = {"labels": tuple(labels), "seed": seed, "cfg_scale": guidance_scale}
         request = parse_config(SampleRequest, values)
         check_labels(request.labels, manifest)
         if output_type not in OUTPUT_TYPES:
             raise ConfigError(f"output_type {output_type!r} is not one of {', '.join(OUTPUT_TYPES)}")
-        if output_type != "latent" and not shows_pixels(model):
+        if output_type != "latent" and picture_format(manifest) is None:
             raise ConfigError("this bundle samples latents and has no VAE decoder; ask for output_type='latent'")
+        to_pixels = None if output_type == "latent" else self._to_pixels  # what it needs is asked for before sampling
         if num_inference_steps not in (None, manifest.sampling.steps):
             raise ConfigError(
                 f"this bundle was exported for {manifest.sampling.steps} steps, not {num_inference_steps}; "
@@ -89,7 +92,15 @@ class DyDiTPipeline:
         if len(images) != len(labels):
             raise ConfigError(f"{len(images)} image indices for {len(labels)} labels; give one for each")
         latents = self._sample(request, images, progress)
-        return PipelineOutput(_pictures(latents, output_type), latents)
+        if to_pixels is None:
+            return PipelineOutput(None, latents)
+        few = to_pixels.at_once
+        pixels = np.concatenate([to_pixels(latents[i : i + few]) for i in range(0, len(latents), few)])
+        return PipelineOutput(_pictures(pixels, output_type), latents)
+
+    @cached_property
+    def _to_pixels(self) -> ToPixels:
+        return ToPixels(self.backend)
 
     def _sample(self, request: SampleRequest, images: Sequence[int], progress: Progress | None) -> np.ndarray:
         manifest, model = self.backend.bundle.manifest, self.backend.bundle.manifest.model
@@ -113,9 +124,7 @@ class DyDiTPipeline:
         self.close()
 
 
-def _pictures(latents: np.ndarray, output_type: str) -> Any:
-    if output_type == "latent":
-        return None
+def _pictures(pixels: np.ndarray, output_type: str) -> Any:
     if output_type == "np":
-        return np.clip(latents.transpose(0, 2, 3, 1) / 2 + 0.5, 0, 1)
-    return [to_pil(image) for image in to_uint8(latents)]
+        return np.clip(pixels.transpose(0, 2, 3, 1) / 2 + 0.5, 0, 1)
+    return [to_pil(image) for image in to_uint8(pixels)]

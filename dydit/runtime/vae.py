@@ -1,4 +1,4 @@
-"""From latents to pictures: a bundle's VAE decoder on ONNX Runtime, in overlapping tiles where latents are larger.
+"""From latents to pixels: a bundle's VAE decoder on ONNX Runtime, in overlapping tiles where latents are larger.
 
 Tiles overlap by a quarter of their side and are blended linearly there, since a decoder sees no further than its tile
 and would leave seams.
@@ -6,7 +6,6 @@ and would leave seams.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +14,19 @@ import numpy as np
 from dydit.bundle.graph_io import BATCH
 from dydit.bundle.vae import VAE_DECODER, VaeEntry, vae_inputs
 from dydit.errors import BackendError, one_line
-from dydit.runtime.backends.base import BackendOptions
+from dydit.runtime.backends.base import BackendOptions, DecodeTile
 from dydit.runtime.backends.onnxruntime import PROVIDERS, runtime
 
 IMAGES_AT_ONCE = 4
 OVERLAP = 0.25
-DecodeTile = Callable[[np.ndarray], np.ndarray]
 
 
 class VaeDecoder:
-    """Decodes latents of the graph's own size and larger. `folder`: the bundle's; `entry`: its manifest's `vae`."""
+    """Decodes latents of the graph's own size and larger. `folder`: the bundle's; `entry`: its manifest's `vae`.
+
+    With `cuda` as its device it runs on the CPU where this onnxruntime has no CUDA provider: the backend that sampled
+    may need none.
+    """
 
     def __init__(self, folder: Path, entry: VaeEntry, options: BackendOptions | None = None):
         self.entry = entry
@@ -34,8 +36,9 @@ class VaeDecoder:
         settings.intra_op_num_threads = options.threads
         settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
         file, provider = folder / VAE_DECODER, PROVIDERS[options.device]
+        providers = [provider] if provider in ort.get_available_providers() else [PROVIDERS["cpu"]]
         try:
-            self._session: Any = ort.InferenceSession(str(file), settings, providers=[provider])
+            self._session: Any = ort.InferenceSession(str(file), settings, providers=providers)
         except Exception as error:  # onnxruntime has no base class for what it raises
             raise BackendError(f"onnxruntime {ort.__version__} cannot load {file}: {one_line(error)}") from error
 

@@ -25,7 +25,7 @@ EXTRAS = {
     "export": ("read checkpoints, write bundles", ("onnx", "onnx_ir", "safetensors", "torch")),
     "report": ("pictures and HTML reports", ("jinja2", "matplotlib")),
     "train": ("train models", ("accelerate", "sklearn", "scipy")),
-    "vae": ("decode latents to pictures", ("diffusers",)),
+    "vae": ("put a VAE decoder into a bundle", ("diffusers", "onnxscript")),
 }
 
 

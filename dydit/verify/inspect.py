@@ -16,6 +16,7 @@ import numpy as np
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.graph_io import GROUP_WEIGHTS, HEAD_WEIGHTS
 from dydit.bundle.manifest import MANIFEST, Manifest
+from dydit.bundle.vae import VAE_DECODER, VAE_WEIGHTS
 from dydit.diffusion.schedule import Schedule
 from dydit.errors import CheckpointError
 from dydit.export.plan import Plan, optimal_plans, per_step_plan, plan_bytes
@@ -25,6 +26,7 @@ from dydit.models.cost import model_macs, unit_costs
 from dydit.verify.inspect_facts import (
     BundleFacts,
     CheckpointFacts,
+    DecoderFacts,
     ModelFacts,
     PlanRow,
     SubnetFacts,
@@ -136,6 +138,7 @@ def inspect_bundle(path: Path | str) -> Inspection:
     loaded = dense if manifest.sliding else sum(entry.weight_bytes for entry in manifest.subnets)
     point = PlanPoint(len(manifest.plan.segments), len(manifest.subnets), manifest.plan.macs, loaded)
     stored = sum(entry.nbytes for entry in manifest.weights.values())
+    decoder = _decoder_facts(manifest)
     facts = BundleFacts(
         path=str(path),
         schema_version=manifest.schema_version,
@@ -152,13 +155,24 @@ def inspect_bundle(path: Path | str) -> Inspection:
         chosen=_row(point, manifest.plan.per_step_macs, manifest.plan.static_macs),
         plans=_rows(curve, masks, config),
         subnets=subnets,
-        bundle_bytes=_size_of(bundle.path),
+        bundle_bytes=_size_of(bundle.path) - (decoder.bytes if decoder else 0),
         stored_bytes=stored,
-        graph_bytes=sum(entry.bytes for name, entry in manifest.files.items() if name.endswith(".onnx")),
+        graph_bytes=sum(
+            entry.bytes for name, entry in manifest.files.items() if name.endswith(".onnx") and name != VAE_DECODER
+        ),
         dense_bytes=dense,
         tools=manifest.tools,
+        decoder=decoder,
     )
     return Inspection(facts, masks, manifest.sampling.timesteps, curve)
+
+
+def _decoder_facts(manifest: Manifest) -> DecoderFacts | None:
+    if (vae := manifest.vae) is None:
+        return None
+    size = sum(manifest.files[name].bytes for name in (VAE_DECODER, VAE_WEIGHTS))
+    side = manifest.model.input_size * vae.upscale
+    return DecoderFacts(source=vae.source, tile=vae.tile, picture_side=side, bytes=size)
 
 
 def _model_facts(config: ModelConfig, parameters: int, routers: int) -> ModelFacts:

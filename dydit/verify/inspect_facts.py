@@ -75,6 +75,15 @@ class SubnetFacts(Result):
     graph_bytes: int
 
 
+class DecoderFacts(Result):
+    """A bundle's VAE decoder. `tile`: side of the latents that it takes; `picture_side` in pixels; `bytes` on disk."""
+
+    source: str
+    tile: int
+    picture_side: int
+    bytes: int
+
+
 class BundleFacts(Result):
     """A bundle. `dense_bytes`: the weights that a step of the model with everything on reads."""
 
@@ -99,6 +108,7 @@ class BundleFacts(Result):
     graph_bytes: int
     dense_bytes: int
     tools: dict[str, str]
+    decoder: DecoderFacts | None = Field(default=None, description="of latents; its files count in no other size")
 
 
 def checkpoint_text(facts: CheckpointFacts) -> str:
@@ -135,12 +145,23 @@ def bundle_text(facts: BundleFacts) -> str:
             f"{bytes_text(facts.bundle_bytes)} = {share:.2f} x its weights ({bytes_text(facts.stored_bytes)}, once); "
             f"graphs {bytes_text(facts.graph_bytes)}",
         ),
+        *_decoder_lines(facts),
         ("plan", _plan_line(facts)),
     ]
     parts = [aligned(head)]
     if facts.model.config.dynamic:
         parts.append(_plan_table(facts.plans, facts.chosen))
     return "\n\n".join([*parts, _subnet_table(facts)])
+
+
+def _decoder_lines(facts: BundleFacts) -> list[tuple[str, str]]:
+    decoder, model = facts.decoder, facts.model.config
+    if decoder is None:
+        return [] if model.samples_pixels else [("decoder", "none: latents stay latents; dydit export has --vae")]
+    side = decoder.picture_side
+    tiles = "" if decoder.tile == model.input_size else f", in tiles of {decoder.tile}x{decoder.tile} latents"
+    size = f"{side}x{side} pixels{tiles}; {bytes_text(decoder.bytes)} besides"
+    return [("decoder", f"VAE from {decoder.source}, {size}")]
 
 
 def _plan_line(facts: BundleFacts) -> str:

@@ -187,6 +187,40 @@ def test_inconsistent_manifest_is_refused_even_when_signed(folder, change, where
     assert where in message and message.endswith(AGAIN)
 
 
+@pytest.mark.parametrize(
+    ("change", "where"),
+    [
+        (lambda m: m["files"].pop("vae_decoder.onnx"), "file 'vae_decoder.onnx' is used but not listed"),
+        (lambda m: m["files"].pop("vae_weights.bin"), "file 'vae_weights.bin' is used but not listed"),
+        (lambda m: m["vae"].update(latent_channels=8), "decodes latents of 8 channels, but the model has 4"),
+        (lambda m: m["vae"].update(tile=9), "tiles of 9 latents: expected 1..8, the side of the model's latents"),
+        (lambda m: m["vae"].update(upscale=0), "vae.upscale: Input should be greater than or equal to 1"),
+        (lambda m: m["vae"].update(scaling_factor=float("inf")), "vae.scaling_factor: Input should be a finite"),
+        (lambda m: m["vae"].pop("source"), "vae.source: Field required"),
+    ],
+)
+def test_a_decoder_that_does_not_fit_is_refused_even_when_signed(vae_bundle, tmp_path, change, where):
+    folder = shutil.copytree(vae_bundle.path, tmp_path / "bundle")
+    rewrite(folder, change)
+    assert where in refusal(folder)
+
+
+def test_a_model_of_pixels_has_no_decoder(make_bundle, make_checkpoint, small_config, vae_bundle, tmp_path):
+    pixels = make_bundle(make_checkpoint(small_config.model_copy(update={"in_channels": 3})))
+    folder = shutil.copytree(pixels.path, tmp_path / "bundle")
+    files = {name: vae_bundle.manifest.files[name].model_dump() for name in ("vae_decoder.onnx", "vae_weights.bin")}
+    for name in files:
+        shutil.copy(vae_bundle.path / name, folder / name)
+    rewrite(folder, lambda m: (m.update(vae=vae_bundle.manifest.vae.model_dump()), m["files"].update(files)))
+    assert "the model samples pixels of 3 channels itself" in refusal(folder)
+
+
+def test_a_damaged_decoder_is_noticed(vae_bundle, tmp_path):
+    folder = shutil.copytree(vae_bundle.path, tmp_path / "bundle")
+    flip_byte(folder / "vae_weights.bin", 1000)
+    assert refusal(folder).endswith(f"vae_weights.bin was changed (its SHA-256 differs); {AGAIN}")
+
+
 @pytest.mark.parametrize("name", ["../evil", "/etc/passwd", "a/../../evil", "..", "a\\b", "", "."])
 def test_paths_that_leave_the_bundle(folder, name):
     (folder.parent / "evil").write_bytes(b"")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 
 import numpy as np
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dydit.bundle.manifest import Manifest, SegmentEntry, pack_mask, parse_manifest, unpack_mask
+from dydit.bundle.vae import VAE_DECODER, VAE_WEIGHTS
 from dydit.errors import BundleError
 from dydit.export.masks import freeze_masks
 from dydit.models.config import Routers
@@ -68,6 +70,27 @@ def test_checkpoint_masks_are_those_of_the_model(make_bundle, make_checkpoint, s
     order = np.array([manifest.head_order, manifest.group_order])
     assert (order != np.arange(4)).any(), "the slots are in an order of their own"
     assert (manifest.step_masks() != expected).any()
+
+
+def test_a_decoder_is_part_of_the_manifest(vae_bundle, tmp_path):
+    manifest = vae_bundle.manifest
+    assert {VAE_DECODER, VAE_WEIGHTS} <= manifest.files.keys() and "diffusers" in manifest.tools
+    path = tmp_path / "manifest.json"
+    path.write_text(manifest.to_json())
+    assert parse_manifest(path) == manifest
+    other = manifest.vae.model_copy(update={"scaling_factor": 1.0})
+    assert manifest.model_copy(update={"vae": other}).compute_digest() != manifest.digest
+
+
+def test_a_manifest_without_a_decoder_is_as_it_was_before_there_were_any(make_bundle):
+    """Bundles of that time have no such field, and their digests must hold."""
+    manifest = make_bundle().manifest
+    values = json.loads(manifest.to_json())
+    assert manifest.vae is None and "vae" not in values
+    kept = {name: value for name, value in values.items() if name != "digest"}
+    assert hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest() == values["digest"]
+    explicit = Manifest.model_validate({**values, "vae": None})
+    assert explicit == manifest and explicit.compute_digest() == manifest.digest
 
 
 def test_segment_steps():

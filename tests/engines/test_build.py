@@ -195,3 +195,31 @@ def test_engines_of_a_copied_bundle_serve_it(bundle: Bundle, request_for: Reques
     again = build_engines(Bundle.open(copy), request_for(bundle))
     assert (pretence.built, again.kept) == ([], 7)
     assert EngineStore(Bundle.open(copy), again.folder).load("conditioning.onnx")
+
+
+def test_the_decoder_depends_on_its_own_weights_and_small_batches(vae_bundle, request_for, pretence, tmp_path) -> None:
+    bundle = Bundle.open(shutil.copytree(vae_bundle.path, tmp_path / "bundle"))
+    store = EngineStore.of(bundle, request_for(bundle))
+    build_engines(bundle, request_for(bundle))
+    index = store.read()
+    assert index is not None and store.load("vae_decoder.onnx")
+    key = index.engines["vae_decoder.onnx"].key
+    assert key.weights_sha256 == bundle.manifest.files["vae_weights.bin"].sha256
+    extent = key.profile["latents"]
+    assert (extent.min, extent.opt, extent.max) == ((1, 4, 8, 8), (4, 4, 8, 8), (4, 4, 8, 8)), "at most 4 of 8 images"
+    others = [entry.key.weights_sha256 for name, entry in index.engines.items() if name != "vae_decoder.onnx"]
+    assert set(others) == {bundle.manifest.files["weights.bin"].sha256}
+
+    pretence.built.clear()
+    entry = bundle.manifest.files["vae_weights.bin"].model_copy(update={"sha256": "0" * 64})
+    manifest = bundle.manifest.model_copy(update={"files": {**bundle.manifest.files, "vae_weights.bin": entry}})
+    report = build_engines(Bundle(bundle.path, manifest), request_for(bundle))
+    assert [(each.graph, each.reasons) for each in report.built] == [("vae_decoder.onnx", ("the weights changed",))]
+
+
+def test_a_decoder_takes_no_more_images_than_the_rest(vae_bundle, request_for, pretence, tmp_path) -> None:
+    bundle = Bundle.open(shutil.copytree(vae_bundle.path, tmp_path / "bundle"))
+    request = request_for(bundle, max_batch=2)
+    build_engines(bundle, request)
+    index = EngineStore.of(bundle, request).read()
+    assert index is not None and index.engines["vae_decoder.onnx"].key.profile["latents"].max == (2, 4, 8, 8)

@@ -280,3 +280,13 @@ def test_a_built_engine_that_is_changed_is_refused(built_once: Bundle, tmp_path:
     path.write_bytes(data)
     with pytest.raises(BundleError, match=r"was changed after it was built \(its SHA-256 differs\); remove it and run"):
         store.load("subnet-0000.onnx")
+
+
+def test_the_decoder_of_a_latent_model_builds(rtx, vae_bundle: Bundle, tmp_path: Path) -> None:
+    bundle = copy_of(vae_bundle, tmp_path / "bundle")
+    report = build(bundle, jobs=2)
+    assert [each.graph for each in report.built][-1] == "vae_decoder.onnx"
+    assert report.built[-1].bytes > 100_000
+    check_built(bundle, report)
+    again = build(bundle)
+    assert (again.built, again.kept) == ((), len(report.built))

@@ -312,3 +312,17 @@ def test_stale_reasons(make_bundle, make_checkpoint, small_config):
     ]
     wider = make_checkpoint(ModelConfig.model_validate({**small_config.model_dump(), "depth": 2}))
     assert stale_reasons(manifest, wider)[1:] == ["the architecture differs"]
+
+
+def test_a_tile_without_a_decoder_is_refused():
+    with pytest.raises(ConfigError, match="a tile goes with a VAE decoder only"):
+        parse_config(ExportConfig, {"vae_tile": 8})
+
+
+def test_a_decoder_changes_nothing_else_in_the_bundle(make_bundle, vae_bundle, vae_settings, autoencoder):
+    plain = make_bundle(**vae_settings)
+    assert names(vae_bundle.path) == sorted([*names(plain.path), "vae_decoder.onnx", "vae_weights.bin"])
+    for name, entry in plain.manifest.files.items():
+        assert vae_bundle.manifest.files[name] == entry, name
+    vae = vae_bundle.manifest.vae
+    assert (vae.source, vae.latent_channels, vae.tile, vae.upscale) == (str(autoencoder.folder), 4, 8, 2)

@@ -14,6 +14,7 @@ from dydit.runtime.backends.registry import open_backend
 from dydit.runtime.backends.tensorrt import TensorRTBackend
 from dydit.runtime.loop import MemoryStore, StepRunner, sample
 from dydit.runtime.noise import SeededNoise
+from dydit.runtime.pixels import ToPixels
 from dydit.runtime.request import make_batches
 from dydit.runtime.resident import ResidentSubnets
 
@@ -176,3 +177,14 @@ def test_pytorch_and_onnxruntime_live_in_the_same_process(built_bundle, on_gpu):
     assert torch.equal((a @ a).cpu(), before)
     second, _ = run(on_gpu(built_bundle(precision="fp16")))
     assert np.array_equal(first, second)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_pictures_are_those_of_onnxruntime(built_bundle, on_gpu, autoencoder, precision):
+    """The decoder is fp32 whatever the bundle's precision is."""
+    bundle = built_bundle(precision=precision, vae=str(autoencoder.folder))
+    latents = np.random.default_rng(0).standard_normal((5, 4, 16, 16)).astype(np.float32)
+    backend = on_gpu(bundle)
+    assert backend.tile_decoder() is not None
+    ours, theirs = (ToPixels(each)(latents) for each in (backend, open_backend("onnxruntime", bundle)))
+    assert ours.shape == (5, 3, 32, 32) and relative(ours, theirs) < STEP["fp32"]

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dydit.runtime.images import Streamed, make_grid, to_rgb, to_uint8, write_npz, write_png
+from dydit.errors import OutputError
+from dydit.runtime.images import Streamed, make_grid, read_png, to_rgb, to_uint8, write_npz, write_png
 
 
 def test_levels_round_to_nearest_and_clip():
@@ -27,6 +28,9 @@ def test_channels_go_last_and_grey_stays_grey(tmp_path):
         with Image.open(tmp_path / "a.png") as read:
             assert read.mode == mode
             assert np.array_equal(np.asarray(read).reshape(image.shape), image)
+        assert np.array_equal(read_png(tmp_path / "a.png", 4, channels), image)
+        with pytest.raises(OutputError, match=r"a\.png is not a picture of this run"):
+            read_png(tmp_path / "a.png", 4, 4 - channels)
     assert to_rgb(to_uint8(samples[:, :1])).shape == (2, 4, 4, 3)
 
 
@@ -58,3 +62,20 @@ def test_npz_streams_what_numpy_reads_and_repeats_its_bytes(tmp_path):
         assert np.array_equal(file["arr_1"], [3, 4])
     assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.npz", "b.npz"]
+
+
+@pytest.mark.parametrize("data", [b"", b"GIF89a", b"\x89PNG\r\n\x1a\n" + bytes(40)])
+def test_a_damaged_picture_is_one_line(tmp_path, data):
+    (tmp_path / "a.png").write_bytes(data)
+    with pytest.raises(OutputError, match=r"a\.png cannot be read \(.*\); remove it and run again") as caught:
+        read_png(tmp_path / "a.png", 4, 3)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(OutputError, match="cannot be read"):
+        read_png(tmp_path / "missing.png", 4, 3)
+
+
+def test_a_truncated_picture_is_one_line(tmp_path):
+    write_png(tmp_path / "a.png", np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8))
+    (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:300])
+    with pytest.raises(OutputError, match="cannot be read"):
+        read_png(tmp_path / "a.png", 16, 3)

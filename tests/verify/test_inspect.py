@@ -153,3 +153,22 @@ def test_a_bundle_is_inspected_without_torch_and_onnx(make_bundle):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("bundle ")
+
+
+def test_a_decoder_is_described_and_counts_apart(make_bundle, vae_bundle, vae_settings, autoencoder):
+    found, plain = inspect_bundle(vae_bundle.path), inspect_bundle(make_bundle(**vae_settings).path)
+    decoder = found.facts.decoder
+    sizes = [vae_bundle.manifest.files[name].bytes for name in ("vae_decoder.onnx", "vae_weights.bin")]
+    assert (decoder.source, decoder.tile, decoder.picture_side) == (str(autoencoder.folder), 8, 16)
+    assert decoder.bytes == sum(sizes) and plain.facts.decoder is None
+    assert found.facts.graph_bytes == plain.facts.graph_bytes and found.facts.stored_bytes == plain.facts.stored_bytes
+    total = sum(file.stat().st_size for file in vae_bundle.path.rglob("*"))
+    assert found.facts.bundle_bytes == total - decoder.bytes
+    assert BundleFacts.parse(json.loads(json.dumps(found.to_json()))) == found.facts
+    assert f"VAE from {autoencoder.folder}, 16x16 pixels; " in found.text()
+    assert "none: latents stay latents" in plain.text()
+
+
+def test_a_model_of_pixels_has_no_word_of_decoders(make_bundle, make_checkpoint, small_config):
+    pixels = make_bundle(make_checkpoint(small_config.model_copy(update={"in_channels": 3})))
+    assert "decoder" not in inspect_bundle(pixels.path).text()

@@ -6,7 +6,7 @@ Names, dtypes, shapes and life cycle are checked here, once, for all of them.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
@@ -18,6 +18,7 @@ from dydit.bundle.graph_io import check_feeds, conditioning_inputs, subnet_input
 from dydit.errors import BackendError
 
 Arrays = Mapping[str, np.ndarray]
+DecodeTile = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,12 @@ class Backend(ABC):
     @abstractmethod
     def _conditioning(self, feeds: Arrays) -> np.ndarray:
         """Execute; feeds have been checked."""
+
+    def tile_decoder(self) -> DecodeTile | None:
+        """What turns tiles of latents f32 [B, C, tile, tile] into pixels f32 [B, 3, side, side], of a bundle that has a
+        VAE decoder; None where the backend has nothing of its own for that, and ONNX Runtime does it.
+        """
+        return None
 
     @abstractmethod
     def subnet(self, index: int, full_capacity: bool = False, debug: bool = False) -> Subnet:

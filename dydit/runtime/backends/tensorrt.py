@@ -10,12 +10,15 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from dydit.bundle.bundle import Bundle
+from dydit.bundle.vae import VAE_DECODER
 from dydit.engines.flavour import Flavour, Gpu, default_flavour, is_installed, load_flavour, present_gpu
 from dydit.engines.store import EngineStore, open_store
 from dydit.errors import BackendError, DyditError
 from dydit.files import write_json
-from dydit.runtime.backends.base import BackendOptions
+from dydit.runtime.backends.base import BackendOptions, DecodeTile
 from dydit.runtime.device.backend import DeviceBackend
 from dydit.runtime.device.cuda import CudaDevice, pycuda_driver
 from dydit.runtime.device.launches import EngineMemory, engines_of, graph_of
@@ -61,11 +64,25 @@ class TensorRTBackend(DeviceBackend):
     ) -> RunStats:
         """As `DeviceBackend` does; then kernels that were compiled for it are kept for the next process."""
         stats = super().sample_run(batches, noise, store, cfg_scale, progress)
+        self._keep_compiled()
+        return stats
+
+    def tile_decoder(self) -> DecodeTile | None:
+        """The engine of the bundle's VAE decoder, where it was built."""
+        index = self._store.read()
+        return self.decode if index is not None and VAE_DECODER in index.engines else None
+
+    def decode(self, tiles: np.ndarray) -> np.ndarray:
+        """As `DeviceBackend` does; then kernels that were compiled for it are kept, too."""
+        pixels = super().decode(tiles)
+        self._keep_compiled()
+        return pixels
+
+    def _keep_compiled(self) -> None:
         if self._runtime.contexts != self._kept:
             self._kept = self._runtime.contexts
             if (compiled := self._runtime.compiled()) is not None:
                 self._store.write_runtime_cache(compiled)
-        return stats
 
     def _keep_memory(self, memory: Mapping[EngineId, EngineMemory]) -> None:
         hashes = _hashes(self.bundle, self._store)

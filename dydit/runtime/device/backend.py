@@ -13,12 +13,13 @@ import numpy as np
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.graph_io import BATCH, LABELS, ROWS, STEPS, conditioning_outputs, subnet_outputs
 from dydit.bundle.manifest import Routing
+from dydit.bundle.vae import vae_outputs
 from dydit.errors import BackendError, one_line
 from dydit.runtime.backends.base import Arrays, Backend, BackendOptions, StepResult, Subnet
 from dydit.runtime.device.execute import CaptureError, Device, Executor
 from dydit.runtime.device.launches import EngineMemory, engines_of, fit_resident
 from dydit.runtime.device.layout import LaunchOptions, RunShape
-from dydit.runtime.device.operations import CONDITIONER, EngineId
+from dydit.runtime.device.operations import CONDITIONER, DECODER, EngineId
 from dydit.runtime.device.sampler import DeviceSampler
 from dydit.runtime.device.stepping import Stepper
 from dydit.runtime.loop import LatentStore, Progress, RunStats, default_residency
@@ -91,6 +92,43 @@ class DeviceBackend(Backend):
                 parts.append(self._stepper.run(CONDITIONER, part, outputs, sizes)["modulation"])
             rows.append(np.concatenate(parts, axis=1))
         return np.concatenate(rows)
+
+    def decode(self, tiles: np.ndarray) -> np.ndarray:
+        """Tiles of latents f32 [B, C, tile, tile] to pixels f32 [B, 3, side, side], by the VAE decoder's engine.
+
+        Where that has no room, what whole runs keep on the device goes; the next run brings it back.
+        """
+        try:
+            return self._decode(tiles)
+        except BackendError:
+            if not self._clear_runs():
+                raise
+        return self._decode(tiles)
+
+    def _decode(self, tiles: np.ndarray) -> np.ndarray:
+        vae = self.bundle.manifest.vae
+        assert vae is not None
+        most, parts = self._decoder_limit, []
+        for first in range(0, len(tiles), most):
+            part = tiles[first : first + most]
+            out = self._stepper.run(DECODER, {"latents": part}, vae_outputs(vae), {BATCH: len(part)})
+            parts.append(out["images"])
+        return np.concatenate(parts)
+
+    @cached_property
+    def _decoder_limit(self) -> int:
+        """The most tiles that the decoder's engine takes at once."""
+        self._stepper.load(DECODER)
+        return self._stepper.longest(DECODER, "latents")
+
+    def _clear_runs(self) -> bool:
+        """Free what whole runs keep; False where there is nothing."""
+        executors = [each for each in self._owned if isinstance(each, Executor)]
+        for executor in executors:
+            self._owned.remove(executor)
+            executor.close()
+        self.__dict__.pop("_sampler", None)
+        return bool(executors)
 
     @cached_property
     def _stepper(self) -> Stepper:

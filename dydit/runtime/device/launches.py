@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from dydit.bundle.manifest import CONDITIONING, Manifest
+from dydit.bundle.vae import VAE_DECODER
 from dydit.errors import BackendError
 from dydit.runtime.device.layout import LaunchOptions, Layout, RunShape
 from dydit.runtime.device.operations import (
@@ -333,7 +334,7 @@ class LaunchPlan:
 
 
 def engines_of(manifest: Manifest, segments: Sequence[int] | None = None) -> tuple[EngineId, ...]:
-    """Every engine that a run over the given segments (by default all) may load."""
+    """Every engine that sampling the given segments (by default all) may load."""
     chosen = range(len(manifest.plan.segments)) if segments is None else segments
     subnets = sorted({manifest.plan.segments[index].subnet for index in chosen})
     full = [EngineId(index, full=True) for index in subnets if manifest.subnets[index].full_file]
@@ -342,6 +343,8 @@ def engines_of(manifest: Manifest, segments: Sequence[int] | None = None) -> tup
 
 def graph_of(manifest: Manifest, engine: EngineId) -> str:
     """The file of the graph that an engine is made from."""
+    if engine.decoder:
+        return VAE_DECODER
     if engine.subnet is None:
         return CONDITIONING
     entry = manifest.subnets[engine.subnet]

@@ -23,18 +23,24 @@ def aligned(nbytes: int) -> int:
 
 @dataclass(frozen=True)
 class EngineId:
-    """An engine of the bundle: a subnetwork (`full`: its form at full capacity), or with None the conditioning."""
+    """An engine of the bundle: a subnetwork (`full`: its form at full capacity), or with None the conditioning, or
+    the VAE `decoder`.
+    """
 
     subnet: int | None
     full: bool = False
+    decoder: bool = False
 
     def __str__(self) -> str:
+        if self.decoder:
+            return "VAE decoder"
         if self.subnet is None:
             return "conditioning"
         return f"subnetwork {self.subnet}{' at full capacity' if self.full else ''}"
 
 
 CONDITIONER = EngineId(None)
+DECODER = EngineId(None, decoder=True)
 
 
 @dataclass(frozen=True)

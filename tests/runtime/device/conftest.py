@@ -13,7 +13,8 @@ from dydit.errors import BackendError
 from dydit.runtime.backends.base import BackendOptions
 from dydit.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from dydit.runtime.device.launches import EngineMemory, engines_of
-from dydit.runtime.device.operations import ALIGNMENT, COMPUTE, COPY
+from dydit.runtime.device.operations import ALIGNMENT, COMPUTE, COPY, DECODER
+from dydit.runtime.vae import VaeDecoder
 
 GAP = 4096
 
@@ -45,7 +46,7 @@ class FakeDevice:
 
     def __init__(self, bundle, activation=lambda engine: 1000, seed=0, limit=None, longest=(100, 100)):
         self.bundle, self.activation, self.limit = bundle, activation, limit
-        self.extents = dict(zip(("timesteps", "labels"), longest, strict=True))
+        self.extents = dict(zip(("timesteps", "labels"), longest, strict=True)) | {"latents": 3}
         self.free_bytes, self.loads = 1 << 40, []
         self.backend = PairwiseBackend(bundle)
         self.rng = np.random.default_rng(seed)
@@ -181,6 +182,9 @@ class FakeDevice:
         self._queue(work, COMPUTE)
 
     def _evaluate(self, engine, feeds, outputs):
+        if engine == DECODER:
+            assert len(feeds["latents"]) <= self.extents["latents"]
+            return [VaeDecoder(self.bundle.path, self.bundle.manifest.vae, BackendOptions(threads=1)).decode(**feeds)]
         if engine.subnet is None:
             assert len(feeds["timesteps"]) <= self.extents["timesteps"]
             assert len(feeds["labels"]) <= self.extents["labels"]

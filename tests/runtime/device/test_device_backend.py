@@ -12,11 +12,12 @@ from dydit.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from dydit.runtime.device.backend import RESERVE, DeviceBackend
 from dydit.runtime.device.execute import CaptureError
 from dydit.runtime.device.launches import EngineMemory
-from dydit.runtime.device.operations import CONDITIONER, EngineId
+from dydit.runtime.device.operations import CONDITIONER, DECODER, EngineId
 from dydit.runtime.loop import MemoryStore, StepRunner, sample
 from dydit.runtime.noise import SeededNoise
 from dydit.runtime.request import make_batches
 from dydit.runtime.resident import ResidentSubnets
+from dydit.runtime.vae import VaeDecoder
 
 LABELS, IMAGES = [3, 1, 3, 0, 6], [0, 1, 2, 40, 41]
 OVERFLOWING = {"routing": Routing.CAPACITY, "capacities": (12, 14, 14), "plan": PlanKind.PER_STEP}
@@ -264,3 +265,49 @@ def test_a_backend_that_nobody_holds_frees_the_device(make_bundle, fake_device):
     del fixture.backend
     gc.collect()
     assert not device.arena and not device.engines and not device.graphs
+
+
+def latents_of(count):
+    return np.random.default_rng(count).standard_normal((count, 4, 8, 8)).astype(np.float32)
+
+
+def test_the_decoder_is_an_engine_like_the_others(vae_bundle, fake_device, relative_to):
+    """At most three tiles at once, which is what the engine takes."""
+    fixture = Fixture(vae_bundle, fake_device)
+    theirs = VaeDecoder(vae_bundle.path, vae_bundle.manifest.vae).decode(latents_of(7))
+    ours = fixture.backend.decode(latents_of(7))
+    assert ours.shape == (7, 3, 16, 16) and relative_to(ours, theirs) < 1e-5
+    (device,) = fixture.devices
+    assert [len(feeds["latents"]) for engine, feeds in device.log if engine == DECODER] == [3, 3, 1]
+    fixture.backend.decode(latents_of(2))
+    assert device.loads == [DECODER]
+    fixture.backend.close()
+    assert not device.arena and not device.engines
+
+
+def test_the_decoder_takes_the_place_of_runs_where_there_is_none_else(vae_bundle, fake_device, expected):
+    fixture = Fixture(vae_bundle, fake_device)
+    latents, _ = fixture.run()
+    (running,) = fixture.devices
+
+    class Full(fake_device):
+        def allocate(self, nbytes):
+            if running.arena:
+                raise BackendError("the GPU cannot allocate")
+            return super().allocate(nbytes)
+
+    def make():
+        fixture.devices.append(Full(vae_bundle) if len(fixture.devices) == 1 else fake_device(vae_bundle))
+        return fixture.devices[-1]
+
+    fixture.backend._make_device = make
+    assert fixture.backend.decode(latents[0]).shape == (2, 3, 16, 16)
+    assert not running.arena and not running.engines and not running.graphs
+    again, _ = fixture.run()
+    assert same(again, latents) and len(fixture.devices) == 3
+
+
+def test_a_decoder_that_fails_without_a_run_to_blame_is_an_error(vae_bundle, fake_device):
+    fixture = Fixture(vae_bundle, fake_device, limit=1000)
+    with pytest.raises(BackendError, match="out of device memory"):
+        fixture.backend.decode(latents_of(1))

@@ -14,14 +14,15 @@ from dydit.bundle.bundle import Bundle
 from dydit.bundle.manifest import CONDITIONING, Routing
 from dydit.engines.fingerprint import EngineKey, make_request
 from dydit.engines.flavour import Flavour, Gpu
-from dydit.engines.store import EngineEntry, EngineStore
+from dydit.engines.store import EngineEntry, EngineStore, weights_of
 from dydit.errors import BackendError, BundleError
 from dydit.runtime.backends import tensorrt as backend
 from dydit.runtime.backends.registry import backend_status, open_backend
 from dydit.runtime.device.launches import EngineMemory, engines_of, graph_of
-from dydit.runtime.device.operations import CONDITIONER, EngineId
+from dydit.runtime.device.operations import CONDITIONER, DECODER, EngineId
 from dydit.runtime.loop import MemoryStore, StepRunner, sample
 from dydit.runtime.noise import SeededNoise
+from dydit.runtime.pixels import ToPixels
 from dydit.runtime.request import make_batches
 from dydit.runtime.resident import ResidentSubnets
 
@@ -58,12 +59,17 @@ def build(bundle: Bundle, **settings) -> EngineStore:
     store = EngineStore.of(bundle, request)
     store.folder.mkdir(parents=True)
     entries = {}
-    for engine in engines_of(bundle.manifest):
+    decoder = () if bundle.manifest.vae is None else (DECODER,)
+    for engine in (*engines_of(bundle.manifest), *decoder):
         graph = graph_of(bundle.manifest, engine)
         data, name = f"engine of {graph}".encode(), graph.replace(".onnx", ".engine")
         (store.folder / name).write_bytes(data)
         files = bundle.manifest.files
-        key = EngineKey(graph_sha256=files[graph].sha256, weights_sha256=files["weights.bin"].sha256, profile={})
+        key = EngineKey(
+            graph_sha256=files[graph].sha256,
+            weights_sha256=files[weights_of(bundle.manifest, graph)].sha256,
+            profile={},
+        )
         entries[graph] = EngineEntry(
             file=name,
             key=key,
@@ -148,9 +154,23 @@ def test_the_flavour_that_has_engines_is_taken(bundle, machine):
 
 
 @pytest.fixture
-def opened(bundle, machine, monkeypatch, fake_device):
+def opened(bundle, open_on):
     """`opened()`: the backend on a device of NumPy arrays, and what it read and compiled."""
-    machine()
+    return open_on(bundle)
+
+
+@pytest.fixture
+def open_on(machine, monkeypatch, fake_device):
+    """`open_on(bundle)`: the same of a bundle, whose engines are built first."""
+
+    def of(bundle):
+        machine()
+        return opener(bundle, monkeypatch, fake_device)
+
+    return of
+
+
+def opener(bundle, monkeypatch, fake_device):
     store = build(bundle)
     facts = SimpleNamespace(store=store, read=[], devices=[], compiled=b"kernels")
 
@@ -233,3 +253,33 @@ def test_a_changed_engine_is_refused(bundle, opened):
     path.write_bytes(path.read_bytes().replace(b"e", b"f"))
     with pytest.raises(BundleError, match=r"subnet-0000.engine was changed after it was built"):
         facts.backend.subnet(0)
+
+
+def test_the_decoders_engine_makes_the_pictures(vae_bundle, open_on, tmp_path, monkeypatch):
+    """Where it was built; else ONNX Runtime makes the same ones."""
+    shutil.copytree(vae_bundle.path, tmp_path / "bundle")
+    bundle = Bundle.open(tmp_path / "bundle")
+    facts = open_on(bundle)()
+    latents = np.random.default_rng(0).standard_normal((5, 4, 8, 8)).astype(np.float32)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "onnxruntime", None)
+        to_pixels = ToPixels(facts.backend)
+    pixels = to_pixels(latents)
+    assert facts.read == ["engine of vae_decoder.onnx"] and facts.store.read_runtime_cache() == b"kernels"
+    index = facts.store.read()
+    engines = {name: entry for name, entry in index.engines.items() if name != "vae_decoder.onnx"}
+    facts.store.write(index.request, engines)
+    assert facts.backend.tile_decoder() is None
+    without = ToPixels(facts.backend)(latents)
+    assert pixels.shape == (5, 3, 16, 16) and np.linalg.norm(pixels - without) < 1e-5 * np.linalg.norm(without)
+
+
+def test_a_decoder_of_another_bundle_is_refused(vae_bundle, open_on, tmp_path):
+    shutil.copytree(vae_bundle.path, tmp_path / "bundle")
+    facts = open_on(Bundle.open(tmp_path / "bundle"))()
+    index = facts.store.read()
+    entry = index.engines["vae_decoder.onnx"]
+    key = entry.key.model_copy(update={"weights_sha256": "0" * 64})
+    facts.store.write(index.request, {**index.engines, "vae_decoder.onnx": entry.model_copy(update={"key": key})})
+    with pytest.raises(BundleError, match=r"vae_decoder\.engine was built with another bundle's weights; run"):
+        facts.backend.decode(np.zeros((1, 4, 8, 8), np.float32))
