@@ -5,12 +5,13 @@
 --digits: the shipped model with a subnetwork for each distinct mask of its 250 steps, and a model of its shape with
 random weights, whose masks nearly all differ, so that close to 250 graphs are built. --xl: DiT-XL/2 in fp16 on 16
 subnetworks, random weights with routers set to a FLOPs ratio near 0.5. --sliding: the same model, one graph for every
-width. All have capacity routing with a slot for every token. Each bundle is built by `dydit build` in a process of its own, then again with nothing changed.
+width. All have capacity routing with a slot for every token. Each bundle is built by `dydit build` in a process of its
+own, then again with nothing changed.
 
 Bars, for two cores: the digits' graphs in 240 s each time, DiT-XL/2 in 360 s with all processes together below 12 GB,
-and again in 5 s; the sliding engine in 60 s, its plan below 200 MB, which leaves no room for block weights. Exit code 1 where one is missed. Times are of the whole command, interpreter and verification of the
-bundle included. Run it on a machine that does nothing else; the load average is in the report. Needs 16 GB of disk
-where temporary files go.
+and again in 5 s; the sliding engine in 60 s, its plan below 200 MB, which leaves no room for block weights. Exit code 1
+where one is missed. Times are of the whole command, interpreter and verification of the bundle included. Run it on a
+machine that does nothing else; the load average is in the report. Needs 16 GB of disk where temporary files go.
 """
 
 from __future__ import annotations
