@@ -325,14 +325,11 @@ def say_files(folder: Path) -> None:
 
 def next_commands(manifest: Manifest, bundle: Path, checkpoint: Path) -> str:
     """Closing words after an export: commands that work with a bundle of this kind."""
-    match manifest.precision:
-        case Precision.FP32:
-            words = f"dydit sample {bundle} --labels 0 --out SAMPLES, dydit parity {bundle} --against {checkpoint}"
-        case Precision.FP16:
-            words = f"dydit sample {bundle} --labels 0 --out SAMPLES, dydit build {bundle}"
-        case Precision.BF16:
-            words = f"dydit sample {bundle} --labels 0 --backend torch --out SAMPLES, dydit build {bundle}"
-    return f"Next: {words}"
+    backend = " --backend torch" if manifest.precision is Precision.BF16 else ""
+    return (
+        f"Next: dydit sample {bundle} --labels 0{backend} --out SAMPLES, dydit parity {bundle} --against {checkpoint}"
+        f"{backend} --out PARITY"
+    )
 
 
 def print_json(value: Any) -> None:

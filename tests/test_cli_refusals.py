@@ -200,16 +200,6 @@ def test_a_bf16_bundle_on_the_cpu_of_onnxruntime(run, make_bundle, tmp_path: Pat
     assert contents(tmp_path) == {}
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_parity_of_a_bundle_below_fp32(run, make_bundle, make_checkpoint, tmp_path: Path, precision: str) -> None:
-    path = make_bundle(precision=precision, steps=STEPS, max_subnets=2).path
-    assert_refused(
-        run("parity", path, "--against", make_checkpoint().path, "--out", tmp_path / "out"),
-        f"{path} is in {precision}, and parity has bars for fp32 alone; export the checkpoint with --precision fp32",
-    )
-    assert contents(tmp_path) == {}
-
-
 @pytest.mark.parametrize("backend", ["tensorrt", "tensorrt-rtx"])
 def test_a_backend_that_is_not_there(run, exported: Path, tmp_path: Path, monkeypatch, backend: str) -> None:
     for module in ("tensorrt", "tensorrt_rtx"):

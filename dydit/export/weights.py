@@ -27,6 +27,11 @@ def stored_precision(name: str, precision: Precision) -> Precision:
     return precision if name.split(".")[-2:][0] in _PRODUCTS else Precision.FP32
 
 
+def stored_form(name: str, tensor: Tensor, precision: Precision) -> Tensor:
+    """A tensor in the type in which a bundle of `precision` stores it."""
+    return tensor.detach().to(_TYPES[stored_precision(name, precision)])
+
+
 def write_weights(
     path: Path, tensors: Iterable[tuple[str, Tensor]], precision: Precision = Precision.FP32
 ) -> dict[str, WeightEntry]:

@@ -6,6 +6,7 @@ excusable shows in how near to zero its logit was. NumPy only: B images, L block
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,13 +24,30 @@ def relative_l2(value: np.ndarray, reference: np.ndarray) -> np.ndarray:
     return np.where(np.isfinite(ratio), ratio, np.inf)
 
 
+def picture_error(value: np.ndarray, reference: np.ndarray, span: float | None) -> np.ndarray:
+    """Root mean square difference of each entry of the first axis, in units of `span`: PSNR is -20 log10 of it.
+
+    `span`: the range of values, 2 for pixels in [-1, 1]; None: what the reference's entry ranges over. Infinite where
+    `value` is not finite. float64.
+    """
+    a, b = (array.reshape(len(array), -1).astype(np.float64) for array in (value, reference))
+    size = np.ptp(b, axis=1) if span is None else span
+    with np.errstate(invalid="ignore", divide="ignore"):
+        error = np.sqrt(np.square(a - b).mean(axis=1))
+        error = np.where(error == 0, 0.0, error / size)
+    return np.where(np.isfinite(error), error, np.inf)
+
+
+Measure = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
 @dataclass(frozen=True)
 class StepComparison:
     """One sampling step held against the reference.
 
-    `values`, `contributions`: float64 [B], relative L2 of x_prev and of x_prev - c_x*x. `flips`: int64 [L, B], tokens
-    routed differently. `margins`: float64 [L, B], the largest |logit| among them in root mean squares of the block's
-    logits, 0 where nothing flipped. `decisions`: how many were compared.
+    `values`, `contributions`: float64 [B], the hop's measure (relative L2) of x_prev, and relative L2 of
+    x_prev - c_x*x. `flips`: int64 [L, B], tokens routed differently. `margins`: float64 [L, B], the largest |logit|
+    among them in root mean squares of the block's logits, 0 where nothing flipped. `decisions`: how many were compared.
     """
 
     step: int
@@ -52,7 +70,12 @@ class StepValues:
 
 
 def compare_step(
-    step: int, ours: StepValues, reference: StepValues, c_x: float, logits: np.ndarray | None
+    step: int,
+    ours: StepValues,
+    reference: StepValues,
+    c_x: float,
+    logits: np.ndarray | None,
+    measure: Measure = relative_l2,
 ) -> StepComparison:
     """Hold a step against the reference's; `logits`: f32 [L, rows, N], the reference's (None for a static model)."""
     images = len(ours.x)
@@ -63,7 +86,7 @@ def compare_step(
         flips, margins = count_flips(ours.tokens, logits, images)
         decisions = logits.size
     return StepComparison(
-        step, relative_l2(ours.x_prev, reference.x_prev), relative_l2(parts[0], parts[1]), flips, margins, decisions
+        step, measure(ours.x_prev, reference.x_prev), relative_l2(parts[0], parts[1]), flips, margins, decisions
     )
 
 

@@ -6,6 +6,7 @@ where steps stand alone for that step, in a whole run from there on. K steps com
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 
 from dydit.verify.compare import StepComparison, StepValues, relative_l2
 from dydit.verify.results import Departure, FlippedImage, Hop, Measured, Status, measured, measured_all
-from dydit.verify.tolerances import AGREEMENT, AGREEMENT_FROM, RESIDUAL, TOLERANCES, Tolerance
+from dydit.verify.tolerances import AGREEMENT_FROM, RESIDUAL, Tolerance
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class _Evidence:
 
     def agreeing(self, values: np.ndarray) -> np.ndarray:
         """`values` [K, B] with NaN for what is set aside."""
+        if self.rule.tie is None:
+            return values
         agrees = ~self.flips.any(axis=1)
         if self.run:
             agrees = np.logical_and.accumulate(agrees, axis=0)
@@ -55,10 +58,10 @@ class _Evidence:
         return self.held[-1:] if self.run else self.held
 
 
-def judge(name: str, compared: Sequence[StepComparison], timesteps: np.ndarray) -> Verdict:
-    """The verdict on the hop `name` of the table; `timesteps` [S] of all steps. The hop "run" is one whole run."""
+def judge(rule: Tolerance, compared: Sequence[StepComparison], timesteps: np.ndarray) -> Verdict:
+    """The verdict on a hop by its rule; `timesteps` [S] of all steps. The hop "run" is one whole run."""
     evidence = _Evidence(
-        rule=TOLERANCES[name],
+        rule=rule,
         steps=[each.step for each in compared],
         timesteps=timesteps,
         values=np.stack([each.values for each in compared]),
@@ -66,7 +69,7 @@ def judge(name: str, compared: Sequence[StepComparison], timesteps: np.ndarray) 
         flips=np.stack([each.flips for each in compared]),
         margins=np.stack([each.margins for each in compared]),
         decisions=sum(each.decisions for each in compared),
-        run=name == "run",
+        run=rule.hop == "run",
     )
     flipped = _flipped_images(evidence)
     faults = _faults(evidence, flipped)
@@ -101,9 +104,10 @@ def _flipped_images(evidence: _Evidence) -> list[FlippedImage]:
         if not len(where):
             continue
         first_blocks = {int(k): int(np.flatnonzero(flips[k])[0]) for k in where}
+        tie = np.inf if evidence.rule.tie is None else evidence.rule.tie
         margins = {k: float(evidence.margins[k, block, image]) for k, block in first_blocks.items()}
         candidates = list(margins)[:1] if evidence.run else list(margins)
-        k = next((k for k in candidates if not margins[k] <= evidence.rule.tie), candidates[0])
+        k = next((k for k in candidates if not margins[k] <= tie), candidates[0])
         found.append(
             FlippedImage(
                 image=image,
@@ -111,7 +115,7 @@ def _flipped_images(evidence: _Evidence) -> list[FlippedImage]:
                 timestep=int(evidence.timesteps[evidence.steps[k]]),
                 block=first_blocks[k],
                 margin=measured(margins[k]),
-                tie=margins[k] <= evidence.rule.tie,
+                tie=margins[k] <= tie,
                 flips=int(flips.sum()),
                 value=measured(evidence.values[where, image].max()),
             )
@@ -124,7 +128,8 @@ def _faults(evidence: _Evidence, flipped: list[FlippedImage]) -> list[str]:
     rule, judged, faults = evidence.rule, evidence.judged, []
     over = judged[judged > rule.bar]  # NaN, what is set aside, is not above
     if over.size:
-        faults.append(f"{_noun(rule)} reaches {_shown(measured(over.max()))}, the bar is {rule.bar:g}")
+        reached, bar = _told(rule, measured(over.max())), _told(rule, rule.bar)
+        faults.append(f"{_noun(rule)} reaches {reached}, the bar is {bar}")
     wrong = [each for each in flipped if not each.tie]
     if wrong:
         first = min(wrong, key=lambda each: each.step)
@@ -134,20 +139,31 @@ def _faults(evidence: _Evidence, flipped: list[FlippedImage]) -> list[str]:
             f"size, a tie is up to {rule.tie:g})"
         )
     flips = int(evidence.flips.sum())
-    if evidence.decisions >= AGREEMENT_FROM and flips > (1 - AGREEMENT) * evidence.decisions:
-        faults.append(f"{flips} of {evidence.decisions} token decisions differ, the bar is {1 - AGREEMENT:.2%}")
+    if evidence.decisions >= AGREEMENT_FROM and flips > (1 - rule.agreement) * evidence.decisions:
+        faults.append(f"{flips} of {evidence.decisions} token decisions differ, the bar is {1 - rule.agreement:.2%}")
     return faults
 
 
 def _praise(evidence: _Evidence, flipped: list[FlippedImage]) -> str:
-    judged = evidence.judged
+    judged, rule = evidence.judged, evidence.rule
     nothing = np.isnan(judged).all()
-    worst = "no image kept all its decisions" if nothing else f"{_noun(evidence.rule)} at most {np.nanmax(judged):.2g}"
+    largest = "" if nothing else _told(rule, measured(np.nanmax(judged)))
+    worst = "no image kept all its decisions" if nothing else f"{_noun(rule)} at most {largest}"
+    if rule.tie is None:
+        flips = int(evidence.flips.sum())
+        return worst + (f"; {flips} of {evidence.decisions} token decisions differ" if flips else "")
     return worst + (f"; {len(flipped)} image(s) flipped a token at a tie" if flipped else "")
 
 
 def _noun(rule: Tolerance) -> str:
     return rule.measure.partition(",")[0].removesuffix(" per image")
+
+
+def _told(rule: Tolerance, value: Measured) -> str:
+    """A value of the rule's measure, a picture's error with its PSNR."""
+    if not rule.decibels or not value:
+        return _shown(value)
+    return f"{_shown(value)} (PSNR {-20 * math.log10(value):.1f} dB)"
 
 
 def _shown(value: Measured) -> str:
@@ -212,10 +228,12 @@ def locate_in_run(verdict: Verdict, timesteps: np.ndarray) -> Hop:
     return hop.model_copy(update={"departure": Departure(step=step, timestep=timestep, block=block, where=where)})
 
 
-def counted(name: str, differing: int, detail: str, departure: Departure | None, per_step: Sequence[int] = ()) -> Hop:
+def counted(
+    rule: Tolerance, differing: int, detail: str, departure: Departure | None, per_step: Sequence[int] = ()
+) -> Hop:
     """The verdict on a hop that allows no difference at all; it failed where there is a departure."""
     return Hop(
-        **_header(TOLERANCES[name]),
+        **_header(rule),
         status=Status.FAILED if departure else Status.PASSED,
         detail=detail,
         worst=float(differing),
@@ -225,9 +243,9 @@ def counted(name: str, differing: int, detail: str, departure: Departure | None,
     )
 
 
-def skipped(name: str, why: str) -> Hop:
+def skipped(rule: Tolerance, why: str) -> Hop:
     """A hop that could not be made, which counts as not passed."""
-    return Hop(**_header(TOLERANCES[name]), status=Status.SKIPPED, detail=why)
+    return Hop(**_header(rule), status=Status.SKIPPED, detail=why)
 
 
 def _header(rule: Tolerance) -> dict[str, Any]:

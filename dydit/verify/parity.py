@@ -1,12 +1,13 @@
 """`dydit parity`: hold a bundle against the checkpoint that it came from, hop by hop (DESIGN, section 6).
 
     masks    the model's own gates in every sampling step == the frozen table
-    weights  every stored tensor == the checkpoint's, bit for bit
+    weights  every stored tensor == the checkpoint's, in the bundle's precision, bit for bit
     sliced   masked model vs the sliced torch form, each step from the reference's own latents
     step     masked model vs the backend, each step from the reference's own latents
     run      masked model vs the backend, the whole run from the same noise
 
-The reference (`dydit.verify.reference`) runs first and is never patched. All hops are made, also after one has failed.
+The bars are those of the bundle's precision (`dydit.verify.tolerances`). The reference (`dydit.verify.reference`) runs
+first and is never patched. All hops are made, also after one has failed.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ import torch
 from pydantic import Field
 
 from dydit.bundle.bundle import Bundle
-from dydit.bundle.manifest import Precision
+from dydit.bundle.manifest import Manifest
 from dydit.errors import ConfigError
 from dydit.export.exporter import stale_reasons
+from dydit.export.weights import stored_form
 from dydit.files import write_json
 from dydit.models.checkpoint import Checkpoint
 from dydit.models.config import ModelConfig, Strict
@@ -33,14 +35,16 @@ from dydit.models.sliced import SlicedDiT, conditioning
 from dydit.runtime.backends.base import BackendOptions
 from dydit.runtime.backends.registry import open_backend
 from dydit.runtime.loop import StepRunner
+from dydit.runtime.pixels import ToPixels, picture_format
 from dydit.runtime.resident import ResidentSubnets
-from dydit.verify.compare import StepComparison, StepValues, compare_step
+from dydit.verify.compare import Measure, StepComparison, StepValues, compare_step, picture_error, relative_l2
 from dydit.verify.hops import Verdict, counted, judge, locate, locate_in_run, skipped
 from dydit.verify.reference import Images, Reference, Trajectory
 from dydit.verify.results import Departure, Hop, Machine, ParityReport
-from dydit.verify.tolerances import DERIVED_WEIGHTS, HOPS
+from dydit.verify.tolerances import DERIVED_WEIGHTS, rules
 
 REPORT = "parity.json"
+PIXEL_SPAN = 2.0  # pixels are in [-1, 1]
 Progress = Callable[[int, int], None]
 
 
@@ -68,15 +72,10 @@ def run_parity(
 ) -> ParityReport:
     """Make every hop and, with `out`, write `out/parity.json`. `progress(done, total)` counts model evaluations.
 
-    A bundle of another checkpoint is not refused: the hops fail and name what differs. Raises `ConfigError` for a
-    bundle that is not in fp32 and for labels that do not fit it, `BackendError` where the backend cannot run it.
+    A bundle of another checkpoint is not refused: the hops fail and name what differs. Raises `ConfigError` for labels
+    that do not fit the bundle, `BackendError` where the backend cannot run it.
     """
     start, manifest = time.perf_counter(), bundle.manifest
-    if manifest.precision is not Precision.FP32:
-        raise ConfigError(
-            f"{bundle.path} is in {manifest.precision}, and parity has bars for fp32 alone; export the checkpoint with "
-            "--precision fp32 and hold that against it"
-        )
     if len(config.labels) > manifest.max_batch:
         raise ConfigError(
             f"{len(config.labels)} labels, but the bundle was exported for batches up to {manifest.max_batch}"
@@ -89,7 +88,7 @@ def run_parity(
         hops, trajectory = parity.hops()
         repeated = parity.repeated
     else:
-        hops, trajectory, repeated = _other_architecture(manifest.model, checkpoint.config), None, 0
+        hops, trajectory, repeated = _other_architecture(manifest, checkpoint.config), None, 0
     tokens, ratio = (np.empty(0), np.empty(0)) if trajectory is None else cost_of(manifest.model, trajectory)
     report = ParityReport(
         bundle=str(bundle.path),
@@ -121,12 +120,13 @@ def cost_of(model: ModelConfig, trajectory: Trajectory) -> tuple[np.ndarray, np.
     return routed.mean(axis=1), ratio
 
 
-def _other_architecture(ours: ModelConfig, reference: ModelConfig) -> list[Hop]:
+def _other_architecture(manifest: Manifest, reference: ModelConfig) -> list[Hop]:
+    ours = manifest.model
     name = next(name for name in ModelConfig.model_fields if getattr(ours, name) != getattr(reference, name))
     where = f"{name} is {getattr(ours, name)} in the bundle and {getattr(reference, name)} in the checkpoint"
-    first, *rest = HOPS
-    failed = counted(first.hop, 1, "the architecture differs", Departure(where=where))
-    return [failed, *(skipped(each.hop, "the architecture differs") for each in rest)]
+    first, *rest = rules(manifest.precision).values()
+    failed = counted(first, 1, "the architecture differs", Departure(where=where))
+    return [failed, *(skipped(each, "the architecture differs") for each in rest)]
 
 
 @dataclass
@@ -157,6 +157,7 @@ class _Parity:
         self.images = Images(config.labels, config.seed, config.cfg_scale)
         self.reference = Reference(checkpoint.model(), sampling.steps, sampling.sampler, sampling.cfg_channels)
         self.timesteps = self.reference.timesteps
+        self.rules = rules(bundle.manifest.precision)
         self.repeated = 0
         self.tick = _Counter(progress, 2 * sampling.steps + 2 * len(compared))
 
@@ -170,9 +171,19 @@ class _Parity:
         latents, logits = self.trajectory.latents, self.trajectory.logits
         return StepValues(latents[step], latents[step + 1], None if logits is None else logits[step] > 0)
 
-    def _compare(self, step: int, ours: StepValues) -> StepComparison:
+    def _compare(self, step: int, ours: StepValues, measure: Measure = relative_l2) -> StepComparison:
         logits = None if self.trajectory.logits is None else self.trajectory.logits[step]
-        return compare_step(step, ours, self._expected(step), float(self.reference.coefficients[step, 0]), logits)
+        c_x = float(self.reference.coefficients[step, 0])
+        return compare_step(step, ours, self._expected(step), c_x, logits, measure)
+
+    def _run_measure(self, step: int, to_pixels: ToPixels) -> Measure:
+        """What a whole run is judged by: below fp32 its pictures, which are decoded at the end where they must be."""
+        if not self.rules["run"].decibels:
+            return relative_l2
+        pictures = picture_format(self.bundle.manifest)
+        if pictures is None or (pictures.decoded and step < len(self.timesteps) - 1):
+            return lambda ours, reference: picture_error(ours, reference, None)
+        return lambda ours, reference: picture_error(to_pixels(ours), to_pixels(reference), PIXEL_SPAN)
 
     def _located(self, verdict: Verdict, ours: Callable[[int], StepValues]) -> Hop:
         """The hop with the block in which it departs: both sides run that step once more, with their residuals."""
@@ -208,7 +219,7 @@ class _Parity:
         for step in self.compared:
             comparisons.append(self._compare(step, run(step)))
             self.tick()
-        return self._located(judge("sliced", comparisons, self.timesteps), run)
+        return self._located(judge(self.rules["sliced"], comparisons, self.timesteps), run)
 
     def _backend(self) -> list[Hop]:
         """Both hops of the backend, segment by segment, so that each subnetwork is loaded once."""
@@ -227,17 +238,19 @@ class _Parity:
                 self.repeated += bool(made.overflow.any())
                 return StepValues(x, made.x_prev, inside.tokens, inside.residuals if residuals else None)
 
-            x, alone, together = latents[0], [], []
+            x, alone, together, to_pixels = latents[0], [], [], ToPixels(backend)
             for step in range(len(self.timesteps)):
                 ours = run(step, x)
-                together.append(self._compare(step, ours))
+                together.append(self._compare(step, ours, self._run_measure(step, to_pixels)))
                 x = ours.x_prev
                 self.tick()
                 if step in self.compared:
                     alone.append(self._compare(step, run(step, latents[step])))
                     self.tick()
-            single = self._located(judge("step", alone, self.timesteps), lambda step: run(step, latents[step], True))
-        return [single, locate_in_run(judge("run", together, self.timesteps), self.timesteps)]
+            single = self._located(
+                judge(self.rules["step"], alone, self.timesteps), lambda step: run(step, latents[step], True)
+            )
+        return [single, locate_in_run(judge(self.rules["run"], together, self.timesteps), self.timesteps)]
 
 
 def compare_masks(bundle: Bundle, timesteps: np.ndarray, widths: np.ndarray) -> Hop:
@@ -245,12 +258,12 @@ def compare_masks(bundle: Bundle, timesteps: np.ndarray, widths: np.ndarray) -> 
 
     `widths`: bool [S, L, 2, rows, H], by unit of the checkpoint. The departure is the first step, block and unit.
     """
-    frozen = bundle.manifest.checkpoint_masks()
+    rule, frozen = rules(bundle.manifest.precision)["masks"], bundle.manifest.checkpoint_masks()
     wrong = (widths != frozen[:, :, :, None]).any(axis=3)  # [S, L, 2, H]
     late = np.asarray(bundle.manifest.sampling.timesteps) != timesteps
     per_step = wrong.sum(axis=(1, 2, 3)) + late
     if not per_step.any():
-        return counted("masks", 0, f"all {wrong.size} gates of {len(timesteps)} steps are equal", None, per_step)
+        return counted(rule, 0, f"all {wrong.size} gates of {len(timesteps)} steps are equal", None, per_step)
     step = int(np.argmax(per_step > 0))
     block, where = None, f"step {step} is at timestep {bundle.manifest.sampling.timesteps[step]}, not {timesteps[step]}"
     if not late[step]:
@@ -260,7 +273,7 @@ def compare_masks(bundle: Bundle, timesteps: np.ndarray, widths: np.ndarray) -> 
         where = f"step {step} (timestep {timesteps[step]}), block {block}: {unit_name} is frozen as {frozen_as}"
     departure = Departure(step=step, timestep=int(timesteps[step]), block=block, where=where)
     total = int(per_step.sum())
-    return counted("masks", total, f"{total} of {wrong.size} gates or timesteps differ", departure, per_step)
+    return counted(rule, total, f"{total} of {wrong.size} gates or timesteps differ", departure, per_step)
 
 
 def compare_weights(bundle: Bundle, checkpoint: Checkpoint) -> Hop:
@@ -268,23 +281,24 @@ def compare_weights(bundle: Bundle, checkpoint: Checkpoint) -> Hop:
     manifest = bundle.manifest
     elements, differing, first = 0, 0, None
     for name, tensor in stored_tensors(checkpoint.state, manifest.model, manifest.head_order, manifest.group_order):
-        expected = tensor.numpy()
-        elements += expected.size
+        expected = stored_form(name, tensor, manifest.precision)
+        elements += expected.numel()
         wrong = _differing(bundle, name, expected)
         differing += wrong
         if wrong and first is None:
             block = int(name.split(".")[1]) if name.startswith("blocks.") else None
-            first = Departure(block=block, where=f"{name}: {wrong} of {expected.size} elements")
+            first = Departure(block=block, where=f"{name}: {wrong} of {expected.numel()} elements")
     detail = f"{differing} of {elements} elements differ" if differing else f"all {elements} elements are equal"
-    return counted("weights", differing, detail, first)
+    return counted(rules(manifest.precision)["weights"], differing, detail, first)
 
 
-def _differing(bundle: Bundle, name: str, expected: np.ndarray) -> int:
+def _differing(bundle: Bundle, name: str, expected: torch.Tensor) -> int:
     """How many elements of a stored tensor are not the expected ones: bit for bit, but for what no checkpoint holds."""
     entry = bundle.manifest.weights.get(name)
-    if entry is None or tuple(entry.shape) != expected.shape:
-        return int(expected.size)
+    if entry is None or entry.shape != tuple(expected.shape) or entry.item_bytes != expected.element_size():
+        return expected.numel()
     stored = bundle.weight(name)
     if name in DERIVED_WEIGHTS:
         return int((~np.isclose(stored, expected, rtol=DERIVED_WEIGHTS[name], atol=0)).sum())
-    return int((stored.view(np.uint32) != expected.view(np.uint32)).sum())
+    bits = np.dtype(f"u{entry.item_bytes}")
+    return int((stored.view(bits) != expected.contiguous().view(torch.uint8).numpy().view(bits)).sum())

@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
+
+from dydit.bundle.manifest import Precision
+
+AGREEMENT = 0.9999
+AGREEMENT_FROM = 100_000
+"""So many token decisions must have been compared for their share to be judged: in fewer, one tie and what follows from
+it exceed it, so that only the ties themselves are judged."""
 
 
 @dataclass(frozen=True)
 class Tolerance:
-    """A hop's bar: the largest `measure` that passes. `tie`: the largest |logit|, in root mean squares of its block's
-    logits, at which a token may be routed differently; beyond it a flip is a fault, not a tie."""
+    """A hop's bar: the largest `measure` that passes.
+
+    `tie`: the largest |logit|, in root mean squares of its block's logits, at which a token may be routed differently;
+    beyond it a flip is a fault, not a tie. An image with a flip is set aside, as its values jump. None: rounding flips
+    many tokens, so they are judged by their share alone, and no image is set aside. `agreement`: the least share of
+    token decisions that agree. `decibels`: the measure is a picture's error, and is told as PSNR too.
+    """
 
     hop: str
     title: str
     measure: str
     bar: float
     reason: str
-    tie: float = 0.0
+    tie: float | None = 0.0
+    agreement: float = AGREEMENT
+    decibels: bool = False
 
 
 _L2 = "relative L2 of x_prev per image, from the reference's own latents"
@@ -60,12 +75,44 @@ HOPS = (
         tie=1e-2,
     ),
 )
-TOLERANCES = {each.hop: each for each in HOPS}
+"""The bars of an fp32 bundle."""
 
-AGREEMENT = 0.9999
-"""Least share of token decisions that agree, where at least `AGREEMENT_FROM` were compared: in fewer, one tie and what
-follows from it exceed the share, so that only the ties themselves are judged."""
-AGREEMENT_FROM = 100_000
+_PSNR = 35.0
+_LOWER = {
+    # Measured on the digits model over 40 steps: fp16 parts by up to 7e-3 a step and in 2 of 10,000 decisions, bf16 by
+    # up to 7e-3 (and often) and in 20 of 10,000.
+    Precision.FP16: (2e-2, 0.999),
+    Precision.BF16: (5e-2, 0.99),
+}
+
+
+def rules(precision: Precision) -> dict[str, Tolerance]:
+    """The bars of a bundle, by hop.
+
+    Below fp32 the reference stays the fp32 model: stored weights are its own, rounded once; a step may differ by the
+    rounding of its products; of a whole run the picture counts, by its peak signal-to-noise ratio of 35 dB.
+    """
+    table = {each.hop: each for each in HOPS}
+    if precision not in _LOWER:
+        return table
+    bar, agreement = _LOWER[precision]
+    changes = {
+        "weights": {"reason": f"weights of matrix products are stored rounded to {precision}, all others as they are"},
+        "step": {
+            "bar": bar,
+            "reason": f"products and attention round to {precision}; a token near its router's zero may flip by that",
+        },
+        "run": {
+            "measure": "root mean square difference of the picture, in its range of values",
+            "bar": round(10 ** (-_PSNR / 20), 5),
+            "reason": f"{_PSNR:g} dB PSNR: a difference that the eye does not find",
+            "decibels": True,
+        },
+    }
+    for hop in ("step", "run"):
+        changes[hop] |= {"tie": None, "agreement": agreement}
+    return table | {hop: dataclasses.replace(table[hop], **change) for hop, change in changes.items()}
+
 
 DERIVED_WEIGHTS = {"time.frequencies": 1e-6}
 """Stored tensors that no checkpoint holds, with their relative tolerance: exp differs in the last bit between CPUs."""

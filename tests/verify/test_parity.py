@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 
-from dydit.bundle.manifest import PlanKind, Routing, pack_mask, unpack_mask
+from dydit.bundle.bundle import Bundle
+from dydit.bundle.manifest import WEIGHTS, PlanKind, Routing, pack_mask, unpack_mask
 from dydit.errors import ConfigError
 from dydit.models.config import Routers
 from dydit.verify.parity import REPORT, ParityConfig, run_parity
@@ -45,6 +47,35 @@ def test_the_torch_backend_and_the_exact_plan(make_checkpoint, make_bundle):
         make_bundle(plan=PlanKind.PER_STEP), make_checkpoint(), CONFIG.model_copy(update={"backend": "torch"})
     )
     assert report.ok and report.backend == "torch", report.summary
+
+
+@pytest.mark.parametrize(("precision", "backend"), [("fp16", "onnxruntime"), ("fp16", "torch"), ("bf16", "torch")])
+def test_below_fp32_the_picture_counts(make_checkpoint, make_bundle, small_config, precision, backend):
+    checkpoint = make_checkpoint(small_config.model_copy(update={"in_channels": 3}))
+    config = CONFIG.model_copy(update={"backend": backend, "cfg_scale": 1.5})
+    report = run_parity(make_bundle(checkpoint, precision=precision), checkpoint, config)
+    assert [hop.name for hop in report.hops][:3] == ["masks", "weights", "sliced"]
+    assert all(hop.status is Status.PASSED for hop in report.hops[:4]), report.summary
+    step, run = report.hop("step"), report.hop("run")
+    assert 1e-5 < step.worst < step.bar, "it is the lower precision that runs"
+    assert run.bar == 0.01778 and "PSNR" in run.detail
+    assert len(run.per_image) == len(CONFIG.labels) and None not in run.per_image, "no image is set aside"
+
+
+def test_a_spoilt_weight_shows_below_fp32(make_checkpoint, make_bundle, tmp_path):
+    folder = tmp_path / "bundle"
+    shutil.copytree(make_bundle(precision="fp16").path, folder)
+    bundle = Bundle.open(folder)
+    entry = bundle.manifest.weights["blocks.1.fc2.weight"]
+    with open(folder / WEIGHTS, "r+b") as file:
+        file.seek(entry.offset)
+        first = np.frombuffer(file.read(2), np.float16) + np.float16(0.001)
+        file.seek(entry.offset)
+        file.write(first.tobytes())
+    report = run_parity(Bundle.open(folder, verify=False), make_checkpoint(), ONE)
+    assert failed(report) == ["weights"] and report.hop("weights").departure.where.startswith(
+        "blocks.1.fc2.weight: 1 of"
+    )
 
 
 def test_a_static_model(make_checkpoint, make_bundle, small_config):
