@@ -13,8 +13,8 @@ from dydit.runtime.backends.base import BackendOptions
 from dydit.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from dydit.runtime.backends.ort_cuda import HostMemory, HostSessions, OnnxRuntimeDeviceBackend, session_memory
 from dydit.runtime.device.execute import Tensor
-from dydit.runtime.device.launches import engines_of
 from dydit.runtime.device.operations import CONDITIONER, EngineId
+from dydit.runtime.device.residency import engines_of
 from dydit.runtime.loop import MemoryStore, StepRunner, sample
 from dydit.runtime.noise import SeededNoise
 from dydit.runtime.request import make_batches

@@ -18,8 +18,9 @@ from dydit.engines.store import EngineEntry, EngineStore
 from dydit.errors import BackendError, BundleError
 from dydit.runtime.backends import tensorrt as backend
 from dydit.runtime.backends.registry import backend_status, open_backend
-from dydit.runtime.device.launches import EngineMemory, engines_of, graph_of
+from dydit.runtime.device.launches import EngineMemory
 from dydit.runtime.device.operations import CONDITIONER, EngineId
+from dydit.runtime.device.residency import engines_of, graph_of
 from dydit.runtime.loop import MemoryStore, StepRunner, sample
 from dydit.runtime.noise import SeededNoise
 from dydit.runtime.request import make_batches
