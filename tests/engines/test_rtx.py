@@ -20,21 +20,17 @@ from dydit.bundle.bundle import Bundle
 from dydit.bundle.graph_io import subnet_inputs
 from dydit.bundle.manifest import FileEntry, Precision, Routing
 from dydit.engines.build import BuildReport, build_engines
-from dydit.engines.builder import Built, Job, build_engine
+from dydit.engines.builder import Job, build_engine
 from dydit.engines.fingerprint import EngineRequest, make_request
 from dydit.engines.flavour import Flavour, installed_version, present_gpu
-from dydit.engines.profiles import Extent, symbol_ranges, width_ranges
+from dydit.engines.profiles import symbol_ranges
 from dydit.engines.store import EngineStore
 from dydit.engines.workers import run_jobs
 from dydit.errors import BackendError, BundleError
-from dydit.export.blocks import FunctionLibrary
 from dydit.export.exporter import ExportConfig, export
-from dydit.export.graph import SubnetSpec, WeightInputs, save_graph, subnet_graph
-from dydit.export.weights import write_weights
 from dydit.files import sha256_of
 from dydit.models.checkpoint import load_checkpoint
 from dydit.models.config import ModelConfig
-from dydit.models.layout import stored_tensors
 from dydit.verify.quickstart import ASSETS
 
 SMALL = {"max_subnets": 2, "capacities": None, "steps": 4}  # one form of each subnetwork: fewer engines
@@ -131,34 +127,27 @@ def test_a_wide_model_builds_in_fp16(rtx, make_checkpoint, make_bundle, tmp_path
     assert report.built[1].bytes > bundle.manifest.subnets[0].weight_bytes, "a static subnetwork holds its weights"
 
 
-def test_one_engine_for_every_width_builds_and_holds_no_block_weights(
-    rtx, make_checkpoint, digits_like: ModelConfig, tmp_path: Path
+def test_a_sliding_bundle_builds_into_one_engine_for_every_width(
+    rtx, capacity_bundle: Callable[..., Bundle], digits_like: ModelConfig, tmp_path: Path
 ) -> None:
-    tensors = stored_tensors(make_checkpoint(digits_like).state, digits_like)
-    source = WeightInputs(write_weights(tmp_path / "weights.bin", tensors, Precision.FP16))
-    every = (tuple(range(digits_like.num_heads)),) * digits_like.depth
-    spec = SubnetSpec(every, every, frozenset(), Routing.CAPACITY, (digits_like.tokens,) * digits_like.depth)
-    library = FunctionLibrary(digits_like, 1, Precision.FP16)
-    save_graph(subnet_graph(digits_like, spec, library, source), tmp_path / "sliding.onnx")
-    request = EngineRequest(
-        flavour=Flavour.TENSORRT_RTX, version=rtx.__version__, precision=Precision.FP16, opt_batch=2, max_batch=4
-    )
-    ranges = {
-        "batch": Extent(min=1, opt=2, max=4),
-        "rows": Extent(min=1, opt=4, max=8),
-        **width_ranges(digits_like),
-    }
-    inputs = (*subnet_inputs(digits_like, False), *source.inputs)
-    job = Job(tmp_path / "sliding.onnx", tmp_path / "s.engine", request, inputs, ranges, tmp_path / "build.log")
-    results: list[Built] = []
-    run_jobs([job], 1, lambda _, built: results.append(built))
-    plan = (tmp_path / "s.engine").read_bytes()
-    assert len(plan) == results[0].bytes
-    stored = (tmp_path / "weights.bin").read_bytes()
-    for name in ("blocks.0.fc1.weight", "embed.weight"):
-        entry = source.entries[name]
-        sample = stored[entry.offset : entry.offset + 64]
-        assert (sample in plan) == (name == "embed.weight"), name
+    """And its form at full capacity; neither plan holds a block's weights."""
+    bundle = copy_of(capacity_bundle("fp16", plan="sliding", steps=6), tmp_path / "copy")
+    assert len(bundle.manifest.subnets) > 2
+    report = build(bundle, jobs=2)
+    assert [each.graph for each in report.built] == ["conditioning.onnx", "sliding.onnx", "sliding-full.onnx"]
+    check_built(bundle, report)
+    store, heads, rows = EngineStore.of(bundle, report.request), digits_like.num_heads, 3 * digits_like.head_dim
+    index = store.read()
+    assert index is not None
+    profile = index.engines["sliding.onnx"].key.profile["blocks.1.qkv.weight"]
+    assert (profile.min, profile.max) == ((rows, 64), (heads * rows, 64))
+    stored = (bundle.path / "weights.bin").read_bytes()
+    for graph in ("sliding.onnx", "sliding-full.onnx"):
+        plan = store.load(graph)
+        for name in ("blocks.0.fc1.weight", "blocks.1.qkv.weight", "embed.weight"):
+            offset = bundle.manifest.weights[name].offset
+            assert (stored[offset : offset + 64] in plan) == (name == "embed.weight"), name
+    assert build(bundle).built == ()
 
 
 def test_wrong_types_fail_the_build_before_it_and_are_logged(small) -> None:

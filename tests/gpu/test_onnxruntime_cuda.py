@@ -15,7 +15,12 @@ from dydit.runtime.resident import ResidentSubnets
 
 LABELS, IMAGES = [3, 1, 0, 6, 2], list(range(5))
 NEAR = 1e-3
-KINDS = {"capacity": {"capacities": (24, 40, 40)}, "dense": {}, "dynamic": {}}
+KINDS = {
+    "capacity": {"routing": "capacity", "capacities": (24, 40, 40)},
+    "dense": {"routing": "dense"},
+    "dynamic": {"routing": "dynamic"},
+    "sliding": {"routing": "dense", "plan": "sliding"},
+}
 
 
 def run(backend, size=2):
@@ -49,7 +54,7 @@ def median_distance(a, b) -> float:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_whole_runs_are_those_of_the_cpu(kind, make_bundle, make_checkpoint, gpu_config, on_gpu):
-    bundle = make_bundle(make_checkpoint(gpu_config), routing=kind, max_batch=4, **KINDS[kind])
+    bundle = make_bundle(make_checkpoint(gpu_config), max_batch=4, **KINDS[kind])
     backend, expected = on_gpu(bundle), run(OnnxRuntimeBackend(bundle))
     latents = run(backend)
     assert median_distance(latents, expected) < NEAR

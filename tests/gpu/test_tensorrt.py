@@ -125,6 +125,39 @@ def test_overflow_is_counted_as_onnxruntime_counts_it(built_bundle, on_gpu):
     assert np.array_equal(*counts)
 
 
+@pytest.mark.parametrize("precision", RUN)
+def test_one_engine_for_every_width_is_onnxruntime(precision, built_bundle, on_gpu):
+    """Weights that slide: whole runs in two batch sizes, then single steps; with graphs and without."""
+    bundle = built_bundle(precision=precision, plan="sliding", capacities=TIGHT)
+    reference = open_backend("onnxruntime", built_bundle(precision="fp32", plan="sliding", capacities=TIGHT))
+    backends = [on_gpu(bundle, graphs) for graphs in (True, False)]
+    for size, seed in ((3, 7), (2, 8), (3, 9)):
+        expected, theirs = run(reference, size, seed=seed)
+        for backend in backends:
+            latents, stats = run(backend, size, seed=seed)
+            assert stats.repeated_steps > 0 < theirs.repeated_steps
+            assert np.median([relative(a, b) for a, b in zip(latents, expected, strict=True)]) < RUN[precision]
+    batch, worst = make_batches(LABELS, IMAGES, 3)[0], 0.0
+    x = noise_of(bundle).initial(batch)
+    with ResidentSubnets(backends[0], 2) as ours, ResidentSubnets(reference, 2) as others:
+        runners = [StepRunner(backends[0], ours, LABELS, 4.0), StepRunner(reference, others, LABELS, 4.0)]
+        for step in range(bundle.manifest.sampling.steps):
+            noise = noise_of(bundle).step(batch, step)
+            got, wanted = (runner.run(step, x, noise, batch.labels).x_prev for runner in runners)
+            worst, x = max(worst, relative(got, wanted)), wanted
+    assert worst < STEP[precision]
+
+
+def test_sliding_needs_no_memory_that_grows(built_bundle, on_gpu):
+    backend, free = on_gpu(built_bundle(precision="fp16", plan="sliding")), []
+    for seed in range(6):
+        run(backend, size=2, seed=seed)
+        device = backend._sampler._executor.device
+        with device.activate():
+            free.append(device.free_memory())
+    assert min(free[1:]) >= free[1]
+
+
 def test_foreign_engines_are_refused(built_bundle, tmp_path):
     copy = tmp_path / "bundle"
     shutil.copytree(built_bundle(precision="fp16").path, copy)

@@ -5,16 +5,24 @@ from __future__ import annotations
 import sys
 
 import numpy as np
+import onnx
 import pytest
 
 from dydit.bundle.manifest import PlanKind, Routing
 from dydit.errors import BackendError
 from dydit.runtime.backends.base import BackendOptions
 from dydit.runtime.backends.onnxruntime import OnnxRuntimeBackend
-from dydit.runtime.backends.ort_cuda import HostMemory, HostSessions, OnnxRuntimeDeviceBackend, session_memory
+from dydit.runtime.backends.ort_cuda import (
+    HostMemory,
+    HostSessions,
+    OnnxRuntimeDeviceBackend,
+    _BoundEngine,
+    session_memory,
+)
 from dydit.runtime.device.execute import Tensor
-from dydit.runtime.device.launches import engines_of
 from dydit.runtime.device.operations import CONDITIONER, EngineId
+from dydit.runtime.device.residency import engines_of
+from dydit.runtime.device.slots import Slots
 from dydit.runtime.loop import MemoryStore, StepRunner, sample
 from dydit.runtime.noise import SeededNoise
 from dydit.runtime.request import make_batches
@@ -44,8 +52,10 @@ def near(a, b) -> bool:
         {"routing": Routing.DENSE},
         {"routing": Routing.DYNAMIC, "plan": PlanKind.PER_STEP},
         {"routing": Routing.CAPACITY, "capacities": (12, 14, 14), "plan": PlanKind.PER_STEP},
+        {"routing": Routing.DYNAMIC, "plan": PlanKind.SLIDING},
+        {"routing": Routing.CAPACITY, "capacities": (12, 14, 14), "plan": PlanKind.SLIDING},
     ],
-    ids=["dense", "dynamic", "overflowing"],
+    ids=["dense", "dynamic", "overflowing", "sliding", "sliding and overflowing"],
 )
 def test_whole_runs_are_the_loop(settings, make_bundle):
     bundle = make_bundle(**settings)
@@ -82,6 +92,37 @@ def test_steps_find_their_inputs_at_the_same_places(make_bundle):
     assert all(len(places) == 1 for places in steps.values())
 
 
+def test_graphs_are_told_apart_by_shapes_and_addresses(make_bundle):
+    """A graph that the provider captured holds addresses: at others it must not be replayed."""
+    bundle = make_bundle(routing=Routing.DENSE)
+    device = HostSessions(bundle, OPTIONS)
+    device.load(CONDITIONER)
+    engine, places = device._engines[CONDITIONER], [device.allocate(1 << 16) for _ in range(4)]
+    for place in places:
+        device.clear(place, 1 << 16)
+    engine._graphs = True
+    vectors = 6 * bundle.manifest.model.depth + 2
+    for steps, labels, out in ((1, 1, 2), (1, 1, 3), (2, 1, 2), (1, 0, 2), (1, 1, 2)):
+        inputs = [Tensor("timesteps", "int64", (steps,), places[0]), Tensor("labels", "int64", (1,), places[labels])]
+        engine.launch(inputs, [Tensor("modulation", "float32", (steps, 1, vectors, 64), places[out])], "conditioning")
+    assert list(engine._captured.values()) == [1, 2, 3, 4]
+
+
+def test_bf16_is_bound_by_its_onnx_number(tmp_path):
+    """NumPy has no such type, and weights that slide are inputs."""
+    helper, types = onnx.helper, onnx.TensorProto
+    node = helper.make_node("Cast", ["w"], ["y"], to=types.FLOAT)
+    values = [helper.make_tensor_value_info(*each, [4]) for each in (("w", types.BFLOAT16), ("y", types.FLOAT))]
+    graph = helper.make_graph([node], "cast", values[:1], values[1:])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=11), tmp_path / "c.onnx")
+    engine, memory = _BoundEngine(tmp_path / "c.onnx", "cpu", OPTIONS, 0, graphs=False), HostMemory()
+    w, y = memory.allocate(8), memory.allocate(16)
+    numbers = np.array([1.0, -2.0, 0.5, 96.0], np.float32)
+    memory.upload(w, (numbers.view(np.uint32) >> 16).astype(np.uint16), "compute")
+    engine.launch([Tensor("w", "bfloat16", (4,), w)], [Tensor("y", "float32", (4,), y)], "cast")
+    assert np.array_equal(memory.download(y, 16).view(np.float32), numbers)
+
+
 def test_memory_of_the_host_is_aligned_and_copied():
     memory = HostMemory()
     a, b = memory.allocate(1000), memory.allocate(1000)
@@ -112,6 +153,11 @@ def test_memory_is_that_of_the_weights(make_bundle):
     figures = {engine: session_memory(bundle, engine).weights for engine in engines_of(bundle.manifest)}
     assert all(0 < weights < total for weights in figures.values())
     assert figures[EngineId(0)] == figures[EngineId(0, True)] == bundle.manifest.subnets[0].weight_bytes
+    sliding = make_bundle(plan=PlanKind.SLIDING)
+    assert list(engines_of(sliding.manifest)) == [CONDITIONER, EngineId(0)]
+    entry, held = sliding.manifest.subnets[0], session_memory(sliding, EngineId(0)).weights
+    units = Slots(sliding.manifest).bindings(0)
+    assert held == entry.weight_bytes - sum(each.nbytes for each in units), "what has one width only"
 
 
 def test_the_gpu_needs_pycuda(make_bundle, monkeypatch):

@@ -1,9 +1,10 @@
 """ONNX Runtime's CUDA provider on whole runs: inputs and outputs stay on the GPU, bound by their addresses.
 
 The list of launches is the one that TensorRT runs by (`dydit.runtime.device`); an engine is here an inference session
-that works on our stream. The provider captures its own CUDA graphs, one for each session and batch size, so our list
-holds none, and steps find their inputs at fixed places. With graphs every node has to run on the GPU; where one does
-not, the session runs without. Releases before microsoft/onnxruntime#28686 let the host wait after each replay.
+that works on our stream. The provider captures its own CUDA graphs, one for each set of shapes and addresses of a
+session, so our list holds none, and steps find their inputs at fixed places. With graphs every node has to run on the
+GPU; where one does not, the session runs without. Releases before microsoft/onnxruntime#28686 let the host wait after
+each replay.
 
 Binding works alike on the CPU (`HostSessions`), which is of use for tests only.
 """
@@ -21,19 +22,24 @@ from typing import Any
 import numpy as np
 
 from dydit.bundle.bundle import Bundle
+from dydit.bundle.graph_io import unit_inputs
 from dydit.bundle.manifest import Routing
 from dydit.errors import BackendError, one_line
 from dydit.runtime.backends.base import BackendOptions
 from dydit.runtime.backends.onnxruntime import PROVIDERS, OnnxRuntimeBackend, _error_types, runtime
 from dydit.runtime.device.cuda import CudaMemory, pycuda_driver
 from dydit.runtime.device.execute import Executor, Tensor
-from dydit.runtime.device.launches import EngineMemory, engines_of, graph_of
+from dydit.runtime.device.launches import EngineMemory
 from dydit.runtime.device.layout import LaunchOptions
 from dydit.runtime.device.operations import ALIGNMENT, EngineId
+from dydit.runtime.device.residency import engines_of, graph_of
 from dydit.runtime.device.sampler import DeviceSampler
 from dydit.runtime.loop import LatentStore, Progress, RunStats, default_residency
 from dydit.runtime.noise import NoiseSource
 from dydit.runtime.request import Batch
+
+_BFLOAT16 = 16
+"""ONNX's number for the type that NumPy lacks."""
 
 
 class HostMemory:
@@ -122,7 +128,7 @@ class _BoundEngine:
                 f"onnxruntime {ort.__version__} could not start its {PROVIDERS[device]} (driver, CUDA or cuDNN "
                 "missing?); pip install 'dydit[gpu]', or use --device cpu"
             )
-        self._shapes: dict[tuple[tuple[int, ...], ...], int] = {}
+        self._captured: dict[tuple[Tensor, ...], int] = {}  # by shapes and addresses
 
     def _open(self, file: Path, settings: Any, stream: int) -> Any:
         values = {"user_compute_stream": str(stream), "enable_cuda_graph": str(int(self._graphs))}
@@ -134,11 +140,12 @@ class _BoundEngine:
         binding = self._session.io_binding()
         for bind, tensors in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
             for each in tensors:
-                bind(each.name, self._device, 0, np.dtype(each.dtype), list(each.shape), each.address)
+                dtype = _BFLOAT16 if each.dtype == "bfloat16" else np.dtype(each.dtype)
+                bind(each.name, self._device, 0, dtype, list(each.shape), each.address)
         options = self._ort.RunOptions()
         options.add_run_config_entry("disable_synchronize_execution_providers", "1")
         if self._graphs:
-            number = self._shapes.setdefault(tuple(each.shape for each in inputs), len(self._shapes) + 1)
+            number = self._captured.setdefault((*inputs, *outputs), len(self._captured) + 1)
             options.add_run_config_entry("gpu_graph_id", str(number))
         try:
             self._session.run_with_iobinding(binding, options)
@@ -220,11 +227,19 @@ class CudaSessions(_Sessions, CudaMemory):
 
 
 def session_memory(bundle: Bundle, engine: EngineId) -> EngineMemory:
-    """The weights that a session holds, in bytes; its activations are onnxruntime's own affair."""
-    if engine.subnet is not None:
-        return EngineMemory(0, bundle.manifest.subnets[engine.subnet].weight_bytes)
-    parts = ("time.", "label.", "adaln.")
-    return EngineMemory(0, sum(each.nbytes for name, each in bundle.manifest.weights.items() if name.startswith(parts)))
+    """The weights that a session holds, in bytes; its activations are onnxruntime's own affair.
+
+    With a sliding plan those of units are no session's.
+    """
+    manifest, parts = bundle.manifest, ("time.", "label.", "adaln.")
+    if engine.subnet is not None and not manifest.sliding:
+        return EngineMemory(0, manifest.subnets[engine.subnet].weight_bytes)
+    sizes = {name: each.nbytes for name, each in manifest.weights.items()}
+    conditioning = sum(nbytes for name, nbytes in sizes.items() if name.startswith(parts))
+    if engine.subnet is None:
+        return EngineMemory(0, conditioning)
+    units = sum(sizes[spec.name] for spec in unit_inputs(manifest.weights, manifest.model.depth))
+    return EngineMemory(0, sum(sizes.values()) - conditioning - units)
 
 
 class OnnxRuntimeDeviceBackend(OnnxRuntimeBackend):

@@ -21,8 +21,9 @@ from dydit.files import write_json
 from dydit.runtime.backends.base import BackendOptions, DecodeTile
 from dydit.runtime.device.backend import DeviceBackend
 from dydit.runtime.device.cuda import CudaDevice, pycuda_driver
-from dydit.runtime.device.launches import EngineMemory, engines_of, graph_of
+from dydit.runtime.device.launches import EngineMemory
 from dydit.runtime.device.operations import EngineId
+from dydit.runtime.device.residency import engines_of, graph_of
 from dydit.runtime.device.tensorrt import Runtime
 from dydit.runtime.loop import LatentStore, Progress, RunStats
 from dydit.runtime.noise import NoiseSource

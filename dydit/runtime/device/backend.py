@@ -17,9 +17,10 @@ from dydit.bundle.vae import vae_outputs
 from dydit.errors import BackendError, one_line
 from dydit.runtime.backends.base import Arrays, Backend, BackendOptions, StepResult, Subnet
 from dydit.runtime.device.execute import CaptureError, Device, Executor
-from dydit.runtime.device.launches import EngineMemory, engines_of, fit_resident
+from dydit.runtime.device.launches import EngineMemory, fit_resident
 from dydit.runtime.device.layout import LaunchOptions, RunShape
 from dydit.runtime.device.operations import CONDITIONER, DECODER, EngineId
+from dydit.runtime.device.residency import engine_of, engines_of
 from dydit.runtime.device.sampler import DeviceSampler
 from dydit.runtime.device.stepping import Stepper
 from dydit.runtime.loop import LatentStore, Progress, RunStats, default_residency
@@ -31,19 +32,19 @@ RESERVE = 512 << 20
 
 
 class DeviceSubnet(Subnet):
-    """A loaded engine, run step by step."""
+    """A loaded engine, run step by step; with a sliding plan, that of all subnetworks."""
 
-    def __init__(self, bundle: Bundle, engine: EngineId, stepper: Stepper):
-        assert engine.subnet is not None
-        super().__init__(bundle, engine.subnet)
-        self._manifest, self._engine, self._stepper = bundle.manifest, engine, stepper
-        stepper.load(engine)
+    def __init__(self, bundle: Bundle, index: int, full: bool, stepper: Stepper):
+        super().__init__(bundle, index)
+        self._manifest, self._index, self._stepper = bundle.manifest, index, stepper
+        self._engine = engine_of(bundle.manifest, index, full)
+        stepper.load(self._engine)
 
     def _step(self, feeds: Arrays) -> StepResult:
         model = self._manifest.model
         outputs = subnet_outputs(model, self._manifest.routing is Routing.CAPACITY)
         sizes = {BATCH: feeds["x"].shape[0], ROWS: feeds["modulation"].shape[0]}
-        out = self._stepper.run(self._engine, feeds, outputs, sizes)
+        out = self._stepper.run(self._engine, feeds, outputs, sizes, self._index)
         return StepResult(out["x_prev"], out.get("token_overflow", np.zeros(model.depth, np.int64)))
 
     def close(self) -> None:
@@ -78,7 +79,7 @@ class DeviceBackend(Backend):
                 f"{self.name} shows no values between layers; look inside with --backend onnxruntime or torch"
             )
         full = full_capacity and self.bundle.manifest.subnets[index].full_file is not None
-        return DeviceSubnet(self.bundle, EngineId(index, full), self._stepper)
+        return DeviceSubnet(self.bundle, index, full, self._stepper)
 
     def _conditioning(self, feeds: Arrays) -> np.ndarray:
         steps, labels = self._conditioning_limits
@@ -132,7 +133,7 @@ class DeviceBackend(Backend):
 
     @cached_property
     def _stepper(self) -> Stepper:
-        stepper = Stepper(self._make_device())
+        stepper = Stepper(self._make_device(), self.bundle)
         self._owned.append(stepper)
         return stepper
 

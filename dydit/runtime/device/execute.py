@@ -16,7 +16,7 @@ import numpy as np
 from dydit.errors import BackendError, DyditError
 from dydit.runtime.device import operations as op
 from dydit.runtime.device.launches import WORKSPACE, DeviceState, EngineMemory, LaunchPlan
-from dydit.runtime.device.operations import Address, Binding, EngineId, GraphKey, HostArray, Operation
+from dydit.runtime.device.operations import Address, Binding, EngineId, GraphKey, HostArray, Operation, Places
 
 
 class CaptureError(BackendError):
@@ -131,11 +131,13 @@ class Executor:
         self._buffers: dict[str, tuple[int, int]] = {}
         self._engines: list[EngineId] = []
         self._graphs: dict[GraphKey, tuple[Any, int]] = {}
+        self._places: Places | None = None
         self._do: dict[type, Callable[[Any], None]] = {
             op.Allocate: self._allocate,
             op.Free: lambda o: device.free(self._buffers.pop(o.buffer)[0]),
             op.Clear: lambda o: device.clear(self._at(o.to), o.nbytes),
             op.Copy: lambda o: device.copy(self._at(o.to), self._at(o.source), o.nbytes),
+            op.Arranged: self._arranged,
             op.Launch: self._launch,
             op.WarmUp: lambda o: self._all(o.body),
             op.Capture: self._capture,
@@ -152,7 +154,7 @@ class Executor:
     def state(self) -> DeviceState:
         """What is on the device now."""
         sizes = {name: nbytes for name, (_, nbytes) in self._buffers.items()}
-        return DeviceState(sizes, tuple(self._engines), frozenset(self._graphs))
+        return DeviceState(sizes, tuple(self._engines), frozenset(self._graphs), self._places)
 
     def run(self, plan: LaunchPlan, host: Host, deliver: Deliver, progress: Progress | None = None) -> RunCounts:
         """Run a plan made for this executor's `state`. Raises `BackendError` as the device does."""
@@ -179,6 +181,11 @@ class Executor:
                 raise
         return counts
 
+    def do(self, ops: Sequence[Operation], host: Host) -> None:
+        """Do operations apart from a plan."""
+        with self.device.activate():
+            self._perform(ops, host)
+
     def load(self, engine: EngineId) -> None:
         """Load an engine ahead of a run."""
         with self.device.activate():
@@ -197,6 +204,7 @@ class Executor:
             self._all(tuple(op.DropGraph(graph) for graph in self._graphs))
             self._all(tuple(op.UnloadEngine(engine) for engine in self._engines))
             self._all(tuple(op.Free(name) for name in self._buffers))
+            self._places = None
 
     def _perform(
         self,
@@ -250,6 +258,9 @@ class Executor:
     def _allocate(self, each: op.Allocate) -> None:
         self._buffers[each.buffer] = (self.device.allocate(each.nbytes), each.nbytes)
 
+    def _arranged(self, each: op.Arranged) -> None:
+        self._places = each.places
+
     def _load(self, each: op.LoadEngine) -> None:
         self.device.load(each.engine)
         self._engines.append(each.engine)
@@ -259,10 +270,11 @@ class Executor:
         self._engines.remove(each.engine)
 
     def _launch(self, each: op.Launch) -> None:
-        inputs, outputs = ([self._tensor(one) for one in side] for side in (each.inputs, each.outputs))
+        inputs, outputs = ([self.tensor(one) for one in side] for side in (each.inputs, each.outputs))
         self.device.launch(each.engine, inputs, outputs, self._buffers.get(WORKSPACE, (0, 0)))
 
-    def _tensor(self, binding: Binding) -> Tensor:
+    def tensor(self, binding: Binding) -> Tensor:
+        """A binding at its address."""
         return Tensor(binding.name, binding.dtype, binding.shape, self._at(binding.address))
 
     def _capture(self, each: op.Capture) -> None:

@@ -2,6 +2,7 @@
 
 Setup makes the buffers and uploads what the whole run needs. Then, segment by segment over all batches:
 
+    with weights that slide, the units of the segment come to the front (`dydit.runtime.device.slots`)
     for each batch: noise, labels and latents come to the segment's places; modulation is computed on the device;
                     the steps run, each reading what the one before wrote; the latents go to their next place
     meanwhile:      the next segment's engine is loaded, and the next noise uploaded on the copy stream
@@ -20,8 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from dydit.bundle.manifest import CONDITIONING, Manifest
-from dydit.bundle.vae import VAE_DECODER
+from dydit.bundle.manifest import Manifest
 from dydit.errors import BackendError
 from dydit.runtime.device.layout import LaunchOptions, Layout, RunShape
 from dydit.runtime.device.operations import (
@@ -44,6 +44,7 @@ from dydit.runtime.device.operations import (
     Launch,
     LoadEngine,
     Operation,
+    Places,
     ReadOverflow,
     Record,
     Replay,
@@ -53,7 +54,7 @@ from dydit.runtime.device.operations import (
     Wait,
     WarmUp,
 )
-from dydit.runtime.device.residency import Stop, plan_residency
+from dydit.runtime.device.residency import Stop, engine_of, engines_of, plan_residency
 
 WORKSPACE = "workspace"
 NOISE_READY, NOISE_TAKEN, SEGMENT_DONE = "noise ready", "noise taken", "segment done"
@@ -71,11 +72,12 @@ class EngineMemory:
 
 @dataclass(frozen=True)
 class DeviceState:
-    """What earlier runs left on the device: buffers with their bytes, engines, graphs."""
+    """What earlier runs left on the device: buffers with their bytes, engines, graphs, weights that slide."""
 
     buffers: Mapping[str, int] = field(default_factory=dict)
     engines: tuple[EngineId, ...] = ()
     graphs: frozenset[GraphKey] = frozenset()
+    places: Places | None = None
 
 
 @dataclass(frozen=True)
@@ -123,11 +125,13 @@ class LaunchPlan:
         self.options, self._state = options or LaunchOptions(), state or DeviceState()
         self.layout = Layout(manifest, shape, self.options)
         self._memory = memory
-        self._engines = [EngineId(manifest.plan.segments[index].subnet) for index in self.layout.visited]
+        self._engines = [self._engine(index) for index in self.layout.visited]
         repeats = any(self._may_overflow(index) for index in self.layout.visited)
-        loaded = [key for key in self._state.engines if key != CONDITIONER]
+        loaded = [key for key in self._state.engines if key != CONDITIONER and not key.full]
+        self._full = {key for key in self._state.engines if key.full}  # one that stays, or what a failed run left
         self._residency = plan_residency(self._engines, loaded, self.options.resident, repeats)
         self._captured = set(self._state.graphs)
+        self._places = self._state.places
 
     @cached_property
     def buffers(self) -> dict[str, int]:
@@ -153,6 +157,9 @@ class LaunchPlan:
         if any(name not in _OUTSIDE_GRAPHS for name in changed):
             ops += self._drop(self._captured)
         ops += self._unload(self._residency.unload)
+        if not self.manifest.sliding:
+            ops += self._unload(sorted(self._full, key=str))
+            self._full.clear()
         ops += [Free(name) for name in changed if name in held]
         ops += [Allocate(name, self.buffers[name]) for name in changed]
         engines = [key for key in (CONDITIONER,) if key not in self._state.engines]
@@ -160,6 +167,9 @@ class LaunchPlan:
         if "zeros" in self.buffers:
             ops.append(Clear(Address("zeros"), self.buffers["zeros"]))
         ops += self._uploads()
+        if self.layout.slots is not None and self._places is None:
+            ops += self.layout.slots.fill()
+            self._places = self.layout.slots.stored
         return (*ops, *self._fetch_noise(self.layout.visited[0], self.layout.waiting(self.layout.visited[0])[0], True))
 
     def segments(self) -> Iterator[SegmentOps]:
@@ -187,13 +197,17 @@ class LaunchPlan:
 
     def repeat(self, segment: int, batches: Sequence[int]) -> tuple[Operation, ...]:
         """Pass a segment again with some batches, at full capacity."""
-        engine = EngineId(self.manifest.plan.segments[segment].subnet, full=True)
-        ops: list[Operation] = [LoadEngine(engine)]
+        engine = self._engine(segment, full=True)
+        ops: list[Operation] = [] if engine in self._full else [LoadEngine(engine)]
         for place, batch in enumerate(batches):
             if nbytes := self._noise_bytes(segment, batch):
                 ops.append(Upload(Address("noise"), HostArray("noise", batch, segment), nbytes))
             ops += self._visit(segment, batch, place, engine)
-        return (*ops, self._read_overflow(segment, batches, strict=True), UnloadEngine(engine))
+        ops.append(self._read_overflow(segment, batches, strict=True))
+        if self.manifest.sliding:  # it serves any segment that is to come
+            self._full.add(engine)
+            return tuple(ops)
+        return (*ops, UnloadEngine(engine))
 
     def operations(self) -> tuple[Operation, ...]:
         """Everything, for a run in which no tokens overflow."""
@@ -231,8 +245,7 @@ class LaunchPlan:
         return [Wait(COMPUTE, NOISE_READY), copy, Record(NOISE_TAKEN, COMPUTE)]
 
     def _run(self, segment: int, stop: Stop, following: int | None) -> list[Operation]:
-        batches = self.layout.waiting(segment)
-        ops: list[Operation] = []
+        batches, ops = self.layout.waiting(segment), self._slide(segment)
         for place, batch in enumerate(batches):
             ops += self._take_noise(segment, batch)
             ops += self._visit(segment, batch, place, stop.engine)
@@ -245,6 +258,15 @@ class LaunchPlan:
         if self._may_overflow(segment):
             ops.append(self._read_overflow(segment, batches))
         return ops
+
+    def _slide(self, segment: int) -> list[Operation]:
+        """Bring the segment's units to the front: for all batches, and for those that repeat it."""
+        if self.layout.slots is None:
+            return []
+        assert self._places is not None, "setup comes first"
+        subnet = self.manifest.plan.segments[segment].subnet
+        ops, self._places = self.layout.slots.enter(self._places, subnet)
+        return list(ops)
 
     def _visit(self, segment: int, batch: int, place: int, engine: EngineId) -> list[Operation]:
         """A batch passes a segment; its noise is in place."""
@@ -279,7 +301,8 @@ class LaunchPlan:
     def _body(self, segment: int, chunk: range, size: int, engine: EngineId) -> Body:
         """The steps of a part of a segment; the first step of the segment reads x.0."""
         layout, first = self.layout, self.layout.segments[segment].first
-        gated = self.manifest.subnets[self.manifest.plan.segments[segment].subnet].gated
+        subnet = self.manifest.plan.segments[segment].subnet
+        gated = self.manifest.subnets[subnet].gated
         ops: list[Copy | Launch] = []
         for step in chunk:
             sources = {
@@ -301,7 +324,7 @@ class LaunchPlan:
                 places["token_overflow"] = Address("step.overflow")
                 if step != first:
                     ops.append(Copy(Address("x.0"), Address("x.1"), size * layout.image_bytes))
-            inputs, outputs = layout.step_bindings(engine, size, places)
+            inputs, outputs = layout.step_bindings(subnet, size, places)
             launch = Launch(engine, step, inputs, outputs)
             if layout.staged:
                 sizes = {each.name: each.nbytes for each in (*inputs, *outputs)}
@@ -317,38 +340,21 @@ class LaunchPlan:
         stride = self.layout.overflow_stride
         return ReadOverflow(Address("overflow"), segment, tuple(batches), count, stride, blocks, strict)
 
+    def _engine(self, segment: int, full: bool = False) -> EngineId:
+        return engine_of(self.manifest, self.manifest.plan.segments[segment].subnet, full)
+
     def _may_overflow(self, segment: int) -> bool:
         return self.manifest.subnets[self.manifest.plan.segments[segment].subnet].full_file is not None
 
     def _unload(self, engines: Sequence[EngineId]) -> list[Operation]:
         """Unload engines, and before them the graphs that were captured from them."""
-        subnets = {key.subnet for key in engines}
-        segments = self.manifest.plan.segments
-        graphs = [graph for graph in self._captured if segments[graph.segment].subnet in subnets]
+        graphs = [graph for graph in self._captured if self._engine(graph.segment) in engines]
         return [*self._drop(graphs), *(UnloadEngine(key) for key in engines)]
 
     def _drop(self, graphs: Sequence[GraphKey] | set[GraphKey]) -> list[Operation]:
         ops: list[Operation] = [DropGraph(graph) for graph in sorted(graphs, key=dataclasses.astuple)]
         self._captured.difference_update(tuple(graphs))
         return ops
-
-
-def engines_of(manifest: Manifest, segments: Sequence[int] | None = None) -> tuple[EngineId, ...]:
-    """Every engine that sampling the given segments (by default all) may load."""
-    chosen = range(len(manifest.plan.segments)) if segments is None else segments
-    subnets = sorted({manifest.plan.segments[index].subnet for index in chosen})
-    full = [EngineId(index, full=True) for index in subnets if manifest.subnets[index].full_file]
-    return (CONDITIONER, *(EngineId(index) for index in subnets), *full)
-
-
-def graph_of(manifest: Manifest, engine: EngineId) -> str:
-    """The file of the graph that an engine is made from."""
-    if engine.decoder:
-        return VAE_DECODER
-    if engine.subnet is None:
-        return CONDITIONING
-    entry = manifest.subnets[engine.subnet]
-    return entry.full_file if engine.full and entry.full_file else entry.file
 
 
 def fit_resident(
@@ -360,7 +366,7 @@ def fit_resident(
 ) -> LaunchOptions:
     """The options with as many resident subnetworks, of those that they allow, as fit in `limit` bytes.
 
-    Raises `BackendError` where not even two do.
+    Raises `BackendError` where not even two do; with a sliding plan, the one that there is.
     """
 
     def total(resident: int | None) -> int:
@@ -371,8 +377,9 @@ def fit_resident(
         return options
     low, high = 2, options.resident or len(manifest.subnets)
     if (least := total(low)) > limit:
+        loaded = "its one engine" if manifest.sliding else "two subnetworks"
         raise BackendError(
-            f"a batch of {max(shape.sizes)} images needs {least / _GIB:.1f} GiB of device memory with two subnetworks "
+            f"a batch of {max(shape.sizes)} images needs {least / _GIB:.1f} GiB of device memory with {loaded} "
             f"loaded, and {limit / _GIB:.1f} GiB are free; use a smaller batch size"
         )
     while low < high:

@@ -12,6 +12,7 @@ needs comes to the same places for every batch, so that a captured graph serves 
     overflow, overflow.visit    counters of a segment, of all its batches; of the batch in work
     zeros                  noise of steps that add none
     step.*                 a step's inputs and counters at fixed places, where graphs are captured
+    units, units.scratch   weights of a sliding plan (`dydit.runtime.device.slots`)
     workspace              activations, shared by all engines
 """
 
@@ -37,7 +38,8 @@ from dydit.bundle.graph_io import (
 from dydit.bundle.manifest import Manifest, Routing
 from dydit.diffusion.coefficients import COEFFICIENTS
 from dydit.errors import ConfigError
-from dydit.runtime.device.operations import ALIGNMENT, Address, Binding, EngineId, aligned
+from dydit.runtime.device.operations import ALIGNMENT, Address, Binding, aligned
+from dydit.runtime.device.slots import Slots
 
 _NOISE = COEFFICIENTS.index("noise")
 
@@ -89,6 +91,7 @@ class Layout:
     def __init__(self, manifest: Manifest, shape: RunShape, options: LaunchOptions):
         self.manifest, self.shape, self.options = manifest, shape, options
         model, self.segments = manifest.model, manifest.plan.segments
+        self.slots = Slots(manifest) if manifest.sliding else None
         if not shape.sizes or not 1 <= min(shape.sizes) <= max(shape.sizes) <= manifest.max_batch:
             raise ConfigError(f"batches of {shape.sizes} images: this bundle was exported for 1..{manifest.max_batch}")
         self.largest = max(shape.sizes)
@@ -183,6 +186,8 @@ class Layout:
                 "step.gates": gated * 4 * 2 * model.depth * model.num_heads,
                 "step.overflow": self.capacity * self.overflow_stride,
             }
+        if self.slots is not None:
+            sizes |= self.slots.buffers
         return {name: aligned(nbytes) for name, nbytes in sizes.items() if nbytes}
 
     def latents(self, segment: int, batch: int) -> Address:
@@ -211,13 +216,13 @@ class Layout:
         return Address("overflow.visit", (step - self.segments[segment].first) * self.overflow_stride)
 
     def step_bindings(
-        self, engine: EngineId, size: int, places: Mapping[str, Address]
+        self, subnet: int, size: int, places: Mapping[str, Address]
     ) -> tuple[tuple[Binding, ...], tuple[Binding, ...]]:
-        """Inputs and outputs of a subnetwork's engine at the given places."""
-        assert engine.subnet is not None
-        model, entry = self.manifest.model, self.manifest.subnets[engine.subnet]
+        """Inputs and outputs of a subnetwork's engine at the given places; weights that slide are in theirs."""
+        model, entry = self.manifest.model, self.manifest.subnets[subnet]
         symbols = {BATCH: size, ROWS: self.shape.rows(size)}
         inputs = _bind(subnet_inputs(model, entry.gated), symbols, places)
+        inputs += self.slots.bindings(subnet) if self.slots is not None else ()
         return inputs, _bind(subnet_outputs(model, self.capacity), symbols, places)
 
     def conditioning_bindings(self, chunk: range, size: int) -> tuple[tuple[Binding, ...], tuple[Binding, ...]]:

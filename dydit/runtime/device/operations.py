@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dydit.bundle.manifest import STORAGE
+
 COMPUTE, COPY = "compute", "copy"
 ALIGNMENT = 256  # bytes; what TensorRT asks of device memory
 
@@ -25,6 +27,8 @@ def aligned(nbytes: int) -> int:
 class EngineId:
     """An engine of the bundle: a subnetwork (`full`: its form at full capacity), or with None the conditioning, or
     the VAE `decoder`.
+
+    A sliding plan has one engine for all subnetworks, which goes by the first one's number.
     """
 
     subnet: int | None
@@ -74,7 +78,7 @@ class Binding:
     @property
     def nbytes(self) -> int:
         """Bytes of the array."""
-        return np.dtype(self.dtype).itemsize * math.prod(self.shape)
+        return np.dtype(STORAGE.get(self.dtype, self.dtype)).itemsize * math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -102,11 +106,15 @@ class Clear:
 
 @dataclass(frozen=True)
 class HostArray:
-    """Data that the host provides (`dydit.runtime.device.inputs`): what it is, and of which batch and segment."""
+    """Data that the host provides (`dydit.runtime.device.inputs`): what it is, and of which batch and segment.
+
+    `name`: that of a stored tensor.
+    """
 
     kind: str
     batch: int | None = None
     segment: int | None = None
+    name: str | None = None
 
 
 @dataclass(frozen=True)
@@ -126,6 +134,17 @@ class Copy:
     to: Address
     source: Address
     nbytes: int
+
+
+Places = tuple[tuple[tuple[int, ...], ...], ...]
+"""The unit in each place, by block and part (heads, groups); see `dydit.runtime.device.slots`."""
+
+
+@dataclass(frozen=True)
+class Arranged:
+    """Note where the units of a sliding plan's weights are. None: not known, while they move."""
+
+    places: Places | None
 
 
 @dataclass(frozen=True)
@@ -243,6 +262,7 @@ Operation = (
     | Clear
     | Upload
     | Copy
+    | Arranged
     | Launch
     | WarmUp
     | Capture

@@ -1,4 +1,7 @@
-"""Which engines are loaded when: the next one loads while the present one runs, and room is made between segments."""
+"""Which engines a run needs, and which of them are loaded when.
+
+The next one loads while the present one runs, and room is made between segments.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,33 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from dydit.runtime.device.operations import EngineId
+from dydit.bundle.manifest import CONDITIONING, Manifest
+from dydit.bundle.vae import VAE_DECODER
+from dydit.runtime.device.operations import CONDITIONER, EngineId
+
+
+def engine_of(manifest: Manifest, subnet: int, full: bool = False) -> EngineId:
+    """The engine that a subnetwork runs on; `full`: at full capacity."""
+    return EngineId(0 if manifest.sliding else subnet, full)
+
+
+def engines_of(manifest: Manifest, segments: Sequence[int] | None = None) -> tuple[EngineId, ...]:
+    """Every engine that a run over the given segments (by default all) may load."""
+    chosen = range(len(manifest.plan.segments)) if segments is None else segments
+    subnets = sorted({manifest.plan.segments[index].subnet for index in chosen})
+    plain = [engine_of(manifest, index) for index in subnets]
+    full = [engine_of(manifest, index, full=True) for index in subnets if manifest.subnets[index].full_file]
+    return (CONDITIONER, *dict.fromkeys(plain), *dict.fromkeys(full))
+
+
+def graph_of(manifest: Manifest, engine: EngineId) -> str:
+    """The file of the graph that an engine is made from."""
+    if engine.decoder:
+        return VAE_DECODER
+    if engine.subnet is None:
+        return CONDITIONING
+    entry = manifest.subnets[engine.subnet]
+    return entry.full_file if engine.full and entry.full_file else entry.file
 
 
 @dataclass(frozen=True)

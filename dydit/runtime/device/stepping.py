@@ -8,10 +8,13 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from dydit.bundle.bundle import Bundle
 from dydit.bundle.graph_io import TensorSpec
-from dydit.runtime.device.execute import Device, Tensor
+from dydit.runtime.device.execute import Device, Executor, Tensor
+from dydit.runtime.device.inputs import StoredWeights
 from dydit.runtime.device.launches import WORKSPACE
-from dydit.runtime.device.operations import COMPUTE, EngineId
+from dydit.runtime.device.operations import COMPUTE, Allocate, EngineId
+from dydit.runtime.device.slots import Slots
 
 
 class Stepper:
@@ -21,8 +24,10 @@ class Stepper:
     once; the last `unload` frees one.
     """
 
-    def __init__(self, device: Device):
-        self._device = device
+    def __init__(self, device: Device, bundle: Bundle):
+        self._device, self._bundle = device, bundle
+        self._weights = Executor(device)
+        self._slots = Slots(bundle.manifest) if bundle.manifest.sliding else None
         self._buffers: dict[str, tuple[int, int]] = {}
         self._users: Counter[EngineId] = Counter()
         self._lock = threading.Lock()
@@ -42,11 +47,19 @@ class Stepper:
                 self._device.unload(engine)
 
     def run(
-        self, engine: EngineId, feeds: Mapping[str, np.ndarray], outputs: Sequence[TensorSpec], sizes: Mapping[str, int]
+        self,
+        engine: EngineId,
+        feeds: Mapping[str, np.ndarray],
+        outputs: Sequence[TensorSpec],
+        sizes: Mapping[str, int],
+        subnet: int | None = None,
     ) -> dict[str, np.ndarray]:
-        """Every output by name; `sizes` are the values of the specs' symbols."""
+        """Every output by name; `sizes` are the values of the specs' symbols.
+
+        `subnet`: the subnetwork that runs, whose weights come to the front with a sliding plan.
+        """
         with self._device.activate():
-            inputs = []
+            inputs = [] if self._slots is None or subnet is None else self._slide(self._slots, subnet)
             for name, feed in feeds.items():
                 array = np.asarray(feed, order="C")
                 inputs.append(Tensor(name, array.dtype.name, array.shape, self._buffer(f"in.{name}", array.nbytes)))
@@ -63,6 +76,15 @@ class Stepper:
                 place.name: self._device.download(place.address, result.nbytes).view(place.dtype).reshape(place.shape)
                 for place, result in zip(places, results, strict=True)
             }
+
+    def _slide(self, slots: Slots, subnet: int) -> list[Tensor]:
+        """The weight inputs of a subnetwork, moved to where it reads them."""
+        state = self._weights.state
+        ready = [Allocate(name, nbytes) for name, nbytes in slots.buffers.items() if name not in state.buffers]
+        filled = slots.fill() if state.places is None else ()
+        moves, _ = slots.enter(state.places or slots.stored, subnet)
+        self._weights.do((*ready, *filled, *moves), StoredWeights(self._bundle))
+        return [self._weights.tensor(binding) for binding in slots.bindings(subnet)]
 
     def longest(self, engine: EngineId, name: str) -> int:
         """The largest first dimension of an input of a loaded engine."""
@@ -86,6 +108,7 @@ class Stepper:
             for engine in [engine for engine, users in self._users.items() if users > 0]:
                 self._device.unload(engine)
             self._users.clear()
+            self._weights.close()
             for address, _ in self._buffers.values():
                 self._device.free(address)
             self._buffers.clear()

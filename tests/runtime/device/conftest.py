@@ -9,11 +9,13 @@ from collections import deque
 import numpy as np
 import pytest
 
+from dydit.bundle.graph_io import check_feeds, subnet_inputs, unit_inputs
 from dydit.errors import BackendError
 from dydit.runtime.backends.base import BackendOptions
 from dydit.runtime.backends.onnxruntime import OnnxRuntimeBackend
-from dydit.runtime.device.launches import EngineMemory, engines_of
+from dydit.runtime.device.launches import EngineMemory
 from dydit.runtime.device.operations import ALIGNMENT, COMPUTE, COPY, DECODER
+from dydit.runtime.device.residency import engines_of
 from dydit.runtime.vae import VaeDecoder
 
 GAP = 4096
@@ -41,7 +43,7 @@ class FakeDevice:
     """Queues work and does it only when the host waits, choosing between streams by a seeded draw.
 
     Memory starts as garbage. Reading what nothing wrote, memory that was freed, an engine that is not loaded, freeing
-    what queued work uses, a captured context that was launched with other addresses: each fails the test.
+    what queued work uses, a captured context that is launched with other addresses: each fails the test.
     """
 
     def __init__(self, bundle, activation=lambda engine: 1000, seed=0, limit=None, longest=(100, 100)):
@@ -151,7 +153,7 @@ class FakeDevice:
 
     def unload(self, engine):
         assert not self.queues[COMPUTE], f"{engine} unloaded while work is queued"
-        assert all(engine not in used for _, used in self.graphs), f"{engine} unloaded under its graphs"
+        assert all(engine != key for _, used in self.graphs for key, _ in used), f"{engine} unloaded under its graphs"
         del self.engines[engine]
 
     def launch(self, engine, inputs, outputs, workspace):
@@ -160,8 +162,11 @@ class FakeDevice:
         assert nbytes >= self.activation(engine), "workspace too small"
         for tensor in (*inputs, *outputs):
             assert tensor.address % ALIGNMENT == 0, f"{tensor.name} is not aligned"
+        context = (engine, tuple((tensor.name, tensor.shape) for tensor in inputs))
+        state = (tuple(inputs), tuple(outputs), workspace)
+        assert all(used.get(context, {state}) == {state} for _, used in self.graphs), "a graph lost its context"
         if self.recording is not None:
-            self.recording[1].setdefault(engine, set()).add((tuple(inputs), tuple(outputs), workspace))
+            self.recording[1].setdefault(context, set()).add(state)
 
         def work():
             feeds = {}
@@ -189,6 +194,15 @@ class FakeDevice:
             assert len(feeds["timesteps"]) <= self.extents["timesteps"]
             assert len(feeds["labels"]) <= self.extents["labels"]
             return [self.backend.conditioning(feeds["timesteps"], feeds["labels"])]
+        if self.bundle.manifest.sliding:  # the engine's session on the device's weights, not the host's
+            manifest = self.bundle.manifest
+            specs = (
+                *subnet_inputs(manifest.model, False),
+                *unit_inputs(manifest.weights, manifest.model.depth),
+            )
+            check_feeds(specs, feeds, str(engine))
+            results = self.engines[engine]._session.run(feeds, str(engine))
+            return [results[tensor.name] for tensor in outputs]
         result = self.engines[engine].step(feeds)
         return [result.x_prev, result.overflow][: len(outputs)]
 
@@ -205,7 +219,7 @@ class FakeDevice:
 
     def replay(self, graph):
         work, used = graph
-        assert graph in self.graphs and set(used) <= set(self.engines)
+        assert graph in self.graphs and {engine for engine, _ in used} <= set(self.engines)
         self.replays += 1
         self.running.append(graph)
 

@@ -219,6 +219,11 @@ def test_full_capacity_that_overflows_is_an_error(make_bundle, fake_device, figu
         BackendError, match=r"segment \d drops tokens even at full capacity; export the bundle and build"
     ):
         run(2)
+    run.device.backend.subnet = plain
+    run(2)
+    assert not any(engine.full for engine in run.device.engines), "the one that failed is gone"
+    run.executor.close()
+    assert not run.device.engines
 
 
 def test_after_a_failure_the_device_can_be_used_or_closed(make_bundle, fake_device, figures):

@@ -29,12 +29,11 @@ from dydit.runtime.device.launches import (
     DeviceState,
     EngineMemory,
     LaunchPlan,
-    engines_of,
     fit_resident,
 )
 from dydit.runtime.device.layout import LaunchOptions, RunShape
 from dydit.runtime.device.operations import ALIGNMENT, CONDITIONER, EngineId
-from dydit.runtime.device.residency import plan_residency
+from dydit.runtime.device.residency import engines_of, plan_residency
 
 NOISE = COEFFICIENTS.index("noise")
 

@@ -11,15 +11,16 @@ import numpy as np
 import pytest
 
 from dydit.bundle.bundle import Bundle
-from dydit.bundle.manifest import CONDITIONING, Routing
+from dydit.bundle.manifest import CONDITIONING, PlanKind, Routing
 from dydit.engines.fingerprint import EngineKey, make_request
 from dydit.engines.flavour import Flavour, Gpu
 from dydit.engines.store import EngineEntry, EngineStore, weights_of
 from dydit.errors import BackendError, BundleError
 from dydit.runtime.backends import tensorrt as backend
 from dydit.runtime.backends.registry import backend_status, open_backend
-from dydit.runtime.device.launches import EngineMemory, engines_of, graph_of
+from dydit.runtime.device.launches import EngineMemory
 from dydit.runtime.device.operations import CONDITIONER, DECODER, EngineId
+from dydit.runtime.device.residency import engines_of, graph_of
 from dydit.runtime.loop import MemoryStore, StepRunner, sample
 from dydit.runtime.noise import SeededNoise
 from dydit.runtime.pixels import ToPixels
@@ -44,10 +45,10 @@ def machine(monkeypatch):
 
 
 @pytest.fixture
-def bundle(make_bundle, tmp_path) -> Bundle:
-    """A bundle of its own, to build in."""
-    copy = tmp_path / "bundle"
-    shutil.copytree(make_bundle(routing=Routing.CAPACITY, capacities=(12, 14, 14)).path, copy)
+def bundle(make_bundle, tmp_path, request) -> Bundle:
+    """A bundle of its own, to build in; of merged subnetworks unless a test asks for another plan."""
+    copy, plan = tmp_path / "bundle", getattr(request, "param", PlanKind.MAX_SUBNETS)
+    shutil.copytree(make_bundle(plan=plan, routing=Routing.CAPACITY, capacities=(12, 14, 14)).path, copy)
     return Bundle.open(copy)
 
 
@@ -209,6 +210,7 @@ def opener(bundle, monkeypatch, fake_device):
     return make
 
 
+@pytest.mark.parametrize("bundle", [PlanKind.MAX_SUBNETS, PlanKind.SLIDING], indirect=True)
 def test_sampling_goes_through_whole_runs(bundle, opened):
     facts = opened()
     batches = make_batches([1, 2, 3], [0, 1, 2], 3)
@@ -224,7 +226,7 @@ def test_sampling_goes_through_whole_runs(bundle, opened):
     assert results[0][1] == results[1][1]
     assert np.linalg.norm(results[0][0] - results[1][0]) < 1e-5 * np.linalg.norm(results[1][0])
     (device,) = facts.devices
-    assert device.replays and not any(engine.full for engine in device.engines)
+    assert device.replays and any(engine.full for engine in device.engines) == bundle.manifest.sliding
     assert set(facts.read) == {f"engine of {graph_of(bundle.manifest, e)}" for e in engines_of(bundle.manifest)}
 
 
