@@ -47,8 +47,11 @@ def test_an_arrangement_keeps_account_of_every_place(steps):
             row = replayed[each.block][each.part]
             row[each.first], row[each.second] = row[each.second], row[each.first]
         assert replayed == arrangement.places
-        assert replayed[0][0][: len(heads0)] != [] or not heads0
-        now = [set(heads0), set(groups0), set(heads1), set(groups1)]
+        wanted = [heads0, groups0, heads1, groups1]
+        assert [
+            sorted(row[: len(units)]) for row, units in zip((*replayed[0], *replayed[1]), wanted, strict=True)
+        ] == wanted
+        now = [set(units) for units in wanted]
         if before is not None:
             assert len(made) <= sum(len(a ^ b) for a, b in zip(before, now, strict=True))
         before = now
