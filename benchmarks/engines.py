@@ -29,7 +29,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from dydit.bundle.bundle import Bundle
-from dydit.bundle.manifest import SLIDING, PlanKind, Precision, Routing
+from dydit.bundle.manifest import SLIDING, PlanKind, Routing
+from dydit.bundle.stored import Precision
 from dydit.export.exporter import ExportConfig, export
 from dydit.files import write_json
 from dydit.models.checkpoint import load_checkpoint, save_checkpoint

@@ -16,7 +16,8 @@ from typing import Any
 
 import click
 
-from dydit.bundle.manifest import Manifest, PlanKind, Precision, Routing
+from dydit.bundle.manifest import Manifest, PlanKind, Routing
+from dydit.bundle.stored import Precision
 from dydit.files import write_atomic
 from dydit.training.recipe import Recipe
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dydit.bundle.manifest import MANIFEST, STORAGE, WEIGHTS, FileEntry, Manifest, parse_manifest
+from dydit.bundle.manifest import MANIFEST, FileEntry, Manifest, parse_manifest
+from dydit.bundle.stored import STORAGE, WEIGHTS
 from dydit.errors import BundleError, one_line
 from dydit.files import sha256_of
 

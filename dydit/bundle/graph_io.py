@@ -10,16 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dydit.bundle.stored import WeightEntry
 from dydit.diffusion.coefficients import COEFFICIENTS
 from dydit.errors import BackendError
 from dydit.models.config import ModelConfig
-
-if TYPE_CHECKING:
-    from dydit.bundle.manifest import WeightEntry  # which needs names from here
 
 HEAD_WEIGHTS = ("qkv.weight", "qkv.bias", "proj.weight")
 GROUP_WEIGHTS = ("fc1.weight", "fc1.bias", "fc2.weight")

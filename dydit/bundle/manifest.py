@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from enum import StrEnum
 from itertools import accumulate
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import Field, FiniteFloat, NonNegativeInt, ValidationError, field_validator, model_validator
+from pydantic import Field, FiniteFloat, ValidationError, field_validator, model_validator
 
+from dydit.bundle.stored import WEIGHTS, Precision, WeightEntry
 from dydit.bundle.vae import VAE_DECODER, VAE_WEIGHTS, VaeEntry
 from dydit.diffusion.coefficients import COEFFICIENTS
 from dydit.diffusion.schedule import Sampler
@@ -25,7 +25,7 @@ from dydit.errors import BundleError, one_line
 from dydit.models.config import ModelConfig, Strict
 
 SCHEMA_VERSION: Literal[1] = 1
-MANIFEST, WEIGHTS, CONDITIONING = "manifest.json", "weights.bin", "conditioning.onnx"
+MANIFEST, CONDITIONING = "manifest.json", "conditioning.onnx"
 SLIDING, SLIDING_FULL = "sliding.onnx", "sliding-full.onnx"
 """The graph of a sliding plan, and the same with a slot for every token."""
 _LEFT_OUT_WHILE_NONE = ("vae",)  # fields that older bundles, and so their digests, do not have
@@ -37,31 +37,6 @@ class Routing(StrEnum):
     DYNAMIC = "dynamic"  # NonZero, Gather, MLP, ScatterND: least compute, data-dependent shapes
     CAPACITY = "capacity"  # static shapes: prefix-sum compaction into a fixed number of slots
     DENSE = "dense"  # every token, multiplied by the mask: the yardstick
-
-
-StoredType = Literal["float32", "float16", "bfloat16"]
-
-
-class Precision(StrEnum):
-    """The type of matrix products and attention, and of their weights; all else is fp32 (DESIGN, decision 9)."""
-
-    FP32 = "fp32"
-    FP16 = "fp16"
-    BF16 = "bf16"
-
-    @property
-    def dtype(self) -> StoredType:
-        """The name of the type, as `WeightEntry` has it."""
-        return _STORED[self]
-
-
-_STORED: dict[Precision, StoredType] = {
-    Precision.FP32: "float32",
-    Precision.FP16: "float16",
-    Precision.BF16: "bfloat16",
-}
-STORAGE = {"float32": "float32", "float16": "float16", "bfloat16": "uint16"}
-"""NumPy's type for each stored type; it has no bfloat16, whose bits are read as uint16."""
 
 
 class PlanKind(StrEnum):
@@ -78,24 +53,6 @@ class FileEntry(Strict):
 
     bytes: int = Field(ge=0)
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
-
-
-class WeightEntry(Strict):
-    """Where a stored tensor lies in `weights.bin`: byte offset, shape, type."""
-
-    offset: int = Field(ge=0)
-    shape: tuple[NonNegativeInt, ...]
-    dtype: StoredType = "float32"
-
-    @property
-    def item_bytes(self) -> int:
-        """Bytes of one number."""
-        return 4 if self.dtype == "float32" else 2
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the tensor."""
-        return self.item_bytes * math.prod(self.shape)
 
 
 class SamplingEntry(Strict):

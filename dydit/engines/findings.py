@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from dydit.bundle.manifest import Precision
+from dydit.bundle.stored import Precision
 from dydit.engines.network import Layer, Network
 from dydit.errors import BackendError
 

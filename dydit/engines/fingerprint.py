@@ -15,7 +15,8 @@ from typing import Annotated, Any, Final
 
 from pydantic import Field, model_validator
 
-from dydit.bundle.manifest import Manifest, Precision, Routing
+from dydit.bundle.manifest import Manifest, Routing
+from dydit.bundle.stored import Precision
 from dydit.engines.flavour import Flavour, Gpu
 from dydit.engines.profiles import Profile
 from dydit.errors import BackendError

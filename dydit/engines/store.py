@@ -23,7 +23,8 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 
 from dydit.bundle.bundle import Bundle
-from dydit.bundle.manifest import WEIGHTS, Manifest
+from dydit.bundle.manifest import Manifest
+from dydit.bundle.stored import WEIGHTS
 from dydit.bundle.vae import VAE_DECODER, VAE_WEIGHTS
 from dydit.engines.fingerprint import EngineKey, EngineRequest, HardwareCompatibility
 from dydit.engines.flavour import Flavour, Gpu

@@ -15,7 +15,8 @@ from functools import cache
 import numpy as np
 import onnx_ir as ir
 
-from dydit.bundle.manifest import Precision, Routing
+from dydit.bundle.manifest import Routing
+from dydit.bundle.stored import Precision
 from dydit.export.ops import Ops, function
 from dydit.models.config import ModelConfig
 

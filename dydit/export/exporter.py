@@ -21,19 +21,17 @@ from dydit.bundle.manifest import (
     SCHEMA_VERSION,
     SLIDING,
     SLIDING_FULL,
-    WEIGHTS,
     FileEntry,
     Manifest,
     PlanEntry,
     PlanKind,
-    Precision,
     Routing,
     SamplingEntry,
     SegmentEntry,
     SubnetEntry,
-    WeightEntry,
     pack_mask,
 )
+from dydit.bundle.stored import WEIGHTS, Precision, WeightEntry
 from dydit.bundle.vae import VaeEntry
 from dydit.diffusion.coefficients import step_coefficients
 from dydit.diffusion.schedule import TRAIN_STEPS, Sampler, Schedule

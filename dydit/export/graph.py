@@ -29,7 +29,8 @@ from dydit.bundle.graph_io import (
     token_mask_name,
     unit_input,
 )
-from dydit.bundle.manifest import WEIGHTS, Precision, Routing, WeightEntry
+from dydit.bundle.manifest import Routing
+from dydit.bundle.stored import WEIGHTS, Precision, WeightEntry
 from dydit.export.blocks import FunctionLibrary, call
 from dydit.export.ops import DATA_TYPES, DOMAIN, IR_VERSION, OPSET, Ops
 from dydit.export.weights import runs

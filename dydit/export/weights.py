@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dydit.bundle.manifest import Precision, WeightEntry
+from dydit.bundle.stored import Precision, WeightEntry
 from dydit.errors import CheckpointError
 
 ALIGNMENT = 4096

@@ -20,7 +20,8 @@ import numpy as np
 
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.graph_io import GROUP_WEIGHTS, HEAD_WEIGHTS
-from dydit.bundle.manifest import STORAGE, WEIGHTS, SubnetEntry
+from dydit.bundle.manifest import SubnetEntry
+from dydit.bundle.stored import STORAGE, WEIGHTS
 
 PARTS = (HEAD_WEIGHTS, GROUP_WEIGHTS)
 """The tensors of a block's heads, and of its groups: what moves together."""

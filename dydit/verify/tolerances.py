@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
-from dydit.bundle.manifest import Precision
+from dydit.bundle.stored import Precision
 
 AGREEMENT = 0.9999
 AGREEMENT_FROM = 100_000
@@ -96,7 +97,7 @@ def rules(precision: Precision) -> dict[str, Tolerance]:
     if precision not in _LOWER:
         return table
     bar, agreement = _LOWER[precision]
-    changes = {
+    changes: dict[str, dict[str, Any]] = {
         "weights": {"reason": f"weights of matrix products are stored rounded to {precision}, all others as they are"},
         "step": {
             "bar": bar,

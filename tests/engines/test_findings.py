@@ -13,7 +13,7 @@ from onnx import helper
 
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.graph_io import TensorSpec
-from dydit.bundle.manifest import Precision
+from dydit.bundle.stored import Precision
 from dydit.engines.findings import Kind, fp32_products, require_types, type_findings
 from dydit.engines.network import Layer, Messages, Network, parse_graph, read_network
 from dydit.errors import BackendError

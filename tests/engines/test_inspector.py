@@ -10,7 +10,7 @@ import pytest
 
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.graph_io import TensorSpec, conditioning_inputs
-from dydit.bundle.manifest import Precision
+from dydit.bundle.stored import Precision
 from dydit.engines import builder, inspector
 from dydit.engines.build import build_engines
 from dydit.engines.builder import Job, build_engine

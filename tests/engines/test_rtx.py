@@ -18,7 +18,8 @@ import pytest
 
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.graph_io import subnet_inputs
-from dydit.bundle.manifest import FileEntry, Precision, Routing
+from dydit.bundle.manifest import FileEntry, Routing
+from dydit.bundle.stored import Precision
 from dydit.engines.build import BuildReport, build_engines
 from dydit.engines.builder import Job, build_engine
 from dydit.engines.fingerprint import EngineRequest, make_request

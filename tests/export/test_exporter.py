@@ -12,7 +12,8 @@ import torch
 
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.graph_io import token_mask_name
-from dydit.bundle.manifest import PlanKind, Precision, Routing
+from dydit.bundle.manifest import PlanKind, Routing
+from dydit.bundle.stored import Precision
 from dydit.diffusion.coefficients import apply_step, step_coefficients
 from dydit.diffusion.schedule import Sampler, Schedule
 from dydit.errors import ConfigError, OutputError

@@ -19,7 +19,8 @@ from dydit.bundle.graph_io import (
     subnet_outputs,
     token_mask_name,
 )
-from dydit.bundle.manifest import Precision, Routing
+from dydit.bundle.manifest import Routing
+from dydit.bundle.stored import Precision
 from dydit.export.graph import WeightInputs, Windows, conditioning_graph, save_graph
 
 TYPES = {"float32": onnx.TensorProto.FLOAT, "int64": onnx.TensorProto.INT64}

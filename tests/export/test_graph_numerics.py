@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from dydit.bundle.graph_io import residual_name, token_mask_name
-from dydit.bundle.manifest import Precision, Routing
+from dydit.bundle.manifest import Routing
+from dydit.bundle.stored import Precision
 from dydit.export.graph import WeightInputs, Windows, conditioning_graph, save_graph
 from dydit.models.config import Routers
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dydit.bundle.manifest import Precision
+from dydit.bundle.stored import Precision
 from dydit.errors import CheckpointError
 from dydit.export.weights import ALIGNMENT, runs, write_weights
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.graph_io import unit_inputs
-from dydit.bundle.manifest import WEIGHTS, PlanKind, Precision, Routing
+from dydit.bundle.manifest import PlanKind, Routing
+from dydit.bundle.stored import WEIGHTS, Precision
 from dydit.runtime.backends.base import BackendOptions
 from dydit.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from dydit.runtime.loop import MemoryStore, StepRunner, sample

@@ -12,7 +12,8 @@ import onnx
 import pytest
 
 from dydit.bundle.bundle import Bundle
-from dydit.bundle.manifest import MANIFEST, WEIGHTS, FileEntry
+from dydit.bundle.manifest import MANIFEST, FileEntry
+from dydit.bundle.stored import WEIGHTS
 from dydit.files import sha256_of
 
 Spoil = Callable[[np.ndarray], None]

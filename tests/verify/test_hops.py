@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dydit.bundle.manifest import Precision
+from dydit.bundle.stored import Precision
 from dydit.verify.compare import StepComparison, StepValues, compare_step, count_flips, picture_error, relative_l2
 from dydit.verify.hops import judge, locate, locate_in_run
 from dydit.verify.results import Status

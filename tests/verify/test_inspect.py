@@ -10,7 +10,8 @@ import sys
 import numpy as np
 import pytest
 
-from dydit.bundle.manifest import MANIFEST, PlanKind, Precision, Routing
+from dydit.bundle.manifest import MANIFEST, PlanKind, Routing
+from dydit.bundle.stored import Precision
 from dydit.errors import BundleError, CheckpointError
 from dydit.models.config import Routers
 from dydit.models.cost import model_macs

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from dydit.bundle.bundle import Bundle
-from dydit.bundle.manifest import WEIGHTS, PlanKind, Routing, pack_mask, unpack_mask
+from dydit.bundle.manifest import PlanKind, Routing, pack_mask, unpack_mask
+from dydit.bundle.stored import WEIGHTS
 from dydit.errors import ConfigError
 from dydit.models.config import Routers
 from dydit.verify.parity import REPORT, ParityConfig, run_parity

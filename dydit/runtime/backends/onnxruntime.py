@@ -18,7 +18,8 @@ import numpy as np
 
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.graph_io import residual_name, token_mask_name
-from dydit.bundle.manifest import CONDITIONING, Precision
+from dydit.bundle.manifest import CONDITIONING
+from dydit.bundle.stored import Precision
 from dydit.errors import BackendError, one_line
 from dydit.runtime.backends.base import Arrays, Backend, BackendOptions, StepResult, Subnet
 from dydit.runtime.sliding import SlidingWeights

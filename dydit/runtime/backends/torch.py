@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dydit.bundle.bundle import Bundle
-from dydit.bundle.manifest import WEIGHTS
+from dydit.bundle.stored import WEIGHTS
 from dydit.errors import BackendError
 from dydit.models.sliced import SlicedDiT, conditioning
 from dydit.runtime.backends.base import Arrays, Backend, BackendOptions, StepResult, Subnet

@@ -9,16 +9,8 @@ import pytest
 from hypothesis import HealthCheck, find, given, settings
 from hypothesis import strategies as st
 
-from dydit.bundle.manifest import (
-    Manifest,
-    PlanEntry,
-    PlanKind,
-    Precision,
-    Routing,
-    SamplingEntry,
-    SegmentEntry,
-    SubnetEntry,
-)
+from dydit.bundle.manifest import Manifest, PlanEntry, PlanKind, Routing, SamplingEntry, SegmentEntry, SubnetEntry
+from dydit.bundle.stored import Precision
 from dydit.diffusion.coefficients import COEFFICIENTS
 from dydit.diffusion.schedule import Sampler
 from dydit.errors import BackendError, ConfigError

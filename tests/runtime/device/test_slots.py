@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dydit.bundle.manifest import Manifest, PlanKind, Routing, SubnetEntry, WeightEntry
+from dydit.bundle.manifest import Manifest, PlanKind, Routing, SubnetEntry
+from dydit.bundle.stored import WeightEntry
 from dydit.errors import BackendError
 from dydit.models.config import Routers
 from dydit.runtime.backends.base import BackendOptions
