@@ -246,7 +246,7 @@ def sample_command(
     """Make images with a bundle; the same settings give the same images, in whatever batches.
 
     Writes numbered PNGs, grid.png and samples.json; of latents, where the bundle has no VAE decoder, latents.npz. Under
-    torchrun or accelerate launch, or with --worker, processes and machines that share --out make a run together.
+    `torchrun -m -- dydit sample` and `accelerate launch`, or with --worker, processes that share --out make one run.
     """
     from dydit.bundle.bundle import Bundle
     from dydit.models.config import parse_config

@@ -54,9 +54,9 @@ class RunFolder:
             return None
         if not self.out.is_dir():
             raise OutputError(f"{self.out} exists and is not a folder; choose another output")
-        for file in (self.out / SUMMARY, self.work / RUN):
-            if file.is_file():
-                values = _read_json(file)
+        # The first again: when another worker ends the run in between, that comes and the second goes.
+        for file in (self.out / SUMMARY, self.work / RUN, self.out / SUMMARY):
+            if (values := _read_json(file)) is not None:
                 self._require_same(values.get("settings"))
                 if file.name == RUN:
                     return None
@@ -248,9 +248,12 @@ def _lock(path: Path, wait: bool = False) -> Iterator[bool]:
         yield free
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def _read_json(file: Path) -> dict[str, Any] | None:
+    """An object from a file; empty where the file holds something else, None where there is no such file."""
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        return None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise OutputError(f"{file} cannot be read ({error}); choose another output") from error
     return values if isinstance(values, dict) else {}

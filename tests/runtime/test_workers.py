@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from dydit.errors import ConfigError, OutputError
-from dydit.runtime import bulk
+from dydit.runtime import bulk, run_folder
 from dydit.runtime.bulk import OutputOptions, SampleSummary, sample_to_folder
 from dydit.runtime.request import SampleRequest
 from dydit.runtime.run_folder import FolderStore, RunFolder
@@ -159,6 +159,22 @@ def test_a_run_that_is_finished_while_a_worker_comes_in(alone, pixel_bundle, tmp
     monkeypatch.setattr(bulk, "FolderStore", Late)
     assert make(pixel_bundle, out, 1, 2).finished_before
     assert content(out) == content(alone / "run") and not (out / ".work").exists()
+
+
+def test_a_run_that_is_finished_while_a_worker_looks(alone, pixel_bundle, tmp_path, monkeypatch):
+    """Between its looks for a finished run and for an unfinished one, the one becomes the other."""
+    out, read = tmp_path / "run", run_folder._read_json
+    make(pixel_bundle, out, 1, 2)
+
+    def reading(file: Path):
+        values = read(file)
+        monkeypatch.setattr(run_folder, "_read_json", read)
+        assert values is None and make(pixel_bundle, out, 0, 2).finished
+        return values
+
+    monkeypatch.setattr(run_folder, "_read_json", reading)
+    assert make(pixel_bundle, out, 1, 2).finished_before
+    assert content(out) == content(alone / "run")
 
 
 DYING = """
