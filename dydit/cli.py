@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,9 @@ from dydit.cli_options import (
     say_files,
     vae_options,
 )
+from dydit.cli_sample import sampling_progress, say_sampled, worker_option
 from dydit.diffusion.schedule import Sampler
+from dydit.runtime.workers import Worker
 from dydit.training.recipe import RECIPES
 
 
@@ -228,6 +229,7 @@ def export_command(
 @click.option("--npz", is_flag=True, help="Also write samples.npz (arr_0, uint8), which FID evaluators read.")
 @click.option("--noise-from", type=PATH, metavar="FILE.npz", help="Take noise from here: x_T, noise, labels.")
 @click.option("--latents-out", type=PATH, metavar="FILE.npz", help="Also write the latents, to this file.")
+@worker_option
 @json_option
 def sample_command(
     bundle: Path,
@@ -237,12 +239,14 @@ def sample_command(
     threads: int,
     npz: bool,
     latents_out: Path | None,
+    worker: Worker,
     as_json: bool,
     **request: Any,
 ) -> None:
     """Make images with a bundle; the same settings give the same images, in whatever batches.
 
-    Writes numbered PNGs, grid.png and samples.json; of latents, where the bundle has no VAE decoder, latents.npz.
+    Writes numbered PNGs, grid.png and samples.json; of latents, where the bundle has no VAE decoder, latents.npz. Under
+    `torchrun -m -- dydit sample` and `accelerate launch`, or with --worker, processes that share --out make one run.
     """
     from dydit.bundle.bundle import Bundle
     from dydit.models.config import parse_config
@@ -255,17 +259,13 @@ def sample_command(
     wanted = parse_config(SampleRequest, request)
     outputs = OutputOptions(npz=npz, latents_out=latents_out)
     opened = Bundle.open(bundle)
-    with progress_line("sample") as progress:
-        options = BackendOptions(threads=threads, device=device)
-        pictures = partial(progress.stage, "pictures") if progress else None
-        done = sample_to_folder(opened, wanted, out, outputs, backend, options, progress, pictures)
+    options = BackendOptions(threads=threads, device=device)
+    with sampling_progress(worker) as (progress, pictures):
+        done = sample_to_folder(opened, wanted, out, outputs, backend, options, progress, pictures, worker)
     if as_json:
         print_json({**vars(done), "out": str(done.out)})
-        return
-    took = "were there already" if done.finished_before else f"in {duration(done.seconds + done.picture_seconds)}"
-    say(f"{done.out}: {done.images} images {took}; look at {', '.join(done.files)}")
-    if done.note:
-        say(done.note)
+    else:
+        say_sampled(done)
 
 
 @cli.add("parity", "Hold a bundle against its checkpoint.")

@@ -278,6 +278,22 @@ def test_sample_and_sample_again(run, bundle: Path, tmp_path: Path) -> None:
     assert again.code == 0 and "already" in again.out
 
 
+def test_the_progress_and_the_closing_words_of_workers(run, bundle: Path, tmp_path: Path, monkeypatch) -> None:
+    """One by hand shows its own progress, under its number; of those that a launcher starts, a machine's first does."""
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    call = ["sample", bundle, "--labels", "0-3", "--batch-size", "1", "--out", tmp_path / "out"]
+    done = run(*call, "--worker", "0/3")
+    assert "\rsample (worker 0/3): 12/12" in done.err and "\rpictures (worker 0/3): 2/2" in done.err
+    assert "out: 2 images in" in done.out and "this worker, 0/3; the run is not finished" in done.out
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    for rank, shows in ((1, False), (2, True)):
+        for name, value in (("RANK", rank), ("WORLD_SIZE", 3), ("LOCAL_RANK", rank % 2)):
+            monkeypatch.setenv(name, str(value))
+        done = run(*call)
+        assert done.code == 0 and (f"sample (worker {rank}/3): 6/6" in done.err) == shows and bool(done.err) == shows
+    assert "out: 4 images in" in done.out and "look at grid.png" in done.out and "not finished" not in done.out
+
+
 def test_sampling_on_onnxruntime_needs_no_pytorch(bundle: Path, tmp_path: Path) -> None:
     without = [name for name in HEAVY if name != "onnxruntime"]
     code = f"""

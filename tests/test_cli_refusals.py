@@ -346,6 +346,34 @@ def test_a_tampered_bundle(run, bundle: Path, checkpoint: Path, tmp_path: Path, 
         assert contents(tmp_path) == before
 
 
+@pytest.mark.parametrize(
+    ("environment", "word"),
+    [
+        ({"RANK": "0"}, "RANK without WORLD_SIZE"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE without RANK"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 and WORLD_SIZE=2"),
+        ({"RANK": "0", "WORLD_SIZE": "0"}, "RANK=0 and WORLD_SIZE=0"),
+        ({"RANK": "one", "WORLD_SIZE": "2"}, "RANK='one'"),
+        ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK='-1'"),
+        ({"RANK": "0", "WORLD_SIZE": ""}, "WORLD_SIZE=''"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "x"}, "LOCAL_RANK='x'"),
+    ],
+)
+def test_what_a_launcher_does_not_say(run, monkeypatch, exported: Path, tmp_path: Path, environment, word) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert_refused(run("sample", exported, "--labels", "1", "--out", tmp_path / "out"), word)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("worker", ["2/2", "1", "-1/2", "0/0", "a/b", "1/2/3"])
+def test_workers_that_do_not_exist(run, exported: Path, tmp_path: Path, worker: str) -> None:
+    assert_refused(
+        run("sample", exported, "--labels", "1", "--worker", worker, "--out", tmp_path / "out"), "--worker", worker
+    )
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_bundle_is_sound_before_it_is_spoilt(run, bundle: Path, tmp_path: Path) -> None:
     assert run("sample", bundle, "--labels", "1", "--out", tmp_path / "out", "--quiet").code == 0
 

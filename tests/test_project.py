@@ -46,7 +46,8 @@ ALLOWED = {
     "cli_options": MIDDLE,
     "cli_errors": {"errors", "cli_options"},
     "cli_build": MIDDLE | {"verify", "cli_options"},
-    "cli": MIDDLE | {"verify", "cli_options", "cli_errors", "cli_build"},
+    "cli_sample": MIDDLE | {"cli_options"},
+    "cli": MIDDLE | {"verify", "cli_options", "cli_errors", "cli_build", "cli_sample"},
     "__main__": {"cli"},
 }
 HEAVY = ("torch", "onnx", "onnx_ir", "onnxruntime", "safetensors", "tensorrt", "accelerate", "sklearn", "scipy")
@@ -57,6 +58,7 @@ TORCH_FREE = (
         "dydit",
         "dydit.cli",
         "dydit.cli_options",
+        "dydit.cli_sample",
         "dydit.cli_errors",
         "dydit.errors",
         "dydit.files",

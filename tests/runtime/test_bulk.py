@@ -177,7 +177,7 @@ def test_an_unfinished_run_with_other_settings_is_refused(pixel_bundle, tmp_path
 def test_two_processes_do_not_share_a_folder(pixel_bundle, tmp_path):
     out = tmp_path / "run"
     stopped_run(pixel_bundle, out, 4)
-    with open(out / ".work" / "lock", "w") as lock:
+    with open(out / ".work" / "worker-0-of-1.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(OutputError, match="another process is sampling into"):
             sample_to_folder(pixel_bundle, REQUEST, out)
