@@ -85,7 +85,7 @@ class PretendedTensorRT:
     __version__ = "11.4.0"
 
     class ILogger:
-        pass
+        WARNING = 2
 
     class LayerInformationFormat:
         JSON = "json"
