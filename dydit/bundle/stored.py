@@ -11,28 +11,45 @@ from pydantic import Field, NonNegativeInt
 from dydit.models.config import Strict
 
 WEIGHTS = "weights.bin"
-StoredType = Literal["float32", "float16", "bfloat16"]
+StoredType = Literal["float32", "float16", "bfloat16", "int8"]
 
 
 class Precision(StrEnum):
-    """The type of matrix products and attention, and of their weights; all else is fp32 (DESIGN, decision 9)."""
+    """The type of matrix products and attention, and of their weights; all else is fp32 (DESIGN, decision 9).
+
+    int8 is of a block's linear layers alone: their weights and, token by token, what enters them; for ONNX Runtime on
+    the CPU. What they give, attention and all else is fp32.
+    """
 
     FP32 = "fp32"
     FP16 = "fp16"
     BF16 = "bf16"
+    INT8 = "int8"
 
     @property
     def dtype(self) -> StoredType:
-        """The name of the type, as `WeightEntry` has it."""
-        return _STORED[self]
+        """The type of what products take and give, and of biases, as `WeightEntry` names it."""
+        return _VALUES[self]
+
+    @property
+    def is_fp32(self) -> bool:
+        """Whether values between products are fp32."""
+        return self.dtype == "float32"
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of a number in a block's weight matrices."""
+        return 1 if self is Precision.INT8 else ITEM_BYTES[self.dtype]
 
 
-_STORED: dict[Precision, StoredType] = {
+_VALUES: dict[Precision, StoredType] = {
     Precision.FP32: "float32",
+    Precision.INT8: "float32",
     Precision.FP16: "float16",
     Precision.BF16: "bfloat16",
 }
-STORAGE = {"float32": "float32", "float16": "float16", "bfloat16": "uint16"}
+ITEM_BYTES: dict[StoredType, int] = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
+STORAGE = {"float32": "float32", "float16": "float16", "bfloat16": "uint16", "int8": "int8"}
 """NumPy's type for each stored type; it has no bfloat16, whose bits are read as uint16."""
 
 
@@ -46,7 +63,7 @@ class WeightEntry(Strict):
     @property
     def item_bytes(self) -> int:
         """Bytes of one number."""
-        return 4 if self.dtype == "float32" else 2
+        return ITEM_BYTES[self.dtype]
 
     @property
     def nbytes(self) -> int:

@@ -164,6 +164,11 @@ def make_request(
 def require_buildable(manifest: Manifest, request: EngineRequest, gpu: Gpu | None) -> None:
     """Raise `BackendError` where a flavour cannot build what is asked, with the reason and the alternative."""
     flavour, traits = request.flavour, request.flavour.traits
+    if manifest.precision is Precision.INT8:
+        raise BackendError(
+            "int8 bundles are for onnxruntime on the CPU, with its own operators; export with --precision fp16 or bf16 "
+            "to build engines"
+        )
     if manifest.routing is Routing.DYNAMIC and not traits.data_dependent_shapes:
         raise BackendError(
             f"{flavour} has no NonZero, which dynamic routing needs; export with `dydit export CHECKPOINT --out BUNDLE "

@@ -31,12 +31,11 @@ from dydit.bundle.manifest import (
     SubnetEntry,
     pack_mask,
 )
-from dydit.bundle.stored import WEIGHTS, Precision, WeightEntry
+from dydit.bundle.stored import ITEM_BYTES, WEIGHTS, Precision, WeightEntry
 from dydit.bundle.vae import VaeEntry
 from dydit.diffusion.coefficients import step_coefficients
 from dydit.diffusion.schedule import TRAIN_STEPS, Sampler, Schedule
 from dydit.errors import ConfigError
-from dydit.export.blocks import FunctionLibrary
 from dydit.export.graph import (
     SubnetSpec,
     WeightInputs,
@@ -46,6 +45,7 @@ from dydit.export.graph import (
     save_graph,
     subnet_graph,
 )
+from dydit.export.library import FunctionLibrary
 from dydit.export.masks import activity_order, by_slot, freeze_masks
 from dydit.export.plan import Plan, budget_plan, merged_plan, per_step_plan
 from dydit.export.vae import export_vae
@@ -88,6 +88,10 @@ class ExportConfig(Strict):
             raise ValueError("a memory budget goes with the memory-budget plan, and only with it")
         if self.capacities is not None and self.routing is not Routing.CAPACITY:
             raise ValueError("capacities go with capacity routing only")
+        if self.precision is Precision.INT8 and self.plan is PlanKind.SLIDING:
+            raise ValueError(
+                "a sliding plan has its weights as inputs, which are not packed for int8; use another plan"
+            )
         if self.vae_tile is not None and self.vae is None:
             raise ValueError("a tile goes with a VAE decoder only")
         return self
@@ -166,10 +170,15 @@ def _make_plan(config: ExportConfig, model: ModelConfig, masks: np.ndarray, cost
 def unit_bytes(model: ModelConfig, precision: Precision = Precision.FP32) -> np.ndarray:
     """Bytes of one head's and one group's weights, [L, 2, H] float64."""
     d, hd, gs = model.hidden_size, model.head_dim, model.group_dim
-    item = 4 if precision is Precision.FP32 else 2
+    item, added = precision.weight_bytes, _channel_bytes(precision)
     sizes = np.empty((model.depth, 2, model.num_heads))
-    sizes[:, 0], sizes[:, 1] = item * (4 * hd * d + 3 * hd), item * (2 * gs * d + gs)
+    sizes[:, 0], sizes[:, 1] = item * 4 * hd * d + added * 3 * hd, item * 2 * gs * d + added * gs
     return sizes
+
+
+def _channel_bytes(precision: Precision) -> int:
+    """Bytes of an output channel's bias, and of its scale with int8."""
+    return 8 if precision is Precision.INT8 else ITEM_BYTES[precision.dtype]
 
 
 def fixed_bytes(model: ModelConfig, precision: Precision = Precision.FP32) -> int:
@@ -179,7 +188,7 @@ def fixed_bytes(model: ModelConfig, precision: Precision = Precision.FP32) -> in
     router = (r * d + 2 * r + 1) if model.dynamic else 0
     embed = (p2 * model.in_channels + 1 + model.tokens) * d
     final = p2 * model.out_channels * (d + 1)
-    biases = 2 * d * (4 if precision is Precision.FP32 else 2)
+    biases = 2 * d * _channel_bytes(precision)
     return 4 * (embed + final + model.depth * router) + model.depth * biases
 
 
@@ -253,9 +262,10 @@ def _subnet_entry(
     units = len(job.order[0, 0])
     used = sum(
         weights[f"blocks.{block}.{part}"].nbytes // units * len(slots[block])
-        for slots, parts in ((spec.heads, HEAD_WEIGHTS), (spec.groups, GROUP_WEIGHTS))
+        for slots, parts in ((spec.heads, (*HEAD_WEIGHTS, "qkv.scale")), (spec.groups, (*GROUP_WEIGHTS, "fc1.scale")))
         for block in range(job.model.depth)
         for part in parts
+        if f"blocks.{block}.{part}" in weights  # scales are there with int8 only
     )
     return SubnetEntry(
         file=files[0],

@@ -17,8 +17,6 @@ import onnx
 import onnx_ir as ir
 
 from dydit.bundle.graph_io import (
-    GROUP_WEIGHTS,
-    HEAD_WEIGHTS,
     TensorSpec,
     conditioning_inputs,
     conditioning_outputs,
@@ -31,10 +29,13 @@ from dydit.bundle.graph_io import (
 )
 from dydit.bundle.manifest import Routing
 from dydit.bundle.stored import WEIGHTS, Precision, WeightEntry
-from dydit.export.blocks import FunctionLibrary, call
-from dydit.export.ops import DATA_TYPES, DOMAIN, IR_VERSION, OPSET, Ops
+from dydit.export.library import FunctionLibrary, call
+from dydit.export.ops import CONTRIB, DATA_TYPES, DOMAIN, IR_VERSION, OPSET, Ops
+from dydit.export.products import weight_parts
 from dydit.export.weights import runs
 from dydit.models.config import ModelConfig
+
+_UNITS_OUT = ("qkv", "fc1")  # layers whose outputs belong to units, and so their biases and scales
 
 
 @dataclass(frozen=True)
@@ -191,21 +192,25 @@ class _SubnetWriter:
         return [self.ops.Gather(flat, self.ops.constant(index), axis=0)]
 
     def _attention(self, block: int, x: ir.Value, vectors: list[ir.Value]) -> ir.Value:
-        slots, name, ops = self.spec.heads[block], f"blocks.{block}", self.ops
-        bias = self.weights.whole(f"{name}.proj.bias")
+        slots, name = self.spec.heads[block], f"blocks.{block}"
         if not slots:
+            bias = self.weights.whole(f"{name}.proj.bias")
             return self._call(self.library.attention_none(), [x, vectors[2], bias], [f"{name}.attended"])[0]
         gates = self._gates(block, 0, slots)
-        units = [self.weights.units(ops, block, part, slots) for part in HEAD_WEIGHTS]
-        shape = np.array([-1, self.config.tokens, len(slots), 3 * self.config.head_dim], np.int64)
-        if isinstance(self.weights, WeightInputs):
-            rows = ops.Shape(x, start=0, end=2)
-            qkv_shape = ops.Concat(rows, ops.constant([-1, 3 * self.config.head_dim]), axis=0)
-        else:
-            qkv_shape = self.weights.local(f"qkv_shape_{len(slots)}", shape)
-        function = self.library.attention(bool(gates))
-        arguments = [x, self.ones, *vectors, *units, bias, qkv_shape, *gates]
-        return self._call(function, arguments, [f"{name}.attended"])[0]
+        heads = None if isinstance(self.weights, WeightInputs) else len(slots)
+        layers = [*self._layer(block, "qkv", slots), *self._layer(block, "proj", slots)]
+        function = self.library.attention(heads, bool(gates))
+        return self._call(function, [x, self.ones, *vectors, *layers, *gates], [f"{name}.attended"])[0]
+
+    def _layer(self, block: int, layer: str, slots: Sequence[int]) -> list[ir.Value]:
+        """A linear layer's weights as functions take them: of the given slots, whatever has an axis of units."""
+        made = []
+        for part in weight_parts(self.library.precision):
+            if layer in _UNITS_OUT or part == "weight":
+                made.append(self.weights.units(self.ops, block, f"{layer}.{part}", slots))
+            else:
+                made.append(self.weights.whole(f"blocks.{block}.{layer}.{part}"))
+        return made
 
     def _mlp(self, block: int, x: ir.Value, vectors: list[ir.Value]) -> Sequence[ir.Value]:
         """Returns x and, with capacity routing, the overflow."""
@@ -215,14 +220,14 @@ class _SubnetWriter:
             parts = ("router.0.weight", "router.0.bias", "router.2.weight", "router.2.bias")
             router = [self.weights.whole(f"{name}.{part}") for part in parts]
         names = [residual_name(block), *([token_mask_name(block)] if routing else [])]
-        bias = self.weights.whole(f"{name}.fc2.bias")
         capacity = routing is Routing.CAPACITY
         if not slots:
+            bias = self.weights.whole(f"{name}.fc2.bias")
             x, *_ = self._call(self.library.mlp_none(bool(routing)), [x, vectors[2], bias, *router], names)
             return [x, *([self.ops.constant([0])] if capacity else [])]
         gates = self._gates(block, 1, slots)
-        fc1_w, fc1_b, fc2_w = (self.weights.units(self.ops, block, part, slots) for part in GROUP_WEIGHTS)
-        arguments = [x, self.ones, *vectors, fc1_w, fc1_b, fc2_w, bias, *router]
+        layers = [*self._layer(block, "fc1", slots), *self._layer(block, "fc2", slots)]
+        arguments = [x, self.ones, *vectors, *layers, *router]
         if capacity:
             assert self.spec.capacities is not None
             arguments.append(self.ops.constant([self.spec.capacities[block]]))
@@ -237,12 +242,13 @@ def _typed(value: ir.Value, like: ir.Value) -> ir.Value:
 
 
 def _model(name: str, inputs: Sequence[ir.Value], outputs: Sequence[ir.Value], writer: _SubnetWriter) -> ir.Model:
+    opsets = {CONTRIB: 1} if any(CONTRIB in each.opset_imports for each in writer.functions.values()) else {}
     graph = ir.Graph(
         inputs,
         outputs,
         nodes=writer.ops.nodes,
         initializers=list(writer.weights.initializers.values()),
-        opset_imports={"": OPSET, DOMAIN: 1},
+        opset_imports={"": OPSET, DOMAIN: 1, **opsets},
         name=name,
     )
     return ir.Model(graph, ir_version=IR_VERSION, producer_name="dydit", functions=list(writer.functions.values()))

@@ -15,9 +15,11 @@ DATA_TYPES = {
     "float32": ir.DataType.FLOAT,
     "float16": ir.DataType.FLOAT16,
     "bfloat16": ir.DataType.BFLOAT16,
+    "int8": ir.DataType.INT8,
     "int64": ir.DataType.INT64,
 }
 DOMAIN = "dydit"
+CONTRIB = "com.microsoft"  # operators of ONNX Runtime's own, for int8
 
 
 class Ops:
@@ -60,11 +62,11 @@ class Ops:
 
     def to_precision(self, value: ir.Value, precision: Precision) -> ir.Value:
         """An fp32 (or bool) value in the type of matrix products; nothing is added where that is what it is."""
-        return value if precision is Precision.FP32 else self.Cast(value, to=DATA_TYPES[precision.dtype])
+        return value if precision.is_fp32 else self.Cast(value, to=DATA_TYPES[precision.dtype])
 
     def to_fp32(self, value: ir.Value, precision: Precision) -> ir.Value:
         """The way back."""
-        return value if precision is Precision.FP32 else self.Cast(value, to=ir.DataType.FLOAT)
+        return value if precision.is_fp32 else self.Cast(value, to=ir.DataType.FLOAT)
 
     def split(self, value: ir.Value, axis: int, count: int) -> Sequence[ir.Value]:
         """Equal parts along an axis."""
@@ -76,5 +78,6 @@ def function(name: str, inputs: Sequence[str], body: Callable[..., Sequence[ir.V
     ops = Ops(name)
     values = [ir.Value(name=each) for each in inputs]
     outputs = body(ops, *values)
-    graph = ir.Graph(values, outputs, nodes=ops.nodes, opset_imports={"": OPSET}, name=name)
+    opsets = {"": OPSET, **({CONTRIB: 1} if any(node.domain == CONTRIB for node in ops.nodes) else {})}
+    graph = ir.Graph(values, outputs, nodes=ops.nodes, opset_imports=opsets, name=name)
     return ir.Function(DOMAIN, name, graph=graph, attributes=())

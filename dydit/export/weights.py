@@ -8,28 +8,44 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
-from dydit.bundle.stored import Precision, WeightEntry
+from dydit.bundle.stored import Precision, StoredType, WeightEntry
 from dydit.errors import CheckpointError
+from dydit.export.quantize import is_quantized, quantize, scale_name
 
 ALIGNMENT = 4096
 PIECE = 1 << 24
 """Numbers that are converted and written at once: 64 MiB of them."""
 _PRODUCTS = ("qkv", "proj", "fc1", "fc2", "adaln")
-_TYPES = {Precision.FP32: torch.float32, Precision.FP16: torch.float16, Precision.BF16: torch.bfloat16}
+_TYPES: dict[StoredType, torch.dtype] = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "int8": torch.int8,
+}
+_NAMES = {each.dtype: each.value for each in (Precision.FP32, Precision.FP16, Precision.BF16)}
 
 
-def stored_precision(name: str, precision: Precision) -> Precision:
-    """The type of a stored tensor: the products' weights and biases follow the bundle's, all else stays fp32."""
-    return precision if name.split(".")[-2:][0] in _PRODUCTS else Precision.FP32
+def stored_type(name: str, precision: Precision) -> StoredType:
+    """The type of a stored tensor: weights and biases of products follow the bundle's precision, all else is fp32."""
+    if precision is Precision.INT8 and is_quantized(name):
+        return "int8"
+    return precision.dtype if name.split(".")[-2:][0] in _PRODUCTS else "float32"
 
 
-def stored_form(name: str, tensor: Tensor, precision: Precision) -> Tensor:
-    """A tensor in the type in which a bundle of `precision` stores it."""
-    return tensor.detach().to(_TYPES[stored_precision(name, precision)])
+def stored_forms(name: str, tensor: Tensor, precision: Precision) -> Iterator[tuple[str, Tensor]]:
+    """What a bundle of `precision` stores for a tensor of the layout: itself in its type, and scales with int8."""
+    kind = stored_type(name, precision)
+    if kind == "int8":
+        weight, scale = quantize(name, tensor)
+        yield name, weight
+        yield scale_name(name), scale
+    else:
+        yield name, tensor.detach().to(_TYPES[kind])
 
 
 def write_weights(
@@ -43,21 +59,32 @@ def write_weights(
     entries: dict[str, WeightEntry] = {}
     with open(path, "wb") as file:
         for name, tensor in tensors:
-            kind = stored_precision(name, precision)
-            file.write(b"\0" * (-file.tell() % ALIGNMENT))
-            entries[name] = WeightEntry(offset=file.tell(), shape=tuple(tensor.shape), dtype=kind.dtype)
+            kind = stored_type(name, precision)
+            if kind == "int8":
+                _require_finite(name, tensor, "float32")
+                for stored, values in stored_forms(name, tensor, precision):
+                    entries[stored] = _start(file, values, "int8" if stored == name else "float32")
+                    file.write(values.contiguous().view(torch.uint8).numpy().data)
+                continue
+            entries[name] = _start(file, tensor, kind)
             for piece in tensor.detach().flatten().split(PIECE):
                 _require_finite(name, piece, kind)
                 file.write(piece.to(_TYPES[kind]).view(torch.uint8).numpy().data)
     return entries
 
 
-def _require_finite(name: str, values: Tensor, kind: Precision) -> None:
+def _start(file: BinaryIO, tensor: Tensor, kind: StoredType) -> WeightEntry:
+    """Fill up to where a tensor may start, and say what starts there."""
+    file.write(b"\0" * (-file.tell() % ALIGNMENT))
+    return WeightEntry(offset=file.tell(), shape=tuple(tensor.shape), dtype=kind)
+
+
+def _require_finite(name: str, values: Tensor, kind: StoredType) -> None:
     if not values.numel():
         return
     extremes = torch.stack(values.aminmax())  # NaN where any is; rounding keeps the order, so these two tell for all
     if not torch.isfinite(extremes.to(_TYPES[kind])).all():
-        trouble = f"is too large for {kind.value}; export in another precision"
+        trouble = f"is too large for {_NAMES[kind]}; export in another precision"
         if not torch.isfinite(extremes).all():
             trouble = "is NaN or infinite; this checkpoint cannot be exported"
         raise CheckpointError(f"a value of weight {name} {trouble}")

@@ -219,8 +219,9 @@ def _unit_bytes(manifest: Manifest) -> np.ndarray:
     config = manifest.model
     sizes = np.empty((config.depth, 2, config.num_heads))
     for block in range(config.depth):
-        for part, names in enumerate((HEAD_WEIGHTS, GROUP_WEIGHTS)):
-            total = sum(manifest.weights[f"blocks.{block}.{name}"].nbytes for name in names)
+        for part, names in enumerate(((*HEAD_WEIGHTS, "qkv.scale"), (*GROUP_WEIGHTS, "fc1.scale"))):
+            stored = (manifest.weights.get(f"blocks.{block}.{name}") for name in names)
+            total = sum(entry.nbytes for entry in stored if entry)
             sizes[block, part] = total / config.num_heads
     return sizes
 

@@ -14,8 +14,8 @@ import torch
 
 from dydit.bundle.graph_io import GROUP_WEIGHTS, HEAD_WEIGHTS
 from dydit.diffusion.coefficients import apply_step
-from dydit.export.blocks import FunctionLibrary
 from dydit.export.graph import SubnetSpec, Windows, save_graph, subnet_graph
+from dydit.export.library import FunctionLibrary
 from dydit.export.weights import write_weights
 from dydit.models.config import ModelConfig
 from dydit.models.dit import DiT

@@ -149,7 +149,7 @@ def test_memory_budget_too_small(make_checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("precision", [Precision.FP32, Precision.FP16])
+@pytest.mark.parametrize("precision", [Precision.FP32, Precision.FP16, Precision.INT8])
 def test_weight_bytes_are_what_the_graph_reads(make_bundle, plan, precision):
     bundle = make_bundle(precision=precision, **PLANS[plan])
     for entry in bundle.manifest.subnets:
@@ -159,7 +159,7 @@ def test_weight_bytes_are_what_the_graph_reads(make_bundle, plan, precision):
 
 
 def test_unit_and_fixed_bytes_add_up_to_the_stored_step(make_bundle, small_config):
-    for precision in (Precision.FP32, Precision.FP16):
+    for precision in (Precision.FP32, Precision.FP16, Precision.INT8):
         weights = make_bundle(precision=precision).manifest.weights
         step = sum(w.nbytes for name, w in weights.items() if not name.startswith(("time", "label", "adaln")))
         assert unit_bytes(small_config, precision).sum() + fixed_bytes(small_config, precision) == step

@@ -155,15 +155,17 @@ def test_functions_are_shared_by_blocks_and_only_those_used_are_there(make_bench
     proto = load(bench.write(spec_of(bench, Routing.DYNAMIC)))
     calls = [node.op_type for node in proto.graph.node if node.domain == "dydit"]
     assert {each.name for each in proto.functions} == set(calls)
-    assert calls == ["embed", *["attention", "mlp_dynamic"] * 3, "final", "sampler_step"]
+    heads = [len(slots) for slots in spec_of(bench, Routing.DYNAMIC).heads]
+    blocks = [name for count in heads for name in (f"attention_{count}", "mlp_dynamic")]
+    assert calls == ["embed", *blocks, "final", "sampler_step"]
     mixed = bench.spec([[], [0], [1]], [[0], [], [2]], Routing.DYNAMIC, {(2, 0), (2, 1)})
     calls = [node.op_type for node in load(bench.write(mixed)).graph.node if node.domain == "dydit"]
     assert calls[1:-2] == [
         "attention_none",
         "mlp_dynamic",
-        "attention",
+        "attention_1",
         "mlp_none_routed",
-        "attention_gated",
+        "attention_1_gated",
         "mlp_dynamic_gated",
     ]
 

@@ -134,7 +134,7 @@ def test_without_guidance_rows_the_scale_does_nothing(make_bench):
 
 @pytest.mark.parametrize("channels", [1, 4])
 def test_guidance_acts_on_the_asked_channels(make_bench, distance, monkeypatch, channels):
-    from dydit.export.blocks import FunctionLibrary
+    from dydit.export.library import FunctionLibrary
 
     bench = make_bench()
     monkeypatch.setattr(bench, "cfg_channels", channels)
@@ -265,16 +265,17 @@ class TestCapacity:
         assert self.run(bench, (1, 1, 1), bench.feeds())["token_overflow"].tolist() == [overflow] * 3
 
 
-@pytest.mark.parametrize("routing", list(Routing))
-def test_half_precision(make_bench, tmp_path, distance, routing):
-    """The same step with fp16 products: near, and not the same."""
-    from dydit.export.blocks import FunctionLibrary
+@pytest.mark.parametrize("routing", [None, *Routing])
+@pytest.mark.parametrize("precision", [Precision.FP16, Precision.INT8])
+def test_lower_precision(make_bench, tmp_path, distance, routing, precision):
+    """The same step with fp16 or 8-bit products: near, and not the same."""
     from dydit.export.graph import subnet_graph
+    from dydit.export.library import FunctionLibrary
     from dydit.export.weights import write_weights
 
     bench = make_bench()
-    entries = write_weights(tmp_path / "weights.bin", bench.stored.items(), Precision.FP16)
-    library = FunctionLibrary(bench.config, 3, Precision.FP16)
+    entries = write_weights(tmp_path / "weights.bin", bench.stored.items(), precision)
+    library = FunctionLibrary(bench.config, 3, precision)
     spec = spec_of(bench, [[0, 1, 3], [0, 2], [1, 2, 3]], [[0, 1, 2, 3], [1, 3], [0, 2]], routing, {(0, 0), (0, 1)})
     path = tmp_path / "half.onnx"
     save_graph(subnet_graph(bench.config, spec, library, Windows(entries)), path)

@@ -22,6 +22,7 @@ from dydit.bundle.manifest import CONDITIONING
 from dydit.bundle.stored import Precision
 from dydit.errors import BackendError, one_line
 from dydit.runtime.backends.base import Arrays, Backend, BackendOptions, StepResult, Subnet
+from dydit.runtime.backends.int8 import require_exact_products
 from dydit.runtime.sliding import SlidingWeights
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -74,10 +75,7 @@ class OnnxRuntimeBackend(Backend):
                 f"this onnxruntime has no {provider}; pip uninstall onnxruntime, then pip install 'dydit[gpu]', "
                 "or use --device cpu"
             )
-        if self.options.device == "cpu" and bundle.manifest.precision is Precision.BF16:
-            raise BackendError(
-                "onnxruntime has no bf16 matrix products on the CPU; use --backend torch, or a bundle in fp32 or fp16"
-            )
+        _require_precision(bundle.manifest.precision, self.options.device)
 
     @cached_property
     def _conditioner(self) -> _Session:
@@ -150,6 +148,17 @@ def runtime() -> Any:
             f"onnxruntime cannot be imported ({one_line(error)}); pip install 'dydit[cpu]', or 'dydit[gpu]' for CUDA"
         ) from error
     return onnxruntime
+
+
+def _require_precision(precision: Precision, device: str) -> None:
+    if device == "cpu" and precision is Precision.BF16:
+        raise BackendError(
+            "onnxruntime has no bf16 matrix products on the CPU; use --backend torch, or a bundle in fp32 or fp16"
+        )
+    if precision is Precision.INT8:
+        if device != "cpu":
+            raise BackendError(f"int8 bundles run on the CPU, not on {device}; use --device cpu, or a bundle in fp16")
+        require_exact_products(runtime())
 
 
 def _error_types(ort: Any) -> tuple[type[Exception], ...]:
