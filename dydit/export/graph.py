@@ -6,6 +6,7 @@ or as graph inputs with symbolic widths (one graph for every width; DESIGN, deci
 
 from __future__ import annotations
 
+import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -85,6 +86,11 @@ class Windows(WeightSource):
     def whole(self, name: str) -> ir.Value:
         entry = self.entries[name]
         return self._external(name, entry)
+
+    def rows(self, name: str, first: int, end: int) -> ir.Value:
+        """Rows first..end-1 of a stored tensor."""
+        entry = self.entries[name]
+        return self._external(f"{name}[{first}:{end}]", entry, first, (end - first, *entry.shape[1:]))
 
     def units(self, ops: Ops, block: int, part: str, slots: Sequence[int]) -> ir.Value:
         name = f"blocks.{block}.{part}"
@@ -254,8 +260,8 @@ def _model(name: str, inputs: Sequence[ir.Value], outputs: Sequence[ir.Value], w
     return ir.Model(graph, ir_version=IR_VERSION, producer_name="dydit", functions=list(writer.functions.values()))
 
 
-def conditioning_graph(config: ModelConfig, weights: WeightSource, precision: Precision) -> ir.Model:
-    """(timesteps [T], labels [R]) -> modulation [T, R, 6L+2, D] of every pair, as one matrix product."""
+def conditioning_graph(config: ModelConfig, weights: Windows, precision: Precision) -> ir.Model:
+    """(timesteps [T], labels [R]) -> modulation [T, R, 6L+2, D] of every pair at once."""
     ops, d, vectors = Ops(), config.hidden_size, modulation_vectors(config)
     timesteps, labels = (_value(spec) for spec in conditioning_inputs())
     angles = ops.Mul(
@@ -268,8 +274,13 @@ def conditioning_graph(config: ModelConfig, weights: WeightSource, precision: Pr
     c = ops.Add(ops.Unsqueeze(t_emb, ops.constant([1])), y_emb)  # [T, R, D]
     flat = _silu(ops, ops.Reshape(c, ops.constant([-1, d])))
     flat = ops.to_precision(flat, precision)
-    out = ops.Gemm(flat, weights.whole("adaln.weight"), weights.whole("adaln.bias"), transB=1)
-    out = ops.to_fp32(out, precision)
+    # A product for each layer, so that a runtime that widens weights has to hold one layer's at a time.
+    bounds = [*range(0, vectors * d, 6 * d), vectors * d]
+    layers = []
+    for first, end in itertools.pairwise(bounds):
+        weight, bias = (weights.rows(f"adaln.{part}", first, end) for part in ("weight", "bias"))
+        layers.append(ops.Gemm(flat, weight, bias, transB=1))
+    out = ops.to_fp32(ops.Concat(*layers, axis=1), precision)
     ones = np.zeros((vectors, d), np.float32)
     ones[[*(6 * b + k for b in range(config.depth) for k in (1, 4)), vectors - 1]] = 1
     out = ops.Add(ops.Reshape(out, ops.constant([-1, vectors, d])), weights.local("scale_ones", ones[:, :1]))

@@ -102,6 +102,18 @@ def test_lower_precision_is_the_same_function_less_exactly(
     assert 1e-6 < relative(result.x_prev, expected.x_prev) < bar
 
 
+def test_fp16_weights_may_be_widened_at_load_or_in_each_step(make_bundle, relative):
+    """Packed sessions widen all at once, others a layer at a time; the products are the same."""
+    bundle = make_bundle(precision=Precision.FP16)
+    x, noise, labels = inputs(bundle, 3)
+    made = []
+    for packed in (False, True):
+        backend = open_backend("onnxruntime", bundle, BackendOptions(threads=1, packed=packed))
+        with ResidentSubnets(backend) as subnets:
+            made.append(StepRunner(backend, subnets, labels, 4.0).run(6, x, noise, labels).x_prev)
+    assert relative(*made) < 1e-6
+
+
 def test_conditioning_is_that_of_the_blocks(backend_name, make_bundle, make_checkpoint, relative):
     import torch
 
