@@ -103,7 +103,7 @@ def test_lower_precision_is_the_same_function_less_exactly(
 
 
 def test_fp16_weights_may_be_widened_at_load_or_in_each_step(make_bundle, relative):
-    """Packed sessions widen all at once, others a layer at a time: the products are the same, their sums may round apart."""
+    """Packed sessions widen all at once, others a layer at a time: the same products, whose sums may round apart."""
     bundle = make_bundle(precision=Precision.FP16)
     x, noise, labels = inputs(bundle, 3)
     made = []
