@@ -24,6 +24,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -133,6 +134,7 @@ def measure_sample(work: Path, done: Part) -> Part:
     latents = {}
     for plan in (PER_STEP, SLIDING):
         out, file = work / f"sample-{plan}", work / f"latents-{plan}.npz"
+        shutil.rmtree(out, ignore_errors=True)  # a part is measured whole
         seconds, peak, output = dydit(
             *("sample", work / plan, "--labels", str(LABEL), "--out", out, "--latents-out", file, "--json")
         )
@@ -142,7 +144,7 @@ def measure_sample(work: Path, done: Part) -> Part:
             "seconds": seconds,
             "peak_bytes": peak,
             "peak_of_dense": peak / done["checkpoint"]["dense_fp16_bytes"],
-            "steps": json.loads(output)["steps"],
+            "run": json.loads(output),
         }
     first, second = latents.values()
     made["relative_l2_of_the_run"] = float(np.linalg.norm(first - second) / np.linalg.norm(first))

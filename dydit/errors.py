@@ -27,6 +27,10 @@ class BackendError(DyditError):
     """A backend is not installed here, or cannot run what it is asked to run."""
 
 
+class CalibrationError(DyditError):
+    """There is nothing to calibrate on, or a calibration is of something else."""
+
+
 class OutputError(DyditError):
     """A result cannot be written where it was asked to go."""
 
