@@ -27,6 +27,14 @@ class BackendError(DyditError):
     """A backend is not installed here, or cannot run what it is asked to run."""
 
 
+class UnavailableError(BackendError):
+    """What is asked for needs something that this machine lacks, so it is left out where others can go on."""
+
+
+class DeviationError(BackendError):
+    """What is to be measured does not compute what its reference computes."""
+
+
 class OutputError(DyditError):
     """A result cannot be written where it was asked to go."""
 
