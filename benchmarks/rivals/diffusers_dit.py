@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from rival import in_another_process, require
@@ -41,11 +42,16 @@ class Diffusers(TorchRival):
         return out
 
 
-def load_from_diffusers(folder: Path) -> nn.Module:
-    """The model in a folder that diffusers saved, with the sinusoid of the original DiT."""
+def dit_class() -> Any:
+    """diffusers' class. It has no types, and is slow to import."""
     from diffusers import DiTTransformer2DModel
 
-    model: nn.Module = DiTTransformer2DModel.from_pretrained(folder).eval()
+    return DiTTransformer2DModel
+
+
+def load_from_diffusers(folder: Path) -> nn.Module:
+    """The model in a folder that diffusers saved, with the sinusoid of the original DiT."""
+    model: nn.Module = dit_class().from_pretrained(folder).eval()
     for block in model.transformer_blocks:
         block.norm1.emb.time_proj.downscale_freq_shift = 0
     return model
@@ -53,11 +59,9 @@ def load_from_diffusers(folder: Path) -> nn.Module:
 
 def save_for_diffusers(path: Path, folder: Path) -> None:
     """Save a static checkpoint as a diffusers DiT. Raises `DeviationError` where it then computes something else."""
-    from diffusers import DiTTransformer2DModel
-
     checkpoint = load_checkpoint(path)
     config = checkpoint.config
-    model = DiTTransformer2DModel(
+    model = dit_class()(
         num_attention_heads=config.num_heads,
         attention_head_dim=config.head_dim,
         num_layers=config.depth,
@@ -82,7 +86,7 @@ def to_diffusers(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, 
 
     The position embedding is left out, which diffusers computes.
     """
-    renamed = {}
+    renamed: dict[str, Tensor] = {}
     for name, tensor in state.items():
         if name == "pos_embed":
             continue

@@ -111,7 +111,15 @@ def latency_png(bench: BenchReport) -> bytes:
     """Milliseconds a step of each side, and how low its multiply-adds alone would let the first side go."""
     sides, pair = bench.sides, bound_of(bench)
     with drawing(7.2, 1.55 + 0.52 * len(sides)) as figure:
-        headline(figure, _finding(sides[0], pair), _setting(bench))
+        first = sides[0]
+        if pair is None:
+            finding = f"{first.side.name} takes {first.median_ms:.2f} ms a step"
+        else:
+            finding = (
+                f"{first.side.name} runs {pair.median:.2f}\u00d7 as fast as {pair.other}; "
+                f"its multiply-adds allow {pair.allowed:.2f}\u00d7"
+            )
+        headline(figure, finding, _setting(bench))
         axis = figure.subplots()
         places = np.arange(len(sides))[::-1]
         bound = bench.side(pair.other).median_ms / pair.allowed if pair else 0.0
@@ -125,7 +133,7 @@ def latency_png(bench: BenchReport) -> bytes:
         return png(figure)
 
 
-def rivals_png(bench: BenchReport, pair: Comparison | None = None) -> bytes:
+def ranking_png(bench: BenchReport, pair: Comparison | None = None) -> bytes:
     """Milliseconds a step of every side, slowest first, bundles in a colour of their own.
 
     `pair`: a line across all bars says what the first of its sides would take if it were as much faster than the other
@@ -135,7 +143,10 @@ def rivals_png(bench: BenchReport, pair: Comparison | None = None) -> bytes:
     subject = bench.side(pair.side) if pair else sides[-1]
     with drawing(7.2, 1.6 + 0.36 * len(sides)) as figure:
         left_out = ", ".join(each.name for each in bench.not_run)
-        headline(figure, _finding(subject, pair), _setting(bench) + (f"; not run: {left_out}" if left_out else ""))
+        finding = f"{subject.side.name} takes {subject.median_ms:.2f} ms a step"
+        if pair is not None:
+            finding = f"{pair.side} runs {pair.median:.2f}\u00d7 as fast as {pair.other}"
+        headline(figure, finding, _setting(bench) + (f"; not run: {left_out}" if left_out else ""))
         axis = figure.subplots()
         places = np.arange(len(sides))[::-1]
         colours = [ACCENT if side.side.kind is SideKind.BUNDLE else ACCENT_LIGHT for side in sides]
@@ -148,15 +159,6 @@ def rivals_png(bench: BenchReport, pair: Comparison | None = None) -> bytes:
         axis.set_xlim(0, 1.16 * max(side.max_ms for side in sides))
         axis.set_ylim(-0.5, len(sides) - 0.2)
         return png(figure)
-
-
-def _finding(side: SideResult, pair: Comparison | None) -> str:
-    if pair is None:
-        return f"{side.side.name} takes {side.median_ms:.2f} ms a step"
-    return (
-        f"{pair.side} runs {pair.median:.2f}\u00d7 as fast as {pair.other}; "
-        f"its multiply-adds allow {pair.allowed:.2f}\u00d7"
-    )
 
 
 def _setting(bench: BenchReport) -> str:
