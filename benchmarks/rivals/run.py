@@ -149,7 +149,7 @@ def table(report: BenchReport, model: str) -> str:
         )
     guidance = "no guidance" if report.cfg_scale == 1 else f"guidance {report.cfg_scale:g}"
     lines = [
-        f"{model}, {report.batch} images, {guidance}, {report.threads} threads",
+        f"{model}, batch {report.batch}, {guidance}, threads: {report.threads}",
         f"{report.machine.cpu}, load average {report.load_average[0]:.1f}, then {report.load_average[1]:.1f}",
         f"steps measured: {len(report.steps_measured)} of {report.steps}, {report.repeats} times after {report.warmup}",
         "",

@@ -29,7 +29,8 @@ class TorchCompiled(TorchRival):
         try:
             self.step(0, self.initial)  # compiles
         except torch._dynamo.exc.BackendCompilerFailed as error:  # a compiler that cannot compile, say without headers
-            raise UnavailableError(f"torch.compile failed: {one_line(error)[:300]}") from error
+            reason = one_line(error).partition(" Set TORCH")[0]  # advice to developers follows
+            raise UnavailableError(f"torch.compile failed: {reason[:300]}") from error
 
     def predict(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         out: Tensor = self.model(x, t, y)

@@ -150,13 +150,15 @@ def ranking_png(bench: BenchReport, pair: Comparison | None = None) -> bytes:
         axis = figure.subplots()
         places = np.arange(len(sides))[::-1]
         colours = [ACCENT if side.side.kind is SideKind.BUNDLE else ACCENT_LIGHT for side in sides]
-        bound = bench.side(pair.other).median_ms / pair.allowed if pair else 0.0
+        most = 1.16 * max(side.max_ms for side in sides)
         _bars(axis, places, sides, colours, [0.0] * len(sides))
         if pair is not None:
+            bound = bench.side(pair.other).median_ms / pair.allowed
             axis.axvline(bound, color=SECOND, lw=1.2, ls=(0, (4, 3)))
             text = f"multiply-add bound of {pair.side}: {bound:.2f} ms ({pair.other} / {pair.allowed:.2f})"
-            _note(axis, text, (bound, len(sides) - 0.5), (4, -1), SECOND, va="center")
-        axis.set_xlim(0, 1.16 * max(side.max_ms for side in sides))
+            place = {"offset": (-4, -1), "ha": "right"} if bound > 0.45 * most else {"offset": (4, -1), "ha": "left"}
+            _note(axis, text, (bound, len(sides) - 0.5), colour=SECOND, va="center", **place)
+        axis.set_xlim(0, most)
         axis.set_ylim(-0.5, len(sides) - 0.2)
         return png(figure)
 
