@@ -155,18 +155,22 @@ def ranking_png(bench: BenchReport, pair: Comparison | None = None) -> bytes:
         if pair is not None:
             bound = bench.side(pair.other).median_ms / pair.allowed
             axis.axvline(bound, color=SECOND, lw=1.2, ls=(0, (4, 3)))
-            text = f"multiply-add bound of {pair.side}: {bound:.2f} ms ({pair.other} / {pair.allowed:.2f})"
-            place = {"offset": (-4, -1), "ha": "right"} if bound > 0.45 * most else {"offset": (4, -1), "ha": "left"}
-            _note(axis, text, (bound, len(sides) - 0.5), colour=SECOND, va="center", **place)
+            text = f"what its multiply-adds allow ({pair.allowed:.2f}\u00d7): {_ms(bound)}"
+            offset, side = ((-4, -1), "right") if bound > 0.45 * most else ((4, -1), "left")
+            _note(axis, text, (bound, len(sides) - 0.5), offset, SECOND, ha=side, va="center")
         axis.set_xlim(0, most)
         axis.set_ylim(-0.5, len(sides) - 0.2)
         return png(figure)
 
 
+def _ms(value: float) -> str:
+    return f"{value:.2f} ms" if value < 100 else f"{value:.0f} ms"
+
+
 def _setting(bench: BenchReport) -> str:
     guidance = "no guidance" if bench.cfg_scale == 1 else f"guidance {bench.cfg_scale:g}"
     setting = f"batch {bench.batch}, {guidance}, {bench.threads or 'all'} thread{'s' if bench.threads != 1 else ''}"
-    return f"{setting}; median of {bench.repeats} rounds that took turns, line: fastest to slowest"
+    return f"{setting}; median of {_plural(bench.repeats, 'round')} that took turns, line: fastest to slowest"
 
 
 def _bars(
@@ -176,7 +180,7 @@ def _bars(
     axis.barh(places, [side.median_ms for side in sides], height=0.56, color=colours)
     for place, side, least in zip(places, sides, clear, strict=True):
         axis.plot([side.min_ms, side.max_ms], [place, place], color=INK, lw=1.1)
-        _note(axis, f"{side.median_ms:.2f} ms", (max(side.max_ms, least), place), (6, 0), INK, va="center")
+        _note(axis, _ms(side.median_ms), (max(side.max_ms, least), place), (6, 0), INK, va="center")
     axis.set_yticks(places, [side.side.name for side in sides])
     axis.tick_params(left=False)
     axis.spines["left"].set_visible(False)
