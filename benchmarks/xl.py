@@ -135,6 +135,7 @@ def measure_sample(work: Path, done: Part) -> Part:
     for plan in (PER_STEP, SLIDING):
         out, file = work / f"sample-{plan}", work / f"latents-{plan}.npz"
         shutil.rmtree(out, ignore_errors=True)  # a part is measured whole
+        file.unlink(missing_ok=True)
         seconds, peak, output = dydit(
             *("sample", work / plan, "--labels", str(LABEL), "--out", out, "--latents-out", file, "--json")
         )

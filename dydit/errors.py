@@ -29,6 +29,12 @@ class BackendError(DyditError):
 
 class CalibrationError(DyditError):
     """There is nothing to calibrate on, or a calibration is of something else."""
+class UnavailableError(BackendError):
+    """What is asked for needs something that this machine lacks, so it is left out where others can go on."""
+
+
+class DeviationError(BackendError):
+    """What is to be measured does not compute what its reference computes."""
 
 
 class OutputError(DyditError):

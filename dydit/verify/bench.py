@@ -2,11 +2,13 @@
 
 Each side runs in a process of its own and they take turns, round by round: whatever else slows the machine slows all of
 them, and no side's idle threads disturb another's (sessions that shared a process made a 75 ms step take 104 ms). The
-first `warmup` rounds are not counted. What a round is: `dydit.verify.measure`.
+first `warmup` rounds are not counted. What a round is: `dydit.verify.measure`. Before the first round, a step of each
+side that has a reference is compared with it, so that nothing is timed that computes something else.
 """
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import subprocess
@@ -24,11 +26,23 @@ from pydantic import Field
 
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.manifest import SamplingEntry
-from dydit.errors import BackendError, ConfigError
+from dydit.errors import BackendError, ConfigError, DeviationError, UnavailableError
 from dydit.files import write_json
 from dydit.models.config import ModelConfig, Strict
+from dydit.verify.compare import relative_l2
 from dydit.verify.measure import Decided, Job, Latents, Loaded, Round
-from dydit.verify.results import BenchReport, Comparison, Machine, Side, SideKind, SideResult
+from dydit.verify.results import (
+    BenchReport,
+    Comparison,
+    Machine,
+    NotRun,
+    Reference,
+    Side,
+    SideKind,
+    SideResult,
+    measured,
+)
+from dydit.verify.text import exponent
 
 REPORT = "bench.json"
 WORKER = [sys.executable, "-m", "dydit.verify.bench_worker"]
@@ -68,15 +82,21 @@ def sides_of(
 
 
 def run_bench(
-    sides: Sequence[Side], config: BenchConfig, out: Path | None = None, progress: Progress | None = None
+    sides: Sequence[Side],
+    config: BenchConfig,
+    out: Path | None = None,
+    progress: Progress | None = None,
+    run_of: Bundle | None = None,
 ) -> BenchReport:
     """Time all sides, the first of which is compared with each other one; with `out`, write `out/bench.json`.
 
-    The first bundle says what a run is (sampling steps, guided channels). `progress(done, total)` counts rounds. Raises
-    `ConfigError` for sides that cannot be compared, `BackendError` where a side cannot run.
+    `run_of` says what a run is (sampling steps, guided channels), by default the first bundle. `progress(done, total)`
+    counts rounds. A side whose script says that this machine lacks something is left out and listed in `not_run`.
+    Raises `ConfigError` for sides that cannot be compared, `BackendError` where a side cannot run, and its
+    `DeviationError` where one departs from its reference by more than the bar.
     """
     start, load_before = time.perf_counter(), os.getloadavg()[0]
-    model, sampling, most = _common_run(sides)
+    model, sampling, most = _common_run(sides, run_of)
     if len(config.labels) > most:
         raise ConfigError(f"{len(config.labels)} labels, but a bundle was exported for batches up to {most}")
     for label in config.labels:
@@ -86,18 +106,19 @@ def run_bench(
     steps = spread_steps(sampling.steps, config.steps_measured)
     turns = config.warmup + config.repeats
     with ExitStack() as stack:
-        workers = [stack.enter_context(_Worker(_job(side, config, model, sampling, steps))) for side in sides]
-        rounds: list[list[Round]] = [[] for _ in sides]
+        workers, not_run = _start([_job(side, config, model, sampling, steps) for side in sides], stack)
+        deviations = _deviations(workers)
+        rounds: list[list[Round]] = [[] for _ in workers]
         for turn in range(turns):
             for index, worker in enumerate(workers):
                 time.sleep(SETTLE_SECONDS)
                 rounds[index].append(Round.model_validate(worker.ask("round")))
                 if progress:
-                    progress(turn * len(sides) + index + 1, turns * len(sides))
+                    progress(turn * len(workers) + index + 1, turns * len(workers))
         load_after = os.getloadavg()[0]
         results = [
-            _side_result(worker, counted[config.warmup :], len(config.labels), sampling.steps)
-            for worker, counted in zip(workers, rounds, strict=True)
+            _side_result(worker, counted[config.warmup :], deviation, len(config.labels), sampling.steps)
+            for worker, counted, deviation in zip(workers, rounds, deviations, strict=True)
         ]
     report = BenchReport(
         batch=len(config.labels),
@@ -107,6 +128,7 @@ def run_bench(
         timesteps=tuple(sampling.timesteps[step] for step in steps),
         sides=tuple(results),
         comparisons=tuple(compare_sides(results[0], other) for other in results[1:]),
+        not_run=tuple(not_run),
         load_average=(load_before, load_after),
         machine=Machine.here(),
         seconds=round(time.perf_counter() - start, 3),
@@ -137,11 +159,12 @@ def compare_sides(side: SideResult, other: SideResult) -> Comparison:
     )
 
 
-def _common_run(sides: Sequence[Side]) -> tuple[ModelConfig, SamplingEntry, int]:
+def _common_run(sides: Sequence[Side], run_of: Bundle | None) -> tuple[ModelConfig, SamplingEntry, int]:
     """The model, the run and the largest batch that all sides have in common; bundles are verified here, once."""
     if len({side.name for side in sides}) != len(sides):
         raise ConfigError(f"sides need different names: {', '.join(side.name for side in sides)}")
-    manifests = [Bundle.open(side.path).manifest for side in sides if side.kind is SideKind.BUNDLE]
+    bundles = [Bundle.open(side.path) for side in sides if side.kind is SideKind.BUNDLE]
+    manifests = [bundle.manifest for bundle in ([run_of] if run_of else []) + bundles]
     if not manifests:
         raise ConfigError("nothing to time: give at least one bundle")
     first = manifests[0]
@@ -168,7 +191,47 @@ def _job(side: Side, config: BenchConfig, model: ModelConfig, sampling: Sampling
     )
 
 
-def _side_result(worker: _Worker, rounds: list[Round], batch: int, steps: int) -> SideResult:
+def _start(jobs: Sequence[Job], stack: ExitStack) -> tuple[list[_Worker], list[NotRun]]:
+    """A process for each job that can run here, all loaded, which end with `stack`; and what cannot."""
+    workers, not_run = [], []
+    for job in jobs:
+        try:
+            workers.append(stack.enter_context(_Worker(job)))
+        except UnavailableError as error:
+            not_run.append(NotRun(name=job.side.name, reason=str(error)))
+    if not workers:
+        raise UnavailableError(f"no side runs here: {'; '.join(f'{each.name}: {each.reason}' for each in not_run)}")
+    return workers, not_run
+
+
+def _deviations(workers: Sequence[_Worker]) -> list[float | None]:
+    """Of each side, relative L2 from its reference, which has a process of its own for that one step."""
+    expected: dict[tuple[SideKind, str], np.ndarray] = {}
+    return [_deviation(worker, worker.job.side.reference, expected) for worker in workers]
+
+
+def _deviation(
+    worker: _Worker, reference: Reference | None, expected: dict[tuple[SideKind, str], np.ndarray]
+) -> float | None:
+    if reference is None:
+        return None
+    key = reference.kind, reference.checkpoint
+    if key not in expected:
+        side = Side(name=f"reference, {reference.kind}", kind=reference.kind, path=reference.checkpoint)
+        with _Worker(worker.job.model_copy(update={"side": side})) as other:
+            expected[key] = other.check()
+    value = float(relative_l2(worker.check(), expected[key]).max())
+    if measured(value) is None or (reference.bar is not None and value > reference.bar):
+        bar = "a finite number" if reference.bar is None else f"at most {exponent(reference.bar)}"
+        found = exponent(value) if np.isfinite(value) else "not finite"
+        raise DeviationError(
+            f"{worker.job.side.name} does not compute what PyTorch ({reference.kind}) computes: the relative L2 of one "
+            f"step is {found}, expected {bar}; nothing was timed"
+        )
+    return value
+
+
+def _side_result(worker: _Worker, rounds: list[Round], deviation: float | None, batch: int, steps: int) -> SideResult:
     memory = worker.ask("memory")  # before the untimed round, which loads more
     decided = Decided.model_validate(worker.ask("decided"))
     table = np.array([each.ms for each in rounds])
@@ -187,6 +250,7 @@ def _side_result(worker: _Worker, rounds: list[Round], batch: int, steps: int) -
         settled_bytes=memory["settled_bytes"],
         images_per_second=1e3 * batch / (median * steps),
         overflows=sum(each.overflows for each in rounds),
+        relative_l2=deviation,
         **decided.model_dump(),
     )
 
@@ -198,7 +262,7 @@ class _Worker:
         self.job = job
         self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115  (closed in _end)
         self._process = subprocess.Popen(
-            WORKER,
+            [sys.executable, job.side.path] if job.side.kind is SideKind.SCRIPT else WORKER,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -228,9 +292,16 @@ class _Worker:
         if not answer:
             raise BackendError(f"the process that runs {self.job.side.name!r} ended: {self._last_words()}")
         values: dict[str, Any] = json.loads(answer)
+        if "unavailable" in values:
+            raise UnavailableError(values["unavailable"])
         if "error" in values:
             raise BackendError(f"{self.job.side.name}: {values['error']}")
         return values
+
+    def check(self) -> np.ndarray:
+        """What the model contributes to one step, f32 [B, C, S, S]."""
+        answer = self.ask("check")
+        return np.frombuffer(base64.b64decode(answer["values"]), "<f4").reshape(answer["shape"])
 
     def _last_words(self) -> str:
         code = self._process.wait()

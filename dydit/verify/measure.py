@@ -18,7 +18,7 @@ import numpy as np
 from pydantic import Field
 
 from dydit.bundle.bundle import Bundle
-from dydit.diffusion.coefficients import step_coefficients
+from dydit.diffusion.coefficients import COEFFICIENTS, step_coefficients
 from dydit.diffusion.noise import INITIAL_DRAW, image_noise, step_draw
 from dydit.diffusion.schedule import Sampler, Schedule
 from dydit.models.config import ModelConfig, Strict
@@ -28,6 +28,8 @@ from dydit.runtime.backends.registry import open_backend
 from dydit.runtime.loop import StepRunner, default_residency
 from dydit.runtime.resident import ResidentSubnets
 from dydit.verify.results import Side, SideKind
+
+_X = COEFFICIENTS.index("x")
 
 
 class Latents(StrEnum):
@@ -86,7 +88,10 @@ def chained_coefficients(steps: tuple[int, ...], of: int, learn_sigma: bool) -> 
 
 
 class Measured(ABC):
-    """A side, loaded: times rounds, and tells afterwards what its steps decided."""
+    """A side, loaded: times rounds, and tells afterwards what its steps decided.
+
+    Unless a subclass knows better, all of a step is timed, and nothing is decided: the model computes everything.
+    """
 
     def __init__(self, job: Job, config: ModelConfig):
         self.job, self.config = job, config
@@ -102,12 +107,34 @@ class Measured(ABC):
         """Load all that the round's steps need, once."""
 
     @abstractmethod
+    def step(self, k: int, x: np.ndarray) -> np.ndarray:
+        """The latents after the k-th measured step, guidance and the sampler's formula included, from the latents x
+        before it; both f32 [B, C, S, S]. Its noise is `noise[k]`, its formula `coefficients[k]`.
+        """
+
+    def check(self) -> np.ndarray:
+        """What the model contributes to the middle one of the steps, from the starting noise: x_prev - c_x*x."""
+        k = len(self.job.steps) // 2
+        return self.step(k, self.initial) - self.coefficients[k][_X] * self.initial
+
     def round(self) -> Round:
         """Time one round."""
+        times = []
 
-    @abstractmethod
+        def timed(k: int, x: np.ndarray) -> np.ndarray:
+            start = time.perf_counter()
+            after = self.step(k, x)
+            times.append(1e3 * (time.perf_counter() - start))
+            return after
+
+        self._over_round(timed)
+        return Round(ms=tuple(times))
+
     def decided(self) -> Decided:
         """Repeat a round, untimed, and count what its steps decided."""
+        steps, depth = len(self.job.steps), self.config.depth
+        widths = np.ones((steps, depth, 2, self.config.num_heads), bool)
+        return self._count(widths, np.ones((steps, depth)), dense=True)
 
     def _over_round(self, step: Callable[[int, np.ndarray], np.ndarray]) -> None:
         """Call `step(k, x) -> x_prev` for the k-th measured step with the latents that it starts from."""
@@ -179,6 +206,10 @@ class MeasuredBundle(Measured):
             return StepResult(self.subnets.full(index).step(feeds).x_prev, result.overflow)
         return result
 
+    def step(self, k: int, x: np.ndarray) -> np.ndarray:
+        runner = StepRunner(self.backend, self.subnets, self.labels, self.job.cfg_scale)
+        return self._step(self.subnet_of[k], self._feeds(runner, k, x)).x_prev
+
     def round(self) -> Round:
         runner = StepRunner(self.backend, self.subnets, self.labels, self.job.cfg_scale)
         times: list[float] = []
@@ -221,7 +252,7 @@ class MeasuredBundle(Measured):
 
 
 def open_side(job: Job) -> Measured:
-    """The side of a job, not yet loaded."""
+    """The side of a job, not yet loaded. Not of a script, which opens its own."""
     if job.side.kind is SideKind.BUNDLE:
         return MeasuredBundle(job)
     from dydit.verify.measure_torch import MeasuredTorch

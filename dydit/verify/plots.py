@@ -22,7 +22,7 @@ from dydit.verify.plot_style import (
     png,
     timestep_ticks,
 )
-from dydit.verify.results import BenchReport, Comparison, Hop, ParityReport, SideKind
+from dydit.verify.results import BenchReport, Comparison, Hop, ParityReport, SideKind, SideResult
 from dydit.verify.text import bytes_text, exponent
 
 
@@ -111,8 +111,6 @@ def latency_png(bench: BenchReport) -> bytes:
     """Milliseconds a step of each side, and how low its multiply-adds alone would let the first side go."""
     sides, pair = bench.sides, bound_of(bench)
     with drawing(7.2, 1.55 + 0.52 * len(sides)) as figure:
-        guidance = "no guidance" if bench.cfg_scale == 1 else f"guidance {bench.cfg_scale:g}"
-        setting = f"batch {bench.batch}, {guidance}, {bench.threads or 'all'} thread{'s' if bench.threads != 1 else ''}"
         first = sides[0]
         if pair is None:
             finding = f"{first.side.name} takes {first.median_ms:.2f} ms a step"
@@ -121,29 +119,73 @@ def latency_png(bench: BenchReport) -> bytes:
                 f"{first.side.name} runs {pair.median:.2f}\u00d7 as fast as {pair.other}; "
                 f"its multiply-adds allow {pair.allowed:.2f}\u00d7"
             )
-        headline(
-            figure, finding, f"{setting}; median of {bench.repeats} rounds that took turns, line: fastest to slowest"
-        )
+        headline(figure, finding, _setting(bench))
         axis = figure.subplots()
         places = np.arange(len(sides))[::-1]
         bound = bench.side(pair.other).median_ms / pair.allowed if pair else 0.0
-        medians, most = [side.median_ms for side in sides], 1.16 * max(side.max_ms for side in sides)
+        most = 1.16 * max(side.max_ms for side in sides)
         colours = [ACCENT, *[ACCENT_LIGHT] * (len(sides) - 1)]
-        axis.barh(places, medians, height=0.56, color=colours)
-        for place, side in zip(places, sides, strict=True):
-            axis.plot([side.min_ms, side.max_ms], [place, place], color=INK, lw=1.1)
-            right = max(side.max_ms, bound) if side is first else side.max_ms
-            _note(axis, f"{side.median_ms:.2f} ms", (right, place), (6, 0), INK, va="center")
+        _bars(axis, places, sides, colours, [bound, *[0.0] * (len(sides) - 1)])
         if pair is not None:
             _bound_mark(axis, places[0], bound, pair, most)
-        axis.set_yticks(places, [side.side.name for side in sides])
         axis.set_xlim(0, most)
         axis.set_ylim(-0.5, len(sides) - 0.18)
-        axis.tick_params(left=False)
-        axis.spines["left"].set_visible(False)
-        axis.grid(axis="x")
-        axis.set_xlabel("milliseconds a step, whole batch")
         return png(figure)
+
+
+def ranking_png(bench: BenchReport, pair: Comparison | None = None) -> bytes:
+    """Milliseconds a step of every side, slowest first, bundles in a colour of their own.
+
+    `pair`: a line across all bars says what the first of its sides would take if it were as much faster than the other
+    as its multiply-adds allow.
+    """
+    sides = sorted(bench.sides, key=lambda side: -side.median_ms)
+    subject = bench.side(pair.side) if pair else sides[-1]
+    with drawing(7.2, 1.6 + 0.36 * len(sides)) as figure:
+        left_out = ", ".join(each.name for each in bench.not_run)
+        finding = f"{subject.side.name} takes {subject.median_ms:.2f} ms a step"
+        if pair is not None:
+            finding = f"{pair.side} runs {pair.median:.2f}\u00d7 as fast as {pair.other}"
+        headline(figure, finding, _setting(bench) + (f"; not run: {left_out}" if left_out else ""))
+        axis = figure.subplots()
+        places = np.arange(len(sides))[::-1]
+        colours = [ACCENT if side.side.kind is SideKind.BUNDLE else ACCENT_LIGHT for side in sides]
+        most = 1.16 * max(side.max_ms for side in sides)
+        _bars(axis, places, sides, colours, [0.0] * len(sides))
+        if pair is not None:
+            bound = bench.side(pair.other).median_ms / pair.allowed
+            axis.axvline(bound, color=SECOND, lw=1.2, ls=(0, (4, 3)))
+            text = f"what its multiply-adds allow ({pair.allowed:.2f}\u00d7): {_ms(bound)}"
+            offset, side = ((-4, -1), "right") if bound > 0.45 * most else ((4, -1), "left")
+            _note(axis, text, (bound, len(sides) - 0.5), offset, SECOND, ha=side, va="center")
+        axis.set_xlim(0, most)
+        axis.set_ylim(-0.5, len(sides) - 0.2)
+        return png(figure)
+
+
+def _ms(value: float) -> str:
+    return f"{value:.2f} ms" if value < 100 else f"{value:.0f} ms"
+
+
+def _setting(bench: BenchReport) -> str:
+    guidance = "no guidance" if bench.cfg_scale == 1 else f"guidance {bench.cfg_scale:g}"
+    setting = f"batch {bench.batch}, {guidance}, {bench.threads or 'all'} thread{'s' if bench.threads != 1 else ''}"
+    return f"{setting}; median of {_plural(bench.repeats, 'round')} that took turns, line: fastest to slowest"
+
+
+def _bars(
+    axis: Any, places: np.ndarray, sides: Sequence[SideResult], colours: Sequence[str], clear: Sequence[float]
+) -> None:
+    """A bar for each side with its time beside it, right of `clear` at least."""
+    axis.barh(places, [side.median_ms for side in sides], height=0.56, color=colours)
+    for place, side, least in zip(places, sides, clear, strict=True):
+        axis.plot([side.min_ms, side.max_ms], [place, place], color=INK, lw=1.1)
+        _note(axis, _ms(side.median_ms), (max(side.max_ms, least), place), (6, 0), INK, va="center")
+    axis.set_yticks(places, [side.side.name for side in sides])
+    axis.tick_params(left=False)
+    axis.spines["left"].set_visible(False)
+    axis.grid(axis="x")
+    axis.set_xlabel("milliseconds a step, whole batch")
 
 
 def _bound_mark(axis: Any, place: float, bound: float, pair: Comparison, most: float) -> None:

@@ -14,15 +14,15 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field
 
 from dydit.models.config import Strict
 
 PACKAGES = (
-    *("dydit", "numpy", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "polygraphy", "tensorrt"),
-    *("tensorrt-rtx-cu13", "torch"),
+    *("diffusers", "dydit", "numpy", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "onnxscript", "polygraphy"),
+    *("tensorrt", "tensorrt-rtx-cu13", "torch"),
 )
 
 Measured = float | None
@@ -237,16 +237,33 @@ class SideKind(StrEnum):
     BUNDLE = "bundle"
     TORCH_MASKED = "torch-masked"  # dense compute times masks, eager: what the public code does
     TORCH_STATIC = "torch-static"  # the same weights, routers ignored
+    SCRIPT = "script"  # a program of the caller's, which calls `dydit.verify.bench_worker.serve`
+
+
+class Reference(Result):
+    """What a side has to compute: what this form of the checkpoint computes in eager PyTorch.
+
+    `bar`: largest relative L2, beyond which nothing is timed; None for a side of lower precision, which is not judged.
+    """
+
+    kind: Literal[SideKind.TORCH_MASKED, SideKind.TORCH_STATIC]
+    checkpoint: str
+    bar: float | None = None
 
 
 class Side(Result):
-    """One side of a benchmark: `path` is a bundle's folder or a checkpoint; `backend` and `packed` are for bundles."""
+    """One side of a benchmark: `path` is a bundle's folder, a checkpoint or a script.
+
+    `backend` and `packed` are for bundles, `checkpoint` for scripts: what they load.
+    """
 
     name: str
     kind: SideKind
     path: str
     backend: str = "onnxruntime"
     packed: bool = Field(default=False, description="see `dydit.runtime.backends.base.BackendOptions`")
+    checkpoint: str | None = None
+    reference: Reference | None = Field(default=None, description="compared with this before anything is timed")
 
 
 class SideResult(Result):
@@ -257,7 +274,8 @@ class SideResult(Result):
     session that maps it; `settled_bytes`: after the rounds, each page once (None where the system does not tell).
     `load_seconds`: to read and compile all that the measured steps need, `subnets_loaded` of them. `token_share`,
     `flops_ratio`: per measured step, of the very tokens that it routed; `macs`: multiply-adds of an image's blocks that
-    it has to compute, mean over the measured steps: those of its decisions for a bundle, all for PyTorch.
+    it has to compute, mean over the measured steps: those of its decisions for a bundle, all for the others.
+    `relative_l2`: of the model's part of one step, x_prev - c_x*x, from the side's reference; its worst image.
     """
 
     side: Side
@@ -277,6 +295,14 @@ class SideResult(Result):
     token_share: tuple[float, ...]
     flops_ratio: tuple[float, ...]
     macs: float
+    relative_l2: Measured = None
+
+
+class NotRun(Result):
+    """A side that this machine cannot run, and why, in one line."""
+
+    name: str
+    reason: str
 
 
 class Comparison(Result):
@@ -311,6 +337,7 @@ class BenchReport(Result):
     timesteps: tuple[int, ...]
     sides: tuple[SideResult, ...]
     comparisons: tuple[Comparison, ...] = Field(description="the first side against each other one")
+    not_run: tuple[NotRun, ...] = ()
     load_average: tuple[float, float] = Field(
         description="of the machine, one minute, before and after: others' work shows"
     )

@@ -13,12 +13,21 @@ import pytest
 from dydit.bundle.manifest import PlanKind, Routing
 from dydit.diffusion.coefficients import step_coefficients
 from dydit.diffusion.schedule import Sampler, Schedule
-from dydit.errors import BackendError, ConfigError
+from dydit.errors import BackendError, ConfigError, DeviationError, UnavailableError
 from dydit.models.config import Routers
 from dydit.models.cost import attention_macs, mlp_macs
-from dydit.verify.bench import REPORT, BenchConfig, compare_sides, run_bench, sides_of, spread_steps
+from dydit.verify.bench import (
+    REPORT,
+    BenchConfig,
+    _deviation,
+    _Worker,
+    compare_sides,
+    run_bench,
+    sides_of,
+    spread_steps,
+)
 from dydit.verify.measure import Job, Latents, chained_coefficients, open_side, settled_bytes
-from dydit.verify.results import BenchReport, Side, SideKind, SideResult
+from dydit.verify.results import BenchReport, Reference, Side, SideKind, SideResult
 
 QUICK = BenchConfig(labels=(1, 7), steps_measured=3, repeats=2, threads=1)
 
@@ -196,6 +205,86 @@ def test_steps_are_spread_over_the_run(count):
         assert gaps.max() - gaps.min() <= 1
 
 
+SCRIPT = """
+import sys, time
+import numpy as np
+from dydit.errors import UnavailableError
+from dydit.verify.bench_worker import serve
+from dydit.verify.measure import Loaded, Measured
+
+class Mine(Measured):
+    def __init__(self, job):
+        super().__init__(job, job.sizes)
+
+    def load(self):
+        if self.job.side.checkpoint == "nothing":
+            raise UnavailableError("there is nothing to load")
+        return Loaded(seconds=0.5, subnets=1)
+
+    def step(self, k, x):
+        time.sleep(0.02)
+        print("chatter")
+        return np.full_like(x, np.nan) if self.job.side.checkpoint == "nan" else x
+
+sys.exit(serve(Mine))
+"""
+
+
+class TestScripts:
+    @pytest.fixture
+    def mine(self, tmp_path):
+        """`mine(checkpoint, reference=None)`: a script whose model contributes next to nothing."""
+        (tmp_path / "mine.py").write_text(SCRIPT)
+
+        def make(checkpoint, reference=None):
+            path = str(tmp_path / "mine.py")
+            return Side(name="mine", kind=SideKind.SCRIPT, path=path, checkpoint=checkpoint, reference=reference)
+
+        return make
+
+    def test_a_script_is_a_side(self, mine, make_bundle, small_config):
+        bundle = make_bundle()
+        report = run_bench([mine("x"), *sides_of(bundle)], QUICK)
+        side = report.side("mine")
+        assert all(20 <= ms < 2000 for ms in side.step_ms) and side.load_seconds == 0.5
+        assert side.macs == static_macs(small_config) and set(side.token_share) == {1.0}
+        assert side.relative_l2 is None and report.not_run == ()
+        alone = run_bench([mine("x")], QUICK, run_of=bundle)
+        assert alone.steps == 12 and alone.comparisons == ()
+        assert BenchReport.parse(json.loads(json.dumps(report.to_json()))) == report
+
+    def test_what_a_side_computes_is_held_to_its_reference(self, mine, make_bundle, make_checkpoint):
+        bundle, path = make_bundle(), str(make_checkpoint().path)
+
+        def held(kind, bar):
+            return Reference(kind=kind, checkpoint=path, bar=bar)
+
+        right = sides_of(bundle)[0].model_copy(update={"reference": held(SideKind.TORCH_MASKED, 1e-5)})
+        far = mine("x", held(SideKind.TORCH_MASKED, None))
+        report = run_bench([right, far], QUICK)
+        assert 0 < report.sides[0].relative_l2 < 1e-5 < 0.1 < report.sides[1].relative_l2
+        wrong = right.model_copy(update={"reference": held(SideKind.TORCH_STATIC, 1e-4)})
+        with pytest.raises(DeviationError, match=f"^{wrong.name} does not compute what PyTorch .*at most 1e-4"):
+            run_bench([wrong], QUICK)
+
+    def test_what_is_not_finite_is_refused_at_any_bar(self, mine, make_bundle):
+        reference = Reference(kind=SideKind.TORCH_STATIC, checkpoint="c")
+        known = {(reference.kind, reference.checkpoint): np.ones((1, 4, 8, 8), np.float32)}
+        with (
+            pytest.raises(DeviationError, match="is not finite, expected a finite number"),
+            _Worker(job(make_bundle(), mine("nan"))) as worker,
+        ):
+            _deviation(worker, reference, known)
+
+    def test_a_script_that_lacks_something_is_left_out(self, mine, make_bundle):
+        sides = sides_of(make_bundle())
+        report = run_bench([mine("nothing"), *sides], QUICK)
+        assert [(each.name, each.reason) for each in report.not_run] == [("mine", "there is nothing to load")]
+        assert [side.side for side in report.sides] == sides and report.comparisons == ()
+        with pytest.raises(UnavailableError, match="no side runs here: mine: there is nothing to load"):
+            run_bench([mine("nothing")], QUICK, run_of=make_bundle())
+
+
 class TestRefusals:
     def test_bundles_of_other_runs(self, make_bundle, make_checkpoint, small_config):
         with pytest.raises(ConfigError, match=r"sampling steps differ \(12 and 6\)"):
@@ -238,7 +327,7 @@ def test_the_worker_speaks_only_json_and_needs_no_torch_for_onnxruntime(make_bun
         "import os, sys; from dydit.verify import bench_worker; code = bench_worker.main(); os.write(1, b'noise');"
         "print('torch' in sys.modules, file=sys.stderr); sys.exit(code)"
     )
-    lines = [job(make_bundle()).model_dump_json(), "round", "memory", "decided", ""]
+    lines = [job(make_bundle()).model_dump_json(), "check", "round", "memory", "decided", ""]
     done = subprocess.run(
         [sys.executable, "-c", code], input="\n".join(lines), capture_output=True, text=True, env=os.environ
     )
@@ -246,6 +335,7 @@ def test_the_worker_speaks_only_json_and_needs_no_torch_for_onnxruntime(make_bun
     answers = [json.loads(line) for line in done.stdout.splitlines()]
     assert [sorted(answer) for answer in answers] == [
         ["seconds", "subnets"],
+        ["shape", "values"],
         ["ms", "overflows"],
         ["peak_bytes", "settled_bytes"],
         ["flops_ratio", "macs", "token_share"],

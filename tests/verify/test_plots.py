@@ -14,8 +14,8 @@ from PIL import Image
 from dydit.diffusion.schedule import respaced_timesteps
 from dydit.errors import DyditError
 from dydit.verify import plots, plots_masks
-from dydit.verify.plot_style import ACCENT, OFF, SECOND, timestep_ticks
-from dydit.verify.plots import PlanPoint, bound_of, busy, latency_png, parity_png, plan_png
+from dydit.verify.plot_style import ACCENT, ACCENT_LIGHT, OFF, SECOND, timestep_ticks
+from dydit.verify.plots import PlanPoint, bound_of, busy, latency_png, parity_png, plan_png, ranking_png
 from dydit.verify.plots_masks import masks_png, samples_png, tokens_png
 from dydit.verify.results import (
     BenchReport,
@@ -23,6 +23,7 @@ from dydit.verify.results import (
     FlippedImage,
     Hop,
     Machine,
+    NotRun,
     ParityReport,
     Side,
     SideKind,
@@ -187,6 +188,21 @@ def test_latency_draws_the_bound_of_the_other_bundle(titles):
     assert titles[1][0] == "dynamic takes 10.00 ms a step"
     assert not busy(report)
     assert busy(report.model_copy(update={"load_average": (0.1, 2.1 * report.machine.cores)}))
+
+
+def test_the_ranking_has_the_bound_across_and_bundles_in_their_colour(titles):
+    theirs = [side(name, ms, SideKind.SCRIPT, macs=100.0) for name, ms in (("eager", 40.0), ("exported", 20.0))]
+    report = bench(side("dynamic", 11.0), *theirs)
+    array = pixels(ranking_png(report, report.comparison("exported")))
+    assert count(array, SECOND) > 200
+    assert count(array, ACCENT_LIGHT) > 3 * count(array, ACCENT) > 1000, "60 ms of theirs, 11 of ours"
+    assert titles[0] == (
+        "dynamic runs 1.82\u00d7 as fast as exported",
+        "batch 4, guidance 2, 2 threads; median of 3 rounds that took turns, line: fastest to slowest",
+    )
+    less = report.model_copy(update={"not_run": (NotRun(name="compiled", reason="no compiler"),)})
+    assert count(pixels(ranking_png(less)), SECOND) == 0
+    assert titles[1][0] == "dynamic takes 11.00 ms a step" and titles[1][1].endswith("; not run: compiled")
 
 
 def hop(name, bar, values, **more):

@@ -1,0 +1,112 @@
+"""diffusers' `DiTTransformer2DModel`, eager: a static DiT from the same weights under diffusers' names.
+
+The weights are saved as a diffusers folder, checked against our model, in a process of their own; what is timed loads
+that folder as a user would. Two settings make diffusers compute what the original DiT computes (they cost no time):
+`norm_eps` 1e-6, and a sinusoid that divides by 128. See `dydit/models/state_names.py`.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rival import in_another_process, require
+from torch import Tensor, nn
+from torch_rival import TorchRival
+
+from dydit.errors import DeviationError
+from dydit.models.checkpoint import load_checkpoint
+from dydit.models.config import ModelConfig
+from dydit.models.dit import NORM_EPS, DiT
+from dydit.models.state_names import diffusers_names
+from dydit.verify.bench_worker import serve
+
+BAR = 1e-4  # relative L2 from our model
+
+
+class Diffusers(TorchRival):
+    """The model that `from_pretrained` gives."""
+
+    def build(self) -> None:
+        require("diffusers")
+        with tempfile.TemporaryDirectory() as folder:
+            in_another_process(save_for_diffusers, self.path, Path(folder))
+            self.model = load_from_diffusers(Path(folder))
+
+    def predict(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        out: Tensor = self.model(x, timestep=t, class_labels=y).sample
+        return out
+
+
+def dit_class() -> Any:
+    """diffusers' class. It has no types, and is slow to import."""
+    from diffusers import DiTTransformer2DModel
+
+    return DiTTransformer2DModel
+
+
+def load_from_diffusers(folder: Path) -> nn.Module:
+    """The model in a folder that diffusers saved, with the sinusoid of the original DiT."""
+    model: nn.Module = dit_class().from_pretrained(folder).eval()
+    for block in model.transformer_blocks:
+        block.norm1.emb.time_proj.downscale_freq_shift = 0
+    return model
+
+
+def save_for_diffusers(path: Path, folder: Path) -> None:
+    """Save a static checkpoint as a diffusers DiT. Raises `DeviationError` where it then computes something else."""
+    checkpoint = load_checkpoint(path)
+    config = checkpoint.config
+    model = dit_class()(
+        num_attention_heads=config.num_heads,
+        attention_head_dim=config.head_dim,
+        num_layers=config.depth,
+        sample_size=config.input_size,
+        patch_size=config.patch_size,
+        in_channels=config.in_channels,
+        out_channels=config.out_channels,
+        num_embeds_ada_norm=config.num_classes,
+        norm_eps=NORM_EPS,
+    )
+    model.load_state_dict(to_diffusers(checkpoint.state, config))
+    model.save_pretrained(folder)
+    deviation = relative_l2(load_from_diffusers(folder), checkpoint.model())
+    if not deviation <= BAR:
+        raise DeviationError(
+            f"the relative L2 of diffusers' model from ours is {deviation:.1e}, expected at most {BAR}"
+        )
+
+
+def to_diffusers(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """The tensors of a static DiT under diffusers' names: q, k, v apart, and the embedders once for each block.
+
+    The position embedding is left out, which diffusers computes.
+    """
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        if name == "pos_embed":
+            continue
+        names = diffusers_names(name, config.depth)
+        if ".attn.qkv." in name:
+            renamed.update(zip(names, tensor.chunk(3), strict=True))
+        else:
+            renamed.update(dict.fromkeys(names, tensor))
+    return renamed
+
+
+@torch.inference_mode()
+def relative_l2(theirs: nn.Module, ours: DiT) -> float:
+    """||theirs - ours|| / ||ours|| of what the models predict for three images of noise."""
+    config, generator = ours.config, torch.Generator().manual_seed(0)
+    x = torch.randn(3, config.in_channels, config.input_size, config.input_size, generator=generator)
+    t, y = torch.tensor([0, 500, 999]), torch.tensor([0, config.num_classes - 1, config.null_class])
+    expected = ours(x, t, y)
+    return float((theirs(x, timestep=t, class_labels=y).sample - expected).norm() / expected.norm())
+
+
+if __name__ == "__main__":
+    sys.exit(serve(Diffusers))

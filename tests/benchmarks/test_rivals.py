@@ -1,0 +1,141 @@
+"""The comparison with rivals runs from end to end on a small model: every side computes what the reference computes."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from dydit.models.config import Routers
+from dydit.models.state_fit import expected_shapes
+
+FOLDER = Path(__file__).parents[2] / "benchmarks" / "rivals"
+QUICK = ("--steps", "2", "--repeats", "2", "--threads", "1", "--images", "2")
+COMPILED, DIFFUSERS = "torch.compile static", "diffusers static"
+
+
+def script(name, monkeypatch):
+    """A file of the folder as a module."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def run(monkeypatch):
+    return script("run", monkeypatch)
+
+
+def only(*names):
+    return [word for name in names for word in ("--only", name)]
+
+
+def need(package):
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed: pip install 'dydit[vae]'")
+
+
+def need_compiler():
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        pytest.skip(f"torch.compile needs a C++ compiler, but there is no {compiler}")
+
+
+def test_every_side_computes_what_the_reference_computes(run, make_checkpoint, tmp_path, capsys):
+    need("onnxscript")
+    path = make_checkpoint().path
+    names = [name for name in run.NAMES if name not in (COMPILED, DIFFUSERS)]  # slow to start; below
+    arguments = ["--checkpoint", path, "--json", tmp_path / "r.json", "--plot", tmp_path / "r.png", *QUICK]
+    assert run.main([str(each) for each in (*arguments, *only(*names))]) == 0
+    report = json.loads((tmp_path / "r.json").read_text())
+    sides = {side["side"]["name"]: side for side in report["sides"]}
+    assert set(sides) == set(names) and report["not_run"] == []
+    dense = sides[run.MASKED]["macs"]
+    for name, side in sides.items():
+        assert side["relative_l2"] < run.FP32_BAR and len(side["round_ms"]) == 2, name
+        saves = name in ("dydit per step", "dydit sliding")
+        assert (side["macs"] < 0.8 * dense) if saves else (side["macs"] == dense), name
+        routed = saves or name == run.MASKED
+        assert all((share < 1) is routed for share in side["flops_ratio"]), name
+    assert sides[run.MASKED]["flops_ratio"] == pytest.approx(sides["dydit sliding"]["flops_ratio"])
+    assert sides[run.EXPORTED]["relative_l2"] > 0, "another program, so not the same bits"
+    assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
+    said = capsys.readouterr().out
+    assert all(f"\n{name}  " in said for name in names)
+
+
+@pytest.mark.parametrize(
+    ("name", "depth", "needs"), [(DIFFUSERS, 3, lambda: need("diffusers")), (COMPILED, 1, need_compiler)]
+)
+def test_so_does_what_is_slow_to_start(name, depth, needs, run, make_checkpoint, small_config, tmp_path):
+    needs()
+    path = make_checkpoint(small_config.model_copy(update={"depth": depth})).path
+    arguments = ["--checkpoint", path, "--json", tmp_path / "r.json", *QUICK, *only(name)]
+    assert run.main([str(each) for each in arguments]) == 0
+    (side,) = json.loads((tmp_path / "r.json").read_text())["sides"]
+    assert side["side"]["name"] == name and side["relative_l2"] < run.FP32_BAR
+    assert set(side["flops_ratio"]) == {1.0}
+
+
+def test_what_cannot_run_here_is_listed_with_the_reason(run, make_checkpoint, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    arguments = ["--checkpoint", make_checkpoint().path, "--json", tmp_path / "r.json", *QUICK]
+    assert run.main([str(each) for each in (*arguments, *only(COMPILED, "dydit static"))]) == 0
+    report = json.loads((tmp_path / "r.json").read_text())
+    reason = "torch.compile needs a C++ compiler, but there is no no-such-compiler"
+    assert report["not_run"] == [{"name": COMPILED, "reason": reason}]
+    assert [side["side"]["name"] for side in report["sides"]] == ["dydit static"]
+    assert f"{COMPILED}: not run: {reason}" in capsys.readouterr().out
+
+
+def test_an_fp32_side_that_computes_something_else_fails(run, make_checkpoint, capsys, monkeypatch):
+    monkeypatch.setattr(run, "FP32_BAR", 1e-9)
+    arguments = ["--checkpoint", str(make_checkpoint().path), *QUICK, *only("dydit static")]
+    assert run.main(arguments) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("dydit static does not compute what PyTorch (torch-static) computes") and "1e-9" in error
+
+
+def test_a_static_checkpoint_is_refused(run, make_checkpoint, small_config, capsys):
+    static = make_checkpoint(small_config.model_copy(update={"routers": Routers.NONE}))
+    assert run.main(["--checkpoint", str(static.path)]) == 2
+    assert "has no routers" in capsys.readouterr().err
+
+
+class TestDiffusers:
+    @pytest.fixture
+    def rival(self, monkeypatch):
+        need("diffusers")
+        return script("diffusers_dit", monkeypatch)
+
+    def test_names_go_there_and_back(self, rival, make_checkpoint, small_config):
+        from dydit.models.state_names import from_diffusers
+
+        state, config = make_checkpoint().state, small_config.without_routers()
+        static = {name: state[name] for name in expected_shapes(config)}
+        back = from_diffusers(rival.to_diffusers(static, config), config)
+        assert back.keys() == static.keys()
+        assert all(back[name].equal(static[name]) for name in static)
+
+    def test_other_weights_are_noticed(self, rival, make_checkpoint, small_config, tmp_path, monkeypatch):
+        from dydit.errors import DeviationError
+
+        original = rival.to_diffusers
+
+        def spoilt(state, config):
+            renamed = original(state, config)
+            one, other = (f"transformer_blocks.1.attn1.{part}.weight" for part in ("to_q", "to_k"))
+            return renamed | {one: renamed[other], other: renamed[one] * 2}
+
+        monkeypatch.setattr(rival, "to_diffusers", spoilt)
+        static = make_checkpoint(small_config.model_copy(update={"routers": Routers.NONE}))
+        with pytest.raises(DeviationError, match=r"expected at most 0\.0001"):
+            rival.save_for_diffusers(static.path, tmp_path)
