@@ -29,6 +29,8 @@ class BackendError(DyditError):
 
 class CalibrationError(DyditError):
     """There is nothing to calibrate on, or a calibration is of something else."""
+
+
 class UnavailableError(BackendError):
     """What is asked for needs something that this machine lacks, so it is left out where others can go on."""
 

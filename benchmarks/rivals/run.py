@@ -73,6 +73,7 @@ RIVALS = (
 BUNDLES = (
     Ours("dydit sliding", ExportConfig(plan=PlanKind.SLIDING)),
     Ours("dydit per step", ExportConfig(plan=PlanKind.PER_STEP)),
+    Ours("dydit int8", ExportConfig(plan=PlanKind.PER_STEP, precision=Precision.INT8)),
     Ours("dydit static", ExportConfig(), dynamic=False),
 )
 NAMES = [side.name for side in (*BUNDLES, *RIVALS)]
