@@ -6,8 +6,9 @@ The rivals are the other files of this folder: PyTorch (masked as in the public 
 diffusers, and onnxruntime on what `torch.onnx.export` writes. Ours are the bundles of `BUNDLES`, on onnxruntime. By
 default DiT-S/2 with random weights and routers set to a FLOPs ratio near 0.5; four images with guidance, 25 of 250
 steps. Bars, for that alone: the fp32 bundle reaches 0.92 of what multiply-adds allow against the static bundle, int8 is
-1.8 times as fast as fp32, and the best bundle 5 times as fast as masked PyTorch; exit code 1 where one is missed. Before anything is timed, a step of each side is compared with the reference model, and exit code 1 says that an
-fp32 side computes something else. What this machine cannot run is listed with the reason.
+1.8 times as fast as fp32, and the best bundle 5 times as fast as masked PyTorch. Before anything is timed, a step of
+each side is compared with the reference model. Exit code 1 says that a bar is missed, or that an fp32 side computes
+something else. What this machine cannot run is listed with the reason.
 Run it on a machine that does nothing else; the load average is in the report.
 """
 
