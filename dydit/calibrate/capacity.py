@@ -1,0 +1,218 @@
+"""Token capacities from token counts: how many MLP slots a row gets in each segment and block. Pure NumPy.
+
+Routed tokens share slots over a batch. A batch of B images of R rows each (R = 2 with guidance) has C*B*R slots in a
+block of capacity C, and overflows in step s and block l where
+
+    T(s, l) = sum over its images and rows of the count k(image, s, l, row)  >  C * B * R
+
+From counts of n images, batches are drawn as a user's would come: `GROUPS` or more seeded groups g of B images, each
+drawn with replacement, so that T_g(s, l) / (B*R) varies as widely as a batch of the population does. (Without
+replacement it would vary less by the factor 1 - B/n.) Then, for segment j and block l,
+
+    C(j, l) = min(N, ceil_tile((1 + margin) * Q))    Q: quantile of T_g(s, l) / (B*R) over all groups g and steps s of j
+
+where the quantile q of M values is the least of them that at least q*M do not exceed, and ceil_tile rounds up to a
+multiple of the tile. Of several batch sizes and guidance scales, the largest Q counts.
+
+Images of a group have unrelated classes. A batch of a single class may overflow more often; its steps are then repeated
+at full capacity, so the images stay right and the run takes longer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from pydantic import Field, field_validator
+
+from dydit.calibrate.tokens import TokenCounts
+from dydit.errors import CalibrationError
+from dydit.models.config import Strict
+
+GROUPS, MOST_GROUPS = 1000, 10_000
+CONFIDENCE = 0.95
+_Z = 1.6448536269514722  # the standard normal's quantile of CONFIDENCE
+
+
+class CapacityConfig(Strict):
+    """How capacities are chosen; `batch_sizes` in images, `tile` and capacities in tokens of a row."""
+
+    quantile: float = Field(default=0.999, ge=0.5, le=1)
+    margin: float = Field(default=0.0, ge=0, le=1, allow_inf_nan=False)
+    tile: int = Field(default=1, ge=1)
+    batch_sizes: tuple[int, ...] = Field(default=(16,), min_length=1)
+
+    @field_validator("quantile")
+    @classmethod
+    def _reachable(cls, quantile: float) -> float:
+        if quantile < 1 and groups_for(quantile) > MOST_GROUPS:
+            raise ValueError(f"between {1 - 1 / MOST_GROUPS:g} and 1, which is the largest count seen; give 1")
+        return quantile
+
+    @field_validator("batch_sizes")
+    @classmethod
+    def _sizes(cls, sizes: tuple[int, ...]) -> tuple[int, ...]:
+        if any(size < 1 for size in sizes):
+            raise ValueError("a batch has at least 1 image")
+        return tuple(sorted(set(sizes)))
+
+    @property
+    def groups(self) -> int:
+        """How many groups are drawn: as many as the quantile needs to be one of many, and `GROUPS` at least."""
+        return max(GROUPS, 0 if self.quantile == 1 else groups_for(self.quantile))
+
+    def images_needed(self) -> int:
+        """The least n, for each guidance scale, for which the quantile means anything.
+
+        As many as the largest batch has; and so many that the rarest group, one image B times, is rarer than what the
+        quantile leaves out: n**-B <= 1 - q, so n >= (1 - q)**(-1/B).
+        """
+        rare = [1.0] if self.quantile == 1 else [(1 - self.quantile) ** (-1 / size) for size in self.batch_sizes]
+        return max(max(self.batch_sizes), math.ceil(max(rare) - 1e-9))
+
+
+def groups_for(quantile: float) -> int:
+    """Groups of which one lies beyond a quantile below 1."""
+    return math.ceil(1 / (1 - quantile) - 1e-9)
+
+
+def require_samples(config: CapacityConfig, images: int, cfg_scale: float, what: str = "samples") -> None:
+    """Raise `CalibrationError`, saying how many are needed, where a guidance scale has too few images."""
+    needed = config.images_needed()
+    if images < needed:
+        raise CalibrationError(
+            f"{images} {what} at guidance {cfg_scale:g} are too few for the quantile {config.quantile:g} with batches "
+            f"of {', '.join(map(str, config.batch_sizes))}: {needed} are needed for each guidance scale"
+        )
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Groups of `batch` images at one guidance scale: `totals` int64 [G, S, L] routed tokens of all their rows."""
+
+    totals: np.ndarray
+    batch: int
+    rows: int  # of an image
+    images: int  # from which they were drawn
+
+    @property
+    def per_row(self) -> np.ndarray:
+        """Mean tokens of a row in each group, float64 [G, S, L]."""
+        return self.totals / (self.batch * self.rows)
+
+
+def draw_groups(counts: TokenCounts, batch: int, groups: int, seed: int) -> Groups:
+    """Groups of `batch` images, drawn with replacement by Philox keyed by (seed, batch).
+
+    Images have their places by number, so the order in which they were counted plays no part.
+    """
+    images = len(counts.images)
+    raw = np.random.Philox(key=np.array([seed, batch], np.uint64)).random_raw(groups * batch)
+    drawn = (raw % np.uint64(images)).astype(np.int64).reshape(groups, batch)
+    sums = counts.per_image
+    totals = np.empty((groups, *sums.shape[1:]), np.int64)
+    for group, members in enumerate(drawn):
+        sums[members].sum(axis=0, out=totals[group])
+    return Groups(totals, batch, counts.rows, images)
+
+
+def drawn_for(counts: Sequence[TokenCounts], config: CapacityConfig, seed: int) -> list[Groups]:
+    """Groups of every batch size, of the counts of every guidance scale.
+
+    Raises `CalibrationError` for no counts, and for too few samples, saying how many are needed.
+    """
+    if not counts:
+        raise CalibrationError("there are no token counts to calibrate on; sample more images")
+    for each in counts:
+        require_samples(config, len(each.images), each.cfg_scale)
+    return [draw_groups(each, batch, config.groups, seed) for each in counts for batch in config.batch_sizes]
+
+
+def choose_capacities(groups: Sequence[Groups], bounds: Sequence[int], config: CapacityConfig, tokens: int) -> np.ndarray:
+    """C by segment and block, int64 [segments, L], in 1..`tokens`; formula above. `bounds`: 0 = b_0 < ... < b_k = S."""
+    return np.array(
+        [
+            [
+                _capacity(max(_quantile(each.per_row[:, first:end, block], config.quantile) for each in groups), config)
+                for block in range(groups[0].totals.shape[2])
+            ]
+            for first, end in zip(bounds[:-1], bounds[1:], strict=True)
+        ],
+        np.int64,
+    ).clip(1, tokens)
+
+
+def _quantile(values: np.ndarray, quantile: float) -> float:
+    """The least of the values that at least so large a share of them do not exceed."""
+    rank = max(1, math.ceil(quantile * values.size - 1e-9))
+    return float(np.partition(values.reshape(-1), rank - 1)[rank - 1])
+
+
+def _capacity(per_row: float, config: CapacityConfig) -> int:
+    return math.ceil(math.ceil(per_row * (1 + config.margin)) / config.tile) * config.tile
+
+
+def by_step(capacities: np.ndarray, bounds: Sequence[int]) -> np.ndarray:
+    """Capacities [segments, L] for every step, [S, L]."""
+    return np.repeat(capacities, np.diff(bounds), axis=0)
+
+
+@dataclass(frozen=True)
+class Overflow:
+    """How often groups' tokens do not fit. Rates are shares in 0..1.
+
+    `rate`: of step-blocks, (group, step, block), in which some token finds no slot; `upper`: the bound below which the
+    true rate lies with 95 % confidence; `repeated`: of steps, those with such a block, which run again at full
+    capacity. `trials`: step-blocks looked at.
+    """
+
+    rate: float
+    upper: float
+    repeated: float
+    trials: int
+
+
+def overflow_of(groups: Sequence[Groups], capacities: np.ndarray, bounds: Sequence[int]) -> Overflow:
+    """What the groups' batches do at these capacities.
+
+    The bound is Wilson's, one-sided: (p + z^2/2m + z*sqrt(p(1-p)/m + z^2/4m^2)) / (1 + z^2/m), z = 1.645. Groups share
+    images, and the tokens of neighbouring steps are much alike, so step-blocks are no independent trials: m counts
+    disjoint groups (images // batch) times segments times blocks, however many steps and groups there were.
+    """
+    limits = by_step(capacities, bounds)
+    over = [each.totals > limits * (each.batch * each.rows) for each in groups]
+    trials = sum(each.size for each in over)
+    rate = sum(int(each.sum()) for each in over) / trials
+    steps = sum(each.shape[0] * each.shape[1] for each in over)
+    repeated = sum(int(each.any(axis=2).sum()) for each in over) / steps
+    independent = sum(max(1, each.images // each.batch) for each in groups) * capacities.size
+    return Overflow(rate, wilson_upper(rate, independent), repeated, trials)
+
+
+def wilson_upper(rate: float, trials: int) -> float:
+    """Upper end of Wilson's one-sided interval of 95 % for a share seen in `trials` trials (Wilson, 1927)."""
+    square = _Z * _Z / trials
+    spread = _Z * math.sqrt(rate * (1 - rate) / trials + square / (4 * trials))
+    return min(1.0, (rate + square / 2 + spread) / (1 + square))
+
+
+def mlp_ratio(
+    counts: Sequence[TokenCounts], widths: np.ndarray, capacities: np.ndarray, bounds: Sequence[int], repeated: float
+) -> float:
+    """MLP multiply-adds by capacity over those by dynamic routing, on the same subnetworks.
+
+    An MLP's are in proportion to its groups w(s, l) and to the tokens that it computes. By capacity these are C of each
+    row, and N again, of every block, in the share `repeated` of steps; dynamically they are the row's own:
+
+        sum over s, l of w * (C + repeated * N)  /  sum over s, l of w * mean count
+
+    `widths` [S, L]: channel groups of the subnetwork of each step. The mean is over guidance scales, one like another.
+    """
+    mean = np.mean([each.mean for each in counts], axis=0)
+    computed = by_step(capacities, bounds) + repeated * counts[0].tokens
+    needed = float((widths * mean).sum())
+    if needed == 0:
+        raise CalibrationError("no token entered an MLP: there is nothing to compare capacities with")
+    return float((widths * computed).sum()) / needed

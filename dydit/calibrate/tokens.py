@@ -1,0 +1,112 @@
+"""How many tokens each image sends through each block's MLP at each step: counts alone, never the tokens themselves.
+
+A count belongs to the image and the step that are passed in with it. Counts of different images merge in any order, to
+what one pass over all of them would have kept. Nothing runs a model here; `dydit.verify.calibration` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dydit.errors import CalibrationError
+
+
+@dataclass(frozen=True)
+class TokenCounts:
+    """Counts of some images at one guidance scale.
+
+    `images` int64 [n], ascending, the numbers of their noise; `counts` int32 [n, S, L, R] routed tokens by image, step
+    (execution order), block and row. R = 2 with guidance, the row with the label and the one with the null class; else
+    1. `tokens`: N, of which they are counts.
+    """
+
+    cfg_scale: float
+    tokens: int
+    images: np.ndarray
+    counts: np.ndarray
+
+    def __post_init__(self) -> None:
+        if self.counts.ndim != 4 or not self.counts.size or self.images.shape != self.counts.shape[:1]:
+            raise CalibrationError("there are no token counts to calibrate on; sample more images")
+        if (np.diff(self.images) <= 0).any():
+            raise CalibrationError("an image was counted twice, or images are not in order")
+        if self.counts.min() < 0 or self.counts.max() > self.tokens:
+            raise CalibrationError(f"a token count is outside 0..{self.tokens}, the tokens of a row")
+
+    @property
+    def rows(self) -> int:
+        """R, rows of an image."""
+        return int(self.counts.shape[3])
+
+    @property
+    def per_image(self) -> np.ndarray:
+        """Routed tokens of each image's rows together, int64 [n, S, L]."""
+        return self.counts.sum(axis=3, dtype=np.int64)
+
+    @property
+    def mean(self) -> np.ndarray:
+        """Mean routed tokens of a row, float64 [S, L]."""
+        return np.asarray(self.counts.mean(axis=(0, 3)))
+
+
+def merge(parts: Sequence[TokenCounts]) -> TokenCounts:
+    """The counts of all parts' images. Raises `CalibrationError` for none, and for parts that do not belong together."""
+    if not parts:
+        raise CalibrationError("there are no token counts to calibrate on; sample more images")
+    first = parts[0]
+    kind = (first.cfg_scale, first.tokens, first.counts.shape[1:])
+    if any((each.cfg_scale, each.tokens, each.counts.shape[1:]) != kind for each in parts):
+        raise CalibrationError("token counts of different models, runs or guidance scales do not add up")
+    images = np.concatenate([each.images for each in parts])
+    order = np.argsort(images, kind="stable")
+    counts = np.concatenate([each.counts for each in parts])[order]
+    return TokenCounts(first.cfg_scale, first.tokens, images[order], counts)
+
+
+class TokenCounter:
+    """Counts the tokens of a batch of images, step by step in any order: one `add` for each of `steps` steps."""
+
+    def __init__(self, images: Sequence[int], steps: int, depth: int, tokens: int, cfg_scale: float):
+        self._images, self._tokens, self._scale = np.asarray(images, np.int64), tokens, cfg_scale
+        self._counts = np.full((len(images), steps, depth, 1 if cfg_scale == 1 else 2), -1, np.int32)
+
+    def add(self, step: int, tokens: np.ndarray) -> None:
+        """Count one step's decisions bool [L, R*n, N]: all rows with labels first, then those of the null class.
+
+        Raises `CalibrationError` for a step that was counted before, or another shape.
+        """
+        images, _, depth, rows = self._counts.shape
+        if tokens.shape != (depth, rows * images, self._tokens):
+            raise CalibrationError(
+                f"token decisions of shape {list(tokens.shape)}; expected {[depth, rows * images, self._tokens]}"
+            )
+        if (self._counts[:, step] >= 0).any():
+            raise CalibrationError(f"step {step} was counted before")
+        counts = np.count_nonzero(tokens, axis=2)  # [L, R*n]
+        self._counts[:, step] = counts.reshape(depth, rows, images).transpose(2, 0, 1)
+
+    def finish(self) -> TokenCounts:
+        """The counts. Raises `CalibrationError` naming the first step that is missing."""
+        missing = np.flatnonzero((self._counts < 0).any(axis=(0, 2, 3)))
+        if len(missing):
+            raise CalibrationError(f"step {missing[0]} was not counted")
+        order = np.argsort(self._images, kind="stable")
+        return TokenCounts(self._scale, self._tokens, self._images[order], self._counts[order])
+
+
+def spread_labels(images: int, classes: int) -> list[int]:
+    """A class for each of `images` images, evenly over all classes: every one equally often, to within one image.
+
+    Fewer images than classes take every so-manieth class: label j is floor(j * classes / images).
+    """
+    if images >= classes:
+        return [image % classes for image in range(images)]
+    return [image * classes // images for image in range(images)]
+
+
+def spread_scales(images: int, scales: Sequence[float]) -> list[tuple[float, int]]:
+    """How many of the images each guidance scale gets, evenly; the first ones get what does not divide."""
+    return [(scale, images // len(scales) + (k < images % len(scales))) for k, scale in enumerate(scales)]
