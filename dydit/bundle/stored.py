@@ -11,20 +11,24 @@ from pydantic import Field, NonNegativeInt
 from dydit.models.config import Strict
 
 WEIGHTS = "weights.bin"
-StoredType = Literal["float32", "float16", "bfloat16", "int8"]
+StoredType = Literal["float32", "float16", "bfloat16", "int8", "float8_e4m3fn"]
 
 
 class Precision(StrEnum):
     """The type of matrix products and attention, and of their weights; all else is fp32 (DESIGN, decision 9).
 
-    int8 is of a block's linear layers alone: their weights and, token by token, what enters them; for ONNX Runtime on
-    the CPU. What they give, attention and all else is fp32.
+    8 bits are of a block's linear layers alone: of their weights, and of what enters them. What they give is fp32, and
+    so is all else but attention. int8: each token has its own scale, found as it comes; for ONNX Runtime on the CPU.
+    int8-static, fp8 (E4M3): scales are calibrated, for each segment of the plan and each layer, and written as
+    QuantizeLinear and DequantizeLinear, which compilers read; attention is fp16.
     """
 
     FP32 = "fp32"
     FP16 = "fp16"
     BF16 = "bf16"
     INT8 = "int8"
+    INT8_STATIC = "int8-static"
+    FP8 = "fp8"
 
     @property
     def dtype(self) -> StoredType:
@@ -37,20 +41,46 @@ class Precision(StrEnum):
         return self.dtype == "float32"
 
     @property
-    def weight_bytes(self) -> int:
-        """Bytes of a number in a block's weight matrices."""
-        return 1 if self is Precision.INT8 else ITEM_BYTES[self.dtype]
+    def weight_dtype(self) -> StoredType:
+        """The type of a block's weight matrices."""
+        return _EIGHT_BITS.get(self, self.dtype)
+
+    @property
+    def in_8_bits(self) -> bool:
+        """Whether linear layers are."""
+        return self in _EIGHT_BITS
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether the scales of activations come from calibration."""
+        return self in (Precision.INT8_STATIC, Precision.FP8)
+
+    @property
+    def attention(self) -> Precision:
+        """The type of attention: that of all products, and fp16 where these are calibrated 8 bits."""
+        return Precision.FP16 if self.is_calibrated else self
 
 
+_EIGHT_BITS: dict[Precision, StoredType] = {
+    Precision.INT8: "int8",
+    Precision.INT8_STATIC: "int8",
+    Precision.FP8: "float8_e4m3fn",
+}
 _VALUES: dict[Precision, StoredType] = {
     Precision.FP32: "float32",
-    Precision.INT8: "float32",
+    **dict.fromkeys(_EIGHT_BITS, "float32"),
     Precision.FP16: "float16",
     Precision.BF16: "bfloat16",
 }
-ITEM_BYTES: dict[StoredType, int] = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
-STORAGE = {"float32": "float32", "float16": "float16", "bfloat16": "uint16", "int8": "int8"}
-"""NumPy's type for each stored type; it has no bfloat16, whose bits are read as uint16."""
+ITEM_BYTES: dict[StoredType, int] = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "float8_e4m3fn": 1}
+STORAGE = {
+    "float32": "float32",
+    "float16": "float16",
+    "bfloat16": "uint16",
+    "int8": "int8",
+    "float8_e4m3fn": "uint8",
+}
+"""NumPy's type for each stored type; it has no bfloat16 and no float8, whose bits are read as integers."""
 
 
 class WeightEntry(Strict):

@@ -1,8 +1,8 @@
-"""What is kept of the values that a tensor took: counts by size, of any number of values in the same memory.
+"""What is kept of the values that a tensor took: counts by magnitude, of any number of values in the same memory.
 
-A bin holds the values that share sign, exponent and the first six bits of the mantissa, so that within an octave there
-are 64 bins, each 1.6 % wide at most, whatever the values turn out to be. Bins do not depend on the data: histograms of
-parts add up to that of the whole, in any order and to the last count, over steps, batches and processes.
+A bin holds the magnitudes that share exponent and the first five bits of the mantissa, so that an octave has 32 bins,
+each 3.1 % wide at most, whatever the values turn out to be. Bins do not depend on the data: histograms of parts add up
+to that of the whole, in any order and to the last count, over steps, batches and processes.
 """
 
 from __future__ import annotations
@@ -14,18 +14,16 @@ import numpy as np
 
 from dydit.errors import CalibrationError
 
-_SHIFT = 17  # of the 32 bits of a float32: sign, 8 of exponent, 6 of mantissa stay
-BINS = 1 << (32 - _SHIFT)
-_NEGATIVE = BINS // 2  # bins from here on hold negative values
+_SHIFT = 18  # of the 31 bits of a float32's magnitude, 8 of exponent and 5 of mantissa stay
+BINS = 1 << (31 - _SHIFT)
 
 
 def _edges() -> np.ndarray:
-    """The least magnitude of each bin of one sign, and an end, float64 [BINS / 2 + 1]."""
-    bits = (np.arange(_NEGATIVE + 1, dtype=np.uint64) << _SHIFT).astype(np.uint32)
+    """The least magnitude of each bin, and an end, float64 [BINS + 1]."""
+    bits = (np.arange(BINS, dtype=np.uint32) << np.uint32(_SHIFT)).astype(np.uint32)
     with np.errstate(invalid="ignore"):
         edges = bits.view(np.float32).astype(np.float64)
-    edges[-1] = np.inf  # where the numbers of the other sign begin
-    return edges
+    return np.append(np.where(np.isnan(edges), np.inf, edges), np.inf)
 
 
 EDGES = _edges()
@@ -33,7 +31,7 @@ EDGES = _edges()
 
 @dataclass
 class Histogram:
-    """Counts int64 [BINS], and the exact extremes of all values; empty at first."""
+    """Counts int64 [BINS] of magnitudes, and the exact extremes of the values themselves; empty at first."""
 
     counts: np.ndarray = field(default_factory=lambda: np.zeros(BINS, np.int64))
     least: float = np.inf
@@ -44,6 +42,11 @@ class Histogram:
         """How many values there were."""
         return int(self.counts.sum())
 
+    @property
+    def most(self) -> float:
+        """The largest magnitude, exactly; 0 where there is none."""
+        return max(-self.least, self.largest, 0.0)
+
     def add(self, values: np.ndarray) -> None:
         """Count values, of any shape, as float32. Raises `CalibrationError` where one is NaN or infinite."""
         flat = np.ascontiguousarray(values, np.float32).reshape(-1)
@@ -52,7 +55,8 @@ class Histogram:
         least, largest = float(flat.min()), float(flat.max())
         if not (np.isfinite(least) and np.isfinite(largest)):
             raise CalibrationError("a value to calibrate on is NaN or infinite; hold the model against its checkpoint")
-        self.counts += np.bincount(flat.view(np.uint32) >> np.uint32(_SHIFT), minlength=BINS)
+        magnitudes = flat.view(np.uint32) & np.uint32(0x7FFFFFFF)
+        self.counts += np.bincount(magnitudes >> np.uint32(_SHIFT), minlength=BINS)
         self.least, self.largest = min(self.least, least), max(self.largest, largest)
 
     def merge(self, other: Histogram) -> None:
@@ -68,15 +72,12 @@ class Histogram:
         return made
 
     def points(self) -> tuple[np.ndarray, np.ndarray]:
-        """(values, counts) of the bins that are not empty, ascending: float64 middles, no farther out than extremes.
+        """(magnitudes, counts) of the bins that are not empty, ascending: float64 middles, none beyond `most`.
 
         Raises `CalibrationError` where nothing was counted.
         """
         if not self.total:
             raise CalibrationError("there are no values to calibrate on; sample more images")
-        middles = (EDGES[:-1] + EDGES[1:]) / 2
-        middles[0] = 0.0
-        both = np.concatenate([middles, -middles])
         filled = np.flatnonzero(self.counts)
-        order = np.argsort(both[filled], kind="stable")
-        return np.clip(both[filled][order], self.least, self.largest), self.counts[filled][order]
+        middles = np.where(filled == 0, 0.0, (EDGES[filled] + EDGES[filled + 1]) / 2)
+        return np.minimum(middles, self.most), self.counts[filled]

@@ -52,9 +52,8 @@ def choose(histogram: Histogram, method: Method, percentile: float = 0.9999) -> 
     Raises `CalibrationError` for no values, zeros alone, a percentile outside (0, 1], or fewer values than it needs to
     mean anything.
     """
-    values, counts = histogram.points()
-    sizes = np.abs(values)
-    largest = max(abs(histogram.least), abs(histogram.largest))
+    sizes, counts = histogram.points()
+    largest = histogram.most
     if not largest > 0:
         raise CalibrationError("all values to calibrate on are 0: there is no range; sample more images")
     candidates = largest * np.exp(np.linspace(-np.log(_SPAN), 0, CANDIDATES))
@@ -75,14 +74,13 @@ def _percentile(sizes: np.ndarray, counts: np.ndarray, share: float, largest: fl
     if not 0 < share <= 1:
         raise CalibrationError(f"percentile {share} is outside (0, 1]; 0.9999 keeps all but one in 10,000")
     total = int(counts.sum())
-    if share < 1 and total * (1 - share) < 1:
-        needed = int(np.ceil(1 / (1 - share)))
+    if share < 1 and total * (1 - share) < 1 - 1e-9:
+        needed = int(np.ceil(1 / (1 - share) - 1e-9))
         raise CalibrationError(
             f"{total} values tell nothing of a share of {share}: at least {needed} are needed; sample more images"
         )
-    order = np.argsort(sizes, kind="stable")
-    inside = np.cumsum(counts[order]) >= share * total
-    return min(float(sizes[order][np.argmax(inside)]), largest) or largest
+    inside = np.cumsum(counts) >= share * total
+    return float(sizes[np.argmax(inside)]) or largest
 
 
 def _error(sizes: np.ndarray, counts: np.ndarray, threshold: float) -> float:

@@ -89,7 +89,11 @@ def _attend(
         scores = ops.MatMul(scaled, ops.Transpose(k, perm=[0, 1, 3, 2]))
         mixed = ops.MatMul(ops.Softmax(scores, axis=-1), v)
     else:
+        kind = precision.attention
+        if kind is not precision:
+            q, k, v = (ops.to_precision(part, kind) for part in (q, k, v))
         mixed = ops.Attention(q, k, v, scale=scale)
+        mixed = ops.to_fp32(mixed, kind) if kind is not precision else mixed
     return flat(ops, ops.Transpose(mixed, perm=[0, 2, 1, 3]))
 
 

@@ -170,15 +170,15 @@ def _make_plan(config: ExportConfig, model: ModelConfig, masks: np.ndarray, cost
 def unit_bytes(model: ModelConfig, precision: Precision = Precision.FP32) -> np.ndarray:
     """Bytes of one head's and one group's weights, [L, 2, H] float64."""
     d, hd, gs = model.hidden_size, model.head_dim, model.group_dim
-    item, added = precision.weight_bytes, _channel_bytes(precision)
+    item, added = ITEM_BYTES[precision.weight_dtype], _channel_bytes(precision)
     sizes = np.empty((model.depth, 2, model.num_heads))
     sizes[:, 0], sizes[:, 1] = item * 4 * hd * d + added * 3 * hd, item * 2 * gs * d + added * gs
     return sizes
 
 
 def _channel_bytes(precision: Precision) -> int:
-    """Bytes of an output channel's bias, and of its scale with int8."""
-    return 8 if precision is Precision.INT8 else ITEM_BYTES[precision.dtype]
+    """Bytes of an output channel's bias, and of its scale with 8 bits."""
+    return ITEM_BYTES[precision.dtype] + (4 if precision.in_8_bits else 0)
 
 
 def fixed_bytes(model: ModelConfig, precision: Precision = Precision.FP32) -> int:
@@ -265,7 +265,7 @@ def _subnet_entry(
         for slots, parts in ((spec.heads, (*HEAD_WEIGHTS, "qkv.scale")), (spec.groups, (*GROUP_WEIGHTS, "fc1.scale")))
         for block in range(job.model.depth)
         for part in parts
-        if f"blocks.{block}.{part}" in weights  # scales are there with int8 only
+        if f"blocks.{block}.{part}" in weights  # scales are there with 8 bits only
     )
     return SubnetEntry(
         file=files[0],

@@ -33,6 +33,7 @@ from dydit.bundle.stored import WEIGHTS, Precision, WeightEntry
 from dydit.export.library import FunctionLibrary, call
 from dydit.export.ops import CONTRIB, DATA_TYPES, DOMAIN, IR_VERSION, OPSET, Ops
 from dydit.export.products import weight_parts
+from dydit.export.quantize import LAYERS
 from dydit.export.weights import runs
 from dydit.models.config import ModelConfig
 
@@ -45,6 +46,7 @@ class SubnetSpec:
 
     `heads`, `groups`: ascending slots per block. `gated`: (block, part) pairs, part 0 heads and 1 groups, whose units
     are not all on in every step it serves. `capacities`: token slots per image and block, with `Routing.CAPACITY`.
+    `input_scales`: of what enters each of a block's `LAYERS`, with calibrated precisions.
     """
 
     heads: tuple[tuple[int, ...], ...]
@@ -52,6 +54,7 @@ class SubnetSpec:
     gated: frozenset[tuple[int, int]]
     routing: Routing | None
     capacities: tuple[int, ...] | None = None
+    input_scales: tuple[tuple[float, ...], ...] | None = None
 
 
 class WeightSource(ABC):
@@ -216,6 +219,10 @@ class _SubnetWriter:
                 made.append(self.weights.units(self.ops, block, f"{layer}.{part}", slots))
             else:
                 made.append(self.weights.whole(f"blocks.{block}.{layer}.{part}"))
+        if self.library.precision.is_calibrated:
+            assert self.spec.input_scales is not None
+            scale = self.spec.input_scales[block][LAYERS.index(layer)]
+            made.append(self.weights.local(f"blocks.{block}.{layer}.input_scale", np.asarray(scale, np.float32)))
         return made
 
     def _mlp(self, block: int, x: ir.Value, vectors: list[ir.Value]) -> Sequence[ir.Value]:

@@ -16,6 +16,7 @@ DATA_TYPES = {
     "float16": ir.DataType.FLOAT16,
     "bfloat16": ir.DataType.BFLOAT16,
     "int8": ir.DataType.INT8,
+    "float8_e4m3fn": ir.DataType.FLOAT8E4M3FN,
     "int64": ir.DataType.INT64,
 }
 DOMAIN = "dydit"

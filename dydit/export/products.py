@@ -1,4 +1,7 @@
-"""The linear layers of a block: `Gemm` in fp32, fp16 and bf16; in int8 an integer product between two scalings.
+"""The linear layers of a block: `Gemm` in fp32, fp16 and bf16; in 8 bits a product between two scalings.
+
+Calibrated, int8-static and fp8: QuantizeLinear and DequantizeLinear around MatMul, with one scale for what enters a
+layer in a segment and one for each output channel of its weight, as compilers of engines read them. Zero points are 0.
 
 int8, for activations x [T, K] and weights W [K, N], sums over k in exact 32-bit integers:
 
@@ -23,7 +26,7 @@ import numpy as np
 import onnx_ir as ir
 
 from dydit.bundle.stored import Precision
-from dydit.export.ops import CONTRIB, Ops
+from dydit.export.ops import CONTRIB, DATA_TYPES, Ops
 
 _BOTH_SIGNS, _AFTER_GELU = 128, 32  # zero points
 _GELU_MINIMUM = 0.17004
@@ -32,12 +35,13 @@ _TINY = 1e-30  # a row of zeros has a scale, too
 
 def weight_parts(precision: Precision) -> tuple[str, ...]:
     """What is stored of a linear layer, in the order in which functions take it."""
-    return ("weight", "scale", "bias") if precision is Precision.INT8 else ("weight", "bias")
+    return ("weight", "scale", "bias") if precision.in_8_bits else ("weight", "bias")
 
 
 def weight_names(layer: str, precision: Precision) -> tuple[str, ...]:
-    """The names of a layer's weights as inputs of a function: `fc1_weight`, `fc1_bias`."""
-    return tuple(f"{layer}_{part}" for part in weight_parts(precision))
+    """The names of what a layer takes as inputs of a function: `fc1_weight`, `fc1_bias`; its scales, in 8 bits."""
+    parts = (*weight_parts(precision), *(["input_scale"] if precision.is_calibrated else []))
+    return tuple(f"{layer}_{part}" for part in parts)
 
 
 def linear(
@@ -47,6 +51,11 @@ def linear(
 
     `weights` as `weight_names` lists them. x and the result are in the precision's `dtype`.
     """
+    if precision.is_calibrated:
+        weight, scale, added, input_scale = weights
+        d = _as_in_8_bits(ops, x, input_scale, precision)
+        w = ops.DequantizeLinear(weight, scale, axis=0 if out_major else 1)
+        return ops.Add(ops.MatMul(d, ops.Transpose(w, perm=[1, 0]) if out_major else w), added)
     if precision is not Precision.INT8:
         return ops.Gemm(x, *weights, **({"transB": 1} if out_major else {}))
     weight, scale, added = weights
@@ -71,6 +80,13 @@ def mlp(
     inner = ops.call(CONTRIB, "FastGelu", (linear(ops, x, fc1, True, precision, bias=False), fc1[-1]), 1)[0]
     inner = _gated(ops, inner, channel_gates)
     return ops.Add(_integer_product(ops, inner, weight, scale, False, *_after_gelu(ops, inner)), added)
+
+
+def _as_in_8_bits(ops: Ops, x: ir.Value, scale: ir.Value, precision: Precision) -> ir.Value:
+    """What x is when it has been stored with a scale []."""
+    kind = DATA_TYPES[precision.weight_dtype]
+    zero = ops.call("", "Constant", (), 1, {"value": ir.tensor(np.zeros((), kind.numpy()), dtype=kind)})[0]
+    return ops.DequantizeLinear(ops.QuantizeLinear(x, scale, zero), scale)
 
 
 def _gated(ops: Ops, inner: ir.Value, channel_gates: ir.Value | None) -> ir.Value:

@@ -1,4 +1,7 @@
-"""Weights of matrix products in 8 bits: int8, and a scale for each output channel (see `dydit.export.products`)."""
+"""Weights of matrix products in 8 bits, int8 or float8 E4M3, with a scale for each output channel.
+
+stored = round(weight / scale), scale = max |weight of the channel| / largest     largest: 127, or 448 with E4M3
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,13 @@ import torch
 from torch import Tensor
 
 LAYERS = ("qkv", "proj", "fc1", "fc2")
-"""The linear layers of a block whose weights are int8; adaLN, routers, embedding and final layer stay in fp32."""
+"""The linear layers of a block whose weights are in 8 bits; adaLN, routers, embedding and final layer stay in fp32."""
+LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 _OUT_MAJOR = ("qkv", "fc1")  # [units, out of a unit, in]; the others are [units, in of a unit, out]
 
 
 def is_quantized(name: str) -> bool:
-    """Whether a stored tensor (`dydit.models.layout`) is int8 in a bundle of that precision."""
+    """Whether a stored tensor (`dydit.models.layout`) is in 8 bits in a bundle of such a precision."""
     return name.startswith("blocks.") and tuple(name.split(".")[2:]) in {(layer, "weight") for layer in LAYERS}
 
 
@@ -20,13 +24,15 @@ def scale_name(name: str) -> str:
     return f"{name.removesuffix('weight')}scale"
 
 
-def quantize(name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """A stored weight as int8 of its shape and f32 scales: [units, out of a unit], or [out] where units are inputs.
+def quantize(name: str, weight: Tensor, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Tensor]:
+    """A stored weight in 8 bits, of its shape, and f32 scales: [units, out of a unit], or [out] where units are inputs.
 
     A channel of zeros has the scale 1. Values must be finite.
     """
     inputs = (2,) if name.split(".")[-2] in _OUT_MAJOR else (0, 1)
-    scale = weight.detach().abs().amax(inputs) / 127
+    largest = LARGEST[dtype]
+    scale = weight.detach().abs().amax(inputs) / largest
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     spread = scale[..., None] if inputs == (2,) else scale
-    return torch.round(weight.detach() / spread).clamp(-127, 127).to(torch.int8), scale
+    ratio = (weight.detach() / spread).clamp(-largest, largest)
+    return (torch.round(ratio) if dtype is torch.int8 else ratio).to(dtype), scale

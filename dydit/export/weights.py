@@ -13,7 +13,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from dydit.bundle.stored import Precision, StoredType, WeightEntry
+from dydit.bundle.stored import ITEM_BYTES, Precision, StoredType, WeightEntry
 from dydit.errors import CheckpointError
 from dydit.export.quantize import is_quantized, quantize, scale_name
 
@@ -26,22 +26,23 @@ _TYPES: dict[StoredType, torch.dtype] = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
     "int8": torch.int8,
+    "float8_e4m3fn": torch.float8_e4m3fn,
 }
 _NAMES = {each.dtype: each.value for each in (Precision.FP32, Precision.FP16, Precision.BF16)}
 
 
 def stored_type(name: str, precision: Precision) -> StoredType:
     """The type of a stored tensor: weights and biases of products follow the bundle's precision, all else is fp32."""
-    if precision is Precision.INT8 and is_quantized(name):
-        return "int8"
+    if precision.in_8_bits and is_quantized(name):
+        return precision.weight_dtype
     return precision.dtype if name.split(".")[-2:][0] in _PRODUCTS else "float32"
 
 
 def stored_forms(name: str, tensor: Tensor, precision: Precision) -> Iterator[tuple[str, Tensor]]:
-    """What a bundle of `precision` stores for a tensor of the layout: itself in its type, and scales with int8."""
+    """What a bundle of `precision` stores for a tensor of the layout: itself in its type, and scales with 8 bits."""
     kind = stored_type(name, precision)
-    if kind == "int8":
-        weight, scale = quantize(name, tensor)
+    if ITEM_BYTES[kind] == 1:
+        weight, scale = quantize(name, tensor, _TYPES[kind])
         yield name, weight
         yield scale_name(name), scale
     else:
@@ -60,10 +61,10 @@ def write_weights(
     with open(path, "wb") as file:
         for name, tensor in tensors:
             kind = stored_type(name, precision)
-            if kind == "int8":
+            if ITEM_BYTES[kind] == 1:
                 _require_finite(name, tensor, "float32")
                 for stored, values in stored_forms(name, tensor, precision):
-                    entries[stored] = _start(file, values, "int8" if stored == name else "float32")
+                    entries[stored] = _start(file, values, kind if stored == name else "float32")
                     file.write(values.contiguous().view(torch.uint8).numpy().data)
                 continue
             entries[name] = _start(file, tensor, kind)

@@ -37,6 +37,7 @@ class SlicedOutput:
 class _Block:
     """A block's weights, cut to its slots. Row-contiguous slots are views of the stored tensors."""
 
+    index: int
     qkv: Tensor  # [h*3*hd, D]
     qkv_bias: Tensor
     proj: Tensor  # [h*hd, D]
@@ -122,13 +123,18 @@ class SlicedDiT:
         heads = len(block.heads)
         if not heads:
             return block.proj_bias.to(x.dtype)
-        low = block.qkv.dtype
-        qkv = F.linear(x.to(low), block.qkv, block.qkv_bias).view(*x.shape[:2], heads, 3, -1)
+        qkv = self.linear(block, "qkv", x).view(*x.shape[:2], heads, 3, -1)
         q, k, v = qkv.permute(3, 0, 2, 1, 4)
         out = F.scaled_dot_product_attention(q, k, v)  # [R, h, N, hd]
         if gates is not None:
-            out = out * gates[block.heads][:, None, None].to(low)
-        return (out.transpose(1, 2).flatten(2) @ block.proj + block.proj_bias).to(x.dtype)
+            out = out * gates[block.heads][:, None, None].to(out.dtype)
+        return self.linear(block, "proj", out.transpose(1, 2).flatten(2)).to(x.dtype)
+
+    def linear(self, block: _Block, layer: str, x: Tensor) -> Tensor:
+        """One of a block's layers qkv, proj, fc1, fc2 on x [..., in], in the weight's dtype."""
+        weight, bias = getattr(block, layer), getattr(block, f"{layer}_bias")
+        x = x.to(weight.dtype)
+        return F.linear(x, weight, bias) if layer in ("qkv", "fc1") else x @ weight + bias
 
     def _route(self, block: _Block, x: Tensor) -> Tensor | None:
         """Token decisions, bool [R, N], from the residual stream; None where every token enters the MLP."""
@@ -160,11 +166,10 @@ class SlicedDiT:
     def _feed_forward(self, block: _Block, x: Tensor, gates: Tensor | None) -> Tensor:
         if not len(block.groups):
             return block.fc2_bias.to(x.dtype).expand_as(x)
-        low = block.fc1.dtype
-        hidden = F.gelu(F.linear(x.to(low), block.fc1, block.fc1_bias), approximate="tanh")
+        hidden = F.gelu(self.linear(block, "fc1", x), approximate="tanh")
         if gates is not None:
-            hidden = hidden * gates[block.groups].repeat_interleave(self.config.group_dim).to(low)
-        return (hidden @ block.fc2 + block.fc2_bias).to(x.dtype)
+            hidden = hidden * gates[block.groups].repeat_interleave(self.config.group_dim).to(hidden.dtype)
+        return self.linear(block, "fc2", hidden).to(x.dtype)
 
     def _sampler_step(
         self, x: Tensor, output: Tensor, noise: Tensor, coefficients: Tensor, cfg_scale: Tensor
@@ -223,6 +228,7 @@ def _cut(
     )
     device = weights["embed.bias"].device
     return _Block(
+        index=index,
         qkv=_rows(of("qkv.weight"), heads),
         qkv_bias=_rows(of("qkv.bias"), heads),
         proj=_rows(of("proj.weight"), heads),

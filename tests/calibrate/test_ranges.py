@@ -59,8 +59,8 @@ def test_mse_is_no_worse_than_minmax_when_really_rounded(outliers):
 @given(VALUES.filter(lambda x: len(x) >= 20), st.sampled_from([0.5, 0.9, 0.95]))
 def test_percentile_leaves_no_more_outside_than_asked(values, share):
     chosen = choose(Histogram.of(values), Method.PERCENTILE, share)
-    # A bin is 1.6 % wide, and its middle stands for all of its values.
-    assert (np.abs(values) > chosen.value * (1 + 1 / 64)).mean() <= 1 - share + 1e-9
+    # A bin is 3.1 % wide, and its middle stands for all of its values.
+    assert (np.abs(values) > chosen.value * (1 + 1 / 32)).mean() <= 1 - share + 1e-9
 
 
 @given(VALUES, st.sampled_from(Method))
