@@ -13,6 +13,7 @@ import click
 
 from dydit import __version__
 from dydit.cli_build import add_build
+from dydit.cli_calibrate import add_calibrate
 from dydit.cli_errors import CHECK_FAILED, OK, run_command
 from dydit.cli_options import (
     PATH,
@@ -137,6 +138,9 @@ def convert_command(checkpoint: Path, out: Path, num_heads: int | None) -> None:
         f"{converted.metadata['source']} format",
         f"Next: dydit inspect {out}, dydit export {out} --out BUNDLE",
     )
+
+
+add_calibrate(cli)
 
 
 @cli.add("export", "Compile a checkpoint into a bundle.")

@@ -18,6 +18,7 @@ import click
 
 from dydit.bundle.manifest import Manifest, PlanKind, Routing
 from dydit.bundle.stored import Precision
+from dydit.calibrate.file import Calibration, read_calibration
 from dydit.files import write_atomic
 from dydit.training.recipe import Recipe
 
@@ -172,8 +173,12 @@ def chosen_plan(per_step: bool, max_subnets: int | None, memory_budget: int | No
     return {"plan": PlanKind.MAX_SUBNETS} | ({} if max_subnets is None else {"max_subnets": max_subnets})
 
 
+def _read_calibration(_: click.Context, __: click.Parameter, path: Path | None) -> Calibration | None:
+    return None if path is None else read_calibration(path)
+
+
 def graph_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """`--routing` and `--precision`: what the graphs of an export are made of."""
+    """`--routing`, `--calibration` and `--precision`: what the graphs of an export are made of."""
     for option in (
         click.option(
             "--precision",
@@ -185,12 +190,19 @@ def graph_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "linear layers in 8 bits, each token with its own scale, the fastest of ONNX Runtime on the CPU.",
         ),
         click.option(
+            "--calibration",
+            type=PATH,
+            callback=_read_calibration,
+            metavar="FILE",
+            help="With --routing capacity: what `dydit calibrate` found for this checkpoint, run and plan.",
+        ),
+        click.option(
             "--routing",
             type=click.Choice([each.value for each in Routing]),
             default=Routing.DYNAMIC.value,
             help="How tokens skip the MLP. dynamic: shapes depend on the data, least compute, not for TensorRT for "
-            "RTX; capacity: fixed shapes, with a slot for every token; dense: all are computed, then masked (the "
-            "yardstick).",
+            "RTX; capacity: fixed shapes, with the slots that --calibration says, else one for every token; dense: all "
+            "are computed, then masked (the yardstick).",
         ),
     ):
         command = option(command)

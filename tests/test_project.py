@@ -31,7 +31,7 @@ GROUND = {"errors", "files"}
 MODEL = GROUND | {"models", "diffusion"}
 BUNDLE = MODEL | {"bundle"}
 ENGINES = BUNDLE | {"engines"}
-MIDDLE = ENGINES | {"training", "export", "runtime"}
+MIDDLE = ENGINES | {"calibrate", "training", "export", "runtime"}
 ALLOWED = {
     "errors": set(),
     "files": {"errors"},
@@ -40,14 +40,16 @@ ALLOWED = {
     "bundle": BUNDLE,
     "engines": ENGINES,
     "training": BUNDLE | {"training"},
-    "export": BUNDLE | {"export"},
+    "calibrate": MODEL | {"calibrate"},
+    "export": BUNDLE | {"calibrate", "export"},
     "runtime": ENGINES | {"runtime"},
     "verify": MIDDLE | {"verify"},
     "cli_options": MIDDLE,
     "cli_errors": {"errors", "cli_options"},
     "cli_build": MIDDLE | {"verify", "cli_options"},
+    "cli_calibrate": MIDDLE | {"verify", "cli_options"},
     "cli_sample": MIDDLE | {"cli_options"},
-    "cli": MIDDLE | {"verify", "cli_options", "cli_errors", "cli_build", "cli_sample"},
+    "cli": MIDDLE | {"verify", "cli_options", "cli_errors", "cli_build", "cli_calibrate", "cli_sample"},
     "__main__": {"cli"},
 }
 HEAVY = ("torch", "onnx", "onnx_ir", "onnxruntime", "safetensors", "tensorrt", "accelerate", "sklearn", "scipy")
@@ -65,7 +67,7 @@ TORCH_FREE = (
         "dydit.models.config",
     ),
     *("dydit.models.cost", "dydit.training.recipe", "dydit.export.plan", "dydit.verify.results"),
-    *(name for name in MODULES if name.startswith(("dydit.diffusion", "dydit.bundle"))),
+    *(name for name in MODULES if name.startswith(("dydit.diffusion", "dydit.bundle", "dydit.calibrate"))),
     *(name for name in MODULES if name.startswith("dydit.runtime") and name != "dydit.runtime.backends.torch"),
 )
 

@@ -20,6 +20,7 @@ at full capacity, so the images stay right and the run takes longer.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,10 +38,15 @@ _Z = 1.6448536269514722  # the standard normal's quantile of CONFIDENCE
 
 
 class CapacityConfig(Strict):
-    """How capacities are chosen; `batch_sizes` in images, `tile` and capacities in tokens of a row."""
+    """How capacities are chosen; `batch_sizes` in images, `tile` and capacities in tokens of a row.
+
+    The margin makes up for what the images calibrated on do not show. The digits model in batches of 20 (250 steps, 32
+    subnetworks, guidance 1.5; 50 images to calibrate on, 50 others): 0.14 % of step-blocks overflow without it and
+    0.03 % with 0.01; MLP multiply-adds, repeated steps among them, are 1.095 of dynamic routing's in both cases.
+    """
 
     quantile: float = Field(default=0.999, ge=0.5, le=1)
-    margin: float = Field(default=0.0, ge=0, le=1, allow_inf_nan=False)
+    margin: float = Field(default=0.01, ge=0, le=1, allow_inf_nan=False)
     tile: int = Field(default=1, ge=1)
     batch_sizes: tuple[int, ...] = Field(default=(16,), min_length=1)
 
@@ -130,7 +136,9 @@ def drawn_for(counts: Sequence[TokenCounts], config: CapacityConfig, seed: int) 
     return [draw_groups(each, batch, config.groups, seed) for each in counts for batch in config.batch_sizes]
 
 
-def choose_capacities(groups: Sequence[Groups], bounds: Sequence[int], config: CapacityConfig, tokens: int) -> np.ndarray:
+def choose_capacities(
+    groups: Sequence[Groups], bounds: Sequence[int], config: CapacityConfig, tokens: int
+) -> np.ndarray:
     """C by segment and block, int64 [segments, L], in 1..`tokens`; formula above. `bounds`: 0 = b_0 < ... < b_k = S."""
     return np.array(
         [
@@ -138,7 +146,7 @@ def choose_capacities(groups: Sequence[Groups], bounds: Sequence[int], config: C
                 _capacity(max(_quantile(each.per_row[:, first:end, block], config.quantile) for each in groups), config)
                 for block in range(groups[0].totals.shape[2])
             ]
-            for first, end in zip(bounds[:-1], bounds[1:], strict=True)
+            for first, end in itertools.pairwise(bounds)
         ],
         np.int64,
     ).clip(1, tokens)

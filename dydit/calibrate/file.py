@@ -1,7 +1,8 @@
 """The calibration file, `dydit calibrate` to `dydit export`: what was seen of one checkpoint, run and plan, and chosen.
 
-One JSON object with sorted keys; the same inputs give the same bytes. `tokens` has the capacities of token routing.
-Lists over steps are in execution order (noisiest first), lists over segments in that of the plan.
+One JSON object with sorted keys; the same inputs give the same bytes. `tokens` has the capacities of token routing,
+`activations`, where it is there, the ranges of what enters linear layers. Lists over steps are in execution order
+(noisiest first), lists over segments in that of the plan.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import Field, FiniteFloat, ValidationError, model_validator
 
+from dydit.calibrate.activations import ActivationRanges
 from dydit.calibrate.capacity import CapacityConfig
 from dydit.diffusion.schedule import Sampler
 from dydit.errors import CalibrationError, one_line
@@ -76,6 +78,7 @@ class Calibration(Strict):
     seed: int = Field(ge=0)
     held_out_seed: int = Field(ge=0)
     tokens: TokenCalibration
+    activations: ActivationRanges | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Calibration:
@@ -87,7 +90,8 @@ class Calibration(Strict):
 
     def to_json(self) -> str:
         """The text of the file."""
-        return json.dumps(self.model_dump(mode="json"), indent=1, sort_keys=True, allow_nan=False) + "\n"
+        values = self.model_dump(mode="json", exclude={"activations"} if self.activations is None else None)
+        return json.dumps(values, indent=1, sort_keys=True, allow_nan=False) + "\n"
 
     def require(self, checkpoint_sha256: str, steps: int, sampler: Sampler, plan_sha256: str) -> None:
         """Raise `CalibrationError`, naming what differs, where this is of another checkpoint, run or plan."""
@@ -107,7 +111,7 @@ class Calibration(Strict):
 
 
 def plan_sha256(bounds: Sequence[int], masks: np.ndarray) -> str:
-    """SHA-256 of a plan: segment bounds (0 = b_0 < ... < b_k = S), and the width masks bool [S, L, 2, H] of its steps."""
+    """SHA-256 of a plan: segment bounds (0 = b_0 < ... < b_k = S) and the width masks bool [S, L, 2, H] of steps."""
     head = json.dumps({"bounds": list(map(int, bounds)), "shape": list(masks.shape)})
     return hashlib.sha256(head.encode() + np.packbits(masks.reshape(-1)).tobytes()).hexdigest()
 

@@ -53,7 +53,7 @@ class TokenCounts:
 
 
 def merge(parts: Sequence[TokenCounts]) -> TokenCounts:
-    """The counts of all parts' images. Raises `CalibrationError` for none, and for parts that do not belong together."""
+    """The counts of all parts' images. Raises `CalibrationError` for none, and for parts that do not fit together."""
     if not parts:
         raise CalibrationError("there are no token counts to calibrate on; sample more images")
     first = parts[0]

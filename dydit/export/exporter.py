@@ -33,9 +33,11 @@ from dydit.bundle.manifest import (
 )
 from dydit.bundle.stored import ITEM_BYTES, WEIGHTS, Precision, WeightEntry
 from dydit.bundle.vae import VaeEntry
+from dydit.calibrate.file import Calibration
 from dydit.diffusion.coefficients import step_coefficients
 from dydit.diffusion.schedule import TRAIN_STEPS, Sampler, Schedule
 from dydit.errors import ConfigError
+from dydit.export.capacities import Capacities, calibrated_capacities, uniform_capacities
 from dydit.export.graph import (
     SubnetSpec,
     WeightInputs,
@@ -64,9 +66,9 @@ class ExportConfig(Strict):
     """What to make of a checkpoint.
 
     `max_subnets` counts for `PlanKind.MAX_SUBNETS`, `memory_budget` (bytes) for `PlanKind.MEMORY_BUDGET`.
-    `cfg_channels`: latent channels that guidance acts on, by default the first 3. `capacities`: MLP token slots per
-    image and block, for capacity routing; all tokens by default. `vae`, `vae_tile`: the decoder to add, as
-    `dydit.export.vae.export_vae` takes them.
+    `cfg_channels`: latent channels that guidance acts on, by default the first 3. For capacity routing, `capacities`:
+    MLP token slots of a row, by block, or `calibration`, which has those of each segment; all tokens by default. `vae`,
+    `vae_tile`: the decoder to add, as `dydit.export.vae.export_vae` takes them.
     """
 
     steps: int = Field(default=250, ge=1, le=TRAIN_STEPS)
@@ -79,6 +81,7 @@ class ExportConfig(Strict):
     max_batch: int = Field(default=16, ge=1)
     cfg_channels: int | None = Field(default=None, ge=1)
     capacities: tuple[int, ...] | None = None
+    calibration: Calibration | None = None
     vae: str | None = Field(default=None, min_length=1)
     vae_tile: int | None = Field(default=None, ge=1)
 
@@ -88,6 +91,10 @@ class ExportConfig(Strict):
             raise ValueError("a memory budget goes with the memory-budget plan, and only with it")
         if self.capacities is not None and self.routing is not Routing.CAPACITY:
             raise ValueError("capacities go with capacity routing only")
+        if self.calibration is not None and self.routing is not Routing.CAPACITY:
+            raise ValueError("a calibration goes with capacity routing only")
+        if self.calibration is not None and self.capacities is not None:
+            raise ValueError("capacities come from a calibration or are given, not both")
         if self.precision is Precision.INT8 and self.plan is PlanKind.SLIDING:
             raise ValueError(
                 "a sliding plan has its weights as inputs, which are not packed for int8; use another plan"
@@ -100,7 +107,8 @@ class ExportConfig(Strict):
 def export(checkpoint: Checkpoint, out: Path, config: ExportConfig, progress: Progress | None = None) -> Bundle:
     """Write a bundle to the new folder `out`, complete or not at all; `progress(done, total)` counts graphs.
 
-    Raises `ConfigError` for settings that do not fit the model, `OutputError` where `out` exists or cannot be written,
+    Raises `ConfigError` for settings that do not fit the model, `CalibrationError` for a calibration of something else,
+    `OutputError` where `out` exists or cannot be written,
     and for a VAE decoder what `export_vae` does.
     """
     require_absent(out)
@@ -117,6 +125,12 @@ def export(checkpoint: Checkpoint, out: Path, config: ExportConfig, progress: Pr
     return Bundle.open(out, verify=False)
 
 
+def planned_steps(checkpoint: Checkpoint, config: ExportConfig) -> tuple[np.ndarray, Plan]:
+    """What an export would run: the width masks bool [S, L, 2, H] of its steps, by slot, and its plan."""
+    job = _plan_job(checkpoint, config)
+    return job.masks, job.plan
+
+
 @dataclass(frozen=True)
 class _Job:
     """What the settings come to for one model, before anything is written."""
@@ -129,7 +143,7 @@ class _Job:
     plan: Plan
     sliding: bool
     routing: Routing | None
-    capacities: tuple[int, ...] | None
+    capacities: tuple[Capacities, ...] | None  # of each segment
     cfg_channels: int
     precision: Precision
 
@@ -145,12 +159,12 @@ def _plan_job(checkpoint: Checkpoint, config: ExportConfig) -> _Job:
     masks = by_slot(masks, order)
     costs = unit_costs(model)
     routing = config.routing if model.dynamic else None
-    capacities = None
-    if routing is Routing.CAPACITY:
-        capacities = config.capacities or (model.tokens,) * model.depth
-        if len(capacities) != model.depth or not all(1 <= c <= model.tokens for c in capacities):
-            raise ConfigError(f"capacities {capacities}: expected {model.depth} numbers in 1..{model.tokens}")
     plan, sliding = _make_plan(config, model, masks, costs), config.plan is PlanKind.SLIDING
+    capacities = None
+    if config.calibration is not None:
+        capacities = calibrated_capacities(checkpoint, config.sampler, masks, plan, config.calibration, sliding)
+    elif routing is Routing.CAPACITY:
+        capacities = uniform_capacities(model, plan, config.capacities)
     return _Job(
         model, schedule, order, masks, costs, plan, sliding, routing, capacities, cfg_channels, config.precision
     )
@@ -204,7 +218,8 @@ def _write_subnets(
     gc.freeze()  # graphs are cyclic garbage; without this, collecting them walks all of PyTorch's objects each time
     try:
         for done, (first, end) in enumerate(job.plan.segments):
-            spec = segment_spec(job.masks[first:end], job.routing, job.capacities)
+            capacities = None if job.capacities is None else job.capacities[done]
+            spec = segment_spec(job.masks[first:end], job.routing, capacities)
             if spec not in known:
                 known[spec] = len(entries)
                 name = f"subnet-{len(entries):04d}"
@@ -234,7 +249,8 @@ def _write_sliding(
 ) -> tuple[str, str | None]:
     """Write the graph that serves every width."""
     every = (tuple(range(job.model.num_heads)),) * job.model.depth
-    spec = SubnetSpec(every, every, frozenset(), job.routing, job.capacities)
+    capacities = None if job.capacities is None else job.capacities[0]  # those of all segments
+    spec = SubnetSpec(every, every, frozenset(), job.routing, capacities)
     return _write_graphs(folder, (SLIDING, SLIDING_FULL), spec, job, library, lambda: WeightInputs(weights))
 
 

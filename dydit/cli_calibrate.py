@@ -1,0 +1,150 @@
+"""The command `dydit calibrate`, apart from `cli`, which would be too long with it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dydit.cli_options import (
+    PATH,
+    CommandGroup,
+    backend_options,
+    chosen_plan,
+    draw,
+    heads_option,
+    json_option,
+    plan_options,
+    print_json,
+    progress_line,
+    say,
+)
+from dydit.diffusion.schedule import Sampler
+from dydit.errors import OutputError
+
+
+def add_calibrate(group: CommandGroup) -> None:
+    """Add the command to `dydit`."""
+    group.add("calibrate", "Choose token capacities for a checkpoint.")(calibrate_command)
+
+
+@click.argument("checkpoint", type=PATH)
+@click.option("--out", type=PATH, required=True, help="The calibration file to write, JSON; must not exist.")
+@click.option("--steps", type=click.IntRange(1, 1000), default=250, help="Sampling steps of a run, as in the export.")
+@click.option(
+    "--sampler",
+    type=click.Choice([each.value for each in Sampler]),
+    default=Sampler.DDPM.value,
+    help="As in the export.",
+)
+@plan_options
+@click.option("--samples", type=click.IntRange(min=1), default=128, help="Images to calibrate on, of all classes.")
+@click.option("--held-out", type=click.IntRange(min=1), default=64, help="Other images, to verify on.")
+@click.option("--seed", type=int, default=0, help="Of the images' noise; the held-out ones have the next.")
+@click.option(
+    "--cfg-scale",
+    "cfg_scales",
+    type=float,
+    multiple=True,
+    default=(4.0,),
+    help="Guidance from 0 that is sampled with; may be given again, images are then shared out evenly.",
+)
+@click.option(
+    "--quantile",
+    type=float,
+    default=0.999,
+    help="Share of a segment's steps and batches whose tokens shall fit; 1: all that were seen.",
+)
+@click.option("--margin", type=float, default=0.01, help="Further slots, as a share of those.")
+@click.option("--tile", type=int, default=1, help="Round capacities up to a multiple of so many tokens.")
+@click.option(
+    "--batch-size",
+    "batch_sizes",
+    type=int,
+    multiple=True,
+    default=(16,),
+    help="Images of a batch that shall fit; may be given again. Smaller batches vary more, so they need more slots.",
+)
+@heads_option
+@backend_options
+@json_option
+def calibrate_command(
+    checkpoint: Path,
+    out: Path,
+    steps: int,
+    sampler: str,
+    per_step: bool,
+    max_subnets: int | None,
+    memory_budget: int | None,
+    sliding: bool,
+    quantile: float,
+    margin: float,
+    tile: int,
+    batch_sizes: tuple[int, ...],
+    num_heads: int | None,
+    backend: str,
+    device: str,
+    threads: int,
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    """Choose how many token slots each segment and block gets, for `dydit export --routing capacity --calibration`.
+
+    Samples the dynamic model CHECKPOINT, counts the tokens that its routers send through the MLPs, chooses capacities
+    for the plan that is to be exported, and verifies them on other images. Where a step's tokens do not fit after all,
+    it is repeated with a slot for every token: images are always those of dynamic routing. A picture is drawn beside
+    --out. A run that was killed goes on where it was.
+    """
+    plan = chosen_plan(per_step, max_subnets, memory_budget, sliding)
+    from dydit.export.exporter import ExportConfig
+    from dydit.files import require_absent, write_atomic
+    from dydit.models.checkpoint import load_checkpoint
+    from dydit.models.config import parse_config
+    from dydit.runtime.backends.base import BackendOptions
+    from dydit.runtime.backends.registry import require_known
+    from dydit.verify.calibration import CalibrationConfig, run_calibration, work_name
+    from dydit.verify.plots_calibration import calibration_png
+
+    require_known(backend)
+    chosen = {"quantile": quantile, "margin": margin, "tile": tile, "batch_sizes": batch_sizes}
+    config = parse_config(CalibrationConfig, {**settings, "capacity": chosen})
+    exported = parse_config(ExportConfig, {"steps": steps, "sampler": sampler, **plan})
+    picture = out.with_suffix(".png")
+    if picture == out:
+        raise OutputError(f"{out} would be the picture; give --out another ending, .json")
+    require_absent(out)
+    require_absent(picture)
+    model = load_checkpoint(checkpoint, num_heads)
+    work = out.parent / f".{out.name}.{work_name(model, exported, config)}"
+    with progress_line("calibrate") as progress:
+        options = BackendOptions(threads=threads, device=device)
+        result = run_calibration(model, exported, config, work, backend, options, progress)
+    draw(calibration_png, result, picture)
+    write_atomic(out, result.calibration.to_json().encode())
+    shutil.rmtree(work)
+    tokens = result.calibration.tokens
+    if as_json:
+        rates = {"predicted": tokens.predicted.model_dump(), "held_out": tokens.held_out.model_dump()}
+        print_json({"calibration": str(out), "segments": len(tokens.capacities), **rates})
+        return
+    held = tokens.held_out
+    options_text = _plan_words(plan, steps, sampler)
+    say(
+        f"{out}: capacities of {len(tokens.capacities)} segments; on {held.images} held-out images {held.rate:.3%} of "
+        f"step-blocks overflow (below {held.upper:.2%} with 95 % confidence; predicted: {tokens.predicted.rate:.3%}), "
+        f"and MLPs compute {held.mlp_ratio - 1:.1%} more than with dynamic routing, repeated steps among it",
+        *([f"Look at {picture}"] if picture.exists() else []),
+        f"Next: dydit export {checkpoint}{options_text} --routing capacity --calibration {out} --out BUNDLE",
+    )
+
+
+def _plan_words(plan: dict[str, Any], steps: int, sampler: str) -> str:
+    """The options of an export that make the same run and plan, where they are not the defaults."""
+    words = [] if steps == 250 else [f"--steps {steps}"]
+    words += [] if sampler == Sampler.DDPM else [f"--sampler {sampler}"]
+    words += {"per-step": ["--per-step"], "sliding": ["--sliding"]}.get(plan["plan"], [])
+    words += [f"--max-subnets {plan['max_subnets']}"] if "max_subnets" in plan else []
+    words += [f"--memory-budget {plan['memory_budget']}B"] if "memory_budget" in plan else []
+    return "".join(f" {word}" for word in words)

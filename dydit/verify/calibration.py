@@ -1,0 +1,253 @@
+"""`dydit calibrate`: sample a dynamic model, count the tokens that it routes, choose capacities, try them on others.
+
+The model is sampled as one graph for every width with dynamic routing, which computes exactly what every plan and
+routing computes. Counts of finished batches are kept in a work folder, so that a killed run goes on where it was; of
+the images themselves nothing is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from pydantic import Field, field_validator
+
+from dydit.bundle.bundle import Bundle
+from dydit.bundle.manifest import PlanKind
+from dydit.calibrate import capacity
+from dydit.calibrate.capacity import CapacityConfig, Groups, drawn_for, require_samples
+from dydit.calibrate.file import Calibration, OverflowRates, TokenCalibration, plan_sha256
+from dydit.calibrate.tokens import TokenCounter, TokenCounts, merge, spread_labels, spread_scales
+from dydit.errors import CalibrationError
+from dydit.export.exporter import ExportConfig, export, planned_steps
+from dydit.files import atomic_file
+from dydit.models.checkpoint import Checkpoint
+from dydit.models.config import ModelConfig, Strict
+from dydit.runtime.backends.base import BackendOptions
+from dydit.runtime.backends.registry import open_backend
+from dydit.runtime.loop import StepRunner
+from dydit.runtime.noise import SeededNoise
+from dydit.runtime.request import DEFAULT_CFG_SCALE, UINT64, Batch, make_batches
+from dydit.runtime.resident import ResidentSubnets
+
+Progress = Callable[[int, int], None]
+MOST_AT_ONCE = 32
+RESIDUAL_BYTES = 256 << 20
+"""What the residual streams of a batch may take, which a step returns beside its token decisions."""
+RATIO_DIGITS = 6
+
+
+class CalibrationConfig(Strict):
+    """What to sample: `samples` images to calibrate on and `held_out` others to verify on, over all guidance scales.
+
+    Image i of the first draws its noise from (seed, i), of the others from (seed + 1, i).
+    """
+
+    samples: int = Field(default=128, ge=1)
+    held_out: int = Field(default=64, ge=1)
+    seed: int = Field(default=0, ge=0, lt=UINT64 - 1)
+    cfg_scales: tuple[float, ...] = Field(default=(DEFAULT_CFG_SCALE,), min_length=1)
+    capacity: CapacityConfig = CapacityConfig()
+
+    @field_validator("cfg_scales")
+    @classmethod
+    def _scales(cls, scales: tuple[float, ...]) -> tuple[float, ...]:
+        if not all(0 <= scale < float("inf") for scale in scales):
+            raise ValueError(f"{', '.join(map(str, scales))}: guidance is a number from 0")
+        return tuple(sorted(set(scales)))
+
+
+@dataclass(frozen=True)
+class CalibrationResult:
+    """The calibration; and for its picture timesteps [S], the plan's bounds, and the groups calibrated on."""
+
+    calibration: Calibration
+    timesteps: tuple[int, ...]
+    bounds: tuple[int, ...]
+    groups: tuple[Groups, ...]
+
+
+def run_calibration(
+    checkpoint: Checkpoint,
+    exported: ExportConfig,
+    config: CalibrationConfig,
+    work: Path,
+    backend: str = "onnxruntime",
+    options: BackendOptions | None = None,
+    progress: Progress | None = None,
+) -> CalibrationResult:
+    """Calibrate a checkpoint for the steps, sampler and plan of an export.
+
+    `work` keeps what is finished; a call with the same settings goes on with it. Remove it after success.
+    `progress(done, total)` counts steps of batches. Raises `CalibrationError` for a static model, too few samples
+    (before anything is sampled or written), and latents that are not finite; `ConfigError` and `BackendError` as
+    exporting and sampling do.
+    """
+    model = checkpoint.config
+    if not model.dynamic:
+        raise CalibrationError(f"{checkpoint.path} is a static model: it has no token routers, so nothing to calibrate")
+    for images, what in ((config.samples, "samples"), (config.held_out, "held-out samples")):
+        for scale, count in spread_scales(images, config.cfg_scales):
+            require_samples(config.capacity, count, scale, what)
+    masks, plan = planned_steps(checkpoint, exported)
+    bundle = _sampling_bundle(checkpoint, exported, work)
+    counter = _Counter(bundle, config, work, backend, options, progress)
+    seen, others = counter.run(config.seed, config.samples), counter.run(config.seed + 1, config.held_out)
+    groups = drawn_for(seen, config.capacity, config.seed)
+    capacities = capacity.choose_capacities(groups, plan.bounds, config.capacity, model.tokens)
+    widths = np.concatenate(
+        [np.tile(masks[first:end, :, 1].any(axis=0).sum(axis=-1), (end - first, 1)) for first, end in plan.segments]
+    )
+
+    def rates(counts: list[TokenCounts], drawn: list[Groups]) -> OverflowRates:
+        over = capacity.overflow_of(drawn, capacities, plan.bounds)
+        return OverflowRates(
+            images=sum(len(each.images) for each in counts),
+            trials=over.trials,
+            rate=over.rate,
+            upper=over.upper,
+            repeated_steps=over.repeated,
+            mlp_ratio=capacity.mlp_ratio(counts, widths, capacities, plan.bounds, over.repeated),
+        )
+
+    mean = np.mean([each.mean for each in seen], axis=0) / model.tokens
+    return CalibrationResult(
+        Calibration(
+            checkpoint_sha256=checkpoint.sha256,
+            steps=exported.steps,
+            sampler=exported.sampler,
+            plan_sha256=plan_sha256(plan.bounds, masks),
+            cfg_scales=config.cfg_scales,
+            seed=config.seed,
+            held_out_seed=config.seed + 1,
+            tokens=TokenCalibration(
+                tokens=model.tokens,
+                settings=config.capacity,
+                mean_ratio=tuple(tuple(round(each, RATIO_DIGITS) for each in row) for row in mean.tolist()),
+                capacities=tuple(map(tuple, capacities.tolist())),
+                predicted=rates(seen, groups),
+                held_out=rates(others, drawn_for(others, config.capacity, config.seed + 1)),
+            ),
+        ),
+        bundle.manifest.sampling.timesteps,
+        plan.bounds,
+        tuple(groups),
+    )
+
+
+def work_name(checkpoint: Checkpoint, exported: ExportConfig, config: CalibrationConfig) -> str:
+    """The name of a work folder: the same for runs that sample the same images, whatever they choose then."""
+    what = {
+        "checkpoint": checkpoint.sha256,
+        "run": [exported.steps, exported.sampler],
+        "images": config.model_dump(mode="json", exclude={"capacity"}),
+    }
+    return f"{hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]}.work"
+
+
+def _sampling_bundle(checkpoint: Checkpoint, exported: ExportConfig, work: Path) -> Bundle:
+    """The model as one graph, made in the work folder unless it is there."""
+    folder = work / "bundle"
+    if folder.exists():
+        return Bundle.open(folder)
+    config = ExportConfig(
+        steps=exported.steps,
+        sampler=exported.sampler,
+        plan=PlanKind.SLIDING,
+        max_batch=_at_once(checkpoint.config),
+        cfg_channels=exported.cfg_channels,
+    )
+    return export(checkpoint, folder, config)
+
+
+def _at_once(model: ModelConfig) -> int:
+    """Images of a batch: as many as `RESIDUAL_BYTES` allow, twice over (one copy is the backend's)."""
+    each = 2 * 4 * model.depth * 2 * model.tokens * model.hidden_size
+    return max(1, min(MOST_AT_ONCE, RESIDUAL_BYTES // each))
+
+
+class _Counter:
+    """Samples images in batches and counts their tokens; what is counted already is read from the work folder."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        config: CalibrationConfig,
+        work: Path,
+        backend: str,
+        options: BackendOptions | None,
+        progress: Progress | None,
+    ):
+        self._bundle, self._scales, self._work = bundle, config.cfg_scales, work
+        self._engine = open_backend(backend, bundle, options)
+        self._progress, self._done = progress, 0
+        steps = bundle.manifest.sampling.steps
+        self._total = sum(
+            steps * len(batches) for n in (config.samples, config.held_out) for _, batches in self._batches(n)
+        )
+
+    def _batches(self, images: int) -> Iterator[tuple[float, list[Batch]]]:
+        """For each guidance scale its batches; images are numbered through, classes spread evenly over a scale's."""
+        first, size = 0, self._bundle.manifest.max_batch
+        for scale, count in spread_scales(images, self._scales):
+            labels = spread_labels(count, self._bundle.manifest.model.num_classes)
+            yield scale, make_batches(labels, range(first, first + count), size)
+            first += count
+
+    def run(self, seed: int, images: int) -> list[TokenCounts]:
+        """The counts of `images` images of a seed, for each guidance scale."""
+        return [
+            merge([self._count(seed, scale, batch) for batch in batches]) for scale, batches in self._batches(images)
+        ]
+
+    def _count(self, seed: int, scale: float, batch: Batch) -> TokenCounts:
+        model, steps = self._bundle.manifest.model, self._bundle.manifest.sampling.steps
+        file = self._work / f"{seed}-{batch.images[0]}.npz"
+        counts = _read_counts(file, scale, model.tokens, (len(batch.images), steps, model.depth))
+        if counts is None:
+            counts = self._sample(seed, scale, batch)
+            with atomic_file(file) as opened:
+                np.savez_compressed(opened, images=counts.images, counts=counts.counts)
+        else:
+            self._tick(steps)
+        return counts
+
+    def _sample(self, seed: int, scale: float, batch: Batch) -> TokenCounts:
+        model, steps = self._bundle.manifest.model, self._bundle.manifest.sampling.steps
+        noise = SeededNoise(seed, (model.in_channels, model.input_size, model.input_size))
+        counter = TokenCounter(batch.images, steps, model.depth, model.tokens, scale)
+        with ResidentSubnets(self._engine, 2, debug=True) as subnets:
+            runner = StepRunner(self._engine, subnets, batch.labels, scale)
+            x = noise.initial(batch)
+            for step in range(steps):
+                result = runner.run(step, x, noise.step(batch, step), batch.labels)
+                assert result.tokens is not None
+                counter.add(step, result.tokens)
+                x = result.x_prev
+                self._tick(1)
+        if not np.isfinite(x).all():
+            raise CalibrationError(
+                f"latents of images {batch.images[0]} to {batch.images[-1]} are NaN or infinite: their tokens mean "
+                "nothing; hold bundle and checkpoint against each other with `dydit parity`"
+            )
+        return counter.finish()
+
+    def _tick(self, steps: int) -> None:
+        self._done += steps
+        if self._progress:
+            self._progress(self._done, self._total)
+
+
+def _read_counts(file: Path, scale: float, tokens: int, shape: tuple[int, int, int]) -> TokenCounts | None:
+    """Counts of a batch that were kept; None where there are none, or not whole."""
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            found = TokenCounts(scale, tokens, arrays["images"], arrays["counts"])
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, CalibrationError):
+        return None
+    return found if found.counts.shape[:3] == shape else None
