@@ -42,7 +42,7 @@ def calibrated_capacities(
     )
     if found != expected:
         raise CalibrationError(
-            f"the calibration has capacities of (segments, blocks, tokens) {found}, expected {expected}: it was changed "
-            "after it was written; calibrate again"
+            f"the calibration has capacities of (segments, blocks, tokens) {found}, expected {expected}: it was "
+            "changed after it was written; calibrate again"
         )
     return (tokens.largest,) * segments if one_graph else tokens.capacities

@@ -100,6 +100,8 @@ def run_calibration(
     seen, others = counter.run(config.seed, config.samples), counter.run(config.seed + 1, config.held_out)
     groups = drawn_for(seen, config.capacity, config.seed)
     capacities = capacity.choose_capacities(groups, plan.bounds, config.capacity, model.tokens)
+    if exported.plan is PlanKind.SLIDING:  # one graph, and so one capacity for each block
+        capacities[:] = capacities.max(axis=0)
     widths = np.concatenate(
         [np.tile(masks[first:end, :, 1].any(axis=0).sum(axis=-1), (end - first, 1)) for first, end in plan.segments]
     )
