@@ -54,7 +54,7 @@ def add_calibrate(group: CommandGroup) -> None:
 @click.option(
     "--quantile",
     type=float,
-    default=0.999,
+    default=0.998,
     help="Share of a segment's steps and batches whose tokens shall fit; 1: all that were seen.",
 )
 @click.option("--margin", type=float, default=0.01, help="Further slots, as a share of those.")

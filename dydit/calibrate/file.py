@@ -48,7 +48,7 @@ class TokenCalibration(Strict):
     settings: CapacityConfig
     mean_ratio: tuple[tuple[Share, ...], ...] = Field(description="share of tokens routed, by step and block")
     capacities: tuple[tuple[int, ...], ...] = Field(description="MLP token slots of a row, by segment and block")
-    predicted: OverflowRates = Field(description="on the images calibrated on")
+    predicted: OverflowRates = Field(description="on the images calibrated on, which flatters")
     held_out: OverflowRates = Field(description="on others")
 
     @model_validator(mode="after")

@@ -1,0 +1,125 @@
+"""The calibration file: it comes back as written, byte for byte, and refuses what it is not of."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dydit.calibrate.activations import LAYERS, ActivationRanges
+from dydit.calibrate.capacity import CapacityConfig
+from dydit.calibrate.file import Calibration, OverflowRates, TokenCalibration, plan_sha256, read_calibration
+from dydit.calibrate.ranges import Method
+from dydit.diffusion.schedule import Sampler
+from dydit.errors import CalibrationError
+
+RATES = OverflowRates(images=20, trials=100, rate=0.01, upper=0.04, repeated_steps=0.02, mlp_ratio=1.06)
+CHECKPOINT, PLAN = "a" * 64, "b" * 64
+
+
+def calibration(**changes: Any) -> Calibration:
+    tokens = TokenCalibration(
+        tokens=16,
+        settings=CapacityConfig(),
+        mean_ratio=((0.5, 0.25),) * 3,
+        capacities=((9, 4), (8, 16)),
+        predicted=RATES,
+        held_out=RATES,
+    )
+    values: dict[str, Any] = {
+        **{"checkpoint_sha256": CHECKPOINT, "steps": 3, "sampler": Sampler.DDPM, "plan_sha256": PLAN},
+        **{"cfg_scales": (1.5, 4.0), "seed": 0, "held_out_seed": 1, "tokens": tokens},
+    }
+    return Calibration.model_validate({**values, **changes})
+
+
+def ranges() -> ActivationRanges:
+    values = ((tuple(1.0 for _ in LAYERS),) * 2,) * 2
+    return ActivationRanges(method=Method.MINMAX, images=20, thresholds=values, clipped=values)
+
+
+@pytest.mark.parametrize("activations", [None, ranges()], ids=["tokens", "tokens and activations"])
+def test_it_comes_back_as_written(tmp_path, activations):
+    made = calibration(activations=activations)
+    path = tmp_path / "calibration.json"
+    path.write_text(made.to_json())
+    assert read_calibration(path) == made and read_calibration(path).to_json() == made.to_json()
+    values = json.loads(made.to_json())
+    assert list(values) == sorted(values) and ("activations" in values) == (activations is not None)
+    assert made.tokens.largest == (9, 16)
+
+
+@pytest.mark.parametrize(
+    ("of", "words"),
+    [
+        (("c" * 64, 3, Sampler.DDPM, PLAN), r"another checkpoint \(its SHA-256 differs\)"),
+        ((CHECKPOINT, 250, Sampler.DDPM, PLAN), "3 sampling steps, not 250"),
+        ((CHECKPOINT, 3, Sampler.DDIM, PLAN), "the sampler ddpm, not ddim"),
+        ((CHECKPOINT, 3, Sampler.DDPM, "d" * 64), r"another plan \(its segments or masks differ\)"),
+    ],
+)
+def test_what_differs_is_named(of, words):
+    with pytest.raises(CalibrationError, match=f"^the calibration is of {words}; run `dydit calibrate` with"):
+        calibration().require(*of)
+    calibration().require(CHECKPOINT, 3, Sampler.DDPM, PLAN)
+
+
+def test_the_hash_of_a_plan_changes_with_bounds_and_masks():
+    masks = np.arange(48).reshape(3, 2, 2, 4) % 3 > 0
+    other, same = masks.copy(), plan_sha256((0, 1, 3), masks)
+    other[2, 1, 1, 3] ^= True
+    assert same == plan_sha256([np.int64(0), 1, 3], masks.copy())
+    assert len({same, plan_sha256((0, 2, 3), masks), plan_sha256((0, 1, 3), other)}) == 3
+    assert plan_sha256((0, 1, 3), masks.reshape(3, 4, 1, 4)) != same
+
+
+def spoil(path: tuple[Any, ...], value: Any) -> str:
+    values = json.loads(calibration().to_json())
+    place = values
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    return json.dumps(values)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "is no calibration: not JSON"),
+        ("{", "is no calibration: not JSON"),
+        ("[]", "schema version None, expected 1"),
+        (spoil(("schema_version",), 2), "schema version 2, expected 1; calibrate again"),
+        (spoil(("more",), 1), "more: Extra inputs are not permitted"),
+        (spoil(("tokens", "capacities", 0, 1), 17), r"a capacity is outside 1\.\.16"),
+        (spoil(("tokens", "capacities", 0, 1), 0), r"a capacity is outside 1\.\.16"),
+        (spoil(("tokens", "capacities", 0), [4]), "the same number of blocks"),
+        (spoil(("tokens", "capacities"), []), "the same number of blocks"),
+        (spoil(("tokens", "mean_ratio", 0, 0), 1.5), "mean_ratio.0.0"),
+        (spoil(("tokens", "mean_ratio", 0, 0), float("nan")), "mean_ratio.0.0"),
+        (spoil(("tokens", "held_out", "rate"), float("inf")), "held_out.rate"),
+        (spoil(("steps",), 4), "not one row of token ratios for each step"),
+        (spoil(("held_out_seed",), 0), "the held-out images are those calibrated on"),
+        (spoil(("checkpoint_sha256",), "short"), "checkpoint_sha256"),
+        (spoil(("cfg_scales",), []), "cfg_scales"),
+    ],
+)
+def test_a_file_that_is_none(tmp_path, text, words):
+    path = tmp_path / "calibration.json"
+    path.write_text(text)
+    with pytest.raises(CalibrationError, match=words) as caught:
+        read_calibration(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    with pytest.raises(CalibrationError, match="does not exist; `dydit calibrate` makes it"):
+        read_calibration(tmp_path / "missing")
+    with pytest.raises(CalibrationError, match="cannot be read"):
+        read_calibration(tmp_path)
+
+
+def test_nan_is_never_written():
+    with pytest.raises(ValueError, match="JSON"):
+        calibration().model_copy(update={"cfg_scales": (float("nan"),)}).to_json()
