@@ -33,10 +33,13 @@ from dydit.bundle.manifest import (
 )
 from dydit.bundle.stored import ITEM_BYTES, WEIGHTS, Precision, WeightEntry
 from dydit.bundle.vae import VaeEntry
+from dydit.calibrate.activations import ActivationRanges, require_segments
 from dydit.diffusion.coefficients import step_coefficients
 from dydit.diffusion.schedule import TRAIN_STEPS, Sampler, Schedule
 from dydit.errors import ConfigError
 from dydit.export.graph import (
+    GatheredUnits,
+    SolidWindows,
     SubnetSpec,
     WeightInputs,
     WeightSource,
@@ -57,6 +60,7 @@ from dydit.models.cost import unit_costs
 from dydit.models.layout import stored_tensors
 
 Progress = Callable[[int, int], None]
+LARGEST = {Precision.INT8_STATIC: 127.0, Precision.FP8: 448.0}
 GUIDED_CHANNELS = 3  # what the reference guides by default
 
 
@@ -65,7 +69,8 @@ class ExportConfig(Strict):
 
     `max_subnets` counts for `PlanKind.MAX_SUBNETS`, `memory_budget` (bytes) for `PlanKind.MEMORY_BUDGET`.
     `cfg_channels`: latent channels that guidance acts on, by default the first 3. `capacities`: MLP token slots per
-    image and block, for capacity routing; all tokens by default. `vae`, `vae_tile`: the decoder to add, as
+    image and block, for capacity routing; all tokens by default. `activations`: of this plan's segments, the ranges of
+    what enters linear layers, which int8-static and fp8 need. `vae`, `vae_tile`: the decoder to add, as
     `dydit.export.vae.export_vae` takes them.
     """
 
@@ -79,6 +84,7 @@ class ExportConfig(Strict):
     max_batch: int = Field(default=16, ge=1)
     cfg_channels: int | None = Field(default=None, ge=1)
     capacities: tuple[int, ...] | None = None
+    activations: ActivationRanges | None = None
     vae: str | None = Field(default=None, min_length=1)
     vae_tile: int | None = Field(default=None, ge=1)
 
@@ -88,10 +94,14 @@ class ExportConfig(Strict):
             raise ValueError("a memory budget goes with the memory-budget plan, and only with it")
         if self.capacities is not None and self.routing is not Routing.CAPACITY:
             raise ValueError("capacities go with capacity routing only")
-        if self.precision is Precision.INT8 and self.plan is PlanKind.SLIDING:
+        if self.precision.in_8_bits and self.plan is PlanKind.SLIDING:
             raise ValueError(
-                "a sliding plan has its weights as inputs, which are not packed for int8; use another plan"
+                f"a sliding plan has its weights as inputs, which are not packed for {self.precision}; use another plan"
             )
+        if self.precision.is_calibrated and self.activations is None:
+            raise ValueError(f"{self.precision} needs calibrated activations: make them with `dydit calibrate`")
+        if self.activations is not None and not self.precision.is_calibrated:
+            raise ValueError(f"calibrated activations go with int8-static and fp8, not with {self.precision}")
         if self.vae_tile is not None and self.vae is None:
             raise ValueError("a tile goes with a VAE decoder only")
         return self
@@ -132,6 +142,7 @@ class _Job:
     capacities: tuple[int, ...] | None
     cfg_channels: int
     precision: Precision
+    input_scales: list[tuple[tuple[float, ...], ...]] | None
 
 
 def _plan_job(checkpoint: Checkpoint, config: ExportConfig) -> _Job:
@@ -151,8 +162,12 @@ def _plan_job(checkpoint: Checkpoint, config: ExportConfig) -> _Job:
         if len(capacities) != model.depth or not all(1 <= c <= model.tokens for c in capacities):
             raise ConfigError(f"capacities {capacities}: expected {model.depth} numbers in 1..{model.tokens}")
     plan, sliding = _make_plan(config, model, masks, costs), config.plan is PlanKind.SLIDING
+    scales = None
+    if config.activations is not None:
+        require_segments(config.activations, len(plan.segments), model.depth)
+        scales = config.activations.input_scales(LARGEST[config.precision])
     return _Job(
-        model, schedule, order, masks, costs, plan, sliding, routing, capacities, cfg_channels, config.precision
+        model, schedule, order, masks, costs, plan, sliding, routing, capacities, cfg_channels, config.precision, scales
     )
 
 
@@ -201,15 +216,21 @@ def _write_subnets(
     segments: list[SegmentEntry] = []
     known: dict[SubnetSpec, int] = {}
     shared = _write_sliding(folder, job, library, weights) if job.sliding else None
+    gathered = GatheredUnits(folder / WEIGHTS)
+
+    def source() -> WeightSource:
+        return SolidWindows(weights, gathered) if job.precision.is_calibrated else Windows(weights)
+
     gc.freeze()  # graphs are cyclic garbage; without this, collecting them walks all of PyTorch's objects each time
     try:
         for done, (first, end) in enumerate(job.plan.segments):
-            spec = segment_spec(job.masks[first:end], job.routing, job.capacities)
+            scales = None if job.input_scales is None else job.input_scales[done]
+            spec = segment_spec(job.masks[first:end], job.routing, job.capacities, scales)
             if spec not in known:
                 known[spec] = len(entries)
                 name = f"subnet-{len(entries):04d}"
                 files = shared or _write_graphs(
-                    folder, (f"{name}.onnx", f"{name}-full.onnx"), spec, job, library, lambda: Windows(weights)
+                    folder, (f"{name}.onnx", f"{name}-full.onnx"), spec, job, library, source
                 )
                 entries.append(_subnet_entry(files, spec, job, weights))
             segments.append(SegmentEntry(first=first, count=end - first, subnet=known[spec]))
@@ -220,13 +241,18 @@ def _write_subnets(
     return entries, segments
 
 
-def segment_spec(masks: np.ndarray, routing: Routing | None, capacities: tuple[int, ...] | None) -> SubnetSpec:
+def segment_spec(
+    masks: np.ndarray,
+    routing: Routing | None,
+    capacities: tuple[int, ...] | None,
+    input_scales: tuple[tuple[float, ...], ...] | None = None,
+) -> SubnetSpec:
     """The subnetwork for the union of the masks [steps, L, 2, H]; parts that the steps do not share are gated."""
     union = np.asarray(masks.any(axis=0))
     differs = np.asarray((masks != union).any(axis=(0, 3)))  # [L, 2]
     slots = [[tuple(map(int, np.flatnonzero(units))) for units in union[:, part]] for part in (0, 1)]
     gated = frozenset((int(block), int(part)) for block, part in np.argwhere(differs))
-    return SubnetSpec(tuple(slots[0]), tuple(slots[1]), gated, routing, capacities)
+    return SubnetSpec(tuple(slots[0]), tuple(slots[1]), gated, routing, capacities, input_scales)
 
 
 def _write_sliding(
