@@ -1,7 +1,8 @@
 """What is wrong with the types of a network, layer by layer, before anything is built (DESIGN, decision 9).
 
 The recipe: below fp32, matrix products and attention in the lower type, attention as the fused operator, casts only at
-their edges; the residual stream, modulation, routers, embedding, final layer and the sampler's formula in fp32.
+their edges; the residual stream, modulation, routers, embedding, final layer and the sampler's formula in fp32. With
+calibrated 8 bits both sides of a block's linear layers come from a dequantisation, attention is fp16, adaLN fp32.
 """
 
 from __future__ import annotations
@@ -78,8 +79,8 @@ def fp32_products(network: Network) -> frozenset[str]:
 
 class _Check:
     def __init__(self, network: Network, precision: Precision):
-        self.network, self.low = network, precision.dtype
-        self.is_fp32 = precision is Precision.FP32
+        self.network, self.low = network, precision.attention.dtype
+        self.is_fp32, self.eighth = precision is Precision.FP32, precision.weight_dtype if precision.in_8_bits else None
 
     def layer(self, layer: Layer) -> Iterator[Finding]:
         types = {self.network.dtypes[name] for name in layer.inputs} & _FLOATS
@@ -108,6 +109,10 @@ class _Check:
             if types - {"float32"}:
                 text = f"the product {named} takes {_words(types)}, expected float32 in every precision"
                 yield Finding(str(layer), Kind.PRODUCT, text)
+        elif self.eighth:
+            if not all(self._was_stored_in_8_bits(operand) for operand in layer.inputs):
+                text = f"the product {named} takes {_words(types)}, expected {self.eighth} on both sides"
+                yield Finding(str(layer), Kind.PRODUCT, text)
         elif not weights:
             text = f"a product of two activations in {_words(types)} is attention that is not fused; expected Attention"
             yield Finding(str(layer), Kind.ATTENTION, text)
@@ -117,7 +122,15 @@ class _Check:
     def is_exempt(self, product: Layer) -> bool:
         """Whether a product is with one of the weights that stay fp32."""
         weights = [name for operand in product.inputs for name in self._weights(operand)]
-        return any(FP32_WEIGHTS.fullmatch(name) for name in weights)
+        return any(FP32_WEIGHTS.fullmatch(name) or (self.eighth and name == "adaln.weight") for name in weights)
+
+    def _was_stored_in_8_bits(self, operand: str) -> bool:
+        """Whether an operand comes, only moved on the way, from a dequantisation of the right type."""
+        for name in self._back(operand, lambda layer: layer.kind in _MOVING):
+            producer = self.network.producers.get(name)
+            if producer is not None and producer.kind == "dequantize":
+                return self.network.dtypes[producer.inputs[0]] == self.eighth
+        return False
 
     def _weights(self, operand: str) -> list[str]:
         """The stored weights that an operand is made of; empty for an activation."""
@@ -160,6 +173,10 @@ class _Check:
                 if consumer.kind in _HEAVY or consumer.kind in _MOVING or consumer.kind in ("shape", "scatter"):
                     continue
                 others = [other for other in consumer.inputs if other != reached]
+                if consumer.kind == "elementwise" and all(map(self._is_made_up, others)):  # attention scales its input
+                    if all(map(self._feeds_product, consumer.outputs)):
+                        continue
+                    return False
                 if consumer.kind != "elementwise" or not any(self._comes_from_product(other) for other in others):
                     return False
         return True
@@ -190,9 +207,10 @@ class _Check:
 
     def _is_made_up(self, name: str) -> bool:
         """Whether a value comes from constants alone: a cast of it happens once, when the engine is built."""
-        reached = self._back(name, lambda layer: layer.kind in _MOVING)
+        passed = _MOVING | {"cast"}
+        reached = self._back(name, lambda layer: layer.kind in passed)
         producers = [self.network.producers.get(each) for each in reached if self.network.dtypes[each] in _FLOATS]
-        return all(each is not None and each.kind in _MADE_UP | _MOVING for each in producers)
+        return all(each is not None and each.kind in _MADE_UP | passed for each in producers)
 
     def _back(self, name: str, onward: Callable[[Layer], bool]) -> list[str]:
         """A tensor and all that it is made from, going back through the layers that `onward` lets pass."""

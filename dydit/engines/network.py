@@ -18,7 +18,7 @@ from dydit.errors import BackendError
 
 _DTYPES = {
     **{"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "DOUBLE": "float64"},
-    **{"INT64": "int64", "INT32": "int32", "BOOL": "bool"},
+    **{"INT64": "int64", "INT32": "int32", "BOOL": "bool", "INT8": "int8", "FP8": "float8_e4m3fn"},
 }
 _FUNCTION = re.compile(r"\((\w+)\)\]\s*$")
 _ACTIVATION_WORDS = "Total Activation Memory: "

@@ -33,12 +33,15 @@ from dydit.bundle.manifest import (
 )
 from dydit.bundle.stored import ITEM_BYTES, WEIGHTS, Precision, WeightEntry
 from dydit.bundle.vae import VaeEntry
+from dydit.calibrate.activations import ActivationRanges, require_segments
 from dydit.calibrate.file import Calibration
 from dydit.diffusion.coefficients import step_coefficients
 from dydit.diffusion.schedule import TRAIN_STEPS, Sampler, Schedule
 from dydit.errors import ConfigError
 from dydit.export.capacities import Capacities, calibrated_capacities, uniform_capacities
 from dydit.export.graph import (
+    GatheredUnits,
+    SolidWindows,
     SubnetSpec,
     WeightInputs,
     WeightSource,
@@ -59,6 +62,7 @@ from dydit.models.cost import unit_costs
 from dydit.models.layout import stored_tensors
 
 Progress = Callable[[int, int], None]
+LARGEST = {Precision.INT8_STATIC: 127.0, Precision.FP8: 448.0}
 GUIDED_CHANNELS = 3  # what the reference guides by default
 
 
@@ -67,8 +71,9 @@ class ExportConfig(Strict):
 
     `max_subnets` counts for `PlanKind.MAX_SUBNETS`, `memory_budget` (bytes) for `PlanKind.MEMORY_BUDGET`.
     `cfg_channels`: latent channels that guidance acts on, by default the first 3. For capacity routing, `capacities`:
-    MLP token slots of a row, by block, or `calibration`, which has those of each segment; all tokens by default. `vae`,
-    `vae_tile`: the decoder to add, as `dydit.export.vae.export_vae` takes them.
+    MLP token slots of a row, by block, or `calibration`, which has those of each segment; all tokens by default.
+    `activations`: of this plan's segments, the ranges of what enters linear layers, which int8-static and fp8 need.
+    `vae`, `vae_tile`: the decoder to add, as `dydit.export.vae.export_vae` takes them.
     """
 
     steps: int = Field(default=250, ge=1, le=TRAIN_STEPS)
@@ -82,6 +87,7 @@ class ExportConfig(Strict):
     cfg_channels: int | None = Field(default=None, ge=1)
     capacities: tuple[int, ...] | None = None
     calibration: Calibration | None = None
+    activations: ActivationRanges | None = None
     vae: str | None = Field(default=None, min_length=1)
     vae_tile: int | None = Field(default=None, ge=1)
 
@@ -95,10 +101,14 @@ class ExportConfig(Strict):
             raise ValueError("a calibration goes with capacity routing only")
         if self.calibration is not None and self.capacities is not None:
             raise ValueError("capacities come from a calibration or are given, not both")
-        if self.precision is Precision.INT8 and self.plan is PlanKind.SLIDING:
+        if self.precision.in_8_bits and self.plan is PlanKind.SLIDING:
             raise ValueError(
-                "a sliding plan has its weights as inputs, which are not packed for int8; use another plan"
+                f"a sliding plan has its weights as inputs, which are not packed for {self.precision}; use another plan"
             )
+        if self.precision.is_calibrated and self.activations is None:
+            raise ValueError(f"{self.precision} needs calibrated activations: make them with `dydit calibrate`")
+        if self.activations is not None and not self.precision.is_calibrated:
+            raise ValueError(f"calibrated activations go with int8-static and fp8, not with {self.precision}")
         if self.vae_tile is not None and self.vae is None:
             raise ValueError("a tile goes with a VAE decoder only")
         return self
@@ -146,6 +156,7 @@ class _Job:
     capacities: tuple[Capacities, ...] | None  # of each segment
     cfg_channels: int
     precision: Precision
+    input_scales: list[tuple[tuple[float, ...], ...]] | None
 
 
 def _plan_job(checkpoint: Checkpoint, config: ExportConfig) -> _Job:
@@ -165,8 +176,12 @@ def _plan_job(checkpoint: Checkpoint, config: ExportConfig) -> _Job:
         capacities = calibrated_capacities(checkpoint, config.sampler, masks, plan, config.calibration, sliding)
     elif routing is Routing.CAPACITY:
         capacities = uniform_capacities(model, plan, config.capacities)
+    scales = None
+    if config.activations is not None:
+        require_segments(config.activations, len(plan.segments), model.depth)
+        scales = config.activations.input_scales(LARGEST[config.precision])
     return _Job(
-        model, schedule, order, masks, costs, plan, sliding, routing, capacities, cfg_channels, config.precision
+        model, schedule, order, masks, costs, plan, sliding, routing, capacities, cfg_channels, config.precision, scales
     )
 
 
@@ -215,16 +230,22 @@ def _write_subnets(
     segments: list[SegmentEntry] = []
     known: dict[SubnetSpec, int] = {}
     shared = _write_sliding(folder, job, library, weights) if job.sliding else None
+    gathered = GatheredUnits(folder / WEIGHTS)
+
+    def source() -> WeightSource:
+        return SolidWindows(weights, gathered) if job.precision.is_calibrated else Windows(weights)
+
     gc.freeze()  # graphs are cyclic garbage; without this, collecting them walks all of PyTorch's objects each time
     try:
         for done, (first, end) in enumerate(job.plan.segments):
             capacities = None if job.capacities is None else job.capacities[done]
-            spec = segment_spec(job.masks[first:end], job.routing, capacities)
+            scales = None if job.input_scales is None else job.input_scales[done]
+            spec = segment_spec(job.masks[first:end], job.routing, capacities, scales)
             if spec not in known:
                 known[spec] = len(entries)
                 name = f"subnet-{len(entries):04d}"
                 files = shared or _write_graphs(
-                    folder, (f"{name}.onnx", f"{name}-full.onnx"), spec, job, library, lambda: Windows(weights)
+                    folder, (f"{name}.onnx", f"{name}-full.onnx"), spec, job, library, source
                 )
                 entries.append(_subnet_entry(files, spec, job, weights))
             segments.append(SegmentEntry(first=first, count=end - first, subnet=known[spec]))
@@ -235,13 +256,18 @@ def _write_subnets(
     return entries, segments
 
 
-def segment_spec(masks: np.ndarray, routing: Routing | None, capacities: tuple[int, ...] | None) -> SubnetSpec:
+def segment_spec(
+    masks: np.ndarray,
+    routing: Routing | None,
+    capacities: tuple[int, ...] | None,
+    input_scales: tuple[tuple[float, ...], ...] | None = None,
+) -> SubnetSpec:
     """The subnetwork for the union of the masks [steps, L, 2, H]; parts that the steps do not share are gated."""
     union = np.asarray(masks.any(axis=0))
     differs = np.asarray((masks != union).any(axis=(0, 3)))  # [L, 2]
     slots = [[tuple(map(int, np.flatnonzero(units))) for units in union[:, part]] for part in (0, 1)]
     gated = frozenset((int(block), int(part)) for block, part in np.argwhere(differs))
-    return SubnetSpec(tuple(slots[0]), tuple(slots[1]), gated, routing, capacities)
+    return SubnetSpec(tuple(slots[0]), tuple(slots[1]), gated, routing, capacities, input_scales)
 
 
 def _write_sliding(

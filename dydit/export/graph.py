@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx_ir as ir
+from onnx.inliner import inline_local_functions
 
 from dydit.bundle.graph_io import (
     TensorSpec,
@@ -34,7 +35,7 @@ from dydit.export.library import FunctionLibrary, call
 from dydit.export.ops import CONTRIB, DATA_TYPES, DOMAIN, IR_VERSION, OPSET, Ops
 from dydit.export.products import weight_parts
 from dydit.export.quantize import LAYERS
-from dydit.export.weights import runs
+from dydit.export.weights import ALIGNMENT, runs
 from dydit.models.config import ModelConfig
 
 _UNITS_OUT = ("qkv", "fc1")  # layers whose outputs belong to units, and so their biases and scales
@@ -118,6 +119,47 @@ class Windows(WeightSource):
             )
             self.initializers[name] = _initializer(name, tensor)
         return self.initializers[name]
+
+
+class GatheredUnits:
+    """Copies of units that have holes between them, side by side at the end of `weights.bin`; each set of them once."""
+
+    def __init__(self, file: Path):
+        self.file = file
+        self._made: dict[tuple[str, tuple[int, ...]], WeightEntry] = {}
+
+    def entry(self, name: str, entry: WeightEntry, slots: Sequence[int]) -> WeightEntry:
+        """Where the units `slots` of a stored tensor lie as one, [units, ...]."""
+        key = name, tuple(slots)
+        if key not in self._made:
+            unit = entry.nbytes // entry.shape[0]
+            with open(self.file, "r+b") as file:
+                pieces = []
+                for slot in slots:
+                    file.seek(entry.offset + slot * unit)
+                    pieces.append(file.read(unit))
+                end = file.seek(0, 2)
+                file.write(b"\0" * (-end % ALIGNMENT) + b"".join(pieces))
+            shape = (len(slots), *entry.shape[1:])
+            self._made[key] = WeightEntry(offset=end + -end % ALIGNMENT, shape=shape, dtype=entry.dtype)
+        return self._made[key]
+
+
+class SolidWindows(Windows):
+    """Windows for compilers, which take a constant in 8 bits as it is or not at all: where slots have holes, a copy."""
+
+    def __init__(self, entries: Mapping[str, WeightEntry], gathered: GatheredUnits):
+        super().__init__(entries)
+        self._gathered = gathered
+
+    def units(self, ops: Ops, block: int, part: str, slots: Sequence[int]) -> ir.Value:
+        name = f"blocks.{block}.{part}"
+        entry = self.entries[name]
+        if entry.item_bytes > 1 or len(list(runs(slots))) == 1:
+            return super().units(ops, block, part, slots)
+        solid = self._gathered.entry(name, entry, slots)
+        count, rows, *rest = solid.shape
+        return self._external(f"{name}{list(slots)}", solid, 0, (count * rows, *rest))
 
 
 class WeightInputs(Windows):
@@ -312,4 +354,9 @@ def _silu(ops: Ops, x: ir.Value) -> ir.Value:
 def save_graph(model: ir.Model, path: Path) -> None:
     """Serialise a graph; external weights stay references to `weights.bin` beside it."""
     proto: onnx.ModelProto = ir.to_proto(model)
+    if any(node.op_type == "QuantizeLinear" for function in proto.functions for node in function.node):
+        # TensorRT's parser takes no second such layer of one name, and every call of a function would make one.
+        proto = inline_local_functions(proto)
+        for node in proto.graph.node:
+            node.name = ""
     path.write_bytes(proto.SerializeToString(deterministic=True))

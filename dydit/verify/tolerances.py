@@ -84,6 +84,8 @@ _LOWER = {
     Precision.FP16: (2e-2, 0.999, 35.0),
     Precision.BF16: (5e-2, 0.99, 35.0),
     Precision.INT8: (5e-2, 0.99, 25.0),
+    Precision.INT8_STATIC: (1e-1, 0.98, 25.0),
+    Precision.FP8: (1e-1, 0.98, 25.0),
 }
 
 
@@ -91,7 +93,7 @@ def rules(precision: Precision) -> dict[str, Tolerance]:
     """The bars of a bundle, by hop.
 
     Below fp32 the reference stays the fp32 model: stored weights are its own, rounded once; a step may differ by the
-    rounding of its products; of a whole run the picture counts, by its peak signal-to-noise ratio: 35 dB, 25 in int8.
+    rounding of its products; of a whole run the picture counts, by its peak signal-to-noise ratio: 35 dB, 25 in 8 bits.
     """
     table = {each.hop: each for each in HOPS}
     if precision not in _LOWER:

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 from dydit.bundle.bundle import Bundle
+from dydit.bundle.stored import Precision
+from dydit.calibrate.activations import ActivationRanges
 from dydit.engines import build
 from dydit.engines.builder import Built, Job
 from dydit.engines.fingerprint import EngineRequest, make_request
@@ -37,12 +39,30 @@ def digits_like() -> ModelConfig:
 
 
 @pytest.fixture(scope="session")
-def capacity_bundle(make_bundle: Callable[..., Bundle], make_checkpoint: Callable[..., Any], digits_like: ModelConfig):
+def even_ranges() -> Callable[[int, int], ActivationRanges]:
+    """`even_ranges(segments, depth)`: one range for all, as good as any where nothing is run."""
+
+    def make(segments: int, depth: int) -> ActivationRanges:
+        fours, none = (((value,) * 4,) * depth for value in (4.0, 0.0))
+        return ActivationRanges(method="minmax", images=1, thresholds=(fours,) * segments, clipped=(none,) * segments)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def capacity_bundle(
+    make_bundle: Callable[..., Bundle],
+    make_checkpoint: Callable[..., Any],
+    digits_like: ModelConfig,
+    even_ranges: Callable[[int, int], ActivationRanges],
+):
     """`capacity_bundle(precision, **export settings)`: of three subnetworks, gated and not. Shared: do not write."""
 
     def make(precision: str = "fp16", **settings: Any) -> Bundle:
         checkpoint = make_checkpoint(digits_like)
         kept = {"routing": "capacity", "max_subnets": 3, "max_batch": 4, "capacities": (40, 64), **settings}
+        if Precision(precision).is_calibrated:
+            kept["activations"] = even_ranges(kept["max_subnets"], checkpoint.config.depth)
         return make_bundle(checkpoint, precision=precision, **kept)
 
     return make

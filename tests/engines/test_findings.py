@@ -265,7 +265,7 @@ def test_a_spoiled_graph_is_refused_naming_the_layer(rtx, bundle: Bundle, spoil:
     assert message.endswith("export the bundle again with --precision fp16")
 
 
-@pytest.mark.parametrize("precision", [Precision.FP32, Precision.FP16, Precision.BF16])
+@pytest.mark.parametrize("precision", [each for each in Precision if each is not Precision.INT8])
 @pytest.mark.parametrize("routing", ["capacity", "dense"])
 def test_what_we_export_has_no_faults(rtx, capacity_bundle, precision: Precision, routing: str) -> None:
     settings = {} if routing == "capacity" else {"routing": routing, "capacities": None}
@@ -280,6 +280,8 @@ def test_what_we_export_has_no_faults(rtx, capacity_bundle, precision: Precision
             exempt = 2 if name == "conditioning.onnx" else 2 + 2 * bundle.manifest.model.depth
             assert len(fp32_products(network)) == exempt
             for other in set(Precision) - {precision}:
+                if name == "conditioning.onnx" and other.dtype == precision.dtype:
+                    continue  # adaLN stays fp32 where linear layers are in 8 bits
                 assert type_findings(network, other), f"{name} passes as {other}"
 
 

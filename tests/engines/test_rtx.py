@@ -86,10 +86,14 @@ def test_every_subnetwork_of_a_digits_like_bundle_builds_in_fp16(built_once: Bun
     assert time.perf_counter() - started < 5
 
 
-@pytest.mark.parametrize(("precision", "subnets"), [("fp32", 4), ("fp16", 1), ("bf16", 1)])
-def test_the_shipped_digits_model_builds(rtx, tmp_path: Path, precision: str, subnets: int) -> None:
-    settings = ExportConfig(max_subnets=subnets, routing=Routing.CAPACITY, precision=Precision(precision))
-    bundle = export(load_checkpoint(ASSETS / "dydit.safetensors"), tmp_path / "bundle", settings)
+@pytest.mark.parametrize(
+    ("precision", "subnets"), [("fp32", 4), ("fp16", 1), ("bf16", 1), ("int8-static", 4), ("fp8", 4)]
+)
+def test_the_shipped_digits_model_builds(rtx, even_ranges, tmp_path: Path, precision: str, subnets: int) -> None:
+    checkpoint, kind = load_checkpoint(ASSETS / "dydit.safetensors"), Precision(precision)
+    ranges = even_ranges(subnets, checkpoint.config.depth) if kind.is_calibrated else None
+    settings = ExportConfig(max_subnets=subnets, routing=Routing.CAPACITY, precision=kind, activations=ranges)
+    bundle = export(checkpoint, tmp_path / "bundle", settings)
     assert len(bundle.manifest.subnets) == subnets
     report = build(bundle, jobs=2)
     assert {each.graph for each in report.built} == {name for name in bundle.manifest.files if name.endswith(".onnx")}
@@ -118,11 +122,13 @@ def test_a_changed_graph_alone_is_built_again(built_once: Bundle, tmp_path: Path
     assert after.kept == 2
 
 
-def test_a_wide_model_builds_in_fp16(rtx, make_checkpoint, make_bundle, tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["fp16", "int8-static", "fp8"])
+def test_a_wide_model_builds(rtx, even_ranges, make_checkpoint, make_bundle, tmp_path: Path, precision: str) -> None:
     wide = ModelConfig(hidden_size=1152, depth=2, num_heads=16, patch_size=2, input_size=32, num_classes=10)
-    bundle = make_bundle(
-        make_checkpoint(wide), precision="fp16", routing="capacity", max_subnets=1, steps=2, max_batch=8
-    )
+    settings = {"routing": "capacity", "max_subnets": 1, "steps": 2, "max_batch": 8}
+    if precision != "fp16":
+        settings["activations"] = even_ranges(1, 2)
+    bundle = make_bundle(make_checkpoint(wide), precision=precision, **settings)
     report = build(copy_of(bundle, tmp_path / "wide"), compute_capabilities=("8.9", "12.0"))
     assert [each.graph for each in report.built] == ["conditioning.onnx", "subnet-0000.onnx"]
     assert report.built[1].bytes > bundle.manifest.subnets[0].weight_bytes, "a static subnetwork holds its weights"

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dydit.bundle.bundle import Bundle
-from dydit.bundle.stored import WEIGHTS, Precision
+from dydit.bundle.stored import WEIGHTS
 from dydit.errors import BackendError
 from dydit.models.sliced import SlicedDiT, conditioning
 from dydit.runtime.backends.base import Arrays, Backend, BackendOptions, StepResult, Subnet
@@ -57,9 +57,10 @@ class TorchBackend(Backend):
         super().__init__(bundle, options)
         if self.options.device == "cuda" and not torch.cuda.is_available():
             raise BackendError("this PyTorch sees no CUDA device; use --device cpu, or install a CUDA build of PyTorch")
-        if bundle.manifest.precision is Precision.INT8:
+        if bundle.manifest.precision.in_8_bits:
             raise BackendError(
-                "int8 bundles run on onnxruntime; use --backend onnxruntime, or a bundle of another precision"
+                f"{bundle.manifest.precision} bundles run on onnxruntime; use --backend onnxruntime, or a bundle of "
+                "another precision"
             )
         if self.options.threads:
             torch.set_num_threads(self.options.threads)

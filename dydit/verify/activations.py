@@ -1,0 +1,92 @@
+"""Watching what enters every linear layer of a dynamic model while it samples, step by step (`dydit calibrate`).
+
+The model runs in its sliced form (`dydit.models.sliced`), so that what is counted is what a subnetwork's layers see:
+heads and groups that are on, and of the tokens those that are routed. A value belongs to the step that it was made in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dydit.calibrate.activations import Observations
+from dydit.diffusion.coefficients import step_coefficients
+from dydit.diffusion.schedule import Sampler, Schedule
+from dydit.errors import ConfigError
+from dydit.export.masks import freeze_masks
+from dydit.models.checkpoint import Checkpoint
+from dydit.models.layout import stored_tensors
+from dydit.models.sliced import SlicedDiT, conditioning
+from dydit.runtime.noise import SeededNoise
+from dydit.runtime.request import make_batches
+
+Progress = Callable[[int, int], None]
+Observe = Callable[[int, str, np.ndarray], None]
+
+
+class WatchedDiT(SlicedDiT):
+    """A subnetwork that shows what enters its layers: `watch(block, layer, values [..., in])`."""
+
+    watch: Observe
+
+    def linear(self, block, layer: str, x: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        """The layer, once its input has been shown."""
+        self.watch(block.index, layer, x.numpy())
+        return super().linear(block, layer, x)
+
+
+def observe(
+    checkpoint: Checkpoint,
+    segments: Sequence[tuple[int, int]],
+    labels: Sequence[int],
+    cfg_scales: Sequence[float],
+    steps: int,
+    sampler: Sampler = Sampler.DDPM,
+    seed: int = 0,
+    batch: int = 16,
+    cfg_channels: int | None = None,
+    progress: Progress | None = None,
+) -> Observations:
+    """Sample an image for each label and count what enters every layer, by segment of steps (half-open ranges).
+
+    Guidance scales take turns over the batches; `cfg_channels`: latent channels that guidance acts on, by default the
+    first 3. `progress(done, total)` counts steps of a batch. The same arguments give the same counts. Raises
+    `ConfigError` for no labels or scales, `CalibrationError` where a value is not finite.
+    """
+    if not labels or not cfg_scales:
+        raise ConfigError("calibration needs at least one label and one guidance scale")
+    config, schedule = checkpoint.config, Schedule.respaced(steps)
+    timesteps = schedule.timesteps[::-1]
+    masks = freeze_masks(checkpoint.width_routers(), timesteps)
+    weights = dict(stored_tensors(checkpoint.state, config))
+    coefficients = torch.from_numpy(step_coefficients(schedule, sampler, config.learn_sigma).astype(np.float32))
+    channels = min(3, config.in_channels) if cfg_channels is None else cfg_channels
+    noise = SeededNoise(seed, (config.in_channels, config.input_size, config.input_size))
+    batches = make_batches(labels, range(len(labels)), batch)
+    latents = [torch.from_numpy(noise.initial(each)) for each in batches]
+    seen = Observations(len(segments), config.depth)
+    segment_of = {step: index for index, (first, end) in enumerate(segments) for step in range(first, end)}
+    for step in range(steps):
+        units = [[np.flatnonzero(block).tolist() for block in masks[step, :, part]] for part in (0, 1)]
+        model = WatchedDiT(config, weights, units[0], units[1], channels)
+        segment = segment_of[step]
+        model.watch = lambda block, layer, values, segment=segment: seen.add(segment, block, layer, values)
+        for index, each in enumerate(batches):
+            scale = float(cfg_scales[index % len(cfg_scales)])
+            rows = np.concatenate([each.labels, np.full_like(each.labels, config.null_class)])
+            used = rows if scale != 1 else each.labels
+            time, classes = torch.tensor([int(timesteps[step])]), torch.from_numpy(used)
+            out = model.step(
+                latents[index],
+                torch.from_numpy(noise.step(each, step)),
+                coefficients[step],
+                torch.tensor(scale),
+                conditioning(config, weights, time, classes)[0],
+            )
+            latents[index] = out.x_prev
+            if progress:
+                progress(step * len(batches) + index + 1, steps * len(batches))
+    return seen
