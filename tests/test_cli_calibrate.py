@@ -1,0 +1,141 @@
+"""`dydit calibrate` and the export that uses its file, as people and scripts run them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from dydit.bundle.bundle import Bundle
+from dydit.calibrate.file import read_calibration
+from dydit.cli import main
+
+STEPS = 6
+SMALL = ["--steps", STEPS, "--max-subnets", 2, "--samples", 8, "--held-out", 8, "--batch-size", 2, "--quantile", 0.9]
+
+
+@dataclass(frozen=True)
+class Run:
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Run]:
+    monkeypatch.delenv("DYDIT_DEBUG", raising=False)
+
+    def call(*arguments: object) -> Run:
+        capsys.readouterr()
+        code = main([str(argument) for argument in arguments])
+        return Run(code, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def checkpoint(make_checkpoint, small_config) -> Path:
+    return make_checkpoint(small_config.model_copy(update={"in_channels": 3})).path
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def assert_refused(done: Run, *words: str) -> None:
+    assert done.code == 2 and done.out == "", done
+    assert done.err.startswith("dydit: error: ") and done.err.count("\n") == 1, done.err
+    for word in words:
+        assert word in done.err, done.err
+
+
+def test_calibrate_then_export_then_sample(run, checkpoint: Path, tmp_path: Path) -> None:
+    file = tmp_path / "c.json"
+    done = run("calibrate", checkpoint, "--out", file, *SMALL)
+    assert done.code == 0 and done.err == "", done.err
+    assert names(tmp_path) == ["c.json", "c.png"], "no work is left"
+    first, *_, last = done.out.splitlines()
+    assert first.startswith(f"{file}: capacities of 2 segments; on 8 held-out images")
+    # What is said to come next works as it stands.
+    words = last.removeprefix("Next: dydit ").replace("BUNDLE", str(tmp_path / "bundle")).split()
+    assert f"export {checkpoint} --steps 6 --max-subnets 2 --routing capacity --calibration {file}" in last
+    assert run(*words).code == 0
+    found, manifest = read_calibration(file).tokens, Bundle.open(tmp_path / "bundle").manifest
+    assert tuple(manifest.subnets[s.subnet].capacities for s in manifest.plan.segments) == found.capacities
+    assert run("sample", tmp_path / "bundle", "--labels", "0-1", "--out", tmp_path / "images").code == 0
+
+
+def test_the_same_call_writes_the_same_file_and_json_says_how_it_does(run, checkpoint: Path, tmp_path: Path) -> None:
+    call = ["calibrate", checkpoint, *SMALL, "--cfg-scale", 1, "--cfg-scale", 1.5]
+    done = run(*call, "--out", tmp_path / "a.json", "--json")
+    assert done.code == 0, done.err
+    said = json.loads(done.out)
+    found = read_calibration(tmp_path / "a.json")
+    assert found.cfg_scales == (1.0, 1.5) and found.tokens.settings.batch_sizes == (2,)
+    assert said["held_out"] == found.tokens.held_out.model_dump() and said["segments"] == 2
+    assert run(*call, "--out", tmp_path / "b.json", "-q") == Run(0, "", "")
+    assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
+    assert run(*call, "--out", tmp_path / "c.json", "--seed", 1).code == 0
+    assert (tmp_path / "a.json").read_bytes() != (tmp_path / "c.json").read_bytes()
+
+
+@pytest.mark.parametrize("plan", [["--per-step"], ["--sliding"], ["--memory-budget", "1GiB"]])
+def test_the_plan_of_the_export_is_that_of_the_calibration(run, checkpoint: Path, tmp_path: Path, plan) -> None:
+    sampling = ["--samples", 4, "--held-out", 4, "--batch-size", 2, "--quantile", 0.9]
+    done = run(
+        "calibrate", checkpoint, "--out", tmp_path / "c.json", "--steps", 3, "--sampler", "ddim", *plan, *sampling
+    )
+    words = done.out.splitlines()[-1].removeprefix("Next: dydit ").replace("BUNDLE", str(tmp_path / "out")).split()
+    assert run(*words).code == 0, words
+    by_capacity = ["--steps", 3, "--routing", "capacity", "--calibration", tmp_path / "c.json"]
+    other = run("export", checkpoint, *by_capacity, *plan, "--out", tmp_path / "other")
+    assert_refused(other, "the calibration is of the sampler ddim, not ddpm")
+    assert names(tmp_path) == ["c.json", "c.png", "out"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--quantile", "2"], ["quantile"]),
+        (["--quantile", "0.999", "--batch-size", "1"], ["1000 are needed for each guidance scale"]),
+        (["--margin", "-1"], ["margin"]),
+        (["--tile", "0"], ["tile"]),
+        (["--batch-size", "0"], ["a batch has at least 1 image"]),
+        (["--batch-size", "9"], ["8 samples at guidance 4 are too few", "9 are needed"]),
+        (["--cfg-scale", "nan"], ["guidance is a number from 0"]),
+        (["--seed", "-1"], ["seed"]),
+        (["--per-step"], ["exclude each other"]),
+        (["--backend", "openvino"], ["openvino"]),
+    ],
+)
+def test_settings_that_do_not_fit(run, checkpoint: Path, tmp_path: Path, options: list[str], words: list[str]) -> None:
+    assert_refused(run("calibrate", checkpoint, "--out", tmp_path / "c.json", *SMALL, *options), *words)
+    assert names(tmp_path) == []
+
+
+def test_a_model_without_token_routers(run, make_checkpoint, small_config, tmp_path: Path) -> None:
+    static = make_checkpoint(small_config.without_routers()).path
+    assert_refused(run("calibrate", static, "--out", tmp_path / "c.json", *SMALL), str(static), "no token routers")
+    assert names(tmp_path) == []
+
+
+def test_outputs_that_are_there_or_meet(run, checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "c.png").write_text("mine")
+    assert_refused(run("calibrate", checkpoint, "--out", tmp_path / "c.json", *SMALL), "c.png exists already")
+    assert_refused(run("calibrate", checkpoint, "--out", tmp_path / "d.png", *SMALL), "d.png would be the picture")
+    (tmp_path / "e.json").write_text("mine")
+    assert_refused(run("calibrate", checkpoint, "--out", tmp_path / "e.json", *SMALL), "e.json exists already")
+    assert names(tmp_path) == ["c.png", "e.json"] and (tmp_path / "e.json").read_text() == "mine"
+
+
+@pytest.mark.parametrize(("content", "words"), [(None, "does not exist"), ("{}", "schema version"), ("x", "not JSON")])
+def test_a_calibration_that_is_none(run, checkpoint: Path, tmp_path: Path, content: str | None, words: str) -> None:
+    file = tmp_path / "c.json"
+    if content is not None:
+        file.write_text(content)
+    call = ["export", checkpoint, "--routing", "capacity", "--calibration", file, "--out", tmp_path / "out"]
+    assert_refused(run(*call), str(file), words)
+    assert not (tmp_path / "out").exists()
