@@ -143,7 +143,8 @@ def plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "--memory-budget",
             type=parse_bytes,
             metavar="SIZE",
-            help="As many subnetworks as fit in SIZE, all loaded at once: 8GiB, 500MB.",
+            help="As many subnetworks as fit in SIZE, all loaded at once: 8GiB, 500MB. Memory is measured on ONNX "
+            "Runtime on this CPU; where that cannot be, bytes of weights count.",
         ),
         click.option(
             "--max-subnets",

@@ -46,8 +46,9 @@ ALLOWED = {
     "cli_options": MIDDLE,
     "cli_errors": {"errors", "cli_options"},
     "cli_build": MIDDLE | {"verify", "cli_options"},
+    "cli_export": MIDDLE | {"verify", "cli_options"},
     "cli_sample": MIDDLE | {"cli_options"},
-    "cli": MIDDLE | {"verify", "cli_options", "cli_errors", "cli_build", "cli_sample"},
+    "cli": MIDDLE | {"verify", "cli_options", "cli_errors", "cli_build", "cli_export", "cli_sample"},
     "__main__": {"cli"},
 }
 HEAVY = ("torch", "onnx", "onnx_ir", "onnxruntime", "safetensors", "tensorrt", "accelerate", "sklearn", "scipy")
@@ -58,6 +59,7 @@ TORCH_FREE = (
         "dydit",
         "dydit.cli",
         "dydit.cli_options",
+        "dydit.cli_export",
         "dydit.cli_sample",
         "dydit.cli_errors",
         "dydit.errors",
@@ -65,6 +67,7 @@ TORCH_FREE = (
         "dydit.models.config",
     ),
     *("dydit.models.cost", "dydit.training.recipe", "dydit.export.plan", "dydit.verify.results"),
+    *("dydit.export.costs", "dydit.export.sizes", "dydit.verify.text", "dydit.verify.profile_worker"),
     *(name for name in MODULES if name.startswith(("dydit.diffusion", "dydit.bundle"))),
     *(name for name in MODULES if name.startswith("dydit.runtime") and name != "dydit.runtime.backends.torch"),
 )
