@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dydit.bundle.costs import Measured
-from dydit.bundle.manifest import Manifest
+from dydit.bundle.manifest import Manifest, PlanKind, Routing
 from dydit.bundle.stored import Precision
 from dydit.cli_options import (
     PATH,
@@ -99,7 +99,9 @@ def export_command(
     """Compile a checkpoint into a bundle: one folder that any backend runs.
 
     CHECKPOINT is any that `dydit convert` reads. --per-step, --max-subnets, --memory-budget and --sliding exclude each
-    other.
+    other. Without any of them the plan is the best that was measured for what the bundle is for: --sliding for ONNX
+    Runtime and PyTorch on the CPU, --per-step in int8, which needs its weights packed, and --max-subnets 32 with the
+    routings that engines take, where none was measured.
     """
     plan = chosen_plan(per_step, max_subnets, memory_budget, sliding)
     if cost == Cost.MEASURED and (per_step or sliding):
@@ -113,6 +115,8 @@ def export_command(
     model = load_checkpoint(checkpoint, num_heads)
     if cfg_channels is not None:
         settings["cfg_channels"] = cfg_channels or model.config.in_channels
+    if not plan and cost == Cost.MACS and model.config.dynamic:
+        plan = {"plan": best_plan(Routing(settings["routing"]), Precision(settings["precision"]))}
     config = parse_config(ExportConfig, {**settings, **plan})
     with progress_line("measure") as progress:
         if progress:
@@ -128,6 +132,13 @@ def export_command(
         print_json({"bundle": str(out), "steps": manifest.sampling.steps, **facts, "plan": planned})
         return
     say(_made(manifest, out, size), *_measured_lines(manifest), *note, next_commands(manifest, out, checkpoint))
+
+
+def best_plan(routing: Routing, precision: Precision) -> PlanKind:
+    """The plan of a dynamic model when none is asked for (figures: README, "Results")."""
+    if routing is not Routing.DYNAMIC or precision.is_calibrated:
+        return PlanKind.MAX_SUBNETS
+    return PlanKind.PER_STEP if precision is Precision.INT8 else PlanKind.SLIDING
 
 
 def _measure(model: Checkpoint, config: ExportConfig, cost: Cost, batch: int) -> tuple[Measured | None, list[str]]:
