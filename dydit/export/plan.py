@@ -76,8 +76,8 @@ def segment_costs(masks: np.ndarray, costs: PlanCosts) -> np.ndarray:
 def plan_cost(plan: Plan, masks: np.ndarray, costs: PlanCosts) -> float:
     """What a run on a plan's segments costs, by other costs than those that made it."""
     flat = masks.reshape(len(masks), -1)
-    each = (costs.of(flat[i:j].any(axis=0)[None])[0] * (j - i) for i, j in plan.segments)
-    return float(sum(each))
+    unions = [np.logical_or.reduce(flat[i:j], axis=0, keepdims=True) for i, j in plan.segments]
+    return float(sum(costs.of(union)[0] * (j - i) for union, (i, j) in zip(unions, plan.segments, strict=True)))
 
 
 def optimal_plans(masks: np.ndarray, costs: PlanCosts, most: int | None = None) -> list[Plan]:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from dydit.bundle.costs import MeasuredPlan
 
+ROUGH = 0.25  # deviation of a fit of times; on idle machines it is a few percent
+
 
 def bytes_text(size: float) -> str:
     """A size in binary units, with three figures: `7.34 MiB`."""
@@ -57,6 +59,8 @@ def measured_lines(measured: MeasuredPlan | None) -> list[str]:
             f"{measured.ms / measured.static_ms:.1%} of the time with all heads and groups "
             f"({measured.per_step_ms / measured.static_ms:.1%} if every step had its own)"
         )
+        if times.deviation > ROUGH:
+            lines.append("That fit is rough, as on a busy machine: export again on an idle one")
     if measured is not None and measured.residency is not None:
         assert measured.resident_bytes is not None
         lines.append(
