@@ -15,29 +15,23 @@ from dydit import __version__
 from dydit.cli_build import add_build
 from dydit.cli_calibrate import add_calibrate
 from dydit.cli_errors import CHECK_FAILED, OK, run_command
+from dydit.cli_export import add_export
 from dydit.cli_options import (
     PATH,
     CommandGroup,
     backend_options,
-    chosen_plan,
     draw,
     duration,
-    graph_options,
     heads_option,
     json_option,
     labels_option,
-    next_commands,
-    parse_guided_channels,
-    plan_options,
     print_json,
     progress_line,
     recipe_settings,
     say,
     say_files,
-    vae_options,
 )
 from dydit.cli_sample import sampling_progress, say_sampled, worker_option
-from dydit.diffusion.schedule import Sampler
 from dydit.runtime.workers import Worker
 from dydit.training.recipe import RECIPES
 
@@ -141,77 +135,7 @@ def convert_command(checkpoint: Path, out: Path, num_heads: int | None) -> None:
 
 
 add_calibrate(cli)
-
-
-@cli.add("export", "Compile a checkpoint into a bundle.")
-@click.argument("checkpoint", type=PATH)
-@click.option("--out", type=PATH, required=True, help="Folder for the bundle; must not exist.")
-@click.option("--steps", type=click.IntRange(1, 1000), default=250, help="Sampling steps of a run.")
-@click.option(
-    "--sampler",
-    type=click.Choice([each.value for each in Sampler]),
-    default=Sampler.DDPM.value,
-    help="ddpm: ancestral, with fresh noise in each step; ddim: deterministic.",
-)
-@plan_options
-@graph_options
-@click.option("--max-batch", type=click.IntRange(min=1), default=16, help="Most images in a batch.")
-@click.option(
-    "--cfg-channels",
-    type=parse_guided_channels,
-    metavar="N|all",
-    help="Latent channels that guidance acts on.  [default: the first 3, or all of fewer]",
-)
-@vae_options
-@heads_option
-@json_option
-def export_command(
-    checkpoint: Path,
-    out: Path,
-    per_step: bool,
-    max_subnets: int | None,
-    memory_budget: int | None,
-    sliding: bool,
-    cfg_channels: int | None,
-    num_heads: int | None,
-    as_json: bool,
-    **settings: Any,
-) -> None:
-    """Compile a checkpoint into a bundle: one folder that any backend runs.
-
-    CHECKPOINT is any that `dydit convert` reads. --per-step, --max-subnets, --memory-budget and --sliding exclude each
-    other.
-    """
-    plan = chosen_plan(per_step, max_subnets, memory_budget, sliding)
-    from dydit.export.exporter import ExportConfig, export
-    from dydit.files import require_absent
-    from dydit.models.checkpoint import load_checkpoint
-    from dydit.models.config import parse_config
-    from dydit.verify.text import bytes_text
-
-    require_absent(out)
-    model = load_checkpoint(checkpoint, num_heads)
-    if cfg_channels is not None:
-        settings["cfg_channels"] = cfg_channels or model.config.in_channels
-    config = parse_config(ExportConfig, {**settings, **plan})
-    with progress_line("export") as progress:
-        bundle = export(model, out, config, progress)
-    manifest = bundle.manifest
-    size = sum(entry.bytes for entry in manifest.files.values())
-    if as_json:
-        planned = manifest.plan.model_dump(mode="json", exclude={"segments"})
-        facts = {"segments": len(manifest.plan.segments), "subnets": len(manifest.subnets), "bytes": size}
-        print_json({"bundle": str(out), "steps": manifest.sampling.steps, **facts, "plan": planned})
-        return
-    served = (
-        f"one graph of {len(manifest.subnets)} widths" if manifest.sliding else f"{len(manifest.subnets)} subnetworks"
-    )
-    say(
-        f"{out}: {manifest.sampling.steps} steps on {served}, {bytes_text(size)}; widths "
-        f"cost {manifest.plan.macs / manifest.plan.static_macs:.1%} of the static model "
-        f"({manifest.plan.per_step_macs / manifest.plan.static_macs:.1%} if every step had its own)",
-        next_commands(manifest, out, checkpoint),
-    )
+add_export(cli)
 
 
 @cli.add("sample", "Make images with a bundle.")

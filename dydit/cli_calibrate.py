@@ -95,7 +95,8 @@ def calibrate_command(
     Samples the dynamic model CHECKPOINT, counts the tokens that its routers send through the MLPs, chooses capacities
     for the plan that is to be exported, and verifies them on other images. Where a step's tokens do not fit after all,
     it is repeated with a slot for every token: images are always those of dynamic routing. A picture is drawn beside
-    --out. A run that was killed goes on where it was.
+    --out. A run that was killed goes on where it was. Without a plan it is --max-subnets 32; a memory budget holds
+    bytes of weights.
     """
     plan = chosen_plan(per_step, max_subnets, memory_budget, sliding)
     from dydit.export.exporter import ExportConfig
@@ -144,7 +145,7 @@ def _plan_words(plan: dict[str, Any], steps: int, sampler: str) -> str:
     """The options of an export that make the same run and plan, where they are not the defaults."""
     words = [] if steps == 250 else [f"--steps {steps}"]
     words += [] if sampler == Sampler.DDPM else [f"--sampler {sampler}"]
-    words += {"per-step": ["--per-step"], "sliding": ["--sliding"]}.get(plan["plan"], [])
+    words += {"per-step": ["--per-step"], "sliding": ["--sliding"]}.get(plan.get("plan", ""), [])
     words += [f"--max-subnets {plan['max_subnets']}"] if "max_subnets" in plan else []
     words += [f"--memory-budget {plan['memory_budget']}B"] if "memory_budget" in plan else []
     return "".join(f" {word}" for word in words)

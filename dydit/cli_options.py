@@ -144,13 +144,14 @@ def plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "--memory-budget",
             type=parse_bytes,
             metavar="SIZE",
-            help="As many subnetworks as fit in SIZE, all loaded at once: 8GiB, 500MB.",
+            help="As many subnetworks as fit in SIZE, all loaded at once: 8GiB, 500MB. Memory is measured on ONNX "
+            "Runtime on this CPU; where that cannot be, bytes of weights count.",
         ),
         click.option(
             "--max-subnets",
             type=click.IntRange(min=1),
             metavar="K",
-            help="At most K subnetworks, at the least compute; the images stay the same.  [default: 32]",
+            help="At most K subnetworks, at the least compute; the images stay the same.",
         ),
         click.option(
             "--per-step", is_flag=True, help="A subnetwork for every distinct mask: least compute, most memory."
@@ -161,7 +162,7 @@ def plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def chosen_plan(per_step: bool, max_subnets: int | None, memory_budget: int | None, sliding: bool) -> dict[str, Any]:
-    """What `plan_options` come to, as settings of an export."""
+    """What `plan_options` come to, as settings of an export; nothing where none is given."""
     if per_step + (max_subnets is not None) + (memory_budget is not None) + sliding > 1:
         raise click.UsageError("--per-step, --max-subnets, --memory-budget and --sliding exclude each other")
     if sliding:
@@ -170,7 +171,7 @@ def chosen_plan(per_step: bool, max_subnets: int | None, memory_budget: int | No
         return {"plan": PlanKind.PER_STEP}
     if memory_budget is not None:
         return {"plan": PlanKind.MEMORY_BUDGET, "memory_budget": memory_budget}
-    return {"plan": PlanKind.MAX_SUBNETS} | ({} if max_subnets is None else {"max_subnets": max_subnets})
+    return {} if max_subnets is None else {"plan": PlanKind.MAX_SUBNETS, "max_subnets": max_subnets}
 
 
 def _read_calibration(_: click.Context, __: click.Parameter, path: Path | None) -> Calibration | None:
@@ -187,7 +188,8 @@ def graph_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="Type of matrix products, attention and their weights; residual stream, routers and sampler stay "
             "fp32. fp32: as the checkpoint; fp16: half the size, for TensorRT and ONNX Runtime; bf16: as small, with "
             "the range of fp32 and fewer digits, for TensorRT and PyTorch, not for ONNX Runtime on the CPU; int8: "
-            "linear layers in 8 bits, each token with its own scale, the fastest of ONNX Runtime on the CPU.",
+            "linear layers in 8 bits, each token with its own scale, the fastest of ONNX Runtime on the CPU; "
+            "int8-static, fp8: 8 bits with scales from --calibration, for TensorRT, and for ONNX Runtime.",
         ),
         click.option(
             "--calibration",

@@ -425,7 +425,7 @@ def test_export_in_a_precision(run, pixel_checkpoint, tmp_path: Path, precision,
 
 def test_the_precisions_are_explained(run) -> None:
     text = " ".join(run("export", "--help").out.split())
-    assert "--precision [fp32|fp16|bf16|int8]" in text
+    assert "--precision [fp32|fp16|bf16|int8|int8-static|fp8]" in text
     assert "fp16: half the size, for TensorRT and ONNX Runtime; bf16: as small, with the range of fp32" in text
 
 

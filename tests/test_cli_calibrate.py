@@ -139,3 +139,9 @@ def test_a_calibration_that_is_none(run, checkpoint: Path, tmp_path: Path, conte
     call = ["export", checkpoint, "--routing", "capacity", "--calibration", file, "--out", tmp_path / "out"]
     assert_refused(run(*call), str(file), words)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_plan_by_measured_times_does_not_repeat(run, checkpoint: Path, tmp_path: Path) -> None:
+    run("calibrate", checkpoint, "--out", tmp_path / "c.json", *SMALL)
+    call = ["export", checkpoint, "--steps", STEPS, "--routing", "capacity", "--calibration", tmp_path / "c.json"]
+    assert_refused(run(*call, "--cost", "measured", "--out", tmp_path / "out"), "plans by --cost measured vary")

@@ -32,6 +32,7 @@ MODEL = GROUND | {"models", "diffusion"}
 BUNDLE = MODEL | {"bundle"}
 ENGINES = BUNDLE | {"engines"}
 MIDDLE = ENGINES | {"calibrate", "training", "export", "runtime"}
+COMMANDS = {"cli_build", "cli_calibrate", "cli_export", "cli_sample"}
 ALLOWED = {
     "errors": set(),
     "files": {"errors"},
@@ -48,8 +49,9 @@ ALLOWED = {
     "cli_errors": {"errors", "cli_options"},
     "cli_build": MIDDLE | {"verify", "cli_options"},
     "cli_calibrate": MIDDLE | {"verify", "cli_options"},
+    "cli_export": MIDDLE | {"verify", "cli_options"},
     "cli_sample": MIDDLE | {"cli_options"},
-    "cli": MIDDLE | {"verify", "cli_options", "cli_errors", "cli_build", "cli_calibrate", "cli_sample"},
+    "cli": MIDDLE | {"verify", "cli_options", "cli_errors", *COMMANDS},
     "__main__": {"cli"},
 }
 HEAVY = ("torch", "onnx", "onnx_ir", "onnxruntime", "safetensors", "tensorrt", "accelerate", "sklearn", "scipy")
@@ -60,6 +62,7 @@ TORCH_FREE = (
         "dydit",
         "dydit.cli",
         "dydit.cli_options",
+        "dydit.cli_export",
         "dydit.cli_sample",
         "dydit.cli_errors",
         "dydit.errors",
@@ -67,6 +70,7 @@ TORCH_FREE = (
         "dydit.models.config",
     ),
     *("dydit.models.cost", "dydit.training.recipe", "dydit.export.plan", "dydit.verify.results"),
+    *("dydit.export.costs", "dydit.export.sizes", "dydit.verify.text", "dydit.verify.profile_worker"),
     *(name for name in MODULES if name.startswith(("dydit.diffusion", "dydit.bundle", "dydit.calibrate"))),
     *(name for name in MODULES if name.startswith("dydit.runtime") and name != "dydit.runtime.backends.torch"),
 )

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field, FiniteFloat, ValidationError, field_validator, model_validator
 
+from dydit.bundle.costs import MeasuredPlan
 from dydit.bundle.stored import WEIGHTS, Precision, WeightEntry
 from dydit.bundle.vae import VAE_DECODER, VAE_WEIGHTS, VaeEntry
 from dydit.diffusion.coefficients import COEFFICIENTS
@@ -110,6 +111,7 @@ class PlanEntry(Strict):
     macs: FiniteFloat
     per_step_macs: FiniteFloat
     static_macs: FiniteFloat
+    measured: MeasuredPlan | None = Field(default=None, description="where more than multiply-adds made the plan")
 
 
 class Manifest(Strict):
@@ -197,6 +199,8 @@ class Manifest(Strict):
 
     def _values(self) -> dict[str, Any]:
         values = self.model_dump(mode="json", exclude={"digest"})
+        if self.plan.measured is None:  # older bundles, and so their digests, do not have it
+            del values["plan"]["measured"]
         return {name: value for name, value in values.items() if value is not None or name not in _LEFT_OUT_WHILE_NONE}
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from dydit.bundle.bundle import Bundle
+from dydit.bundle.costs import Measured
 from dydit.bundle.graph_io import GROUP_WEIGHTS, HEAD_WEIGHTS
 from dydit.bundle.manifest import (
     CONDITIONING,
@@ -31,14 +32,15 @@ from dydit.bundle.manifest import (
     SubnetEntry,
     pack_mask,
 )
-from dydit.bundle.stored import ITEM_BYTES, WEIGHTS, Precision, WeightEntry
+from dydit.bundle.stored import WEIGHTS, Precision, WeightEntry
 from dydit.bundle.vae import VaeEntry
 from dydit.calibrate.activations import ActivationRanges, require_segments
 from dydit.calibrate.file import Calibration
 from dydit.diffusion.coefficients import step_coefficients
 from dydit.diffusion.schedule import TRAIN_STEPS, Sampler, Schedule
 from dydit.errors import ConfigError
-from dydit.export.capacities import Capacities, calibrated_capacities, uniform_capacities
+from dydit.export.capacities import Capacities, segment_capacities
+from dydit.export.costs import macs_costs, measured_plan, time_costs
 from dydit.export.graph import (
     GatheredUnits,
     SolidWindows,
@@ -52,13 +54,13 @@ from dydit.export.graph import (
 )
 from dydit.export.library import FunctionLibrary
 from dydit.export.masks import activity_order, by_slot, freeze_masks
-from dydit.export.plan import Plan, budget_plan, merged_plan, per_step_plan
+from dydit.export.plan import Plan, budget_plan, merged_plan, per_step_plan, plan_cost
+from dydit.export.sizes import PlanSizes, fixed_bytes, unit_bytes
 from dydit.export.vae import export_vae
 from dydit.export.weights import write_weights
 from dydit.files import new_folder, require_absent, sha256_of
 from dydit.models.checkpoint import Checkpoint
 from dydit.models.config import ModelConfig, Strict
-from dydit.models.cost import unit_costs
 from dydit.models.layout import stored_tensors
 
 Progress = Callable[[int, int], None]
@@ -114,15 +116,43 @@ class ExportConfig(Strict):
         return self
 
 
-def export(checkpoint: Checkpoint, out: Path, config: ExportConfig, progress: Progress | None = None) -> Bundle:
+def export(
+    checkpoint: Checkpoint,
+    out: Path,
+    config: ExportConfig,
+    progress: Progress | None = None,
+    measured: Measured | None = None,
+) -> Bundle:
     """Write a bundle to the new folder `out`, complete or not at all; `progress(done, total)` counts graphs.
 
-    Raises `ConfigError` for settings that do not fit the model, `CalibrationError` for a calibration of something else,
-    `OutputError` where `out` exists or cannot be written,
-    and for a VAE decoder what `export_vae` does.
+    `measured`, by `dydit.verify.profile`: with times, the plan is the fastest, else that of the fewest multiply-adds;
+    with a residency, a memory budget counts memory, else bytes of weights. Raises `ConfigError` for settings that do
+    not fit the model, `CalibrationError` for a calibration of something else, `OutputError` where `out` exists or
+    cannot be written, and for a VAE decoder what `export_vae` does.
     """
     require_absent(out)
-    job = _plan_job(checkpoint, config)
+    masks, order = _masks_and_order(checkpoint, config)
+    plan = _make_plan(config, checkpoint.config, masks, measured or Measured())
+    return export_planned(checkpoint, out, config, masks, plan, order, progress, measured)
+
+
+def export_planned(
+    checkpoint: Checkpoint,
+    out: Path,
+    config: ExportConfig,
+    masks: np.ndarray,
+    plan: Plan,
+    order: np.ndarray | None = None,
+    progress: Progress | None = None,
+    measured: Measured | None = None,
+) -> Bundle:
+    """`export` of given masks, bool [S, L, 2, H] by slot, and plan.
+
+    `order` int64 [L, 2, H]: the checkpoint's unit in each slot, by default the same number. What there is in `config`
+    about the kind of plan goes into the manifest alone.
+    """
+    require_absent(out)
+    job = _make_job(checkpoint, config, masks, plan, order, measured or Measured())
     with new_folder(out) as folder:
         vae = None if config.vae is None else export_vae(config.vae, folder, job.model, config.vae_tile)
         head_order, group_order = job.order[:, 0].tolist(), job.order[:, 1].tolist()
@@ -136,9 +166,15 @@ def export(checkpoint: Checkpoint, out: Path, config: ExportConfig, progress: Pr
 
 
 def planned_steps(checkpoint: Checkpoint, config: ExportConfig) -> tuple[np.ndarray, Plan]:
-    """What an export would run: the width masks bool [S, L, 2, H] of its steps, by slot, and its plan."""
-    job = _plan_job(checkpoint, config)
-    return job.masks, job.plan
+    """What an export runs, unless it is measured: the masks bool [S, L, 2, H] of its steps, by slot, and its plan."""
+    masks, _ = _masks_and_order(checkpoint, config)
+    return masks, _make_plan(config, checkpoint.config, masks, Measured())
+
+
+def _masks_and_order(checkpoint: Checkpoint, config: ExportConfig) -> tuple[np.ndarray, np.ndarray]:
+    masks = freeze_masks(checkpoint.width_routers(), Schedule.respaced(config.steps).timesteps[::-1])
+    order = activity_order(masks)
+    return by_slot(masks, order), order
 
 
 @dataclass(frozen=True)
@@ -149,8 +185,8 @@ class _Job:
     schedule: Schedule
     order: np.ndarray  # [L, 2, H] checkpoint unit of each slot
     masks: np.ndarray  # [S, L, 2, H] by slot, execution order
-    costs: np.ndarray  # [L, 2, H] multiply-adds a step
     plan: Plan
+    measured: Measured
     sliding: bool
     routing: Routing | None
     capacities: tuple[Capacities, ...] | None  # of each segment
@@ -159,66 +195,50 @@ class _Job:
     input_scales: list[tuple[tuple[float, ...], ...]] | None
 
 
-def _plan_job(checkpoint: Checkpoint, config: ExportConfig) -> _Job:
+def _make_job(
+    checkpoint: Checkpoint,
+    config: ExportConfig,
+    masks: np.ndarray,
+    plan: Plan,
+    order: np.ndarray | None,
+    measured: Measured,
+) -> _Job:
     model = checkpoint.config
     cfg_channels = min(GUIDED_CHANNELS, model.in_channels) if config.cfg_channels is None else config.cfg_channels
     if cfg_channels > model.in_channels:
         raise ConfigError(f"guidance on {cfg_channels} channels, but the model has {model.in_channels}")
-    schedule = Schedule.respaced(config.steps)
-    masks = freeze_masks(checkpoint.width_routers(), schedule.timesteps[::-1])
-    order = activity_order(masks)
-    masks = by_slot(masks, order)
-    costs = unit_costs(model)
+    if order is None:
+        order = np.broadcast_to(np.arange(model.num_heads), masks.shape[1:])
     routing = config.routing if model.dynamic else None
-    plan, sliding = _make_plan(config, model, masks, costs), config.plan is PlanKind.SLIDING
-    capacities = None
-    if config.calibration is not None:
-        capacities = calibrated_capacities(checkpoint, config.sampler, masks, plan, config.calibration, sliding)
-    elif routing is Routing.CAPACITY:
-        capacities = uniform_capacities(model, plan, config.capacities)
+    sliding, schedule = config.plan is PlanKind.SLIDING, Schedule.respaced(config.steps)
+    capacities = segment_capacities(checkpoint, config, masks, plan)
     scales = None
     if config.activations is not None:
         require_segments(config.activations, len(plan.segments), model.depth)
         scales = config.activations.input_scales(LARGEST[config.precision])
     return _Job(
-        model, schedule, order, masks, costs, plan, sliding, routing, capacities, cfg_channels, config.precision, scales
+        *(model, schedule, order, masks, plan, measured, sliding, routing, capacities, cfg_channels),
+        *(config.precision, scales),
     )
 
 
-def _make_plan(config: ExportConfig, model: ModelConfig, masks: np.ndarray, costs: np.ndarray) -> Plan:
+def _make_plan(config: ExportConfig, model: ModelConfig, masks: np.ndarray, measured: Measured) -> Plan:
+    costs = macs_costs(model) if measured.times is None else time_costs(measured.times, model)
     if config.plan in (PlanKind.PER_STEP, PlanKind.SLIDING):
         return per_step_plan(masks, costs)
     if config.plan is PlanKind.MAX_SUBNETS:
         return merged_plan(masks, costs, config.max_subnets)
     assert config.memory_budget is not None
-    return budget_plan(
-        masks, costs, unit_bytes(model, config.precision), fixed_bytes(model, config.precision), config.memory_budget
-    )
+    sizes, residency = _plan_sizes(model, config.precision, masks), measured.residency
+
+    def needed(plan: Plan) -> int:
+        return sizes.weights(plan) if residency is None else sizes.resident(plan, residency)
+
+    return budget_plan(masks, costs, needed, config.memory_budget)
 
 
-def unit_bytes(model: ModelConfig, precision: Precision = Precision.FP32) -> np.ndarray:
-    """Bytes of one head's and one group's weights, [L, 2, H] float64."""
-    d, hd, gs = model.hidden_size, model.head_dim, model.group_dim
-    item, added = ITEM_BYTES[precision.weight_dtype], _channel_bytes(precision)
-    sizes = np.empty((model.depth, 2, model.num_heads))
-    sizes[:, 0], sizes[:, 1] = item * 4 * hd * d + added * 3 * hd, item * 2 * gs * d + added * gs
-    return sizes
-
-
-def _channel_bytes(precision: Precision) -> int:
-    """Bytes of an output channel's bias, and of its scale with 8 bits."""
-    return ITEM_BYTES[precision.dtype] + (4 if precision.in_8_bits else 0)
-
-
-def fixed_bytes(model: ModelConfig, precision: Precision = Precision.FP32) -> int:
-    """Bytes of the weights that every subnetwork reads at any width: embedding, routers, final layer, biases."""
-    d, p2 = model.hidden_size, model.patch_size**2
-    r = model.token_router_hidden
-    router = (r * d + 2 * r + 1) if model.dynamic else 0
-    embed = (p2 * model.in_channels + 1 + model.tokens) * d
-    final = p2 * model.out_channels * (d + 1)
-    biases = 2 * d * _channel_bytes(precision)
-    return 4 * (embed + final + model.depth * router) + model.depth * biases
+def _plan_sizes(model: ModelConfig, precision: Precision, masks: np.ndarray) -> PlanSizes:
+    return PlanSizes(masks, unit_bytes(model, precision), fixed_bytes(model, precision))
 
 
 def _write_subnets(
@@ -320,6 +340,18 @@ def _subnet_entry(
     )
 
 
+def _plan_entry(kind: PlanKind, job: _Job, segments: list[SegmentEntry]) -> PlanEntry:
+    macs, sizes = macs_costs(job.model), _plan_sizes(job.model, job.precision, job.masks)
+    return PlanEntry(
+        kind=kind,
+        segments=tuple(segments),
+        macs=plan_cost(job.plan, job.masks, macs),
+        per_step_macs=per_step_plan(job.masks, macs).cost,
+        static_macs=len(job.masks) * macs.static,
+        measured=measured_plan(job.plan, job.masks, job.model, sizes, job.measured),
+    )
+
+
 def _manifest(
     folder: Path,
     checkpoint: Checkpoint,
@@ -342,13 +374,7 @@ def _manifest(
             coefficients=tuple(tuple(row) for row in coefficients.tolist()),
             cfg_channels=job.cfg_channels,
         ),
-        plan=PlanEntry(
-            kind=config.plan,
-            segments=tuple(segments),
-            macs=job.plan.cost,
-            per_step_macs=float((job.masks * job.costs).sum()),
-            static_macs=float(job.costs.sum() * config.steps),
-        ),
+        plan=_plan_entry(config.plan, job, segments),
         subnets=tuple(subnets),
         masks=tuple(pack_mask(mask) for mask in job.masks),
         head_order=tuple(map(tuple, job.order[:, 0].tolist())),

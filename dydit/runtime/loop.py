@@ -55,6 +55,7 @@ class Conditioner:
             last = min(first + steps, segment.first + segment.count)
         if self._key != (first, known.tobytes()):
             timesteps = np.asarray(self._backend.bundle.manifest.sampling.timesteps[first:last], np.int64)
+            self._key, self._table = None, np.empty(0, np.float32)  # two tables would be the most memory of a run
             self._table = self._backend.conditioning(timesteps, known)
             self._key = (first, known.tobytes())
         return self._table[step - first, np.searchsorted(known, labels)]

@@ -14,12 +14,15 @@ from pathlib import Path
 import numpy as np
 
 from dydit.bundle.bundle import Bundle
+from dydit.bundle.costs import StepTimes
 from dydit.bundle.graph_io import GROUP_WEIGHTS, HEAD_WEIGHTS
 from dydit.bundle.manifest import MANIFEST, Manifest
 from dydit.bundle.vae import VAE_DECODER, VAE_WEIGHTS
 from dydit.diffusion.schedule import Schedule
 from dydit.errors import CheckpointError
-from dydit.export.plan import Plan, optimal_plans, per_step_plan, plan_bytes
+from dydit.export.costs import macs_costs, time_costs
+from dydit.export.plan import Plan, optimal_plans, per_step_plan, segment_costs
+from dydit.export.sizes import PlanSizes
 from dydit.files import write_atomic
 from dydit.models.config import ModelConfig
 from dydit.models.cost import model_macs, unit_costs
@@ -29,6 +32,7 @@ from dydit.verify.inspect_facts import (
     DecoderFacts,
     ModelFacts,
     PlanRow,
+    SegmentFacts,
     SubnetFacts,
     WidthFacts,
     bundle_text,
@@ -38,7 +42,6 @@ from dydit.verify.plots import PlanPoint, plan_png
 from dydit.verify.plots_masks import masks_png
 
 DEFAULT_STEPS = 250
-CURVE_POINTS = 48
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,6 @@ class Inspection:
     facts: CheckpointFacts | BundleFacts
     masks: np.ndarray
     timesteps: tuple[int, ...]
-    curve: tuple[PlanPoint, ...]
 
     def pictures(self) -> dict[str, bytes]:
         """PNG files by name; none for a static model, which has nothing to show."""
@@ -56,11 +58,15 @@ class Inspection:
             return {}
         pictures = {"masks.png": masks_png(self.masks, self.timesteps)}
         if isinstance(self.facts, BundleFacts):
-            chosen = self.facts.chosen
-            width = self.facts.width
-            static = self.facts.model.block_macs * float(width.steps)
-            point = PlanPoint(chosen.segments, chosen.subnets, chosen.macs, chosen.weight_bytes)
-            pictures["plan.png"] = plan_png(self.curve, point, width.flops_ratio * static, static)
+            measured, rows, chosen = self.facts.measured, self.facts.plans, self.facts.chosen
+            if measured is not None and measured.per_step_ms and measured.static_ms:
+                curve = [_point(row, row.ms) for row in (*rows, chosen)]
+                bounds, what = (measured.per_step_ms, measured.static_ms), "time"
+            else:
+                curve = [_point(row, row.macs) for row in (*rows, chosen)]
+                static = self.facts.model.block_macs * float(self.facts.width.steps)
+                bounds, what = (self.facts.width.flops_ratio * static, static), "multiply-adds"
+            pictures["plan.png"] = plan_png(curve[:-1], curve[-1], *bounds, what)
         return pictures
 
     def text(self) -> str:
@@ -93,8 +99,8 @@ def inspect_checkpoint(path: Path | str, num_heads: int | None = None, steps: in
     Raises `CheckpointError` as `load_checkpoint` does.
     """
     try:
-        from dydit.export.exporter import fixed_bytes, unit_bytes
         from dydit.export.masks import freeze_masks
+        from dydit.export.sizes import fixed_bytes, unit_bytes
         from dydit.models.checkpoint import load_checkpoint
     except ImportError as error:
         raise CheckpointError(f"reading a checkpoint needs {error.name}: pip install 'dydit[export]'") from error
@@ -107,7 +113,7 @@ def inspect_checkpoint(path: Path | str, num_heads: int | None = None, steps: in
     model = _model_facts(
         config, sum(parameters.values()), sum(n for name, n in parameters.items() if any(r in name for r in routers))
     )
-    curve = _curve(masks, unit_costs(config), unit_bytes(config), fixed_bytes(config))
+    sizes = PlanSizes(masks, unit_bytes(config), fixed_bytes(config))
     facts = CheckpointFacts(
         path=str(path),
         format=checkpoint.source,
@@ -116,9 +122,9 @@ def inspect_checkpoint(path: Path | str, num_heads: int | None = None, steps: in
         metadata=checkpoint.metadata,
         model=model,
         width=_width_facts(masks, config),
-        plans=_rows(curve, masks, config),
+        plans=_rows(masks, config, sizes, None),
     )
-    return Inspection(facts, masks, tuple(timesteps.tolist()), curve)
+    return Inspection(facts, masks, tuple(timesteps.tolist()))
 
 
 def inspect_bundle(path: Path | str) -> Inspection:
@@ -133,10 +139,19 @@ def inspect_bundle(path: Path | str) -> Inspection:
     subnets = tuple(_subnet_facts(manifest, index) for index in range(len(manifest.subnets)))
     one = manifest.subnets[0]
     fixed = one.weight_bytes - _used_bytes(unit_sizes, one.heads, one.groups)
-    curve = _curve(masks, unit_costs(config), unit_sizes, fixed)
+    measured = manifest.plan.measured
+    plans = _rows(masks, config, PlanSizes(masks, unit_sizes, fixed), measured.times if measured else None)
     dense = int(unit_sizes.sum()) + fixed
     loaded = dense if manifest.sliding else sum(entry.weight_bytes for entry in manifest.subnets)
-    point = PlanPoint(len(manifest.plan.segments), len(manifest.subnets), manifest.plan.macs, loaded)
+    chosen = PlanRow(
+        segments=len(manifest.plan.segments),
+        subnets=len(manifest.subnets),
+        macs=manifest.plan.macs,
+        versus_exact=manifest.plan.macs / manifest.plan.per_step_macs,
+        versus_static=manifest.plan.macs / manifest.plan.static_macs,
+        weight_bytes=loaded,
+        ms=measured.ms if measured else None,
+    )
     stored = sum(entry.nbytes for entry in manifest.weights.values())
     decoder = _decoder_facts(manifest)
     facts = BundleFacts(
@@ -152,8 +167,10 @@ def inspect_bundle(path: Path | str) -> Inspection:
         plan_kind=manifest.plan.kind,
         model=_stored_model_facts(manifest),
         width=_width_facts(masks, config),
-        chosen=_row(point, manifest.plan.per_step_macs, manifest.plan.static_macs),
-        plans=_rows(curve, masks, config),
+        chosen=chosen,
+        plans=plans,
+        segments=_segment_facts(manifest, masks),
+        measured=measured,
         subnets=subnets,
         bundle_bytes=_size_of(bundle.path) - (decoder.bytes if decoder else 0),
         stored_bytes=stored,
@@ -164,7 +181,7 @@ def inspect_bundle(path: Path | str) -> Inspection:
         tools=manifest.tools,
         decoder=decoder,
     )
-    return Inspection(facts, masks, manifest.sampling.timesteps, curve)
+    return Inspection(facts, masks, manifest.sampling.timesteps)
 
 
 def _decoder_facts(manifest: Manifest) -> DecoderFacts | None:
@@ -245,34 +262,54 @@ def _size_of(path: Path) -> int:
     return sum(file.stat().st_size for file in files)
 
 
-def _curve(masks: np.ndarray, costs: np.ndarray, sizes: np.ndarray, fixed: int) -> tuple[PlanPoint, ...]:
-    """The cheapest plans for numbers of segments from 1 to as many as the exact masks need."""
+def _rows(masks: np.ndarray, config: ModelConfig, sizes: PlanSizes, times: StepTimes | None) -> tuple[PlanRow, ...]:
+    """The cheapest plan of every number of segments, from 1 to as many as the exact masks need: by `times`, where a
+    bundle's plan was made by them, else by multiply-adds."""
+    macs = macs_costs(config)
+    costs = macs if times is None else time_costs(times, config)
     exact = per_step_plan(masks, costs)
-    most = len(exact.segments)
-    plans = [*optimal_plans(masks, costs, most)[:-1], exact]
-    wanted = {most, *(2**k for k in range(12))} | set(np.geomspace(1, most, CURVE_POINTS).round().astype(int).tolist())
+    table, static = segment_costs(masks, macs), len(masks) * macs.static
+    least = per_step_plan(masks, macs).cost
 
-    def point(plan: Plan) -> PlanPoint:
-        distinct = {masks[first:end].any(axis=0).tobytes() for first, end in plan.segments}
-        return PlanPoint(len(plan.segments), len(distinct), plan.cost, plan_bytes(plan, masks, sizes, fixed))
+    def row(plan: Plan) -> PlanRow:
+        cost = float(sum(table[segment] for segment in plan.segments))
+        return PlanRow(
+            segments=len(plan.segments),
+            subnets=len(sizes.subnets(plan)),
+            macs=cost,
+            versus_exact=cost / least,
+            versus_static=cost / static,
+            weight_bytes=sizes.weights(plan),
+            ms=None if times is None else plan.cost,
+        )
 
-    return tuple(point(plan) for plan in plans if len(plan.segments) in wanted)
+    return tuple(row(plan) for plan in [*optimal_plans(masks, costs, len(exact.segments))[:-1], exact])
 
 
-def _rows(curve: Sequence[PlanPoint], masks: np.ndarray, config: ModelConfig) -> tuple[PlanRow, ...]:
-    """The table: K = 1, 2, 4, ... and the exact plan."""
-    costs = unit_costs(config)
-    exact, static = curve[-1].macs, float(costs.sum() * len(masks))
-    doublings = {2**k for k in range(12)} | {curve[-1].segments}
-    return tuple(_row(point, exact, static) for point in curve if point.segments in doublings)
+def _segment_facts(manifest: Manifest, masks: np.ndarray) -> tuple[SegmentFacts, ...]:
+    config, plan = manifest.model, manifest.plan
+    times = plan.measured.times if plan.measured else None
+    costs = macs_costs(config) if times is None else time_costs(times, config)
+    unions = [masks[segment.first : segment.first + segment.count].any(axis=0).reshape(-1) for segment in plan.segments]
+    spent = costs.of(np.stack(unions)) * [segment.count for segment in plan.segments]
+    facts = []
+    for segment, share in zip(plan.segments, spent / spent.sum(), strict=True):
+        entry = manifest.subnets[segment.subnet]
+        facts.append(
+            SegmentFacts(
+                first=segment.first,
+                steps=segment.count,
+                subnet=segment.subnet,
+                heads=sum(map(len, entry.heads)),
+                groups=sum(map(len, entry.groups)),
+                gated=entry.gated,
+                cost_share=float(share),
+                weight_bytes=entry.weight_bytes,
+            )
+        )
+    return tuple(facts)
 
 
-def _row(point: PlanPoint, exact: float, static: float) -> PlanRow:
-    return PlanRow(
-        segments=point.segments,
-        subnets=point.subnets,
-        macs=point.macs,
-        versus_exact=point.macs / exact,
-        versus_static=point.macs / static,
-        weight_bytes=point.weight_bytes,
-    )
+def _point(row: PlanRow, cost: float | None) -> PlanPoint:
+    assert cost is not None
+    return PlanPoint(row.segments, row.subnets, cost, row.weight_bytes)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 from pydantic import Field
 
+from dydit.bundle.costs import MeasuredPlan
 from dydit.bundle.manifest import PlanKind
 from dydit.models.config import ModelConfig
 from dydit.verify.results import Result
-from dydit.verify.text import aligned, bytes_text, count_text
+from dydit.verify.text import aligned, bytes_text, count_text, measured_lines
 
 ROWS_SHOWN = 12
+Row = TypeVar("Row")
 
 
 class WidthFacts(Result):
@@ -35,6 +38,7 @@ class PlanRow(Result):
     versus_exact: float
     versus_static: float
     weight_bytes: int = Field(description="of all distinct subnetworks together")
+    ms: float | None = Field(default=None, description="of a batch's run, by the times that made a bundle's plan")
 
 
 class ModelFacts(Result):
@@ -75,6 +79,20 @@ class SubnetFacts(Result):
     graph_bytes: int
 
 
+class SegmentFacts(Result):
+    """Consecutive steps of a bundle's plan and their subnetwork; `cost_share` 0..1 of the run, in what the plan makes
+    least. `weight_bytes` of the subnetwork's."""
+
+    first: int
+    steps: int
+    subnet: int
+    heads: int
+    groups: int
+    gated: bool
+    cost_share: float
+    weight_bytes: int
+
+
 class DecoderFacts(Result):
     """A bundle's VAE decoder. `tile`: side of the latents that it takes; `picture_side` in pixels; `bytes` on disk."""
 
@@ -102,6 +120,8 @@ class BundleFacts(Result):
     width: WidthFacts
     chosen: PlanRow
     plans: tuple[PlanRow, ...]
+    segments: tuple[SegmentFacts, ...] = ()
+    measured: MeasuredPlan | None = None
     subnets: tuple[SubnetFacts, ...]
     bundle_bytes: int
     stored_bytes: int
@@ -148,10 +168,10 @@ def bundle_text(facts: BundleFacts) -> str:
         *_decoder_lines(facts),
         ("plan", _plan_line(facts)),
     ]
-    parts = [aligned(head)]
+    parts = ["\n".join([aligned(head), *measured_lines(facts.measured)])]
     if facts.model.config.dynamic:
         parts.append(_plan_table(facts.plans, facts.chosen))
-    return "\n\n".join([*parts, _subnet_table(facts)])
+    return "\n\n".join([*parts, _segment_table(facts), _subnet_table(facts)])
 
 
 def _decoder_lines(facts: BundleFacts) -> list[tuple[str, str]]:
@@ -210,8 +230,11 @@ def _width_lines(model: ModelFacts, width: WidthFacts) -> list[tuple[str, str]]:
 
 
 def _plan_table(plans: Sequence[PlanRow], chosen: PlanRow | None) -> str:
-    rows = [["segments", "subnetworks", "x exact masks", "x static", "weights", ""]]
-    shown = {row.segments: row for row in plans} | ({chosen.segments: chosen} if chosen else {})
+    """The plans of 1, 2, 4, ... segments, the exact one, and the one that was chosen."""
+    shown = {row.segments: row for row in plans if row.segments.bit_count() == 1 or row is plans[-1]}
+    shown |= {chosen.segments: chosen} if chosen else {}
+    timed = any(row.ms is not None for row in shown.values())
+    rows = [["segments", "subnetworks", "x exact masks", "x static", "weights", *(["s a run"] if timed else []), ""]]
     for count in sorted(shown):
         row = shown[count]
         mark = "<- chosen" if row is chosen else ""
@@ -222,20 +245,40 @@ def _plan_table(plans: Sequence[PlanRow], chosen: PlanRow | None) -> str:
                 f"{row.versus_exact:.3f}",
                 f"{row.versus_static:.3f}",
                 bytes_text(row.weight_bytes),
+                *([] if not timed else ["" if row.ms is None else f"{row.ms / 1e3:.3g}"]),
                 mark,
             ]
         )
-    return aligned(rows, right=(0, 1, 2, 3, 4))
+    return aligned(rows, right=range(6 if timed else 5))
+
+
+def _segment_table(facts: BundleFacts) -> str:
+    units = facts.model.config.depth * facts.model.config.num_heads
+    rows = [["steps", "subnetwork", f"heads/{units}", f"groups/{units}", "gated", "of the cost", "weights"]]
+    for segment in _abbreviated(facts.segments):
+        if segment is None:
+            rows.append([f"... {len(facts.segments) - ROWS_SHOWN - 2} more"])
+            continue
+        rows.append(
+            [
+                f"{segment.first}-{segment.first + segment.steps - 1}",
+                str(segment.subnet),
+                str(segment.heads),
+                str(segment.groups),
+                "yes" if segment.gated else "no",
+                f"{segment.cost_share:.1%}",
+                bytes_text(segment.weight_bytes),
+            ]
+        )
+    return aligned(rows, right=range(7))
 
 
 def _subnet_table(facts: BundleFacts) -> str:
     units = facts.model.config.depth * facts.model.config.num_heads
     rows = [["subnetwork", "steps", f"heads/{units}", f"groups/{units}", "gated", "weights", "x dense", "graph"]]
-    subnets = list(facts.subnets)
-    shown = subnets if len(subnets) <= 2 * ROWS_SHOWN else [*subnets[:ROWS_SHOWN], None, *subnets[-2:]]
-    for subnet in shown:
+    for subnet in _abbreviated(facts.subnets):
         if subnet is None:
-            rows.append([f"... {len(subnets) - ROWS_SHOWN - 2} more"])
+            rows.append([f"... {len(facts.subnets) - ROWS_SHOWN - 2} more"])
             continue
         rows.append(
             [
@@ -250,6 +293,11 @@ def _subnet_table(facts: BundleFacts) -> str:
             ]
         )
     return aligned(rows, right=range(8))
+
+
+def _abbreviated(rows: Sequence[Row]) -> list[Row | None]:
+    """All of them, or of many the first and the last, None standing for those between."""
+    return list(rows) if len(rows) <= 2 * ROWS_SHOWN else [*rows[:ROWS_SHOWN], None, *rows[-2:]]
 
 
 def _many(count: int, noun: str) -> str:

@@ -28,26 +28,28 @@ from dydit.verify.text import bytes_text, exponent
 
 @dataclass(frozen=True)
 class PlanPoint:
-    """A plan: segments of steps, distinct subnetworks that serve them, multiply-adds of a run, bytes of the weights of
-    all those subnetworks."""
+    """A plan: segments of steps, distinct subnetworks that serve them, cost of a run in multiply-adds or milliseconds,
+    bytes of the weights of all those subnetworks."""
 
     segments: int
     subnets: int
-    macs: float
+    cost: float
     weight_bytes: int
 
 
-def plan_png(curve: Sequence[PlanPoint], chosen: PlanPoint, exact: float, static: float) -> bytes:
+def plan_png(
+    curve: Sequence[PlanPoint], chosen: PlanPoint, exact: float, static: float, what: str = "multiply-adds"
+) -> bytes:
     """Cost and memory of the cheapest plans of K segments, and the plan that was chosen.
 
-    `curve` ascends in K, its last being the exact masks'; `exact`, `static`: multiply-adds of a run with the per-step
-    masks and with everything on.
+    `curve` ascends in K, its last being the exact masks'; `exact`, `static`: cost of a run with the per-step masks
+    and with everything on; `what` it is counted in.
     """
     ks = [point.segments for point in curve]
     sizes = [point.weight_bytes / 2**20 for point in curve]
-    count, extra = chosen.segments, chosen.macs / exact - 1
+    count, extra = chosen.segments, chosen.cost / exact - 1
     with drawing(7.2, 4.6) as figure:
-        cost = f"{extra:.1%} more multiply-adds" if extra > 5e-4 else "no more"
+        cost = f"{extra:.1%} more {what}" if extra > 5e-4 else "no more"
         exact_size = bytes_text(curve[-1].weight_bytes)
         detail = f"for {_plural(count, 'segment')} of steps; they hold {bytes_text(chosen.weight_bytes)} of weights"
         if extra > 5e-4:
@@ -56,22 +58,22 @@ def plan_png(curve: Sequence[PlanPoint], chosen: PlanPoint, exact: float, static
         headline(figure, f"{_plural(chosen.subnets, 'subnetwork')} {verb} {cost} than the exact masks", detail)
         upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(1.5, 1))
         everything = static / exact
-        upper.plot(ks, [point.macs / exact for point in curve], color=ACCENT)
+        upper.plot(ks, [point.cost / exact for point in curve], color=ACCENT)
         upper.axhline(everything, color=MUTED, lw=1, ls=(0, (4, 3)))
         _note(upper, f"everything on: {everything:.2f}", (ks[-1], everything), (0, 3), MUTED, ha="right")
         upper.set_ylim(1 - 0.05 * (everything - 1) - 1e-3, everything + 0.13 * (everything - 1) + 1e-3)
-        upper.set_ylabel("multiply-adds,\nexact masks = 1")
+        upper.set_ylabel(f"{what},\nexact masks = 1")
         lower.plot(ks, sizes, color=ACCENT)
         lower.set_ylim(0, 1.08 * max(sizes))
         lower.set_ylabel("weights, MiB")
         lower.set_xlabel("segments K (cheapest plan of each K)")
-        for axis, value in ((upper, chosen.macs / exact), (lower, chosen.weight_bytes / 2**20)):
+        for axis, value in ((upper, chosen.cost / exact), (lower, chosen.weight_bytes / 2**20)):
             axis.axvline(count, color=SECOND, lw=0.9, alpha=0.6)
             axis.plot([count], [value], "o", ms=6, color=SECOND, mec="white", mew=1.2, zorder=5)
             axis.grid(axis="y")
         late = len(ks) > 1 and count > ks[-1] ** 0.8
         place = {"offset": (-7, 7), "ha": "right"} if late else {"offset": (7, 7)}
-        _note(upper, f"chosen: K = {count}", (count, chosen.macs / exact), colour=SECOND, **place)
+        _note(upper, f"chosen: K = {count}", (count, chosen.cost / exact), colour=SECOND, **place)
         if len(ks) > 1:
             _doubling_axis(lower, ks[-1])
         return png(figure)

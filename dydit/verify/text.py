@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from dydit.bundle.costs import MeasuredPlan
+
+ROUGH = 0.25  # deviation of a fit of times; on idle machines it is a few percent
+
 
 def bytes_text(size: float) -> str:
     """A size in binary units, with three figures: `7.34 MiB`."""
@@ -40,3 +44,27 @@ def aligned(rows: Sequence[Sequence[str]], right: Sequence[int] = (), gap: str =
         cells = [text.rjust(widths[c]) if c in right else text.ljust(widths[c]) for c, text in enumerate(row)]
         lines.append((indent + gap.join(cells)).rstrip())
     return "\n".join(lines)
+
+
+def measured_lines(measured: MeasuredPlan | None) -> list[str]:
+    """What a plan comes to by what was measured for it, a sentence each for times and memory."""
+    lines = []
+    if measured is not None and measured.times is not None:
+        assert measured.ms is not None and measured.per_step_ms is not None and measured.static_ms is not None
+        times = measured.times
+        cores = f"{times.threads} thread{'' if times.threads == 1 else 's'}"
+        lines.append(
+            f"By a profile on {times.backend} ({cores}, {times.rows} rows, {times.token_share:.0%} of the tokens in "
+            f"the MLPs; fit within {times.deviation:.1%}) a run takes {measured.ms / 1e3:.3g} s: "
+            f"{measured.ms / measured.static_ms:.1%} of the time with all heads and groups "
+            f"({measured.per_step_ms / measured.static_ms:.1%} if every step had its own)"
+        )
+        if times.deviation > ROUGH:
+            lines.append("That fit is rough, as on a busy machine: export again on an idle one")
+    if measured is not None and measured.residency is not None:
+        assert measured.resident_bytes is not None
+        lines.append(
+            f"With all subnetworks loaded on {measured.residency.backend} they take "
+            f"{bytes_text(measured.resident_bytes)} of memory ({measured.residency.rows} rows), by a profile"
+        )
+    return lines

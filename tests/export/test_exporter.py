@@ -17,8 +17,9 @@ from dydit.bundle.stored import Precision
 from dydit.diffusion.coefficients import apply_step, step_coefficients
 from dydit.diffusion.schedule import Sampler, Schedule
 from dydit.errors import ConfigError, OutputError
-from dydit.export.exporter import ExportConfig, export, fixed_bytes, stale_reasons, unit_bytes
+from dydit.export.exporter import ExportConfig, export, stale_reasons
 from dydit.export.masks import activity_order, freeze_masks
+from dydit.export.sizes import fixed_bytes, unit_bytes
 from dydit.models.config import ModelConfig, Routers, parse_config
 from dydit.models.cost import unit_costs
 from dydit.models.routers import Masked, Recording, Static

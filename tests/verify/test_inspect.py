@@ -10,11 +10,13 @@ import sys
 import numpy as np
 import pytest
 
+from dydit.bundle.costs import Measured, StepTimes
 from dydit.bundle.manifest import MANIFEST, PlanKind, Routing
 from dydit.bundle.stored import Precision
 from dydit.errors import BundleError, CheckpointError
+from dydit.export.exporter import ExportConfig, export
 from dydit.models.config import Routers
-from dydit.models.cost import model_macs
+from dydit.models.cost import model_macs, unit_costs
 from dydit.verify.inspect import inspect, inspect_bundle, inspect_checkpoint
 from dydit.verify.inspect_facts import BundleFacts, CheckpointFacts
 
@@ -130,6 +132,49 @@ def test_text_is_columns_and_json_goes_there_and_back(make_bundle, make_checkpoi
         assert len({line.index("iB") for line in table[1 : table.index("") if "" in table else None]}) == 1, "aligned"
     bundle = inspect(make_bundle().path)
     assert "<- chosen" in bundle.text() and f"{bundle.facts.width.distinct_masks} distinct in 12 steps" in bundle.text()
+
+
+def test_every_number_of_segments_has_its_plan(make_bundle):
+    facts = inspect_bundle(make_bundle().path).facts
+    assert [row.segments for row in facts.plans] == list(range(1, len(facts.plans) + 1))
+    assert all(row.ms is None for row in facts.plans) and facts.measured is None
+
+
+def test_the_segments_are_those_of_the_plan(make_bundle):
+    bundle = make_bundle()
+    facts, manifest = inspect_bundle(bundle.path).facts, bundle.manifest
+    assert [(each.first, each.steps, each.subnet) for each in facts.segments] == [
+        (each.first, each.count, each.subnet) for each in manifest.plan.segments
+    ]
+    assert sum(each.cost_share for each in facts.segments) == pytest.approx(1)
+    for each in facts.segments:
+        entry, held = manifest.subnets[each.subnet], bundle.masks[each.first : each.first + each.steps].any(axis=0)
+        assert (each.heads, each.groups) == tuple(held.sum(axis=(0, 2)))
+        assert (each.gated, each.weight_bytes) == (entry.gated, entry.weight_bytes)
+        share = each.steps * (held * unit_costs(manifest.model)).sum() / manifest.plan.macs
+        assert each.cost_share == pytest.approx(share)
+
+
+def test_a_plan_by_measured_times_is_shown_by_them(make_checkpoint, tmp_path):
+    times = StepTimes(
+        backend="onnxruntime",
+        rows=2,
+        threads=1,
+        token_share=0.5,
+        deviation=0.01,
+        **{"fixed": 1.0, "block": 0.1, "attention": 0.1, "head": 5.0, "mlp": 0.1, "group": 0.5},
+    )
+    config = ExportConfig(steps=12, max_subnets=4)
+    found = inspect(export(make_checkpoint(), tmp_path / "bundle", config, measured=Measured(times=times)).path)
+    facts = found.facts
+    row = next(row for row in facts.plans if row.segments == facts.chosen.segments)
+    assert (row.ms, row.macs) == (pytest.approx(facts.measured.ms), pytest.approx(facts.chosen.macs))
+    costs = [row.ms for row in facts.plans]
+    assert costs == sorted(costs, reverse=True) and costs[-1] == pytest.approx(facts.measured.per_step_ms)
+    assert sum(each.cost_share for each in facts.segments) == pytest.approx(1)
+    assert "By a profile on onnxruntime (1 thread, 2 rows, 50% of the tokens" in found.text()
+    assert "s a run" in found.text() and BundleFacts.parse(json.loads(json.dumps(found.to_json()))) == facts
+    assert set(found.pictures()) == {"masks.png", "plan.png"}
 
 
 def test_many_subnetworks_are_cut_in_the_text(make_bundle, monkeypatch):

@@ -1,0 +1,106 @@
+"""Fitting costs to what a profile measured: least squares with no negative coefficients. NumPy alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import combinations, groupby
+from typing import Any
+
+import numpy as np
+
+from dydit.bundle.costs import Residency, StepTimes
+from dydit.bundle.stored import Precision
+from dydit.errors import ConfigError
+from dydit.export.plan import Plan
+from dydit.export.sizes import PlanSizes, fixed_bytes, unit_bytes
+from dydit.models.config import ModelConfig
+from dydit.verify.profile_points import Point
+
+TIME_TERMS = ("fixed", "block", "attention", "head", "mlp", "group")
+WORKSPACES, MARGIN = 3, 0.1
+"""Whole models take up to this many times a step's workspace, and more than the fit: the heap keeps what is freed."""
+RESIDENCY_TERMS = ("subnet", "block", "mapped", "joined", "shared")
+
+
+def non_negative(columns: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """The least squares solution, no coefficient below 0: the best of all choices of those that are 0.
+
+    `columns` [points, terms] with few terms, `values` [points]; returns [terms].
+    """
+    terms = columns.shape[1]
+    best, least = np.zeros(terms), float(values @ values)
+    scale = np.maximum(np.abs(columns).max(axis=0), 1e-300)
+    for count in range(1, terms + 1):
+        for kept in map(list, combinations(range(terms), count)):
+            found, _, rank, _ = np.linalg.lstsq(columns[:, kept] / scale[kept], values, rcond=None)
+            if rank < count or (found < 0).any():
+                continue
+            rest = values - columns[:, kept] @ (found / scale[kept])
+            if rest @ rest < least * (1 - 1e-9):
+                best, least = np.zeros(terms), float(rest @ rest)
+                best[kept] = found / scale[kept]
+    return best
+
+
+def fit_times(points: Sequence[Point], ms: Sequence[Sequence[float]], settings: Mapping[str, Any]) -> StepTimes:
+    """Times by the medians of each point's rounds, in milliseconds; relative deviations count.
+
+    `settings`: the other fields of `StepTimes`. Raises `ConfigError` where no cost of a head or a group can be told.
+    """
+    columns = np.array([_time_terms(point) for point in points], np.float64)
+    medians = np.array([np.median(rounds) for rounds in ms])
+    found = dict(zip(TIME_TERMS, non_negative(columns / medians[:, None], np.ones(len(medians))).tolist(), strict=True))
+    for term in ("head", "group"):
+        if found[term] <= 0:
+            raise ConfigError(
+                f"the times measured here do not grow with the number of {term}s (a busy machine, or a very small "
+                "model), so no plan can go by them; try again, or use --cost macs"
+            )
+    fitted = columns @ np.array([found[term] for term in TIME_TERMS])
+    return StepTimes(**settings, **found, deviation=float(np.abs(fitted / medians - 1).max()))
+
+
+def _time_terms(point: Point) -> list[int]:
+    heads, groups, depth = point.heads, point.groups, point.depth
+    each = (heads > 0, heads, groups > 0, groups)
+    return [1, depth, *(depth * count for count in each)]
+
+
+def fit_residency(
+    points: Sequence[Point],
+    model: ModelConfig,
+    precision: Precision,
+    settled: Sequence[int],
+    workspace: int,
+    settings: Mapping[str, Any],
+) -> Residency:
+    """Memory by what the process grew, in bytes, as the points were loaded one after another, the first one aside.
+
+    `settings`: the other fields of `Residency`.
+    """
+    columns = np.diff(_loaded_terms(points, model, precision), axis=0)
+    grown = np.diff(np.asarray(settled, np.float64))
+    found = dict(zip(RESIDENCY_TERMS, non_negative(columns, grown).tolist(), strict=True))
+    fitted = columns @ np.array([found[term] for term in RESIDENCY_TERMS])
+    off = np.abs(np.cumsum(fitted - grown)).max() / max(float(np.abs(grown).sum()), 1.0)
+    each = {term: math.ceil(found.pop(term)) for term in ("subnet", "block")}
+    return Residency(**settings, workspace=WORKSPACES * workspace, **each, **found, deviation=float(off), margin=MARGIN)
+
+
+def _loaded_terms(points: Sequence[Point], model: ModelConfig, precision: Precision) -> np.ndarray:
+    """What is loaded after each point, [points, terms]: subnetworks, their blocks, bytes mapped, joined and shared."""
+    rows, before = [], np.zeros(len(RESIDENCY_TERMS))
+    for depth, group in groupby(points, key=lambda point: point.depth):
+        cut = model.model_copy(update={"depth": depth})
+        unit_sizes, fixed = unit_bytes(cut, precision), fixed_bytes(cut, precision)
+        units, row = np.zeros(unit_sizes.shape, bool), before
+        for point in group:
+            masks = point.masks(model.num_heads)
+            (subnet,) = PlanSizes(masks, unit_sizes, fixed).subnets(Plan((0, len(masks)), 0.0))
+            units |= subnet.mapped_units
+            row = row + np.array([1, depth, subnet.mapped, subnet.joined, 0.0])
+            row[-1] = before[-1] + (units * unit_sizes).sum() + fixed
+            rows.append(row)
+        before = row
+    return np.array(rows)
