@@ -8,6 +8,10 @@ Bars: MLP multiply-adds by capacity, repeated steps among them, at most 1.1 of d
 step-blocks overflow, in batches drawn from held-out images as in those that were sampled; relative L2 of every image
 after 250 steps at most 1e-5. Exit code 1 where one is missed. --work keeps what was counted, so that a run that was
 stopped goes on. About ten minutes on two cores.
+
+Quantile 0.998 and margin 0.01, the defaults, were chosen on images of seeds 0 and 1 (any 116 to 128 of them to
+calibrate on, the others held out), where both bars hold for every split with room on either side; --seed 10 takes
+images that had no part in that.
 """
 
 from __future__ import annotations
@@ -106,6 +110,7 @@ def main() -> int:
     parser.add_argument("--held-out", type=int, default=CalibrationConfig().held_out, help="others, to verify on")
     parser.add_argument("--quantile", type=float, default=CapacityConfig().quantile)
     parser.add_argument("--margin", type=float, default=CapacityConfig().margin)
+    parser.add_argument("--seed", type=int, default=0, help="of the images calibrated on; the others have the next two")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--work", type=Path, help="folder for what is counted and made, which stays")
     parser.add_argument("--json", type=Path, help="file for the figures")
@@ -116,6 +121,7 @@ def main() -> int:
     config = CalibrationConfig(
         samples=given.samples,
         held_out=given.held_out,
+        seed=given.seed,
         cfg_scales=(given.cfg_scale,),
         capacity=CapacityConfig(quantile=given.quantile, margin=given.margin, batch_sizes=(given.batch,)),
     )
