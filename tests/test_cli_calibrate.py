@@ -122,6 +122,41 @@ def test_a_model_without_token_routers(run, make_checkpoint, small_config, tmp_p
     assert names(tmp_path) == []
 
 
+@pytest.mark.parametrize("content", [None, b"", b"no checkpoint\n" * 99])
+def test_a_checkpoint_that_is_none(run, tmp_path: Path, content: bytes | None) -> None:
+    file = tmp_path / "model.pt"
+    if content is not None:
+        file.write_bytes(content)
+    assert_refused(run("calibrate", file, "--out", tmp_path / "c.json", *SMALL), str(file))
+    assert names(tmp_path) == ([] if content is None else ["model.pt"])
+
+
+def test_progress_goes_to_a_terminal_and_a_stopped_run_goes_on(
+    run, checkpoint: Path, tmp_path: Path, monkeypatch
+) -> None:
+    from dydit.runtime.loop import StepRunner
+
+    call, steps = ["calibrate", checkpoint, *SMALL, "--out", tmp_path / "c.json"], []
+    plain = StepRunner.run
+
+    def stopping(self, step, *arguments):
+        steps.append(step)
+        if len(steps) == STEPS + 2:
+            raise KeyboardInterrupt
+        return plain(self, step, *arguments)
+
+    monkeypatch.setattr(StepRunner, "run", stopping)
+    assert run(*call) == Run(130, "", "dydit: error: interrupted\n")
+    (work,) = tmp_path.iterdir()
+    assert work.name.startswith(".c.json.") and (work / "0-0.npz").is_file()
+    steps.clear()
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    done = run(*call)
+    assert done.code == 0 and f"\rcalibrate: {2 * STEPS}/{2 * STEPS} (100 %)" in done.err
+    assert steps == list(range(STEPS)), "the batch that was finished is not sampled again"
+    assert names(tmp_path) == ["c.json", "c.png"]
+
+
 def test_outputs_that_are_there_or_meet(run, checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "c.png").write_text("mine")
     assert_refused(run("calibrate", checkpoint, "--out", tmp_path / "c.json", *SMALL), "c.png exists already")

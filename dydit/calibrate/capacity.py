@@ -103,10 +103,9 @@ class Groups:
     rows: int  # of an image
     images: int  # from which they were drawn
 
-    @property
-    def per_row(self) -> np.ndarray:
-        """Mean tokens of a row in each group, float64 [G, S, L]."""
-        return self.totals / (self.batch * self.rows)
+    def per_row(self, first: int, end: int, block: int) -> np.ndarray:
+        """Mean tokens of a row in each group, of steps first..end-1 of a block, float64 [G, end - first]."""
+        return np.asarray(self.totals[:, first:end, block] / (self.batch * self.rows))
 
 
 def draw_groups(counts: TokenCounts, batch: int, groups: int, seed: int) -> Groups:
@@ -143,7 +142,7 @@ def choose_capacities(
     return np.array(
         [
             [
-                _capacity(max(_quantile(each.per_row[:, first:end, block], config.quantile) for each in groups), config)
+                _capacity(max(_quantile(each.per_row(first, end, block), config.quantile) for each in groups), config)
                 for block in range(groups[0].totals.shape[2])
             ]
             for first, end in itertools.pairwise(bounds)

@@ -64,7 +64,7 @@ def _need(axis: Any, result: CalibrationResult, segment: int, block: int) -> Non
 
     tokens = result.calibration.tokens
     first, end = result.bounds[segment : segment + 2]
-    needed = np.concatenate([each.per_row[:, first:end, block].reshape(-1) for each in result.groups])
+    needed = np.concatenate([each.per_row(first, end, block).reshape(-1) for each in result.groups])
     chosen = tokens.capacities[segment][block]
     lowest, highest = int(needed.min()), max(int(np.ceil(needed.max())), chosen)
     counts, edges = np.histogram(needed, bins=min(24, 4 * (highest - lowest) + 1), range=(lowest, highest + 1))
