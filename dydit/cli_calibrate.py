@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from dydit.bundle.stored import Precision
+from dydit.calibrate.ranges import Method
 from dydit.cli_options import (
     PATH,
     CommandGroup,
@@ -67,6 +69,21 @@ def add_calibrate(group: CommandGroup) -> None:
     default=(16,),
     help="Images of a batch that shall fit; may be given again. Smaller batches vary more, so they need more slots.",
 )
+@click.option(
+    "--activations",
+    type=click.Choice([each.value for each in Method]),
+    help="Also choose ranges of what enters linear layers, for --precision int8-static and fp8: all values (minmax), "
+    "all but few (percentile), the least error (mse), the distribution kept best (entropy).",
+)
+@click.option(
+    "--percentile",
+    type=float,
+    metavar="P",
+    help="Share of values within the range, for that method.  [default: 0.9999]",
+)
+@click.option(
+    "--activation-images", type=click.IntRange(min=1), default=32, help="Images whose activations are watched."
+)
 @heads_option
 @backend_options
 @json_option
@@ -90,7 +107,7 @@ def calibrate_command(
     as_json: bool,
     **settings: Any,
 ) -> None:
-    """Choose how many token slots each segment and block gets, for `dydit export --routing capacity --calibration`.
+    """Choose token slots, and ranges of activations, by segment and block, for `dydit export --calibration`.
 
     Samples the dynamic model CHECKPOINT, counts the tokens that its routers send through the MLPs, chooses capacities
     for the plan that is to be exported, and verifies them on other images. Where a step's tokens do not fit after all,
@@ -132,12 +149,13 @@ def calibrate_command(
         return
     held = tokens.held_out
     options_text = _plan_words(plan, steps, sampler)
+    eighth = f" --precision {Precision.INT8_STATIC}" if result.calibration.activations else ""
     say(
         f"{out}: capacities of {len(tokens.capacities)} segments; on {held.images} held-out images {held.rate:.3%} of "
         f"step-blocks overflow (below {held.upper:.2%} with 95 % confidence; predicted: {tokens.predicted.rate:.3%}), "
         f"and MLPs compute {held.mlp_ratio - 1:.1%} more than with dynamic routing, repeated steps among it",
         *([f"Look at {picture}"] if picture.exists() else []),
-        f"Next: dydit export {checkpoint}{options_text} --routing capacity --calibration {out} --out BUNDLE",
+        f"Next: dydit export {checkpoint}{options_text}{eighth} --routing capacity --calibration {out} --out BUNDLE",
     )
 
 

@@ -180,3 +180,34 @@ def test_a_plan_by_measured_times_does_not_repeat(run, checkpoint: Path, tmp_pat
     run("calibrate", checkpoint, "--out", tmp_path / "c.json", *SMALL)
     call = ["export", checkpoint, "--steps", STEPS, "--routing", "capacity", "--calibration", tmp_path / "c.json"]
     assert_refused(run(*call, "--cost", "measured", "--out", tmp_path / "out"), "plans by --cost measured vary")
+
+
+@pytest.mark.parametrize("method", ["minmax", "percentile", "mse", "entropy"])
+def test_ranges_of_activations_then_8_bits(run, checkpoint: Path, tmp_path: Path, method: str) -> None:
+    file, bundle = tmp_path / "c.json", tmp_path / "bundle"
+    watch = ["--activations", method, "--activation-images", 4, "--percentile", 0.99]
+    done = run("calibrate", checkpoint, "--out", file, *SMALL, *watch)
+    assert done.code == 0 and done.err == "", done.err
+    ranges = read_calibration(file).activations
+    assert ranges is not None and (ranges.method, ranges.images, len(ranges.thresholds)) == (method, 4, 2)
+    again = tmp_path / "again.json"
+    run("calibrate", checkpoint, "--out", again, *SMALL, *watch)
+    assert again.read_bytes() == file.read_bytes()
+    assert "--precision int8-static --routing capacity" in done.out.splitlines()[-1]
+    plan = ["--steps", STEPS, "--max-subnets", 2]
+    done = run("export", checkpoint, *plan, "--precision", "fp8", "--calibration", file, "--out", bundle)
+    assert done.code == 0, done.err
+    weights = Bundle.open(bundle).manifest.weights
+    assert weights["blocks.0.fc1.weight"].dtype == "float8_e4m3fn" and "blocks.0.fc1.scale" in weights
+    done = run("sample", bundle, "--labels", "1,2", "--out", tmp_path / "samples")
+    assert done.code == 0, done.err
+
+
+def test_8_bits_without_their_ranges(run, checkpoint: Path, tmp_path: Path) -> None:
+    file, plan = tmp_path / "c.json", ["--steps", STEPS, "--max-subnets", 2]
+    assert run("calibrate", checkpoint, "--out", file, *SMALL).code == 0
+    kept = names(tmp_path)
+    export = ["export", checkpoint, *plan, "--precision", "int8-static", "--out", tmp_path / "bundle"]
+    assert_refused(run(*export), "int8-static needs a calibration: `dydit calibrate --activations minmax` makes it")
+    assert_refused(run(*export, "--calibration", file), "the calibration has no ranges of activations")
+    assert names(tmp_path) == kept

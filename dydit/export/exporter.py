@@ -34,7 +34,7 @@ from dydit.bundle.manifest import (
 )
 from dydit.bundle.stored import WEIGHTS, Precision, WeightEntry
 from dydit.bundle.vae import VaeEntry
-from dydit.calibrate.activations import ActivationRanges, require_segments
+from dydit.calibrate.activations import ActivationRanges
 from dydit.calibrate.file import Calibration
 from dydit.diffusion.coefficients import step_coefficients
 from dydit.diffusion.schedule import TRAIN_STEPS, Sampler, Schedule
@@ -55,6 +55,7 @@ from dydit.export.graph import (
 from dydit.export.library import FunctionLibrary
 from dydit.export.masks import activity_order, by_slot, freeze_masks
 from dydit.export.plan import Plan, budget_plan, merged_plan, per_step_plan, plan_cost
+from dydit.export.scales import Scales, segment_scales
 from dydit.export.sizes import PlanSizes, fixed_bytes, unit_bytes
 from dydit.export.vae import export_vae
 from dydit.export.weights import write_weights
@@ -64,7 +65,6 @@ from dydit.models.config import ModelConfig, Strict
 from dydit.models.layout import stored_tensors
 
 Progress = Callable[[int, int], None]
-LARGEST = {Precision.INT8_STATIC: 127.0, Precision.FP8: 448.0}
 GUIDED_CHANNELS = 3  # what the reference guides by default
 
 
@@ -99,16 +99,16 @@ class ExportConfig(Strict):
             raise ValueError("a memory budget goes with the memory-budget plan, and only with it")
         if self.capacities is not None and self.routing is not Routing.CAPACITY:
             raise ValueError("capacities go with capacity routing only")
-        if self.calibration is not None and self.routing is not Routing.CAPACITY:
-            raise ValueError("a calibration goes with capacity routing only")
+        if self.calibration is not None and self.routing is not Routing.CAPACITY and not self.precision.is_calibrated:
+            raise ValueError("a calibration goes with capacity routing, and with the precisions int8-static and fp8")
         if self.calibration is not None and self.capacities is not None:
             raise ValueError("capacities come from a calibration or are given, not both")
         if self.precision.in_8_bits and self.plan is PlanKind.SLIDING:
             raise ValueError(
                 f"a sliding plan has its weights as inputs, which are not packed for {self.precision}; use another plan"
             )
-        if self.precision.is_calibrated and self.activations is None:
-            raise ValueError(f"{self.precision} needs calibrated activations: make them with `dydit calibrate`")
+        if self.precision.is_calibrated and self.activations is None and self.calibration is None:
+            raise ValueError(f"{self.precision} needs a calibration: `dydit calibrate --activations minmax` makes it")
         if self.activations is not None and not self.precision.is_calibrated:
             raise ValueError(f"calibrated activations go with int8-static and fp8, not with {self.precision}")
         if self.vae_tile is not None and self.vae is None:
@@ -192,7 +192,7 @@ class _Job:
     capacities: tuple[Capacities, ...] | None  # of each segment
     cfg_channels: int
     precision: Precision
-    input_scales: list[tuple[tuple[float, ...], ...]] | None
+    input_scales: tuple[Scales, ...] | None
 
 
 def _make_job(
@@ -212,10 +212,7 @@ def _make_job(
     routing = config.routing if model.dynamic else None
     sliding, schedule = config.plan is PlanKind.SLIDING, Schedule.respaced(config.steps)
     capacities = segment_capacities(checkpoint, config, masks, plan)
-    scales = None
-    if config.activations is not None:
-        require_segments(config.activations, len(plan.segments), model.depth)
-        scales = config.activations.input_scales(LARGEST[config.precision])
+    scales = segment_scales(checkpoint, config, masks, plan)
     return _Job(
         *(model, schedule, order, masks, plan, measured, sliding, routing, capacities, cfg_channels),
         *(config.precision, scales),
@@ -280,7 +277,7 @@ def segment_spec(
     masks: np.ndarray,
     routing: Routing | None,
     capacities: tuple[int, ...] | None,
-    input_scales: tuple[tuple[float, ...], ...] | None = None,
+    input_scales: Scales | None = None,
 ) -> SubnetSpec:
     """The subnetwork for the union of the masks [steps, L, 2, H]; parts that the steps do not share are gated."""
     union = np.asarray(masks.any(axis=0))

@@ -20,11 +20,14 @@ from pydantic import Field, field_validator
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.manifest import PlanKind
 from dydit.calibrate import capacity
+from dydit.calibrate.activations import ActivationRanges
 from dydit.calibrate.capacity import CapacityConfig, Groups, drawn_for, require_samples
 from dydit.calibrate.file import Calibration, OverflowRates, TokenCalibration, plan_sha256
+from dydit.calibrate.ranges import Method
 from dydit.calibrate.tokens import TokenCounter, TokenCounts, merge, spread_labels, spread_scales
 from dydit.errors import CalibrationError
 from dydit.export.exporter import ExportConfig, export, planned_steps
+from dydit.export.plan import Plan
 from dydit.files import atomic_file
 from dydit.models.checkpoint import Checkpoint
 from dydit.models.config import ModelConfig, Strict
@@ -34,6 +37,7 @@ from dydit.runtime.loop import StepRunner
 from dydit.runtime.noise import SeededNoise
 from dydit.runtime.request import DEFAULT_CFG_SCALE, UINT64, Batch, make_batches
 from dydit.runtime.resident import ResidentSubnets
+from dydit.verify.activations import observe
 
 Progress = Callable[[int, int], None]
 MOST_AT_ONCE = 32
@@ -45,7 +49,8 @@ RATIO_DIGITS = 6
 class CalibrationConfig(Strict):
     """What to sample: `samples` images to calibrate on and `held_out` others to verify on, over all guidance scales.
 
-    Image i of the first draws its noise from (seed, i), of the others from (seed + 1, i).
+    Image i of the first draws its noise from (seed, i), of the others from (seed + 1, i). `activations`: how ranges of
+    what enters linear layers are chosen, where they are wanted, from `activation_images` images of the first.
     """
 
     samples: int = Field(default=128, ge=1)
@@ -53,6 +58,9 @@ class CalibrationConfig(Strict):
     seed: int = Field(default=0, ge=0, lt=UINT64 - 1)
     cfg_scales: tuple[float, ...] = Field(default=(DEFAULT_CFG_SCALE,), min_length=1)
     capacity: CapacityConfig = CapacityConfig()
+    activations: Method | None = None
+    percentile: float | None = Field(default=None, gt=0, le=1)
+    activation_images: int = Field(default=32, ge=1)
 
     @field_validator("cfg_scales")
     @classmethod
@@ -135,6 +143,7 @@ def run_calibration(
                 predicted=rates(seen, groups),
                 held_out=rates(others, drawn_for(others, config.capacity, config.seed + 1)),
             ),
+            activations=_ranges(checkpoint, exported, plan, config, progress),
         ),
         bundle.manifest.sampling.timesteps,
         plan.bounds,
@@ -142,12 +151,33 @@ def run_calibration(
     )
 
 
+def _ranges(
+    checkpoint: Checkpoint, exported: ExportConfig, plan: Plan, config: CalibrationConfig, progress: Progress | None
+) -> ActivationRanges | None:
+    """Ranges of the plan's segments, where they are wanted."""
+    if config.activations is None:
+        return None
+    labels = spread_labels(config.activation_images, checkpoint.config.num_classes)
+    seen = observe(
+        checkpoint,
+        plan.segments,
+        labels,
+        config.cfg_scales,
+        exported.steps,
+        exported.sampler,
+        config.seed,
+        cfg_channels=exported.cfg_channels,
+        progress=progress,
+    )
+    return seen.choose(config.activations, config.activation_images, config.percentile)
+
+
 def work_name(checkpoint: Checkpoint, exported: ExportConfig, config: CalibrationConfig) -> str:
     """The name of a work folder: the same for runs that sample the same images, whatever they choose then."""
     what = {
         "checkpoint": checkpoint.sha256,
         "run": [exported.steps, exported.sampler],
-        "images": config.model_dump(mode="json", exclude={"capacity"}),
+        "images": config.model_dump(mode="json", include={"samples", "held_out", "seed", "cfg_scales"}),
     }
     return f"{hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]}.work"
 

@@ -102,7 +102,9 @@ def test_refusals(seen, make_bundle, make_checkpoint):
     ranges = seen.choose(Method.MINMAX, len(LABELS))
     with pytest.raises(CalibrationError, match=r"the calibration is of 4 segments of 3 blocks, this plan has 2 of 3"):
         make_bundle(max_subnets=2, precision=Precision.INT8_STATIC, activations=ranges)
-    with pytest.raises(ConfigError, match="int8-static needs calibrated activations"):
+    with pytest.raises(
+        ConfigError, match="int8-static needs a calibration: `dydit calibrate --activations minmax` makes it"
+    ):
         parse_config(ExportConfig, {"precision": "int8-static"})
     with pytest.raises(ConfigError, match="calibrated activations go with int8-static and fp8, not with fp16"):
         parse_config(ExportConfig, {"precision": "fp16", "activations": ranges})
