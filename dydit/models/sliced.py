@@ -34,7 +34,7 @@ class SlicedOutput:
 
 
 @dataclass(frozen=True)
-class _Block:
+class SlicedBlock:
     """A block's weights, cut to its slots. Row-contiguous slots are views of the stored tensors."""
 
     index: int
@@ -119,7 +119,7 @@ class SlicedDiT:
             return SlicedOutput(x_prev, overflow)
         return SlicedOutput(x_prev, overflow, torch.stack(tokens), torch.stack(residuals))
 
-    def _attention(self, block: _Block, x: Tensor, gates: Tensor | None) -> Tensor:
+    def _attention(self, block: SlicedBlock, x: Tensor, gates: Tensor | None) -> Tensor:
         heads = len(block.heads)
         if not heads:
             return block.proj_bias.to(x.dtype)
@@ -130,13 +130,13 @@ class SlicedDiT:
             out = out * gates[block.heads][:, None, None].to(out.dtype)
         return self.linear(block, "proj", out.transpose(1, 2).flatten(2)).to(x.dtype)
 
-    def linear(self, block: _Block, layer: str, x: Tensor) -> Tensor:
+    def linear(self, block: SlicedBlock, layer: str, x: Tensor) -> Tensor:
         """One of a block's layers qkv, proj, fc1, fc2 on x [..., in], in the weight's dtype."""
         weight, bias = getattr(block, layer), getattr(block, f"{layer}_bias")
         x = x.to(weight.dtype)
         return F.linear(x, weight, bias) if layer in ("qkv", "fc1") else x @ weight + bias
 
-    def _route(self, block: _Block, x: Tensor) -> Tensor | None:
+    def _route(self, block: SlicedBlock, x: Tensor) -> Tensor | None:
         """Token decisions, bool [R, N], from the residual stream; None where every token enters the MLP."""
         if block.router is None:
             return None
@@ -163,7 +163,7 @@ class SlicedDiT:
         left = entering + gate[row, 0] * self._feed_forward(block, hidden, gates)
         return flat.index_copy(0, chosen, left).view_as(x), overflow
 
-    def _feed_forward(self, block: _Block, x: Tensor, gates: Tensor | None) -> Tensor:
+    def _feed_forward(self, block: SlicedBlock, x: Tensor, gates: Tensor | None) -> Tensor:
         if not len(block.groups):
             return block.fc2_bias.to(x.dtype).expand_as(x)
         hidden = F.gelu(self.linear(block, "fc1", x), approximate="tanh")
@@ -217,7 +217,7 @@ def _rows(stored: Tensor, slots: Sequence[int]) -> Tensor:
 
 def _cut(
     config: ModelConfig, weights: Mapping[str, Tensor], index: int, heads: Sequence[int], groups: Sequence[int]
-) -> _Block:
+) -> SlicedBlock:
     def of(name: str) -> Tensor:
         return weights[f"blocks.{index}.{name}"]
 
@@ -227,7 +227,7 @@ def _cut(
         else None
     )
     device = weights["embed.bias"].device
-    return _Block(
+    return SlicedBlock(
         index=index,
         qkv=_rows(of("qkv.weight"), heads),
         qkv_bias=_rows(of("qkv.bias"), heads),

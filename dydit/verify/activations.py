@@ -7,6 +7,7 @@ heads and groups that are on, and of the tokens those that are routed. A value b
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from dydit.errors import ConfigError
 from dydit.export.masks import freeze_masks
 from dydit.models.checkpoint import Checkpoint
 from dydit.models.layout import stored_tensors
-from dydit.models.sliced import SlicedDiT, conditioning
+from dydit.models.sliced import SlicedBlock, SlicedDiT, conditioning
 from dydit.runtime.noise import SeededNoise
 from dydit.runtime.request import make_batches
 
@@ -32,7 +33,7 @@ class WatchedDiT(SlicedDiT):
 
     watch: Observe
 
-    def linear(self, block, layer: str, x: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+    def linear(self, block: SlicedBlock, layer: str, x: Tensor) -> Tensor:
         """The layer, once its input has been shown."""
         self.watch(block.index, layer, x.numpy())
         return super().linear(block, layer, x)
@@ -72,8 +73,7 @@ def observe(
     for step in range(steps):
         units = [[np.flatnonzero(block).tolist() for block in masks[step, :, part]] for part in (0, 1)]
         model = WatchedDiT(config, weights, units[0], units[1], channels)
-        segment = segment_of[step]
-        model.watch = lambda block, layer, values, segment=segment: seen.add(segment, block, layer, values)
+        model.watch = partial(seen.add, segment_of[step])
         for index, each in enumerate(batches):
             scale = float(cfg_scales[index % len(cfg_scales)])
             rows = np.concatenate([each.labels, np.full_like(each.labels, config.null_class)])
