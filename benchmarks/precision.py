@@ -136,7 +136,7 @@ def picture(images: dict[str, np.ndarray]) -> bytes:
 def main() -> int:
     """Run, print, and say by the exit code whether the bars hold."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=200)
+    parser.add_argument("--samples", type=int, default=100)
     parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--cfg-scale", type=float, default=1.5)
     parser.add_argument("--json", type=Path, help="file for the figures")
