@@ -74,8 +74,8 @@ RIVALS = (
 )
 # The first dynamic one is what the plot's bound is drawn for.
 BUNDLES = (
-    Ours("dydit sliding", ExportConfig(plan=PlanKind.SLIDING)),
     Ours(FP32, ExportConfig(plan=PlanKind.PER_STEP)),
+    Ours("dydit sliding", ExportConfig(plan=PlanKind.SLIDING)),
     Ours(INT8, ExportConfig(plan=PlanKind.PER_STEP, precision=Precision.INT8)),
     Ours(STATIC, ExportConfig(), dynamic=False),
 )
