@@ -128,7 +128,10 @@ def test_a_calibration_that_was_changed(make_checkpoint, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"routing": "dynamic"}, "a calibration goes with capacity routing only"),
+        (
+            {"routing": "dynamic"},
+            "a calibration goes with capacity routing, and with the precisions int8-static and fp8",
+        ),
         ({"routing": "capacity", "capacities": (4, 4, 4)}, "come from a calibration or are given, not both"),
     ],
 )
