@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.costs import Measured
-from dydit.bundle.graph_io import GROUP_WEIGHTS, HEAD_WEIGHTS
+from dydit.bundle.graph_io import GROUP_TENSORS, HEAD_TENSORS
 from dydit.bundle.manifest import (
     CONDITIONING,
     MANIFEST,
@@ -321,7 +321,7 @@ def _subnet_entry(
     units = len(job.order[0, 0])
     used = sum(
         weights[f"blocks.{block}.{part}"].nbytes // units * len(slots[block])
-        for slots, parts in ((spec.heads, (*HEAD_WEIGHTS, "qkv.scale")), (spec.groups, (*GROUP_WEIGHTS, "fc1.scale")))
+        for slots, parts in ((spec.heads, HEAD_TENSORS), (spec.groups, GROUP_TENSORS))
         for block in range(job.model.depth)
         for part in parts
         if f"blocks.{block}.{part}" in weights  # scales are there with 8 bits only

@@ -31,10 +31,10 @@ from dydit.bundle.graph_io import (
 )
 from dydit.bundle.manifest import Routing
 from dydit.bundle.stored import WEIGHTS, Precision, WeightEntry
+from dydit.calibrate.activations import LAYERS
 from dydit.export.library import FunctionLibrary, call
 from dydit.export.ops import CONTRIB, DATA_TYPES, DOMAIN, IR_VERSION, OPSET, Ops
 from dydit.export.products import weight_parts
-from dydit.export.quantize import LAYERS
 from dydit.export.weights import ALIGNMENT, runs
 from dydit.models.config import ModelConfig
 

@@ -14,8 +14,8 @@ int8, for activations x [T, K] and weights W [K, N], sums over k in exact 32-bit
 z is 128 for values of both signs, s[t] = max_k |x[t, k]| / 127. GELU gives nothing below -0.17004, so after it z is 32:
 32 steps of uint8 serve what is negative and 223 the rest, s[t] = max(max_k x[t, k] / 223, 0.17004 / 32).
 
-uint8 by int8 is what the AVX-512 and AVX kernels of ONNX Runtime are fast for (VNNI): 3.9 times a `Gemm` in fp32, where
-int8 by int8 takes 3 times as long as that. The operators are ONNX Runtime's own (domain com.microsoft).
+uint8 by int8 is what the AVX-512 and AVX kernels of ONNX Runtime are fast for (VNNI); int8 by int8 is slower there than
+fp32. The operators are ONNX Runtime's own (domain com.microsoft).
 """
 
 from __future__ import annotations

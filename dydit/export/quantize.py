@@ -8,14 +8,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-LAYERS = ("qkv", "proj", "fc1", "fc2")
-"""The linear layers of a block whose weights are in 8 bits; adaLN, routers, embedding and final layer stay in fp32."""
+from dydit.calibrate.activations import LAYERS
+
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 _OUT_MAJOR = ("qkv", "fc1")  # [units, out of a unit, in]; the others are [units, in of a unit, out]
 
 
 def is_quantized(name: str) -> bool:
-    """Whether a stored tensor (`dydit.models.layout`) is in 8 bits in a bundle of such a precision."""
+    """Whether a tensor of `dydit.models.layout` is stored in 8 bits where weights are: those of `LAYERS`.
+
+    adaLN, routers, embedding and final layer stay in fp32.
+    """
     return name.startswith("blocks.") and tuple(name.split(".")[2:]) in {(layer, "weight") for layer in LAYERS}
 
 

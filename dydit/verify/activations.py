@@ -17,6 +17,7 @@ from dydit.calibrate.activations import Observations
 from dydit.diffusion.coefficients import step_coefficients
 from dydit.diffusion.schedule import Sampler, Schedule
 from dydit.errors import ConfigError
+from dydit.export.exporter import GUIDED_CHANNELS
 from dydit.export.masks import freeze_masks
 from dydit.models.checkpoint import Checkpoint
 from dydit.models.layout import stored_tensors
@@ -64,7 +65,7 @@ def observe(
     masks = freeze_masks(checkpoint.width_routers(), timesteps)
     weights = dict(stored_tensors(checkpoint.state, config))
     coefficients = torch.from_numpy(step_coefficients(schedule, sampler, config.learn_sigma).astype(np.float32))
-    channels = min(3, config.in_channels) if cfg_channels is None else cfg_channels
+    channels = min(GUIDED_CHANNELS, config.in_channels) if cfg_channels is None else cfg_channels
     noise = SeededNoise(seed, (config.in_channels, config.input_size, config.input_size))
     batches = make_batches(labels, range(len(labels)), batch)
     latents = [torch.from_numpy(noise.initial(each)) for each in batches]

@@ -15,7 +15,7 @@ import numpy as np
 
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.costs import StepTimes
-from dydit.bundle.graph_io import GROUP_WEIGHTS, HEAD_WEIGHTS
+from dydit.bundle.graph_io import GROUP_TENSORS, HEAD_TENSORS
 from dydit.bundle.manifest import MANIFEST, Manifest
 from dydit.bundle.vae import VAE_DECODER, VAE_WEIGHTS
 from dydit.diffusion.schedule import Schedule
@@ -236,7 +236,7 @@ def _unit_bytes(manifest: Manifest) -> np.ndarray:
     config = manifest.model
     sizes = np.empty((config.depth, 2, config.num_heads))
     for block in range(config.depth):
-        for part, names in enumerate(((*HEAD_WEIGHTS, "qkv.scale"), (*GROUP_WEIGHTS, "fc1.scale"))):
+        for part, names in enumerate((HEAD_TENSORS, GROUP_TENSORS)):
             stored = (manifest.weights.get(f"blocks.{block}.{name}") for name in names)
             total = sum(entry.nbytes for entry in stored if entry)
             sizes[block, part] = total / config.num_heads

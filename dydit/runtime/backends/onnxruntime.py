@@ -5,8 +5,8 @@ Many sessions live in one process, so none may hold what it does not need while 
 - threads do not spin: with other work on the machine spinning made a step twice as slow (310 against 145 ms);
 - no memory arena: each would keep the activations of its largest step (24 MB for one image), to save 1.5 % of time;
 - weights stay one shared map of `weights.bin`, unless `BackendOptions.packed` asks for each session's own copy. The CPU
-  multiplies fp16 as fp32; a layer is widened when its turn comes, not the whole subnetwork when it is loaded. (DiT-XL/2
-  at half width, one image, one core: loaded in 0.2 instead of 1.4 s and 0.1 instead of 1.6 GB, a step 2.8 not 2.5 s.)
+  multiplies fp16 as fp32; a layer is widened when its turn comes, not the whole subnetwork when it is loaded: less
+  memory and loading, for somewhat longer steps (`benchmarks/xl.py` measures it).
 - conditioning, a third of the weights and seldom needed, has a session only while it is evaluated.
 """
 
