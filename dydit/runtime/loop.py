@@ -204,6 +204,7 @@ def sample(
     start, steps, repeated = time.perf_counter(), 0, 0
     segments = runner.backend.bundle.manifest.plan.segments
     total = len(batches) * runner.backend.bundle.manifest.sampling.steps
+    runner.backend.expect(max((len(batch.images) for batch in batches), default=1))
     done = sum(segments[index].count for b in range(len(batches)) for index in range(store.done(b)))
     for index, segment in enumerate(segments):
         waiting = [b for b in range(len(batches)) if store.done(b) == index]

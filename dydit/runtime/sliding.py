@@ -1,13 +1,15 @@
 """One copy of the weights for every width: each block keeps the units that are on in the first places of its rows, so
 that a step's weights are prefixes (DESIGN, decision 12).
 
-    mask of a step          0 1 . 3 4 . 6 .         wanted: units 0 1 3 4 6
-    places before           0 1 2 3 4 5 6 7         the first five hold 0 1 2 3 4
-    exchange places 2, 6    0 1 6 3 4 5 2 7         now they hold what is wanted, in whatever order
+    mask of a step          0 1 . 3 4 . 6 .         wanted: units 0 1 3 4 6, in five places
+    places before           0 1 2 3 4 5 6 7         place 2 is of a unit that is off
+    exchange places 2, 6    0 1 6 3 4 5 2 7         unit 6 takes it
 
-Heads may stand in any order, and so may channel groups, as long as all tensors of the block agree: the model is the
-same function. From one step to the next only the units that toggle move, by exchanges in place. Nothing is lost, so
-nothing is ever read again.
+A unit stands in the place of its number where that is one of the first; units from further behind fill, in order, what
+units that are off leave. So the order of a step's units, and with it the rounding of its sums, depends on its mask
+alone, and a run that goes on in the middle repeats its numbers bit for bit. Heads may stand in any order, and so may
+channel groups, as long as all tensors of the block agree: the model is the same function. From one step to the next
+only units that toggle and fillers move, by exchanges in place. Nothing is lost, so nothing is ever read again.
 """
 
 from __future__ import annotations
@@ -37,16 +39,25 @@ class Exchange:
     second: int
 
 
-def exchanges(places: Sequence[int], wanted: Sequence[int]) -> list[tuple[int, int]]:
-    """The fewest exchanges of places after which the units `wanted` fill the first ones.
-
-    `places`: the unit in each place. Each exchange takes one unit that is not wanted out of the first places and brings
-    one that is in.
-    """
+def front(wanted: Sequence[int]) -> list[int]:
+    """The units of the first places, where those that are on are `wanted`, in ascending order."""
     count, chosen = len(wanted), set(wanted)
-    out = [place for place in range(count) if places[place] not in chosen]
-    into = [place for place in range(count, len(places)) if places[place] in chosen]
-    return list(zip(out, into, strict=True))
+    fillers = iter([unit for unit in wanted if unit >= count])
+    return [place if place in chosen else next(fillers) for place in range(count)]
+
+
+def exchanges(places: Sequence[int], wanted: Sequence[int]) -> list[tuple[int, int]]:
+    """Exchanges of places, in order, after which `front(wanted)` is in front; one for each place that differs, at most.
+
+    `places`: the unit in each place.
+    """
+    row, made = list(places), []
+    for place, unit in enumerate(front(wanted)):
+        if row[place] != unit:
+            other = row.index(unit)
+            row[place], row[other] = unit, row[place]
+            made.append((place, other))
+    return made
 
 
 class Arrangement:

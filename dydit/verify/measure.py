@@ -172,6 +172,9 @@ class _Timed(Backend):
     def subnet(self, index: int, full_capacity: bool = False, debug: bool = False) -> Subnet:
         return self.inner.subnet(index, full_capacity, debug)
 
+    def expect(self, images: int) -> None:
+        self.inner.expect(images)
+
 
 class MeasuredBundle(Measured):
     """A bundle on a backend, run as the sampling loop runs it."""
@@ -182,6 +185,7 @@ class MeasuredBundle(Measured):
         super().__init__(job, self.bundle.manifest.model)
         options = BackendOptions(threads=job.threads, device=job.device, packed=job.side.packed)
         self.backend = _Timed(open_backend(job.side.backend, self.bundle, options))
+        self.backend.expect(len(job.labels))
         plan = self.bundle.manifest.plan
         self.subnet_of = [next(s.subnet for s in plan.segments if step in s.steps) for step in job.steps]
         self.needed = sorted(set(self.subnet_of))

@@ -71,6 +71,7 @@ class _Side:
         bundle = Bundle.open(path, verify=False)
         self._segments, model = bundle.manifest.plan.segments, bundle.manifest.model
         backend = open_backend(job.backend, bundle, BackendOptions(threads=job.threads))
+        backend.expect(job.batch)
         self._subnets = ResidentSubnets(backend)
         self._labels = np.zeros(job.batch, np.int64)
         runner = StepRunner(backend, self._subnets, self._labels, GUIDANCE)

@@ -7,7 +7,6 @@ cannot hold and which no bar allows. `to_json` gives plain dictionaries and list
 from __future__ import annotations
 
 import math
-import os
 import platform
 from collections.abc import Iterable
 from datetime import UTC, datetime
@@ -19,6 +18,7 @@ from typing import Any, Literal, Self
 from pydantic import Field
 
 from dydit.models.config import Strict
+from dydit.runtime.backends.sharing import available_cores
 
 PACKAGES = (
     *("diffusers", "dydit", "numpy", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "onnxscript", "polygraphy"),
@@ -73,16 +73,12 @@ class Machine(Result):
                 continue
         return cls(
             cpu=_cpu_name(),
-            cores=_cores(),
+            cores=available_cores(),
             system=platform.platform(),
             python=platform.python_version(),
             packages=packages,
             date=datetime.now(UTC).isoformat(timespec="seconds"),
         )
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _cpu_name() -> str:

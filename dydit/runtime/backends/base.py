@@ -105,6 +105,9 @@ class Backend(ABC):
     def _conditioning(self, feeds: Arrays) -> np.ndarray:
         """Execute; feeds have been checked."""
 
+    def expect(self, images: int) -> None:  # noqa: B027
+        """How many images the steps to come have, each: a hint, for a backend that is faster when it knows."""
+
     def tile_decoder(self) -> DecodeTile | None:
         """What turns tiles of latents f32 [B, C, tile, tile] into pixels f32 [B, 3, side, side], of a bundle that has a
         VAE decoder; None where the backend has nothing of its own for that, and ONNX Runtime does it.

@@ -2,6 +2,7 @@
 
 Many sessions live in one process, so none may hold what it does not need while idle (figures: DiT-S/2, two cores):
 
+- a batch of as many images as threads is shared out (`dydit.runtime.backends.sharing`);
 - threads do not spin: with other work on the machine spinning made a step twice as slow (310 against 145 ms);
 - no memory arena: each would keep the activations of its largest step (24 MB for one image), to save 1.5 % of time;
 - weights stay one shared map of `weights.bin`, unless `BackendOptions.packed` asks for each session's own copy. The CPU
@@ -14,7 +15,8 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from functools import cached_property
+from collections.abc import Callable
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +24,12 @@ import numpy as np
 
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.graph_io import residual_name, token_mask_name
-from dydit.bundle.manifest import CONDITIONING
+from dydit.bundle.manifest import CONDITIONING, Routing
 from dydit.bundle.stored import Precision
 from dydit.errors import BackendError, one_line
 from dydit.runtime.backends.base import Arrays, Backend, BackendOptions, StepResult, Subnet
 from dydit.runtime.backends.int8 import require_exact_products
+from dydit.runtime.backends.sharing import Sharing
 from dydit.runtime.sliding import SlidingWeights
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -40,17 +43,37 @@ class OnnxRuntimeSubnet(Subnet):
     """A session on a subnetwork's graph; with a sliding plan, the session of all, and the weights that slide."""
 
     def __init__(
-        self, bundle: Bundle, index: int, session: _Session, debug: bool, weights: SlidingWeights | None = None
+        self,
+        bundle: Bundle,
+        index: int,
+        open_session: Callable[[bool], _Session],
+        sharing: Sharing | None,
+        debug: bool,
+        weights: SlidingWeights | None = None,
     ):
         super().__init__(bundle, index)
         self._model, self._debug, self._weights = bundle.manifest.model, debug, weights
-        self._session: _Session | None = session
+        self._open_session, self._sharing = open_session, sharing
+        self._session: _Session | None = None
+        self._apart = False
+        self._ready()
+
+    def _ready(self) -> _Session:
+        """The session, of one thread where threads have images of their own; another one when that has changed."""
+        apart = self._sharing is not None and self._sharing.apart
+        if self._session is None or apart != self._apart:
+            self._session = None  # two would be twice the memory
+            self._session, self._apart = self._open_session(apart), apart
+        return self._session
 
     def _step(self, feeds: Arrays) -> StepResult:
-        assert self._session is not None
+        session = self._ready()
         if self._weights is not None:
             feeds = {**feeds, **self._weights.feeds(self.entry)}
-        out = self._session.run(feeds, self.what)
+        if self._sharing is not None:
+            x_prev = self._sharing.run(feeds, lambda each: session.run(each, self.what))
+            return StepResult(x_prev, np.zeros(self._model.depth, np.int64))
+        out = session.run(feeds, self.what)
         overflow = out.get("token_overflow", np.zeros(self._model.depth, np.int64))
         if not self._debug:
             return StepResult(out["x_prev"], overflow)
@@ -71,7 +94,8 @@ class OnnxRuntimeBackend(Backend):
 
     def __init__(self, bundle: Bundle, options: BackendOptions | None = None):
         super().__init__(bundle, options)
-        self._shared: dict[tuple[str, bool], _Session] = {}
+        self._sessions: dict[tuple[str, bool, bool], _Session] = {}
+        self._sharing = Sharing(bundle.manifest.model, self.options.threads)
         self._loading = threading.Lock()  # the next subnetwork is loaded in the background
         provider = PROVIDERS[self.options.device]
         if provider not in runtime().get_available_providers():
@@ -93,28 +117,46 @@ class OnnxRuntimeBackend(Backend):
         options = dataclasses.replace(self.options, packed=False)
         return _Session(self.bundle.file(CONDITIONING), options, lazy=True)
 
+    def expect(self, images: int) -> None:
+        self._sharing.expected = images
+
     def subnet(self, index: int, full_capacity: bool = False, debug: bool = False) -> Subnet:
         entry = self.bundle.manifest.subnets[index]
         file = entry.full_file if full_capacity and entry.full_file else entry.file
-        if not self.bundle.manifest.sliding:
-            return OnnxRuntimeSubnet(self.bundle, index, self._load(file, debug), debug)
-        with self._loading:
-            if (file, debug) not in self._shared:
-                self._shared[file, debug] = self._load(file, debug)
-        return OnnxRuntimeSubnet(self.bundle, index, self._shared[file, debug], debug, self._sliding)
+        load = partial(self._load if not self.bundle.manifest.sliding else self._load_shared, file, debug)
+        weights = self._sliding if self.bundle.manifest.sliding else None
+        return OnnxRuntimeSubnet(self.bundle, index, load, None if debug else self._shared_out, debug, weights)
 
     @cached_property
     def _sliding(self) -> SlidingWeights:
         return SlidingWeights(self.bundle)
 
-    def _load(self, name: str, debug: bool) -> _Session:
+    @property
+    def _lazy(self) -> bool:
+        """Whether fp16 weights are widened when they are multiplied."""
+        return self.bundle.manifest.precision is Precision.FP16 and not self.options.packed
+
+    @property
+    def _shared_out(self) -> Sharing | None:
+        """Not where a batch shares its token slots, or every run would widen weights for itself."""
+        by_capacity = self.bundle.manifest.routing is Routing.CAPACITY
+        return None if by_capacity or self._lazy or self.options.device != "cpu" else self._sharing
+
+    def _load_shared(self, name: str, debug: bool, apart: bool) -> _Session:
+        """The one session of a sliding plan."""
+        with self._loading:
+            if (name, debug, apart) not in self._sessions:
+                self._sessions.pop((name, debug, not apart), None)
+                self._sessions[name, debug, apart] = self._load(name, debug, apart)
+            return self._sessions[name, debug, apart]
+
+    def _load(self, name: str, debug: bool, apart: bool) -> _Session:
         file = self.bundle.file(name)
         graph = _with_debug_outputs(file, self.bundle.manifest.model.depth) if debug else None
-        precision = self.bundle.manifest.precision
         # Of 8-bit products this optimiser would make fp32 ones.
-        left_out = ("MatMulAddFusion",) if precision.is_calibrated else ()
-        lazy = precision is Precision.FP16 and not self.options.packed
-        return _Session(file, self.options, graph, left_out, lazy)
+        left_out = ("MatMulAddFusion",) if self.bundle.manifest.precision.is_calibrated else ()
+        options = dataclasses.replace(self.options, threads=1) if apart else self.options
+        return _Session(file, options, graph, left_out, self._lazy)
 
 
 class _Session:

@@ -1,9 +1,9 @@
 """The unit weights of a sliding plan on a device: one copy, of which every step reads prefixes (`runtime.sliding`).
 
-They are uploaded once, tensor after tensor, as they are stored. Entering a segment exchanges the units that toggle, by
-copies within the device: three for each tensor of the two units, through a scratch buffer, on the compute stream and so
-in order with the launches. Nothing comes from the host, so no second stream has to refill weights while a step runs,
-and nothing can overtake anything.
+They are uploaded once, tensor after tensor, as they are stored. Entering a segment exchanges the units that toggle, and
+those that fill their places, by copies within the device: three for each tensor of the two units, through a scratch
+buffer, on the compute stream and so in order with the launches. Nothing comes from the host, so no second stream has to
+refill weights while a step runs, and nothing can overtake anything.
 
     units            every tensor of units, 256-byte aligned: places 0 .. H-1, those of the units that are on in front;
                      and place H, with zeros, where a segment has nothing on

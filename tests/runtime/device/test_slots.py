@@ -172,7 +172,7 @@ def test_any_order_of_the_streams_gives_the_same(sliding, fake_device, figures, 
 
 
 @pytest.mark.parametrize("empty", [False, True])
-def test_only_units_that_toggle_move_and_none_comes_from_the_host_again(empty, sliding, figures):
+def test_units_move_only_where_some_toggle_and_none_comes_from_the_host_again(empty, sliding, figures):
     manifest = sliding(empty, **KINDS["dense"]).manifest
     plan = LaunchPlan(manifest, RunShape((2, 2, 1), True), figures(manifest), LaunchOptions())
     uploads = [each for each in plan.setup() if isinstance(each, op.Upload) and each.source.kind == "weights"]
@@ -189,7 +189,7 @@ def test_only_units_that_toggle_move_and_none_comes_from_the_host_again(empty, s
         exchanged += sum((zeros in a) != (zeros in b) for a, b in zip(before, now, strict=True))
         copies = [i for i, each in enumerate(part.run) if isinstance(each, op.Copy) and touches_units(each)]
         assert len(copies) == 3 * 3 * exchanged, "three tensors of a part, three copies for each"
-        assert exchanged <= sum(len(a ^ b) for a, b in zip(before, now, strict=True)), "what toggles, at most"
+        assert exchanged <= sum(len(b) for a, b in zip(before, now, strict=True) if a != b), "what differs, at most"
         launches = [i for i, each in enumerate(part.run) if isinstance(each, op.Launch | op.WarmUp | op.Replay)]
         assert max(copies, default=-1) < launches[0], "batches follow one another without moves"
         assert not any(isinstance(each, op.Upload) and each.source.kind == "weights" for each in part.run)

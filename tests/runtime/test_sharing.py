@@ -1,0 +1,112 @@
+"""Images shared out among threads: every image once, the same bits, another session where the batch asks for one."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dydit.bundle.manifest import PlanKind, Routing
+from dydit.bundle.stored import Precision
+from dydit.models.config import ModelConfig
+from dydit.runtime.backends.base import BackendOptions
+from dydit.runtime.backends.onnxruntime import OnnxRuntimeBackend
+from dydit.runtime.backends.sharing import STREAM_BYTES, Sharing, share_of
+from dydit.runtime.loop import MemoryStore, StepRunner, sample
+from dydit.runtime.noise import SeededNoise
+from dydit.runtime.request import make_batches
+from dydit.runtime.resident import ResidentSubnets
+
+
+def model(hidden: int, side: int = 32) -> ModelConfig:
+    return ModelConfig(hidden_size=hidden, depth=1, num_heads=1, patch_size=2, input_size=side, in_channels=4)
+
+
+@given(st.integers(1, 40), st.integers(1, 9), st.integers(1, 40), st.sampled_from([16, 384, 1152]))
+def test_every_image_is_in_one_share_and_shares_are_even(images, threads, expected, hidden):
+    sharing = Sharing(model(hidden), threads)
+    sharing.expected = expected
+    sizes = [share.stop - share.start for share in sharing.shares(images)]
+    numbers = [number for share in sharing.shares(images) for number in range(share.start, share.stop)]
+    assert numbers == list(range(images)) and max(sizes) - min(sizes) <= 1
+    if expected < threads:
+        assert sizes == [images], "all threads work on one operator"
+        return
+    assert len(sizes) % threads == 0 or len(sizes) == images, "no thread is left without, but where images are few"
+    stream = 2 * 4 * 256 * hidden
+    assert max(sizes) == 1 or max(sizes) * stream <= STREAM_BYTES
+
+
+def test_a_share_has_the_rows_of_its_images():
+    """Modulation: rows with a class, then without."""
+    feeds = {
+        "x": np.arange(5.0).reshape(5, 1),
+        "noise": np.arange(5.0).reshape(5, 1) + 10,
+        "modulation": np.arange(20.0).reshape(10, 1, 2),
+        "gates": np.ones((2, 3)),
+    }
+    share = share_of(feeds, slice(1, 3))
+    assert share["x"].ravel().tolist() == [1, 2] and share["noise"].ravel().tolist() == [11, 12]
+    assert share["modulation"][:, 0, 0].tolist() == [2, 4, 12, 14]
+    assert share["gates"] is feeds["gates"]
+    unguided = share_of(feeds | {"modulation": feeds["modulation"][:5]}, slice(1, 3))
+    assert unguided["modulation"][:, 0, 0].tolist() == [2, 4]
+
+
+KINDS = {
+    "merged": {},
+    "dense": {"routing": Routing.DENSE},
+    "per step": {"plan": PlanKind.PER_STEP},
+    "sliding": {"plan": PlanKind.SLIDING},
+    "capacity": {"routing": Routing.CAPACITY},
+    "fp16": {"precision": Precision.FP16},
+}
+
+
+@pytest.mark.parametrize("scale", [4.0, 1.0])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_is_the_same_bits_however_it_is_shared_out(kind, scale, make_bundle):
+    bundle, made = make_bundle(**KINDS[kind]), []
+    shape = (bundle.manifest.model.in_channels, *[bundle.manifest.model.input_size] * 2)
+    for threads, batch in [(1, 1), (1, 7), (2, 7), (3, 4), (8, 7)]:
+        backend = OnnxRuntimeBackend(bundle, BackendOptions(threads=threads))
+        labels, store = [3, 1, 4, 1, 5, 2, 6], MemoryStore()
+        batches = make_batches(labels, range(7), batch)
+        with ResidentSubnets(backend, 2) as subnets:
+            sample(StepRunner(backend, subnets, labels, scale), batches, SeededNoise(0, shape), store)
+        made.append(np.concatenate([store.load(index) for index in range(len(batches))]))
+    assert all(np.array_equal(made[0], each) for each in made[1:])
+
+
+def test_a_loaded_subnetwork_follows_what_is_expected(make_bundle, monkeypatch):
+    """One session at a time: of two threads for one image, of one thread where two threads have images each."""
+    import onnxruntime
+
+    bundle, opened = make_bundle(), []
+    session = onnxruntime.InferenceSession
+
+    def noted(file, settings, **more):
+        opened.append(settings.intra_op_num_threads)
+        return session(file, settings, **more)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", noted)
+    backend = OnnxRuntimeBackend(bundle, BackendOptions(threads=2))
+    labels = np.asarray([0, 1, 2])
+    x = np.random.default_rng(0).standard_normal((3, 4, 8, 8)).astype(np.float32)
+    x = x[:, : bundle.manifest.model.in_channels]
+    with ResidentSubnets(backend) as subnets:
+        runner = StepRunner(backend, subnets, labels, 4.0)
+        feeds = runner.feeds(0, x, x, labels)
+        one = runner.feeds(0, x[:1], x[:1], labels[:1])
+        subnet = subnets.get(bundle.manifest.plan.segments[0].subnet)
+        opened.clear()
+        whole = subnet.step(feeds).x_prev
+        assert not opened, "two threads, as loaded for one image"
+        backend.expect(3)
+        apart = subnet.step(feeds).x_prev
+        assert opened == [1]
+        assert np.array_equal(subnet.step(one).x_prev, apart[:1]) and opened == [1], "the last batch may be smaller"
+        backend.expect(1)
+        assert np.array_equal(subnet.step(feeds).x_prev, whole) and opened == [1, 2]
+    assert np.array_equal(whole, apart)
