@@ -151,7 +151,8 @@ def calibrate_command(
     tokens = result.calibration.tokens
     if as_json:
         rates = {"predicted": tokens.predicted.model_dump(), "held_out": tokens.held_out.model_dump()}
-        print_json({"calibration": str(out), "segments": len(tokens.capacities), **rates})
+        moved = {"migration": result.found.to_json()} if result.found else {}
+        print_json({"calibration": str(out), "segments": len(tokens.capacities), **rates, **moved})
         return
     held = tokens.held_out
     options_text = _plan_words(plan, steps, sampler)

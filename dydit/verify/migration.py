@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -31,18 +32,31 @@ class Found:
         """The exponents."""
         return as_migration(self.choices)
 
+    @property
+    def falls(self) -> list[float]:
+        """The shares by which the squared errors of migrated layers' products fall, ascending."""
+        every = (choice for block in self.choices for choice in block)
+        return sorted(1 - each.error / each.unmigrated for each in every if each.exponents is not None)
+
     def text(self) -> str:
         """In how many layers it helps, and by how much the squared error of their products falls."""
-        every = [choice for block in self.choices for choice in block]
-        helped = [choice for choice in every if choice.exponents is not None]
-        said = f"migration helps in {len(helped)} of {len(every)} layers"
-        if not helped:
+        falls = self.falls
+        said = f"migration helps in {len(falls)} of {sum(map(len, self.choices))} layers"
+        if not falls:
             return f"{said}: none is migrated"
-        falls = sorted(1 - choice.error / choice.unmigrated for choice in helped)
         return (
             f"{said}: the squared error of their products in int8, on rows that were watched, falls by "
-            f"{falls[len(falls) // 2]:.0%} in the median, {falls[-1]:.0%} at most"
+            f"{median(falls):.0%} in the median, {falls[-1]:.0%} at most"
         )
+
+    def to_json(self) -> dict[str, Any]:
+        """The same for scripts."""
+        falls = self.falls
+        return {
+            "layers": sum(map(len, self.choices)),
+            "migrated": len(falls),
+            "error_falls_by": {"median": median(falls), "most": falls[-1]} if falls else None,
+        }
 
 
 def find_migration(

@@ -17,25 +17,13 @@ from dydit.export.graph import Windows, conditioning_graph, save_graph, subnet_g
 from dydit.export.library import FunctionLibrary
 from dydit.export.migrate import migrated_tensors, modulation_factors
 from dydit.export.weights import write_weights
-from dydit.models.config import ModelConfig
 from dydit.models.layout import stored_tensors
-from dydit.models.migration import BlockMigration, Migration, as_digits, input_channels
+from dydit.models.migration import BlockMigration, Migration
 from dydit.models.sliced import SlicedBlock, SlicedDiT, conditioning
 from dydit.verify.parity import compare_weights
 from dydit.verify.results import Status
 
 HEADS, GROUPS = [[0, 2], [1, 2, 3], [3]], [[1, 3], [0, 1], [0, 2, 3]]
-
-
-def random_migration(model: ModelConfig, seed: int, share: float = 0.8) -> Migration:
-    """Of so many layers, exponents from all over their range."""
-    rng = np.random.default_rng(seed)
-    blocks = []
-    for _ in range(model.depth):
-        chosen = [layer for layer in LAYERS if rng.random() < share]
-        digits = {layer: as_digits(rng.integers(0, 16, input_channels(model, layer))) for layer in chosen}
-        blocks.append(BlockMigration(**digits))
-    return Migration(blocks=tuple(blocks))
 
 
 class Migrated(SlicedDiT):
@@ -50,10 +38,10 @@ class Migrated(SlicedDiT):
 
 @settings(deadline=None, max_examples=30)  # the first makes a checkpoint
 @given(seed=st.integers(0, 10_000), share=st.floats(0, 1))
-def test_a_migrated_model_is_the_same_bit_for_bit(make_checkpoint, seed, share):
+def test_a_migrated_model_is_the_same_bit_for_bit(make_checkpoint, make_migration, seed, share):
     checkpoint = make_checkpoint()
     config, rng = checkpoint.config, np.random.default_rng(seed)
-    migration = random_migration(config, seed, share)
+    migration = make_migration(config, seed, share)
     order = [[rng.permutation(config.num_heads).tolist() for _ in range(config.depth)] for _ in range(2)]
     plain = dict(stored_tensors(checkpoint.state, config, *order))
     moved = dict(migrated_tensors(checkpoint.state, config, migration, *order))
@@ -78,10 +66,12 @@ def test_a_migrated_model_is_the_same_bit_for_bit(make_checkpoint, seed, share):
 
 @pytest.mark.parametrize("gated", [frozenset(), frozenset({(0, 1), (2, 1), (1, 0)})])
 @pytest.mark.parametrize("routing", list(Routing))
-def test_graphs_of_a_migrated_model_are_the_same_bit_for_bit(make_bench, sessions, tmp_path, routing, gated):
+def test_graphs_of_a_migrated_model_are_the_same_bit_for_bit(
+    make_bench, make_migration, sessions, tmp_path, routing, gated
+):
     bench, (open_session, run_session) = make_bench(), sessions
     config = bench.config
-    migration = random_migration(config, 5)
+    migration = make_migration(config, 5)
     migration = migration.model_copy(update={"blocks": (*migration.blocks[:2], BlockMigration())})  # and one as it is
     spec = bench.spec(HEADS, GROUPS, routing, gated, (16, 16, 16) if routing is Routing.CAPACITY else None)
     identity = [list(range(config.num_heads))] * config.depth
@@ -117,9 +107,9 @@ def ranges_with(migration: Migration | None, segments: int = 2, depth: int = 3) 
 
 
 @pytest.mark.parametrize("precision", ["int8-static", "fp8"])
-def test_a_bundle_holds_what_was_migrated(make_checkpoint, make_bundle, precision):
+def test_a_bundle_holds_what_was_migrated(make_checkpoint, make_bundle, make_migration, precision):
     checkpoint = make_checkpoint()
-    migration = random_migration(checkpoint.config, 3)
+    migration = make_migration(checkpoint.config, 3)
     chosen = {"precision": precision, "max_subnets": 2}
     bundle = make_bundle(activations=ranges_with(migration), **chosen)
     plain = make_bundle(activations=ranges_with(None), **chosen)
@@ -137,24 +127,24 @@ def test_a_bundle_holds_what_was_migrated(make_checkpoint, make_bundle, precisio
     for each in (bundle, plain):
         hop = compare_weights(each, checkpoint)
         assert hop.status is Status.PASSED, hop.detail
-    other = bundle.manifest.model_copy(update={"migration": random_migration(checkpoint.config, 4)})
+    other = bundle.manifest.model_copy(update={"migration": make_migration(checkpoint.config, 4)})
     assert compare_weights(Bundle(bundle.path, other), checkpoint).status is Status.FAILED
 
 
-def test_a_migration_of_another_model_is_refused(make_bundle, small_config):
-    other = random_migration(small_config.model_copy(update={"hidden_size": 128}), 0, 1)
+def test_a_migration_of_another_model_is_refused(make_bundle, make_migration, small_config):
+    other = make_migration(small_config.model_copy(update={"hidden_size": 128}), 0, 1)
     with pytest.raises(CalibrationError, match=r"block 0, qkv, is of 128 channels, the model has 64; calibrate this"):
         make_bundle(precision="fp8", max_subnets=2, activations=ranges_with(other))
     with pytest.raises(ValueError, match="the migration is not of the same blocks"):
         ranges_with(other, depth=2)
 
 
-def test_precisions_that_are_not_calibrated_leave_weights_alone(make_checkpoint, make_bundle):
+def test_precisions_that_are_not_calibrated_leave_weights_alone(make_checkpoint, make_migration):
     """A calibration that has a migration may be used for its token capacities."""
     from dydit.export.exporter import ExportConfig
     from dydit.export.scales import planned_migration
 
-    config = ExportConfig(precision="fp8", activations=ranges_with(random_migration(make_checkpoint().config, 0)))
+    config = ExportConfig(precision="fp8", activations=ranges_with(make_migration(make_checkpoint().config, 0)))
     assert planned_migration(make_checkpoint().config, config) is not None
     plain = config.model_copy(update={"precision": Precision.FP16})
     assert planned_migration(make_checkpoint().config, plain) is None
