@@ -104,7 +104,7 @@ def test_the_shipped_digits_model_builds(rtx, even_ranges, tmp_path: Path, preci
 
 
 @pytest.mark.parametrize("precision", ["int8-static", "fp8"])
-def test_a_migrated_bundle_builds(rtx, even_ranges, make_migration, digits_like, capacity_bundle, tmp_path, precision):
+def test_a_migrated_bundle_builds(rtx, make_migration, digits_like, capacity_bundle, tmp_path, precision):
     """Of two subnetworks, gated; types on the way into products are what they are without."""
     migration = make_migration(digits_like)
     bundle = capacity_bundle(precision, **SMALL, migration=migration)
