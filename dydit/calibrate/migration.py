@@ -3,9 +3,9 @@
     e_j = round( log2( max |x_j|^a / max |W_j|^(1-a) ) ), then the least of a layer's e is 0
 
 with a strength a of `STRENGTHS`. Of what entered a layer, the largest magnitude of each channel is kept, by segment of
-the plan, and a few rows as they were. On these rows the layer is computed as int8 would, with each strength and without
-any; a strength is taken where the squared error of the product falls by `LEAST_GAIN` or more. (E4M3 rounds relatively
-to a value, whatever its size, so a migration chosen for int8 leaves it much as it was.)
+the plan, and a few rows as they were. On these rows the layer is computed as int8 would, over all of a segment's range,
+with each strength and without any; a strength is taken where the squared error of the product falls by `LEAST_GAIN` or
+more. (E4M3 rounds relatively to a value, whatever its size, so a migration chosen for int8 leaves it much as it was.)
 
 Both are kept in the same memory for any number of rows, and those of parts add up to those of the whole in any order:
 maxima by their nature, and rows because the ones kept are those whose bits have the least hashes.

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dydit.calibrate.activations import Observations
+from dydit.calibrate.activations import LAYERS, Observations
 from dydit.diffusion.coefficients import step_coefficients
 from dydit.diffusion.schedule import Sampler, Schedule
 from dydit.errors import ConfigError
@@ -56,12 +56,15 @@ def observe(
 
     Arguments and errors as those of `sample_watched`; the same give the same counts.
     """
-    seen = Observations(len(segments), checkpoint.config.depth)
+    config = checkpoint.config
+    seen = Observations(len(segments), config.depth)
+    places = [(block, layer) for block in range(config.depth) for layer in LAYERS]
+    divisors = {} if migration is None else {place: migration.divisor(*place) for place in places}
 
     def watch(segment: int, block: SlicedBlock, layer: str, values: np.ndarray) -> None:
-        divisor = None if migration is None else migration.divisor(block.index, layer)
+        divisor = divisors.get((block.index, layer))
         if divisor is not None:
-            values = values / divisor[entering(checkpoint.config, block, layer)]
+            values = values / divisor[entering(config, block, layer)]
         seen.add(segment, block.index, layer, values)
 
     sample_watched(watch, checkpoint, segments, labels, *arguments, **settings)
