@@ -128,7 +128,8 @@ class _Mlp:
         if "gates" in of:
             gates = _per_channel(ops, ops.to_precision(of["gates"], self.precision), self.config.group_dim)
         if "factor" in of:
-            gates = of["factor"] if gates is None else ops.Mul(gates, of["factor"])
+            factor = ops.to_precision(of["factor"], self.precision)
+            gates = factor if gates is None else ops.Mul(gates, factor)
         fc1, fc2 = ([of[name] for name in weight_names(layer, self.precision)] for layer in ("fc1", "fc2"))
         return products.mlp(ops, ops.to_precision(hidden, self.precision), fc1, fc2, gates, self.precision)
 

@@ -17,13 +17,13 @@ from pydantic import Field
 from dydit.errors import CalibrationError
 from dydit.models.config import ModelConfig, Strict
 
-MOST = 15
-"""The largest exponent, which is a hexadecimal digit."""
-Exponents = Annotated[str, Field(pattern="^[0-9a-f]+$")] | None
+MOST = 10
+"""The largest exponent: further down, values of ordinary size would lose bits in fp16, which attention has."""
+Exponents = Annotated[str, Field(pattern="^[0-9a]+$")] | None
 
 
 class BlockMigration(Strict):
-    """Exponents e of a block's layers, a digit 0..f for each of the checkpoint's input channels; None: none move."""
+    """Exponents e of a block's layers, a digit 0..a for each of the checkpoint's input channels; None: none move."""
 
     qkv: Exponents = None
     proj: Exponents = None

@@ -41,7 +41,7 @@ def ranges(**more: Any) -> ActivationRanges:
     return ActivationRanges(method=Method.MINMAX, images=20, thresholds=values, clipped=values, **more)
 
 
-MIGRATED = ranges(migration=Migration(blocks=(BlockMigration(proj="0a1f", fc2="00"), BlockMigration())))
+MIGRATED = ranges(migration=Migration(blocks=(BlockMigration(proj="0a19", fc2="00"), BlockMigration())))
 ACTIVATIONS = {"tokens": None, "tokens and activations": ranges(), "migrated activations": MIGRATED}
 
 
@@ -113,7 +113,7 @@ def spoil(path: tuple[Any, ...], value: Any) -> str:
         (spoil(("held_out_seed",), 0), "the held-out images are those calibrated on"),
         (spoil(("checkpoint_sha256",), "short"), "checkpoint_sha256"),
         (spoil(("cfg_scales",), []), "cfg_scales"),
-        (spoil(MOVED, [{"qkv": "0g"}, {}]), r"activations.migration.blocks.0.qkv: String should match pattern"),
+        (spoil(MOVED, [{"qkv": "0b"}, {}]), r"activations.migration.blocks.0.qkv: String should match pattern"),
         (spoil(MOVED, [{"fc3": "00"}, {}]), r"blocks.0.fc3: Extra inputs are not permitted"),
         (spoil(MOVED, [{}]), "the migration is not of the same blocks"),
         (spoil(MOVED, []), "migration.blocks"),
