@@ -7,14 +7,16 @@ Ranges drift with the timestep, so each segment has its own; how one is chosen f
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
-from pydantic import Field, FiniteFloat, model_validator
+from pydantic import Field, FiniteFloat, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from dydit.calibrate.histogram import Histogram
 from dydit.calibrate.ranges import Method, Threshold, choose
 from dydit.errors import CalibrationError
 from dydit.models.config import Strict
+from dydit.models.migration import Migration
 
 LAYERS = ("qkv", "proj", "fc1", "fc2")
 """The linear layers of a block, in the order in which a block's values stand here."""
@@ -23,7 +25,8 @@ LAYERS = ("qkv", "proj", "fc1", "fc2")
 class ActivationRanges(Strict):
     """Thresholds t of [-t, t] by segment, block and layer; the shares of values outside them, in the same order.
 
-    A layer that nothing entered (a block without heads, groups or routed tokens) has the threshold 0.
+    A layer that nothing entered (a block without heads, groups or routed tokens) has the threshold 0. With a
+    `migration`, ranges are those of migrated inputs, and hold with weights that are migrated too.
     """
 
     method: Method
@@ -31,6 +34,7 @@ class ActivationRanges(Strict):
     images: int = Field(ge=1)
     thresholds: tuple[tuple[tuple[FiniteFloat, ...], ...], ...]
     clipped: tuple[tuple[tuple[FiniteFloat, ...], ...], ...]
+    migration: Migration | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> ActivationRanges:
@@ -44,7 +48,15 @@ class ActivationRanges(Strict):
             raise ValueError("thresholds and clipped shares do not belong together")
         if any(value < 0 for blocks in self.thresholds for block in blocks for value in block):
             raise ValueError("a threshold is negative")
+        if self.migration is not None and {len(self.migration.blocks)} != depths:
+            raise ValueError("the migration is not of the same blocks")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_none(self, values: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A migration is written where there is one: other files stay what they were."""
+        written: dict[str, Any] = values(self)
+        return written if self.migration is not None else {k: v for k, v in written.items() if k != "migration"}
 
     def input_scales(self, largest: float) -> list[tuple[tuple[float, ...], ...]]:
         """The scale of each layer's input, by segment: t/`largest` (127 of int8, 448 of E4M3), and 1 where t is 0."""

@@ -127,6 +127,9 @@ class _Mlp:
         gates = None
         if "gates" in of:
             gates = _per_channel(ops, ops.to_precision(of["gates"], self.precision), self.config.group_dim)
+        if "factor" in of:
+            factor = ops.to_precision(of["factor"], self.precision)
+            gates = factor if gates is None else ops.Mul(gates, factor)
         fc1, fc2 = ([of[name] for name in weight_names(layer, self.precision)] for layer in ("fc1", "fc2"))
         return products.mlp(ops, ops.to_precision(hidden, self.precision), fc1, fc2, gates, self.precision)
 
@@ -150,16 +153,20 @@ class _Mlp:
 Routed = tuple[ir.Value, list[ir.Value]]  # x after the block, and the overflow where there can be one
 
 
-def mlp_function(config: ModelConfig, routing: Routing | None, gated: bool, precision: Precision) -> ir.Function:
+def mlp_function(
+    config: ModelConfig, routing: Routing | None, gated: bool, precision: Precision, factored: bool = False
+) -> ir.Function:
     """x + token_mask * gate * fc2(gates * GELU(fc1(modulated x))), with tokens routed as asked (None: no routing).
 
-    Weights: fc1 [g*gs, D], fc2 [g*gs, D] group-major; `gates` [g]; `capacity`: token slots per image. Outputs: x, then
-    with routing the token mask bool [T], then with capacity the overflow int64 [1].
+    Weights: fc1 [g*gs, D], fc2 [g*gs, D] group-major; `gates` [g]; `factor` [g*gs], where fc2's inputs are migrated: a
+    factor of each, beside the gates; `capacity`: token slots per image. Outputs: x, then with routing the token mask
+    bool [T], then with capacity the overflow int64 [1].
     """
     inputs = ["x", "ones", *_VECTORS, *weight_names("fc1", precision), *weight_names("fc2", precision)]
     inputs += _ROUTER if routing else ()
     inputs += ["capacity"] if routing is Routing.CAPACITY else []
     inputs += ["gates"] if gated else []
+    inputs += ["factor"] if factored else []
 
     def body(ops: Ops, *arguments: ir.Value) -> Values:
         of = dict(zip(inputs, arguments, strict=True))
@@ -170,9 +177,8 @@ def mlp_function(config: ModelConfig, routing: Routing | None, gated: bool, prec
         x, extra = _ROUTED[routing](half, mask)
         return (x, mask, *extra)
 
-    return function(
-        "_".join(["mlp", *([routing.value] if routing else []), *(["gated"] if gated else [])]), inputs, body
-    )
+    kind = [*([routing.value] if routing else []), *(["gated"] if gated else []), *(["factored"] if factored else [])]
+    return function("_".join(["mlp", *kind]), inputs, body)
 
 
 def mlp_none_function(routed: bool, precision: Precision) -> ir.Function:

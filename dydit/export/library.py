@@ -20,7 +20,9 @@ class FunctionLibrary:
         self.config, self.cfg_channels, self.precision = config, cfg_channels, precision
         self.attention = cache(lambda heads, gated: blocks.attention_function(config, heads, gated, precision))
         self.attention_none = cache(lambda: blocks.attention_none_function(precision))
-        self.mlp = cache(lambda routing, gated: blocks.mlp_function(config, routing, gated, precision))
+        self.mlp = cache(
+            lambda routing, gated, factored: blocks.mlp_function(config, routing, gated, precision, factored)
+        )
         self.mlp_none = cache(lambda routed: blocks.mlp_none_function(routed, precision))
         self.embed = cache(lambda: ends.embed_function(config))
         self.final = cache(lambda: ends.final_function(config))

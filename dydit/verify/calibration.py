@@ -13,9 +13,10 @@ import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.manifest import PlanKind
@@ -38,6 +39,7 @@ from dydit.runtime.noise import SeededNoise
 from dydit.runtime.request import DEFAULT_CFG_SCALE, UINT64, Batch, make_batches
 from dydit.runtime.resident import ResidentSubnets
 from dydit.verify.activations import observe
+from dydit.verify.migration import Found, find_migration
 
 Progress = Callable[[int, int], None]
 MOST_AT_ONCE = 32
@@ -51,6 +53,7 @@ class CalibrationConfig(Strict):
 
     Image i of the first draws its noise from (seed, i), of the others from (seed + 1, i). `activations`: how ranges of
     what enters linear layers are chosen, where they are wanted, from `activation_images` images of the first.
+    `migrate`: move range from there into weights where that helps, and choose the ranges of what is left.
     """
 
     samples: int = Field(default=128, ge=1)
@@ -59,6 +62,7 @@ class CalibrationConfig(Strict):
     cfg_scales: tuple[float, ...] = Field(default=(DEFAULT_CFG_SCALE,), min_length=1)
     capacity: CapacityConfig = CapacityConfig()
     activations: Method | None = None
+    migrate: bool = False
     percentile: float | None = Field(default=None, gt=0, le=1)
     activation_images: int = Field(default=32, ge=1)
 
@@ -69,15 +73,22 @@ class CalibrationConfig(Strict):
             raise ValueError(f"{', '.join(map(str, scales))}: guidance is a number from 0")
         return tuple(sorted(set(scales)))
 
+    @model_validator(mode="after")
+    def _consistent(self) -> CalibrationConfig:
+        if self.migrate and self.activations is None:
+            raise ValueError("a migration goes with ranges of activations only: `--activations minmax --migrate`")
+        return self
+
 
 @dataclass(frozen=True)
 class CalibrationResult:
-    """The calibration; and for its picture timesteps [S], the plan's bounds, and the groups calibrated on."""
+    """The calibration; for its picture timesteps [S], the plan's bounds and the groups calibrated on; the migration."""
 
     calibration: Calibration
     timesteps: tuple[int, ...]
     bounds: tuple[int, ...]
     groups: tuple[Groups, ...]
+    found: Found | None = None
 
 
 def run_calibration(
@@ -125,6 +136,7 @@ def run_calibration(
             mlp_ratio=capacity.mlp_ratio(counts, widths, capacities, plan.bounds, over.repeated),
         )
 
+    ranges, found = _ranges(checkpoint, exported, plan, config, progress)
     mean = np.mean([each.mean for each in seen], axis=0) / model.tokens
     return CalibrationResult(
         Calibration(
@@ -143,33 +155,29 @@ def run_calibration(
                 predicted=rates(seen, groups),
                 held_out=rates(others, drawn_for(others, config.capacity, config.seed + 1)),
             ),
-            activations=_ranges(checkpoint, exported, plan, config, progress),
+            activations=ranges,
         ),
         bundle.manifest.sampling.timesteps,
         plan.bounds,
         tuple(groups),
+        found,
     )
 
 
 def _ranges(
     checkpoint: Checkpoint, exported: ExportConfig, plan: Plan, config: CalibrationConfig, progress: Progress | None
-) -> ActivationRanges | None:
-    """Ranges of the plan's segments, where they are wanted."""
+) -> tuple[ActivationRanges | None, Found | None]:
+    """Ranges of the plan's segments, where they are wanted; and what was found of a migration, where that is."""
     if config.activations is None:
-        return None
+        return None, None
     labels = spread_labels(config.activation_images, checkpoint.config.num_classes)
-    seen = observe(
-        checkpoint,
-        plan.segments,
-        labels,
-        config.cfg_scales,
-        exported.steps,
-        exported.sampler,
-        config.seed,
-        cfg_channels=exported.cfg_channels,
-        progress=progress,
-    )
-    return seen.choose(config.activations, config.activation_images, config.percentile)
+    run = (checkpoint, plan.segments, labels, config.cfg_scales, exported.steps, exported.sampler, config.seed)
+    settings: dict[str, Any] = {"cfg_channels": exported.cfg_channels, "progress": progress}
+    found = find_migration(*run, **settings) if config.migrate else None
+    migration = found.migration if found else None
+    seen = observe(*run, migration=migration, **settings)
+    ranges = seen.choose(config.activations, config.activation_images, config.percentile)
+    return ranges.model_copy(update={"migration": migration}), found
 
 
 def work_name(checkpoint: Checkpoint, exported: ExportConfig, config: CalibrationConfig) -> str:

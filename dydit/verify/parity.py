@@ -25,6 +25,7 @@ from dydit.bundle.bundle import Bundle
 from dydit.bundle.manifest import Manifest
 from dydit.errors import ConfigError
 from dydit.export.exporter import stale_reasons
+from dydit.export.migrate import migrated_tensors
 from dydit.export.weights import stored_forms
 from dydit.files import write_json
 from dydit.models.checkpoint import Checkpoint
@@ -280,7 +281,8 @@ def compare_weights(bundle: Bundle, checkpoint: Checkpoint) -> Hop:
     """Every tensor of `weights.bin` against the checkpoint's, in the manifest's order of units."""
     manifest = bundle.manifest
     elements, differing, first = 0, 0, None
-    tensors = stored_tensors(checkpoint.state, manifest.model, manifest.head_order, manifest.group_order)
+    orders = manifest.head_order, manifest.group_order
+    tensors = migrated_tensors(checkpoint.state, manifest.model, manifest.migration, *orders)
     for name, expected in (form for each in tensors for form in stored_forms(*each, manifest.precision)):
         elements += expected.numel()
         wrong = _differing(bundle, name, expected)
