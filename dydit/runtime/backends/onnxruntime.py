@@ -30,6 +30,8 @@ from dydit.runtime.backends.int8 import require_exact_products
 from dydit.runtime.sliding import SlidingWeights
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+CUDA_OPTIONS = {"use_tf32": "0"}
+"""On by default; it would let fp32 products, on which routing decisions hang, round to 10 bits."""
 _ERRORS = (
     *("Fail", "InvalidArgument", "NoSuchFile", "NoModel", "EngineError", "RuntimeException", "InvalidProtobuf"),
     *("ModelLoaded", "NotImplemented", "InvalidGraph", "EPFail", "ModelLoadCanceled", "ModelRequiresCompilation"),
@@ -80,6 +82,8 @@ class OnnxRuntimeBackend(Backend):
                 "or use --device cpu"
             )
         _require_precision(bundle.manifest.precision, self.options.device)
+        if self.options.device == "cuda":
+            load_cuda_libraries(runtime())
 
     def _conditioning(self, feeds: Arrays) -> np.ndarray:
         session = self._conditioner if self.options.device == "cuda" else self._open_conditioning()
@@ -91,7 +95,7 @@ class OnnxRuntimeBackend(Backend):
 
     def _open_conditioning(self) -> _Session:
         options = dataclasses.replace(self.options, packed=False)
-        return _Session(self.bundle.file(CONDITIONING), options, lazy=True)
+        return _Session(self.bundle.file(CONDITIONING), options, lazy=options.device == "cpu")
 
     def subnet(self, index: int, full_capacity: bool = False, debug: bool = False) -> Subnet:
         entry = self.bundle.manifest.subnets[index]
@@ -113,7 +117,7 @@ class OnnxRuntimeBackend(Backend):
         precision = self.bundle.manifest.precision
         # Of 8-bit products this optimiser would make fp32 ones.
         left_out = ("MatMulAddFusion",) if precision.is_calibrated else ()
-        lazy = precision is Precision.FP16 and not self.options.packed
+        lazy = precision is Precision.FP16 and not self.options.packed and self.options.device == "cpu"
         return _Session(file, self.options, graph, left_out, lazy)
 
 
@@ -149,7 +153,8 @@ class _Session:
         try:
             provider = PROVIDERS[options.device]
             more = {"disabled_optimizers": list(left_out)} if left_out else {}
-            self._session = ort.InferenceSession(graph or str(file), settings, providers=[provider], **more)
+            chosen = [(provider, CUDA_OPTIONS)] if options.device == "cuda" else [provider]
+            self._session = ort.InferenceSession(graph or str(file), settings, providers=chosen, **more)
         except self._errors as error:
             raise BackendError(f"onnxruntime {ort.__version__} cannot load {file}: {one_line(error)}") from error
         if provider not in self._session.get_providers():
@@ -176,6 +181,12 @@ def runtime() -> Any:
             f"onnxruntime cannot be imported ({one_line(error)}); pip install 'dydit[cpu]', or 'dydit[gpu]' for CUDA"
         ) from error
     return onnxruntime
+
+
+def load_cuda_libraries(ort: Any) -> None:
+    """Load CUDA and cuDNN from where pip put them: the loader of shared libraries does not look there by itself."""
+    if hasattr(ort, "preload_dlls"):  # since 1.21
+        ort.preload_dlls()
 
 
 def _require_precision(precision: Precision, device: str) -> None:
