@@ -141,6 +141,7 @@ def _speed(report: Report) -> str:
         f"the dynamic model at a FLOPs ratio near 0.5{tokens}. ms a step: median over rounds. Whole runs are of all "
         f"{settings.steps} steps, the others of steps spread over the run. Speed-up: over dense, same way, same batch, "
         "taking turns. Shares: of the step's time, what its multiply-adds (its bytes) take at the ceiling above."
+        f"{' Here, in small sizes and with fp16 as a CPU has it, they mean nothing.' if settings.dry_run else ''}"
     ]
     head = [
         "batch",

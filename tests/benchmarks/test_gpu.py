@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import os
 import signal
@@ -157,6 +158,17 @@ class TestDryRun:
             assert (told[side]["warmup"], len(told[side]["round_ms"])) == (0, 1)
             assert told[side]["ms"] == told[side]["first_round_ms"]
         assert told["unheard-of"] == {"not_run": "its bundle was not made"}
+
+    def test_engines_are_built_before_the_gpu_is_asked_for(self, dry, gpu):
+        if importlib.util.find_spec("tensorrt_rtx") is None or importlib.util.find_spec("polygraphy") is None:
+            pytest.skip("TensorRT for RTX is not installed: pip install 'dydit[tensorrt-rtx]'")
+        if gpu.run.present_gpu() is not None:
+            pytest.skip("there is a GPU: the engines run")
+        settings, work = gpu.settings.dry_settings(), gpu.settings.Work(dry.work)
+        outcome = gpu.run.run_child("way", {"way": "rtx", "precision": "fp16"}, settings, work, "engines", SECONDS)
+        assert outcome["parts"] == {"built": True} and outcome["status"] == "failed"
+        assert outcome["reason"].startswith("TensorRT engines run on an NVIDIA GPU, and there is no driver or GPU here")
+        assert len(list(work.small("fp16", "small-rtx").glob("engines/*/*.engine"))) == 5
 
     def test_tables_and_picture_are_written(self, dry):
         text = (dry.out / "gpu.md").read_text()
