@@ -28,6 +28,7 @@ class MeasuredTorch(Measured):
         super().__init__(job, config)
         torch.set_num_threads(job.threads)
         self.device = torch.device(job.device)
+        torch.backends.cudnn.allow_tf32 = False  # on by default, and the patches are embedded by a convolution
         start = time.perf_counter()
         self.model = checkpoint.model().to(self.device)
         self.load_seconds = time.perf_counter() - start

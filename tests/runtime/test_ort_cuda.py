@@ -168,3 +168,61 @@ def test_the_gpu_needs_pycuda(make_bundle, monkeypatch):
     monkeypatch.setitem(sys.modules, "pycuda", None)
     with pytest.raises(BackendError, match="pycuda cannot be imported"):
         OnnxRuntimeDeviceBackend(make_bundle(), BackendOptions(device="cuda"))
+
+
+class TestCudaSessions:
+    """What is asked of the CUDA provider, by an onnxruntime that notes it and then runs on the CPU."""
+
+    @pytest.fixture
+    def asked(self, monkeypatch):
+        from dydit.runtime.backends import onnxruntime
+
+        real, asked = onnxruntime.runtime(), []
+        session = real.InferenceSession
+
+        def note(file, settings, providers, **more):
+            (name, options), level = providers[0], settings.graph_optimization_level
+            asked.append({"provider": name, "level": level, "disabled": more.get("disabled_optimizers", []), **options})
+            return session(file, settings, providers=["CPUExecutionProvider"], **more)
+
+        monkeypatch.setattr(real, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+        monkeypatch.setattr(real, "InferenceSession", note)
+        monkeypatch.setattr(real, "preload_dlls", lambda: asked.append("libraries"), raising=False)
+        return asked
+
+    def test_products_in_fp32_are_not_rounded_to_tf32(self, asked, make_bundle):
+        options = BackendOptions(device="cuda")
+        with pytest.raises(BackendError, match="could not start its CUDAExecutionProvider"):
+            OnnxRuntimeBackend(make_bundle(), options).subnet(0)
+        assert asked[0] == "libraries", "before the first session"
+        assert asked[1]["provider"] == "CUDAExecutionProvider" and asked[1]["use_tf32"] == "0"
+        with pytest.raises(BackendError, match="could not start its CUDAExecutionProvider"):
+            _BoundEngine(make_bundle().file("conditioning.onnx"), "cuda", options, 7, graphs=True)
+        bound = asked[-1]
+        assert (bound["use_tf32"], bound["user_compute_stream"], bound["enable_cuda_graph"]) == ("0", "7", "1")
+
+    def test_what_spares_memory_on_the_cpu_is_not_done(self, asked, make_bundle):
+        """There fp16 weights are widened, which a GPU does not do."""
+        import onnxruntime
+
+        bundle = make_bundle(precision="fp16")
+        with pytest.raises(BackendError, match="could not start"):
+            OnnxRuntimeBackend(bundle, BackendOptions(device="cuda")).subnet(0)
+        assert asked[-1]["level"] == onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+        assert asked[-1]["disabled"] == []
+
+    @pytest.mark.parametrize("graphs", [True, False])
+    def test_graphs_can_be_left_out(self, graphs, asked, make_bundle):
+        from dydit.runtime.backends.ort_cuda import CudaSessions
+
+        class WithoutGpu(CudaSessions, HostMemory):
+            def __init__(self, bundle, options, graphs):
+                HostMemory.__init__(self)
+                self._open(bundle, options, graphs)
+
+            stream = 0
+
+        device = WithoutGpu(make_bundle(routing=Routing.DENSE), BackendOptions(device="cuda"), graphs)
+        with pytest.raises(BackendError, match="could not start"):
+            device.load(EngineId(0))
+        assert asked[-1]["enable_cuda_graph"] == str(int(graphs))

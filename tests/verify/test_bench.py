@@ -341,3 +341,12 @@ def test_the_worker_speaks_only_json_and_needs_no_torch_for_onnxruntime(make_bun
         ["flops_ratio", "macs", "token_share"],
     ]
     assert done.stderr.split() == ["noiseFalse"]
+
+
+def test_a_gpu_would_embed_the_patches_in_fp32_too(make_checkpoint, make_bundle, monkeypatch):
+    """A convolution, which PyTorch lets cuDNN round to TF32 unless it is told not to."""
+    import torch
+
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    open_side(job(make_bundle(), Side(name="m", kind=SideKind.TORCH_MASKED, path=str(make_checkpoint().path))))
+    assert torch.backends.cudnn.allow_tf32 is False

@@ -33,6 +33,8 @@ from dydit.runtime.backends.sharing import Sharing
 from dydit.runtime.sliding import SlidingWeights
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+CUDA_OPTIONS = {"use_tf32": "0"}
+"""On by default; it would let fp32 products, on which routing decisions hang, round to 10 bits."""
 _ERRORS = (
     *("Fail", "InvalidArgument", "NoSuchFile", "NoModel", "EngineError", "RuntimeException", "InvalidProtobuf"),
     *("ModelLoaded", "NotImplemented", "InvalidGraph", "EPFail", "ModelLoadCanceled", "ModelRequiresCompilation"),
@@ -104,6 +106,8 @@ class OnnxRuntimeBackend(Backend):
                 "or use --device cpu"
             )
         _require_precision(bundle.manifest.precision, self.options.device)
+        if self.options.device == "cuda":
+            load_cuda_libraries(runtime())
 
     def _conditioning(self, feeds: Arrays) -> np.ndarray:
         session = self._conditioner if self.options.device == "cuda" else self._open_conditioning()
@@ -115,7 +119,7 @@ class OnnxRuntimeBackend(Backend):
 
     def _open_conditioning(self) -> _Session:
         options = dataclasses.replace(self.options, packed=False)
-        return _Session(self.bundle.file(CONDITIONING), options, lazy=True)
+        return _Session(self.bundle.file(CONDITIONING), options, lazy=options.device == "cpu")
 
     def expect(self, images: int) -> None:
         self._sharing.expected = images
@@ -133,8 +137,9 @@ class OnnxRuntimeBackend(Backend):
 
     @property
     def _lazy(self) -> bool:
-        """Whether fp16 weights are widened when they are multiplied."""
-        return self.bundle.manifest.precision is Precision.FP16 and not self.options.packed
+        """Whether fp16 weights are widened when they are multiplied, which only the CPU does."""
+        cpu, half = self.options.device == "cpu", self.bundle.manifest.precision is Precision.FP16
+        return cpu and half and not self.options.packed
 
     @property
     def _shared_out(self) -> Sharing | None:
@@ -191,7 +196,8 @@ class _Session:
         try:
             provider = PROVIDERS[options.device]
             more = {"disabled_optimizers": list(left_out)} if left_out else {}
-            self._session = ort.InferenceSession(graph or str(file), settings, providers=[provider], **more)
+            chosen = [(provider, CUDA_OPTIONS)] if options.device == "cuda" else [provider]
+            self._session = ort.InferenceSession(graph or str(file), settings, providers=chosen, **more)
         except self._errors as error:
             raise BackendError(f"onnxruntime {ort.__version__} cannot load {file}: {one_line(error)}") from error
         if provider not in self._session.get_providers():
@@ -218,6 +224,12 @@ def runtime() -> Any:
             f"onnxruntime cannot be imported ({one_line(error)}); pip install 'dydit[cpu]', or 'dydit[gpu]' for CUDA"
         ) from error
     return onnxruntime
+
+
+def load_cuda_libraries(ort: Any) -> None:
+    """Load CUDA and cuDNN from where pip put them: the loader of shared libraries does not look there by itself."""
+    if hasattr(ort, "preload_dlls"):  # since 1.21
+        ort.preload_dlls()
 
 
 def _require_precision(precision: Precision, device: str) -> None:

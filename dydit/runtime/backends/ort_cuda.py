@@ -26,7 +26,7 @@ from dydit.bundle.graph_io import unit_inputs
 from dydit.bundle.manifest import Routing
 from dydit.errors import BackendError, one_line
 from dydit.runtime.backends.base import BackendOptions
-from dydit.runtime.backends.onnxruntime import PROVIDERS, OnnxRuntimeBackend, _error_types, runtime
+from dydit.runtime.backends.onnxruntime import CUDA_OPTIONS, PROVIDERS, OnnxRuntimeBackend, _error_types, runtime
 from dydit.runtime.device.cuda import CudaMemory, pycuda_driver
 from dydit.runtime.device.execute import Executor, Tensor
 from dydit.runtime.device.launches import EngineMemory
@@ -132,7 +132,7 @@ class _BoundEngine:
 
     def _open(self, file: Path, settings: Any, stream: int) -> Any:
         values = {"user_compute_stream": str(stream), "enable_cuda_graph": str(int(self._graphs))}
-        options = values if self._device == "cuda" else {}
+        options = {**CUDA_OPTIONS, **values} if self._device == "cuda" else {}
         return self._ort.InferenceSession(str(file), settings, providers=[(PROVIDERS[self._device], options)])
 
     def launch(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor], what: str) -> None:
@@ -159,15 +159,16 @@ class _Sessions:
     kind: str
     stream: int
 
-    def _open(self, bundle: Bundle, options: BackendOptions) -> None:
-        self._bundle, self._options = bundle, options
+    def _open(self, bundle: Bundle, options: BackendOptions, graphs: bool) -> None:
+        self._bundle, self._options, self._graphs = bundle, options, graphs
         self._engines: dict[EngineId, _BoundEngine] = {}
 
     def load(self, engine: EngineId) -> None:
         """Open a session."""
         manifest = self._bundle.manifest
         # Conditioning comes with other addresses each time, repetitions come once.
-        graphs = manifest.routing is not Routing.DYNAMIC and engine.subnet is not None and not engine.full
+        fixed = manifest.routing is not Routing.DYNAMIC and engine.subnet is not None and not engine.full
+        graphs = self._graphs and fixed
         file = self._bundle.file(graph_of(manifest, engine))
         self._engines[engine] = _BoundEngine(file, self.kind, self._options, self.stream, graphs)
 
@@ -211,9 +212,9 @@ class HostSessions(_Sessions, HostMemory):
 
     kind = "cpu"
 
-    def __init__(self, bundle: Bundle, options: BackendOptions):
+    def __init__(self, bundle: Bundle, options: BackendOptions, graphs: bool = True):
         HostMemory.__init__(self)
-        self._open(bundle, options)
+        self._open(bundle, options, graphs)
 
 
 class CudaSessions(_Sessions, CudaMemory):
@@ -221,9 +222,9 @@ class CudaSessions(_Sessions, CudaMemory):
 
     kind = "cuda"
 
-    def __init__(self, bundle: Bundle, options: BackendOptions):
+    def __init__(self, bundle: Bundle, options: BackendOptions, graphs: bool = True):
         CudaMemory.__init__(self)
-        self._open(bundle, options)
+        self._open(bundle, options, graphs)
 
 
 def session_memory(bundle: Bundle, engine: EngineId) -> EngineMemory:
@@ -245,11 +246,12 @@ def session_memory(bundle: Bundle, engine: EngineId) -> EngineMemory:
 class OnnxRuntimeDeviceBackend(OnnxRuntimeBackend):
     """The ONNX Runtime backend whose runs stay on the device; single steps are as there.
 
-    Needs onnxruntime-gpu and PyCUDA for `device="cuda"`.
+    Needs onnxruntime-gpu and PyCUDA for `device="cuda"`. `graphs`: let the provider capture CUDA graphs where it can.
     """
 
-    def __init__(self, bundle: Bundle, options: BackendOptions | None = None):
+    def __init__(self, bundle: Bundle, options: BackendOptions | None = None, graphs: bool = True):
         super().__init__(bundle, options)
+        self._graphs = graphs
         if self.options.device == "cuda":
             pycuda_driver()
         self._executor: Executor | None = None
@@ -257,7 +259,7 @@ class OnnxRuntimeDeviceBackend(OnnxRuntimeBackend):
     @cached_property
     def _sampler(self) -> DeviceSampler:
         manifest, kind = self.bundle.manifest, CudaSessions if self.options.device == "cuda" else HostSessions
-        self._executor = Executor(kind(self.bundle, self.options))
+        self._executor = Executor(kind(self.bundle, self.options, self._graphs))
         memory = {engine: session_memory(self.bundle, engine) for engine in engines_of(manifest)}
         options = LaunchOptions(graphs=False, fixed=True, resident=default_residency(manifest))
         return DeviceSampler(self._executor, self.bundle, memory, options)
