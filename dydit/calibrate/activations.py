@@ -7,9 +7,10 @@ Ranges drift with the timestep, so each segment has its own; how one is chosen f
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
-from pydantic import Field, FiniteFloat, model_validator
+from pydantic import Field, FiniteFloat, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from dydit.calibrate.histogram import Histogram
 from dydit.calibrate.ranges import Method, Threshold, choose
@@ -18,12 +19,14 @@ from dydit.models.config import Strict
 
 LAYERS = ("qkv", "proj", "fc1", "fc2")
 """The linear layers of a block, in the order in which a block's values stand here."""
+_ABSENT_WHILE_NONE = ("in_16_bits",)  # fields that files without them do not have
 
 
 class ActivationRanges(Strict):
     """Thresholds t of [-t, t] by segment, block and layer; the shares of values outside them, in the same order.
 
-    A layer that nothing entered (a block without heads, groups or routed tokens) has the threshold 0.
+    A layer that nothing entered (a block without heads, groups or routed tokens) has the threshold 0. `in_16_bits`:
+    which layers are not to be in 8 bits, in the same order; absent: all are.
     """
 
     method: Method
@@ -31,6 +34,12 @@ class ActivationRanges(Strict):
     images: int = Field(ge=1)
     thresholds: tuple[tuple[tuple[FiniteFloat, ...], ...], ...]
     clipped: tuple[tuple[tuple[FiniteFloat, ...], ...], ...]
+    in_16_bits: tuple[tuple[tuple[bool, ...], ...], ...] | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_absent(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = handler(self)
+        return {name: value for name, value in values.items() if value is not None or name not in _ABSENT_WHILE_NONE}
 
     @model_validator(mode="after")
     def _consistent(self) -> ActivationRanges:
@@ -44,6 +53,8 @@ class ActivationRanges(Strict):
             raise ValueError("thresholds and clipped shares do not belong together")
         if any(value < 0 for blocks in self.thresholds for block in blocks for value in block):
             raise ValueError("a threshold is negative")
+        if self.in_16_bits is not None and self.kept.shape != (*self.shape, len(LAYERS)):
+            raise ValueError("which layers stay in 16 bits does not belong to the thresholds")
         return self
 
     def input_scales(self, largest: float) -> list[tuple[tuple[float, ...], ...]]:
@@ -52,6 +63,15 @@ class ActivationRanges(Strict):
             tuple(tuple(float(np.float32(value / largest)) if value else 1.0 for value in block) for block in blocks)
             for blocks in self.thresholds
         ]
+
+    @property
+    def kept(self) -> np.ndarray:
+        """Which layers stay in 16 bits, bool [segments, L, 4]."""
+        if self.in_16_bits is None:
+            return np.zeros((*self.shape, len(LAYERS)), bool)
+        lengths = {len(block) for blocks in self.in_16_bits for block in blocks}
+        depths = {len(blocks) for blocks in self.in_16_bits}
+        return np.array(self.in_16_bits, bool) if len(lengths) == len(depths) == 1 else np.empty(0, bool)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -130,7 +150,9 @@ def repeat(ranges: ActivationRanges, segments: int) -> ActivationRanges:
     """The ranges of one segment, for all of `segments`: a global scale in the form of a plan's."""
     if ranges.shape[0] != 1:
         raise CalibrationError(f"{ranges.shape[0]} segments cannot be repeated; expected 1")
-    return ranges.model_copy(update={"thresholds": ranges.thresholds * segments, "clipped": ranges.clipped * segments})
+    kept = None if ranges.in_16_bits is None else ranges.in_16_bits * segments
+    repeated = {"thresholds": ranges.thresholds * segments, "clipped": ranges.clipped * segments, "in_16_bits": kept}
+    return ranges.model_copy(update=repeated)
 
 
 def require_segments(ranges: ActivationRanges, segments: int, depth: int) -> None:
