@@ -85,6 +85,12 @@ def add_calibrate(group: CommandGroup) -> None:
     "--activation-images", type=click.IntRange(min=1), default=32, help="Images whose activations are watched."
 )
 @click.option(
+    "--migrate",
+    is_flag=True,
+    help="With --activations: divide input channels that are much larger than others, where the weights, multiplied in "
+    "return, then lose less in int8. By powers of two, so that the model stays itself.",
+)
+@click.option(
     "--target-psnr",
     type=float,
     metavar="DB",
@@ -207,7 +213,8 @@ def calibrate_command(
     if as_json:
         rates = {"predicted": tokens.predicted.model_dump(), "held_out": tokens.held_out.model_dump()}
         searched = {} if found is None else {"sensitivity": found.model_dump(exclude={"losses"})}
-        print_json({"calibration": str(out), "segments": len(tokens.capacities), **rates, **searched})
+        moved = {"migration": result.found.to_json()} if result.found else {}
+        print_json({"calibration": str(out), "segments": len(tokens.capacities), **rates, **moved, **searched})
         return
     held = tokens.held_out
     options_text = _plan_words(plan, steps, sampler)
@@ -216,6 +223,7 @@ def calibrate_command(
         f"{out}: capacities of {len(tokens.capacities)} segments; on {held.images} held-out images {held.rate:.3%} of "
         f"step-blocks overflow (below {held.upper:.2%} with 95 % confidence; predicted: {tokens.predicted.rate:.3%}), "
         f"and MLPs compute {held.mlp_ratio - 1:.1%} more than with dynamic routing, repeated steps among it",
+        *([f"{out}: {result.found.text()}"] if result.found else []),
         *([] if found is None else [search_words(found)]),
         *(f"Look at {each}" for each in (picture, curve) if each.exists()),
         f"Next: dydit export {checkpoint}{options_text}{eighth} --routing capacity --calibration {out} --out BUNDLE",

@@ -21,8 +21,8 @@ from dydit.models.config import ModelConfig
 HEAD_WEIGHTS = ("qkv.weight", "qkv.bias", "proj.weight")
 GROUP_WEIGHTS = ("fc1.weight", "fc1.bias", "fc2.weight")
 """The stored tensors of a block whose first axis is the unit's slot, [H, rows of a unit, ...]."""
-HEAD_TENSORS, GROUP_TENSORS = (*HEAD_WEIGHTS, "qkv.scale"), (*GROUP_WEIGHTS, "fc1.scale")
-"""The same with the scales of output channels, which are there in 8 bits only."""
+HEAD_TENSORS, GROUP_TENSORS = (*HEAD_WEIGHTS, "qkv.scale"), (*GROUP_WEIGHTS, "fc1.scale", "fc2.factor")
+"""The same with what may be there in 8 bits: scales of output channels, and factors of migrated inputs."""
 Dim = int | str
 BATCH, ROWS, STEPS, LABELS = "batch", "rows", "steps", "labels"
 

@@ -24,12 +24,13 @@ from dydit.diffusion.coefficients import COEFFICIENTS
 from dydit.diffusion.schedule import Sampler
 from dydit.errors import BundleError, one_line
 from dydit.models.config import ModelConfig, Strict
+from dydit.models.migration import Migration
 
 SCHEMA_VERSION: Literal[1] = 1
 MANIFEST, CONDITIONING = "manifest.json", "conditioning.onnx"
 SLIDING, SLIDING_FULL = "sliding.onnx", "sliding-full.onnx"
 """The graph of a sliding plan, and the same with a slot for every token."""
-_LEFT_OUT_WHILE_NONE = ("vae",)  # fields that older bundles, and so their digests, do not have
+_LEFT_OUT_WHILE_NONE = ("vae", "migration")  # fields that older bundles, and so their digests, do not have
 
 
 class Routing(StrEnum):
@@ -136,6 +137,7 @@ class Manifest(Strict):
     checkpoint_sha256: str
     tools: dict[str, str]
     vae: VaeEntry | None = Field(default=None, description="the decoder; without one, latents stay latents")
+    migration: Migration | None = Field(default=None, description="what block weights took over of their inputs' range")
     digest: str = ""
 
     @field_validator("files")

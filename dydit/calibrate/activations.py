@@ -16,17 +16,19 @@ from dydit.calibrate.histogram import Histogram
 from dydit.calibrate.ranges import Method, Threshold, choose
 from dydit.errors import CalibrationError
 from dydit.models.config import Strict
+from dydit.models.migration import Migration
 
 LAYERS = ("qkv", "proj", "fc1", "fc2")
 """The linear layers of a block, in the order in which a block's values stand here."""
-_ABSENT_WHILE_NONE = ("in_16_bits",)  # fields that files without them do not have
+_ABSENT_WHILE_NONE = ("in_16_bits", "migration")  # fields that files without them do not have
 
 
 class ActivationRanges(Strict):
     """Thresholds t of [-t, t] by segment, block and layer; the shares of values outside them, in the same order.
 
     A layer that nothing entered (a block without heads, groups or routed tokens) has the threshold 0. `in_16_bits`:
-    which layers are not to be in 8 bits, in the same order; absent: all are.
+    which layers are not to be in 8 bits, in the same order; absent: all are. With a `migration`, ranges are those of
+    migrated inputs, and hold with weights that are migrated too.
     """
 
     method: Method
@@ -35,6 +37,7 @@ class ActivationRanges(Strict):
     thresholds: tuple[tuple[tuple[FiniteFloat, ...], ...], ...]
     clipped: tuple[tuple[tuple[FiniteFloat, ...], ...], ...]
     in_16_bits: tuple[tuple[tuple[bool, ...], ...], ...] | None = None
+    migration: Migration | None = None
 
     @model_serializer(mode="wrap")
     def _without_what_is_absent(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -55,6 +58,8 @@ class ActivationRanges(Strict):
             raise ValueError("a threshold is negative")
         if self.in_16_bits is not None and self.kept.shape != (*self.shape, len(LAYERS)):
             raise ValueError("which layers stay in 16 bits does not belong to the thresholds")
+        if self.migration is not None and {len(self.migration.blocks)} != depths:
+            raise ValueError("the migration is not of the same blocks")
         return self
 
     def input_scales(self, largest: float) -> list[tuple[tuple[float, ...], ...]]:

@@ -144,6 +144,9 @@ class _Mlp:
         gates = None
         if "gates" in of:
             gates = _per_channel(ops, ops.to_precision(of["gates"], self.fc1), self.config.group_dim)
+        if "factor" in of:
+            factor = ops.to_precision(of["factor"], self.fc1)
+            gates = factor if gates is None else ops.Mul(gates, factor)
         fc1 = [of[name] for name in weight_names("fc1", self.fc1)]
         fc2 = [of[name] for name in weight_names("fc2", self.fc2)]
         return products.mlp(ops, ops.to_precision(hidden, self.fc1), fc1, fc2, gates, self.fc1, self.fc2)
@@ -169,19 +172,25 @@ Routed = tuple[ir.Value, list[ir.Value]]  # x after the block, and the overflow 
 
 
 def mlp_function(
-    config: ModelConfig, routing: Routing | None, gated: bool, precision: Precision, kept: Sequence[str] = ()
+    config: ModelConfig,
+    routing: Routing | None,
+    gated: bool,
+    precision: Precision,
+    factored: bool = False,
+    kept: Sequence[str] = (),
 ) -> ir.Function:
     """x + token_mask * gate * fc2(gates * GELU(fc1(modulated x))), with tokens routed as asked (None: no routing).
 
-    Weights: fc1 [g*gs, D], fc2 [g*gs, D] group-major; `gates` [g]; `capacity`: token slots per image. Outputs: x, then
-    with routing the token mask bool [T], then with capacity the overflow int64 [1]. `kept`: layers that stay in 16
-    bits.
+    Weights: fc1 [g*gs, D], fc2 [g*gs, D] group-major; `gates` [g]; `factor` [g*gs], where fc2's inputs are migrated: a
+    factor of each, beside the gates; `capacity`: token slots per image. Outputs: x, then with routing the token mask
+    bool [T], then with capacity the overflow int64 [1]. `kept`: layers that stay in 16 bits.
     """
     fc1, fc2 = (layer_precision(precision, layer, kept) for layer in ("fc1", "fc2"))
     inputs = ["x", "ones", *_VECTORS, *weight_names("fc1", fc1), *weight_names("fc2", fc2)]
     inputs += _ROUTER if routing else ()
     inputs += ["capacity"] if routing is Routing.CAPACITY else []
     inputs += ["gates"] if gated else []
+    inputs += ["factor"] if factored else []
 
     def body(ops: Ops, *arguments: ir.Value) -> Values:
         of = dict(zip(inputs, arguments, strict=True))
@@ -192,8 +201,8 @@ def mlp_function(
         x, extra = _ROUTED[routing](half, mask)
         return (x, mask, *extra)
 
-    name = "_".join(["mlp", *([routing.value] if routing else []), *(["gated"] if gated else [])])
-    return function(f"{name}{_kept_name(kept)}", inputs, body)
+    kind = [*([routing.value] if routing else []), *(["gated"] if gated else []), *(["factored"] if factored else [])]
+    return function(f"{'_'.join(['mlp', *kind])}{_kept_name(kept)}", inputs, body)
 
 
 def mlp_none_function(routed: bool, precision: Precision) -> ir.Function:

@@ -53,15 +53,16 @@ from dydit.export.graph import (
 )
 from dydit.export.library import FunctionLibrary
 from dydit.export.masks import activity_order, by_slot, freeze_masks
+from dydit.export.migrate import migrated_tensors
 from dydit.export.plan import Plan, budget_plan, merged_plan, per_step_plan, plan_cost
-from dydit.export.scales import Scales, segment_scales, weight_copies
+from dydit.export.scales import Scales, planned_migration, segment_scales, weight_copies
 from dydit.export.sizes import PlanSizes, fixed_bytes, subnet_bytes, unit_bytes
 from dydit.export.vae import export_vae
 from dydit.export.weights import write_weights
 from dydit.files import new_folder, require_absent, sha256_of
 from dydit.models.checkpoint import Checkpoint
 from dydit.models.config import ModelConfig, Strict
-from dydit.models.layout import stored_tensors
+from dydit.models.migration import Migration
 
 Progress = Callable[[int, int], None]
 GUIDED_CHANNELS = 3  # what the reference guides by default
@@ -155,10 +156,10 @@ def export_planned(
     with new_folder(out) as folder:
         vae = None if config.vae is None else export_vae(config.vae, folder, job.model, config.vae_tile)
         head_order, group_order = job.order[:, 0].tolist(), job.order[:, 1].tolist()
-        tensors = stored_tensors(checkpoint.state, job.model, head_order, group_order)
+        tensors = migrated_tensors(checkpoint.state, job.model, job.migration, head_order, group_order)
         copies = weight_copies(masks, plan, job.input_scales)
         weights = write_weights(folder / WEIGHTS, tensors, config.precision, copies)
-        save_graph(conditioning_graph(job.model, Windows(weights), config.precision), folder / CONDITIONING)
+        save_graph(conditioning_graph(job.model, Windows(weights), job.precision, job.migration), folder / CONDITIONING)
         subnets = _write_subnets(folder, job, weights, progress)
         manifest = _manifest(folder, checkpoint, config, job, weights, subnets, vae)
         (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
@@ -193,6 +194,7 @@ class _Job:
     cfg_channels: int
     precision: Precision
     input_scales: tuple[Scales, ...] | None
+    migration: Migration | None
 
 
 def _make_job(
@@ -215,7 +217,7 @@ def _make_job(
     scales = segment_scales(checkpoint, config, masks, plan)
     return _Job(
         *(model, schedule, order, masks, plan, measured, sliding, routing, capacities, cfg_channels),
-        *(config.precision, scales),
+        *(config.precision, scales, planned_migration(model, config)),
     )
 
 
@@ -377,6 +379,7 @@ def _manifest(
         checkpoint_sha256=checkpoint.sha256,
         tools={package: version(package) for package in packages},
         vae=vae,
+        migration=job.migration,
     )
 
 

@@ -33,10 +33,12 @@ from dydit.bundle.manifest import Routing
 from dydit.bundle.stored import WEIGHTS, Precision, WeightEntry, half_name
 from dydit.calibrate.activations import LAYERS
 from dydit.export.library import FunctionLibrary, call
+from dydit.export.migrate import FACTOR, modulation_factors
 from dydit.export.ops import CONTRIB, DATA_TYPES, DOMAIN, IR_VERSION, OPSET, Ops
 from dydit.export.products import layer_precision, weight_parts
 from dydit.export.weights import ALIGNMENT, runs
 from dydit.models.config import ModelConfig
+from dydit.models.migration import Migration
 
 _UNITS_OUT = ("qkv", "fc1")  # layers whose outputs belong to units, and so their biases and scales
 
@@ -86,6 +88,10 @@ class WeightSource(ABC):
         """A stored tensor, complete."""
 
     @abstractmethod
+    def has(self, name: str) -> bool:
+        """Whether a tensor is stored."""
+
+    @abstractmethod
     def units(self, ops: Ops, block: int, part: str, slots: Sequence[int]) -> ir.Value:
         """The rows of the given slots of `blocks.<block>.<part>`, the unit axis merged with the next."""
 
@@ -100,6 +106,9 @@ class Windows(WeightSource):
     def whole(self, name: str) -> ir.Value:
         entry = self.entries[name]
         return self._external(name, entry)
+
+    def has(self, name: str) -> bool:
+        return name in self.entries
 
     def rows(self, name: str, first: int, end: int) -> ir.Value:
         """Rows first..end-1 of a stored tensor."""
@@ -307,8 +316,11 @@ class _SubnetWriter:
             assert self.spec.capacities is not None
             arguments.append(self.ops.constant([self.spec.capacities[block]]))
             names.append(f"{name}.overflow")
-        function = self.library.mlp(routing, bool(gates), self._kept(block, ("fc1", "fc2")))
-        x, *extra = self._call(function, [*arguments, *gates], names)
+        factor = []
+        if self.weights.has(f"{name}.{FACTOR}"):
+            factor.append(self.weights.units(self.ops, block, FACTOR, slots))
+        function = self.library.mlp(routing, bool(gates), bool(factor), self._kept(block, ("fc1", "fc2")))
+        x, *extra = self._call(function, [*arguments, *gates, *factor], names)
         return [x, *(extra[1:] if capacity else [])]
 
 
@@ -330,8 +342,10 @@ def _model(name: str, inputs: Sequence[ir.Value], outputs: Sequence[ir.Value], w
     return ir.Model(graph, ir_version=IR_VERSION, producer_name="dydit", functions=list(writer.functions.values()))
 
 
-def conditioning_graph(config: ModelConfig, weights: Windows, precision: Precision) -> ir.Model:
-    """(timesteps [T], labels [R]) -> modulation [T, R, 6L+2, D] of every pair at once."""
+def conditioning_graph(
+    config: ModelConfig, weights: Windows, precision: Precision, migration: Migration | None = None
+) -> ir.Model:
+    """(timesteps [T], labels [R]) -> modulation [T, R, 6L+2, D] of every pair at once, migrated where it is."""
     ops, d, vectors = Ops(), config.hidden_size, modulation_vectors(config)
     timesteps, labels = (_value(spec) for spec in conditioning_inputs())
     angles = ops.Mul(
@@ -354,6 +368,9 @@ def conditioning_graph(config: ModelConfig, weights: Windows, precision: Precisi
     ones = np.zeros((vectors, d), np.float32)
     ones[[*(6 * b + k for b in range(config.depth) for k in (1, 4)), vectors - 1]] = 1
     out = ops.Add(ops.Reshape(out, ops.constant([-1, vectors, d])), weights.local("scale_ones", ones[:, :1]))
+    factors = modulation_factors(config, migration)
+    if factors is not None:
+        out = ops.Mul(out, weights.local("modulation_factors", factors))
     shape = ops.Concat(ops.Shape(timesteps), ops.Shape(labels), ops.constant([vectors, d]), axis=0)
     (modulation,) = ops.call("", "Reshape", (out, shape), ["modulation"])
     _typed(modulation, _value(conditioning_outputs(config)[0]))

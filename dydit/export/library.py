@@ -22,7 +22,11 @@ class FunctionLibrary:
             lambda heads, gated, kept=(): blocks.attention_function(config, heads, gated, precision, kept)
         )
         self.attention_none = cache(lambda: blocks.attention_none_function(precision))
-        self.mlp = cache(lambda routing, gated, kept=(): blocks.mlp_function(config, routing, gated, precision, kept))
+        self.mlp = cache(
+            lambda routing, gated, factored, kept=(): blocks.mlp_function(
+                config, routing, gated, precision, factored, kept
+            )
+        )
         self.mlp_none = cache(lambda routed: blocks.mlp_none_function(routed, precision))
         self.embed = cache(lambda: ends.embed_function(config))
         self.final = cache(lambda: ends.final_function(config))

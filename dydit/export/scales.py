@@ -1,5 +1,5 @@
-"""Scales of what enters linear layers, and which of these stay in 16 bits, for the precisions that are calibrated: of
-each segment of a plan."""
+"""What calibrated precisions have of activations: scales of what enters linear layers, and which of these stay in 16
+bits, by segment; a migration."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dydit.bundle.stored import Precision
-from dydit.calibrate.activations import LAYERS, require_segments
+from dydit.calibrate.activations import LAYERS, ActivationRanges, require_segments
 from dydit.calibrate.file import plan_sha256
 from dydit.errors import CalibrationError
 from dydit.export.plan import Plan
 from dydit.export.weights import Copies
 from dydit.models.checkpoint import Checkpoint
+from dydit.models.config import ModelConfig
+from dydit.models.migration import Migration
 
 if TYPE_CHECKING:
     from dydit.export.exporter import ExportConfig
@@ -34,12 +36,11 @@ def segment_scales(
     """
     if not config.precision.is_calibrated:
         return None
-    ranges = config.activations
-    if ranges is None:
+    if config.activations is None:
         assert config.calibration is not None
         config.calibration.require(checkpoint.sha256, config.steps, config.sampler, plan_sha256(plan.bounds, masks))
         config.calibration.require_searched(config.precision)
-        ranges = config.calibration.activations
+    ranges = _ranges(config)
     if ranges is None:
         raise CalibrationError(
             f"the calibration has no ranges of activations, which {config.precision} needs; run `dydit calibrate` with "
@@ -69,3 +70,21 @@ def weight_copies(masks: np.ndarray, plan: Plan, scales: Sequence[Scales] | None
                 kept = [each[block][place] is None for each, used in zip(scales, there, strict=True) if used]
                 copies[f"blocks.{block}.{layer}.weight"] = Copies(not all(kept) or not kept, any(kept))
     return copies
+
+
+def planned_migration(model: ModelConfig, config: ExportConfig) -> Migration | None:
+    """The migration that the ranges of a calibrated precision go with, where there is one.
+
+    Raises `CalibrationError` for one of another model's channels.
+    """
+    ranges = _ranges(config) if config.precision.is_calibrated else None
+    if ranges is None or ranges.migration is None:
+        return None
+    ranges.migration.require_fits(model)
+    return ranges.migration
+
+
+def _ranges(config: ExportConfig) -> ActivationRanges | None:
+    if config.activations is None and config.calibration is not None:
+        return config.calibration.activations
+    return config.activations

@@ -8,39 +8,79 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dydit.calibrate.activations import Observations
+from dydit.calibrate.activations import LAYERS, Observations
 from dydit.diffusion.coefficients import step_coefficients
 from dydit.diffusion.schedule import Sampler, Schedule
 from dydit.errors import ConfigError
 from dydit.export.exporter import GUIDED_CHANNELS
 from dydit.export.masks import freeze_masks
 from dydit.models.checkpoint import Checkpoint
+from dydit.models.config import ModelConfig
 from dydit.models.layout import stored_tensors
+from dydit.models.migration import Migration
 from dydit.models.sliced import SlicedBlock, SlicedDiT, conditioning
 from dydit.runtime.noise import SeededNoise
 from dydit.runtime.request import make_batches
 
 Progress = Callable[[int, int], None]
-Observe = Callable[[int, str, np.ndarray], None]
+Watch = Callable[[int, SlicedBlock, str, np.ndarray], None]
+"""Called with a segment, a block cut to its units, a layer, and what enters it, f32 [..., in]."""
 
 
 class WatchedDiT(SlicedDiT):
     """A subnetwork that shows what enters its layers: `watch(block, layer, values [..., in])`."""
 
-    watch: Observe
+    watch: Callable[[SlicedBlock, str, np.ndarray], None]
 
     def linear(self, block: SlicedBlock, layer: str, x: Tensor) -> Tensor:
         """The layer, once its input has been shown."""
-        self.watch(block.index, layer, x.numpy())
+        self.watch(block, layer, x.numpy())
         return super().linear(block, layer, x)
 
 
 def observe(
+    checkpoint: Checkpoint,
+    segments: Sequence[tuple[int, int]],
+    labels: Sequence[int],
+    *arguments: Any,
+    migration: Migration | None = None,
+    **settings: Any,
+) -> Observations:
+    """Sample and count what enters every layer, divided as a `migration` says, by segment of steps.
+
+    Arguments and errors as those of `sample_watched`; the same give the same counts.
+    """
+    config = checkpoint.config
+    seen = Observations(len(segments), config.depth)
+    places = [(block, layer) for block in range(config.depth) for layer in LAYERS]
+    divisors = {} if migration is None else {place: migration.divisor(*place) for place in places}
+
+    def watch(segment: int, block: SlicedBlock, layer: str, values: np.ndarray) -> None:
+        divisor = divisors.get((block.index, layer))
+        if divisor is not None:
+            values = values / divisor[entering(config, block, layer)]
+        seen.add(segment, block.index, layer, values)
+
+    sample_watched(watch, checkpoint, segments, labels, *arguments, **settings)
+    return seen
+
+
+def entering(model: ModelConfig, block: SlicedBlock, layer: str) -> np.ndarray:
+    """The input channels of a layer, by the checkpoint's numbers, that the units of a block cut to them have, int64."""
+    if layer in ("qkv", "fc1"):
+        return np.arange(model.hidden_size)
+    units, each = (block.heads, model.head_dim) if layer == "proj" else (block.groups, model.group_dim)
+    return np.asarray((units[:, None] * each + torch.arange(each)).flatten().numpy())
+
+
+def sample_watched(
+    watch: Watch,
     checkpoint: Checkpoint,
     segments: Sequence[tuple[int, int]],
     labels: Sequence[int],
@@ -51,12 +91,12 @@ def observe(
     batch: int = 16,
     cfg_channels: int | None = None,
     progress: Progress | None = None,
-) -> Observations:
-    """Sample an image for each label and count what enters every layer, by segment of steps (half-open ranges).
+) -> None:
+    """Sample an image for each label and show what enters every layer, by segment of steps (half-open ranges).
 
     Guidance scales take turns over the batches; `cfg_channels`: latent channels that guidance acts on, by default the
-    first 3. `progress(done, total)` counts steps of a batch. The same arguments give the same counts. Raises
-    `ConfigError` for no labels or scales, `CalibrationError` where a value is not finite.
+    first 3. `progress(done, total)` counts steps of a batch. Raises `ConfigError` for no labels or scales, and what
+    `watch` does.
     """
     if not labels or not cfg_scales:
         raise ConfigError("calibration needs at least one label and one guidance scale")
@@ -69,12 +109,11 @@ def observe(
     noise = SeededNoise(seed, (config.in_channels, config.input_size, config.input_size))
     batches = make_batches(labels, range(len(labels)), batch)
     latents = [torch.from_numpy(noise.initial(each)) for each in batches]
-    seen = Observations(len(segments), config.depth)
     segment_of = {step: index for index, (first, end) in enumerate(segments) for step in range(first, end)}
     for step in range(steps):
         units = [[np.flatnonzero(block).tolist() for block in masks[step, :, part]] for part in (0, 1)]
         model = WatchedDiT(config, weights, units[0], units[1], channels)
-        model.watch = partial(seen.add, segment_of[step])
+        model.watch = partial(watch, segment_of[step])
         for index, each in enumerate(batches):
             scale = float(cfg_scales[index % len(cfg_scales)])
             rows = np.concatenate([each.labels, np.full_like(each.labels, config.null_class)])
@@ -90,4 +129,3 @@ def observe(
             latents[index] = out.x_prev
             if progress:
                 progress(step * len(batches) + index + 1, steps * len(batches))
-    return seen

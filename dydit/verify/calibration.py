@@ -13,6 +13,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from pydantic import Field, field_validator, model_validator
@@ -39,6 +40,7 @@ from dydit.runtime.request import DEFAULT_CFG_SCALE, UINT64, Batch, make_batches
 from dydit.runtime.resident import ResidentSubnets
 from dydit.verify.activations import observe
 from dydit.verify.frechet import FrechetReference
+from dydit.verify.migration import Found, find_migration
 from dydit.verify.sensitivity import SearchConfig, search
 
 Progress = Callable[[int, int], None]
@@ -52,7 +54,8 @@ class CalibrationConfig(Strict):
     """What to sample: `samples` images to calibrate on and `held_out` others to verify on, over all guidance scales.
 
     Image i of the first draws its noise from (seed, i), of the others from (seed + 1, i). `activations`: how ranges of
-    what enters linear layers are chosen, where they are wanted, from `activation_images` images of the first. `search`:
+    what enters linear layers are chosen, where they are wanted, from `activation_images` images of the first.
+    `migrate`: move range from there into weights where that helps, and choose the ranges of what is left. `search`:
     which of these layers are to stay in 16 bits, where that is to be found.
     """
 
@@ -62,6 +65,7 @@ class CalibrationConfig(Strict):
     cfg_scales: tuple[float, ...] = Field(default=(DEFAULT_CFG_SCALE,), min_length=1)
     capacity: CapacityConfig = CapacityConfig()
     activations: Method | None = None
+    migrate: bool = False
     percentile: float | None = Field(default=None, gt=0, le=1)
     activation_images: int = Field(default=32, ge=1)
     search: SearchConfig | None = None
@@ -70,6 +74,8 @@ class CalibrationConfig(Strict):
     def _consistent(self) -> CalibrationConfig:
         if self.search is not None and self.activations is None:
             raise ValueError("a search for layers in 8 bits needs their ranges: --activations minmax")
+        if self.migrate and self.activations is None:
+            raise ValueError("a migration goes with ranges of activations only: `--activations minmax --migrate`")
         return self
 
     @field_validator("cfg_scales")
@@ -82,12 +88,13 @@ class CalibrationConfig(Strict):
 
 @dataclass(frozen=True)
 class CalibrationResult:
-    """The calibration; and for its pictures timesteps [S], the plan's bounds, and the groups calibrated on."""
+    """The calibration; for its pictures timesteps [S], the plan's bounds, the groups calibrated on; the migration."""
 
     calibration: Calibration
     timesteps: tuple[int, ...]
     bounds: tuple[int, ...]
     groups: tuple[Groups, ...]
+    found: Found | None = None
 
 
 def run_calibration(
@@ -137,7 +144,7 @@ def run_calibration(
         )
 
     mean = np.mean([each.mean for each in seen], axis=0) / model.tokens
-    ranges, sensitivity = _ranges(checkpoint, exported, plan, config, progress), None
+    (ranges, found), sensitivity = _ranges(checkpoint, exported, plan, config, progress), None
     if config.search is not None:
         assert ranges is not None
         ranges, sensitivity = search(
@@ -168,6 +175,7 @@ def run_calibration(
         bundle.manifest.sampling.timesteps,
         plan.bounds,
         tuple(groups),
+        found,
     )
 
 
@@ -187,23 +195,18 @@ def _search_reference(
 
 def _ranges(
     checkpoint: Checkpoint, exported: ExportConfig, plan: Plan, config: CalibrationConfig, progress: Progress | None
-) -> ActivationRanges | None:
-    """Ranges of the plan's segments, where they are wanted."""
+) -> tuple[ActivationRanges | None, Found | None]:
+    """Ranges of the plan's segments, where they are wanted; and what was found of a migration, where that is."""
     if config.activations is None:
-        return None
+        return None, None
     labels = spread_labels(config.activation_images, checkpoint.config.num_classes)
-    seen = observe(
-        checkpoint,
-        plan.segments,
-        labels,
-        config.cfg_scales,
-        exported.steps,
-        exported.sampler,
-        config.seed,
-        cfg_channels=exported.cfg_channels,
-        progress=progress,
-    )
-    return seen.choose(config.activations, config.activation_images, config.percentile)
+    run = (checkpoint, plan.segments, labels, config.cfg_scales, exported.steps, exported.sampler, config.seed)
+    settings: dict[str, Any] = {"cfg_channels": exported.cfg_channels, "progress": progress}
+    found = find_migration(*run, **settings) if config.migrate else None
+    migration = found.migration if found else None
+    seen = observe(*run, migration=migration, **settings)
+    ranges = seen.choose(config.activations, config.activation_images, config.percentile)
+    return ranges.model_copy(update={"migration": migration}), found
 
 
 def work_name(checkpoint: Checkpoint, exported: ExportConfig, config: CalibrationConfig) -> str:

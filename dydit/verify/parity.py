@@ -26,6 +26,7 @@ from dydit.bundle.manifest import Manifest
 from dydit.bundle.stored import half_name
 from dydit.errors import ConfigError
 from dydit.export.exporter import stale_reasons
+from dydit.export.migrate import migrated_tensors
 from dydit.export.weights import Copies, stored_forms
 from dydit.files import write_json
 from dydit.models.checkpoint import Checkpoint
@@ -281,7 +282,8 @@ def compare_weights(bundle: Bundle, checkpoint: Checkpoint) -> Hop:
     """Every tensor of `weights.bin` against the checkpoint's, in the manifest's order of units."""
     manifest = bundle.manifest
     elements, differing, first = 0, 0, None
-    tensors = stored_tensors(checkpoint.state, manifest.model, manifest.head_order, manifest.group_order)
+    orders = manifest.head_order, manifest.group_order
+    tensors = migrated_tensors(checkpoint.state, manifest.model, manifest.migration, *orders)
 
     def copies(name: str) -> Copies:
         half = half_name(name) in manifest.weights

@@ -21,11 +21,11 @@ from dydit.diffusion.coefficients import step_coefficients
 from dydit.diffusion.schedule import Sampler, Schedule
 from dydit.export.exporter import GUIDED_CHANNELS
 from dydit.export.masks import freeze_masks
+from dydit.export.migrate import FACTOR, migrated_tensors, modulation_factors
 from dydit.export.quantize import is_quantized, quantize
 from dydit.export.scales import LARGEST
 from dydit.models.checkpoint import Checkpoint
 from dydit.models.config import ModelConfig
-from dydit.models.layout import stored_tensors
 from dydit.models.sliced import SlicedBlock, SlicedDiT, Slots, conditioning
 
 TYPES = {Precision.INT8_STATIC: torch.int8, Precision.FP8: torch.float8_e4m3fn}
@@ -46,7 +46,29 @@ def in_8_bits(values: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     return ratio.clamp(-LARGEST[Precision.FP8], LARGEST[Precision.FP8]).to(dtype).float() * scale
 
 
-class SimulatedDiT(SlicedDiT):
+class MigratedDiT(SlicedDiT):
+    """A subnetwork of migrated weights, with fc2's factors among them; it makes what its checkpoint does."""
+
+    def __init__(
+        self, config: ModelConfig, weights: Mapping[str, Tensor], heads: Slots, groups: Slots, cfg_channels: int
+    ):
+        super().__init__(config, weights, heads, groups, cfg_channels)
+        self._factors = {
+            block: weights[name] for block in range(config.depth) if (name := f"blocks.{block}.{FACTOR}") in weights
+        }
+
+    def linear(self, block: SlicedBlock, layer: str, x: Tensor) -> Tensor:
+        """The layer; x is what the one before it gave."""
+        if layer == "fc2" and block.index in self._factors:
+            x = x * self._factors[block.index][block.groups].flatten()
+        return self.product(block, layer, x)
+
+    def product(self, block: SlicedBlock, layer: str, x: Tensor) -> Tensor:
+        """The layer, without the factors of its inputs."""
+        return super().linear(block, layer, x)
+
+
+class SimulatedDiT(MigratedDiT):
     """A subnetwork whose linear layers are in 8 bits, but for those of `kept`, bool [L, 4] in the order of `LAYERS`.
 
     `quantized`: weights in 8 bits and their scales, by name; `scales`: of what enters each layer, by block. `kept` may
@@ -69,8 +91,8 @@ class SimulatedDiT(SlicedDiT):
         self._quantized, self._scales = quantized, scales
         self._made: dict[tuple[int, str, bool], Tensor] = {}
 
-    def linear(self, block: SlicedBlock, layer: str, x: Tensor) -> Tensor:
-        """The layer, rounded as its precision rounds; x is what the one before it gave."""
+    def product(self, block: SlicedBlock, layer: str, x: Tensor) -> Tensor:
+        """The layer, rounded as its precision rounds."""
         kept = dict(zip(LAYERS, self.kept[block.index].tolist(), strict=True))
         if layer == "proj" or (layer == "fc2" and kept["fc1"]):
             x = in_16_bits(x)  # attention, and GELU after a product in 16 bits, give fp16
@@ -120,7 +142,9 @@ class Simulator:
         self.timesteps = schedule.timesteps[::-1]
         self.masks = freeze_masks(checkpoint.width_routers(), self.timesteps)
         self.segment_of = [index for index, (first, end) in enumerate(segments) for _ in range(first, end)]
-        self._weights = dict(stored_tensors(checkpoint.state, config))
+        same = [range(config.num_heads)] * config.depth
+        self._weights = dict(migrated_tensors(checkpoint.state, config, ranges.migration, same, same))
+        self._factors = modulation_factors(config, ranges.migration)
         self._quantized = {
             name: quantize(name, tensor, TYPES[precision])
             for name, tensor in self._weights.items()
@@ -134,7 +158,7 @@ class Simulator:
 
     def plain(self, step: int) -> SlicedDiT:
         """The step's subnetwork, not quantised."""
-        return SlicedDiT(self.config, self._weights, *self._units(step), cfg_channels=self._channels)
+        return MigratedDiT(self.config, self._weights, *self._units(step), cfg_channels=self._channels)
 
     def subnet(self, step: int, kept: np.ndarray) -> SimulatedDiT:
         """The step's subnetwork with the layers `kept`, bool [L, 4], in 16 bits and the others in 8."""
@@ -151,7 +175,8 @@ class Simulator:
         """The step's modulation of labels [B] and, with guidance, of as many null classes after them."""
         rows = labels if cfg_scale == 1 else np.concatenate([labels, np.full_like(labels, self.config.null_class)])
         time = torch.tensor([int(self.timesteps[step])])
-        return conditioning(self.config, self._weights, time, torch.from_numpy(rows))[0]
+        made = conditioning(self.config, self._weights, time, torch.from_numpy(rows))[0]
+        return made if self._factors is None else made * torch.from_numpy(self._factors)
 
     def step(
         self, subnet: SlicedDiT, step: int, x: np.ndarray, noise: np.ndarray, modulation: Tensor, cfg_scale: float

@@ -15,6 +15,7 @@ from dydit.calibrate.ranges import Method
 from dydit.calibrate.sensitivity import CurvePoint, Quality, Sensitivity
 from dydit.diffusion.schedule import Sampler
 from dydit.errors import CalibrationError
+from dydit.models.migration import BlockMigration, Migration
 
 RATES = OverflowRates(images=20, trials=100, rate=0.01, upper=0.04, repeated_steps=0.02, mlp_ratio=1.06)
 CHECKPOINT, PLAN = "a" * 64, "b" * 64
@@ -36,12 +37,16 @@ def calibration(**changes: Any) -> Calibration:
     return Calibration.model_validate({**values, **changes})
 
 
-def ranges() -> ActivationRanges:
+def ranges(**more: Any) -> ActivationRanges:
     values = ((tuple(1.0 for _ in LAYERS),) * 2,) * 2
-    return ActivationRanges(method=Method.MINMAX, images=20, thresholds=values, clipped=values)
+    return ActivationRanges(method=Method.MINMAX, images=20, thresholds=values, clipped=values, **more)
 
 
-@pytest.mark.parametrize("activations", [None, ranges()], ids=["tokens", "tokens and activations"])
+MIGRATED = ranges(migration=Migration(blocks=(BlockMigration(proj="0a19", fc2="00"), BlockMigration())))
+ACTIVATIONS = {"tokens": None, "tokens and activations": ranges(), "migrated activations": MIGRATED}
+
+
+@pytest.mark.parametrize("activations", ACTIVATIONS.values(), ids=ACTIVATIONS.keys())
 def test_it_comes_back_as_written(tmp_path, activations):
     made = calibration(activations=activations)
     path = tmp_path / "calibration.json"
@@ -50,6 +55,8 @@ def test_it_comes_back_as_written(tmp_path, activations):
     values = json.loads(made.to_json())
     assert list(values) == sorted(values) and ("activations" in values) == (activations is not None)
     assert made.tokens.largest == (9, 16)
+    if activations is not None:
+        assert ("migration" in values["activations"]) == (activations is MIGRATED), "older files stay what they were"
 
 
 @pytest.mark.parametrize(
@@ -76,8 +83,11 @@ def test_the_hash_of_a_plan_changes_with_bounds_and_masks():
     assert plan_sha256((0, 1, 3), masks.reshape(3, 4, 1, 4)) != same
 
 
+MOVED = ("activations", "migration", "blocks")
+
+
 def spoil(path: tuple[Any, ...], value: Any) -> str:
-    values = json.loads(calibration().to_json())
+    values = json.loads(calibration(activations=MIGRATED).to_json())
     place = values
     for key in path[:-1]:
         place = place[key]
@@ -104,6 +114,10 @@ def spoil(path: tuple[Any, ...], value: Any) -> str:
         (spoil(("held_out_seed",), 0), "the held-out images are those calibrated on"),
         (spoil(("checkpoint_sha256",), "short"), "checkpoint_sha256"),
         (spoil(("cfg_scales",), []), "cfg_scales"),
+        (spoil(MOVED, [{"qkv": "0b"}, {}]), r"activations.migration.blocks.0.qkv: String should match pattern"),
+        (spoil(MOVED, [{"fc3": "00"}, {}]), r"blocks.0.fc3: Extra inputs are not permitted"),
+        (spoil(MOVED, [{}]), "the migration is not of the same blocks"),
+        (spoil(MOVED, []), "migration.blocks"),
     ],
 )
 def test_a_file_that_is_none(tmp_path, text, words):

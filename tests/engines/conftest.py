@@ -61,8 +61,10 @@ def capacity_bundle(
     def make(precision: str = "fp16", **settings: Any) -> Bundle:
         checkpoint = make_checkpoint(digits_like)
         kept = {"routing": "capacity", "max_subnets": 3, "max_batch": 4, "capacities": (40, 64), **settings}
+        migration = kept.pop("migration", None)
         if Precision(precision).is_calibrated:
-            kept["activations"] = even_ranges(kept["max_subnets"], checkpoint.config.depth)
+            ranges = even_ranges(kept["max_subnets"], checkpoint.config.depth)
+            kept["activations"] = ranges.model_copy(update={"migration": migration})
         return make_bundle(checkpoint, precision=precision, **kept)
 
     return make

@@ -103,6 +103,17 @@ def test_the_shipped_digits_model_builds(rtx, even_ranges, tmp_path: Path, preci
     assert (again.built, again.kept) == ((), subnets + 1)
 
 
+@pytest.mark.parametrize("precision", ["int8-static", "fp8"])
+def test_a_migrated_bundle_builds(rtx, make_migration, digits_like, capacity_bundle, tmp_path, precision):
+    """Of two subnetworks, gated; types on the way into products are what they are without."""
+    migration = make_migration(digits_like)
+    bundle = capacity_bundle(precision, **SMALL, migration=migration)
+    assert migration.layers == 8 and bundle.manifest.migration == migration
+    assert any(subnet.gated for subnet in bundle.manifest.subnets)
+    report = build(copy_of(bundle, tmp_path / "copy"))
+    assert [each.graph for each in report.built] == ["conditioning.onnx", "subnet-0000.onnx", "subnet-0001.onnx"]
+
+
 def test_dense_routing_builds(rtx, capacity_bundle, tmp_path: Path) -> None:
     bundle = capacity_bundle("fp16", **{**SMALL, "max_subnets": 1, "routing": "dense"})
     assert len(build(copy_of(bundle, tmp_path / "copy")).built) == 2

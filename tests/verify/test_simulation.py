@@ -92,6 +92,42 @@ def test_it_is_what_the_exported_bundle_computes(
     assert np.median(ratios) < 0.3, np.median(ratios, axis=1)
 
 
+@pytest.mark.parametrize("precision", [Precision.INT8_STATIC, Precision.FP8])
+def test_it_is_what_a_migrated_bundle_computes(
+    precision, segments, make_checkpoint, make_bundle, make_migration, small_config
+) -> None:
+    """With layers of both kinds; and what is not quantised is the model, bit for bit."""
+    if precision is Precision.INT8_STATIC and not products_are_exact(onnxruntime):
+        pytest.skip("this CPU has no VNNI: 8-bit products saturate")
+    migration = make_migration(small_config, share=0.7)
+    seen = observe(make_checkpoint(), segments, LABELS, [SCALE], STEPS, migration=migration)
+    ranges = seen.choose(Method.MINMAX, len(LABELS)).model_copy(update={"migration": migration})
+    kept = kept_of("by chance", (SEGMENTS, 3, len(LAYERS)))
+    bundle = make_bundle(
+        plan=PlanKind.MAX_SUBNETS, max_subnets=SEGMENTS, precision=precision, activations=with_kept(ranges, kept)
+    )
+    simulator, same = (
+        Simulator(make_checkpoint(), each, segments, precision, STEPS, Sampler.DDPM)
+        for each in (ranges, ranges.model_copy(update={"migration": None}))
+    )
+    labels, noise = np.array(LABELS), SeededNoise(5, (4, 8, 8))
+    batch = Batch(0, tuple(range(len(LABELS))), labels)
+    engine, x = open_backend("onnxruntime", bundle), noise.initial(batch)
+    ratios = []
+    with ResidentSubnets(engine) as subnets:
+        runner = StepRunner(engine, subnets, labels, SCALE)
+        for step in range(STEPS - 1):
+            drawn, choice = noise.step(batch, step), kept[simulator.segment_of[step]]
+            modulation, unmoved = (each.modulation(step, labels, SCALE) for each in (simulator, same))
+            ours = simulator.step(simulator.subnet(step, choice), step, x, drawn, modulation, SCALE)
+            plain = simulator.step(simulator.plain(step), step, x, drawn, modulation, SCALE)
+            np.testing.assert_array_equal(plain, same.step(same.plain(step), step, x, drawn, unmoved, SCALE))
+            theirs = runner.run(step, x, drawn, labels).x_prev
+            ratios.append(relative_l2(ours, theirs) / relative_l2(ours, plain))
+            x = plain
+    assert np.median(ratios) < 0.3, np.median(ratios, axis=1)
+
+
 @pytest.mark.parametrize(("dtype", "kind"), [(torch.int8, 3), (torch.float8_e4m3fn, 17)])
 def test_rounding_to_8_bits_is_that_of_onnxruntime(dtype, kind) -> None:
     """QuantizeLinear and DequantizeLinear, value by value, some of them beyond the range."""
