@@ -57,12 +57,14 @@ def assert_refused(done: Run, *words: str) -> None:
         assert word in done.err, done.err
 
 
-@pytest.mark.parametrize("precision", ["int8-static", "fp8"])
-def test_a_target_then_a_bundle_of_8_and_16_bits(run, checkpoint: Path, tmp_path: Path, precision: str) -> None:
+@pytest.mark.parametrize(("precision", "more"), [("int8-static", []), ("int8-static", ["--migrate"]), ("fp8", [])])
+def test_a_target_then_a_bundle_of_8_and_16_bits(
+    run, checkpoint: Path, tmp_path: Path, precision: str, more: list[str]
+) -> None:
     if precision == "int8-static" and not products_are_exact(onnxruntime):
         pytest.skip("this CPU has no VNNI: 8-bit products saturate")
     file, bundle = tmp_path / "c.json", tmp_path / "bundle"
-    call = ["calibrate", checkpoint, *SMALL, *SEARCH, "--precision", precision]
+    call = ["calibrate", checkpoint, *SMALL, *SEARCH, "--precision", precision, *more]
     done = run(*call, "--target-psnr", 1, "--out", tmp_path / "low.json", "--json")
     assert done.code == 0 and done.err == "", done.err
     curve = json.loads(done.out)["sensitivity"]["curve"]
