@@ -90,6 +90,44 @@ def add_calibrate(group: CommandGroup) -> None:
     help="With --activations: divide input channels that are much larger than others, where the weights, multiplied in "
     "return, then lose less in int8. By powers of two, so that the model stays itself.",
 )
+@click.option(
+    "--target-psnr",
+    type=float,
+    metavar="DB",
+    help="With --activations: also find which layers stay in 16 bits, as few as keep every image within so many "
+    "decibels of the model that is not quantised.",
+)
+@click.option(
+    "--target-fd-ratio",
+    type=float,
+    metavar="R",
+    help="Instead: as few as keep the Fréchet distance to --reference within R times the model's.",
+)
+@click.option(
+    "--reference",
+    type=PATH,
+    metavar="FILE.npz",
+    help="Images to take Fréchet distances to, on their first principal components: floats `images`, or `latents` as "
+    "`dydit sample --latents-out` writes them, [n, C, S, S] as the model makes them.",
+)
+@click.option(
+    "--precision",
+    type=click.Choice([each.value for each in Precision if each.is_calibrated]),
+    default=Precision.INT8_STATIC.value,
+    help="The 8 bits that a target is searched for.",
+)
+@click.option(
+    "--search-images",
+    type=click.IntRange(min=1),
+    default=16,
+    help="Images that are sampled for each choice, and held-out ones for the last.",
+)
+@click.option(
+    "--search-steps",
+    type=click.IntRange(min=1),
+    default=4,
+    help="Steps of a segment, evenly spread, at which each layer's loss in 8 bits is measured.",
+)
 @heads_option
 @backend_options
 @json_option
@@ -111,6 +149,12 @@ def calibrate_command(
     device: str,
     threads: int,
     as_json: bool,
+    target_psnr: float | None,
+    target_fd_ratio: float | None,
+    reference: Path | None,
+    precision: str,
+    search_images: int,
+    search_steps: int,
     **settings: Any,
 ) -> None:
     """Choose token slots, and ranges of activations, by segment and block, for `dydit export --calibration`.
@@ -120,8 +164,20 @@ def calibrate_command(
     it is repeated with a slot for every token: images are always those of dynamic routing. A picture is drawn beside
     --out. A run that was killed goes on where it was. Without a plan it is --max-subnets 32; a memory budget holds
     bytes of weights.
+
+    With a target, the loss of every linear layer in 8 bits is measured, by segment and block, and whole runs are
+    sampled in PyTorch with more and more layers in 8 bits, as many as keep the target. The layers that stay in 16 bits
+    are in the file, so that the export leaves them there; a second picture, -search.png, shows speed against quality.
     """
     plan = chosen_plan(per_step, max_subnets, memory_budget, sliding)
+    if target_psnr is not None and target_fd_ratio is not None:
+        raise click.UsageError("--target-psnr and --target-fd-ratio exclude each other")
+    if target_psnr is None and target_fd_ratio is None and reference is not None:
+        raise click.UsageError("--reference goes with --target-psnr or --target-fd-ratio")
+    if target_psnr is not None or target_fd_ratio is not None:
+        target = {"psnr": target_psnr, "fd_ratio": target_fd_ratio}
+        sampled = {"images": search_images, "steps": search_steps, "reference": reference}
+        settings["search"] = {"target": target, "precision": precision, **sampled}
     from dydit.export.exporter import ExportConfig
     from dydit.files import require_absent, write_atomic
     from dydit.models.checkpoint import load_checkpoint
@@ -130,39 +186,46 @@ def calibrate_command(
     from dydit.runtime.backends.registry import require_known
     from dydit.verify.calibration import CalibrationConfig, run_calibration, work_name
     from dydit.verify.plots_calibration import calibration_png
+    from dydit.verify.plots_sensitivity import search_words, sensitivity_png
 
     require_known(backend)
     chosen = {"quantile": quantile, "margin": margin, "tile": tile, "batch_sizes": batch_sizes}
     config = parse_config(CalibrationConfig, {**settings, "capacity": chosen})
     exported = parse_config(ExportConfig, {"steps": steps, "sampler": sampler, **plan})
-    picture = out.with_suffix(".png")
+    picture, curve = out.with_suffix(".png"), out.with_name(f"{out.stem}-search.png")
     if picture == out:
         raise OutputError(f"{out} would be the picture; give --out another ending, .json")
     require_absent(out)
     require_absent(picture)
+    if config.search is not None:
+        require_absent(curve)
     model = load_checkpoint(checkpoint, num_heads)
     work = out.parent / f".{out.name}.{work_name(model, exported, config)}"
     with progress_line("calibrate") as progress:
         options = BackendOptions(threads=threads, device=device)
         result = run_calibration(model, exported, config, work, backend, options, progress)
     draw(calibration_png, result, picture)
+    if config.search is not None:
+        draw(sensitivity_png, result, curve)
     write_atomic(out, result.calibration.to_json().encode())
     shutil.rmtree(work)
-    tokens = result.calibration.tokens
+    tokens, found = result.calibration.tokens, result.calibration.sensitivity
     if as_json:
         rates = {"predicted": tokens.predicted.model_dump(), "held_out": tokens.held_out.model_dump()}
+        searched = {} if found is None else {"sensitivity": found.model_dump(exclude={"losses"})}
         moved = {"migration": result.found.to_json()} if result.found else {}
-        print_json({"calibration": str(out), "segments": len(tokens.capacities), **rates, **moved})
+        print_json({"calibration": str(out), "segments": len(tokens.capacities), **rates, **moved, **searched})
         return
     held = tokens.held_out
     options_text = _plan_words(plan, steps, sampler)
-    eighth = f" --precision {Precision.INT8_STATIC}" if result.calibration.activations else ""
+    eighth = f" --precision {precision}" if result.calibration.activations else ""
     say(
         f"{out}: capacities of {len(tokens.capacities)} segments; on {held.images} held-out images {held.rate:.3%} of "
         f"step-blocks overflow (below {held.upper:.2%} with 95 % confidence; predicted: {tokens.predicted.rate:.3%}), "
         f"and MLPs compute {held.mlp_ratio - 1:.1%} more than with dynamic routing, repeated steps among it",
         *([f"{out}: {result.found.text()}"] if result.found else []),
-        *([f"Look at {picture}"] if picture.exists() else []),
+        *([] if found is None else [search_words(found)]),
+        *(f"Look at {each}" for each in (picture, curve) if each.exists()),
         f"Next: dydit export {checkpoint}{options_text}{eighth} --routing capacity --calibration {out} --out BUNDLE",
     )
 

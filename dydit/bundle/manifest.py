@@ -89,6 +89,9 @@ class SubnetEntry(Strict):
     capacities: tuple[int, ...] | None = Field(default=None, description="MLP token slots per image, per block")
     full_file: str | None = Field(default=None, description="the same at full capacity, for steps that overflow")
     weight_bytes: int = Field(ge=0, description="bytes of weights.bin that it reads")
+    in_16_bits: tuple[tuple[str, ...], ...] | None = Field(
+        default=None, description="with calibrated 8 bits: the layers that are not in them, per block"
+    )
 
 
 class SegmentEntry(Strict):
@@ -203,6 +206,9 @@ class Manifest(Strict):
         values = self.model_dump(mode="json", exclude={"digest"})
         if self.plan.measured is None:  # older bundles, and so their digests, do not have it
             del values["plan"]["measured"]
+        for subnet in values["subnets"]:
+            if subnet["in_16_bits"] is None:  # nor this
+                del subnet["in_16_bits"]
         return {name: value for name, value in values.items() if value is not None or name not in _LEFT_OUT_WHILE_NONE}
 
 

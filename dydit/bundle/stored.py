@@ -83,6 +83,11 @@ STORAGE = {
 """NumPy's type for each stored type; it has no bfloat16 and no float8, whose bits are read as integers."""
 
 
+def half_name(name: str) -> str:
+    """The name of a weight's copy in fp16, where others are in 8 bits: `blocks.0.qkv.weight16`."""
+    return f"{name}16"
+
+
 class WeightEntry(Strict):
     """Where a stored tensor lies in `weights.bin`: byte offset, shape, type."""
 

@@ -20,13 +20,15 @@ from dydit.models.migration import Migration
 
 LAYERS = ("qkv", "proj", "fc1", "fc2")
 """The linear layers of a block, in the order in which a block's values stand here."""
+_ABSENT_WHILE_NONE = ("in_16_bits", "migration")  # fields that files without them do not have
 
 
 class ActivationRanges(Strict):
     """Thresholds t of [-t, t] by segment, block and layer; the shares of values outside them, in the same order.
 
-    A layer that nothing entered (a block without heads, groups or routed tokens) has the threshold 0. With a
-    `migration`, ranges are those of migrated inputs, and hold with weights that are migrated too.
+    A layer that nothing entered (a block without heads, groups or routed tokens) has the threshold 0. `in_16_bits`:
+    which layers are not to be in 8 bits, in the same order; absent: all are. With a `migration`, ranges are those of
+    migrated inputs, and hold with weights that are migrated too.
     """
 
     method: Method
@@ -34,7 +36,13 @@ class ActivationRanges(Strict):
     images: int = Field(ge=1)
     thresholds: tuple[tuple[tuple[FiniteFloat, ...], ...], ...]
     clipped: tuple[tuple[tuple[FiniteFloat, ...], ...], ...]
+    in_16_bits: tuple[tuple[tuple[bool, ...], ...], ...] | None = None
     migration: Migration | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_absent(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = handler(self)
+        return {name: value for name, value in values.items() if value is not None or name not in _ABSENT_WHILE_NONE}
 
     @model_validator(mode="after")
     def _consistent(self) -> ActivationRanges:
@@ -48,15 +56,11 @@ class ActivationRanges(Strict):
             raise ValueError("thresholds and clipped shares do not belong together")
         if any(value < 0 for blocks in self.thresholds for block in blocks for value in block):
             raise ValueError("a threshold is negative")
+        if self.in_16_bits is not None and self.kept.shape != (*self.shape, len(LAYERS)):
+            raise ValueError("which layers stay in 16 bits does not belong to the thresholds")
         if self.migration is not None and {len(self.migration.blocks)} != depths:
             raise ValueError("the migration is not of the same blocks")
         return self
-
-    @model_serializer(mode="wrap")
-    def _without_none(self, values: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """A migration is written where there is one: other files stay what they were."""
-        written: dict[str, Any] = values(self)
-        return written if self.migration is not None else {k: v for k, v in written.items() if k != "migration"}
 
     def input_scales(self, largest: float) -> list[tuple[tuple[float, ...], ...]]:
         """The scale of each layer's input, by segment: t/`largest` (127 of int8, 448 of E4M3), and 1 where t is 0."""
@@ -64,6 +68,15 @@ class ActivationRanges(Strict):
             tuple(tuple(float(np.float32(value / largest)) if value else 1.0 for value in block) for block in blocks)
             for blocks in self.thresholds
         ]
+
+    @property
+    def kept(self) -> np.ndarray:
+        """Which layers stay in 16 bits, bool [segments, L, 4]."""
+        if self.in_16_bits is None:
+            return np.zeros((*self.shape, len(LAYERS)), bool)
+        lengths = {len(block) for blocks in self.in_16_bits for block in blocks}
+        depths = {len(blocks) for blocks in self.in_16_bits}
+        return np.array(self.in_16_bits, bool) if len(lengths) == len(depths) == 1 else np.empty(0, bool)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -142,7 +155,9 @@ def repeat(ranges: ActivationRanges, segments: int) -> ActivationRanges:
     """The ranges of one segment, for all of `segments`: a global scale in the form of a plan's."""
     if ranges.shape[0] != 1:
         raise CalibrationError(f"{ranges.shape[0]} segments cannot be repeated; expected 1")
-    return ranges.model_copy(update={"thresholds": ranges.thresholds * segments, "clipped": ranges.clipped * segments})
+    kept = None if ranges.in_16_bits is None else ranges.in_16_bits * segments
+    repeated = {"thresholds": ranges.thresholds * segments, "clipped": ranges.clipped * segments, "in_16_bits": kept}
+    return ranges.model_copy(update=repeated)
 
 
 def require_segments(ranges: ActivationRanges, segments: int, depth: int) -> None:

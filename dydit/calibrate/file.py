@@ -1,8 +1,8 @@
 """The calibration file, `dydit calibrate` to `dydit export`: what was seen of one checkpoint, run and plan, and chosen.
 
 One JSON object with sorted keys; the same inputs give the same bytes. `tokens` has the capacities of token routing,
-`activations`, where it is there, the ranges of what enters linear layers. Lists over steps are in execution order
-(noisiest first), lists over segments in that of the plan.
+`activations`, where it is there, the ranges of what enters linear layers, and `sensitivity` why some of them stay in 16
+bits. Lists over steps are in execution order (noisiest first), lists over segments in that of the plan.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pydantic import Field, FiniteFloat, ValidationError, model_validator
 
 from dydit.calibrate.activations import ActivationRanges
 from dydit.calibrate.capacity import CapacityConfig
+from dydit.calibrate.sensitivity import Sensitivity
 from dydit.diffusion.schedule import Sampler
 from dydit.errors import CalibrationError, one_line
 from dydit.models.config import Strict
@@ -79,6 +80,7 @@ class Calibration(Strict):
     held_out_seed: int = Field(ge=0)
     tokens: TokenCalibration
     activations: ActivationRanges | None = None
+    sensitivity: Sensitivity | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Calibration:
@@ -86,11 +88,14 @@ class Calibration(Strict):
             raise ValueError("there is not one row of token ratios for each step")
         if self.seed == self.held_out_seed:
             raise ValueError("the held-out images are those calibrated on")
+        if self.sensitivity is not None and self.activations is None:
+            raise ValueError("layers were searched for, but there are no ranges of activations")
         return self
 
     def to_json(self) -> str:
         """The text of the file."""
-        values = self.model_dump(mode="json", exclude={"activations"} if self.activations is None else None)
+        absent = {name for name in ("activations", "sensitivity") if getattr(self, name) is None}
+        values = self.model_dump(mode="json", exclude=absent)
         return json.dumps(values, indent=1, sort_keys=True, allow_nan=False) + "\n"
 
     def require(self, checkpoint_sha256: str, steps: int, sampler: Sampler, plan_sha256: str) -> None:
@@ -108,6 +113,14 @@ class Calibration(Strict):
         raise CalibrationError(
             f"the calibration is of {differs}; run `dydit calibrate` with the checkpoint and options of the export"
         )
+
+    def require_searched(self, precision: str) -> None:
+        """Raise `CalibrationError` where the layers that stay in 16 bits were searched for another precision."""
+        if self.sensitivity is not None and self.sensitivity.precision != precision:
+            raise CalibrationError(
+                f"which layers stay in 16 bits was searched for {self.sensitivity.precision}, not {precision}; run "
+                f"`dydit calibrate` with --precision {precision}"
+            )
 
 
 def plan_sha256(bounds: Sequence[int], masks: np.ndarray) -> str:

@@ -2,7 +2,8 @@
 
 The recipe: below fp32, matrix products and attention in the lower type, attention as the fused operator, casts only at
 their edges; the residual stream, modulation, routers, embedding, final layer and the sampler's formula in fp32. With
-calibrated 8 bits both sides of a block's linear layers come from a dequantisation, attention is fp16, adaLN fp32.
+calibrated 8 bits both sides of a block's linear layers come from a dequantisation, attention is fp16, adaLN fp32; that
+a layer is to stay in 16 bits is said by its weight, a copy in fp16 under a name of its own.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from dydit.errors import BackendError
 
 FP32_WEIGHTS = re.compile(r"(embed|final|time\.[02]|blocks\.\d+\.router\.[02])\.weight")
 """The weights, by the names of `dydit.models.layout`, whose products are fp32 in every precision."""
+
+KEPT_WEIGHTS = re.compile(r"blocks\.\d+\.(qkv|proj|fc1|fc2)\.weight16")
+"""The weights of layers that stay in 16 bits where others are in 8."""
 
 PRODUCTS = frozenset({"matrix_multiply", "einsum", "convolution", "deconvolution"})
 ATTENTION = frozenset({"attention_input", "attention_output"})
@@ -109,7 +113,7 @@ class _Check:
             if types - {"float32"}:
                 text = f"the product {named} takes {_words(types)}, expected float32 in every precision"
                 yield Finding(str(layer), Kind.PRODUCT, text)
-        elif self.eighth:
+        elif self.eighth and not any(map(KEPT_WEIGHTS.fullmatch, weights)):
             if not all(self._was_stored_in_8_bits(operand) for operand in layer.inputs):
                 text = f"the product {named} takes {_words(types)}, expected {self.eighth} on both sides"
                 yield Finding(str(layer), Kind.PRODUCT, text)

@@ -19,7 +19,7 @@ from dydit.bundle.manifest import Routing
 from dydit.bundle.stored import Precision
 from dydit.export import products
 from dydit.export.ops import CONTRIB, Ops, function
-from dydit.export.products import linear, weight_names
+from dydit.export.products import layer_precision, linear, weight_names
 from dydit.models.config import ModelConfig
 
 NORM_EPS = 1e-6
@@ -39,35 +39,50 @@ def flat(ops: Ops, x: ir.Value) -> ir.Value:
     return ops.Flatten(x, axis=2)
 
 
-def attention_function(config: ModelConfig, heads: int | None, gated: bool, precision: Precision) -> ir.Function:
+def attention_function(
+    config: ModelConfig, heads: int | None, gated: bool, precision: Precision, kept: Sequence[str] = ()
+) -> ir.Function:
     """x + gate * proj(gates * attention(modulated x)), for so many heads, or for any number (None).
 
-    Weights: qkv [h*3*hd, D] head-major, proj [h*hd, D]; `gates` [h].
+    Weights: qkv [h*3*hd, D] head-major, proj [h*hd, D]; `gates` [h]. `kept`: layers that stay in 16 bits.
     """
-    qkv_names, proj_names = weight_names("qkv", precision), weight_names("proj", precision)
+    qkv, proj = (layer_precision(precision, layer, kept) for layer in ("qkv", "proj"))
+    qkv_names, proj_names = weight_names("qkv", qkv), weight_names("proj", proj)
     inputs = ["x", "ones", *_VECTORS, *qkv_names, *proj_names, *(["gates"] if gated else [])]
 
     def body(ops: Ops, *arguments: ir.Value) -> Values:
         of = dict(zip(inputs, arguments, strict=True))
         x = of["x"]
-        hidden = ops.to_precision(flat(ops, modulate(ops, x, of["ones"], of["shift"], of["scale"])), precision)
-        joint = linear(ops, hidden, [of[name] for name in qkv_names], True, precision)  # [T, h*3*hd]
-        mixed = _attend(ops, config, joint, x, heads, precision)  # [T, h*hd]
+        hidden = ops.to_precision(flat(ops, modulate(ops, x, of["ones"], of["shift"], of["scale"])), qkv)
+        joint = linear(ops, hidden, [of[name] for name in qkv_names], True, qkv)  # [T, h*3*hd]
+        mixed = _attend(ops, config, joint, x, heads, qkv, proj)  # [T, h*hd]
         if gated:
-            gates = ops.to_precision(of["gates"], precision)
+            gates = ops.to_precision(of["gates"], proj)
             mixed = ops.Mul(mixed, _per_channel(ops, gates, config.head_dim))
-        out = linear(ops, mixed, [of[name] for name in proj_names], False, precision)
-        out = ops.to_fp32(out, precision)
+        out = linear(ops, mixed, [of[name] for name in proj_names], False, proj)
+        out = ops.to_fp32(out, proj)
         return (ops.Add(x, ops.Mul(of["gate"], ops.Reshape(out, ops.Shape(x)))),)
 
     count = "" if heads is None else f"_{heads}"
-    return function(f"attention{count}{'_gated' if gated else ''}", inputs, body)
+    return function(f"attention{count}{'_gated' if gated else ''}{_kept_name(kept)}", inputs, body)
+
+
+def _kept_name(kept: Sequence[str]) -> str:
+    """What tells a function with layers in 16 bits from the others."""
+    return "".join(f"_{layer}16" for layer in kept)
 
 
 def _attend(
-    ops: Ops, config: ModelConfig, joint: ir.Value, x: ir.Value, heads: int | None, precision: Precision
+    ops: Ops,
+    config: ModelConfig,
+    joint: ir.Value,
+    x: ir.Value,
+    heads: int | None,
+    precision: Precision,
+    wanted: Precision,
 ) -> ir.Value:
-    """Queries, keys and values [T, h*3*hd] of the tokens of x to mixed values [T, h*hd].
+    """Queries, keys and values [T, h*3*hd] of the tokens of x, as `precision` gave them, to mixed values [T, h*hd], as
+    `wanted` takes them.
 
     The operator Attention below fp32, so that compilers fuse it, and three operators in fp32, which TensorRT for RTX
     fuses for no symbolic batch. int8 is for ONNX Runtime alone, and has its fused operator.
@@ -90,10 +105,8 @@ def _attend(
         mixed = ops.MatMul(ops.Softmax(scores, axis=-1), v)
     else:
         kind = precision.attention
-        if kind is not precision:
-            q, k, v = (ops.to_precision(part, kind) for part in (q, k, v))
-        mixed = ops.Attention(q, k, v, scale=scale)
-        mixed = ops.to_fp32(mixed, kind) if kind is not precision else mixed
+        q, k, v = (ops.between(part, precision, kind) for part in (q, k, v))
+        mixed = ops.between(ops.Attention(q, k, v, scale=scale), kind, wanted)
     return flat(ops, ops.Transpose(mixed, perm=[0, 2, 1, 3]))
 
 
@@ -114,11 +127,15 @@ def _per_channel(ops: Ops, gates: ir.Value, channels: int) -> ir.Value:
 
 @dataclass(frozen=True)
 class _Mlp:
-    """The MLP's half of a block while its function is written: the inputs by name, and what follows from them."""
+    """The MLP's half of a block while its function is written: the inputs by name, and what follows from them.
+
+    `fc1`, `fc2`: the precisions of these layers; what the MLP gives is in fc2's.
+    """
 
     ops: Ops
     config: ModelConfig
-    precision: Precision
+    fc1: Precision
+    fc2: Precision
     of: Mapping[str, ir.Value]
 
     def forward(self, hidden: ir.Value) -> ir.Value:
@@ -126,12 +143,13 @@ class _Mlp:
         ops, of = self.ops, self.of
         gates = None
         if "gates" in of:
-            gates = _per_channel(ops, ops.to_precision(of["gates"], self.precision), self.config.group_dim)
+            gates = _per_channel(ops, ops.to_precision(of["gates"], self.fc1), self.config.group_dim)
         if "factor" in of:
-            factor = ops.to_precision(of["factor"], self.precision)
+            factor = ops.to_precision(of["factor"], self.fc1)
             gates = factor if gates is None else ops.Mul(gates, factor)
-        fc1, fc2 = ([of[name] for name in weight_names(layer, self.precision)] for layer in ("fc1", "fc2"))
-        return products.mlp(ops, ops.to_precision(hidden, self.precision), fc1, fc2, gates, self.precision)
+        fc1 = [of[name] for name in weight_names("fc1", self.fc1)]
+        fc2 = [of[name] for name in weight_names("fc2", self.fc2)]
+        return products.mlp(ops, ops.to_precision(hidden, self.fc1), fc1, fc2, gates, self.fc1, self.fc2)
 
     def hidden(self) -> ir.Value:
         """All tokens, modulated, [T, D]."""
@@ -141,12 +159,12 @@ class _Mlp:
     def joined(self, branch: ir.Value) -> ir.Value:
         """x + gate * branch [T, D]."""
         ops, x = self.ops, self.of["x"]
-        branch = ops.to_fp32(ops.Reshape(branch, ops.Shape(x)), self.precision)
+        branch = ops.to_fp32(ops.Reshape(branch, ops.Shape(x)), self.fc2)
         return ops.Add(x, ops.Mul(self.of["gate"], branch))
 
     def where(self, mask: ir.Value, rows: ir.Value) -> ir.Value:
         """Rows [T, D] where the mask [T] is on, else 0. A choice, not a product: 0 * inf would be NaN."""
-        zero = self.ops.to_precision(self.ops.constant(0, np.float32), self.precision)
+        zero = self.ops.to_precision(self.ops.constant(0, np.float32), self.fc2)
         return self.ops.Where(self.ops.Unsqueeze(mask, self.ops.constant([1])), rows, zero)
 
 
@@ -154,15 +172,21 @@ Routed = tuple[ir.Value, list[ir.Value]]  # x after the block, and the overflow 
 
 
 def mlp_function(
-    config: ModelConfig, routing: Routing | None, gated: bool, precision: Precision, factored: bool = False
+    config: ModelConfig,
+    routing: Routing | None,
+    gated: bool,
+    precision: Precision,
+    factored: bool = False,
+    kept: Sequence[str] = (),
 ) -> ir.Function:
     """x + token_mask * gate * fc2(gates * GELU(fc1(modulated x))), with tokens routed as asked (None: no routing).
 
     Weights: fc1 [g*gs, D], fc2 [g*gs, D] group-major; `gates` [g]; `factor` [g*gs], where fc2's inputs are migrated: a
     factor of each, beside the gates; `capacity`: token slots per image. Outputs: x, then with routing the token mask
-    bool [T], then with capacity the overflow int64 [1].
+    bool [T], then with capacity the overflow int64 [1]. `kept`: layers that stay in 16 bits.
     """
-    inputs = ["x", "ones", *_VECTORS, *weight_names("fc1", precision), *weight_names("fc2", precision)]
+    fc1, fc2 = (layer_precision(precision, layer, kept) for layer in ("fc1", "fc2"))
+    inputs = ["x", "ones", *_VECTORS, *weight_names("fc1", fc1), *weight_names("fc2", fc2)]
     inputs += _ROUTER if routing else ()
     inputs += ["capacity"] if routing is Routing.CAPACITY else []
     inputs += ["gates"] if gated else []
@@ -170,7 +194,7 @@ def mlp_function(
 
     def body(ops: Ops, *arguments: ir.Value) -> Values:
         of = dict(zip(inputs, arguments, strict=True))
-        half = _Mlp(ops, config, precision, of)
+        half = _Mlp(ops, config, fc1, fc2, of)
         if routing is None:
             return (half.joined(half.forward(half.hidden())),)
         mask = _token_mask(ops, flat(ops, of["x"]), *(of[name] for name in _ROUTER))
@@ -178,7 +202,7 @@ def mlp_function(
         return (x, mask, *extra)
 
     kind = [*([routing.value] if routing else []), *(["gated"] if gated else []), *(["factored"] if factored else [])]
-    return function("_".join(["mlp", *kind]), inputs, body)
+    return function(f"{'_'.join(['mlp', *kind])}{_kept_name(kept)}", inputs, body)
 
 
 def mlp_none_function(routed: bool, precision: Precision) -> ir.Function:
@@ -219,7 +243,7 @@ def _dynamic(half: _Mlp, mask: ir.Value) -> Routed:
     vectors = (ops.Gather(ops.Squeeze(of[name], ops.constant([1])), rows, axis=0) for name in _VECTORS)
     shift, scale, gate = vectors
     branch = half.forward(modulate(ops, entering, of["ones"], shift, scale))
-    left = ops.Add(entering, ops.Mul(gate, ops.to_fp32(branch, half.precision)))
+    left = ops.Add(entering, ops.Mul(gate, ops.to_fp32(branch, half.fc2)))
     stream = ops.ScatterND(stream, ops.Unsqueeze(ids, ops.constant([1])), left)
     return ops.Reshape(stream, ops.Shape(of["x"])), []
 

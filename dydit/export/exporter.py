@@ -15,7 +15,6 @@ from pydantic import Field, model_validator
 
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.costs import Measured
-from dydit.bundle.graph_io import GROUP_TENSORS, HEAD_TENSORS
 from dydit.bundle.manifest import (
     CONDITIONING,
     MANIFEST,
@@ -56,8 +55,8 @@ from dydit.export.library import FunctionLibrary
 from dydit.export.masks import activity_order, by_slot, freeze_masks
 from dydit.export.migrate import migrated_tensors
 from dydit.export.plan import Plan, budget_plan, merged_plan, per_step_plan, plan_cost
-from dydit.export.scales import Scales, planned_migration, segment_scales
-from dydit.export.sizes import PlanSizes, fixed_bytes, unit_bytes
+from dydit.export.scales import Scales, planned_migration, segment_scales, weight_copies
+from dydit.export.sizes import PlanSizes, fixed_bytes, subnet_bytes, unit_bytes
 from dydit.export.vae import export_vae
 from dydit.export.weights import write_weights
 from dydit.files import new_folder, require_absent, sha256_of
@@ -158,7 +157,8 @@ def export_planned(
         vae = None if config.vae is None else export_vae(config.vae, folder, job.model, config.vae_tile)
         head_order, group_order = job.order[:, 0].tolist(), job.order[:, 1].tolist()
         tensors = migrated_tensors(checkpoint.state, job.model, job.migration, head_order, group_order)
-        weights = write_weights(folder / WEIGHTS, tensors, config.precision)
+        copies = weight_copies(masks, plan, job.input_scales)
+        weights = write_weights(folder / WEIGHTS, tensors, config.precision, copies)
         save_graph(conditioning_graph(job.model, Windows(weights), job.precision, job.migration), folder / CONDITIONING)
         subnets = _write_subnets(folder, job, weights, progress)
         manifest = _manifest(folder, checkpoint, config, job, weights, subnets, vae)
@@ -320,14 +320,6 @@ def _write_graphs(
 def _subnet_entry(
     files: tuple[str, str | None], spec: SubnetSpec, job: _Job, weights: dict[str, WeightEntry]
 ) -> SubnetEntry:
-    units = len(job.order[0, 0])
-    used = sum(
-        weights[f"blocks.{block}.{part}"].nbytes // units * len(slots[block])
-        for slots, parts in ((spec.heads, HEAD_TENSORS), (spec.groups, GROUP_TENSORS))
-        for block in range(job.model.depth)
-        for part in parts
-        if f"blocks.{block}.{part}" in weights  # scales are there with 8 bits only
-    )
     return SubnetEntry(
         file=files[0],
         full_file=files[1],
@@ -335,7 +327,8 @@ def _subnet_entry(
         groups=spec.groups,
         gated=bool(spec.gated),
         capacities=spec.capacities,
-        weight_bytes=used + fixed_bytes(job.model, job.precision),
+        weight_bytes=subnet_bytes(job.model, job.precision, weights, (spec.heads, spec.groups), spec.in_16_bits),
+        in_16_bits=spec.in_16_bits,
     )
 
 

@@ -30,12 +30,12 @@ from dydit.bundle.graph_io import (
     unit_input,
 )
 from dydit.bundle.manifest import Routing
-from dydit.bundle.stored import WEIGHTS, Precision, WeightEntry
+from dydit.bundle.stored import WEIGHTS, Precision, WeightEntry, half_name
 from dydit.calibrate.activations import LAYERS
 from dydit.export.library import FunctionLibrary, call
 from dydit.export.migrate import FACTOR, modulation_factors
 from dydit.export.ops import CONTRIB, DATA_TYPES, DOMAIN, IR_VERSION, OPSET, Ops
-from dydit.export.products import weight_parts
+from dydit.export.products import layer_precision, weight_parts
 from dydit.export.weights import ALIGNMENT, runs
 from dydit.models.config import ModelConfig
 from dydit.models.migration import Migration
@@ -49,7 +49,8 @@ class SubnetSpec:
 
     `heads`, `groups`: ascending slots per block. `gated`: (block, part) pairs, part 0 heads and 1 groups, whose units
     are not all on in every step it serves. `capacities`: token slots per image and block, with `Routing.CAPACITY`.
-    `input_scales`: of what enters each of a block's `LAYERS`, with calibrated precisions.
+    `input_scales`: of what enters each of a block's `LAYERS`, with calibrated precisions; None where a layer stays in
+    16 bits.
     """
 
     heads: tuple[tuple[int, ...], ...]
@@ -57,7 +58,16 @@ class SubnetSpec:
     gated: frozenset[tuple[int, int]]
     routing: Routing | None
     capacities: tuple[int, ...] | None = None
-    input_scales: tuple[tuple[float, ...], ...] | None = None
+    input_scales: tuple[tuple[float | None, ...], ...] | None = None
+
+    @property
+    def in_16_bits(self) -> tuple[tuple[str, ...], ...] | None:
+        """By block, the layers that stay in 16 bits; None where there are none."""
+        kept = [
+            tuple(layer for layer, scale in zip(LAYERS, block, strict=True) if scale is None)
+            for block in self.input_scales or ()
+        ]
+        return tuple(kept) if any(kept) else None
 
 
 class WeightSource(ABC):
@@ -259,22 +269,32 @@ class _SubnetWriter:
         gates = self._gates(block, 0, slots)
         heads = None if isinstance(self.weights, WeightInputs) else len(slots)
         layers = [*self._layer(block, "qkv", slots), *self._layer(block, "proj", slots)]
-        function = self.library.attention(heads, bool(gates))
+        function = self.library.attention(heads, bool(gates), self._kept(block, ("qkv", "proj")))
         return self._call(function, [x, self.ones, *vectors, *layers, *gates], [f"{name}.attended"])[0]
 
     def _layer(self, block: int, layer: str, slots: Sequence[int]) -> list[ir.Value]:
         """A linear layer's weights as functions take them: of the given slots, whatever has an axis of units."""
+        kept = self._kept(block, (layer,))
+        precision = layer_precision(self.library.precision, layer, kept)
         made = []
-        for part in weight_parts(self.library.precision):
+        for part in weight_parts(precision):
+            stored = half_name(f"{layer}.{part}") if kept and part == "weight" else f"{layer}.{part}"
             if layer in _UNITS_OUT or part == "weight":
-                made.append(self.weights.units(self.ops, block, f"{layer}.{part}", slots))
+                value = self.weights.units(self.ops, block, stored, slots)
             else:
-                made.append(self.weights.whole(f"blocks.{block}.{layer}.{part}"))
-        if self.library.precision.is_calibrated:
+                value = self.weights.whole(f"blocks.{block}.{stored}")
+            # Only the weight has a copy in 16 bits: a bias is small.
+            made.append(self.ops.to_precision(value, precision) if kept and part == "bias" else value)
+        if precision.is_calibrated:
             assert self.spec.input_scales is not None
             scale = self.spec.input_scales[block][LAYERS.index(layer)]
             made.append(self.weights.local(f"blocks.{block}.{layer}.input_scale", np.asarray(scale, np.float32)))
         return made
+
+    def _kept(self, block: int, layers: Sequence[str]) -> tuple[str, ...]:
+        """Those of a block's layers that stay in 16 bits."""
+        kept = self.spec.in_16_bits
+        return () if kept is None else tuple(layer for layer in layers if layer in kept[block])
 
     def _mlp(self, block: int, x: ir.Value, vectors: list[ir.Value]) -> Sequence[ir.Value]:
         """Returns x and, with capacity routing, the overflow."""
@@ -299,7 +319,7 @@ class _SubnetWriter:
         factor = []
         if self.weights.has(f"{name}.{FACTOR}"):
             factor.append(self.weights.units(self.ops, block, FACTOR, slots))
-        function = self.library.mlp(routing, bool(gates), bool(factor))
+        function = self.library.mlp(routing, bool(gates), bool(factor), self._kept(block, ("fc1", "fc2")))
         x, *extra = self._call(function, [*arguments, *gates, *factor], names)
         return [x, *(extra[1:] if capacity else [])]
 

@@ -18,10 +18,14 @@ class FunctionLibrary:
 
     def __init__(self, config: ModelConfig, cfg_channels: int, precision: Precision = Precision.FP32):
         self.config, self.cfg_channels, self.precision = config, cfg_channels, precision
-        self.attention = cache(lambda heads, gated: blocks.attention_function(config, heads, gated, precision))
+        self.attention = cache(
+            lambda heads, gated, kept=(): blocks.attention_function(config, heads, gated, precision, kept)
+        )
         self.attention_none = cache(lambda: blocks.attention_none_function(precision))
         self.mlp = cache(
-            lambda routing, gated, factored: blocks.mlp_function(config, routing, gated, precision, factored)
+            lambda routing, gated, factored, kept=(): blocks.mlp_function(
+                config, routing, gated, precision, factored, kept
+            )
         )
         self.mlp_none = cache(lambda routed: blocks.mlp_none_function(routed, precision))
         self.embed = cache(lambda: ends.embed_function(config))

@@ -69,6 +69,10 @@ class Ops:
         """The way back."""
         return value if precision.is_fp32 else self.Cast(value, to=ir.DataType.FLOAT)
 
+    def between(self, value: ir.Value, made: Precision, wanted: Precision) -> ir.Value:
+        """What products of one precision gave, fp32 or fp16, for those of another."""
+        return value if made.dtype == wanted.dtype else self.Cast(value, to=DATA_TYPES[wanted.dtype])
+
     def split(self, value: ir.Value, axis: int, count: int) -> Sequence[ir.Value]:
         """Equal parts along an axis."""
         return self.call("", "Split", (value,), count, {"axis": axis, "num_outputs": count})

@@ -2,6 +2,7 @@
 
 Calibrated, int8-static and fp8: QuantizeLinear and DequantizeLinear around MatMul, with one scale for what enters a
 layer in a segment and one for each output channel of its weight, as compilers of engines read them. Zero points are 0.
+A layer that stays in 16 bits is one of fp16 among them.
 
 int8, for activations x [T, K] and weights W [K, N], sums over k in exact 32-bit integers:
 
@@ -20,7 +21,7 @@ fp32. The operators are ONNX Runtime's own (domain com.microsoft).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -36,6 +37,11 @@ _TINY = 1e-30  # a row of zeros has a scale, too
 def weight_parts(precision: Precision) -> tuple[str, ...]:
     """What is stored of a linear layer, in the order in which functions take it."""
     return ("weight", "scale", "bias") if precision.in_8_bits else ("weight", "bias")
+
+
+def layer_precision(precision: Precision, layer: str, kept: Collection[str]) -> Precision:
+    """The precision of a layer, where those of `kept` stay in 16 bits."""
+    return precision.attention if layer in kept else precision
 
 
 def weight_names(layer: str, precision: Precision) -> tuple[str, ...]:
@@ -70,11 +76,16 @@ def mlp(
     fc2: Sequence[ir.Value],
     channel_gates: ir.Value | None,
     precision: Precision,
+    last: Precision | None = None,
 ) -> ir.Value:
-    """fc2(gates * GELU(fc1(x))), tanh form; x [T, D], `channel_gates` [channels that are on] or None."""
+    """fc2(gates * GELU(fc1(x))), tanh form; x [T, D], `channel_gates` [channels that are on] or None.
+
+    `precision`: of fc1, of x and of the gates; `last`: of fc2 and the result, where it is another.
+    """
     if precision is not Precision.INT8:
-        inner = ops.Gelu(linear(ops, x, fc1, True, precision), approximate="tanh")
-        return linear(ops, _gated(ops, inner, channel_gates), fc2, False, precision)
+        last = last or precision
+        inner = _gated(ops, ops.Gelu(linear(ops, x, fc1, True, precision), approximate="tanh"), channel_gates)
+        return linear(ops, ops.between(inner, precision, last), fc2, False, last)
     weight, scale, added = fc2
     # GELU with its bias in one pass.
     inner = ops.call(CONTRIB, "FastGelu", (linear(ops, x, fc1, True, precision, bias=False), fc1[-1]), 1)[0]

@@ -1,16 +1,19 @@
-"""What calibrated precisions have of activations: scales of what enters linear layers, by segment; a migration."""
+"""What calibrated precisions have of activations: scales of what enters linear layers, and which of these stay in 16
+bits, by segment; a migration."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dydit.bundle.stored import Precision
-from dydit.calibrate.activations import ActivationRanges, require_segments
+from dydit.calibrate.activations import LAYERS, ActivationRanges, require_segments
 from dydit.calibrate.file import plan_sha256
 from dydit.errors import CalibrationError
 from dydit.export.plan import Plan
+from dydit.export.weights import Copies
 from dydit.models.checkpoint import Checkpoint
 from dydit.models.config import ModelConfig
 from dydit.models.migration import Migration
@@ -19,8 +22,9 @@ if TYPE_CHECKING:
     from dydit.export.exporter import ExportConfig
 
 LARGEST = {Precision.INT8_STATIC: 127.0, Precision.FP8: 448.0}
-Scales = tuple[tuple[float, ...], ...]
-"""By block, of what enters its `dydit.calibrate.activations.LAYERS`."""
+Scales = tuple[tuple[float | None, ...], ...]
+"""By block, of what enters its `dydit.calibrate.activations.LAYERS`; None: the layer stays in 16 bits."""
+_PARTS = (("qkv", "proj"), ("fc1", "fc2"))  # the layers that heads have, and those of groups
 
 
 def segment_scales(
@@ -35,6 +39,7 @@ def segment_scales(
     if config.activations is None:
         assert config.calibration is not None
         config.calibration.require(checkpoint.sha256, config.steps, config.sampler, plan_sha256(plan.bounds, masks))
+        config.calibration.require_searched(config.precision)
     ranges = _ranges(config)
     if ranges is None:
         raise CalibrationError(
@@ -42,7 +47,29 @@ def segment_scales(
             "--activations minmax"
         )
     require_segments(ranges, len(plan.segments), checkpoint.config.depth)
-    return tuple(ranges.input_scales(LARGEST[config.precision]))
+    scales = ranges.input_scales(LARGEST[config.precision])
+    return tuple(
+        tuple(
+            tuple(None if kept else scale for scale, kept in zip(*block, strict=True))
+            for block in zip(*segment, strict=True)
+        )
+        for segment in zip(scales, ranges.kept.tolist(), strict=True)
+    )
+
+
+def weight_copies(masks: np.ndarray, plan: Plan, scales: Sequence[Scales] | None) -> dict[str, Copies]:
+    """In which forms a plan over the masks bool [S, L, 2, H] needs the weights of layers; nothing that none uses."""
+    if scales is None:
+        return {}
+    copies = {}
+    for block in range(masks.shape[1]):
+        for part, layers in enumerate(_PARTS):
+            there = [masks[first:end, block, part].any() for first, end in plan.segments]
+            for layer in layers:
+                place = LAYERS.index(layer)
+                kept = [each[block][place] is None for each, used in zip(scales, there, strict=True) if used]
+                copies[f"blocks.{block}.{layer}.weight"] = Copies(not all(kept) or not kept, any(kept))
+    return copies
 
 
 def planned_migration(model: ModelConfig, config: ExportConfig) -> Migration | None:

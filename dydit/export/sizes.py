@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from dydit.bundle.costs import Residency
-from dydit.bundle.stored import ITEM_BYTES, Precision
+from dydit.bundle.graph_io import GROUP_TENSORS, HEAD_TENSORS
+from dydit.bundle.stored import ITEM_BYTES, Precision, WeightEntry, half_name
 from dydit.export.plan import Plan
 from dydit.models.config import ModelConfig
+
+Slots = Sequence[Sequence[int]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +79,28 @@ def unit_bytes(model: ModelConfig, precision: Precision = Precision.FP32) -> np.
     sizes = np.empty((model.depth, 2, model.num_heads))
     sizes[:, 0], sizes[:, 1] = item * 4 * hd * d + added * 3 * hd, item * 2 * gs * d + added * gs
     return sizes
+
+
+def subnet_bytes(
+    model: ModelConfig,
+    precision: Precision,
+    weights: Mapping[str, WeightEntry],
+    slots: tuple[Slots, Slots],
+    in_16_bits: Sequence[Sequence[str]] | None,
+) -> int:
+    """Bytes of stored weights that a subnetwork of these slots of heads and groups, by block, reads."""
+    kept = in_16_bits or ((),) * model.depth
+    total = fixed_bytes(model, precision)
+    for block, layers in enumerate(kept):
+        for units, parts in zip(slots, (HEAD_TENSORS, GROUP_TENSORS), strict=True):
+            for part in parts:
+                (layer, _, what), name = part.partition("."), f"blocks.{block}.{part}"
+                half = layer in layers
+                stored = weights.get(half_name(name) if half and what == "weight" else name)
+                if stored is not None and not (half and what == "scale"):  # scales are there with 8 bits only
+                    total += stored.nbytes // model.num_heads * len(units[block])
+        total -= 4 * model.hidden_size * sum(layer in layers for layer in ("proj", "fc2"))  # scales, not read
+    return total
 
 
 def _channel_bytes(precision: Precision) -> int:

@@ -6,14 +6,14 @@ Each tensor starts on a 4096-byte boundary, so that runtimes can map it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dydit.bundle.stored import ITEM_BYTES, Precision, StoredType, WeightEntry
+from dydit.bundle.stored import ITEM_BYTES, Precision, StoredType, WeightEntry, half_name
 from dydit.errors import CheckpointError
 from dydit.export.quantize import is_quantized, quantize, scale_name
 
@@ -31,6 +31,13 @@ _TYPES: dict[StoredType, torch.dtype] = {
 _NAMES = {each.dtype: each.value for each in (Precision.FP32, Precision.FP16, Precision.BF16)}
 
 
+class Copies(NamedTuple):
+    """What a bundle in calibrated 8 bits stores of a layer's weight, at least one: in 8 bits with scales, in fp16."""
+
+    eighth: bool = True
+    half: bool = False
+
+
 def stored_type(name: str, precision: Precision) -> StoredType:
     """The type of a stored tensor: weights and biases of products follow the bundle's precision, all else is fp32."""
     if precision.in_8_bits and is_quantized(name):
@@ -38,21 +45,30 @@ def stored_type(name: str, precision: Precision) -> StoredType:
     return precision.dtype if name.split(".")[-2:][0] in _PRODUCTS else "float32"
 
 
-def stored_forms(name: str, tensor: Tensor, precision: Precision) -> Iterator[tuple[str, Tensor]]:
-    """What a bundle of `precision` stores for a tensor of the layout: itself in its type, and scales with 8 bits."""
+def stored_forms(
+    name: str, tensor: Tensor, precision: Precision, copies: Copies | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """What a bundle of `precision` stores for a tensor of the layout: itself in its type, or the copies of 8 bits."""
     kind = stored_type(name, precision)
     if ITEM_BYTES[kind] == 1:
-        weight, scale = quantize(name, tensor, _TYPES[kind])
-        yield name, weight
-        yield scale_name(name), scale
+        copies = copies or Copies()
+        if copies.eighth:
+            weight, scale = quantize(name, tensor, _TYPES[kind])
+            yield name, weight
+            yield scale_name(name), scale
+        if copies.half:
+            yield half_name(name), tensor.detach().to(torch.float16)
     else:
         yield name, tensor.detach().to(_TYPES[kind])
 
 
 def write_weights(
-    path: Path, tensors: Iterable[tuple[str, Tensor]], precision: Precision = Precision.FP32
+    path: Path,
+    tensors: Iterable[tuple[str, Tensor]],
+    precision: Precision = Precision.FP32,
+    copies: Mapping[str, Copies] | None = None,
 ) -> dict[str, WeightEntry]:
-    """Write tensors one after another, aligned; returns where each lies.
+    """Write tensors one after another, aligned; returns where each lies. `copies`: of weights in 8 bits, by name.
 
     Only one tensor is in memory at a time, and of its conversion a piece. Raises `CheckpointError` for a value that is
     not finite, or is not any more in the bundle's precision.
@@ -63,10 +79,13 @@ def write_weights(
             kind = stored_type(name, precision)
             if ITEM_BYTES[kind] == 1:
                 _require_finite(name, tensor, "float32")
-                for stored, values in stored_forms(name, tensor, precision):
+                eighth, half = (copies or {}).get(name, Copies())
+                for stored, values in stored_forms(name, tensor, precision, Copies(eighth)):
                     entries[stored] = _start(file, values, kind if stored == name else "float32")
                     file.write(values.contiguous().view(torch.uint8).numpy().data)
-                continue
+                if not half:
+                    continue
+                name, kind = half_name(name), "float16"
             entries[name] = _start(file, tensor, kind)
             for piece in tensor.detach().flatten().split(PIECE):
                 _require_finite(name, piece, kind)

@@ -39,7 +39,9 @@ from dydit.runtime.noise import SeededNoise
 from dydit.runtime.request import DEFAULT_CFG_SCALE, UINT64, Batch, make_batches
 from dydit.runtime.resident import ResidentSubnets
 from dydit.verify.activations import observe
+from dydit.verify.frechet import FrechetReference
 from dydit.verify.migration import Found, find_migration
+from dydit.verify.sensitivity import SearchConfig, search
 
 Progress = Callable[[int, int], None]
 MOST_AT_ONCE = 32
@@ -53,7 +55,8 @@ class CalibrationConfig(Strict):
 
     Image i of the first draws its noise from (seed, i), of the others from (seed + 1, i). `activations`: how ranges of
     what enters linear layers are chosen, where they are wanted, from `activation_images` images of the first.
-    `migrate`: move range from there into weights where that helps, and choose the ranges of what is left.
+    `migrate`: move range from there into weights where that helps, and choose the ranges of what is left. `search`:
+    which of these layers are to stay in 16 bits, where that is to be found.
     """
 
     samples: int = Field(default=128, ge=1)
@@ -65,6 +68,15 @@ class CalibrationConfig(Strict):
     migrate: bool = False
     percentile: float | None = Field(default=None, gt=0, le=1)
     activation_images: int = Field(default=32, ge=1)
+    search: SearchConfig | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> CalibrationConfig:
+        if self.search is not None and self.activations is None:
+            raise ValueError("a search for layers in 8 bits needs their ranges: --activations minmax")
+        if self.migrate and self.activations is None:
+            raise ValueError("a migration goes with ranges of activations only: `--activations minmax --migrate`")
+        return self
 
     @field_validator("cfg_scales")
     @classmethod
@@ -73,16 +85,10 @@ class CalibrationConfig(Strict):
             raise ValueError(f"{', '.join(map(str, scales))}: guidance is a number from 0")
         return tuple(sorted(set(scales)))
 
-    @model_validator(mode="after")
-    def _consistent(self) -> CalibrationConfig:
-        if self.migrate and self.activations is None:
-            raise ValueError("a migration goes with ranges of activations only: `--activations minmax --migrate`")
-        return self
-
 
 @dataclass(frozen=True)
 class CalibrationResult:
-    """The calibration; for its picture timesteps [S], the plan's bounds and the groups calibrated on; the migration."""
+    """The calibration; for its pictures timesteps [S], the plan's bounds, the groups calibrated on; the migration."""
 
     calibration: Calibration
     timesteps: tuple[int, ...]
@@ -113,6 +119,7 @@ def run_calibration(
     for images, what in ((config.samples, "samples"), (config.held_out, "held-out samples")):
         for scale, count in spread_scales(images, config.cfg_scales):
             require_samples(config.capacity, count, scale, what)
+    reference = _search_reference(checkpoint, exported, config)
     masks, plan = planned_steps(checkpoint, exported)
     bundle = _sampling_bundle(checkpoint, exported, work)
     counter = _Counter(bundle, config, work, backend, options, progress)
@@ -136,8 +143,15 @@ def run_calibration(
             mlp_ratio=capacity.mlp_ratio(counts, widths, capacities, plan.bounds, over.repeated),
         )
 
-    ranges, found = _ranges(checkpoint, exported, plan, config, progress)
     mean = np.mean([each.mean for each in seen], axis=0) / model.tokens
+    (ranges, found), sensitivity = _ranges(checkpoint, exported, plan, config, progress), None
+    if config.search is not None:
+        assert ranges is not None
+        ranges, sensitivity = search(
+            *(checkpoint, exported, plan.segments, ranges, mean, config.search, config.cfg_scales, config.seed, work),
+            reference,
+            progress,
+        )
     return CalibrationResult(
         Calibration(
             checkpoint_sha256=checkpoint.sha256,
@@ -156,12 +170,27 @@ def run_calibration(
                 held_out=rates(others, drawn_for(others, config.capacity, config.seed + 1)),
             ),
             activations=ranges,
+            sensitivity=sensitivity,
         ),
         bundle.manifest.sampling.timesteps,
         plan.bounds,
         tuple(groups),
         found,
     )
+
+
+def _search_reference(
+    checkpoint: Checkpoint, exported: ExportConfig, config: CalibrationConfig
+) -> FrechetReference | None:
+    """The images to take Fréchet distances to, where there are any; and what a search cannot do is refused."""
+    if config.search is None:
+        return None
+    if exported.plan is PlanKind.SLIDING:
+        raise CalibrationError(
+            "a sliding plan has no layers in 8 bits, so there is nothing to search; give --max-subnets or --per-step"
+        )
+    reference = config.search.reference
+    return None if reference is None else FrechetReference.read(reference, checkpoint.config)
 
 
 def _ranges(

@@ -7,7 +7,6 @@ width routers of a checkpoint; a bundle needs neither PyTorch nor ONNX.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,12 +16,13 @@ from dydit.bundle.bundle import Bundle
 from dydit.bundle.costs import StepTimes
 from dydit.bundle.graph_io import GROUP_TENSORS, HEAD_TENSORS
 from dydit.bundle.manifest import MANIFEST, Manifest
+from dydit.bundle.stored import half_name
 from dydit.bundle.vae import VAE_DECODER, VAE_WEIGHTS
 from dydit.diffusion.schedule import Schedule
 from dydit.errors import CheckpointError
 from dydit.export.costs import macs_costs, time_costs
 from dydit.export.plan import Plan, optimal_plans, per_step_plan, segment_costs
-from dydit.export.sizes import PlanSizes
+from dydit.export.sizes import PlanSizes, fixed_bytes
 from dydit.files import write_atomic
 from dydit.models.config import ModelConfig
 from dydit.models.cost import model_macs, unit_costs
@@ -137,8 +137,7 @@ def inspect_bundle(path: Path | str) -> Inspection:
     masks = manifest.checkpoint_masks()
     unit_sizes = _unit_bytes(manifest)
     subnets = tuple(_subnet_facts(manifest, index) for index in range(len(manifest.subnets)))
-    one = manifest.subnets[0]
-    fixed = one.weight_bytes - _used_bytes(unit_sizes, one.heads, one.groups)
+    fixed = fixed_bytes(config, manifest.precision)
     measured = manifest.plan.measured
     plans = _rows(masks, config, PlanSizes(masks, unit_sizes, fixed), measured.times if measured else None)
     dense = int(unit_sizes.sum()) + fixed
@@ -171,6 +170,8 @@ def inspect_bundle(path: Path | str) -> Inspection:
         plans=plans,
         segments=_segment_facts(manifest, masks),
         measured=measured,
+        layers=_layers(manifest)[0],
+        layers_in_16_bits=_layers(manifest)[1],
         subnets=subnets,
         bundle_bytes=_size_of(bundle.path) - (decoder.bytes if decoder else 0),
         stored_bytes=stored,
@@ -232,25 +233,30 @@ def _subnet_facts(manifest: Manifest, index: int) -> SubnetFacts:
 
 
 def _unit_bytes(manifest: Manifest) -> np.ndarray:
-    """Bytes of one head's and one group's stored weights, [L, 2, H]."""
+    """Bytes of one head's and one group's stored weights, [L, 2, H]; in 8 bits, of what is stored in them."""
     config = manifest.model
     sizes = np.empty((config.depth, 2, config.num_heads))
     for block in range(config.depth):
         for part, names in enumerate((HEAD_TENSORS, GROUP_TENSORS)):
-            stored = (manifest.weights.get(f"blocks.{block}.{name}") for name in names)
+            places = (f"blocks.{block}.{name}" for name in names)
+            stored = (manifest.weights.get(name) or manifest.weights.get(half_name(name)) for name in places)
             total = sum(entry.nbytes for entry in stored if entry)
             sizes[block, part] = total / config.num_heads
     return sizes
 
 
-def _used_bytes(sizes: np.ndarray, heads: Sequence[Sequence[int]], groups: Sequence[Sequence[int]]) -> int:
-    counts = np.array([[len(part) for part in block] for block in zip(heads, groups, strict=True)])
-    return int((sizes[:, :, 0] * counts).sum())
+def _layers(manifest: Manifest) -> tuple[int, int]:
+    """Linear layers of blocks, of all segments, and how many of them stay in 16 bits where the others are in 8."""
+    entries = [manifest.subnets[segment.subnet] for segment in manifest.plan.segments]
+    layers = sum(2 * bool(units) for entry in entries for part in (entry.heads, entry.groups) for units in part)
+    return layers, sum(len(block) for entry in entries for block in entry.in_16_bits or ())
 
 
 def _stored_model_facts(manifest: Manifest) -> ModelFacts:
     """The width routers are not among a bundle's parameters: their decisions are frozen into its plan."""
     counts = {name: math.prod(entry.shape) for name, entry in manifest.weights.items()}
+    for copy in [half_name(name) for name in counts]:
+        counts.pop(copy, None)
     del counts["time.frequencies"]
     return _model_facts(
         manifest.model, sum(counts.values()), sum(n for name, n in counts.items() if ".router." in name)

@@ -122,6 +122,8 @@ class BundleFacts(Result):
     plans: tuple[PlanRow, ...]
     segments: tuple[SegmentFacts, ...] = ()
     measured: MeasuredPlan | None = None
+    layers: int = Field(default=0, description="linear layers of blocks, of all segments")
+    layers_in_16_bits: int = Field(default=0, description="those of them that stay, where the others are in 8 bits")
     subnets: tuple[SubnetFacts, ...]
     bundle_bytes: int
     stored_bytes: int
@@ -157,7 +159,7 @@ def bundle_text(facts: BundleFacts) -> str:
         (
             "sampling",
             f"{facts.steps} {facts.sampler} steps, guidance on {_many(facts.cfg_channels, 'channel')}, batch up to "
-            f"{facts.max_batch}, {facts.precision}",
+            f"{facts.max_batch}, {facts.precision}{_kept_words(facts)}",
         ),
         ("routing", routing),
         (
@@ -172,6 +174,11 @@ def bundle_text(facts: BundleFacts) -> str:
     if facts.model.config.dynamic:
         parts.append(_plan_table(facts.plans, facts.chosen))
     return "\n\n".join([*parts, _segment_table(facts), _subnet_table(facts)])
+
+
+def _kept_words(facts: BundleFacts) -> str:
+    kept = facts.layers_in_16_bits
+    return f", of {facts.layers} linear layers {kept} in 16 bits" if kept else ""
 
 
 def _decoder_lines(facts: BundleFacts) -> list[tuple[str, str]]:

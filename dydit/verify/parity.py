@@ -23,10 +23,11 @@ from pydantic import Field
 
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.manifest import Manifest
+from dydit.bundle.stored import half_name
 from dydit.errors import ConfigError
 from dydit.export.exporter import stale_reasons
 from dydit.export.migrate import migrated_tensors
-from dydit.export.weights import stored_forms
+from dydit.export.weights import Copies, stored_forms
 from dydit.files import write_json
 from dydit.models.checkpoint import Checkpoint
 from dydit.models.config import ModelConfig, Strict
@@ -283,7 +284,13 @@ def compare_weights(bundle: Bundle, checkpoint: Checkpoint) -> Hop:
     elements, differing, first = 0, 0, None
     orders = manifest.head_order, manifest.group_order
     tensors = migrated_tensors(checkpoint.state, manifest.model, manifest.migration, *orders)
-    for name, expected in (form for each in tensors for form in stored_forms(*each, manifest.precision)):
+
+    def copies(name: str) -> Copies:
+        half = half_name(name) in manifest.weights
+        return Copies(name in manifest.weights or not half, half)
+
+    forms = (form for each in tensors for form in stored_forms(*each, manifest.precision, copies(each[0])))
+    for name, expected in forms:
         elements += expected.numel()
         wrong = _differing(bundle, name, expected)
         differing += wrong

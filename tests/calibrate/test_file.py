@@ -12,6 +12,7 @@ from dydit.calibrate.activations import LAYERS, ActivationRanges
 from dydit.calibrate.capacity import CapacityConfig
 from dydit.calibrate.file import Calibration, OverflowRates, TokenCalibration, plan_sha256, read_calibration
 from dydit.calibrate.ranges import Method
+from dydit.calibrate.sensitivity import CurvePoint, Quality, Sensitivity
 from dydit.diffusion.schedule import Sampler
 from dydit.errors import CalibrationError
 from dydit.models.migration import BlockMigration, Migration
@@ -137,3 +138,61 @@ def test_a_file_that_is_not_there(tmp_path):
 def test_nan_is_never_written():
     with pytest.raises(ValueError, match="JSON"):
         calibration().model_copy(update={"cfg_scales": (float("nan"),)}).to_json()
+
+
+QUALITY = Quality(psnr_least=31.0, psnr_median=40.0)
+POINT = CurvePoint(layers=12, share=0.75, bound=1.6, quality=QUALITY)
+
+
+def searched(**changes: Any) -> Sensitivity:
+    values: dict[str, Any] = {
+        **{"precision": "int8-static", "target_psnr": 30.0, "images": 8, "layers": 16, "chosen": POINT},
+        **{"peak": "2, pixels in [-1, 1]", "losses": (((0.1,) * 4,) * 2,) * 2, "curve": (POINT,)},
+        **{"held_out": QUALITY, "held_out_holds": True},
+    }
+    return Sensitivity.model_validate({**values, **changes})
+
+
+def kept(*rows: bool) -> ActivationRanges:
+    return ranges().model_copy(update={"in_16_bits": ((rows, (False,) * 4), ((False,) * 4,) * 2)})
+
+
+def test_layers_that_stay_in_16_bits_come_back_as_written(tmp_path):
+    made = calibration(activations=kept(True, False, False, True), sensitivity=searched())
+    path = tmp_path / "calibration.json"
+    path.write_text(made.to_json())
+    back = read_calibration(path)
+    assert back == made and back.to_json() == made.to_json()
+    assert back.activations.kept.sum() == 2 and back.activations.kept.shape == (2, 2, 4)
+    assert not ranges().kept.any() and ranges().kept.shape == (2, 2, 4)
+    back.require_searched("int8-static")
+    calibration(activations=ranges()).require_searched("fp8")
+    with pytest.raises(CalibrationError, match="was searched for int8-static, not fp8; run `dydit calibrate` with"):
+        back.require_searched("fp8")
+
+
+def test_files_without_a_search_are_as_they_were():
+    values = json.loads(calibration(activations=ranges()).to_json())
+    assert sorted(values["activations"]) == ["clipped", "images", "method", "percentile", "thresholds"]
+    assert "sensitivity" not in values
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: calibration(sensitivity=searched()), "there are no ranges of activations"),
+        (lambda: searched(target_fd_ratio=1.1), "one target"),
+        (lambda: searched(target_psnr=None), "one target"),
+        (lambda: searched(curve=()), "not on the curve"),
+        (lambda: searched(losses=(((0.1,) * 3,),)), "a block has losses of qkv, proj, fc1, fc2"),
+        (lambda: searched(precision="fp16"), "precision"),
+        (lambda: ActivationRanges.model_validate(kept(True).model_dump()), "does not belong to the thresholds"),
+        (
+            lambda: ActivationRanges.model_validate({**ranges().model_dump(), "in_16_bits": (((False,) * 4,) * 2,)}),
+            "does not belong to the thresholds",
+        ),
+    ],
+)
+def test_a_search_that_does_not_hold_together(make, words):
+    with pytest.raises(ValueError, match=words):
+        make()

@@ -70,6 +70,29 @@ def capacity_bundle(
     return make
 
 
+@pytest.fixture(scope="session")
+def mixed_bundle(
+    make_bundle: Callable[..., Bundle],
+    make_checkpoint: Callable[..., Any],
+    digits_like: ModelConfig,
+    even_ranges: Callable[[int, int], ActivationRanges],
+):
+    """`mixed_bundle(precision, every)`: two subnetworks, every so-manieth layer in 16 bits. Shared: do not write."""
+
+    def make(precision: str, every: int) -> Bundle:
+        ranges = even_ranges(2, digits_like.depth)
+        places = iter(range(2 * digits_like.depth * 4))
+        kept = tuple(
+            tuple(tuple(next(places) % every == 0 for _ in range(4)) for _ in range(digits_like.depth))
+            for _ in range(2)
+        )
+        settings = {"routing": "capacity", "max_subnets": 2, "max_batch": 4, "steps": 4, "precision": precision}
+        activations = ranges.model_copy(update={"in_16_bits": kept})
+        return make_bundle(make_checkpoint(digits_like), activations=activations, **settings)
+
+    return make
+
+
 @pytest.fixture
 def bundle(capacity_bundle: Callable[..., Bundle], tmp_path: Path) -> Bundle:
     """A copy to build in: fp16, capacity routing, three subnetworks, each also at full capacity."""

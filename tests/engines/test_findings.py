@@ -285,6 +285,32 @@ def test_what_we_export_has_no_faults(rtx, capacity_bundle, precision: Precision
                 assert type_findings(network, other), f"{name} passes as {other}"
 
 
+@pytest.mark.parametrize("precision", [Precision.INT8_STATIC, Precision.FP8])
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_layers_that_stay_in_16_bits_are_asked_for(rtx, mixed_bundle, precision: Precision, every: int) -> None:
+    bundle = mixed_bundle(precision.value, every)
+    for subnet in bundle.manifest.subnets:
+        network = parsed(rtx, bundle.path / subnet.file)
+        assert type_findings(network, precision) == []
+        kept = {f"blocks.{block}.{layer}" for block, layers in enumerate(subnet.in_16_bits) for layer in layers}
+        halves = {each.name for each in network.layers if each.kind == "constant" and ".weight16" in each.name}
+        assert {name.partition(".weight16")[0] for name in halves} == kept
+        stored = sum(layer.kind == "dequantize" for layer in network.layers)
+        assert (stored == 0) == (every == 1), "an input and a weight of each layer in 8 bits"
+
+
+@pytest.mark.parametrize("precision", [Precision.INT8_STATIC, Precision.FP8])
+def test_what_was_not_asked_for_in_16_bits_is_found(precision: Precision) -> None:
+    """A layer that merely is in fp16 fell back; one that should be, in fp32, too."""
+    asked = ("h_x = cast f_x", "h_w = constant blocks.0.fc1.weight16[0:3]", "h_y = matrix_multiply h_x h_w")
+    assert kinds(picture(*asked, "f_out = cast h_y"), precision) == []
+    fell = (line.replace("weight16", "weight") for line in asked)
+    assert kinds(picture(*fell, "f_out = cast h_y"), precision) == [("L2", Kind.PRODUCT)]
+    wide = picture("f_w = constant blocks.0.fc1.weight16[0:3]", "f_out = matrix_multiply f_x f_w")
+    assert kinds(wide, precision) == [("L1", Kind.PRODUCT)]
+    assert "takes float32, expected float16" in type_findings(wide, precision)[0].text
+
+
 def test_a_weight_that_is_cast_when_the_engine_is_built_is_no_fault(rtx, tmp_path: Path) -> None:
     half = np.ones((4, 4), np.float16)
     nodes = [

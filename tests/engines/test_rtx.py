@@ -297,3 +297,15 @@ def test_the_decoder_of_a_latent_model_builds(rtx, vae_bundle: Bundle, tmp_path:
     check_built(bundle, report)
     again = build(bundle)
     assert (again.built, again.kept) == ((), len(report.built))
+
+
+@pytest.mark.parametrize("precision", ["int8-static", "fp8"])
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_a_bundle_whose_layers_are_in_8_and_in_16_bits_builds(
+    rtx, mixed_bundle: Callable[..., Bundle], tmp_path: Path, precision: str, every: int
+) -> None:
+    """All of them in 16 bits, every second, every third: types are as asked for, on the network that was parsed."""
+    bundle = copy_of(mixed_bundle(precision, every), tmp_path / "bundle")
+    report = build(bundle, jobs=2)
+    assert [each.graph for each in report.built] == ["conditioning.onnx", "subnet-0000.onnx", "subnet-0001.onnx"]
+    check_built(bundle, report)
