@@ -17,15 +17,14 @@ images that had no part in that.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from places import progress, workplace
 
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.manifest import Routing
@@ -46,29 +45,6 @@ from dydit.verify.results import Machine
 
 CLASSES = 10
 MOST_RATIO, MOST_OVERFLOW, MOST_L2 = 1.1, 0.001, 1e-5
-
-
-def progress(title: str) -> Callable[[int, int], None]:
-    """A line on standard error."""
-    start = time.monotonic()
-
-    def tick(done: int, total: int) -> None:
-        print(f"\r{title}: {done}/{total} steps, {time.monotonic() - start:.0f} s", end="", file=sys.stderr)
-        if done == total:
-            print(file=sys.stderr)
-
-    return tick
-
-
-@contextlib.contextmanager
-def workplace(given: Path | None) -> Iterator[Path]:
-    """A folder for what is made: the one given, which stays, or a temporary one."""
-    if given is not None:
-        given.mkdir(parents=True, exist_ok=True)
-        yield given
-        return
-    with tempfile.TemporaryDirectory() as work:
-        yield Path(work)
 
 
 @dataclass(frozen=True)

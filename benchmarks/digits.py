@@ -16,15 +16,13 @@ where one is missed.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+from places import workplace
 
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.manifest import PlanKind
@@ -68,16 +66,6 @@ def judge(work: Path, bundle: Bundle) -> dict[str, float]:
     with np.load(work / "latents.npz") as file:
         metrics = evaluate_digits(file["latents"], file["labels"])
     return {**asdict(metrics), "subnets": len(bundle.manifest.subnets)}
-
-
-@contextlib.contextmanager
-def workplace(given: Path | None) -> Iterator[Path]:
-    """A folder for bundles and samples: the one given, which stays, or a temporary one."""
-    if given is not None:
-        yield given
-        return
-    with tempfile.TemporaryDirectory() as work:
-        yield Path(work)
 
 
 def routing(folder: Path, images: int, cfg_scale: float) -> Dynamics:

@@ -19,15 +19,13 @@ what was measured, so that a run that was stopped goes on.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from places import progress, workplace
 
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.stored import Precision
@@ -55,29 +53,6 @@ CLASSES, BATCH = 10, 20
 RANGES_SEED = 1000
 PRECISIONS = (Precision.INT8_STATIC, Precision.FP8)
 MEDIAN_WITHIN, SHARE_THAT_KEEPS = 2.0, 0.9
-
-
-def progress(title: str) -> Callable[[int, int], None]:
-    """A line on standard error."""
-    start = time.monotonic()
-
-    def tick(done: int, total: int) -> None:
-        print(f"\r{title}: {done}/{total}, {time.monotonic() - start:.0f} s", end="", file=sys.stderr)
-        if done == total:
-            print(file=sys.stderr)
-
-    return tick
-
-
-@contextlib.contextmanager
-def workplace(given: Path | None) -> Iterator[Path]:
-    """A folder for what is measured: the one given, which stays, or a temporary one."""
-    if given is not None:
-        given.mkdir(parents=True, exist_ok=True)
-        yield given
-        return
-    with tempfile.TemporaryDirectory() as work:
-        yield Path(work)
 
 
 def sampled(bundle: Bundle, images: int, seed: int, cfg_scale: float, threads: int) -> np.ndarray:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -18,6 +18,29 @@ if TYPE_CHECKING:
 STEPS = 12
 VAE_SCALE = 0.18215
 VAE_SETTINGS: dict[str, Any] = {"steps": 6, "max_subnets": 2, "max_batch": 8, "routing": "capacity"}
+
+
+class Run(NamedTuple):
+    """What a command left: exit code, standard output, standard error."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Run]:
+    """`run(*arguments)`: the command `dydit` with these arguments, in this process."""
+    from dydit.cli import main
+
+    monkeypatch.delenv("DYDIT_DEBUG", raising=False)
+
+    def call(*arguments: object) -> Run:
+        capsys.readouterr()
+        code = main([str(argument) for argument in arguments])
+        return Run(code, *capsys.readouterr())
+
+    return call
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import click
@@ -17,32 +16,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dydit.cli import cli, main
+from dydit.cli import cli
 
 STEPS = 6
 COMMANDS = ("quickstart", "train", "convert", "export", "build", "sample", "parity", "bench", "inspect")
 COMMANDS += ("doctor", "calibrate")
 HEAVY = ("torch", "onnx", "onnx_ir", "onnxruntime", "safetensors", "tensorrt", "tensorrt_rtx", "accelerate")
 HEAVY += ("sklearn", "scipy", "matplotlib", "jinja2", "diffusers", "pycuda")
-
-
-@dataclass(frozen=True)
-class Run:
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Run]:
-    monkeypatch.delenv("DYDIT_DEBUG", raising=False)
-
-    def call(*arguments: object) -> Run:
-        capsys.readouterr()
-        code = main([str(argument) for argument in arguments])
-        return Run(code, *capsys.readouterr())
-
-    return call
 
 
 @pytest.fixture(scope="session")
@@ -84,13 +64,13 @@ def test_help_of_all(run) -> None:
     done = run("--help")
     assert done.code == 0 and done.err == ""
     assert all(f"  {name} " in done.out for name in COMMANDS)
-    assert run() == Run(2, "", done.out)
+    assert run() == (2, "", done.out)
 
 
 def test_version(run) -> None:
     from dydit import __version__
 
-    assert run("--version") == Run(0, f"dydit {__version__}\n", "")
+    assert run("--version") == (0, f"dydit {__version__}\n", "")
 
 
 def test_help_needs_none_of_the_heavy_packages() -> None:
@@ -220,7 +200,7 @@ def test_progress_goes_to_a_terminal_and_nowhere_else(run, pixel_checkpoint, tmp
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     assert "\rexport: " in run(*call, "--out", tmp_path / "2").err
     quiet = run(*call, "--out", tmp_path / "3", "--quiet")
-    assert quiet == run("-q", *call, "--out", tmp_path / "4") == Run(0, "", "")
+    assert quiet == run("-q", *call, "--out", tmp_path / "4") == (0, "", "")
     assert all((tmp_path / str(n) / "manifest.json").is_file() for n in range(1, 5))
 
 

@@ -10,34 +10,13 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from dydit.cli import main
-
 CLASSES, STEPS = 7, 6
-
-
-@dataclass(frozen=True)
-class Run:
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Run]:
-    monkeypatch.delenv("DYDIT_DEBUG", raising=False)
-
-    def call(*arguments: object) -> Run:
-        capsys.readouterr()
-        code = main([str(argument) for argument in arguments])
-        return Run(code, *capsys.readouterr())
-
-    return call
 
 
 @pytest.fixture(scope="session")
@@ -57,6 +36,11 @@ def bundle(exported: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(exported, tmp_path / "bundle"))
 
 
+def ended(done: subprocess.CompletedProcess[str]) -> Any:
+    """What `run` returns, of a process."""
+    return SimpleNamespace(code=done.returncode, out=done.stdout, err=done.stderr)
+
+
 def contents(folder: Path) -> dict[str, str]:
     """Every entry below a folder, hidden ones too, with the hash of its content."""
     return {
@@ -65,7 +49,7 @@ def contents(folder: Path) -> dict[str, str]:
     }
 
 
-def assert_refused(done: Run, *words: str) -> None:
+def assert_refused(done: Any, *words: str) -> None:
     assert done.code == 2, done
     assert done.out == ""
     assert done.err.startswith("dydit: error: ") and done.err.count("\n") == 1 and done.err.endswith("\n"), done.err
@@ -228,7 +212,8 @@ def test_a_missing_package_is_named_with_its_extra(checkpoint: Path, tmp_path: P
     command = [sys.executable, "-c", code, "export", str(checkpoint), "--out", str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert_refused(
-        Run(done.returncode, done.stdout, done.stderr), "torch is not installed: pip install 'dydit[export]'"
+        ended(done),
+        "torch is not installed: pip install 'dydit[export]'",
     )
     assert contents(tmp_path) == {}
 
@@ -378,7 +363,7 @@ def test_the_bundle_is_sound_before_it_is_spoilt(run, bundle: Path, tmp_path: Pa
     assert run("sample", bundle, "--labels", "1", "--out", tmp_path / "out", "--quiet").code == 0
 
 
-def on_a_disk_of_its_own(options: str, disk: Path, arguments: list[object]) -> Run:
+def on_a_disk_of_its_own(options: str, disk: Path, arguments: list[object]) -> Any:
     """Run `dydit` with a file system mounted on `disk`, in a mount namespace that goes with the process.
 
     Standard output ends with the listing of the disk, after a line of its own.
@@ -394,12 +379,12 @@ def on_a_disk_of_its_own(options: str, disk: Path, arguments: list[object]) -> R
     call = shlex.join([sys.executable, "-m", "dydit", *map(str, arguments)])
     script = f"{mount} && {call}; code=$?; echo -- listing; ls -A {shlex.quote(str(disk))}; exit $code"
     done = subprocess.run([*isolate, "sh", "-c", script], capture_output=True, text=True, check=False)
-    return Run(done.returncode, done.stdout, done.stderr)
+    return ended(done)
 
 
-def assert_refused_leaving_nothing(done: Run, *words: str) -> None:
+def assert_refused_leaving_nothing(done: Any, *words: str) -> None:
     assert done.out == "-- listing\n", done
-    assert_refused(Run(done.code, "", done.err), *words)
+    assert_refused(SimpleNamespace(code=done.code, out="", err=done.err), *words)
 
 
 @pytest.mark.parametrize("command", ["convert", "export"])
@@ -414,7 +399,7 @@ def test_a_full_disk_while_sampling(exported: Path, tmp_path: Path) -> None:
     arguments = ["sample", exported, "--labels", "0-6", "--out", disk / "out"]
     done = on_a_disk_of_its_own("size=12k", disk, arguments)
     # What was sampled so far stays in the folder's working files, for the same command to go on from.
-    assert_refused(Run(done.code, "", done.err), "no space left", str(disk))
+    assert_refused(SimpleNamespace(code=done.code, out="", err=done.err), "no space left", str(disk))
     assert done.out == "-- listing\nout\n"
 
 
@@ -433,7 +418,7 @@ def test_a_file_that_may_not_grow(checkpoint: Path, tmp_path: Path, command: str
 
     call = [sys.executable, "-B", "-m", "dydit", command, str(checkpoint), "--out", str(tmp_path / "out")]
     done = subprocess.run(call, capture_output=True, text=True, check=False, preexec_fn=limit)
-    assert_refused(Run(done.returncode, done.stdout, done.stderr), "File too large")
+    assert_refused(ended(done), "File too large")
     assert contents(tmp_path) == {}
 
 

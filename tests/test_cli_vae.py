@@ -7,35 +7,14 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from dydit.cli import main
-
 STEPS = 4
-
-
-@dataclass(frozen=True)
-class Run:
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Run]:
-    monkeypatch.delenv("DYDIT_DEBUG", raising=False)
-
-    def call(*arguments: object) -> Run:
-        capsys.readouterr()
-        code = main([str(argument) for argument in arguments])
-        return Run(code, *capsys.readouterr())
-
-    return call
 
 
 @pytest.fixture(scope="session")
@@ -87,17 +66,17 @@ def test_progress_tells_sampling_from_pictures(run, vae_bundle, tmp_path: Path, 
     assert done.err.index("sample: 6/6") < done.err.index("pictures: ")
 
 
-def refused(done: Run, *words: str) -> None:
+def refused(done: Any, *words: str) -> None:
     assert done.code == 2 and done.out == "", done
     assert done.err.startswith("dydit: error: ") and done.err.count("\n") == 1, done.err
     assert all(word in done.err for word in words), done.err
 
 
 @pytest.fixture
-def export(run, checkpoint: Path, tmp_path: Path) -> Callable[..., Run]:
+def export(run, checkpoint: Path, tmp_path: Path) -> Callable[..., Any]:
     """`export(*options, source=checkpoint)`: an export that has to leave nothing."""
 
-    def call(*options: object, source: Path = checkpoint) -> Run:
+    def call(*options: object, source: Path = checkpoint) -> Any:
         done = run("export", source, "--steps", STEPS, *options, "--out", tmp_path / "out" / "bundle")
         assert not list((tmp_path / "out").glob("*")) and not list((tmp_path / "out").glob(".*"))
         return done

@@ -11,7 +11,8 @@ from torch import Tensor
 from dydit.calibrate.activations import LAYERS
 
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
-_OUT_MAJOR = ("qkv", "fc1")  # [units, out of a unit, in]; the others are [units, in of a unit, out]
+OUT_MAJOR = ("qkv", "fc1")
+"""Layers stored [units, out of a unit, in]; the others are [units, in of a unit, out]."""
 
 
 def is_quantized(name: str) -> bool:
@@ -32,7 +33,7 @@ def quantize(name: str, weight: Tensor, dtype: torch.dtype = torch.int8) -> tupl
 
     A channel of zeros has the scale 1. Values must be finite.
     """
-    inputs = (2,) if name.split(".")[-2] in _OUT_MAJOR else (0, 1)
+    inputs = (2,) if name.split(".")[-2] in OUT_MAJOR else (0, 1)
     largest = LARGEST[dtype]
     scale = weight.detach().abs().amax(inputs) / largest
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))

@@ -22,14 +22,13 @@ from dydit.diffusion.schedule import Sampler, Schedule
 from dydit.export.exporter import GUIDED_CHANNELS
 from dydit.export.masks import freeze_masks
 from dydit.export.migrate import FACTOR, migrated_tensors, modulation_factors
-from dydit.export.quantize import is_quantized, quantize
+from dydit.export.quantize import OUT_MAJOR, is_quantized, quantize
 from dydit.export.scales import LARGEST
 from dydit.models.checkpoint import Checkpoint
 from dydit.models.config import ModelConfig
 from dydit.models.sliced import SlicedBlock, SlicedDiT, Slots, conditioning
 
 TYPES = {Precision.INT8_STATIC: torch.int8, Precision.FP8: torch.float8_e4m3fn}
-_OUT_MAJOR = ("qkv", "fc1")
 Quantized = Mapping[str, tuple[Tensor, Tensor]]
 
 
@@ -102,7 +101,7 @@ class SimulatedDiT(MigratedDiT):
         else:
             scale = self._scales[block.index][LAYERS.index(layer)]
             x = in_8_bits(x, scale, self._quantized[f"blocks.{block.index}.{layer}.weight"][0].dtype)
-        y = F.linear(x, weight, bias) if layer in _OUT_MAJOR else x @ weight + bias
+        y = F.linear(x, weight, bias) if layer in OUT_MAJOR else x @ weight + bias
         return in_16_bits(y) if kept[layer] or layer == "qkv" else y  # attention takes fp16
 
     def _weight(self, block: SlicedBlock, layer: str, kept: bool) -> Tensor:
@@ -117,7 +116,7 @@ class SimulatedDiT(MigratedDiT):
         slots = block.heads if layer in ("qkv", "proj") else block.groups
         bits = stored.view(torch.uint8)[slots].view(stored.dtype)  # float8 has no indexing
         values = bits.float()
-        return (values * (scale[slots][..., None] if layer in _OUT_MAJOR else scale)).flatten(0, 1)
+        return (values * (scale[slots][..., None] if layer in OUT_MAJOR else scale)).flatten(0, 1)
 
 
 class Simulator:
