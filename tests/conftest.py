@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pytest
+from hypothesis import settings
 
 if TYPE_CHECKING:
     from dydit.bundle.bundle import Bundle
     from dydit.models.checkpoint import Checkpoint
     from dydit.models.config import ModelConfig
 
+settings.register_profile("dydit", deadline=None)  # times of a busy machine say nothing
+settings.load_profile("dydit")
 STEPS = 12
 VAE_SCALE = 0.18215
 VAE_SETTINGS: dict[str, Any] = {"steps": 6, "max_subnets": 2, "max_batch": 8, "routing": "capacity"}

@@ -38,9 +38,8 @@ from dydit.export.ops import CONTRIB, DATA_TYPES, DOMAIN, IR_VERSION, OPSET, Ops
 from dydit.export.products import layer_precision, weight_parts
 from dydit.export.weights import ALIGNMENT, runs
 from dydit.models.config import ModelConfig
+from dydit.models.layout import OUT_MAJOR
 from dydit.models.migration import Migration
-
-_UNITS_OUT = ("qkv", "fc1")  # layers whose outputs belong to units, and so their biases and scales
 
 
 @dataclass(frozen=True)
@@ -279,7 +278,7 @@ class _SubnetWriter:
         made = []
         for part in weight_parts(precision):
             stored = half_name(f"{layer}.{part}") if kept and part == "weight" else f"{layer}.{part}"
-            if layer in _UNITS_OUT or part == "weight":
+            if layer in OUT_MAJOR or part == "weight":
                 value = self.weights.units(self.ops, block, stored, slots)
             else:
                 value = self.weights.whole(f"blocks.{block}.{stored}")

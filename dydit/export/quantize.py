@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from dydit.calibrate.activations import LAYERS
+from dydit.models.layout import OUT_MAJOR
 
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
-OUT_MAJOR = ("qkv", "fc1")
-"""Layers stored [units, out of a unit, in]; the others are [units, in of a unit, out]."""
 
 
 def is_quantized(name: str) -> bool:

@@ -25,6 +25,8 @@ from dydit.models.config import ModelConfig
 from dydit.models.dit import timestep_frequencies
 
 Order = Sequence[Sequence[int]]
+OUT_MAJOR = ("qkv", "fc1")
+"""Layers whose outputs belong to units, and so their biases; of the others the inputs do."""
 
 
 def stored_tensors(

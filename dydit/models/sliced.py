@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dydit.models.config import ModelConfig
 from dydit.models.dit import DiT, layer_norm, unpatchify
-from dydit.models.layout import stored_tensors
+from dydit.models.layout import OUT_MAJOR, stored_tensors
 
 Slots = Sequence[Sequence[int]]
 
@@ -134,7 +134,7 @@ class SlicedDiT:
         """One of a block's layers qkv, proj, fc1, fc2 on x [..., in], in the weight's dtype."""
         weight, bias = getattr(block, layer), getattr(block, f"{layer}_bias")
         x = x.to(weight.dtype)
-        return F.linear(x, weight, bias) if layer in ("qkv", "fc1") else x @ weight + bias
+        return F.linear(x, weight, bias) if layer in OUT_MAJOR else x @ weight + bias
 
     def _route(self, block: SlicedBlock, x: Tensor) -> Tensor | None:
         """Token decisions, bool [R, N], from the residual stream; None where every token enters the MLP."""

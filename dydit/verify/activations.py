@@ -22,7 +22,7 @@ from dydit.export.exporter import GUIDED_CHANNELS
 from dydit.export.masks import freeze_masks
 from dydit.models.checkpoint import Checkpoint
 from dydit.models.config import ModelConfig
-from dydit.models.layout import stored_tensors
+from dydit.models.layout import OUT_MAJOR, stored_tensors
 from dydit.models.migration import Migration
 from dydit.models.sliced import SlicedBlock, SlicedDiT, conditioning
 from dydit.runtime.noise import SeededNoise
@@ -73,7 +73,7 @@ def observe(
 
 def entering(model: ModelConfig, block: SlicedBlock, layer: str) -> np.ndarray:
     """The input channels of a layer, by the checkpoint's numbers, that the units of a block cut to them have, int64."""
-    if layer in ("qkv", "fc1"):
+    if layer in OUT_MAJOR:
         return np.arange(model.hidden_size)
     units, each = (block.heads, model.head_dim) if layer == "proj" else (block.groups, model.group_dim)
     return np.asarray((units[:, None] * each + torch.arange(each)).flatten().numpy())

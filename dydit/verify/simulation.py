@@ -22,10 +22,11 @@ from dydit.diffusion.schedule import Sampler, Schedule
 from dydit.export.exporter import GUIDED_CHANNELS
 from dydit.export.masks import freeze_masks
 from dydit.export.migrate import FACTOR, migrated_tensors, modulation_factors
-from dydit.export.quantize import OUT_MAJOR, is_quantized, quantize
+from dydit.export.quantize import is_quantized, quantize
 from dydit.export.scales import LARGEST
 from dydit.models.checkpoint import Checkpoint
 from dydit.models.config import ModelConfig
+from dydit.models.layout import OUT_MAJOR
 from dydit.models.sliced import SlicedBlock, SlicedDiT, Slots, conditioning
 
 TYPES = {Precision.INT8_STATIC: torch.int8, Precision.FP8: torch.float8_e4m3fn}
