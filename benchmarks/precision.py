@@ -7,9 +7,9 @@ labels and 250 DDPM steps with guidance. Ranges of the calibrated forms are thos
 largest values, of each segment its own or one for all; migrated forms first move range into weights, where these images
 say that it helps. Of each image the peak signal-to-noise ratio against fp32 (pixels in [-1, 1]), of each set class
 consistency and Frechet distance, and the share of token decisions, over a whole run of 20 images, that are not those of
-fp32. Bars: 30 dB for every image in int8, 35 dB in fp16; in these and
-int8-static class consistency at most a point below fp32 and Frechet distance at most 1.1 times its; and ranges of its
-own for each segment are better than one for all, in the median of decibels. Exit code 1 where one is missed.
+fp32. Bars: 30 dB for every image in int8, 35 dB in fp16; in these and int8-static class consistency at most a point
+below fp32 and Frechet distance at most 1.1 times its; and ranges of its own for each segment are better than one for
+all, in the median of decibels. Exit code 1 where one is missed.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ from dydit.verify.activations import observe
 from dydit.verify.migration import Found, find_migration
 from dydit.verify.quickstart import ASSETS
 from dydit.verify.results import Machine
+from dydit.verify.sensitivity import PIXEL_SPAN, psnr
 from dydit.verify.trace import trace_tokens
 
 CLASSES, SEED = 10, 1000
 FP32 = "fp32"
-PEAK = 2.0  # pixels are in [-1, 1]
 
 
 @dataclass(frozen=True)
@@ -112,13 +112,6 @@ def watched(checkpoint: Checkpoint, steps: int, cfg_scale: float) -> Watched:
     return Watched(plain, divided, found)
 
 
-def psnr(images: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """Decibels of each image [n]; equal images count as 200 dB."""
-    a, b = (np.clip(each, -1, 1).reshape(len(each), -1).astype(np.float64) for each in (images, reference))
-    error = np.maximum(((a - b) ** 2).mean(1), PEAK**2 * 1e-20)
-    return np.asarray(10 * np.log10(PEAK**2 / error))
-
-
 def summary(decibels: np.ndarray) -> dict[str, float]:
     """The least, a low and the middle value."""
     return {
@@ -183,7 +176,7 @@ def main() -> int:
     held, reference = {}, figures[FP32]
     for name, form in FORMS.items():
         own = figures[name]
-        own["psnr"] = summary(psnr(images[name], images[FP32]))
+        own["psnr"] = summary(psnr(np.clip(images[name], -1, 1), np.clip(images[FP32], -1, 1), PIXEL_SPAN))
         own["tokens_that_differ"] = float((tokens[name] != tokens[FP32]).mean())
         lost = reference["class_consistency"] - own["class_consistency"]
         ratio = own["frechet_distance"] / reference["frechet_distance"]
