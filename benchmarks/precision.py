@@ -196,9 +196,8 @@ def main() -> int:
         write_atomic(given.picture, picture(images))
     if given.json:
         settings = {"samples": given.samples, "steps": given.steps, "cfg_scale": given.cfg_scale}
-        write_json(
-            given.json, {"settings": settings, "sets": figures, "bars": held, "machine": Machine.here().to_json()}
-        )
+        found = {"migration": seen.found.to_json(), "sets": figures, "bars": held}
+        write_json(given.json, {"settings": settings, **found, "machine": Machine.here().to_json()})
     return 0 if all(held.values()) else 1
 
 

@@ -138,7 +138,7 @@ def inspect_bundle(path: Path | str) -> Inspection:
     unit_sizes = _unit_bytes(manifest)
     subnets = tuple(_subnet_facts(manifest, index) for index in range(len(manifest.subnets)))
     fixed = fixed_bytes(config, manifest.precision)
-    measured = manifest.plan.measured
+    measured, (layers, in_16_bits) = manifest.plan.measured, _layers(manifest)
     plans = _rows(masks, config, PlanSizes(masks, unit_sizes, fixed), measured.times if measured else None)
     dense = int(unit_sizes.sum()) + fixed
     loaded = dense if manifest.sliding else sum(entry.weight_bytes for entry in manifest.subnets)
@@ -170,8 +170,8 @@ def inspect_bundle(path: Path | str) -> Inspection:
         plans=plans,
         segments=_segment_facts(manifest, masks),
         measured=measured,
-        layers=_layers(manifest)[0],
-        layers_in_16_bits=_layers(manifest)[1],
+        layers=layers,
+        layers_in_16_bits=in_16_bits,
         subnets=subnets,
         bundle_bytes=_size_of(bundle.path) - (decoder.bytes if decoder else 0),
         stored_bytes=stored,

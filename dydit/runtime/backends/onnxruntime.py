@@ -127,9 +127,11 @@ class OnnxRuntimeBackend(Backend):
     def subnet(self, index: int, full_capacity: bool = False, debug: bool = False) -> Subnet:
         entry = self.bundle.manifest.subnets[index]
         file = entry.full_file if full_capacity and entry.full_file else entry.file
-        load = partial(self._load if not self.bundle.manifest.sliding else self._load_shared, file, debug)
-        weights = self._sliding if self.bundle.manifest.sliding else None
-        return OnnxRuntimeSubnet(self.bundle, index, load, None if debug else self._shared_out, debug, weights)
+        load, weights = self._load, None
+        if self.bundle.manifest.sliding:
+            load, weights = self._load_shared, self._sliding
+        sharing = None if debug else self._shared_out
+        return OnnxRuntimeSubnet(self.bundle, index, partial(load, file, debug), sharing, debug, weights)
 
     @cached_property
     def _sliding(self) -> SlidingWeights:
