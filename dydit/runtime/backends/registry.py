@@ -85,7 +85,7 @@ def _require_torch() -> None:
 
 
 def _probe_onnxruntime() -> str:
-    from dydit.runtime.backends.onnxruntime import PROVIDERS, runtime
+    from dydit.runtime.backends.session import PROVIDERS, runtime
 
     ort = runtime()
     devices = [device for device, provider in PROVIDERS.items() if provider in ort.get_available_providers()]
