@@ -127,8 +127,8 @@ def sample_to_folder(
     outputs, options, worker = outputs or OutputOptions(), options or BackendOptions(), worker or Worker()
     if outputs.npz and picture_format(bundle.manifest) is None:
         raise ConfigError(
-            f"--npz needs pictures, but this model samples latents of {bundle.manifest.model.in_channels} channels and "
-            "the bundle has no decoder; give `dydit export` a --vae"
+            f"npz=True (--npz) needs pictures, but this model samples latents of {bundle.manifest.model.in_channels} "
+            "channels and the bundle has no decoder; export it with one: `dydit export --vae`"
         )
     run = _plan_run(bundle, request, outputs, backend, options)
     folder = RunFolder(out, run.settings)
@@ -254,7 +254,7 @@ def _labels(request: SampleRequest, file: NoiseFile | None) -> list[int]:
     if request.num not in (None, len(file.labels)):
         raise ConfigError(f"{file.path} holds noise for {len(file.labels)} images, {request.num} are asked for")
     if request.labels not in ((), file.labels):
-        raise ConfigError(f"the labels differ from those of {file.path}; leave --labels away, or give the same")
+        raise ConfigError(f"the labels differ from those of {file.path}; leave labels (--labels) out, or give the same")
     return list(file.labels)
 
 

@@ -48,16 +48,18 @@ class OnnxRuntimeSubnet(Subnet):
         super().__init__(backend.bundle, index, backend)
         self._model, self._debug, self._weights = backend.bundle.manifest.model, debug, weights
         self._open_session, self._sharing = open_session, sharing
-        self._session: tuple[bool, Session] | None = None  # with whether it was opened for threads of their own images
+        self._session: Session | None = None
+        self._apart = False
         self._ready()
 
     def _ready(self) -> Session:
         """The session, of one thread where threads have images of their own; another one when that has changed."""
         apart = self._sharing is not None and self._sharing.apart
-        if self._session is None or apart != self._session[0]:
-            self._session = None  # two would be twice the memory
-            self._session = apart, self._open_session(apart)
-        return self._session[1]
+        if self._session is None or apart != self._apart:
+            self._session = None  # two would be twice the memory; an interrupt finds none, and never another kind's
+            self._apart = apart
+            self._session = self._open_session(apart)
+        return self._session
 
     def _step(self, feeds: Arrays) -> StepResult:
         session = self._ready()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from collections.abc import Callable
 
@@ -22,8 +23,15 @@ def open_backend(name: str, bundle: Bundle, options: BackendOptions | None = Non
     """
     require_known(name)
     options = options or BackendOptions()
-    if options.device not in DEVICES:
+    device, colon, number = options.device.partition(":")
+    if device not in DEVICES or (colon and not number.isdecimal()):
         raise BackendError(f"unknown device {options.device!r}; known: {', '.join(DEVICES)}")
+    if number and int(number):
+        raise BackendError(
+            f"device {options.device!r}: only the first visible GPU is used; set CUDA_VISIBLE_DEVICES={number} before "
+            "the process starts, and give device 'cuda'"
+        )
+    options = dataclasses.replace(options, device=device)
     if options.threads < 0:
         raise BackendError(f"threads {options.threads} is negative; 0 leaves the choice to the backend")
     return _OPENERS[name](bundle, options)
@@ -31,7 +39,7 @@ def open_backend(name: str, bundle: Bundle, options: BackendOptions | None = Non
 
 def require_known(name: str) -> None:
     """Raise `BackendError` for a name that is not known, naming those that are."""
-    if name not in _OPENERS:
+    if not isinstance(name, str) or name not in _OPENERS:
         raise BackendError(f"unknown backend {name!r}; available: {', '.join(_OPENERS)}")
 
 
@@ -58,7 +66,7 @@ def _open_onnxruntime(bundle: Bundle, options: BackendOptions) -> Backend:
 
 
 def _open_torch(bundle: Bundle, options: BackendOptions) -> Backend:
-    _require_torch()
+    require_torch()
     from dydit.runtime.backends.torch import TorchBackend
 
     return TorchBackend(bundle, options)
@@ -77,7 +85,8 @@ def _open_tensorrt_rtx(bundle: Bundle, options: BackendOptions) -> Backend:
     return TensorRTBackend(bundle, options, Flavour.TENSORRT_RTX)
 
 
-def _require_torch() -> None:
+def require_torch() -> None:
+    """Raise `BackendError` with what to install where PyTorch is missing."""
     try:
         import torch  # noqa: F401  (whether it can be imported is the question)
     except ImportError as error:
@@ -93,7 +102,7 @@ def _probe_onnxruntime() -> str:
 
 
 def _probe_torch() -> str:
-    _require_torch()
+    require_torch()
     import torch
 
     return f"torch {torch.__version__}, devices: {'cpu, cuda' if torch.cuda.is_available() else 'cpu'}"

@@ -82,7 +82,8 @@ class DeviceBackend(Backend):
     def subnet(self, index: int, full_capacity: bool = False, debug: bool = False) -> Subnet:
         if debug:
             raise BackendError(
-                f"{self.name} shows no values between layers; look inside with --backend onnxruntime or torch"
+                f"{self.name} shows no values between layers; look inside with backend='onnxruntime' or 'torch' "
+                "(--backend onnxruntime)"
             )
         self.require_open()
         full = full_capacity and self.bundle.manifest.subnets[index].full_file is not None
