@@ -87,7 +87,7 @@ class DyDiTPipeline:
         image_indices: Sequence[int] | np.ndarray | int | None = None,
         progress: Progress | None = None,
     ) -> PipelineOutput:
-        """One image for each label, the same whatever else is in the call.
+        """One image for each label, the same whatever else is in the call, but for the last bits of its numbers.
 
         `class_labels`: an integer, or a sequence, array or range of them. `guidance_scale` 1 is no guidance, and 0
         samples without regard to the labels. `seed`: of the noise; None draws a new one, which the output names.

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dydit.bundle.bundle import Bundle
 from dydit.errors import BackendError, one_line
 from dydit.runtime.backends.base import Backend, BackendOptions
+from dydit.runtime.backends.cores import thread_count
 
 BACKENDS = ("onnxruntime", "torch")
 DEVICES = ("cpu", "cuda")
@@ -35,6 +36,22 @@ def open_backend(name: str, bundle: Bundle, options: BackendOptions | None = Non
     if options.threads < 0:
         raise BackendError(f"threads {options.threads} is negative; 0 leaves the choice to the backend")
     return _OPENERS[name](bundle, options)
+
+
+def deciding_threads(name: str, options: BackendOptions) -> int | None:
+    """The number of CPU threads that the last bits of results depend on; None where they do not run on the CPU.
+
+    Threads that share an operator split its matrix product, and kernels choose by the size of their part how many terms
+    they add up before they round: on ONNX Runtime where a thread gets 64 columns or fewer, or one row.
+    """
+    if options.device != "cpu" or name not in BACKENDS:
+        return None
+    if name == "torch" and not options.threads:
+        require_torch()
+        import torch
+
+        return torch.get_num_threads()
+    return thread_count(options.threads)
 
 
 def require_known(name: str) -> None:

@@ -5,8 +5,10 @@
       an operator ends when its last           thread 2: image 1, image 3
       thread does; some have one only          no thread waits, and values stay in its cache
 
-The session is one, and so are its weights. An image's values do not depend on who it shares a batch with, so the
-results are the same bits.
+The session is one, and so are its weights, and it has one thread. Then an image's values hardly ever depend on who it
+shares a batch with. (They do where all images of a share have one token between them for a layer: a product with one
+row has a kernel of its own. And threads that share an operator split its products, see `registry.deciding_threads`.)
+Equal bits are promised for equal batches and equal numbers of threads.
 """
 
 from __future__ import annotations
