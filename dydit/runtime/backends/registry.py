@@ -10,11 +10,14 @@ from dydit.bundle.bundle import Bundle
 from dydit.errors import BackendError, one_line
 from dydit.runtime.backends.base import Backend, BackendOptions
 from dydit.runtime.backends.cores import thread_count
+from dydit.runtime.backends.versions import require_release
 
 BACKENDS = ("onnxruntime", "torch")
 DEVICES = ("cpu", "cuda")
 ENGINE_BACKENDS = ("tensorrt", "tensorrt-rtx")
 """These run engines that `dydit build` made, on a GPU; `tensorrt` takes those of either flavour."""
+
+OLDEST_TORCH = (2, 6)
 
 
 def open_backend(name: str, bundle: Bundle, options: BackendOptions | None = None) -> Backend:
@@ -103,11 +106,12 @@ def _open_tensorrt_rtx(bundle: Bundle, options: BackendOptions) -> Backend:
 
 
 def require_torch() -> None:
-    """Raise `BackendError` with what to install where PyTorch is missing."""
+    """Raise `BackendError` with what to install where PyTorch is missing or too old."""
     try:
-        import torch  # noqa: F401  (whether it can be imported is the question)
+        import torch
     except ImportError as error:
         raise BackendError(f"PyTorch cannot be imported ({one_line(error)}); pip install 'dydit[export]'") from error
+    require_release(torch, "torch", OLDEST_TORCH, "the operators of a bundle")
 
 
 def _probe_onnxruntime() -> str:

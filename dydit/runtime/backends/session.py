@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import numpy as np
 from dydit.errors import BackendError, one_line
 from dydit.runtime.backends.base import Arrays, BackendOptions
 from dydit.runtime.backends.cores import thread_count
+from dydit.runtime.backends.versions import require_release
 from dydit.runtime.forks import register
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -45,21 +45,9 @@ def runtime() -> Any:
         raise BackendError(
             f"onnxruntime cannot be imported ({one_line(error)}); pip install 'dydit[cpu]', or 'dydit[gpu]' for CUDA"
         ) from error
-    version = getattr(onnxruntime, "__version__", "of an unknown version")
-    if _numbers(version) < OLDEST:
-        package = (
-            "onnxruntime-gpu" if "CUDAExecutionProvider" in onnxruntime.get_available_providers() else "onnxruntime"
-        )
-        needed = ".".join(map(str, OLDEST))
-        raise BackendError(
-            f"onnxruntime {version} is too old: bundles need {needed} or newer; pip install -U '{package}>={needed}'"
-        )
+    package = "onnxruntime-gpu" if "CUDAExecutionProvider" in onnxruntime.get_available_providers() else "onnxruntime"
+    require_release(onnxruntime, package, OLDEST, "bundles")
     return onnxruntime
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    """The leading numbers of a version: (1, 24) of `1.24.0rc1`."""
-    return tuple(map(int, re.findall(r"\d+", version)[:2]))
 
 
 @dataclass(frozen=True)
