@@ -13,6 +13,7 @@ import pytest
 
 from dydit.errors import BackendError
 from dydit.runtime.backends import session
+from dydit.runtime.backends.registry import OLDEST_TORCH, open_backend
 
 PACKAGE = Path(session.__file__).parents[2]
 HOME = PACKAGE / "runtime" / "backends" / "session.py"
@@ -27,8 +28,8 @@ def imports_of(tree: ast.AST, package: str) -> list[str]:
         elif isinstance(node, ast.ImportFrom):
             found.append(node.module or "")
         elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
-            if getattr(node.func, "attr", getattr(node.func, "id", "")) in ("import_module", "__import__"):
-                found.append(str(node.args[0].value))
+            called = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            found += [str(node.args[0].value)] * (called in ("import_module", "__import__"))
     return [name for name in found if name.split(".")[0] == package]
 
 
@@ -83,7 +84,16 @@ def test_newer_releases_are_taken(version, monkeypatch):
     assert session.runtime() is onnxruntime
 
 
+def test_so_is_an_old_torch(make_bundle, monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch, "__version__", "2.5.1+cpu")
+    with pytest.raises(BackendError, match=r"torch 2\.5\.1\+cpu is too old: .*; pip install -U 'torch>=2\.6'"):
+        open_backend("torch", make_bundle(steps=3))
+
+
 def test_what_is_needed_is_what_is_declared():
     declared = (PACKAGE.parent / "pyproject.toml").read_text()
     needed = ".".join(map(str, session.OLDEST))
+    assert re.findall(r'"torch>=([\d.]+)', declared) == [".".join(map(str, OLDEST_TORCH))]
     assert re.findall(r"onnxruntime(?:-gpu\[[a-z,]+\])?>=([\d.]+)", declared) == [needed, needed]

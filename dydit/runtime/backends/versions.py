@@ -17,5 +17,6 @@ def require_release(module: Any, package: str, oldest: tuple[int, int], why: str
     if tuple(map(int, re.findall(r"\d+", version)[:2])) < oldest:
         needed = ".".join(map(str, oldest))
         raise BackendError(
-            f"{module.__name__} {version} is too old: {why} need {needed} or newer; pip install -U '{package}>={needed}'"
+            f"{module.__name__} {version} is too old: {why} need {needed} or newer; "
+            f"pip install -U '{package}>={needed}'"
         )
