@@ -35,7 +35,7 @@ worker_option = click.option(
     metavar="I/N",
     callback=_choose_worker,
     help="Make share I, from 0, of N: as many processes, with all else the same, make the images of one. Share cores "
-    "out with --threads.  [default: what torchrun or accelerate launch say, else 0/1]",
+    "out with --threads, the same for all.  [default: what torchrun or accelerate launch say, else 0/1]",
 )
 
 

@@ -16,8 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
-import numpy as np
-
+from dydit.diffusion.guidance import Guidance
 from dydit.diffusion.schedule import Schedule
 from dydit.errors import UnavailableError
 from dydit.verify.measure import Job, Loaded, Measured
@@ -34,8 +33,7 @@ class Rival(Measured):
         super().__init__(job, job.sizes)
         assert job.side.checkpoint is not None
         self.path = Path(job.side.checkpoint)
-        null = np.full_like(self.labels, self.config.null_class)
-        self.rows = self.labels if job.cfg_scale == 1 else np.concatenate([self.labels, null])
+        self.rows = Guidance(job.cfg_scale, self.config.null_class).rows(self.labels)
         self.timesteps = Schedule.respaced(job.of).timesteps[::-1][list(job.steps)]
 
     @abstractmethod

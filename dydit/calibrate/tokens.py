@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dydit.diffusion.guidance import is_guided
 from dydit.errors import CalibrationError
 
 
@@ -71,7 +72,7 @@ class TokenCounter:
 
     def __init__(self, images: Sequence[int], steps: int, depth: int, tokens: int, cfg_scale: float):
         self._images, self._tokens, self._scale = np.asarray(images, np.int64), tokens, cfg_scale
-        self._counts = np.full((len(images), steps, depth, 1 if cfg_scale == 1 else 2), -1, np.int32)
+        self._counts = np.full((len(images), steps, depth, 2 if is_guided(cfg_scale) else 1), -1, np.int32)
 
     def add(self, step: int, tokens: np.ndarray) -> None:
         """Count one step's decisions bool [L, R*n, N]: all rows with labels first, then those of the null class.

@@ -4,7 +4,8 @@ The folder then holds `000000.png`, ... (numbered by image index), `grid.png` (t
 and facts), on demand `samples.npz` (`arr_0` uint8 [N, S, S, 3], what FID evaluators read, and `arr_1` int64 labels).
 Of a latent model without a decoder it holds `latents.npz` (`latents` f32 [N, C, S, S], `labels` int64, `images` uint64)
 and no pictures. Settings decide the content bit for bit, on machines of one kind, however often the run was interrupted
-and however many workers made it.
+and however many workers made it. The number of CPU threads is one of them: a matrix product that several threads share
+may add up in another order. So whoever goes on with a run has to use as many threads as who began it.
 
 Pictures are made after sampling, a few at a time; each is complete once it is there, and the rest is read from them.
 
@@ -30,7 +31,7 @@ from dydit.errors import ConfigError, OutputError
 from dydit.files import require_absent
 from dydit.models.config import Strict
 from dydit.runtime.backends.base import Backend, BackendOptions
-from dydit.runtime.backends.registry import open_backend
+from dydit.runtime.backends.registry import deciding_threads, open_backend
 from dydit.runtime.images import (
     GRID_IMAGES,
     Streamed,
@@ -127,8 +128,8 @@ def sample_to_folder(
     outputs, options, worker = outputs or OutputOptions(), options or BackendOptions(), worker or Worker()
     if outputs.npz and picture_format(bundle.manifest) is None:
         raise ConfigError(
-            f"--npz needs pictures, but this model samples latents of {bundle.manifest.model.in_channels} channels and "
-            "the bundle has no decoder; give `dydit export` a --vae"
+            f"npz=True (--npz) needs pictures, but this model samples latents of {bundle.manifest.model.in_channels} "
+            "channels and the bundle has no decoder; export it with one: `dydit export --vae`"
         )
     run = _plan_run(bundle, request, outputs, backend, options)
     folder = RunFolder(out, run.settings)
@@ -168,7 +169,9 @@ def _make_share(
         return _finished_before(folder, run, worker, known)
     batches = [run.batches[index] for index in share]
     with ResidentSubnets(engine, RESIDENT) as subnets:
-        runner = StepRunner(engine, subnets, np.unique(run.labels), run.settings["cfg_scale"])
+        # Of the whole run, too: a share that has only the last, smaller batch must run it as one process would.
+        most = max(len(batch.images) for batch in run.batches)
+        runner = StepRunner(engine, subnets, np.unique(run.labels), run.settings["cfg_scale"], most)
         stats = sample(runner, batches, run.noise, own, progress)
     started = time.perf_counter()
     if run.pictures is not None:
@@ -235,6 +238,7 @@ def _plan_run(
         "batch_size": size,
         "backend": backend,
         "device": options.device,
+        "threads": deciding_threads(backend, options),
         "npz": outputs.npz,
         "latents_out": None if outputs.latents_out is None else str(outputs.latents_out.resolve()),
     }
@@ -254,7 +258,7 @@ def _labels(request: SampleRequest, file: NoiseFile | None) -> list[int]:
     if request.num not in (None, len(file.labels)):
         raise ConfigError(f"{file.path} holds noise for {len(file.labels)} images, {request.num} are asked for")
     if request.labels not in ((), file.labels):
-        raise ConfigError(f"the labels differ from those of {file.path}; leave --labels away, or give the same")
+        raise ConfigError(f"the labels differ from those of {file.path}; leave labels (--labels) out, or give the same")
     return list(file.labels)
 
 

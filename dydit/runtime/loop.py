@@ -16,6 +16,7 @@ import numpy as np
 
 from dydit.bundle.manifest import Manifest, PlanKind, SegmentEntry
 from dydit.diffusion.coefficients import COEFFICIENTS
+from dydit.diffusion.guidance import Guidance
 from dydit.errors import BackendError
 from dydit.runtime.backends.base import Backend, StepResult
 from dydit.runtime.noise import NoiseSource
@@ -81,36 +82,39 @@ class Conditioner:
 
 
 class StepRunner:
-    """Runs any step of a bundle. `labels` are all that will be asked for; `cfg_scale` 1 runs without guidance.
+    """Runs any step of a bundle. `labels` are all that will be asked for; `cfg_scale` is read as `Guidance` says.
 
-    Where `subnets` load with `debug`, a step also returns every block's token decisions and residual stream.
+    `images`: how many a batch of the run has, its largest; a hint for the backend (`Backend.expect`). Where `subnets`
+    load with `debug`, a step also returns every block's token decisions and residual stream.
+
+    Threads may share a runner, and runners a backend: steps take turns, by the backend's lock.
     """
 
     def __init__(
-        self, backend: Backend, subnets: ResidentSubnets, labels: Sequence[int] | np.ndarray, cfg_scale: float
+        self,
+        backend: Backend,
+        subnets: ResidentSubnets,
+        labels: Sequence[int] | np.ndarray,
+        cfg_scale: float,
+        images: int | None = None,
     ):
         manifest = backend.bundle.manifest
-        self.backend, self.subnets, self.cfg_scale = backend, subnets, cfg_scale
-        null = [manifest.model.null_class] * self.guided
-        self._conditioner = Conditioner(backend, [*labels, *null])
+        self.backend, self.subnets, self.images = backend, subnets, images
+        self.guidance = Guidance(cfg_scale, manifest.model.null_class)
+        self._conditioner = Conditioner(backend, self.guidance.rows(np.asarray(labels, np.int64)))
         self._coefficients = np.asarray(manifest.sampling.coefficients, np.float32)
         self._subnet_of = {step: s.subnet for s in manifest.plan.segments for step in s.steps}
 
-    @property
-    def guided(self) -> bool:
-        """Whether the unconditional rows are computed."""
-        return self.cfg_scale != 1
-
     def feeds(self, step: int, x: np.ndarray, noise: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
         """The inputs of a step for latents and noise f32 [B, C, S, S] and labels int64 [B]."""
-        null = self.backend.bundle.manifest.model.null_class
-        rows = np.concatenate([labels, np.full_like(labels, null)]) if self.guided else labels
+        with self.backend.lock:
+            modulation = self._conditioner.rows(step, self.guidance.rows(labels))
         return {
             "x": x,
             "noise": noise,
             "coefficients": self._coefficients[step],
-            "cfg_scale": np.asarray(self.cfg_scale, np.float32),
-            "modulation": self._conditioner.rows(step, rows),
+            "cfg_scale": np.asarray(self.guidance.scale, np.float32),
+            "modulation": modulation,
             "gates": self.backend.bundle.step_gates(step),
         }
 
@@ -119,14 +123,17 @@ class StepRunner:
         `overflow` then still tells how many there were.
         """
         index = self._subnet_of[step]
-        feeds = self.feeds(step, x, noise, labels)
-        result = self.subnets.get(index).step(feeds)
-        if result.overflow.any():
-            complete = self.subnets.full(index).step(feeds)
+        with self.backend.lock:
+            if self.images is not None:
+                self.backend.expect(self.images)
+            feeds = self.feeds(step, x, noise, labels)
+            result = self.subnets.step(index, feeds)
+            if not result.overflow.any():
+                return result
+            complete = self.subnets.step(index, feeds, full_capacity=True)
             if complete.overflow.any():
                 raise BackendError(f"step {step} drops tokens even at full capacity; export the bundle again")
-            result = dataclasses.replace(complete, overflow=result.overflow)
-        return result
+            return dataclasses.replace(complete, overflow=result.overflow)
 
 
 class LatentStore(Protocol):
@@ -197,14 +204,32 @@ def sample(
     """Run every batch to its end; `store` then holds the final latents. Starts from where the store is.
 
     `progress(done, total)` counts steps of a batch. Raises `BackendError`, naming the segment, where latents are not
-    finite.
+    finite. Runs that share a backend take turns, each from its beginning to its end; so `progress`, `noise` and `store`
+    cannot start another run on it, which raises `BackendError`.
     """
-    if isinstance(runner.backend, WholeRuns):
-        return runner.backend.sample_run(batches, noise, store, runner.cfg_scale, progress)
+    backend = runner.backend
+    with backend.lock:
+        backend.require_open()
+        if backend.sampling:
+            raise BackendError("this bundle is in the middle of a run; start another one after it, not from within")
+        backend.sampling = True
+        try:
+            if isinstance(backend, WholeRuns):
+                return backend.sample_run(batches, noise, store, runner.guidance.scale, progress)
+            return _sample_by_steps(runner, batches, noise, store, progress)
+        finally:
+            backend.sampling = False
+
+
+def _sample_by_steps(
+    runner: StepRunner, batches: Sequence[Batch], noise: NoiseSource, store: LatentStore, progress: Progress | None
+) -> RunStats:
     start, steps, repeated = time.perf_counter(), 0, 0
     segments = runner.backend.bundle.manifest.plan.segments
     total = len(batches) * runner.backend.bundle.manifest.sampling.steps
-    runner.backend.expect(max((len(batch.images) for batch in batches), default=1))
+    if runner.images is None:
+        runner.images = max((len(batch.images) for batch in batches), default=1)
+    runner.backend.expect(runner.images)
     done = sum(segments[index].count for b in range(len(batches)) for index in range(store.done(b)))
     for index, segment in enumerate(segments):
         waiting = [b for b in range(len(batches)) if store.done(b) == index]

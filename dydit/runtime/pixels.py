@@ -15,7 +15,7 @@ import numpy as np
 from dydit.bundle.manifest import Manifest
 from dydit.errors import BackendError
 from dydit.runtime.backends.base import Backend
-from dydit.runtime.backends.onnxruntime import runtime
+from dydit.runtime.backends.session import runtime
 from dydit.runtime.vae import IMAGES_AT_ONCE, VaeDecoder, decode_tiled
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import OrderedDict
-from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Self
 
-from dydit.errors import BackendError
-from dydit.runtime.backends.base import Backend, Subnet
+from dydit.errors import BackendError, DyditError
+from dydit.runtime.backends.base import Arrays, Backend, StepResult, Subnet
+from dydit.runtime.background import Pending, Pool
+from dydit.runtime.forks import register
 
 
 class ResidentSubnets:
@@ -16,53 +18,74 @@ class ResidentSubnets:
 
     `limit`: how many stay loaded (None: all; at least 2, the present one and the next). A subnetwork's full-capacity
     form is loaded when first needed and stays as long as its plain form.
+
+    Threads may share one: `step` holds the backend's lock, and what makes room holds it too, so a subnetwork is never
+    closed while it runs. Loading happens in a thread of its own, which takes no lock; whoever waits for it may be
+    interrupted at any moment, and finds it done later. `_loaded` holds what is loaded or loading: there is one table,
+    which every change leaves whole.
     """
 
     def __init__(self, backend: Backend, limit: int | None = None, debug: bool = False):
         self._backend, self._debug = backend, debug
         self._limit = None if limit is None else max(2, limit)
-        self._loaded: OrderedDict[int, Subnet] = OrderedDict()
+        self._loaded: OrderedDict[int, Pending[Subnet]] = OrderedDict()
         self._full: dict[int, Subnet] = {}
-        self._coming: dict[int, Future[Subnet]] = {}
         self._open = True
-        self._loader = ThreadPoolExecutor(1, thread_name_prefix="dydit-load")
+        self._loader = Pool(1, "dydit-load")
+        register(self)
+
+    def step(self, index: int, feeds: Arrays, full_capacity: bool = False) -> StepResult:
+        """Run one step of a subnetwork, loaded now unless it is there or on its way."""
+        with self._backend.lock:
+            return (self.full(index) if full_capacity else self.get(index)).step(feeds)
 
     def get(self, index: int) -> Subnet:
-        """The subnetwork, loaded now unless it is there or on its way."""
-        self._require_open()
-        if index not in self._loaded:
-            coming = self._coming.pop(index, None)
-            self._loaded[index] = coming.result() if coming else self._load(index)
-        self._loaded.move_to_end(index)
-        self._make_room()
-        return self._loaded[index]
+        """The subnetwork, loaded now unless it is there or on its way.
+
+        Another thread may make it go at any time, unless `backend.lock` is held; `step` does that.
+        """
+        with self._backend.lock:
+            self._require_open()
+            self._order(index)
+            self._loaded.move_to_end(index)
+            pending = self._loaded[index]
+            try:
+                subnet = pending.result()
+            except BaseException:
+                if pending.failed:  # and was not only interrupted while it was waited for
+                    self._loaded.pop(index, None)
+                raise
+            self._make_room(index)
+            return subnet
 
     def full(self, index: int) -> Subnet:
         """The form of a loaded subnetwork that has a slot for every token."""
-        if index not in self._full:
-            self._full[index] = self._backend.subnet(index, full_capacity=True, debug=self._debug)
-        return self._full[index]
+        with self._backend.lock:
+            self._require_open()
+            if index not in self._full:
+                self._full[index] = self._backend.subnet(index, full_capacity=True, debug=self._debug)
+            return self._full[index]
 
     def prefetch(self, index: int) -> None:
         """Start loading a subnetwork in the background; errors show when it is asked for."""
-        self._require_open()
-        if index not in self._loaded and index not in self._coming:
-            self._coming[index] = self._loader.submit(self._load, index)
-            self._make_room()
+        with self._backend.lock:
+            self._require_open()
+            if index not in self._loaded:
+                running = next(reversed(self._loaded), index)
+                self._order(index)
+                self._loaded.move_to_end(running)
+                self._make_room(running)
 
     def close(self) -> None:
-        """Free everything."""
-        self._open = False
-        self._loader.shutdown(wait=True, cancel_futures=True)
-        for coming in self._coming.values():
-            if not coming.cancelled() and coming.exception() is None:
-                coming.result().close()
-        self._coming.clear()
-        for index in list(self._loaded):
-            self._drop(index)
+        """Free everything, once a step that runs has ended; a second time does nothing."""
+        with self._backend.lock:
+            self._open = False
+            self._loader.close()
+            for index in list(self._loaded):
+                self._drop(index)
 
     def __len__(self) -> int:
-        return len(self._loaded)
+        return len([pending for pending in self._loaded.values() if pending.done])
 
     def __enter__(self) -> Self:
         return self
@@ -72,18 +95,28 @@ class ResidentSubnets:
     ) -> None:
         self.close()
 
-    def _load(self, index: int) -> Subnet:
-        return self._backend.subnet(index, debug=self._debug)
+    def after_fork(self) -> None:
+        """In a forked child nothing that was loading will ever be loaded."""
+        self._loaded = OrderedDict((index, pending) for index, pending in self._loaded.items() if pending.done)
+
+    def _order(self, index: int) -> None:
+        """Have a subnetwork loaded, unless it is there or on its way."""
+        if index not in self._loaded:
+            backend, debug = self._backend, self._debug
+            self._loaded[index] = self._loader.submit(lambda: backend.subnet(index, debug=debug))
 
     def _require_open(self) -> None:
         if not self._open:
             raise BackendError("the subnetworks were closed; open the bundle again")
 
-    def _make_room(self) -> None:
-        while self._limit is not None and len(self._loaded) > max(1, self._limit - len(self._coming)):
-            self._drop(next(iter(self._loaded)))
+    def _make_room(self, keep: int) -> None:
+        """Let the least recently used go, but for `keep`, until no more are loaded or loading than may be."""
+        while self._limit is not None and len(self._loaded) > self._limit:
+            self._drop(next(index for index in self._loaded if index != keep))
 
     def _drop(self, index: int) -> None:
-        self._loaded.pop(index).close()
-        if full := self._full.pop(index, None):
+        full, pending = self._full.pop(index, None), self._loaded.pop(index)
+        if full is not None:
             full.close()
+        with contextlib.suppress(DyditError):  # one that could not be loaded
+            pending.result().close()

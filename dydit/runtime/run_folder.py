@@ -145,6 +145,12 @@ class RunFolder:
         if not isinstance(found, dict):
             raise OutputError(f"{self.out} exists and holds no sampling run; choose another output")
         names = sorted(name for name in {*found, *self._settings} if found.get(name) != self._settings.get(name))
+        if names == ["threads"] and isinstance(threads := found.get("threads"), int):
+            raise OutputError(
+                f"{self.out} holds a run of {threads} threads, and this would be one of {self._settings['threads']}, "
+                f"whose images could differ in their last bits; give threads={threads} (--threads {threads}), the same "
+                "to all workers, or choose another output"
+            )
         if names:
             listed = "; ".join(
                 f"{n}: {_short(found.get(n))} there, {_short(self._settings.get(n))} asked" for n in names

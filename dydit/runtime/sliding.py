@@ -15,8 +15,9 @@ only units that toggle and fillers move, by exchanges in place. Nothing is lost,
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -25,6 +26,7 @@ from dydit.bundle.graph_io import GROUP_WEIGHTS, HEAD_WEIGHTS
 from dydit.bundle.manifest import SubnetEntry
 from dydit.bundle.stored import STORAGE, WEIGHTS
 
+T = TypeVar("T")
 PARTS = (HEAD_WEIGHTS, GROUP_WEIGHTS)
 """The tensors of a block's heads, and of its groups: what moves together."""
 
@@ -83,24 +85,32 @@ class SlidingWeights:
 
     They are a private map of `weights.bin`: units that never move stay shared with the file, those that do are copied
     by the page, and none is in memory twice.
+
+    Whoever uses them holds the backend's lock. From the first exchange until the step that reads the weights has ended,
+    they count as unsettled. A step that was interrupted leaves them so: half exchanged, perhaps, or read by threads
+    that still work on the step. The next one then maps the file anew, and nothing is ever written to the old map again.
     """
 
     def __init__(self, bundle: Bundle):
-        model, entries = bundle.manifest.model, bundle.manifest.weights
-        raw = np.memmap(bundle.file(WEIGHTS), np.uint8, "c")
-        self._arrangement = Arrangement(model.depth, model.num_heads)
+        self._bundle = bundle
+        self._settled = False
+        self._arrangement = Arrangement(0, 0)
         self._units: dict[str, np.ndarray] = {}
-        for block in range(model.depth):
-            for name in (f"blocks.{block}.{part}" for parts in PARTS for part in parts):
-                entry = entries[name]
-                flat = np.asarray(raw[entry.offset : entry.offset + entry.nbytes]).view(STORAGE[entry.dtype])
-                self._units[name] = flat.reshape(entry.shape)
 
-    def feeds(self, subnet: SubnetEntry) -> dict[str, np.ndarray]:
+    def run(self, subnet: SubnetEntry, step: Callable[[dict[str, np.ndarray]], T]) -> T:
+        """What `step` returns for the weight inputs of a subnetwork, which it must not keep."""
+        result = step(self._feeds(subnet))
+        self._settled = True
+        return result
+
+    def _feeds(self, subnet: SubnetEntry) -> dict[str, np.ndarray]:
         """The weight inputs (`graph_io.unit_inputs`) of a subnetwork: views, good until the next call.
 
         A part with no unit on gets one whose weights are zeros, which adds nothing: some operators take no empty input.
         """
+        if not self._settled:
+            self._map()
+        self._settled = False
         for exchange in self._arrangement.arrange(subnet.heads, subnet.groups):
             places = [exchange.first, exchange.second]
             for part in PARTS[exchange.part]:
@@ -114,3 +124,21 @@ class SlidingWeights:
                     front = units[:count] if count else np.zeros_like(units[:1])
                     fed[name] = front.reshape(math.prod(front.shape[:2]), *front.shape[2:])
         return fed
+
+    def close(self) -> None:
+        """Let go of the map."""
+        self._settled = False
+        self._units = {}
+
+    def _map(self) -> None:
+        """Map the file, with every unit in the place where it is stored."""
+        model, entries = self._bundle.manifest.model, self._bundle.manifest.weights
+        self._units = {}  # before the file is mapped again, or for a moment two copies would be in memory
+        raw = np.memmap(self._bundle.file(WEIGHTS), np.uint8, "c")
+        mapped = {}
+        for block in range(model.depth):
+            for name in (f"blocks.{block}.{part}" for parts in PARTS for part in parts):
+                entry = entries[name]
+                flat = np.asarray(raw[entry.offset : entry.offset + entry.nbytes]).view(STORAGE[entry.dtype])
+                mapped[name] = flat.reshape(entry.shape)
+        self._units, self._arrangement = mapped, Arrangement(model.depth, model.num_heads)

@@ -6,16 +6,16 @@ and would leave seams.
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from dydit.bundle.graph_io import BATCH
 from dydit.bundle.vae import VAE_DECODER, VaeEntry, vae_inputs
-from dydit.errors import BackendError, one_line
+from dydit.errors import BackendError
 from dydit.runtime.backends.base import BackendOptions, DecodeTile
-from dydit.runtime.backends.onnxruntime import PROVIDERS, runtime
+from dydit.runtime.backends.session import PROVIDERS, Session, SessionSettings, runtime
 
 IMAGES_AT_ONCE = 4
 OVERLAP = 0.25
@@ -30,17 +30,11 @@ class VaeDecoder:
 
     def __init__(self, folder: Path, entry: VaeEntry, options: BackendOptions | None = None):
         self.entry = entry
-        options, ort = options or BackendOptions(), runtime()
-        settings = ort.SessionOptions()
-        settings.log_severity_level = 3
-        settings.intra_op_num_threads = options.threads
-        settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        file, provider = folder / VAE_DECODER, PROVIDERS[options.device]
-        providers = [provider] if provider in ort.get_available_providers() else [PROVIDERS["cpu"]]
-        try:
-            self._session: Any = ort.InferenceSession(str(file), settings, providers=providers)
-        except Exception as error:  # onnxruntime has no base class for what it raises
-            raise BackendError(f"onnxruntime {ort.__version__} cannot load {file}: {one_line(error)}") from error
+        options = options or BackendOptions()
+        if PROVIDERS[options.device] not in runtime().get_available_providers():
+            options = dataclasses.replace(options, device="cpu")
+        options = dataclasses.replace(options, packed=True)
+        self._session = Session(folder / VAE_DECODER, options, SessionSettings(arena=True))
 
     def decode(self, latents: np.ndarray, at_once: int = IMAGES_AT_ONCE) -> np.ndarray:
         """Latents f32 [B, C, H, W], as the sampler returned them, to pixels f32 [B, 3, H*upscale, W*upscale].
@@ -53,12 +47,8 @@ class VaeDecoder:
     def _decode(self, tiles: np.ndarray) -> np.ndarray:
         feeds = {"latents": tiles}
         _check(feeds, self.entry)
-        try:
-            (images,) = self._session.run(None, feeds)
-        except Exception as error:  # as above
-            raise BackendError(f"onnxruntime failed in the VAE decoder: {one_line(error)}") from error
-        decoded: np.ndarray = images
-        return decoded
+        (images,) = self._session.run(feeds, "the VAE decoder").values()
+        return images
 
 
 def _check(feeds: dict[str, np.ndarray], entry: VaeEntry) -> None:

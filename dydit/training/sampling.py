@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dydit.diffusion.coefficients import step_coefficients
+from dydit.diffusion.guidance import Guidance
 from dydit.diffusion.noise import INITIAL_DRAW, image_noise, step_draw
 from dydit.diffusion.schedule import Sampler, Schedule
 from dydit.errors import ConfigError
@@ -109,13 +110,13 @@ def _sample_batch(
 
 def _guided(model: DiT, x: Tensor, t: int, y: Tensor, cfg_scale: float, gating: Recording) -> tuple[Tensor, Tensor]:
     """(epsilon, raw variance output) [B, C, S, S]; with guidance, epsilon of the first channels is extrapolated."""
-    channels, guided = model.config.in_channels, cfg_scale != 1
-    if guided:
-        x, y = torch.cat([x, x]), torch.cat([y, torch.full_like(y, model.config.null_class)])
+    channels, guidance = model.config.in_channels, Guidance(cfg_scale, model.config.null_class)
+    y = torch.from_numpy(guidance.rows(y.cpu().numpy())).to(y.device)
+    x = x.repeat(len(y) // len(x), 1, 1, 1)
     output = model(x, torch.full((len(x),), t, device=x.device), y, gating)
     eps = output[:, :channels]
     v = output[:, channels:] if model.config.learn_sigma else torch.zeros_like(eps)
-    if not guided:
+    if not guidance.guided:
         return eps, v
     with_class, without = eps.chunk(2)
     mixed = with_class.clone()

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dydit.calibrate.activations import LAYERS, Observations
 from dydit.diffusion.coefficients import step_coefficients
+from dydit.diffusion.guidance import Guidance
 from dydit.diffusion.schedule import Sampler, Schedule
 from dydit.errors import ConfigError
 from dydit.export.exporter import GUIDED_CHANNELS
@@ -116,8 +117,7 @@ def sample_watched(
         model.watch = partial(watch, segment_of[step])
         for index, each in enumerate(batches):
             scale = float(cfg_scales[index % len(cfg_scales)])
-            rows = np.concatenate([each.labels, np.full_like(each.labels, config.null_class)])
-            used = rows if scale != 1 else each.labels
+            used = Guidance(scale, config.null_class).rows(each.labels)
             time, classes = torch.tensor([int(timesteps[step])]), torch.from_numpy(used)
             out = model.step(
                 latents[index],

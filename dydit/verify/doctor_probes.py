@@ -22,6 +22,7 @@ import numpy as np
 from pydantic import Field
 
 from dydit.errors import BackendError, one_line
+from dydit.runtime.backends.session import load_cuda_libraries, runtime
 from dydit.verify.results import Result
 
 SECONDS = 120
@@ -57,22 +58,22 @@ def onnxruntime_cpu() -> str:
 def onnxruntime_cuda() -> str:
     """Run a graph through the CUDA provider."""
     fix = "pip uninstall -y onnxruntime; pip install 'dydit[gpu]'"
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise Unavailable(f"onnxruntime cannot be imported: {one_line(error)}", "pip install 'dydit[gpu]'") from error
+    onnxruntime = _onnxruntime("pip install 'dydit[gpu]'")
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         raise Unavailable(f"onnxruntime {onnxruntime.__version__} is a build without CUDA", fix)
-    if hasattr(onnxruntime, "preload_dlls"):
-        onnxruntime.preload_dlls()
+    load_cuda_libraries(onnxruntime)
     return _run_graph("CUDAExecutionProvider", fix)
 
 
-def _run_graph(provider: str, fix: str) -> str:
+def _onnxruntime(fix: str) -> Any:
     try:
-        import onnxruntime
-    except ImportError as error:
-        raise Unavailable(f"onnxruntime cannot be imported: {one_line(error)}", fix) from error
+        return runtime()
+    except BackendError as error:
+        raise Unavailable(one_line(error), fix) from error
+
+
+def _run_graph(provider: str, fix: str) -> str:
+    onnxruntime = _onnxruntime(fix)
     settings = onnxruntime.SessionOptions()
     settings.log_severity_level = 4
     try:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from dydit.diffusion.guidance import Guidance
 from dydit.diffusion.schedule import Schedule
 from dydit.errors import ConfigError
 from dydit.models.checkpoint import load_checkpoint
@@ -34,8 +35,7 @@ class MeasuredTorch(Measured):
         self.load_seconds = time.perf_counter() - start
         masked = config.dynamic and job.side.kind is SideKind.TORCH_MASKED
         self.gating: Gating = Masked() if masked else Static()
-        null = np.full_like(self.labels, config.null_class)
-        rows = self.labels if job.cfg_scale == 1 else np.concatenate([self.labels, null])
+        rows = Guidance(job.cfg_scale, config.null_class).rows(self.labels)
         self.rows = torch.from_numpy(rows).to(self.device)
         self.timesteps = Schedule.respaced(job.of).timesteps[::-1]
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dydit.diffusion.coefficients import step_coefficients
+from dydit.diffusion.guidance import Guidance, is_guided
 from dydit.diffusion.noise import INITIAL_DRAW, image_noise, step_draw
 from dydit.diffusion.schedule import Sampler, Schedule
 from dydit.errors import ConfigError
@@ -40,15 +41,14 @@ class Images:
     @property
     def rows(self) -> int:
         """What the model runs on: twice the batch with guidance."""
-        return self.batch * (1 if self.cfg_scale == 1 else 2)
+        return self.batch * (2 if is_guided(self.cfg_scale) else 1)
 
     def row_labels(self, config: ModelConfig) -> np.ndarray:
         """Labels of all rows, int64 [rows]. Raises `ConfigError` for a label outside 0..num_classes."""
         for label in self.labels:
             if not 0 <= label <= config.null_class:
                 raise ConfigError(f"label {label} is outside 0..{config.null_class}")
-        free = (config.null_class,) * (self.rows - self.batch)
-        return np.asarray((*self.labels, *free), np.int64)
+        return Guidance(self.cfg_scale, config.null_class).rows(np.asarray(self.labels, np.int64))
 
     def noise(self, config: ModelConfig, step: int | None) -> np.ndarray:
         """Noise of an execution step, or the starting latents (None), f32 [B, C, S, S]."""

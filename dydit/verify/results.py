@@ -18,7 +18,7 @@ from typing import Any, Literal, Self
 from pydantic import Field
 
 from dydit.models.config import Strict
-from dydit.runtime.backends.sharing import available_cores
+from dydit.runtime.backends.cores import available_cores
 
 PACKAGES = (
     *("diffusers", "dydit", "numpy", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "onnxscript", "polygraphy"),

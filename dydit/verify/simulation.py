@@ -18,6 +18,7 @@ from torch import Tensor
 from dydit.bundle.stored import Precision
 from dydit.calibrate.activations import LAYERS, ActivationRanges
 from dydit.diffusion.coefficients import step_coefficients
+from dydit.diffusion.guidance import Guidance
 from dydit.diffusion.schedule import Sampler, Schedule
 from dydit.export.exporter import GUIDED_CHANNELS
 from dydit.export.masks import freeze_masks
@@ -173,7 +174,7 @@ class Simulator:
 
     def modulation(self, step: int, labels: np.ndarray, cfg_scale: float) -> Tensor:
         """The step's modulation of labels [B] and, with guidance, of as many null classes after them."""
-        rows = labels if cfg_scale == 1 else np.concatenate([labels, np.full_like(labels, self.config.null_class)])
+        rows = Guidance(cfg_scale, self.config.null_class).rows(labels)
         time = torch.tensor([int(self.timesteps[step])])
         made = conditioning(self.config, self._weights, time, torch.from_numpy(rows))[0]
         return made if self._factors is None else made * torch.from_numpy(self._factors)

@@ -46,8 +46,9 @@ def reference() -> Callable[..., Reference]:
 
     def compute(checkpoint, bundle, step, x, noise, labels, cfg_scale) -> Reference:
         config, sampling = checkpoint.config, bundle.manifest.sampling
-        model, guided = checkpoint.model(), cfg_scale != 1
-        rows = np.concatenate([labels, np.full_like(labels, config.null_class)]) if guided else labels
+        model, guided = checkpoint.model(), cfg_scale not in (0, 1)
+        null = np.full_like(labels, config.null_class)
+        rows = np.concatenate([labels, null]) if guided else null if cfg_scale == 0 else labels
         images = torch.from_numpy(np.concatenate([x, x]) if guided else x)
         recording = Recording(Masked() if config.dynamic else Static(), config)
         with torch.no_grad():

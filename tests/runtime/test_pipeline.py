@@ -52,26 +52,110 @@ def test_the_same_as_the_command(pipe, pixel_bundle, tmp_path):
         assert np.allclose(file["latents"], pipe([4, 2], 1.5, seed=9).latents, rtol=1e-4, atol=1e-4)
 
 
+def test_labels_of_every_kind(pipe):
+    import torch
+
+    kinds = ([2, 0], (2, 0), np.array([2, 0]), torch.tensor([2, 0]), range(2, -1, -2), [np.int32(2), torch.tensor(0)])
+    made = [pipe(labels, seed=np.int64(4), output_type="latent").latents for labels in kinds]
+    assert all(np.array_equal(each, made[0]) for each in made[1:])
+    alone = [
+        pipe(label, seed=4, output_type="latent").latents for label in (2, np.uint8(2), np.array(2), torch.tensor(2))
+    ]
+    assert all(np.array_equal(each, alone[0]) for each in alone[1:])
+
+
+def test_without_a_seed_each_call_draws_one_and_says_which(pipe):
+    first, second = (pipe(1, output_type="latent") for _ in range(2))
+    assert first.seed != second.seed and not np.array_equal(first.latents, second.latents)
+    assert np.array_equal(pipe(1, seed=first.seed, output_type="latent").latents, first.latents)
+    zero = [pipe(1, seed=0, output_type="latent") for _ in range(2)]
+    assert zero[0].seed == 0 and np.array_equal(zero[0].latents, zero[1].latents)
+
+
+def test_torch_tensors(pipe):
+    import torch
+
+    out, array = (pipe([1, 2], seed=3, output_type=kind).images for kind in ("pt", "np"))
+    assert isinstance(out, torch.Tensor) and out.dtype == torch.float32 and out.shape == (2, 3, 8, 8)
+    assert np.array_equal(out.numpy().transpose(0, 2, 3, 1), array)
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "torch"])
+def test_devices_are_given_as_strings_or_as_torch_has_them(backend, pixel_bundle):
+    import torch
+
+    for device in ("cpu", torch.device("cpu")):
+        with DyDiTPipeline.from_bundle(pixel_bundle.path, backend, device, threads=1) as each:
+            assert each.backend.options.device == "cpu"
+    for device, message in (
+        ("tpu", "unknown device 'tpu'; known: cpu, cuda"),
+        (torch.device("mps"), "unknown device 'mps'; known: cpu, cuda"),
+        (None, "unknown device 'None'"),
+        (torch.device("cuda", 1), "only the first visible GPU is used; set CUDA_VISIBLE_DEVICES=1"),
+    ):
+        with pytest.raises(BackendError, match=message):
+            DyDiTPipeline.from_bundle(pixel_bundle.path, backend, device)
+    if not torch.cuda.is_available():
+        for device in ("cuda", "cuda:0", torch.device("cuda")):
+            with pytest.raises(BackendError, match=r"use device='cpu'"):
+                DyDiTPipeline.from_bundle(pixel_bundle.path, backend, device)
+
+
+def test_what_a_caller_set_in_torch_does_not_matter(make_bundle):
+    """Autocast, other default types and devices, another number of threads, gradients: the same bits."""
+    import torch
+
+    bundle, threads = make_bundle(steps=3), torch.get_num_threads()
+    with DyDiTPipeline.from_bundle(bundle.path, "torch", threads=1) as pipe:
+        wanted = pipe([1], seed=0, output_type="latent").latents
+        for setting in (torch.autocast("cpu", torch.bfloat16), torch.device("meta"), torch.enable_grad()):
+            with setting:
+                assert np.array_equal(pipe([1], seed=0, output_type="latent").latents, wanted)
+        torch.set_default_dtype(torch.float64)
+        torch.set_num_threads(2)
+        try:
+            assert np.array_equal(pipe([1], seed=0, output_type="latent").latents, wanted)
+        finally:
+            torch.set_default_dtype(torch.float32)
+            torch.set_num_threads(threads)
+
+
 def test_refusals(pipe, make_bundle):
     for arguments, message in (
         ({"class_labels": [7]}, r"label 7 is outside 0\.\.6"),
         ({"class_labels": []}, "give at least one label"),
-        ({"class_labels": [1], "guidance_scale": float("nan")}, "cfg_scale"),
-        ({"class_labels": [1], "output_type": "pt"}, "output_type 'pt' is not one of pil, np, latent"),
+        ({"class_labels": "20"}, "class label '20' is not an integer or a list of integers; give 20 or"),
+        ({"class_labels": [True]}, "class label True is not an integer"),
+        ({"class_labels": [1], "guidance_scale": float("nan")}, "guidance_scale nan is not a finite number"),
+        ({"class_labels": [1], "guidance_scale": -1}, "guidance_scale -1 is not a finite number of at least 0"),
+        ({"class_labels": [1], "guidance_scale": "4"}, "guidance_scale '4' is not a number"),
+        ({"class_labels": [1], "seed": True}, "seed True is not an integer"),
+        ({"class_labels": [1], "seed": 1.0}, "seed 1.0 is not an integer"),
+        ({"class_labels": [1], "seed": -1}, "seed -1 is outside"),
+        ({"class_labels": [1], "output_type": "jpg"}, "output_type 'jpg' is not one of pil, np, pt, latent"),
+        ({"class_labels": [1], "output_type": ["pil"]}, "is not one of pil, np, pt, latent"),
         ({"class_labels": [1], "num_inference_steps": 50}, "was exported for 6 steps, not 50"),
+        ({"class_labels": [1], "num_inference_steps": 6.0}, "num_inference_steps 6.0 is not an integer"),
         ({"class_labels": [1], "image_indices": [1, 2]}, "2 image indices for 1 labels"),
         ({"class_labels": [1], "image_indices": [-1]}, "image index -1 is outside"),
+        ({"class_labels": [1, 2], "image_indices": "12"}, "image index '12' is not an integer"),
+        ({"class_labels": [1, 2, 1], "image_indices": [5, 5, 5]}, "images 0 and 2 would be the same picture"),
+        ({"class_labels": [1], "progress": 3}, "progress must be a function"),
     ):
         with pytest.raises(ConfigError, match=message):
             pipe(**arguments)
     closed = DyDiTPipeline(pipe.backend)
     closed.close()
-    with pytest.raises(BackendError, match="were closed; open the bundle again"):
+    closed.close()
+    with pytest.raises(BackendError, match="this pipeline was closed; open the bundle again"):
         closed([1])
     latent = make_bundle()
     with DyDiTPipeline.from_bundle(latent.path, "torch") as other:
         with pytest.raises(ConfigError, match="no VAE decoder; ask for output_type='latent'"):
             other([1])
         assert other([1], output_type="latent").latents.shape == (1, 4, 8, 8)
+    for threads, message in ((True, "threads True is not an integer"), (-1, "threads -1 is outside")):
+        with pytest.raises(ConfigError, match=message):
+            DyDiTPipeline.from_bundle(latent.path, threads=threads)
     with pytest.raises(BundleError, match="does not exist"):
         DyDiTPipeline.from_bundle("/nowhere/at/all")

@@ -76,7 +76,7 @@ def test_feeds_are_the_rows_of_the_units_that_are_on(sliding_bundle):
     assert count > 4
     for index in [*range(count), 0, count - 1, count // 2, *reversed(range(count))]:
         entry = manifest.subnets[index]
-        feeds = weights.feeds(entry)
+        feeds = weights.run(entry, dict)
         assert list(feeds) == [spec.name for spec in specs]
         for name, fed in feeds.items():
             stored, (_, block, part) = sliding_bundle.weight(name), name.split(".", 2)
@@ -84,7 +84,7 @@ def test_feeds_are_the_rows_of_the_units_that_are_on(sliding_bundle):
             assert fed.shape == (len(units) * stored.shape[1], *stored.shape[2:]) and fed.flags.c_contiguous
             found = {row.tobytes() for row in fed.reshape(len(units), -1)}
             assert found == {np.ascontiguousarray(stored[unit]).tobytes() for unit in units}
-        alone = SlidingWeights(sliding_bundle).feeds(entry)
+        alone = SlidingWeights(sliding_bundle).run(entry, dict)
         assert all(np.array_equal(fed, alone[name]) for name, fed in feeds.items()), "whatever was before"
     assert hashlib.sha256((sliding_bundle.path / WEIGHTS).read_bytes()).hexdigest() == before, "the file is untouched"
 
@@ -96,7 +96,7 @@ def test_a_part_with_nothing_on_gets_zeros(make_bundle, make_checkpoint, small_c
     bundle = make_bundle(checkpoint, plan=PlanKind.SLIDING)
     weights, empty = SlidingWeights(bundle), 0
     for entry in bundle.manifest.subnets:
-        feeds = weights.feeds(entry)
+        feeds = weights.run(entry, dict)
         for block, heads in enumerate(entry.heads):
             if not heads:
                 empty += 1
@@ -143,7 +143,7 @@ def test_a_run_equals_the_per_step_plan(settings, make_bundle, relative):
 
 def test_half_precision_slides_too(make_bundle, relative):
     bundle = make_bundle(plan=PlanKind.SLIDING, precision=Precision.FP16)
-    feeds = SlidingWeights(bundle).feeds(bundle.manifest.subnets[1])
+    feeds = SlidingWeights(bundle).run(bundle.manifest.subnets[1], dict)
     assert {array.dtype.name for array in feeds.values()} == {"float16"}
     wide = make_bundle(plan=PlanKind.PER_STEP, precision=Precision.FP16)
     rng, model = np.random.default_rng(0), bundle.manifest.model

@@ -12,8 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dydit.bundle.manifest import PlanKind, Routing
 from dydit.errors import ConfigError, OutputError
 from dydit.runtime import bulk, run_folder
+from dydit.runtime.backends.base import BackendOptions
+from dydit.runtime.backends.cores import thread_count
 from dydit.runtime.bulk import OutputOptions, SampleSummary, sample_to_folder
 from dydit.runtime.request import SampleRequest
 from dydit.runtime.run_folder import FolderStore, RunFolder
@@ -181,6 +184,8 @@ DYING = """
 import os, signal, sys
 from pathlib import Path
 from dydit.bundle.bundle import Bundle
+from dydit.runtime.backends.base import BackendOptions
+from dydit.runtime.backends.cores import thread_count
 from dydit.runtime.bulk import OutputOptions, sample_to_folder
 from dydit.runtime.request import SampleRequest
 from dydit.runtime.workers import Worker
@@ -241,3 +246,51 @@ def test_what_launchers_say():
 def test_the_workers_of_a_machine_take_its_gpus_in_turn():
     assert [own_gpu(local, {}) for local in range(2)] == ["0", "1"]
     assert [own_gpu(local, {"CUDA_VISIBLE_DEVICES": "4,GPU-ab"}) for local in range(3)] == ["4", "GPU-ab", "4"]
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "torch"])
+def test_a_worker_with_the_last_smaller_batch_makes_the_same_bits(
+    backend, make_bundle, make_checkpoint, small_config, tmp_path
+):
+    """Of six images in batches of four on four threads: two do not fill the threads, and still run as one process runs
+    them. The layers are so wide that the kernels of ONNX Runtime add up otherwise when threads share a product.
+    """
+    wide = small_config.model_copy(update={"hidden_size": 256, "depth": 1})
+    bundle = make_bundle(make_checkpoint(wide), steps=2, max_subnets=1)
+    request, options = SampleRequest(labels=(3, 1), num=6, batch_size=4, seed=2), BackendOptions(threads=4)
+
+    def made(name, *workers):
+        outputs = OutputOptions(latents_out=tmp_path / f"{name}.npz")
+        for worker in workers:
+            sample_to_folder(bundle, request, tmp_path / name, outputs, backend, options, worker=worker)
+        return (tmp_path / f"{name}.npz").read_bytes()
+
+    alone = made("alone", Worker())
+    assert made("two", Worker(1, 2), Worker(0, 2)) == alone
+    assert made("three", Worker(2, 3), Worker(1, 3), Worker(0, 3)) == alone
+
+
+def test_workers_of_one_run_use_the_same_number_of_threads(pixel_bundle, tmp_path):
+    """By what it comes to: 0 is as many as there are CPUs."""
+    out, cores = tmp_path / "run", thread_count(0)
+    assert not make(pixel_bundle, out, 0, 2, options=BackendOptions(threads=cores)).finished
+    before = content(out)
+    with pytest.raises(OutputError, match=rf"holds a run of {cores} threads, .* give threads={cores} \(--threads"):
+        make(pixel_bundle, out, 1, 2, options=BackendOptions(threads=cores + 1))
+    assert content(out) == before
+    assert make(pixel_bundle, out, 1, 2).finished
+
+
+@pytest.mark.parametrize("kind", [{}, {"plan": PlanKind.SLIDING}, {"routing": Routing.CAPACITY}])
+def test_any_split_into_workers_gives_the_same_bits(kind, make_bundle, tmp_path):
+    bundle = make_bundle(steps=3, **kind)
+    for threads, size in ((1, 2), (3, 4), (2, 1)):
+        request, folders = SampleRequest(labels=(5, 1, 2), num=7, batch_size=size, seed=4), []
+        for count in (1, 2, 4):
+            out = tmp_path / f"{threads}-{size}-{count}"
+            for number in reversed(range(count)):
+                sample_to_folder(
+                    bundle, request, out, options=BackendOptions(threads=threads), worker=Worker(number, count)
+                )
+            folders.append(content(out))
+        assert folders[0] == folders[1] == folders[2]

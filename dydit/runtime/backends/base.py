@@ -5,6 +5,7 @@ Names, dtypes, shapes and life cycle are checked here, once, for all of them.
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ import numpy as np
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.graph_io import check_feeds, conditioning_inputs, subnet_inputs
 from dydit.errors import BackendError
+from dydit.runtime.forks import register
 
 Arrays = Mapping[str, np.ndarray]
 DecodeTile = Callable[[np.ndarray], np.ndarray]
@@ -52,9 +54,14 @@ class StepResult:
 
 
 class Subnet(ABC):
-    """One loaded subnetwork. Use as a context manager, or call `close`."""
+    """One loaded subnetwork. Use as a context manager, or call `close`.
 
-    def __init__(self, bundle: Bundle, index: int):
+    `backend`: whose lock a step holds, so that steps of several threads take turns, and none is closed while it runs.
+    """
+
+    def __init__(self, bundle: Bundle, index: int, backend: Backend | None = None):
+        self._backend = backend
+        self._own_lock = threading.RLock()
         self.entry = bundle.manifest.subnets[index]
         self.specs = subnet_inputs(bundle.manifest.model, self.entry.gated)
         self.what = f"subnetwork {index}"
@@ -62,20 +69,32 @@ class Subnet(ABC):
 
     def step(self, feeds: Arrays) -> StepResult:
         """Run one step on the inputs of `graph_io.subnet_inputs`. Surplus `gates` are dropped where not taken."""
-        if not self._open:
-            raise BackendError(f"{self.what} was closed")
-        if not self.entry.gated:
-            feeds = {name: array for name, array in feeds.items() if name != "gates"}
-        check_feeds(self.specs, feeds, self.what)
-        return self._step(feeds)
+        with self._lock:
+            if self._backend is not None:
+                self._backend.require_open()
+            if not self._open:
+                raise BackendError(f"{self.what} was closed")
+            if not self.entry.gated:
+                feeds = {name: array for name, array in feeds.items() if name != "gates"}
+            check_feeds(self.specs, feeds, self.what)
+            return self._step(feeds)
+
+    @property
+    def _lock(self) -> threading.RLock:
+        return self._own_lock if self._backend is None else self._backend.lock
 
     @abstractmethod
     def _step(self, feeds: Arrays) -> StepResult:
         """Execute; feeds have been checked."""
 
     def close(self) -> None:
-        """Free what the subnetwork holds."""
-        self._open = False
+        """Free what the subnetwork holds, once a step that runs has ended."""
+        with self._lock:
+            self._open = False
+            self._free()
+
+    def _free(self) -> None:  # noqa: B027
+        """Drop what the subnetwork holds; called again, do nothing."""
 
     def __enter__(self) -> Self:
         return self
@@ -87,19 +106,33 @@ class Subnet(ABC):
 
 
 class Backend(ABC):
-    """Loads subnetworks of one bundle and evaluates its conditioning."""
+    """Loads subnetworks of one bundle and evaluates its conditioning.
+
+    Threads may share a backend. `lock` is what they take turns by: a step, a conditioning and a whole run of
+    `dydit.runtime.loop.sample` each hold it. Loading a subnetwork does not, for it may happen in the background.
+
+    Any of them may be interrupted at any moment (`KeyboardInterrupt`, or what another thread or a signal handler
+    raises). So state that an interrupt can leave half-changed carries a mark, set before and taken away after, and
+    whoever finds the mark makes that state anew.
+    """
 
     name: str
 
     def __init__(self, bundle: Bundle, options: BackendOptions | None = None):
         self.bundle = bundle
         self.options = options or BackendOptions()
+        self.lock = threading.RLock()
+        self.sampling = False  # whether the thread that holds the lock is in the middle of a run
+        self._open = True
+        register(self)
 
     def conditioning(self, timesteps: np.ndarray, labels: np.ndarray) -> np.ndarray:
         """Modulation of every (timestep, label) pair: int64 [T], int64 [R] -> f32 [T, R, 6L+2, D]."""
         feeds = {"timesteps": timesteps, "labels": labels}
         check_feeds(conditioning_inputs(), feeds, "conditioning")
-        return self._conditioning(feeds)
+        with self.lock:
+            self.require_open()
+            return self._conditioning(feeds)
 
     @abstractmethod
     def _conditioning(self, feeds: Arrays) -> np.ndarray:
@@ -117,3 +150,29 @@ class Backend(ABC):
     @abstractmethod
     def subnet(self, index: int, full_capacity: bool = False, debug: bool = False) -> Subnet:
         """Load a subnetwork; `full_capacity`: the form with a slot for every token; `debug`: with the extra outputs."""
+
+    def close(self) -> None:
+        """Free sessions, maps and threads, once a call that runs has ended; a second time does nothing."""
+        with self.lock:
+            self._open = False
+            self._free()
+
+    def _free(self) -> None:  # noqa: B027
+        """Drop what the backend holds; called again, do nothing."""
+
+    def require_open(self) -> None:
+        """Raise `BackendError` after `close`."""
+        if not self._open:
+            raise BackendError("this backend was closed; open the bundle again")
+
+    def after_fork(self) -> None:
+        """Another thread of the parent may have held the lock; here nobody does."""
+        self.lock, self.sampling = threading.RLock(), False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

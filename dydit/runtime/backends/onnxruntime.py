@@ -16,9 +16,8 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections.abc import Callable
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -26,19 +25,12 @@ from dydit.bundle.bundle import Bundle
 from dydit.bundle.graph_io import residual_name, token_mask_name
 from dydit.bundle.manifest import CONDITIONING, Routing
 from dydit.bundle.stored import Precision
-from dydit.errors import BackendError, one_line
+from dydit.errors import BackendError
 from dydit.runtime.backends.base import Arrays, Backend, BackendOptions, StepResult, Subnet
 from dydit.runtime.backends.int8 import require_exact_products
+from dydit.runtime.backends.session import PROVIDERS, Session, SessionSettings, load_cuda_libraries, runtime
 from dydit.runtime.backends.sharing import Sharing
 from dydit.runtime.sliding import SlidingWeights
-
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-CUDA_OPTIONS = {"use_tf32": "0"}
-"""On by default; it would let fp32 products, on which routing decisions hang, round to 10 bits."""
-_ERRORS = (
-    *("Fail", "InvalidArgument", "NoSuchFile", "NoModel", "EngineError", "RuntimeException", "InvalidProtobuf"),
-    *("ModelLoaded", "NotImplemented", "InvalidGraph", "EPFail", "ModelLoadCanceled", "ModelRequiresCompilation"),
-)
 
 
 class OnnxRuntimeSubnet(Subnet):
@@ -46,32 +38,36 @@ class OnnxRuntimeSubnet(Subnet):
 
     def __init__(
         self,
-        bundle: Bundle,
+        backend: Backend,
         index: int,
-        open_session: Callable[[bool], _Session],
+        open_session: Callable[[bool], Session],
         sharing: Sharing | None,
         debug: bool,
         weights: SlidingWeights | None = None,
     ):
-        super().__init__(bundle, index)
-        self._model, self._debug, self._weights = bundle.manifest.model, debug, weights
+        super().__init__(backend.bundle, index, backend)
+        self._model, self._debug, self._weights = backend.bundle.manifest.model, debug, weights
         self._open_session, self._sharing = open_session, sharing
-        self._session: _Session | None = None
+        self._session: Session | None = None
         self._apart = False
         self._ready()
 
-    def _ready(self) -> _Session:
+    def _ready(self) -> Session:
         """The session, of one thread where threads have images of their own; another one when that has changed."""
         apart = self._sharing is not None and self._sharing.apart
         if self._session is None or apart != self._apart:
-            self._session = None  # two would be twice the memory
-            self._session, self._apart = self._open_session(apart), apart
+            self._session = None  # two would be twice the memory; an interrupt finds none, and never another kind's
+            self._apart = apart
+            self._session = self._open_session(apart)
         return self._session
 
     def _step(self, feeds: Arrays) -> StepResult:
         session = self._ready()
-        if self._weights is not None:
-            feeds = {**feeds, **self._weights.feeds(self.entry)}
+        if self._weights is None:
+            return self._run(session, feeds)
+        return self._weights.run(self.entry, lambda weights: self._run(session, {**feeds, **weights}))
+
+    def _run(self, session: Session, feeds: Arrays) -> StepResult:
         if self._sharing is not None:
             x_prev = self._sharing.run(feeds, lambda each: session.run(each, self.what))
             return StepResult(x_prev, np.zeros(self._model.depth, np.int64))
@@ -84,8 +80,7 @@ class OnnxRuntimeSubnet(Subnet):
         tokens = np.stack([out.get(token_mask_name(b), everything).reshape(rows, -1) for b in blocks])
         return StepResult(out["x_prev"], overflow, tokens, np.stack([out[residual_name(b)] for b in blocks]))
 
-    def close(self) -> None:
-        super().close()
+    def _free(self) -> None:
         self._session = None
 
 
@@ -96,46 +91,53 @@ class OnnxRuntimeBackend(Backend):
 
     def __init__(self, bundle: Bundle, options: BackendOptions | None = None):
         super().__init__(bundle, options)
-        self._sessions: dict[tuple[str, bool, bool], _Session] = {}
+        self._sessions: dict[tuple[str, bool, bool], Session] = {}
         self._sharing = Sharing(bundle.manifest.model, self.options.threads)
+        self._sliding = SlidingWeights(bundle) if bundle.manifest.sliding else None
+        self._conditioner: Session | None = None
         self._loading = threading.Lock()  # the next subnetwork is loaded in the background
         provider = PROVIDERS[self.options.device]
         if provider not in runtime().get_available_providers():
             raise BackendError(
                 f"this onnxruntime has no {provider}; pip uninstall onnxruntime, then pip install 'dydit[gpu]', "
-                "or use --device cpu"
+                "or use device='cpu' (--device cpu)"
             )
         _require_precision(bundle.manifest.precision, self.options.device)
         if self.options.device == "cuda":
             load_cuda_libraries(runtime())
 
     def _conditioning(self, feeds: Arrays) -> np.ndarray:
-        session = self._conditioner if self.options.device == "cuda" else self._open_conditioning()
+        session = self._conditioner or self._open_conditioning()
+        if self.options.device == "cuda":
+            self._conditioner = session
         return session.run(feeds, "conditioning")["modulation"]
 
-    @cached_property
-    def _conditioner(self) -> _Session:
-        return self._open_conditioning()
-
-    def _open_conditioning(self) -> _Session:
+    def _open_conditioning(self) -> Session:
         options = dataclasses.replace(self.options, packed=False)
-        return _Session(self.bundle.file(CONDITIONING), options, lazy=options.device == "cpu")
+        return Session(self.bundle.file(CONDITIONING), options, SessionSettings(lazy=options.device == "cpu"))
 
     def expect(self, images: int) -> None:
         self._sharing.expected = images
 
     def subnet(self, index: int, full_capacity: bool = False, debug: bool = False) -> Subnet:
+        self.require_open()
         entry = self.bundle.manifest.subnets[index]
         file = entry.full_file if full_capacity and entry.full_file else entry.file
-        load, weights = self._load, None
-        if self.bundle.manifest.sliding:
-            load, weights = self._load_shared, self._sliding
+        load = self._load_shared if self._sliding is not None else self._load
         sharing = None if debug else self._shared_out
-        return OnnxRuntimeSubnet(self.bundle, index, partial(load, file, debug), sharing, debug, weights)
+        return OnnxRuntimeSubnet(self, index, partial(load, file, debug), sharing, debug, self._sliding)
 
-    @cached_property
-    def _sliding(self) -> SlidingWeights:
-        return SlidingWeights(self.bundle)
+    def _free(self) -> None:
+        self._sharing.close()
+        self._sessions.clear()
+        self._conditioner = None
+        if self._sliding is not None:
+            self._sliding.close()
+
+    def after_fork(self) -> None:
+        """As every backend; another thread may have been loading."""
+        super().after_fork()
+        self._loading = threading.Lock()
 
     @property
     def _lazy(self) -> bool:
@@ -149,105 +151,38 @@ class OnnxRuntimeBackend(Backend):
         by_capacity = self.bundle.manifest.routing is Routing.CAPACITY
         return None if by_capacity or self._lazy or self.options.device != "cpu" else self._sharing
 
-    def _load_shared(self, name: str, debug: bool, apart: bool) -> _Session:
+    def _load_shared(self, name: str, debug: bool, apart: bool) -> Session:
         """The one session of a sliding plan."""
         with self._loading:
-            if (name, debug, apart) not in self._sessions:
+            session = self._sessions.get((name, debug, apart))
+            if session is None:
                 self._sessions.pop((name, debug, not apart), None)
-                self._sessions[name, debug, apart] = self._load(name, debug, apart)
-            return self._sessions[name, debug, apart]
+                session = self._sessions[name, debug, apart] = self._load(name, debug, apart)
+            return session
 
-    def _load(self, name: str, debug: bool, apart: bool) -> _Session:
+    def _load(self, name: str, debug: bool, apart: bool) -> Session:
         file = self.bundle.file(name)
         graph = _with_debug_outputs(file, self.bundle.manifest.model.depth) if debug else None
         # Of 8-bit products this optimiser would make fp32 ones.
         left_out = ("MatMulAddFusion",) if self.bundle.manifest.precision.is_calibrated else ()
         options = dataclasses.replace(self.options, threads=1) if apart else self.options
-        return _Session(file, options, graph, left_out, self._lazy)
-
-
-class _Session:
-    """An InferenceSession on a file of a bundle, whose errors are one line.
-
-    `graph` replaces the file's content; `left_out` are optimisers not to run. `lazy`: fp16 weights stay as they are
-    until they are multiplied, instead of all being widened when the session is made; only few optimisers leave them.
-    """
-
-    def __init__(
-        self,
-        file: Path,
-        options: BackendOptions,
-        graph: bytes | None = None,
-        left_out: tuple[str, ...] = (),
-        lazy: bool = False,
-    ):
-        ort = runtime()
-        self._errors = _error_types(ort)
-        settings = ort.SessionOptions()
-        settings.log_severity_level = 3
-        settings.intra_op_num_threads = options.threads
-        settings.enable_cpu_mem_arena = False
-        settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        if lazy:
-            settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        if self._lazy:
             left_out = (*left_out, "ConstantFolding")
-        if not options.packed:
-            settings.add_session_config_entry("session.disable_prepacking", "1")
-        if graph is not None:
-            settings.add_session_config_entry("session.model_external_initializers_file_folder_path", str(file.parent))
-        try:
-            provider = PROVIDERS[options.device]
-            more = {"disabled_optimizers": list(left_out)} if left_out else {}
-            chosen = [(provider, CUDA_OPTIONS)] if options.device == "cuda" else [provider]
-            self._session = ort.InferenceSession(graph or str(file), settings, providers=chosen, **more)
-        except self._errors as error:
-            raise BackendError(f"onnxruntime {ort.__version__} cannot load {file}: {one_line(error)}") from error
-        if provider not in self._session.get_providers():
-            raise BackendError(
-                f"onnxruntime {ort.__version__} could not start its {provider} (driver, CUDA or cuDNN missing?); "
-                "pip install 'dydit[gpu]', or use --device cpu"
-            )
-        self._outputs = [output.name for output in self._session.get_outputs()]
-
-    def run(self, feeds: Arrays, what: str) -> dict[str, np.ndarray]:
-        """Every output by name."""
-        try:
-            return dict(zip(self._outputs, self._session.run(None, dict(feeds)), strict=True))
-        except self._errors as error:
-            raise BackendError(f"onnxruntime failed in {what}: {one_line(error)}") from error
-
-
-def runtime() -> Any:
-    """The module onnxruntime. Raises `BackendError` with what to install where it is missing."""
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise BackendError(
-            f"onnxruntime cannot be imported ({one_line(error)}); pip install 'dydit[cpu]', or 'dydit[gpu]' for CUDA"
-        ) from error
-    return onnxruntime
-
-
-def load_cuda_libraries(ort: Any) -> None:
-    """Load CUDA and cuDNN from where pip put them: the loader of shared libraries does not look there by itself."""
-    if hasattr(ort, "preload_dlls"):  # since 1.21
-        ort.preload_dlls()
+        return Session(file, options, SessionSettings(graph, left_out, self._lazy))
 
 
 def _require_precision(precision: Precision, device: str) -> None:
     if device == "cpu" and precision is Precision.BF16:
         raise BackendError(
-            "onnxruntime has no bf16 matrix products on the CPU; use --backend torch, or a bundle in fp32 or fp16"
+            "onnxruntime has no bf16 matrix products on the CPU; use backend='torch' (--backend torch), or a bundle in "
+            "fp32 or fp16"
         )
     if precision is Precision.INT8 and device != "cpu":
-        raise BackendError(f"int8 bundles run on the CPU, not on {device}; use --device cpu, or a bundle in fp16")
+        raise BackendError(
+            f"int8 bundles run on the CPU, not on {device}; use device='cpu' (--device cpu), or a bundle in fp16"
+        )
     if precision.weight_dtype == "int8" and device == "cpu":
         require_exact_products(runtime())
-
-
-def _error_types(ort: Any) -> tuple[type[Exception], ...]:
-    state = ort.capi.onnxruntime_pybind11_state
-    return (RuntimeError, *(getattr(state, name) for name in _ERRORS if hasattr(state, name)))
 
 
 def _with_debug_outputs(file: Path, depth: int) -> bytes:

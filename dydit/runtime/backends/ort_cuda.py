@@ -26,14 +26,15 @@ from dydit.bundle.graph_io import unit_inputs
 from dydit.bundle.manifest import Routing
 from dydit.errors import BackendError, one_line
 from dydit.runtime.backends.base import BackendOptions
-from dydit.runtime.backends.onnxruntime import CUDA_OPTIONS, PROVIDERS, OnnxRuntimeBackend, _error_types, runtime
+from dydit.runtime.backends.onnxruntime import OnnxRuntimeBackend
+from dydit.runtime.backends.session import CUDA_OPTIONS, PROVIDERS, base_options, error_types, runtime
 from dydit.runtime.device.cuda import CudaMemory, pycuda_driver
 from dydit.runtime.device.execute import Executor, Tensor
 from dydit.runtime.device.launches import EngineMemory
 from dydit.runtime.device.layout import LaunchOptions
 from dydit.runtime.device.operations import ALIGNMENT, EngineId
 from dydit.runtime.device.residency import engines_of, graph_of
-from dydit.runtime.device.sampler import DeviceSampler
+from dydit.runtime.device.sampler import DeviceSampler, close_whatever_state
 from dydit.runtime.loop import LatentStore, Progress, RunStats, default_residency
 from dydit.runtime.noise import NoiseSource
 from dydit.runtime.request import Batch
@@ -107,13 +108,8 @@ class _BoundEngine:
 
     def __init__(self, file: Path, device: str, options: BackendOptions, stream: int, graphs: bool):
         ort = runtime()
-        self._ort, self._device, self._errors = ort, device, _error_types(ort)
-        settings = ort.SessionOptions()
-        settings.log_severity_level = 3
-        settings.intra_op_num_threads = options.threads
-        settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        if not options.packed:
-            settings.add_session_config_entry("session.disable_prepacking", "1")
+        self._ort, self._device, self._errors = ort, device, error_types(ort)
+        settings = base_options(ort, options)
         self._graphs = graphs and device == "cuda"
         try:
             self._session = self._open(file, settings, stream)
@@ -126,7 +122,7 @@ class _BoundEngine:
         if PROVIDERS[device] not in self._session.get_providers():
             raise BackendError(
                 f"onnxruntime {ort.__version__} could not start its {PROVIDERS[device]} (driver, CUDA or cuDNN "
-                "missing?); pip install 'dydit[gpu]', or use --device cpu"
+                "missing?); pip install 'dydit[gpu]', or use device='cpu' (--device cpu)"
             )
         self._captured: dict[tuple[Tensor, ...], int] = {}  # by shapes and addresses
 
@@ -273,11 +269,19 @@ class OnnxRuntimeDeviceBackend(OnnxRuntimeBackend):
         progress: Progress | None = None,
     ) -> RunStats:
         """What `dydit.runtime.loop.sample` does, without coming back to the host."""
-        return self._sampler.sample(batches, noise, store, cfg_scale, progress)
+        with self.lock:
+            self.require_open()
+            if self._sampler.unsettled:
+                self._clear_runs()
+            return self._sampler.sample(batches, noise, store, cfg_scale, progress)
 
-    def close(self) -> None:
-        """Free the device's memory and sessions."""
-        if self._executor is not None:
-            self._executor.close()
-            self._executor = None
-            del self._sampler
+    def _clear_runs(self) -> None:
+        """Free what runs left on the device."""
+        executor, self._executor = self._executor, None
+        self.__dict__.pop("_sampler", None)
+        if executor is not None:
+            close_whatever_state(executor)
+
+    def _free(self) -> None:
+        super()._free()
+        self._clear_runs()

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from collections.abc import Callable
 
 from dydit.bundle.bundle import Bundle
 from dydit.errors import BackendError, one_line
 from dydit.runtime.backends.base import Backend, BackendOptions
+from dydit.runtime.backends.cores import thread_count
+from dydit.runtime.backends.versions import require_release
 
 BACKENDS = ("onnxruntime", "torch")
 DEVICES = ("cpu", "cuda")
 ENGINE_BACKENDS = ("tensorrt", "tensorrt-rtx")
 """These run engines that `dydit build` made, on a GPU; `tensorrt` takes those of either flavour."""
+
+OLDEST_TORCH = (2, 6)
 
 
 def open_backend(name: str, bundle: Bundle, options: BackendOptions | None = None) -> Backend:
@@ -22,16 +27,39 @@ def open_backend(name: str, bundle: Bundle, options: BackendOptions | None = Non
     """
     require_known(name)
     options = options or BackendOptions()
-    if options.device not in DEVICES:
+    device, colon, number = options.device.partition(":")
+    if device not in DEVICES or (colon and not number.isdecimal()):
         raise BackendError(f"unknown device {options.device!r}; known: {', '.join(DEVICES)}")
+    if number and int(number):
+        raise BackendError(
+            f"device {options.device!r}: only the first visible GPU is used; set CUDA_VISIBLE_DEVICES={number} before "
+            "the process starts, and give device 'cuda'"
+        )
+    options = dataclasses.replace(options, device=device)
     if options.threads < 0:
         raise BackendError(f"threads {options.threads} is negative; 0 leaves the choice to the backend")
     return _OPENERS[name](bundle, options)
 
 
+def deciding_threads(name: str, options: BackendOptions) -> int | None:
+    """The number of CPU threads that the last bits of results depend on; None where they do not run on the CPU.
+
+    Threads that share an operator split its matrix product, and kernels choose by the size of their part how many terms
+    they add up before they round: on ONNX Runtime where a thread gets 64 columns or fewer, or one row.
+    """
+    if options.device != "cpu" or name not in BACKENDS:
+        return None
+    if name == "torch" and not options.threads:
+        require_torch()
+        import torch
+
+        return torch.get_num_threads()
+    return thread_count(options.threads)
+
+
 def require_known(name: str) -> None:
     """Raise `BackendError` for a name that is not known, naming those that are."""
-    if name not in _OPENERS:
+    if not isinstance(name, str) or name not in _OPENERS:
         raise BackendError(f"unknown backend {name!r}; available: {', '.join(_OPENERS)}")
 
 
@@ -58,7 +86,7 @@ def _open_onnxruntime(bundle: Bundle, options: BackendOptions) -> Backend:
 
 
 def _open_torch(bundle: Bundle, options: BackendOptions) -> Backend:
-    _require_torch()
+    require_torch()
     from dydit.runtime.backends.torch import TorchBackend
 
     return TorchBackend(bundle, options)
@@ -77,15 +105,17 @@ def _open_tensorrt_rtx(bundle: Bundle, options: BackendOptions) -> Backend:
     return TensorRTBackend(bundle, options, Flavour.TENSORRT_RTX)
 
 
-def _require_torch() -> None:
+def require_torch() -> None:
+    """Raise `BackendError` with what to install where PyTorch is missing or too old."""
     try:
-        import torch  # noqa: F401  (whether it can be imported is the question)
+        import torch
     except ImportError as error:
         raise BackendError(f"PyTorch cannot be imported ({one_line(error)}); pip install 'dydit[export]'") from error
+    require_release(torch, "torch", OLDEST_TORCH, "the operators of a bundle")
 
 
 def _probe_onnxruntime() -> str:
-    from dydit.runtime.backends.onnxruntime import PROVIDERS, runtime
+    from dydit.runtime.backends.session import PROVIDERS, runtime
 
     ort = runtime()
     devices = [device for device, provider in PROVIDERS.items() if provider in ort.get_available_providers()]
@@ -93,7 +123,7 @@ def _probe_onnxruntime() -> str:
 
 
 def _probe_torch() -> str:
-    _require_torch()
+    require_torch()
     import torch
 
     return f"torch {torch.__version__}, devices: {'cpu, cuda' if torch.cuda.is_available() else 'cpu'}"

@@ -5,17 +5,17 @@
       an operator ends when its last           thread 2: image 1, image 3
       thread does; some have one only          no thread waits, and values stay in its cache
 
-The session is one, and so are its weights. An image's values do not depend on who it shares a batch with, so the
-results are the same bits.
+The session is one, and so are its weights, and it has one thread. Then an image's values hardly ever depend on who it
+shares a batch with. (They do where all images of a share have one token between them for a layer: a product with one
+row has a kernel of its own. And threads that share an operator split its products, see `registry.deciding_threads`.)
+Equal bits are promised for equal batches and equal numbers of threads.
 """
 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -23,6 +23,8 @@ import numpy as np
 
 from dydit.models.config import ModelConfig
 from dydit.runtime.backends.base import Arrays
+from dydit.runtime.backends.cores import thread_count
+from dydit.runtime.background import Pool
 
 STREAM_BYTES = 1 << 20  # of an image or more at once: what a core's own cache has room for
 _PER_IMAGE, _PER_ROW = ("x", "noise"), "modulation"
@@ -35,7 +37,8 @@ class Sharing:
     """
 
     def __init__(self, model: ModelConfig, threads: int):
-        self._threads = threads or available_cores()
+        self._threads = thread_count(threads)
+        self._pool = Pool(self._threads, "dydit-step")
         self._image_bytes = 2 * 4 * model.tokens * model.hidden_size  # both rows of guidance, fp32
         self.expected = 1
 
@@ -58,12 +61,12 @@ class Sharing:
         shares = self.shares(len(feeds["x"]))
         if len(shares) == 1:
             return np.asarray(run(feeds)["x_prev"])
-        made = self._pool.map(run, (share_of(feeds, images) for images in shares))
+        made = self._pool.all(partial(run, share_of(feeds, images)) for images in shares)
         return np.concatenate([each["x_prev"] for each in made])
 
-    @cached_property
-    def _pool(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(self._threads, thread_name_prefix="dydit-step")
+    def close(self) -> None:
+        """End the threads."""
+        self._pool.close()
 
 
 def share_of(feeds: Arrays, images: slice) -> Arrays:
@@ -72,8 +75,3 @@ def share_of(feeds: Arrays, images: slice) -> Arrays:
     rows = feeds[_PER_ROW].reshape(-1, batch, *feeds[_PER_ROW].shape[1:])[:, images]
     chosen = dict(feeds, **{_PER_ROW: rows.reshape(-1, *rows.shape[2:])})
     return chosen | {name: feeds[name][images] for name in _PER_IMAGE}
-
-
-def available_cores() -> int:
-    """CPUs that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -121,7 +121,8 @@ def _require_gpu() -> Gpu:
     gpu = present_gpu()
     if gpu is None:
         raise BackendError(
-            "TensorRT engines run on an NVIDIA GPU, and there is no driver or GPU here; use --backend onnxruntime"
+            "TensorRT engines run on an NVIDIA GPU, and there is no driver or GPU here; use "
+            "backend='onnxruntime' (--backend onnxruntime)"
         )
     pycuda_driver()
     return gpu

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -18,9 +21,10 @@ _TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 class TorchSubnet(Subnet):
     """A subnetwork as sliced matrices; consecutive slots are views of the shared weights."""
 
-    def __init__(self, bundle: Bundle, index: int, weights: dict[str, Tensor], full_capacity: bool, debug: bool):
-        super().__init__(bundle, index)
-        manifest, entry = bundle.manifest, self.entry
+    def __init__(self, backend: TorchBackend, index: int, weights: dict[str, Tensor], full_capacity: bool, debug: bool):
+        super().__init__(backend.bundle, index, backend)
+        manifest, entry = backend.bundle.manifest, self.entry
+        self._settings = backend.settings
         self._device, self._debug = weights["embed.bias"].device, debug
         self._model: SlicedDiT | None = SlicedDiT(
             manifest.model,
@@ -35,20 +39,21 @@ class TorchSubnet(Subnet):
         assert self._model is not None
         inputs = {name: torch.from_numpy(np.ascontiguousarray(feed)) for name, feed in feeds.items()}
         inputs["cfg_scale"] = inputs["cfg_scale"].reshape(())
-        out = self._model.step(**{n: t.to(self._device) for n, t in inputs.items()}, debug=self._debug)
+        with self._settings():
+            out = self._model.step(**{n: t.to(self._device) for n, t in inputs.items()}, debug=self._debug)
         arrays = [None if t is None else t.cpu().numpy() for t in (out.x_prev, out.overflow, out.tokens, out.residuals)]
         assert arrays[0] is not None and arrays[1] is not None
         return StepResult(arrays[0], arrays[1], *arrays[2:])
 
-    def close(self) -> None:
-        super().close()
+    def _free(self) -> None:
         self._model = None
 
 
 class TorchBackend(Backend):
     """Weights are mapped from the bundle, once (on `cuda`: copied to the device, once); any width is cut from them.
 
-    `threads` sets PyTorch's threads for the whole process, as PyTorch knows no other way.
+    `threads` is PyTorch's number for the calling thread, and for those that start later: PyTorch knows no other way. In
+    a forked child it is 1, for OpenMP's threads do not survive `fork`.
     """
 
     name = "torch"
@@ -56,24 +61,50 @@ class TorchBackend(Backend):
     def __init__(self, bundle: Bundle, options: BackendOptions | None = None):
         super().__init__(bundle, options)
         if self.options.device == "cuda" and not torch.cuda.is_available():
-            raise BackendError("this PyTorch sees no CUDA device; use --device cpu, or install a CUDA build of PyTorch")
+            raise BackendError(
+                "this PyTorch sees no CUDA device; use device='cpu' (--device cpu), or install a CUDA build of PyTorch"
+            )
         if bundle.manifest.precision.in_8_bits:
             raise BackendError(
-                f"{bundle.manifest.precision} bundles run on onnxruntime; use --backend onnxruntime, or a bundle of "
-                "another precision"
+                f"{bundle.manifest.precision} bundles run on onnxruntime; use backend='onnxruntime' "
+                "(--backend onnxruntime), or a bundle of another precision"
             )
-        if self.options.threads:
-            torch.set_num_threads(self.options.threads)
+        self._threads = self.options.threads
         self._weights = mapped_weights(bundle, torch.device(self.options.device))
 
     def _conditioning(self, feeds: Arrays) -> np.ndarray:
         device = torch.device(self.options.device)
-        timesteps, labels = (torch.from_numpy(feeds[name]).to(device) for name in ("timesteps", "labels"))
-        array: np.ndarray = conditioning(self.bundle.manifest.model, self._weights, timesteps, labels).cpu().numpy()
+        with self.settings():
+            timesteps, labels = (torch.from_numpy(feeds[name]).to(device) for name in ("timesteps", "labels"))
+            table = conditioning(self.bundle.manifest.model, self._weights, timesteps, labels)
+        array: np.ndarray = table.cpu().numpy()
         return array
 
     def subnet(self, index: int, full_capacity: bool = False, debug: bool = False) -> Subnet:
-        return TorchSubnet(self.bundle, index, self._weights, full_capacity, debug)
+        self.require_open()
+        return TorchSubnet(self, index, self._weights, full_capacity, debug)
+
+    @contextlib.contextmanager
+    def settings(self) -> Iterator[None]:
+        """What the calling thread may have set otherwise and would change what is computed: threads, autocast, the
+        default device.
+        """
+        if self._threads and torch.get_num_threads() != self._threads:
+            torch.set_num_threads(self._threads)
+        with contextlib.ExitStack() as changed:  # only what is needed: an interrupt may leave it changed
+            if torch.is_autocast_enabled(self.options.device):
+                changed.enter_context(torch.autocast(self.options.device, enabled=False))
+            if torch.get_default_device().type != "cpu":
+                changed.enter_context(torch.device("cpu"))
+            yield
+
+    def _free(self) -> None:
+        self._weights = {}
+
+    def after_fork(self) -> None:
+        """As every backend; and OpenMP would wait for threads that are not there."""
+        super().after_fork()
+        self._threads = 1
 
 
 def mapped_weights(bundle: Bundle, device: torch.device) -> dict[str, Tensor]:

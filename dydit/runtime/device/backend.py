@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from typing import cast
 
 import numpy as np
 
@@ -21,7 +23,7 @@ from dydit.runtime.device.launches import EngineMemory, fit_resident
 from dydit.runtime.device.layout import LaunchOptions, RunShape
 from dydit.runtime.device.operations import CONDITIONER, DECODER, EngineId
 from dydit.runtime.device.residency import engine_of, engines_of
-from dydit.runtime.device.sampler import DeviceSampler
+from dydit.runtime.device.sampler import DeviceSampler, close_whatever_state
 from dydit.runtime.device.stepping import Stepper
 from dydit.runtime.loop import LatentStore, Progress, RunStats, default_residency
 from dydit.runtime.noise import NoiseSource
@@ -34,9 +36,10 @@ RESERVE = 512 << 20
 class DeviceSubnet(Subnet):
     """A loaded engine, run step by step; with a sliding plan, that of all subnetworks."""
 
-    def __init__(self, bundle: Bundle, index: int, full: bool, stepper: Stepper):
-        super().__init__(bundle, index)
-        self._manifest, self._index, self._stepper = bundle.manifest, index, stepper
+    def __init__(self, backend: Backend, index: int, full: bool, stepper: Stepper):
+        bundle = backend.bundle
+        super().__init__(bundle, index, backend)
+        self._manifest, self._index, self._stepper = bundle.manifest, index, cast(Stepper | None, stepper)
         self._engine = engine_of(bundle.manifest, index, full)
         stepper.load(self._engine)
 
@@ -44,13 +47,14 @@ class DeviceSubnet(Subnet):
         model = self._manifest.model
         outputs = subnet_outputs(model, self._manifest.routing is Routing.CAPACITY)
         sizes = {BATCH: feeds["x"].shape[0], ROWS: feeds["modulation"].shape[0]}
+        assert self._stepper is not None
         out = self._stepper.run(self._engine, feeds, outputs, sizes, self._index)
         return StepResult(out["x_prev"], out.get("token_overflow", np.zeros(model.depth, np.int64)))
 
-    def close(self) -> None:
-        if self._open:
-            self._stepper.unload(self._engine)
-        super().close()
+    def _free(self) -> None:
+        stepper, self._stepper = self._stepper, None
+        if stepper is not None:
+            stepper.unload(self._engine)
 
 
 class DeviceBackend(Backend):
@@ -71,15 +75,19 @@ class DeviceBackend(Backend):
         self._make_device, self._graphs = make_device, graphs
         self._memory = dict(known or {})
         self._owned: list[Executor | Stepper] = []
+        self._making = threading.Lock()
+        self._made_stepper: Stepper | None = None
         self._finalizer = weakref.finalize(self, _close_all, self._owned)
 
     def subnet(self, index: int, full_capacity: bool = False, debug: bool = False) -> Subnet:
         if debug:
             raise BackendError(
-                f"{self.name} shows no values between layers; look inside with --backend onnxruntime or torch"
+                f"{self.name} shows no values between layers; look inside with backend='onnxruntime' or 'torch' "
+                "(--backend onnxruntime)"
             )
+        self.require_open()
         full = full_capacity and self.bundle.manifest.subnets[index].full_file is not None
-        return DeviceSubnet(self.bundle, index, full, self._stepper)
+        return DeviceSubnet(self, index, full, self._stepper)
 
     def _conditioning(self, feeds: Arrays) -> np.ndarray:
         steps, labels = self._conditioning_limits
@@ -99,12 +107,14 @@ class DeviceBackend(Backend):
 
         Where that has no room, what whole runs keep on the device goes; the next run brings it back.
         """
-        try:
+        with self.lock:
+            self.require_open()
+            try:
+                return self._decode(tiles)
+            except BackendError:
+                if not self._clear_runs():
+                    raise
             return self._decode(tiles)
-        except BackendError:
-            if not self._clear_runs():
-                raise
-        return self._decode(tiles)
 
     def _decode(self, tiles: np.ndarray) -> np.ndarray:
         vae = self.bundle.manifest.vae
@@ -125,17 +135,20 @@ class DeviceBackend(Backend):
     def _clear_runs(self) -> bool:
         """Free what whole runs keep; False where there is nothing."""
         executors = [each for each in self._owned if isinstance(each, Executor)]
+        self.__dict__.pop("_sampler", None)
         for executor in executors:
             self._owned.remove(executor)
-            executor.close()
-        self.__dict__.pop("_sampler", None)
+            close_whatever_state(executor)
         return bool(executors)
 
-    @cached_property
+    @property
     def _stepper(self) -> Stepper:
-        stepper = Stepper(self._make_device(), self.bundle)
-        self._owned.append(stepper)
-        return stepper
+        with self._making:  # subnetworks are loaded in the background
+            if self._made_stepper is None:
+                stepper = Stepper(self._make_device(), self.bundle)
+                self._owned.append(stepper)
+                self._made_stepper = stepper
+            return self._made_stepper
 
     @cached_property
     def _conditioning_limits(self) -> tuple[int, int]:
@@ -153,15 +166,20 @@ class DeviceBackend(Backend):
     ) -> RunStats:
         """What `dydit.runtime.loop.sample` does, without coming back to the host.
 
-        Where a graph cannot be captured, a warning says so, and the run starts again without graphs.
+        Where a graph cannot be captured, a warning says so, and the run starts again without graphs. What a run that
+        was interrupted left on the device goes before the next one.
         """
-        sampler = self._sampler
-        try:
-            return sampler.sample(batches, noise, store, cfg_scale, progress)
-        except CaptureError as error:
-            warnings.warn(f"{one_line(error)}; going on without CUDA graphs", stacklevel=2)
-            sampler.options = dataclasses.replace(sampler.options, graphs=False)
-            return sampler.sample(batches, noise, store, cfg_scale, progress)
+        with self.lock:
+            self.require_open()
+            if self._sampler.unsettled:
+                self._clear_runs()
+            sampler = self._sampler
+            try:
+                return sampler.sample(batches, noise, store, cfg_scale, progress)
+            except CaptureError as error:
+                warnings.warn(f"{one_line(error)}; going on without CUDA graphs", stacklevel=2)
+                sampler.options = dataclasses.replace(sampler.options, graphs=False)
+                return sampler.sample(batches, noise, store, cfg_scale, progress)
 
     @cached_property
     def _sampler(self) -> DeviceSampler:
@@ -207,8 +225,7 @@ class DeviceBackend(Backend):
     def _keep_memory(self, memory: Mapping[EngineId, EngineMemory]) -> None:
         """Keep what engines need for the next process."""
 
-    def close(self) -> None:
-        """Free everything on the device. The backend can then not be used any more."""
+    def _free(self) -> None:
         self._finalizer()
 
 

@@ -184,7 +184,9 @@ class _DriverGraphs:
         try:
             self._library = ctypes.CDLL("libcuda.so.1")
         except OSError as error:
-            raise BackendError("no NVIDIA driver (libcuda) on this machine; use --backend onnxruntime") from error
+            raise BackendError(
+                "no NVIDIA driver (libcuda) on this machine; use backend='onnxruntime' (--backend onnxruntime)"
+            ) from error
 
     def begin(self, stream: int) -> None:
         """Start recording a stream."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from dydit.bundle.bundle import Bundle
+from dydit.diffusion.guidance import Guidance
 from dydit.runtime.device.layout import Layout
 from dydit.runtime.device.operations import ALIGNMENT, HostArray
 from dydit.runtime.noise import NoiseSource
@@ -43,6 +44,7 @@ class HostInputs:
         assert tuple(len(batch.images) for batch in batches) == layout.shape.sizes
         self._bundle, self._layout, self._batches = bundle, layout, batches
         self._noise, self._load, self._weights = noise, load, StoredWeights(bundle)
+        self._guidance = Guidance(cfg_scale, bundle.manifest.model.null_class)
         self._tables: dict[str, Callable[[], np.ndarray]] = {
             "coefficients": self._coefficients,
             "cfg_scale": lambda: np.asarray([cfg_scale], np.float32),
@@ -79,9 +81,7 @@ class HostInputs:
         return _table(rows, np.int64, self._layout.timesteps_stride)
 
     def _labels(self) -> np.ndarray:
-        null = self._bundle.manifest.model.null_class
-        guided = self._layout.shape.guided
-        rows = [[*batch.labels.tolist(), *[null] * (guided * len(batch.images))] for batch in self._batches]
+        rows = [self._guidance.rows(batch.labels) for batch in self._batches]
         return _table(rows, np.int64, self._layout.labels_stride)
 
     def _segment_noise(self, index: int, segment: int) -> np.ndarray:

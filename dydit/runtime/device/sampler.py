@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -9,7 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from dydit.bundle.bundle import Bundle
-from dydit.errors import BackendError
+from dydit.diffusion.guidance import is_guided
+from dydit.errors import BackendError, DyditError
 from dydit.runtime.device.execute import Executor, RunCounts
 from dydit.runtime.device.inputs import HostInputs
 from dydit.runtime.device.launches import EngineMemory, LaunchPlan
@@ -27,7 +29,8 @@ Fit = Callable[[RunShape, LaunchOptions], LaunchOptions]
 class DeviceSampler:
     """Runs of one bundle on one device; buffers, engines and graphs stay for the next run.
 
-    `memory`: what each engine needs. `fit`: the options with what the device has room for.
+    `memory`: what each engine needs. `fit`: the options with what the device has room for. `unsettled`: whether a run
+    was interrupted, so that nobody knows what is on the device, and sampler and executor must not be used any more.
     """
 
     def __init__(
@@ -39,6 +42,7 @@ class DeviceSampler:
         fit: Fit = lambda shape, options: options,
     ):
         self._executor, self._bundle, self._memory, self.options, self._fit = executor, bundle, memory, options, fit
+        self.unsettled = False
 
     def sample(
         self,
@@ -53,6 +57,23 @@ class DeviceSampler:
         Latents are stored after every segment, but for a `MemoryStore`, which gets the last ones only. Raises
         `BackendError` as the device does, and where latents are not finite.
         """
+        self.unsettled = True
+        try:
+            stats = self._sample(batches, noise, store, cfg_scale, progress)
+        except DyditError:  # of our own making, between operations
+            self.unsettled = False
+            raise
+        self.unsettled = False
+        return stats
+
+    def _sample(
+        self,
+        batches: Sequence[Batch],
+        noise: NoiseSource,
+        store: LatentStore,
+        cfg_scale: float,
+        progress: Progress | None,
+    ) -> RunStats:
         start, segments = time.perf_counter(), self._bundle.manifest.plan.segments
         counted = _Counted(progress, len(batches) * self._bundle.manifest.sampling.steps)
         counted.add(sum(segments[index].count for b in range(len(batches)) for index in range(store.done(b))))
@@ -79,7 +100,7 @@ class DeviceSampler:
         """Some batches through the segments that they have before them."""
         chosen, model = [batches[b] for b in waiting], self._bundle.manifest.model
         sizes = tuple(len(batch.images) for batch in chosen)
-        shape = RunShape(sizes, cfg_scale != 1, tuple(store.done(b) for b in waiting))
+        shape = RunShape(sizes, is_guided(cfg_scale), tuple(store.done(b) for b in waiting))
         options = dataclasses.replace(self.options, save_segments=type(store) is not MemoryStore)
         plan = LaunchPlan(self._bundle.manifest, shape, self._memory, self._fit(shape, options), self._executor.state)
         host = HostInputs(self._bundle, plan.layout, chosen, noise, lambda place: store.load(waiting[place]), cfg_scale)
@@ -104,6 +125,15 @@ class _Counted:
         self.done = min(self.done + steps, self._total)
         if self._progress and steps:
             self._progress(self.done, self._total)
+
+
+def close_whatever_state(executor: Executor) -> None:
+    """Free what an executor knows to be on its device, after an interrupt that may have left it knowing wrong things.
+
+    What it then fails to free goes with the device.
+    """
+    with contextlib.suppress(Exception):
+        executor.close()
 
 
 def _require_finite(latents: np.ndarray, batch: Batch, segments: int) -> None:

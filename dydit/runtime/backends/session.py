@@ -1,0 +1,145 @@
+"""ONNX Runtime itself: importing it, and one inference session on a file.
+
+Every import of onnxruntime in `dydit` goes through `runtime`, which sees to what has to be settled before the import.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dydit.errors import BackendError, one_line
+from dydit.runtime.backends.base import Arrays, BackendOptions
+from dydit.runtime.backends.cores import thread_count
+from dydit.runtime.backends.versions import require_release
+from dydit.runtime.forks import register
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+CUDA_OPTIONS = {"use_tf32": "0"}
+"""On by default; it would let fp32 products, on which routing decisions hang, round to 10 bits."""
+OLDEST = (1, 24)
+"""The first release that is tested here; opset 23 and IR 11, in which bundles are written, need 1.22."""
+TELEMETRY = "ORT_DISABLE_TELEMETRY"
+_ERRORS = (
+    *("Fail", "InvalidArgument", "NoSuchFile", "NoModel", "EngineError", "RuntimeException", "InvalidProtobuf"),
+    *("ModelLoaded", "NotImplemented", "InvalidGraph", "EPFail", "ModelLoadCanceled", "ModelRequiresCompilation"),
+)
+
+
+def runtime() -> Any:
+    """The module onnxruntime.
+
+    Its builds for Linux report usage to their vendor unless a variable of the environment says no before the import;
+    it is set here, unless the user set it to something. Raises `BackendError` with what to install where onnxruntime is
+    missing or too old for the graphs of a bundle.
+    """
+    os.environ.setdefault(TELEMETRY, "1")
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise BackendError(
+            f"onnxruntime cannot be imported ({one_line(error)}); pip install 'dydit[cpu]', or 'dydit[gpu]' for CUDA"
+        ) from error
+    package = "onnxruntime-gpu" if "CUDAExecutionProvider" in onnxruntime.get_available_providers() else "onnxruntime"
+    require_release(onnxruntime, package, OLDEST, "bundles")
+    return onnxruntime
+
+
+@dataclass(frozen=True)
+class SessionSettings:
+    """How a session is made, beside `BackendOptions`.
+
+    `graph` replaces the file's content; `left_out` are optimisers not to run. `lazy`: fp16 weights stay as they are
+    until they are multiplied, instead of all being widened when the session is made; only few optimisers leave them.
+    `arena`: keep a pool of memory for activations.
+    """
+
+    graph: bytes | None = None
+    left_out: tuple[str, ...] = ()
+    lazy: bool = False
+    arena: bool = False
+
+
+class Session:
+    """An InferenceSession on a file, whose errors are one line; in a forked child it is opened again.
+
+    A session's own threads do not survive `fork`: running it would wait for them for ever, and so would freeing it, so
+    a child lets its copy be and opens another one when it is first needed.
+    """
+
+    def __init__(self, file: Path, options: BackendOptions, settings: SessionSettings | None = None):
+        self._file, self._options, self._settings = file, options, settings or SessionSettings()
+        ort = runtime()
+        self._version, self._errors = ort.__version__, error_types(ort)
+        self._session: Any = self._open(ort)
+        self._outputs = [output.name for output in self._session.get_outputs()]
+        register(self)
+
+    def run(self, feeds: Arrays, what: str) -> dict[str, np.ndarray]:
+        """Every output by name."""
+        if self._session is None:
+            self._session = self._open(runtime())
+        try:
+            return dict(zip(self._outputs, self._session.run(None, dict(feeds)), strict=True))
+        except self._errors as error:
+            raise BackendError(f"onnxruntime failed in {what}: {one_line(error)}") from error
+
+    def after_fork(self) -> None:
+        """Leave the parent's session alone, for good."""
+        if self._session is not None:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._session))  # or it would be freed
+            self._session = None
+
+    def _open(self, ort: Any) -> Any:
+        file, device, settings = self._file, self._options.device, self._settings
+        provider = PROVIDERS[device]
+        more = {"disabled_optimizers": list(settings.left_out)} if settings.left_out else {}
+        chosen = [(provider, CUDA_OPTIONS)] if device == "cuda" else [provider]
+        try:
+            session = ort.InferenceSession(settings.graph or str(file), self._made(ort), providers=chosen, **more)
+        except self._errors as error:
+            raise BackendError(f"onnxruntime {ort.__version__} cannot load {file}: {one_line(error)}") from error
+        if provider not in session.get_providers():
+            raise BackendError(
+                f"onnxruntime {ort.__version__} could not start its {provider} (driver, CUDA or cuDNN missing?); "
+                "pip install 'dydit[gpu]', or use device='cpu' (--device cpu)"
+            )
+        return session
+
+    def _made(self, ort: Any) -> Any:
+        settings, made = self._settings, base_options(ort, self._options)
+        made.enable_cpu_mem_arena = settings.arena
+        if settings.lazy:
+            made.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        if settings.graph is not None:
+            folder = str(self._file.parent)
+            made.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
+        return made
+
+
+def base_options(ort: Any, options: BackendOptions) -> Any:
+    """Session options that all sessions have: quiet, threads as asked for that do not spin, weights packed or not."""
+    made = ort.SessionOptions()
+    made.log_severity_level = 3
+    made.intra_op_num_threads = thread_count(options.threads)
+    made.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if not options.packed:
+        made.add_session_config_entry("session.disable_prepacking", "1")
+    return made
+
+
+def error_types(ort: Any) -> tuple[type[Exception], ...]:
+    """What onnxruntime raises; it has no base class for that."""
+    state = ort.capi.onnxruntime_pybind11_state
+    return (RuntimeError, *(getattr(state, name) for name in _ERRORS if hasattr(state, name)))
+
+
+def load_cuda_libraries(ort: Any) -> None:
+    """Load CUDA and cuDNN from where pip put them: the loader of shared libraries does not look there by itself."""
+    if hasattr(ort, "preload_dlls"):  # since 1.21
+        ort.preload_dlls()

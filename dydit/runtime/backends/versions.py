@@ -1,0 +1,22 @@
+"""Whether an installed package is new enough."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from dydit.errors import BackendError
+
+
+def require_release(module: Any, package: str, oldest: tuple[int, int], why: str) -> None:
+    """Raise `BackendError`, with what is needed and what is installed, where a module is older than `oldest`.
+
+    `package`: what pip calls it. `why`: who needs the release, as the message puts it.
+    """
+    version = str(getattr(module, "__version__", "(of an unknown version)"))
+    if tuple(map(int, re.findall(r"\d+", version)[:2])) < oldest:
+        needed = ".".join(map(str, oldest))
+        raise BackendError(
+            f"{module.__name__} {version} is too old: {why} need {needed} or newer; "
+            f"pip install -U '{package}>={needed}'"
+        )

@@ -1,0 +1,167 @@
+"""Interrupts at any moment of a call: each arrives as what it is, and the next call's bits are right.
+
+The signals are real ones, of a timer, at random moments of a call. The ordinary run makes some 200 of them;
+`DYDIT_INTERRUPTS=1000` makes as many for each way of running.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from dydit import DyDiTPipeline
+from dydit.bundle.manifest import PlanKind
+from dydit.runtime import sliding
+from dydit.runtime.backends.base import BackendOptions
+from dydit.runtime.backends.ort_cuda import OnnxRuntimeDeviceBackend
+from dydit.runtime.backends.registry import open_backend
+from dydit.runtime.background import Pool
+from dydit.runtime.sliding import SlidingWeights
+
+INTERRUPTS = int(os.environ.get("DYDIT_INTERRUPTS", "45"))
+SLIDING, PER_STEP = {"plan": PlanKind.SLIDING, "steps": 3}, {"plan": PlanKind.PER_STEP, "steps": 3}
+WAYS = {
+    "onnxruntime, dynamic width": (SLIDING, lambda bundle: open_backend("onnxruntime", bundle, BackendOptions(2))),
+    "onnxruntime, per step": (PER_STEP, lambda bundle: open_backend("onnxruntime", bundle, BackendOptions(2))),
+    "torch, per step": (PER_STEP, lambda bundle: open_backend("torch", bundle, BackendOptions(1))),
+    "torch, dynamic width": (SLIDING, lambda bundle: open_backend("torch", bundle, BackendOptions(1))),
+    "device, dynamic width": (SLIDING, lambda bundle: OnnxRuntimeDeviceBackend(bundle, BackendOptions(1))),
+}
+
+
+class Timer:
+    """Raises KeyboardInterrupt in the main thread, out of whatever it does, after a time; at most once."""
+
+    def __init__(self):
+        self.armed = False
+
+    def __enter__(self):
+        self._before = signal.signal(signal.SIGALRM, self._strike)
+        return self
+
+    def __exit__(self, *_):
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, self._before)
+
+    def _strike(self, *_):
+        if self.armed:
+            self.armed = False
+            raise KeyboardInterrupt
+
+    def interrupts(self, call, seconds: float) -> bool:
+        """Whether a call was interrupted, before it ended."""
+        try:
+            self.armed = True
+            signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-6))
+            call()
+            self.armed = False
+        except KeyboardInterrupt:
+            return True
+        return False
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_after_an_interrupt_the_next_call_is_right(way, make_bundle):
+    settings, opened = WAYS[way]
+    draws, struck = random.Random(way), 0
+    with opened(make_bundle(**settings)) as backend, Timer() as timer:
+        pipe = DyDiTPipeline(backend, 2)
+
+        def call():
+            return pipe([1, 2, 3], seed=7, output_type="latent").latents
+
+        wanted, started = call(), time.perf_counter()
+        call()
+        whole = time.perf_counter() - started
+        while struck < INTERRUPTS:
+            if timer.interrupts(call, draws.random() * whole):
+                struck += 1
+            started = time.perf_counter()
+            assert np.array_equal(call(), wanted), f"after interrupt {struck}"
+            whole = (whole + time.perf_counter() - started) / 2
+        pipe.close()
+
+
+def test_interrupted_at_every_line_of_an_exchange_the_weights_are_right(make_bundle):
+    """An error out of any line of `runtime.sliding`, as a signal handler might raise one."""
+    bundle = make_bundle(**SLIDING)
+    first, second = bundle.manifest.subnets[0], bundle.manifest.subnets[-1]
+    wanted = {name: array.copy() for name, array in SlidingWeights(bundle).run(second, dict).items()}
+    weights, lines, last = SlidingWeights(bundle), 0, 0
+
+    def trace(frame, event, _):
+        nonlocal lines
+        if frame.f_code.co_filename != sliding.__file__:
+            return None
+        if event == "line":
+            lines += 1
+            if lines == last:
+                raise KeyboardInterrupt
+        return trace
+
+    interrupted = True
+    while interrupted:
+        weights.run(first, dict)
+        lines, last, interrupted = 0, last + 1, False
+        sys.settrace(trace)
+        try:
+            weights.run(second, dict)
+        except KeyboardInterrupt:
+            interrupted = True
+        finally:
+            sys.settrace(None)
+        assert all(np.array_equal(array, wanted[name]) for name, array in weights.run(second, dict).items()), last
+    assert last > 100, "lines that were interrupted"
+
+
+def test_what_still_reads_the_weights_of_an_interrupted_step_reads_them_unchanged(make_bundle):
+    """Threads go on with their images when the one that waits for them is interrupted."""
+    bundle = make_bundle(**SLIDING)
+    first, second = bundle.manifest.subnets[0], bundle.manifest.subnets[-1]
+    weights, held = SlidingWeights(bundle), {}
+
+    def interrupted(fed):
+        held.update(fed)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        weights.run(first, interrupted)
+    before = {name: array.copy() for name, array in held.items()}
+    for subnet in (second, first, second):
+        weights.run(subnet, dict)
+    assert all(np.array_equal(held[name], before[name]) for name in held)
+
+
+def test_waiting_for_other_threads_is_interrupted_cleanly():
+    """KeyboardInterrupt and nothing else, though waiting is all that the main thread does."""
+    pool, draws = Pool(2, "dydit-test"), random.Random(0)
+    with Timer() as timer:
+        for number in range(200):
+            done = []
+
+            def work(number=number, done=done):
+                time.sleep(1e-4)
+                done.append(number)
+                return number
+
+            tasks = [work] * 3
+            if not timer.interrupts(lambda tasks=tasks: pool.all(tasks), draws.random() * 4e-4):
+                assert done == [number] * 3
+            assert pool.all([lambda: 1, lambda: 2]) == [1, 2]
+    pool.close()
+
+
+def test_an_error_of_a_task_is_raised_where_it_is_waited_for():
+    pool = Pool(1, "dydit-test")
+    pending = pool.submit(lambda: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        pending.result()
+    assert pending.done and pending.failed and pool.submit(lambda: 5).result() == 5
+    pool.close()
+    pool.close()
