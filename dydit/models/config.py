@@ -5,7 +5,15 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from dydit.errors import ConfigError
 
@@ -30,6 +38,7 @@ class ModelConfig(Strict):
     """Sizes of a DiT (Peebles & Xie 2023) and the layout of its DyDiT routers.
 
     `input_size` is the side of the latent (or pixel) square, so a model sees `tokens = (input_size/patch_size)**2`.
+    `null_class_row`: whether the class table has a row for "no class" after those of the classes, which guidance needs.
     """
 
     hidden_size: int = Field(gt=0)
@@ -41,6 +50,15 @@ class ModelConfig(Strict):
     num_classes: int = Field(default=1000, gt=0)
     learn_sigma: bool = True
     routers: Routers = Routers.FIRST_ON
+    null_class_row: bool = True
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave `null_class_row` out where it is true: older files, bundles and their digests do not have it."""
+        values: dict[str, Any] = handler(self)
+        if values.get("null_class_row") is True:
+            del values["null_class_row"]
+        return values
 
     @model_validator(mode="after")
     def _divisible(self) -> ModelConfig:
@@ -88,9 +106,27 @@ class ModelConfig(Strict):
         return self.in_channels in (1, 3)
 
     @property
+    def class_rows(self) -> int:
+        """Rows of the class table: the labels that the network takes are below."""
+        return self.num_classes + self.null_class_row
+
+    @property
     def null_class(self) -> int:
-        """The label that means "no class" in classifier-free guidance: one past the last class."""
+        """The label that means "no class" in classifier-free guidance: one past the last class.
+
+        Raises `ConfigError` for a model that has none; ask `require_guidance` first.
+        """
+        if not self.null_class_row:
+            raise ConfigError("this model has no row for no class")
         return self.num_classes
+
+    def require_guidance(self, cfg_scale: float) -> None:
+        """Raise `ConfigError` where `cfg_scale` asks for guidance and the model has no row for "no class"."""
+        if cfg_scale != 1 and not self.null_class_row:
+            raise ConfigError(
+                f"guidance {cfg_scale:g} needs a row for no class, which this model lacks (it was trained without "
+                "label dropout); use --cfg-scale 1 (guidance_scale=1)"
+            )
 
     @property
     def dynamic(self) -> bool:

@@ -91,7 +91,7 @@ class StepRunner:
     ):
         manifest = backend.bundle.manifest
         self.backend, self.subnets, self.cfg_scale = backend, subnets, cfg_scale
-        null = [manifest.model.null_class] * self.guided
+        null = [manifest.model.null_class] if self.guided else []
         self._conditioner = Conditioner(backend, [*labels, *null])
         self._coefficients = np.asarray(manifest.sampling.coefficients, np.float32)
         self._subnet_of = {step: s.subnet for s in manifest.plan.segments for step in s.steps}
@@ -103,8 +103,10 @@ class StepRunner:
 
     def feeds(self, step: int, x: np.ndarray, noise: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
         """The inputs of a step for latents and noise f32 [B, C, S, S] and labels int64 [B]."""
-        null = self.backend.bundle.manifest.model.null_class
-        rows = np.concatenate([labels, np.full_like(labels, null)]) if self.guided else labels
+        rows = labels
+        if self.guided:
+            null = self.backend.bundle.manifest.model.null_class
+            rows = np.concatenate([labels, np.full_like(labels, null)])
         return {
             "x": x,
             "noise": noise,

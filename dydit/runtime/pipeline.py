@@ -20,7 +20,7 @@ from dydit.runtime.images import to_pil, to_uint8
 from dydit.runtime.loop import MemoryStore, Progress, StepRunner, default_residency, sample
 from dydit.runtime.noise import SeededNoise
 from dydit.runtime.pixels import ToPixels, picture_format
-from dydit.runtime.request import DEFAULT_CFG_SCALE, SampleRequest, check_labels, make_batches
+from dydit.runtime.request import DEFAULT_CFG_SCALE, SampleRequest, check_guidance, check_labels, make_batches
 from dydit.runtime.resident import ResidentSubnets
 
 OUTPUT_TYPES = ("pil", "np", "latent")
@@ -78,6 +78,7 @@ class DyDiTPipeline:
         values = {"labels": tuple(labels), "seed": seed, "cfg_scale": guidance_scale}
         request = parse_config(SampleRequest, values)
         check_labels(request.labels, manifest)
+        check_guidance(request.cfg_scale, manifest)
         if output_type not in OUTPUT_TYPES:
             raise ConfigError(f"output_type {output_type!r} is not one of {', '.join(OUTPUT_TYPES)}")
         if output_type != "latent" and picture_format(manifest) is None:

@@ -101,6 +101,8 @@ def sample_watched(
     if not labels or not cfg_scales:
         raise ConfigError("calibration needs at least one label and one guidance scale")
     config, schedule = checkpoint.config, Schedule.respaced(steps)
+    for scale in cfg_scales:
+        config.require_guidance(scale)
     timesteps = schedule.timesteps[::-1]
     masks = freeze_masks(checkpoint.width_routers(), timesteps)
     weights = dict(stored_tensors(checkpoint.state, config))
@@ -116,8 +118,9 @@ def sample_watched(
         model.watch = partial(watch, segment_of[step])
         for index, each in enumerate(batches):
             scale = float(cfg_scales[index % len(cfg_scales)])
-            rows = np.concatenate([each.labels, np.full_like(each.labels, config.null_class)])
-            used = rows if scale != 1 else each.labels
+            used = each.labels
+            if scale != 1:
+                used = np.concatenate([used, np.full_like(used, config.null_class)])
             time, classes = torch.tensor([int(timesteps[step])]), torch.from_numpy(used)
             out = model.step(
                 latents[index],

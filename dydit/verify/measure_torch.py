@@ -34,8 +34,9 @@ class MeasuredTorch(Measured):
         self.load_seconds = time.perf_counter() - start
         masked = config.dynamic and job.side.kind is SideKind.TORCH_MASKED
         self.gating: Gating = Masked() if masked else Static()
-        null = np.full_like(self.labels, config.null_class)
-        rows = self.labels if job.cfg_scale == 1 else np.concatenate([self.labels, null])
+        rows = self.labels
+        if job.cfg_scale != 1:
+            rows = np.concatenate([rows, np.full_like(rows, config.null_class)])
         self.rows = torch.from_numpy(rows).to(self.device)
         self.timesteps = Schedule.respaced(job.of).timesteps[::-1]
 

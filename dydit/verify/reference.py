@@ -43,11 +43,13 @@ class Images:
         return self.batch * (1 if self.cfg_scale == 1 else 2)
 
     def row_labels(self, config: ModelConfig) -> np.ndarray:
-        """Labels of all rows, int64 [rows]. Raises `ConfigError` for a label outside 0..num_classes."""
+        """Labels of all rows, int64 [rows]. Raises `ConfigError` for a label that is no row of the class table, and
+        for guidance of a model that has none for no class."""
         for label in self.labels:
-            if not 0 <= label <= config.null_class:
-                raise ConfigError(f"label {label} is outside 0..{config.null_class}")
-        free = (config.null_class,) * (self.rows - self.batch)
+            if not 0 <= label < config.class_rows:
+                raise ConfigError(f"label {label} is outside 0..{config.class_rows - 1}")
+        config.require_guidance(self.cfg_scale)
+        free = [config.null_class] * self.batch if self.cfg_scale != 1 else []
         return np.asarray((*self.labels, *free), np.int64)
 
     def noise(self, config: ModelConfig, step: int | None) -> np.ndarray:

@@ -79,9 +79,8 @@ class HostInputs:
         return _table(rows, np.int64, self._layout.timesteps_stride)
 
     def _labels(self) -> np.ndarray:
-        null = self._bundle.manifest.model.null_class
-        guided = self._layout.shape.guided
-        rows = [[*batch.labels.tolist(), *[null] * (guided * len(batch.images))] for batch in self._batches]
+        free = [self._bundle.manifest.model.null_class] if self._layout.shape.guided else []
+        rows = [[*batch.labels.tolist(), *free * len(batch.images)] for batch in self._batches]
         return _table(rows, np.int64, self._layout.labels_stride)
 
     def _segment_noise(self, index: int, segment: int) -> np.ndarray:
