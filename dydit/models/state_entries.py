@@ -130,8 +130,12 @@ def _unwrapped(name: str) -> str:
 
 
 def _is_setting(name: Any, value: Any) -> bool:
-    """Whether an entry at the top of a bare state dict is no weight but what a script noted beside them."""
-    return isinstance(name, str) and "." not in name and not isinstance(value, Tensor) and not _PARTS.match(name)
+    """Whether an entry at the top of a bare state dict is no weight but what a script noted beside them.
+
+    Averages count their updates in a tensor of no dimension.
+    """
+    counter = not isinstance(value, Tensor) or value.ndim == 0
+    return isinstance(name, str) and "." not in name and counter and not _PARTS.match(name)
 
 
 def _choose(found: list[Found], wanted: str | None) -> Found:
