@@ -166,6 +166,32 @@ def test_a_torch_file_with_the_name_of_another_format(tmp_path: Path, kind: str)
         load_checkpoint(tmp_path / "x.safetensors")
 
 
+def test_a_flipped_byte_is_seen_by_the_checksums_of_the_archive(tmp_path: Path) -> None:
+    state, path = DiT(CONFIG).state_dict(), tmp_path / "a.pt"
+    torch.save(state, path)
+    data, weights = bytearray(path.read_bytes()), state["blocks.0.mlp.fc1.weight"].numpy().tobytes()
+    data[data.index(weights) + 1000] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match="is damaged or incomplete"):
+        load_checkpoint(path)
+
+
+def test_an_archive_without_checksums_is_read(tmp_path: Path) -> None:
+    before = torch.serialization.get_crc32_options()
+    try:
+        torch.serialization.set_crc32_options(False)
+        torch.save(DiT(CONFIG).state_dict(), tmp_path / "a.pt")
+    finally:
+        torch.serialization.set_crc32_options(before)
+    assert load_checkpoint(tmp_path / "a.pt").config == CONFIG
+
+
+def test_a_pickle_of_a_newer_protocol_is_not_called_damaged(tmp_path: Path) -> None:
+    torch.save({"ema": DiT(CONFIG).state_dict()}, tmp_path / "a.pt", pickle_protocol=5)
+    with pytest.raises(CheckpointError, match=r"holds more than tensors \(Unsupported operand.*torch\.save\(model"):
+        load_checkpoint(tmp_path / "a.pt")
+
+
 def test_a_compressed_archive_is_refused_before_it_is_unpacked(tmp_path: Path) -> None:
     torch.save({"ema": {"x": torch.zeros(1 << 20)}}, tmp_path / "plain.pt")
     with (
