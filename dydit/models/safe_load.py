@@ -13,10 +13,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import pickletools
 import re
 import threading
 import warnings
 import zipfile
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,8 @@ _DAMAGED = "is damaged or incomplete: it cannot be read as {}; copy or download 
 _NO_MEMORY = re.compile(r"not enough memory|can.?t allocate|cannot allocate|out of memory|os error 12\b", re.IGNORECASE)
 _NO_MAP = re.compile(r"unable to mmap|mmapping|mmap failed|memory.?map", re.IGNORECASE)
 _ASKED = re.compile(r"tried to allocate (\d+) bytes")
+_WIDTHS = {"Double": 8, "Float": 4, "Half": 2, "BFloat16": 2, "Long": 8, "Int": 4, "Short": 2, "Char": 1, "Byte": 1}
+_WIDTHS |= {"Bool": 1, "Untyped": 1, "ComplexFloat": 8, "ComplexDouble": 16}
 _LOADING = threading.Lock()  # what is allowed by name is allowed for the whole process while a file is read
 
 
@@ -110,7 +114,8 @@ def _fault_of_pickle(error: Exception, path: Path, verified: bool) -> Exception:
 def _check_archive(path: Path) -> None:
     """Refuse what `torch.save` never writes, and records whose checksum is wrong, which PyTorch does not look at.
 
-    A compressed file could grow a thousandfold in memory. A checksum of 0 is none: `set_crc32_options(False)`.
+    A compressed file could grow a thousandfold in memory. A checksum of 0 is none: `set_crc32_options(False)`. A record
+    that has not the size of its storage would be read with what follows it in the file.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -122,10 +127,40 @@ def _check_archive(path: Path) -> None:
                     with archive.open(item) as record:
                         while record.read(1 << 22):
                             pass
+            sizes = {item.filename: item.file_size for item in items}
+            for name in [name for name in sizes if name.endswith("/data.pkl")]:
+                for key, size in _storages(archive.read(name)).items():
+                    record_size = sizes.get(f"{name.removesuffix('.pkl')}/{key}")
+                    if record_size not in (None, size):
+                        raise CheckpointError(_DAMAGED.format(Container.TORCH_ZIP.value))
     except (OSError, MemoryError, CheckpointError):
         raise
     except Exception as error:  # as in read_torch
         raise CheckpointError(_DAMAGED.format(Container.TORCH_ZIP.value)) from error
+
+
+def _storages(data: bytes) -> dict[str, int]:
+    """The storages that the pickle of a `torch.save` archive refers to, and the bytes that it says each has.
+
+    A reference is a tuple of "storage", its type, its key, its device and its number of elements.
+    """
+    sizes: dict[str, int] = {}
+    memo: dict[int, Any] = {}
+    pushed: deque[Any] = deque([None] * 3, maxlen=4)
+    for operation, argument, _ in pickletools.genops(data):
+        name = operation.name
+        if name in ("BINPUT", "LONG_BINPUT") and argument is not None:
+            memo[argument] = pushed[-1]
+        elif name in ("BINGET", "LONG_BINGET") and argument is not None:
+            pushed.append(memo.get(argument))
+        elif name == "BINPERSID":
+            kind, key, _, count = pushed
+            width = _WIDTHS.get(str(kind).rpartition(" ")[2].removesuffix("Storage"))
+            if width is not None and isinstance(count, int):
+                sizes[str(key)] = count * width
+        elif argument is not None:
+            pushed.append(argument)
+    return sizes
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -67,7 +67,12 @@ def unpack(loaded: Any, wanted: str | None = None) -> Unpacked:
     """
     if not isinstance(loaded, Mapping):
         raise CheckpointError(f"holds {type(loaded).__name__}, not a state dict")
-    found = list(_find(loaded))
+    found, odd = _find(loaded)
+    if odd and wanted is None and not any(each.averaged for each in found):
+        raise CheckpointError(
+            f"has an average `{shown(odd[0])}` that is not of a DiT's tensors by their names; take other weights with "
+            "--weights (weights=), such as model"
+        )
     chosen = _choose(found, wanted) if found else _other(loaded)
     notes = []
     if others := [each.entry or "the top level" for each in found if each is not chosen]:
@@ -77,19 +82,31 @@ def unpack(loaded: Any, wanted: str | None = None) -> Unpacked:
     return Unpacked(chosen.state, chosen.entry, tuple(notes))
 
 
-def _find(loaded: Mapping[Any, Any]) -> Iterator[Found]:
+def _find(loaded: Mapping[Any, Any]) -> tuple[list[Found], list[str]]:
+    """All models, and the entries that are named as an average and hold matrices, but no model."""
+    found: list[Found] = []
+    odd = []
     queue: deque[tuple[tuple[str, ...], Mapping[Any, Any]]] = deque([((), loaded)])
     for _ in range(_MOST):
         if not queue:
-            return
+            break
         path, mapping = queue.popleft()
-        yield from _models_of(path, mapping)
+        models = list(_models_of(path, mapping))
+        found += models
+        if not models and is_average(".".join(path)) and _has_matrices(mapping):
+            odd.append(".".join(path))
         if len(path) < _DEEPEST:
             queue.extend(
                 ((*path, key), value)
                 for key, value in mapping.items()
                 if isinstance(value, Mapping) and isinstance(key, str)
             )
+    return found, odd
+
+
+def _has_matrices(mapping: Mapping[Any, Any]) -> bool:
+    listed_ones = (each for value in mapping.values() if isinstance(value, list) for each in value)
+    return any(isinstance(each, Tensor) and each.ndim > 1 for each in (*mapping.values(), *listed_ones))
 
 
 def _models_of(path: tuple[str, ...], mapping: Mapping[Any, Any]) -> Iterator[Found]:

@@ -132,6 +132,18 @@ def test_weights_are_said_by_convert_and_kept(tmp_path: Path, run: Callable[...,
     assert refused.code == 2 and "its weights are model, ema" in refused.err
 
 
+@pytest.mark.parametrize(
+    "weights", [{"x.weight": torch.ones(3, 3)}, {"shadow_params": [torch.ones(3, 3)], "decay": 0.9}]
+)
+def test_an_average_that_cannot_be_read_is_not_passed_over(tmp_path: Path, weights: dict[str, Any]) -> None:
+    path = saved(tmp_path / "a.pt", {"model": state_of(1), "ema": weights, "loss_ema": {"step": torch.ones(3)}})
+    assert refusal(path).startswith("has an average `ema` that is not of a DiT's tensors by their names; take other")
+    assert_state(load_checkpoint(path, weights="model"), state_of(1))
+    for empty in ({}, None, {"decay": 0.9}):
+        path = saved(tmp_path / "b.pt", {"model": state_of(1), "ema": empty})
+        assert_state(load_checkpoint(path), state_of(1))
+
+
 def test_several_models_are_not_chosen_from_by_chance(tmp_path: Path) -> None:
     path = saved(tmp_path / "a.pt", {"teacher": state_of(1), "student": state_of(2)})
     assert refusal(path).startswith("holds several models (teacher, student); name the one to take with --weights")

@@ -6,6 +6,7 @@ import os
 import pickle
 import struct
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -174,6 +175,18 @@ def test_a_flipped_byte_is_seen_by_the_checksums_of_the_archive(tmp_path: Path) 
     path.write_bytes(data)
     with pytest.raises(CheckpointError, match="is damaged or incomplete"):
         load_checkpoint(path)
+
+
+@pytest.mark.parametrize("change", [lambda data: data[:-4], lambda data: data + bytes(4), lambda data: b""])
+def test_a_record_of_another_size_than_its_storage_is_damage(tmp_path: Path, change: Callable[[bytes], bytes]) -> None:
+    """Mapped, PyTorch would take the bytes that follow, without a word."""
+    torch.save(DiT(CONFIG).state_dict(), tmp_path / "a.pt")
+    with zipfile.ZipFile(tmp_path / "a.pt") as whole, zipfile.ZipFile(tmp_path / "b.pt", "w") as other:
+        for item in whole.infolist():
+            data = whole.read(item)
+            other.writestr(item.filename, change(data) if item.filename.endswith("/data/3") else data)
+    with pytest.raises(CheckpointError, match="is damaged or incomplete"):
+        load_checkpoint(tmp_path / "b.pt")
 
 
 def test_an_archive_without_checksums_is_read(tmp_path: Path) -> None:

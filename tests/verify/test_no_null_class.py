@@ -1,4 +1,4 @@
-"""A model without a row for no class, from its checkpoint to images: it runs without guidance and is refused with it."""
+"""A model without a row for no class, from its checkpoint to images: without guidance it runs, else it is refused."""
 
 from __future__ import annotations
 
