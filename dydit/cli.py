@@ -20,9 +20,9 @@ from dydit.cli_options import (
     PATH,
     CommandGroup,
     backend_options,
+    checkpoint_options,
     draw,
     duration,
-    heads_option,
     json_option,
     labels_option,
     print_json,
@@ -115,21 +115,24 @@ def train_command(overrides: tuple[str, ...], recipe: str, out: Path, resume: bo
 @cli.add("convert", "Bring a checkpoint into dydit's own format.")
 @click.argument("checkpoint", type=PATH)
 @click.option("--out", type=PATH, required=True, help="The .safetensors file to write; must not exist.")
-@heads_option
-def convert_command(checkpoint: Path, out: Path, num_heads: int | None) -> None:
+@checkpoint_options
+def convert_command(checkpoint: Path, out: Path, reading: dict[str, Any]) -> None:
     """Read a checkpoint of any known format and write it in ours: safetensors with its configuration.
 
-    CHECKPOINT is an official DiT file, a DyDiT training file (its EMA weights are used), a diffusers DiT folder, or
-    one of ours. Nothing in it is executed.
+    CHECKPOINT is a DiT or DyDiT state dict, a training file that holds one, a diffusers DiT folder, or one of ours.
+    Nothing in it is executed. A file that does not say how its model was trained is taken for a DiT, which predicts
+    epsilon: the weights of a SiT have the same names and shapes.
     """
     from dydit.models.checkpoint import convert
 
-    converted = convert(checkpoint, out, num_heads)
+    converted = convert(checkpoint, out, **reading)
     config = converted.config
     kind = "dynamic" if config.dynamic else "static"
+    weights = f" ({converted.metadata['weights']} weights)" if "weights" in converted.metadata else ""
     say(
         f"{out}: {kind} DiT, {config.depth} blocks of {config.hidden_size} with {config.num_heads} heads, from the "
-        f"{converted.metadata['source']} format",
+        f"{converted.metadata['source']} format{weights}",
+        *converted.notes,
         f"Next: dydit inspect {out}, dydit export {out} --out BUNDLE",
     )
 
@@ -206,11 +209,11 @@ def sample_command(
 @click.option(
     "--every", type=click.IntRange(min=1), default=1, metavar="N", help="Compare every Nth step, and the last."
 )
-@heads_option
+@checkpoint_options
 @backend_options
 @json_option
 def parity_command(
-    bundle: Path, against: Path, out: Path, num_heads: int | None, as_json: bool, **settings: Any
+    bundle: Path, against: Path, out: Path, reading: dict[str, Any], as_json: bool, **settings: Any
 ) -> int:
     """Hold a bundle against its checkpoint, hop by hop: masks, weights, sliced form, each step, the whole run.
 
@@ -228,7 +231,7 @@ def parity_command(
     require_known(settings["backend"])
     config = parse_config(ParityConfig, settings)
     require_absent(out)
-    opened, checkpoint = Bundle.open(bundle), load_checkpoint(against, num_heads)
+    opened, checkpoint = Bundle.open(bundle), load_checkpoint(against, **reading)
     with new_folder(out) as folder, progress_line("parity") as progress:
         report = run_parity(opened, checkpoint, config, folder, progress)
         draw(parity_png, report, folder / "parity.png")
@@ -236,7 +239,7 @@ def parity_command(
         print_json(report.to_json())
     else:
         click.echo(aligned([[hop.status.value, hop.name, hop.detail] for hop in report.hops]))
-        click.echo("\n".join([*report.stale_reasons, report.summary]))
+        click.echo("\n".join([*checkpoint.notes, *report.stale_reasons, report.summary]))
         say_files(out)
         say(f"Next: dydit bench {bundle} --out BENCH" if report.ok else f"Next: look at {out / 'parity.png'}")
     return OK if report.ok else CHECK_FAILED
@@ -284,16 +287,16 @@ def bench_command(
 @cli.add("inspect", "Say what a checkpoint or a bundle holds.")
 @click.argument("path", metavar="CHECKPOINT|BUNDLE", type=PATH)
 @click.option("--out", type=PATH, help="Also draw masks and plan as PNG, into this folder; must not exist.")
-@heads_option
+@checkpoint_options
 @json_option
-def inspect_command(path: Path, out: Path | None, num_heads: int | None, as_json: bool) -> None:
+def inspect_command(path: Path, out: Path | None, reading: dict[str, Any], as_json: bool) -> None:
     """Say what a checkpoint or a bundle holds: sizes, cost, masks over time, and the plans that they allow."""
     from dydit.files import new_folder, require_absent
     from dydit.verify.inspect import inspect
 
     if out is not None:
         require_absent(out)
-    inspection = inspect(path, num_heads)
+    inspection = inspect(path, **reading)
     if out is not None:
         with new_folder(out) as folder:
             inspection.write_pictures(folder)

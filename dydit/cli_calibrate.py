@@ -14,9 +14,9 @@ from dydit.cli_options import (
     PATH,
     CommandGroup,
     backend_options,
+    checkpoint_options,
     chosen_plan,
     draw,
-    heads_option,
     json_option,
     plan_options,
     print_json,
@@ -128,7 +128,7 @@ def add_calibrate(group: CommandGroup) -> None:
     default=4,
     help="Steps of a segment, evenly spread, at which each layer's loss in 8 bits is measured.",
 )
-@heads_option
+@checkpoint_options
 @backend_options
 @json_option
 def calibrate_command(
@@ -144,7 +144,7 @@ def calibrate_command(
     margin: float,
     tile: int,
     batch_sizes: tuple[int, ...],
-    num_heads: int | None,
+    reading: dict[str, Any],
     backend: str,
     device: str,
     threads: int,
@@ -199,7 +199,7 @@ def calibrate_command(
     require_absent(picture)
     if config.search is not None:
         require_absent(curve)
-    model = load_checkpoint(checkpoint, num_heads)
+    model = load_checkpoint(checkpoint, **reading)
     work = out.parent / f".{out.name}.{work_name(model, exported, config)}"
     with progress_line("calibrate") as progress:
         options = BackendOptions(threads=threads, device=device)
@@ -225,6 +225,7 @@ def calibrate_command(
         f"and MLPs compute {held.mlp_ratio - 1:.1%} more than with dynamic routing, repeated steps among it",
         *([f"{out}: {result.found.text()}"] if result.found else []),
         *([] if found is None else [search_words(found)]),
+        *model.notes,
         *(f"Look at {each}" for each in (picture, curve) if each.exists()),
         f"Next: dydit export {checkpoint}{options_text}{eighth} --routing capacity --calibration {out} --out BUNDLE",
     )

@@ -14,9 +14,9 @@ from dydit.bundle.stored import Precision
 from dydit.cli_options import (
     PATH,
     CommandGroup,
+    checkpoint_options,
     chosen_plan,
     graph_options,
-    heads_option,
     json_option,
     next_commands,
     parse_guided_channels,
@@ -80,7 +80,7 @@ def add_export(group: CommandGroup) -> None:
     help="Latent channels that guidance acts on.  [default: the first 3, or all of fewer]",
 )
 @vae_options
-@heads_option
+@checkpoint_options
 @json_option
 def export_command(
     checkpoint: Path,
@@ -92,7 +92,7 @@ def export_command(
     cost: str,
     cost_batch: int,
     cfg_channels: int | None,
-    num_heads: int | None,
+    reading: dict[str, Any],
     as_json: bool,
     **settings: Any,
 ) -> None:
@@ -114,7 +114,7 @@ def export_command(
     from dydit.models.config import parse_config
 
     require_absent(out)
-    model = load_checkpoint(checkpoint, num_heads)
+    model = load_checkpoint(checkpoint, **reading)
     if cfg_channels is not None:
         settings["cfg_channels"] = cfg_channels or model.config.in_channels
     if not plan and cost == Cost.MACS and model.config.dynamic:
@@ -133,7 +133,8 @@ def export_command(
         facts = {"segments": len(manifest.plan.segments), "subnets": len(manifest.subnets), "bytes": size}
         print_json({"bundle": str(out), "steps": manifest.sampling.steps, **facts, "plan": planned})
         return
-    say(_made(manifest, out, size), *_measured_lines(manifest), *note, next_commands(manifest, out, checkpoint))
+    lines = [*_measured_lines(manifest), *note, *model.notes]
+    say(_made(manifest, out, size), *lines, next_commands(manifest, out, checkpoint))
 
 
 def best_plan(routing: Routing, precision: Precision) -> PlanKind:

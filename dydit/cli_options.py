@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import sys
@@ -127,9 +128,32 @@ def common_options() -> list[click.Parameter]:
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, and nothing else.")
 
 
-heads_option = click.option(
-    "--num-heads", type=click.IntRange(min=1), help="Attention heads, for a file that does not tell."
-)
+def checkpoint_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """How to read a checkpoint that leaves something open; the command gets it as `reading`, for `load_checkpoint`."""
+
+    @functools.wraps(command)
+    def with_reading(*arguments: Any, **settings: Any) -> Any:
+        names = ("num_heads", "weights", "num_classes", "input_size")
+        return command(*arguments, reading={name: settings.pop(name) for name in names}, **settings)
+
+    count = click.IntRange(min=1)
+    for option in (
+        click.option("--input-size", type=count, help="Side of the latents, for a file that does not tell."),
+        click.option(
+            "--num-classes",
+            type=count,
+            help="Classes, without the row for no class that guidance needs, for a file that does not tell.",
+        ),
+        click.option(
+            "--weights",
+            metavar="ema|model|NAME",
+            help="Which weights to take from a file with several: ema, model, or the name of an entry or a variant.  "
+            "[default: ema, where there is one]",
+        ),
+        click.option("--num-heads", type=count, help="Attention heads, for a file that does not tell."),
+    ):
+        with_reading = option(with_reading)
+    return with_reading
 
 
 def plan_options(command: Callable[..., Any]) -> Callable[..., Any]:

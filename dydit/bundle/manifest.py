@@ -24,6 +24,7 @@ from dydit.diffusion.coefficients import COEFFICIENTS
 from dydit.diffusion.schedule import Sampler
 from dydit.errors import BundleError, one_line
 from dydit.models.config import ModelConfig, Strict
+from dydit.models.containers import looks_like_checkpoint
 from dydit.models.migration import Migration
 
 SCHEMA_VERSION: Literal[1] = 1
@@ -231,6 +232,10 @@ def unpack_mask(text: str, shape: tuple[int, ...]) -> np.ndarray:
 
 def parse_manifest(path: Path) -> Manifest:
     """Read and check `manifest.json`. Raises `BundleError` with one line that says what is wrong."""
+    if not path.is_file() and looks_like_checkpoint(path.parent):
+        raise BundleError(
+            f"{path.parent} is a checkpoint, not a bundle: compile it with `dydit export {path.parent} --out BUNDLE`"
+        )
     try:
         text = path.read_text(encoding="utf-8")
         values = json.loads(text)

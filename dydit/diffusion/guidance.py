@@ -31,8 +31,8 @@ class Guidance:
     def __post_init__(self) -> None:
         if self.scale != 1 and self.null_class is None:
             raise ConfigError(
-                f"guidance {self.scale:g} needs a model that was trained without labels, too; this one was not: "
-                "use guidance 1, which is no guidance"
+                f"guidance {self.scale:g} needs a row for no class, which this model lacks (it was trained without "
+                "label dropout); use --cfg-scale 1 (guidance_scale=1)"
             )
 
     @property

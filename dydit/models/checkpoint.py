@@ -1,6 +1,6 @@
 """Reading and writing checkpoints: weights with the configuration of the model that they belong to.
 
-Read: official DiT files, DyDiT training files, diffusers DiT folders, and our own. Written: our own, one safetensors
+Read: DiT files, DyDiT and other training files, diffusers DiT folders, and our own. Written: our own, one safetensors
 file of fp32 tensors under the published names, `pos_embed` included, whose metadata holds `format` = "dydit",
 `version` = "1", `config` = the `ModelConfig` as JSON, and whatever text the writer adds. The same weights and metadata
 give the same bytes. (The safetensors library puts metadata in an order that changes from run to run, so the file is
@@ -9,6 +9,7 @@ written here; the format is a length, JSON, and the data.)
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,17 +18,27 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dydit.errors import CheckpointError, ConfigError
+from dydit.errors import CheckpointError, ConfigError, one_line
 from dydit.files import atomic_file, require_absent, sha256_of
 from dydit.models.config import ModelConfig, parse_config
-from dydit.models.dit import DiT, timestep_frequencies
-from dydit.models.safe_load import Container, container_of, plain_tensors, read_safetensors, read_torch, shown
-from dydit.models.state_fit import expected_shapes, infer_config, require_fit
-from dydit.models.state_names import DiffusersConfig, from_diffusers, unpack
+from dydit.models.containers import Container, container_of
+from dydit.models.conventions import require_supported, stated_by
+from dydit.models.diffusers_folder import json_object, read_folder
+from dydit.models.dit import DiT, sine_position_embedding, timestep_frequencies
+from dydit.models.safe_load import explained_memory, plain_tensors, read_safetensors, read_torch, require_sane, shown
+from dydit.models.state_entries import EMA, MODEL, is_average, unpack
+from dydit.models.state_fit import (
+    LABELS,
+    POSITIONS,
+    Given,
+    expected_shapes,
+    infer_config,
+    require_fit,
+    require_trained,
+)
 
 FORMAT, VERSION = "dydit", "1"
 RESERVED = ("format", "version", "config")
-DIFFUSERS_WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,8 +47,8 @@ class Checkpoint:
 
     `source`: "dit" (official, static), "dydit" (with routers), "diffusers" or "dydit-safetensors". `sha256`: of the
     file; for a folder, of its weight file. `metadata`: what the writer of our own format added, or for a training file
-    `weights`, the entry used ("ema" or "model"). The tensors of `state` may be mapped from the file: do not write to
-    them.
+    `weights`, the entry used ("ema", "model", ...). `notes`: what was assumed or chosen, for the user to read. The
+    tensors of `state` may be mapped from the file, and may share memory: do not write to them.
     """
 
     config: ModelConfig
@@ -46,6 +57,7 @@ class Checkpoint:
     path: Path
     sha256: str
     metadata: dict[str, str]
+    notes: tuple[str, ...] = ()
 
     def model(self) -> DiT:
         """A new model with these weights, fp32, in eval mode; it shares no memory with `state`."""
@@ -64,7 +76,8 @@ class Checkpoint:
     def _filled(self, state: Mapping[str, Tensor]) -> DiT:
         with torch.device("meta"):
             model = DiT(self.config)
-        weights = {name: _fp32_copy(tensor) for name, tensor in state.items()}
+        with explained_memory(self.path):
+            weights = {name: _fp32_copy(tensor) for name, tensor in state.items()}
         model.load_state_dict(weights, strict=state is self.state, assign=True)
         model.t_embedder.frequencies = timestep_frequencies()  # derived, so in no state dict
         return model.eval()
@@ -74,92 +87,98 @@ def _fp32_copy(tensor: Tensor) -> Tensor:
     return tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 
 
-def load_checkpoint(path: Path | str, num_heads: int | None = None) -> Checkpoint:
+def load_checkpoint(
+    path: Path | str,
+    num_heads: int | None = None,
+    weights: str | None = None,
+    num_classes: int | None = None,
+    input_size: int | None = None,
+) -> Checkpoint:
     """Read a checkpoint of any of the known formats, told apart by content; every tensor is checked.
 
-    `num_heads`: for a file that does not tell its head count. Raises `CheckpointError`, in one line that names `path`,
-    for anything that is not a complete and finite DiT; nothing in the file is executed.
+    `num_heads`, `num_classes` (without that of no class) and `input_size` (the side of the latents): for a file that
+    does not tell them. `weights`: which of several to take, "ema", "model" or the name of an entry or a variant; by
+    default the moving average, where there is one. Raises `CheckpointError`, in one line that names `path`, for
+    anything that is not a complete and finite DiT, or was trained in a way that we do not sample; nothing in the file
+    is executed.
     """
-    path = Path(path)
+    path, given = Path(path), Given(num_heads, weights, num_classes, input_size)
     try:
         if path.is_dir():
-            return _load_folder(path, num_heads)
+            folder = read_folder(path, given)
+            return Checkpoint(
+                *(folder.config, folder.state, "diffusers", path, folder.sha256, folder.metadata, folder.notes)
+            )
         if not path.is_file():
             raise CheckpointError("is not a regular file" if path.exists() else "does not exist")
-        return _load_file(path, num_heads)
+        return _load_file(path, given)
     except (CheckpointError, ConfigError) as error:
         raise CheckpointError(f"{path}: {error}") from error
+    except MemoryError as error:
+        raise CheckpointError(
+            f"{path}: cannot be read: there is too little memory for it ({one_line(error)}); the file is not damaged"
+        ) from error
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
-def _load_file(path: Path, num_heads: int | None) -> Checkpoint:
-    container = container_of(path)
-    metadata: dict[str, str] = {}
+def _load_file(path: Path, given: Given) -> Checkpoint:
+    container, size = container_of(path), path.stat().st_size
     if container is Container.SAFETENSORS:
-        tensors, header = read_safetensors(path)
+        loaded, header = read_safetensors(path)
         if header.get("format") == FORMAT:
-            return _load_own(path, tensors, header, num_heads)
-        unpacked = unpack(tensors)
+            return _load_own(path, loaded, header, given)
+        where = "metadata"
     else:
-        unpacked = unpack(read_torch(path, container))
-    state = plain_tensors(unpacked.state, path.stat().st_size)
+        loaded, header, where = read_torch(path, container), {}, "training arguments"
+    unpacked = unpack(loaded, given.weights)
+    state = plain_tensors(unpacked.state, size)
     if any(name.startswith("transformer_blocks.") for name in state):
         raise CheckpointError("holds diffusers weights without their config.json; give the folder that holds both")
-    config = infer_config(state, unpacked.arguments, num_heads)
-    require_fit(state, expected_shapes(config))
-    if unpacked.entry:
-        metadata["weights"] = unpacked.entry
-    return Checkpoint(config, state, "dydit" if config.dynamic else "dit", path, sha256_of(path), metadata)
+    stated = stated_by(loaded, header)
+    require_supported(stated, where)
+    inferred = infer_config(state, stated, given)
+    config = inferred.config
+    _complete(state, config, unpacked.entry, size)
+    metadata = {"weights": unpacked.entry} if unpacked.entry else {}
+    notes = (*unpacked.notes, *inferred.notes)
+    source = "dydit" if config.dynamic else "dit"
+    return Checkpoint(config, state, source, path, sha256_of(path), metadata, notes)
 
 
-def _load_own(path: Path, tensors: dict[str, Tensor], header: dict[str, str], num_heads: int | None) -> Checkpoint:
+def _complete(state: dict[str, Tensor], config: ModelConfig, entry: str, size: int) -> None:
+    """Check that `state` is all of a model, and add what can be computed: a position embedding that was not saved.
+
+    A row for no class that was never trained is taken off the class table.
+    """
+    shapes = expected_shapes(config)
+    if LABELS in state and len(state[LABELS]) == config.class_rows + 1:
+        state[LABELS] = state[LABELS][: config.class_rows]
+    if POSITIONS not in state:
+        require_sane(config.tokens * config.hidden_size, size)
+        require_fit(state, {name: shape for name, shape in shapes.items() if name != POSITIONS})
+        state[POSITIONS] = sine_position_embedding(config)
+    require_fit(state, shapes)
+    require_trained(state, entry)
+
+
+def _load_own(path: Path, tensors: dict[str, Tensor], header: dict[str, str], given: Given) -> Checkpoint:
     if header.get("version") != VERSION:
         version = shown(header.get("version", "none"))
         raise CheckpointError(f"has version {version} of the dydit format; this dydit reads {VERSION}: update it")
-    config = parse_config(ModelConfig, _json_object(header.get("config", ""), "configuration"))
-    _require_heads(config, num_heads)
+    config = parse_config(ModelConfig, json_object(header.get("config", ""), "configuration"))
+    given.require_same(config)
+    metadata = {key: value for key, value in header.items() if key not in RESERVED}
+    kept = metadata.get("weights", "")
+    if given.weights is not None and given.weights not in (kept, EMA if is_average(kept) else MODEL):
+        raise CheckpointError(
+            f"holds no weights {shown(given.weights)}: those it has are {shown(kept) or MODEL}; leave --weights "
+            "(weights=) out"
+        )
     state = plain_tensors(tensors, path.stat().st_size)
     require_fit(state, expected_shapes(config))
-    metadata = {key: value for key, value in header.items() if key not in RESERVED}
+    require_trained(state, "")
     return Checkpoint(config, state, "dydit-safetensors", path, sha256_of(path), metadata)
-
-
-def _load_folder(path: Path, num_heads: int | None) -> Checkpoint:
-    folder = next((at for at in (path, path / "transformer") if (at / "config.json").is_file()), None)
-    weights = next((folder / name for name in DIFFUSERS_WEIGHTS if (folder / name).is_file()), None) if folder else None
-    if folder is None or weights is None:
-        sharded = folder and any(folder.glob("diffusion_pytorch_model*.index.json"))
-        hint = "; its weights are in shards, save them as one file" if sharded else ""
-        raise CheckpointError(
-            f"is not a diffusers DiT folder: expected config.json and {DIFFUSERS_WEIGHTS[0]} in it or in its "
-            f"transformer/ folder{hint}"
-        )
-    values = _json_object((folder / "config.json").read_bytes(), "config.json")
-    config = parse_config(DiffusersConfig, values).model()
-    _require_heads(config, num_heads)
-    container = container_of(weights)
-    if container is Container.SAFETENSORS:
-        tensors, _ = read_safetensors(weights)
-    else:
-        tensors = dict(unpack(read_torch(weights, container)).state)
-    state = from_diffusers(plain_tensors(tensors, weights.stat().st_size), config)
-    return Checkpoint(config, state, "diffusers", path, sha256_of(weights), {})
-
-
-def _json_object(text: str | bytes, what: str) -> dict[str, object]:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"has a {what} that is not JSON") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"has a {what} that is not a JSON object")
-    return value
-
-
-def _require_heads(config: ModelConfig, num_heads: int | None) -> None:
-    if num_heads is not None and num_heads != config.num_heads:
-        raise CheckpointError(f"says that it has {config.num_heads} heads, not {num_heads}; leave --num-heads away")
 
 
 def save_checkpoint(
@@ -209,16 +228,26 @@ def _header(config: ModelConfig, metadata: Mapping[str, str]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def convert(source: Path, target: Path, num_heads: int | None = None) -> Checkpoint:
+def convert(
+    source: Path,
+    target: Path,
+    num_heads: int | None = None,
+    weights: str | None = None,
+    num_classes: int | None = None,
+    input_size: int | None = None,
+) -> Checkpoint:
     """Read `source` in any known format, write `target` in ours, and return it as read back from there.
 
-    The origin goes into the metadata: `source` (its format) and `source_sha256`. Raises `OutputError` if `target`
+    The options are those of `load_checkpoint`. The origin goes into the metadata: `source` (its format),
+    `source_sha256`, and `assumed`, the notes of reading it, which the result also has. Raises `OutputError` if `target`
     exists and `CheckpointError` as `load_checkpoint` does.
     """
     source, target = Path(source), Path(target)
     require_absent(target)
-    checkpoint = load_checkpoint(source, num_heads)
+    checkpoint = load_checkpoint(source, num_heads, weights, num_classes, input_size)
     origin = {"source": checkpoint.source, "source_sha256": checkpoint.sha256}
+    if checkpoint.notes:
+        origin["assumed"] = "; ".join(checkpoint.notes)
     # A copy of our own format keeps the origin that it names.
     save_checkpoint(target, checkpoint.state, checkpoint.config, {**origin, **checkpoint.metadata})
-    return load_checkpoint(target)
+    return dataclasses.replace(load_checkpoint(target), notes=checkpoint.notes)

@@ -5,8 +5,17 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
+from dydit.diffusion.guidance import Guidance
 from dydit.errors import ConfigError
 
 T = TypeVar("T", bound=BaseModel)
@@ -30,6 +39,7 @@ class ModelConfig(Strict):
     """Sizes of a DiT (Peebles & Xie 2023) and the layout of its DyDiT routers.
 
     `input_size` is the side of the latent (or pixel) square, so a model sees `tokens = (input_size/patch_size)**2`.
+    `null_class_row`: whether the class table has a row for "no class" after those of the classes, which guidance needs.
     """
 
     hidden_size: int = Field(gt=0)
@@ -41,6 +51,15 @@ class ModelConfig(Strict):
     num_classes: int = Field(default=1000, gt=0)
     learn_sigma: bool = True
     routers: Routers = Routers.FIRST_ON
+    null_class_row: bool = True
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave `null_class_row` out where it is true: older files, bundles and their digests do not have it."""
+        values: dict[str, Any] = handler(self)
+        if values.get("null_class_row") is True:
+            del values["null_class_row"]
+        return values
 
     @model_validator(mode="after")
     def _divisible(self) -> ModelConfig:
@@ -88,9 +107,18 @@ class ModelConfig(Strict):
         return self.in_channels in (1, 3)
 
     @property
-    def null_class(self) -> int:
-        """The label that means "no class" in classifier-free guidance: one past the last class."""
-        return self.num_classes
+    def class_rows(self) -> int:
+        """Rows of the class table: the labels that the network takes are below."""
+        return self.num_classes + self.null_class_row
+
+    @property
+    def null_class(self) -> int | None:
+        """The label that means "no class" in classifier-free guidance: one past the last class. None: there is none."""
+        return self.num_classes if self.null_class_row else None
+
+    def require_guidance(self, cfg_scale: float) -> None:
+        """Raise `ConfigError` where `cfg_scale` asks for guidance and the model has no row for "no class"."""
+        Guidance(cfg_scale, self.null_class)
 
     @property
     def dynamic(self) -> bool:

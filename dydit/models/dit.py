@@ -1,7 +1,8 @@
 """The DiT of Peebles & Xie (2023) with DyDiT's routers (Zhao et al. 2025), under the published state-dict names.
 
-Shapes: x [B, C, S, S] latents, t [B] timesteps in 0..999, y [B] labels (num_classes is the null class);
-N tokens of hidden size D, H heads. The output is [B, 2C, S, S]: epsilon, then the variance, where sigma is learned.
+Shapes: x [B, C, S, S] latents, t [B] timesteps in 0..999, y [B] labels (num_classes is the null class,
+where there is one); N tokens of hidden size D, H heads. The output is [B, 2C, S, S]: epsilon, then the variance, where
+sigma is learned.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ class LabelEmbedder(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.embedding_table = nn.Embedding(config.num_classes + 1, config.hidden_size)
+        self.embedding_table = nn.Embedding(config.class_rows, config.hidden_size)
 
     def forward(self, y: Tensor) -> Tensor:
         return self.embedding_table(y)

@@ -6,21 +6,24 @@ preset, the training arguments or the user, and is never guessed. Errors do not 
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from dydit.errors import CheckpointError, ConfigError
 from dydit.models.config import ModelConfig, Routers, parse_config, preset
+from dydit.models.conventions import Stated, require_side, require_sigma
 from dydit.models.dit import DiT
 from dydit.models.safe_load import listed, shown
 
 Shapes = dict[str, tuple[int, ...]]
+POSITIONS, LABELS = "pos_embed", "y_embedder.embedding_table.weight"
+IMAGENET = 1000
 
 # Far above any model that can be run. The configuration in a damaged or hostile file could claim anything, and the time
 # that checking it takes grows with these.
@@ -34,6 +37,7 @@ LIMITS = {
 }
 
 _BLOCK = re.compile(r"blocks\.([0-9]{1,6})\.")
+_MATRIX = re.compile(r"blocks\.[0-9]+\.(attn\.(qkv|proj)|mlp\.fc[12])\.weight$")
 _ROUTER = re.compile(r"blocks\.[0-9]+\.(attn_rate|mlp_rate|token_selection)\.")
 _PRESETS = [preset(f"{size}/2") for size in ("S", "B", "L", "XL")]
 
@@ -78,6 +82,18 @@ def require_fit(state: Mapping[str, Tensor], expected: Shapes) -> None:
         raise CheckpointError(f"has NaN or infinite values in {_tensors(bad)}; use an earlier save")
 
 
+def require_trained(state: Mapping[str, Tensor], entry: str) -> None:
+    """Raise `CheckpointError` where all matrices of all blocks are zeros; `entry`: where the weights lay in the file.
+
+    That is what an average holds that was set up and never updated. (One of a single block may be pruned; matrices that
+    start from zero, those of adaLN and of the final layer, say nothing.)
+    """
+    matrices = [name for name in state if _MATRIX.match(name)]
+    if not any(bool(state[name].any()) for name in matrices):
+        hint = f" under `{shown(entry)}`; take others with --weights (weights=), such as model" if entry else ""
+        raise CheckpointError(f"holds only zeros in the weights of its blocks{hint}: it is no trained model")
+
+
 def _tensors(names: list[str]) -> str:
     return f"{len(names)} tensor{'s' * (len(names) > 1)} ({listed(names)})"
 
@@ -87,35 +103,149 @@ def _finite(tensor: Tensor) -> bool:
     return tensor.numel() == 0 or all(math.isfinite(bound.float()) for bound in tensor.aminmax())
 
 
-def infer_config(
-    state: Mapping[str, Tensor], arguments: argparse.Namespace | None = None, num_heads: int | None = None
-) -> ModelConfig:
+@dataclass(frozen=True)
+class Given:
+    """What the user says of a file, which counts before what the file says or leaves open."""
+
+    num_heads: int | None = None
+    weights: str | None = None
+    num_classes: int | None = None
+    input_size: int | None = None
+
+    def require_same(self, config: ModelConfig) -> None:
+        """Raise `CheckpointError` where it contradicts the configuration that a file has."""
+        for option in ("num_heads", "num_classes", "input_size"):
+            value, own = getattr(self, option), getattr(config, option)
+            if value is not None and value != own:
+                what = {"num_heads": "heads", "num_classes": "classes", "input_size": "as the side of its inputs"}[
+                    option
+                ]
+                raise CheckpointError(
+                    f"says that it has {own} {what}, not {value}; remove --{option.replace('_', '-')}"
+                )
+
+
+@dataclass(frozen=True)
+class Inferred:
+    """A configuration, and what was assumed to come to it, in sentences for the user."""
+
+    config: ModelConfig
+    notes: tuple[str, ...] = ()
+
+
+def infer_config(state: Mapping[str, Tensor], stated: Stated | None = None, given: Given | None = None) -> Inferred:
     """The configuration that the shapes in `state` describe; raises `CheckpointError` where they describe no DiT.
 
-    `arguments`: those of the training run, as in a DyDiT training file; `num_heads`: what the user said, which counts
-    before all else.
+    `stated`: by the training run, as `conventions.stated_by` finds it; what it contradicts is refused.
     """
+    stated, given = stated or {}, given or Given()
     patch = _shape(state, "x_embedder.proj.weight", 4)
     hidden, channels, patch_size = patch[0], patch[1], patch[2]
-    tokens = _shape(state, "pos_embed", 3)[1]
-    side = math.isqrt(tokens)
-    if side * side != tokens:
-        raise CheckpointError(f"has a pos_embed of {tokens} tokens; expected a square number")
     depth = _depth(state)
     rows = _shape(state, "blocks.0.attn_rate.router.weight", 2)[0] if any(map(_ROUTER.match, state)) else None
-    heads, routers = choose_heads(hidden, depth, rows, num_heads, _heads_from(arguments, hidden))
+    heads, routers = choose_heads(hidden, depth, rows, given.num_heads, _heads_from(stated, hidden))
+    said = stated.get("num_heads")
+    if type(said) is int and given.num_heads is None and said != heads:
+        raise CheckpointError(
+            f"contradicts itself: its training arguments say {said} heads, its tensors allow {heads}; give --num-heads"
+        )
+    learn_sigma = _learns_sigma(_shape(state, "final_layer.linear.weight", 2)[0], patch_size, channels)
+    require_sigma(stated, learn_sigma)
+    side, side_notes = _input_size(state, patch_size, stated, given.input_size)
+    classes = class_table(_shape(state, LABELS, 2)[0], stated, given.num_classes)
     values = {
         "hidden_size": hidden,
         "depth": depth,
         "num_heads": heads,
         "patch_size": patch_size,
-        "input_size": side * patch_size,
+        "input_size": side,
         "in_channels": channels,
-        "num_classes": _shape(state, "y_embedder.embedding_table.weight", 2)[0] - 1,
-        "learn_sigma": _learns_sigma(_shape(state, "final_layer.linear.weight", 2)[0], patch_size, channels),
+        "num_classes": classes.count,
+        "learn_sigma": learn_sigma,
         "routers": routers,
+        "null_class_row": classes.null_row,
     }
-    return parse_config(ModelConfig, values)
+    return Inferred(parse_config(ModelConfig, values), (*side_notes, *classes.notes))
+
+
+def _input_size(
+    state: Mapping[str, Tensor], patch_size: int, stated: Stated, given: int | None
+) -> tuple[int, tuple[str, ...]]:
+    """The side of the inputs, from the position embedding; without one, which can be computed, as told."""
+    if POSITIONS in state:
+        tokens = _shape(state, POSITIONS, 3)[1]
+        side = math.isqrt(tokens)
+        if side * side != tokens:
+            raise CheckpointError(f"has a pos_embed of {tokens} tokens; expected a square number")
+        side *= patch_size
+        if given not in (None, side):
+            raise CheckpointError(f"has a pos_embed of inputs with a side of {side}, not {given}; remove --input-size")
+        require_side(stated, side)
+        return side, ()
+    if given is not None:
+        return given, ()
+    pixels = stated.get("image_size")
+    if type(pixels) is int and pixels > 0 and "vae" in stated and pixels % 8 == 0:
+        return pixels // 8, (
+            f"input size {pixels // 8}: its training arguments say images of {pixels} pixels and a VAE",
+        )
+    raise CheckpointError(
+        "does not tell the side of its inputs, for it has no pos_embed; give it with --input-size (input_size=): 32 "
+        "for a latent DiT at 256 pixels, 64 at 512"
+    )
+
+
+@dataclass(frozen=True)
+class ClassTable:
+    """How the rows of a class table are read: `count` classes, and whether a row for "no class" follows them."""
+
+    count: int
+    null_row: bool
+    notes: tuple[str, ...] = ()
+
+
+def class_table(rows: int, stated: Stated, given: int | None = None) -> ClassTable:
+    """The classes of a table of `rows`: a DiT has one more row, for "no class", if labels were dropped in training.
+
+    In this order: `given` by the user; the training arguments; ImageNet's count; one row, which can only be a class;
+    else the last row is taken for "no class", and the note says so. Raises `CheckpointError` for counts that do not
+    go with the rows.
+    """
+    said, dropped = stated.get("num_classes"), _dropout(stated)
+    count = given if given is not None else said if type(said) is int else None
+    if count is not None:
+        if rows not in (count, count + 1) or count < 1:
+            source = "--num-classes says" if given is not None else "its training arguments say"
+            raise CheckpointError(
+                f"has a class table of {rows} rows, which is not of the {count} classes that {source}: expected "
+                f"{count}, or {count + 1} with the row for no class"
+            )
+        if given is None and rows == count and dropped:
+            raise CheckpointError(
+                f"contradicts itself: its training arguments say {count} classes and that labels were dropped "
+                f"({dropped:g}), but its class table of {rows} rows has none for no class; give --num-classes"
+            )
+        if rows == count + 1 and dropped == 0:
+            note = f"its training dropped no labels, so row {count} of its class table was never trained: left out"
+            return ClassTable(count, False, (note,))
+        return ClassTable(count, rows == count + 1)
+    if dropped == 0 or rows == 1:
+        return ClassTable(rows, False)
+    if rows == IMAGENET:
+        note = f"{rows} classes, without a row for no class, so that guidance is not possible: assumed from the count"
+        return ClassTable(rows, False, (f"{note}; --num-classes {rows - 1} says otherwise",))
+    if rows == IMAGENET + 1 or dropped:
+        return ClassTable(rows - 1, True)
+    note = f"{rows - 1} classes, and a last row for no class, which guidance needs: assumed from {rows} rows"
+    return ClassTable(rows - 1, True, (f"{note}; --num-classes {rows} says that all are classes",))
+
+
+def _dropout(stated: Stated) -> float | None:
+    for name in ("class_dropout_prob", "label_dropout", "label_dropout_prob"):
+        value = stated.get(name)
+        if isinstance(value, int | float):
+            return float(value)
+    return None
 
 
 def choose_heads(
@@ -146,13 +276,14 @@ def choose_heads(
             f"has routers of {rows} rows: neither {rows} nor {rows + 1} heads divide {hidden} channels"
         )
     options = "" if rows is None else f" ({' or '.join(map(str, sorted(layouts)))})"
-    raise CheckpointError(f"does not tell its number of heads{options}; give it with --num-heads (num_heads=)")
+    raise CheckpointError(
+        f"does not tell its number of heads{options}; give it with --num-heads (num_heads=), here or to dydit convert"
+    )
 
 
-def _heads_from(arguments: argparse.Namespace | None, hidden: int) -> int | None:
+def _heads_from(stated: Stated, hidden: int) -> int | None:
     """The head count that training arguments name: `num_heads`, or that of a published `model` of this hidden size."""
-    values = {} if arguments is None else vars(arguments)
-    heads, model = values.get("num_heads"), values.get("model")
+    heads, model = stated.get("num_heads"), stated.get("model")
     if type(heads) is int:
         return heads
     if isinstance(model, str):

@@ -1,7 +1,7 @@
-"""From the names that other programs give to a DiT's tensors to the published ones.
+"""From the names that diffusers gives to a DiT's tensors to the published ones, and from its configuration to ours.
 
-Two forms are read besides the published one: DyDiT training files, which wrap the state dict, and diffusers' folders,
-which rename the tensors, split q, k and v, and give every block a copy of the embedders. Errors do not name the file.
+diffusers renames the tensors, splits q, k and v, and gives every block a copy of the embedders. Errors do not name the
+file.
 
 diffusers (0.42) computes two things otherwise than the DiT whose weights it carries: the sinusoid divides by 127
 instead of 128, and the second LayerNorm of a block has `norm_eps` (1e-5 by default) instead of 1e-6. We run the weights
@@ -10,10 +10,8 @@ as they were trained, so our outputs agree with the original DiT and not, to the
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -21,50 +19,20 @@ from torch import Tensor
 
 from dydit.errors import CheckpointError
 from dydit.models.config import ModelConfig, Routers, parse_config
-from dydit.models.dit import sine_position_embedding
-from dydit.models.safe_load import listed
+from dydit.models.dit import NORM_EPS, sine_position_embedding
+from dydit.models.safe_load import listed, require_sane
 from dydit.models.state_fit import Shapes, expected_shapes, require_fit
 
+DIFFUSERS_EPS = 1e-5  # what diffusers writes whether or not it is so; see above
 POSITIONS = "pos_embed.pos_embed"
 
 
-@dataclass(frozen=True)
-class Unpacked:
-    """A state dict as it lay in a file, the entry it came from ("" for the top level), and the run's arguments."""
-
-    state: Mapping[Any, Any]
-    entry: str
-    arguments: argparse.Namespace | None
-
-
-def unpack(loaded: Any) -> Unpacked:
-    """Find the state dict in what `torch.save` wrote: `ema` before `model` before the top level itself.
-
-    A `module.` in front of every name, which data-parallel training leaves there, is taken off.
-    """
-    if not isinstance(loaded, Mapping):
-        raise CheckpointError(f"holds {type(loaded).__name__}, not a state dict")
-    arguments = loaded.get("args")
-    for entry in ("ema", "model"):
-        inner = loaded.get(entry)
-        if isinstance(inner, Mapping) and inner:
-            return Unpacked(
-                _without_module(inner), entry, arguments if isinstance(arguments, argparse.Namespace) else None
-            )
-    if not any(isinstance(value, Tensor) for value in loaded.values()):
-        keys = listed(str(key) for key in loaded) or "nothing"
-        raise CheckpointError(f"holds no state dict: expected tensors, or `ema` or `model` with them; it holds {keys}")
-    return Unpacked(_without_module(loaded), "", None)
-
-
-def _without_module(state: Mapping[Any, Any]) -> Mapping[Any, Any]:
-    if all(isinstance(name, str) and name.startswith("module.") for name in state):
-        return {name.removeprefix("module."): value for name, value in state.items()}
-    return state
-
-
 class DiffusersConfig(BaseModel):
-    """What we need of diffusers' `config.json`; the literals are what makes it a DiT. Other keys are ignored."""
+    """What we need of diffusers' `config.json`; the literals are what makes it a DiT.
+
+    Other keys are ignored: they do not change what the model computes (`dropout`, `norm_num_groups`,
+    `upcast_attention`), or not without tensors that a DiT does not have.
+    """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -81,9 +49,22 @@ class DiffusersConfig(BaseModel):
     activation_fn: Literal["gelu-approximate"] = "gelu-approximate"
     attention_bias: Literal[True] = True
     norm_elementwise_affine: Literal[False] = False
+    norm_eps: float = NORM_EPS
+    attention_type: Literal["default"] = "default"
+    only_cross_attention: Literal[False] = False
+    double_self_attention: Literal[False] = False
+    use_additional_conditions: Literal[False] | None = None
+    interpolation_scale: Literal[1] | None = None
+    positional_embeddings: None = None
+    num_vector_embeds: None = None
+    cross_attention_dim: None = None
+    caption_channels: None = None
+    quantization_config: None = None
 
     def model(self) -> ModelConfig:
         """The same in our terms; `CheckpointError` where the output is neither epsilon nor epsilon and variance."""
+        if self.norm_eps not in (NORM_EPS, DIFFUSERS_EPS):
+            raise CheckpointError(f"has norm_eps {self.norm_eps:g}; a DiT has {NORM_EPS:g}")
         out = self.in_channels if self.out_channels is None else self.out_channels
         if out not in (self.in_channels, 2 * self.in_channels):
             raise CheckpointError(
@@ -135,15 +116,16 @@ def diffusers_names(published: str, depth: int) -> list[str]:
     return [f"transformer_blocks.{block}.{piece}.{kind}" for piece in _BLOCK_PARTS[inner]]
 
 
-def from_diffusers(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+def from_diffusers(state: Mapping[str, Tensor], config: ModelConfig, size: int) -> dict[str, Tensor]:
     """The tensors of a diffusers DiT under the published names; q, k and v are joined, nothing else is copied.
 
-    The position embedding, which diffusers does not always store, is computed where it is absent. Raises
-    `CheckpointError` where tensors are missing, unknown, misshapen or not finite, and where the blocks' copies of the
-    timestep or label embedder differ: a published DiT has one of each.
+    The position embedding, which diffusers does not always store, is computed where it is absent. `size`: bytes of the
+    file or files. Raises `CheckpointError` where tensors are missing, unknown, misshapen or not finite, and where the
+    blocks' copies of the timestep or label embedder differ: a published DiT has one of each.
     """
     shapes = expected_shapes(config)
     require_fit(state, _diffusers_shapes(shapes, config.depth, POSITIONS in state))
+    require_sane(config.tokens * config.hidden_size, size)
     published = {}
     for name in shapes:
         sources = diffusers_names(name, config.depth)

@@ -45,7 +45,7 @@ from dydit.runtime.images import (
 from dydit.runtime.loop import LatentStore, Progress, StepRunner, sample
 from dydit.runtime.noise import NoiseFile, NoiseSource, SeededNoise
 from dydit.runtime.pixels import PictureFormat, ToPixels, picture_format
-from dydit.runtime.request import Batch, SampleRequest, check_batch_size, check_labels, make_batches
+from dydit.runtime.request import Batch, SampleRequest, check_batch_size, check_guidance, check_labels, make_batches
 from dydit.runtime.resident import ResidentSubnets
 from dydit.runtime.run_folder import FolderStore, RunFolder, ShareStore
 from dydit.runtime.workers import Worker
@@ -224,6 +224,7 @@ def _plan_run(
     file = None if request.noise_from is None else NoiseFile.read(request.noise_from, manifest)
     labels = _labels(request, file)
     check_labels(sorted(set(labels)), manifest)
+    check_guidance(request.cfg_scale, manifest)
     size = check_batch_size(request.batch_size, manifest, len(labels))
     images = range(request.first_image, request.first_image + len(labels))
     shape = (model.in_channels, model.input_size, model.input_size)

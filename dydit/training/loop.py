@@ -182,7 +182,7 @@ def train(recipe: Recipe, out: Path, resume: bool = False, progress: Progress | 
         seed=recipe.seed,
         batch_size=recipe.batch_size,
         label_dropout=recipe.label_dropout,
-        null_class=recipe.model.null_class,
+        null_class=recipe.model.num_classes,
         process=accelerator.process_index,
         processes=accelerator.num_processes,
     )

@@ -93,6 +93,8 @@ class Recipe(Strict):
     def _consistent(self) -> Recipe:
         if (self.stage is not Stage.STATIC) != self.model.dynamic:
             raise ValueError(f"stage {self.stage} does not go with model.routers {self.model.routers}")
+        if self.label_dropout and not self.model.null_class_row:
+            raise ValueError("label_dropout needs model.null_class_row, the row of the class table for no class")
         if self.batch_size % 4:
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of 4 (timesteps are drawn by quarters)")
         return self

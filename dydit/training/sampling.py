@@ -51,8 +51,10 @@ def sample_torch(
     `progress` is called with (model evaluations done, in all). Raises `ConfigError` for a label that is no class.
     """
     labels = np.asarray(labels, np.int64)
-    if labels.ndim != 1 or not len(labels) or not ((labels >= 0) & (labels <= model.config.null_class)).all():
-        raise ConfigError(f"labels must be a list of classes in 0..{model.config.null_class}; got {labels.tolist()}")
+    if labels.ndim != 1 or not len(labels) or not ((labels >= 0) & (labels < model.config.class_rows)).all():
+        last = model.config.class_rows - 1
+        raise ConfigError(f"labels must be a list of classes in 0..{last}; got {labels.tolist()}")
+    model.config.require_guidance(cfg_scale)
     schedule = Schedule.respaced(steps)
     coefficients = step_coefficients(schedule, sampler, model.config.learn_sigma)
     plan = _Plan(schedule.timesteps[::-1], coefficients, cfg_scale, seed, record)

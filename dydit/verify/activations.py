@@ -102,6 +102,8 @@ def sample_watched(
     if not labels or not cfg_scales:
         raise ConfigError("calibration needs at least one label and one guidance scale")
     config, schedule = checkpoint.config, Schedule.respaced(steps)
+    for scale in cfg_scales:
+        config.require_guidance(scale)
     timesteps = schedule.timesteps[::-1]
     masks = freeze_masks(checkpoint.width_routers(), timesteps)
     weights = dict(stored_tensors(checkpoint.state, config))

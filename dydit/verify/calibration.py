@@ -116,6 +116,8 @@ def run_calibration(
     model = checkpoint.config
     if not model.dynamic:
         raise CalibrationError(f"{checkpoint.path} is a static model: it has no token routers, so nothing to calibrate")
+    for scale in config.cfg_scales:
+        model.require_guidance(scale)
     for images, what in ((config.samples, "samples"), (config.held_out, "held-out samples")):
         for scale, count in spread_scales(images, config.cfg_scales):
             require_samples(config.capacity, count, scale, what)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -86,17 +87,17 @@ class Inspection:
         return self.facts.to_json()
 
 
-def inspect(path: Path | str, num_heads: int | None = None) -> Inspection:
+def inspect(path: Path | str, **reading: Any) -> Inspection:
     """A bundle where `path` is a folder with a manifest, else a checkpoint; see the two functions below."""
     if (Path(path) / MANIFEST).exists():
         return inspect_bundle(path)
-    return inspect_checkpoint(path, num_heads)
+    return inspect_checkpoint(path, **reading)
 
 
-def inspect_checkpoint(path: Path | str, num_heads: int | None = None, steps: int = DEFAULT_STEPS) -> Inspection:
+def inspect_checkpoint(path: Path | str, steps: int = DEFAULT_STEPS, **reading: Any) -> Inspection:
     """A checkpoint of any known format, its width masks taken at the timesteps of a run of `steps`.
 
-    Raises `CheckpointError` as `load_checkpoint` does.
+    `reading`: the options of `load_checkpoint`. Raises `CheckpointError` as that does.
     """
     try:
         from dydit.export.masks import freeze_masks
@@ -104,7 +105,7 @@ def inspect_checkpoint(path: Path | str, num_heads: int | None = None, steps: in
         from dydit.models.checkpoint import load_checkpoint
     except ImportError as error:
         raise CheckpointError(f"reading a checkpoint needs {error.name}: pip install 'dydit[export]'") from error
-    checkpoint = load_checkpoint(path, num_heads)
+    checkpoint = load_checkpoint(path, **reading)
     config = checkpoint.config
     timesteps = Schedule.respaced(steps).timesteps[::-1]
     masks = freeze_masks(checkpoint.width_routers(), timesteps)
@@ -120,6 +121,7 @@ def inspect_checkpoint(path: Path | str, num_heads: int | None = None, steps: in
         sha256=checkpoint.sha256,
         file_bytes=_size_of(Path(path)),
         metadata=checkpoint.metadata,
+        notes=checkpoint.notes,
         model=model,
         width=_width_facts(masks, config),
         plans=_rows(masks, config, sizes, None),

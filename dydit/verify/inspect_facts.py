@@ -61,6 +61,7 @@ class CheckpointFacts(Result):
     sha256: str
     file_bytes: int
     metadata: dict[str, str]
+    notes: tuple[str, ...] = Field(default=(), description="what was assumed or chosen when it was read")
     model: ModelFacts
     width: WidthFacts
     plans: tuple[PlanRow, ...]
@@ -141,6 +142,7 @@ def checkpoint_text(facts: CheckpointFacts) -> str:
         *_model_lines(facts.model),
         *_width_lines(facts.model, facts.width),
         *((key, value if len(value) <= 80 else value[:77] + "...") for key, value in sorted(facts.metadata.items())),
+        *(("assumed", note) for note in facts.notes),
     ]
     if not facts.model.config.dynamic:
         return aligned(head)
@@ -206,10 +208,11 @@ def _model_lines(model: ModelFacts) -> list[tuple[str, str]]:
     c = model.config
     kind = f"DyDiT, routers {c.routers}" if c.dynamic else "DiT, static"
     shape = f"{c.in_channels}x{c.input_size}x{c.input_size}"
+    guidance = "" if c.null_class_row else ", none for no class: no guidance"
     routers = f", of them routers {model.router_parameters:,}" if model.router_parameters else ""
     return [
         ("model", f"{kind}; hidden {c.hidden_size}, {c.depth} blocks, {c.num_heads} heads, patch {c.patch_size}"),
-        ("input", f"{shape}, {model.tokens} tokens, {c.num_classes} classes"),
+        ("input", f"{shape}, {model.tokens} tokens, {c.num_classes} classes{guidance}"),
         ("parameters", f"{model.parameters:,}{routers}"),
         (
             "cost",

@@ -82,7 +82,7 @@ def run_parity(
         raise ConfigError(
             f"{len(config.labels)} labels, but the bundle was exported for batches up to {manifest.max_batch}"
         )
-    Images(config.labels).row_labels(manifest.model)
+    Images(config.labels, config.seed, config.cfg_scale).row_labels(manifest.model)
     steps = manifest.sampling.steps
     compared = sorted({*range(0, steps, config.every), steps - 1})
     if manifest.model == checkpoint.config:

@@ -99,7 +99,7 @@ def write_profile_bundle(
 
 
 def _checkpoint(model: ModelConfig, depth: int, token_share: float) -> Checkpoint:
-    config = model.model_copy(update={"depth": depth, "num_classes": 1})
+    config = model.model_copy(update={"depth": depth, "num_classes": 1, "null_class_row": True})
     state = synthetic_model(config).state_dict()
     if config.dynamic:
         _route_share(state, config, token_share)

@@ -44,10 +44,11 @@ class Images:
         return self.batch * (2 if is_guided(self.cfg_scale) else 1)
 
     def row_labels(self, config: ModelConfig) -> np.ndarray:
-        """Labels of all rows, int64 [rows]. Raises `ConfigError` for a label outside 0..num_classes."""
+        """Labels of all rows, int64 [rows]. Raises `ConfigError` for a label that is no row of the class table, and
+        for guidance of a model that has none for no class."""
         for label in self.labels:
-            if not 0 <= label <= config.null_class:
-                raise ConfigError(f"label {label} is outside 0..{config.null_class}")
+            if not 0 <= label < config.class_rows:
+                raise ConfigError(f"label {label} is outside 0..{config.class_rows - 1}")
         return Guidance(self.cfg_scale, config.null_class).rows(np.asarray(self.labels, np.int64))
 
     def noise(self, config: ModelConfig, step: int | None) -> np.ndarray:

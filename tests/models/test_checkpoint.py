@@ -264,7 +264,9 @@ def test_convert_keeps_the_model_and_names_the_origin(tmp_path: Path) -> None:
     target = tmp_path / "out" / "model.safetensors"
     converted = convert(source, target)
     assert converted.path == target and converted.source == "dydit-safetensors"
+    assumed = converted.metadata.pop("assumed")
     assert converted.metadata == {"weights": "ema", "source": "dydit", "source_sha256": sha256_of(source)}
+    assert "also holds model" in assumed and "assumed from 11 rows" in assumed and len(converted.notes) == 2
     assert_same_model(converted, ema)
     copied = convert(target, tmp_path / "copy.safetensors")
     assert copied.sha256 == converted.sha256

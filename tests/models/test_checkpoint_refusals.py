@@ -100,7 +100,6 @@ def test_values_that_are_not_float_tensors(tmp_path: Path, value: object) -> Non
         ("pos_embed", torch.zeros(1, 15, 32), "has a pos_embed of 15 tokens; expected a square number"),
         ("x_embedder.proj.weight", torch.zeros(32, 16), "expected 4 dimensions"),
         ("final_layer.linear.weight", torch.zeros(33, 32), "has a final layer of 33 rows; expected 16"),
-        ("y_embedder.embedding_table.weight", torch.zeros(1, 32), "num_classes"),
         ("blocks.900000.mlp.fc1.weight", torch.zeros(1, 32), "not numbered from 0 on"),
     ],
 )
@@ -238,9 +237,11 @@ def test_diffusers_folder_in_pieces(tmp_path: Path) -> None:
     weights = folder / "diffusion_pytorch_model.safetensors"
     assert "give the folder that holds both" in refusal(weights)
     weights.rename(folder / "diffusion_pytorch_model-00001-of-00002.safetensors")
-    assert "shards" not in refusal(folder)
-    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text("{}")
-    assert "its weights are in shards" in refusal(folder)
+    assert "it has shards (diffusion_pytorch_model-00001-of-00002.safetensors), but no index" in refusal(folder)
+    index = folder / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text("{}")
+    assert "has an index without a weight_map" in refusal(folder)
+    index.unlink()
     weights.write_bytes(b"")
     assert refusal(folder).startswith("is empty")
     (folder / "config.json").write_bytes(b"\xff{")
@@ -250,7 +251,7 @@ def test_diffusers_folder_in_pieces(tmp_path: Path) -> None:
 def test_head_count_of_a_plain_dit_is_asked_for(tmp_path: Path) -> None:
     config, state = model_state(Routers.NONE)
     torch.save(state, tmp_path / "plain.pt")
-    assert refusal(tmp_path / "plain.pt") == "does not tell its number of heads; give it with --num-heads (num_heads=)"
+    assert refusal(tmp_path / "plain.pt").startswith("does not tell its number of heads; give it with --num-heads")
     assert load_checkpoint(tmp_path / "plain.pt", num_heads=4).config == config
     assert "cannot have 5 heads" in refusal(tmp_path / "plain.pt", num_heads=5)
 
@@ -259,7 +260,7 @@ def test_ambiguous_head_count_is_asked_for_or_taken_from_the_arguments(tmp_path:
     config, state = model_state(hidden_size=48)  # three rows: three heads or four, and both divide 48
     path = tmp_path / "dydit.pt"
     torch.save({"ema": state, "args": argparse.Namespace(model="DiT-S/2")}, path)
-    assert refusal(path) == "does not tell its number of heads (3 or 4); give it with --num-heads (num_heads=)"
+    assert refusal(path).startswith("does not tell its number of heads (3 or 4); give it with --num-heads")
     assert load_checkpoint(path, num_heads=4).config == config
     assert load_checkpoint(path, num_heads=3).config.routers is Routers.ALL_ROUTED
     assert "cannot have 6 heads: its hidden size 48 and its routers allow 4 or 3" in refusal(path, num_heads=6)

@@ -1,0 +1,115 @@
+"""A file that this machine cannot map or hold is not called damaged."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from dydit.errors import CheckpointError
+from dydit.models.checkpoint import load_checkpoint, save_checkpoint
+from dydit.models.config import ModelConfig
+from dydit.models.synthetic import synthetic_model
+
+CONFIG = ModelConfig(hidden_size=512, depth=12, num_heads=8, patch_size=2, input_size=8, num_classes=10)  # 150 MB
+KINDS = ("zip", "legacy", "safetensors", "own")
+NO_MEMORY = 64 << 20
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder, model = tmp_path_factory.mktemp("files"), synthetic_model(CONFIG)
+    paths = {kind: folder / f"{kind}.pt" for kind in KINDS}
+    torch.save(model.state_dict(), paths["zip"])
+    torch.save(model.state_dict(), paths["legacy"], _use_new_zipfile_serialization=False)
+    save_file(model.state_dict(), paths["safetensors"])
+    save_checkpoint(paths["own"], model, CONFIG)
+    return paths
+
+
+def in_child(work: Callable[[], str]) -> str:
+    """What `work` returns in a child process whose address space can grow by `NO_MEMORY` bytes only."""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("needs /proc and fork")
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            size = next(
+                line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmSize")
+            )
+            limit = (int(size.split()[1]) << 10) + NO_MEMORY
+            resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+            said = work()
+        except BaseException as error:  # told to the parent
+            said = f"{type(error).__name__}: {error}"
+        os.write(writing, said.encode()[:4000])
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading, "rb") as pipe:
+        said = pipe.read().decode()
+    os.waitpid(child, 0)
+    return said
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_too_little_memory_is_not_damage(files: dict[str, Path], kind: str) -> None:
+    def work() -> str:
+        load_checkpoint(files[kind])
+        return "loaded"
+
+    said = in_child(work)
+    assert said.startswith("CheckpointError") and "too little memory" in said and "not damaged" in said, said
+    assert load_checkpoint(files[kind]).config == CONFIG
+
+
+def test_a_model_that_does_not_fit_is_said_in_one_line(files: dict[str, Path]) -> None:
+    checkpoint = load_checkpoint(files["own"])
+
+    def work() -> str:
+        checkpoint.model()
+        return "made"
+
+    said = in_child(work)
+    assert said.startswith("CheckpointError") and "too little memory for its weights" in said, said
+
+
+@pytest.mark.parametrize("kind", ["zip", "safetensors"])
+def test_where_files_cannot_be_mapped_they_are_read(
+    files: dict[str, Path], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cannot(*arguments: Any, **options: Any) -> Any:
+        raise RuntimeError("unable to mmap 1 bytes from file <x>: No such device (19)")
+
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", cannot)
+    monkeypatch.setattr("safetensors.safe_open", cannot)
+    expected = synthetic_model(CONFIG).state_dict()
+    state = load_checkpoint(files[kind]).state
+    assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_disk_that_fails_is_not_damage(files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*arguments: Any, **options: Any) -> Any:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(torch, "load", fails)
+    with pytest.raises(CheckpointError, match="cannot be read: Input/output error"):
+        load_checkpoint(files["zip"])
+
+
+def test_a_huge_claim_in_an_old_file_is_damage(tmp_path: Path) -> None:
+    """The old format says the size of a storage in advance, and memory for it is asked for before it is read."""
+    torch.save({"x_embedder.proj.weight": torch.zeros(100)}, tmp_path / "a.pt", _use_new_zipfile_serialization=False)
+    data = (tmp_path / "a.pt").read_bytes()
+    claimed = data.replace(b"cpuq\x06KdN", b"cpuq\x06\x8a\x06" + (1 << 45).to_bytes(6, "little") + b"N")
+    assert claimed != data
+    (tmp_path / "a.pt").write_bytes(claimed)
+    with pytest.raises(CheckpointError, match="is damaged or incomplete"):
+        load_checkpoint(tmp_path / "a.pt")
