@@ -26,6 +26,7 @@ from dydit.cli_options import (
     say,
     vae_options,
 )
+from dydit.cli_vae import scaling_options, space_lines, space_option
 from dydit.diffusion.schedule import Sampler
 from dydit.errors import BackendError
 
@@ -80,6 +81,8 @@ def add_export(group: CommandGroup) -> None:
     help="Latent channels that guidance acts on.  [default: the first 3, or all of fewer]",
 )
 @vae_options
+@scaling_options
+@space_option
 @heads_option
 @json_option
 def export_command(
@@ -114,6 +117,10 @@ def export_command(
     from dydit.models.config import parse_config
 
     require_absent(out)
+    if settings["vae"]:
+        from dydit.export.vae import require_source
+
+        require_source(settings["vae"])
     model = load_checkpoint(checkpoint, num_heads)
     if cfg_channels is not None:
         settings["cfg_channels"] = cfg_channels or model.config.in_channels
@@ -133,7 +140,13 @@ def export_command(
         facts = {"segments": len(manifest.plan.segments), "subnets": len(manifest.subnets), "bytes": size}
         print_json({"bundle": str(out), "steps": manifest.sampling.steps, **facts, "plan": planned})
         return
-    say(_made(manifest, out, size), *_measured_lines(manifest), *note, next_commands(manifest, out, checkpoint))
+    say(
+        _made(manifest, out, size),
+        *_measured_lines(manifest),
+        *note,
+        *space_lines(manifest),
+        next_commands(manifest, out, checkpoint),
+    )
 
 
 def best_plan(routing: Routing, precision: Precision) -> PlanKind:

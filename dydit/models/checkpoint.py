@@ -19,8 +19,9 @@ from torch import Tensor
 
 from dydit.errors import CheckpointError, ConfigError
 from dydit.files import atomic_file, require_absent, sha256_of
-from dydit.models.config import ModelConfig, parse_config
+from dydit.models.config import ModelConfig, Space, parse_config
 from dydit.models.dit import DiT, timestep_frequencies
+from dydit.models.pipeline_folder import space_of_folder
 from dydit.models.safe_load import Container, container_of, plain_tensors, read_safetensors, read_torch, shown
 from dydit.models.state_fit import expected_shapes, infer_config, require_fit
 from dydit.models.state_names import DiffusersConfig, from_diffusers, unpack
@@ -136,7 +137,7 @@ def _load_folder(path: Path, num_heads: int | None) -> Checkpoint:
             f"transformer/ folder{hint}"
         )
     values = _json_object((folder / "config.json").read_bytes(), "config.json")
-    config = parse_config(DiffusersConfig, values).model()
+    config = parse_config(DiffusersConfig, values).model().stating(space_of_folder(path), decoded=False)
     _require_heads(config, num_heads)
     container = container_of(weights)
     if container is Container.SAFETENSORS:
@@ -209,8 +210,10 @@ def _header(config: ModelConfig, metadata: Mapping[str, str]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def convert(source: Path, target: Path, num_heads: int | None = None) -> Checkpoint:
+def convert(source: Path, target: Path, num_heads: int | None = None, space: Space | None = None) -> Checkpoint:
     """Read `source` in any known format, write `target` in ours, and return it as read back from there.
+
+    `space`: what the model samples, where the source does not state it or is wrong.
 
     The origin goes into the metadata: `source` (its format) and `source_sha256`. Raises `OutputError` if `target`
     exists and `CheckpointError` as `load_checkpoint` does.
@@ -220,5 +223,6 @@ def convert(source: Path, target: Path, num_heads: int | None = None) -> Checkpo
     checkpoint = load_checkpoint(source, num_heads)
     origin = {"source": checkpoint.source, "source_sha256": checkpoint.sha256}
     # A copy of our own format keeps the origin that it names.
-    save_checkpoint(target, checkpoint.state, checkpoint.config, {**origin, **checkpoint.metadata})
+    config = checkpoint.config.stating(space, decoded=False)
+    save_checkpoint(target, checkpoint.state, config, {**origin, **checkpoint.metadata})
     return load_checkpoint(target)
