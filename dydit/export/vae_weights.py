@@ -99,7 +99,7 @@ def _diffusers_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
         new = _from_ldm(name, max(levels)) if levels else name
         if ".attentions." in new:
             new = _renamed_part(new, _OLD_ATTENTION)
-            if tensor.ndim == 4 and tensor.shape[2:] == (1, 1):  # a convolution of one pixel is a linear layer
+            if ".to_" in new and tensor.ndim == 4 and tensor.shape[2:] == (1, 1):  # a linear layer, as a convolution
                 tensor = tensor[:, :, 0, 0]
         renamed[new] = tensor
     return renamed
