@@ -138,7 +138,8 @@ def export_command(
     if as_json:
         planned = manifest.plan.model_dump(mode="json", exclude={"segments"})
         facts = {"segments": len(manifest.plan.segments), "subnets": len(manifest.subnets), "bytes": size}
-        print_json({"bundle": str(out), "steps": manifest.sampling.steps, **facts, "plan": planned})
+        pictures = {"samples": manifest.model.space_words, "decoder": manifest.vae and manifest.vae.scaling_words}
+        print_json({"bundle": str(out), "steps": manifest.sampling.steps, **facts, **pictures, "plan": planned})
         return
     say(
         _made(manifest, out, size),

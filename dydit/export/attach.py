@@ -11,6 +11,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -22,6 +23,8 @@ from dydit.bundle.vae import VAE_DECODER, VAE_WEIGHTS
 from dydit.errors import ConfigError, OutputError
 from dydit.export.vae import VaeOptions, export_vae
 from dydit.files import explained, fsync_folder, sha256_of, write_atomic
+
+PREFIX, SUFFIX = ".decoder.", ".part"  # of the folder, inside the bundle, in which a decoder is made
 
 
 def attach_vae(path: Path, source: str, options: VaeOptions | None = None) -> Bundle:
@@ -35,8 +38,10 @@ def attach_vae(path: Path, source: str, options: VaeOptions | None = None) -> Bu
         if manifest.vae is not None:
             raise ConfigError(f"{path} has a decoder already, from {manifest.vae.source}; export again for another one")
         model = manifest.model.stating(None, decoded=True)
-        with explained(path), tempfile.TemporaryDirectory(prefix=".decoder.", suffix=".part", dir=path) as part:
-            folder = Path(part)
+        for part in path.glob(f"{PREFIX}*{SUFFIX}"):  # of a killed call
+            shutil.rmtree(part, ignore_errors=True)
+        with explained(path), tempfile.TemporaryDirectory(prefix=PREFIX, suffix=SUFFIX, dir=path) as name:
+            folder = Path(name)
             vae = export_vae(source, folder, model, options)
             files = dict(manifest.files)
             for name in (VAE_DECODER, VAE_WEIGHTS):
