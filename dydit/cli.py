@@ -14,6 +14,7 @@ import click
 from dydit import __version__
 from dydit.cli_build import add_build
 from dydit.cli_calibrate import add_calibrate
+from dydit.cli_decode import add_decode
 from dydit.cli_errors import CHECK_FAILED, OK, run_command
 from dydit.cli_export import add_export
 from dydit.cli_options import (
@@ -32,6 +33,7 @@ from dydit.cli_options import (
     say_files,
 )
 from dydit.cli_sample import sampling_progress, say_sampled, worker_option
+from dydit.cli_vae import space_option
 from dydit.runtime.workers import Worker
 from dydit.training.recipe import RECIPES
 
@@ -115,8 +117,9 @@ def train_command(overrides: tuple[str, ...], recipe: str, out: Path, resume: bo
 @cli.add("convert", "Bring a checkpoint into dydit's own format.")
 @click.argument("checkpoint", type=PATH)
 @click.option("--out", type=PATH, required=True, help="The .safetensors file to write; must not exist.")
+@space_option
 @checkpoint_options
-def convert_command(checkpoint: Path, out: Path, reading: dict[str, Any]) -> None:
+def convert_command(checkpoint: Path, out: Path, space: str | None, reading: dict[str, Any]) -> None:
     """Read a checkpoint of any known format and write it in ours: safetensors with its configuration.
 
     CHECKPOINT is a DiT or DyDiT state dict, a training file that holds one, a diffusers DiT folder, or one of ours.
@@ -124,8 +127,9 @@ def convert_command(checkpoint: Path, out: Path, reading: dict[str, Any]) -> Non
     epsilon: the weights of a SiT have the same names and shapes.
     """
     from dydit.models.checkpoint import convert
+    from dydit.models.config import Space
 
-    converted = convert(checkpoint, out, **reading)
+    converted = convert(checkpoint, out, space=Space(space) if space else None, **reading)
     config = converted.config
     kind = "dynamic" if config.dynamic else "static"
     weights = f" ({converted.metadata['weights']} weights)" if "weights" in converted.metadata else ""
@@ -197,6 +201,9 @@ def sample_command(
         print_json({**vars(done), "out": str(done.out)})
     else:
         say_sampled(done)
+
+
+add_decode(cli)
 
 
 @cli.add("parity", "Hold a bundle against its checkpoint.")

@@ -26,6 +26,7 @@ from dydit.cli_options import (
     say,
     vae_options,
 )
+from dydit.cli_vae import scaling_options, space_lines, space_option
 from dydit.diffusion.schedule import Sampler
 from dydit.errors import BackendError
 
@@ -80,6 +81,8 @@ def add_export(group: CommandGroup) -> None:
     help="Latent channels that guidance acts on.  [default: the first 3, or all of fewer]",
 )
 @vae_options
+@scaling_options
+@space_option
 @checkpoint_options
 @json_option
 def export_command(
@@ -114,6 +117,10 @@ def export_command(
     from dydit.models.config import parse_config
 
     require_absent(out)
+    if settings["vae"]:
+        from dydit.export.vae import require_source
+
+        require_source(settings["vae"])
     model = load_checkpoint(checkpoint, **reading)
     if cfg_channels is not None:
         settings["cfg_channels"] = cfg_channels or model.config.in_channels
@@ -131,9 +138,10 @@ def export_command(
     if as_json:
         planned = manifest.plan.model_dump(mode="json", exclude={"segments"})
         facts = {"segments": len(manifest.plan.segments), "subnets": len(manifest.subnets), "bytes": size}
-        print_json({"bundle": str(out), "steps": manifest.sampling.steps, **facts, "plan": planned})
+        pictures = {"samples": manifest.model.space_words, "decoder": manifest.vae and manifest.vae.scaling_words}
+        print_json({"bundle": str(out), "steps": manifest.sampling.steps, **facts, **pictures, "plan": planned})
         return
-    lines = [*_measured_lines(manifest), *note, *model.notes]
+    lines = [*_measured_lines(manifest), *note, *model.notes, *space_lines(manifest)]
     say(_made(manifest, out, size), *lines, next_commands(manifest, out, checkpoint))
 
 

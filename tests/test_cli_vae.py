@@ -31,6 +31,7 @@ def test_export_then_sample_then_explain(run, checkpoint: Path, autoencoder, tmp
     options = ["--steps", STEPS, "--vae", autoencoder.folder, "--vae-tile", 6]
     done = run("export", checkpoint, *options, "--out", bundle)
     assert done.code == 0, done.err
+    assert f"Decoder from {autoencoder.folder}: scaling factor 0.18215" in done.out
     manifest = json.loads((bundle / "manifest.json").read_text())
     assert (manifest["vae"]["tile"], manifest["vae"]["source"]) == (6, str(autoencoder.folder))
 
@@ -45,6 +46,7 @@ def test_export_then_sample_then_explain(run, checkpoint: Path, autoencoder, tmp
     done = run("inspect", bundle)
     line = next(line for line in done.out.splitlines() if line.startswith("decoder "))
     assert f"VAE from {autoencoder.folder}, 16x16 pixels, in tiles of 6x6 latents; " in line
+    assert "scaling factor 0.18215\n" in done.out and "samples     latents\n" in done.out
     facts = json.loads(run("inspect", bundle, "--json").out)["decoder"]
     assert facts["picture_side"] == 16
     assert facts["bytes"] == sum((bundle / name).stat().st_size for name in ("vae_decoder.onnx", "vae_weights.bin"))
@@ -86,23 +88,32 @@ def export(run, checkpoint: Path, tmp_path: Path) -> Callable[..., Any]:
 
 def test_a_vae_that_does_not_fit(export, autoencoder, make_checkpoint, small_config, tmp_path: Path) -> None:
     folder = autoencoder.folder
-    wide, pixels = (make_checkpoint(small_config.model_copy(update={"in_channels": count})).path for count in (8, 3))
+    wide, three = (make_checkpoint(small_config.model_copy(update={"in_channels": count})).path for count in (8, 3))
     refused(export("--vae", folder, source=wide), f"{folder} decodes latents of 4 channels, but the model has 8")
-    refused(export("--vae", folder, source=pixels), "samples pixels of 3 channels itself; leave the VAE away")
+    refused(export("--vae", folder, source=three), f"{folder} decodes latents of 4 channels, but the model has 3")
+    refused(export("--vae", folder, "--space", "pixels"), "a model of pixels has no latents to decode")
+    refused(export("--space", "pixels"), "4 channels cannot be pixels; expected 1 (grey) or 3 (RGB)")
     refused(export("--vae", folder, "--vae-tile", 9), "tiles of 9 latents: expected 1..8")
     refused(export("--vae", folder, "--vae-tile", 0), "--vae-tile")
-    refused(export("--vae-tile", 4), "a tile goes with a VAE decoder only")
+    refused(export("--vae", folder, "--vae-scale", 0), "--vae-scale")
+    for option in ("--vae-tile", "--vae-scale", "--vae-shift"):
+        refused(export(option, 4), "a tile, a scale or a shift goes with a VAE decoder only; give --vae")
 
 
-def test_what_is_no_vae(export, autoencoder, checkpoint: Path, tmp_path: Path) -> None:
-    refused(export("--vae", tmp_path / "nowhere"), "does not exist; give a folder that diffusers saved, or a hub name")
-    refused(export("--vae", ""), "vae: String should have at least 1 character")
-    refused(export("--vae", checkpoint), "is no AutoencoderKL in safetensors")
-    refused(export("--vae", tmp_path), "is no AutoencoderKL in safetensors")
+def test_what_is_no_vae(export, autoencoder, checkpoint: Path, vae_bundle, tmp_path: Path) -> None:
+    refused(export("--vae", tmp_path / "nowhere"), "no such file or folder (a model on the Hugging Face hub is named")
+    refused(export("--vae", checkpoint), f"--vae {checkpoint}: holds no decoder of an autoencoder")
+    refused(export("--vae", tmp_path), "holds no autoencoder: expected config.json in it")
+    refused(export("--vae", vae_bundle.path), "is a bundle of dydit")
     other = shutil.copytree(autoencoder.folder, tmp_path / "vae")
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"_class_name": "UNet2DModel"}))
-    refused(export("--vae", other), "is no AutoencoderKL in safetensors: it is of class UNet2DModel")
+    refused(export("--vae", other), "is of class UNet2DModel; expected AutoencoderKL or VQModel")
+
+
+def test_a_vae_is_looked_for_before_anything_is_read(export, tmp_path: Path) -> None:
+    """So a mistyped path costs no minute of loading and measuring."""
+    refused(export("--vae", "no/such/folder", source=tmp_path / "missing.pt"), "--vae no/such/folder: no such file")
 
 
 @pytest.mark.parametrize("package", ["diffusers", "onnxscript"])

@@ -32,7 +32,7 @@ MODEL = GROUND | {"models", "diffusion"}
 BUNDLE = MODEL | {"bundle"}
 ENGINES = BUNDLE | {"engines"}
 MIDDLE = ENGINES | {"calibrate", "training", "export", "runtime"}
-COMMANDS = {"cli_build", "cli_calibrate", "cli_export", "cli_sample"}
+COMMANDS = {"cli_build", "cli_calibrate", "cli_decode", "cli_export", "cli_sample", "cli_vae"}
 ALLOWED = {
     "errors": set(),
     "files": {"errors"},
@@ -49,8 +49,10 @@ ALLOWED = {
     "cli_errors": {"errors", "cli_options"},
     "cli_build": MIDDLE | {"verify", "cli_options"},
     "cli_calibrate": MIDDLE | {"verify", "cli_options"},
-    "cli_export": MIDDLE | {"verify", "cli_options"},
+    "cli_decode": MIDDLE | {"cli_options", "cli_vae"},
+    "cli_export": MIDDLE | {"verify", "cli_options", "cli_vae"},
     "cli_sample": MIDDLE | {"cli_options"},
+    "cli_vae": MIDDLE,
     "cli": MIDDLE | {"verify", "cli_options", "cli_errors", *COMMANDS},
     "__main__": {"cli"},
 }
@@ -62,8 +64,10 @@ TORCH_FREE = (
         "dydit",
         "dydit.cli",
         "dydit.cli_options",
+        "dydit.cli_decode",
         "dydit.cli_export",
         "dydit.cli_sample",
+        "dydit.cli_vae",
         "dydit.cli_errors",
         "dydit.errors",
         "dydit.files",

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field, FiniteFloat, model_validator
 
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.costs import Measured
@@ -57,11 +56,11 @@ from dydit.export.migrate import migrated_tensors
 from dydit.export.plan import Plan, budget_plan, merged_plan, per_step_plan, plan_cost
 from dydit.export.scales import Scales, planned_migration, segment_scales, weight_copies
 from dydit.export.sizes import PlanSizes, fixed_bytes, subnet_bytes, unit_bytes
-from dydit.export.vae import export_vae
+from dydit.export.vae import VaeOptions, export_vae
 from dydit.export.weights import write_weights
 from dydit.files import new_folder, require_absent, sha256_of
 from dydit.models.checkpoint import Checkpoint
-from dydit.models.config import ModelConfig, Strict
+from dydit.models.config import ModelConfig, Space, Strict
 from dydit.models.migration import Migration
 
 Progress = Callable[[int, int], None]
@@ -75,7 +74,8 @@ class ExportConfig(Strict):
     `cfg_channels`: latent channels that guidance acts on, by default the first 3. For capacity routing, `capacities`:
     MLP token slots of a row, by block, or `calibration`, which has those of each segment; all tokens by default.
     `activations`: of this plan's segments, the ranges of what enters linear layers, which int8-static and fp8 need.
-    `vae`, `vae_tile`: the decoder to add, as `dydit.export.vae.export_vae` takes them.
+    `vae`, `vae_tile`, `vae_scale`, `vae_shift`: the decoder to add, as `dydit.export.vae.export_vae` takes them.
+    `space`: what the model samples, pixels or latents, where its checkpoint does not state it or is wrong.
     """
 
     steps: int = Field(default=250, ge=1, le=TRAIN_STEPS)
@@ -92,6 +92,9 @@ class ExportConfig(Strict):
     activations: ActivationRanges | None = None
     vae: str | None = Field(default=None, min_length=1)
     vae_tile: int | None = Field(default=None, ge=1)
+    vae_scale: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    vae_shift: FiniteFloat | None = None
+    space: Space | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> ExportConfig:
@@ -111,8 +114,10 @@ class ExportConfig(Strict):
             raise ValueError(f"{self.precision} needs a calibration: `dydit calibrate --activations minmax` makes it")
         if self.activations is not None and not self.precision.is_calibrated:
             raise ValueError(f"calibrated activations go with int8-static and fp8, not with {self.precision}")
-        if self.vae_tile is not None and self.vae is None:
-            raise ValueError("a tile goes with a VAE decoder only")
+        if self.vae is None and not (self.vae_tile is self.vae_scale is self.vae_shift is None):
+            raise ValueError("a tile, a scale or a shift goes with a VAE decoder only; give --vae")
+        if self.vae is not None and self.space is Space.PIXELS:
+            raise ValueError("a model of pixels has no latents to decode; remove the VAE")
         return self
 
 
@@ -154,7 +159,8 @@ def export_planned(
     require_absent(out)
     job = _make_job(checkpoint, config, masks, plan, order, measured or Measured())
     with new_folder(out) as folder:
-        vae = None if config.vae is None else export_vae(config.vae, folder, job.model, config.vae_tile)
+        options = VaeOptions(tile=config.vae_tile, scale=config.vae_scale, shift=config.vae_shift)
+        vae = None if config.vae is None else export_vae(config.vae, folder, job.model, options)
         head_order, group_order = job.order[:, 0].tolist(), job.order[:, 1].tolist()
         tensors = migrated_tensors(checkpoint.state, job.model, job.migration, head_order, group_order)
         copies = weight_copies(masks, plan, job.input_scales)
@@ -205,7 +211,7 @@ def _make_job(
     order: np.ndarray | None,
     measured: Measured,
 ) -> _Job:
-    model = checkpoint.config
+    model = checkpoint.config.stating(config.space, config.vae is not None)
     cfg_channels = min(GUIDED_CHANNELS, model.in_channels) if config.cfg_channels is None else config.cfg_channels
     if cfg_channels > model.in_channels:
         raise ConfigError(f"guidance on {cfg_channels} channels, but the model has {model.in_channels}")
@@ -388,6 +394,6 @@ def stale_reasons(manifest: Manifest, checkpoint: Checkpoint) -> list[str]:
     reasons = []
     if manifest.checkpoint_sha256 != checkpoint.sha256:
         reasons.append(f"the weights changed: {checkpoint.path} is not the file that the bundle was exported from")
-    if json.dumps(manifest.model.model_dump(mode="json")) != json.dumps(checkpoint.config.model_dump(mode="json")):
+    if manifest.model.architecture != checkpoint.config.architecture:
         reasons.append("the architecture differs")
     return reasons

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dydit.errors import CheckpointError, ConfigError, one_line
 from dydit.files import atomic_file, require_absent, sha256_of
-from dydit.models.config import ModelConfig, parse_config
+from dydit.models.config import ModelConfig, Space, parse_config
 from dydit.models.containers import Container, container_of
 from dydit.models.conventions import require_supported, stated_by
 from dydit.models.diffusers_folder import json_object, read_folder
@@ -235,11 +235,13 @@ def convert(
     weights: str | None = None,
     num_classes: int | None = None,
     input_size: int | None = None,
+    space: Space | None = None,
 ) -> Checkpoint:
     """Read `source` in any known format, write `target` in ours, and return it as read back from there.
 
-    The options are those of `load_checkpoint`. The origin goes into the metadata: `source` (its format),
-    `source_sha256`, and `assumed`, the notes of reading it, which the result also has. Raises `OutputError` if `target`
+    `space`: what the model samples, where the source does not state it or is wrong. The other options are those of
+    `load_checkpoint`. The origin goes into the metadata: `source` (its format), `source_sha256`, and `assumed`, the
+    notes of reading it, which the result also has. Raises `OutputError` if `target`
     exists and `CheckpointError` as `load_checkpoint` does.
     """
     source, target = Path(source), Path(target)
@@ -249,5 +251,6 @@ def convert(
     if checkpoint.notes:
         origin["assumed"] = "; ".join(checkpoint.notes)
     # A copy of our own format keeps the origin that it names.
-    save_checkpoint(target, checkpoint.state, checkpoint.config, {**origin, **checkpoint.metadata})
+    config = checkpoint.config.stating(space, decoded=False)
+    save_checkpoint(target, checkpoint.state, config, {**origin, **checkpoint.metadata})
     return dataclasses.replace(load_checkpoint(target), notes=checkpoint.notes)

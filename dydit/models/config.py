@@ -19,6 +19,8 @@ from dydit.diffusion.guidance import Guidance
 from dydit.errors import ConfigError
 
 T = TypeVar("T", bound=BaseModel)
+PICTURE_CHANNELS = (1, 3)
+"""Channels that a picture has: grey, or RGB."""
 
 
 class Routers(StrEnum):
@@ -27,6 +29,13 @@ class Routers(StrEnum):
     NONE = "none"  # a plain, static DiT
     FIRST_ON = "first-on"  # Linear(D, H-1); unit 0 is always on
     ALL_ROUTED = "all-routed"  # Linear(D, H), an older release; every unit may be off
+
+
+class Space(StrEnum):
+    """What a model was trained on, and so what it samples."""
+
+    PIXELS = "pixels"  # grey or RGB, in [-1, 1]
+    LATENTS = "latents"  # of an autoencoder, whose decoder makes pixels of them
 
 
 class Strict(BaseModel):
@@ -40,6 +49,8 @@ class ModelConfig(Strict):
 
     `input_size` is the side of the latent (or pixel) square, so a model sees `tokens = (input_size/patch_size)**2`.
     `null_class_row`: whether the class table has a row for "no class" after those of the classes, which guidance needs.
+    `space`: what the model was trained on. No weight tells, so it is None unless the checkpoint, the folder that it
+    lies in, or the user states it; `samples_pixels` then goes by the number of channels.
     """
 
     hidden_size: int = Field(gt=0)
@@ -52,13 +63,16 @@ class ModelConfig(Strict):
     learn_sigma: bool = True
     routers: Routers = Routers.FIRST_ON
     null_class_row: bool = True
+    space: Space | None = None
 
     @model_serializer(mode="wrap")
     def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave `null_class_row` out where it is true: older files, bundles and their digests do not have it."""
+        """Leave out what has its default and older files, bundles and their digests do not have."""
         values: dict[str, Any] = handler(self)
         if values.get("null_class_row") is True:
             del values["null_class_row"]
+        if values.get("space", ...) is None:
+            del values["space"]
         return values
 
     @model_validator(mode="after")
@@ -69,6 +83,10 @@ class ModelConfig(Strict):
             raise ValueError(f"input_size {self.input_size} is not a multiple of patch_size {self.patch_size}")
         if self.hidden_size % 4:
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of 4 (2-D sine position embedding)")
+        if self.space is Space.PIXELS and self.in_channels not in PICTURE_CHANNELS:
+            raise ValueError(
+                f"{self.in_channels} channels cannot be pixels; expected 1 (grey) or 3 (RGB). State latents instead"
+            )
         return self
 
     @property
@@ -103,8 +121,38 @@ class ModelConfig(Strict):
 
     @property
     def samples_pixels(self) -> bool:
-        """Whether samples are pixels, grey or RGB, and not latents that a decoder turns into pixels."""
-        return self.in_channels in (1, 3)
+        """Whether samples are pixels, grey or RGB, and not latents that a decoder turns into pixels.
+
+        Where `space` does not state it, models of 1 or 3 channels are taken to sample pixels. Latents of 3 channels
+        exist (VQ-f4), so callers say that this is an assumption: see `space_is_assumed`.
+        """
+        if self.space is not None:
+            return self.space is Space.PIXELS
+        return self.in_channels in PICTURE_CHANNELS
+
+    @property
+    def space_is_open(self) -> bool:
+        """Whether nothing states what samples are, and their channels could be those of pictures."""
+        return self.space is None and self.in_channels in PICTURE_CHANNELS
+
+    @property
+    def space_is_assumed(self) -> bool:
+        """Whether samples are taken to be pixels although latents of so many channels are common."""
+        return self.space is None and self.in_channels == 3
+
+    @property
+    def space_words(self) -> str:
+        """What samples are, for a person."""
+        if not self.samples_pixels:
+            return "latents"
+        kind = "grey" if self.in_channels == 1 else "RGB"
+        assumed = "; assumed of 3 channels: if they are latents (VQ-f4), state --space latents"
+        return f"pixels, {kind}{assumed if self.space_is_assumed else ''}"
+
+    @property
+    def architecture(self) -> ModelConfig:
+        """The same without `space`, which changes no weight and no graph: to be compared."""
+        return self.model_copy(update={"space": None})
 
     @property
     def class_rows(self) -> int:
@@ -129,6 +177,12 @@ class ModelConfig(Strict):
     def routed_rows(self) -> int:
         """Rows of `attn_rate.router.weight` and `mlp_rate.router.weight`."""
         return self.num_heads - (self.routers is Routers.FIRST_ON)
+
+    def stating(self, space: Space | None, decoded: bool) -> ModelConfig:
+        """The model with what it samples stated: `space`, or latents for one that gets a decoder and leaves it open."""
+        if space is None and decoded and self.space_is_open:
+            space = Space.LATENTS
+        return self if space is None else parse_config(ModelConfig, {**self.model_dump(), "space": space})
 
     def without_routers(self) -> ModelConfig:
         """The static DiT of the same sizes."""

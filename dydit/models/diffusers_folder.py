@@ -22,6 +22,7 @@ from dydit.files import sha256_of
 from dydit.models.config import ModelConfig, parse_config
 from dydit.models.containers import Container, container_of
 from dydit.models.conventions import require_scheduler, require_supported, stated_by
+from dydit.models.pipeline_folder import space_of_folder
 from dydit.models.safe_load import listed, plain_tensors, read_safetensors, read_torch, shown
 from dydit.models.state_entries import EMA, MODEL, unpack
 from dydit.models.state_fit import Given, require_trained
@@ -53,7 +54,7 @@ def read_folder(path: Path, given: Given) -> Folder:
     """Read a diffusers DiT. Raises `CheckpointError` for what is none, incomplete, or trained in another way."""
     folder = _model_folder(path, given.weights)
     values = read_json(folder / CONFIG, CONFIG)
-    config = parse_config(DiffusersConfig, values).model()
+    config = parse_config(DiffusersConfig, values).model().stating(space_of_folder(path), decoded=False)
     given.require_same(config)
     _check_scheduler(folder)
     variant, weights, notes = _choose(folder, given.weights)

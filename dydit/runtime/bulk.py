@@ -44,7 +44,7 @@ from dydit.runtime.images import (
 )
 from dydit.runtime.loop import LatentStore, Progress, StepRunner, sample
 from dydit.runtime.noise import NoiseFile, NoiseSource, SeededNoise
-from dydit.runtime.pixels import PictureFormat, ToPixels, picture_format
+from dydit.runtime.pixels import MakesPixels, PictureFormat, ToPixels, picture_format
 from dydit.runtime.request import Batch, SampleRequest, check_batch_size, check_guidance, check_labels, make_batches
 from dydit.runtime.resident import ResidentSubnets
 from dydit.runtime.run_folder import FolderStore, RunFolder, ShareStore
@@ -129,7 +129,7 @@ def sample_to_folder(
     if outputs.npz and picture_format(bundle.manifest) is None:
         raise ConfigError(
             f"npz=True (--npz) needs pictures, but this model samples latents of {bundle.manifest.model.in_channels} "
-            "channels and the bundle has no decoder; export it with one: `dydit export --vae`"
+            "channels and the bundle has no decoder; add one with `dydit attach-vae --vae`"
         )
     run = _plan_run(bundle, request, outputs, backend, options)
     folder = RunFolder(out, run.settings)
@@ -175,7 +175,7 @@ def _make_share(
         stats = sample(runner, batches, run.noise, own, progress)
     started = time.perf_counter()
     if run.pictures is not None:
-        _write_pictures(folder.out, batches, own, to_pixels, picture_progress)
+        write_pictures(folder.out, batches, own, to_pixels, picture_progress)
     made = SampleSummary(
         out=folder.out,
         worker=str(worker),
@@ -263,8 +263,8 @@ def _labels(request: SampleRequest, file: NoiseFile | None) -> list[int]:
     return list(file.labels)
 
 
-def _write_pictures(
-    out: Path, batches: list[Batch], store: LatentStore, to_pixels: ToPixels, progress: Progress | None = None
+def write_pictures(
+    out: Path, batches: list[Batch], store: LatentStore, to_pixels: MakesPixels, progress: Progress | None = None
 ) -> None:
     """One PNG for each image. What an interrupted call wrote is complete and stays.
 
@@ -290,16 +290,21 @@ def _write_results(out: Path, run: _Run, store: FolderStore, outputs: OutputOpti
         _write_latents(out / LATENTS, run, store)
         files = [LATENTS]
     else:
-        write_png(out / GRID, make_grid(list(_pictures(out, pictures, run.images[:GRID_IMAGES]))))
-        files = [GRID]
-        if outputs.npz:
-            shape = (len(run.images), pictures.side, pictures.side, 3)
-            rows = (to_rgb(picture[None]) for picture in _pictures(out, pictures, run.images))
-            write_npz(out / NPZ, {"arr_0": Streamed("uint8", shape, rows), "arr_1": _whole("int64", run.labels)})
-            files.append(NPZ)
+        files = write_sheets(out, pictures, run.images, run.labels, outputs.npz)
     if outputs.latents_out is not None:
         _write_latents(outputs.latents_out, run, store)
     return files
+
+
+def write_sheets(out: Path, pictures: PictureFormat, images: list[int], labels: np.ndarray, npz: bool) -> list[str]:
+    """Write what is made of all pictures: the grid, and on demand what evaluators read; returns the names in `out`."""
+    write_png(out / GRID, make_grid(list(_pictures(out, pictures, images[:GRID_IMAGES]))))
+    if not npz:
+        return [GRID]
+    shape = (len(images), pictures.side, pictures.side, 3)
+    rows = (to_rgb(picture[None]) for picture in _pictures(out, pictures, images))
+    write_npz(out / NPZ, {"arr_0": Streamed("uint8", shape, rows), "arr_1": _whole("int64", labels)})
+    return [GRID, NPZ]
 
 
 def _pictures(out: Path, pictures: PictureFormat, images: list[int]) -> Iterator[np.ndarray]:
@@ -350,5 +355,8 @@ def _finished_before(folder: RunFolder, run: _Run, worker: Worker, known: dict[s
 def _note(run: _Run, finished: bool) -> str:
     notes = ["this run was complete already; nothing was changed"] if finished else []
     if run.pictures is None:
-        notes.append(f"the bundle has no VAE decoder, so the samples are latents, in {LATENTS}")
+        notes.append(
+            f"the bundle has no VAE decoder, so the samples are latents, in {LATENTS}; `dydit decode` makes pictures of "
+            "them"
+        )
     return "; ".join(notes)

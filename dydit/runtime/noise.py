@@ -9,6 +9,7 @@ from __future__ import annotations
 import pickle
 import zipfile
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -61,7 +62,7 @@ class NoiseFile:
     @classmethod
     def read(cls, path: Path, manifest: Manifest) -> NoiseFile:
         """Read a file for a bundle. Raises `ConfigError`, in one line, for whatever does not fit."""
-        arrays = _read_arrays(path)
+        arrays = read_arrays(path, ("x_T", "noise", "labels"), "noise")
         model, steps = manifest.model, manifest.sampling.steps
         image = (model.in_channels, model.input_size, model.input_size)
         count = len(arrays["x_T"]) if arrays["x_T"].ndim else 0
@@ -88,23 +89,23 @@ class NoiseFile:
         return self.noise[step, batch.first : batch.first + len(batch.images)]
 
 
-def _read_arrays(path: Path) -> dict[str, np.ndarray]:
-    names = ("x_T", "noise", "labels")
+def read_arrays(path: Path, needed: Sequence[str], what: str, optional: Sequence[str] = ()) -> dict[str, np.ndarray]:
+    """Arrays of an `.npz`, by name; `what` is what they are of, for errors. Raises `ConfigError`, in one line."""
     try:
         loaded = np.load(path, allow_pickle=False)
         if not isinstance(loaded, np.lib.npyio.NpzFile):
-            raise ConfigError(f"{path} is a single array, expected an .npz with {', '.join(names)}")
+            raise ConfigError(f"{path} is a single array, expected an .npz with {', '.join(needed)}")
         with loaded as file:
-            if missing := [name for name in names if name not in file]:
-                raise ConfigError(f"{path} has no array {missing[0]!r}; expected {', '.join(names)}")
-            arrays = {name: file[name] for name in names}
+            if missing := [name for name in needed if name not in file]:
+                raise ConfigError(f"{path} has no array {missing[0]!r}; expected {', '.join(needed)}")
+            arrays = {name: file[name] for name in (*needed, *optional) if name in file}
     except OSError as error:
-        raise ConfigError(f"cannot read noise from {path}: {error.strerror or one_line(error)}") from error
+        raise ConfigError(f"cannot read {what} from {path}: {error.strerror or one_line(error)}") from error
     except (ValueError, EOFError, zipfile.BadZipFile, zlib.error, pickle.UnpicklingError) as error:
-        raise ConfigError(f"{path} is not a noise file: {one_line(error)}") from error
+        raise ConfigError(f"{path} is not a file of {what}: {one_line(error)}") from error
     # NumPy hands out a member that does not start like an array as bytes.
     if strange := [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]:
-        raise ConfigError(f"{path} is not a noise file: {strange[0]} is not an array")
+        raise ConfigError(f"{path} is not a file of {what}: {strange[0]} is not an array")
     return arrays
 
 

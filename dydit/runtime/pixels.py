@@ -1,14 +1,16 @@
 """Whether a bundle gives pictures, and how what it samples becomes pixels: the one place that knows.
 
-A model of 1 or 3 channels samples pixels itself. Latents go through the bundle's VAE decoder; without one they stay
-latents. The decoder runs where the backend has it (`Backend.tile_decoder`: TensorRT, with an engine that `dydit build`
-made), else on ONNX Runtime: on the GPU where the device is `cuda` and this ONNX Runtime can, or on the CPU.
+`ModelConfig.samples_pixels` says whether a model samples pixels itself. Latents go through the bundle's VAE decoder;
+without one they stay latents. The decoder runs where the backend has it (`Backend.tile_decoder`: TensorRT, with an
+engine that `dydit build` made), else on ONNX Runtime: on the GPU where the device is `cuda` and this ONNX Runtime can,
+or on the CPU.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 
@@ -36,6 +38,25 @@ def picture_format(manifest: Manifest) -> PictureFormat | None:
     return PictureFormat(model.in_channels, model.input_size, False) if model.samples_pixels else None
 
 
+class MakesPixels(Protocol):
+    """Makes pixels f32 [B, channels, side, side] of samples f32 [B, C, S, S].
+
+    `at_once`: samples to hand over in one call, so that memory is bounded; the same ones in a call give the same bits.
+    """
+
+    at_once: int
+
+    def __call__(self, samples: np.ndarray) -> np.ndarray:
+        """Pixels, meant for [-1, 1]."""
+
+
+def require_finite(pixels: np.ndarray) -> np.ndarray:
+    """Pixels from a decoder, as they are. Raises `BackendError` for NaN, which would become black without a word."""
+    if not np.isfinite(pixels).all():
+        raise BackendError("the VAE decoder returns NaN or infinite pixels; use another VAE")
+    return pixels
+
+
 class ToPixels:
     """Makes pixels of what a backend sampled; the decoder is loaded when it is first needed.
 
@@ -60,9 +81,7 @@ class ToPixels:
             pixels = decode_tiled(samples, self._vae, self._own, self.at_once)
         else:
             pixels = self._decoder.decode(samples, self.at_once)
-        if not np.isfinite(pixels).all():
-            raise BackendError("the VAE decoder returns NaN or infinite pixels; export the bundle with another VAE")
-        return pixels
+        return require_finite(pixels)
 
     @cached_property
     def _decoder(self) -> VaeDecoder:

@@ -125,11 +125,12 @@ def starting_model(recipe: Recipe) -> DiT:
         initialize(model, generator)
         return model
     start = load_checkpoint(Path(recipe.init))
-    if start.config not in (recipe.model, recipe.model.without_routers()):
+    sizes, wanted = start.config.architecture, recipe.model.architecture
+    if sizes not in (wanted, wanted.without_routers()):
         raise ConfigError(
             f"init {recipe.init} is a model of other sizes ({start.config}) than the recipe's ({recipe.model})"
         )
-    if start.config == recipe.model:
+    if sizes == wanted:
         model.load_state_dict(start.state)
         return model
     model.load_state_dict(rank_and_permute(start.state, start.config), strict=False)

@@ -192,7 +192,7 @@ def _decoder_facts(manifest: Manifest) -> DecoderFacts | None:
         return None
     size = sum(manifest.files[name].bytes for name in (VAE_DECODER, VAE_WEIGHTS))
     side = manifest.model.input_size * vae.upscale
-    return DecoderFacts(source=vae.source, tile=vae.tile, picture_side=side, bytes=size)
+    return DecoderFacts(source=vae.source, tile=vae.tile, picture_side=side, bytes=size, scaling=vae.scaling_words)
 
 
 def _model_facts(config: ModelConfig, parameters: int, routers: int) -> ModelFacts:

@@ -95,12 +95,16 @@ class SegmentFacts(Result):
 
 
 class DecoderFacts(Result):
-    """A bundle's VAE decoder. `tile`: side of the latents that it takes; `picture_side` in pixels; `bytes` on disk."""
+    """A bundle's VAE decoder. `tile`: side of the latents that it takes; `picture_side` in pixels; `bytes` on disk.
+
+    `scaling`: how latents are scaled for it, in words.
+    """
 
     source: str
     tile: int
     picture_side: int
     bytes: int
+    scaling: str = ""
 
 
 class BundleFacts(Result):
@@ -186,11 +190,11 @@ def _kept_words(facts: BundleFacts) -> str:
 def _decoder_lines(facts: BundleFacts) -> list[tuple[str, str]]:
     decoder, model = facts.decoder, facts.model.config
     if decoder is None:
-        return [] if model.samples_pixels else [("decoder", "none: latents stay latents; dydit export has --vae")]
+        return [] if model.samples_pixels else [("decoder", "none: latents stay latents; dydit attach-vae adds one")]
     side = decoder.picture_side
     tiles = "" if decoder.tile == model.input_size else f", in tiles of {decoder.tile}x{decoder.tile} latents"
     size = f"{side}x{side} pixels{tiles}; {bytes_text(decoder.bytes)} besides"
-    return [("decoder", f"VAE from {decoder.source}, {size}")]
+    return [("decoder", f"VAE from {decoder.source}, {size}"), ("", decoder.scaling)]
 
 
 def _plan_line(facts: BundleFacts) -> str:
@@ -213,6 +217,7 @@ def _model_lines(model: ModelFacts) -> list[tuple[str, str]]:
     return [
         ("model", f"{kind}; hidden {c.hidden_size}, {c.depth} blocks, {c.num_heads} heads, patch {c.patch_size}"),
         ("input", f"{shape}, {model.tokens} tokens, {c.num_classes} classes{guidance}"),
+        ("samples", c.space_words),
         ("parameters", f"{model.parameters:,}{routers}"),
         (
             "cost",

@@ -85,7 +85,7 @@ def run_parity(
     Images(config.labels, config.seed, config.cfg_scale).row_labels(manifest.model)
     steps = manifest.sampling.steps
     compared = sorted({*range(0, steps, config.every), steps - 1})
-    if manifest.model == checkpoint.config:
+    if manifest.model.architecture == checkpoint.config.architecture:
         parity = _Parity(bundle, checkpoint, config, compared, progress)
         hops, trajectory = parity.hops()
         repeated = parity.repeated

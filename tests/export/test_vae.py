@@ -14,7 +14,7 @@ import pytest
 
 from dydit.bundle.vae import VAE_DECODER, VAE_WEIGHTS
 from dydit.errors import BackendError, CheckpointError, ConfigError
-from dydit.export.vae import export_vae
+from dydit.export.vae import VaeOptions, export_vae
 from dydit.models.config import ModelConfig
 from dydit.runtime.vae import VaeDecoder
 
@@ -77,43 +77,13 @@ def test_what_does_not_fit_is_refused(autoencoder, tmp_path):
     with pytest.raises(ConfigError, match="samples pixels of 3 channels itself; leave the VAE away"):
         export_vae(source, tmp_path, model_of(in_channels=3))
     with pytest.raises(ConfigError, match=r"tiles of 9 latents: expected 1\.\.8"):
-        export_vae(source, tmp_path, model_of(), tile=9)
-    with pytest.raises(CheckpointError, match="does not exist; give a folder that diffusers saved, or a hub name"):
+        export_vae(source, tmp_path, model_of(), VaeOptions(tile=9))
+    with pytest.raises(CheckpointError, match="no such file or folder"):
         export_vae(str(tmp_path / "nowhere"), tmp_path, model_of())
-    with pytest.raises(CheckpointError, match="is no AutoencoderKL in safetensors") as caught:
+    with pytest.raises(CheckpointError, match="holds no autoencoder") as caught:
         export_vae(str(tmp_path), tmp_path, model_of())
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())
-
-
-def test_weights_are_read_from_safetensors_alone(autoencoder, tmp_path):
-    import torch
-
-    (tmp_path / "config.json").write_bytes((autoencoder.folder / "config.json").read_bytes())
-    torch.save(autoencoder.module.state_dict(), tmp_path / "diffusion_pytorch_model.bin")
-    with pytest.raises(CheckpointError, match="is no AutoencoderKL in safetensors"):
-        export_vae(str(tmp_path), tmp_path / "out", model_of())
-
-
-def test_only_a_hub_name_downloads(autoencoder, tmp_path, monkeypatch):
-    from diffusers import AutoencoderKL
-
-    asked = []
-
-    def load_config(source, local_files_only):
-        asked.append((source, local_files_only))
-        raise OSError("We couldn't connect\nto the hub")
-
-    monkeypatch.setattr(AutoencoderKL, "load_config", load_config)
-    for source, message in (
-        ("owner/name", "owner/name was not found as an AutoencoderKL in safetensors: We couldn't connect to the hub"),
-        (str(autoencoder.folder), "is no AutoencoderKL in safetensors"),
-        ("owner/name/more", "does not exist; give a folder that diffusers saved, or a hub name OWNER/NAME"),
-        ("/owner", "does not exist"),
-    ):
-        with pytest.raises(CheckpointError, match=message):
-            export_vae(source, tmp_path, model_of())
-    assert asked == [("owner/name", False), (str(autoencoder.folder), True)]
 
 
 def respoiled(autoencoder, folder: Path, change) -> str:
@@ -132,20 +102,157 @@ def respoiled(autoencoder, folder: Path, change) -> str:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda values, state: values.update(_class_name="VQModel"), "it is of class VQModel"),
-        (lambda values, state: state.pop("decoder.conv_out.bias"), r"weight decoder\.conv_out\.bias is missing"),
-        (lambda values, state: values.update(scaling_factor=0), "scaling_factor: Input should be greater than 0"),
-        (lambda values, state: values.update(latents_mean=[0.0] * 4), "scales each latent channel by itself"),
+        ({"_class_name": "UNet2DModel"}, "is of class UNet2DModel; expected AutoencoderKL or VQModel"),
+        ({"_class_name": None}, "is of class None; expected"),
+        ({"scaling_factor": 0}, "scaling_factor: Input should be greater than 0"),
+        ({"scaling_factor": None}, "scaling_factor: Input should be a valid number|states no scaling factor"),
+        ({"shift_factor": float("nan")}, "shift_factor: Input should be a finite number"),
+        ({"latents_mean": [0.0] * 4}, "latents_mean and latents_std go together, but only one of them is stated"),
+        ({"latents_std": [1.0] * 4}, "latents_mean and latents_std go together"),
+        ({"latents_mean": [0.0] * 4, "latents_std": [1.0] * 3}, "expected 4, one for each latent channel"),
+        ({"latents_mean": [0.0] * 4, "latents_std": [0.0] * 4}, r"latents_std holds 0\.0; expected numbers above 0"),
+        ({"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4, "shift_factor": 0.1}, "two ways to shift latents"),
+        ({"flip_latents": True}, "states flip_latents, which AutoencoderKL of diffusers .* does not know"),
+        ({"norm_num_groups": 0}, "has a configuration that AutoencoderKL refuses"),
+        ({"block_out_channels": []}, "has a configuration that AutoencoderKL refuses"),
+        ({"use_post_quant_conv": False}, r"2 unknown \(post_quant_conv\.(weight|bias)"),
     ],
-    ids=["class", "weight", "scale", "mean"],
+    ids=lambda change: "-".join(change) if isinstance(change, dict) else "",
 )
-def test_an_autoencoder_of_another_kind_is_refused(autoencoder, tmp_path, change, message):
-    """diffusers itself would load the first as it is, and fill the gap in the second with random numbers."""
-    source = respoiled(autoencoder, tmp_path / "vae", change)
+def test_a_convention_that_is_stated_is_followed_or_refused(autoencoder, tmp_path, change, message):
+    """diffusers itself would load most of these as they are."""
+    source = respoiled(autoencoder, tmp_path / "vae", lambda values, state: values.update(change))
     with pytest.raises((CheckpointError, ConfigError), match=message) as caught:
         export_vae(source, tmp_path, model_of())
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and str(tmp_path / "vae") in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["vae"]
+
+
+def saved(module, folder: Path, **config) -> str:
+    """The folder of an autoencoder; values of None are left out of its configuration."""
+    module.save_pretrained(folder)
+    values = json.loads((folder / "config.json").read_text()) | config
+    (folder / "config.json").write_text(json.dumps({name: each for name, each in values.items() if each is not None}))
+    return str(folder)
+
+
+def decoded(folder: Path, source: str, latents: np.ndarray, options: VaeOptions | None = None):
+    """Our pixels of latents [n, C, 8, 8], and the manifest's entry of the decoder."""
+    folder.mkdir()
+    entry = export_vae(source, folder, model_of(in_channels=latents.shape[1], space="latents"), options)
+    return VaeDecoder(folder, entry).decode(latents), entry
+
+
+def assert_near(ours: np.ndarray, wanted: np.ndarray) -> None:
+    assert np.std(wanted) > 0.01 and np.linalg.norm(ours - wanted) < 1e-5 * np.linalg.norm(wanted)
+
+
+def random_latents(channels: int = 4) -> np.ndarray:
+    return np.random.default_rng(7).standard_normal((2, channels, 8, 8)).astype(np.float32)
+
+
+def test_factors_are_used_as_diffusers_pipelines_do(autoencoder, tmp_path):
+    import torch
+
+    latents = random_latents()
+    z = torch.from_numpy(latents)
+    mean, std = [0.5, -0.25, 0.0, 1.0], [1.0, 2.0, 0.5, 1.5]
+
+    def decode(hidden):
+        with torch.no_grad():
+            return autoencoder.module.decode(hidden, return_dict=False)[0].numpy()
+
+    shifted = saved(autoencoder.module, tmp_path / "shifted", scaling_factor=1.5, shift_factor=0.25)
+    ours, entry = decoded(tmp_path / "a", shifted, latents)
+    assert_near(ours, decode(z / 1.5 + 0.25))  # Stable Diffusion 3
+    assert entry.scaling_words == "scaling factor 1.5, shift factor 0.25" and "codebook" not in entry.model_dump()
+
+    each = saved(autoencoder.module, tmp_path / "each", scaling_factor=1.5, latents_mean=mean, latents_std=std)
+    ours, entry = decoded(tmp_path / "b", each, latents)
+    m, s = (torch.tensor(values).reshape(4, 1, 1) for values in (mean, std))
+    assert_near(ours, decode(z * s / 1.5 + m))  # Stable Diffusion XL
+    assert entry.latents_mean == tuple(mean) and "a mean and deviation for each channel" in entry.scaling_words
+
+    ours, entry = decoded(tmp_path / "c", shifted, latents, VaeOptions(scale=0.5, shift=0.0))
+    assert_near(ours, decode(z / 0.5))
+    assert (entry.scaling_factor, entry.shift_factor) == (0.5, 0.0)
+
+
+def test_a_scale_that_is_not_stated_is_assumed_for_the_first_autoencoders_alone(autoencoder, tmp_path):
+    import diffusers
+
+    source = saved(autoencoder.module, tmp_path / "vae", scaling_factor=None)
+    ours, entry = decoded(tmp_path / "a", source, random_latents())
+    assert_near(ours, autoencoder.decode(random_latents()))
+    assert (
+        entry.scale_assumed and "diffusers' default: the autoencoder's configuration states none" in entry.scaling_words
+    )
+    later = diffusers.AutoencoderKL(block_out_channels=(4, 4), down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=16, norm_num_groups=2)  # fmt: skip
+    source = saved(later, tmp_path / "later", scaling_factor=None)
+    with pytest.raises(ConfigError, match="states no scaling factor, without which the pictures would be wrong; give"):
+        decoded(tmp_path / "b", source, random_latents(16))
+
+
+def test_without_a_convolution_before_the_decoder(tmp_path):
+    import diffusers
+    import torch
+
+    torch.manual_seed(2)
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(8,), latent_channels=5, norm_num_groups=4, scaling_factor=0.7, use_quant_conv=False,
+        use_post_quant_conv=False, mid_block_add_attention=False)  # fmt: skip
+    latents = random_latents(5)
+    ours, entry = decoded(tmp_path / "a", saved(vae.eval(), tmp_path / "vae"), latents)
+    with torch.no_grad():
+        assert_near(ours, vae.decode(torch.from_numpy(latents) / 0.7, return_dict=False)[0].numpy())
+    assert entry.upscale == 1
+
+
+@pytest.mark.parametrize("norm", ["group", "spatial"])
+def test_latents_go_through_a_codebook(tmp_path, norm):
+    """diffusers' `VQModel`, as latent diffusion's `vq-f4`; its latents are those of the codebook's vectors."""
+    import diffusers
+    import torch
+
+    torch.manual_seed(4)
+    vae = diffusers.VQModel(
+        block_out_channels=(32, 32),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=3 if norm == "spatial" else 4,
+        vq_embed_dim=3,
+        num_vq_embeddings=32,
+        norm_type=norm,
+    )
+    with torch.no_grad():
+        vae.quantize.embedding.weight.normal_()
+    latents = random_latents(3)
+    source = saved(vae.eval(), tmp_path / "vq", scaling_factor=None)
+    with pytest.raises(ConfigError, match="states no scaling factor"):
+        decoded(tmp_path / "a", source, latents)
+    ours, entry = decoded(tmp_path / "b", source, latents, VaeOptions(scale=1))
+    with torch.no_grad():
+        wanted = vae.decode(torch.from_numpy(latents), return_dict=False)[0].numpy()
+        raw = vae.decode(torch.from_numpy(latents), force_not_quantize=True, return_dict=False)[0].numpy()
+    assert_near(ours, wanted)
+    assert np.linalg.norm(raw - wanted) > 0.01 * np.linalg.norm(wanted), "the codebook matters"
+    assert (entry.latent_channels, entry.codebook, entry.upscale) == (3, 32, 2)
+    with pytest.raises(ConfigError, match="decodes latents of 3 channels, but the model has 4"):
+        decoded(tmp_path / "c", source, random_latents(4), VaeOptions(scale=1))
+    with pytest.raises(CheckpointError, match="decodes indices of its codebook"):
+        decoded(tmp_path / "d", saved(vae, tmp_path / "indices", lookup_from_codebook=True), latents)
+
+
+def test_a_decoder_that_overflows_is_refused(autoencoder, tmp_path):
+    """Its pictures would be black."""
+
+    def spoil(values, state):
+        state["decoder.conv_in.weight"].fill_(3e38)
+
+    source = respoiled(autoencoder, tmp_path / "vae", spoil)
+    with pytest.raises(ConfigError, match="decodes random latents to NaN or infinite pixels"):
+        export_vae(source, tmp_path, model_of())
 
 
 def test_old_names_of_attention_weights_are_known(autoencoder, tmp_path):

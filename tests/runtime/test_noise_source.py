@@ -105,13 +105,13 @@ def test_files_that_are_no_noise_are_refused_and_never_executed(manifest, tmp_pa
         archive.writestr("noise.npy", b"")
         archive.writestr("labels.npy", b"")
     for content, message in (
-        (b"", "is not a noise file"),
-        (b"plain text", "is not a noise file"),
-        (pickle.dumps(Planted(trap)), "is not a noise file"),
-        (evil.getvalue(), "is not a noise file: (x_T|noise)"),
+        (b"", "is not a file of noise"),
+        (b"plain text", "is not a file of noise"),
+        (pickle.dumps(Planted(trap)), "is not a file of noise"),
+        (evil.getvalue(), "is not a file of noise: (x_T|noise)"),
         (array.getvalue(), "is a single array, expected an .npz"),
-        (whole.getvalue()[:2000], "is not a noise file"),
-        (bytes(flipped), "is not a noise file.*CRC"),
+        (whole.getvalue()[:2000], "is not a file of noise"),
+        (bytes(flipped), "is not a file of noise.*CRC"),
     ):
         file.write_bytes(content)
         with pytest.raises(ConfigError, match=message) as caught:

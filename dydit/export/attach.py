@@ -1,0 +1,83 @@
+"""Giving a bundle of latents a decoder afterwards, without exporting its checkpoint again.
+
+The manifest is replaced last, by a rename: until then the bundle is the old one, which lists no decoder, and files that
+a killed call left beside it are not read, and are replaced by the next one. Subnetworks, weights and built engines stay
+as they are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+from dydit.bundle.bundle import Bundle
+from dydit.bundle.manifest import MANIFEST, FileEntry, Manifest
+from dydit.bundle.vae import VAE_DECODER, VAE_WEIGHTS
+from dydit.errors import ConfigError, OutputError
+from dydit.export.vae import VaeOptions, export_vae
+from dydit.files import explained, fsync_folder, sha256_of, write_atomic
+
+PREFIX, SUFFIX = ".decoder.", ".part"  # of the folder, inside the bundle, in which a decoder is made
+
+
+def attach_vae(path: Path, source: str, options: VaeOptions | None = None) -> Bundle:
+    """Add the decoder of the autoencoder `source` to the bundle at `path`, and return the bundle.
+
+    The bundle's digest changes, as its pictures do. Raises `ConfigError` where it has a decoder already or states that
+    it samples pixels, `OutputError` where it cannot be written or another process is at it, and what `export_vae` does.
+    """
+    with _alone(path):
+        manifest = Bundle.open(path, verify=False).manifest
+        if manifest.vae is not None:
+            raise ConfigError(f"{path} has a decoder already, from {manifest.vae.source}; export again for another one")
+        model = manifest.model.stating(None, decoded=True)
+        for part in path.glob(f"{PREFIX}*{SUFFIX}"):  # of a killed call
+            shutil.rmtree(part, ignore_errors=True)
+        with explained(path), tempfile.TemporaryDirectory(prefix=PREFIX, suffix=SUFFIX, dir=path) as name:
+            folder = Path(name)
+            vae = export_vae(source, folder, model, options)
+            files = dict(manifest.files)
+            for name in (VAE_DECODER, VAE_WEIGHTS):
+                files[name] = FileEntry(bytes=(folder / name).stat().st_size, sha256=sha256_of(folder / name))
+            values = manifest.model_dump(exclude={"digest"}) | {
+                "model": model.model_dump(),
+                "vae": vae.model_dump(),
+                "files": {name: entry.model_dump() for name, entry in sorted(files.items())},
+                "tools": {**manifest.tools, "diffusers": version("diffusers")},
+            }
+            changed = Manifest.model_validate(values)
+            for name in (VAE_DECODER, VAE_WEIGHTS):
+                with open(folder / name, "rb") as file:
+                    os.fsync(file.fileno())
+                os.replace(folder / name, path / name)
+        fsync_folder(path)
+        write_atomic(path / MANIFEST, changed.to_json().encode())
+    return Bundle.open(path, verify=False)
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Hold a bundle's folder against another process that attaches to it; without locks there, hold nothing."""
+    if not path.is_dir():  # said in `Bundle.open`'s words
+        yield
+        return
+    with explained(path):
+        descriptor = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OutputError(f"another process is adding a decoder to {path}; wait for it") from error
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF):
+                raise
+        yield
+    finally:
+        os.close(descriptor)
