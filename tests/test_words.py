@@ -1,0 +1,12 @@
+"""Numbers with their nouns."""
+
+from __future__ import annotations
+
+from dydit.words import counted
+
+
+def test_a_number_decides_between_singular_and_plural() -> None:
+    assert counted(1, "image") == "1 image"
+    assert [counted(count, "image") for count in (0, 2)] == ["0 images", "2 images"]
+    assert counted(1_000, "step") == "1,000 steps"
+    assert [counted(count, "class", "classes") for count in (1, 10)] == ["1 class", "10 classes"]
