@@ -26,6 +26,7 @@ from dydit.export.sizes import PlanSizes, fixed_bytes
 from dydit.files import write_atomic
 from dydit.models.config import ModelConfig
 from dydit.models.cost import model_macs, unit_costs
+from dydit.verify.computed import layers_in_16_bits
 from dydit.verify.inspect_facts import (
     BundleFacts,
     CheckpointFacts,
@@ -138,7 +139,7 @@ def inspect_bundle(path: Path | str) -> Inspection:
     unit_sizes = _unit_bytes(manifest)
     subnets = tuple(_subnet_facts(manifest, index) for index in range(len(manifest.subnets)))
     fixed = fixed_bytes(config, manifest.precision)
-    measured, (layers, in_16_bits) = manifest.plan.measured, _layers(manifest)
+    measured, (layers, in_16_bits) = manifest.plan.measured, layers_in_16_bits(manifest)
     plans = _rows(masks, config, PlanSizes(masks, unit_sizes, fixed), measured.times if measured else None)
     dense = int(unit_sizes.sum()) + fixed
     loaded = dense if manifest.sliding else sum(entry.weight_bytes for entry in manifest.subnets)
@@ -243,13 +244,6 @@ def _unit_bytes(manifest: Manifest) -> np.ndarray:
             total = sum(entry.nbytes for entry in stored if entry)
             sizes[block, part] = total / config.num_heads
     return sizes
-
-
-def _layers(manifest: Manifest) -> tuple[int, int]:
-    """Linear layers of blocks, of all segments, and how many of them stay in 16 bits where the others are in 8."""
-    entries = [manifest.subnets[segment.subnet] for segment in manifest.plan.segments]
-    layers = sum(2 * bool(units) for entry in entries for part in (entry.heads, entry.groups) for units in part)
-    return layers, sum(len(block) for entry in entries for block in entry.in_16_bits or ())
 
 
 def _stored_model_facts(manifest: Manifest) -> ModelFacts:
