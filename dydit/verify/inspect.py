@@ -15,7 +15,7 @@ import numpy as np
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.costs import StepTimes
 from dydit.bundle.graph_io import GROUP_TENSORS, HEAD_TENSORS
-from dydit.bundle.manifest import MANIFEST, Manifest
+from dydit.bundle.manifest import MANIFEST, Manifest, Routing
 from dydit.bundle.stored import half_name
 from dydit.bundle.vae import VAE_DECODER, VAE_WEIGHTS
 from dydit.diffusion.schedule import Schedule
@@ -305,6 +305,8 @@ def _segment_facts(manifest: Manifest, masks: np.ndarray) -> tuple[SegmentFacts,
                 gated=entry.gated,
                 cost_share=float(share),
                 weight_bytes=entry.weight_bytes,
+                slots=entry.capacities if manifest.routing is Routing.CAPACITY else None,
+                blocks_with_mlp=tuple(bool(groups) for groups in entry.groups),
             )
         )
     return tuple(facts)

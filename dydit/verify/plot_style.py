@@ -27,7 +27,6 @@ _STYLE: dict[str, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
     "text.color": INK,
-    "text.parse_math": False,  # a $ in a file's name is a $
     "axes.edgecolor": MUTED,
     "axes.labelcolor": INK,
     "axes.labelsize": 9,
@@ -85,8 +84,8 @@ def headline(figure: Any, finding: str, detail: str = "") -> None:
     Lines that are too long are wrapped, and the picture becomes higher by what that takes.
     """
     width, height = figure.get_size_inches()
-    title = {"fontsize": 11.5, "fontweight": "bold", "color": INK}
-    quiet = {"fontsize": 8.5, "color": MUTED}
+    title = {"fontsize": 11.5, "fontweight": "bold", "color": INK, "parse_math": False}
+    quiet = {"fontsize": 8.5, "color": MUTED, "parse_math": False}  # a $ in a file's name is a $
     findings, details = wrapped(figure, finding, title), wrapped(figure, detail, quiet)
     top, band = 0.1, 0.145 + TITLE_PITCH * len(findings) + (0.045 if details else 0.0) + DETAIL_PITCH * len(details)
     height += TITLE_PITCH * max(0, len(findings) - 1) + DETAIL_PITCH * max(0, len(details) - 1)
@@ -124,8 +123,8 @@ def wrapped(figure: Any, text: str, how: dict[str, Any]) -> list[str]:
 
 
 def shortened(name: str, most: int = 28) -> str:
-    """A name, or the end of a long one: of paths that is what tells them apart."""
-    return name if len(name) <= most else f"\u2026{name[1 - most :]}"
+    """A name, or the beginning and the end of a long one."""
+    return name if len(name) <= most else f"{name[: most // 2 - 1]}\u2026{name[-(most // 2) :]}"
 
 
 def png(figure: Any) -> bytes:

@@ -196,7 +196,7 @@ def _bars(
     for place, side, least in zip(places, sides, clear, strict=True):
         axis.plot([side.min_ms, side.max_ms], [place, place], color=INK, lw=1.1)
         _note(axis, _ms(side.median_ms), (max(side.max_ms, least), place), (6, 0), INK, va="center")
-    axis.set_yticks(places, [shortened(side.side.name) for side in sides])
+    axis.set_yticks(places, [shortened(side.side.name) for side in sides], parse_math=False)
     axis.tick_params(left=False)
     axis.spines["left"].set_visible(False)
     axis.grid(axis="x")

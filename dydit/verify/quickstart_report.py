@@ -159,9 +159,9 @@ def _content(
     return ReportContent(
         title="A dynamic diffusion transformer on handwritten digits",
         subtitle=(
-            f"{counted(model.depth, 'block')} of {counted(model.num_heads, 'head')}, fine-tuned to skip what a step and a "
-            f"token do not need, then compiled to {counted(len(manifest.subnets), 'static subnetwork')} that ONNX Runtime "
-            "executes."
+            f"{counted(model.depth, 'block')} of {counted(model.num_heads, 'head')}, fine-tuned to skip what a step "
+            f"and a token do not need, then compiled to {counted(len(manifest.subnets), 'static subnetwork')} that "
+            "ONNX Runtime executes."
         ),
         headlines=[Headline(line.label, line.value, line.note) for line in (*numbers, where)],
         machine=Machine.here(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -180,13 +181,26 @@ def test_a_ratio_of_frechet_distances(find, ends, model, tmp_path):
     assert kept.kept.sum() == found.layers - found.chosen.layers
 
 
-def test_pictures_repeat(find, ends, plan):
-    from types import SimpleNamespace
-
+@pytest.fixture(scope="module")
+def pictured(find, ends, plan) -> Any:
+    """What a picture is drawn from."""
     kept, found = find(target=Target(psnr=sum(ends) / 2))
-    result: Any = SimpleNamespace(
+    return SimpleNamespace(
         calibration=SimpleNamespace(sensitivity=found, activations=kept), bounds=plan.bounds, timesteps=()
     )
+
+
+def test_texts_of_the_picture_are_apart_and_inside(pictured, layout):
+    sensitivity_png(pictured)
+    found = pictured.calibration.sensitivity.model_copy(update={"held_out_holds": False})
+    pictured = SimpleNamespace(**{**vars(pictured), "bounds": (0, 6)})
+    pictured.calibration = SimpleNamespace(sensitivity=found, activations=pictured.calibration.activations)
+    sensitivity_png(pictured)
+    assert any("the target is missed" in text for text in layout)
+
+
+def test_pictures_repeat(pictured):
+    result, kept, found = pictured, pictured.calibration.activations, pictured.calibration.sensitivity
     picture = sensitivity_png(result)
     assert picture.startswith(b"\x89PNG") and picture == sensitivity_png(result)
     assert f"{int(kept.kept.sum())} of {found.layers} linear layers stay in 16 bits" in search_words(found)
