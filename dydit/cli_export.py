@@ -177,12 +177,11 @@ def _all_slots(checkpoint: Path, out: Path, config: ExportConfig, run: str) -> s
             "MLPs: routing saves nothing"
         )
     slots, bundle = out.with_name(f"{out.name}-slots.json"), out.with_name(f"{out.name}-slots")
-    more = (
-        "" if config.max_batch == ExportConfig.model_fields["max_batch"].default else f" --max-batch {config.max_batch}"
+    more = "".join(
+        f" --{name.replace('_', '-')} {quoted(str(getattr(config, name)))}"
+        for name in ("max_batch", "cfg_channels", "vae", "vae_tile")
+        if getattr(config, name) != type(config).model_fields[name].default
     )
-    more += "" if config.cfg_channels is None else f" --cfg-channels {config.cfg_channels}"
-    more += "" if config.vae is None else f" --vae {quoted(config.vae)}"
-    more += "" if config.vae_tile is None else f" --vae-tile {config.vae_tile}"
     chain = capacity_chain(checkpoint, slots, bundle, run, config.precision, more)
     return (
         "Warning: without --calibration capacity routing keeps a slot for every token, so that all of them are "

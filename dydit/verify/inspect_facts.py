@@ -169,7 +169,7 @@ def bundle_text(facts: BundleFacts) -> str:
             f"{counted(facts.steps, f'{facts.sampler} step')}, guidance on {counted(facts.cfg_channels, 'channel')}, "
             f"batch up to {facts.max_batch}, {facts.precision}{_kept_words(facts)}",
         ),
-        ("routing", _routing_text(facts)),
+        ("routing", routing_text(facts)),
         (
             "on disk",
             f"{bytes_text(facts.bundle_bytes)} = {share:.2f} x its weights ({bytes_text(facts.stored_bytes)}, once); "
@@ -184,7 +184,7 @@ def bundle_text(facts: BundleFacts) -> str:
     return "\n\n".join([*parts, _segment_table(facts), _subnet_table(facts)])
 
 
-def _routing_text(facts: BundleFacts) -> str:
+def routing_text(facts: BundleFacts) -> str:
     """How tokens reach the MLPs, and of fixed slots how many there are."""
     tokens = facts.model.tokens
     if facts.routing is None:
@@ -310,7 +310,7 @@ def _segment_table(facts: BundleFacts) -> str:
             continue
         rows.append(
             [
-                f"{segment.first}-{segment.first + segment.steps - 1}",
+                f"{segment.first}" + (f"-{segment.first + segment.steps - 1}" if segment.steps > 1 else ""),
                 str(segment.subnet),
                 str(segment.heads),
                 str(segment.groups),
