@@ -14,6 +14,7 @@ from dydit.calibrate.ranges import Method
 from dydit.cli_options import (
     PATH,
     CommandGroup,
+    Settings,
     backend_options,
     chosen_plan,
     draw,
@@ -206,7 +207,15 @@ def calibrate_command(
     work = out.parent / f".{out.name}.{work_name(model, exported, config)}"
     with progress_line("calibrate") as progress:
         options = BackendOptions(threads=threads, device=device)
-        result = run_calibration(model, exported, config, work, backend, options, progress)
+
+        def announce(line: str) -> None:
+            """Before a search: also where there is no progress line, as it takes long."""
+            if progress:
+                progress.close()
+            if not click.get_current_context().ensure_object(Settings).quiet:
+                click.echo(line, err=True)
+
+        result = run_calibration(model, exported, config, work, backend, options, progress, announce)
     draw(calibration_png, result, picture)
     if config.search is not None:
         draw(sensitivity_png, result, curve)

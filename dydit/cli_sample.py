@@ -12,8 +12,8 @@ import click
 
 from dydit.cli_options import ProgressLine, duration, progress_line, say
 from dydit.errors import ConfigError
-from dydit.words import counted
 from dydit.runtime.workers import GPUS, Worker, launched_worker, own_gpu, parse_worker
+from dydit.words import counted
 
 if TYPE_CHECKING:
     from dydit.runtime.bulk import SampleSummary

@@ -165,7 +165,7 @@ def table(report: BenchReport, model: str) -> str:
         f"* of all {report.steps} steps, extrapolated from those measured; loading apart",
         "load s: for the steps measured; with what a rival does once before: compiling, exporting, converting",
         f"speed-up: times as fast as {MASKED}, the median over rounds",
-        f"of bound: how much of what its fewer multiply-adds allow against {STATIC} a side achieves; - where they set none",
+        f"of bound: how much of what its fewer multiply-adds allow against {STATIC} a side achieves",
         *(f"{side.side.name}: {repeats_text(side)}" for side in report.sides if side.overflows),
         "rel. L2: of the model's part of one step, from the reference, PyTorch masked or static",
     ]

@@ -41,7 +41,7 @@ from dydit.runtime.resident import ResidentSubnets
 from dydit.verify.activations import observe
 from dydit.verify.frechet import FrechetReference
 from dydit.verify.migration import Found, find_migration
-from dydit.verify.sensitivity import SearchConfig, search
+from dydit.verify.sensitivity import Announce, SearchConfig, search
 
 Progress = Callable[[int, int], None]
 MOST_AT_ONCE = 32
@@ -105,11 +105,13 @@ def run_calibration(
     backend: str = "onnxruntime",
     options: BackendOptions | None = None,
     progress: Progress | None = None,
+    announce: Announce | None = None,
 ) -> CalibrationResult:
     """Calibrate a checkpoint for the steps, sampler and plan of an export.
 
     `work` keeps what is finished; a call with the same settings goes on with it. Remove it after success.
-    `progress(done, total)` counts steps of batches. Raises `CalibrationError` for a static model, too few samples
+    `progress(done, total)` counts steps of batches; `announce` gets a line that says how long a search may take, before
+    it starts. Raises `CalibrationError` for a static model, too few samples
     (before anything is sampled or written), and latents that are not finite; `ConfigError` and `BackendError` as
     exporting and sampling do.
     """
@@ -151,6 +153,7 @@ def run_calibration(
             *(checkpoint, exported, plan.segments, ranges, mean, config.search, config.cfg_scales, config.seed, work),
             reference,
             progress,
+            announce,
         )
     return CalibrationResult(
         Calibration(

@@ -17,7 +17,7 @@ from dydit.verify.plots import busy, latency_png, parity_png
 from dydit.verify.plots_masks import samples_png, tokens_png
 from dydit.verify.report import Headline, ReportContent, write_report
 from dydit.verify.results import BenchReport, Machine, ParityReport, Result
-from dydit.verify.sentences import bound_text, decisions_text, guidance_text
+from dydit.verify.sentences import bound_text, decisions_text, guidance_text, repeats_text
 from dydit.verify.text import exponent
 from dydit.verify.trace import Trace, decided_ratio, executed_ratio
 from dydit.words import counted
@@ -44,6 +44,14 @@ class Sampled(Result):
     cfg_scale: float
     seed: int
     seconds: float
+    repeated_steps: int = 0
+
+    @property
+    def repeats_text(self) -> str:
+        """The steps of a batch that ran again because their tokens overflowed; empty where none did."""
+        if not self.repeated_steps:
+            return ""
+        return f"; {counted(self.repeated_steps, 'step')} of a batch ran again at full capacity"
 
 
 @dataclass(frozen=True)
@@ -64,6 +72,7 @@ def lines_of(found: Found, out: Path) -> tuple[Line, ...]:
     executed = executed_ratio(manifest, found.trace.tokens)
     decided = decided_ratio(manifest, found.trace.tokens)
     threads = counted(bench.threads, "thread")
+    repeats = f"; {repeats_text(ours)}" if ours.overflows else ""
     return (
         Line(
             label="results", value=str(out / "report.html"), note="with samples, pictures, bundles and data beside it"
@@ -72,13 +81,13 @@ def lines_of(found: Found, out: Path) -> tuple[Line, ...]:
             label="images per second",
             value=f"{sampled.images / sampled.seconds:.2f}",
             note=f"{_run_text(manifest)}, {guidance_text(sampled.cfg_scale)}, "
-            f"batch {min(sampled.batch, sampled.images)}, {threads}",
+            f"batch {min(sampled.batch, sampled.images)}, {threads}{sampled.repeats_text}",
         ),
         Line(
             label="speed-up",
             value=f"{pair.median:.2f}\u00d7",
             note=f"{ours.median_ms:.1f} against {bench.side(STATIC).median_ms:.1f} ms a step of the static DiT; "
-            f"{bound_text(pair)}{BUSY if busy(bench) else ''}",
+            f"{bound_text(pair)}{repeats}{BUSY if busy(bench) else ''}",
         ),
         Line(
             label="multiply-adds saved",

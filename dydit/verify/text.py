@@ -55,8 +55,8 @@ def measured_lines(measured: MeasuredPlan | None) -> list[str]:
         times = measured.times
         cores = counted(times.threads, "thread")
         lines.append(
-            f"By a profile on {times.backend} ({cores}, {counted(times.rows, 'row')}, {times.token_share:.0%} of the tokens in "
-            f"the MLPs; fit within {times.deviation:.1%}) a run takes {measured.ms / 1e3:.3g} s: "
+            f"By a profile on {times.backend} ({cores}, {counted(times.rows, 'row')}, {times.token_share:.0%} of the "
+            f"tokens in the MLPs; fit within {times.deviation:.1%}) a run takes {measured.ms / 1e3:.3g} s: "
             f"{measured.ms / measured.static_ms:.1%} of the time with all heads and groups "
             f"({measured.per_step_ms / measured.static_ms:.1%} if every step had its own)"
         )
