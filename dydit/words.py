@@ -1,4 +1,4 @@
-"""Numbers with their nouns, for messages and reports."""
+"""Numbers with their nouns and units, for messages and reports."""
 
 from __future__ import annotations
 

@@ -271,7 +271,7 @@ def _width_lines(model: ModelFacts, width: WidthFacts) -> list[tuple[str, str]]:
         (
             "width",
             f"heads {width.head_share:.1%} on, channel groups {width.group_share:.1%}: "
-            f"{width.flops_ratio:.3f} of the blocks' multiply-adds, token routing not counted",
+            f"{width.flops_ratio:.3f} of the blocks' multiply-adds, before token routing",
         ),
     ]
 

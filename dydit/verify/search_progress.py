@@ -10,11 +10,11 @@ Progress = Callable[[int, int], None]
 
 
 def estimate_text(runs: int, steps: int, images: int, total: int, seconds: float) -> str:
-    """A line before a search: `total` steps of a batch at most, of `seconds` each, most of them in `runs` whole runs."""
+    """A line before a search: `total` steps of a batch at most, of `seconds` each, most in `runs` whole runs."""
     return (
         f"Search for layers: at most {counted(runs, 'run')} of {counted(steps, 'step')} with "
         f"{counted(images, 'image')} each, and the measuring of single layers: {counted(total, 'step')} of a batch, "
-        f"{seconds:.2g} s each, so about {duration(seconds * total)} at most; an interrupted search goes on where it was"
+        f"{seconds:.2g} s each, so about {duration(seconds * total)} at most; a stopped search goes on where it was"
     )
 
 

@@ -93,9 +93,11 @@ def parity_headline(parity: ParityReport) -> tuple[str, str]:
         return f"Parity fails at \u201c{failed.title}\u201d", failed.detail
     run = next((hop for hop in parity.hops if hop.name == "run"), None)
     flips = sum(hop.flips for hop in parity.hops)
-    if _rounded(parity):
+    if parity.precision is None:
+        title = f"{parity.backend} stays within its bars of PyTorch"
+    elif _rounded(parity):
         kept = psnr_text(run.worst) if run and run.decibels and run.worst is not None else "within its bars"
-        title = f"{parity.precision or 'rounded weights'} on {parity.backend}: {kept} against fp32 in PyTorch"
+        title = f"{parity.precision} on {parity.backend}: {kept} against fp32 in PyTorch"
     elif flips:
         title = f"{parity.backend} computes what PyTorch computes, but for {counted(flips, 'token decision')} at a tie"
     else:
