@@ -240,6 +240,7 @@ def calibrate_command(
         *([f"{out}: {result.found.text()}"] if result.found else []),
         *([] if found is None else [search_words(found)]),
         *(f"Look at {each}" for each in (picture, curve) if each.exists()),
+        "For engines of TensorRT `dydit build BUNDLE` comes after the export",
         f"Next: dydit export {quoted(checkpoint)}{options_text} --routing capacity --calibration {quoted(out)} --out "
-        "BUNDLE; for engines of TensorRT then: dydit build BUNDLE",
+        "BUNDLE",
     )

@@ -118,7 +118,7 @@ def run_calibration(
     model = checkpoint.config
     if not model.dynamic:
         raise CalibrationError(f"{checkpoint.path} is a static model: it has no token routers, so nothing to calibrate")
-    for images, what in ((config.samples, "samples"), (config.held_out, "held-out samples")):
+    for images, what in ((config.samples, "sample"), (config.held_out, "held-out sample")):
         for scale, count in spread_scales(images, config.cfg_scales):
             require_samples(config.capacity, count, scale, what)
     reference = _search_reference(checkpoint, exported, config)

@@ -223,7 +223,7 @@ class _Search:
         if best < 0:
             raise CalibrationError(self._missed(quality(0)))
         points = found.spread_counts(order, self.macs)
-        ticks.remain((len(set(points) - self.measured.keys()) + OTHERS_RUNS) * self._run_cost)
+        ticks.remain((len(set(points) - self.measured.keys() - {0}) + OTHERS_RUNS) * self._run_cost)
         for count in points:
             quality(count)
         # A token that is routed otherwise is a jump, so quality need not fall steadily: a point beyond may hold too.
