@@ -255,7 +255,7 @@ def parity_command(
 @cli.add("bench", "Time bundles, and PyTorch beside them.")
 @click.argument("bundle", type=PATH)
 @click.option("--versus", type=PATH, metavar="BUNDLE2", help="Another bundle to time beside it.")
-@click.option("--against", type=PATH, metavar="CHECKPOINT", help="A checkpoint to time beside it, as masked PyTorch.")
+@click.option("--against", type=PATH, metavar="CHECKPOINT", help="A checkpoint to time beside it, in PyTorch.")
 @click.option("--out", type=PATH, required=True, help="Folder for bench.json and bench.png; must not exist.")
 @labels_option(default="0", help="The batch, an image for each class: 207,360 or 0-9; may be given again.")
 @click.option("--seed", type=int, default=0, help="Of the images' noise.")
@@ -287,7 +287,7 @@ def bench_command(
     if as_json:
         print_json(report.to_json())
     else:
-        click.echo(report.summary)
+        click.echo("\n".join(report.lines))
         say_files(out)
 
 

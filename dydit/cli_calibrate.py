@@ -8,11 +8,13 @@ from typing import Any
 
 import click
 
+from dydit.bundle.advice import quoted, run_options
 from dydit.bundle.stored import Precision
 from dydit.calibrate.ranges import Method
 from dydit.cli_options import (
     PATH,
     CommandGroup,
+    Settings,
     backend_options,
     checkpoint_options,
     chosen_plan,
@@ -25,6 +27,7 @@ from dydit.cli_options import (
 )
 from dydit.diffusion.schedule import Sampler
 from dydit.errors import OutputError
+from dydit.words import counted
 
 
 def add_calibrate(group: CommandGroup) -> None:
@@ -187,6 +190,7 @@ def calibrate_command(
     from dydit.verify.calibration import CalibrationConfig, run_calibration, work_name
     from dydit.verify.plots_calibration import calibration_png
     from dydit.verify.plots_sensitivity import search_words, sensitivity_png
+    from dydit.verify.sentences import extra_text
 
     require_known(backend)
     chosen = {"quantile": quantile, "margin": margin, "tile": tile, "batch_sizes": batch_sizes}
@@ -203,7 +207,15 @@ def calibrate_command(
     work = out.parent / f".{out.name}.{work_name(model, exported, config)}"
     with progress_line("calibrate") as progress:
         options = BackendOptions(threads=threads, device=device)
-        result = run_calibration(model, exported, config, work, backend, options, progress)
+
+        def announce(line: str) -> None:
+            """Before a search: also where there is no progress line, as it takes long."""
+            if progress:
+                progress.close()
+            if not click.get_current_context().ensure_object(Settings).quiet:
+                click.echo(line, err=True)
+
+        result = run_calibration(model, exported, config, work, backend, options, progress, announce)
     draw(calibration_png, result, picture)
     if config.search is not None:
         draw(sensitivity_png, result, curve)
@@ -217,25 +229,19 @@ def calibrate_command(
         print_json({"calibration": str(out), "segments": len(tokens.capacities), **rates, **moved, **searched})
         return
     held = tokens.held_out
-    options_text = _plan_words(plan, steps, sampler)
-    eighth = f" --precision {precision}" if result.calibration.activations else ""
+    options_text = run_options(plan, steps, sampler) + (f" --num-heads {num_heads}" if num_heads else "")
+    options_text += f" --precision {precision}" if result.calibration.activations else ""
     say(
-        f"{out}: capacities of {len(tokens.capacities)} segments; on {held.images} held-out images {held.rate:.3%} of "
-        f"step-blocks overflow (below {held.upper:.2%} with 95 % confidence; predicted: {tokens.predicted.rate:.3%}), "
-        f"and MLPs compute {held.mlp_ratio - 1:.1%} more than with dynamic routing, repeated steps among it",
+        f"{out}: capacities of {counted(len(tokens.capacities), 'segment')}; on "
+        f"{counted(held.images, 'held-out image')} {held.rate:.3%} of step-blocks overflow (below {held.upper:.2%} "
+        f"with 95 % confidence; predicted: {tokens.predicted.rate:.3%}), so that {held.repeated_steps:.2%} of steps "
+        f"run again at full capacity, and MLPs compute {extra_text(held.mlp_ratio)} than with dynamic routing, these "
+        "repetitions among it",
         *([f"{out}: {result.found.text()}"] if result.found else []),
         *([] if found is None else [search_words(found)]),
         *model.notes,
         *(f"Look at {each}" for each in (picture, curve) if each.exists()),
-        f"Next: dydit export {checkpoint}{options_text}{eighth} --routing capacity --calibration {out} --out BUNDLE",
+        "For engines of TensorRT `dydit build BUNDLE` comes after the export",
+        f"Next: dydit export {quoted(checkpoint)}{options_text} --routing capacity --calibration {quoted(out)} --out "
+        "BUNDLE",
     )
-
-
-def _plan_words(plan: dict[str, Any], steps: int, sampler: str) -> str:
-    """The options of an export that make the same run and plan, where they are not the defaults."""
-    words = [] if steps == 250 else [f"--steps {steps}"]
-    words += [] if sampler == Sampler.DDPM else [f"--sampler {sampler}"]
-    words += {"per-step": ["--per-step"], "sliding": ["--sliding"]}.get(plan.get("plan", ""), [])
-    words += [f"--max-subnets {plan['max_subnets']}"] if "max_subnets" in plan else []
-    words += [f"--memory-budget {plan['memory_budget']}B"] if "memory_budget" in plan else []
-    return "".join(f" {word}" for word in words)

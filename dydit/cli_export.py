@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from dydit.bundle.advice import capacity_chain, quoted, run_options
 from dydit.bundle.costs import Measured
 from dydit.bundle.manifest import Manifest, PlanKind, Routing
 from dydit.bundle.stored import Precision
@@ -29,6 +30,7 @@ from dydit.cli_options import (
 from dydit.cli_vae import scaling_options, space_lines, space_option
 from dydit.diffusion.schedule import Sampler
 from dydit.errors import BackendError
+from dydit.words import counted
 
 if TYPE_CHECKING:
     from dydit.export.exporter import ExportConfig
@@ -106,11 +108,12 @@ def export_command(
     Runtime and PyTorch on the CPU, --per-step in int8, which needs its weights packed, and --max-subnets 32 with the
     routings that engines take, where none was measured.
     """
-    plan = chosen_plan(per_step, max_subnets, memory_budget, sliding)
+    asked = plan = chosen_plan(per_step, max_subnets, memory_budget, sliding)
     if cost == Cost.MEASURED and (per_step or sliding):
         raise click.UsageError("--per-step and --sliding leave nothing to choose by --cost measured")
     if cost == Cost.MEASURED and settings["calibration"] is not None:
         raise click.UsageError("a calibration is of a plan that repeats; plans by --cost measured vary")
+    from dydit.export.capacities import keeps_every_token
     from dydit.export.exporter import ExportConfig, export
     from dydit.files import require_absent
     from dydit.models.checkpoint import load_checkpoint
@@ -127,6 +130,7 @@ def export_command(
     if not plan and cost == Cost.MACS and model.config.dynamic:
         plan = {"plan": best_plan(Routing(settings["routing"]), Precision(settings["precision"]))}
     config = parse_config(ExportConfig, {**settings, **plan})
+    run = run_options(asked, config.steps, config.sampler) + (f" --num-heads {num_heads}" if num_heads else "")
     with progress_line("measure") as progress:
         if progress:
             progress(0, 1)
@@ -134,6 +138,8 @@ def export_command(
     with progress_line("export") as progress:
         bundle = export(model, out, config, progress, measured)
     manifest = bundle.manifest
+    if keeps_every_token(manifest):
+        click.echo(_all_slots(checkpoint, out, config, run), err=True)
     size = sum(entry.bytes for entry in manifest.files.values())
     if as_json:
         planned = manifest.plan.model_dump(mode="json", exclude={"segments"})
@@ -172,15 +178,39 @@ def _measure(model: Checkpoint, config: ExportConfig, cost: Cost, batch: int) ->
         return None, [f"The budget holds bytes of weights, not measured memory: {error}"]
 
 
+def _all_slots(checkpoint: Path, out: Path, config: ExportConfig, run: str) -> str:
+    """The warning that tokens save nothing, and the commands with which they do."""
+    if config.calibration is not None:
+        return (
+            "Warning: the calibration keeps a slot for every token, as its images send nearly all of them through the "
+            "MLPs: routing saves nothing"
+        )
+    slots, bundle = out.with_name(f"{out.name}-slots.json"), out.with_name(f"{out.name}-slots")
+    more = "".join(
+        f" --{name.replace('_', '-')} {quoted(str(getattr(config, name)))}"
+        for name in ("max_batch", "cfg_channels", "vae", "vae_tile")
+        if getattr(config, name) != type(config).model_fields[name].default
+    )
+    chain = capacity_chain(checkpoint, slots, bundle, run, config.precision, more)
+    return (
+        "Warning: without --calibration capacity routing keeps a slot for every token, so that all of them are "
+        f"computed and routing saves nothing. For as many slots as are needed: {chain}"
+    )
+
+
 def _made(manifest: Manifest, out: Path, size: int) -> str:
     from dydit.verify.text import bytes_text
 
     count = len(manifest.subnets)
-    served = f"one graph of {count} widths" if manifest.sliding else f"{count} subnetworks"
+    served = f"one graph of {counted(count, 'width')}" if manifest.sliding else counted(count, "subnetwork")
+    made = f"{out}: {counted(manifest.sampling.steps, 'step')} on {served}, {bytes_text(size)}"
+    if not manifest.model.dynamic:
+        return f"{made}; a static model: every step computes all of it"
+    computed, exact = (cost / manifest.plan.static_macs for cost in (manifest.plan.macs, manifest.plan.per_step_macs))
     return (
-        f"{out}: {manifest.sampling.steps} steps on {served}, {bytes_text(size)}; widths "
-        f"cost {manifest.plan.macs / manifest.plan.static_macs:.1%} of the static model "
-        f"({manifest.plan.per_step_macs / manifest.plan.static_macs:.1%} if every step had its own)"
+        f"{made}; widths take {computed:.1%} of the multiply-adds of the static model's blocks"
+        + (f" ({exact:.1%} if every step had its own)" if computed > exact * 1.0005 else "")
+        + ", before token routing" * (manifest.routing is not Routing.DENSE)
     )
 
 

@@ -22,6 +22,7 @@ from dydit.bundle.stored import Precision
 from dydit.calibrate.file import Calibration, read_calibration
 from dydit.files import write_atomic
 from dydit.training.recipe import Recipe
+from dydit.words import duration as duration
 
 MOST_LABELS = 1_000_000
 BYTE_UNITS = {
@@ -375,16 +376,6 @@ def next_commands(manifest: Manifest, bundle: Path, checkpoint: Path) -> str:
 def print_json(value: Any) -> None:
     """`value` as JSON on standard output."""
     click.echo(json.dumps(value, indent=2, allow_nan=False))
-
-
-def duration(seconds: float) -> str:
-    """`12 s`, `3:07 min` or `2:05 h`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60}:{whole % 60:02d} min"
-    return f"{whole // 3600}:{whole % 3600 // 60:02d} h"
 
 
 def recipe_settings() -> str:

@@ -13,6 +13,7 @@ import click
 from dydit.cli_options import ProgressLine, duration, progress_line, say
 from dydit.errors import ConfigError
 from dydit.runtime.workers import GPUS, Worker, launched_worker, own_gpu, parse_worker
+from dydit.words import counted
 
 if TYPE_CHECKING:
     from dydit.runtime.bulk import SampleSummary
@@ -53,6 +54,12 @@ def sampling_progress(worker: Worker) -> Iterator[tuple[ProgressLine | None, Cal
 def say_sampled(done: SampleSummary) -> None:
     """Closing words after sampling."""
     took = "were there already" if done.finished_before else f"in {duration(done.seconds + done.picture_seconds)}"
-    say(f"{done.out}: {done.images} images {took}" + (f"; look at {', '.join(done.files)}" if done.finished else ""))
+    look = f"; look at {', '.join(done.files)}" if done.finished else ""
+    say(f"{done.out}: {counted(done.images, 'image')} {took}{look}")
+    if done.repeated_steps:
+        say(
+            f"{counted(done.repeated_steps, 'step')} of a batch ran again at full capacity, as more tokens were routed "
+            "than the bundle has slots for; the images are complete"
+        )
     if done.note:
         say(done.note)

@@ -26,16 +26,17 @@ MODULES = {
 }
 LONGEST = 400
 
-# Which parts a part may import (DESIGN, section 4). `errors` and `files` belong to nobody and to all.
-GROUND = {"errors", "files"}
+# Which parts a part may import (DESIGN, section 4). `errors`, `files` and `words` belong to nobody and to all.
+GROUND = {"errors", "files", "words"}
 MODEL = GROUND | {"models", "diffusion"}
 BUNDLE = MODEL | {"bundle"}
 ENGINES = BUNDLE | {"engines"}
 MIDDLE = ENGINES | {"calibrate", "training", "export", "runtime"}
 COMMANDS = {"cli_build", "cli_calibrate", "cli_decode", "cli_export", "cli_sample", "cli_vae"}
 ALLOWED = {
-    "errors": set(),
-    "files": {"errors"},
+    "errors": {"words"},
+    "files": {"errors", "words"},
+    "words": set(),
     "diffusion": GROUND | {"diffusion"},
     "models": MODEL,
     "bundle": BUNDLE,
@@ -46,7 +47,7 @@ ALLOWED = {
     "runtime": ENGINES | {"runtime"},
     "verify": MIDDLE | {"verify"},
     "cli_options": MIDDLE,
-    "cli_errors": {"errors", "cli_options"},
+    "cli_errors": {"errors", "words", "cli_options"},
     "cli_build": MIDDLE | {"verify", "cli_options"},
     "cli_calibrate": MIDDLE | {"verify", "cli_options"},
     "cli_decode": MIDDLE | {"cli_options", "cli_vae"},
@@ -71,6 +72,7 @@ TORCH_FREE = (
         "dydit.cli_errors",
         "dydit.errors",
         "dydit.files",
+        "dydit.words",
         "dydit.models.config",
     ),
     *("dydit.models.cost", "dydit.training.recipe", "dydit.export.plan", "dydit.verify.results"),

@@ -31,6 +31,7 @@ from pydantic import Field, field_validator
 from dydit.calibrate.tokens import TokenCounts
 from dydit.errors import CalibrationError
 from dydit.models.config import Strict
+from dydit.words import counted
 
 GROUPS, MOST_GROUPS = 1000, 10_000
 CONFIDENCE = 0.95
@@ -89,8 +90,9 @@ def require_samples(config: CapacityConfig, images: int, cfg_scale: float, what:
     needed = config.images_needed()
     if images < needed:
         raise CalibrationError(
-            f"{images} {what} at guidance {cfg_scale:g} are too few for the quantile {config.quantile:g} with batches "
-            f"of {', '.join(map(str, config.batch_sizes))}: {needed} are needed for each guidance scale"
+            f"{counted(images, what)} at guidance {cfg_scale:g} {'is' if images == 1 else 'are'} too few for the "
+            f"quantile {config.quantile:g} with batches of {', '.join(map(str, config.batch_sizes))}: {needed} are "
+            "needed for each guidance scale"
         )
 
 

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Final
 
 from pydantic import Field, model_validator
 
+from dydit.bundle.advice import capacity_chain_of
 from dydit.bundle.manifest import Manifest, Routing
 from dydit.bundle.stored import Precision
 from dydit.engines.flavour import Flavour, Gpu
@@ -171,8 +172,8 @@ def require_buildable(manifest: Manifest, request: EngineRequest, gpu: Gpu | Non
         )
     if manifest.routing is Routing.DYNAMIC and not traits.data_dependent_shapes:
         raise BackendError(
-            f"{flavour} has no NonZero, which dynamic routing needs; export with `dydit export CHECKPOINT --out BUNDLE "
-            "--routing capacity`, or build with --flavour tensorrt on the machine with the GPU"
+            f"{flavour} has no NonZero, which dynamic routing needs; make a bundle of fixed token slots: "
+            f"{capacity_chain_of(manifest)}; or build with --flavour tensorrt on the machine with the GPU"
         )
     if traits.ahead_of_time:
         _require_ahead_of_time(request)

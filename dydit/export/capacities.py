@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dydit.bundle.manifest import PlanKind, Routing
+from dydit.bundle.manifest import Manifest, PlanKind, Routing
 from dydit.calibrate.file import plan_sha256
 from dydit.errors import CalibrationError, ConfigError
 from dydit.export.plan import Plan
@@ -17,6 +17,19 @@ if TYPE_CHECKING:
 
 Capacities = tuple[int, ...]
 """MLP token slots of a row, by block."""
+
+
+def keeps_every_token(manifest: Manifest) -> bool:
+    """Whether capacity routing has a slot for every token wherever there is an MLP, so that it computes all of them."""
+    if manifest.routing is not Routing.CAPACITY:
+        return False
+    slots = [
+        capacity
+        for entry in manifest.subnets
+        for groups, capacity in zip(entry.groups, entry.capacities or (), strict=False)
+        if groups
+    ]
+    return all(capacity == manifest.model.tokens for capacity in slots)
 
 
 def segment_capacities(

@@ -356,7 +356,7 @@ def _note(run: _Run, finished: bool) -> str:
     notes = ["this run was complete already; nothing was changed"] if finished else []
     if run.pictures is None:
         notes.append(
-            f"the bundle has no VAE decoder, so the samples are latents, in {LATENTS}; `dydit decode` makes pictures of "
-            "them"
+            f"the bundle has no VAE decoder, so the samples are latents, in {LATENTS}; `dydit decode` makes pictures "
+            "of them"
         )
     return "; ".join(notes)

@@ -125,8 +125,8 @@ class DyDiTPipeline:
             raise ConfigError(f"output_type {output_type!r} is not one of {', '.join(OUTPUT_TYPES)}")
         if output_type != "latent" and picture_format(self.backend.bundle.manifest) is None:
             raise ConfigError(
-                "this bundle samples latents and has no VAE decoder; ask for output_type='latent', or add a decoder with "
-                "`dydit attach-vae`"
+                "this bundle samples latents and has no VAE decoder; ask for output_type='latent', or add a decoder "
+                "with `dydit attach-vae`"
             )
         if output_type == "pt":
             require_torch()

@@ -45,6 +45,7 @@ from dydit.verify.results import (
 from dydit.verify.text import exponent
 
 REPORT = "bench.json"
+MASKED, STATIC = "pytorch-masked", "pytorch-static"  # names of a checkpoint's side
 WORKER = [sys.executable, "-m", "dydit.verify.bench_worker"]
 SETTLE_SECONDS = 0.05  # for the threads of the side that had its turn
 Progress = Callable[[int, int], None]
@@ -71,13 +72,20 @@ class BenchConfig(Strict):
 def sides_of(
     bundle: Bundle, versus: Bundle | None = None, checkpoint: Path | None = None, backend: str = "onnxruntime"
 ) -> list[Side]:
-    """The usual sides: a bundle, another one, and a checkpoint as the masked PyTorch model."""
+    """The usual sides: a bundle, another one, and a checkpoint in PyTorch: masked, or static where it has no routers.
+
+    Raises `CheckpointError` as `load_checkpoint` does.
+    """
     sides = [Side(name=bundle.path.name, kind=SideKind.BUNDLE, path=str(bundle.path), backend=backend)]
     if versus is not None:
         name = versus.path.name if versus.path.name != bundle.path.name else str(versus.path)
         sides.append(Side(name=name, kind=SideKind.BUNDLE, path=str(versus.path), backend=backend))
     if checkpoint is not None:
-        sides.append(Side(name="pytorch-masked", kind=SideKind.TORCH_MASKED, path=str(checkpoint)))
+        from dydit.models.checkpoint import load_checkpoint
+
+        dynamic = load_checkpoint(checkpoint).config.dynamic
+        name, kind = (MASKED, SideKind.TORCH_MASKED) if dynamic else (STATIC, SideKind.TORCH_STATIC)
+        sides.append(Side(name=name, kind=kind, path=str(checkpoint)))
     return sides
 
 
@@ -145,9 +153,10 @@ def spread_steps(steps: int, count: int) -> tuple[int, ...]:
 
 
 def compare_sides(side: SideResult, other: SideResult) -> Comparison:
-    """A side against another, pair by pair of rounds."""
+    """A side against another, pair by pair of rounds; with a bound where multiply-adds set one."""
     ratios = [theirs / ours for ours, theirs in zip(side.round_ms, other.round_ms, strict=True)]
-    median, allowed = float(np.median(ratios)), other.macs / side.macs
+    median, reason = float(np.median(ratios)), no_bound(side, other)
+    allowed = None if reason else other.macs / side.macs
     return Comparison(
         side=side.side.name,
         other=other.side.name,
@@ -156,8 +165,29 @@ def compare_sides(side: SideResult, other: SideResult) -> Comparison:
         min=min(ratios),
         max=max(ratios),
         allowed=allowed,
-        achieved=median / allowed,
+        achieved=None if allowed is None else median / allowed,
+        no_bound=reason,
     )
+
+
+def no_bound(side: SideResult, other: SideResult) -> str:
+    """Why the multiply-adds of two sides say nothing about their times: what makes one itself costs another time for
+    each side. Empty where they do."""
+    if SideKind.SCRIPT in (side.side.kind, other.side.kind):
+        return "a script's multiply-adds are not known"
+    for what, ours, theirs in (
+        ("backends", _runs_on(side.side), _runs_on(other.side)),
+        ("precisions", side.precision, other.precision),
+        ("forms of the model", side.side.kind.value, other.side.kind.value),
+        ("layouts of weights", *("packed" if each.side.packed else "as stored" for each in (side, other))),
+    ):
+        if ours != theirs:
+            return f"their {what} differ: {ours} and {theirs}"
+    return "" if side.macs > 0 else f"{side.side.name} computes no multiply-adds in its blocks"
+
+
+def _runs_on(side: Side) -> str:
+    return side.backend if side.kind is SideKind.BUNDLE else "PyTorch"
 
 
 def _common_run(sides: Sequence[Side], run_of: Bundle | None) -> tuple[ModelConfig, SamplingEntry, int]:
@@ -251,6 +281,7 @@ def _side_result(worker: _Worker, rounds: list[Round], deviation: float | None, 
         settled_bytes=memory["settled_bytes"],
         images_per_second=1e3 * batch / (median * steps),
         overflows=sum(each.overflows for each in rounds),
+        precision=worker.loaded.precision,
         relative_l2=deviation,
         **decided.model_dump(),
     )

@@ -41,7 +41,7 @@ from dydit.runtime.resident import ResidentSubnets
 from dydit.verify.activations import observe
 from dydit.verify.frechet import FrechetReference
 from dydit.verify.migration import Found, find_migration
-from dydit.verify.sensitivity import SearchConfig, search
+from dydit.verify.sensitivity import Announce, SearchConfig, search
 
 Progress = Callable[[int, int], None]
 MOST_AT_ONCE = 32
@@ -105,11 +105,13 @@ def run_calibration(
     backend: str = "onnxruntime",
     options: BackendOptions | None = None,
     progress: Progress | None = None,
+    announce: Announce | None = None,
 ) -> CalibrationResult:
     """Calibrate a checkpoint for the steps, sampler and plan of an export.
 
     `work` keeps what is finished; a call with the same settings goes on with it. Remove it after success.
-    `progress(done, total)` counts steps of batches. Raises `CalibrationError` for a static model, too few samples
+    `progress(done, total)` counts steps of batches; `announce` gets a line that says how long a search may take, before
+    it starts. Raises `CalibrationError` for a static model, too few samples
     (before anything is sampled or written), and latents that are not finite; `ConfigError` and `BackendError` as
     exporting and sampling do.
     """
@@ -118,7 +120,7 @@ def run_calibration(
         raise CalibrationError(f"{checkpoint.path} is a static model: it has no token routers, so nothing to calibrate")
     for scale in config.cfg_scales:
         model.require_guidance(scale)
-    for images, what in ((config.samples, "samples"), (config.held_out, "held-out samples")):
+    for images, what in ((config.samples, "sample"), (config.held_out, "held-out sample")):
         for scale, count in spread_scales(images, config.cfg_scales):
             require_samples(config.capacity, count, scale, what)
     reference = _search_reference(checkpoint, exported, config)
@@ -153,6 +155,7 @@ def run_calibration(
             *(checkpoint, exported, plan.segments, ranges, mean, config.search, config.cfg_scales, config.seed, work),
             reference,
             progress,
+            announce,
         )
     return CalibrationResult(
         Calibration(

@@ -13,6 +13,7 @@ from pathlib import Path
 from dydit.verify.doctor_probes import NO_GPU, PROBES, Finding, run_probe
 from dydit.verify.results import Machine, Result
 from dydit.verify.text import aligned, bytes_text
+from dydit.words import counted
 
 Probe = Callable[[str], Finding]
 
@@ -57,7 +58,7 @@ class DoctorReport(Result):
         memory = f", {bytes_text(self.memory_bytes)} memory" if self.memory_bytes else ""
         machine = self.machine
         head = [
-            ("machine", f"{machine.cpu}, {machine.cores} cores{memory}"),
+            ("machine", f"{machine.cpu}, {counted(machine.cores, 'core')}{memory}"),
             ("system", f"{machine.system}, Python {machine.python}"),
             ("packages", ", ".join(f"{name} {number}" for name, number in machine.packages.items())),
         ]

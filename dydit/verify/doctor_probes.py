@@ -24,6 +24,7 @@ from pydantic import Field
 from dydit.errors import BackendError, one_line
 from dydit.runtime.backends.session import load_cuda_libraries, runtime
 from dydit.verify.results import Result
+from dydit.words import counted
 
 SECONDS = 120
 NO_GPU = "an NVIDIA GPU and its driver"
@@ -97,7 +98,7 @@ def torch_cpu() -> str:
     product = (torch.from_numpy(_X) @ torch.from_numpy(_X)).numpy()
     if not np.array_equal(product, _X @ _X):
         raise Unavailable(f"torch {torch.__version__} multiplies wrongly: {product.tolist()}", "pip install -U torch")
-    return f"torch {torch.__version__}, {torch.get_num_threads()} threads"
+    return f"torch {torch.__version__}, {counted(torch.get_num_threads(), 'thread')}"
 
 
 def torch_cuda() -> str:

@@ -15,7 +15,9 @@ import numpy as np
 
 from dydit.verify.compare import StepComparison, StepValues, relative_l2
 from dydit.verify.results import Departure, FlippedImage, Hop, Measured, Status, measured, measured_all
+from dydit.verify.sentences import decisions_text
 from dydit.verify.tolerances import AGREEMENT_FROM, RESIDUAL, Tolerance
+from dydit.words import counted
 
 
 @dataclass(frozen=True)
@@ -133,14 +135,15 @@ def _faults(evidence: _Evidence, flipped: list[FlippedImage]) -> list[str]:
     wrong = [each for each in flipped if not each.tie]
     if wrong:
         first = min(wrong, key=lambda each: each.step)
+        logit = "not finite" if first.margin is None else f"{first.margin:.2g} of the usual size"
         faults.append(
-            f"{len(wrong)} of {evidence.values.shape[1]} images route a token differently that is no tie (image "
-            f"{first.image}, step {first.step}, block {first.block}: its logit is {_shown(first.margin)} of the usual "
-            f"size, a tie is up to {rule.tie:g})"
+            f"{len(wrong)} of {counted(evidence.values.shape[1], 'image')} route{'s' if len(wrong) == 1 else ''} a "
+            f"token differently that is no tie (image {first.image}, step {first.step}, block {first.block}: its logit "
+            f"is {logit}, a tie is up to {rule.tie:g})"
         )
     flips = int(evidence.flips.sum())
     if evidence.decisions >= AGREEMENT_FROM and flips > (1 - rule.agreement) * evidence.decisions:
-        faults.append(f"{flips} of {evidence.decisions} token decisions differ, the bar is {1 - rule.agreement:.2%}")
+        faults.append(f"{decisions_text(flips, evidence.decisions)}, the bar is {1 - rule.agreement:.2%}")
     return faults
 
 
@@ -151,8 +154,12 @@ def _praise(evidence: _Evidence, flipped: list[FlippedImage]) -> str:
     worst = "no image kept all its decisions" if nothing else f"{_noun(rule)} at most {largest}"
     if rule.tie is None:
         flips = int(evidence.flips.sum())
-        return worst + (f"; {flips} of {evidence.decisions} token decisions differ" if flips else "")
-    return worst + (f"; {len(flipped)} image(s) flipped a token at a tie" if flipped else "")
+        return worst + (f"; {decisions_text(flips, evidence.decisions)}" if flips else "")
+    if not flipped:
+        return worst
+    jumps = [each.value for each in flipped]
+    largest = "not finite" if None in jumps else _shown(max(value for value in jumps if value is not None))
+    return f"{worst}; {counted(len(flipped), 'image')} flipped a token at a tie (there at most {largest})"
 
 
 def _noun(rule: Tolerance) -> str:
@@ -228,7 +235,7 @@ def locate_in_run(verdict: Verdict, timesteps: np.ndarray) -> Hop:
     return hop.model_copy(update={"departure": Departure(step=step, timestep=timestep, block=block, where=where)})
 
 
-def counted(
+def exact_hop(
     rule: Tolerance, differing: int, detail: str, departure: Departure | None, per_step: Sequence[int] = ()
 ) -> Hop:
     """The verdict on a hop that allows no difference at all; it failed where there is a departure."""
@@ -249,4 +256,7 @@ def skipped(rule: Tolerance, why: str) -> Hop:
 
 
 def _header(rule: Tolerance) -> dict[str, Any]:
-    return {"name": rule.hop, "title": rule.title, "measure": rule.measure, "bar": rule.bar, "reason": rule.reason}
+    return {
+        **{"name": rule.hop, "title": rule.title, "measure": rule.measure, "bar": rule.bar, "reason": rule.reason},
+        **{"decibels": rule.decibels, "sets_aside": rule.tie is not None},
+    }

@@ -16,7 +16,7 @@ import numpy as np
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.costs import StepTimes
 from dydit.bundle.graph_io import GROUP_TENSORS, HEAD_TENSORS
-from dydit.bundle.manifest import MANIFEST, Manifest
+from dydit.bundle.manifest import MANIFEST, Manifest, Routing
 from dydit.bundle.stored import half_name
 from dydit.bundle.vae import VAE_DECODER, VAE_WEIGHTS
 from dydit.diffusion.schedule import Schedule
@@ -27,6 +27,7 @@ from dydit.export.sizes import PlanSizes, fixed_bytes
 from dydit.files import write_atomic
 from dydit.models.config import ModelConfig
 from dydit.models.cost import model_macs, unit_costs
+from dydit.verify.computed import layers_in_16_bits
 from dydit.verify.inspect_facts import (
     BundleFacts,
     CheckpointFacts,
@@ -140,7 +141,7 @@ def inspect_bundle(path: Path | str) -> Inspection:
     unit_sizes = _unit_bytes(manifest)
     subnets = tuple(_subnet_facts(manifest, index) for index in range(len(manifest.subnets)))
     fixed = fixed_bytes(config, manifest.precision)
-    measured, (layers, in_16_bits) = manifest.plan.measured, _layers(manifest)
+    measured, (layers, in_16_bits) = manifest.plan.measured, layers_in_16_bits(manifest)
     plans = _rows(masks, config, PlanSizes(masks, unit_sizes, fixed), measured.times if measured else None)
     dense = int(unit_sizes.sum()) + fixed
     loaded = dense if manifest.sliding else sum(entry.weight_bytes for entry in manifest.subnets)
@@ -247,13 +248,6 @@ def _unit_bytes(manifest: Manifest) -> np.ndarray:
     return sizes
 
 
-def _layers(manifest: Manifest) -> tuple[int, int]:
-    """Linear layers of blocks, of all segments, and how many of them stay in 16 bits where the others are in 8."""
-    entries = [manifest.subnets[segment.subnet] for segment in manifest.plan.segments]
-    layers = sum(2 * bool(units) for entry in entries for part in (entry.heads, entry.groups) for units in part)
-    return layers, sum(len(block) for entry in entries for block in entry.in_16_bits or ())
-
-
 def _stored_model_facts(manifest: Manifest) -> ModelFacts:
     """The width routers are not among a bundle's parameters: their decisions are frozen into its plan."""
     counts = {name: math.prod(entry.shape) for name, entry in manifest.weights.items()}
@@ -313,6 +307,8 @@ def _segment_facts(manifest: Manifest, masks: np.ndarray) -> tuple[SegmentFacts,
                 gated=entry.gated,
                 cost_share=float(share),
                 weight_bytes=entry.weight_bytes,
+                slots=entry.capacities if manifest.routing is Routing.CAPACITY else None,
+                blocks_with_mlp=tuple(bool(groups) for groups in entry.groups),
             )
         )
     return tuple(facts)

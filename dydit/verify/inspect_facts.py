@@ -8,10 +8,11 @@ from typing import TypeVar
 from pydantic import Field
 
 from dydit.bundle.costs import MeasuredPlan
-from dydit.bundle.manifest import PlanKind
+from dydit.bundle.manifest import PlanKind, Routing
 from dydit.models.config import ModelConfig
 from dydit.verify.results import Result
 from dydit.verify.text import aligned, bytes_text, count_text, measured_lines
+from dydit.words import counted
 
 ROWS_SHOWN = 12
 Row = TypeVar("Row")
@@ -82,7 +83,8 @@ class SubnetFacts(Result):
 
 class SegmentFacts(Result):
     """Consecutive steps of a bundle's plan and their subnetwork; `cost_share` 0..1 of the run, in what the plan makes
-    least. `weight_bytes` of the subnetwork's."""
+    least. `weight_bytes` of the subnetwork's. `slots`: with capacity routing, MLP token slots of a row, by block;
+    `blocks_with_mlp`: the blocks in which any group is on, whose slots are computed."""
 
     first: int
     steps: int
@@ -92,6 +94,13 @@ class SegmentFacts(Result):
     gated: bool
     cost_share: float
     weight_bytes: int
+    slots: tuple[int, ...] | None = None
+    blocks_with_mlp: tuple[bool, ...] = ()
+
+    @property
+    def computed_slots(self) -> tuple[int, ...]:
+        """The slots of the blocks that compute theirs."""
+        return tuple(slot for slot, there in zip(self.slots or (), self.blocks_with_mlp, strict=False) if there)
 
 
 class DecoderFacts(Result):
@@ -155,7 +164,6 @@ def checkpoint_text(facts: CheckpointFacts) -> str:
 
 def bundle_text(facts: BundleFacts) -> str:
     """Facts of a bundle for a terminal; of many subnetworks, the first and the last."""
-    routing = f"tokens routed: {facts.routing}" if facts.routing else "static: every token enters the MLPs"
     share = facts.bundle_bytes / facts.stored_bytes
     head = [
         ("bundle", f"{facts.path}, schema version {facts.schema_version}"),
@@ -164,10 +172,10 @@ def bundle_text(facts: BundleFacts) -> str:
         *_width_lines(facts.model, facts.width),
         (
             "sampling",
-            f"{facts.steps} {facts.sampler} steps, guidance on {_many(facts.cfg_channels, 'channel')}, batch up to "
-            f"{facts.max_batch}, {facts.precision}{_kept_words(facts)}",
+            f"{counted(facts.steps, f'{facts.sampler} step')}, guidance on {counted(facts.cfg_channels, 'channel')}, "
+            f"batch up to {facts.max_batch}, {facts.precision}{_kept_words(facts)}",
         ),
-        ("routing", routing),
+        ("routing", routing_text(facts)),
         (
             "on disk",
             f"{bytes_text(facts.bundle_bytes)} = {share:.2f} x its weights ({bytes_text(facts.stored_bytes)}, once); "
@@ -182,9 +190,34 @@ def bundle_text(facts: BundleFacts) -> str:
     return "\n\n".join([*parts, _segment_table(facts), _subnet_table(facts)])
 
 
+def routing_text(facts: BundleFacts) -> str:
+    """How tokens reach the MLPs, and of fixed slots how many there are."""
+    tokens = facts.model.tokens
+    if facts.routing is None:
+        return "static: every token enters the MLPs"
+    if facts.routing == Routing.DENSE:
+        return "dense: all tokens are computed, then masked"
+    if facts.routing == Routing.DYNAMIC:
+        return "dynamic: the tokens that are routed are computed"
+    slots = [slot for segment in facts.segments for slot in segment.computed_slots]
+    if not slots:
+        return "capacity: no block has an MLP"
+    if min(slots) == tokens:
+        return f"capacity: a slot for each of the {counted(tokens, 'token')}, so that routing saves nothing"
+    sums = [
+        (segment.steps * sum(segment.computed_slots), segment.steps * len(segment.computed_slots))
+        for segment in facts.segments
+    ]
+    mean = sum(total for total, _ in sums) / sum(count for _, count in sums)
+    return (
+        f"capacity: slots for {min(slots)} to {max(slots)} of {counted(tokens, 'token')}, {mean / tokens:.1%} of them "
+        "over the run; steps whose tokens do not fit run again with all"
+    )
+
+
 def _kept_words(facts: BundleFacts) -> str:
     kept = facts.layers_in_16_bits
-    return f", of {facts.layers} linear layers {kept} in 16 bits" if kept else ""
+    return f", of {counted(facts.layers, 'linear layer')} {kept} in 16 bits" if kept else ""
 
 
 def _decoder_lines(facts: BundleFacts) -> list[tuple[str, str]]:
@@ -198,10 +231,10 @@ def _decoder_lines(facts: BundleFacts) -> list[tuple[str, str]]:
 
 
 def _plan_line(facts: BundleFacts) -> str:
-    served = _many(facts.chosen.subnets, "subnetwork")
+    served = counted(facts.chosen.subnets, "subnetwork")
     if facts.plan_kind == PlanKind.SLIDING:
-        served = f"one graph of {_many(facts.chosen.subnets, 'width')}"
-    sizes = f"{served} in {_many(facts.chosen.segments, 'segment')}"
+        served = f"one graph of {counted(facts.chosen.subnets, 'width')}"
+    sizes = f"{served} in {counted(facts.chosen.segments, 'segment')}"
     if not facts.model.config.dynamic:
         return sizes
     cost = f"{facts.chosen.versus_exact:.3f} x the exact masks, {facts.chosen.versus_static:.3f} x static"
@@ -215,8 +248,15 @@ def _model_lines(model: ModelFacts) -> list[tuple[str, str]]:
     guidance = "" if c.null_class_row else ", none for no class: no guidance"
     routers = f", of them routers {model.router_parameters:,}" if model.router_parameters else ""
     return [
-        ("model", f"{kind}; hidden {c.hidden_size}, {c.depth} blocks, {c.num_heads} heads, patch {c.patch_size}"),
-        ("input", f"{shape}, {model.tokens} tokens, {c.num_classes} classes{guidance}"),
+        (
+            "model",
+            f"{kind}; hidden {c.hidden_size}, {counted(c.depth, 'block')}, {counted(c.num_heads, 'head')}, patch "
+            f"{c.patch_size}",
+        ),
+        (
+            "input",
+            f"{shape}, {counted(model.tokens, 'token')}, {counted(c.num_classes, 'class', 'classes')}{guidance}",
+        ),
         ("samples", c.space_words),
         ("parameters", f"{model.parameters:,}{routers}"),
         (
@@ -233,8 +273,8 @@ def _width_lines(model: ModelFacts, width: WidthFacts) -> list[tuple[str, str]]:
     return [
         (
             "masks",
-            f"{width.distinct_masks} distinct in {width.steps} steps; "
-            f"{width.toggling_units} of {width.units} units toggle",
+            f"{width.distinct_masks} distinct in {counted(width.steps, 'step')}; {width.toggling_units} of "
+            f"{counted(width.units, 'unit')} toggle{'s' if width.toggling_units == 1 else ''}",
         ),
         (
             "width",
@@ -269,23 +309,34 @@ def _plan_table(plans: Sequence[PlanRow], chosen: PlanRow | None) -> str:
 
 def _segment_table(facts: BundleFacts) -> str:
     units = facts.model.config.depth * facts.model.config.num_heads
+    slots = any(segment.slots for segment in facts.segments)
     rows = [["steps", "subnetwork", f"heads/{units}", f"groups/{units}", "gated", "of the cost", "weights"]]
+    rows[0] += ["slots: min", "mean", "max", "of the tokens"] if slots else []
     for segment in _abbreviated(facts.segments):
         if segment is None:
             rows.append([f"... {len(facts.segments) - ROWS_SHOWN - 2} more"])
             continue
         rows.append(
             [
-                f"{segment.first}-{segment.first + segment.steps - 1}",
+                f"{segment.first}" + (f"-{segment.first + segment.steps - 1}" if segment.steps > 1 else ""),
                 str(segment.subnet),
                 str(segment.heads),
                 str(segment.groups),
                 "yes" if segment.gated else "no",
                 f"{segment.cost_share:.1%}",
                 bytes_text(segment.weight_bytes),
+                *(_slot_cells(segment.computed_slots, facts.model.tokens) if slots else []),
             ]
         )
-    return aligned(rows, right=range(7))
+    return aligned(rows, right=range(11))
+
+
+def _slot_cells(slots: Sequence[int], tokens: int) -> list[str]:
+    """Slots of a segment over the blocks that compute them: least, mean, most, and the share of tokens."""
+    if not slots:
+        return ["-"] * 4
+    mean = sum(slots) / len(slots)
+    return [str(min(slots)), f"{mean:.1f}", str(max(slots)), f"{mean / tokens:.1%}"]
 
 
 def _subnet_table(facts: BundleFacts) -> str:
@@ -313,7 +364,3 @@ def _subnet_table(facts: BundleFacts) -> str:
 def _abbreviated(rows: Sequence[Row]) -> list[Row | None]:
     """All of them, or of many the first and the last, None standing for those between."""
     return list(rows) if len(rows) <= 2 * ROWS_SHOWN else [*rows[:ROWS_SHOWN], None, *rows[-2:]]
-
-
-def _many(count: int, noun: str) -> str:
-    return f"{count} {noun}{'' if count == 1 else 's'}"

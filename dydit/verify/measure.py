@@ -27,7 +27,9 @@ from dydit.runtime.backends.base import Arrays, Backend, BackendOptions, StepRes
 from dydit.runtime.backends.registry import open_backend
 from dydit.runtime.loop import StepRunner, default_residency
 from dydit.runtime.resident import ResidentSubnets
+from dydit.verify.computed import computed_ratio, layers_in_16_bits
 from dydit.verify.results import Side, SideKind
+from dydit.words import counted
 
 _X = COEFFICIENTS.index("x")
 
@@ -63,7 +65,7 @@ class Round(Strict):
 
 
 class Decided(Strict):
-    """What the round's steps had to compute: token share, FLOPs ratio per step; multiply-adds per image, mean."""
+    """What the round's steps decided, per step, and the multiply-adds of an image's blocks that they computed, mean."""
 
     token_share: tuple[float, ...]
     flops_ratio: tuple[float, ...]
@@ -71,10 +73,11 @@ class Decided(Strict):
 
 
 class Loaded(Strict):
-    """What loading took."""
+    """What loading took, and in which precision the matrix products are, where that is known."""
 
     seconds: float
     subnets: int = Field(description="subnetworks, or 1 for a PyTorch model")
+    precision: str | None = None
 
 
 def chained_coefficients(steps: tuple[int, ...], of: int, learn_sigma: bool) -> np.ndarray:
@@ -134,7 +137,7 @@ class Measured(ABC):
         """Repeat a round, untimed, and count what its steps decided."""
         steps, depth = len(self.job.steps), self.config.depth
         widths = np.ones((steps, depth, 2, self.config.num_heads), bool)
-        return self._count(widths, np.ones((steps, depth)), dense=True)
+        return self._count(widths, np.ones((steps, depth)), np.ones(steps))
 
     def _over_round(self, step: Callable[[int, np.ndarray], np.ndarray]) -> None:
         """Call `step(k, x) -> x_prev` for the k-th measured step with the latents that it starts from."""
@@ -143,13 +146,17 @@ class Measured(ABC):
             after = step(k, x)
             x = after if self.job.latents is Latents.RUN else self.noise[k]
 
-    def _count(self, widths: np.ndarray, tokens: np.ndarray, dense: bool) -> Decided:
-        """From `widths` bool [K, L, 2, H] and the share of tokens routed, [K, L]."""
+    def _count(self, widths: np.ndarray, tokens: np.ndarray, computed: np.ndarray) -> Decided:
+        """From `widths` bool [K, L, 2, H], the share of tokens routed, [K, L], and the share of the static model's
+        multiply-adds that were computed for it, [K]."""
         units = widths.sum(axis=-1)
         ratio = np.asarray(flops_ratio(self.config, units[:, :, 0], units[:, :, 1], tokens))
         static = self.config.depth * (attention_macs(self.config) + mlp_macs(self.config))
-        macs = static if dense else float(ratio.mean()) * static
-        return Decided(token_share=tuple(tokens.mean(axis=1).tolist()), flops_ratio=tuple(ratio.tolist()), macs=macs)
+        return Decided(
+            token_share=tuple(tokens.mean(axis=1).tolist()),
+            flops_ratio=tuple(ratio.tolist()),
+            macs=float(computed.mean()) * static,
+        )
 
 
 class _Timed(Backend):
@@ -198,7 +205,10 @@ class MeasuredBundle(Measured):
         self.backend.conditioning(np.asarray([0], np.int64), self.labels[:1])
         for index in self.needed:
             self.subnets.get(index)
-        return Loaded(seconds=time.perf_counter() - start, subnets=len(self.needed))
+        manifest = self.bundle.manifest
+        precision, kept = manifest.precision.value, layers_in_16_bits(manifest)[1]
+        precision += f" with {counted(kept, 'layer')} in 16 bits" if kept else ""
+        return Loaded(seconds=time.perf_counter() - start, subnets=len(self.needed), precision=precision)
 
     def _feeds(self, runner: StepRunner, k: int, x: np.ndarray) -> dict[str, np.ndarray]:
         feeds = runner.feeds(self.job.steps[k], x, self.noise[k], self.labels)
@@ -238,21 +248,24 @@ class MeasuredBundle(Measured):
         return Round(ms=tuple(times), overflows=overflows)
 
     def decided(self) -> Decided:
-        tokens = []
+        tokens, repeated = [], []
         with ResidentSubnets(self.backend, 2, debug=True) as subnets:
             runner = StepRunner(self.backend, subnets, self.labels, self.job.cfg_scale)
 
             def step(k: int, x: np.ndarray) -> np.ndarray:
                 feeds = self._feeds(runner, k, x)
                 result = subnets.get(self.subnet_of[k]).step(feeds)
-                if result.overflow.any():
+                repeated.append(bool(result.overflow.any()))
+                if repeated[-1]:
                     result = subnets.full(self.subnet_of[k]).step(feeds)
                 assert result.tokens is not None
                 tokens.append(result.tokens.mean(axis=(1, 2)))
                 return result.x_prev
 
             self._over_round(step)
-        return self._count(self.bundle.masks[list(self.job.steps)], np.stack(tokens), dense=False)
+        steps, routed = list(self.job.steps), np.stack(tokens)
+        computed = computed_ratio(self.bundle.manifest, steps, routed, np.array(repeated))
+        return self._count(self.bundle.masks[steps], routed, computed)
 
 
 def open_side(job: Job) -> Measured:

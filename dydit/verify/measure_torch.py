@@ -40,7 +40,7 @@ class MeasuredTorch(Measured):
         self.timesteps = Schedule.respaced(job.of).timesteps[::-1]
 
     def load(self) -> Loaded:
-        return Loaded(seconds=self.load_seconds, subnets=1)
+        return Loaded(seconds=self.load_seconds, subnets=1, precision="fp32")
 
     @torch.inference_mode()
     def _step(self, k: int, latents: np.ndarray, gating: Gating) -> np.ndarray:
@@ -67,4 +67,4 @@ class MeasuredTorch(Measured):
             return after
 
         self._over_round(step)
-        return self._count(np.stack(widths), np.stack(tokens), dense=True)
+        return self._count(np.stack(widths), np.stack(tokens), np.ones(len(tokens)))

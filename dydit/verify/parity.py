@@ -40,10 +40,11 @@ from dydit.runtime.loop import StepRunner
 from dydit.runtime.pixels import ToPixels, picture_format
 from dydit.runtime.resident import ResidentSubnets
 from dydit.verify.compare import Measure, StepComparison, StepValues, compare_step, picture_error, relative_l2
-from dydit.verify.hops import Verdict, counted, judge, locate, locate_in_run, skipped
+from dydit.verify.hops import Verdict, exact_hop, judge, locate, locate_in_run, skipped
 from dydit.verify.reference import Images, Reference, Trajectory
 from dydit.verify.results import Departure, Hop, Machine, ParityReport
-from dydit.verify.tolerances import DERIVED_WEIGHTS, rules
+from dydit.verify.tolerances import DERIVED_WEIGHTS, of_latents, rules
+from dydit.words import counted
 
 REPORT = "parity.json"
 PIXEL_SPAN = 2.0  # pixels are in [-1, 1]
@@ -80,7 +81,8 @@ def run_parity(
     start, manifest = time.perf_counter(), bundle.manifest
     if len(config.labels) > manifest.max_batch:
         raise ConfigError(
-            f"{len(config.labels)} labels, but the bundle was exported for batches up to {manifest.max_batch}"
+            f"{counted(len(config.labels), 'label')}, but the bundle was exported for batches up to "
+            f"{manifest.max_batch}"
         )
     Images(config.labels, config.seed, config.cfg_scale).row_labels(manifest.model)
     steps = manifest.sampling.steps
@@ -88,9 +90,10 @@ def run_parity(
     if manifest.model.architecture == checkpoint.config.architecture:
         parity = _Parity(bundle, checkpoint, config, compared, progress)
         hops, trajectory = parity.hops()
-        repeated = parity.repeated
+        evaluations, repeated = parity.evaluations, parity.repeated
     else:
-        hops, trajectory, repeated = _other_architecture(manifest, checkpoint.config), None, 0
+        hops, trajectory = _other_architecture(manifest, checkpoint.config), None
+        evaluations = repeated = 0
     tokens, ratio = (np.empty(0), np.empty(0)) if trajectory is None else cost_of(manifest.model, trajectory)
     report = ParityReport(
         bundle=str(bundle.path),
@@ -99,10 +102,12 @@ def run_parity(
         steps=steps,
         sampler=manifest.sampling.sampler.value,
         routing=manifest.routing.value if manifest.routing else None,
+        precision=manifest.precision.value,
         steps_compared=tuple(compared),
         timesteps=manifest.sampling.timesteps,
         stale_reasons=tuple(stale_reasons(manifest, checkpoint)),
         hops=tuple(hops),
+        evaluations=evaluations,
         repeated_steps=repeated,
         token_share=tuple(tokens.tolist()),
         flops_ratio=tuple(ratio.tolist()),
@@ -127,7 +132,7 @@ def _other_architecture(manifest: Manifest, reference: ModelConfig) -> list[Hop]
     name = next(name for name in ModelConfig.model_fields if getattr(ours, name) != getattr(reference, name))
     where = f"{name} is {getattr(ours, name)} in the bundle and {getattr(reference, name)} in the checkpoint"
     first, *rest = rules(manifest.precision).values()
-    failed = counted(first, 1, "the architecture differs", Departure(where=where))
+    failed = exact_hop(first, 1, "the architecture differs", Departure(where=where))
     return [failed, *(skipped(each, "the architecture differs") for each in rest)]
 
 
@@ -160,7 +165,9 @@ class _Parity:
         self.reference = Reference(checkpoint.model(), sampling.steps, sampling.sampler, sampling.cfg_channels)
         self.timesteps = self.reference.timesteps
         self.rules = rules(bundle.manifest.precision)
-        self.repeated = 0
+        if picture_format(bundle.manifest) is None:
+            self.rules["run"] = of_latents(self.rules["run"])
+        self.evaluations = self.repeated = 0
         self.tick = _Counter(progress, 2 * sampling.steps + 2 * len(compared))
 
     def hops(self) -> tuple[list[Hop], Trajectory]:
@@ -237,6 +244,7 @@ class _Parity:
             def run(step: int, x: np.ndarray, residuals: bool = False) -> StepValues:
                 feeds = (step, x, self.images.noise(self.model, step), labels[: self.images.batch])
                 inside, made = watched.run(*feeds), runner.run(*feeds)
+                self.evaluations += 1
                 self.repeated += bool(made.overflow.any())
                 return StepValues(x, made.x_prev, inside.tokens, inside.residuals if residuals else None)
 
@@ -265,7 +273,8 @@ def compare_masks(bundle: Bundle, timesteps: np.ndarray, widths: np.ndarray) -> 
     late = np.asarray(bundle.manifest.sampling.timesteps) != timesteps
     per_step = wrong.sum(axis=(1, 2, 3)) + late
     if not per_step.any():
-        return counted(rule, 0, f"all {wrong.size} gates of {len(timesteps)} steps are equal", None, per_step)
+        detail = f"all {wrong.size:,} gates of {counted(len(timesteps), 'step')} are equal"
+        return exact_hop(rule, 0, detail, None, per_step)
     step = int(np.argmax(per_step > 0))
     block, where = None, f"step {step} is at timestep {bundle.manifest.sampling.timesteps[step]}, not {timesteps[step]}"
     if not late[step]:
@@ -275,7 +284,8 @@ def compare_masks(bundle: Bundle, timesteps: np.ndarray, widths: np.ndarray) -> 
         where = f"step {step} (timestep {timesteps[step]}), block {block}: {unit_name} is frozen as {frozen_as}"
     departure = Departure(step=step, timestep=int(timesteps[step]), block=block, where=where)
     total = int(per_step.sum())
-    return counted(rule, total, f"{total} of {wrong.size} gates or timesteps differ", departure, per_step)
+    detail = f"{total:,} of {wrong.size + len(late):,} gates and timesteps differ"
+    return exact_hop(rule, total, detail, departure, per_step)
 
 
 def compare_weights(bundle: Bundle, checkpoint: Checkpoint) -> Hop:
@@ -297,8 +307,10 @@ def compare_weights(bundle: Bundle, checkpoint: Checkpoint) -> Hop:
         if wrong and first is None:
             block = int(name.split(".")[1]) if name.startswith("blocks.") else None
             first = Departure(block=block, where=f"{name}: {wrong} of {expected.numel()} elements")
-    detail = f"{differing} of {elements} elements differ" if differing else f"all {elements} elements are equal"
-    return counted(rules(manifest.precision)["weights"], differing, detail, first)
+    detail = f"all {elements:,} elements are equal"
+    if differing:
+        detail = f"{differing:,} of {counted(elements, 'element')} differ{'s' if differing == 1 else ''}"
+    return exact_hop(rules(manifest.precision)["weights"], differing, detail, first)
 
 
 def _differing(bundle: Bundle, name: str, expected: torch.Tensor) -> int:

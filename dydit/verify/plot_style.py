@@ -21,6 +21,8 @@ OFF = "#e4e9ee"
 
 DPI = 200  # twice the 100 that a report shows an inch at
 
+MARGIN, TITLE_PITCH, DETAIL_PITCH = 0.08, 0.215, 0.155  # inches
+
 _STYLE: dict[str, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
@@ -77,13 +79,52 @@ def drawing(width: float, height: float) -> Iterator[Any]:
 
 
 def headline(figure: Any, finding: str, detail: str = "") -> None:
-    """The finding as the picture's title, flush left, and one quieter line below it; the rest is laid out beneath."""
+    """The finding as the picture's title, flush left, and a quieter text below it; the rest is laid out beneath.
+
+    Lines that are too long are wrapped, and the picture becomes higher by what that takes.
+    """
     width, height = figure.get_size_inches()
-    band = 0.56 if detail else 0.36
+    title = {"fontsize": 11.5, "fontweight": "bold", "color": INK, "parse_math": False}
+    quiet = {"fontsize": 8.5, "color": MUTED, "parse_math": False}  # a $ in a file's name is a $
+    findings, details = wrapped(figure, finding, title), wrapped(figure, detail, quiet)
+    top, band = 0.1, 0.145 + TITLE_PITCH * len(findings) + (0.045 if details else 0.0) + DETAIL_PITCH * len(details)
+    height += TITLE_PITCH * max(0, len(findings) - 1) + DETAIL_PITCH * max(0, len(details) - 1)
+    figure.set_size_inches(width, height)
     figure.get_layout_engine().set(rect=(0, 0, 1, 1 - band / height))
-    left = 0.02 / width
-    figure.text(left, 1 - 0.1 / height, finding, ha="left", va="top", fontsize=11.5, fontweight="bold", color=INK)
-    figure.text(left, 1 - 0.335 / height, detail, ha="left", va="top", fontsize=8.5, color=MUTED)
+    for lines, pitch, how in ((findings, TITLE_PITCH, title), (details, DETAIL_PITCH, quiet)):
+        for line in lines:
+            figure.text(MARGIN / width, 1 - top / height, line, ha="left", va="top", **how)
+            top += pitch
+        top += 0.02
+
+
+def wrapped(figure: Any, text: str, how: dict[str, Any]) -> list[str]:
+    """A text in lines that fit the figure's width, broken between words, and within those that are longer than it."""
+    room = (figure.get_size_inches()[0] - 2 * MARGIN) * figure.dpi
+    probe = figure.text(0, 0, "", **how)
+    renderer = figure.canvas.get_renderer()
+
+    def fits(line: str) -> bool:
+        probe.set_text(line)
+        return bool(probe.get_window_extent(renderer).width <= room)
+
+    lines: list[str] = []
+    for word in text.split():
+        if lines and fits(f"{lines[-1]} {word}"):
+            lines[-1] += f" {word}"
+            continue
+        while not fits(word):
+            most = next(count for count in range(len(word) - 1, 0, -1) if count == 1 or fits(word[:count]))
+            lines.append(word[:most])
+            word = word[most:]
+        lines.append(word)
+    probe.remove()
+    return lines
+
+
+def shortened(name: str, most: int = 28) -> str:
+    """A name, or the beginning and the end of a long one."""
+    return name if len(name) <= most else f"{name[: most // 2 - 1]}\u2026{name[-(most // 2) :]}"
 
 
 def png(figure: Any) -> bytes:

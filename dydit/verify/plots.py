@@ -20,10 +20,13 @@ from dydit.verify.plot_style import (
     drawing,
     headline,
     png,
+    shortened,
     timestep_ticks,
 )
 from dydit.verify.results import BenchReport, Comparison, Hop, ParityReport, SideKind, SideResult
+from dydit.verify.sentences import bound_text, guidance_text, parity_headline, repeats_text, speed_up_text
 from dydit.verify.text import bytes_text, exponent
+from dydit.words import counted
 
 
 @dataclass(frozen=True)
@@ -51,11 +54,11 @@ def plan_png(
     with drawing(7.2, 4.6) as figure:
         cost = f"{extra:.1%} more {what}" if extra > 5e-4 else "no more"
         exact_size = bytes_text(curve[-1].weight_bytes)
-        detail = f"for {_plural(count, 'segment')} of steps; they hold {bytes_text(chosen.weight_bytes)} of weights"
+        detail = f"for {counted(count, 'segment')} of steps; they hold {bytes_text(chosen.weight_bytes)} of weights"
         if extra > 5e-4:
             detail += f", where the exact masks' {curve[-1].subnets} would hold {exact_size}"
         verb = "costs" if chosen.subnets == 1 else "cost"
-        headline(figure, f"{_plural(chosen.subnets, 'subnetwork')} {verb} {cost} than the exact masks", detail)
+        headline(figure, f"{counted(chosen.subnets, 'subnetwork')} {verb} {cost} than the exact masks", detail)
         upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(1.5, 1))
         everything = static / exact
         upper.plot(ks, [point.cost / exact for point in curve], color=ACCENT)
@@ -89,19 +92,16 @@ def _doubling_axis(axis: Any, last: int) -> None:
     axis.xaxis.set_major_formatter(ScalarFormatter())
 
 
-def _plural(count: int, noun: str) -> str:
-    return f"{count} {noun}{'' if count == 1 else 's'}"
-
-
 def _note(axis: Any, text: str, at: tuple[float, float], offset: tuple[float, float], colour: str, **how: Any) -> None:
     axis.annotate(text, at, offset, textcoords="offset points", fontsize=8, color=colour, **how)
 
 
 def bound_of(bench: BenchReport) -> Comparison | None:
-    """The comparison that sets the bound: the first with another bundle, else the first there is."""
+    """The first comparison of which multiply-adds set a bound, else the first with another bundle, or the first."""
     kinds = {side.side.name: side.side.kind for side in bench.sides}
+    bounded = [pair for pair in bench.comparisons if pair.allowed is not None]
     bundles = [pair for pair in bench.comparisons if kinds[pair.other] is SideKind.BUNDLE]
-    return next(iter([*bundles, *bench.comparisons]), None)
+    return next(iter([*bounded, *bundles, *bench.comparisons]), None)
 
 
 def busy(bench: BenchReport) -> bool:
@@ -110,54 +110,58 @@ def busy(bench: BenchReport) -> bool:
 
 
 def latency_png(bench: BenchReport) -> bytes:
-    """Milliseconds a step of each side, and how low its multiply-adds alone would let the first side go."""
+    """Milliseconds a step of each side, and what its multiply-adds alone would make of the first one's."""
     sides, pair = bench.sides, bound_of(bench)
     with drawing(7.2, 1.55 + 0.52 * len(sides)) as figure:
         first = sides[0]
-        if pair is None:
-            finding = f"{first.side.name} takes {first.median_ms:.2f} ms a step"
-        else:
-            finding = (
-                f"{first.side.name} runs {pair.median:.2f}\u00d7 as fast as {pair.other}; "
-                f"its multiply-adds allow {pair.allowed:.2f}\u00d7"
-            )
+        finding = f"{first.side.name} takes {_ms(first.median_ms)} a step"
+        if pair is not None:
+            finding = f"{first.side.name}: {speed_up_text(pair)}; {bound_text(pair)}"
         headline(figure, finding, _setting(bench))
         axis = figure.subplots()
         places = np.arange(len(sides))[::-1]
-        bound = bench.side(pair.other).median_ms / pair.allowed if pair else 0.0
-        most = 1.16 * max(side.max_ms for side in sides)
+        bound = 0.0
+        if pair is not None and pair.allowed is not None:
+            bound = bench.side(pair.other).median_ms / pair.allowed
+        most = _room(bench, bound)
         colours = [ACCENT, *[ACCENT_LIGHT] * (len(sides) - 1)]
         _bars(axis, places, sides, colours, [bound, *[0.0] * (len(sides) - 1)])
-        if pair is not None:
-            _bound_mark(axis, places[0], bound, pair, most)
+        if bound:
+            _bound_mark(axis, places[0], bound, most)
         axis.set_xlim(0, most)
         axis.set_ylim(-0.5, len(sides) - 0.18)
         return png(figure)
+
+
+def _room(bench: BenchReport, bound: float) -> float:
+    """The end of an axis of milliseconds, so that times fit beside the bars."""
+    return 1.2 * max(bound, *(side.max_ms for side in bench.sides))
 
 
 def ranking_png(bench: BenchReport, pair: Comparison | None = None) -> bytes:
     """Milliseconds a step of every side, slowest first, bundles in a colour of their own.
 
     `pair`: a line across all bars says what the first of its sides would take if it were as much faster than the other
-    as its multiply-adds allow.
+    as its multiply-adds allow, where they set a bound.
     """
     sides = sorted(bench.sides, key=lambda side: -side.median_ms)
     subject = bench.side(pair.side) if pair else sides[-1]
     with drawing(7.2, 1.6 + 0.36 * len(sides)) as figure:
-        left_out = ", ".join(each.name for each in bench.not_run)
-        finding = f"{subject.side.name} takes {subject.median_ms:.2f} ms a step"
+        finding = f"{subject.side.name} takes {_ms(subject.median_ms)} a step"
         if pair is not None:
-            finding = f"{pair.side} runs {pair.median:.2f}\u00d7 as fast as {pair.other}"
-        headline(figure, finding, _setting(bench) + (f"; not run: {left_out}" if left_out else ""))
+            finding = f"{pair.side}: {speed_up_text(pair)}"
+        headline(figure, finding, _setting(bench))
         axis = figure.subplots()
         places = np.arange(len(sides))[::-1]
         colours = [ACCENT if side.side.kind is SideKind.BUNDLE else ACCENT_LIGHT for side in sides]
-        most = 1.16 * max(side.max_ms for side in sides)
-        _bars(axis, places, sides, colours, [0.0] * len(sides))
-        if pair is not None:
+        bound = 0.0
+        if pair is not None and pair.allowed is not None:
             bound = bench.side(pair.other).median_ms / pair.allowed
+        most = _room(bench, bound)
+        _bars(axis, places, sides, colours, [0.0] * len(sides))
+        if pair is not None and pair.allowed is not None:
             axis.axvline(bound, color=SECOND, lw=1.2, ls=(0, (4, 3)))
-            text = f"what its multiply-adds allow ({pair.allowed:.2f}\u00d7): {_ms(bound)}"
+            text = f"what its multiply-adds alone would give ({pair.allowed:.2f}\u00d7): {_ms(bound)}"
             offset, side = ((-4, -1), "right") if bound > 0.45 * most else ((4, -1), "left")
             _note(axis, text, (bound, len(sides) - 0.5), offset, SECOND, ha=side, va="center")
         axis.set_xlim(0, most)
@@ -170,9 +174,18 @@ def _ms(value: float) -> str:
 
 
 def _setting(bench: BenchReport) -> str:
-    guidance = "no guidance" if bench.cfg_scale == 1 else f"guidance {bench.cfg_scale:g}"
-    setting = f"batch {bench.batch}, {guidance}, {bench.threads or 'all'} thread{'s' if bench.threads != 1 else ''}"
-    return f"{setting}; median of {_plural(bench.repeats, 'round')} that took turns, line: fastest to slowest"
+    threads = counted(bench.threads, "thread") if bench.threads else "all threads"
+    rounds = f"median of {counted(bench.repeats, 'round')} that took turns, line: fastest to slowest"
+    if bench.repeats == 1:
+        rounds = "one round"
+    left_out = ", ".join(each.name for each in bench.not_run)
+    return "; ".join(
+        [
+            f"batch {bench.batch}, {guidance_text(bench.cfg_scale)}, {threads}; {rounds}",
+            *(f"{side.side.name}: {repeats_text(side)}" for side in bench.sides if side.overflows),
+            *([f"not run: {left_out}"] if left_out else []),
+        ]
+    )
 
 
 def _bars(
@@ -183,16 +196,16 @@ def _bars(
     for place, side, least in zip(places, sides, clear, strict=True):
         axis.plot([side.min_ms, side.max_ms], [place, place], color=INK, lw=1.1)
         _note(axis, _ms(side.median_ms), (max(side.max_ms, least), place), (6, 0), INK, va="center")
-    axis.set_yticks(places, [side.side.name for side in sides])
+    axis.set_yticks(places, [shortened(side.side.name) for side in sides], parse_math=False)
     axis.tick_params(left=False)
     axis.spines["left"].set_visible(False)
     axis.grid(axis="x")
     axis.set_xlabel("milliseconds a step, whole batch")
 
 
-def _bound_mark(axis: Any, place: float, bound: float, pair: Comparison, most: float) -> None:
+def _bound_mark(axis: Any, place: float, bound: float, most: float) -> None:
     axis.plot([bound, bound], [place - 0.36, place + 0.36], color=SECOND, lw=1.8)
-    text = f"multiply-add bound {bound:.2f} ms ({pair.other} / {pair.allowed:.2f})"
+    text = f"by multiply-adds alone: {_ms(bound)}"
     side = "left" if bound < 0.3 * most else "right" if bound > 0.7 * most else "center"
     _note(axis, text, (bound, place + 0.36), (0, 3), SECOND, ha=side)
 
@@ -202,6 +215,7 @@ _CURVES = {
     "step": (ACCENT, "backend, one step"),
     "run": (INK, "backend, whole run"),
 }
+_BARS = {"sliced": "sliced form", "step": "one step", "run": "whole run"}
 _LOWEST = 1e-9  # where exact agreement is drawn on a logarithmic axis
 
 
@@ -212,48 +226,28 @@ def parity_png(parity: ParityReport) -> bytes:
     starts from the reference's own latents; "whole run" lets deviations accumulate.
     """
     hops = [hop for hop in parity.hops if hop.name in _CURVES and hop.per_step]
+    pictures = any(hop.decibels for hop in hops)
     with drawing(7.2, 4.4) as figure:
-        headline(figure, *_parity_headline(parity, hops))
+        headline(figure, *parity_headline(parity))
         axis = figure.subplots()
         axis.set_yscale("log")
         for hop in hops:
             _curve(axis, hop, parity)
-        for value in sorted({hop.bar for hop in hops}):
-            _bar_line(axis, value, [hop for hop in hops if hop.bar == value], parity.steps - 1)
+        bars = sorted({hop.bar for hop in hops})
+        for value in bars:
+            _bar_line(axis, value, [hop for hop in hops if hop.bar == value], value == bars[-1])
         _flips(axis, hops, parity)
         axis.set_xticks(*timestep_ticks(parity.timesteps))
         margin = 0.01 * max(parity.steps, 10)
         axis.set_xlim(-margin, parity.steps - 1 + margin)
         low, high = axis.get_ylim()
-        axis.set_ylim(low, high * 2.5)
+        axis.set_ylim(low / 2, high * 2.5)
         axis.grid(axis="y")
         axis.set_xlabel("timestep   (noise → image)")
-        axis.set_ylabel("relative L2 to the reference")
+        axis.set_ylabel("difference from the reference" if pictures else "relative L2 to the reference")
         if hops:
-            figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+            figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2 if pictures else 4)
         return png(figure)
-
-
-def _parity_headline(parity: ParityReport, hops: Sequence[Hop]) -> tuple[str, str]:
-    failed = parity.first_failure
-    if failed is not None:
-        return f"Parity fails at \u201c{failed.title}\u201d", failed.detail
-    worst = "; ".join(f"{hop.name} {exponent(hop.worst)}{_jump(hop)}" for hop in hops if hop.worst is not None)
-    decisions, flips = sum(hop.decisions for hop in hops), sum(hop.flips for hop in hops)
-    return (
-        f"{parity.backend} computes what PyTorch computes, to within rounding",
-        f"worst: {worst}; {decisions_text(flips, decisions)}",
-    )
-
-
-def _jump(hop: Hop) -> str:
-    values = [image.value for image in hop.flipped_images if image.value is not None]
-    return f" (with a flipped token {exponent(max(values))})" if values else ""
-
-
-def decisions_text(flips: int, decisions: int) -> str:
-    """How many routing decisions differ, as part of a sentence."""
-    return f"{flips} of {decisions:,} token decisions differ{'s' if flips == 1 else ''}"
 
 
 def _steps_of(hop: Hop, parity: ParityReport) -> Sequence[int]:
@@ -263,14 +257,31 @@ def _steps_of(hop: Hop, parity: ParityReport) -> Sequence[int]:
 def _curve(axis: Any, hop: Hop, parity: ParityReport) -> None:
     colour, label = _CURVES[hop.name]
     steps = _steps_of(hop, parity)
+    if hop.decibels:
+        label += f": {hop.measure.partition(',')[0]}"
+    elif any(each.decibels for each in parity.hops):
+        label += ": relative L2"
     values = np.array([np.nan if value is None else max(value, _LOWEST) for value in hop.per_step], np.float64)
     axis.plot(steps, values, color=colour, label=label, marker="o" if len(steps) < 40 else None, ms=3)
 
 
-def _bar_line(axis: Any, value: float, hops: Sequence[Hop], last: int) -> None:
+def _bar_line(axis: Any, value: float, hops: Sequence[Hop], highest: bool) -> None:
+    """A hop's bar with its name: the highest one's above it, the others' below and further left, so that bars which
+    are close to each other keep theirs apart."""
     axis.axhline(value, color=SECOND, lw=1.1, ls=(0, (4, 3)))
-    where = "whole run" if any(hop.name == "run" for hop in hops) else "one step"
-    _note(axis, f"bar of {where}: {exponent(value)}", (last, value), (0, 3), SECOND, ha="right")
+    where = " and ".join(_BARS[hop.name] for hop in hops)
+    at, offset, side = ((1.0, value), (-2, 3), "bottom") if highest else ((0.0, value), (4, -3), "top")
+    _note(
+        axis,
+        f"bar of {where}: {exponent(value)}",
+        at,
+        offset,
+        SECOND,
+        xycoords=axis.get_yaxis_transform(),
+        ha="right" if highest else "left",
+        va=side,
+        bbox={"facecolor": "white", "alpha": 0.75, "pad": 0.5, "lw": 0},
+    )
 
 
 def _flips(axis: Any, hops: Sequence[Hop], parity: ParityReport) -> None:

@@ -9,6 +9,8 @@ import numpy as np
 
 from dydit.verify.calibration import CalibrationResult
 from dydit.verify.plot_style import ACCENT, ACCENT_LIGHT, MUTED, OFF, SECOND, drawing, headline, png, timestep_ticks
+from dydit.verify.sentences import extra_text
+from dydit.words import counted
 
 PAIRS = 4
 
@@ -22,8 +24,9 @@ def calibration_png(result: CalibrationResult) -> bytes:
     with drawing(10, 5.6) as figure:
         headline(
             figure,
-            f"{ratio.mean():.0%} of the tokens enter an MLP; capacities compute {held.mlp_ratio - 1:.1%} more",
-            f"on {held.images} images that were not calibrated on, {held.rate:.3%} of step-blocks overflow (below "
+            f"{ratio.mean():.0%} of the tokens enter an MLP; with these capacities MLPs compute "
+            f"{extra_text(held.mlp_ratio)}",
+            f"on {counted(held.images, 'image')} not calibrated on, {held.rate:.3%} of step-blocks overflow (below "
             f"{held.upper:.2%} with 95 % confidence), so that {held.repeated_steps:.2%} of steps run twice",
         )
         upper, lower = figure.subfigures(2, 1, height_ratios=(1.15, 1))
@@ -72,6 +75,7 @@ def _need(axis: Any, result: CalibrationResult, segment: int, block: int) -> Non
     axis.axvline(chosen, color=SECOND, lw=1.4)
     if highest < tokens.tokens <= 1.25 * highest:
         axis.axvline(tokens.tokens, color=MUTED, lw=1, ls=(0, (4, 3)))
-    axis.set_title(f"steps {first} to {end - 1}, block {block}: {chosen} of {tokens.tokens}", fontsize=8.5)
+    steps = f"step {first}" if end - first == 1 else f"steps {first} to {end - 1}"
+    axis.set_title(f"{steps}, block {block}:\n{chosen} slots of {tokens.tokens}", fontsize=8.5)
     axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     axis.yaxis.set_major_formatter(PercentFormatter(1))

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from dydit.verify.plot_style import ACCENT, ACCENT_LIGHT, OFF, SECOND, drawing, headline, png, timestep_ticks
+from dydit.words import counted
 
 PARTS = ("attention heads", "channel groups")
 
@@ -28,8 +29,8 @@ def masks_png(masks: np.ndarray, timesteps: Sequence[int]) -> bytes:
         headline(
             figure,
             f"{shares[0]:.0%} of heads and {shares[1]:.0%} of channel groups are on, averaged over the run",
-            f"{distinct} distinct masks in {steps} steps; a column is one step, a row one unit of the checkpoint "
-            f"({depth} blocks of {units}); dark = on",
+            f"{counted(distinct, 'distinct mask')} in {counted(steps, 'step')}; a column is one step, a row one unit "
+            f"of the checkpoint ({counted(depth, 'block')} of {units}); dark = on",
         )
         axes = figure.subplots(2, 2, sharex=True, sharey="row", height_ratios=(0.85, height))
         for part in (0, 1):
@@ -51,9 +52,10 @@ def _share_line(axis: Any, masks: np.ndarray, name: str) -> None:
     axis.yaxis.set_major_formatter(PercentFormatter(1))
     axis.grid(axis="y")
     axis.tick_params(bottom=False)
-    unit = name.split()[-1]
+    span = f"{share.min():.0%} to {share.max():.0%}" if share.min() < share.max() else f"{share[0]:.0%}"
     axis.set_title(
-        f"{name.capitalize()}: {share.min():.0%} to {share.max():.0%} on; {toggling} of {masks[0].size} {unit} toggle"
+        f"{name.capitalize()}: {span} on; {toggling} of {masks[0].size} {name.split()[-1]} "
+        f"toggle{'s' if toggling == 1 else ''}"
     )
 
 
@@ -92,12 +94,13 @@ def tokens_png(
     average = tokens.mean() if share is None else share
     per_image, per_step = tokens.mean(axis=(0, 1, 3)), tokens.mean(axis=(1, 2, 3))
     cell = min(1.2, 8.4 / (shown + 1))
-    by_image = f"{per_image.min():.0%} to {per_image.max():.0%}"
+    by_image = f"{per_image.min():.0%} to {per_image.max():.0%}" if rows > 1 else f"{per_image[0]:.0%}"
     with drawing((shown + 1) * cell + 1.6, rows * cell + 1.15) as figure:
         headline(
             figure,
-            f"{average:.0%} of the tokens enter the MLPs; the rest pass by",
-            f"in the steps shown: {by_image} of an image's tokens; over all images, what stands above each column",
+            f"{average:.0%} of the tokens enter the MLPs" + ("; the rest pass by" if average < 1 else ""),
+            f"in the {'step' if shown == 1 else 'steps'} shown: {by_image} of an image's tokens; over all images, what "
+            "stands above each column",
         )
         axes = figure.subplots(rows, shown + 1, squeeze=False)
         for row in range(rows):
@@ -150,7 +153,8 @@ def _count_bar(figure: Any, axes: Any, drawn: Any, depth: int) -> None:
     stride = -(-depth // 8)
     ticks = [*range(0, depth - stride // 2, stride), depth]
     bar = figure.colorbar(drawn, ax=axes, shrink=min(1.0, 3.2 / len(axes)), aspect=16, pad=0.02, ticks=ticks)
-    bar.set_label(f"blocks, of {depth}, that computed the token")
+    gap = "\n" if len(axes) < 4 else " "  # a low bar has no room for a long line
+    bar.set_label(f"blocks, of {depth},{gap}that computed{gap}the token")
     bar.outline.set_visible(False)
     bar.ax.tick_params(length=0)
 

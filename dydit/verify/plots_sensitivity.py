@@ -11,6 +11,7 @@ from dydit.calibrate.activations import LAYERS
 from dydit.calibrate.sensitivity import Sensitivity
 from dydit.verify.calibration import CalibrationResult
 from dydit.verify.plot_style import ACCENT, ACCENT_LIGHT, FAINT, INK, MUTED, OFF, SECOND, drawing, headline, png
+from dydit.words import counted
 
 _STAYS, _EIGHTH, _ABSENT = 2, 1, 0
 
@@ -25,8 +26,8 @@ def sensitivity_png(result: CalibrationResult) -> bytes:
         headline(
             figure,
             f"{found.chosen.share:.0%} of the linear layers' multiply-adds in {found.precision}, {target_words(found)}",
-            f"{stay} of {found.layers} layers stay in 16 bits; of {found.images} images that were not searched on "
-            f"{quality_words(found, found.held_out)}{missed}",
+            f"{stay} of {counted(found.layers, 'layer')} stay in 16 bits; of {counted(found.images, 'image')} not "
+            f"searched on {quality_words(found, found.held_out)}{missed}",
         )
         left, right = figure.subfigures(1, 2, width_ratios=(1, 1.15))
         _curve(left.subplots(), found)
@@ -39,10 +40,10 @@ def search_words(found: Sensitivity) -> str:
     stay, chosen = found.layers - found.chosen.layers, found.chosen
     held = "as the target asks" if found.held_out_holds else "so that these MISS the target"
     return (
-        f"{found.precision}, {target_words(found)}: {stay} of {found.layers} linear layers stay in 16 bits, "
+        f"{found.precision}, {target_words(found)}: {stay} of {counted(found.layers, 'linear layer')} stay in 16 bits, "
         f"{chosen.share:.1%} of their multiply-adds are in 8 (by arithmetic at most {chosen.bound:.2f} times the speed "
-        f"of none); of {found.images} images {quality_words(found, chosen.quality)}, of as many held-out ones "
-        f"{quality_words(found, found.held_out)}, {held}"
+        f"of none); of {counted(found.images, 'image')} {quality_words(found, chosen.quality)}, of as many held-out "
+        f"ones {quality_words(found, found.held_out)}, {held}"
     )
 
 

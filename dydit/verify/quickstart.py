@@ -182,7 +182,12 @@ def _sample(job: _Job, bundle: Bundle) -> Sampled:
         bundle, request, job.folder.out / "samples", options=config.options, progress=job.tick(STAGES[1])
     )
     sampled = Sampled(
-        images=done.images, batch=config.batch, cfg_scale=config.cfg_scale, seed=config.seed, seconds=done.seconds
+        images=done.images,
+        batch=config.batch,
+        cfg_scale=config.cfg_scale,
+        seed=config.seed,
+        seconds=done.seconds,
+        repeated_steps=done.repeated_steps,
     )
     job.folder.save("sampled.json", sampled.to_json())
     return sampled

@@ -13,12 +13,14 @@ from dydit.bundle.manifest import Manifest
 from dydit.files import write_atomic
 from dydit.verify.inspect import Inspection, inspect_bundle
 from dydit.verify.inspect_facts import BundleFacts
-from dydit.verify.plots import busy, decisions_text, latency_png, parity_png
+from dydit.verify.plots import busy, latency_png, parity_png
 from dydit.verify.plots_masks import samples_png, tokens_png
 from dydit.verify.report import Headline, ReportContent, write_report
 from dydit.verify.results import BenchReport, Machine, ParityReport, Result
+from dydit.verify.sentences import bound_text, decisions_text, guidance_text, repeats_text
 from dydit.verify.text import exponent
 from dydit.verify.trace import Trace, decided_ratio, executed_ratio
+from dydit.words import counted
 
 STATIC = "static DiT"
 SHOWN_TIMESTEPS = (980, 750, 500, 250, 50, 0)
@@ -42,6 +44,14 @@ class Sampled(Result):
     cfg_scale: float
     seed: int
     seconds: float
+    repeated_steps: int = 0
+
+    @property
+    def repeats_text(self) -> str:
+        """The steps of a batch that ran again because their tokens overflowed; empty where none did."""
+        if not self.repeated_steps:
+            return ""
+        return f"; {counted(self.repeated_steps, 'step')} of a batch ran again at full capacity"
 
 
 @dataclass(frozen=True)
@@ -61,7 +71,8 @@ def lines_of(found: Found, out: Path) -> tuple[Line, ...]:
     pair, ours = bench.comparison(STATIC), bench.sides[0]
     executed = executed_ratio(manifest, found.trace.tokens)
     decided = decided_ratio(manifest, found.trace.tokens)
-    threads = f"{bench.threads} thread{'s' if bench.threads != 1 else ''}"
+    threads = counted(bench.threads, "thread")
+    repeats = f"; {repeats_text(ours)}" if ours.overflows else ""
     return (
         Line(
             label="results", value=str(out / "report.html"), note="with samples, pictures, bundles and data beside it"
@@ -69,14 +80,14 @@ def lines_of(found: Found, out: Path) -> tuple[Line, ...]:
         Line(
             label="images per second",
             value=f"{sampled.images / sampled.seconds:.2f}",
-            note=f"{manifest.sampling.steps} {manifest.sampling.sampler.upper()} steps{_guidance(sampled.cfg_scale)}, "
-            f"batch {min(sampled.batch, sampled.images)}, {threads}",
+            note=f"{_run_text(manifest)}, {guidance_text(sampled.cfg_scale)}, "
+            f"batch {min(sampled.batch, sampled.images)}, {threads}{sampled.repeats_text}",
         ),
         Line(
             label="speed-up",
             value=f"{pair.median:.2f}\u00d7",
             note=f"{ours.median_ms:.1f} against {bench.side(STATIC).median_ms:.1f} ms a step of the static DiT; "
-            f"multiply-adds allow {pair.allowed:.2f}\u00d7{BUSY if busy(bench) else ''}",
+            f"{bound_text(pair)}{repeats}{BUSY if busy(bench) else ''}",
         ),
         Line(
             label="multiply-adds saved",
@@ -88,8 +99,8 @@ def lines_of(found: Found, out: Path) -> tuple[Line, ...]:
     )
 
 
-def _guidance(cfg_scale: float) -> str:
-    return "" if cfg_scale == 1 else f", guidance {cfg_scale:g}"
+def _run_text(manifest: Manifest) -> str:
+    return counted(manifest.sampling.steps, f"{manifest.sampling.sampler.upper()} step")
 
 
 def _deviation(parity: ParityReport) -> Line:
@@ -97,7 +108,7 @@ def _deviation(parity: ParityReport) -> Line:
     run = parity.hop("run")
     jumps = [image.value for image in run.flipped_images]
     known = [value for value in (run.worst, *jumps) if value is not None]
-    note = f"largest relative L2 in {parity.steps} steps; {decisions_text(run.flips, run.decisions)}"
+    note = f"largest relative L2 in {counted(parity.steps, 'step')}; {decisions_text(run.flips, run.decisions)}"
     if jumps:
         alike = "no image routes all tokens alike" if run.worst is None else f"where none does, {exponent(run.worst)}"
         note += f"; {alike}"
@@ -157,16 +168,16 @@ def _content(
     return ReportContent(
         title="A dynamic diffusion transformer on handwritten digits",
         subtitle=(
-            f"{model.depth} blocks of {model.num_heads} heads, fine-tuned to skip what a step and a token do not need, "
-            f"then compiled to {len(manifest.subnets)} static subnetworks that ONNX Runtime executes."
+            f"{counted(model.depth, 'block')} of {counted(model.num_heads, 'head')}, fine-tuned to skip what a step "
+            f"and a token do not need, then compiled to {counted(len(manifest.subnets), 'static subnetwork')} that "
+            "ONNX Runtime executes."
         ),
         headlines=[Headline(line.label, line.value, line.note) for line in (*numbers, where)],
         machine=Machine.here(),
         pictures={name.removesuffix(".png"): data for name, data in pictures.items()},
         samples_note=(
-            f"{sampled.images} images in {sampled.seconds:.1f} s: {manifest.sampling.steps} "
-            f"{manifest.sampling.sampler.upper()} steps{_guidance(sampled.cfg_scale)}, seed {sampled.seed}. None is "
-            "picked by hand."
+            f"{counted(sampled.images, 'image')} in {sampled.seconds:.1f} s: {_run_text(manifest)}, "
+            f"{guidance_text(sampled.cfg_scale)}, seed {sampled.seed}. None is picked by hand."
         ),
         parity=found.parity,
         bench=found.bench,

@@ -14,11 +14,13 @@ from pathlib import Path
 
 from dydit.errors import DyditError
 from dydit.files import write_atomic
-from dydit.verify.inspect_facts import BundleFacts
+from dydit.verify.inspect_facts import BundleFacts, routing_text
 from dydit.verify.plot_style import DPI
 from dydit.verify.plots import busy
 from dydit.verify.results import BenchReport, Machine, ParityReport
+from dydit.verify.sentences import bound_text, guidance_text, repeats_text
 from dydit.verify.text import bytes_text, count_text, exponent
+from dydit.words import counted
 
 TEMPLATE = "report.html.j2"
 PICTURES = {
@@ -26,7 +28,7 @@ PICTURES = {
     "masks": "Heat maps of active heads and channel groups over the sampling steps",
     "tokens": "Images, and how many blocks computed each of their tokens, by timestep",
     "parity": "Deviation from the reference in each step, with its bars",
-    "latency": "Milliseconds a step of each side, and what multiply-adds allow",
+    "latency": "Milliseconds a step of each side, and what multiply-adds alone would give",
     "plan": "Cost and memory of plans against their number of segments",
 }
 """What a report has pictures of, and what each shows to those who do not see it."""
@@ -93,9 +95,12 @@ def render_report(content: ReportContent) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"bytes": bytes_text, "count": count_text, "exponent": _exponent}
+    environment.filters |= {"bytes": bytes_text, "count": count_text, "exponent": _exponent, "counted": counted}
+    environment.filters |= {"guidance": guidance_text, "bound": bound_text, "repeats": repeats_text}
+    environment.filters["routing"] = routing_text
     pictures = {name: Picture.of(data, PICTURES[name]) for name, data in content.pictures.items()}
-    flipped = [image for hop in content.parity.hops for image in hop.flipped_images] if content.parity else []
+    hops = [hop for hop in content.parity.hops if hop.sets_aside] if content.parity else []
+    flipped = [image for hop in hops for image in hop.flipped_images]
     return environment.get_template(TEMPLATE).render(
         content=content, pictures=pictures, flipped=flipped, busy=content.bench is not None and busy(content.bench)
     )

@@ -19,6 +19,7 @@ from pydantic import Field
 
 from dydit.models.config import Strict
 from dydit.runtime.backends.cores import available_cores
+from dydit.verify.sentences import bench_lines, parity_lines
 
 PACKAGES = (
     *("diffusers", "dydit", "numpy", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "onnxscript", "polygraphy"),
@@ -156,6 +157,8 @@ class Hop(Result):
     decisions: int = Field(default=0, description="token routing decisions compared")
     flips: int = Field(default=0, description="how many of them differ")
     flipped_images: tuple[FlippedImage, ...] = ()
+    decibels: bool = Field(default=False, description="the values are errors of pictures, 10^(-PSNR/20)")
+    sets_aside: bool = Field(default=True, description="whether images with a flipped token are in no other value")
 
     @property
     def agreement(self) -> float:
@@ -177,13 +180,13 @@ class ParityReport(Result):
     steps: int
     sampler: str
     routing: str | None
+    precision: str | None = Field(default=None, description="of the bundle; null in reports of older versions")
     steps_compared: tuple[int, ...]
     timesteps: tuple[int, ...]
     stale_reasons: tuple[str, ...]
     hops: tuple[Hop, ...]
-    repeated_steps: int = Field(
-        default=0, description="evaluations whose routed tokens overflowed, so that they ran again"
-    )
+    evaluations: int = Field(default=0, description="steps that the backend evaluated")
+    repeated_steps: int = Field(default=0, description="those whose routed tokens overflowed, so that they ran again")
     token_share: tuple[float, ...] = Field(description="per sampling step, share of tokens that entered the MLP")
     flops_ratio: tuple[float, ...] = Field(description="per sampling step, of the reference (PAPER: F_dyn / F_static)")
     machine: Machine
@@ -205,12 +208,8 @@ class ParityReport(Result):
 
     @property
     def summary(self) -> str:
-        """One line."""
-        failed = self.first_failure
-        if failed is None:
-            return f"parity holds: {', '.join(hop.name for hop in self.hops)}"
-        at = f": {failed.departure.where}" if failed.departure else ""
-        return f"parity fails at {failed.name}: {failed.detail}{at}"
+        """The verdict, in one line."""
+        return "; ".join(parity_lines(self))
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, with the verdict."""
@@ -269,8 +268,9 @@ class SideResult(Result):
     measured. `peak_bytes`: largest resident size of the side's process, where a page of weights counts once for each
     session that maps it; `settled_bytes`: after the rounds, each page once (None where the system does not tell).
     `load_seconds`: to read and compile all that the measured steps need, `subnets_loaded` of them. `token_share`,
-    `flops_ratio`: per measured step, of the very tokens that it routed; `macs`: multiply-adds of an image's blocks that
-    it has to compute, mean over the measured steps: those of its decisions for a bundle, all for the others.
+    `flops_ratio`: per measured step, what the model decided; `macs`: multiply-adds of an image's blocks that were
+    computed, mean over the measured steps, repetitions among them: of a bundle, those of its subnetworks as they are
+    compiled (`dydit.verify.computed`), of the others all. `precision`: of matrix products, where it is known.
     `relative_l2`: of the model's part of one step, x_prev - c_x*x, from the side's reference; its worst image.
     """
 
@@ -291,7 +291,13 @@ class SideResult(Result):
     token_share: tuple[float, ...]
     flops_ratio: tuple[float, ...]
     macs: float
+    precision: str | None = None
     relative_l2: Measured = None
+
+    @property
+    def steps_timed(self) -> int:
+        """Steps of all counted rounds."""
+        return len(self.round_ms) * len(self.step_ms)
 
 
 class NotRun(Result):
@@ -305,7 +311,9 @@ class Comparison(Result):
     """A side against another, round by round of the same run.
 
     `ratios` = time of `other` / time of `side`, pair by pair (above 1: `side` is faster); `allowed` = multiply-adds of
-    `other` / of `side`, the speed-up that compute alone would give; `achieved` = median ratio / allowed.
+    `other` / of `side`, the speed-up that they alone would give; `achieved` = median ratio / allowed. Where a
+    multiply-add costs each side another time (another backend, precision or form of the model), there is no such bound:
+    both are None, and `no_bound` says why.
     """
 
     side: str
@@ -314,8 +322,9 @@ class Comparison(Result):
     median: float
     min: float
     max: float
-    allowed: float
-    achieved: float
+    allowed: float | None = None
+    achieved: float | None = None
+    no_bound: str = ""
 
 
 class BenchReport(Result):
@@ -349,14 +358,14 @@ class BenchReport(Result):
         return next(pair for pair in self.comparisons if pair.other == other)
 
     @property
+    def lines(self) -> list[str]:
+        """What was found, a sentence each."""
+        return bench_lines(self)
+
+    @property
     def summary(self) -> str:
-        """One line, saying how much of the run was measured."""
-        first = self.sides[0]
-        measured_of = f"steps measured: {len(self.steps_measured)} of {self.steps}"
-        versus = "; ".join(
-            f"{pair.median:.2f}x as fast as {pair.other} ({pair.allowed:.2f}x allowed)" for pair in self.comparisons
-        )
-        return f"{first.side.name}: {first.median_ms:.1f} ms a step ({measured_of}){'; ' if versus else ''}{versus}"
+        """All of it in one line."""
+        return "; ".join(self.lines)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, with the summary."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 import zipfile
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -35,10 +36,13 @@ from dydit.runtime.request import Batch, make_batches
 from dydit.verify.bench import spread_steps
 from dydit.verify.compare import picture_error
 from dydit.verify.frechet import LEAST_IMAGES, FrechetReference, pictures
+from dydit.verify.search_progress import Progress, Ticks, estimate_text
 from dydit.verify.simulation import Simulator
 
-Progress = Callable[[int, int], None]
+Announce = Callable[[str], None]
 BATCH = 16
+OTHERS_RUNS = 2
+"""Runs of the held-out images: not quantised, and with the layers that were chosen."""
 MOST_GAINS = 16
 """Segments whose errors are followed into the image; those between them are taken to be between them."""
 PIXEL_SPAN = 2.0
@@ -82,15 +86,17 @@ def search(
     work: Path,
     reference: FrechetReference | None = None,
     progress: Progress | None = None,
+    announce: Announce | None = None,
 ) -> tuple[ActivationRanges, Sensitivity]:
     """The ranges with the layers that stay in 16 bits, and what was found.
 
     `segments`: half-open ranges of steps; `token_ratio` [S, L]; image i has the noise of (seed, i), held-out ones of
-    (seed + 1, i). `progress(done, total)` counts steps of batches, what is read from `work` too. Raises
+    (seed + 1, i). `progress(done, total)` counts steps of batches, what is read from `work` too; the total falls where
+    the search asks less than it might. `announce` gets a line that says how long it may take, before it starts. Raises
     `CalibrationError` where the target is missed with every layer in 16 bits, or images are not finite.
     """
     job = _Search(checkpoint, exported, segments, ranges, token_ratio, config, cfg_scales, seed, work, reference)
-    return job.run(progress)
+    return job.run(progress, announce)
 
 
 class _Images:
@@ -108,6 +114,10 @@ class _Images:
             first += count
         self.tick: Callable[[int], None] = lambda steps: None
         self._step, self._drawn, self._modulation = -1, [np.empty(0)], [None]
+
+    def initial(self, batch: Batch) -> np.ndarray:
+        """The noise that a batch's run starts from."""
+        return self._noise.initial(batch)
 
     def step(self, subnet: SlicedDiT, step: int, x: np.ndarray) -> np.ndarray:
         """x_prev of all images [n, C, S, S]."""
@@ -129,7 +139,7 @@ class _Images:
         """The images of a run with layers `kept` [segments, L, 4] in 16 bits (None: not quantised) from x at step
         `first` on; or what each step starts from, and them [S+1, n, C, S, S].
         """
-        x = np.concatenate([self._noise.initial(batch) for _, batch in self.batches]) if x is None else x
+        x = np.concatenate([self.initial(batch) for _, batch in self.batches]) if x is None else x
         passed = [x]
         for step in range(first, self.steps):
             simulator = self.simulator
@@ -189,8 +199,10 @@ class _Search:
         self.work = work / f"search-{name}"
         self.measured: dict[int, Quality] = {}
 
-    def run(self, progress: Progress | None) -> tuple[ActivationRanges, Sensitivity]:
-        ticks = _Ticks(progress, self._total())
+    def run(self, progress: Progress | None, announce: Announce | None) -> tuple[ActivationRanges, Sensitivity]:
+        if announce:
+            announce(self.estimate())
+        ticks = Ticks(progress, self._total())
         self.images.tick = self.others.tick = ticks
         self.ticks = ticks
         target, plain = self.config.target, self._plain(self.images, "")
@@ -210,7 +222,9 @@ class _Search:
         best = found.most_that_holds(lambda count: target.holds(quality(count)), len(order))
         if best < 0:
             raise CalibrationError(self._missed(quality(0)))
-        for count in found.spread_counts(order, self.macs):
+        points = found.spread_counts(order, self.macs)
+        ticks.remain((len(set(points) - self.measured.keys() - {0}) + OTHERS_RUNS) * self._run_cost)
+        for count in points:
             quality(count)
         # A token that is routed otherwise is a jump, so quality need not fall steadily: a point beyond may hold too.
         best = max(count for count, each in self.measured.items() if target.holds(each))
@@ -294,13 +308,28 @@ class _Search:
     def _losses_cost(self, index: int) -> int:
         return sum(len(self._layers(step)) for step in self._steps(index)) * len(self.images.batches)
 
+    @property
+    def _most_runs(self) -> int:
+        """Whole runs at most: not quantised and all in 16 bits, those of bisection and curve, the held-out images'."""
+        layers = int((self.macs > 0).sum())
+        return 2 + OTHERS_RUNS + found.CURVE_POINTS + found.most_questions(layers)
+
     def _total(self) -> int:
         """Steps of batches at most."""
-        layers = int((self.macs > 0).sum())
-        runs = 4 + found.CURVE_POINTS + found.most_questions(layers)
         grown = sum(self.images.steps - self.segments[index][0] for index in self._followed())
         losses = sum(self._losses_cost(index) for index in range(len(self.segments)))
-        return runs * self._run_cost + grown * len(self.images.batches) + losses
+        return self._most_runs * self._run_cost + grown * len(self.images.batches) + losses
+
+    def estimate(self) -> str:
+        """How long the search may take, in a line: a step in the middle of the run is measured for it."""
+        step = self.images.steps // 2
+        x = np.concatenate([self.images.initial(batch) for _, batch in self.images.batches])
+        self.images.step(self.simulator.plain(step), step, x)  # what only the first call takes
+        start = time.perf_counter()
+        kept = np.zeros(self.macs.shape[1:], bool)
+        self.images.step(self.simulator.subnet(step, kept), step, x)
+        each = (time.perf_counter() - start) / len(self.images.batches)
+        return estimate_text(self._most_runs, self.images.steps, self.config.images, self._total(), each)
 
     def _plain(self, images: _Images, name: str) -> np.ndarray:
         """The images of the model that is not quantised."""
@@ -343,23 +372,6 @@ class _Search:
         else:
             self.ticks(cost)
         return array
-
-
-class _Ticks:
-    """Counts steps of batches."""
-
-    def __init__(self, progress: Progress | None, total: int):
-        self._progress, self._done, self._total = progress, 0, total
-
-    def __call__(self, steps: int) -> None:
-        self._done += steps
-        if self._progress:
-            self._progress(min(self._done, self._total), self._total)
-
-    def finish(self) -> None:
-        """The bisection may have asked less than it could."""
-        if self._progress and self._done < self._total:
-            self._progress(self._total, self._total)
 
 
 def psnr(images: np.ndarray, reference: np.ndarray, span: float | None) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dydit.bundle.costs import MeasuredPlan
+from dydit.words import counted
 
 ROUGH = 0.25  # deviation of a fit of times; on idle machines it is a few percent
 
@@ -52,10 +53,10 @@ def measured_lines(measured: MeasuredPlan | None) -> list[str]:
     if measured is not None and measured.times is not None:
         assert measured.ms is not None and measured.per_step_ms is not None and measured.static_ms is not None
         times = measured.times
-        cores = f"{times.threads} thread{'' if times.threads == 1 else 's'}"
+        cores = counted(times.threads, "thread")
         lines.append(
-            f"By a profile on {times.backend} ({cores}, {times.rows} rows, {times.token_share:.0%} of the tokens in "
-            f"the MLPs; fit within {times.deviation:.1%}) a run takes {measured.ms / 1e3:.3g} s: "
+            f"By a profile on {times.backend} ({cores}, {counted(times.rows, 'row')}, {times.token_share:.0%} of the "
+            f"tokens in the MLPs; fit within {times.deviation:.1%}) a run takes {measured.ms / 1e3:.3g} s: "
             f"{measured.ms / measured.static_ms:.1%} of the time with all heads and groups "
             f"({measured.per_step_ms / measured.static_ms:.1%} if every step had its own)"
         )
@@ -65,6 +66,6 @@ def measured_lines(measured: MeasuredPlan | None) -> list[str]:
         assert measured.resident_bytes is not None
         lines.append(
             f"With all subnetworks loaded on {measured.residency.backend} they take "
-            f"{bytes_text(measured.resident_bytes)} of memory ({measured.residency.rows} rows), by a profile"
+            f"{bytes_text(measured.resident_bytes)} of memory ({counted(measured.residency.rows, 'row')}), by a profile"
         )
     return lines

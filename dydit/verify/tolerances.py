@@ -117,6 +117,14 @@ def rules(precision: Precision) -> dict[str, Tolerance]:
     return table | {hop: dataclasses.replace(table[hop], **change) for hop, change in changes.items()}
 
 
+def of_latents(rule: Tolerance) -> Tolerance:
+    """The bar of a whole run where no picture can be made, as latents have no decoder: the same, of the latents."""
+    if not rule.decibels:
+        return rule
+    measure = "root mean square difference of the final latents, in their range of values"
+    return dataclasses.replace(rule, measure=measure, reason=f"{rule.reason} in pictures; these are latents")
+
+
 DERIVED_WEIGHTS = {"time.frequencies": 1e-6}
 """Stored tensors that no checkpoint holds, with their relative tolerance: exp differs in the last bit between CPUs."""
 

@@ -20,6 +20,7 @@ from dydit.runtime.loop import StepRunner
 from dydit.runtime.noise import SeededNoise
 from dydit.runtime.request import check_batch_size, check_guidance, check_labels, make_batches
 from dydit.runtime.resident import ResidentSubnets
+from dydit.verify.computed import computed_ratio
 
 Progress = Callable[[int, int], None]
 
@@ -74,20 +75,12 @@ def trace_tokens(
 
 def decided_ratio(manifest: Manifest, tokens: np.ndarray) -> float:
     """F_dyn / F_static of a run by the model's own decisions: exact masks, and `tokens` bool [steps, L, rows, N]."""
-    masks = manifest.step_masks().sum(axis=-1)  # [S, L, 2]
-    return _mean_ratio(manifest, masks, tokens)
+    units = manifest.step_masks().sum(axis=-1)  # [S, L, 2]
+    share = tokens.mean(axis=(2, 3))
+    return float(np.mean(flops_ratio(manifest.model, units[:, :, 0], units[:, :, 1], share)))
 
 
 def executed_ratio(manifest: Manifest, tokens: np.ndarray) -> float:
-    """The same of what runs: the subnetworks' widths, which are those of the union of their steps' masks."""
-    widths = np.array(
-        [[[len(part) for part in block] for block in zip(s.heads, s.groups, strict=True)] for s in manifest.subnets]
-    )
-    subnet_of = {step: segment.subnet for segment in manifest.plan.segments for step in segment.steps}
-    return _mean_ratio(manifest, widths[[subnet_of[step] for step in range(len(tokens))]], tokens)
-
-
-def _mean_ratio(manifest: Manifest, units: np.ndarray, tokens: np.ndarray) -> float:
-    """`units` [S, L, 2] active heads and groups."""
-    share = tokens.mean(axis=(2, 3))
-    return float(np.mean(flops_ratio(manifest.model, units[:, :, 0], units[:, :, 1], share)))
+    """The same of what runs (`computed_ratio`): widths of the subnetworks, and the tokens that their routing computes.
+    Repetitions of steps whose tokens overflowed are not counted."""
+    return float(computed_ratio(manifest, range(len(tokens)), tokens.mean(axis=(2, 3))).mean())

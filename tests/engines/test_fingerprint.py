@@ -99,8 +99,10 @@ def test_dynamic_routing_is_refused_where_there_is_no_nonzero(make_bundle) -> No
     with pytest.raises(BackendError) as caught:
         make_request(manifest, Flavour.TENSORRT_RTX, "1.7.1", None)
     assert str(caught.value) == (
-        "tensorrt-rtx has no NonZero, which dynamic routing needs; export with `dydit export CHECKPOINT --out BUNDLE "
-        "--routing capacity`, or build with --flavour tensorrt on the machine with the GPU"
+        "tensorrt-rtx has no NonZero, which dynamic routing needs; make a bundle of fixed token slots: `dydit "
+        "calibrate CHECKPOINT --steps 12 --max-subnets 4 --out CAL.json`, then `dydit export CHECKPOINT --steps 12 "
+        "--max-subnets 4 --routing capacity --calibration CAL.json --out BUNDLE`, then `dydit build BUNDLE`; or build "
+        "with --flavour tensorrt on the machine with the GPU"
     )
     make_request(manifest, Flavour.TENSORRT, "11.4.0", GPU)
 

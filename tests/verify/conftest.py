@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -72,3 +73,43 @@ def spoil_graphs(tmp_path: Path) -> Callable[[Bundle, Callable[[onnx.ModelProto]
         return reseal(folder, bundle.manifest)
 
     return spoil
+
+
+@pytest.fixture
+def layout(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Pictures made in a test must have no text that is cut off by their edge or that lies over another.
+
+    Yields the texts of all pictures, as they are drawn; the pictures themselves are empty, which saves time.
+    """
+    from matplotlib.text import Text
+
+    from dydit.verify import plots, plots_calibration, plots_masks, plots_sensitivity
+
+    said: list[str] = []
+    draw = Text.draw
+
+    def checked(figure: Any) -> bytes:
+        drawn: list[Text] = []
+
+        def watch(text: Text, renderer: Any, *rest: Any, **settings: Any) -> None:
+            if text.get_visible() and text.get_text().strip():
+                drawn.append(text)
+            draw(text, renderer, *rest, **settings)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Text, "draw", watch)
+            figure.canvas.draw()
+        renderer, edge = figure.canvas.get_renderer(), figure.bbox
+        boxes = [(text.get_text(), Text.get_window_extent(text, renderer)) for text in drawn]
+        said.extend(text for text, _ in boxes)
+        for text, box in boxes:
+            inside = box.x0 > -1 and box.y0 > -1 and box.x1 < edge.x1 + 1 and box.y1 < edge.y1 + 1
+            assert inside, f"{text!r} is cut off: {box} in {edge}"
+        for (one, a), (other, b) in combinations(boxes, 2):
+            wide, high = min(a.x1, b.x1) - max(a.x0, b.x0), min(a.y1, b.y1) - max(a.y0, b.y0)
+            assert wide < 2 or high < 2, f"{one!r} lies over {other!r}"
+        return b""
+
+    for module in (plots, plots_calibration, plots_masks, plots_sensitivity):
+        monkeypatch.setattr(module, "png", checked)
+    yield said

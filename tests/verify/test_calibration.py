@@ -143,6 +143,11 @@ def test_the_digits_model_gives_the_images_of_dynamic_routing(tmp_path, quantile
     assert bool(again) == repeats
 
 
+def test_texts_of_the_picture_are_apart_and_inside(calibrated, layout):
+    calibration_png(calibrated[0])
+    assert any("not calibrated on" in text for text in layout)
+
+
 def test_the_picture_is_one_and_repeats(calibrated):
     picture = calibration_png(calibrated[0])
     assert picture.startswith(b"\x89PNG") and picture == calibration_png(calibrated[0])

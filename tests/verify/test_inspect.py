@@ -18,7 +18,7 @@ from dydit.export.exporter import ExportConfig, export
 from dydit.models.config import Routers
 from dydit.models.cost import model_macs, unit_costs
 from dydit.verify.inspect import inspect, inspect_bundle, inspect_checkpoint
-from dydit.verify.inspect_facts import BundleFacts, CheckpointFacts
+from dydit.verify.inspect_facts import BundleFacts, CheckpointFacts, routing_text
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +69,28 @@ def test_other_bundles(make_bundle, settings):
     if "plan" in settings:
         assert found.facts.chosen.versus_exact == 1
     assert set(found.pictures()) == {"masks.png", "plan.png"}
+
+
+def test_token_slots_are_shown_by_segment(make_bundle):
+    found = inspect_bundle(make_bundle(routing=Routing.CAPACITY, capacities=(3, 5, 9)).path)
+    assert all(segment.slots == (3, 5, 9) for segment in found.facts.segments)
+    lines = found.text().splitlines()
+    (routing,) = (line for line in lines if line.startswith("routing"))
+    assert "slots for 3 to 9 of 16 tokens, 35.4% of them over the run" in routing
+    (head,) = (index for index, line in enumerate(lines) if line.endswith("slots: min  mean  max  of the tokens"))
+    assert lines[head + 1].split()[-4:] == ["3", "5.7", "9", "35.4%"]
+    every = inspect_bundle(make_bundle(routing=Routing.CAPACITY).path)
+    assert "a slot for each of the 16 tokens, so that routing saves nothing" in every.text()
+    for routing in (Routing.DYNAMIC, Routing.DENSE):
+        assert "slot" not in inspect_bundle(make_bundle(routing=routing).path).text()
+
+
+def test_blocks_without_an_mlp_need_no_slots(make_bundle):
+    facts = inspect_bundle(make_bundle(routing=Routing.CAPACITY, capacities=(3, 5, 9)).path).facts
+    segment = facts.segments[0].model_copy(update={"blocks_with_mlp": (False, True, False)})
+    assert segment.computed_slots == (5,)
+    nothing = segment.model_copy(update={"blocks_with_mlp": (False,) * 3})
+    assert routing_text(facts.model_copy(update={"segments": (nothing,)})) == "capacity: no block has an MLP"
 
 
 def test_a_sliding_bundle_holds_one_model_for_all_widths(make_bundle):

@@ -190,7 +190,7 @@ def test_a_static_bundle_has_a_plan_and_no_masks(content, make_bundle, make_chec
     page = Page(render_report(changed(content, bundle=static.facts, pictures=static.pictures())))
     assert [each["id"] for each in page.all("section")] == ["parity", "latency", "plan", "machine"]
     assert (
-        page.all("img") == [] and "1 distinct mask in 12 steps become 1 subnetwork for 1 segment" in page.text["plan"]
+        page.all("img") == [] and "1 distinct mask in 12 steps becomes 1 subnetwork for 1 segment" in page.text["plan"]
     )
 
 

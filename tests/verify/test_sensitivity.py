@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -47,11 +49,11 @@ def find(model, plan, ranges, tmp_path_factory):
     """`find(work=None, target=..., ...)`: a search, by default in a folder that all share."""
     shared = tmp_path_factory.mktemp("search")
 
-    def run(work: Path | None = None, progress: Any = None, compared: Any = None, **changes: Any):
+    def run(work: Path | None = None, progress: Any = None, compared: Any = None, announce: Any = None, **changes: Any):
         values = {"target": Target(psnr=40), "images": IMAGES, "steps": 2, **changes}
         return search(
             *(model, EXPORTED, plan.segments, ranges, np.full((STEPS, 3), 0.5), SearchConfig(**values)),
-            *((SCALE,), 7, work or shared, compared, progress),
+            *((SCALE,), 7, work or shared, compared, progress, announce),
         )
 
     return run
@@ -118,6 +120,22 @@ def test_the_same_search_gives_the_same_result_from_scratch_or_resumed(find, end
     assert kept == finished.keys() - {"losses-0.npy"}
 
 
+def test_a_search_says_how_long_it_may_take_before_it_starts_and_its_total_is_honest(find, tmp_path):
+    """The estimate counts what is then counted as done; where bisection asks less, the total falls to what is left."""
+    events: list[Any] = []
+    find(tmp_path, lambda *now: events.append(now), announce=events.append)
+    line, *progress = events
+    assert re.fullmatch(
+        r"Search for layers: at most \d+ runs of 6 steps with 5 images each, and the measuring of single layers: "
+        r"[\d,]+ steps of a batch, \S+ s each, so about .* at most; a stopped search goes on where it was",
+        line,
+    )
+    totals = [total for _, total in progress]
+    assert int(re.search(r"([\d,]+) steps of a batch", line)[1].replace(",", "")) == totals[0]
+    assert totals == sorted(totals, reverse=True) and progress[-1][0] == totals[-1]
+    assert [done for done, _ in progress] == list(range(1, totals[-1] + 1)), "each step of a batch, and no jump"
+
+
 def test_what_was_measured_serves_another_target_and_not_another_precision(find, ends, tmp_path, model):
     find(tmp_path, target=Target(psnr=sum(ends) / 2))
     find(tmp_path, target=Target(psnr=ends[0]))
@@ -180,13 +198,26 @@ def test_a_ratio_of_frechet_distances(find, ends, model, tmp_path):
     assert kept.kept.sum() == found.layers - found.chosen.layers
 
 
-def test_pictures_repeat(find, ends, plan):
-    from types import SimpleNamespace
-
+@pytest.fixture(scope="module")
+def pictured(find, ends, plan) -> Any:
+    """What a picture is drawn from."""
     kept, found = find(target=Target(psnr=sum(ends) / 2))
-    result: Any = SimpleNamespace(
+    return SimpleNamespace(
         calibration=SimpleNamespace(sensitivity=found, activations=kept), bounds=plan.bounds, timesteps=()
     )
+
+
+def test_texts_of_the_picture_are_apart_and_inside(pictured, layout):
+    sensitivity_png(pictured)
+    found = pictured.calibration.sensitivity.model_copy(update={"held_out_holds": False})
+    pictured = SimpleNamespace(**{**vars(pictured), "bounds": (0, 6)})
+    pictured.calibration = SimpleNamespace(sensitivity=found, activations=pictured.calibration.activations)
+    sensitivity_png(pictured)
+    assert any("the target is missed" in text for text in layout)
+
+
+def test_pictures_repeat(pictured):
+    result, kept, found = pictured, pictured.calibration.activations, pictured.calibration.sensitivity
     picture = sensitivity_png(result)
     assert picture.startswith(b"\x89PNG") and picture == sensitivity_png(result)
     assert f"{int(kept.kept.sum())} of {found.layers} linear layers stay in 16 bits" in search_words(found)

@@ -7,6 +7,7 @@ import pytest
 
 from dydit.bundle.manifest import PlanKind
 from dydit.errors import ConfigError
+from dydit.models.cost import attention_macs, mlp_macs
 from dydit.runtime.pipeline import DyDiTPipeline
 from dydit.verify.parity import cost_of
 from dydit.verify.reference import Images, Reference
@@ -45,6 +46,22 @@ def test_merged_subnetworks_execute_more_and_exact_ones_do_not(trace, make_bundl
     decided = decided_ratio(merged, trace.tokens)
     assert decided < executed_ratio(merged, trace.tokens) < 1
     assert executed_ratio(exact, trace.tokens) == pytest.approx(decided)
+
+
+def test_slots_and_dense_routing_compute_what_they_hold_whatever_is_routed(trace, make_bundle, small_config):
+    """Of the widths of the subnetworks: slots for 3, 8 and 16 of the 16 tokens, or all of them."""
+    slots, dense = (
+        make_bundle(max_subnets=2, **settings).manifest
+        for settings in ({"routing": "capacity", "capacities": (3, 8, 16)}, {"routing": "dense"})
+    )
+    assert executed_ratio(dense, trace.tokens) == pytest.approx(dense.plan.macs / dense.plan.static_macs)
+    attention, mlp, expected = attention_macs(small_config), mlp_macs(small_config), 0.0
+    for segment in slots.plan.segments:
+        entry = slots.subnets[segment.subnet]
+        for heads, groups, share in zip(entry.heads, entry.groups, (3 / 16, 0.5, 1), strict=True):
+            expected += segment.count * (len(heads) * attention + len(groups) * share * mlp) / 4
+    assert executed_ratio(slots, trace.tokens) == pytest.approx(expected / slots.plan.static_macs)
+    assert executed_ratio(slots, ~trace.tokens) == executed_ratio(slots, trace.tokens)
 
 
 def test_a_static_model_computes_everything(make_bundle, make_checkpoint, small_config):

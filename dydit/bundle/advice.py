@@ -1,0 +1,62 @@
+"""Advice that several messages give: the commands that lead to a bundle with as many token slots as it needs."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+from dydit.bundle.manifest import Manifest, PlanKind
+from dydit.bundle.stored import Precision
+from dydit.diffusion.schedule import Sampler
+
+
+def quoted(path: Path | str) -> str:
+    """A path as a shell takes it."""
+    return shlex.quote(str(path))
+
+
+def run_options(plan: dict[str, Any], steps: int, sampler: str) -> str:
+    """The options of calibration and export that make a run and its plan, where they are not the defaults.
+
+    Each has a space before it.
+    """
+    words = [] if steps == 250 else [f"--steps {steps}"]
+    words += [] if sampler == Sampler.DDPM else [f"--sampler {sampler}"]
+    words += {"per-step": ["--per-step"], "sliding": ["--sliding"]}.get(plan.get("plan", ""), [])
+    words += [f"--max-subnets {plan['max_subnets']}"] if "max_subnets" in plan else []
+    words += [f"--memory-budget {plan['memory_budget']}B"] if "memory_budget" in plan else []
+    return "".join(f" {word}" for word in words)
+
+
+def capacity_chain(
+    checkpoint: Path | str,
+    calibration: Path | str,
+    bundle: Path | str,
+    run: str = "",
+    precision: Precision = Precision.FP32,
+    more: str = "",
+) -> str:
+    """The commands that calibrate token slots, export a bundle that has them, and build its engines where it has any.
+
+    `run`: options that calibration and export have to agree on, `more`: of the export alone; each option has a space
+    before it.
+    """
+    source, slots, target = quoted(checkpoint), quoted(calibration), quoted(bundle)
+    ranges = " --activations minmax" if precision.is_calibrated else ""
+    kind = "" if precision is Precision.FP32 else f" --precision {precision}"
+    commands = [
+        f"dydit calibrate {source}{run}{ranges} --out {slots}",
+        f"dydit export {source}{run}{kind}{more} --routing capacity --calibration {slots} --out {target}",
+        *([] if precision is Precision.INT8 else [f"dydit build {target}"]),  # int8 has no engines
+    ]
+    return ", then ".join(f"`{command}`" for command in commands)
+
+
+def capacity_chain_of(manifest: Manifest) -> str:
+    """The same for the run, plan and precision of a bundle, whose checkpoint is not known."""
+    plan: dict[str, Any] = {"max_subnets": len(manifest.plan.segments)}
+    if manifest.plan.kind in (PlanKind.PER_STEP, PlanKind.SLIDING):
+        plan = {"plan": manifest.plan.kind.value}
+    run = run_options(plan, manifest.sampling.steps, manifest.sampling.sampler)
+    return capacity_chain("CHECKPOINT", "CAL.json", "BUNDLE", run, manifest.precision)

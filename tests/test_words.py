@@ -1,0 +1,16 @@
+"""Numbers with their nouns and units."""
+
+from __future__ import annotations
+
+from dydit.words import counted, duration
+
+
+def test_a_number_decides_between_singular_and_plural() -> None:
+    assert counted(1, "image") == "1 image"
+    assert [counted(count, "image") for count in (0, 2)] == ["0 images", "2 images"]
+    assert counted(1_000, "step") == "1,000 steps"
+    assert [counted(count, "class", "classes") for count in (1, 10)] == ["1 class", "10 classes"]
+
+
+def test_durations() -> None:
+    assert [duration(seconds) for seconds in (0.4, 59, 187, 7500)] == ["0 s", "59 s", "3:07 min", "2:05 h"]
