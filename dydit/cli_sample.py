@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from dydit.cli_options import ProgressLine, duration, progress_line, say
+from dydit.cli_options import progress_line, say
+from dydit.cli_progress import Progress, duration
 from dydit.errors import ConfigError
 from dydit.runtime.workers import GPUS, Worker, launched_worker, own_gpu, parse_worker
+from dydit.words import counted
 
 if TYPE_CHECKING:
     from dydit.runtime.bulk import SampleSummary
@@ -34,13 +36,13 @@ worker_option = click.option(
     "--worker",
     metavar="I/N",
     callback=_choose_worker,
-    help="Make share I, from 0, of N: as many processes, with all else the same, make the images of one. Share cores "
-    "out with --threads.  [default: what torchrun or accelerate launch say, else 0/1]",
+    help="Sample part I of N, from 0: N processes with the same --out and options together make one run. Divide the "
+    "cores between them with --threads.  [default: what torchrun or accelerate launch set, else 0/1]",
 )
 
 
 @contextmanager
-def sampling_progress(worker: Worker) -> Iterator[tuple[ProgressLine | None, Callable[[int, int], None] | None]]:
+def sampling_progress(worker: Worker) -> Iterator[tuple[Progress | None, Callable[[int, int], None] | None]]:
     """Progress of steps and of pictures; of the workers that a launcher started on a machine, the first one's alone."""
     if worker.local:
         yield None, None
@@ -53,6 +55,7 @@ def sampling_progress(worker: Worker) -> Iterator[tuple[ProgressLine | None, Cal
 def say_sampled(done: SampleSummary) -> None:
     """Closing words after sampling."""
     took = "were there already" if done.finished_before else f"in {duration(done.seconds + done.picture_seconds)}"
-    say(f"{done.out}: {done.images} images {took}" + (f"; look at {', '.join(done.files)}" if done.finished else ""))
+    files = f"; look at {', '.join(done.files)}" if done.finished else ""
+    say(f"{done.out}: {counted(done.images, 'image')} {took}{files}")
     if done.note:
         say(done.note)

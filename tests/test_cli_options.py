@@ -7,15 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dydit.cli_export import parse_guided_channels
 from dydit.cli_options import (
     BYTE_UNITS,
-    ProgressLine,
-    duration,
     parse_bytes,
-    parse_guided_channels,
     parse_labels,
     recipe_settings,
 )
+from dydit.cli_progress import ProgressLine, duration
 
 
 @pytest.mark.parametrize(
@@ -88,7 +87,7 @@ def test_the_progress_line_ends_blank(capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_the_progress_line_starts_anew_with_the_next_run(capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
     clock = iter([0.0, 1.0, 2.0, 10.0, 11.0])
-    monkeypatch.setattr("dydit.cli_options.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("dydit.cli_progress.time.monotonic", lambda: next(clock))
     line = ProgressLine("train")
     for done, total in ((1, 5), (3, 5), (1, 3), (2, 3)):
         line(done, total)

@@ -134,7 +134,7 @@ def respoiled(autoencoder, folder: Path, change) -> str:
     [
         (lambda values, state: values.update(_class_name="VQModel"), "it is of class VQModel"),
         (lambda values, state: state.pop("decoder.conv_out.bias"), r"weight decoder\.conv_out\.bias is missing"),
-        (lambda values, state: values.update(scaling_factor=0), "scaling_factor: Input should be greater than 0"),
+        (lambda values, state: values.update(scaling_factor=0), "scaling_factor must be greater than 0"),
         (lambda values, state: values.update(latents_mean=[0.0] * 4), "scales each latent channel by itself"),
     ],
     ids=["class", "weight", "scale", "mean"],
