@@ -21,21 +21,30 @@ from dydit.cli_options import (
     PATH,
     CommandGroup,
     backend_options,
+    cfg_scale_option,
     checkpoint_options,
     draw,
-    duration,
     json_option,
     labels_option,
+    parse_options,
     print_json,
     progress_line,
     recipe_settings,
     say,
     say_files,
+    seed_option,
 )
+from dydit.cli_progress import duration
 from dydit.cli_sample import sampling_progress, say_sampled, worker_option
+from dydit.cli_suggest import backend_words, next_line
 from dydit.cli_vae import space_option
+from dydit.extras import CHECKPOINTS, GRAPHS, REPORTS, backend_modules, require
 from dydit.runtime.workers import Worker
 from dydit.training.recipe import RECIPES
+from dydit.words import counted
+
+LARGE = 1 << 30
+"""Bytes of a checkpoint whose conversion takes long enough to say that it has begun."""
 
 
 @click.group(
@@ -44,64 +53,73 @@ from dydit.training.recipe import RECIPES
 )
 @click.version_option(__version__, message="dydit %(version)s")
 def cli() -> None:
-    """Fine-tune Diffusion Transformers into dynamic ones, and compile them so that the compute saved on paper is saved
-    on the clock.
+    """Train dynamic Diffusion Transformers (DyDiT), compile them into ONNX graphs, and sample with them.
 
-    The usual order: train or convert, export, sample; parity, bench and inspect prove and explain the result.
+    The usual order is: train or convert, export, sample. parity compares the result with PyTorch, bench times it, and
+    inspect explains it. Run calibrate before an export with int8-static, fp8 or --routing capacity, and build after an
+    export for TensorRT.
     """
 
 
-@cli.add("quickstart", "Small models to pictures and a report, on the CPU.")
-@click.option("--out", type=PATH, default=Path("quickstart"), help="Folder for everything that is made.")
+@cli.add("quickstart", "Export, sample, check and time the small models that come with dydit.")
+@click.option("--out", type=PATH, default=Path("quickstart"), help="Folder for everything that this writes.")
 @click.option(
-    "--overwrite", is_flag=True, help="Make the quickstart in --out anew, finished or not; nothing else is replaced."
+    "--overwrite", is_flag=True, help="Start again where --out holds a quickstart, finished or not; other files stay."
 )
-@click.option("--steps", type=click.IntRange(1, 1000), default=250, help="Sampling steps of a run.")
-@click.option("--per-class", type=click.IntRange(min=1), default=4, metavar="N", help="Images of each class.")
-@click.option("--cfg-scale", type=float, default=2.0, help="Guidance from 0; 1 is none, at half the compute.")
-@click.option("--seed", type=int, default=0, help="Of the images' noise.")
-@click.option("--threads", type=click.IntRange(min=0), default=0, help="CPU threads; 0: all.")
+@click.option("--steps", type=click.IntRange(1, 1000), default=250, help="Number of sampling steps.")
+@click.option("--per-class", type=click.IntRange(min=1), default=4, metavar="N", help="Images per class.")
+@cfg_scale_option(2.0)
+@seed_option
+@click.option("--threads", type=click.IntRange(min=0), default=0, help="Number of CPU threads; 0: one for each core.")
 @json_option
 def quickstart_command(out: Path, overwrite: bool, as_json: bool, **settings: Any) -> int:
-    """From the small models that come with dydit to pictures and a report, on the CPU, in about a minute.
+    """Export, sample, check and time the small models that come with dydit: a minute on the CPU, no downloads.
 
-    Exports a dynamic and a static model of handwritten digits, samples, compares with PyTorch, and takes times. A run
-    that was killed goes on where it was.
+    Exports a dynamic and a static model of handwritten digits, samples the dynamic one, compares its images with
+    PyTorch's, times both models, and writes report.html. Repeat the command to resume a run that was interrupted.
     """
-    from dydit.models.config import parse_config
+    require("dydit quickstart", [*CHECKPOINTS, *GRAPHS, "onnxruntime", *REPORTS])
     from dydit.verify.quickstart import QuickstartConfig, run_quickstart
 
-    config = parse_config(QuickstartConfig, settings)
+    config = parse_options(QuickstartConfig, settings)
     with progress_line("quickstart") as progress:
         result = run_quickstart(out, config, overwrite, progress.stage if progress else None)
     if as_json:
         print_json(result.to_json())
     else:
         click.echo(result.text())
-        say(f"Look at {result.report} and {out / 'samples.png'}; next: dydit inspect {out / 'bundle'}, dydit --help")
+        say(
+            f"Look at {result.report} and {out / 'samples.png'}",
+            next_line("inspect", out / "bundle"),
+            next_line("sample", out / "bundle", "--labels", "0-9", "--out", out / "more-samples"),
+        )
     return OK if result.ok else CHECK_FAILED
 
 
 @cli.add(
     "train",
-    "Train a model by a recipe.",
-    epilog=f"\b\nSettings and their defaults (recipes have their own for some):\n{recipe_settings()}",
+    "Train a model with a recipe.",
+    epilog=f"\b\nSettings and their defaults (some recipes set others):\n{recipe_settings()}",
 )
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option(
     "--recipe",
     type=click.Choice(tuple(RECIPES)),
     required=True,
-    help="What to train. `digits` is three runs: static, then dynamic from its weights, then settle.",
+    help="What to train. `digits` is three runs: a static model, a dynamic one that starts from its weights, and a "
+    "last run in which the gates decide as they do at inference.",
 )
-@click.option("--out", type=PATH, required=True, help="Folder for the run; must be empty, unless --resume is given.")
-@click.option("--resume", is_flag=True, help="Go on with the run in --out from its last saved state.")
+@click.option(
+    "--out", type=PATH, required=True, help="Folder for the run; must be empty or absent, unless --resume is given."
+)
+@click.option("--resume", is_flag=True, help="Continue the run in --out from its last saved state.")
 def train_command(overrides: tuple[str, ...], recipe: str, out: Path, resume: bool) -> None:
-    """Train a model by a recipe, on the processors that are here.
+    """Train a model with a recipe, on the processors of this machine.
 
-    KEY=VALUE changes a setting: iterations=100, model.depth=4; in a recipe of several runs static.KEY, dynamic.KEY
-    or settle.KEY changes one of them. Leaves model.safetensors, train.json, log.jsonl and curves.png.
+    KEY=VALUE changes a setting: iterations=100, model.depth=4. In a recipe of several runs, static.KEY, dynamic.KEY
+    or settle.KEY changes one of them. Writes model.safetensors, train.json, log.jsonl and curves.png.
     """
+    require("dydit train", [*CHECKPOINTS, "accelerate", "sklearn", "matplotlib"])
     from dydit.training.loop import train_sequence
     from dydit.training.recipe import find_recipes
 
@@ -110,34 +128,40 @@ def train_command(overrides: tuple[str, ...], recipe: str, out: Path, resume: bo
         results = train_sequence(recipes, out, resume, progress)
     for result in results:
         summary = result.summary
-        say(f"{result.model}: {summary['iterations']} iterations in {duration(summary['seconds'])}")
-    say(f"Next: dydit export {results[-1].model} --out BUNDLE")
+        took = duration(summary["seconds"])
+        say(f"{result.model}: {counted(summary['iterations'], 'iteration')} in {took}")
+    say(next_line("export", results[-1].model, "--out", "BUNDLE"))
 
 
-@cli.add("convert", "Bring a checkpoint into dydit's own format.")
+@cli.add("convert", "Convert a checkpoint to dydit's own format.")
 @click.argument("checkpoint", type=PATH)
 @click.option("--out", type=PATH, required=True, help="The .safetensors file to write; must not exist.")
 @space_option
 @checkpoint_options
 def convert_command(checkpoint: Path, out: Path, space: str | None, reading: dict[str, Any]) -> None:
-    """Read a checkpoint of any known format and write it in ours: safetensors with its configuration.
+    """Convert a checkpoint to dydit's own format: a safetensors file that contains the model's configuration.
 
-    CHECKPOINT is a DiT or DyDiT state dict, a training file that holds one, a diffusers DiT folder, or one of ours.
-    Nothing in it is executed. A file that does not say how its model was trained is taken for a DiT, which predicts
+    CHECKPOINT is a DiT or DyDiT state dict, a training file that contains one, a diffusers DiT folder, or a file of
+    dydit's. No code in it is run. A file that does not say how its model was trained is taken for a DiT, which predicts
     epsilon: the weights of a SiT have the same names and shapes.
     """
+    require("dydit convert", CHECKPOINTS)
     from dydit.models.checkpoint import convert
     from dydit.models.config import Space
 
-    converted = convert(checkpoint, out, space=Space(space) if space else None, **reading)
+    with progress_line("convert") as progress:
+        if progress and checkpoint.is_file() and checkpoint.stat().st_size >= LARGE:
+            progress(0, 1)
+        converted = convert(checkpoint, out, space=Space(space) if space else None, **reading)
     config = converted.config
     kind = "dynamic" if config.dynamic else "static"
     weights = f" ({converted.metadata['weights']} weights)" if "weights" in converted.metadata else ""
     say(
-        f"{out}: {kind} DiT, {config.depth} blocks of {config.hidden_size} with {config.num_heads} heads, from the "
-        f"{converted.metadata['source']} format{weights}",
+        f"{out}: {kind} DiT with {counted(config.depth, 'block')} of {config.hidden_size} channels and "
+        f"{counted(config.num_heads, 'head')}, read as {converted.metadata['source']}{weights}",
         *converted.notes,
-        f"Next: dydit inspect {out}, dydit export {out} --out BUNDLE",
+        next_line("inspect", out),
+        next_line("export", out, "--out", "BUNDLE"),
     )
 
 
@@ -145,25 +169,32 @@ add_calibrate(cli)
 add_export(cli)
 
 
-@cli.add("sample", "Make images with a bundle.")
+@cli.add("sample", "Sample images with a bundle.")
 @click.argument("bundle", type=PATH)
 @labels_option(
-    help="Classes, an image for each: 207,360 or 0-9; may be given again. Needed unless --noise-from has them."
+    help="Class numbers, one image for each: 207,360 or 0-9. Repeatable. Needed unless --noise-from contains labels."
 )
 @click.option(
-    "--out", type=PATH, required=True, help="Folder for the images; the same command goes on with a killed run."
+    "--out", type=PATH, required=True, help="Folder for the images. Repeat the command to resume an interrupted run."
 )
 @click.option(
-    "--num", type=click.IntRange(min=1), help="Images in all, the labels repeated in turn.  [default: one a label]"
+    "--num",
+    type=click.IntRange(min=1),
+    help="Total number of images; the labels are repeated in turn.  [default: one image per label]",
 )
-@click.option("--seed", type=int, default=0, help="Image i draws its noise from (seed, i) alone.")
-@click.option("--first-image", type=int, default=0, help="The i of the first image.")
-@click.option("--cfg-scale", type=float, default=4.0, help="Guidance from 0; 1 is none, at half the compute.")
-@click.option("--batch-size", type=int, help="Images at a time.  [default: as many as the bundle allows]")
+@click.option(
+    "--seed",
+    type=int,
+    default=0,
+    help="Seed for the initial and per-step noise. The noise of an image depends on the seed and its index alone.",
+)
+@click.option("--first-image", type=int, default=0, help="Index of the first image.")
+@cfg_scale_option(4.0)
+@click.option("--batch-size", type=int, help="Images per batch.  [default: as many as the bundle allows]")
 @backend_options
-@click.option("--npz", is_flag=True, help="Also write samples.npz (arr_0, uint8), which FID evaluators read.")
-@click.option("--noise-from", type=PATH, metavar="FILE.npz", help="Take noise from here: x_T, noise, labels.")
-@click.option("--latents-out", type=PATH, metavar="FILE.npz", help="Also write the latents, to this file.")
+@click.option("--npz", is_flag=True, help="Also write samples.npz (array arr_0, uint8), as evaluators of FID read it.")
+@click.option("--noise-from", type=PATH, metavar="FILE.npz", help="Use the arrays x_T, noise and labels of this file.")
+@click.option("--latents-out", type=PATH, metavar="FILE.npz", help="Also write the latents to this file.")
 @worker_option
 @json_option
 def sample_command(
@@ -178,20 +209,19 @@ def sample_command(
     as_json: bool,
     **request: Any,
 ) -> None:
-    """Make images with a bundle; the same settings give the same images, in whatever batches.
+    """Sample images with a bundle. The same settings give the same images, whatever the batch size.
 
-    Writes numbered PNGs, grid.png and samples.json; of latents, where the bundle has no VAE decoder, latents.npz. Under
-    `torchrun -m -- dydit sample` and `accelerate launch`, or with --worker, processes that share --out make one run.
+    Writes numbered PNG files, grid.png and samples.json, or latents.npz where the bundle is of a latent model and has
+    no VAE decoder. Several processes share a run when they are started by torchrun or accelerate launch
+    (`torchrun --nproc-per-node 2 -m -- dydit sample ...`), or with --worker.
     """
     from dydit.bundle.bundle import Bundle
-    from dydit.models.config import parse_config
     from dydit.runtime.backends.base import BackendOptions
-    from dydit.runtime.backends.registry import require_known
     from dydit.runtime.bulk import OutputOptions, sample_to_folder
     from dydit.runtime.request import SampleRequest
 
-    require_known(backend)
-    wanted = parse_config(SampleRequest, request)
+    require("dydit sample", backend_modules(backend))
+    wanted = parse_options(SampleRequest, request)
     outputs = OutputOptions(npz=npz, latents_out=latents_out)
     opened = Bundle.open(bundle)
     options = BackendOptions(threads=threads, device=device)
@@ -206,15 +236,21 @@ def sample_command(
 add_decode(cli)
 
 
-@cli.add("parity", "Hold a bundle against its checkpoint.")
+@cli.add("parity", "Compare a bundle with its checkpoint.")
 @click.argument("bundle", type=PATH)
-@click.option("--against", type=PATH, required=True, metavar="CHECKPOINT", help="What the bundle was exported from.")
-@click.option("--out", type=PATH, required=True, help="Folder for parity.json and parity.png; must not exist.")
-@labels_option(default="0,1", help="Classes, an image for each: 207,360 or 0-9; may be given again.")
-@click.option("--seed", type=int, default=0, help="Of the images' noise.")
-@click.option("--cfg-scale", type=float, default=4.0, help="Guidance from 0; 1 is none.")
 @click.option(
-    "--every", type=click.IntRange(min=1), default=1, metavar="N", help="Compare every Nth step, and the last."
+    "--against",
+    type=PATH,
+    required=True,
+    metavar="CHECKPOINT",
+    help="The checkpoint that the bundle was exported from.",
+)
+@click.option("--out", type=PATH, required=True, help="Folder for parity.json and parity.png; must not exist.")
+@labels_option(default="0,1", help="Class numbers, one image for each: 207,360 or 0-9. Repeatable.")
+@seed_option
+@cfg_scale_option(4.0)
+@click.option(
+    "--every", type=click.IntRange(min=1), default=1, metavar="N", help="Compare every n-th step, and the last."
 )
 @checkpoint_options
 @backend_options
@@ -222,21 +258,19 @@ add_decode(cli)
 def parity_command(
     bundle: Path, against: Path, out: Path, reading: dict[str, Any], as_json: bool, **settings: Any
 ) -> int:
-    """Hold a bundle against its checkpoint, hop by hop: masks, weights, sliced form, each step, the whole run.
+    """Compare a bundle with its checkpoint: masks, weights, the sliced model, single steps, and the whole run.
 
-    Exits with 1 where a hop is over its tolerance, naming the first such step and block.
+    Exits with 1 if a check exceeds its tolerance, and names the first step and block that do.
     """
+    require("dydit parity", [*CHECKPOINTS, *GRAPHS, *backend_modules(settings["backend"])])
     from dydit.bundle.bundle import Bundle
     from dydit.files import new_folder, require_absent
     from dydit.models.checkpoint import load_checkpoint
-    from dydit.models.config import parse_config
-    from dydit.runtime.backends.registry import require_known
     from dydit.verify.parity import ParityConfig, run_parity
     from dydit.verify.plots import parity_png
     from dydit.verify.text import aligned
 
-    require_known(settings["backend"])
-    config = parse_config(ParityConfig, settings)
+    config = parse_options(ParityConfig, settings)
     require_absent(out)
     opened, checkpoint = Bundle.open(bundle), load_checkpoint(against, **reading)
     with new_folder(out) as folder, progress_line("parity") as progress:
@@ -248,36 +282,46 @@ def parity_command(
         click.echo(aligned([[hop.status.value, hop.name, hop.detail] for hop in report.hops]))
         click.echo("\n".join([*checkpoint.notes, *report.stale_reasons, report.summary]))
         say_files(out)
-        say(f"Next: dydit bench {bundle} --out BENCH" if report.ok else f"Next: look at {out / 'parity.png'}")
+        picture = out / "parity.png"
+        if report.ok:
+            say(next_line("bench", bundle, *backend_words(settings), "--out", "BENCH"))
+        elif picture.exists():
+            say(f"Look at {picture}")
     return OK if report.ok else CHECK_FAILED
 
 
-@cli.add("bench", "Time bundles, and PyTorch beside them.")
+@cli.add("bench", "Time a bundle, beside another one or PyTorch.")
 @click.argument("bundle", type=PATH)
-@click.option("--versus", type=PATH, metavar="BUNDLE2", help="Another bundle to time beside it.")
-@click.option("--against", type=PATH, metavar="CHECKPOINT", help="A checkpoint to time beside it, in PyTorch.")
+@click.option("--versus", type=PATH, metavar="BUNDLE2", help="Another bundle to time.")
+@click.option("--against", type=PATH, metavar="CHECKPOINT", help="A checkpoint to time, as a dense model in PyTorch.")
 @click.option("--out", type=PATH, required=True, help="Folder for bench.json and bench.png; must not exist.")
-@labels_option(default="0", help="The batch, an image for each class: 207,360 or 0-9; may be given again.")
-@click.option("--seed", type=int, default=0, help="Of the images' noise.")
-@click.option("--cfg-scale", type=float, default=4.0, help="Guidance from 0; 1 is none, at half the compute.")
-@click.option("--steps-measured", type=click.IntRange(min=1), default=25, help="Steps of a round, spread over the run.")
-@click.option("--repeats", type=click.IntRange(min=1), default=7, help="Rounds that count; their median is the result.")
-@click.option("--warmup", type=click.IntRange(min=1), default=1, help="Rounds before them that do not count.")
+@labels_option(default="0", help="Class numbers of the batch: 207,360 or 0-9. Repeatable.")
+@seed_option
+@cfg_scale_option(4.0)
+@click.option(
+    "--steps-measured",
+    type=click.IntRange(min=1),
+    default=25,
+    help="Steps that are timed in a round, evenly spaced over the run.",
+)
+@click.option("--repeats", type=click.IntRange(min=1), default=7, help="Rounds that count; the result is their median.")
+@click.option("--warmup", type=click.IntRange(min=1), default=1, help="Rounds that are run first and do not count.")
 @backend_options
 @json_option
 def bench_command(
     bundle: Path, versus: Path | None, against: Path | None, out: Path, backend: str, as_json: bool, **settings: Any
 ) -> None:
-    """Time a step in milliseconds, side against side: each in a process of its own, taking turns."""
+    """Time the steps of a bundle in milliseconds, and of another bundle or a checkpoint for comparison.
+
+    Each runs in a process of its own; the processes take turns, so that they see the same load of the machine.
+    """
+    require("dydit bench", [*backend_modules(backend), *(CHECKPOINTS if against else ())])
     from dydit.bundle.bundle import Bundle
     from dydit.files import new_folder, require_absent
-    from dydit.models.config import parse_config
-    from dydit.runtime.backends.registry import require_known
     from dydit.verify.bench import BenchConfig, run_bench, sides_of
     from dydit.verify.plots import latency_png
 
-    require_known(backend)
-    config = parse_config(BenchConfig, settings)
+    config = parse_options(BenchConfig, settings)
     require_absent(out)
     opened = [Bundle.open(path, verify=False) for path in (bundle, versus) if path]
     sides = sides_of(opened[0], opened[1] if versus else None, against, backend)
@@ -291,13 +335,15 @@ def bench_command(
         say_files(out)
 
 
-@cli.add("inspect", "Say what a checkpoint or a bundle holds.")
+@cli.add("inspect", "Show what a checkpoint or a bundle contains.")
 @click.argument("path", metavar="CHECKPOINT|BUNDLE", type=PATH)
-@click.option("--out", type=PATH, help="Also draw masks and plan as PNG, into this folder; must not exist.")
+@click.option("--out", type=PATH, help="Also draw masks and plan as PNG files, into this folder; must not exist.")
 @checkpoint_options
 @json_option
 def inspect_command(path: Path, out: Path | None, reading: dict[str, Any], as_json: bool) -> None:
-    """Say what a checkpoint or a bundle holds: sizes, cost, masks over time, and the plans that they allow."""
+    """Show what a checkpoint or a bundle contains: sizes, cost, masks over time, and the possible plans."""
+    is_bundle = (path / "manifest.json").exists()
+    require("dydit inspect", [*(() if is_bundle else CHECKPOINTS), *(["matplotlib"] if out else [])])
     from dydit.files import new_folder, require_absent
     from dydit.verify.inspect import inspect
 
@@ -315,10 +361,10 @@ def inspect_command(path: Path, out: Path | None, reading: dict[str, Any], as_js
         say_files(out)
 
 
-@cli.add("doctor", "Try which backends work here.")
+@cli.add("doctor", "Test which backends work on this machine.")
 @json_option
 def doctor_command(as_json: bool) -> int:
-    """Try which backends work here, and say why the others do not. Exits with 1 where none does."""
+    """Test which backends work on this machine, and say why the others do not. Exits with 1 if none works."""
     from dydit.verify.doctor import run_doctor
 
     report = run_doctor()

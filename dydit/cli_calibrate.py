@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
 
 import click
 
-from dydit.bundle.advice import quoted, run_options
+from dydit.bundle.advice import run_options
 from dydit.bundle.stored import Precision
 from dydit.calibrate.ranges import Method
 from dydit.cli_options import (
@@ -20,116 +21,130 @@ from dydit.cli_options import (
     chosen_plan,
     draw,
     json_option,
+    parse_options,
     plan_options,
     print_json,
     progress_line,
     say,
 )
+from dydit.cli_suggest import next_line, reading_words
 from dydit.diffusion.schedule import Sampler
 from dydit.errors import OutputError
+from dydit.extras import CHECKPOINTS, GRAPHS, backend_modules, require
 from dydit.words import counted
 
 
 def add_calibrate(group: CommandGroup) -> None:
     """Add the command to `dydit`."""
-    group.add("calibrate", "Choose token capacities for a checkpoint.")(calibrate_command)
+    group.add("calibrate", "Choose token capacities and activation ranges for an export.")(calibrate_command)
 
 
 @click.argument("checkpoint", type=PATH)
-@click.option("--out", type=PATH, required=True, help="The calibration file to write, JSON; must not exist.")
-@click.option("--steps", type=click.IntRange(1, 1000), default=250, help="Sampling steps of a run, as in the export.")
+@click.option("--out", type=PATH, required=True, help="Calibration file to write (JSON); must not exist.")
+@click.option("--steps", type=click.IntRange(1, 1000), default=250, help="Number of sampling steps, as in the export.")
 @click.option(
     "--sampler",
     type=click.Choice([each.value for each in Sampler]),
     default=Sampler.DDPM.value,
-    help="As in the export.",
+    help="Sampler, as in the export.",
 )
 @plan_options
-@click.option("--samples", type=click.IntRange(min=1), default=128, help="Images to calibrate on, of all classes.")
-@click.option("--held-out", type=click.IntRange(min=1), default=64, help="Other images, to verify on.")
-@click.option("--seed", type=int, default=0, help="Of the images' noise; the held-out ones have the next.")
+@click.option(
+    "--samples", type=click.IntRange(min=1), default=128, help="Images to calibrate on, spread over all classes."
+)
+@click.option("--held-out", type=click.IntRange(min=1), default=64, help="Other images, to check the result on.")
+@click.option(
+    "--seed",
+    type=int,
+    default=0,
+    help="Seed for the initial and per-step noise; held-out images use the seed after it.",
+)
 @click.option(
     "--cfg-scale",
     "cfg_scales",
     type=float,
     multiple=True,
     default=(4.0,),
-    help="Guidance from 0 that is sampled with; may be given again, images are then shared out evenly.",
+    help="Classifier-free guidance scale to calibrate for, from 0. Repeatable: the images are spread over the scales.",
 )
 @click.option(
     "--quantile",
     type=float,
     default=0.998,
-    help="Share of a segment's steps and batches whose tokens shall fit; 1: all that were seen.",
+    help="Share of a segment's steps and batches whose tokens must fit, from 0.5; 1: all that were observed.",
 )
-@click.option("--margin", type=float, default=0.01, help="Further slots, as a share of those.")
-@click.option("--tile", type=int, default=1, help="Round capacities up to a multiple of so many tokens.")
+@click.option(
+    "--margin", type=float, default=0.01, help="Extra token slots, as a share of those that the quantile gives."
+)
+@click.option("--tile", type=int, default=1, help="Round capacities up to a multiple of this number of tokens.")
 @click.option(
     "--batch-size",
     "batch_sizes",
     type=int,
     multiple=True,
     default=(16,),
-    help="Images of a batch that shall fit; may be given again. Smaller batches vary more, so they need more slots.",
+    help="Batch size whose tokens must fit. Repeatable. Smaller batches vary more and need more slots per image.",
 )
 @click.option(
     "--activations",
     type=click.Choice([each.value for each in Method]),
-    help="Also choose ranges of what enters linear layers, for --precision int8-static and fp8: all values (minmax), "
-    "all but few (percentile), the least error (mse), the distribution kept best (entropy).",
+    help="Also choose the ranges of activations that int8-static and fp8 need, from all values (minmax), from a share "
+    "of them (percentile), or so that the squared error (mse) or the divergence (entropy) is least.",
 )
 @click.option(
     "--percentile",
     type=float,
     metavar="P",
-    help="Share of values within the range, for that method.  [default: 0.9999]",
+    help="With --activations percentile: the share of values inside the range.  [default: 0.9999]",
 )
 @click.option(
-    "--activation-images", type=click.IntRange(min=1), default=32, help="Images whose activations are watched."
+    "--activation-images", type=click.IntRange(min=1), default=32, help="Images whose activations are observed."
 )
 @click.option(
     "--migrate",
     is_flag=True,
-    help="With --activations: divide input channels that are much larger than others, where the weights, multiplied in "
-    "return, then lose less in int8. By powers of two, so that the model stays itself.",
+    help="With --activations: SmoothQuant. Divide input channels that are much larger than others and multiply their "
+    "weights instead, where that lowers the error in int8. The factors are powers of two, so the model is unchanged.",
 )
 @click.option(
     "--target-psnr",
     type=float,
     metavar="DB",
-    help="With --activations: also find which layers stay in 16 bits, as few as keep every image within so many "
-    "decibels of the model that is not quantised.",
+    help="With --activations: also choose which layers stay in 16 bits, as few as possible, so that every image has at "
+    "least this PSNR against the model that is not quantised.",
 )
 @click.option(
     "--target-fd-ratio",
     type=float,
     metavar="R",
-    help="Instead: as few as keep the Fréchet distance to --reference within R times the model's.",
+    help="In place of --target-psnr: the Fréchet distance to --reference is at most R times that of the model that is "
+    "not quantised.",
 )
 @click.option(
     "--reference",
     type=PATH,
     metavar="FILE.npz",
-    help="Images to take Fréchet distances to, on their first principal components: floats `images`, or `latents` as "
-    "`dydit sample --latents-out` writes them, [n, C, S, S] as the model makes them.",
+    help="With --target-fd-ratio: the images to compare with, as an array `images`, or `latents` as `dydit sample "
+    "--latents-out` writes it; floats [n, C, S, S] as the model samples them. Distances are taken on their first "
+    "principal components.",
 )
 @click.option(
     "--precision",
     type=click.Choice([each.value for each in Precision if each.is_calibrated]),
     default=Precision.INT8_STATIC.value,
-    help="The 8 bits that a target is searched for.",
+    help="With a target: the 8-bit precision that layers are searched for.",
 )
 @click.option(
     "--search-images",
     type=click.IntRange(min=1),
     default=16,
-    help="Images that are sampled for each choice, and held-out ones for the last.",
+    help="With a target: images that are sampled to judge each choice of layers, and held-out images for the last.",
 )
 @click.option(
     "--search-steps",
     type=click.IntRange(min=1),
     default=4,
-    help="Steps of a segment, evenly spread, at which each layer's loss in 8 bits is measured.",
+    help="With a target: steps per segment, evenly spaced, at which the loss of each layer in 8 bits is measured.",
 )
 @checkpoint_options
 @backend_options
@@ -160,45 +175,43 @@ def calibrate_command(
     search_steps: int,
     **settings: Any,
 ) -> None:
-    """Choose token slots, and ranges of activations, by segment and block, for `dydit export --calibration`.
+    """Choose token capacities, and ranges of activations, for `dydit export --calibration`.
 
-    Samples the dynamic model CHECKPOINT, counts the tokens that its routers send through the MLPs, chooses capacities
-    for the plan that is to be exported, and verifies them on other images. Where a step's tokens do not fit after all,
-    it is repeated with a slot for every token: images are always those of dynamic routing. A picture is drawn beside
-    --out. A run that was killed goes on where it was. Without a plan it is --max-subnets 32; a memory budget holds
-    bytes of weights.
+    Samples the dynamic model CHECKPOINT, counts the tokens that its routers send through the MLPs, chooses the number
+    of token slots for each block and segment of the plan that will be exported, and checks them on other images. If
+    the tokens of a step do not fit at run time, the step is repeated with a slot for every token, so images are always
+    those of dynamic routing. A plot is saved beside --out. Repeat the command to resume a run that was interrupted.
+    The default plan is --max-subnets 32; a memory budget counts bytes of weights here.
 
-    With a target, the loss of every linear layer in 8 bits is measured, by segment and block, and whole runs are
-    sampled in PyTorch with more and more layers in 8 bits, as many as keep the target. The layers that stay in 16 bits
-    are in the file, so that the export leaves them there; a second picture, -search.png, shows speed against quality.
+    With a target, the loss of every linear layer in 8 bits is measured for each segment and block, and whole runs are
+    sampled in PyTorch to find the most layers that can be in 8 bits. The calibration file lists the layers that stay
+    in 16 bits, and the export follows it; a second plot, -search.png, shows speed against quality.
     """
     plan = chosen_plan(per_step, max_subnets, memory_budget, sliding)
     if target_psnr is not None and target_fd_ratio is not None:
-        raise click.UsageError("--target-psnr and --target-fd-ratio exclude each other")
+        raise click.UsageError("give only one of --target-psnr and --target-fd-ratio")
     if target_psnr is None and target_fd_ratio is None and reference is not None:
-        raise click.UsageError("--reference goes with --target-psnr or --target-fd-ratio")
+        raise click.UsageError("--reference is for --target-psnr or --target-fd-ratio; give one of them, too")
     if target_psnr is not None or target_fd_ratio is not None:
         target = {"psnr": target_psnr, "fd_ratio": target_fd_ratio}
         sampled = {"images": search_images, "steps": search_steps, "reference": reference}
         settings["search"] = {"target": target, "precision": precision, **sampled}
+    require("dydit calibrate", [*CHECKPOINTS, *GRAPHS, *backend_modules(backend)])
     from dydit.export.exporter import ExportConfig
     from dydit.files import require_absent, write_atomic
     from dydit.models.checkpoint import load_checkpoint
-    from dydit.models.config import parse_config
     from dydit.runtime.backends.base import BackendOptions
-    from dydit.runtime.backends.registry import require_known
     from dydit.verify.calibration import CalibrationConfig, run_calibration, work_name
     from dydit.verify.plots_calibration import calibration_png
     from dydit.verify.plots_sensitivity import search_words, sensitivity_png
     from dydit.verify.sentences import extra_text
 
-    require_known(backend)
     chosen = {"quantile": quantile, "margin": margin, "tile": tile, "batch_sizes": batch_sizes}
-    config = parse_config(CalibrationConfig, {**settings, "capacity": chosen})
-    exported = parse_config(ExportConfig, {"steps": steps, "sampler": sampler, **plan})
+    config = parse_options(CalibrationConfig, {**settings, "capacity": chosen})
+    exported = parse_options(ExportConfig, {"steps": steps, "sampler": sampler, **plan})
     picture, curve = out.with_suffix(".png"), out.with_name(f"{out.stem}-search.png")
     if picture == out:
-        raise OutputError(f"{out} would be the picture; give --out another ending, .json")
+        raise OutputError(f"{out}: the plot would have this name; give --out another ending, such as .json")
     require_absent(out)
     require_absent(picture)
     if config.search is not None:
@@ -229,19 +242,18 @@ def calibrate_command(
         print_json({"calibration": str(out), "segments": len(tokens.capacities), **rates, **moved, **searched})
         return
     held = tokens.held_out
-    options_text = run_options(plan, steps, sampler) + (f" --num-heads {num_heads}" if num_heads else "")
-    options_text += f" --precision {precision}" if result.calibration.activations else ""
+    words = [*shlex.split(run_options(plan, steps, sampler)), *reading_words(reading)]
+    words += ["--precision", precision] if result.calibration.activations else []
     say(
-        f"{out}: capacities of {counted(len(tokens.capacities), 'segment')}; on "
-        f"{counted(held.images, 'held-out image')} {held.rate:.3%} of step-blocks overflow (below {held.upper:.2%} "
-        f"with 95 % confidence; predicted: {tokens.predicted.rate:.3%}), so that {held.repeated_steps:.2%} of steps "
-        f"run again at full capacity, and MLPs compute {extra_text(held.mlp_ratio)} than with dynamic routing, these "
-        "repetitions among it",
+        f"{out}: capacities of {counted(len(tokens.capacities), 'segment')}. On "
+        f"{counted(held.images, 'held-out image')} {held.rate:.3%} of the blocks of all steps overflow (below "
+        f"{held.upper:.2%} with 95 % confidence; predicted: {tokens.predicted.rate:.3%}), so "
+        f"{held.repeated_steps:.2%} of the steps run again at full capacity, and MLPs compute "
+        f"{extra_text(held.mlp_ratio)} than with dynamic routing, including repeated steps",
         *([f"{out}: {result.found.text()}"] if result.found else []),
         *([] if found is None else [search_words(found)]),
         *model.notes,
         *(f"Look at {each}" for each in (picture, curve) if each.exists()),
-        "For engines of TensorRT `dydit build BUNDLE` comes after the export",
-        f"Next: dydit export {quoted(checkpoint)}{options_text} --routing capacity --calibration {quoted(out)} --out "
-        "BUNDLE",
+        next_line("export", checkpoint, *words, "--routing", "capacity", "--calibration", out, "--out", "BUNDLE"),
+        "For TensorRT engines run `dydit build BUNDLE` after the export",
     )

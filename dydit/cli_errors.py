@@ -15,14 +15,9 @@ import click
 
 from dydit.cli_options import Settings
 from dydit.errors import DyditError, one_line
+from dydit.extras import EXTRAS, install_command
 
 OK, CHECK_FAILED, BAD_INPUT, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 130, 141
-EXTRAS = {
-    **dict.fromkeys(("torch", "onnx", "onnx_ir", "safetensors"), "export"),
-    **dict.fromkeys(("accelerate", "scipy", "sklearn"), "train"),
-    **dict.fromkeys(("jinja2", "matplotlib"), "report"),
-    "onnxruntime": "cpu",
-}
 
 
 def run_command(group: click.Group, arguments: Sequence[str]) -> int:
@@ -52,7 +47,7 @@ def run_command(group: click.Group, arguments: Sequence[str]) -> int:
         package = (error.name or "").partition(".")[0]
         if package not in EXTRAS:
             raise
-        return _fail(f"{package} is not installed: pip install 'dydit[{EXTRAS[package]}]'", settings)
+        return _fail(f"{package} is not installed: {install_command([EXTRAS[package]])}", settings)
 
 
 def _invoke(group: click.Group, arguments: list[str], settings: Settings) -> int:

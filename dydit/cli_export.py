@@ -2,34 +2,37 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from dydit.bundle.advice import capacity_chain, quoted, run_options
+from dydit.bundle.advice import capacity_chain, options_text, quoted, run_options
 from dydit.bundle.costs import Measured
 from dydit.bundle.manifest import Manifest, PlanKind, Routing
 from dydit.bundle.stored import Precision
+from dydit.calibrate.file import Calibration, read_calibration
 from dydit.cli_options import (
     PATH,
     CommandGroup,
     checkpoint_options,
     chosen_plan,
-    graph_options,
     json_option,
-    next_commands,
-    parse_guided_channels,
+    parse_options,
     plan_options,
     print_json,
     progress_line,
     say,
     vae_options,
 )
+from dydit.cli_suggest import after_export, reading_words
 from dydit.cli_vae import scaling_options, space_lines, space_option
 from dydit.diffusion.schedule import Sampler
 from dydit.errors import BackendError
+from dydit.extras import CHECKPOINTS, GRAPHS, VAES, require
 from dydit.words import counted
 
 if TYPE_CHECKING:
@@ -38,10 +41,58 @@ if TYPE_CHECKING:
 
 
 class Cost(StrEnum):
-    """What the plan of an export makes least."""
+    """What the plan of an export minimizes."""
 
     MACS = "macs"
     MEASURED = "measured"
+
+
+def parse_guided_channels(text: str) -> int:
+    """A number of latent channels; 0 stands for `all`."""
+    if text == "all":
+        return 0
+    if not re.fullmatch(r"\d{1,9}", text, re.ASCII) or int(text) < 1:
+        raise click.BadParameter(f"{text!r} is neither a number of channels (at least 1) nor `all`")
+    return int(text)
+
+
+def _read_calibration(_: click.Context, __: click.Parameter, path: Path | None) -> Calibration | None:
+    return None if path is None else read_calibration(path)
+
+
+def graph_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """`--routing`, `--calibration` and `--precision`: what the graphs of an export are made of."""
+    for option in (
+        click.option(
+            "--precision",
+            type=click.Choice([each.value for each in Precision]),
+            default=Precision.FP32.value,
+            help="Data type of matrix products, attention and their weights; the residual stream, routers and sampler "
+            "stay in fp32. fp32: as in the checkpoint. fp16: half the size, for TensorRT and ONNX Runtime. bf16: half "
+            "the size, for TensorRT and PyTorch, not for ONNX Runtime on the CPU. int8: linear layers in int8 with a "
+            "scale per token, the fastest with ONNX Runtime on the CPU. int8-static, fp8: linear layers in 8 bits with "
+            "fixed scales from --calibration, for TensorRT and ONNX Runtime.",
+        ),
+        click.option(
+            "--calibration",
+            type=PATH,
+            callback=_read_calibration,
+            metavar="FILE",
+            help="The file that `dydit calibrate` wrote for this checkpoint, steps, sampler and plan. For "
+            "--routing capacity, and for --precision int8-static and fp8.",
+        ),
+        click.option(
+            "--routing",
+            type=click.Choice([each.value for each in Routing]),
+            default=Routing.DYNAMIC.value,
+            help="How tokens skip the MLP. dynamic: only routed tokens are computed, in shapes that depend on the "
+            "data; least compute, not for TensorRT for RTX. capacity: fixed shapes, with the token slots that "
+            "--calibration chose; without it, one for every token, which saves nothing. dense: every "
+            "token is computed, then masked.",
+        ),
+    ):
+        command = option(command)
+    return command
 
 
 def add_export(group: CommandGroup) -> None:
@@ -51,36 +102,36 @@ def add_export(group: CommandGroup) -> None:
 
 @click.argument("checkpoint", type=PATH)
 @click.option("--out", type=PATH, required=True, help="Folder for the bundle; must not exist.")
-@click.option("--steps", type=click.IntRange(1, 1000), default=250, help="Sampling steps of a run.")
+@click.option("--steps", type=click.IntRange(1, 1000), default=250, help="Number of sampling steps.")
 @click.option(
     "--sampler",
     type=click.Choice([each.value for each in Sampler]),
     default=Sampler.DDPM.value,
-    help="ddpm: ancestral, with fresh noise in each step; ddim: deterministic.",
+    help="ddpm: ancestral sampling, with new noise in each step. ddim: deterministic.",
 )
 @plan_options
 @click.option(
     "--cost",
     type=click.Choice([each.value for each in Cost]),
     default=Cost.MACS.value,
-    help="What the plan makes least. macs: multiply-adds; measured: milliseconds, by a profile of some seconds on ONNX "
-    "Runtime on this CPU.",
+    help="What the choice of subnetworks minimizes. macs: multiply-adds. measured: time, from a profile of a few "
+    "seconds with ONNX Runtime on this CPU.",
 )
 @click.option(
     "--cost-batch",
     type=click.IntRange(min=1),
     default=1,
     metavar="N",
-    help="Images in the batch, with guidance, whose time and memory are measured for --cost measured and "
-    "--memory-budget.",
+    help="For --cost measured and --memory-budget: the batch size, with guidance, at which time and memory are "
+    "measured.",
 )
 @graph_options
-@click.option("--max-batch", type=click.IntRange(min=1), default=16, help="Most images in a batch.")
+@click.option("--max-batch", type=click.IntRange(min=1), default=16, help="Largest batch size.")
 @click.option(
     "--cfg-channels",
     type=parse_guided_channels,
     metavar="N|all",
-    help="Latent channels that guidance acts on.  [default: the first 3, or all of fewer]",
+    help="Number of latent channels that guidance acts on, from the first.  [default: 3]",
 )
 @vae_options
 @scaling_options
@@ -101,23 +152,26 @@ def export_command(
     as_json: bool,
     **settings: Any,
 ) -> None:
-    """Compile a checkpoint into a bundle: one folder that any backend runs.
+    """Compile a checkpoint into a bundle, a folder that every backend can run.
 
-    CHECKPOINT is any that `dydit convert` reads. --per-step, --max-subnets, --memory-budget and --sliding exclude each
-    other. Without any of them the plan is the best that was measured for what the bundle is for: --sliding for ONNX
-    Runtime and PyTorch on the CPU, --per-step in int8, which needs its weights packed, and --max-subnets 32 with the
-    routings that engines take, where none was measured.
+    CHECKPOINT is any file or folder that `dydit convert` reads. Give at most one of --per-step, --max-subnets,
+    --memory-budget and --sliding. The default is the plan that was fastest in measurements: --sliding with ONNX Runtime
+    and PyTorch on the CPU, and --per-step for int8. With --routing capacity or dense, int8-static and fp8 it is
+    --max-subnets 32.
     """
     asked = plan = chosen_plan(per_step, max_subnets, memory_budget, sliding)
     if cost == Cost.MEASURED and (per_step or sliding):
-        raise click.UsageError("--per-step and --sliding leave nothing to choose by --cost measured")
+        raise click.UsageError("--cost measured has no effect with --per-step and --sliding; leave one of them out")
     if cost == Cost.MEASURED and settings["calibration"] is not None:
-        raise click.UsageError("a calibration is of a plan that repeats; plans by --cost measured vary")
+        raise click.UsageError(
+            "--calibration does not go with --cost measured: a calibration holds for one plan, and measured plans vary"
+        )
+    needed = [*CHECKPOINTS, *GRAPHS, *(VAES if settings["vae"] else ())]
+    require("dydit export", [*needed, *(["onnxruntime"] if cost == Cost.MEASURED else [])])
     from dydit.export.capacities import keeps_every_token
     from dydit.export.exporter import ExportConfig, export
     from dydit.files import require_absent
     from dydit.models.checkpoint import load_checkpoint
-    from dydit.models.config import parse_config
 
     require_absent(out)
     if settings["vae"]:
@@ -129,10 +183,10 @@ def export_command(
         settings["cfg_channels"] = cfg_channels or model.config.in_channels
     if not plan and cost == Cost.MACS and model.config.dynamic:
         plan = {"plan": best_plan(Routing(settings["routing"]), Precision(settings["precision"]))}
-    config = parse_config(ExportConfig, {**settings, **plan})
-    run = run_options(asked, config.steps, config.sampler) + (f" --num-heads {num_heads}" if num_heads else "")
+    config = parse_options(ExportConfig, {**settings, **plan})
+    run = run_options(asked, config.steps, config.sampler) + options_text(reading_words(reading))
     with progress_line("measure") as progress:
-        if progress:
+        if progress and (cost == Cost.MEASURED or memory_budget is not None):
             progress(0, 1)
         measured, note = _measure(model, config, Cost(cost), cost_batch)
     with progress_line("export") as progress:
@@ -147,8 +201,8 @@ def export_command(
         pictures = {"samples": manifest.model.space_words, "decoder": manifest.vae and manifest.vae.scaling_words}
         print_json({"bundle": str(out), "steps": manifest.sampling.steps, **facts, **pictures, "plan": planned})
         return
-    lines = [*_measured_lines(manifest), *note, *model.notes, *space_lines(manifest)]
-    say(_made(manifest, out, size), *lines, next_commands(manifest, out, checkpoint))
+    lines = [*_measured_lines(manifest), *note, *model.notes, *space_lines(manifest), *_without_decoder(manifest)]
+    say(_made(manifest, out, size), *lines, *after_export(manifest, out, checkpoint, reading))
 
 
 def best_plan(routing: Routing, precision: Precision) -> PlanKind:
@@ -202,16 +256,26 @@ def _made(manifest: Manifest, out: Path, size: int) -> str:
     from dydit.verify.text import bytes_text
 
     count = len(manifest.subnets)
-    served = f"one graph of {counted(count, 'width')}" if manifest.sliding else counted(count, "subnetwork")
+    served = f"one graph with {counted(count, 'width')}" if manifest.sliding else counted(count, "subnetwork")
     made = f"{out}: {counted(manifest.sampling.steps, 'step')} on {served}, {bytes_text(size)}"
     if not manifest.model.dynamic:
-        return f"{made}; a static model: every step computes all of it"
+        return f"{made}. A static model: every step computes all of it"
     computed, exact = (cost / manifest.plan.static_macs for cost in (manifest.plan.macs, manifest.plan.per_step_macs))
     return (
-        f"{made}; widths take {computed:.1%} of the multiply-adds of the static model's blocks"
-        + (f" ({exact:.1%} if every step had its own)" if computed > exact * 1.0005 else "")
+        f"{made}. Its heads and channel groups take {computed:.1%} of the multiply-adds of the static model's blocks"
+        + (f" ({exact:.1%} with a subnetwork for each mask)" if computed > exact * 1.0005 else "")
         + ", before token routing" * (manifest.routing is not Routing.DENSE)
     )
+
+
+def _without_decoder(manifest: Manifest) -> list[str]:
+    """A line where samples will be latents, so that nobody waits for pictures."""
+    if manifest.model.samples_pixels or manifest.vae is not None:
+        return []
+    return [
+        "This bundle has no VAE decoder, so `dydit sample` writes latents. For pictures export with --vae, e.g. --vae "
+        "stabilityai/sd-vae-ft-ema for models of Stable Diffusion's latents"
+    ]
 
 
 def _measured_lines(manifest: Manifest) -> list[str]:

@@ -1,30 +1,36 @@
-"""What the commands share: how labels and sizes are written, options that every command has, and the progress line."""
+"""What the commands share: how labels and sizes are written, common options, and what is said at the end."""
 
 from __future__ import annotations
 
 import functools
 import json
+import os
 import re
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
+from pydantic import BaseModel
 
-from dydit.bundle.manifest import Manifest, PlanKind, Routing
-from dydit.bundle.stored import Precision
-from dydit.calibrate.file import Calibration, read_calibration
+from dydit.bundle.manifest import PlanKind
+from dydit.cli_progress import Progress, ProgressLine, ProgressLog
+from dydit.errors import BackendError, ConfigError
 from dydit.files import write_atomic
+from dydit.models.config import parse_config
+from dydit.models.validation import SettingsError
+from dydit.runtime.backends.registry import require_known
 from dydit.training.recipe import Recipe
 from dydit.words import duration as duration
 
+T = TypeVar("T", bound=BaseModel)
 MOST_LABELS = 1_000_000
+DEFAULT_BACKEND = "onnxruntime"
 BYTE_UNITS = {
     "B": 1,
     **{f"{letter}B": 1000**power for power, letter in enumerate("kMGT", 1)},
@@ -47,13 +53,13 @@ def parse_labels(text: str) -> tuple[int, ...]:
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d{1,9})\s*(?:-\s*(\d{1,9})\s*)?", part, re.ASCII)
         if not match:
-            raise click.BadParameter(f"{part!r} in {text!r} is no class; write 207,360 or 0-9")
+            raise click.BadParameter(f"{part!r} in {text!r} is not a class number; write 207,360 or 0-9")
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first:
-            raise click.BadParameter(f"the range {part.strip()} runs backwards; write {last}-{first}")
+            raise click.BadParameter(f"the range {part.strip()} is reversed; write {last}-{first}")
         if len(labels) + last - first >= MOST_LABELS:
             raise click.BadParameter(
-                f"{text!r} is more than {MOST_LABELS} labels; give fewer, and repeat them with --num"
+                f"{text!r} is more than {MOST_LABELS:,} labels; give fewer, and repeat them with --num"
             )
         labels.extend(range(first, last + 1))
     return tuple(labels)
@@ -63,23 +69,50 @@ def parse_bytes(text: str) -> int:
     """`8GiB`, `500MB`, `64kB`: a size in bytes, with its unit."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+)\s*", text, re.ASCII | re.IGNORECASE)
     if not match or match[2].lower() not in _SPELLINGS:
-        raise click.BadParameter(f"{text!r} is no size; write a number and its unit, {', '.join(BYTE_UNITS)}: 8GiB")
+        raise click.BadParameter(f"{text!r} is not a size; write a number and a unit ({', '.join(BYTE_UNITS)}): 8GiB")
     size = int(Fraction(match[1]) * _SPELLINGS[match[2].lower()])
     if size < 1:
         raise click.BadParameter(f"{text!r} is less than a byte")
     return size
 
 
-def parse_guided_channels(text: str) -> int:
-    """A number of latent channels; 0 stands for `all`."""
-    if text == "all":
-        return 0
-    if not re.fullmatch(r"\d{1,9}", text, re.ASCII) or int(text) < 1:
-        raise click.BadParameter(f"{text!r} is neither a number of channels, from 1, nor `all`")
-    return int(text)
+class PathType(click.Path):
+    """A path. A leading `~` is expanded here, too: shells leave `--out=~/x` as it is."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return super().convert(os.path.expanduser(value), param, ctx)
 
 
-PATH = click.Path(path_type=Path)
+PATH = PathType()
+
+
+@contextmanager
+def option_names() -> Iterator[None]:
+    """Errors about settings in this block name the command's options, as users type them, instead of fields."""
+    try:
+        yield
+    except SettingsError as error:
+        parameters = click.get_current_context().command.params
+        options = {str(each.name): max(each.opts, key=len) for each in parameters if isinstance(each, click.Option)}
+        texts = (problem.text(_option_of(problem.path, options)) for problem in error.problems)
+        # Errors that concern several settings name fields in the midst of a sentence.
+        fields = re.compile(rf"\b({'|'.join(sorted(filter(lambda name: '_' in name, options))) or '(?!)'})\b")
+        raise ConfigError("; ".join(fields.sub(lambda match: options[match[0]], text) for text in texts)) from error
+
+
+def _option_of(path: tuple[str | int, ...], options: Mapping[str, str]) -> str | None:
+    """The option for a field: `search.target.psnr` has `--target-psnr`, `capacity.tile` has `--tile`."""
+    names = [part for part in path if isinstance(part, str)]
+    return next((options[key] for at in range(len(names)) if (key := "_".join(names[at:])) in options), None)
+
+
+def parse_options(kind: type[T], values: dict[str, Any]) -> T:
+    """A configuration from the values of a command's options."""
+    with option_names():
+        return parse_config(kind, values)
 
 
 def labels_option(help: str, default: str | None = None) -> Callable[[Any], Any]:
@@ -114,13 +147,13 @@ def common_options() -> list[click.Parameter]:
         click.Option(
             ["-q", "--quiet"],
             callback=_switch_quiet,
-            help="No progress and no closing words; errors and --json still show.",
+            help="Print no progress and no summary; errors and the output of --json are still printed.",
             **settings,
         ),
         click.Option(
             ["--debug"],
             callback=_switch_debug,
-            help="Show the traceback of an error, too; so does DYDIT_DEBUG=1.",
+            help="Print the traceback of an error, too. DYDIT_DEBUG=1 does the same.",
             **settings,
         ),
     ]
@@ -128,33 +161,50 @@ def common_options() -> list[click.Parameter]:
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, and nothing else.")
 
+seed_option = click.option("--seed", type=int, default=0, help="Seed for the initial and per-step noise.")
+
+READING = ("num_heads", "weights", "num_classes", "input_size")
+
 
 def checkpoint_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """How to read a checkpoint that leaves something open; the command gets it as `reading`, for `load_checkpoint`."""
 
     @functools.wraps(command)
     def with_reading(*arguments: Any, **settings: Any) -> Any:
-        names = ("num_heads", "weights", "num_classes", "input_size")
-        return command(*arguments, reading={name: settings.pop(name) for name in names}, **settings)
+        return command(*arguments, reading={name: settings.pop(name) for name in READING}, **settings)
 
     count = click.IntRange(min=1)
     for option in (
-        click.option("--input-size", type=count, help="Side of the latents, for a file that does not tell."),
+        click.option(
+            "--input-size", type=count, help="Side of the latents, for a checkpoint that does not contain it."
+        ),
         click.option(
             "--num-classes",
             type=count,
-            help="Classes, without the row for no class that guidance needs, for a file that does not tell.",
+            help='Number of classes, not counting the one for "no class", for a checkpoint that does not contain it.',
         ),
         click.option(
             "--weights",
             metavar="ema|model|NAME",
-            help="Which weights to take from a file with several: ema, model, or the name of an entry or a variant.  "
-            "[default: ema, where there is one]",
+            help="Which weights to read from a file with several: ema, model, or the name of an entry or variant.  "
+            "[default: ema if there is one]",
         ),
-        click.option("--num-heads", type=count, help="Attention heads, for a file that does not tell."),
+        click.option(
+            "--num-heads", type=count, help="Number of attention heads, for a checkpoint that does not contain it."
+        ),
     ):
         with_reading = option(with_reading)
     return with_reading
+
+
+def cfg_scale_option(default: float) -> Callable[[Any], Any]:
+    """`--cfg-scale` with the command's own default."""
+    return click.option(
+        "--cfg-scale",
+        type=float,
+        default=default,
+        help="Classifier-free guidance scale, from 0. 1 disables guidance and halves the compute.",
+    )
 
 
 def plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -163,23 +213,25 @@ def plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--sliding",
             is_flag=True,
-            help="One graph for every width: least compute, one copy of the weights; each step runs exactly its units.",
+            help="One graph of dynamic width: each step runs exactly the heads and channel groups that it needs, with "
+            "one copy of the weights in memory.",
         ),
         click.option(
             "--memory-budget",
             type=parse_bytes,
             metavar="SIZE",
-            help="As many subnetworks as fit in SIZE, all loaded at once: 8GiB, 500MB. Memory is measured on ONNX "
-            "Runtime on this CPU; where that cannot be, bytes of weights count.",
+            help="The fastest plan whose subnetworks fit in SIZE of memory, all loaded at once: 8GiB, 500MB. Memory is "
+            "measured with ONNX Runtime on this CPU; where that is not possible, the size of the weights counts.",
         ),
         click.option(
             "--max-subnets",
             type=click.IntRange(min=1),
             metavar="K",
-            help="At most K subnetworks, at the least compute; the images stay the same.",
+            help="At most K subnetworks, each shared by consecutive steps so that compute is least. The images are the "
+            "same as with --per-step.",
         ),
         click.option(
-            "--per-step", is_flag=True, help="A subnetwork for every distinct mask: least compute, most memory."
+            "--per-step", is_flag=True, help="One subnetwork for every distinct mask: least compute, most memory."
         ),
     ):
         command = option(command)
@@ -189,7 +241,7 @@ def plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def chosen_plan(per_step: bool, max_subnets: int | None, memory_budget: int | None, sliding: bool) -> dict[str, Any]:
     """What `plan_options` come to, as settings of an export; nothing where none is given."""
     if per_step + (max_subnets is not None) + (memory_budget is not None) + sliding > 1:
-        raise click.UsageError("--per-step, --max-subnets, --memory-budget and --sliding exclude each other")
+        raise click.UsageError("give only one of --per-step, --max-subnets, --memory-budget and --sliding")
     if sliding:
         return {"plan": PlanKind.SLIDING}
     if per_step:
@@ -199,41 +251,8 @@ def chosen_plan(per_step: bool, max_subnets: int | None, memory_budget: int | No
     return {} if max_subnets is None else {"plan": PlanKind.MAX_SUBNETS, "max_subnets": max_subnets}
 
 
-def _read_calibration(_: click.Context, __: click.Parameter, path: Path | None) -> Calibration | None:
-    return None if path is None else read_calibration(path)
-
-
-def graph_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """`--routing`, `--calibration` and `--precision`: what the graphs of an export are made of."""
-    for option in (
-        click.option(
-            "--precision",
-            type=click.Choice([each.value for each in Precision]),
-            default=Precision.FP32.value,
-            help="Type of matrix products, attention and their weights; residual stream, routers and sampler stay "
-            "fp32. fp32: as the checkpoint; fp16: half the size, for TensorRT and ONNX Runtime; bf16: as small, with "
-            "the range of fp32 and fewer digits, for TensorRT and PyTorch, not for ONNX Runtime on the CPU; int8: "
-            "linear layers in 8 bits, each token with its own scale, the fastest of ONNX Runtime on the CPU; "
-            "int8-static, fp8: 8 bits with scales from --calibration, for TensorRT, and for ONNX Runtime.",
-        ),
-        click.option(
-            "--calibration",
-            type=PATH,
-            callback=_read_calibration,
-            metavar="FILE",
-            help="With --routing capacity: what `dydit calibrate` found for this checkpoint, run and plan.",
-        ),
-        click.option(
-            "--routing",
-            type=click.Choice([each.value for each in Routing]),
-            default=Routing.DYNAMIC.value,
-            help="How tokens skip the MLP. dynamic: shapes depend on the data, least compute, not for TensorRT for "
-            "RTX; capacity: fixed shapes, with the slots that --calibration says, else one for every token; dense: all "
-            "are computed, then masked (the yardstick).",
-        ),
-    ):
-        command = option(command)
-    return command
+def _expand_home(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
+    return None if value is None else os.path.expanduser(value)
 
 
 def vae_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -243,26 +262,44 @@ def vae_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "--vae-tile",
             type=click.IntRange(min=1),
             metavar="N",
-            help="Side of the latents that are decoded at once; more are decoded in overlapping tiles.  [default: all, "
-            "up to 64]",
+            help="With --vae: decode latents of at most N x N at once, larger ones in overlapping tiles.  [default: "
+            "the model's latent size, at most 64]",
         ),
         click.option(
             "--vae",
             metavar="SOURCE",
-            help="For a model of latents: the AutoencoderKL whose decoder the bundle gets, as a folder that diffusers "
-            "saved, or a hub name, which is downloaded.",
+            callback=_expand_home,
+            help="For a latent model: put the decoder of this AutoencoderKL into the bundle. A folder saved by "
+            "diffusers, or a name on the Hugging Face hub, which is downloaded.",
         ),
     ):
         command = option(command)
     return command
 
 
+class Command(click.Command):
+    """A command that, called with nothing at all, says in one line what it needs."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        required = [each for each in self.params if each.required]
+        if required and not args:
+            words = [each.make_metavar(ctx) if isinstance(each, click.Argument) else each.opts[0] for each in required]
+            raise click.UsageError(f"{ctx.command_path} needs {' and '.join(words)}", ctx)
+        return super().parse_args(ctx, args)
+
+
 class CommandGroup(click.Group):
     """Commands in the order in which they are written; each has the common options, and so has the group."""
+
+    command_class = Command
 
     def __init__(self, *arguments: Any, **settings: Any):
         super().__init__(*arguments, **settings)
         self.params += common_options()
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        # `dydit help sample` is what many people type first.
+        return super().parse_args(ctx, [*args[1:], "--help"] if args[:1] == ["help"] else args)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
@@ -278,6 +315,14 @@ class CommandGroup(click.Group):
         return decorate
 
 
+def _known_backend(_: click.Context, __: click.Parameter, value: str) -> str:
+    try:
+        require_known(value)
+    except BackendError as error:
+        raise click.BadParameter(str(error)) from error
+    return value
+
+
 def backend_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """`--backend`, `--device` and `--threads`, for the commands that run a bundle."""
     for option in (
@@ -285,61 +330,29 @@ def backend_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "--threads",
             type=click.IntRange(min=0),
             default=0,
-            help="CPU threads; 0 leaves the choice to the backend.",
+            help="Number of CPU threads; 0: the backend's default.",
         ),
-        click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", help="Where to run."),
+        click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", help="Device to run on."),
         click.option(
             "--backend",
-            default="onnxruntime",
-            metavar="[onnxruntime|torch]",
-            help="What runs the subnetworks; `dydit doctor` says which work here.",
+            default=DEFAULT_BACKEND,
+            callback=_known_backend,
+            metavar="[onnxruntime|torch|tensorrt|tensorrt-rtx]",
+            help="Library that runs the bundle. `dydit doctor` says which work on this machine; the last two need a "
+            "GPU and the engines of `dydit build`.",
         ),
     ):
         command = option(command)
     return command
 
 
-class ProgressLine:
-    """One line on standard error that is written over: what is done, of how much, how long it will still take."""
-
-    def __init__(self, title: str):
-        self._title, self._started, self._shown, self._first = title, time.monotonic(), 0.0, 0
-        self._total, self._width = 0, 0
-
-    def __call__(self, done: int, total: int, details: Mapping[str, Any] | None = None) -> None:
-        """Show `done` of `total`, ten times a second at most."""
-        now = time.monotonic()
-        if total != self._total or done < self._first:
-            self._total, self._started, self._first = total, now, done
-        if done < total and now - self._shown < 0.1:
-            return
-        self._shown = now
-        line = f"{self._title}: {done}/{total} ({100 * done // max(1, total)} %)"
-        if self._first < done < total:
-            line += f", {duration((now - self._started) * (total - done) / (done - self._first))} left"
-        sys.stderr.write(f"\r{line:<{self._width}}")
-        sys.stderr.flush()
-        self._width = len(line)
-
-    def stage(self, title: str, done: int, total: int) -> None:
-        """The same, for one of several stages."""
-        if title != self._title:
-            self._title, self._total = title, 0
-        self(done, total)
-
-    def close(self) -> None:
-        """Wipe the line, so that what follows starts at the margin."""
-        sys.stderr.write("\r" + " " * self._width + "\r")
-        sys.stderr.flush()
-
-
 @contextmanager
-def progress_line(title: str) -> Iterator[ProgressLine | None]:
-    """A progress line for the time of a block; None where standard error is no terminal, or with `--quiet`."""
-    if click.get_current_context().ensure_object(Settings).quiet or not sys.stderr.isatty():
+def progress_line(title: str) -> Iterator[Progress | None]:
+    """Progress for the time of a block: a line on a terminal, now and then a line in a log, None with `--quiet`."""
+    if click.get_current_context().ensure_object(Settings).quiet:
         yield None
         return
-    line = ProgressLine(title)
+    line = ProgressLine(title) if sys.stderr.isatty() else ProgressLog(title)
     try:
         yield line
     finally:
@@ -362,15 +375,6 @@ def draw(picture: Callable[[Any], bytes], result: Any, path: Path) -> None:
 def say_files(folder: Path) -> None:
     """Closing words: what is in a folder now."""
     say(f"{folder}: {', '.join(sorted(file.name for file in folder.iterdir())) or 'nothing'}")
-
-
-def next_commands(manifest: Manifest, bundle: Path, checkpoint: Path) -> str:
-    """Closing words after an export: commands that work with a bundle of this kind."""
-    backend = " --backend torch" if manifest.precision is Precision.BF16 else ""
-    return (
-        f"Next: dydit sample {bundle} --labels 0{backend} --out SAMPLES, dydit parity {bundle} --against {checkpoint}"
-        f"{backend} --out PARITY"
-    )
 
 
 def print_json(value: Any) -> None:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from dydit.cli_options import ProgressLine, duration, progress_line, say
+from dydit.cli_options import progress_line, say
+from dydit.cli_progress import Progress, duration
 from dydit.errors import ConfigError
 from dydit.runtime.workers import GPUS, Worker, launched_worker, own_gpu, parse_worker
 from dydit.words import counted
@@ -35,13 +36,13 @@ worker_option = click.option(
     "--worker",
     metavar="I/N",
     callback=_choose_worker,
-    help="Make share I, from 0, of N: as many processes, with all else the same, make the images of one. Share cores "
-    "out with --threads, the same for all.  [default: what torchrun or accelerate launch say, else 0/1]",
+    help="Sample part I of N, from 0: N processes with the same --out and options together make one run. Divide the "
+    "cores between them with --threads, the same for all.  [default: what torchrun or accelerate launch set, else 0/1]",
 )
 
 
 @contextmanager
-def sampling_progress(worker: Worker) -> Iterator[tuple[ProgressLine | None, Callable[[int, int], None] | None]]:
+def sampling_progress(worker: Worker) -> Iterator[tuple[Progress | None, Callable[[int, int], None] | None]]:
     """Progress of steps and of pictures; of the workers that a launcher started on a machine, the first one's alone."""
     if worker.local:
         yield None, None
@@ -58,8 +59,8 @@ def say_sampled(done: SampleSummary) -> None:
     say(f"{done.out}: {counted(done.images, 'image')} {took}{look}")
     if done.repeated_steps:
         say(
-            f"{counted(done.repeated_steps, 'step')} of a batch ran again at full capacity, as more tokens were routed "
-            "than the bundle has slots for; the images are complete"
+            f"{counted(done.repeated_steps, 'step')} of a batch ran again at full capacity, because more tokens were "
+            "routed than the bundle has slots for. The images are complete"
         )
     if done.note:
         say(done.note)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +24,13 @@ VAE_SCALE = 0.18215
 VAE_SETTINGS: dict[str, Any] = {"steps": 6, "max_subnets": 2, "max_batch": 8, "routing": "capacity"}
 
 
+def without_log(err: str) -> str:
+    """Standard error without the progress that a command logs where there is no terminal."""
+    return re.sub(r"^[^\n\r]*: \d+/\d+ \(\d+ %\)[^\n\r]*\n", "", err, flags=re.MULTILINE)
+
+
 class Run(NamedTuple):
-    """What a command left: exit code, standard output, standard error."""
+    """What a command left: exit code, standard output, standard error without logged progress."""
 
     code: int
     out: str
@@ -41,7 +47,8 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
     def call(*arguments: object) -> Run:
         capsys.readouterr()
         code = main([str(argument) for argument in arguments])
-        return Run(code, *capsys.readouterr())
+        out, err = capsys.readouterr()
+        return Run(code, out, without_log(err))
 
     return call
 

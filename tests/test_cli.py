@@ -146,7 +146,7 @@ def test_an_interrupted_export_leaves_nothing(run, monkeypatch, pixel_checkpoint
 
 
 def test_a_signal_interrupts_a_sampling_run(bundle: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "dydit", "sample", str(bundle), "--labels", "0-6", "--num", "100000"]
+    command = [sys.executable, "-m", "dydit", "-q", "sample", str(bundle), "--labels", "0-6", "--num", "100000"]
     process = subprocess.Popen(
         [*command, "--out", str(tmp_path / "out")],
         stderr=subprocess.PIPE,
@@ -194,9 +194,9 @@ def test_json_is_all_there_is_on_standard_output(run, bundle, pixel_checkpoint, 
         assert isinstance(json.loads(done.out), dict), call
 
 
-def test_progress_goes_to_a_terminal_and_nowhere_else(run, pixel_checkpoint, tmp_path: Path, monkeypatch) -> None:
+def test_progress_is_a_line_on_a_terminal(run, pixel_checkpoint, tmp_path: Path, monkeypatch) -> None:
     call = ["export", pixel_checkpoint, "--steps", STEPS]
-    assert run(*call, "--out", tmp_path / "1").err == ""
+    assert "\r" not in run(*call, "--out", tmp_path / "1").err
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     assert "\rexport: " in run(*call, "--out", tmp_path / "2").err
     quiet = run(*call, "--out", tmp_path / "3", "--quiet")
@@ -210,9 +210,9 @@ def test_progress_goes_to_a_terminal_and_nowhere_else(run, pixel_checkpoint, tmp
 def test_convert(run, pixel_checkpoint: Path, tmp_path: Path) -> None:
     done = run("convert", pixel_checkpoint, "--out", tmp_path / "model.safetensors")
     assert done.code == 0 and done.err == ""
-    first, last = done.out.splitlines()
-    assert first.startswith(f"{tmp_path}/model.safetensors: dynamic DiT, 3 blocks of 64 with 4 heads")
-    assert last.startswith("Next: ")
+    first, *others = done.out.splitlines()
+    assert first.startswith(f"{tmp_path}/model.safetensors: dynamic DiT with 3 blocks of 64 channels and 4 heads")
+    assert len(others) == 2 and all(each.startswith("Next: dydit ") for each in others)
     from dydit.models.checkpoint import load_checkpoint
 
     assert load_checkpoint(tmp_path / "model.safetensors").config == load_checkpoint(pixel_checkpoint).config
@@ -395,7 +395,7 @@ def test_export_in_a_precision(run, pixel_checkpoint, tmp_path: Path, precision,
     # The commands that it advises work.
     sample, parity = (
         [str(tmp_path / word) if word.isupper() else word for word in command.removeprefix("dydit ").split()]
-        for command in done.out.splitlines()[-1].removeprefix("Next: ").split(", ")
+        for command in (line.removeprefix("Next: ") for line in done.out.splitlines()[-2:])
     )
     assert run(*sample).code == 0
     held = run(*parity, "--cfg-scale", 1)
@@ -406,7 +406,7 @@ def test_export_in_a_precision(run, pixel_checkpoint, tmp_path: Path, precision,
 def test_the_precisions_are_explained(run) -> None:
     text = " ".join(run("export", "--help").out.split())
     assert "--precision [fp32|fp16|bf16|int8|int8-static|fp8]" in text
-    assert "fp16: half the size, for TensorRT and ONNX Runtime; bf16: as small, with the range of fp32" in text
+    assert "fp16: half the size, for TensorRT and ONNX Runtime. bf16: half the size, for TensorRT and PyTorch" in text
 
 
 def test_train_then_export_then_sample(run, tmp_path: Path) -> None:

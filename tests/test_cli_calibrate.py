@@ -37,7 +37,7 @@ def test_calibrate_then_export_then_sample(run, checkpoint: Path, tmp_path: Path
     assert done.code == 0 and done.err == "", done.err
     assert names(tmp_path) == ["c.json", "c.png"], "no work is left"
     first, *_, last = done.out.splitlines()
-    assert first.startswith(f"{file}: capacities of 2 segments; on 8 held-out images")
+    assert first.startswith(f"{file}: capacities of 2 segments. On 8 held-out images")
     # What is said to come next works as it stands.
     words = last.removeprefix("Next: dydit ").replace("BUNDLE", str(tmp_path / "bundle")).split()
     assert f"export {checkpoint} --steps 6 --max-subnets 2 --routing capacity --calibration {file}" in last
@@ -86,7 +86,7 @@ def test_the_plan_of_the_export_is_that_of_the_calibration(run, checkpoint: Path
         (["--batch-size", "9"], ["8 samples at guidance 4 are too few", "9 are needed"]),
         (["--cfg-scale", "nan"], ["guidance is a number from 0"]),
         (["--seed", "-1"], ["seed"]),
-        (["--per-step"], ["exclude each other"]),
+        (["--per-step"], ["give only one of --per-step"]),
         (["--backend", "openvino"], ["openvino"]),
     ],
 )

@@ -7,15 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dydit.cli_export import parse_guided_channels
 from dydit.cli_options import (
     BYTE_UNITS,
-    ProgressLine,
-    duration,
     parse_bytes,
-    parse_guided_channels,
     parse_labels,
     recipe_settings,
 )
+from dydit.cli_progress import ProgressLine, ProgressLog, duration
 
 
 @pytest.mark.parametrize(
@@ -88,7 +87,7 @@ def test_the_progress_line_ends_blank(capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_the_progress_line_starts_anew_with_the_next_run(capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
     clock = iter([0.0, 1.0, 2.0, 10.0, 11.0])
-    monkeypatch.setattr("dydit.cli_options.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("dydit.cli_progress.time.monotonic", lambda: next(clock))
     line = ProgressLine("train")
     for done, total in ((1, 5), (3, 5), (1, 3), (2, 3)):
         line(done, total)
@@ -99,6 +98,50 @@ def test_the_progress_line_starts_anew_with_the_next_run(capsys: pytest.CaptureF
         "train: 1/3 (33 %)",
         "train: 2/3 (66 %), 1 s left",
     ]
+
+
+def logged(
+    monkeypatch, capsys: pytest.CaptureFixture[str], times: list[float], calls: list[tuple[int, int]]
+) -> list[str]:
+    """What a log has of progress that is called at these times; the first is that of its creation."""
+    clock = iter(times)
+    monkeypatch.setattr("dydit.cli_progress.time.monotonic", lambda: next(clock))
+    log = ProgressLog("train")
+    for done, total in calls:
+        log(done, total)
+    log.close()
+    err = capsys.readouterr().err
+    assert "\r" not in err and (not err or err.endswith("\n"))
+    return err.splitlines()
+
+
+def test_a_log_has_a_line_at_the_start_and_at_every_tenth_of_the_work(monkeypatch, capsys) -> None:
+    lines = logged(monkeypatch, capsys, [0.0, *(3.0 * n for n in range(1, 101))], [(n, 100) for n in range(1, 101)])
+    assert lines[:3] == [
+        "train: 1/100 (1 %)",
+        "train: 10/100 (10 %), 4:30 min left",
+        "train: 20/100 (20 %), 4:00 min left",
+    ]
+    assert lines[-1] == "train: 100/100 (100 %)" and len(lines) == 11
+
+
+def test_a_log_has_a_line_every_half_minute_where_a_tenth_takes_long(monkeypatch, capsys) -> None:
+    lines = logged(monkeypatch, capsys, [0.0, *(10.0 * n for n in range(1, 11))], [(n, 10**6) for n in range(1, 11)])
+    assert [line.split()[1] for line in lines] == ["1/1000000", "4/1000000", "7/1000000", "10/1000000"]
+
+
+def test_a_log_of_little_work_has_one_line(monkeypatch, capsys) -> None:
+    assert logged(monkeypatch, capsys, [0.01 * n for n in range(7)], [(n, 6) for n in range(1, 7)]) == [
+        "train: 1/6 (16 %)"
+    ]
+
+
+def test_each_stage_has_a_line_of_its_own_in_a_log(capsys) -> None:
+    log = ProgressLog("quickstart")
+    for title in ("export", "sample"):
+        for done in range(4):
+            log.stage(title, done, 3)
+    assert capsys.readouterr().err == "export: 0/3 (0 %)\nsample: 0/3 (0 %)\n"
 
 
 def test_recipe_settings_name_every_setting() -> None:

@@ -96,7 +96,7 @@ def test_a_ratio_of_frechet_distances(run, checkpoint: Path, tmp_path: Path) -> 
     ("options", "words"),
     [
         (["--target-psnr", 30], ["--activations minmax"]),
-        ([*SEARCH, "--target-psnr", 30, "--target-fd-ratio", 1.1], ["exclude each other"]),
+        ([*SEARCH, "--target-psnr", 30, "--target-fd-ratio", 1.1], ["give only one of --target-psnr and"]),
         ([*SEARCH, "--target-fd-ratio", 1.1], ["--reference FILE.npz"]),
         ([*SEARCH, "--target-fd-ratio", 1.1, "--reference", "x.npz"], ["--search-images 64"]),
         ([*SEARCH, "--target-fd-ratio", 0.5, "--reference", "x.npz"], ["fd_ratio"]),

@@ -16,7 +16,7 @@ import pytest
 
 import dydit
 from dydit.cli import cli
-from dydit.cli_errors import EXTRAS
+from dydit.extras import EXTRAS
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "dydit"
@@ -26,15 +26,17 @@ MODULES = {
 }
 LONGEST = 400
 
-# Which parts a part may import (DESIGN, section 4). `errors`, `files` and `words` belong to nobody and to all.
-GROUND = {"errors", "files", "words"}
+# Which parts a part may import (DESIGN, section 4). Those of `GROUND` belong to nobody and to all.
+GROUND = {"errors", "extras", "files", "words"}
 MODEL = GROUND | {"models", "diffusion"}
 BUNDLE = MODEL | {"bundle"}
 ENGINES = BUNDLE | {"engines"}
 MIDDLE = ENGINES | {"calibrate", "training", "export", "runtime"}
+SHARED = {"cli_options", "cli_progress", "cli_suggest"}
 COMMANDS = {"cli_build", "cli_calibrate", "cli_decode", "cli_export", "cli_sample", "cli_vae"}
 ALLOWED = {
     "errors": {"words"},
+    "extras": {"errors"},
     "files": {"errors", "words"},
     "words": set(),
     "diffusion": GROUND | {"diffusion"},
@@ -46,15 +48,17 @@ ALLOWED = {
     "export": BUNDLE | {"calibrate", "export"},
     "runtime": ENGINES | {"runtime"},
     "verify": MIDDLE | {"verify"},
-    "cli_options": MIDDLE,
-    "cli_errors": {"errors", "words", "cli_options"},
-    "cli_build": MIDDLE | {"verify", "cli_options"},
-    "cli_calibrate": MIDDLE | {"verify", "cli_options"},
-    "cli_decode": MIDDLE | {"cli_options", "cli_vae"},
-    "cli_export": MIDDLE | {"verify", "cli_options", "cli_vae"},
-    "cli_sample": MIDDLE | {"cli_options"},
+    "cli_progress": {"words"},
+    "cli_options": MIDDLE | {"cli_progress"},
+    "cli_suggest": MIDDLE | {"cli_options"},
+    "cli_errors": GROUND | {"cli_options"},
+    "cli_build": MIDDLE | {"verify", *SHARED},
+    "cli_calibrate": MIDDLE | {"verify", *SHARED},
+    "cli_decode": MIDDLE | {*SHARED, "cli_vae"},
+    "cli_export": MIDDLE | {"verify", *SHARED, "cli_vae"},
+    "cli_sample": MIDDLE | SHARED,
     "cli_vae": MIDDLE,
-    "cli": MIDDLE | {"verify", "cli_options", "cli_errors", *COMMANDS},
+    "cli": MIDDLE | {"verify", "cli_errors", *SHARED, *COMMANDS},
     "__main__": {"cli"},
 }
 HEAVY = ("torch", "onnx", "onnx_ir", "onnxruntime", "safetensors", "tensorrt", "accelerate", "sklearn", "scipy")
@@ -66,14 +70,18 @@ TORCH_FREE = (
         "dydit.cli",
         "dydit.cli_options",
         "dydit.cli_decode",
+        "dydit.cli_progress",
+        "dydit.cli_suggest",
         "dydit.cli_export",
         "dydit.cli_sample",
         "dydit.cli_vae",
         "dydit.cli_errors",
         "dydit.errors",
+        "dydit.extras",
         "dydit.files",
         "dydit.words",
         "dydit.models.config",
+        "dydit.models.validation",
     ),
     *("dydit.models.cost", "dydit.training.recipe", "dydit.export.plan", "dydit.verify.results"),
     *("dydit.export.costs", "dydit.export.sizes", "dydit.verify.text", "dydit.verify.profile_worker"),

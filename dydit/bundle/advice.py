@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,11 @@ from dydit.diffusion.schedule import Sampler
 def quoted(path: Path | str) -> str:
     """A path as a shell takes it."""
     return shlex.quote(str(path))
+
+
+def options_text(words: Sequence[str]) -> str:
+    """Words of a command line as a shell takes them, each with a space before it."""
+    return "".join(f" {shlex.quote(word)}" for word in words)
 
 
 def run_options(plan: dict[str, Any], steps: int, sampler: str) -> str:

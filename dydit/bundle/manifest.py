@@ -26,6 +26,7 @@ from dydit.errors import BundleError, one_line
 from dydit.models.config import ModelConfig, Strict
 from dydit.models.containers import looks_like_checkpoint
 from dydit.models.migration import Migration
+from dydit.models.validation import first_problem
 
 SCHEMA_VERSION: Literal[1] = 1
 MANIFEST, CONDITIONING = "manifest.json", "conditioning.onnx"
@@ -253,10 +254,7 @@ def parse_manifest(path: Path) -> Manifest:
     try:
         manifest = Manifest.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "manifest"
-        trouble = one_line(ValueError(f"{where}: {first['msg']}"))
-        raise BundleError(f"{path} is not valid: {trouble}; export the bundle again") from error
+        raise BundleError(f"{path} is not valid: {first_problem(error)}; export the bundle again") from error
     if manifest.digest != manifest.compute_digest():
         raise BundleError(f"{path} was changed after it was written (its digest differs); export the bundle again")
     return manifest

@@ -24,6 +24,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 from pydantic import Field, field_validator
@@ -49,20 +50,20 @@ class CapacityConfig(Strict):
     quantile: float = Field(default=0.998, ge=0.5, le=1)
     margin: float = Field(default=0.01, ge=0, le=1, allow_inf_nan=False)
     tile: int = Field(default=1, ge=1)
-    batch_sizes: tuple[int, ...] = Field(default=(16,), min_length=1)
+    batch_sizes: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(16,), min_length=1)
 
     @field_validator("quantile")
     @classmethod
     def _reachable(cls, quantile: float) -> float:
         if quantile < 1 and groups_for(quantile) > MOST_GROUPS:
-            raise ValueError(f"between {1 - 1 / MOST_GROUPS:g} and 1, which is the largest count seen; give 1")
+            raise ValueError(
+                f"too close to 1; give at most {1 - 1 / MOST_GROUPS:g}, or 1 for the largest count observed"
+            )
         return quantile
 
     @field_validator("batch_sizes")
     @classmethod
     def _sizes(cls, sizes: tuple[int, ...]) -> tuple[int, ...]:
-        if any(size < 1 for size in sizes):
-            raise ValueError("a batch has at least 1 image")
         return tuple(sorted(set(sizes)))
 
     @property

@@ -22,6 +22,7 @@ from dydit.calibrate.sensitivity import Sensitivity
 from dydit.diffusion.schedule import Sampler
 from dydit.errors import CalibrationError, one_line
 from dydit.models.config import Strict
+from dydit.models.validation import first_problem
 
 SCHEMA_VERSION: Literal[1] = 1
 Share = Annotated[FiniteFloat, Field(ge=0, le=1)]
@@ -148,7 +149,4 @@ def read_calibration(path: Path) -> Calibration:
     try:
         return Calibration.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "calibration"
-        trouble = one_line(ValueError(f"{where}: {first['msg']}"))
-        raise CalibrationError(f"{path} is not valid: {trouble}; calibrate again") from error
+        raise CalibrationError(f"{path} is not valid: {first_problem(error)}; calibrate again") from error

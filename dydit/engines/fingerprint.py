@@ -65,7 +65,7 @@ class EngineRequest(Strict):
     @model_validator(mode="after")
     def _consistent(self) -> EngineRequest:
         if self.opt_batch > self.max_batch:
-            raise ValueError(f"tuned for {self.opt_batch} images, but at most {self.max_batch} come in a batch")
+            raise ValueError(f"opt_batch {self.opt_batch} is larger than max_batch {self.max_batch}")
         return self
 
     def marked(self) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from dydit.engines.flavour import Flavour, Gpu
 from dydit.errors import BundleError
 from dydit.files import sha256_of, write_atomic
 from dydit.models.config import Strict
+from dydit.models.validation import first_problem
 
 ENGINES, INDEX, BUILD_LOG, TIMING_CACHE = "engines", "engines.json", "build.log", "timing.cache"
 RUNTIME_CACHE, RUNTIME_RECORD = "runtime.cache", "runtime.json"
@@ -108,9 +109,7 @@ class EngineStore:
         except FileNotFoundError:
             return None
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"]) or INDEX
-            raise BundleError(f"{path} is not valid: {where}: {first['msg']}; {remove}") from error
+            raise BundleError(f"{path} is not valid: {first_problem(error)}; {remove}") from error
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
             raise BundleError(f"{path} is damaged: not JSON ({error}); {remove}") from error
         if index.digest != index.compute_digest():

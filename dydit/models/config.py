@@ -17,6 +17,7 @@ from pydantic import (
 
 from dydit.diffusion.guidance import Guidance
 from dydit.errors import ConfigError
+from dydit.models.validation import SettingsError, problems_of
 
 T = TypeVar("T", bound=BaseModel)
 PICTURE_CHANNELS = (1, 3)
@@ -206,13 +207,12 @@ def preset(name: str, input_size: int = 32, **changes: Any) -> ModelConfig:
     return parse_config(ModelConfig, {**fields, "input_size": input_size, **changes})
 
 
-def parse_config(kind: type[T], values: dict[str, Any]) -> T:
-    """Build a configuration, turning pydantic's report into one `ConfigError` line that names each bad field."""
+def parse_config(kind: type[T], values: dict[str, Any], where: str = "") -> T:
+    """Build a configuration. Raises `SettingsError`, a `ConfigError` that names each bad field in one line.
+
+    `where` is the file that the values come from, if they do; the line starts with it.
+    """
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        parts = []
-        for item in error.errors():
-            field = ".".join(str(part) for part in item["loc"]) or kind.__name__
-            parts.append(f"{field}: {item['msg']}")
-        raise ConfigError("; ".join(parts)) from error
+        raise SettingsError(problems_of(error), where) from error

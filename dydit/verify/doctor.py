@@ -7,9 +7,9 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 
+from dydit.extras import PACKAGES, install_command, missing
 from dydit.verify.doctor_probes import NO_GPU, PROBES, Finding, run_probe
 from dydit.verify.results import Machine, Result
 from dydit.verify.text import aligned, bytes_text
@@ -137,24 +137,17 @@ def _row(name: str, finding: Finding) -> Row:
 
 def _extra(name: str) -> Row:
     purpose, modules = EXTRAS[name]
-    missing = [module for module in modules if not _installed(module)]
-    fix = f"pip install 'dydit[{name}]'" if missing else None
-    detail = f"{purpose}: {', '.join(missing)} missing" if missing else f"{purpose}: {_versions(modules)}"
-    return Row(name=name, ok=not missing, detail=detail, fix=fix)
-
-
-def _installed(module: str) -> bool:
-    try:
-        return find_spec(module) is not None
-    except (ImportError, ValueError):
-        return False
+    absent = missing(modules)
+    fix = install_command([name]) if absent else None
+    absent_names = ", ".join(PACKAGES.get(module, module) for module in absent)
+    detail = f"{purpose}: {absent_names} missing" if absent else f"{purpose}: {_versions(modules)}"
+    return Row(name=name, ok=not absent, detail=detail, fix=fix)
 
 
 def _versions(modules: tuple[str, ...]) -> str:
-    packages = {"onnx_ir": "onnx-ir", "sklearn": "scikit-learn"}
     texts = []
     for module in modules:
-        name = packages.get(module, module)
+        name = PACKAGES.get(module, module)
         try:
             texts.append(f"{name} {version(name)}")
         except PackageNotFoundError:

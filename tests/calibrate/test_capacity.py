@@ -221,15 +221,15 @@ class TestTooFew:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"quantile": 1.1}, "less than or equal to 1"),
-        ({"quantile": 0.2}, "greater than or equal to 0.5"),
-        ({"quantile": 0.99999}, "between 0.9999 and 1, which is the largest count seen; give 1"),
+        ({"quantile": 1.1}, "at most 1, not"),
+        ({"quantile": 0.2}, "at least 0.5, not"),
+        ({"quantile": 0.99999}, "too close to 1; give at most 0.9999, or 1"),
         ({"quantile": float("nan")}, "quantile"),
-        ({"margin": -0.1}, "greater than or equal to 0"),
+        ({"margin": -0.1}, "at least 0, not"),
         ({"margin": float("inf")}, "margin"),
-        ({"tile": 0}, "greater than or equal to 1"),
-        ({"batch_sizes": ()}, "at least 1 item"),
-        ({"batch_sizes": (4, 0)}, "a batch has at least 1 image"),
+        ({"tile": 0}, "at least 1, not"),
+        ({"batch_sizes": ()}, "at least 1 entry"),
+        ({"batch_sizes": (4, 0)}, "batch_sizes.1 must be at least 1"),
     ],
 )
 def test_settings_that_make_no_sense(settings, message):

@@ -138,7 +138,7 @@ def test_what_cannot_be_built_is_refused_before_any_build(
 
 
 def test_a_batch_beyond_the_largest_is_refused(capacity_bundle) -> None:
-    with pytest.raises(ConfigError, match="tuned for 8 images, but at most 4 come in a batch"):
+    with pytest.raises(ConfigError, match="opt_batch 8 is larger than max_batch 4"):
         make_request(capacity_bundle().manifest, Flavour.TENSORRT_RTX, "1.7.1", None, opt_batch=8, max_batch=4)
 
 

@@ -243,16 +243,16 @@ class TestCapacity:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"steps": 0}, "steps: Input should be greater than or equal to 1"),
-        ({"steps": 1001}, "steps: Input should be less than or equal to 1000"),
-        ({"max_subnets": 0}, "max_subnets: Input should be greater"),
+        ({"steps": 0}, "steps must be at least 1"),
+        ({"steps": 1001}, "steps must be at most 1000"),
+        ({"max_subnets": 0}, "max_subnets must be at least 1, not 0"),
         ({"plan": "memory-budget"}, "a memory budget goes with the memory-budget plan, and only with it"),
         ({"memory_budget": 10}, "a memory budget goes with the memory-budget plan, and only with it"),
         ({"capacities": (1,)}, "capacities go with capacity routing only"),
-        ({"routing": "sparse"}, "routing: Input should be 'dynamic', 'capacity' or 'dense'"),
-        ({"sampler": "euler"}, "sampler: Input should be 'ddpm' or 'ddim'"),
-        ({"max_batch": 0}, "max_batch: Input should be greater"),
-        ({"step": 5}, "step: Extra inputs are not permitted"),
+        ({"routing": "sparse"}, "routing must be 'dynamic', 'capacity' or 'dense'"),
+        ({"sampler": "euler"}, "sampler must be 'ddpm' or 'ddim'"),
+        ({"max_batch": 0}, "max_batch must be at least 1, not 0"),
+        ({"step": 5}, "step is not a known setting"),
     ],
 )
 def test_settings_that_make_no_sense(settings, message):

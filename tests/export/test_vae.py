@@ -104,9 +104,9 @@ def respoiled(autoencoder, folder: Path, change) -> str:
     [
         ({"_class_name": "UNet2DModel"}, "is of class UNet2DModel; expected AutoencoderKL or VQModel"),
         ({"_class_name": None}, "is of class None; expected"),
-        ({"scaling_factor": 0}, "scaling_factor: Input should be greater than 0"),
-        ({"scaling_factor": None}, "scaling_factor: Input should be a valid number|states no scaling factor"),
-        ({"shift_factor": float("nan")}, "shift_factor: Input should be a finite number"),
+        ({"scaling_factor": 0}, "scaling_factor must be greater than 0"),
+        ({"scaling_factor": None}, "scaling_factor must be a|states no scaling factor"),
+        ({"shift_factor": float("nan")}, "shift_factor must be a finite number"),
         ({"latents_mean": [0.0] * 4}, "latents_mean and latents_std go together, but only one of them is stated"),
         ({"latents_std": [1.0] * 4}, "latents_mean and latents_std go together"),
         ({"latents_mean": [0.0] * 4, "latents_std": [1.0] * 3}, "expected 4, one for each latent channel"),

@@ -1,0 +1,86 @@
+"""Optional packages: which extra of `dydit` brings each, and how to install what is missing."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import shlex
+import sys
+from collections.abc import Iterable
+from importlib.util import find_spec
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from dydit.errors import BackendError
+
+EXTRAS = {
+    **dict.fromkeys(("torch", "onnx", "onnx_ir", "safetensors"), "export"),
+    **dict.fromkeys(("accelerate", "scipy", "sklearn"), "train"),
+    **dict.fromkeys(("jinja2", "matplotlib"), "report"),
+    **dict.fromkeys(("diffusers", "onnxscript"), "vae"),
+    "onnxruntime": "cpu",
+}
+"""The extra that brings a module. (The tables of `pyproject.toml` say which packages these are.)"""
+CHECKPOINTS = ("torch", "safetensors")
+"""What reading and writing checkpoints needs."""
+GRAPHS = ("onnx", "onnx_ir")
+"""What writing graphs needs."""
+REPORTS = ("jinja2", "matplotlib")
+"""What pictures and HTML reports need."""
+VAES = ("diffusers", "onnxscript")
+"""What exporting a VAE decoder needs."""
+PACKAGES = {"onnx_ir": "onnx-ir", "sklearn": "scikit-learn"}
+"""Packages whose name is not their module's."""
+
+
+def backend_modules(backend: str) -> list[str]:
+    """What running a bundle on a backend needs; of TensorRT nothing, whose packages say themselves what they lack."""
+    return [backend] if backend in EXTRAS else []
+
+
+def missing(modules: Iterable[str]) -> list[str]:
+    """Those of the modules that are not installed. They are looked up, not imported."""
+    return [module for module in modules if not _is_installed(module)]
+
+
+def require(what: str, modules: Iterable[str], brought_by: str | None = None) -> None:
+    """Raise `BackendError` where modules are missing: one line that names all, and the command that installs them.
+
+    `what` needs them, e.g. "dydit quickstart". `brought_by`: the one extra that brings all of them, where there is one.
+    """
+    absent = missing(modules)
+    if absent:
+        names = ", ".join(PACKAGES.get(module, module) for module in absent)
+        extras = {brought_by or EXTRAS[module] for module in absent}
+        verb = "is" if len(absent) == 1 else "are"
+        raise BackendError(f"{what} needs {names}, which {verb} not installed: {install_command(extras)}")
+
+
+def install_command(extras: Iterable[str]) -> str:
+    """The shell command that installs extras: from the folder that dydit was installed from, where it was one."""
+    source, editable = _source()
+    wanted = f"{source}[{','.join(sorted(set(extras)))}]"
+    return f"pip install {'-e ' * editable}{shlex.quote(wanted)}"
+
+
+def _source() -> tuple[str, bool]:
+    """What `pip install` takes to install dydit once more (a checkout's folder, or its name), and whether with `-e`."""
+    try:
+        text = importlib.metadata.distribution("dydit").read_text("direct_url.json")
+        origin = json.loads(text or "{}")
+    except (importlib.metadata.PackageNotFoundError, ValueError):
+        return "dydit", False
+    url = urlsplit(origin.get("url", ""))
+    folder = unquote(url.path)
+    if url.scheme != "file" or "dir_info" not in origin or not Path(folder).is_dir():
+        return "dydit", False
+    return folder, bool(origin["dir_info"].get("editable"))
+
+
+def _is_installed(module: str) -> bool:
+    if module in sys.modules:
+        return sys.modules[module] is not None  # None: an import that is forbidden
+    try:
+        return find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False

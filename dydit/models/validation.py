@@ -1,0 +1,103 @@
+"""What pydantic finds wrong with a configuration, in plain words: which field, what it must be, and what was given."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from dydit.errors import ConfigError
+
+LONGEST_VALUE = 40
+_REQUIREMENTS: Mapping[str, str] = {
+    "greater_than": "must be greater than {gt}",
+    "greater_than_equal": "must be at least {ge}",
+    "less_than": "must be less than {lt}",
+    "less_than_equal": "must be at most {le}",
+    "multiple_of": "must be a multiple of {multiple_of}",
+    "finite_number": "must be a finite number",
+    **dict.fromkeys(("int_type", "int_parsing", "int_from_float", "int_parsing_size"), "must be a whole number"),
+    **dict.fromkeys(("float_type", "float_parsing"), "must be a number"),
+    **dict.fromkeys(("bool_type", "bool_parsing"), "must be true or false"),
+    **dict.fromkeys(("string_type", "string_sub_type"), "must be a text"),
+    **dict.fromkeys(("enum", "literal_error"), "must be {expected}"),
+    **dict.fromkeys(("list_type", "tuple_type"), "must be a list"),
+    **dict.fromkeys(("dict_type", "model_type", "model_attributes_type", "dataclass_type"), "must be an object"),
+    **dict.fromkeys(("path_type", "is_instance_of"), "has the wrong type"),
+    "none_required": "must be null",
+    "string_pattern_mismatch": "must match the pattern {pattern}",
+    "string_too_short": "must have a length of at least {min_length}",
+    "string_too_long": "must have a length of at most {max_length}",
+    "too_short": "must have at least {min_length} entries",
+    "too_long": "must have at most {max_length} entries",
+}
+_WITHOUT_VALUE: Mapping[str, str] = {"missing": "is missing", "extra_forbidden": "is not a known setting"}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One fault: `path` leads to the field (empty: of the whole), `words` say what is wrong with it.
+
+    `words` continue the field's name as a sentence ("must be at least 0, not -1") unless they are `whole` sentences.
+    """
+
+    path: tuple[str | int, ...]
+    words: str
+    whole: bool = False
+
+    def text(self, name: str | None = None) -> str:
+        """The fault as a sentence, the field called by `name` or by its path."""
+        name = name or ".".join(map(str, self.path))
+        text = f"{name}{':' if self.whole else ''} {self.words}" if name else self.words
+        return " ".join(text.split())  # a field of a file may be called anything
+
+
+class SettingsError(ConfigError):
+    """A configuration is not valid; `problems` say where and why, for callers that call the fields something else."""
+
+    def __init__(self, problems: tuple[Problem, ...], where: str = ""):
+        super().__init__(f"{where}: " * bool(where) + "; ".join(problem.text() for problem in problems))
+        self.problems = problems
+
+
+def problems_of(error: ValidationError) -> tuple[Problem, ...]:
+    """The faults that pydantic lists, in its order."""
+    return tuple(_problem(item) for item in error.errors(include_url=False))
+
+
+def first_problem(error: ValidationError) -> str:
+    """The first fault as a sentence: of a file with one mistake the others are its consequences."""
+    return problems_of(error)[0].text()
+
+
+def value_text(value: Any) -> str:
+    """A value as it would be written on a command line or in a file, cut where it is long."""
+    text = repr(value) if isinstance(value, str) else str(value)
+    text = text.removesuffix(".0") if isinstance(value, float) else text
+    return text if len(text) <= LONGEST_VALUE else text[: LONGEST_VALUE - 3] + "..."
+
+
+def _problem(item: Mapping[str, Any]) -> Problem:
+    path, kind, context = tuple(item["loc"]), item["type"], item.get("ctx", {})
+    if kind in ("value_error", "assertion_error"):
+        return Problem(path, str(context["error"]), whole=True)  # raised by a validator of ours, with words of ours
+    if kind in _WITHOUT_VALUE:
+        return Problem(path, _WITHOUT_VALUE[kind])
+    context = {name: value_text(value) if isinstance(value, float) else value for name, value in context.items()}
+    requirement = _REQUIREMENTS[kind].format(**context) if kind in _REQUIREMENTS else _reworded(item["msg"])
+    if not path:
+        requirement = f"the whole {requirement}"
+    if requirement.endswith(" 1 entries"):
+        requirement = requirement.removesuffix("entries") + "entry"
+    given = item["input"]
+    shown = "" if isinstance(given, dict | list | tuple) else f", not {value_text(given)}"
+    return Problem(path, requirement + shown)
+
+
+def _reworded(message: str) -> str:
+    """A message that has no words of ours: as a continuation of the field's name."""
+    reworded = re.sub(r"^\w+ should ", "must ", message)
+    return reworded if reworded != message else f"is not valid: {message[:1].lower()}{message[1:]}"
