@@ -128,7 +128,7 @@ def sample_to_folder(
     if outputs.npz and picture_format(bundle.manifest) is None:
         raise ConfigError(
             f"--npz needs pictures, but this model samples latents of {bundle.manifest.model.in_channels} channels and "
-            "the bundle has no decoder; add one with `dydit attach-vae --vae`"
+            "the bundle has no decoder; give `dydit export` a --vae, or add one with `dydit attach-vae`"
         )
     run = _plan_run(bundle, request, outputs, backend, options)
     folder = RunFolder(out, run.settings)
@@ -351,6 +351,7 @@ def _note(run: _Run, finished: bool) -> str:
     notes = ["this run was complete already; nothing was changed"] if finished else []
     if run.pictures is None:
         notes.append(
-            f"the bundle has no VAE decoder, so the samples are latents, in {LATENTS}; `dydit decode` makes pictures of them"
+            f"the bundle has no VAE decoder, so the samples are latents, in {LATENTS}; `dydit decode` makes pictures "
+            "of them"
         )
     return "; ".join(notes)

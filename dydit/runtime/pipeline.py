@@ -82,8 +82,8 @@ class DyDiTPipeline:
             raise ConfigError(f"output_type {output_type!r} is not one of {', '.join(OUTPUT_TYPES)}")
         if output_type != "latent" and picture_format(manifest) is None:
             raise ConfigError(
-                "this bundle samples latents and has no VAE decoder; ask for output_type='latent', or add a decoder with "
-                "`dydit attach-vae`"
+                "this bundle samples latents and has no VAE decoder; ask for output_type='latent', or add a decoder "
+                "with `dydit attach-vae`"
             )
         to_pixels = None if output_type == "latent" else self._to_pixels  # what it needs is asked for before sampling
         if num_inference_steps not in (None, manifest.sampling.steps):
