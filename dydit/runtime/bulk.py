@@ -128,8 +128,8 @@ def sample_to_folder(
     outputs, options, worker = outputs or OutputOptions(), options or BackendOptions(), worker or Worker()
     if outputs.npz and picture_format(bundle.manifest) is None:
         raise ConfigError(
-            f"npz=True (--npz) needs pictures, but this model samples latents of {bundle.manifest.model.in_channels} "
-            "channels and the bundle has no decoder; export it with one: `dydit export --vae`"
+            f"--npz needs pictures, but this model samples latents of {bundle.manifest.model.in_channels} channels and "
+            "the bundle has no decoder; give `dydit export` a --vae"
         )
     run = _plan_run(bundle, request, outputs, backend, options)
     folder = RunFolder(out, run.settings)
