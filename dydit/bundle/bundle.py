@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -13,13 +13,20 @@ from dydit.bundle.stored import STORAGE, WEIGHTS
 from dydit.errors import BundleError, one_line
 from dydit.files import sha256_of
 
+Stamp = tuple[int, int, int] | None
+
 
 @dataclass(frozen=True)
 class Bundle:
-    """A verified bundle: its folder and its manifest."""
+    """A verified bundle: its folder and its manifest.
+
+    Files are read when they are needed, perhaps long after they were verified. `stamps` tell whether one was replaced
+    meanwhile: inode, size and time of change of each file, as `open` found them (empty where it was not `open`).
+    """
 
     path: Path
     manifest: Manifest
+    stamps: dict[str, Stamp] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def open(cls, path: Path | str, verify: bool = True) -> Bundle:
@@ -31,12 +38,14 @@ class Bundle:
         if not folder.exists():
             raise BundleError(f"{folder} does not exist; make a bundle with `dydit export CHECKPOINT --out {folder}`")
         manifest = parse_manifest(folder / MANIFEST)
+        stamps: dict[str, Stamp] = {}
         for name, entry in manifest.files.items():
             try:
+                stamps[name] = _stamp(folder / name)
                 _check_file(folder, name, entry, verify)
             except (OSError, RuntimeError) as error:  # unreadable, a name too long, symlinks in a circle
                 raise BundleError(f"{folder}: {name} cannot be read: {one_line(error)}") from error
-        bundle = cls(folder, manifest)
+        bundle = cls(folder, manifest, stamps)
         bundle._check_weights()
         return bundle
 
@@ -47,10 +56,18 @@ class Bundle:
                 raise BundleError(f"{self.path}: weight {name} lies outside {WEIGHTS}; export the bundle again")
 
     def file(self, name: str) -> Path:
-        """The path of a listed file."""
+        """The path of a listed file. Raises `BundleError` where it was replaced after the bundle was opened."""
         if name not in self.manifest.files:
             raise BundleError(f"{self.path}: the manifest lists no file {name!r}")
-        return self.path / name
+        file = self.path / name
+        if name in self.stamps and (stamp := _stamp(file)) != self.stamps[name]:
+            # Copied back, or only touched: what counts is what is in it.
+            if stamp is None or sha256_of(file) != self.manifest.files[name].sha256:
+                raise BundleError(
+                    f"{self.path}: {name} was changed or removed after the bundle was opened; open the bundle again"
+                )
+            self.stamps[name] = stamp
+        return file
 
     @cached_property
     def masks(self) -> np.ndarray:
@@ -65,7 +82,15 @@ class Bundle:
     def weight(self, name: str) -> np.ndarray:
         """A stored tensor, memory-mapped read-only, of the type that `STORAGE` gives; see `dydit.models.layout`."""
         entry = self.manifest.weights[name]
-        return np.memmap(self.path / WEIGHTS, STORAGE[entry.dtype], "r", entry.offset, entry.shape)
+        return np.memmap(self.file(WEIGHTS), STORAGE[entry.dtype], "r", entry.offset, entry.shape)
+
+
+def _stamp(file: Path) -> Stamp:
+    try:
+        facts = file.stat()
+    except FileNotFoundError:
+        return None
+    return facts.st_ino, facts.st_size, facts.st_mtime_ns
 
 
 def _check_file(folder: Path, name: str, entry: FileEntry, verify: bool) -> None:

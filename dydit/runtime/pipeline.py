@@ -71,8 +71,8 @@ class DyDiTPipeline:
         `device`: "cpu", "cuda", or a `torch.device` of them. `threads`: CPU threads to use; 0 leaves it to the backend.
         Raises `BundleError`, `BackendError` and `ConfigError`, each saying what to do.
         """
-        options = BackendOptions(threads=whole_number(threads, "threads", 0, 1 << 16), device=str(device))
-        bundle = Bundle.open(Path(path).expanduser())
+        options = BackendOptions(threads=whole_number(threads, "threads", 0, 1 << 12), device=str(device))
+        bundle = Bundle.open(Path(path).expanduser().absolute())  # files are read later, perhaps from another folder
         pipe = cls(open_backend(backend, bundle, options), default_residency(bundle.manifest))
         pipe._owns_backend = True
         return pipe

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from dydit.errors import ConfigError
+from dydit.runtime import arguments
 from dydit.runtime.arguments import real_number, whole_number, whole_numbers
 
 torch = pytest.importorskip("torch", reason="its integers are among those that are taken")
@@ -63,3 +66,18 @@ def test_numbers():
             real_number(wrong, "scale", 0)
         assert "\n" not in str(caught.value)
     assert whole_number(np.int64(7), "seed", 0, 9) == 7
+
+
+def test_errors_that_python_reaches_speak_python_first():
+    """An option of the command stands in brackets behind what is given from Python, or in a command that is quoted."""
+    package, wrong = Path(arguments.__file__).parent, []
+    # The folder of a run is the command's own; Python's callers have `DyDiTPipeline`.
+    for file in set(package.rglob("*.py")) - {package / name for name in ("bulk.py", "run_folder.py", "workers.py")}:
+        tree = ast.parse(file.read_text())
+        for node in (each for each in ast.walk(tree) if isinstance(each, ast.Raise)):
+            text = "".join(
+                each.value for each in ast.walk(node) if isinstance(each, ast.Constant) and isinstance(each.value, str)
+            )
+            bare = re.sub(r"`dydit [^`]*`|\(--[^)]*\)", "", text)
+            wrong += [f"{file.name}: {text}"] * ("--" in bare)
+    assert not wrong

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import threading
 
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 
 from dydit import DyDiTPipeline
 from dydit.bundle.manifest import PlanKind, Routing
-from dydit.errors import BackendError
+from dydit.errors import BackendError, BundleError
 from dydit.runtime.backends.base import BackendOptions
 from dydit.runtime.backends.ort_cuda import OnnxRuntimeDeviceBackend
 from dydit.runtime.backends.registry import open_backend
@@ -147,3 +149,39 @@ def test_what_another_run_expects_does_not_matter(make_bundle):
 
         sample(StepRunner(backend, subnets, labels, 4.0), batches, noise, store, disturb)
     assert seen == [3] * 4
+
+
+@pytest.mark.parametrize("plan", ["per-step", "dynamic-width"])
+@pytest.mark.parametrize("name", ["onnxruntime", "torch"])
+def test_a_bundle_that_is_replaced_under_an_open_pipeline_is_not_mixed_with_it(
+    name, plan, make_bundle, make_checkpoint, tmp_path
+):
+    """What is loaded later is of the bundle that was opened, or is refused."""
+    bundle, other = (make_bundle(each, steps=3, **PLANS[plan]) for each in (None, make_checkpoint(seed=1)))
+    folder = shutil.copytree(bundle.path, tmp_path / "bundle")
+    call = {"class_labels": [1], "seed": 0, "output_type": "latent"}
+    with DyDiTPipeline.from_bundle(bundle.path, name, threads=1) as pipe:
+        wanted = pipe(**call).latents
+    with DyDiTPipeline.from_bundle(folder, name, threads=1) as pipe:
+        for file in folder.iterdir():
+            os.utime(file)
+        assert np.array_equal(pipe(**call).latents, wanted), "touched only"
+    with DyDiTPipeline.from_bundle(folder, name, threads=1) as pipe:
+        shutil.rmtree(folder)
+        shutil.copytree(other.path, folder)
+        try:
+            assert np.array_equal(pipe(**call).latents, wanted), "all was loaded before"
+        except BundleError as error:
+            assert "after the bundle was opened; open the bundle again" in str(error)
+
+
+def test_another_working_folder_and_home(make_bundle, tmp_path, monkeypatch):
+    bundle = make_bundle(steps=3, **PLANS["per-step"])
+    shutil.copytree(bundle.path, tmp_path / "bundle")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for path in ("bundle", "~/bundle"):
+        with DyDiTPipeline.from_bundle(path, threads=1) as pipe:
+            monkeypatch.chdir("/")
+            assert pipe(1, output_type="latent").latents.shape == (1, 4, 8, 8)
+        monkeypatch.chdir(tmp_path)

@@ -50,7 +50,7 @@ def test_weights_are_a_quarter(bundle, make_bundle):
 @pytest.mark.parametrize(
     ("backend", "options", "message"),
     [
-        ("torch", {}, "int8 bundles run on onnxruntime; use --backend onnxruntime"),
+        ("torch", {}, "int8 bundles run on onnxruntime; use backend='onnxruntime'"),
         ("onnxruntime", {"device": "cuda"}, r"CUDAExecutionProvider|int8 bundles run on the CPU, not on cuda"),
     ],
 )

@@ -241,7 +241,7 @@ def test_latents_that_are_not_finite_are_refused(make_bundle, fake_device):
 
 
 def test_debug_is_refused(make_bundle, fake_device):
-    with pytest.raises(BackendError, match="shows no values between layers; look inside with --backend onnxruntime"):
+    with pytest.raises(BackendError, match="shows no values between layers; look inside with backend='onnxruntime'"):
         Fixture(make_bundle(), fake_device).backend.subnet(0, debug=True)
 
 

@@ -110,7 +110,8 @@ def test_without_tensorrt(bundle, monkeypatch):
 
 def test_without_a_gpu(bundle, machine):
     machine(gpu=None)
-    wanted = "TensorRT engines run on an NVIDIA GPU, and there is no driver or GPU here; use --backend onnxruntime"
+    wanted = "TensorRT engines run on an NVIDIA GPU, and there is no driver or GPU here; use backend='onnxruntime' "
+    wanted += "(--backend onnxruntime)"
     assert refusal(bundle) == refusal(bundle, "tensorrt-rtx") == wanted
     assert dict((n, d) for n, _, d in backend_status())["tensorrt"] == wanted
 
