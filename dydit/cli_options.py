@@ -19,7 +19,7 @@ import click
 from dydit.bundle.manifest import Manifest, PlanKind, Routing
 from dydit.bundle.stored import Precision
 from dydit.calibrate.file import Calibration, read_calibration
-from dydit.files import write_atomic
+from dydit.files import user_path, write_atomic
 from dydit.training.recipe import Recipe
 
 MOST_LABELS = 1_000_000
@@ -77,7 +77,14 @@ def parse_guided_channels(text: str) -> int:
     return int(text)
 
 
-PATH = click.Path(path_type=Path)
+class _UserPath(click.Path):
+    """A path whose `~` the shell did not replace, as in `--out=~/bundle`."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return user_path(super().convert(value, param, ctx))
+
+
+PATH = _UserPath(path_type=Path)
 
 
 def labels_option(help: str, default: str | None = None) -> Callable[[Any], Any]:

@@ -297,8 +297,9 @@ def spoil(bundle: Path, how: str) -> None:
     elif how == "absolute path":
         values["files"][str(weights)] = values["files"]["weights.bin"]
         manifest.write_text(json.dumps(values))
-    elif how == "link out of the folder":
-        weights.rename(bundle.parent / "outside")
+    elif how == "link to another file":
+        (bundle.parent / "outside").write_bytes(data[::-1])
+        weights.unlink()
         weights.symlink_to(bundle.parent / "outside")
 
 
@@ -315,7 +316,7 @@ SPOILT = {
     "manifest in no encoding": "manifest.json",
     "path upwards": "leaves the bundle",
     "absolute path": "leaves the bundle",
-    "link out of the folder": "leaves the bundle",
+    "link to another file": "was changed",
 }
 
 

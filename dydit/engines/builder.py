@@ -168,6 +168,6 @@ def _log(path: Path, title: str, messages: Messages) -> None:
     """Append to the build log in one write, so that several processes do not mix their lines."""
     stamp = datetime.now(UTC).isoformat(timespec="seconds")
     text = f"{stamp} {title}\n{messages.text()}".encode()
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     with contextlib.closing(os.fdopen(descriptor, "wb", buffering=0)) as file:
         file.write(text)

@@ -23,6 +23,7 @@ from dydit.bundle.graph_io import BATCH
 from dydit.bundle.vae import VAE_DECODER, VAE_WEIGHTS, VaeEntry, vae_inputs, vae_outputs
 from dydit.errors import BackendError, CheckpointError, ConfigError, one_line
 from dydit.export.ops import IR_VERSION, OPSET
+from dydit.files import user_path
 from dydit.models.config import ModelConfig, parse_config
 
 LARGEST_TILE = 64
@@ -71,6 +72,7 @@ def load_vae(source: str) -> Any:
         package = (error.name or "diffusers").partition(".")[0]
         raise BackendError(f"{package} cannot be imported ({one_line(error)}): pip install 'dydit[vae]'") from error
     autoencoder: Any = AutoencoderKL  # diffusers has types for a part of it only
+    source = str(user_path(source)) if source.startswith("~") else source
     local = Path(source).exists()
     if not local and not _HUB_NAME.fullmatch(source):
         raise CheckpointError(f"{source} does not exist; give a folder that diffusers saved, or a hub name OWNER/NAME")

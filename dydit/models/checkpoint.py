@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dydit.errors import CheckpointError, ConfigError
-from dydit.files import atomic_file, require_absent, sha256_of
+from dydit.files import atomic_file, new_file, require_absent, sha256_of, user_path
 from dydit.models.config import ModelConfig, parse_config
 from dydit.models.dit import DiT, timestep_frequencies
 from dydit.models.safe_load import Container, container_of, plain_tensors, read_safetensors, read_torch, shown
@@ -80,7 +80,7 @@ def load_checkpoint(path: Path | str, num_heads: int | None = None) -> Checkpoin
     `num_heads`: for a file that does not tell its head count. Raises `CheckpointError`, in one line that names `path`,
     for anything that is not a complete and finite DiT; nothing in the file is executed.
     """
-    path = Path(path)
+    path = user_path(path)
     try:
         if path.is_dir():
             return _load_folder(path, num_heads)
@@ -167,13 +167,14 @@ def save_checkpoint(
     model_or_state: DiT | Mapping[str, Tensor],
     config: ModelConfig,
     metadata: Mapping[str, str] | None = None,
+    replace: bool = True,
 ) -> None:
-    """Write our own format (see the module), atomically, replacing `path`; tensors go out one by one.
+    """Write our own format (see the module), atomically; tensors go out one by one. `replace`: `path` may exist.
 
     Raises `CheckpointError` where the weights do not fit `config` or are not finite, and where `metadata` is not text
     or uses a reserved key; `OutputError` where `path` cannot be written.
     """
-    path = Path(path)
+    path = user_path(path)
     if isinstance(model_or_state, DiT) and model_or_state.config != config:
         raise CheckpointError(f"{path}: not written: the configuration is not that of the model")
     state = model_or_state.state_dict() if isinstance(model_or_state, DiT) else model_or_state
@@ -182,7 +183,7 @@ def save_checkpoint(
         header = _header(config, metadata or {})
     except CheckpointError as error:
         raise CheckpointError(f"{path}: not written: the model {error}") from error
-    with atomic_file(path) as file:
+    with (atomic_file if replace else new_file)(path) as file:
         file.write(header)
         for name in sorted(state):
             array = state[name].detach().to("cpu", torch.float32).contiguous().numpy()
@@ -215,10 +216,10 @@ def convert(source: Path, target: Path, num_heads: int | None = None) -> Checkpo
     The origin goes into the metadata: `source` (its format) and `source_sha256`. Raises `OutputError` if `target`
     exists and `CheckpointError` as `load_checkpoint` does.
     """
-    source, target = Path(source), Path(target)
+    source, target = user_path(source), user_path(target)
     require_absent(target)
     checkpoint = load_checkpoint(source, num_heads)
     origin = {"source": checkpoint.source, "source_sha256": checkpoint.sha256}
     # A copy of our own format keeps the origin that it names.
-    save_checkpoint(target, checkpoint.state, checkpoint.config, {**origin, **checkpoint.metadata})
+    save_checkpoint(target, checkpoint.state, checkpoint.config, {**origin, **checkpoint.metadata}, replace=False)
     return load_checkpoint(target)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dydit.errors import ConfigError
+from dydit.files import user_path
 
 T = TypeVar("T", bound=BaseModel)
+UserPath = Annotated[Path, AfterValidator(user_path)]
+"""A path in a configuration; `~` is the home folder."""
 
 
 class Routers(StrEnum):

@@ -28,7 +28,7 @@ import numpy as np
 from dydit.bundle.bundle import Bundle
 from dydit.errors import ConfigError, OutputError
 from dydit.files import require_absent
-from dydit.models.config import Strict
+from dydit.models.config import Strict, UserPath
 from dydit.runtime.backends.base import Backend, BackendOptions
 from dydit.runtime.backends.registry import open_backend
 from dydit.runtime.images import (
@@ -58,7 +58,7 @@ class OutputOptions(Strict):
     """What to write beside the pictures: `npz` for evaluators, `latents_out` the latents as an `.npz` elsewhere."""
 
     npz: bool = False
-    latents_out: Path | None = None
+    latents_out: UserPath | None = None
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ import numpy as np
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.graph_io import GROUP_WEIGHTS, HEAD_WEIGHTS
 from dydit.bundle.manifest import SubnetEntry
-from dydit.bundle.stored import STORAGE, WEIGHTS
+from dydit.bundle.stored import STORAGE
 
 PARTS = (HEAD_WEIGHTS, GROUP_WEIGHTS)
 """The tensors of a block's heads, and of its groups: what moves together."""
@@ -87,7 +87,7 @@ class SlidingWeights:
 
     def __init__(self, bundle: Bundle):
         model, entries = bundle.manifest.model, bundle.manifest.weights
-        raw = np.memmap(bundle.file(WEIGHTS), np.uint8, "c")
+        raw = bundle.mapped_weights("c")
         self._arrangement = Arrangement(model.depth, model.num_heads)
         self._units: dict[str, np.ndarray] = {}
         for block in range(model.depth):

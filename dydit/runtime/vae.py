@@ -16,6 +16,7 @@ from dydit.bundle.vae import VAE_DECODER, VaeEntry, vae_inputs
 from dydit.errors import BackendError, one_line
 from dydit.runtime.backends.base import BackendOptions, DecodeTile
 from dydit.runtime.backends.onnxruntime import PROVIDERS, runtime
+from dydit.runtime.backends.sessions import open_session
 
 IMAGES_AT_ONCE = 4
 OVERLAP = 0.25
@@ -38,7 +39,8 @@ class VaeDecoder:
         file, provider = folder / VAE_DECODER, PROVIDERS[options.device]
         providers = [provider] if provider in ort.get_available_providers() else [PROVIDERS["cpu"]]
         try:
-            self._session: Any = ort.InferenceSession(str(file), settings, providers=providers)
+            self._session: Any
+            self._session, self._weights = open_session(ort, file, settings, providers)
         except Exception as error:  # onnxruntime has no base class for what it raises
             raise BackendError(f"onnxruntime {ort.__version__} cannot load {file}: {one_line(error)}") from error
 

@@ -23,7 +23,7 @@ from dydit.errors import CheckpointError
 from dydit.export.costs import macs_costs, time_costs
 from dydit.export.plan import Plan, optimal_plans, per_step_plan, segment_costs
 from dydit.export.sizes import PlanSizes, fixed_bytes
-from dydit.files import write_atomic
+from dydit.files import user_path, write_atomic
 from dydit.models.config import ModelConfig
 from dydit.models.cost import model_macs, unit_costs
 from dydit.verify.inspect_facts import (
@@ -88,7 +88,8 @@ class Inspection:
 
 def inspect(path: Path | str, num_heads: int | None = None) -> Inspection:
     """A bundle where `path` is a folder with a manifest, else a checkpoint; see the two functions below."""
-    if (Path(path) / MANIFEST).exists():
+    path = user_path(path)
+    if (path / MANIFEST).exists():
         return inspect_bundle(path)
     return inspect_checkpoint(path, num_heads)
 
@@ -118,7 +119,7 @@ def inspect_checkpoint(path: Path | str, num_heads: int | None = None, steps: in
         path=str(path),
         format=checkpoint.source,
         sha256=checkpoint.sha256,
-        file_bytes=_size_of(Path(path)),
+        file_bytes=_size_of(user_path(path)),
         metadata=checkpoint.metadata,
         model=model,
         width=_width_facts(masks, config),

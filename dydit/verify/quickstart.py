@@ -27,7 +27,8 @@ from pydantic import Field
 from dydit import __version__ as dydit_version
 from dydit.bundle.bundle import Bundle
 from dydit.errors import BundleError, CheckpointError
-from dydit.models.config import Strict
+from dydit.files import user_path
+from dydit.models.config import Strict, UserPath
 from dydit.runtime.backends.base import BackendOptions
 from dydit.runtime.bulk import picture_name, sample_to_folder
 from dydit.runtime.request import SampleRequest
@@ -54,8 +55,8 @@ class QuickstartConfig(Strict):
     a time. `parity_labels`: images compared with PyTorch, each `parity_every`-th step also alone.
     """
 
-    dydit: Path | None = None
-    dit: Path | None = None
+    dydit: UserPath | None = None
+    dit: UserPath | None = None
     steps: int = Field(default=250, ge=1, le=1000)
     max_subnets: int = Field(default=32, ge=1)
     per_class: int = Field(default=4, ge=1)
@@ -119,7 +120,7 @@ def run_quickstart(
 
     config = config or QuickstartConfig()
     paths = [_asset(config.dydit, "dydit.safetensors"), _asset(config.dit, "dit.safetensors")]
-    folder = QuickstartFolder(Path(out))
+    folder = QuickstartFolder(user_path(out))
     folder.require_free(overwrite)
     dydit, dit = (load_checkpoint(path) for path in paths)
     if not dydit.config.dynamic or dit.config.dynamic or dydit.config.without_routers() != dit.config:

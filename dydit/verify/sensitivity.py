@@ -28,7 +28,7 @@ from dydit.errors import CalibrationError
 from dydit.export.exporter import ExportConfig
 from dydit.files import atomic_file
 from dydit.models.checkpoint import Checkpoint
-from dydit.models.config import Strict
+from dydit.models.config import Strict, UserPath
 from dydit.models.sliced import SlicedDiT
 from dydit.runtime.noise import SeededNoise
 from dydit.runtime.request import Batch, make_batches
@@ -55,7 +55,7 @@ class SearchConfig(Strict):
     precision: Precision = Precision.INT8_STATIC
     images: int = Field(default=16, ge=1)
     steps: int = Field(default=4, ge=1)
-    reference: Path | None = None
+    reference: UserPath | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> SearchConfig:

@@ -29,6 +29,7 @@ from dydit.bundle.stored import Precision
 from dydit.errors import BackendError, one_line
 from dydit.runtime.backends.base import Arrays, Backend, BackendOptions, StepResult, Subnet
 from dydit.runtime.backends.int8 import require_exact_products
+from dydit.runtime.backends.sessions import open_session
 from dydit.runtime.backends.sharing import Sharing
 from dydit.runtime.sliding import SlidingWeights
 
@@ -193,13 +194,11 @@ class _Session:
             left_out = (*left_out, "ConstantFolding")
         if not options.packed:
             settings.add_session_config_entry("session.disable_prepacking", "1")
-        if graph is not None:
-            settings.add_session_config_entry("session.model_external_initializers_file_folder_path", str(file.parent))
         try:
             provider = PROVIDERS[options.device]
             more = {"disabled_optimizers": list(left_out)} if left_out else {}
             chosen = [(provider, CUDA_OPTIONS)] if options.device == "cuda" else [provider]
-            self._session = ort.InferenceSession(graph or str(file), settings, providers=chosen, **more)
+            self._session, self._weights = open_session(ort, file, settings, chosen, graph, **more)
         except self._errors as error:
             raise BackendError(f"onnxruntime {ort.__version__} cannot load {file}: {one_line(error)}") from error
         if provider not in self._session.get_providers():
