@@ -25,6 +25,7 @@ from dydit.cli_options import (
     heads_option,
     json_option,
     labels_option,
+    note,
     print_json,
     progress_line,
     recipe_settings,
@@ -189,7 +190,7 @@ def sample_command(
     opened = Bundle.open(bundle)
     options = BackendOptions(threads=threads, device=device)
     with sampling_progress(worker) as (progress, pictures):
-        done = sample_to_folder(opened, wanted, out, outputs, backend, options, progress, pictures, worker)
+        done = sample_to_folder(opened, wanted, out, outputs, backend, options, progress, pictures, worker, note)
     if as_json:
         print_json({**vars(done), "out": str(done.out)})
     else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -179,12 +178,12 @@ def calibrate_command(
         sampled = {"images": search_images, "steps": search_steps, "reference": reference}
         settings["search"] = {"target": target, "precision": precision, **sampled}
     from dydit.export.exporter import ExportConfig
-    from dydit.files import require_absent, write_atomic
+    from dydit.files import claimed, explained, parents, remove, require_absent, write_new
     from dydit.models.checkpoint import load_checkpoint
     from dydit.models.config import parse_config
     from dydit.runtime.backends.base import BackendOptions
     from dydit.runtime.backends.registry import require_known
-    from dydit.verify.calibration import CalibrationConfig, run_calibration, work_name
+    from dydit.verify.calibration import CalibrationConfig, kept_if_begun, run_calibration, work_name
     from dydit.verify.plots_calibration import calibration_png
     from dydit.verify.plots_sensitivity import search_words, sensitivity_png
 
@@ -201,14 +200,15 @@ def calibrate_command(
         require_absent(curve)
     model = load_checkpoint(checkpoint, num_heads)
     work = out.parent / f".{out.name}.{work_name(model, exported, config)}"
-    with progress_line("calibrate") as progress:
+    with explained(out), parents(out), claimed(out), progress_line("calibrate") as progress:
         options = BackendOptions(threads=threads, device=device)
-        result = run_calibration(model, exported, config, work, backend, options, progress)
-    draw(calibration_png, result, picture)
-    if config.search is not None:
-        draw(sensitivity_png, result, curve)
-    write_atomic(out, result.calibration.to_json().encode())
-    shutil.rmtree(work)
+        with kept_if_begun(work):
+            result = run_calibration(model, exported, config, work, backend, options, progress)
+        draw(calibration_png, result, picture)
+        if config.search is not None:
+            draw(sensitivity_png, result, curve)
+        write_new(out, result.calibration.to_json().encode())
+        remove(work)
     tokens, found = result.calibration.tokens, result.calibration.sensitivity
     if as_json:
         rates = {"predicted": tokens.predicted.model_dump(), "held_out": tokens.held_out.model_dump()}

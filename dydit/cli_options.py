@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 import time
@@ -81,7 +82,7 @@ class _UserPath(click.Path):
     """A path whose `~` the shell did not replace, as in `--out=~/bundle`."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        return user_path(super().convert(value, param, ctx))
+        return user_path(Path(os.fsdecode(super().convert(value, param, ctx))))
 
 
 PATH = _UserPath(path_type=Path)
@@ -333,6 +334,12 @@ def say(*lines: str) -> None:
     if not click.get_current_context().ensure_object(Settings).quiet:
         for line in lines:
             click.echo(line)
+
+
+def note(line: str) -> None:
+    """A line for a person while a command is at work, on standard error. Silent with `--quiet`."""
+    if not click.get_current_context().ensure_object(Settings).quiet:
+        click.echo(line, err=True)
 
 
 def draw(picture: Callable[[Any], bytes], result: Any, path: Path) -> None:

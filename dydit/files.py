@@ -86,7 +86,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     Raises `OutputError` where the disk is full or the folder cannot be written.
     """
     path = Path(path)
-    with explained(path), _parents(path), _part_file(path) as (file, part):
+    with explained(path), parents(path), _part_file(path) as (file, part):
         yield file
         _close_durably(file)
         _replace(part, path)
@@ -102,7 +102,7 @@ def new_file(path: Path, same_is_fine: bool = False) -> Iterator[BinaryIO]:
     path = Path(path)
     if not same_is_fine:
         require_absent(path)
-    with explained(path), _parents(path), claimed(path), _part_file(path) as (file, part):
+    with explained(path), parents(path), claimed(path), _part_file(path) as (file, part):
         yield file
         _close_durably(file)
         _publish(part, path, same_is_fine)
@@ -112,6 +112,14 @@ def write_atomic(path: Path, data: bytes) -> None:
     """Write `data` to `path`, all of it or nothing. Raises as `atomic_file` does."""
     with atomic_file(path) as file:
         file.write(data)
+
+
+def write_new(path: Path, data: bytes) -> None:
+    """Write `data` to `path`, which must not exist. To be called while `path` is `claimed`. Raises `OutputError`."""
+    with explained(path), parents(path), _part_file(path) as (file, part):
+        file.write(data)
+        _close_durably(file)
+        _publish(part, path, same_is_fine=False)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -135,7 +143,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     """
     path = Path(path)
     require_absent(path)
-    with explained(path), _parents(path), claimed(path):
+    with explained(path), parents(path), claimed(path):
         part = _part_of(path)
         part.mkdir()
         try:
@@ -221,7 +229,7 @@ def _beside(path: Path, ending: str) -> Path:
 
 
 @contextlib.contextmanager
-def _parents(path: Path) -> Iterator[None]:
+def parents(path: Path) -> Iterator[None]:
     """Make the folders above `path` for the block; where it fails, those that were not there go again."""
     missing = [folder for folder in path.parents if not folder.exists()]
     try:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import zipfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -30,6 +29,7 @@ from dydit.files import atomic_file
 from dydit.models.checkpoint import Checkpoint
 from dydit.models.config import Strict, UserPath
 from dydit.models.sliced import SlicedDiT
+from dydit.runtime.images import kept_arrays
 from dydit.runtime.noise import SeededNoise
 from dydit.runtime.request import Batch, make_batches
 from dydit.verify.bench import spread_steps
@@ -333,15 +333,13 @@ class _Search:
 
     def _kept(self, name: str, cost: int, make: Callable[[], np.ndarray]) -> np.ndarray:
         """An array that the work folder has, or that is made and put there; `cost` in steps of batches."""
-        file = self.work / f"{name}.npy"
-        try:
-            array: np.ndarray = np.load(file, allow_pickle=False)
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile):
-            array = make()
-            with atomic_file(file) as opened:
-                np.save(opened, array)
-        else:
+        file = self.work / f"{name}.npz"  # which has a checksum, unlike .npy
+        if (kept := kept_arrays(file, "array")) is not None:
             self.ticks(cost)
+            return kept[0]
+        array = make()
+        with atomic_file(file) as opened:
+            np.savez(opened, array=array)
         return array
 
 
