@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import shlex
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -34,7 +35,8 @@ class Bundle:
         """
         folder = user_path(path)
         if not folder.exists():
-            raise BundleError(f"{folder} does not exist; make a bundle with `dydit export CHECKPOINT --out {folder}`")
+            command = shlex.join(["dydit", "export", "CHECKPOINT", "--out", str(folder)])
+            raise BundleError(f"{folder} does not exist; make a bundle with `{command}`")
         manifest = parse_manifest(folder / MANIFEST)
         for name, entry in manifest.files.items():
             try:

@@ -15,6 +15,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shlex
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +30,7 @@ from dydit.bundle.stored import WEIGHTS
 from dydit.bundle.vae import VAE_DECODER, VAE_WEIGHTS
 from dydit.engines.fingerprint import EngineKey, EngineRequest, HardwareCompatibility
 from dydit.engines.flavour import Flavour, Gpu
-from dydit.errors import BundleError
+from dydit.errors import BundleError, DyditError, one_line
 from dydit.files import sha256_of, write_atomic
 from dydit.models.config import Strict
 
@@ -111,8 +113,10 @@ class EngineStore:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"]) or INDEX
             raise BundleError(f"{path} is not valid: {where}: {first['msg']}; {remove}") from error
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (ValueError, RecursionError) as error:
             raise BundleError(f"{path} is damaged: not JSON ({error}); {remove}") from error
+        except OSError as error:
+            raise BundleError(f"{path} cannot be read: {error.strerror}; check its permissions and the disk") from error
         if index.digest != index.compute_digest():
             raise BundleError(f"{path} was changed after it was written (its digest differs); {remove}")
         return index
@@ -159,6 +163,8 @@ class EngineStore:
             data = path.read_bytes()
         except FileNotFoundError as error:
             raise BundleError(f"{path} is missing; run `{command}`") from error
+        except OSError as error:
+            raise BundleError(f"{path} cannot be read: {error.strerror}; check its permissions and the disk") from error
         if hashlib.sha256(data).hexdigest() != entry.sha256:
             raise BundleError(
                 f"{path} was changed after it was built (its SHA-256 differs); remove it and run `{command}`"
@@ -170,16 +176,26 @@ class EngineStore:
         try:
             data = (self.folder / RUNTIME_CACHE).read_bytes()
             record = json.loads((self.folder / RUNTIME_RECORD).read_text(encoding="utf-8"))
-        except (FileNotFoundError, UnicodeDecodeError, json.JSONDecodeError):
+        except (OSError, ValueError):
             return None
         known = isinstance(record, dict) and record.get("sha256") == hashlib.sha256(data).hexdigest()
         return data if known else None
 
     def write_runtime_cache(self, data: bytes) -> None:
         """Keep what a run compiled."""
-        write_atomic(self.folder / RUNTIME_CACHE, data)
         record = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
-        write_atomic(self.folder / RUNTIME_RECORD, (json.dumps(record) + "\n").encode())
+        self.keep(RUNTIME_CACHE, data)
+        self.keep(RUNTIME_RECORD, (json.dumps(record) + "\n").encode())
+
+    def keep(self, name: str, data: bytes) -> None:
+        """Keep a file beside the engines for the next process, which is faster with it.
+
+        Only a warning where that cannot be: a bundle may be read-only, or its disk full, and still run.
+        """
+        try:
+            write_atomic(self.folder / name, data)
+        except (OSError, DyditError) as error:
+            warnings.warn(f"{name} is not kept for the next process: {one_line(error)}", stacklevel=2)
 
 
 def weights_of(manifest: Manifest, graph: str) -> str:
@@ -266,4 +282,4 @@ def build_command(bundle: Bundle, wanted: EngineRequest | Flavour | None) -> str
             words += ["--hardware-compatibility", wanted.hardware_compatibility]
         if wanted.version_compatible:
             words += ["--version-compatible"]
-    return " ".join(str(word) for word in words)
+    return shlex.join(str(word) for word in words)

@@ -120,7 +120,7 @@ class OnnxRuntimeBackend(Backend):
 
     def _open_conditioning(self) -> _Session:
         options = dataclasses.replace(self.options, packed=False)
-        return _Session(self.bundle.file(CONDITIONING), options, lazy=options.device == "cpu")
+        return _Session(self.bundle.file(CONDITIONING), options, lazy=options.device == "cpu", gives="modulation")
 
     def expect(self, images: int) -> None:
         self._sharing.expected = images
@@ -172,6 +172,7 @@ class _Session:
 
     `graph` replaces the file's content; `left_out` are optimisers not to run. `lazy`: fp16 weights stay as they are
     until they are multiplied, instead of all being widened when the session is made; only few optimisers leave them.
+    `gives`: an output that the graph must have.
     """
 
     def __init__(
@@ -181,6 +182,7 @@ class _Session:
         graph: bytes | None = None,
         left_out: tuple[str, ...] = (),
         lazy: bool = False,
+        gives: str = "x_prev",
     ):
         ort = runtime()
         self._errors = _error_types(ort)
@@ -207,12 +209,14 @@ class _Session:
                 "pip install 'dydit[gpu]', or use --device cpu"
             )
         self._outputs = [output.name for output in self._session.get_outputs()]
+        if gives not in self._outputs:
+            raise BackendError(f"{file} is another graph: it has no output {gives}; export the bundle again")
 
     def run(self, feeds: Arrays, what: str) -> dict[str, np.ndarray]:
         """Every output by name."""
         try:
             return dict(zip(self._outputs, self._session.run(None, dict(feeds)), strict=True))
-        except self._errors as error:
+        except (*self._errors, ValueError) as error:  # the latter of inputs that the graph does not have
             raise BackendError(f"onnxruntime failed in {what}: {one_line(error)}") from error
 
 
