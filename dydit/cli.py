@@ -26,6 +26,7 @@ from dydit.cli_options import (
     draw,
     json_option,
     labels_option,
+    note,
     parse_options,
     print_json,
     progress_line,
@@ -225,8 +226,9 @@ def sample_command(
     outputs = OutputOptions(npz=npz, latents_out=latents_out)
     opened = Bundle.open(bundle)
     options = BackendOptions(threads=threads, device=device)
+    say_when = None if worker.local else note  # of the workers of a machine, the first one's words are enough
     with sampling_progress(worker) as (progress, pictures):
-        done = sample_to_folder(opened, wanted, out, outputs, backend, options, progress, pictures, worker)
+        done = sample_to_folder(opened, wanted, out, outputs, backend, options, progress, pictures, worker, say_when)
     if as_json:
         print_json({**vars(done), "out": str(done.out)})
     else:

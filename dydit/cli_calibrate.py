@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -198,10 +197,10 @@ def calibrate_command(
         settings["search"] = {"target": target, "precision": precision, **sampled}
     require("dydit calibrate", [*CHECKPOINTS, *GRAPHS, *backend_modules(backend)])
     from dydit.export.exporter import ExportConfig
-    from dydit.files import require_absent, write_atomic
+    from dydit.files import claimed, explained, parents, remove, require_absent, write_new
     from dydit.models.checkpoint import load_checkpoint
     from dydit.runtime.backends.base import BackendOptions
-    from dydit.verify.calibration import CalibrationConfig, run_calibration, work_name
+    from dydit.verify.calibration import CalibrationConfig, kept_if_begun, run_calibration, work_name
     from dydit.verify.plots_calibration import calibration_png
     from dydit.verify.plots_sensitivity import search_words, sensitivity_png
     from dydit.verify.sentences import extra_text
@@ -218,7 +217,7 @@ def calibrate_command(
         require_absent(curve)
     model = load_checkpoint(checkpoint, **reading)
     work = out.parent / f".{out.name}.{work_name(model, exported, config)}"
-    with progress_line("calibrate") as progress:
+    with explained(out), parents(out), claimed(out), progress_line("calibrate") as progress:
         options = BackendOptions(threads=threads, device=device)
 
         def announce(line: str) -> None:
@@ -228,12 +227,13 @@ def calibrate_command(
             if not click.get_current_context().ensure_object(Settings).quiet:
                 click.echo(line, err=True)
 
-        result = run_calibration(model, exported, config, work, backend, options, progress, announce)
-    draw(calibration_png, result, picture)
-    if config.search is not None:
-        draw(sensitivity_png, result, curve)
-    write_atomic(out, result.calibration.to_json().encode())
-    shutil.rmtree(work)
+        with kept_if_begun(work):
+            result = run_calibration(model, exported, config, work, backend, options, progress, announce)
+        draw(calibration_png, result, picture)
+        if config.search is not None:
+            draw(sensitivity_png, result, curve)
+        write_new(out, result.calibration.to_json().encode())
+        remove(work)
     tokens, found = result.calibration.tokens, result.calibration.sensitivity
     if as_json:
         rates = {"predicted": tokens.predicted.model_dump(), "held_out": tokens.held_out.model_dump()}

@@ -21,7 +21,7 @@ from pydantic import BaseModel
 from dydit.bundle.manifest import PlanKind
 from dydit.cli_progress import Progress, ProgressLine, ProgressLog
 from dydit.errors import BackendError, ConfigError
-from dydit.files import write_atomic
+from dydit.files import user_path, write_atomic
 from dydit.models.config import parse_config
 from dydit.models.validation import SettingsError
 from dydit.runtime.backends.registry import require_known
@@ -79,14 +79,11 @@ def parse_bytes(text: str) -> int:
 class PathType(click.Path):
     """A path. A leading `~` is expanded here, too: shells leave `--out=~/x` as it is."""
 
-    def __init__(self) -> None:
-        super().__init__(path_type=Path)
-
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        return super().convert(os.path.expanduser(value), param, ctx)
+        return user_path(Path(os.fsdecode(super().convert(value, param, ctx))))
 
 
-PATH = PathType()
+PATH = PathType(path_type=Path)
 
 
 @contextmanager
@@ -364,6 +361,12 @@ def say(*lines: str) -> None:
     if not click.get_current_context().ensure_object(Settings).quiet:
         for line in lines:
             click.echo(line)
+
+
+def note(line: str) -> None:
+    """A line for a person while a command is at work, on standard error. Silent with `--quiet`."""
+    if not click.get_current_context().ensure_object(Settings).quiet:
+        click.echo(line, err=True)
 
 
 def draw(picture: Callable[[Any], bytes], result: Any, path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING
 import click
 
 from dydit.cli_options import progress_line, say
-from dydit.cli_progress import Progress, duration
+from dydit.cli_progress import duration
 from dydit.errors import ConfigError
 from dydit.runtime.workers import GPUS, Worker, launched_worker, own_gpu, parse_worker
 from dydit.words import counted
 
+Counter = Callable[[int, int], None]
 if TYPE_CHECKING:
     from dydit.runtime.bulk import SampleSummary
 
@@ -42,14 +43,17 @@ worker_option = click.option(
 
 
 @contextmanager
-def sampling_progress(worker: Worker) -> Iterator[tuple[Progress | None, Callable[[int, int], None] | None]]:
+def sampling_progress(worker: Worker) -> Iterator[tuple[Counter | None, Counter | None]]:
     """Progress of steps and of pictures; of the workers that a launcher started on a machine, the first one's alone."""
     if worker.local:
         yield None, None
         return
     who = "" if worker.count == 1 else f" (worker {worker})"
     with progress_line(f"sample{who}") as line:
-        yield line, partial(line.stage, f"pictures{who}") if line else None
+        if line is None:
+            yield None, None
+        else:
+            yield partial(line.stage, f"sample{who}"), partial(line.stage, f"pictures{who}")
 
 
 def say_sampled(done: SampleSummary) -> None:

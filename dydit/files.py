@@ -1,22 +1,39 @@
-"""Writing results so that a killed process leaves either the old state or the new one, never a half of either."""
+"""Writing results so that a killed process leaves either the old state or the new one, never a half of either.
+
+`atomic_file` replaces a file. `new_file` and `new_folder` make one that must not exist, and hold a claim on it while
+they work: of two processes that write one output, the second is told so at once, and neither replaces the other's
+result. Modes of files and folders are those that the umask gives.
+
+Beside an output `NAME`, while it is written: `.NAME.<host and random>.part`, which becomes `NAME` at the end, and
+`.NAME.lock`.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import glob
+import fcntl
 import hashlib
 import json
 import os
+import re
+import secrets
 import shutil
-import tempfile
+import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 from dydit.errors import OutputError
 
 _CHUNK = 1 << 22
+_LONG_NAME = 200
+_NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM, errno.EBADF, errno.EISDIR, errno.ENOSYS}
+"""What file systems say that cannot flush a folder, or a file that was opened to be read: CIFS, some of FUSE."""
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL}
+_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV, errno.EACCES, errno.EINVAL}
+_NO_RENAMES = {errno.EXDEV, errno.ENOSYS, errno.ENOTSUP, errno.EMFILE, errno.EBUSY}
+"""What a rename gives where old and new name count as different devices, or where folders cannot be renamed at all."""
 
 
 def sha256_of(path: Path) -> str:
@@ -28,13 +45,38 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def fsync_folder(folder: Path) -> None:
-    """Make renames inside `folder` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def user_path(path: Path | str) -> Path:
+    """A path as a user wrote it, its leading `~` replaced by the home folder where there is one."""
+    path = Path(path)
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        return path.expanduser()
+    except RuntimeError:  # a user whom nobody knows: then it is a name like any other
+        return path
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make renames inside `folder` durable, as far as its file system can."""
+    _fsync_path(folder)
+
+
+def _fsync_path(path: Path) -> None:
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
+
+
+def _fsync_file(file: IO[bytes]) -> None:
+    try:
+        os.fsync(file.fileno())
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
 
 
 @contextlib.contextmanager
@@ -44,27 +86,40 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     Raises `OutputError` where the disk is full or the folder cannot be written.
     """
     path = Path(path)
-    with explained(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(name, 0o644)
-            os.replace(name, path)
-        except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(name)
-            raise
-        fsync_folder(path.parent)
+    with explained(path), parents(path), _part_file(path) as (file, part):
+        yield file
+        _close_durably(file)
+        _replace(part, path)
+
+
+@contextlib.contextmanager
+def new_file(path: Path, same_is_fine: bool = False) -> Iterator[BinaryIO]:
+    """As `atomic_file`, of a path that must not exist: nothing that is there is ever replaced.
+
+    `same_is_fine`: a file with the same bytes may be there. Raises `OutputError` for another one, at the start and at
+    the end, and where another process is writing it.
+    """
+    path = Path(path)
+    if not same_is_fine:
+        require_absent(path)
+    with explained(path), parents(path), claimed(path), _part_file(path) as (file, part):
+        yield file
+        _close_durably(file)
+        _publish(part, path, same_is_fine)
 
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Write `data` to `path`, all of it or nothing. Raises as `atomic_file` does."""
     with atomic_file(path) as file:
         file.write(data)
+
+
+def write_new(path: Path, data: bytes) -> None:
+    """Write `data` to `path`, which must not exist. To be called while `path` is `claimed`. Raises `OutputError`."""
+    with explained(path), parents(path), _part_file(path) as (file, part):
+        file.write(data)
+        _close_durably(file)
+        _publish(part, path, same_is_fine=False)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -74,7 +129,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def require_absent(path: Path) -> None:
     """Raise `OutputError` if `path` exists: results are never written over something that was there."""
-    if path.exists() or path.is_symlink():
+    if os.path.lexists(path):
         raise OutputError(f"{path} exists already; choose another output or remove it first")
 
 
@@ -82,60 +137,205 @@ def require_absent(path: Path) -> None:
 def new_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary sibling of `path`; rename it to `path` on success, remove it on failure.
 
-    The rename is the last thing that happens, so `path` is complete or absent whenever the process dies.
+    The rename is the last thing that happens, so `path` is complete or absent whenever the process dies. (Where folders
+    cannot be renamed, their content is moved, and this does not hold.) Raises `OutputError` where `path` exists, at the
+    start and at the end, and where another process is writing it.
     """
     path = Path(path)
     require_absent(path)
-    with explained(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        remove_stale_parts(path)
-        part = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=f".{os.getpid()}.part", dir=path.parent))
+    with explained(path), parents(path), claimed(path):
+        part = _part_of(path)
+        part.mkdir()
         try:
             yield part
-            for file in part.rglob("*"):
-                if file.is_file():
-                    with open(file, "rb") as opened:
-                        os.fsync(opened.fileno())
-                elif file.is_dir():
-                    fsync_folder(file)
+            for entry in part.rglob("*"):
+                _fsync_path(entry)
             fsync_folder(part)
-            os.chmod(part, 0o755)
             require_absent(path)
-            os.rename(part, path)
+            _move_folder(part, path)
         except BaseException:
             shutil.rmtree(part, ignore_errors=True)
             raise
         fsync_folder(path.parent)
 
 
-def remove_stale_parts(path: Path) -> None:
-    """Remove the temporary folders that killed runs left beside `path`; those of living processes stay."""
-    for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
-        owner = part.name.split(".")[-2]
-        if owner.isdigit() and not _alive(int(owner)):
-            shutil.rmtree(part, ignore_errors=True)
+@contextlib.contextmanager
+def claimed(path: Path) -> Iterator[None]:
+    """Hold `path` as this process's output; what killed processes left of it is removed.
+
+    Raises `OutputError` where another process holds it. Where the file system has no locks it is held by nobody; then
+    whoever finishes first wins.
+    """
+    lock = _beside(path, "lock")
+    with contextlib.ExitStack() as held:
+        while True:
+            file = held.enter_context(open(lock, "ab"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise OutputError(
+                    f"another process is writing {path}; wait for it, or choose another output"
+                ) from error
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
+                break
+            if _is_file(file, lock):  # and not one that its holder removed in between
+                _remove_parts(path)
+                break
+            file.close()
+        held.callback(lock.unlink, missing_ok=True)  # while the lock is held
+        yield
 
 
-def _alive(pid: int) -> bool:
+def _remove_parts(path: Path) -> None:
+    """Remove what killed processes of this machine left of `path`; those of others may live."""
+    pattern = re.compile(re.escape(_beside(path, _host()).name) + r"[0-9a-f]{8}\.part")
+    for entry in path.parent.iterdir():
+        if pattern.fullmatch(entry.name):
+            remove(entry)
+
+
+def _part_of(path: Path) -> Path:
+    return _beside(path, f"{_host()}{secrets.token_hex(4)}.part")
+
+
+def _host() -> str:
+    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+
+
+def _is_file(file: IO[bytes], path: Path) -> bool:
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
         return False
-    except PermissionError:
-        return True
-    return True
+
+
+def remove(path: Path) -> None:
+    """Remove a file, or a folder with all that is in it, as far as that goes."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def _beside(path: Path, ending: str) -> Path:
+    """A hidden name beside `path`, of it and an ending; no longer than file systems allow."""
+    name = path.name
+    if len(os.fsencode(name)) > _LONG_NAME:
+        name = hashlib.sha256(os.fsencode(name)).hexdigest()
+    return path.parent / f".{name}.{ending}"
+
+
+@contextlib.contextmanager
+def parents(path: Path) -> Iterator[None]:
+    """Make the folders above `path` for the block; where it fails, those that were not there go again."""
+    missing = [folder for folder in path.parents if not folder.exists()]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for folder in missing:  # the innermost first; one that holds something stays, and so do those above
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
+
+
+@contextlib.contextmanager
+def _part_file(path: Path) -> Iterator[tuple[BinaryIO, Path]]:
+    """A file beside `path`, open for writing; whatever happens, it is gone afterwards."""
+    part = _part_of(path)
+    try:
+        with open(part, "xb") as file:
+            yield file, part
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _close_durably(file: BinaryIO) -> None:
+    file.flush()
+    _fsync_file(file)
+    file.close()
+
+
+def _replace(part: Path, path: Path) -> None:
+    """Rename `part` to `path`, or, where names cannot be exchanged there, write its bytes into it."""
+    try:
+        os.replace(part, path)
+    except OSError as error:
+        if error.errno not in _NO_RENAMES:
+            raise
+        shutil.copyfile(part, path)
+        _fsync_path(path)
+    fsync_folder(path.parent)
+
+
+def _publish(part: Path, path: Path, same_is_fine: bool) -> None:
+    """Give `part` the name `path` unless something has it, in one step."""
+    try:
+        try:
+            os.link(part, path)
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))  # takes the name
+            _replace(part, path)
+    except FileExistsError:
+        if not (same_is_fine and path.is_file() and sha256_of(path) == sha256_of(part)):
+            require_absent(path)
+            raise
+    fsync_folder(path.parent)
+
+
+def _move_folder(part: Path, path: Path) -> None:
+    try:
+        os.rename(part, path)
+    except OSError as error:
+        if error.errno not in _NO_RENAMES:
+            raise
+        path.mkdir()  # takes the name
+        for entry in sorted(part.iterdir()):
+            shutil.move(entry, path / entry.name)
+        part.rmdir()
 
 
 @contextlib.contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """Turn the operating system's refusals to write `path` into an `OutputError` that says what to do."""
+    """Turn the operating system's refusals to write `path` into an `OutputError` that says what to do.
+
+    Refusals that name a file elsewhere, which was read, say, stay what they are.
+    """
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OutputError(f"no space left on the disk that holds {path}; free some and run again") from error
-        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-            raise OutputError(f"cannot write {path}: {error.strerror}; choose a folder that can be written") from error
-        if error.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENOTEMPTY, errno.ENAMETOOLONG):
-            raise OutputError(f"cannot write {path}: {error.strerror}; choose another output") from error
-        raise
+        if (reason := _reason(error, path)) is None or _elsewhere(error, path):
+            raise
+        raise OutputError(reason) from error
+
+
+def _reason(error: OSError, path: Path) -> str | None:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"no space left on the disk that holds {path}; free some and run again"
+    if error.errno == errno.EFBIG:
+        return (
+            f"cannot write {path}: {error.strerror} for its file system or for `ulimit -f`; raise the limit, or choose "
+            "another output"
+        )
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return f"cannot write {path}: {error.strerror}; choose a folder that can be written"
+    if error.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENOTEMPTY, errno.ENAMETOOLONG):
+        return f"cannot write {path}: {error.strerror}; choose another output"
+    return None
+
+
+def _elsewhere(error: OSError, path: Path) -> bool:
+    """Whether the error names a file, and it is neither `path`, nor in it or above it, nor one of its parts."""
+    path = Path(os.path.abspath(path))
+    names = [Path(os.path.abspath(name)) for name in (error.filename, error.filename2) if isinstance(name, str | Path)]
+    ours = (path.name, f".{path.name}.", _beside(path, "").name)
+    return bool(names) and not any(
+        path.is_relative_to(name)
+        or (name.is_relative_to(path.parent) and name.relative_to(path.parent).parts[0].startswith(ours))
+        for name in names
+    )

@@ -141,12 +141,13 @@ def test_debug_shows_where_an_error_came_from(run, monkeypatch, tmp_path: Path, 
 def test_an_interrupted_export_leaves_nothing(run, monkeypatch, pixel_checkpoint, tmp_path: Path) -> None:
     monkeypatch.setattr("dydit.export.exporter.save_graph", raising(KeyboardInterrupt()))
     done = run("export", pixel_checkpoint, "--steps", STEPS, "--out", tmp_path / "out")
-    assert (done.code, done.err) == (130, "dydit: error: interrupted\n")
+    assert (done.code, done.err) == (130, "dydit: error: interrupted; nothing was written; run it again\n")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_signal_interrupts_a_sampling_run(bundle: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "dydit", "-q", "sample", str(bundle), "--labels", "0-6", "--num", "100000"]
+@pytest.mark.parametrize(("number", "said"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")])
+def test_a_signal_interrupts_a_sampling_run(bundle: Path, tmp_path: Path, number: int, said: str) -> None:
+    command = [sys.executable, "-m", "dydit", "sample", str(bundle), "--labels", "0-6", "--num", "100000", "-q"]
     process = subprocess.Popen(
         [*command, "--out", str(tmp_path / "out")],
         stderr=subprocess.PIPE,
@@ -157,10 +158,11 @@ def test_a_signal_interrupts_a_sampling_run(bundle: Path, tmp_path: Path) -> Non
     started, deadline = tmp_path / "out" / ".work" / "000003.npz", time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None and not started.exists():
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, err = process.communicate(timeout=60)
-    assert (process.returncode, err) == (130, "dydit: error: interrupted\n")
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {".work"}
+    line = f"dydit: error: {said}; the same command goes on where it was\n"
+    assert (process.returncode, err) == (128 + number, line)
+    assert not list((tmp_path / "out").rglob("*.part"))
 
 
 def test_a_reader_that_goes_away(bundle: Path) -> None:

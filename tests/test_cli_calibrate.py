@@ -125,7 +125,7 @@ def test_progress_goes_to_a_terminal_and_a_stopped_run_goes_on(
         return plain(self, step, *arguments)
 
     monkeypatch.setattr(StepRunner, "run", stopping)
-    assert run(*call) == (130, "", "dydit: error: interrupted\n")
+    assert run(*call) == (130, "", "dydit: error: interrupted; the same command goes on where it was\n")
     (work,) = tmp_path.iterdir()
     assert work.name.startswith(".c.json.") and (work / "0-0.npz").is_file()
     steps.clear()

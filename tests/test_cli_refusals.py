@@ -292,8 +292,9 @@ def spoil(bundle: Path, how: str) -> None:
     elif how == "absolute path":
         values["files"][str(weights)] = values["files"]["weights.bin"]
         manifest.write_text(json.dumps(values))
-    elif how == "link out of the folder":
-        weights.rename(bundle.parent / "outside")
+    elif how == "link to another file":
+        (bundle.parent / "outside").write_bytes(data[::-1])
+        weights.unlink()
         weights.symlink_to(bundle.parent / "outside")
 
 
@@ -310,7 +311,7 @@ SPOILT = {
     "manifest in no encoding": "manifest.json",
     "path upwards": "leaves the bundle",
     "absolute path": "leaves the bundle",
-    "link out of the folder": "leaves the bundle",
+    "link to another file": "was changed",
 }
 
 
@@ -396,6 +397,29 @@ def test_a_full_disk_while_sampling(exported: Path, tmp_path: Path) -> None:
     # What was sampled so far stays in the folder's working files, for the same command to go on from.
     assert_refused(SimpleNamespace(code=done.code, out="", err=done.err), "no space left", str(disk))
     assert done.out == "-- listing\nout\n"
+
+
+def test_a_full_disk_while_calibrating(checkpoint: Path, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    arguments = ["calibrate", checkpoint, "--steps", 2, "--samples", 8, "--held-out", 8, "--quantile", 0.5]
+    done = on_a_disk_of_its_own("size=128k", disk, [*arguments, "--out", disk / "c.json"])
+    assert_refused_leaving_nothing(done, "no space left", str(disk))
+
+
+def test_earlier_results_outlast_a_full_disk(run, exported: Path, tmp_path: Path) -> None:
+    """What a run has finished stays when the disk fills up, and the same command goes on when there is room."""
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+
+    arguments = ["sample", exported, "--labels", "0-6", "--num", 28, "--npz", "--quiet", "--out", tmp_path / "out"]
+    call = [sys.executable, "-B", "-m", "dydit", *map(str, arguments), "--batch-size", "2"]
+    done = subprocess.run(call, capture_output=True, text=True, check=False, preexec_fn=limit)
+    assert_refused(ended(done), "File too large", "ulimit")
+    pictures = {name: hash for name, hash in contents(tmp_path / "out").items() if name.endswith(".png")}
+    assert len(pictures) == 28 and not [name for name in contents(tmp_path) if name.endswith(".part")]
+    assert run(*arguments, "--batch-size", 2).code == 0
+    assert pictures.items() <= contents(tmp_path / "out").items()
 
 
 @pytest.mark.parametrize("command", ["convert", "export", "sample"])

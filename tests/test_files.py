@@ -13,7 +13,13 @@ import pytest
 
 from dydit import files
 from dydit.errors import OutputError, one_line
-from dydit.files import new_folder, remove_stale_parts, require_absent, sha256_of, write_atomic, write_json
+from dydit.files import (
+    new_folder,
+    require_absent,
+    sha256_of,
+    write_atomic,
+    write_json,
+)
 
 
 def names(folder: Path) -> list[str]:
@@ -25,14 +31,6 @@ def refuse(code: int):
         raise OSError(code, os.strerror(code))
 
     return fail
-
-
-@pytest.fixture
-def dead_pid() -> int:
-    """The process id of a process that has ended and been reaped."""
-    process = subprocess.Popen([sys.executable, "-S", "-c", ""])
-    process.wait()
-    return process.pid
 
 
 def test_sha256_reads_beyond_one_piece(tmp_path, monkeypatch):
@@ -47,10 +45,9 @@ def test_write_atomic_creates_folders_and_replaces(tmp_path):
     write_atomic(path, b"new")
     assert path.read_bytes() == b"new"
     assert names(path.parent) == ["result.bin"]
-    assert path.stat().st_mode & 0o777 == 0o644
 
 
-@pytest.mark.parametrize("step", ["fsync", "replace", "chmod"])
+@pytest.mark.parametrize("step", ["fsync", "replace"])
 def test_write_atomic_that_fails_keeps_the_old_state(tmp_path, monkeypatch, step):
     path = tmp_path / "result.bin"
     path.write_bytes(b"old")
@@ -74,7 +71,8 @@ def test_write_atomic_that_fails_keeps_the_old_state(tmp_path, monkeypatch, step
 )
 def test_refusals_of_the_system_are_explained(tmp_path, monkeypatch, code, message):
     path = tmp_path / "result"
-    monkeypatch.setattr(files.os, "fsync", refuse(code))
+    for name in ("replace", "rename"):
+        monkeypatch.setattr(files.os, name, refuse(code))
     with pytest.raises(OutputError) as caught:
         write_atomic(path, b"data")
     assert str(caught.value) == message.format(path=path)
@@ -122,7 +120,6 @@ def test_new_folder_appears_whole(tmp_path):
         (folder / "inner" / "file").write_text("x")
     assert (out / "inner" / "file").read_text() == "x"
     assert names(out.parent) == ["out"]
-    assert out.stat().st_mode & 0o777 == 0o755
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
@@ -159,25 +156,6 @@ def test_new_folder_refuses_what_exists_before_and_after(tmp_path):
     assert names(tmp_path) == ["late", "out"]
 
 
-@pytest.mark.parametrize("name", ["out", "a[b]c", "star*"])
-def test_parts_of_dead_processes_are_removed(tmp_path, dead_pid, name):
-    stale = tmp_path / f".{name}.x7.{dead_pid}.part"
-    kept = [
-        tmp_path / f".{name}.x7.{os.getpid()}.part",  # its process lives
-        tmp_path / f".{name}.x7.1.part",  # so does this one, which may not be ours to signal
-        tmp_path / f".starry.x7.{dead_pid}.part",  # another output, whatever pattern ours may look like
-        tmp_path / f".{name}.x7.part",  # not of our making
-    ]
-    for folder in (stale, *kept):
-        folder.mkdir()
-        (folder / "file").write_text("x")
-    remove_stale_parts(tmp_path / name)
-    assert names(tmp_path) == sorted(folder.name for folder in kept)
-    stale.mkdir()
-    with new_folder(tmp_path / name):
-        assert not stale.exists()
-
-
 def test_a_killed_writer_leaves_a_part_that_the_next_one_removes(tmp_path):
     code = (
         "import os, signal, sys; from pathlib import Path; from dydit.files import new_folder\n"
@@ -185,8 +163,8 @@ def test_a_killed_writer_leaves_a_part_that_the_next_one_removes(tmp_path):
         "    (folder / 'half').write_text('x'); os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")]).returncode == -9
-    (left,) = names(tmp_path)
-    assert left.startswith(".out.") and left.endswith(".part")
+    part, lock = sorted(names(tmp_path), key=lambda name: name == ".out.lock")
+    assert part.startswith(".out.") and part.endswith(".part") and lock == ".out.lock"
     with new_folder(tmp_path / "out") as folder:
         (folder / "whole").write_text("x")
     assert names(tmp_path) == ["out"] and names(tmp_path / "out") == ["whole"]

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import errno
+import shlex
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from dydit.bundle.manifest import MANIFEST, FileEntry, Manifest, parse_manifest
 from dydit.bundle.stored import STORAGE, WEIGHTS
-from dydit.errors import BundleError, one_line
-from dydit.files import sha256_of
+from dydit.errors import BackendError, BundleError, one_line
+from dydit.files import sha256_of, user_path
+
+_NO_MAPS = {errno.ENODEV, errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EACCES, errno.EPERM}
 
 Stamp = tuple[int, int, int] | None
 
@@ -32,18 +37,20 @@ class Bundle:
     def open(cls, path: Path | str, verify: bool = True) -> Bundle:
         """Read the manifest and hold every listed file against its size and, with `verify`, its SHA-256.
 
-        Raises `BundleError`, in one line, for whatever is missing, truncated, changed or outside the folder.
+        Files may be links, as in the cache of a hub: what counts is their content. Raises `BundleError`, in one line,
+        for whatever is missing, truncated or changed, and for names that lead out of the folder.
         """
-        folder = Path(path)
+        folder = user_path(path)
         if not folder.exists():
-            raise BundleError(f"{folder} does not exist; make a bundle with `dydit export CHECKPOINT --out {folder}`")
+            command = shlex.join(["dydit", "export", "CHECKPOINT", "--out", str(folder)])
+            raise BundleError(f"{folder} does not exist; make a bundle with `{command}`")
         manifest = parse_manifest(folder / MANIFEST)
         stamps: dict[str, Stamp] = {}
         for name, entry in manifest.files.items():
             try:
                 stamps[name] = _stamp(folder / name)
                 _check_file(folder, name, entry, verify)
-            except (OSError, RuntimeError) as error:  # unreadable, a name too long, symlinks in a circle
+            except (OSError, RuntimeError) as error:  # unreadable, a name too long, links in a circle
                 raise BundleError(f"{folder}: {name} cannot be read: {one_line(error)}") from error
         bundle = cls(folder, manifest, stamps)
         bundle._check_weights()
@@ -82,7 +89,12 @@ class Bundle:
     def weight(self, name: str) -> np.ndarray:
         """A stored tensor, memory-mapped read-only, of the type that `STORAGE` gives; see `dydit.models.layout`."""
         entry = self.manifest.weights[name]
-        return np.memmap(self.file(WEIGHTS), STORAGE[entry.dtype], "r", entry.offset, entry.shape)
+        raw = self.mapped_weights()[entry.offset : entry.offset + entry.nbytes]
+        return raw.view(STORAGE[entry.dtype]).reshape(entry.shape)
+
+    def mapped_weights(self, mode: Literal["r", "c"] = "r") -> np.ndarray:
+        """`weights.bin`, uint8, as `mapped_file` has it."""
+        return mapped_file(self.file(WEIGHTS), mode)
 
 
 def _stamp(file: Path) -> Stamp:
@@ -93,10 +105,35 @@ def _stamp(file: Path) -> Stamp:
     return facts.st_ino, facts.st_size, facts.st_mtime_ns
 
 
+def mapped_file(path: Path, mode: Literal["r", "c"] = "r") -> np.ndarray:
+    """A file as uint8, memory-mapped: `r` read-only; `c` writable, but what is written stays in this process.
+
+    Where the file system maps no files it is read. Raises `BackendError` where there is too little memory for it.
+    """
+    size = 0
+    try:
+        size = path.stat().st_size
+        if size == 0:
+            return np.zeros(0, np.uint8)
+        try:
+            return np.memmap(path, np.uint8, mode)
+        except OSError as error:
+            if error.errno not in _NO_MAPS:
+                raise
+        raw = np.fromfile(path, np.uint8)
+        raw.flags.writeable = mode == "c"
+        return raw
+    except (OSError, MemoryError) as error:
+        if isinstance(error, OSError) and error.errno != errno.ENOMEM:
+            raise
+        raise BackendError(
+            f"not enough memory, or address space (see `ulimit -v`), for the {size} bytes of {path}; free some, or "
+            "use a bundle of fewer bits"
+        ) from error
+
+
 def _check_file(folder: Path, name: str, entry: FileEntry, verify: bool) -> None:
     file = folder / name
-    if not file.resolve().is_relative_to(folder.resolve()):
-        raise BundleError(f"{folder}: path {name!r} leaves the bundle; do not use it")
     if not file.is_file():
         raise BundleError(f"{folder}: {name} is missing; export the bundle again")
     if file.stat().st_size != entry.bytes:

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field, FiniteFloat, ValidationError, field_validator, model_validator
 
+from dydit.bundle.consistency import mask_trouble, slots_trouble, weights_trouble
 from dydit.bundle.costs import MeasuredPlan
 from dydit.bundle.stored import WEIGHTS, Precision, WeightEntry
 from dydit.bundle.vae import VAE_DECODER, VAE_WEIGHTS, VaeEntry
@@ -174,7 +175,28 @@ class Manifest(Strict):
                 raise ValueError(f"file {name!r} is used but not listed")
         if self.vae is not None and (reason := self.vae.unfit_reason(self.model)):
             raise ValueError(reason)
+        if trouble := self._trouble():
+            raise ValueError(trouble)
         return self
+
+    def _trouble(self) -> str | None:
+        """The first of what does not agree with the model, or with each other; None where all does."""
+        if self.sampling.cfg_channels > self.model.in_channels:
+            return f"guidance acts on {self.sampling.cfg_channels} of {self.model.in_channels} channels"
+        if trouble := weights_trouble(self.weights, self.model, self.precision):
+            return trouble
+        for subnet in self.subnets:
+            if trouble := slots_trouble(subnet.heads, subnet.groups, self.model):
+                return trouble
+            if subnet.capacities is not None and len(subnet.capacities) != self.model.depth:
+                return "a subnetwork has not one capacity per block"
+        masks = self.step_masks()
+        for segment in self.plan.segments:
+            subnet = self.subnets[segment.subnet]
+            served = masks[segment.first : segment.first + segment.count]
+            if trouble := mask_trouble(subnet.heads, subnet.groups, subnet.gated, served):
+                return trouble
+        return None
 
     @property
     def sliding(self) -> bool:

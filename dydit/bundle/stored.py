@@ -83,6 +83,14 @@ STORAGE = {
 """NumPy's type for each stored type; it has no bfloat16 and no float8, whose bits are read as integers."""
 
 
+_PRODUCTS = ("qkv", "proj", "fc1", "fc2", "adaln")
+
+
+def product_type(name: str, precision: Precision) -> StoredType:
+    """The type of a stored tensor, but for weights in 8 bits: that of products and their biases, else fp32."""
+    return precision.dtype if name.split(".")[-2:][0] in _PRODUCTS else "float32"
+
+
 def half_name(name: str) -> str:
     """The name of a weight's copy in fp16, where others are in 8 bits: `blocks.0.qkv.weight16`."""
     return f"{name}16"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib
-import os
 import resource
 import time
 from collections.abc import Mapping
@@ -165,9 +164,8 @@ def _hardware_level(trt: Any, wanted: HardwareCompatibility) -> Any:
 
 
 def _log(path: Path, title: str, messages: Messages) -> None:
-    """Append to the build log in one write, so that several processes do not mix their lines."""
+    """Append to the build log in one write, so that several processes do not mix their lines, as far as that goes."""
     stamp = datetime.now(UTC).isoformat(timespec="seconds")
     text = f"{stamp} {title}\n{messages.text()}".encode()
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    with contextlib.closing(os.fdopen(descriptor, "wb", buffering=0)) as file:
+    with contextlib.suppress(OSError), open(path, "ab", buffering=0) as file:  # a full disk fails at the engine
         file.write(text)

@@ -15,6 +15,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shlex
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +30,7 @@ from dydit.bundle.stored import WEIGHTS
 from dydit.bundle.vae import VAE_DECODER, VAE_WEIGHTS
 from dydit.engines.fingerprint import EngineKey, EngineRequest, HardwareCompatibility
 from dydit.engines.flavour import Flavour, Gpu
-from dydit.errors import BundleError
+from dydit.errors import BundleError, DyditError, one_line
 from dydit.files import sha256_of, write_atomic
 from dydit.models.config import Strict
 from dydit.models.validation import first_problem
@@ -110,8 +112,10 @@ class EngineStore:
             return None
         except ValidationError as error:
             raise BundleError(f"{path} is not valid: {first_problem(error)}; {remove}") from error
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (ValueError, RecursionError) as error:
             raise BundleError(f"{path} is damaged: not JSON ({error}); {remove}") from error
+        except OSError as error:
+            raise BundleError(f"{path} cannot be read: {error.strerror}; check its permissions and the disk") from error
         if index.digest != index.compute_digest():
             raise BundleError(f"{path} was changed after it was written (its digest differs); {remove}")
         return index
@@ -122,10 +126,9 @@ class EngineStore:
         write_atomic(self.folder / INDEX, index.to_json().encode())
 
     def engine_path(self, entry: EngineEntry) -> Path:
-        """The file of an entry. Raises `BundleError` where it is not a file of this folder, inside the bundle."""
-        path, root = self.folder / entry.file, self.bundle.path.resolve()
-        inside = path.resolve().parent == root / ENGINES / self.folder.name
-        if not _FILE_NAME.fullmatch(entry.file) or not inside:
+        """The file of an entry. Raises `BundleError` where it is not a file of this folder."""
+        path = self.folder / entry.file
+        if not _FILE_NAME.fullmatch(entry.file):
             raise BundleError(
                 f"{path} is not a file of the bundle's own engines folder; engines are code and are loaded from "
                 f"nowhere else: remove {self.folder} and build again"
@@ -133,13 +136,9 @@ class EngineStore:
         return path
 
     def is_complete(self, entry: EngineEntry) -> bool:
-        """Whether an engine's file is there as it was built; it is hashed only where its time or size differ."""
+        """Whether an engine's file is there as it was built, by its hash: a file's time says nothing of damage."""
         path = self.engine_path(entry)
-        if not path.is_file() or path.stat().st_size != entry.bytes:
-            return False
-        if path.stat().st_mtime_ns == entry.modified_ns:
-            return True
-        return sha256_of(path) == entry.sha256
+        return path.is_file() and path.stat().st_size == entry.bytes and sha256_of(path) == entry.sha256
 
     def load(self, graph: str) -> bytes:
         """The engine of a graph, the very bytes whose hash was checked.
@@ -163,6 +162,8 @@ class EngineStore:
             data = path.read_bytes()
         except FileNotFoundError as error:
             raise BundleError(f"{path} is missing; run `{command}`") from error
+        except OSError as error:
+            raise BundleError(f"{path} cannot be read: {error.strerror}; check its permissions and the disk") from error
         if hashlib.sha256(data).hexdigest() != entry.sha256:
             raise BundleError(
                 f"{path} was changed after it was built (its SHA-256 differs); remove it and run `{command}`"
@@ -174,16 +175,26 @@ class EngineStore:
         try:
             data = (self.folder / RUNTIME_CACHE).read_bytes()
             record = json.loads((self.folder / RUNTIME_RECORD).read_text(encoding="utf-8"))
-        except (FileNotFoundError, UnicodeDecodeError, json.JSONDecodeError):
+        except (OSError, ValueError):
             return None
         known = isinstance(record, dict) and record.get("sha256") == hashlib.sha256(data).hexdigest()
         return data if known else None
 
     def write_runtime_cache(self, data: bytes) -> None:
         """Keep what a run compiled."""
-        write_atomic(self.folder / RUNTIME_CACHE, data)
         record = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
-        write_atomic(self.folder / RUNTIME_RECORD, (json.dumps(record) + "\n").encode())
+        self.keep(RUNTIME_CACHE, data)
+        self.keep(RUNTIME_RECORD, (json.dumps(record) + "\n").encode())
+
+    def keep(self, name: str, data: bytes) -> None:
+        """Keep a file beside the engines for the next process, which is faster with it.
+
+        Only a warning where that cannot be: a bundle may be read-only, or its disk full, and still run.
+        """
+        try:
+            write_atomic(self.folder / name, data)
+        except (OSError, DyditError) as error:
+            warnings.warn(f"{name} is not kept for the next process: {one_line(error)}", stacklevel=2)
 
 
 def weights_of(manifest: Manifest, graph: str) -> str:
@@ -270,4 +281,4 @@ def build_command(bundle: Bundle, wanted: EngineRequest | Flavour | None) -> str
             words += ["--hardware-compatibility", wanted.hardware_compatibility]
         if wanted.version_compatible:
             words += ["--version-compatible"]
-    return " ".join(str(word) for word in words)
+    return shlex.join(str(word) for word in words)

@@ -19,7 +19,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 
 from dydit.engines.builder import Built, Job, build_engine
-from dydit.errors import BackendError, DyditError
+from dydit.errors import BackendError, DyditError, one_line
 
 _PR_SET_PDEATHSIG = 1
 _PATIENCE = 5.0  # seconds that an idle worker gets to end
@@ -114,6 +114,8 @@ def _serve(pipe: Connection, parent: int) -> None:
                 pipe.send(build_engine(job))
             except DyditError as error:
                 pipe.send(error)
+            except OSError as error:
+                pipe.send(BackendError(f"cannot build {job.graph.name}: {one_line(error)}"))
 
 
 def _end_with(parent: int) -> None:

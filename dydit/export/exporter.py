@@ -58,7 +58,7 @@ from dydit.export.scales import Scales, planned_migration, segment_scales, weigh
 from dydit.export.sizes import PlanSizes, fixed_bytes, subnet_bytes, unit_bytes
 from dydit.export.vae import VaeOptions, export_vae
 from dydit.export.weights import write_weights
-from dydit.files import new_folder, require_absent, sha256_of
+from dydit.files import new_folder, require_absent, sha256_of, user_path
 from dydit.models.checkpoint import Checkpoint
 from dydit.models.config import ModelConfig, Space, Strict
 from dydit.models.migration import Migration
@@ -135,6 +135,7 @@ def export(
     not fit the model, `CalibrationError` for a calibration of something else, `OutputError` where `out` exists or
     cannot be written, and for a VAE decoder what `export_vae` does.
     """
+    out = user_path(out)
     require_absent(out)
     masks, order = _masks_and_order(checkpoint, config)
     plan = _make_plan(config, checkpoint.config, masks, measured or Measured())

@@ -13,14 +13,13 @@ from typing import BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from dydit.bundle.stored import ITEM_BYTES, Precision, StoredType, WeightEntry, half_name
+from dydit.bundle.stored import ITEM_BYTES, Precision, StoredType, WeightEntry, half_name, product_type
 from dydit.errors import CheckpointError
 from dydit.export.quantize import is_quantized, quantize, scale_name
 
 ALIGNMENT = 4096
 PIECE = 1 << 24
 """Numbers that are converted and written at once: 64 MiB of them."""
-_PRODUCTS = ("qkv", "proj", "fc1", "fc2", "adaln")
 _TYPES: dict[StoredType, torch.dtype] = {
     "float32": torch.float32,
     "float16": torch.float16,
@@ -42,7 +41,7 @@ def stored_type(name: str, precision: Precision) -> StoredType:
     """The type of a stored tensor: weights and biases of products follow the bundle's precision, all else is fp32."""
     if precision.in_8_bits and is_quantized(name):
         return precision.weight_dtype
-    return precision.dtype if name.split(".")[-2:][0] in _PRODUCTS else "float32"
+    return product_type(name, precision)
 
 
 def stored_forms(

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dydit.errors import CheckpointError, ConfigError, one_line
-from dydit.files import atomic_file, require_absent, sha256_of
+from dydit.files import atomic_file, new_file, require_absent, sha256_of, user_path
 from dydit.models.config import ModelConfig, Space, parse_config
 from dydit.models.containers import Container, container_of
 from dydit.models.conventions import require_supported, stated_by
@@ -102,7 +102,7 @@ def load_checkpoint(
     anything that is not a complete and finite DiT, or was trained in a way that we do not sample; nothing in the file
     is executed.
     """
-    path, given = Path(path), Given(num_heads, weights, num_classes, input_size)
+    path, given = user_path(path), Given(num_heads, weights, num_classes, input_size)
     try:
         if path.is_dir():
             folder = read_folder(path, given)
@@ -186,13 +186,14 @@ def save_checkpoint(
     model_or_state: DiT | Mapping[str, Tensor],
     config: ModelConfig,
     metadata: Mapping[str, str] | None = None,
+    replace: bool = True,
 ) -> None:
-    """Write our own format (see the module), atomically, replacing `path`; tensors go out one by one.
+    """Write our own format (see the module), atomically; tensors go out one by one. `replace`: `path` may exist.
 
     Raises `CheckpointError` where the weights do not fit `config` or are not finite, and where `metadata` is not text
     or uses a reserved key; `OutputError` where `path` cannot be written.
     """
-    path = Path(path)
+    path = user_path(path)
     if isinstance(model_or_state, DiT) and model_or_state.config != config:
         raise CheckpointError(f"{path}: not written: the configuration is not that of the model")
     state = model_or_state.state_dict() if isinstance(model_or_state, DiT) else model_or_state
@@ -201,7 +202,7 @@ def save_checkpoint(
         header = _header(config, metadata or {})
     except CheckpointError as error:
         raise CheckpointError(f"{path}: not written: the model {error}") from error
-    with atomic_file(path) as file:
+    with (atomic_file if replace else new_file)(path) as file:
         file.write(header)
         for name in sorted(state):
             array = state[name].detach().to("cpu", torch.float32).contiguous().numpy()
@@ -244,7 +245,7 @@ def convert(
     notes of reading it, which the result also has. Raises `OutputError` if `target`
     exists and `CheckpointError` as `load_checkpoint` does.
     """
-    source, target = Path(source), Path(target)
+    source, target = user_path(source), user_path(target)
     require_absent(target)
     checkpoint = load_checkpoint(source, num_heads, weights, num_classes, input_size)
     origin = {"source": checkpoint.source, "source_sha256": checkpoint.sha256}
@@ -252,5 +253,5 @@ def convert(
         origin["assumed"] = "; ".join(checkpoint.notes)
     # A copy of our own format keeps the origin that it names.
     config = checkpoint.config.stating(space, decoded=False)
-    save_checkpoint(target, checkpoint.state, config, {**origin, **checkpoint.metadata})
+    save_checkpoint(target, checkpoint.state, config, {**origin, **checkpoint.metadata}, replace=False)
     return dataclasses.replace(load_checkpoint(target), notes=checkpoint.notes)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -17,11 +19,14 @@ from pydantic import (
 
 from dydit.diffusion.guidance import Guidance
 from dydit.errors import ConfigError
+from dydit.files import user_path
 from dydit.models.validation import SettingsError, problems_of
 
 T = TypeVar("T", bound=BaseModel)
 PICTURE_CHANNELS = (1, 3)
 """Channels that a picture has: grey, or RGB."""
+UserPath = Annotated[Path, AfterValidator(user_path)]
+"""A path in a configuration; `~` is the home folder."""
 
 
 class Routers(StrEnum):

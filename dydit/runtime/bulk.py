@@ -7,7 +7,10 @@ and no pictures. Settings decide the content bit for bit, on machines of one kin
 and however many workers made it. The number of CPU threads is one of them: a matrix product that several threads share
 may add up in another order. So whoever goes on with a run has to use as many threads as who began it.
 
-Pictures are made after sampling, a few at a time; each is complete once it is there, and the rest is read from them.
+A run goes chunk by chunk (`dydit.runtime.loop.chunk_size`): some batches are sampled, then their pictures are made, a
+few at a time. Each is whole once it is there, and the rest is read from them. On a finished run, the same command
+checks that everything is there and whole, and makes anew what is not: pictures from latents where a file has them, else
+by sampling their batches again.
 
 Workers (`dydit.runtime.workers`) make the batches of one run, each those of its own share, with their pictures. One
 that is through and finds that all others are, too, writes what is made of all images; where two find it at once, a lock
@@ -19,7 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,30 +30,29 @@ from typing import Any
 import numpy as np
 
 from dydit.bundle.bundle import Bundle
-from dydit.errors import ConfigError, OutputError
-from dydit.files import require_absent
-from dydit.models.config import Strict
+from dydit.errors import ConfigError
+from dydit.files import require_absent, user_path
+from dydit.models.config import Strict, UserPath
 from dydit.runtime.backends.base import Backend, BackendOptions
 from dydit.runtime.backends.registry import deciding_threads, open_backend
-from dydit.runtime.images import (
-    GRID_IMAGES,
-    Streamed,
-    make_grid,
-    read_png,
-    to_rgb,
-    to_uint8,
-    write_npz,
-    write_png,
+from dydit.runtime.finished import (
+    LATENTS,
+    Run,
+    facts,
+    find_damage,
+    has_picture,
+    restore_latents,
+    write_pictures,
+    write_result,
 )
-from dydit.runtime.loop import LatentStore, Progress, StepRunner, sample
-from dydit.runtime.noise import NoiseFile, NoiseSource, SeededNoise
-from dydit.runtime.pixels import MakesPixels, PictureFormat, ToPixels, picture_format
+from dydit.runtime.loop import Progress, StepRunner, WholeRuns, chunk_size, sample
+from dydit.runtime.noise import NoiseFile, SeededNoise
+from dydit.runtime.pixels import ToPixels, picture_format
 from dydit.runtime.request import Batch, SampleRequest, check_batch_size, check_guidance, check_labels, make_batches
 from dydit.runtime.resident import ResidentSubnets
 from dydit.runtime.run_folder import FolderStore, RunFolder, ShareStore
 from dydit.runtime.workers import Worker
 
-GRID, NPZ, LATENTS = "grid.png", "samples.npz", "latents.npz"
 RESIDENT = 2  # a run passes each subnetwork once
 PACKED_FROM_STEPS = 12
 
@@ -59,7 +61,7 @@ class OutputOptions(Strict):
     """What to write beside the pictures: `npz` for evaluators, `latents_out` the latents as an `.npz` elsewhere."""
 
     npz: bool = False
-    latents_out: Path | None = None
+    latents_out: UserPath | None = None
 
 
 @dataclass(frozen=True)
@@ -68,9 +70,9 @@ class SampleSummary:
 
     `files`: all names but those of the single pictures. `finished`: this call wrote the results, or found them; else
     other workers have something to do yet, `images` and `repeated_steps` are of this worker alone, and `files` is
-    empty. `finished_before`: the run was complete already and nothing was done. `repeated_steps`: steps run again at
-    full capacity, over the whole run. `seconds`: sampling, in this call; `picture_seconds`: decoding and writing
-    pictures, in this call. `note`: what the reader should know, or empty.
+    empty. `finished_before`: the run was complete already, all of it whole, and nothing was done. `repeated_steps`:
+    steps run again at full capacity, over the whole run. `seconds`: sampling, in this call; `picture_seconds`: decoding
+    and writing pictures, in this call. `note`: what the reader should know, or empty.
     """
 
     out: Path
@@ -86,25 +88,58 @@ class SampleSummary:
 
 
 @dataclass(frozen=True)
-class _Run:
-    """A request held against a bundle: what will be sampled, what it becomes, and what identifies it.
+class _Work:
+    """A run in its folder, what samples it, and who is told about it."""
 
-    `shape`: of an image's latents, [C, S, S].
-    """
-
-    shape: tuple[int, int, int]
-    pictures: PictureFormat | None
-    batches: list[Batch]
-    noise: NoiseSource
-    settings: dict[str, Any]
-
-    @property
-    def images(self) -> list[int]:
-        return [image for batch in self.batches for image in batch.images]
+    folder: RunFolder
+    run: Run
+    worker: Worker
+    engine: Backend
+    to_pixels: ToPixels
+    progress: Progress | None
+    picture_progress: Progress | None
+    announce: Callable[[str], None] | None
 
     @property
-    def labels(self) -> np.ndarray:
-        return np.concatenate([batch.labels for batch in self.batches])
+    def segments(self) -> int:
+        return len(self.engine.bundle.manifest.plan.segments)
+
+    def sample(self, store: FolderStore, members: Sequence[int]) -> tuple[float, float]:
+        """Sample some batches of the run, and make their pictures; returns the seconds of both."""
+        run, own, picture_seconds = self.run, ShareStore(store, members), 0.0
+        batches = [run.batches[index] for index in members]
+
+        def finished(done: range) -> None:
+            nonlocal picture_seconds
+            if run.pictures is not None:
+                started = time.perf_counter()
+                arguments = (self.folder.out, run.pictures, batches, own, self.to_pixels, done)
+                write_pictures(*arguments, self.picture_progress)
+                picture_seconds += time.perf_counter() - started
+
+        with ResidentSubnets(self.engine, RESIDENT) as subnets:
+            # Of the whole run, too: a share that has only the last, smaller batch must run it as one process would.
+            most = max(len(batch.images) for batch in run.batches)
+            runner = StepRunner(self.engine, subnets, np.unique(run.labels), run.settings["cfg_scale"], most)
+            chunk = self._chunk(batches, runner)
+            assert run.noise is not None
+            stats = sample(runner, batches, run.noise, own, self.progress, chunk, finished)
+        return stats.seconds, picture_seconds
+
+    def _chunk(self, batches: list[Batch], runner: StepRunner) -> int:
+        """How many batches come to their end together; says when to expect pictures where there are several."""
+        run, manifest = self.run, self.engine.bundle.manifest
+        size = max((len(batch.images) for batch in run.batches), default=1)
+        labels = len(np.unique(run.labels)) + runner.guidance.guided
+        chunk = chunk_size(manifest, size, labels, self.engine.options.device)
+        if self.announce and run.pictures is not None and len(batches) > 1:
+            images = sum(len(batch.images) for batch in batches)
+            whole = isinstance(self.engine, WholeRuns) or chunk >= len(batches)
+            when = (
+                f"when all {images} images are sampled" if whole else f"after every {chunk * size} of {images} images"
+            )
+            self.announce(f"pictures appear in {self.folder.out} {when}")
+        return chunk
 
 
 def sample_to_folder(
@@ -117,13 +152,15 @@ def sample_to_folder(
     progress: Progress | None = None,
     picture_progress: Progress | None = None,
     worker: Worker | None = None,
+    announce: Callable[[str], None] | None = None,
 ) -> SampleSummary:
     """Sample `request` into `out`, or a worker's share of it; called again after a kill, it goes on, and after the end
-    it changes nothing.
+    it changes nothing, unless something is missing or damaged: that is made anew.
 
-    `progress(done, total)` counts steps of a batch; after them `picture_progress(done, total)` counts pictures. Raises
-    `ConfigError` for a request that does not fit the bundle, `BackendError` as backends do, and `OutputError` where
-    `out` holds something else, cannot be written, or another process has this worker's place.
+    `progress(done, total)` counts steps of a batch, `picture_progress(done, total)` pictures; `announce` gets a line on
+    when pictures will appear. Raises `ConfigError` for a request that does not fit the bundle, `BackendError` as
+    backends do, and `OutputError` where `out` holds something else, cannot be written, or another process has this
+    worker's place.
     """
     outputs, options, worker = outputs or OutputOptions(), options or BackendOptions(), worker or Worker()
     if outputs.npz and picture_format(bundle.manifest) is None:
@@ -132,94 +169,108 @@ def sample_to_folder(
             "the bundle has no decoder; give `dydit export` a --vae, or add one with `dydit attach-vae`"
         )
     run = _plan_run(bundle, request, outputs, backend, options)
-    folder = RunFolder(out, run.settings)
-    fresh = folder.fresh  # asked before the summary: a run that others finish in between is not fresh
-    if (known := folder.summary()) is not None:
-        summary = _finished_before(folder, run, worker, known)
+    state = RunFolder(user_path(out), run.settings)
+    fresh = state.fresh  # asked before the summary: a run that others finish in between is not fresh
+    known = state.summary()
+    if known is not None and not find_damage(state.out, run, known):
+        summary = _finished_before(state, run, worker, known)
     else:
-        if fresh and outputs.latents_out is not None:
+        if known is None and fresh and outputs.latents_out is not None:
             require_absent(outputs.latents_out)
         # By the whole run, not by the share: what depends on it must not depend on the number of workers.
         steps_per_load = len(run.batches) * bundle.manifest.sampling.steps / len(bundle.manifest.plan.segments)
         packed = options.packed or steps_per_load >= PACKED_FROM_STEPS
         engine = open_backend(backend, bundle, dataclasses.replace(options, packed=packed))
-        to_pixels = ToPixels(engine)
-        with folder.open(worker):
-            summary = _make_share(folder, run, worker, engine, to_pixels, outputs, progress, picture_progress)
+        work = _Work(state, run, worker, engine, ToPixels(engine), progress, picture_progress, announce)
+        if known is not None:
+            summary = _make_good(work, known)
+        else:
+            with state.open(worker):
+                summary = _make_share(work)
     if summary.finished:
-        folder.clear()
+        state.clear()
     return summary
 
 
-def _make_share(
-    folder: RunFolder,
-    run: _Run,
-    worker: Worker,
-    engine: Backend,
-    to_pixels: ToPixels,
-    outputs: OutputOptions,
-    progress: Progress | None,
-    picture_progress: Progress | None,
-) -> SampleSummary:
+def _make_share(work: _Work) -> SampleSummary:
     """Sample a worker's share, make its pictures, and, where all other batches are done, the results."""
+    folder, run, worker = work.folder, work.run, work.worker
     store, share = FolderStore(folder, run.batches, run.shape), worker.share(len(run.batches))
-    own = ShareStore(store, share)
+    for index in share:
+        store.done(index)
     # Asked after the batches were looked up: their files go when there is a summary, and not before.
     if (known := folder.summary()) is not None:
         return _finished_before(folder, run, worker, known)
-    batches = [run.batches[index] for index in share]
-    with ResidentSubnets(engine, RESIDENT) as subnets:
-        # Of the whole run, too: a share that has only the last, smaller batch must run it as one process would.
-        most = max(len(batch.images) for batch in run.batches)
-        runner = StepRunner(engine, subnets, np.unique(run.labels), run.settings["cfg_scale"], most)
-        stats = sample(runner, batches, run.noise, own, progress)
-    started = time.perf_counter()
-    if run.pictures is not None:
-        write_pictures(folder.out, batches, own, to_pixels, picture_progress)
+    seconds, picture_seconds = work.sample(store, share)
     made = SampleSummary(
         out=folder.out,
         worker=str(worker),
-        images=sum(len(batch.images) for batch in batches),
+        images=sum(len(run.batches[index].images) for index in share),
         files=(),
         finished=False,
         finished_before=False,
         repeated_steps=store.repeated_steps(share),
-        seconds=stats.seconds,
-        picture_seconds=time.perf_counter() - started,
+        seconds=seconds,
+        picture_seconds=picture_seconds,
         note=f"images of this worker, {worker}; the run is not finished: the last of its workers writes the results",
     )
-    if not _others_done(folder, run, store, share, len(engine.bundle.manifest.plan.segments)):
+    if not _others_done(work, store, share):
         return made
     with folder.finishing() as ours:
         if not ours:
             return dataclasses.replace(made, note=f"images of this worker, {worker}; another one writes the results")
-        files = _write_results(folder.out, run, store, outputs)
-        repeated = store.repeated_steps(range(len(run.batches)))
-        folder.finish({"images": len(run.images), "files": files, "repeated_steps": repeated})
+        started = time.perf_counter()
+        for file in run.results(folder.out):
+            write_result(folder.out, run, store, file)
+        known = facts(folder.out, run, store.repeated_steps(range(len(run.batches))))
+        folder.finish(known)
     return dataclasses.replace(
         made,
         images=len(run.images),
-        files=tuple(files),
+        files=tuple(known["files"]),
         finished=True,
-        repeated_steps=repeated,
-        picture_seconds=time.perf_counter() - started,
-        note=_note(run, False),
+        repeated_steps=known["repeated_steps"],
+        picture_seconds=picture_seconds + time.perf_counter() - started,
+        note=_note(run),
     )
 
 
-def _others_done(folder: RunFolder, run: _Run, store: FolderStore, share: range, segments: int) -> bool:
+def _make_good(work: _Work, known: dict[str, Any]) -> SampleSummary:
+    """Make anew what is missing or damaged of a finished run, by one process alone."""
+    folder, run = work.folder, work.run
+    before = _finished_before(folder, run, work.worker, known)
+    with folder.repairing() as ours:
+        if not ours:
+            note = "another process makes anew what is missing or damaged of this run"
+            return dataclasses.replace(before, files=(), finished=False, finished_before=False, note=note)
+        damage = find_damage(folder.out, run, known)
+        store, needed = FolderStore(folder, run.batches, run.shape), damage.batches(run)
+        restored = bool(needed) and restore_latents(folder.out, run, damage, store, work.segments)
+        seconds, picture_seconds = work.sample(store, needed) if needed else (0.0, 0.0)
+        for file in damage.results:
+            write_result(folder.out, run, store, file)
+        folder.finish(facts(folder.out, run, known["repeated_steps"]))
+    how = "from the latents" if restored else "by sampling again" if needed else "from the pictures"
+    note = _note(run, f"{damage.names} of this finished run was missing or damaged: made anew {how}")
+    return dataclasses.replace(
+        before, finished_before=False, seconds=seconds, picture_seconds=picture_seconds, note=note
+    )
+
+
+def _others_done(work: _Work, store: FolderStore, share: range) -> bool:
     """Whether the batches that are not of the share are through, with their pictures."""
+    out, pictures = work.folder.out, work.run.pictures
     return all(
-        store.done(index) == segments
-        and (run.pictures is None or all((folder.out / picture_name(image)).is_file() for image in batch.images))
-        for index, batch in enumerate(run.batches)
+        store.done(index) == work.segments
+        and (pictures is None or all(has_picture(out, pictures, image) for image in batch.images))
+        for index, batch in enumerate(work.run.batches)
         if index not in share
     )
 
 
 def _plan_run(
     bundle: Bundle, request: SampleRequest, outputs: OutputOptions, backend: str, options: BackendOptions
-) -> _Run:
+) -> Run:
     manifest, model = bundle.manifest, bundle.manifest.model
     file = None if request.noise_from is None else NoiseFile.read(request.noise_from, manifest)
     labels = _labels(request, file)
@@ -243,12 +294,14 @@ def _plan_run(
         "npz": outputs.npz,
         "latents_out": None if outputs.latents_out is None else str(outputs.latents_out.resolve()),
     }
-    return _Run(
+    return Run(
         shape=shape,
         pictures=picture_format(manifest),
         batches=make_batches(labels, images, size),
         noise=file or SeededNoise(request.seed, shape),
         settings=settings,
+        npz=outputs.npz,
+        latents_out=outputs.latents_out,
     )
 
 
@@ -263,81 +316,8 @@ def _labels(request: SampleRequest, file: NoiseFile | None) -> list[int]:
     return list(file.labels)
 
 
-def write_pictures(
-    out: Path, batches: list[Batch], store: LatentStore, to_pixels: MakesPixels, progress: Progress | None = None
-) -> None:
-    """One PNG for each image. What an interrupted call wrote is complete and stays.
-
-    Which images are decoded together depends on the run alone, so that a resumed one makes the same pictures.
-    """
-    done, total = 0, sum(len(batch.images) for batch in batches)
-    for index, batch in enumerate(batches):
-        for first in range(0, len(batch.images), to_pixels.at_once):
-            few = slice(first, first + to_pixels.at_once)
-            files = [out / picture_name(image) for image in batch.images[few]]
-            if not all(file.exists() for file in files):
-                for file, picture in zip(files, to_uint8(to_pixels(store.load(index)[few])), strict=True):
-                    if not file.exists():
-                        write_png(file, picture)
-            done += len(files)
-            if progress:
-                progress(done, total)
-
-
-def _write_results(out: Path, run: _Run, store: FolderStore, outputs: OutputOptions) -> list[str]:
-    """Write everything but the pictures and `samples.json`; returns the names in `out`, without the single pictures."""
-    if (pictures := run.pictures) is None:
-        _write_latents(out / LATENTS, run, store)
-        files = [LATENTS]
-    else:
-        files = write_sheets(out, pictures, run.images, run.labels, outputs.npz)
-    if outputs.latents_out is not None:
-        _write_latents(outputs.latents_out, run, store)
-    return files
-
-
-def write_sheets(out: Path, pictures: PictureFormat, images: list[int], labels: np.ndarray, npz: bool) -> list[str]:
-    """Write what is made of all pictures: the grid, and on demand what evaluators read; returns the names in `out`."""
-    write_png(out / GRID, make_grid(list(_pictures(out, pictures, images[:GRID_IMAGES]))))
-    if not npz:
-        return [GRID]
-    shape = (len(images), pictures.side, pictures.side, 3)
-    rows = (to_rgb(picture[None]) for picture in _pictures(out, pictures, images))
-    write_npz(out / NPZ, {"arr_0": Streamed("uint8", shape, rows), "arr_1": _whole("int64", labels)})
-    return [GRID, NPZ]
-
-
-def _pictures(out: Path, pictures: PictureFormat, images: list[int]) -> Iterator[np.ndarray]:
-    """The pictures that were written, uint8 [S, S, channels]; PNG keeps them as they were."""
-    return (read_png(out / picture_name(image), pictures.side, pictures.channels) for image in images)
-
-
-def _write_latents(file: Path, run: _Run, store: FolderStore) -> None:
-    arrays = {
-        "latents": Streamed("float32", (len(run.images), *run.shape), map(store.load, range(len(run.batches)))),
-        "labels": _whole("int64", run.labels),
-        "images": _whole("uint64", np.asarray(run.images, np.uint64)),
-    }
-    write_npz(file, arrays)
-
-
-def _whole(dtype: str, array: np.ndarray) -> Streamed:
-    return Streamed(dtype, array.shape, [array])
-
-
-def picture_name(image: int) -> str:
-    """The file of an image, by its index."""
-    return f"{image:06d}.png"
-
-
-def _finished_before(folder: RunFolder, run: _Run, worker: Worker, known: dict[str, Any]) -> SampleSummary:
+def _finished_before(folder: RunFolder, run: Run, worker: Worker, known: dict[str, Any]) -> SampleSummary:
     """The summary of a run that needs nothing more."""
-    pictures = () if run.pictures is None else map(picture_name, run.images)
-    missing = [name for name in (*known["files"], *pictures) if not (folder.out / name).is_file()]
-    if missing:
-        raise OutputError(
-            f"{folder.out} is a finished run, but {missing[0]} is gone; remove the folder and sample again"
-        )
     return SampleSummary(
         out=folder.out,
         worker=str(worker),
@@ -348,15 +328,10 @@ def _finished_before(folder: RunFolder, run: _Run, worker: Worker, known: dict[s
         repeated_steps=known["repeated_steps"],
         seconds=0.0,
         picture_seconds=0.0,
-        note=_note(run, True),
+        note=_note(run, "this run was complete already; nothing was changed"),
     )
 
 
-def _note(run: _Run, finished: bool) -> str:
-    notes = ["this run was complete already; nothing was changed"] if finished else []
-    if run.pictures is None:
-        notes.append(
-            f"the bundle has no VAE decoder, so the samples are latents, in {LATENTS}; `dydit decode` makes pictures "
-            "of them"
-        )
-    return "; ".join(notes)
+def _note(run: Run, *notes: str) -> str:
+    latents = f"the bundle has no VAE decoder, so the samples are latents, in {LATENTS}; `dydit decode` makes pictures of them"
+    return "; ".join([*notes, latents] if run.pictures is None else notes)

@@ -6,8 +6,10 @@ The folder then holds what `dydit sample` leaves: `000000.png`, ..., `grid.png`,
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from dydit.bundle.vae import VAE_WEIGHTS, VaeEntry
 from dydit.errors import ConfigError, OutputError
 from dydit.files import sha256_of
 from dydit.runtime.backends.base import BackendOptions
-from dydit.runtime.bulk import LATENTS, picture_name, write_pictures, write_sheets
+from dydit.runtime.finished import LATENTS, Run, facts, find_damage, write_pictures, write_result
 from dydit.runtime.loop import MemoryStore, Progress
 from dydit.runtime.noise import read_arrays
 from dydit.runtime.pixels import PictureFormat, require_finite
@@ -141,27 +143,35 @@ def decode_to_folder(
     }
     folder = RunFolder(out, settings)
     pictures = PictureFormat(3, saved.latents.shape[2] * entry.upscale, True)
-    names = [picture_name(image) for image in saved.images]
+    _, *shape = saved.latents.shape
+    batches = make_batches(saved.labels.tolist(), saved.images, saved.batch_size)
+    run = Run((shape[0], shape[1], shape[2]), pictures, batches, None, settings, npz, None)
 
     def summary(files: list[str], before: bool) -> DecodeSummary:
         seconds = time.perf_counter() - started
-        return DecodeSummary(out, len(names), pictures.side, tuple(files), before, seconds)
+        return DecodeSummary(out, len(saved.images), pictures.side, tuple(files), before, seconds)
 
-    if (known := folder.summary()) is not None:
-        if missing := [name for name in (*known["files"], *names) if not (out / name).is_file()]:
-            raise OutputError(f"{out} is finished, but {missing[0]} is gone; remove the folder and decode again")
+    known = folder.summary()
+    if known is not None and not find_damage(out, run, known):
         folder.clear()
         return summary(known["files"], True)
     to_pixels = _DecoderPixels(VaeDecoder(decoder, entry, options))
-    batches = make_batches(saved.labels.tolist(), saved.images, saved.batch_size)
-    store = MemoryStore(
-        {i: saved.latents[each.first : each.first + len(each.images)] for i, each in enumerate(batches)}
-    )
-    with folder.open(Worker()), folder.finishing() as ours:
+    latents = {i: saved.latents[each.first : each.first + len(each.images)] for i, each in enumerate(batches)}
+    store = MemoryStore(latents)
+    with folder.repairing() if known is not None else _one_decoder(folder) as ours:
         if not ours:
             raise OutputError(f"another process is decoding into {out}; wait for it")
-        write_pictures(out, batches, store, to_pixels, progress)
-        files = write_sheets(out, pictures, saved.images, saved.labels, npz)
-        folder.finish({"images": len(names), "files": files, "repeated_steps": 0})
+        write_pictures(out, pictures, batches, store, to_pixels, range(len(batches)), progress)
+        for file in run.results(out):
+            write_result(out, run, store, file)
+        made = facts(out, run, 0)
+        folder.finish(made)
     folder.clear()
-    return summary(files, False)
+    return summary(made["files"], False)
+
+
+@contextlib.contextmanager
+def _one_decoder(folder: RunFolder) -> Iterator[bool]:
+    """The folder of a run that one process makes; False where another one is at it."""
+    with folder.open(Worker()), folder.finishing() as ours:
+        yield ours

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import io
 import math
+import struct
 import zipfile
-from collections.abc import Iterable, Sequence
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,9 +18,11 @@ import numpy as np
 from PIL import Image
 
 from dydit.errors import OutputError, one_line
-from dydit.files import atomic_file, write_atomic
+from dydit.files import atomic_file, new_file, write_atomic
 
 GRID_IMAGES = 100
+_DAMAGED = (OSError, ValueError, KeyError, EOFError, NotImplementedError, struct.error, zlib.error, zipfile.BadZipFile)
+_PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 
 
 def to_uint8(samples: np.ndarray) -> np.ndarray:
@@ -37,6 +41,18 @@ def write_png(path: Path, image: np.ndarray) -> None:
     data = io.BytesIO()
     to_pil(image).save(data, format="PNG")
     write_atomic(path, data.getvalue())
+
+
+def is_picture(path: Path, side: int, channels: int) -> bool:
+    """Whether a file is a whole PNG of such a size, by the checksums in it."""
+    try:
+        data = path.read_bytes()
+        with Image.open(io.BytesIO(data), formats=("PNG",)) as picture:
+            fits = picture.size == (side, side) and picture.mode == ("L" if channels == 1 else "RGB")
+            picture.verify()
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error):  # Pillow's words for damaged files
+        return False
+    return fits and data.endswith(_PNG_END)
 
 
 def read_png(path: Path, side: int, channels: int) -> np.ndarray:
@@ -79,9 +95,13 @@ class Streamed:
     pieces: Iterable[np.ndarray]
 
 
-def write_npz(path: Path, arrays: dict[str, Streamed]) -> None:
-    """Write an uncompressed `.npz`, piece by piece and atomically; the same arrays give the same bytes."""
-    with atomic_file(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+def write_npz(path: Path, arrays: dict[str, Streamed], replace: bool = True) -> None:
+    """Write an uncompressed `.npz`, piece by piece and atomically; the same arrays give the same bytes.
+
+    Without `replace`, a file that is there stays, and `OutputError` is raised where it is another one.
+    """
+    opened = atomic_file(path) if replace else new_file(path, same_is_fine=True)
+    with opened as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         for name, array in arrays.items():
             # A ZipInfo made from a name alone is dated 1980: no clock in the file.
             with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
@@ -92,3 +112,24 @@ def write_npz(path: Path, arrays: dict[str, Streamed]) -> None:
                     member.write(np.ascontiguousarray(piece, array.dtype).tobytes())
                     rows += len(piece)
                 assert rows == array.shape[0]
+
+
+def kept_arrays(path: Path, *names: str) -> list[np.ndarray] | None:
+    """Arrays of an `.npz` that was kept for later, by its checksums whole; None where it is missing or damaged."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = [file[name] for name in names]
+    except _DAMAGED:
+        return None
+    # NumPy hands out a member that does not start like an array as bytes.
+    return arrays if all(isinstance(array, np.ndarray) for array in arrays) else None
+
+
+def read_npz(path: Path, name: str, counts: Sequence[int]) -> Iterator[np.ndarray]:
+    """An array that `write_npz` wrote, in pieces of so many rows."""
+    with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as member:
+        np.lib.format.read_magic(member)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(member)
+        for count in counts:
+            rows = member.read(count * math.prod(shape[1:]) * dtype.itemsize)
+            yield np.frombuffer(rows, dtype).reshape(count, *shape[1:])

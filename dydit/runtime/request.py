@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from pydantic import Field, model_validator
 
 from dydit.bundle.manifest import Manifest
 from dydit.errors import ConfigError
-from dydit.models.config import Strict
+from dydit.models.config import Strict, UserPath
 
 UINT64 = 1 << 64
 DEFAULT_CFG_SCALE = 4.0
@@ -31,7 +30,7 @@ class SampleRequest(Strict):
     cfg_scale: float = Field(default=DEFAULT_CFG_SCALE, ge=0, allow_inf_nan=False)
     first_image: int = Field(default=0, ge=0, lt=UINT64)
     batch_size: int | None = Field(default=None, ge=1)
-    noise_from: Path | None = None
+    noise_from: UserPath | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> SampleRequest:

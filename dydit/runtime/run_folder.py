@@ -21,9 +21,9 @@ import errno
 import fcntl
 import io
 import json
+import os
 import re
 import shutil
-import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,8 @@ from typing import Any
 import numpy as np
 
 from dydit.errors import OutputError
-from dydit.files import explained, write_atomic, write_json
+from dydit.files import explained, parents, write_atomic, write_json
+from dydit.runtime.images import kept_arrays
 from dydit.runtime.request import Batch
 from dydit.runtime.workers import Worker
 
@@ -60,7 +61,8 @@ class RunFolder:
                 self._require_same(values.get("settings"))
                 if file.name == RUN:
                     return None
-                if not isinstance(values.get("files"), list) or not isinstance(values.get("repeated_steps"), int):
+                kinds = {"files": list, "repeated_steps": int, "sha256": dict}
+                if any(not isinstance(values.get(name, {}), kind) for name, kind in kinds.items()):
                     raise OutputError(f"{file} was changed by hand; remove the folder and sample again")
                 return values
         if any(entry.name != WORK for entry in self.out.iterdir()):
@@ -74,13 +76,31 @@ class RunFolder:
         Raises `OutputError` where another process has it, or has another number of workers in mind. In a finished run
         there is nothing to hold.
         """
-        with explained(self.out), contextlib.ExitStack() as held:
+        begun = os.path.lexists(self.work)
+        with explained(self.out), parents(self.work / RUN), contextlib.ExitStack() as held:
             try:
                 self._come_in(worker, held)
             except FileNotFoundError:  # of `.work`, which another worker removes in this moment, or something is wrong
                 if not self._finished:
                     raise
-            yield
+            try:
+                yield
+            except BaseException:
+                # A run that fails before it has saved anything leaves the folder as it was. Other workers may be in it.
+                if not begun and worker.count == 1 and not self._finished and not any(self.work.glob("[!.]*.npz")):
+                    shutil.rmtree(self.work, ignore_errors=True)
+                raise
+
+    @contextlib.contextmanager
+    def repairing(self) -> Iterator[bool]:
+        """Whether a finished run is this process's to repair, for the time of the block."""
+        with explained(self.out), contextlib.ExitStack() as held:
+            try:
+                self.work.mkdir(exist_ok=True)
+                free = held.enter_context(_lock(self.work / "finish.lock"))
+            except FileNotFoundError:  # another process repaired it in this moment
+                free = False
+            yield free
 
     def _come_in(self, worker: Worker, held: contextlib.ExitStack) -> None:
         if self._finished:
@@ -204,14 +224,11 @@ class FolderStore:
 
     def _read(self, batch: int) -> dict[str, np.ndarray] | None:
         """A batch's state; None where there is none, or it is damaged (the archive's checksums tell)."""
-        try:
-            with np.load(self._file(batch), allow_pickle=False) as file:
-                state = {name: file[name] for name in ("segments", "repeated", "latents")}
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        names = ("segments", "repeated", "latents")
+        if (arrays := kept_arrays(self._file(batch), *names)) is None:
             return None
-        # NumPy hands out a member that does not start like an array as bytes.
-        arrays = all(isinstance(value, np.ndarray) for value in state.values())
-        return state if arrays and state["latents"].shape == self._shapes[batch] else None
+        state = dict(zip(names, arrays, strict=True))
+        return state if state["latents"].shape == self._shapes[batch] else None
 
 
 class ShareStore:

@@ -24,7 +24,7 @@ import numpy as np
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.graph_io import GROUP_WEIGHTS, HEAD_WEIGHTS
 from dydit.bundle.manifest import SubnetEntry
-from dydit.bundle.stored import STORAGE, WEIGHTS
+from dydit.bundle.stored import STORAGE
 
 T = TypeVar("T")
 PARTS = (HEAD_WEIGHTS, GROUP_WEIGHTS)
@@ -134,7 +134,7 @@ class SlidingWeights:
         """Map the file, with every unit in the place where it is stored."""
         model, entries = self._bundle.manifest.model, self._bundle.manifest.weights
         self._units = {}  # before the file is mapped again, or for a moment two copies would be in memory
-        raw = np.memmap(self._bundle.file(WEIGHTS), np.uint8, "c")
+        raw = self._bundle.mapped_weights("c")
         mapped = {}
         for block in range(model.depth):
             for name in (f"blocks.{block}.{part}" for parts in PARTS for part in parts):

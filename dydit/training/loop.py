@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from dydit.errors import ConfigError
-from dydit.files import write_json
+from dydit.files import user_path, write_json
 from dydit.models.checkpoint import load_checkpoint, save_checkpoint
 from dydit.models.dit import DiT, initialize, initialize_routers
 from dydit.models.routers import Masked, Recording, Static
@@ -168,7 +168,7 @@ def train(recipe: Recipe, out: Path, resume: bool = False, progress: Progress | 
     """
     from accelerate import Accelerator
 
-    out = Path(out)
+    out = user_path(out)
     data = open_data(recipe.data, recipe.model)
     accelerator = Accelerator(mixed_precision="bf16" if recipe.precision is Precision.BF16 else "no")
     if recipe.batch_size % accelerator.num_processes:
@@ -343,5 +343,5 @@ def train_sequence(
     for recipe in recipes:
         if results:
             recipe = recipe.model_copy(update={"init": str(results[-1].model)})
-        results.append(train(recipe, Path(out) / recipe.stage.value, resume, progress))
+        results.append(train(recipe, user_path(out) / recipe.stage.value, resume, progress))
     return results

@@ -7,9 +7,9 @@ the images themselves nothing is.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,14 +26,15 @@ from dydit.calibrate.capacity import CapacityConfig, Groups, drawn_for, require_
 from dydit.calibrate.file import Calibration, OverflowRates, TokenCalibration, plan_sha256
 from dydit.calibrate.ranges import Method
 from dydit.calibrate.tokens import TokenCounter, TokenCounts, merge, spread_labels, spread_scales
-from dydit.errors import CalibrationError
+from dydit.errors import BundleError, CalibrationError
 from dydit.export.exporter import ExportConfig, export, planned_steps
 from dydit.export.plan import Plan
-from dydit.files import atomic_file
+from dydit.files import atomic_file, remove
 from dydit.models.checkpoint import Checkpoint
 from dydit.models.config import ModelConfig, Strict
 from dydit.runtime.backends.base import BackendOptions
 from dydit.runtime.backends.registry import open_backend
+from dydit.runtime.images import kept_arrays
 from dydit.runtime.loop import StepRunner
 from dydit.runtime.noise import SeededNoise
 from dydit.runtime.request import DEFAULT_CFG_SCALE, UINT64, Batch, make_batches
@@ -214,6 +215,18 @@ def _ranges(
     return ranges.model_copy(update={"migration": migration}), found
 
 
+@contextlib.contextmanager
+def kept_if_begun(work: Path) -> Iterator[None]:
+    """Where the block fails before anything was counted, remove the work folder unless it was there before."""
+    begun = work.exists()
+    try:
+        yield
+    except BaseException:
+        if not begun and not any(work.glob("[!.]*.npz")):
+            remove(work)
+        raise
+
+
 def work_name(checkpoint: Checkpoint, exported: ExportConfig, config: CalibrationConfig) -> str:
     """The name of a work folder: the same for runs that sample the same images, whatever they choose then."""
     what = {
@@ -225,10 +238,11 @@ def work_name(checkpoint: Checkpoint, exported: ExportConfig, config: Calibratio
 
 
 def _sampling_bundle(checkpoint: Checkpoint, exported: ExportConfig, work: Path) -> Bundle:
-    """The model as one graph, made in the work folder unless it is there."""
+    """The model as one graph, made in the work folder unless it is there and whole."""
     folder = work / "bundle"
-    if folder.exists():
+    with contextlib.suppress(BundleError):  # absent or damaged
         return Bundle.open(folder)
+    remove(folder)
     config = ExportConfig(
         steps=exported.steps,
         sampler=exported.sampler,
@@ -319,9 +333,10 @@ class _Counter:
 
 def _read_counts(file: Path, scale: float, tokens: int, shape: tuple[int, int, int]) -> TokenCounts | None:
     """Counts of a batch that were kept; None where there are none, or not whole."""
+    if (arrays := kept_arrays(file, "images", "counts")) is None:
+        return None
     try:
-        with np.load(file, allow_pickle=False) as arrays:
-            found = TokenCounts(scale, tokens, arrays["images"], arrays["counts"])
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, CalibrationError):
+        found = TokenCounts(scale, tokens, *arrays)
+    except CalibrationError:
         return None
     return found if found.counts.shape[:3] == shape else None

@@ -24,7 +24,7 @@ from dydit.errors import CheckpointError
 from dydit.export.costs import macs_costs, time_costs
 from dydit.export.plan import Plan, optimal_plans, per_step_plan, segment_costs
 from dydit.export.sizes import PlanSizes, fixed_bytes
-from dydit.files import write_atomic
+from dydit.files import user_path, write_atomic
 from dydit.models.config import ModelConfig
 from dydit.models.cost import model_macs, unit_costs
 from dydit.verify.computed import layers_in_16_bits
@@ -90,7 +90,8 @@ class Inspection:
 
 def inspect(path: Path | str, **reading: Any) -> Inspection:
     """A bundle where `path` is a folder with a manifest, else a checkpoint; see the two functions below."""
-    if (Path(path) / MANIFEST).exists():
+    path = user_path(path)
+    if (path / MANIFEST).exists():
         return inspect_bundle(path)
     return inspect_checkpoint(path, **reading)
 
@@ -120,7 +121,7 @@ def inspect_checkpoint(path: Path | str, steps: int = DEFAULT_STEPS, **reading: 
         path=str(path),
         format=checkpoint.source,
         sha256=checkpoint.sha256,
-        file_bytes=_size_of(Path(path)),
+        file_bytes=_size_of(user_path(path)),
         metadata=checkpoint.metadata,
         notes=checkpoint.notes,
         model=model,

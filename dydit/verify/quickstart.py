@@ -27,9 +27,12 @@ from pydantic import Field
 from dydit import __version__ as dydit_version
 from dydit.bundle.bundle import Bundle
 from dydit.errors import BundleError, CheckpointError
-from dydit.models.config import Strict
+from dydit.files import user_path
+from dydit.models.config import Strict, UserPath
 from dydit.runtime.backends.base import BackendOptions
-from dydit.runtime.bulk import picture_name, sample_to_folder
+from dydit.runtime.bulk import sample_to_folder
+from dydit.runtime.finished import has_picture, picture_name
+from dydit.runtime.pixels import picture_format
 from dydit.runtime.request import SampleRequest
 from dydit.verify.quickstart_folder import QuickstartFolder
 from dydit.verify.quickstart_report import STATIC, Found, Line, Sampled, lines_of, write_results
@@ -54,8 +57,8 @@ class QuickstartConfig(Strict):
     a time. `parity_labels`: images compared with PyTorch, each `parity_every`-th step also alone.
     """
 
-    dydit: Path | None = None
-    dit: Path | None = None
+    dydit: UserPath | None = None
+    dit: UserPath | None = None
     steps: int = Field(default=250, ge=1, le=1000)
     max_subnets: int = Field(default=32, ge=1)
     per_class: int = Field(default=4, ge=1)
@@ -119,7 +122,7 @@ def run_quickstart(
 
     config = config or QuickstartConfig()
     paths = [_asset(config.dydit, "dydit.safetensors"), _asset(config.dit, "dit.safetensors")]
-    folder = QuickstartFolder(Path(out))
+    folder = QuickstartFolder(user_path(out))
     folder.require_free(overwrite)
     dydit, dit = (load_checkpoint(path) for path in paths)
     if not dydit.config.dynamic or dit.config.dynamic or dydit.config.without_routers() != dit.config:
@@ -170,17 +173,18 @@ def _export(job: _Job) -> tuple[Bundle, Bundle]:
 
 
 def _sample(job: _Job, bundle: Bundle) -> Sampled:
-    """All images, in one go, because they are timed: what a killed run left is sampled anew."""
-    if (known := job.folder.load("sampled.json")) is not None:
-        return Sampled.parse(known)
+    """All images, in one go, because they are timed: what a killed run left, or is damaged, is sampled anew."""
     config, classes = job.config, bundle.manifest.model.num_classes
-    shutil.rmtree(job.folder.out / "samples", ignore_errors=True)
+    pictures, folder = picture_format(bundle.manifest), job.folder.out / "samples"
+    if (known := job.folder.load("sampled.json")) is not None:
+        sampled = Sampled.parse(known)
+        if pictures and all(has_picture(folder, pictures, image) for image in range(sampled.images)):
+            return sampled
+    shutil.rmtree(folder, ignore_errors=True)
     request = SampleRequest(
         labels=tuple(range(classes)), num=classes * config.per_class, seed=config.seed, cfg_scale=config.cfg_scale
     )
-    done = sample_to_folder(
-        bundle, request, job.folder.out / "samples", options=config.options, progress=job.tick(STAGES[1])
-    )
+    done = sample_to_folder(bundle, request, folder, options=config.options, progress=job.tick(STAGES[1]))
     sampled = Sampled(
         images=done.images,
         batch=config.batch,
@@ -195,15 +199,13 @@ def _sample(job: _Job, bundle: Bundle) -> Sampled:
 
 def _trace(job: _Job, bundle: Bundle) -> Trace:
     """The first image of each class once more, with its token decisions."""
-    file = job.folder.work / "trace.npz"
-    if file.is_file():
-        with np.load(file, allow_pickle=False) as saved:
-            return Trace(saved["latents"], saved["tokens"])
+    if (saved := job.folder.load_arrays("trace.npz", "latents", "tokens")) is not None:
+        return Trace(*saved)
     labels = range(min(bundle.manifest.model.num_classes, job.config.batch))
     trace = trace_tokens(
         bundle, labels, job.config.cfg_scale, job.config.seed, options=job.config.options, progress=job.tick(STAGES[2])
     )
-    job.folder.save_arrays(file.name, latents=trace.latents, tokens=trace.tokens)
+    job.folder.save_arrays("trace.npz", latents=trace.latents, tokens=trace.tokens)
     return trace
 
 

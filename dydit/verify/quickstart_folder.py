@@ -15,6 +15,7 @@ import numpy as np
 
 from dydit.errors import OutputError
 from dydit.files import explained, write_atomic, write_json
+from dydit.runtime.images import kept_arrays
 
 KIND = "dydit-quickstart"
 WORK, SETTINGS, REPORT = ".work", "settings.json", "report.json"
@@ -96,6 +97,10 @@ class QuickstartFolder:
         data = io.BytesIO()
         np.savez_compressed(data, allow_pickle=False, **arrays)
         write_atomic(self.work / name, data.getvalue())
+
+    def load_arrays(self, name: str, *arrays: str) -> list[np.ndarray] | None:
+        """The arrays that were kept, in this order; None where they are not there yet, or are damaged."""
+        return kept_arrays(self.work / name, *arrays)
 
     def load(self, name: str) -> dict[str, Any] | None:
         """A stage's result, from the working files or the folder itself; None where it is not there yet."""

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-import zipfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -29,8 +28,9 @@ from dydit.errors import CalibrationError
 from dydit.export.exporter import ExportConfig
 from dydit.files import atomic_file
 from dydit.models.checkpoint import Checkpoint
-from dydit.models.config import Strict
+from dydit.models.config import Strict, UserPath
 from dydit.models.sliced import SlicedDiT
+from dydit.runtime.images import kept_arrays
 from dydit.runtime.noise import SeededNoise
 from dydit.runtime.request import Batch, make_batches
 from dydit.verify.bench import spread_steps
@@ -59,7 +59,7 @@ class SearchConfig(Strict):
     precision: Precision = Precision.INT8_STATIC
     images: int = Field(default=16, ge=1)
     steps: int = Field(default=4, ge=1)
-    reference: Path | None = None
+    reference: UserPath | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> SearchConfig:
@@ -362,15 +362,13 @@ class _Search:
 
     def _kept(self, name: str, cost: int, make: Callable[[], np.ndarray]) -> np.ndarray:
         """An array that the work folder has, or that is made and put there; `cost` in steps of batches."""
-        file = self.work / f"{name}.npy"
-        try:
-            array: np.ndarray = np.load(file, allow_pickle=False)
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile):
-            array = make()
-            with atomic_file(file) as opened:
-                np.save(opened, array)
-        else:
+        file = self.work / f"{name}.npz"  # which has a checksum, unlike .npy
+        if (kept := kept_arrays(file, "array")) is not None:
             self.ticks(cost)
+            return kept[0]
+        array = make()
+        with atomic_file(file) as opened:
+            np.savez(opened, array=array)
         return array
 
 

@@ -96,20 +96,13 @@ def test_an_engine_is_loaded_from_the_bundles_own_folder_only(built: EngineStore
     assert "is not a file of the bundle's own engines folder; engines are code" in refusal(built)
 
 
-def test_a_link_out_of_the_folder_is_refused(built: EngineStore, tmp_path: Path) -> None:
-    inside = built.folder / "subnet-0000.engine"
-    outside = tmp_path / "outside.engine"
-    outside.write_bytes(inside.read_bytes())
-    inside.unlink()
+def test_engines_that_are_links_are_loaded_by_their_content(built: EngineStore, tmp_path: Path) -> None:
+    expected, inside, outside = built.load(GRAPH), built.folder / "subnet-0000.engine", tmp_path / "blob"
+    os.rename(inside, outside)
     inside.symlink_to(outside)
-    assert "is not a file of the bundle's own engines folder" in refusal(built)
-
-
-def test_engines_elsewhere_behind_a_linked_folder_are_refused(built: EngineStore, tmp_path: Path) -> None:
-    moved = tmp_path / "moved"
-    os.rename(built.folder, moved)
-    built.folder.symlink_to(moved)
-    assert "is not a file of the bundle's own engines folder" in refusal(built)
+    assert built.load(GRAPH) == expected
+    outside.write_bytes(expected[::-1])
+    assert "was changed after it was built (its SHA-256 differs)" in refusal(built)
 
 
 @pytest.mark.parametrize(

@@ -289,7 +289,7 @@ def test_what_exists_is_never_touched(make_checkpoint, tmp_path):
 
 def test_failure_in_the_middle_leaves_nothing(make_checkpoint, tmp_path):
     def interrupt(done: int, total: int) -> None:
-        assert len(names(tmp_path)) == 1, "the temporary folder is beside the output"
+        assert [name for name in names(tmp_path) if name.endswith(".part")], "the temporary folder is beside the output"
         if done == 2:
             raise KeyboardInterrupt
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,14 +18,15 @@ from PIL import Image
 
 from dydit import files
 from dydit.errors import BackendError, ConfigError, OutputError
-from dydit.runtime import images, run_folder
+from dydit.runtime import bulk, images, run_folder
 from dydit.runtime.backends.registry import open_backend
 from dydit.runtime.bulk import OutputOptions, sample_to_folder
 from dydit.runtime.images import to_uint8
-from dydit.runtime.loop import MemoryStore, StepRunner, sample
+from dydit.runtime.loop import MemoryStore, StepRunner, chunk_size, sample
 from dydit.runtime.noise import SeededNoise
 from dydit.runtime.request import SampleRequest, make_batches
 from dydit.runtime.resident import ResidentSubnets
+from dydit.runtime.workers import Worker
 
 REQUEST = SampleRequest(labels=(3, 1), num=7, batch_size=3, seed=2)
 
@@ -77,18 +79,187 @@ def test_other_settings_are_refused_by_name(finished, pixel_bundle):
     assert content(finished) == before
 
 
-def test_a_picture_that_was_removed_is_reported(finished, pixel_bundle, tmp_path):
+def test_a_summary_that_was_changed_by_hand(finished, pixel_bundle, tmp_path):
     copy = tmp_path / "run"
-    copy.mkdir()
-    for name, data in content(finished).items():
-        (copy / name).write_bytes(data)
-    (copy / "000004.png").unlink()
-    with pytest.raises(OutputError, match=r"finished run, but 000004.png is gone"):
-        sample_to_folder(pixel_bundle, REQUEST, copy, OutputOptions(npz=True))
+    shutil.copytree(finished, copy)
     facts = json.loads((copy / "samples.json").read_text())
-    (copy / "samples.json").write_text(json.dumps({"settings": facts["settings"]}))
-    with pytest.raises(OutputError, match=r"samples.json was changed by hand"):
-        sample_to_folder(pixel_bundle, REQUEST, copy, OutputOptions(npz=True))
+    for change in ({"files": None}, {"repeated_steps": "2"}, {"sha256": []}):
+        (copy / "samples.json").write_text(json.dumps(facts | change))
+        with pytest.raises(OutputError, match=r"samples.json was changed by hand"):
+            sample_to_folder(pixel_bundle, REQUEST, copy, OutputOptions(npz=True))
+
+
+def other_picture(path: Path) -> None:
+    Image.new("RGB", (9, 8)).save(path, format="PNG")
+
+
+def flipped(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+
+
+DAMAGES = {
+    "gone": Path.unlink,
+    "empty": lambda path: path.write_bytes(b""),
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-3]),
+    "a flipped bit": flipped,
+    "something else": other_picture,
+}
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+@pytest.mark.parametrize("name", ["000004.png", "grid.png", "samples.npz"])
+def test_what_is_damaged_of_a_finished_run_is_made_anew(finished, pixel_bundle, tmp_path, name, how):
+    out, steps = tmp_path / "run", []
+    shutil.copytree(finished, out)
+    DAMAGES[how](out / name)
+    arguments = (pixel_bundle, REQUEST, out, OutputOptions(npz=True))
+    done = sample_to_folder(*arguments, progress=lambda *now: steps.append(now))
+    assert done.finished and not done.finished_before and content(out) == content(finished)
+    assert f"{name} of this finished run was missing or damaged: made anew" in done.note
+    if name.startswith("0"):
+        assert "by sampling again" in done.note and steps[-1] == (6, 6), "its batch alone"
+    else:
+        assert "from the pictures" in done.note and not steps
+    assert sample_to_folder(*arguments).finished_before
+
+
+def test_pictures_come_back_from_latents_where_a_file_has_them(pixel_bundle, tmp_path):
+    out, outputs = tmp_path / "run", OutputOptions(npz=True, latents_out=tmp_path / "latents.npz")
+    sample_to_folder(pixel_bundle, REQUEST, out, outputs)
+    before, latents = content(out), (tmp_path / "latents.npz").read_bytes()
+    for image in range(5):
+        (out / f"{image:06d}.png").write_bytes(b"")
+    done = sample_to_folder(pixel_bundle, REQUEST, out, outputs, progress=lambda *_: pytest.fail("nothing to sample"))
+    assert content(out) == before
+    assert done.note.startswith("000000.png, 000001.png, 000002.png and 2 more pictures of this finished run")
+    assert done.note.endswith("made anew from the latents")
+    (tmp_path / "latents.npz").unlink()
+    assert "by sampling again" in sample_to_folder(pixel_bundle, REQUEST, out, outputs).note
+    assert (tmp_path / "latents.npz").read_bytes() == latents and content(out) == before
+    (tmp_path / "latents.npz").write_bytes(b"of another run")
+    with pytest.raises(OutputError, match=r"latents\.npz is not what this run wrote there; move it away"):
+        sample_to_folder(pixel_bundle, REQUEST, out, outputs)
+    assert (tmp_path / "latents.npz").read_bytes() == b"of another run" and content(out) == before
+
+
+def test_latents_that_are_damaged_come_back(make_bundle, tmp_path):
+    bundle, request = make_bundle(), SampleRequest(labels=(1, 2, 3), batch_size=2)
+    outputs = OutputOptions(latents_out=tmp_path / "too.npz")
+    sample_to_folder(bundle, request, tmp_path / "run", outputs)
+    before = content(tmp_path / "run")
+    flipped(tmp_path / "run" / "latents.npz")
+    done = sample_to_folder(bundle, request, tmp_path / "run", outputs)
+    assert "latents.npz of this finished run was missing or damaged: made anew from the latents" in done.note
+    assert "no VAE decoder" in done.note and content(tmp_path / "run") == before
+
+
+def test_a_repair_that_dies_is_gone_on_with(finished, pixel_bundle, tmp_path):
+    out, arguments = tmp_path / "run", (pixel_bundle, REQUEST, tmp_path / "run", OutputOptions(npz=True))
+    shutil.copytree(finished, out)
+    for image in range(7):
+        (out / f"{image:06d}.png").unlink()
+
+    def die(done, total):
+        if done == 9:
+            raise Killed
+
+    with pytest.raises(Killed):
+        sample_to_folder(*arguments, progress=die)
+    assert sample_to_folder(*arguments).finished and content(out) == content(finished)
+
+
+def test_one_process_alone_repairs(finished, pixel_bundle, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    (out / "000004.png").unlink()
+    before = content(out)
+    settings = json.loads((out / "samples.json").read_text())["settings"]
+    with run_folder.RunFolder(out, settings).repairing() as ours:
+        assert ours
+        done = sample_to_folder(pixel_bundle, REQUEST, out, OutputOptions(npz=True))
+        assert not done.finished and "another process makes anew" in done.note
+        shutil.rmtree(out / ".work")
+        assert content(out) == before
+
+
+def test_a_damaged_picture_of_an_unfinished_run_is_made_again(finished, pixel_bundle, tmp_path):
+    out, outputs = tmp_path / "run", OutputOptions(npz=True)
+
+    def die(done, total):
+        if done == 7:
+            raise Killed
+
+    with pytest.raises(Killed):
+        sample_to_folder(pixel_bundle, REQUEST, out, outputs, picture_progress=die)
+    (out / "000002.png").write_bytes(b"")
+    flipped(out / "000005.png")
+    assert sample_to_folder(pixel_bundle, REQUEST, out, outputs).finished and content(out) == content(finished)
+
+
+CHUNKED = SampleRequest(labels=(3, 1), num=12, batch_size=3, seed=2)
+
+
+def test_pictures_appear_chunk_by_chunk(make_bundle, pixel_checkpoint, tmp_path):
+    """With dynamic width nothing is loaded for a chunk, so pictures come after a few batches; the bits are the same."""
+    bundle, said, seen = make_bundle(pixel_checkpoint, steps=6, plan="sliding", max_batch=8), [], []
+    out = tmp_path / "run"
+
+    def look(done: int, total: int) -> None:
+        seen.append(len(list(out.glob("0*.png"))))
+
+    sample_to_folder(bundle, CHUNKED, out, progress=look, announce=said.append)
+    assert said == [f"pictures appear in {out} after every 6 of 12 images"]
+    assert seen == [0] * 12 + [6] * 12
+    stopped = []
+
+    def die(done: int, total: int) -> None:
+        stopped.append(done)
+        if done == 16:
+            raise Killed
+
+    with pytest.raises(Killed):
+        sample_to_folder(bundle, CHUNKED, tmp_path / "killed", progress=die)
+    assert len(list((tmp_path / "killed").glob("0*.png"))) == 6
+    sample_to_folder(bundle, CHUNKED, tmp_path / "killed")
+    assert content(tmp_path / "killed") == content(out)
+    for number in (1, 0):
+        sample_to_folder(bundle, CHUNKED, tmp_path / "shared", worker=Worker(number, 2))
+    assert content(tmp_path / "shared") == content(out)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3])
+def test_chunks_of_any_size_give_the_same_images(finished, pixel_bundle, tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr(bulk, "chunk_size", lambda *_: chunk)
+    said, seen, out = [], [], tmp_path / "run"
+    look = lambda done, total: seen.append(len(list(out.glob("0*.png"))))  # noqa: E731
+    sample_to_folder(pixel_bundle, REQUEST, out, OutputOptions(npz=True), progress=look, announce=said.append)
+    assert content(out) == content(finished)
+    assert sorted(set(seen)) == {1: [0, 3, 6], 2: [0, 6], 3: [0]}[chunk]
+    when = {1: "after every 3 of 7 images", 2: "after every 6 of 7 images", 3: "when all 7 images are sampled"}[chunk]
+    assert said == [f"pictures appear in {out} {when}"]
+
+
+def test_a_chunk_is_large_enough_to_pay_for_what_it_loads(pixel_bundle, make_bundle, pixel_checkpoint):
+    """100 steps of an image and 24 of a batch for each loading; 1 % of a chunk's steps for its conditioning."""
+    manifest = pixel_bundle.manifest
+    segments, steps, tokens = len(manifest.plan.segments), manifest.sampling.steps, manifest.model.tokens
+    for batch in (1, 4, 16):
+        for labels in (1, 11, 1001):
+            cpu, gpu = (chunk_size(manifest, batch, labels, device) for device in ("cpu", "cuda"))
+            assert cpu * batch * steps >= 100 * segments and cpu * steps >= 24 * segments and gpu >= cpu
+            assert cpu * batch * tokens >= 25 * labels
+    sliding = make_bundle(pixel_checkpoint, steps=6, plan="sliding", max_batch=8).manifest
+    assert chunk_size(sliding, 16, 2, "cpu") == chunk_size(sliding, 16, 2, "cuda") == 1
+
+
+def test_a_start_that_fails_leaves_nothing(pixel_bundle, tmp_path):
+    """Nor does an interrupt before anything was saved; folders that were there stay."""
+    (tmp_path / "empty").mkdir()
+    for out in (tmp_path / "a" / "b", tmp_path / "empty"):
+        stopped_run(pixel_bundle, out, 1)
+    assert [path.name for path in tmp_path.rglob("*")] == ["empty"]
 
 
 class Killed(BaseException):

@@ -112,12 +112,12 @@ def test_the_same_search_gives_the_same_result_from_scratch_or_resumed(find, end
         find(tmp_path / "stopped", stop, target=target)
     (folder,) = (tmp_path / "stopped").iterdir()
     finished = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
-    assert {"plain.npy", "trajectory.npy", "losses-0.npy"} <= finished.keys()
-    (folder / "losses-0.npy").write_bytes(b"torn")
+    assert {"plain.npz", "trajectory.npz", "losses-0.npz"} <= finished.keys()
+    (folder / "losses-0.npz").write_bytes(b"torn")
     resumed = find(tmp_path / "stopped", target=target)
     assert [each.model_dump() for each in resumed] == expected
     kept = {name for name, modified in finished.items() if (folder / name).stat().st_mtime_ns == modified}
-    assert kept == finished.keys() - {"losses-0.npy"}
+    assert kept == finished.keys() - {"losses-0.npz"}
 
 
 def test_a_search_says_how_long_it_may_take_before_it_starts_and_its_total_is_honest(find, tmp_path):

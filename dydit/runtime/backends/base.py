@@ -15,7 +15,7 @@ from typing import Self
 import numpy as np
 
 from dydit.bundle.bundle import Bundle
-from dydit.bundle.graph_io import check_feeds, conditioning_inputs, subnet_inputs
+from dydit.bundle.graph_io import check_feeds, conditioning_inputs, modulation_vectors, subnet_inputs
 from dydit.errors import BackendError
 from dydit.runtime.forks import register
 
@@ -77,7 +77,9 @@ class Subnet(ABC):
             if not self.entry.gated:
                 feeds = {name: array for name, array in feeds.items() if name != "gates"}
             check_feeds(self.specs, feeds, self.what)
-            return self._step(feeds)
+            result = self._step(feeds)
+            _check_output(result.x_prev, feeds["x"].shape, self.what)
+            return result
 
     @property
     def _lock(self) -> threading.RLock:
@@ -130,9 +132,13 @@ class Backend(ABC):
         """Modulation of every (timestep, label) pair: int64 [T], int64 [R] -> f32 [T, R, 6L+2, D]."""
         feeds = {"timesteps": timesteps, "labels": labels}
         check_feeds(conditioning_inputs(), feeds, "conditioning")
+        model = self.bundle.manifest.model
         with self.lock:
             self.require_open()
-            return self._conditioning(feeds)
+            rows = self._conditioning(feeds)
+        shape = (len(timesteps), len(labels), modulation_vectors(model), model.hidden_size)
+        _check_output(rows, shape, "conditioning")
+        return rows
 
     @abstractmethod
     def _conditioning(self, feeds: Arrays) -> np.ndarray:
@@ -176,3 +182,11 @@ class Backend(ABC):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _check_output(array: np.ndarray, shape: tuple[int, ...], what: str) -> None:
+    """Raise `BackendError` where an output is not what the manifest leads to expect: the graph is another one."""
+    if array.shape != shape or array.dtype != np.float32:
+        raise BackendError(
+            f"{what} gave {array.dtype} {array.shape}, expected float32 {shape}; export the bundle again"
+        )

@@ -114,7 +114,8 @@ class OnnxRuntimeBackend(Backend):
 
     def _open_conditioning(self) -> Session:
         options = dataclasses.replace(self.options, packed=False)
-        return Session(self.bundle.file(CONDITIONING), options, SessionSettings(lazy=options.device == "cpu"))
+        settings = SessionSettings(lazy=options.device == "cpu", gives="modulation")
+        return Session(self.bundle.file(CONDITIONING), options, settings)
 
     def expect(self, images: int) -> None:
         self._sharing.expected = images
@@ -168,7 +169,7 @@ class OnnxRuntimeBackend(Backend):
         options = dataclasses.replace(self.options, threads=1) if apart else self.options
         if self._lazy:
             left_out = (*left_out, "ConstantFolding")
-        return Session(file, options, SessionSettings(graph, left_out, self._lazy))
+        return Session(file, options, SessionSettings(graph, left_out, self._lazy, gives="x_prev"))
 
 
 def _require_precision(precision: Precision, device: str) -> None:

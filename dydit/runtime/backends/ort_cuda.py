@@ -28,6 +28,7 @@ from dydit.errors import BackendError, one_line
 from dydit.runtime.backends.base import BackendOptions
 from dydit.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from dydit.runtime.backends.session import CUDA_OPTIONS, PROVIDERS, base_options, error_types, runtime
+from dydit.runtime.backends.sessions import open_session
 from dydit.runtime.device.cuda import CudaMemory, pycuda_driver
 from dydit.runtime.device.execute import Executor, Tensor
 from dydit.runtime.device.launches import EngineMemory
@@ -129,7 +130,8 @@ class _BoundEngine:
     def _open(self, file: Path, settings: Any, stream: int) -> Any:
         values = {"user_compute_stream": str(stream), "enable_cuda_graph": str(int(self._graphs))}
         options = {**CUDA_OPTIONS, **values} if self._device == "cuda" else {}
-        return self._ort.InferenceSession(str(file), settings, providers=[(PROVIDERS[self._device], options)])
+        session, self._weights = open_session(self._ort, file, settings, [(PROVIDERS[self._device], options)])
+        return session
 
     def launch(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor], what: str) -> None:
         """Run once, reading and writing memory in place."""

@@ -16,6 +16,7 @@ import numpy as np
 from dydit.errors import BackendError, one_line
 from dydit.runtime.backends.base import Arrays, BackendOptions
 from dydit.runtime.backends.cores import thread_count
+from dydit.runtime.backends.sessions import open_session
 from dydit.runtime.backends.versions import require_release
 from dydit.runtime.forks import register
 
@@ -56,13 +57,14 @@ class SessionSettings:
 
     `graph` replaces the file's content; `left_out` are optimisers not to run. `lazy`: fp16 weights stay as they are
     until they are multiplied, instead of all being widened when the session is made; only few optimisers leave them.
-    `arena`: keep a pool of memory for activations.
+    `arena`: keep a pool of memory for activations. `gives`: an output that the graph must have.
     """
 
     graph: bytes | None = None
     left_out: tuple[str, ...] = ()
     lazy: bool = False
     arena: bool = False
+    gives: str | None = None
 
 
 class Session:
@@ -75,9 +77,14 @@ class Session:
     def __init__(self, file: Path, options: BackendOptions, settings: SessionSettings | None = None):
         self._file, self._options, self._settings = file, options, settings or SessionSettings()
         ort = runtime()
-        self._version, self._errors = ort.__version__, error_types(ort)
+        self._version = ort.__version__
+        self._errors = error_types(ort)
         self._session: Any = self._open(ort)
         self._outputs = [output.name for output in self._session.get_outputs()]
+        if self._settings.gives not in (None, *self._outputs):
+            raise BackendError(
+                f"{file} is another graph: it has no output {self._settings.gives}; export the bundle again"
+            )
         register(self)
 
     def run(self, feeds: Arrays, what: str) -> dict[str, np.ndarray]:
@@ -101,7 +108,7 @@ class Session:
         more = {"disabled_optimizers": list(settings.left_out)} if settings.left_out else {}
         chosen = [(provider, CUDA_OPTIONS)] if device == "cuda" else [provider]
         try:
-            session = ort.InferenceSession(settings.graph or str(file), self._made(ort), providers=chosen, **more)
+            session, self._weights = open_session(ort, file, self._made(ort), chosen, settings.graph, **more)
         except self._errors as error:
             raise BackendError(f"onnxruntime {ort.__version__} cannot load {file}: {one_line(error)}") from error
         if provider not in session.get_providers():
@@ -116,9 +123,6 @@ class Session:
         made.enable_cpu_mem_arena = settings.arena
         if settings.lazy:
             made.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
-        if settings.graph is not None:
-            folder = str(self._file.parent)
-            made.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
         return made
 
 
@@ -134,9 +138,9 @@ def base_options(ort: Any, options: BackendOptions) -> Any:
 
 
 def error_types(ort: Any) -> tuple[type[Exception], ...]:
-    """What onnxruntime raises; it has no base class for that."""
+    """What onnxruntime raises; it has no base class for that. ValueError is of inputs that a graph does not have."""
     state = ort.capi.onnxruntime_pybind11_state
-    return (RuntimeError, *(getattr(state, name) for name in _ERRORS if hasattr(state, name)))
+    return (RuntimeError, ValueError, *(getattr(state, name) for name in _ERRORS if hasattr(state, name)))
 
 
 def load_cuda_libraries(ort: Any) -> None:

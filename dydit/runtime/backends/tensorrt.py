@@ -17,7 +17,6 @@ from dydit.bundle.vae import VAE_DECODER
 from dydit.engines.flavour import Flavour, Gpu, default_flavour, is_installed, load_flavour, present_gpu
 from dydit.engines.store import EngineStore, open_store
 from dydit.errors import BackendError, DyditError
-from dydit.files import write_json
 from dydit.runtime.backends.base import BackendOptions, DecodeTile
 from dydit.runtime.device.backend import DeviceBackend
 from dydit.runtime.device.cuda import CudaDevice, pycuda_driver
@@ -88,7 +87,7 @@ class TensorRTBackend(DeviceBackend):
     def _keep_memory(self, memory: Mapping[EngineId, EngineMemory]) -> None:
         hashes = _hashes(self.bundle, self._store)
         values = {hashes[engine]: [each.activation, each.weights] for engine, each in memory.items()}
-        write_json(self._store.folder / FIGURES, values)
+        self._store.keep(FIGURES, json.dumps(values).encode())
 
 
 def open_engines(bundle: Bundle, flavour: Flavour | None) -> tuple[Any, EngineStore]:
@@ -144,6 +143,6 @@ def _known(bundle: Bundle, store: EngineStore) -> dict[EngineId, EngineMemory]:
     try:
         values = json.loads((store.folder / FIGURES).read_text(encoding="utf-8"))
         known = {sha256: EngineMemory(int(activation), int(size)) for sha256, (activation, size) in values.items()}
-    except (FileNotFoundError, ValueError, TypeError, AttributeError):
+    except (OSError, ValueError, TypeError, AttributeError):
         return {}
     return {engine: known[sha256] for engine, sha256 in _hashes(bundle, store).items() if sha256 in known}

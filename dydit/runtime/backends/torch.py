@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from dydit.bundle.bundle import Bundle
-from dydit.bundle.stored import WEIGHTS
 from dydit.errors import BackendError
 from dydit.models.sliced import SlicedDiT, conditioning
 from dydit.runtime.backends.base import Arrays, Backend, BackendOptions, StepResult, Subnet
@@ -110,7 +109,7 @@ class TorchBackend(Backend):
 def mapped_weights(bundle: Bundle, device: torch.device) -> dict[str, Tensor]:
     """Every stored tensor, by name. On the CPU they are views of one private map of `weights.bin`."""
     # PyTorch wants writable memory: mode "c" gives it, and what is written would never reach the file.
-    raw = np.memmap(bundle.file(WEIGHTS), np.uint8, "c")
+    raw = bundle.mapped_weights("c")
     weights = {}
     for name, entry in bundle.manifest.weights.items():
         flat = torch.from_numpy(raw[entry.offset : entry.offset + entry.nbytes])

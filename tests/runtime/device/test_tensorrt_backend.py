@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import builtins
+import errno
 import json
+import os
 import shutil
 import sys
 from types import SimpleNamespace
@@ -286,3 +289,23 @@ def test_a_decoder_of_another_bundle_is_refused(vae_bundle, open_on, tmp_path):
     facts.store.write(index.request, {**index.engines, "vae_decoder.onnx": entry.model_copy(update={"key": key})})
     with pytest.raises(BundleError, match=r"vae_decoder\.engine was built with another bundle's weights; run"):
         facts.backend.decode(np.zeros((1, 4, 8, 8), np.float32))
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.ENOSPC, errno.EACCES, errno.EIO])
+def test_a_bundle_that_cannot_be_written_to_runs(bundle, opened, monkeypatch, code):
+    """What would make the next process faster is not kept, with a warning."""
+    facts = opened()
+    before = sorted(path.name for path in facts.store.folder.iterdir())
+
+    def refuse(path, mode="r", *more, **settings):
+        if mode in ("xb", "wb", "w", "ab") and str(path).startswith(str(bundle.path)):
+            raise OSError(code, os.strerror(code), str(path))
+        return opening(path, mode, *more, **settings)
+
+    opening = builtins.open
+    monkeypatch.setattr(builtins, "open", refuse)
+    store = MemoryStore()
+    with pytest.warns(UserWarning, match=r"(runtime\.cache|memory\.json) is not kept for the next process"):
+        facts.backend.sample_run(make_batches([1], [0], 1), SeededNoise(0, (4, 8, 8)), store, 1.0)
+    assert np.isfinite(store.load(0)).all()
+    assert sorted(path.name for path in facts.store.folder.iterdir()) == before
