@@ -23,10 +23,12 @@ from dydit.verify.plots_sensitivity import search_words, sensitivity_png
 from dydit.verify.quickstart import ASSETS
 from dydit.verify.sensitivity import SearchConfig, psnr, search
 
+pytestmark = pytest.mark.numerics
+
 STEPS, SCALE, IMAGES = 6, 1.5, 5
-# The search simulates 8 bits in PyTorch, the bundle runs them in ONNX Runtime. Two programs, or two CPUs, round otherwise,
-# and a value on the edge between two steps of a scale then falls to either side. So the two errors are of one size but
-# not the same: their powers agree to within a factor of 2, which is 3 dB.
+# The search simulates 8 bits in PyTorch, the bundle runs them in ONNX Runtime. Two programs, or two CPUs, round
+# differently, and a value on the edge between two steps of a scale then falls to either side. So the two errors are of
+# one size but not the same: their powers agree to within a factor of 2, which is 3 dB.
 ANOTHER_ROUNDING = 3.0
 EXPORTED = ExportConfig(steps=STEPS, max_subnets=2)
 
