@@ -93,22 +93,27 @@ def quickstart_command(out: Path, overwrite: bool, as_json: bool, **settings: An
     help="What to train. `digits` is three runs: static, then dynamic from its weights, then settle.",
 )
 @click.option("--out", type=PATH, required=True, help="Folder for the run; must be empty, unless --resume is given.")
-@click.option("--resume", is_flag=True, help="Go on with the run in --out from its last saved state.")
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Go on with the run in --out from its last saved state; a larger iterations=N makes it longer.",
+)
 def train_command(overrides: tuple[str, ...], recipe: str, out: Path, resume: bool) -> None:
     """Train a model by a recipe, on the processors that are here.
 
     KEY=VALUE changes a setting: iterations=100, model.depth=4; in a recipe of several runs static.KEY, dynamic.KEY
     or settle.KEY changes one of them. Leaves model.safetensors, train.json, log.jsonl and curves.png.
     """
-    from dydit.training.loop import train_sequence
     from dydit.training.recipe import find_recipes
+    from dydit.training.sequence import train_sequence
 
     recipes = find_recipes(recipe, overrides)
     with progress_line("train") as progress:
         results = train_sequence(recipes, out, resume, progress)
     for result in results:
         summary = result.summary
-        say(f"{result.model}: {summary['iterations']} iterations in {duration(summary['seconds'])}")
+        note = f"; {result.note}" if result.note else ""
+        say(f"{result.model}: {summary['iterations']} iterations in {duration(summary['seconds'])}{note}")
     say(f"Next: dydit export {results[-1].model} --out BUNDLE")
 
 

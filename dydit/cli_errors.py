@@ -36,8 +36,8 @@ def run_command(group: click.Group, arguments: Sequence[str]) -> int:
         # The reader went away (`dydit inspect ... | head`); what is left in the buffer has nowhere to go either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return PIPE_CLOSED
-    except KeyboardInterrupt:
-        return _fail("interrupted", settings, INTERRUPTED)
+    except KeyboardInterrupt as stop:
+        return _fail(" ".join(str(stop).split()) or "interrupted", settings, INTERRUPTED)
     except click.UsageError as error:
         where = f" (see {error.ctx.command_path} --help)" if error.ctx else ""
         return _fail(" ".join(error.format_message().split()).rstrip(".") + where, settings)

@@ -26,8 +26,8 @@ MODULES = {
 }
 LONGEST = 400
 
-# Which parts a part may import (DESIGN, section 4). `errors` and `files` belong to nobody and to all.
-GROUND = {"errors", "files"}
+# Which parts a part may import (DESIGN, section 4). `errors`, `files` and `locks` belong to nobody and to all.
+GROUND = {"errors", "files", "locks"}
 MODEL = GROUND | {"models", "diffusion"}
 BUNDLE = MODEL | {"bundle"}
 ENGINES = BUNDLE | {"engines"}
@@ -36,6 +36,7 @@ COMMANDS = {"cli_build", "cli_calibrate", "cli_export", "cli_sample"}
 ALLOWED = {
     "errors": set(),
     "files": {"errors"},
+    "locks": {"errors"},
     "diffusion": GROUND | {"diffusion"},
     "models": MODEL,
     "bundle": BUNDLE,

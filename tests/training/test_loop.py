@@ -14,15 +14,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from dydit.errors import ConfigError, OutputError
+from dydit.errors import ConfigError, OutputError, TrainingError
 from dydit.models.checkpoint import load_checkpoint, save_checkpoint
 from dydit.models.config import ModelConfig
 from dydit.models.dit import DiT
 from dydit.models.routers import Static
 from dydit.training.draws import BatchSource
-from dydit.training.loop import Objective, learning_rate, make_optimizer, probe, starting_model, train, train_sequence
+from dydit.training.loop import Objective, learning_rate, make_optimizer, probe, starting_model, train
 from dydit.training.losses import Process
 from dydit.training.recipe import Recipe, Stage
+from dydit.training.sequence import train_sequence
 from dydit.training.state import read_log
 
 Make = Callable[..., Recipe]
@@ -70,7 +71,7 @@ def test_a_run_learns_and_leaves_what_it_promises(tmp_path: Path, small_recipe: 
         recipe, tmp_path / "run", progress=lambda done, of, entry: told.append((done, of, entry is not None))
     )
     names = {path.name for path in (tmp_path / "run").iterdir()}
-    assert names == {"recipe.json", "log.jsonl", "model.safetensors", "train.json", "curves.png"}
+    assert names == {"recipe.json", "log.jsonl", "model.safetensors", "train.json", "curves.png", "state-00000060"}
     log = read_log(tmp_path / "run")
     assert [entry["iteration"] for entry in log] == [20, 40, 60]
     assert log[-1]["mse"] < 0.8 * log[0]["mse"]
@@ -187,7 +188,7 @@ def test_steps_over_the_gradient_limit_are_skipped_and_counted(tmp_path: Path, s
 
 def test_a_hopeless_run_stops_and_says_why(tmp_path: Path, small_recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dydit.training.loop.HOPELESS", 5)
-    with pytest.raises(ConfigError, match=r"5 steps in a row.*grad_norm_limit"):
+    with pytest.raises(TrainingError, match=r"5 steps in a row.*grad_norm_limit"):
         train(small_recipe(grad_norm_limit=1e-6), tmp_path / "run")
 
 
