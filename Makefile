@@ -11,10 +11,10 @@ BASE := $(VENV)/.installed-base
 DEV := $(VENV)/.installed-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test check format clean
+.PHONY: help install quickstart test test-isa test-release check format clean
 
 help:  ## say what there is
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(BASE)  ## make .venv with the pinned packages and `dydit` in it
 
@@ -23,6 +23,12 @@ quickstart: $(BASE)  ## real data to a picture and a report, on the CPU, in minu
 
 test: $(DEV)  ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+
+test-isa: $(DEV)  ## run the tests that depend on rounding as on a CPU without AVX-512, VNNI and AMX
+	tests/isa/run.sh $(BIN)/python -m pytest -n $(WORKERS) -m numerics -p no:faulthandler
+
+test-release: $(DEV)  ## run what a release needs besides: minutes long, or figures of this machine, which should be idle
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m release
 
 check: $(DEV)  ## formatting, lints, types and tests: what CI runs
 	$(BIN)/ruff format --check .

@@ -113,7 +113,11 @@ def quickstart_command(out: Path, overwrite: bool, as_json: bool, **settings: An
 @click.option(
     "--out", type=PATH, required=True, help="Folder for the run; must be empty or absent, unless --resume is given."
 )
-@click.option("--resume", is_flag=True, help="Continue the run in --out from its last saved state.")
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Continue the run in --out from its last saved state. A larger iterations=N makes it longer.",
+)
 def train_command(overrides: tuple[str, ...], recipe: str, out: Path, resume: bool) -> None:
     """Train a model with a recipe, on the processors of this machine.
 
@@ -121,16 +125,17 @@ def train_command(overrides: tuple[str, ...], recipe: str, out: Path, resume: bo
     or settle.KEY changes one of them. Writes model.safetensors, train.json, log.jsonl and curves.png.
     """
     require("dydit train", [*CHECKPOINTS, "accelerate", "sklearn", "matplotlib"])
-    from dydit.training.loop import train_sequence
     from dydit.training.recipe import find_recipes
+    from dydit.training.sequence import train_sequence
 
     recipes = find_recipes(recipe, overrides)
     with progress_line("train") as progress:
         results = train_sequence(recipes, out, resume, progress)
     for result in results:
         summary = result.summary
+        note = f"; {result.note}" if result.note else ""
         took = duration(summary["seconds"])
-        say(f"{result.model}: {counted(summary['iterations'], 'iteration')} in {took}")
+        say(f"{result.model}: {counted(summary['iterations'], 'iteration')} in {took}{note}")
     say(next_line("export", results[-1].model, "--out", "BUNDLE"))
 
 

@@ -54,6 +54,8 @@ def _explain(error: BaseException, settings: Settings, command: str) -> int:
         what, code = (
             ("interrupted", INTERRUPTED) if isinstance(error, KeyboardInterrupt) else ("terminated", TERMINATED)
         )
+        if text := " ".join(str(error).split()):  # what was interrupted says more
+            return _fail(text, settings, code)
         advice = GOES_ON.get(command, "nothing was written; run it again")
         return _fail(f"{what}; {advice}" if command else what, settings, code)
     if isinstance(error, click.UsageError):

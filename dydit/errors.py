@@ -31,6 +31,10 @@ class CalibrationError(DyditError):
     """There is nothing to calibrate on, or a calibration is of something else."""
 
 
+class TrainingError(DyditError):
+    """A training run cannot go on: what it computes is not finite, or does not get better."""
+
+
 class UnavailableError(BackendError):
     """What is asked for needs something that this machine lacks, so it is left out where others can go on."""
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -25,12 +24,12 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO
 
 from dydit.errors import OutputError
+from dydit.locks import only_process
 
 _CHUNK = 1 << 22
 _LONG_NAME = 200
 _NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM, errno.EBADF, errno.EISDIR, errno.ENOSYS}
 """What file systems say that cannot flush a folder, or a file that was opened to be read: CIFS, some of FUSE."""
-_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL}
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV, errno.EACCES, errno.EINVAL}
 _NO_RENAMES = {errno.EXDEV, errno.ENOSYS, errno.ENOTSUP, errno.EMFILE, errno.EBUSY}
 """What a rename gives where old and new name count as different devices, or where folders cannot be renamed at all."""
@@ -166,25 +165,9 @@ def claimed(path: Path) -> Iterator[None]:
     Raises `OutputError` where another process holds it. Where the file system has no locks it is held by nobody; then
     whoever finishes first wins.
     """
-    lock = _beside(path, "lock")
-    with contextlib.ExitStack() as held:
-        while True:
-            file = held.enter_context(open(lock, "ab"))
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise OutputError(
-                    f"another process is writing {path}; wait for it, or choose another output"
-                ) from error
-            except OSError as error:
-                if error.errno not in _NO_LOCKS:
-                    raise
-                break
-            if _is_file(file, lock):  # and not one that its holder removed in between
-                _remove_parts(path)
-                break
-            file.close()
-        held.callback(lock.unlink, missing_ok=True)  # while the lock is held
+    busy = f"another process is writing {path}; wait for it, or choose another output"
+    with only_process(_beside(path, "lock"), busy):
+        _remove_parts(path)
         yield
 
 
@@ -202,13 +185,6 @@ def _part_of(path: Path) -> Path:
 
 def _host() -> str:
     return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
-
-
-def _is_file(file: IO[bytes], path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
-    except FileNotFoundError:
-        return False
 
 
 def remove(path: Path) -> None:

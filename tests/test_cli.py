@@ -155,11 +155,11 @@ def test_a_signal_interrupts_a_sampling_run(bundle: Path, tmp_path: Path, number
         # A job that a shell put into the background ignores this signal, and so would the process.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
-    started, deadline = tmp_path / "out" / ".work" / "000003.npz", time.monotonic() + 120
+    started, deadline = tmp_path / "out" / ".work" / "000003.npz", time.monotonic() + 600
     while time.monotonic() < deadline and process.poll() is None and not started.exists():
         time.sleep(0.02)
     process.send_signal(number)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=600)
     line = f"dydit: error: {said}; the same command goes on where it was\n"
     assert (process.returncode, err) == (128 + number, line)
     assert not list((tmp_path / "out").rglob("*.part"))

@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
 import pytest
 
 from dydit.bundle.bundle import Bundle
 from dydit.calibrate.file import read_calibration
+from dydit.runtime.backends.int8 import products_are_exact
 
 STEPS = 6
 SMALL = ["--steps", STEPS, "--max-subnets", 2, "--samples", 8, "--held-out", 8, "--batch-size", 2, "--quantile", 0.9]
@@ -199,7 +201,8 @@ def test_migrated_ranges_then_8_bits(run, checkpoint: Path, tmp_path: Path) -> N
     done = run("export", checkpoint, *plan, "--precision", "int8-static", "--calibration", file, "--out", bundle)
     assert done.code == 0, done.err
     assert Bundle.open(bundle).manifest.migration == ranges.migration
-    assert run("sample", bundle, "--labels", "1,2", "--out", tmp_path / "samples").code == 0
+    if products_are_exact(onnxruntime):  # else the backend refuses it: this CPU has no VNNI
+        assert run("sample", bundle, "--labels", "1,2", "--out", tmp_path / "samples").code == 0
     capacity = ["--routing", "capacity", "--calibration", file, "--out", tmp_path / "fp32"]
     assert run("export", checkpoint, *plan, *capacity).code == 0
     assert Bundle.open(tmp_path / "fp32").manifest.migration is None, "that of 8 bits alone"

@@ -26,8 +26,8 @@ MODULES = {
 }
 LONGEST = 400
 
-# Which parts a part may import (DESIGN, section 4). Those of `GROUND` belong to nobody and to all.
-GROUND = {"errors", "extras", "files", "words"}
+# Which parts a part may import. Those of `GROUND` belong to nobody and to all.
+GROUND = {"errors", "extras", "files", "locks", "words"}
 MODEL = GROUND | {"models", "diffusion"}
 BUNDLE = MODEL | {"bundle"}
 ENGINES = BUNDLE | {"engines"}
@@ -37,8 +37,9 @@ COMMANDS = {"cli_build", "cli_calibrate", "cli_decode", "cli_export", "cli_sampl
 ALLOWED = {
     "errors": {"words"},
     "extras": {"errors"},
-    "files": {"errors", "words"},
+    "files": {"errors", "locks", "words"},
     "words": set(),
+    "locks": {"errors"},
     "diffusion": GROUND | {"diffusion"},
     "models": MODEL,
     "bundle": BUNDLE,

@@ -333,5 +333,5 @@ def _finished_before(folder: RunFolder, run: Run, worker: Worker, known: dict[st
 
 
 def _note(run: Run, *notes: str) -> str:
-    latents = f"the bundle has no VAE decoder, so the samples are latents, in {LATENTS}; `dydit decode` makes pictures of them"
+    latents = f"the bundle has no VAE decoder, so the samples are latents, in {LATENTS}: see `dydit decode`"
     return "; ".join([*notes, latents] if run.pictures is None else notes)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from dydit.errors import DyditError
+from dydit.files import write_atomic
 
 
 def draw_curves(log: Sequence[dict[str, Any]], path: Path, title: str) -> None:
@@ -35,7 +37,9 @@ def draw_curves(log: Sequence[dict[str, Any]], path: Path, title: str) -> None:
             axes[1].plot(*_series(log, key), color, label=f"probe, {label}", linewidth=0.8)
         axes[1].set(title="FLOPs ratio of the blocks", xlabel="iteration", ylim=(0, 1.02))
         axes[1].legend(fontsize=8)
-    figure.savefig(path, dpi=120)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    write_atomic(path, picture.getvalue())
 
 
 def _series(log: Sequence[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:

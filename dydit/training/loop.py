@@ -5,13 +5,13 @@ Bit-exact when repeated, and when killed and resumed, on the same machine with t
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import math
-import shutil
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dydit.errors import ConfigError
-from dydit.files import user_path, write_json
+from dydit.errors import CheckpointError, ConfigError, TrainingError
+from dydit.files import sha256_of, user_path, write_json
 from dydit.models.checkpoint import load_checkpoint, save_checkpoint
 from dydit.models.dit import DiT, initialize, initialize_routers
 from dydit.models.routers import Masked, Recording, Static
 from dydit.training.curves import draw_curves
 from dydit.training.data import open_data
 from dydit.training.draws import Batch, BatchSource, Purpose, stream
+from dydit.training.folder import check_folder, finished_summary, held_folder, identity
 from dydit.training.importance import rank_and_permute
 from dydit.training.losses import (
     AnnealedGumbelSigmoid,
@@ -39,6 +40,7 @@ from dydit.training.losses import (
     relative_detail,
     token_loss,
 )
+from dydit.training.processes import agreed, stopped_by_sigterm
 from dydit.training.recipe import LearningRateSchedule, Precision, Recipe, Stage
 from dydit.training.state import (
     CURVES,
@@ -47,7 +49,6 @@ from dydit.training.state import (
     SUMMARY,
     Counters,
     append_log,
-    claim_folder,
     load_state,
     read_log,
     save_state,
@@ -63,10 +64,14 @@ Progress = Callable[[int, int, dict[str, Any] | None], None]  # iterations done,
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run left: the EMA weights, and the summary that is also in `train.json`."""
+    """What a run left: the EMA weights, and the summary that is also in `train.json`.
+
+    `note`: what there is to say about it in one sentence, where it was finished before or made longer.
+    """
 
     model: Path
     summary: dict[str, Any]
+    note: str = field(default="", compare=False)
 
 
 class Objective(nn.Module):
@@ -163,8 +168,9 @@ def learning_rate(recipe: Recipe, iteration: int) -> float:
 def train(recipe: Recipe, out: Path, resume: bool = False, progress: Progress | None = None) -> TrainResult:
     """Run `recipe` in the folder `out`; with `resume`, from the last state in it.
 
-    Raises `OutputError` where `out` is taken, `ConfigError` where it is another recipe's run or a setting does not fit
-    the data, and `CheckpointError` where `init` cannot be used.
+    A run may be resumed with more iterations, a finished one too. Raises `OutputError` where `out` is taken,
+    `ConfigError` where it is another recipe's run or a setting does not fit the data, `CheckpointError` where `init` or
+    a state cannot be used, and `TrainingError` where the run diverges. A start that is refused leaves nothing behind.
     """
     from accelerate import Accelerator
 
@@ -173,11 +179,6 @@ def train(recipe: Recipe, out: Path, resume: bool = False, progress: Progress | 
     accelerator = Accelerator(mixed_precision="bf16" if recipe.precision is Precision.BF16 else "no")
     if recipe.batch_size % accelerator.num_processes:
         raise ConfigError(f"batch_size {recipe.batch_size} does not divide over {accelerator.num_processes} processes")
-    if accelerator.is_main_process:
-        claim_folder(out, recipe, resume)
-    accelerator.wait_for_everyone()
-    if (out / SUMMARY).is_file():
-        return TrainResult(out / MODEL, json.loads((out / SUMMARY).read_text()))
     source = BatchSource(
         data=data,
         seed=recipe.seed,
@@ -187,7 +188,14 @@ def train(recipe: Recipe, out: Path, resume: bool = False, progress: Progress | 
         process=accelerator.process_index,
         processes=accelerator.num_processes,
     )
-    return _Run(recipe, out, source, accelerator, progress).run()
+    with contextlib.ExitStack() as held:
+        agreed(accelerator, lambda: held.enter_context(held_folder(out)))
+        agreed(accelerator, lambda: check_folder(out, recipe, resume))
+        finished = agreed(accelerator, lambda: finished_summary(out, recipe))
+        if finished is not None:
+            note = f"it was finished already; --resume with more iterations than {recipe.iterations} makes it longer"
+            return TrainResult(out / MODEL, finished, note)
+        return _Run(recipe, out, source, accelerator, progress).run()
 
 
 class _Run:
@@ -196,6 +204,11 @@ class _Run:
     def __init__(self, recipe: Recipe, out: Path, source: BatchSource, accelerator: Any, progress: Progress | None):
         self.recipe, self.out, self.source, self.accelerator, self.progress = recipe, out, source, accelerator, progress
         saved = states(out)
+        if not saved and (out / SUMMARY).is_file():
+            raise CheckpointError(
+                f"{out} holds a finished run without its last state, from which it could go on; start a new run in "
+                f"another folder, for instance with init={out / MODEL}"
+            )
         model = DiT(recipe.model) if saved else starting_model(recipe)
         model.train().to(accelerator.device)
         self.ema = copy.deepcopy(model).eval().requires_grad_(False)
@@ -204,24 +217,64 @@ class _Run:
         self.process = Process.training(accelerator.device)
         self.model, self.plain_optimizer = model, optimizer
         self.objective, self.optimizer = accelerator.prepare(Objective(model, recipe, self.process), optimizer)
+        if 0 < self.counters.planned < recipe.iterations:
+            self.counters.made_longer_at.append(self.counters.iteration)
+        self.counters.planned = recipe.iterations
         if accelerator.is_main_process:
-            truncate_log(out, self.counters.iteration)
+            truncate_log(out, self.counters.iteration, recipe.log_every)
+            write_json(out / RECIPE, identity(recipe))  # all is known to be right: from here on it is this recipe's run
 
     def run(self) -> TrainResult:
+        """Run to the end. An interrupt becomes one that says how to go on."""
+        try:
+            with stopped_by_sigterm():
+                self.iterate()
+                return self.finish()
+        except KeyboardInterrupt as stop:
+            raise KeyboardInterrupt(
+                f"interrupted after {self.counters.iteration} of {self.recipe.iterations} iterations; the same command "
+                f"with --resume goes on {self.last_state()}"
+            ) from stop
+
+    def iterate(self) -> None:
+        """All iterations that are left, with their lines of the log and their states."""
         recipe, counters = self.recipe, self.counters
         before, started = counters.seconds, time.monotonic()
         while counters.iteration < recipe.iterations:
             self.step(counters.iteration)
             counters.iteration += 1
             counters.seconds = before + time.monotonic() - started
-            entry = None
-            if counters.iteration % recipe.log_every == 0 or counters.iteration == recipe.iterations:
+            entry, last = None, counters.iteration == recipe.iterations
+            if counters.iteration % recipe.log_every == 0:
                 entry = self.log()
-            if counters.iteration % recipe.save_every == 0 and counters.iteration < recipe.iterations:
+            if counters.iteration % recipe.save_every == 0 or last:
                 self.save()
+            if last and counters.summed:  # after the state: a longer run has no line here
+                entry = self.log()
             if self.progress is not None and self.accelerator.is_main_process:
                 self.progress(counters.iteration, recipe.iterations, entry)
-        return self.finish()
+
+    def last_state(self) -> str:
+        """Where a resumed run would go on, in words."""
+        saved = states(self.out)
+        return f"from its last state, iteration {int(saved[-1].name[6:])}" if saved else "from the beginning"
+
+    def require_finite(self, loss: float | None = None) -> None:
+        """Raise `TrainingError` where weights are not finite any more: no state, log or result is made of such."""
+        named = [*self.model.named_parameters(), *self.ema.named_parameters()]
+        bad = next((name for name, value in named if not bool(value.isfinite().all())), None)
+        if bad is not None or (loss is not None and not math.isfinite(loss)):
+            what = f"{bad} holds values that are not finite" if bad else f"the probe's error is {loss}"
+            raise self.given_up(f"the run diverged: {what} after iteration {self.counters.iteration}")
+
+    def given_up(self, reason: str) -> TrainingError:
+        """The error that ends a run which resuming would only repeat."""
+        saved = states(self.out)
+        kept = f"its last good state is {saved[-1]}" if saved else "no state was saved before"
+        return TrainingError(
+            f"{reason}; {kept}, and no weights were written as a result. To resume would repeat it: start again in "
+            f"another folder, with learning_rate below {self.recipe.learning_rate:g} or with a lower clip_norm"
+        )
 
     def step(self, iteration: int) -> None:
         """One iteration: exactly one optimiser step, or none where the gradient norm is over the limit."""
@@ -240,10 +293,12 @@ class _Run:
             counters.skipped_in_a_row = 0
         else:
             counters.skipped, counters.skipped_in_a_row = counters.skipped + 1, counters.skipped_in_a_row + 1
+            if not math.isfinite(norm):
+                self.require_finite()
             if counters.skipped_in_a_row >= HOPELESS:
-                raise ConfigError(
-                    f"{HOPELESS} steps in a row were skipped at iteration {iteration}: the gradient norm ({norm:.3g}) "
-                    f"stays above grad_norm_limit {limit}; lower learning_rate or raise the limit"
+                raise self.given_up(
+                    f"{HOPELESS} steps in a row were skipped, the last after iteration {iteration}: the gradient norm "
+                    f"({norm:.3g}) stays above grad_norm_limit {limit:g}, which may be raised, too"
                 )
         self.optimizer.zero_grad()
         with torch.no_grad():
@@ -268,20 +323,27 @@ class _Run:
         entry |= {"learning_rate": learning_rate(recipe, counters.iteration - 1), "skipped": counters.skipped}
         if recipe.stage is not Stage.STATIC:
             entry["target"] = recipe.target(counters.iteration - 1)
+        self.require_finite()
         if self.accelerator.is_main_process:
             entry |= probe(self.ema, self.source.probe(PROBE_IMAGES), self.process)
+            self.require_finite(entry["probe_mse"])
             append_log(self.out, entry)
         counters.sums, counters.summed = {}, 0
         return entry
 
     def save(self) -> None:
+        """Write the state of this iteration in place of the one before."""
+        self.require_finite()
         if self.accelerator.is_main_process:
             save_state(self.out, self.counters, self.model, self.ema, self.plain_optimizer)
         self.accelerator.wait_for_everyone()
 
     def finish(self) -> TrainResult:
-        """Write the EMA weights, the curves and, last, the summary; the states are no longer needed."""
+        """Write the EMA weights, the curves and, last, the summary. The last state stays: the run may become longer."""
         recipe, counters, out = self.recipe, self.counters, self.out
+        if counters.summed:  # of a run that was killed between its last state and its last line
+            self.log()
+        self.require_finite()
         log = read_log(out)
         described = json.loads((out / RECIPE).read_text())
         summary = {
@@ -289,6 +351,7 @@ class _Run:
             "iterations": counters.iteration,
             "skipped": counters.skipped,
             "seconds": round(counters.seconds, 1),
+            **({"made_longer_at": counters.made_longer_at} if counters.made_longer_at else {}),
             "processes": self.accelerator.num_processes,
             "device": str(self.accelerator.device),
             "torch": torch.__version__,
@@ -297,11 +360,10 @@ class _Run:
         if self.accelerator.is_main_process:
             save_checkpoint(out / MODEL, self.ema, recipe.model, {"recipe": json.dumps(described)})
             draw_curves(log, out / CURVES, recipe.name)
+            summary["model_sha256"] = sha256_of(out / MODEL)
             write_json(out / SUMMARY, summary)
-            for path in states(out):
-                shutil.rmtree(path)
         self.accelerator.wait_for_everyone()
-        return TrainResult(out / MODEL, summary)
+        return TrainResult(out / MODEL, summary, recipe.made_longer(counters.made_longer_at))
 
 
 def _tensors(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -328,20 +390,3 @@ def probe(model: DiT, batch: Batch, process: Process) -> dict[str, float]:
             "probe_tokens_std": float(per_image.std()),
         }
     return out
-
-
-def train_sequence(
-    recipes: Sequence[Recipe], out: Path, resume: bool = False, progress: Progress | None = None
-) -> list[TrainResult]:
-    """Run recipes one after another, each in `out/<stage>`, each starting from the weights of the one before.
-
-    A single recipe runs in `out` itself. With `resume`, finished runs are kept as they are.
-    """
-    if len(recipes) == 1:
-        return [train(recipes[0], out, resume, progress)]
-    results: list[TrainResult] = []
-    for recipe in recipes:
-        if results:
-            recipe = recipe.model_copy(update={"init": str(results[-1].model)})
-        results.append(train(recipe, user_path(out) / recipe.stage.value, resume, progress))
-    return results

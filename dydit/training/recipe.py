@@ -53,10 +53,12 @@ class Recipe(Strict):
 
     iterations: int = Field(gt=0)
     batch_size: int = Field(default=256, gt=0, description="images an iteration, over all processes")
-    learning_rate: float = Field(default=1e-4, gt=0)
+    learning_rate: float = Field(default=1e-4, gt=0, le=1e6)
     learning_rate_schedule: LearningRateSchedule = LearningRateSchedule.CONSTANT
     learning_rate_warmup: int = Field(default=0, ge=0, description="iterations of linear warm-up")
-    router_learning_rate: float = Field(default=1.0, gt=0, description="the routers' learning rate, as a multiple")
+    router_learning_rate: float = Field(
+        default=1.0, gt=0, le=1e6, description="the routers' learning rate, as a multiple"
+    )
     weight_decay: float = Field(default=0.0, ge=0)
     clip_norm: float | None = Field(default=None, gt=0, description="scale longer gradients down to this norm")
     grad_norm_limit: float | None = Field(default=200.0, gt=0, description="skip the step where the norm is above")
@@ -106,6 +108,23 @@ class Recipe(Strict):
         if iteration >= self.ramp_iterations:
             return self.lambda_target
         return 1 - (1 - self.lambda_target) * iteration / self.ramp_iterations
+
+    def made_longer(self, where: Sequence[int]) -> str:
+        """What a run is, and is not, that was made longer at iterations `where`; "" where it was not.
+
+        Settings whose course is laid out over all iterations are others from the start when there are more of them.
+        """
+        if not where:
+            return ""
+        laid_out = ["learning_rate_schedule"] if self.learning_rate_schedule is LearningRateSchedule.COSINE else []
+        laid_out += ["noise_anneal"] if self.stage is Stage.DYNAMIC and self.noise_anneal else []
+        said = f"it was made longer at iteration {', then '.join(map(str, where))}"
+        if not laid_out:
+            return f"{said}, and is what {self.iterations} iterations at once give"
+        return (
+            f"{said}; {' and '.join(laid_out)} went by the shorter run until there, so it is not quite what "
+            f"{self.iterations} iterations at once give"
+        )
 
     def gate_noise(self, iteration: int) -> float:
         """The factor on the gates' noise: 1, going to 0 over the last `noise_anneal` share; 0 to settle."""

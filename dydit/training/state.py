@@ -4,15 +4,18 @@
     log.jsonl                one line every `log_every` iterations; nothing in it depends on the clock
     state-00000500/          weights, EMA and optimiser moments (tensors.safetensors) and the counters (state.json)
     model.safetensors        the EMA weights, at the end
-    train.json, curves.png   the summary, at the end; a folder with train.json is a finished run
+    train.json, curves.png   the summary, at the end; a run is finished where it is of as many iterations as the recipe
+    .lock                    held by the process that trains, while it does
 
-A state is written to a temporary sibling and renamed; the one before it is removed only then.
+A state is written to a temporary sibling and renamed; the one before it is removed only then. The last one stays, so
+that a finished run can be made longer. A state holds finite values alone.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,12 +26,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dydit.errors import CheckpointError, ConfigError, OutputError
-from dydit.files import explained, new_folder, sha256_of, write_atomic, write_json
-from dydit.training.recipe import Recipe
+from dydit.errors import CheckpointError, OutputError, one_line
+from dydit.files import explained, new_folder, sha256_of, write_atomic
 
 RECIPE, LOG, MODEL, SUMMARY, CURVES = "recipe.json", "log.jsonl", "model.safetensors", "train.json", "curves.png"
 _TENSORS, _COUNTERS = "tensors.safetensors", "state.json"
+FORMAT = 1
+"""Of a state; one without it is of this format, too."""
 
 
 @dataclass
@@ -39,53 +43,10 @@ class Counters:
     skipped: int = 0  # of these, steps skipped for their gradient norm
     skipped_in_a_row: int = 0
     seconds: float = 0.0
+    planned: int = 0  # iterations of the recipe when the state was written
+    made_longer_at: list[int] = field(default_factory=list)  # iterations where a run had ended and was made longer
     sums: dict[str, float] = field(default_factory=dict)
     summed: int = 0
-
-
-def claim_folder(out: Path, recipe: Recipe, resume: bool) -> None:
-    """Make `out` this recipe's folder.
-
-    Raises `OutputError` where it holds something and `resume` is false or it is no run, `ConfigError` where it is the
-    run of another recipe (naming the settings that differ).
-    """
-    with explained(out):
-        out.mkdir(parents=True, exist_ok=True)
-        present = [path for path in out.iterdir() if not path.name.endswith(".part")]
-    if not present:
-        write_json(out / RECIPE, identity(recipe))
-        return
-    if not resume:
-        raise OutputError(f"{out} is not empty; choose another folder, or continue the run in it with --resume")
-    if not (out / RECIPE).is_file():
-        raise OutputError(f"{out} holds no run to resume ({RECIPE} is missing); choose another folder")
-    try:
-        stored = json.loads((out / RECIPE).read_text())
-    except json.JSONDecodeError as error:
-        raise OutputError(f"{out / RECIPE} is damaged ({error}); start again in another folder") from error
-    different = differing_settings(stored, identity(recipe))
-    if different:
-        raise ConfigError(f"{out} is a run of another recipe; it differs in {', '.join(different)}")
-
-
-def identity(recipe: Recipe) -> dict[str, Any]:
-    """What makes two runs the same: the recipe, where `init` is told by its content and not by where the file lies."""
-    values = recipe.model_dump(mode="json")
-    if recipe.init is not None and Path(recipe.init).is_file():
-        values["init"] = f"sha256:{sha256_of(Path(recipe.init))}"
-    return values
-
-
-def differing_settings(stored: Any, asked: Any, prefix: str = "") -> list[str]:
-    """`key: stored, now asked` of every setting that differs, nested keys joined by dots."""
-    if isinstance(stored, dict) and isinstance(asked, dict):
-        keys = [*stored, *(key for key in asked if key not in stored)]
-        return [
-            line
-            for key in keys
-            for line in differing_settings(stored.get(key), asked.get(key), f"{prefix}.{key}" if prefix else key)
-        ]
-    return [] if stored == asked else [f"{prefix} ({stored} there, {asked} asked for)"]
 
 
 def states(out: Path) -> list[Path]:
@@ -105,21 +66,42 @@ def save_state(
             tensors[f"optimizer.{key}.{name}"] = value
     older = states(out)
     with new_folder(out / f"state-{counters.iteration:08d}") as part:
-        save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, part / _TENSORS)
-        (part / _COUNTERS).write_text(json.dumps(asdict(counters), allow_nan=False))
+        try:
+            save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, part / _TENSORS)
+        except SafetensorError as error:  # it has words of its own for what the system says, a full disk among them
+            raise _system_error(error, part / _TENSORS) from error
+        values = {"format": FORMAT, "sha256": sha256_of(part / _TENSORS), **asdict(counters)}
+        (part / _COUNTERS).write_text(json.dumps(values, allow_nan=False))
     for path in older:
         shutil.rmtree(path)
+
+
+def _system_error(error: SafetensorError, path: Path) -> Exception:
+    """The `OSError` behind an error of safetensors, which names it as "(os error 28)"; the error itself without one."""
+    found = re.search(r"os error (\d+)", str(error))
+    return OSError(int(found[1]), os.strerror(int(found[1])), str(path)) if found else error
 
 
 def load_state(path: Path, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer) -> Counters:
     """Load the state in `path` into the modules and the optimiser. Raises `CheckpointError` where it is damaged."""
     try:
+        values = json.loads((path / _COUNTERS).read_text())
+        if values.pop("format", FORMAT) != FORMAT:
+            raise CheckpointError(
+                f"the training state {path} was written by another version of dydit; go on with that one"
+            )
+        digest = values.pop("sha256", None)
+        if digest is not None and digest != sha256_of(path / _TENSORS):
+            raise ValueError(f"{_TENSORS} was changed: its SHA-256 differs")
+        counters = Counters(**values)
         tensors = load_file(path / _TENSORS)
-        counters = Counters(**json.loads((path / _COUNTERS).read_text()))
         model.load_state_dict(_with_prefix(tensors, "model."))
         ema.load_state_dict(_with_prefix(tensors, "ema."))
-    except (SafetensorError, OSError, ValueError, TypeError, RuntimeError) as error:
-        raise CheckpointError(f"the training state {path} cannot be read ({error}); remove it and resume") from error
+    except (SafetensorError, OSError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        raise CheckpointError(
+            f"the training state {path} cannot be read ({one_line(error)}); restore it from a copy, or remove it: then "
+            "--resume goes on from the state before it, or begins again where there is none"
+        ) from error
     named = {parameter: name for name, parameter in model.named_parameters()}
     keys = sorted({name.split(".")[1] for name in tensors if name.startswith("optimizer.")})
     for group in optimizer.param_groups:
@@ -146,14 +128,25 @@ def append_log(out: Path, entry: dict[str, Any]) -> None:
 
 
 def read_log(out: Path) -> list[dict[str, Any]]:
-    """The log's lines; a last line that a killed process left unfinished is ignored."""
+    """The log's lines. One that a killed process left unfinished at the end is ignored; others raise `OutputError`."""
     if not (out / LOG).is_file():
         return []
-    lines = (out / LOG).read_text().split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+    entries = []
+    for number, line in enumerate((out / LOG).read_bytes().split(b"\n")[:-1], 1):
+        try:
+            entries.append(json.loads(line))
+            if not isinstance(entries[-1]["iteration"], int):
+                raise TypeError("iteration is no whole number")
+        except (ValueError, KeyError, TypeError) as error:
+            raise OutputError(
+                f"line {number} of {out / LOG} is damaged ({one_line(error)}); remove that line and run again"
+            ) from error
+    return entries
 
 
-def truncate_log(out: Path, iteration: int) -> None:
-    """Drop the lines after `iteration`: the resumed run writes them again."""
-    kept = [entry for entry in read_log(out) if entry["iteration"] <= iteration]
+def truncate_log(out: Path, iteration: int, log_every: int = 1) -> None:
+    """Drop the lines after `iteration`: the resumed run writes them again. So it does with the line of a run's end that
+    is no multiple of `log_every`, should the run become longer."""
+    entries = read_log(out)
+    kept = [each for each in entries if each["iteration"] <= iteration and each["iteration"] % log_every == 0]
     write_atomic(out / LOG, "".join(json.dumps(entry, allow_nan=False) + "\n" for entry in kept).encode())

@@ -20,7 +20,7 @@ from dydit.models.config import ModelConfig, preset
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "gpu"
 MODULES = tuple(path.stem for path in FOLDER.glob("*.py") if path.stem != "child")
-SECONDS = 900  # against a test that never ends; a dry run takes about one minute
+SECONDS = 3600  # against a test that never ends; a dry run takes minutes
 
 
 @pytest.fixture
@@ -75,6 +75,28 @@ def dry(tmp_path_factory):
     return SimpleNamespace(killed=killed, report=report, printed=printed, said=said, out=out, work=work)
 
 
+def test_a_few_cells_run_and_the_next_run_goes_on(gpu, tmp_path):
+    """The dry run's first steps; all of it is `TestDryRun`, for a release."""
+    settings, work = gpu.settings.dry_settings(), gpu.settings.Work(tmp_path)
+    names = ("small bundles", "run: onnxruntime fp32", "run: tensorrt fp32")
+    chosen = [cell for cell in gpu.cells.cells(settings) if cell.name in names]
+    assert tuple(cell.name for cell in chosen) == names
+    gpu.run.Runner(settings, work, None).run(chosen[:1])
+    before = json.loads(work.report.read_text())["cells"]
+    runner = gpu.run.Runner(settings, work, None)
+    runner.run(chosen)
+    cells = json.loads(work.report.read_text())["cells"]
+    assert cells["small bundles"] == before["small bundles"], "nothing is done twice"
+    assert [cells[name]["status"] for name in names] == ["done", "done", "not run"], cells
+    assert cells["run: tensorrt fp32"]["reason"] == gpu.cells.NO_GPU
+    parts = cells["run: onnxruntime fp32"]["parts"]
+    assert parts["step"]["holds"] and parts["run"]["holds"] and parts["whole"]["steps"] == 12
+    gpu.run.write_out(runner.report, tmp_path / "out")
+    text = (tmp_path / "out" / "gpu.md").read_text()
+    assert text.startswith("## CPU (dry run: these are not figures of a GPU)") and "None" not in text
+
+
+@pytest.mark.release
 class TestDryRun:
     def test_a_killed_run_goes_on_where_it_was(self, dry):
         before, after = dry.killed["cells"], dry.report["cells"]
@@ -210,11 +232,13 @@ class TestRunner:
             "print(json.dumps({'part': 'pid', 'value': other.pid}), flush=True)\ntime.sleep(600)\n"
         )
         monkeypatch.setattr(gpu.run, "CHILD", child)
-        start = time.monotonic()
-        outcome = gpu.run.run_child("x", {}, gpu.settings.dry_settings(), gpu.settings.Work(tmp_path), "a cell", 5)
-        assert (outcome["status"], outcome["reason"]) == ("failed", "stopped after 5 s")
-        assert time.monotonic() - start < 300
-        deadline = time.monotonic() + 60
+        settings, work = gpu.settings.dry_settings(), gpu.settings.Work(tmp_path)
+        for limit in (1, 10, 100):  # on a loaded machine it may take longer until it says anything
+            outcome = gpu.run.run_child("x", {}, settings, work, "a cell", limit)
+            assert (outcome["status"], outcome["reason"]) == ("failed", f"stopped after {limit} s")
+            if "pid" in outcome["parts"]:
+                break
+        deadline = time.monotonic() + SECONDS
         while running(outcome["parts"]["pid"]):  # it dies when it is next given a turn
             assert time.monotonic() < deadline
             time.sleep(0.05)

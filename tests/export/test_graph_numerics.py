@@ -13,6 +13,8 @@ from dydit.bundle.stored import Precision
 from dydit.export.graph import WeightInputs, Windows, conditioning_graph, save_graph
 from dydit.models.config import Routers
 
+pytestmark = pytest.mark.numerics
+
 MODES = [None, *Routing]
 ALL = [range(4)] * 3
 EVERY_TOKEN, NO_TOKEN = 1e4, -1e4

@@ -14,9 +14,10 @@ from dydit.export.ops import CONTRIB, DOMAIN, IR_VERSION, OPSET, Ops, function
 from dydit.export.quantize import quantize
 from dydit.runtime.backends.int8 import products_are_exact
 
-pytestmark = pytest.mark.skipif(
-    not products_are_exact(onnxruntime), reason="this CPU has no VNNI: 8-bit products saturate"
-)
+pytestmark = [
+    pytest.mark.numerics,
+    pytest.mark.skipif(not products_are_exact(onnxruntime), reason="this CPU has no VNNI: 8-bit products saturate"),
+]
 IN, OUT = 24, 40
 RNG = np.random.default_rng(0)
 

@@ -18,6 +18,8 @@ from dydit.export.vae import VaeOptions, export_vae
 from dydit.models.config import ModelConfig
 from dydit.runtime.vae import VaeDecoder
 
+pytestmark = pytest.mark.numerics
+
 SCALE = 0.18215
 
 

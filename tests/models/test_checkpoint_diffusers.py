@@ -9,6 +9,8 @@ import torch
 
 from dydit.models.checkpoint import load_checkpoint
 
+pytestmark = pytest.mark.numerics
+
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed (pip install 'dydit[vae]')")
 
 

@@ -20,6 +20,8 @@ from dydit.models.dit import (
 )
 from dydit.models.routers import GumbelSigmoid, Masked, Recording, Static
 
+pytestmark = pytest.mark.numerics
+
 CONFIG = ModelConfig(hidden_size=32, depth=2, num_heads=4, patch_size=2, input_size=6, in_channels=3, num_classes=5)
 VARIANTS = {
     "first-on": CONFIG,

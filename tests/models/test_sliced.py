@@ -14,6 +14,8 @@ from dydit.models.layout import stored_tensors
 from dydit.models.routers import Masked, Recording, Static
 from dydit.models.sliced import SlicedDiT, conditioning
 
+pytestmark = pytest.mark.numerics
+
 CONFIG = ModelConfig(hidden_size=64, depth=3, num_heads=4, patch_size=2, input_size=8, in_channels=4, num_classes=7)
 VARIANTS = [
     CONFIG,

@@ -18,6 +18,8 @@ from dydit.runtime.backends.registry import BACKENDS, ENGINE_BACKENDS, backend_s
 from dydit.runtime.loop import StepRunner
 from dydit.runtime.resident import ResidentSubnets
 
+pytestmark = pytest.mark.numerics
+
 OPTIONS = BackendOptions(threads=1)
 ONE_STEP = 1e-5  # DESIGN, section 6
 KINDS = {

@@ -15,6 +15,8 @@ from dydit.runtime.backends import int8
 from dydit.runtime.backends.base import BackendOptions
 from dydit.runtime.backends.registry import open_backend
 
+pytestmark = pytest.mark.numerics
+
 needs_vnni = pytest.mark.skipif(
     not int8.products_are_exact(onnxruntime), reason="this CPU has no VNNI: 8-bit products saturate"
 )

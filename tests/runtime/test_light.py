@@ -37,7 +37,7 @@ except AttributeError as error:
 
 
 def lines(*arguments: str) -> list[str]:
-    done = subprocess.run([sys.executable, "-c", *arguments], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run([sys.executable, "-c", *arguments], capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 

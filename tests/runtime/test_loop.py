@@ -18,6 +18,8 @@ from dydit.runtime.noise import SeededNoise
 from dydit.runtime.request import make_batches
 from dydit.runtime.resident import ResidentSubnets
 
+pytestmark = pytest.mark.numerics
+
 LABELS, IMAGES = [3, 1, 3, 0, 6, 2, 5], [0, 1, 2, 3, 40, 41, 42]
 
 

@@ -18,6 +18,8 @@ from dydit.runtime.noise import SeededNoise
 from dydit.runtime.request import make_batches
 from dydit.runtime.resident import ResidentSubnets
 
+pytestmark = pytest.mark.numerics
+
 
 def model(hidden: int, side: int = 32) -> ModelConfig:
     return ModelConfig(hidden_size=hidden, depth=1, num_heads=1, patch_size=2, input_size=side, in_channels=4)

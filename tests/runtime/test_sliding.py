@@ -21,6 +21,8 @@ from dydit.runtime.request import make_batches
 from dydit.runtime.resident import ResidentSubnets
 from dydit.runtime.sliding import Arrangement, SlidingWeights, exchanges, front
 
+pytestmark = pytest.mark.numerics
+
 UNITS = 9
 wanted_units = st.sets(st.integers(0, UNITS - 1)).map(sorted)
 

@@ -205,7 +205,7 @@ def test_processes_at_once(alone, pixel_bundle, tmp_path):
     out, latents = tmp_path / "run", tmp_path / "latents.npz"
     files = [str(pixel_bundle.path), str(out), str(latents)]
     dying = [subprocess.Popen([sys.executable, "-c", DYING, *files, number]) for number in ("0", "2")]
-    assert [process.wait(120) for process in dying] == [-signal.SIGKILL] * 2
+    assert [process.wait(600) for process in dying] == [-signal.SIGKILL] * 2
     assert not list(out.glob("grid.png")) and list(out.glob("0*.png"))
     call = [sys.executable, "-m", "dydit", "sample", files[0], "--out", files[1], "--latents-out", files[2], "--npz"]
     call += ["--labels", "3,1", "--num", "7", "--batch-size", "2", "--seed", "2", "--json"]
@@ -217,7 +217,7 @@ def test_processes_at_once(alone, pixel_bundle, tmp_path):
         )
         for rank in range(2)
     ]
-    said = [json.loads(process.communicate(timeout=120)[0]) for process in launched]
+    said = [json.loads(process.communicate(timeout=600)[0]) for process in launched]
     assert [process.returncode for process in launched] == [0, 0]
     assert [each["worker"] for each in said] == ["0/2", "1/2"]
     assert sorted((each["finished"], each["images"]) for each in said) in (

@@ -14,15 +14,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from dydit.errors import ConfigError, OutputError
+from dydit.errors import ConfigError, OutputError, TrainingError
 from dydit.models.checkpoint import load_checkpoint, save_checkpoint
 from dydit.models.config import ModelConfig
 from dydit.models.dit import DiT
 from dydit.models.routers import Static
 from dydit.training.draws import BatchSource
-from dydit.training.loop import Objective, learning_rate, make_optimizer, probe, starting_model, train, train_sequence
+from dydit.training.loop import Objective, learning_rate, make_optimizer, probe, starting_model, train
 from dydit.training.losses import Process
 from dydit.training.recipe import Recipe, Stage
+from dydit.training.sequence import train_sequence
 from dydit.training.state import read_log
 
 Make = Callable[..., Recipe]
@@ -70,7 +71,7 @@ def test_a_run_learns_and_leaves_what_it_promises(tmp_path: Path, small_recipe: 
         recipe, tmp_path / "run", progress=lambda done, of, entry: told.append((done, of, entry is not None))
     )
     names = {path.name for path in (tmp_path / "run").iterdir()}
-    assert names == {"recipe.json", "log.jsonl", "model.safetensors", "train.json", "curves.png"}
+    assert names == {"recipe.json", "log.jsonl", "model.safetensors", "train.json", "curves.png", "state-00000060"}
     log = read_log(tmp_path / "run")
     assert [entry["iteration"] for entry in log] == [20, 40, 60]
     assert log[-1]["mse"] < 0.8 * log[0]["mse"]
@@ -153,11 +154,13 @@ def test_a_killed_run_resumes_to_the_same_bytes(tmp_path: Path, dynamic_recipe: 
         run.send_signal(signal.SIGKILL)
         run.communicate()
         killed_at.append((done, run.returncode))
-    assert all(done is not None and code == -signal.SIGKILL for done, code in killed_at)
+    # Where this process gets its turn late, the last one may have ended by itself.
+    assert all(done is not None for done, _ in killed_at)
+    assert [code for _, code in killed_at[:3]] == [-signal.SIGKILL] * 3 and killed_at[3][1] in (0, -signal.SIGKILL)
     last = spawn(tmp_path / "recipe.json", out)
-    printed, errors = last.communicate(timeout=120)
+    printed, errors = last.communicate(timeout=600)
     assert last.returncode == 0, errors
-    assert int(printed.splitlines()[0]) > 20  # it did not begin again
+    assert not printed or int(printed.splitlines()[0]) > 20  # it did not begin again
     for name in ("model.safetensors", "log.jsonl"):
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert json.loads((out / "train.json").read_text())["skipped"] == whole.summary["skipped"]
@@ -185,7 +188,7 @@ def test_steps_over_the_gradient_limit_are_skipped_and_counted(tmp_path: Path, s
 
 def test_a_hopeless_run_stops_and_says_why(tmp_path: Path, small_recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dydit.training.loop.HOPELESS", 5)
-    with pytest.raises(ConfigError, match=r"5 steps in a row.*grad_norm_limit"):
+    with pytest.raises(TrainingError, match=r"5 steps in a row.*grad_norm_limit"):
         train(small_recipe(grad_norm_limit=1e-6), tmp_path / "run")
 
 
@@ -271,7 +274,7 @@ def test_a_sequence_hands_its_weights_on(tmp_path: Path, small_recipe: Make, dyn
 def test_bf16_trains(tmp_path: Path, small_recipe: Make) -> None:
     (tmp_path / "recipe.json").write_text(small_recipe(precision="bf16").model_dump_json())
     run = spawn(tmp_path / "recipe.json", tmp_path / "run")  # its own process: accelerate keeps one precision for each
-    _, errors = run.communicate(timeout=120)
+    _, errors = run.communicate(timeout=600)
     assert run.returncode == 0, errors
     train(small_recipe(), tmp_path / "fp32")
     half, full = (load_checkpoint(tmp_path / name / "model.safetensors").state for name in ("run", "fp32"))
@@ -289,7 +292,7 @@ def test_two_processes_train_one_model(tmp_path: Path, dynamic_recipe: Make) -> 
         spawn(tmp_path / "recipe.json", tmp_path / "run", RANK=str(rank), LOCAL_RANK=str(rank), **common)
         for rank in (0, 1)
     ]
-    outputs = [run.communicate(timeout=120) for run in runs]
+    outputs = [run.communicate(timeout=600) for run in runs]
     assert [run.returncode for run in runs] == [0, 0], outputs
     assert [len(printed.splitlines()) for printed, _ in outputs] == [4, 0]  # the main process alone reports
     summary = json.loads((tmp_path / "run" / "train.json").read_text())

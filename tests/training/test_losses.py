@@ -28,6 +28,8 @@ from dydit.training.losses import (
     token_loss,
 )
 
+pytestmark = pytest.mark.numerics
+
 PROCESS = Process.training()
 
 

@@ -14,6 +14,8 @@ from dydit.models.config import ModelConfig
 from dydit.models.dit import DiT
 from dydit.training.sampling import sample_torch
 
+pytestmark = pytest.mark.numerics
+
 Randomised = Callable[..., DiT]
 STEPS = 6
 

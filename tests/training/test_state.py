@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dydit.errors import CheckpointError, ConfigError, OutputError
+from dydit.errors import CheckpointError, OutputError
 from dydit.models.config import ModelConfig
 from dydit.models.dit import DiT
 from dydit.training.loop import make_optimizer
@@ -15,7 +15,6 @@ from dydit.training.recipe import Recipe
 from dydit.training.state import (
     Counters,
     append_log,
-    claim_folder,
     load_state,
     read_log,
     save_state,
@@ -25,50 +24,6 @@ from dydit.training.state import (
 
 Make = Callable[..., Recipe]
 Randomised = Callable[..., DiT]
-
-
-def test_a_folder_is_claimed_once(tmp_path: Path, small_recipe: Make) -> None:
-    recipe = small_recipe()
-    claim_folder(tmp_path / "a" / "run", recipe, resume=False)
-    with pytest.raises(OutputError, match=r"not empty.*--resume"):
-        claim_folder(tmp_path / "a" / "run", recipe, resume=False)
-    claim_folder(tmp_path / "a" / "run", recipe, resume=True)
-
-
-def test_what_a_killed_write_left_does_not_count(tmp_path: Path, small_recipe: Make) -> None:
-    (tmp_path / ".recipe.json.abc.part").write_text("{")
-    claim_folder(tmp_path, small_recipe(), resume=True)
-    assert (tmp_path / "recipe.json").is_file()
-
-
-def test_another_recipe_is_refused_naming_what_differs(
-    tmp_path: Path, small_recipe: Make, dynamic_config: ModelConfig
-) -> None:
-    claim_folder(tmp_path, small_recipe(), resume=False)
-    other = small_recipe(seed=5, stage="dynamic", model=dynamic_config)
-    with pytest.raises(ConfigError) as caught:
-        claim_folder(tmp_path, other, resume=True)
-    text = str(caught.value)
-    assert "seed (0 there, 5 asked for)" in text and "model.routers (none there, first-on asked for)" in text
-    assert "iterations" not in text
-
-
-def test_a_start_is_known_by_its_content(tmp_path: Path, small_recipe: Make) -> None:
-    for name, content in (("a", "x"), ("b", "x"), ("c", "y")):
-        (tmp_path / name).write_text(content)
-    claim_folder(tmp_path / "run", small_recipe(init=str(tmp_path / "a")), resume=False)
-    claim_folder(tmp_path / "run", small_recipe(init=str(tmp_path / "b")), resume=True)
-    with pytest.raises(ConfigError, match="init"):
-        claim_folder(tmp_path / "run", small_recipe(init=str(tmp_path / "c")), resume=True)
-
-
-def test_a_folder_of_something_else_is_not_resumed(tmp_path: Path, small_recipe: Make) -> None:
-    (tmp_path / "thesis.tex").write_text("precious")
-    with pytest.raises(OutputError, match="holds no run"):
-        claim_folder(tmp_path, small_recipe(), resume=True)
-    (tmp_path / "recipe.json").write_text("{")
-    with pytest.raises(OutputError, match="damaged"):
-        claim_folder(tmp_path, small_recipe(), resume=True)
 
 
 def trained(config: ModelConfig, recipe: Recipe, randomised: Randomised) -> tuple[DiT, DiT, torch.optim.AdamW]:
@@ -122,10 +77,40 @@ def test_a_damaged_state_is_explained(
     model, ema, optimizer = trained(static_config, small_recipe(), randomised)
     save_state(tmp_path, Counters(iteration=8), model, ema, optimizer)
     path = states(tmp_path)[-1]
-    tensors = path / "tensors.safetensors"
-    tensors.write_bytes(tensors.read_bytes()[:-10])
-    with pytest.raises(CheckpointError, match="state-00000008 cannot be read"):
-        load_state(path, model, ema, optimizer)
+    tensors, counters = path / "tensors.safetensors", path / "state.json"
+    whole, said = tensors.read_bytes(), counters.read_text()
+
+    def refused(words: str) -> None:
+        with pytest.raises(CheckpointError, match=words) as caught:
+            load_state(path, model, ema, optimizer)
+        assert "state-00000008" in str(caught.value) and "\n" not in str(caught.value)
+
+    for damaged in (whole[:-10], b"", whole[: len(whole) // 2], whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:]):
+        tensors.write_bytes(damaged)
+        refused("cannot be read .*; restore it from a copy, or remove it")
+    tensors.unlink()
+    refused("cannot be read")
+    tensors.write_bytes(whole)
+    for text in ("", "{", "[]", "{}x", said.replace('"iteration"', '"iterations"')):
+        counters.write_text(text)
+        refused("cannot be read")
+    counters.write_text(said.replace('"format": 1', '"format": 2'))
+    refused("was written by another version of dydit")
+    counters.write_text(said)
+    load_state(path, model, ema, optimizer)
+
+
+def test_a_state_of_before_formats_is_read(
+    tmp_path: Path, static_config: ModelConfig, small_recipe: Make, randomised: Randomised
+) -> None:
+    model, ema, optimizer = trained(static_config, small_recipe(), randomised)
+    save_state(tmp_path, Counters(iteration=8), model, ema, optimizer)
+    file = states(tmp_path)[-1] / "state.json"
+    values = json.loads(file.read_text())
+    file.write_text(
+        json.dumps({k: values[k] for k in values if k not in ("format", "sha256", "planned", "made_longer_at")})
+    )
+    assert load_state(states(tmp_path)[-1], model, ema, optimizer) == Counters(iteration=8)
 
 
 def test_the_log_is_cut_where_the_state_stands(tmp_path: Path) -> None:
@@ -139,3 +124,19 @@ def test_the_log_is_cut_where_the_state_stands(tmp_path: Path) -> None:
     assert (tmp_path / "log.jsonl").read_text() == "".join(whole.splitlines(keepends=True)[:2])
     append_log(tmp_path, json.loads(whole.splitlines()[2]))
     assert (tmp_path / "log.jsonl").read_text() == whole
+
+
+def test_a_line_of_a_runs_end_goes_where_the_run_gets_longer(tmp_path: Path) -> None:
+    for iteration in (3, 6, 7):
+        append_log(tmp_path, {"iteration": iteration})
+    truncate_log(tmp_path, 7, log_every=3)
+    assert [entry["iteration"] for entry in read_log(tmp_path)] == [3, 6]
+
+
+@pytest.mark.parametrize("line", ["nonsense", '{"iter', "[1]", "{}", '{"iteration": "3"}', "\udc80"])
+def test_a_damaged_line_is_named(tmp_path: Path, line: str) -> None:
+    append_log(tmp_path, {"iteration": 3})
+    with open(tmp_path / "log.jsonl", "ab") as file:
+        file.write(line.encode("utf-8", "surrogateescape") + b"\n")
+    with pytest.raises(OutputError, match=r"line 2 of .*log\.jsonl is damaged .*; remove that line and run again"):
+        read_log(tmp_path)

@@ -18,6 +18,8 @@ from dydit.verify.activations import observe
 from dydit.verify.compare import relative_l2
 from dydit.verify.trace import trace_tokens
 
+pytestmark = pytest.mark.numerics
+
 STEPS, LABELS, SCALE = 12, (0, 1, 2, 3), 1.5
 
 

@@ -63,7 +63,9 @@ def test_each_side_has_its_rounds_without_the_warm_up(report):
         assert len(side.round_ms) == 2 and len(side.step_ms) == 3
         assert side.min_ms <= side.median_ms <= side.max_ms
         assert side.images_per_second == pytest.approx(2 / (side.median_ms * 12 / 1e3))
-        assert side.peak_bytes > 20e6 and side.load_seconds > 0
+        # Both are of one process, and a peak is no less than what stays. The factor is for the kernel's own counting,
+        # which is not to the page; figures in two units would be a thousand apart.
+        assert 2 * side.peak_bytes >= (side.settled_bytes or 1) and side.load_seconds > 0
 
 
 def test_multiply_adds_are_those_of_the_decisions(report, small_config):
@@ -320,7 +322,8 @@ class TestScripts:
         bundle = make_bundle()
         report = run_bench([mine("x"), *sides_of(bundle)], QUICK)
         side = report.side("mine")
-        assert all(20 <= ms < 2000 for ms in side.step_ms) and side.load_seconds == 0.5
+        assert side.load_seconds == 0.5
+        assert all(ms >= 20 for ms in side.step_ms), "a step sleeps for 20 ms, and a sleep is never shorter than asked"
         assert side.macs == static_macs(small_config) and set(side.token_share) == {1.0}
         assert side.relative_l2 is None and report.not_run == ()
         alone = run_bench([mine("x")], QUICK, run_of=bundle)
@@ -336,7 +339,7 @@ class TestScripts:
         right = sides_of(bundle)[0].model_copy(update={"reference": held(SideKind.TORCH_MASKED, 1e-5)})
         far = mine("x", held(SideKind.TORCH_MASKED, None))
         report = run_bench([right, far], QUICK)
-        assert 0 < report.sides[0].relative_l2 < 1e-5 < 0.1 < report.sides[1].relative_l2
+        assert report.sides[0].relative_l2 < 1e-5 < 0.1 < report.sides[1].relative_l2
         wrong = right.model_copy(update={"reference": held(SideKind.TORCH_STATIC, 1e-4)})
         with pytest.raises(DeviationError, match=f"^{wrong.name} does not compute what PyTorch .*at most 1e-4"):
             run_bench([wrong], QUICK)

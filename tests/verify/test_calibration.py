@@ -24,6 +24,8 @@ from dydit.verify.plots_calibration import calibration_png
 from dydit.verify.quickstart import ASSETS
 from dydit.verify.trace import trace_tokens
 
+pytestmark = pytest.mark.numerics
+
 STEPS = 6
 EXPORTED = ExportConfig(steps=STEPS, max_subnets=3)
 

@@ -24,6 +24,8 @@ from dydit.verify.activations import observe
 from dydit.verify.compare import relative_l2
 from dydit.verify.migration import Found, find_migration
 
+pytestmark = pytest.mark.numerics
+
 LABELS, SCALE, STEPS = (0, 1, 2, 3), 1.5, 12
 PLAN = {"steps": STEPS, "plan": PlanKind.MAX_SUBNETS, "max_subnets": 2}
 LARGE, TIMES = (3, 17, 40), 30.0

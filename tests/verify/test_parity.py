@@ -18,6 +18,8 @@ from dydit.runtime.backends.int8 import products_are_exact
 from dydit.verify.parity import REPORT, ParityConfig, run_parity
 from dydit.verify.results import ParityReport, Status
 
+pytestmark = pytest.mark.numerics
+
 needs_vnni = pytest.mark.skipif(
     not products_are_exact(onnxruntime), reason="this CPU has no VNNI: 8-bit products saturate"
 )

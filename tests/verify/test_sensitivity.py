@@ -25,7 +25,13 @@ from dydit.verify.plots_sensitivity import search_words, sensitivity_png
 from dydit.verify.quickstart import ASSETS
 from dydit.verify.sensitivity import SearchConfig, psnr, search
 
+pytestmark = pytest.mark.numerics
+
 STEPS, SCALE, IMAGES = 6, 1.5, 5
+# The search simulates 8 bits in PyTorch, the bundle runs them in ONNX Runtime. Two programs, or two CPUs, round
+# differently, and a value on the edge between two steps of a scale then falls to either side. So the two errors are of
+# one size but not the same: their powers agree to within a factor of 2, which is 3 dB.
+ANOTHER_ROUNDING = 3.0
 EXPORTED = ExportConfig(steps=STEPS, max_subnets=2)
 
 
@@ -157,8 +163,11 @@ def test_losses_are_of_the_step_that_a_layer_is_in(find, plan, model):
 
 @pytest.mark.parametrize("precision", [Precision.INT8_STATIC, Precision.FP8])
 def test_an_exported_bundle_of_digits_keeps_the_target_on_the_images_searched_on(precision, make_bundle, tmp_path):
-    """On ONNX Runtime against fp32 there; layers all in 8 bits would miss it. Attention in fp16 is not computed alike
-    everywhere, so that in one image a token may be routed otherwise."""
+    """On ONNX Runtime against fp32 there, where all layers in 8 bits would miss it.
+
+    One image of the five is left out of the bounds: a token near its router's zero may be routed otherwise in it, which
+    is a jump and no rounding.
+    """
     from dydit import DyDiTPipeline
     from dydit.models.checkpoint import load_checkpoint
 
@@ -180,10 +189,10 @@ def test_an_exported_bundle_of_digits_keeps_the_target_on_the_images_searched_on
         with DyDiTPipeline.from_bundle(bundle.path, threads=1) as pipe:
             images[name] = np.clip(pipe(labels, SCALE, seed=7, output_type="latent").latents, -1, 1)
     ours, without = (psnr(images[name], images["plain"], 2.0) for name in ("kept", "all"))
-    assert sorted(ours)[1] > target - 0.5 and np.median(ours) > np.median(without) + 3
-    assert np.median(ours) == pytest.approx(found.chosen.quality.psnr_median, abs=4)
-    assert np.median(without) == pytest.approx(found.curve[-1].quality.psnr_median, abs=1)
-    assert sorted(without)[1] < target, "in 8 bits throughout it would miss"
+    assert found.chosen.quality.psnr_least >= target > found.curve[-1].quality.psnr_median + 2 * ANOTHER_ROUNDING
+    assert sorted(ours)[1] > target - ANOTHER_ROUNDING, "what the search measured holds for the bundle"
+    assert np.median(without) < target - ANOTHER_ROUNDING, "in 8 bits throughout it would miss"
+    assert np.median(without) == pytest.approx(found.curve[-1].quality.psnr_median, abs=ANOTHER_ROUNDING)
 
 
 def test_a_ratio_of_frechet_distances(find, ends, model, tmp_path):

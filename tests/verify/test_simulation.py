@@ -23,6 +23,8 @@ from dydit.verify.activations import observe
 from dydit.verify.compare import relative_l2
 from dydit.verify.simulation import Simulator, in_8_bits
 
+pytestmark = pytest.mark.numerics
+
 STEPS, LABELS, SCALE, SEGMENTS = 12, (0, 1, 2, 3), 1.5, 4
 
 

@@ -1,0 +1,47 @@
+"""Runs one after another, each from the weights of the one before, in a folder of folders."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from dydit.errors import ConfigError, OutputError
+from dydit.training.folder import check_folder, has_run, stored_recipe
+from dydit.training.loop import Progress, TrainResult, train
+from dydit.training.recipe import Recipe
+
+
+def train_sequence(
+    recipes: Sequence[Recipe], out: Path, resume: bool = False, progress: Progress | None = None
+) -> list[TrainResult]:
+    """Run recipes one after another, each in `out/<stage>`, each starting from the weights of the one before.
+
+    A single recipe runs in `out` itself. With `resume`, finished runs are kept as they are.
+    """
+    out = Path(out)
+    folders = [out] if len(recipes) == 1 else [out / recipe.stage.value for recipe in recipes]
+    if resume and not any(map(has_run, folders)):
+        raise OutputError(f"{out} holds no run to resume; leave out --resume to begin one there")
+    if len(recipes) == 1:
+        return [train(recipes[0], out, resume, progress)]
+    _check_sequence(recipes, folders, resume)
+    results: list[TrainResult] = []
+    for recipe, folder in zip(recipes, folders, strict=True):
+        if results:
+            recipe = recipe.model_copy(update={"init": str(results[-1].model)})
+        results.append(train(recipe, folder, resume, progress))
+    return results
+
+
+def _check_sequence(recipes: Sequence[Recipe], folders: Sequence[Path], resume: bool) -> None:
+    """See, before the first run begins, that none of them will be refused for what its folder holds."""
+    longer = None
+    for number, (recipe, folder) in enumerate(zip(recipes, folders, strict=True)):
+        check_folder(folder, recipe, resume, any_init=number > 0)
+        if longer is not None and has_run(folder):
+            raise ConfigError(
+                f"{folder} started from the weights of {longer}, which cannot be made longer any more; choose another "
+                "folder for a longer sequence"
+            )
+        if has_run(folder) and stored_recipe(folder).get("iterations") != recipe.iterations:
+            longer = folder
