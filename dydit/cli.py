@@ -39,7 +39,7 @@ from dydit.cli_progress import duration
 from dydit.cli_sample import sampling_progress, say_sampled, worker_option
 from dydit.cli_suggest import backend_words, next_line
 from dydit.cli_vae import space_option
-from dydit.extras import CHECKPOINTS, GRAPHS, REPORTS, backend_modules, require
+from dydit.extras import CHECKPOINTS, GRAPHS, REPORTS, as_installed, backend_modules, require
 from dydit.runtime.workers import Worker
 from dydit.training.recipe import RECIPES
 from dydit.words import counted
@@ -92,7 +92,7 @@ def quickstart_command(out: Path, overwrite: bool, as_json: bool, **settings: An
         say(
             f"Look at {result.report} and {out / 'samples.png'}",
             next_line("inspect", out / "bundle"),
-            next_line("sample", out / "bundle", "--labels", "0-9", "--out", out / "more-samples"),
+            next_line("sample", out / "bundle", "--labels", "0-9", "--out", "SAMPLES"),
         )
     return OK if result.ok else CHECK_FAILED
 
@@ -378,7 +378,7 @@ def doctor_command(as_json: bool) -> int:
     if as_json:
         print_json(report.to_json())
     else:
-        click.echo(report.text())
+        click.echo(as_installed(report.text()))
     return OK if report.ok else CHECK_FAILED
 
 

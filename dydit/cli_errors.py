@@ -19,7 +19,7 @@ import click
 
 from dydit.cli_options import Settings
 from dydit.errors import DyditError, one_line
-from dydit.extras import EXTRAS, install_command
+from dydit.extras import EXTRAS, as_installed, install_command
 
 OK, CHECK_FAILED, BAD_INPUT, INTERRUPTED, PIPE_CLOSED, TERMINATED = 0, 1, 2, 130, 141, 143
 GOES_ON = {
@@ -104,7 +104,7 @@ def _invoke(group: click.Group, arguments: list[str], settings: Settings) -> int
 def _fail(message: str, settings: Settings, code: int = BAD_INPUT) -> int:
     if settings.debug:
         traceback.print_exc()
-    print(f"dydit: error: {message}", file=sys.stderr)
+    print(f"dydit: error: {as_installed(message)}", file=sys.stderr)
     return code
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import re
 import shlex
 import sys
 from collections.abc import Iterable
@@ -57,10 +58,19 @@ def require(what: str, modules: Iterable[str], brought_by: str | None = None) ->
 
 
 def install_command(extras: Iterable[str]) -> str:
-    """The shell command that installs extras: from the folder that dydit was installed from, where it was one."""
+    """The shell command that installs extras."""
+    return f"pip install 'dydit[{','.join(sorted(set(extras)))}]'"
+
+
+def as_installed(text: str) -> str:
+    """A message whose commands install from the folder that dydit was installed from, where that was a checkout.
+
+    Messages say `pip install 'dydit[cpu]'`, which pip would look for on an index.
+    """
     source, editable = _source()
-    wanted = f"{source}[{','.join(sorted(set(extras)))}]"
-    return f"pip install {'-e ' * editable}{shlex.quote(wanted)}"
+    if source == "dydit":
+        return text
+    return re.sub(r"'dydit(\[[a-z,-]+\])'", lambda match: "-e " * editable + shlex.quote(source + match[1]), text)
 
 
 def _source() -> tuple[str, bool]:

@@ -197,7 +197,8 @@ def test_a_checkout_is_installed_again_from_its_folder(monkeypatch, tmp_path: Pa
     text = origin and origin.replace("FOLDER", str(checkout).replace(" ", "%20"))
     found = SimpleNamespace(read_text=lambda name: text)
     monkeypatch.setattr(extras.importlib.metadata, "distribution", lambda name: found)
-    assert extras.install_command(["export", "cpu", "cpu"]) == command.replace("FOLDER", str(checkout))
+    message = f"onnx is missing: {extras.install_command(['export', 'cpu', 'cpu'])}, or do without"
+    assert extras.as_installed(message) == f"onnx is missing: {command.replace('FOLDER', str(checkout))}, or do without"
 
 
 # Typing mistakes

@@ -176,8 +176,7 @@ def _sample(job: _Job, bundle: Bundle) -> Sampled:
     """All images, in one go, because they are timed: what a killed run left, or is damaged, is sampled anew."""
     config, classes = job.config, bundle.manifest.model.num_classes
     pictures, folder = picture_format(bundle.manifest), job.folder.out / "samples"
-    if (known := job.folder.load("sampled.json")) is not None:
-        sampled = Sampled.parse(known)
+    if (sampled := job.folder.load("sampled.json", Sampled)) is not None:
         if pictures and all(has_picture(folder, pictures, image) for image in range(sampled.images)):
             return sampled
     shutil.rmtree(folder, ignore_errors=True)
@@ -212,8 +211,8 @@ def _trace(job: _Job, bundle: Bundle) -> Trace:
 def _parity(job: _Job, bundle: Bundle) -> ParityReport:
     from dydit.verify.parity import REPORT, ParityConfig, run_parity
 
-    if (known := job.folder.load(REPORT)) is not None:
-        return ParityReport.parse(known)
+    if (known := job.folder.load(REPORT, ParityReport)) is not None:
+        return known
     config = ParityConfig(
         threads=job.config.threads,
         labels=job.config.parity_labels,
@@ -241,8 +240,8 @@ def _one_torch_thread() -> Iterator[None]:
 def _bench(job: _Job, bundle: Bundle, static: Bundle) -> BenchReport:
     from dydit.verify.bench import REPORT, BenchConfig, run_bench
 
-    if (known := job.folder.load(REPORT)) is not None:
-        return BenchReport.parse(known)
+    if (known := job.folder.load(REPORT, BenchReport)) is not None:
+        return known
     classes = bundle.manifest.model.num_classes
     config = BenchConfig(
         labels=tuple(image % classes for image in range(job.config.batch)),

@@ -9,14 +9,17 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+from pydantic import ValidationError
 
 from dydit.errors import OutputError
 from dydit.files import explained, write_atomic, write_json
 from dydit.runtime.images import kept_arrays
+from dydit.verify.results import Result
 
+R = TypeVar("R", bound=Result)
 KIND = "dydit-quickstart"
 WORK, SETTINGS, REPORT = ".work", "settings.json", "report.json"
 FOLDERS = ("bundle", "static-bundle", "samples")
@@ -102,9 +105,13 @@ class QuickstartFolder:
         """The arrays that were kept, in this order; None where they are not there yet, or are damaged."""
         return kept_arrays(self.work / name, *arrays)
 
-    def load(self, name: str) -> dict[str, Any] | None:
-        """A stage's result, from the working files or the folder itself; None where it is not there yet."""
-        return read_object(self.work / name) or read_object(self.out / name)
+    def load(self, name: str, kind: type[R]) -> R | None:
+        """A stage's result, from the working files or the folder itself; None where it is not there, or not whole."""
+        values = read_object(self.work / name) or read_object(self.out / name)
+        try:
+            return None if values is None else kind.parse(values)
+        except ValidationError:
+            return None
 
     def finish(self, values: Mapping[str, Any]) -> None:
         """Write `report.json` and remove the working files."""

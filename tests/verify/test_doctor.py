@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import pytest
 
-from dydit.verify import doctor, doctor_probes
+from dydit.verify import doctor_probes
 from dydit.verify.doctor import EXTRAS, DoctorReport, memory_bytes, run_doctor
 from dydit.verify.doctor_probes import PROBES, Finding, Unavailable, attempt, run_probe
 
@@ -188,7 +188,8 @@ def test_tensorrt_without_what_drives_it_is_no_help(monkeypatch, probe):
 
 
 def test_extras_that_are_missing_are_named(monkeypatch):
-    monkeypatch.setattr(doctor, "_installed", lambda module: module not in ("jinja2", "diffusers"))
+    for name in ("jinja2", "diffusers"):
+        monkeypatch.setitem(sys.modules, name, None)
     rows = {each.name: each for each in run_doctor(fake()).extras}
     assert set(rows) == set(EXTRAS)
     assert rows["report"].fix == "pip install 'dydit[report]'" and "jinja2 missing" in rows["report"].detail

@@ -17,7 +17,7 @@ from dydit.models.synthetic import synthetic_model
 from dydit.verify import quickstart
 from dydit.verify.quickstart import STAGES, QuickstartConfig, run_quickstart
 from dydit.verify.quickstart_folder import PICTURES, RESULTS, WORK, QuickstartFolder
-from dydit.verify.quickstart_report import _deviation
+from dydit.verify.quickstart_report import Sampled, _deviation
 from dydit.verify.results import BenchReport, FlippedImage, ParityReport, Status
 
 MODEL = ModelConfig(hidden_size=32, depth=2, num_heads=4, patch_size=2, input_size=8, in_channels=1, num_classes=3)
@@ -155,9 +155,17 @@ def test_overwrite_removes_what_a_quickstart_made_and_nothing_else(tmp_path):
     folder.require_free(True)
     with folder.open({"seed": 1}, True):
         assert sorted(entry.name for entry in out.iterdir()) == [WORK, "notes.txt"]
-        assert folder.begun and not folder.finished and folder.load("sampled.json") is None
+        assert folder.begun and not folder.finished and folder.load("sampled.json", Sampled) is None
         with pytest.raises(OutputError, match="another quickstart"), QuickstartFolder(out).open({"seed": 1}, True):
             pass
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"images": "many"}'])
+def test_a_stage_whose_result_is_damaged_is_run_again(tmp_path, text):
+    folder = QuickstartFolder(tmp_path)
+    folder.work.mkdir()
+    (folder.work / "sampled.json").write_text(text)
+    assert folder.load("sampled.json", Sampled) is None
 
 
 def test_checkpoints_must_be_there_and_fit(tmp_path, config, monkeypatch):
