@@ -222,7 +222,7 @@ def class_table(rows: int, stated: Stated, given: int | None = None) -> ClassTab
             source = "--num-classes says" if given is not None else "its training arguments say"
             raise CheckpointError(
                 f"has a class table of {rows} rows, which is not of the {count} classes that {source}: expected "
-                f"{count}, or {count + 1} with the row for no class"
+                f"{count}, or {count + 1} with the row for no class; --num-classes (num_classes=) says what is so"
             )
         if given is None and rows == count and dropped:
             raise CheckpointError(
