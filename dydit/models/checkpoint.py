@@ -10,6 +10,7 @@ written here; the format is a length, JSON, and the data.)
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -46,9 +47,10 @@ class Checkpoint:
     """The weights of a model under the published names, in the dtype of the file, and what is known about them.
 
     `source`: "dit" (official, static), "dydit" (with routers), "diffusers" or "dydit-safetensors". `sha256`: of the
-    file; for a folder, of its weight file. `metadata`: what the writer of our own format added, or for a training file
-    `weights`, the entry used ("ema", "model", ...). `notes`: what was assumed or chosen, for the user to read. The
-    tensors of `state` may be mapped from the file, and may share memory: do not write to them.
+    file, and of the name of the entry where that is not the default one; for a folder, of its weight files. `metadata`:
+    what the writer of our own format added, or for a training file `weights`, the entry used ("ema", "model", ...).
+    `notes`: what was assumed or chosen, for the user to read. The tensors of `state` may be mapped from the file, and
+    may share memory: do not write to them.
     """
 
     config: ModelConfig
@@ -139,14 +141,16 @@ def _load_file(path: Path, given: Given) -> Checkpoint:
     require_supported(stated, where)
     inferred = infer_config(state, stated, given)
     config = inferred.config
-    _complete(state, config, unpacked.entry, size)
+    _complete(state, config, size)
     metadata = {"weights": unpacked.entry} if unpacked.entry else {}
-    notes = (*unpacked.notes, *inferred.notes)
-    source = "dydit" if config.dynamic else "dit"
-    return Checkpoint(config, state, source, path, sha256_of(path), metadata, notes)
+    notes = (*unpacked.notes, *inferred.notes, *require_trained(state, unpacked.entry))
+    sha256 = sha256_of(path)
+    if not unpacked.by_default:  # what is made of one of a file's models must not pass for being made of another
+        sha256 = hashlib.sha256(f"{sha256} {unpacked.entry}".encode()).hexdigest()
+    return Checkpoint(config, state, "dydit" if config.dynamic else "dit", path, sha256, metadata, notes)
 
 
-def _complete(state: dict[str, Tensor], config: ModelConfig, entry: str, size: int) -> None:
+def _complete(state: dict[str, Tensor], config: ModelConfig, size: int) -> None:
     """Check that `state` is all of a model, and add what can be computed: a position embedding that was not saved.
 
     A row for no class that was never trained is taken off the class table.
@@ -154,12 +158,12 @@ def _complete(state: dict[str, Tensor], config: ModelConfig, entry: str, size: i
     shapes = expected_shapes(config)
     if LABELS in state and len(state[LABELS]) == config.class_rows + 1:
         state[LABELS] = state[LABELS][: config.class_rows]
-    if POSITIONS not in state:
-        require_sane(config.tokens * config.hidden_size, size)
-        require_fit(state, {name: shape for name, shape in shapes.items() if name != POSITIONS})
-        state[POSITIONS] = sine_position_embedding(config)
-    require_fit(state, shapes)
-    require_trained(state, entry)
+    if POSITIONS in state:
+        require_fit(state, shapes)
+        return
+    require_sane(config.tokens * config.hidden_size, size)
+    require_fit(state, {name: shape for name, shape in shapes.items() if name != POSITIONS})
+    state[POSITIONS] = sine_position_embedding(config)
 
 
 def _load_own(path: Path, tensors: dict[str, Tensor], header: dict[str, str], given: Given) -> Checkpoint:
@@ -177,8 +181,8 @@ def _load_own(path: Path, tensors: dict[str, Tensor], header: dict[str, str], gi
         )
     state = plain_tensors(tensors, path.stat().st_size)
     require_fit(state, expected_shapes(config))
-    require_trained(state, "")
-    return Checkpoint(config, state, "dydit-safetensors", path, sha256_of(path), metadata)
+    notes = require_trained(state, "")
+    return Checkpoint(config, state, "dydit-safetensors", path, sha256_of(path), metadata, notes)
 
 
 def save_checkpoint(

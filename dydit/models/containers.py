@@ -54,7 +54,6 @@ def looks_like_checkpoint(path: Path) -> bool:
         names = ("config.json", "model_index.json", "transformer/config.json")
         return any((path / name).is_file() for name in names)
     try:
-        container_of(path)
+        return path.is_file() and bool(container_of(path))
     except (CheckpointError, OSError):
         return False
-    return True

@@ -39,6 +39,7 @@ _ENTRIES = (
     "settings",
 )
 _DEEPEST, _MOST = 6, 10_000
+_LARGEST = 1 << 62  # of an integer setting that is taken for one
 
 _EPSILON = ("epsilon", "eps", "noise", "pred_noise", "pred_epsilon", "modelmeantype.epsilon")
 _PREDICTIONS = (
@@ -101,7 +102,8 @@ def _settings_of(source: Any) -> Iterator[tuple[str, Any]]:
                 if seen > _MOST:
                     return
                 if isinstance(key, str) and isinstance(value, str | int | float):
-                    yield key.lower().replace("-", "_"), value
+                    vast = isinstance(value, int) and abs(value) > _LARGEST
+                    yield key.lower().replace("-", "_"), "a huge number" if vast else value
                 elif isinstance(key, str) and isinstance(value, list | tuple | Inert) and value:
                     yield key.lower().replace("-", "_"), "a list" if isinstance(value, list | tuple) else "an object"
                 elif isinstance(value, Mapping | argparse.Namespace):

@@ -68,7 +68,7 @@ def read_folder(path: Path, given: Given) -> Folder:
     size = sum(file.stat().st_size for file in files)
     state = from_diffusers(plain_tensors(tensors, size), config, size)
     metadata = {"weights": variant} if variant else {}
-    require_trained(state, "")
+    notes += require_trained(state, variant)
     return Folder(config, state, _hash(list(files)), notes, metadata)
 
 

@@ -57,6 +57,7 @@ class Unpacked:
     state: Mapping[Any, Any]
     entry: str
     notes: tuple[str, ...] = ()
+    by_default: bool = True
 
 
 def unpack(loaded: Any, wanted: str | None = None) -> Unpacked:
@@ -79,7 +80,7 @@ def unpack(loaded: Any, wanted: str | None = None) -> Unpacked:
         notes.append(f"weights: {shown(chosen.entry)}; the file also holds {listed(others)} (see --weights)")
     if chosen.beside:
         notes.append(f"left out {len(chosen.beside)} tensors of other modules ({listed(chosen.beside)})")
-    return Unpacked(chosen.state, chosen.entry, tuple(notes))
+    return Unpacked(chosen.state, chosen.entry, tuple(notes), wanted is None or _default(found) == [chosen])
 
 
 def _find(loaded: Mapping[Any, Any]) -> tuple[list[Found], list[str]]:
@@ -155,11 +156,16 @@ def _is_setting(name: Any, value: Any) -> bool:
     return isinstance(name, str) and "." not in name and counter and not _PARTS.match(name)
 
 
+def _default(found: list[Found]) -> list[Found]:
+    """The averages, where there are any, else all."""
+    return [each for each in found if each.averaged] or found
+
+
 def _choose(found: list[Found], wanted: str | None) -> Found:
     averaged = [each for each in found if each.averaged]
     plain = [each for each in found if not each.averaged]
     if wanted is None:
-        fitting = averaged or plain
+        fitting = _default(found)
     elif wanted in (EMA, MODEL):
         fitting = averaged if wanted == EMA else plain
     else:

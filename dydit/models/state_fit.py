@@ -82,16 +82,20 @@ def require_fit(state: Mapping[str, Tensor], expected: Shapes) -> None:
         raise CheckpointError(f"has NaN or infinite values in {_tensors(bad)}; use an earlier save")
 
 
-def require_trained(state: Mapping[str, Tensor], entry: str) -> None:
+def require_trained(state: Mapping[str, Tensor], entry: str) -> tuple[str, ...]:
     """Raise `CheckpointError` where all matrices of all blocks are zeros; `entry`: where the weights lay in the file.
 
     That is what an average holds that was set up and never updated. (One of a single block may be pruned; matrices that
-    start from zero, those of adaLN and of the final layer, say nothing.)
+    start from zero, those of adaLN and of the final layer, say nothing.) Returns what the user should know: a final
+    layer of zeros is that of a model before its training, whose output is zero.
     """
     matrices = [name for name in state if _MATRIX.match(name)]
     if not any(bool(state[name].any()) for name in matrices):
         hint = f" under `{shown(entry)}`; take others with --weights (weights=), such as model" if entry else ""
         raise CheckpointError(f"holds only zeros in the weights of its blocks{hint}: it is no trained model")
+    if not bool(state["final_layer.linear.weight"].any()):
+        return ("its final layer is all zeros, as before any training: it predicts nothing",)
+    return ()
 
 
 def _tensors(names: list[str]) -> str:
@@ -218,7 +222,7 @@ def class_table(rows: int, stated: Stated, given: int | None = None) -> ClassTab
             source = "--num-classes says" if given is not None else "its training arguments say"
             raise CheckpointError(
                 f"has a class table of {rows} rows, which is not of the {count} classes that {source}: expected "
-                f"{count}, or {count + 1} with the row for no class"
+                f"{count}, or {count + 1} with the row for no class; --num-classes (num_classes=) says what is so"
             )
         if given is None and rows == count and dropped:
             raise CheckpointError(

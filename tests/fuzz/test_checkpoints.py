@@ -99,8 +99,10 @@ def mangled(rng: random.Random, data: bytes) -> bytes:
         elif kind == 4:
             out[place:place] = out[place : place + length]
         else:
-            del out[rng.randrange(1, len(out)) :]
-    return bytes(out) or b"\0"
+            del out[rng.randrange(len(out)) :]
+        if not out:
+            return b"\0"
+    return bytes(out)
 
 
 def torch_bytes(content: Any, legacy: bool) -> bytes:
@@ -492,6 +494,18 @@ def other_arguments(rng: random.Random, folder: Path) -> Case:
     value = rng.choice(refused[name] if harmful else harmless)
     content = training(args=argparse.Namespace(**{**ARGUMENTS, name: value}))
     return Case(saved(rng, folder, content), None if harmful else EMA, must_read=not harmful)
+
+
+@mutation
+def odd_arguments(rng: random.Random, folder: Path) -> Case:
+    """Settings that we look at, with values that make no sense: refused, or without effect on the weights."""
+    names = ["num_classes", "class_dropout_prob", "image_size", "num_heads", "learn_sigma", "model", "diffusion_steps"]
+    name = rng.choice([*names, "beta_start", "prediction", "path_type", "use_rope", "qk_norm", "predict_v"])
+    value: Any = rng.choice(
+        [None, -5, 1 << 2000, float("nan"), float("inf"), "x" * 10_000, "\n", [], {}, b"x", (1,), 0.5]
+    )
+    state = {each: tensor for each, tensor in EMA.items() if each != "pos_embed"} if rng.random() < 0.3 else EMA
+    return Case(saved(rng, folder, training(state, args=argparse.Namespace(**{**ARGUMENTS, name: value}))), EMA)
 
 
 # Folders of diffusers

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from dydit.errors import CheckpointError
+from dydit.files import sha256_of
 from dydit.models.checkpoint import Checkpoint, convert, load_checkpoint
 from dydit.models.config import ModelConfig, Routers
 from dydit.models.dit import DiT
@@ -142,6 +143,23 @@ def test_an_average_that_cannot_be_read_is_not_passed_over(tmp_path: Path, weigh
     for empty in ({}, None, {"decay": 0.9}):
         path = saved(tmp_path / "b.pt", {"model": state_of(1), "ema": empty})
         assert_state(load_checkpoint(path), state_of(1))
+
+
+def test_each_choice_of_weights_has_a_hash_of_its_own(tmp_path: Path) -> None:
+    """Calibrations and bundles of the one must not pass for those of the other."""
+    path = saved(tmp_path / "a.pt", {"model": state_of(1), "ema": state_of(2)})
+    default, chosen, other = (load_checkpoint(path, weights=each).sha256 for each in (None, "ema", "model"))
+    assert default == chosen == sha256_of(path) != other
+    assert len(other) == 64 and other == load_checkpoint(path, weights="model").sha256
+    bare = saved(tmp_path / "b.pt", state_of(1))
+    assert load_checkpoint(bare, weights="model").sha256 == sha256_of(bare)
+
+
+def test_a_model_before_its_training_is_said_to_be_one(tmp_path: Path) -> None:
+    state = {**state_of(), "final_layer.linear.weight": torch.zeros(32, 32)}
+    checkpoint = load_checkpoint(saved(tmp_path / "a.pt", state))
+    assert "its final layer is all zeros, as before any training: it predicts nothing" in checkpoint.notes
+    assert not any("zeros" in note for note in load_checkpoint(saved(tmp_path / "b.pt", state_of())).notes)
 
 
 def test_several_models_are_not_chosen_from_by_chance(tmp_path: Path) -> None:
