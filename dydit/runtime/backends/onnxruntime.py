@@ -216,7 +216,7 @@ class _Session:
         """Every output by name."""
         try:
             return dict(zip(self._outputs, self._session.run(None, dict(feeds)), strict=True))
-        except (*self._errors, ValueError) as error:  # the latter of inputs that the graph does not have
+        except self._errors as error:
             raise BackendError(f"onnxruntime failed in {what}: {one_line(error)}") from error
 
 
@@ -250,7 +250,8 @@ def _require_precision(precision: Precision, device: str) -> None:
 
 def _error_types(ort: Any) -> tuple[type[Exception], ...]:
     state = ort.capi.onnxruntime_pybind11_state
-    return (RuntimeError, *(getattr(state, name) for name in _ERRORS if hasattr(state, name)))
+    # ValueError: of inputs that the graph does not have.
+    return (RuntimeError, ValueError, *(getattr(state, name) for name in _ERRORS if hasattr(state, name)))
 
 
 def _with_debug_outputs(file: Path, depth: int) -> bytes:
