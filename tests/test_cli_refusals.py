@@ -401,7 +401,20 @@ def test_a_full_disk_while_sampling(exported: Path, tmp_path: Path) -> None:
 
 def test_a_full_disk_while_calibrating(checkpoint: Path, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
-    arguments = ["calibrate", checkpoint, "--steps", 2, "--samples", 8, "--held-out", 8, "--quantile", 0.5]
+    arguments = [
+        "calibrate",
+        checkpoint,
+        "--steps",
+        2,
+        "--samples",
+        8,
+        "--held-out",
+        8,
+        "--quantile",
+        0.5,
+        "--batch-size",
+        4,
+    ]
     done = on_a_disk_of_its_own("size=128k", disk, [*arguments, "--out", disk / "c.json"])
     assert_refused_leaving_nothing(done, "no space left", str(disk))
 
@@ -417,7 +430,7 @@ def test_earlier_results_outlast_a_full_disk(run, exported: Path, tmp_path: Path
     done = subprocess.run(call, capture_output=True, text=True, check=False, preexec_fn=limit)
     assert_refused(ended(done), "File too large", "ulimit")
     pictures = {name: hash for name, hash in contents(tmp_path / "out").items() if name.endswith(".png")}
-    assert len(pictures) == 28 and not [name for name in contents(tmp_path) if name.endswith(".part")]
+    assert len(pictures) == 28 + 1 and not [name for name in contents(tmp_path) if name.endswith(".part")]
     assert run(*arguments, "--batch-size", 2).code == 0
     assert pictures.items() <= contents(tmp_path / "out").items()
 

@@ -24,7 +24,7 @@ def static(make_checkpoint, small_config) -> Path:
 
 def refusals(checkpoint: Path, bundle: Path, static: Path, missing: Path, out: Path) -> dict[str, list[Any]]:
     """Commands with something that they cannot do, some of which show late; `out` is to be written, two levels down."""
-    few = ["--steps", STEPS, "--samples", 8, "--held-out", 8, "--quantile", 0.5]
+    few = ["--steps", STEPS, "--samples", 8, "--held-out", 8, "--quantile", 0.5, "--batch-size", 4]
     return {
         "convert: heads": ["convert", checkpoint, "--num-heads", 3],
         "export: calibration": ["export", checkpoint, "--calibration", missing],

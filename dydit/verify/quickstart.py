@@ -176,9 +176,9 @@ def _sample(job: _Job, bundle: Bundle) -> Sampled:
     """All images, in one go, because they are timed: what a killed run left, or is damaged, is sampled anew."""
     config, classes = job.config, bundle.manifest.model.num_classes
     pictures, folder = picture_format(bundle.manifest), job.folder.out / "samples"
-    if (sampled := job.folder.load("sampled.json", Sampled)) is not None:
-        if pictures and all(has_picture(folder, pictures, image) for image in range(sampled.images)):
-            return sampled
+    sampled = job.folder.load("sampled.json", Sampled)
+    if sampled and pictures and all(has_picture(folder, pictures, image) for image in range(sampled.images)):
+        return sampled
     shutil.rmtree(folder, ignore_errors=True)
     request = SampleRequest(
         labels=tuple(range(classes)), num=classes * config.per_class, seed=config.seed, cfg_scale=config.cfg_scale
