@@ -96,7 +96,7 @@ def test_a_vae_that_does_not_fit(export, autoencoder, make_checkpoint, small_con
 
 def test_what_is_no_vae(export, autoencoder, checkpoint: Path, tmp_path: Path) -> None:
     refused(export("--vae", tmp_path / "nowhere"), "does not exist; give a folder that diffusers saved, or a hub name")
-    refused(export("--vae", ""), "vae: String should have at least 1 character")
+    refused(export("--vae", ""), "--vae must have at least 1 character, not ''")
     refused(export("--vae", checkpoint), "is no AutoencoderKL in safetensors")
     refused(export("--vae", tmp_path), "is no AutoencoderKL in safetensors")
     other = shutil.copytree(autoencoder.folder, tmp_path / "vae")
@@ -108,7 +108,7 @@ def test_what_is_no_vae(export, autoencoder, checkpoint: Path, tmp_path: Path) -
 @pytest.mark.parametrize("package", ["diffusers", "onnxscript"])
 def test_a_missing_package(export, autoencoder, monkeypatch, package: str) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    refused(export("--vae", autoencoder.folder), f"{package} cannot be imported", "pip install 'dydit[vae]'")
+    refused(export("--vae", autoencoder.folder), f"dydit export needs {package}, which is not installed: pip", "[vae]'")
 
 
 def test_without_a_decoder_as_before(run, make_bundle, tmp_path: Path) -> None:
