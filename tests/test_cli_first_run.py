@@ -324,7 +324,7 @@ def test_commands_are_quoted(words: tuple[object, ...], text: str) -> None:
 @pytest.mark.parametrize("precision", list(Precision))
 def test_suggestions_after_an_export_parse(make_bundle, precision: Precision, tmp_path: Path) -> None:
     manifest = make_bundle().manifest.model_copy(update={"precision": precision})
-    for words in suggestions("\n".join(after_export(manifest, tmp_path / "a b", tmp_path / "c d", 4))):
+    for words in suggestions("\n".join(after_export(manifest, tmp_path / "a b", tmp_path / "c d", {"num_heads": 4}))):
         command = cli.commands[words[1]]
         context = command.make_context(words[1], words[2:])
         assert context.params["bundle"] == tmp_path / "a b"

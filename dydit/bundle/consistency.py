@@ -30,16 +30,17 @@ def layout_shapes(model: ModelConfig) -> dict[str, Shape]:
         "fc2.bias": (d,),
     }
     if model.dynamic:
-        block |= {"router.0.weight": (d // 16, d), "router.0.bias": (d // 16,)}
-        block |= {"router.2.weight": (1, d // 16), "router.2.bias": (1,)}
+        hidden = model.token_router_hidden
+        block |= {"router.0.weight": (hidden, d), "router.0.bias": (hidden,)}
+        block |= {"router.2.weight": (1, hidden), "router.2.bias": (1,)}
     rows = (6 * model.depth + 2) * d
     return {
         "embed.weight": (model.in_channels * patch, d),
         "embed.bias": (d,),
         "pos_embed": (model.tokens, d),
         **{f"blocks.{index}.{name}": shape for index in range(model.depth) for name, shape in block.items()},
-        "final.weight": (patch * 2 * model.in_channels, d),
-        "final.bias": (patch * 2 * model.in_channels,),
+        "final.weight": (patch * model.out_channels, d),
+        "final.bias": (patch * model.out_channels,),
         "time.0.weight": (d, 256),
         "time.0.bias": (d,),
         "time.2.weight": (d, d),
