@@ -10,6 +10,9 @@ import click
 
 from dydit.cli_options import PATH, CommandGroup, json_option, print_json, progress_line, say
 from dydit.cli_vae import decoder_line, vae_options
+from dydit.extras import GRAPHS, VAES, require
+
+NEEDED = ("torch", *GRAPHS, *VAES, "onnxruntime")
 
 
 def add_decode(group: CommandGroup) -> None:
@@ -45,14 +48,15 @@ def decode_command(
     `images`, the numbers of the pictures: `dydit sample` leaves such a file, latents.npz, in the folder of a run whose
     bundle has no decoder. Writes numbered PNGs, grid.png and samples.json.
     """
+    require("dydit decode", NEEDED)
     from dydit.export.vae import export_decoder, require_source
     from dydit.runtime.backends.base import BackendOptions
     from dydit.runtime.backends.session import runtime
     from dydit.runtime.decode import SavedLatents, decode_to_folder
 
-    runtime()  # what is missing is said before anything is read
-    require_source(vae)
+    runtime()  # an onnxruntime that is too old
     saved = SavedLatents.read(latents)
+    require_source(vae)
     channels, side = saved.latents.shape[1:3]
     with tempfile.TemporaryDirectory(prefix="dydit-decoder-") as folder:
         made = Path(folder)
@@ -77,6 +81,7 @@ def attach_command(bundle: Path, vae: str, as_json: bool, **options: Any) -> Non
     The checkpoint is not needed, and engines that were built stay. The bundle is as it was until the decoder is
     complete. Runs that it sampled before hold latents: `dydit decode` makes pictures of them.
     """
+    require("dydit attach-vae", NEEDED)
     from dydit.bundle.bundle import Bundle
     from dydit.export.attach import attach_vae
     from dydit.export.vae import require_source

@@ -156,7 +156,7 @@ def test_what_is_no_file_of_latents(decode, runs, tmp_path: Path) -> None:
 def test_a_missing_package_is_asked_for_at_once(run, decode, plain, tmp_path: Path, monkeypatch, package: str) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     for done in (decode(tmp_path / "missing.npz"), run("attach-vae", plain.path, "--vae", "owner/name")):
-        refused(done, f"{package} cannot be imported", "pip install", "[vae]")
+        refused(done, f"needs {package}, which is not installed", "pip install", "[vae]")
 
 
 @pytest.fixture
