@@ -156,7 +156,7 @@ class Resident(Side):
     def __init__(self, settings: Settings, bundle: Bundle, batch: int):
         import torch
 
-        from dydit.models.sliced import SlicedDiT
+        from dydit.models.dit.sliced import SlicedDiT
         from dydit.runtime.backends.torch import mapped_weights
 
         manifest, self._device = bundle.manifest, settings.device
@@ -188,7 +188,7 @@ class Resident(Side):
             self._work.append(run)
 
     def _condition(self) -> None:
-        from dydit.models.sliced import conditioning
+        from dydit.models.dit.sliced import conditioning
 
         self._modulation = conditioning(self._model, self._weights, self._timesteps, self._labels)
 

@@ -1,4 +1,4 @@
-"""`weights.bin`: in which precision tensors are stored, and where each lies. The layout is `dydit.models.layout`'s."""
+"""`weights.bin`: in which precision tensors are stored, and where each lies. The layout is `dydit.models.dit.layout`'s."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeInt
 
-from dydit.models.config import Strict
+from dydit.models.config import ModelConfig, Strict
 
 WEIGHTS = "weights.bin"
+ALIGNMENT = 4096
+"""Every tensor of `weights.bin` starts at a multiple of this, so that runtimes can map it."""
 StoredType = Literal["float32", "float16", "bfloat16", "int8", "float8_e4m3fn"]
 
 
@@ -86,6 +88,16 @@ STORAGE = {
 def half_name(name: str) -> str:
     """The name of a weight's copy in fp16, where others are in 8 bits: `blocks.0.qkv.weight16`."""
     return f"{name}16"
+
+
+def stored_type(model: ModelConfig, name: str, precision: Precision) -> StoredType:
+    """The type of a stored tensor: weights and biases of products follow the bundle's precision, all else is fp32.
+
+    In 8 bits are the weights of layers that units own, and no others.
+    """
+    if name in model.units.weights:
+        return precision.weight_dtype
+    return precision.dtype if name in model.units.biases or name in model.low_precision else "float32"
 
 
 class WeightEntry(Strict):

@@ -148,7 +148,7 @@ def _wanted(bundle: Bundle, request: EngineRequest) -> list[_Wanted]:
     described: dict[str, tuple[TensorSpec, ...] | None] = {CONDITIONING: conditioning_inputs()}
     units: tuple[TensorSpec, ...] = ()
     if manifest.sliding:
-        units = unit_inputs(manifest.weights, manifest.model.depth)
+        units = unit_inputs(manifest.weights, manifest.model)
         ranges |= width_ranges(manifest.model)
     for subnet in manifest.subnets:
         specs = (*subnet_inputs(manifest.model, subnet.gated), *units)

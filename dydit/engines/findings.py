@@ -18,7 +18,7 @@ from dydit.engines.network import Layer, Network
 from dydit.errors import BackendError
 
 FP32_WEIGHTS = re.compile(r"(embed|final|time\.[02]|blocks\.\d+\.router\.[02])\.weight")
-"""The weights, by the names of `dydit.models.layout`, whose products are fp32 in every precision."""
+"""The weights, by the names of `dydit.models.dit.layout`, whose products are fp32 in every precision."""
 
 KEPT_WEIGHTS = re.compile(r"blocks\.\d+\.(qkv|proj|fc1|fc2)\.weight16")
 """The weights of layers that stay in 16 bits where others are in 8."""

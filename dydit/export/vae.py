@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from dydit.bundle.graph_io import BATCH
 from dydit.bundle.vae import VAE_DECODER, VAE_WEIGHTS, VaeEntry, vae_inputs, vae_outputs
 from dydit.errors import BackendError, CheckpointError, ConfigError, one_line
-from dydit.export.ops import IR_VERSION, OPSET
+from dydit.graph.ops import IR_VERSION, OPSET
 from dydit.models.config import ModelConfig, parse_config
 
 LARGEST_TILE = 64

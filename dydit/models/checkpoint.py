@@ -20,7 +20,7 @@ from torch import Tensor
 from dydit.errors import CheckpointError, ConfigError
 from dydit.files import atomic_file, require_absent, sha256_of
 from dydit.models.config import ModelConfig, parse_config
-from dydit.models.dit import DiT, timestep_frequencies
+from dydit.models.dit.model import DiT, timestep_frequencies
 from dydit.models.safe_load import Container, container_of, plain_tensors, read_safetensors, read_torch, shown
 from dydit.models.state_fit import expected_shapes, infer_config, require_fit
 from dydit.models.state_names import DiffusersConfig, from_diffusers, unpack

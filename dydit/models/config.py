@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from functools import lru_cache
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dydit.errors import ConfigError
+from dydit.models.architecture import UnitAxis
+from dydit.models.dit.units import CONDITIONING_PRODUCT, block_spec
 
 T = TypeVar("T", bound=BaseModel)
 
@@ -102,9 +105,24 @@ class ModelConfig(Strict):
         """Rows of `attn_rate.router.weight` and `mlp_rate.router.weight`."""
         return self.num_heads - (self.routers is Routers.FIRST_ON)
 
+    @property
+    def units(self) -> UnitAxis:
+        """The heads and channel groups of all blocks, on one axis."""
+        return _unit_axis(self)
+
+    @property
+    def low_precision(self) -> tuple[str, ...]:
+        """Stored tensors, beside those of units' layers, whose products are in a bundle's precision; others are fp32."""
+        return CONDITIONING_PRODUCT
+
     def without_routers(self) -> ModelConfig:
         """The static DiT of the same sizes."""
         return self.model_copy(update={"routers": Routers.NONE})
+
+
+@lru_cache(64)
+def _unit_axis(config: ModelConfig) -> UnitAxis:
+    return UnitAxis([block_spec(config)] * config.depth)
 
 
 _SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}

@@ -73,20 +73,15 @@ def trace_tokens(
 
 def decided_ratio(manifest: Manifest, tokens: np.ndarray) -> float:
     """F_dyn / F_static of a run by the model's own decisions: exact masks, and `tokens` bool [steps, L, rows, N]."""
-    masks = manifest.step_masks().sum(axis=-1)  # [S, L, 2]
-    return _mean_ratio(manifest, masks, tokens)
+    return _mean_ratio(manifest, manifest.step_masks(), tokens)
 
 
 def executed_ratio(manifest: Manifest, tokens: np.ndarray) -> float:
     """The same of what runs: the subnetworks' widths, which are those of the union of their steps' masks."""
-    widths = np.array(
-        [[[len(part) for part in block] for block in zip(s.heads, s.groups, strict=True)] for s in manifest.subnets]
-    )
-    subnet_of = {step: segment.subnet for segment in manifest.plan.segments for step in segment.steps}
-    return _mean_ratio(manifest, widths[[subnet_of[step] for step in range(len(tokens))]], tokens)
+    return _mean_ratio(manifest, manifest.executed_masks()[: len(tokens)], tokens)
 
 
-def _mean_ratio(manifest: Manifest, units: np.ndarray, tokens: np.ndarray) -> float:
-    """`units` [S, L, 2] active heads and groups."""
+def _mean_ratio(manifest: Manifest, masks: np.ndarray, tokens: np.ndarray) -> float:
+    """`masks` bool [S, U]."""
     share = tokens.mean(axis=(2, 3))
-    return float(np.mean(flops_ratio(manifest.model, units[:, :, 0], units[:, :, 1], share)))
+    return float(np.mean(flops_ratio(manifest.model, manifest.model.units.counts(masks), share)))

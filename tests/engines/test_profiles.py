@@ -78,7 +78,7 @@ def test_widths_have_ranges_for_every_weight_that_is_an_input(tmp_path: Path, di
     from dydit.export.graph import WeightInputs
     from dydit.export.ops import Ops
     from dydit.export.weights import write_weights
-    from dydit.models.layout import stored_tensors
+    from dydit.models.dit.layout import stored_tensors
     from dydit.models.synthetic import synthetic_model
 
     tensors = stored_tensors(synthetic_model(digits_like).state_dict(), digits_like)

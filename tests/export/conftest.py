@@ -18,8 +18,8 @@ from dydit.export.graph import SubnetSpec, Windows, save_graph, subnet_graph
 from dydit.export.library import FunctionLibrary
 from dydit.export.weights import write_weights
 from dydit.models.config import ModelConfig
-from dydit.models.dit import DiT
-from dydit.models.layout import stored_tensors
+from dydit.models.dit.model import DiT
+from dydit.models.dit.layout import stored_tensors
 from dydit.models.routers import Masked, Recording
 from dydit.models.synthetic import synthetic_model
 

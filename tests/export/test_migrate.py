@@ -17,9 +17,9 @@ from dydit.export.graph import Windows, conditioning_graph, save_graph, subnet_g
 from dydit.export.library import FunctionLibrary
 from dydit.export.migrate import migrated_tensors, modulation_factors
 from dydit.export.weights import write_weights
-from dydit.models.layout import stored_tensors
+from dydit.models.dit.layout import stored_tensors
 from dydit.models.migration import BlockMigration, Migration
-from dydit.models.sliced import SlicedBlock, SlicedDiT, conditioning
+from dydit.models.dit.sliced import SlicedBlock, SlicedDiT, conditioning
 from dydit.verify.parity import compare_weights
 from dydit.verify.results import Status
 

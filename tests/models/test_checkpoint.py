@@ -13,7 +13,7 @@ from dydit.errors import CheckpointError, OutputError
 from dydit.files import sha256_of
 from dydit.models.checkpoint import Checkpoint, convert, load_checkpoint, save_checkpoint
 from dydit.models.config import ModelConfig, Routers
-from dydit.models.dit import DiT
+from dydit.models.dit.model import DiT
 from dydit.models.routers import Masked, Recording
 from dydit.models.state_fit import expected_shapes
 from dydit.models.state_names import diffusers_names

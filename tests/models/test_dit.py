@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dydit.models.config import ModelConfig, Routers, preset
-from dydit.models.dit import (
+from dydit.models.dit.model import (
     DiT,
     initialize,
     initialize_routers,

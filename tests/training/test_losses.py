@@ -12,7 +12,7 @@ from dydit.diffusion.coefficients import step_coefficients
 from dydit.diffusion.schedule import Sampler, Schedule
 from dydit.models.config import ModelConfig
 from dydit.models.cost import attention_macs, mlp_macs
-from dydit.models.dit import DiT
+from dydit.models.dit.model import DiT
 from dydit.models.routers import Decisions, GumbelSigmoid, Masked, Recording
 from dydit.training.losses import (
     AnnealedGumbelSigmoid,

@@ -239,7 +239,7 @@ def session_memory(bundle: Bundle, engine: EngineId) -> EngineMemory:
     conditioning = sum(nbytes for name, nbytes in sizes.items() if name.startswith(parts))
     if engine.subnet is None:
         return EngineMemory(0, conditioning)
-    units = sum(sizes[spec.name] for spec in unit_inputs(manifest.weights, manifest.model.depth))
+    units = sum(sizes[spec.name] for spec in unit_inputs(manifest.weights, manifest.model))
     return EngineMemory(0, sum(sizes.values()) - conditioning - units)
 
 

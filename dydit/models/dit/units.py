@@ -1,0 +1,39 @@
+"""What a DiT's block holds: attention heads, and as many groups of MLP channels. NumPy only."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from dydit.models.architecture import BlockSpec, Side, UnitGroup, UnitLayer
+
+if TYPE_CHECKING:
+    from dydit.models.config import ModelConfig
+
+HEADS, GROUPS = "heads", "groups"
+QKV, PROJ, FC1, FC2 = "qkv", "proj", "fc1", "fc2"
+CONDITIONING_PRODUCT = ("adaln.weight", "adaln.bias")
+"""The stored tensors outside of blocks that are of the lower precision where a bundle has one."""
+
+
+def attention_macs(config: ModelConfig) -> int:
+    """Multiply-adds of one block's attention for one image, all heads on: 4ND^2 + 2N^2 D."""
+    n, d = config.tokens, config.hidden_size
+    return 4 * n * d * d + 2 * n * n * d
+
+
+def mlp_macs(config: ModelConfig) -> int:
+    """Multiply-adds of one block's MLP for one image, all groups and tokens on: 8ND^2."""
+    return 8 * config.tokens * config.hidden_size**2
+
+
+def block_spec(config: ModelConfig) -> BlockSpec:
+    """A block of this model; all of its blocks are alike."""
+    d, units, head, group = config.hidden_size, config.num_heads, config.head_dim, config.group_dim
+    attention = (UnitLayer(QKV, Side.OUTPUT, 3 * head, d), UnitLayer(PROJ, Side.INPUT, head, d))
+    mlp = (UnitLayer(FC1, Side.OUTPUT, group, d), UnitLayer(FC2, Side.INPUT, group, d, scaled_inputs=True))
+    return BlockSpec(
+        (
+            UnitGroup(HEADS, units, attention, attention_macs(config) / units),
+            UnitGroup(GROUPS, units, mlp, mlp_macs(config) / units, routed=True),
+        )
+    )
