@@ -100,15 +100,14 @@ def make_bundle(
 @pytest.fixture(scope="session")
 def make_migration() -> Callable[..., Any]:
     """`make_migration(config, seed=0, share=1)`: exponents from all over their range, for such a share of layers."""
-    from dydit.calibrate.activations import LAYERS
-    from dydit.models.migration import MOST, BlockMigration, Migration, as_digits, input_channels
+    from dydit.models.migration import MOST, Migration, as_digits, input_channels
 
     def make(config: ModelConfig, seed: int = 0, share: float = 1) -> Migration:
         rng, blocks = np.random.default_rng(seed), []
         for _ in range(config.depth):
-            chosen = [layer for layer in LAYERS if rng.random() < share]
+            chosen = [layer for layer in config.units.layer_names if rng.random() < share]
             digits = {layer: as_digits(rng.integers(0, MOST + 1, input_channels(config, layer))) for layer in chosen}
-            blocks.append(BlockMigration(**digits))
+            blocks.append(digits)
         return Migration(blocks=tuple(blocks))
 
     return make

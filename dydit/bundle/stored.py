@@ -1,4 +1,4 @@
-"""`weights.bin`: in which precision tensors are stored, and where each lies. The layout is `dydit.models.dit.layout`'s."""
+"""`weights.bin`: in which precision tensors are stored, and where each lies. Layout: `dydit.models.dit.layout`."""
 
 from __future__ import annotations
 

@@ -144,7 +144,7 @@ def _of(histogram: Histogram, method: Method, percentile: float) -> Threshold:
 
 
 def spread(ranges: ActivationRanges) -> np.ndarray:
-    """How far a layer's ranges part over the segments: largest over least threshold, f64 [L, layers]; 1 where unused."""
+    """How far a layer's ranges part over the segments: largest over least threshold, f64 [L, layers]; 1: unused."""
     values = np.asarray(ranges.thresholds)
     used = values > 0
     least = np.where(used, values, math.inf).min(0)

@@ -1,9 +1,9 @@
 """The `sensitivity` of a calibration: what 8 bits cost in each linear layer, and which layers therefore stay in 16.
 
-A layer is one of `UnitAxis.layers` of one block in one segment of a plan. Its loss is what it adds to an image's mean square
-error by being in 8 bits, its gain the multiply-adds that are then half as expensive. Layers go into 8 bits in the order
-of loss per multiply-add: every prefix of that order is a choice, from none to all, and how good one is, is measured by
-sampling with it (`dydit.verify.sensitivity`). Here is the arithmetic: NumPy, no model.
+A layer is one of `UnitAxis.layers` of one block in one segment of a plan. Its loss is what it adds to an image's mean
+square error by being in 8 bits, its gain the multiply-adds that are then half as expensive. Layers go into 8 bits in
+the order of loss per multiply-add: every prefix of that order is a choice, from none to all, and how good one is, is
+measured by sampling with it (`dydit.verify.sensitivity`). Here is the arithmetic: NumPy, no model.
 """
 
 from __future__ import annotations

@@ -240,7 +240,8 @@ def _build(
         name = f"{graph.stem}.engine"
         engine = store.folder / (f"{graph.stem}-{fingerprint[:8]}.engine" if name in taken else name)
         todo[engine.name] = group
-        work.append(Job(graph, engine, request, first.inputs, first.ranges, store.build_log, timing_cache, inspect))
+        settings = (request, store.bundle.manifest.model, first.inputs, first.ranges)
+        work.append(Job(graph, engine, *settings, store.build_log, timing_cache, inspect))
     new: list[Built] = []
 
     def done(job: Job, built: Built) -> None:

@@ -63,7 +63,7 @@ def symbol_ranges(manifest: Manifest, opt_batch: int, max_batch: int) -> dict[st
 
 
 def width_ranges(model: ModelConfig, opt_share: float = 0.5) -> dict[str, Extent]:
-    """Ranges of the widths of a graph whose block weights are inputs (`WeightInputs` of `dydit.export.graph`).
+    """Ranges of the widths of a graph whose block weights are inputs (`WeightInputs` of `dydit.graph.sources`).
 
     A dimension `heads_3*216` is 216 rows for each head that block 3 has on: 1 to all of them, tuned for `opt_share`.
     """

@@ -1,6 +1,6 @@
 """`weights.bin`: every weight once, laid out so that a subnetwork's slice is a run of rows (DESIGN, decision 2).
 
-The layout itself (names, head-major and group-major order) is `dydit.models.dit.layout`; here are the file and its windows.
+The layout itself (names, rows in the order of units) is `dydit.models.dit.layout`; here are the file and its windows.
 Each tensor starts on a 4096-byte boundary, so that runtimes can map it.
 """
 

@@ -1,1 +1,1 @@
-"""Writing ONNX: nodes and local functions, linear layers in every precision, where weights come from, the sampler step."""
+"""Writing ONNX: nodes, local functions, linear layers in every precision, sources of weights, the sampler's step."""

@@ -98,7 +98,7 @@ class UnitGroup:
 
     @property
     def unit_tensors(self) -> tuple[str, ...]:
-        """Stored tensors whose first axis is the unit's slot, in every precision; what one graph for all widths takes."""
+        """Stored tensors whose first axis is the unit's slot, in every precision: inputs of a graph of any width."""
         return tuple(name for layer in self.layers for name in layer.unit_tensors)
 
     @property

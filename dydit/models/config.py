@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from dydit.errors import ConfigError
 from dydit.models.architecture import UnitAxis
-from dydit.models.dit.units import CONDITIONING_PRODUCT, block_spec
+from dydit.models.dit.units import CONDITIONING, CONDITIONING_PRODUCT, block_spec, fp32_products
 
 T = TypeVar("T", bound=BaseModel)
 
@@ -112,8 +112,17 @@ class ModelConfig(Strict):
 
     @property
     def low_precision(self) -> tuple[str, ...]:
-        """Stored tensors, beside those of units' layers, whose products are in a bundle's precision; others are fp32."""
+        """Stored tensors, besides those of units' layers, whose type follows a bundle's precision; others are fp32."""
         return CONDITIONING_PRODUCT
+
+    @property
+    def fp32_products(self) -> frozenset[str]:
+        """Stored weights whose products are fp32 in every precision."""
+        return fp32_products(self)
+
+    def is_conditioning(self, tensor: str) -> bool:
+        """Whether the conditioning graph reads a stored tensor, and no other graph does."""
+        return tensor.startswith(CONDITIONING)
 
     def without_routers(self) -> ModelConfig:
         """The static DiT of the same sizes."""

@@ -4,7 +4,8 @@
 
 Channels that are much larger than the others leave these few of the 256 values that 8 bits have; divided, they do not.
 Scaling by a power of two is exact in every floating type, so in fp32 the model stays itself, bit for bit. One vector
-serves all steps, as weights do. How it is chosen is `dydit.calibrate.migration`, where it goes is the architecture's business.
+serves all steps, as weights do. How it is chosen is `dydit.calibrate.migration`, where it goes is the architecture's
+business.
 """
 
 from __future__ import annotations

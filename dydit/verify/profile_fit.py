@@ -62,7 +62,13 @@ def fit_times(
                 "model), so no plan can go by them; try again, or use --cost macs"
             )
     deviation = float(np.abs(columns @ terms / medians - 1).max())
-    return StepTimes(**settings, fixed=fixed, block=block, groups={name: GroupTimes(**found) for name, found in times.items()}, deviation=deviation)
+    return StepTimes(
+        **settings,
+        fixed=fixed,
+        block=block,
+        groups={name: GroupTimes(**found) for name, found in times.items()},
+        deviation=deviation,
+    )
 
 
 def _time_terms(point: Point) -> list[int]:

@@ -58,7 +58,8 @@ class Images:
 
 @dataclass(frozen=True)
 class ReferenceStep:
-    """One step: `x_prev` f32 [B, C, S, S]; `masks` bool [R, U] the gates of units; `logits` f32 [L, R, N] of the token routers (None for a static model); `residuals` f32 [L, R, N, D], where asked for."""
+    """One step: `x_prev` f32 [B, C, S, S]; `masks` bool [R, U], the gates of units; `logits` f32 [L, R, N] of the token
+    routers (None for a static model); `residuals` f32 [L, R, N, D], where asked for."""
 
     x_prev: np.ndarray
     masks: np.ndarray

@@ -11,15 +11,15 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from dydit.export.library import FunctionLibrary
 
 from dydit.bundle.graph_io import GROUP_WEIGHTS, HEAD_WEIGHTS
 from dydit.diffusion.coefficients import apply_step
 from dydit.export.graph import SubnetSpec, Windows, save_graph, subnet_graph
-from dydit.export.library import FunctionLibrary
 from dydit.export.weights import write_weights
 from dydit.models.config import ModelConfig
-from dydit.models.dit.model import DiT
 from dydit.models.dit.layout import stored_tensors
+from dydit.models.dit.model import DiT
 from dydit.models.routers import Masked, Recording
 from dydit.models.synthetic import synthetic_model
 

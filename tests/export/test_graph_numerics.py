@@ -269,8 +269,9 @@ class TestCapacity:
 @pytest.mark.parametrize("precision", [Precision.FP16, Precision.INT8])
 def test_lower_precision(make_bench, tmp_path, distance, routing, precision):
     """The same step with fp16 or 8-bit products: near, and not the same."""
-    from dydit.export.graph import subnet_graph
     from dydit.export.library import FunctionLibrary
+
+    from dydit.export.graph import subnet_graph
     from dydit.export.weights import write_weights
 
     bench = make_bench()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from dydit.export.library import FunctionLibrary
+from dydit.export.migrate import migrated_tensors, modulation_factors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,12 +16,10 @@ from dydit.bundle.stored import Precision
 from dydit.calibrate.activations import LAYERS, ActivationRanges
 from dydit.errors import CalibrationError
 from dydit.export.graph import Windows, conditioning_graph, save_graph, subnet_graph
-from dydit.export.library import FunctionLibrary
-from dydit.export.migrate import migrated_tensors, modulation_factors
 from dydit.export.weights import write_weights
 from dydit.models.dit.layout import stored_tensors
-from dydit.models.migration import BlockMigration, Migration
 from dydit.models.dit.sliced import SlicedBlock, SlicedDiT, conditioning
+from dydit.models.migration import BlockMigration, Migration
 from dydit.verify.parity import compare_weights
 from dydit.verify.results import Status
 

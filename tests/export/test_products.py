@@ -7,10 +7,10 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
+from dydit.export.ops import CONTRIB, DOMAIN, IR_VERSION, OPSET, Ops, function
 
 from dydit.bundle.stored import Precision
 from dydit.export import products
-from dydit.export.ops import CONTRIB, DOMAIN, IR_VERSION, OPSET, Ops, function
 from dydit.export.quantize import quantize
 from dydit.runtime.backends.int8 import products_are_exact
 

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dydit.models.config import ModelConfig, Routers
-from dydit.models.dit.model import DiT, timestep_frequencies
 from dydit.models.dit.layout import stored_tensors
+from dydit.models.dit.model import DiT, timestep_frequencies
 
 CONFIG = ModelConfig(
     hidden_size=48,

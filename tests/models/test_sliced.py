@@ -9,10 +9,10 @@ import torch
 from dydit.diffusion.coefficients import apply_step, step_coefficients
 from dydit.diffusion.schedule import Sampler, Schedule
 from dydit.models.config import ModelConfig, Routers
-from dydit.models.dit.model import DiT
 from dydit.models.dit.layout import stored_tensors
-from dydit.models.routers import Masked, Recording, Static
+from dydit.models.dit.model import DiT
 from dydit.models.dit.sliced import SlicedDiT, conditioning
+from dydit.models.routers import Masked, Recording, Static
 
 CONFIG = ModelConfig(hidden_size=64, depth=3, num_heads=4, patch_size=2, input_size=8, in_channels=4, num_classes=7)
 VARIANTS = [

@@ -1,1 +1,1 @@
-"""DiT (Peebles & Xie 2023) with DyDiT's routers: what its blocks hold, the model, its stored layout, its sliced form."""
+"""DiT (Peebles & Xie 2023) with DyDiT's routers: its units, the model, its stored layout, sliced form and graphs."""

@@ -2,9 +2,9 @@
 
 Shapes: x [rows, N, D]; modulation vectors [rows, 1, D]; T = rows*N tokens, flattened over the batch before routing. A
 function's weights are inputs, so it does not know whether they are constants or graph inputs. The arithmetic is that of
-`dydit.models.dit.model`, in the order that rounds alike. Below fp32, only matrix products and attention work in the lower
-type: values are cast at their edges, and the residual stream, modulation, routers and the sampler's formula stay in
-fp32 (DESIGN, decision 9).
+`dydit.models.dit.model`, in the order that rounds alike. Below fp32, only matrix products and attention work in the
+lower type: values are cast at their edges, and the residual stream, modulation, routers and the sampler's formula stay
+in fp32 (DESIGN, decision 9).
 """
 
 from __future__ import annotations

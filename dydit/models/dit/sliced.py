@@ -58,10 +58,10 @@ class SlicedBlock:
 class SlicedDiT:
     """One subnetwork over stored weights (names and layout: `dydit.models.dit.layout`).
 
-    `slots`: the slots of each unit group that each block holds, ascending; `capacities`: routed tokens per row that each block
-    has room for (all, where not given); `cfg_channels`: how many channels guidance acts on. Works on the weights'
-    device and in their dtype; where only the matrices of attention and MLP are of a lower precision, these products
-    alone are (DESIGN, decision 9).
+    `slots`: the slots of each unit group that each block holds, ascending; `capacities`: routed tokens per row that
+    each block has room for (all, where not given); `cfg_channels`: how many channels guidance acts on. Works on the
+    weights' device and in their dtype; where only the matrices of attention and MLP are of a lower precision, these
+    products alone are (DESIGN, decision 9).
     """
 
     def __init__(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dydit.models.architecture import BlockSpec, Side, UnitGroup, UnitLayer
+from dydit.models.architecture import BlockSpec, Side, UnitGroup, UnitLayer, stored_name
 
 if TYPE_CHECKING:
     from dydit.models.config import ModelConfig
@@ -13,6 +13,8 @@ HEADS, GROUPS = "heads", "groups"
 QKV, PROJ, FC1, FC2 = "qkv", "proj", "fc1", "fc2"
 CONDITIONING_PRODUCT = ("adaln.weight", "adaln.bias")
 """The stored tensors outside of blocks that are of the lower precision where a bundle has one."""
+CONDITIONING = ("time.", "label.", "adaln.")
+"""How the names of the stored tensors that the conditioning graph reads start; no other graph reads them."""
 
 
 def attention_macs(config: ModelConfig) -> int:
@@ -24,6 +26,13 @@ def attention_macs(config: ModelConfig) -> int:
 def mlp_macs(config: ModelConfig) -> int:
     """Multiply-adds of one block's MLP for one image, all groups and tokens on: 8ND^2."""
     return 8 * config.tokens * config.hidden_size**2
+
+
+def fp32_products(config: ModelConfig) -> frozenset[str]:
+    """The stored weights whose products are fp32 in every precision."""
+    blocks = range(config.depth) if config.dynamic else ()
+    routers = (stored_name(block, f"router.{layer}.weight") for block in blocks for layer in (0, 2))
+    return frozenset({"embed.weight", "final.weight", "time.0.weight", "time.2.weight", *routers})
 
 
 def block_spec(config: ModelConfig) -> BlockSpec:

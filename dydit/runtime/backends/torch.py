@@ -1,4 +1,4 @@
-"""The PyTorch backend: the sliced form (`dydit.models.dit.sliced`) on a bundle's weights. The yardstick for the others."""
+"""The PyTorch backend: the sliced form (`dydit.models.dit.sliced`) on a bundle's weights. The yardstick of others."""
 
 from __future__ import annotations
 
