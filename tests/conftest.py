@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -13,6 +13,7 @@ from hypothesis import settings
 
 if TYPE_CHECKING:
     from dydit.bundle.bundle import Bundle
+    from dydit.models.architecture import UnitAxis
     from dydit.models.checkpoint import Checkpoint
     from dydit.models.config import ModelConfig
 
@@ -52,6 +53,25 @@ def small_config() -> ModelConfig:
     from dydit.models.config import ModelConfig
 
     return ModelConfig(hidden_size=64, depth=3, num_heads=4, patch_size=2, input_size=8, in_channels=4, num_classes=7)
+
+
+@pytest.fixture(scope="session")
+def make_axis() -> Callable[[Sequence[Sequence[int]]], UnitAxis]:
+    """`make_axis(counts)`: an axis whose blocks have unit groups of `counts[block][group]` units, each of two layers.
+
+    What no DiT has, but an axis allows: groups of different sizes, in a block and among blocks.
+    """
+    from dydit.models.architecture import BlockSpec, Side, UnitAxis, UnitGroup, UnitLayer
+
+    def group(index: int, count: int) -> UnitGroup:
+        enters = UnitLayer(f"in{index}", Side.OUTPUT, 2 + index, 8)
+        leaves = UnitLayer(f"out{index}", Side.INPUT, 2 + index, 8, scaled_inputs=bool(index % 2))
+        return UnitGroup(f"kind{index}", count, (enters, leaves), 10.0 + index, routed=bool(index % 2))
+
+    def make(counts: Sequence[Sequence[int]]) -> UnitAxis:
+        return UnitAxis([BlockSpec(tuple(group(*each) for each in enumerate(block))) for block in counts])
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -165,6 +165,8 @@ class UnitAxis:
         self.size = parts[-1].stop if parts else 0
         if any(spec.layers != self.blocks[0].layers for spec in self.blocks):
             raise ValueError("the blocks of a model hold the same layers")
+        if any(part.group.count < 1 for part in parts):
+            raise ValueError("every unit group of a model has at least one unit")
         self.layers = self.blocks[0].layers
         """The layers of a block whose width follows its units; every block has them."""
         self.layer_names = tuple(layer.name for layer in self.layers)
@@ -204,14 +206,19 @@ class UnitAxis:
         return self.nested([tuple(map(int, np.flatnonzero(mask[part.units]))) for part in self.parts])
 
     def mask(self, slots: Iterable[Iterable[Iterable[int]]]) -> np.ndarray:
-        """The mask bool [U] that has these units on: the inverse of `slots`."""
+        """The mask bool [U] that has these units on: the inverse of `slots`. Raises `ValueError` for others' units."""
         mask = np.zeros(self.size, bool)
         for part, units in self.zip(slots):
+            units = list(units)
+            if not all(0 <= unit < part.group.count for unit in units):
+                raise ValueError(f"block {part.block} has {part.group.count} {part.group.name}, not units {units}")
             mask[[part.start + unit for unit in units]] = True
         return mask
 
     def nested(self, values: Sequence[Any]) -> tuple[tuple[Any, ...], ...]:
-        """One value for each part, by block and unit group."""
+        """One value for each part, by block and unit group. Raises `ValueError` where there are more or fewer."""
+        if len(values) != len(self.parts):
+            raise ValueError(f"{len(values)} values for {len(self.parts)} unit groups")
         each = iter(values)
         return tuple(tuple(next(each) for _ in block.groups) for block in self.blocks)
 

@@ -95,8 +95,10 @@ def test_the_models_of_these_tests_have_gates_of_both_kinds(routers: Routers) ->
     with torch.no_grad():
         model(*inputs(model), gating)
     decisions = gating.decisions()
-    for gates in (decisions.heads, decisions.groups, decisions.tokens):
-        assert 0 < gates.mean() < 1
+    shares = model.config.units.shares(decisions.units.numpy())
+    assert shares.keys() == {"heads", "groups"}
+    for share in (*shares.values(), decisions.tokens.mean()):
+        assert 0 < share < 1
 
 
 @pytest.mark.parametrize("routers", list(Routers))

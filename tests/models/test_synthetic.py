@@ -23,7 +23,8 @@ def measured_ratio(model) -> float:
         x = torch.randn(2, config.in_channels, config.input_size, config.input_size, generator=generator)
         _, recording = recorded_pass(model, x, torch.full((2,), int(t)), torch.tensor([1, config.null_class]))
         kept = recording.decisions()
-        ratios.append(flops_ratio(config, kept.heads.sum(-1).T, kept.groups.sum(-1).T, kept.tokens.mean(-1).T).mean())
+        counts = config.units.counts(kept.units.numpy() > 0)
+        ratios.append(flops_ratio(config, counts, kept.tokens.mean(-1).T.numpy()).mean())
     return float(np.mean(ratios))
 
 
