@@ -105,14 +105,15 @@ def make_bundle(
     from dydit.export.exporter import ExportConfig, export
 
     folder: Path = tmp_path_factory.mktemp("bundles")
-    made: dict[tuple[Path, ExportConfig], Bundle] = {}
+    made: dict[tuple[Path, str], Bundle] = {}
 
     def make(checkpoint: Checkpoint | None = None, **settings: object) -> Bundle:
         chosen = checkpoint or make_checkpoint()
         config = ExportConfig.model_validate({"steps": STEPS, "max_subnets": 4, **settings})
-        if (chosen.path, config) not in made:
-            made[chosen.path, config] = export(chosen, folder / f"bundle-{len(made)}", config)
-        return made[chosen.path, config]
+        key = chosen.path, config.model_dump_json()
+        if key not in made:
+            made[key] = export(chosen, folder / f"bundle-{len(made)}", config)
+        return made[key]
 
     return make
 

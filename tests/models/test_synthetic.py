@@ -45,7 +45,7 @@ def test_gates_differ_over_timesteps_tokens_and_blocks():
     model = synthetic_model(CONFIG)
     masks = freeze_masks(model, TIMESTEPS)
     assert 0.3 < masks.mean() < 0.95
-    toggles = (masks[1:] != masks[:-1]).any(axis=(1, 2, 3))
+    toggles = (masks[1:] != masks[:-1]).any(axis=1)
     assert toggles.mean() > 0.3, "masks drift with the timestep"
     assert (np.diff(masks[..., 1:].sum(0).astype(int), axis=-1) > 0).any(), "the busiest units do not simply come first"
     share = masks.mean(axis=0)
