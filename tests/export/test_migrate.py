@@ -139,6 +139,9 @@ def test_a_migration_of_another_model_is_refused(make_bundle, make_migration, sm
     other = make_migration(small_config.model_copy(update={"hidden_size": 128}), 0, 1)
     with pytest.raises(CalibrationError, match=r"block 0, qkv, is of 128 channels, the model has 64; calibrate this"):
         make_bundle(precision="fp8", max_subnets=2, activations=ranges_with(other))
+    unknown = Migration(blocks=({}, {"fc3": "0" * 64}, {}))
+    with pytest.raises(CalibrationError, match="the migration names 'fc3', which is no layer of the model's blocks"):
+        make_bundle(precision="fp8", max_subnets=2, activations=ranges_with(unknown))
     with pytest.raises(ValueError, match="the migration is not of the same blocks"):
         ranges_with(other, depth=2)
 
