@@ -167,7 +167,7 @@ class Resident(Side):
         subnet_of = {step: segment.subnet for segment in manifest.plan.segments for step in segment.steps}
         entries = {index: manifest.subnets[index] for index in sorted({subnet_of[step] for step in measured})}
         subnets = {
-            index: SlicedDiT(model, self._weights, each.heads, each.groups, manifest.sampling.cfg_channels)
+            index: SlicedDiT(model, self._weights, each.units, manifest.sampling.cfg_channels)
             for index, each in entries.items()
         }
         labels = [index % model.num_classes for index in range(batch)]
