@@ -35,7 +35,7 @@ def keeps_every_token(manifest: Manifest) -> bool:
 def segment_capacities(
     checkpoint: Checkpoint, config: ExportConfig, masks: np.ndarray, plan: Plan
 ) -> tuple[Capacities, ...] | None:
-    """Capacities of each segment of a plan over the masks bool [S, L, 2, H], by slot; None without capacity routing.
+    """Capacities of each segment of a plan over the masks bool [S, U], by slot; None without capacity routing.
 
     Those of the calibration, where there is one, else the same for all. With a sliding plan, whose one graph has one
     capacity for each block, every segment gets the calibration's largest. Raises `ConfigError` for wrong capacities,

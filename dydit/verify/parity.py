@@ -32,8 +32,8 @@ from dydit.files import write_json
 from dydit.models.checkpoint import Checkpoint
 from dydit.models.config import ModelConfig, Strict
 from dydit.models.cost import flops_ratio
-from dydit.models.layout import stored_tensors
-from dydit.models.sliced import SlicedDiT, conditioning
+from dydit.models.dit.layout import stored_tensors
+from dydit.models.dit.sliced import SlicedDiT, conditioning
 from dydit.runtime.backends.base import BackendOptions
 from dydit.runtime.backends.registry import open_backend
 from dydit.runtime.loop import StepRunner

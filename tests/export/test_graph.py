@@ -21,7 +21,9 @@ from dydit.bundle.graph_io import (
 )
 from dydit.bundle.manifest import Routing
 from dydit.bundle.stored import Precision
-from dydit.export.graph import WeightInputs, Windows, conditioning_graph, save_graph
+from dydit.export.graph import save_graph
+from dydit.graph.sources import WeightInputs, Windows
+from dydit.models.dit.graph import conditioning_graph
 
 TYPES = {"float32": onnx.TensorProto.FLOAT, "int64": onnx.TensorProto.INT64}
 ALL = [range(4)] * 3
@@ -155,7 +157,7 @@ def test_functions_are_shared_by_blocks_and_only_those_used_are_there(make_bench
     proto = load(bench.write(spec_of(bench, Routing.DYNAMIC)))
     calls = [node.op_type for node in proto.graph.node if node.domain == "dydit"]
     assert {each.name for each in proto.functions} == set(calls)
-    heads = [len(slots) for slots in spec_of(bench, Routing.DYNAMIC).heads]
+    heads = [len(slots) for slots, _ in spec_of(bench, Routing.DYNAMIC).units]
     blocks = [name for count in heads for name in (f"attention_{count}", "mlp_dynamic")]
     assert calls == ["embed", *blocks, "final", "sampler_step"]
     mixed = bench.spec([[], [0], [1]], [[0], [], [2]], Routing.DYNAMIC, {(2, 0), (2, 1)})
