@@ -52,7 +52,7 @@ def _has_parts(nested: Sequence[Sequence[object]], model: ModelConfig) -> bool:
 
 
 def mask_trouble(held: np.ndarray, gated: bool, masks: np.ndarray) -> str | None:
-    """What is wrong with the masks bool [steps, U] that a subnetwork of the units `held` [U] serves; None where it can."""
+    """What is wrong with the masks bool [steps, U] that a subnetwork of the units `held` [U] serves, or None."""
     if (masks & ~held).any():
         return "a step needs units that its subnetwork does not hold"
     return None if gated or (masks == held).all() else "a subnetwork without gates serves steps with fewer units"

@@ -23,11 +23,12 @@ def keeps_every_token(manifest: Manifest) -> bool:
     """Whether capacity routing has a slot for every token wherever there is an MLP, so that it computes all of them."""
     if manifest.routing is not Routing.CAPACITY:
         return False
+    axis = manifest.model.units
     slots = [
         capacity
         for entry in manifest.subnets
-        for groups, capacity in zip(entry.groups, entry.capacities or (), strict=False)
-        if groups
+        for routed, capacity in zip(axis.routed_macs(axis.mask(entry.units)), entry.capacities or (), strict=False)
+        if routed
     ]
     return all(capacity == manifest.model.tokens for capacity in slots)
 

@@ -87,7 +87,7 @@ class UnitGroup:
     """Units of one kind in a block: `count` of them, and the layers that become narrower with each that is off.
 
     `macs`: multiply-adds that one unit adds to a step for one image, all tokens counted. `routed`: only the tokens that
-    the block's token router selects pass through its layers.
+    the block's token router selects pass through its layers. `title`: its units, for a person.
     """
 
     name: str
@@ -95,6 +95,7 @@ class UnitGroup:
     layers: tuple[UnitLayer, ...]
     macs: float
     routed: bool = False
+    title: str = ""
 
     @property
     def unit_tensors(self) -> tuple[str, ...]:
@@ -191,9 +192,32 @@ class UnitAxis:
         """Multiply-adds that each unit adds to a step for one image, all tokens counted, f64 [U]."""
         return self.spread(np.array([part.group.macs for part in self.parts], np.float64))
 
+    def routed_macs(self, masks: np.ndarray) -> np.ndarray:
+        """Multiply-adds of the units that are on and routed, all tokens counted: [..., U] -> [..., L]."""
+        out = np.zeros((*masks.shape[:-1], len(self.blocks)))
+        for part in self.parts:
+            if part.group.routed:
+                out[..., part.block] += masks[..., part.units].sum(axis=-1) * part.group.macs
+        return out
+
+    def of_group(self, values: np.ndarray, name: str) -> np.ndarray:
+        """The units of one group of every block, of blocks that all have as many: [..., U] -> [..., L, units]."""
+        columns = [values[..., part.units] for part in self.parts if part.group.name == name]
+        return np.stack(columns, axis=-2)
+
+    @property
+    def group_names(self) -> tuple[str, ...]:
+        """The names of the unit groups, in the order of execution."""
+        return tuple(self._units_of_groups())
+
     def shares(self, masks: np.ndarray) -> dict[str, float]:
         """Mean share of units that are on, [..., U], by name of the unit group."""
         return {name: float(masks[..., units].mean()) for name, units in self._units_of_groups().items()}
+
+    def total_counts(self, mask: np.ndarray | None = None) -> dict[str, int]:
+        """How many units of each group are on over all blocks, by name; by default all of them."""
+        on = np.ones(self.size, bool) if mask is None else mask
+        return {name: int(on[units].sum()) for name, units in self._units_of_groups().items()}
 
     def _units_of_groups(self) -> dict[str, list[int]]:
         units: dict[str, list[int]] = {}

@@ -77,7 +77,7 @@ def block_spec(config: ModelConfig) -> BlockSpec:
     mlp = (UnitLayer(FC1, Side.OUTPUT, group, d), UnitLayer(FC2, Side.INPUT, group, d, scaled_inputs=True))
     return BlockSpec(
         (
-            UnitGroup(HEADS, units, attention, attention_macs(config) / units),
-            UnitGroup(GROUPS, units, mlp, mlp_macs(config) / units, routed=True),
+            UnitGroup(HEADS, units, attention, attention_macs(config) / units, title="attention heads"),
+            UnitGroup(GROUPS, units, mlp, mlp_macs(config) / units, routed=True, title="channel groups"),
         )
     )
