@@ -84,9 +84,9 @@ def test_the_plan_of_the_export_is_that_of_the_calibration(run, checkpoint: Path
         (["--quantile", "0.999", "--batch-size", "1"], ["1000 are needed for each guidance scale"]),
         (["--margin", "-1"], ["margin"]),
         (["--tile", "0"], ["tile"]),
-        (["--batch-size", "0"], ["a batch has at least 1 image"]),
+        (["--batch-size", "0"], ["--batch-size must be at least 1, not 0"]),
         (["--batch-size", "9"], ["8 samples at guidance 4 are too few", "9 are needed"]),
-        (["--cfg-scale", "nan"], ["guidance is a number from 0"]),
+        (["--cfg-scale", "nan"], ["--cfg-scale must be a finite number, not nan"]),
         (["--seed", "-1"], ["seed"]),
         (["--per-step"], ["give only one of --per-step"]),
         (["--backend", "openvino"], ["openvino"]),
@@ -141,7 +141,9 @@ def test_progress_goes_to_a_terminal_and_a_stopped_run_goes_on(
 def test_outputs_that_are_there_or_meet(run, checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "c.png").write_text("mine")
     assert_refused(run("calibrate", checkpoint, "--out", tmp_path / "c.json", *SMALL), "c.png exists already")
-    assert_refused(run("calibrate", checkpoint, "--out", tmp_path / "d.png", *SMALL), "d.png would be the picture")
+    assert_refused(
+        run("calibrate", checkpoint, "--out", tmp_path / "d.png", *SMALL), "d.png: the plot would have this name"
+    )
     (tmp_path / "e.json").write_text("mine")
     assert_refused(run("calibrate", checkpoint, "--out", tmp_path / "e.json", *SMALL), "e.json exists already")
     assert names(tmp_path) == ["c.png", "e.json"] and (tmp_path / "e.json").read_text() == "mine"
@@ -160,7 +162,9 @@ def test_a_calibration_that_is_none(run, checkpoint: Path, tmp_path: Path, conte
 def test_a_plan_by_measured_times_does_not_repeat(run, checkpoint: Path, tmp_path: Path) -> None:
     run("calibrate", checkpoint, "--out", tmp_path / "c.json", *SMALL)
     call = ["export", checkpoint, "--steps", STEPS, "--routing", "capacity", "--calibration", tmp_path / "c.json"]
-    assert_refused(run(*call, "--cost", "measured", "--out", tmp_path / "out"), "plans by --cost measured vary")
+    assert_refused(
+        run(*call, "--cost", "measured", "--out", tmp_path / "out"), "--calibration does not go with --cost measured"
+    )
 
 
 @pytest.mark.parametrize("method", ["minmax", "percentile", "mse", "entropy"])
@@ -210,7 +214,7 @@ def test_migrated_ranges_then_8_bits(run, checkpoint: Path, tmp_path: Path) -> N
 
 def test_a_migration_without_ranges(run, checkpoint: Path, tmp_path: Path) -> None:
     done = run("calibrate", checkpoint, "--out", tmp_path / "c.json", *SMALL, "--migrate")
-    assert_refused(done, "a migration goes with ranges of activations only: `--activations minmax --migrate`")
+    assert_refused(done, "--migrate needs activation ranges; add --activations minmax")
     assert names(tmp_path) == []
 
 

@@ -105,6 +105,7 @@ def test_what_is_no_vae(export, autoencoder, checkpoint: Path, vae_bundle, tmp_p
     refused(export("--vae", checkpoint), f"--vae {checkpoint}: holds no decoder of an autoencoder")
     refused(export("--vae", tmp_path), "holds no autoencoder: expected config.json in it")
     refused(export("--vae", vae_bundle.path), "is a bundle of dydit")
+    refused(export("--vae", ""), "--vae must have at least 1 character, not ''")
     other = shutil.copytree(autoencoder.folder, tmp_path / "vae")
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"_class_name": "UNet2DModel"}))
@@ -119,7 +120,7 @@ def test_a_vae_is_looked_for_before_anything_is_read(export, tmp_path: Path) -> 
 @pytest.mark.parametrize("package", ["diffusers", "onnxscript"])
 def test_a_missing_package(export, autoencoder, monkeypatch, package: str) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    refused(export("--vae", autoencoder.folder), f"{package} cannot be imported", "pip install 'dydit[vae]'")
+    refused(export("--vae", autoencoder.folder), f"dydit export needs {package}, which is not installed: pip", "[vae]'")
 
 
 def test_without_a_decoder_as_before(run, make_bundle, tmp_path: Path) -> None:

@@ -86,7 +86,7 @@ def groups_for(quantile: float) -> int:
     return math.ceil(1 / (1 - quantile) - 1e-9)
 
 
-def require_samples(config: CapacityConfig, images: int, cfg_scale: float, what: str = "samples") -> None:
+def require_samples(config: CapacityConfig, images: int, cfg_scale: float, what: str = "sample") -> None:
     """Raise `CalibrationError`, saying how many are needed, where a guidance scale has too few images."""
     needed = config.images_needed()
     if images < needed:

@@ -29,8 +29,8 @@ _REQUIREMENTS: Mapping[str, str] = {
     **dict.fromkeys(("path_type", "is_instance_of"), "has the wrong type"),
     "none_required": "must be null",
     "string_pattern_mismatch": "must match the pattern {pattern}",
-    "string_too_short": "must have a length of at least {min_length}",
-    "string_too_long": "must have a length of at most {max_length}",
+    "string_too_short": "must have at least {min_length} characters",
+    "string_too_long": "must have at most {max_length} characters",
     "too_short": "must have at least {min_length} entries",
     "too_long": "must have at most {max_length} entries",
 }
@@ -65,7 +65,15 @@ class SettingsError(ConfigError):
 
 def problems_of(error: ValidationError) -> tuple[Problem, ...]:
     """The faults that pydantic lists, in its order."""
-    return tuple(_problem(item) for item in error.errors(include_url=False))
+    items = error.errors(include_url=False)
+    paths = [item["loc"] for item in items]
+
+    def follows(item: Mapping[str, Any]) -> bool:
+        """Whether it is a consequence: a list counts as too short without the entry that is not valid."""
+        own = item["loc"]
+        return item["type"] == "too_short" and any(path[: len(own)] == own and path != own for path in paths)
+
+    return tuple(_problem(item) for item in items if not follows(item))
 
 
 def first_problem(error: ValidationError) -> str:
@@ -90,8 +98,7 @@ def _problem(item: Mapping[str, Any]) -> Problem:
     requirement = _REQUIREMENTS[kind].format(**context) if kind in _REQUIREMENTS else _reworded(item["msg"])
     if not path:
         requirement = f"the whole {requirement}"
-    if requirement.endswith(" 1 entries"):
-        requirement = requirement.removesuffix("entries") + "entry"
+    requirement = requirement.replace(" 1 entries", " 1 entry").replace(" 1 characters", " 1 character")
     given = item["input"]
     shown = "" if isinstance(given, dict | list | tuple) else f", not {value_text(given)}"
     return Problem(path, requirement + shown)

@@ -5,7 +5,8 @@
  * without the bits. DYDIT_HIDE says what goes: `avx512` (AVX-512, VNNI and AMX, so that AVX2 and FMA are left), or
  * `vnni` (VNNI and AMX alone).
  *
- * Exit code 77 where the system has no such fault. The handler of SIGSEGV must stay: pytest wants -p no:faulthandler.
+ * Exit code 77 where the system has no such fault. The handler of SIGSEGV must stay: pytest wants -p no:faulthandler,
+ * and programs with a handler of their own (the compiler of g++, so torch.compile) fail under it.
  */
 #define _GNU_SOURCE
 #include <signal.h>

@@ -82,6 +82,7 @@ class Example(BaseModel):
         ({"ratio": "half"}, "ratio must be a number, not 'half'"),
         ({"items": ()}, "items must have at least 1 entry"),
         ({"items": (1, 2.5)}, "items.1 must be a whole number, not 2.5"),
+        ({"items": ("x",)}, "items.0 must be a whole number, not 'x'"),
         ({"items": 7}, "items must be a list, not 7"),
         ({"child": {"count": 10}}, "child.count must be at most 9, not 10"),
         ({"child": {}}, "child.count is missing"),

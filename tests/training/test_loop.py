@@ -282,22 +282,29 @@ def test_bf16_trains(tmp_path: Path, small_recipe: Make) -> None:
     assert any(not value.equal(full[name]) for name, value in half.items())
 
 
-def test_two_processes_train_one_model(tmp_path: Path, dynamic_recipe: Make) -> None:
-    (tmp_path / "recipe.json").write_text(dynamic_recipe(iterations=4, log_every=2).model_dump_json())
+def spawn_two(recipe: Recipe, folder: Path) -> list[tuple[int, str, str]]:
+    """Exit code, output and errors of two processes that train together."""
+    (folder / "recipe.json").write_text(recipe.model_dump_json())
     with socket.socket() as probe_socket:
         probe_socket.bind(("127.0.0.1", 0))
         port = str(probe_socket.getsockname()[1])
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
     runs = [
-        spawn(tmp_path / "recipe.json", tmp_path / "run", RANK=str(rank), LOCAL_RANK=str(rank), **common)
-        for rank in (0, 1)
+        spawn(folder / "recipe.json", folder / "run", RANK=str(rank), LOCAL_RANK=str(rank), **common) for rank in (0, 1)
     ]
     outputs = [run.communicate(timeout=600) for run in runs]
-    assert [run.returncode for run in runs] == [0, 0], outputs
-    assert [len(printed.splitlines()) for printed, _ in outputs] == [4, 0]  # the main process alone reports
+    return [(run.returncode, *output) for run, output in zip(runs, outputs, strict=True)]
+
+
+def test_two_processes_train_one_model_or_are_both_refused(tmp_path: Path, dynamic_recipe: Make) -> None:
+    ended = spawn_two(dynamic_recipe(iterations=4, log_every=2), tmp_path)
+    assert [code for code, *_ in ended] == [0, 0], ended
+    assert [len(printed.splitlines()) for _, printed, _ in ended] == [4, 0]  # the main process alone reports
     summary = json.loads((tmp_path / "run" / "train.json").read_text())
     assert summary["processes"] == 2
     assert [entry["iteration"] for entry in read_log(tmp_path / "run")] == [2, 4]
+    for code, _, errors in spawn_two(dynamic_recipe(iterations=4, log_every=2, seed=7), tmp_path):
+        assert code == 1 and "ConfigError" in errors and "it differs in seed" in errors, "neither waits for the other"
 
 
 def test_the_static_gating_ignores_routers(dynamic_config: ModelConfig, randomised: Randomised) -> None:

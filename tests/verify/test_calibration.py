@@ -189,5 +189,17 @@ class TestRefusals:
 
     @pytest.mark.parametrize("scale", [-1.0, float("nan"), float("inf")])
     def test_guidance_that_is_no_number_from_0(self, scale):
-        with pytest.raises(ConfigError, match="guidance is a number from 0"):
+        with pytest.raises(ConfigError, match=r"cfg_scales\.\d must be (at least 0|a finite number)"):
             parse_config(CalibrationConfig, {"cfg_scales": (1.0, scale)})
+
+
+def test_a_damaged_bundle_of_a_stopped_run_is_made_again(make_checkpoint, tmp_path):
+    from dydit.bundle.bundle import Bundle
+    from dydit.export.exporter import ExportConfig
+    from dydit.verify.calibration import _sampling_bundle
+
+    made = _sampling_bundle(make_checkpoint(), ExportConfig(steps=2), tmp_path / "work")
+    for name in ("weights.bin", "manifest.json"):
+        (made.path / name).write_bytes(b"")
+        again = _sampling_bundle(make_checkpoint(), ExportConfig(steps=2), tmp_path / "work")
+        assert Bundle.open(again.path).manifest == made.manifest

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -202,3 +203,24 @@ def test_pictures_come_back_as_samples(tmp_path):
         (tmp_path / f"{index:06d}.png").write_bytes(data.getvalue())
     images = quickstart._read_images(tmp_path, 2)
     assert images.shape == (2, 1, 4, 4) and images[0].max() == -1 and images[1].min() == 1
+
+
+def test_a_stage_whose_results_are_damaged_is_run_again(make_bundle, make_checkpoint, small_config, tmp_path):
+    model = make_checkpoint(small_config.model_copy(update={"in_channels": 3}))
+    bundle, folder = make_bundle(model, steps=2, max_subnets=1), QuickstartFolder(tmp_path)
+    job = quickstart._Job(folder, QuickstartConfig(steps=2, per_class=1, threads=1), model, model, None)
+    folder.work.mkdir()
+    first = quickstart._sample(job, bundle)
+    pictures = {path.name: path.read_bytes() for path in (tmp_path / "samples").glob("0*.png")}
+    assert quickstart._sample(job, bundle) == first, "what is whole is kept"
+    for spoil in (Path.unlink, lambda path: path.write_bytes(b"")):
+        spoil(tmp_path / "samples" / "000002.png")
+        assert quickstart._sample(job, bundle).images == first.images
+        assert {path.name: path.read_bytes() for path in (tmp_path / "samples").glob("0*.png")} == pictures
+    trace = quickstart._trace(job, bundle)
+    file = folder.work / "trace.npz"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    for spoilt in (bytes(data), data[:100], b""):
+        file.write_bytes(spoilt)
+        assert np.array_equal(quickstart._trace(job, bundle).latents, trace.latents)
