@@ -44,7 +44,10 @@ def write_png(path: Path, image: np.ndarray) -> None:
 
 
 def is_picture(path: Path, side: int, channels: int) -> bool:
-    """Whether a file is a whole PNG of such a size, by the checksums in it."""
+    """Whether a file is there and is a whole PNG, by the checksums in it.
+
+    Raises `OutputError` where it is a whole one of another size: somebody else's, which is not ours to replace.
+    """
     try:
         data = path.read_bytes()
         with Image.open(io.BytesIO(data), formats=("PNG",)) as picture:
@@ -52,7 +55,11 @@ def is_picture(path: Path, side: int, channels: int) -> bool:
             picture.verify()
     except (OSError, SyntaxError, ValueError, EOFError, struct.error):  # Pillow's words for damaged files
         return False
-    return fits and data.endswith(_PNG_END)
+    if not data.endswith(_PNG_END):
+        return False
+    if not fits:
+        raise OutputError(f"{path} is not a picture of this run; remove it and run again")
+    return True
 
 
 def read_png(path: Path, side: int, channels: int) -> np.ndarray:

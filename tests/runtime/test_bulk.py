@@ -89,10 +89,6 @@ def test_a_summary_that_was_changed_by_hand(finished, pixel_bundle, tmp_path):
             sample_to_folder(pixel_bundle, REQUEST, copy, OutputOptions(npz=True))
 
 
-def other_picture(path: Path) -> None:
-    Image.new("RGB", (9, 8)).save(path, format="PNG")
-
-
 def flipped(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 4
@@ -104,7 +100,6 @@ DAMAGES = {
     "empty": lambda path: path.write_bytes(b""),
     "truncated": lambda path: path.write_bytes(path.read_bytes()[:-3]),
     "a flipped bit": flipped,
-    "something else": other_picture,
 }
 
 
@@ -123,6 +118,16 @@ def test_what_is_damaged_of_a_finished_run_is_made_anew(finished, pixel_bundle, 
     else:
         assert "from the pictures" in done.note and not steps
     assert sample_to_folder(*arguments).finished_before
+
+
+def test_a_foreign_picture_in_a_finished_run_is_left_alone(finished, pixel_bundle, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    Image.new("RGB", (9, 8)).save(out / "000004.png")
+    before = content(out)
+    with pytest.raises(OutputError, match=r"000004\.png is not a picture of this run; remove it and run again"):
+        sample_to_folder(pixel_bundle, REQUEST, out, OutputOptions(npz=True))
+    assert content(out) == before
 
 
 def test_pictures_come_back_from_latents_where_a_file_has_them(pixel_bundle, tmp_path):

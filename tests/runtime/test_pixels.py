@@ -141,14 +141,10 @@ def test_a_foreign_picture_in_an_unfinished_run_is_refused(vae_bundle, tmp_path)
 
     with pytest.raises(Killed):
         run(vae_bundle, out, picture_progress=die)
-    for spoil, message in (
-        (lambda file: file.write_bytes(b"no picture"), r"000002\.png cannot be read .*; remove it and run again"),
-        (lambda file: Image.new("RGB", (8, 8)).save(file), r"000002\.png is not a picture of this run; remove it"),
-    ):
-        spoil(out / PICTURES[2])
-        with pytest.raises(OutputError, match=message):
-            run(vae_bundle, out)
-    (out / PICTURES[2]).unlink()
+    Image.new("RGB", (8, 8)).save(out / PICTURES[2])
+    with pytest.raises(OutputError, match=r"000002\.png is not a picture of this run; remove it"):
+        run(vae_bundle, out)
+    (out / PICTURES[2]).write_bytes(b"no picture")
     assert run(vae_bundle, out).images == 7
 
 

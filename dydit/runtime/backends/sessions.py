@@ -16,7 +16,6 @@ import numpy as np
 from dydit.bundle.bundle import mapped_file
 from dydit.bundle.stored import WEIGHTS
 from dydit.bundle.vae import VAE_DECODER, VAE_WEIGHTS
-from dydit.errors import BackendError
 
 _FOLDER = "session.model_external_initializers_file_folder_path"
 _IN_PLACE = "session.use_external_initializer_file_buffers_directly"
@@ -33,9 +32,7 @@ def open_session(
     for the weights.
     """
     weights = file.with_name(VAE_WEIGHTS if file.name == VAE_DECODER else WEIGHTS)
-    if not weights.is_file():
-        raise BackendError(f"{weights} is missing beside {file.name}; export the bundle again")
-    held = _handed_over(file, weights)
+    held = _handed_over(file, weights) if weights.is_file() else None  # a graph may have all its weights inside
     if held is not None:
         graph = file.read_bytes() if graph is None else graph
         settings.add_external_initializers_from_files_in_memory([weights.name], [held], [held.nbytes])
