@@ -187,7 +187,9 @@ def test_a_plan_by_measured_times_is_shown_by_them(make_checkpoint, tmp_path):
         threads=1,
         token_share=0.5,
         deviation=0.01,
-        **{"fixed": 1.0, "block": 0.1, "attention": 0.1, "head": 5.0, "mlp": 0.1, "group": 0.5},
+        fixed=1.0,
+        block=0.1,
+        groups={"heads": GroupTimes(any=0.1, unit=5.0), "groups": GroupTimes(any=0.1, unit=0.5)},
     )
     config = ExportConfig(steps=12, max_subnets=4)
     found = inspect(export(make_checkpoint(), tmp_path / "bundle", config, measured=Measured(times=times)).path)
