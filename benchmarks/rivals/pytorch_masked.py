@@ -43,7 +43,7 @@ class PyTorchMasked(TorchRival):
             return after
 
         self._over_round(step)
-        return self._count(np.stack(masks), np.stack(tokens), dense=True)
+        return self._count(np.stack(masks), np.stack(tokens), np.ones(len(tokens)))
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def test_the_embedded_graph_is_what_it_says():
 
 
 def test_what_is_here_is_tried_and_works():
-    for name, words in (("onnxruntime-cpu", "ran a graph in"), ("torch-cpu", "threads")):
+    for name, words in (("onnxruntime-cpu", "ran a graph in"), ("torch-cpu", " thread")):
         finding = attempt(name)
         assert finding.ok and words in finding.detail and finding.fix is None
     assert [entry[0] for entry in json.loads(attempt("registry").detail)][:2] == ["onnxruntime", "torch"]

@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from dydit.bundle.costs import Measured, StepTimes
+from dydit.bundle.costs import GroupTimes, Measured, StepTimes
 from dydit.bundle.manifest import MANIFEST, PlanKind, Routing
 from dydit.bundle.stored import Precision
 from dydit.errors import BundleError, CheckpointError

