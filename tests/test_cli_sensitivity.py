@@ -122,7 +122,10 @@ def test_a_sliding_plan_has_no_8_bits(run, checkpoint: Path, tmp_path: Path) -> 
 
 def test_a_target_that_16_bits_miss(run, checkpoint: Path, tmp_path: Path) -> None:
     call = ["calibrate", checkpoint, "--out", tmp_path / "c.json", *SMALL, *SEARCH]
-    assert_refused(run(*call, "--target-psnr", 199), "no choice keeps 199 dB: with every layer in 16 bits the worst")
+    refused = "no choice keeps 199 dB: with every layer in 16 bits the worst"
+    assert_refused(run(*call, "--target-psnr", 199, "-q"), refused)
+    done = run(*call, "--target-psnr", 199)
+    assert [line.split(":")[0] for line in done.err.splitlines()] == ["Search for layers", "dydit"]
     (work,) = tmp_path.iterdir()
     assert work.name.startswith(".c.json."), "what was measured is kept for another target"
     assert run(*call, "--target-psnr", 1).code == 0

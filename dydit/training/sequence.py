@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dydit.errors import ConfigError, OutputError
+from dydit.files import user_path
 from dydit.training.folder import check_folder, has_run, stored_recipe
 from dydit.training.loop import Progress, TrainResult, train
 from dydit.training.recipe import Recipe
@@ -18,7 +19,7 @@ def train_sequence(
 
     A single recipe runs in `out` itself. With `resume`, finished runs are kept as they are.
     """
-    out = Path(out)
+    out = user_path(out)
     folders = [out] if len(recipes) == 1 else [out / recipe.stage.value for recipe in recipes]
     if resume and not any(map(has_run, folders)):
         raise OutputError(f"{out} holds no run to resume; leave out --resume to begin one there")

@@ -79,6 +79,8 @@ def plan_png(
         _note(upper, f"chosen: K = {count}", (count, chosen.cost / exact), colour=SECOND, **place)
         if len(ks) > 1:
             _doubling_axis(lower, ks[-1])
+        else:
+            lower.set_xticks(ks)
         return png(figure)
 
 

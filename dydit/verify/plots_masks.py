@@ -51,7 +51,7 @@ def _share_line(axis: Any, masks: np.ndarray, name: str) -> None:
     share = masks.mean(axis=(1, 2))
     toggling = int((masks.any(0) & ~masks.all(0)).sum())
     axis.fill_between(range(len(share)), share, color=ACCENT, alpha=0.14, lw=0)
-    axis.plot(share, color=ACCENT)
+    axis.plot(share, color=ACCENT, marker="o" if len(share) == 1 else None)
     axis.set(ylim=(0, 1.04), yticks=(0, 0.5, 1))
     axis.yaxis.set_major_formatter(PercentFormatter(1))
     axis.grid(axis="y")

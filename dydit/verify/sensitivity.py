@@ -41,6 +41,8 @@ from dydit.verify.simulation import Simulator
 
 Announce = Callable[[str], None]
 BATCH = 16
+MEASURED_STEPS = 3
+"""Steps whose median time the estimate of a search is made from."""
 OTHERS_RUNS = 2
 """Runs of the held-out images: not quantised, and with the layers that were chosen."""
 MOST_GAINS = 16
@@ -321,14 +323,14 @@ class _Search:
         return self._most_runs * self._run_cost + grown * len(self.images.batches) + losses
 
     def estimate(self) -> str:
-        """How long the search may take, in a line: a step in the middle of the run is measured for it."""
-        step = self.images.steps // 2
+        """How long the search may take, in a line: a few steps over the run are measured for it, of all images."""
         x = np.concatenate([self.images.initial(batch) for _, batch in self.images.batches])
-        self.images.step(self.simulator.plain(step), step, x)  # what only the first call takes
-        start = time.perf_counter()
-        kept = np.zeros(self.macs.shape[1:], bool)
-        self.images.step(self.simulator.subnet(step, kept), step, x)
-        each = (time.perf_counter() - start) / len(self.images.batches)
+        in_8_bits, seconds = np.zeros(self.macs.shape[1:], bool), []
+        for step in (self.images.steps // 2, *spread_steps(self.images.steps, MEASURED_STEPS)):
+            start = time.perf_counter()
+            self.images.step(self.simulator.subnet(step, in_8_bits), step, x)
+            seconds.append((time.perf_counter() - start) / len(self.images.batches))
+        each = float(np.median(seconds[1:]))  # the first has what only a first call does
         return estimate_text(self._most_runs, self.images.steps, self.config.images, self._total(), each)
 
     def _plain(self, images: _Images, name: str) -> np.ndarray:

@@ -314,7 +314,7 @@ def test_stale_reasons(make_bundle, make_checkpoint, small_config):
 
 
 def test_a_tile_without_a_decoder_is_refused():
-    with pytest.raises(ConfigError, match="a tile goes with a VAE decoder only"):
+    with pytest.raises(ConfigError, match="a tile, a scale or a shift goes with a VAE decoder only"):
         parse_config(ExportConfig, {"vae_tile": 8})
 
 

@@ -123,7 +123,7 @@ def test_weights_are_said_by_convert_and_kept(tmp_path: Path, run: Callable[...,
     path = saved(tmp_path / "a.pt", {"model": state_of(1), "ema": state_of(2)})
     result = run("convert", path, "--out", tmp_path / "m.safetensors", "--weights", "model")
     assert result.code == 0, result.err
-    assert "from the dydit format (model weights)" in result.out and "the file also holds ema" in result.out
+    assert "read as dydit (model weights)" in result.out and "the file also holds ema" in result.out
     own = load_checkpoint(tmp_path / "m.safetensors")
     assert_state(own, state_of(1))
     assert own.metadata["weights"] == "model" and "also holds ema" in own.metadata["assumed"]

@@ -25,7 +25,7 @@ def test_digits_come_back_as_powers_of_two(exponents):
 
 @pytest.mark.parametrize("digits", ["", "b", "-1", "0 1", "A", "01\n"])
 def test_what_is_no_exponent(digits):
-    with pytest.raises(ConfigError, match="should match pattern"):
+    with pytest.raises(ConfigError, match="must match the pattern"):
         parse_config(Migration, {"blocks": [{"proj": digits}]})
 
 

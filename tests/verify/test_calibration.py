@@ -177,8 +177,8 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("changes", "words"),
         [
-            ({"samples": 3}, r"1 samples at guidance 4 are too few .*: 2 are needed for each guidance scale"),
-            ({"held_out": 2}, r"1 held-out samples at guidance 1 are too few"),
+            ({"samples": 3}, r"1 sample at guidance 4 is too few .*: 2 are needed for each guidance scale"),
+            ({"held_out": 2}, r"1 held-out sample at guidance 1 is too few"),
             ({"capacity": CapacityConfig(quantile=0.999, batch_sizes=(1,))}, "1000 are needed"),
         ],
     )
