@@ -254,6 +254,6 @@ def calibrate_command(
         *([] if found is None else [search_words(found)]),
         *model.notes,
         *(f"Look at {each}" for each in (picture, curve) if each.exists()),
-        next_line("export", checkpoint, *words, "--routing", "capacity", "--calibration", out, "--out", "BUNDLE"),
         "For TensorRT engines run `dydit build BUNDLE` after the export",
+        next_line("export", checkpoint, *words, "--routing", "capacity", "--calibration", out, "--out", "BUNDLE"),
     )
