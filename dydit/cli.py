@@ -322,7 +322,8 @@ def bench_command(
 
     Each runs in a process of its own; the processes take turns, so that they see the same load of the machine.
     """
-    require("dydit bench", [*backend_modules(backend), *(CHECKPOINTS if against else ())])
+    counts = ["onnx"] if backend == "onnxruntime" else []  # tokens are counted by a graph with further outputs
+    require("dydit bench", [*backend_modules(backend), *counts, *(CHECKPOINTS if against else ())])
     from dydit.bundle.bundle import Bundle
     from dydit.files import new_folder, require_absent
     from dydit.verify.bench import BenchConfig, run_bench, sides_of

@@ -9,7 +9,10 @@ from typing import Any
 import click
 
 from dydit.cli_options import PATH, CommandGroup, json_option, print_json, progress_line, say
-from dydit.cli_vae import decoder_line, decoder_options
+from dydit.cli_vae import decoder_line, vae_options
+from dydit.extras import GRAPHS, VAES, require
+
+NEEDED = ("torch", *GRAPHS, *VAES, "onnxruntime")
 
 
 def add_decode(group: CommandGroup) -> None:
@@ -19,7 +22,7 @@ def add_decode(group: CommandGroup) -> None:
 
 
 @click.argument("latents", metavar="LATENTS.npz|RUN_FOLDER", type=PATH)
-@decoder_options
+@vae_options(required=True)
 @click.option(
     "--out", type=PATH, required=True, help="Folder for the pictures; the same command goes on with a killed run."
 )
@@ -45,18 +48,19 @@ def decode_command(
     `images`, the numbers of the pictures: `dydit sample` leaves such a file, latents.npz, in the folder of a run whose
     bundle has no decoder. Writes numbered PNGs, grid.png and samples.json.
     """
+    require("dydit decode", NEEDED)
     from dydit.export.vae import export_decoder, require_source
     from dydit.runtime.backends.base import BackendOptions
     from dydit.runtime.backends.session import runtime
     from dydit.runtime.decode import SavedLatents, decode_to_folder
 
-    runtime()  # what is missing is said before anything is read
-    require_source(vae)
+    runtime()  # an onnxruntime that is too old
     saved = SavedLatents.read(latents)
+    require_source(vae)
     channels, side = saved.latents.shape[1:3]
     with tempfile.TemporaryDirectory(prefix="dydit-decoder-") as folder:
         made = Path(folder)
-        entry = export_decoder(vae, made, channels, side, _vae_options(options), f"{saved.path} has")
+        entry = export_decoder(vae, made, channels, side, _decoding(options), f"{saved.path} has")
         with progress_line("pictures") as progress:
             settings = BackendOptions(threads=threads, device=device)
             done = decode_to_folder(saved, made, entry, out, npz, settings, progress)
@@ -69,7 +73,7 @@ def decode_command(
 
 
 @click.argument("bundle", type=PATH)
-@decoder_options
+@vae_options(required=True)
 @json_option
 def attach_command(bundle: Path, vae: str, as_json: bool, **options: Any) -> None:
     """Add a decoder to a bundle that samples latents, so that its samples are pictures.
@@ -77,13 +81,14 @@ def attach_command(bundle: Path, vae: str, as_json: bool, **options: Any) -> Non
     The checkpoint is not needed, and engines that were built stay. The bundle is as it was until the decoder is
     complete. Runs that it sampled before hold latents: `dydit decode` makes pictures of them.
     """
+    require("dydit attach-vae", NEEDED)
     from dydit.bundle.bundle import Bundle
     from dydit.export.attach import attach_vae
     from dydit.export.vae import require_source
 
     Bundle.open(bundle, verify=False)  # what is no bundle says so before the autoencoder is read
     require_source(vae)
-    done = attach_vae(bundle, vae, _vae_options(options))
+    done = attach_vae(bundle, vae, _decoding(options))
     entry = done.manifest.vae
     assert entry is not None
     if as_json:
@@ -93,7 +98,7 @@ def attach_command(bundle: Path, vae: str, as_json: bool, **options: Any) -> Non
     say(f"{bundle}: samples are pictures now{built}", decoder_line(entry))
 
 
-def _vae_options(options: dict[str, Any]) -> Any:
+def _decoding(options: dict[str, Any]) -> Any:
     from dydit.export.vae import VaeOptions
     from dydit.models.config import parse_config
 

@@ -23,7 +23,8 @@ from dydit.extras import EXTRAS, as_installed, install_command
 
 OK, CHECK_FAILED, BAD_INPUT, INTERRUPTED, PIPE_CLOSED, TERMINATED = 0, 1, 2, 130, 141, 143
 GOES_ON = {
-    **dict.fromkeys(("quickstart", "sample", "calibrate", "build"), "the same command goes on where it was"),
+    **dict.fromkeys(("sample", "calibrate", "build"), "the same command goes on where it was"),
+    "quickstart": "the same command goes on behind the last stage that was finished",
     "train": "the same command with --resume goes on from the last saved state",
 }
 """What to do about an interrupted command; of all others nothing is left."""

@@ -26,10 +26,9 @@ from dydit.cli_options import (
     print_json,
     progress_line,
     say,
-    vae_options,
 )
 from dydit.cli_suggest import after_export, reading_words
-from dydit.cli_vae import scaling_options, space_lines, space_option
+from dydit.cli_vae import space_lines, space_option, vae_options
 from dydit.diffusion.schedule import Sampler
 from dydit.errors import BackendError
 from dydit.extras import CHECKPOINTS, GRAPHS, VAES, require
@@ -133,8 +132,7 @@ def add_export(group: CommandGroup) -> None:
     metavar="N|all",
     help="Number of latent channels that guidance acts on, from the first.  [default: 3]",
 )
-@vae_options
-@scaling_options
+@vae_options(required=False)
 @space_option
 @checkpoint_options
 @json_option
@@ -274,7 +272,8 @@ def _without_decoder(manifest: Manifest) -> list[str]:
         return []
     return [
         "This bundle has no VAE decoder, so `dydit sample` writes latents. For pictures export with --vae, e.g. --vae "
-        "stabilityai/sd-vae-ft-ema for models of Stable Diffusion's latents"
+        "stabilityai/sd-vae-ft-ema for models of Stable Diffusion's latents; `dydit attach-vae` adds a decoder to this "
+        "bundle, and `dydit decode` makes pictures of latents"
     ]
 
 

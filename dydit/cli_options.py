@@ -248,32 +248,6 @@ def chosen_plan(per_step: bool, max_subnets: int | None, memory_budget: int | No
     return {} if max_subnets is None else {"plan": PlanKind.MAX_SUBNETS, "max_subnets": max_subnets}
 
 
-def _expand_home(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
-    return None if value is None else os.path.expanduser(value)
-
-
-def vae_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """`--vae` and `--vae-tile`, the decoder of a latent model's bundle."""
-    for option in (
-        click.option(
-            "--vae-tile",
-            type=click.IntRange(min=1),
-            metavar="N",
-            help="With --vae: decode latents of at most N x N at once, larger ones in overlapping tiles.  [default: "
-            "the model's latent size, at most 64]",
-        ),
-        click.option(
-            "--vae",
-            metavar="SOURCE",
-            callback=_expand_home,
-            help="For a latent model: put the decoder of this AutoencoderKL into the bundle. A folder saved by "
-            "diffusers, or a name on the Hugging Face hub, which is downloaded.",
-        ),
-    ):
-        command = option(command)
-    return command
-
-
 class Command(click.Command):
     """A command that, called with nothing at all, says in one line what it needs."""
 
@@ -282,7 +256,13 @@ class Command(click.Command):
         if required and not args:
             words = [each.make_metavar(ctx) if isinstance(each, click.Argument) else each.opts[0] for each in required]
             raise click.UsageError(f"{ctx.command_path} needs {' and '.join(words)}", ctx)
-        return super().parse_args(ctx, args)
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            if error.option_name == "--steps":
+                what = "the sampling steps of a bundle are fixed when it is exported: dydit export CHECKPOINT --steps N"
+                raise click.UsageError(what, ctx) from error
+            raise
 
 
 class CommandGroup(click.Group):

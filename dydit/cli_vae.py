@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -19,31 +20,22 @@ space_option = click.option(
 )
 
 
-def scaling_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """`--vae-scale` and `--vae-shift`, for an autoencoder whose configuration does not state them."""
-    for option in (
-        click.option(
-            "--vae-shift",
-            type=float,
-            metavar="NUMBER",
-            help="Shift factor of the latents, added after the scaling.  [default: what the autoencoder states, or 0]",
-        ),
-        click.option(
-            "--vae-scale",
-            type=click.FloatRange(min=0, min_open=True),
-            metavar="NUMBER",
-            help="Scaling factor that latents are divided by before they are decoded. Needed where the autoencoder "
-            "does not state it, as in a file of weights alone: 0.18215 for Stable Diffusion 1 and 2, 0.13025 for XL.",
-        ),
-    ):
-        command = option(command)
-    return command
+def _expand_home(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
+    return None if value is None else os.path.expanduser(value)
 
 
-def decoder_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """`--vae`, which has to be given, and how to decode with it."""
-    for option in (
-        scaling_options,
+def vae_options(*, required: bool) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """`--vae`, how to decode with it, and its scaling where its configuration does not state it."""
+    what = "The autoencoder." if required else "For a latent model: put the decoder of this autoencoder in."
+    options = (
+        click.option(
+            "--vae",
+            metavar="SOURCE",
+            required=required,
+            callback=_expand_home,
+            help=f"{what} A folder saved by diffusers, a pipeline's folder, a file of weights, or a name on the "
+            "Hugging Face hub, which is downloaded.",
+        ),
         click.option(
             "--vae-tile",
             type=click.IntRange(min=1),
@@ -52,15 +44,26 @@ def decoder_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "size, at most 64]",
         ),
         click.option(
-            "--vae",
-            metavar="SOURCE",
-            required=True,
-            help="The autoencoder: a folder saved by diffusers, a pipeline's folder, a file of weights, or a name on "
-            "the Hugging Face hub, which is downloaded.",
+            "--vae-scale",
+            type=click.FloatRange(min=0, min_open=True),
+            metavar="NUMBER",
+            help="Scaling factor that latents are divided by before they are decoded. Needed where the autoencoder "
+            "does not state it, as in a file of weights alone: 0.18215 for Stable Diffusion 1 and 2, 0.13025 for XL.",
         ),
-    ):
-        command = option(command)
-    return command
+        click.option(
+            "--vae-shift",
+            type=float,
+            metavar="NUMBER",
+            help="Shift factor of the latents, added after the scaling.  [default: what the autoencoder states, or 0]",
+        ),
+    )
+
+    def add(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
 
 
 def space_lines(manifest: Manifest) -> list[str]:

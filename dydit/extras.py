@@ -30,6 +30,8 @@ REPORTS = ("jinja2", "matplotlib")
 """What pictures and HTML reports need."""
 VAES = ("diffusers", "onnxscript")
 """What exporting a VAE decoder needs."""
+TORCH_CPU = "pip install torch --index-url https://download.pytorch.org/whl/cpu"
+"""Installs the build of PyTorch without CUDA, which is gigabytes smaller."""
 PACKAGES = {"onnx_ir": "onnx-ir", "sklearn": "scikit-learn"}
 """Packages whose name is not their module's."""
 
@@ -54,7 +56,8 @@ def require(what: str, modules: Iterable[str], brought_by: str | None = None) ->
         names = ", ".join(PACKAGES.get(module, module) for module in absent)
         extras = {brought_by or EXTRAS[module] for module in absent}
         verb = "is" if len(absent) == 1 else "are"
-        raise BackendError(f"{what} needs {names}, which {verb} not installed: {install_command(extras)}")
+        first = f" ({TORCH_CPU} first, where there is no GPU)" if "torch" in absent else ""
+        raise BackendError(f"{what} needs {names}, which {verb} not installed: {install_command(extras)}{first}")
 
 
 def install_command(extras: Iterable[str]) -> str:

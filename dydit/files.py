@@ -166,8 +166,9 @@ def claimed(path: Path) -> Iterator[None]:
     whoever finishes first wins.
     """
     busy = f"another process is writing {path}; wait for it, or choose another output"
-    with only_process(_beside(path, "lock"), busy):
-        _remove_parts(path)
+    with only_process(_beside(path, "lock"), busy) as is_held:
+        if is_held:
+            _remove_parts(path)
         yield
 
 

@@ -15,11 +15,11 @@ _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL}
 
 
 @contextlib.contextmanager
-def only_process(lock: Path, busy: str) -> Iterator[None]:
+def only_process(lock: Path, busy: str) -> Iterator[bool]:
     """Hold the file `lock` for the time of the block; it is made, and removed afterwards.
 
-    Raises `OutputError` with the words `busy` where another process holds it. Where the file system has no locks, as
-    some network mounts, everybody is let in.
+    Raises `OutputError` with the words `busy` where another process holds it. Yields whether it is held: where the file
+    system has no locks, as some network mounts, everybody is let in.
     """
     with contextlib.ExitStack() as held:
         while True:
@@ -31,12 +31,14 @@ def only_process(lock: Path, busy: str) -> Iterator[None]:
             except OSError as error:
                 if error.errno not in _NO_LOCKS:
                     raise
+                is_held = False
                 break
             if _is_still(lock, file.fileno()):
+                is_held = True
                 break
             file.close()  # its holder removed it between our opening and locking it
         held.callback(lock.unlink, missing_ok=True)
-        yield
+        yield is_held
 
 
 def _is_still(path: Path, descriptor: int) -> bool:

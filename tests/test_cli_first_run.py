@@ -61,6 +61,7 @@ def without(allowed: Iterable[str], calls: Iterable[Iterable[object]]) -> list[t
 
 # Missing packages
 
+DECODER = {"torch", "onnx", "onnx-ir", "diffusers", "onnxscript", "onnxruntime"}
 CALLS: dict[str, tuple[list[str], set[str], set[str]]] = {
     # name: (arguments, packages that it asks for, extras that bring them)
     "quickstart": (
@@ -101,12 +102,14 @@ CALLS: dict[str, tuple[list[str], set[str], set[str]]] = {
         {"torch", "safetensors", "onnx", "onnx-ir", "onnxruntime"},
         {"cpu", "export"},
     ),
-    "bench": (["bench", "BUNDLE", "--out", "OUT"], {"onnxruntime"}, {"cpu"}),
+    "bench": (["bench", "BUNDLE", "--out", "OUT"], {"onnxruntime", "onnx"}, {"cpu", "export"}),
     "bench --against": (
         ["bench", "BUNDLE", "--against", "MODEL", "--out", "OUT"],
-        {"onnxruntime", "torch", "safetensors"},
+        {"onnxruntime", "onnx", "torch", "safetensors"},
         {"cpu", "export"},
     ),
+    "decode": (["decode", "BUNDLE", "--vae", "FOLDER", "--out", "OUT"], DECODER, {"cpu", "export", "vae"}),
+    "attach-vae": (["attach-vae", "BUNDLE", "--vae", "FOLDER"], DECODER, {"cpu", "export", "vae"}),
     "inspect": (["inspect", "MODEL"], {"torch", "safetensors"}, {"export"}),
     "inspect --out": (["inspect", "BUNDLE", "--out", "OUT"], {"matplotlib"}, {"report"}),
     "build": (
@@ -122,13 +125,13 @@ def test_what_is_missing_is_said_at_once_and_in_one_command(digits_bundle: Path,
     done = without([], ([places.get(word, word) for word in words] for words, _, _ in CALLS.values()))
     for (words, packages, brought_by), (code, errors) in zip(CALLS.values(), done, strict=True):
         match = re.fullmatch(
-            r"dydit: error: dydit (\w+) needs (.*), which (?:is|are) not installed: "
-            r"pip install (?:-e )?'\S*\[(.*)\]'\n",
+            r"dydit: error: dydit ([\w-]+) needs (.*), which (?:is|are) not installed: "
+            r"pip install (?:-e )?'\S*\[(.*)\]'( \(pip install torch .* first, where there is no GPU\))?\n",
             errors,
         )
         assert code == 2 and match, errors
         assert match[1] == words[0] and set(match[2].split(", ")) == packages, errors
-        assert set(match[3].split(",")) == brought_by
+        assert set(match[3].split(",")) == brought_by and bool(match[4]) == ("torch" in packages)
     assert not (tmp_path / "out").exists()
 
 
@@ -324,7 +327,7 @@ def test_commands_are_quoted(words: tuple[object, ...], text: str) -> None:
 @pytest.mark.parametrize("precision", list(Precision))
 def test_suggestions_after_an_export_parse(make_bundle, precision: Precision, tmp_path: Path) -> None:
     manifest = make_bundle().manifest.model_copy(update={"precision": precision})
-    for words in suggestions("\n".join(after_export(manifest, tmp_path / "a b", tmp_path / "c d", 4))):
+    for words in suggestions("\n".join(after_export(manifest, tmp_path / "a b", tmp_path / "c d", {"num_heads": 4}))):
         command = cli.commands[words[1]]
         context = command.make_context(words[1], words[2:])
         assert context.params["bundle"] == tmp_path / "a b"
@@ -352,3 +355,8 @@ def test_without_a_terminal_progress_is_a_few_plain_lines(digits_bundle: Path, t
     assert done.stderr.count("\n") <= 4
     quiet = subprocess.run([*call, str(tmp_path / "quiet"), "-q"], capture_output=True, text=True, check=True)
     assert (quiet.stdout, quiet.stderr) == ("", "")
+
+
+def test_steps_are_not_an_option_of_a_bundle(run, tmp_path: Path) -> None:
+    done = run("sample", "bundle", "--labels", "0", "--steps", "5", "--out", tmp_path / "out")
+    assert done.code == 2 and "fixed when it is exported: dydit export CHECKPOINT --steps N" in done.err

@@ -179,7 +179,8 @@ def test_a_bf16_bundle_on_the_cpu_of_onnxruntime(run, make_bundle, tmp_path: Pat
     path = make_bundle(precision="bf16", steps=STEPS, max_subnets=2).path
     assert_refused(
         run("sample", path, "--labels", "1", "--out", tmp_path / "out"),
-        "onnxruntime has no bf16 matrix products on the CPU; use --backend torch, or a bundle in fp32 or fp16",
+        "onnxruntime has no bf16 matrix products on the CPU; use backend='torch' (--backend torch), "
+        "or a bundle in fp32 or fp16",
     )
     assert contents(tmp_path) == {}
 

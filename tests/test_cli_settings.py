@@ -49,6 +49,7 @@ def bad_values() -> Iterator[tuple[str, str, str]]:
                 is_text = isinstance(option.type, click.types.StringParamType)
                 values = ["-1", "many", "", "1e999"] if is_number else [] if is_text else ["nonsense", ""]
                 values += ["nan"] * isinstance(option.type, click.types.FloatParamType)
+                values = [value for value in values if (option.name, value) != ("vae_shift", "-1")]
                 yield from ((name, max(option.opts, key=len), value) for value in values)
 
 

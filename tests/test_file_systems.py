@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dydit import files
+from dydit import files, locks
 from dydit.bundle import bundle as bundles
 from dydit.bundle.bundle import Bundle, mapped_file
 from dydit.errors import BackendError, OutputError
@@ -105,7 +105,7 @@ def no_renames(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
 
 
 def no_locks(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
-    monkeypatch.setattr(files.fcntl, "flock", refuse(code))
+    monkeypatch.setattr(locks.fcntl, "flock", refuse(code))
 
 
 def no_maps(monkeypatch: pytest.MonkeyPatch, code: int) -> None:

@@ -94,7 +94,7 @@ def _model_folder(path: Path, wanted: str | None) -> Path:
     if (path / BUNDLE_MANIFEST).is_file():
         raise CheckpointError(
             "is a bundle, not a checkpoint: give the checkpoint that it was exported from, or use the bundle with "
-            "`dydit sample`, `bench` or `inspect`"
+            "`dydit sample`, `inspect` or `bench` (which compares two bundles with --versus)"
         )
     averaged = path / "transformer_ema"
     if wanted == EMA and (averaged / CONFIG).is_file():

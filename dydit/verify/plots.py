@@ -106,11 +106,6 @@ def bound_of(bench: BenchReport) -> Comparison | None:
     return next(iter([*bounded, *bundles, *bench.comparisons]), None)
 
 
-def busy(bench: BenchReport) -> bool:
-    """Whether others' work shows in the load average: more than twice as many wanted to run as there are cores."""
-    return max(bench.load_average) > 2 * bench.machine.cores
-
-
 def latency_png(bench: BenchReport) -> bytes:
     """Milliseconds a step of each side, and what its multiply-adds alone would make of the first one's."""
     sides, pair = bench.sides, bound_of(bench)

@@ -13,11 +13,11 @@ from dydit.bundle.manifest import Manifest
 from dydit.files import write_atomic
 from dydit.verify.inspect import Inspection, inspect_bundle
 from dydit.verify.inspect_facts import BundleFacts
-from dydit.verify.plots import busy, latency_png, parity_png
+from dydit.verify.plots import latency_png, parity_png
 from dydit.verify.plots_masks import samples_png, tokens_png
 from dydit.verify.report import Headline, ReportContent, write_report
 from dydit.verify.results import BenchReport, Machine, ParityReport, Result
-from dydit.verify.sentences import bound_text, decisions_text, guidance_text, repeats_text
+from dydit.verify.sentences import BUSY, bound_text, busy, decisions_text, guidance_text, repeats_text
 from dydit.verify.text import exponent
 from dydit.verify.trace import Trace, decided_ratio, executed_ratio
 from dydit.words import counted
@@ -25,7 +25,6 @@ from dydit.words import counted
 STATIC = "static DiT"
 SHOWN_TIMESTEPS = (980, 750, 500, 250, 50, 0)
 SHOWN_ROWS = 6
-BUSY = "; the machine was busy, so take times with care"
 
 
 class Line(Result):
@@ -87,7 +86,7 @@ def lines_of(found: Found, out: Path) -> tuple[Line, ...]:
             label="speed-up",
             value=f"{pair.median:.2f}\u00d7",
             note=f"{ours.median_ms:.1f} against {bench.side(STATIC).median_ms:.1f} ms a step of the static DiT; "
-            f"{bound_text(pair)}{repeats}{BUSY if busy(bench) else ''}",
+            f"{bound_text(pair)}{repeats}{f'; {BUSY}' if busy(bench) else ''}",
         ),
         Line(
             label="multiply-adds saved",

@@ -16,9 +16,8 @@ from dydit.errors import DyditError
 from dydit.files import write_atomic
 from dydit.verify.inspect_facts import BundleFacts, routing_text
 from dydit.verify.plot_style import DPI
-from dydit.verify.plots import busy
 from dydit.verify.results import BenchReport, Machine, ParityReport
-from dydit.verify.sentences import bound_text, guidance_text, repeats_text
+from dydit.verify.sentences import bound_text, busy, guidance_text, repeats_text
 from dydit.verify.text import bytes_text, count_text, exponent
 from dydit.words import counted
 

@@ -12,6 +12,8 @@ from dydit.words import counted
 if TYPE_CHECKING:
     from dydit.verify.results import BenchReport, Comparison, Hop, ParityReport, SideResult
 
+BUSY = "the machine was busy, so take times with care"
+
 
 def guidance_text(cfg_scale: float) -> str:
     """`no guidance` or `guidance 4`."""
@@ -37,6 +39,11 @@ def repeats_text(side: SideResult) -> str:
     return f"{side.overflows:,} of {counted(side.steps_timed, 'timed step')} ran again at full capacity"
 
 
+def busy(bench: BenchReport) -> bool:
+    """Whether others' work shows in the load average: more than twice as many wanted to run as there are cores."""
+    return max(bench.load_average) > 2 * bench.machine.cores
+
+
 def bench_lines(report: BenchReport) -> list[str]:
     """Times, with how much of the run was measured; speed-ups; steps that were repeated; sides that did not run."""
     first, *others = report.sides
@@ -44,7 +51,11 @@ def bench_lines(report: BenchReport) -> list[str]:
         f"{first.side.name}: {first.median_ms:.1f} ms a step (steps measured: {len(report.steps_measured)} of "
         f"{report.steps})",
         *(f"{side.side.name}: {side.median_ms:.1f} ms a step" for side in others),
-        *(f"{speed_up_text(pair)} ({bound_text(pair)})" for pair in report.comparisons),
+        *(
+            f"{speed_up_text(pair)}, median of pairs of rounds, {pair.min:.2f} to {pair.max:.2f} ({bound_text(pair)})"
+            for pair in report.comparisons
+        ),
+        *[BUSY.capitalize()] * busy(report),
         *(f"{side.side.name}: {repeats_text(side)}" for side in report.sides if side.overflows),
         *(f"{each.name} was not run: {each.reason}" for each in report.not_run),
     ]

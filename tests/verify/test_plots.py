@@ -17,7 +17,7 @@ from dydit.models.config import ModelConfig
 from dydit.verify import plots, plots_masks
 from dydit.verify.bench import compare_sides
 from dydit.verify.plot_style import ACCENT, ACCENT_LIGHT, OFF, SECOND, timestep_ticks
-from dydit.verify.plots import PlanPoint, bound_of, busy, latency_png, parity_png, plan_png, ranking_png
+from dydit.verify.plots import PlanPoint, bound_of, latency_png, parity_png, plan_png, ranking_png
 from dydit.verify.plots_masks import masks_png, samples_png, tokens_png
 from dydit.verify.results import (
     BenchReport,
@@ -31,6 +31,7 @@ from dydit.verify.results import (
     SideResult,
     Status,
 )
+from dydit.verify.sentences import BUSY, bench_lines, busy
 
 NAVY = "#0c2f4f"
 RNG = np.random.default_rng(0)
@@ -191,7 +192,9 @@ def test_latency_draws_the_bound_of_the_other_bundle(titles):
     assert count(array, SECOND) > 50 and count(alone, SECOND) == 0
     assert titles[1][0] == "dynamic takes 10.00 ms a step"
     assert not busy(report)
-    assert busy(report.model_copy(update={"load_average": (0.1, 2.1 * report.machine.cores)}))
+    loaded = report.model_copy(update={"load_average": (0.1, 2.1 * report.machine.cores)})
+    assert busy(loaded) and set(bench_lines(loaded)) - set(bench_lines(report)) == {BUSY.capitalize()}
+    assert "speed-up over static, median of pairs of rounds, " in bench_lines(report)[-1]
 
 
 def test_the_ranking_has_the_bound_across_and_bundles_in_their_colour(titles):
