@@ -1,16 +1,22 @@
 """Work in other threads, waited for in a way that an interrupt (Ctrl-C) cannot break.
 
-`concurrent.futures` waits in Python code between whose lines an interrupt may strike, leaving a lock released twice
-(`RuntimeError` in place of `KeyboardInterrupt`). Here waiting is one call of a lock, which Python does not interrupt
-half-way.
+`concurrent.futures`, `threading.Thread` and `queue.Queue` lock in Python code, between whose lines an interrupt may
+strike: a lock is then released twice (`RuntimeError` in place of `KeyboardInterrupt`) or never (the next call waits for
+ever). Here the thread that may be interrupted calls only what is written in C, such as a lock's `acquire` or a queue's
+`put`: it has happened or it has not.
 """
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import os
 import threading
+import weakref
+from _thread import start_new_thread
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Generic, TypeVar
+from queue import SimpleQueue
+from typing import Any, Generic, TypeVar
 
 from dydit.runtime.forks import register
 
@@ -60,17 +66,17 @@ class Pending(Generic[T]):
 class Pool:
     """At most `threads` threads, started when they are first needed, and again in a forked child."""
 
-    def __init__(self, threads: int, name: str):
-        self._threads, self._name = threads, name
-        self._executor: ThreadPoolExecutor | None = None
+    def __init__(self, threads: int):
+        self._threads = threads
+        self._workers: _Workers | None = None
         register(self)
 
     def submit(self, task: Callable[[], T]) -> Pending[T]:
         """Run a task as soon as a thread is free."""
-        if self._executor is None:
-            self._executor = ThreadPoolExecutor(self._threads, thread_name_prefix=self._name)
+        if self._workers is None:
+            self._workers = _Workers(self._threads)
         pending = Pending(task)
-        self._executor.submit(pending.run)
+        self._workers.submit(pending)
         return pending
 
     def all(self, tasks: Iterable[Callable[[], T]]) -> list[T]:
@@ -79,10 +85,65 @@ class Pool:
 
     def close(self) -> None:
         """Wait for all tasks and end the threads."""
-        if self._executor is not None:
-            self._executor.shutdown(wait=True)
-            self._executor = None
+        workers, self._workers = self._workers, None
+        if workers is not None:
+            workers.close()
 
     def after_fork(self) -> None:
         """Forget threads that a forked child does not have."""
-        self._executor = None
+        self._workers = None
+
+
+class _Workers:
+    """The threads of a pool. They hold its queue and not this object, so they end when nobody has it any more."""
+
+    def __init__(self, limit: int):
+        self._tasks: SimpleQueue[Pending[Any] | None] = SimpleQueue()
+        self._limit, self._process = limit, os.getpid()
+        self._running: list[threading.Lock] = []
+        self._entrance = threading.Lock()
+        _ALIVE.add(self)
+        weakref.finalize(self, self._tasks.put, None).atexit = False
+
+    def submit(self, pending: Pending[Any]) -> None:
+        if len(self._running) < self._limit:
+            # Threads count themselves: an interrupt between a start and its count would lose one.
+            start_new_thread(_work, (self._tasks, self._running, self._limit, self._entrance))
+        self._tasks.put(pending)
+
+    def close(self) -> None:
+        """Wait for all tasks, and for the threads."""
+        self._tasks.put(None)
+        if self._process == os.getpid():
+            for lock in list(self._running):
+                with lock:
+                    pass
+
+
+_ALIVE: weakref.WeakSet[_Workers] = weakref.WeakSet()
+
+
+def _work(
+    tasks: SimpleQueue[Pending[Any] | None], running: list[threading.Lock], limit: int, entrance: threading.Lock
+) -> None:
+    """Run tasks until None comes. `running` has a lock for each thread, held until it ends."""
+    ended = threading.Lock()
+    with entrance:
+        if len(running) >= limit:
+            return
+        ended.acquire()
+        running.append(ended)
+    while (pending := tasks.get()) is not None:
+        pending.run()
+        del pending  # or its value would live until the next task comes
+    tasks.put(None)  # for the next thread
+    running.remove(ended)
+    ended.release()
+
+
+@atexit.register
+def _end_all() -> None:
+    """Wait for what still runs: native code must not outlive the interpreter."""
+    for workers in list(_ALIVE):
+        with contextlib.suppress(KeyboardInterrupt):
+            workers.close()

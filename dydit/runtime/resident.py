@@ -31,7 +31,7 @@ class ResidentSubnets:
         self._loaded: OrderedDict[int, Pending[Subnet]] = OrderedDict()
         self._full: dict[int, Subnet] = {}
         self._open = True
-        self._loader = Pool(1, "dydit-load")
+        self._loader = Pool(1)
         register(self)
 
     def step(self, index: int, feeds: Arrays, full_capacity: bool = False) -> StepResult:

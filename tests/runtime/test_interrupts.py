@@ -140,9 +140,9 @@ def test_what_still_reads_the_weights_of_an_interrupted_step_reads_them_unchange
 
 def test_waiting_for_other_threads_is_interrupted_cleanly():
     """KeyboardInterrupt and nothing else, though waiting is all that the main thread does."""
-    pool, draws = Pool(2, "dydit-test"), random.Random(0)
+    pool, draws = Pool(2), random.Random(0)
     with Timer() as timer:
-        for number in range(200):
+        for number in range(1000):
             done = []
 
             def work(number=number, done=done):
@@ -158,7 +158,7 @@ def test_waiting_for_other_threads_is_interrupted_cleanly():
 
 
 def test_an_error_of_a_task_is_raised_where_it_is_waited_for():
-    pool = Pool(1, "dydit-test")
+    pool = Pool(1)
     pending = pool.submit(lambda: 1 // 0)
     with pytest.raises(ZeroDivisionError):
         pending.result()

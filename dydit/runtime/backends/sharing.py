@@ -38,7 +38,7 @@ class Sharing:
 
     def __init__(self, model: ModelConfig, threads: int):
         self._threads = thread_count(threads)
-        self._pool = Pool(self._threads, "dydit-step")
+        self._pool = Pool(self._threads)
         self._image_bytes = 2 * 4 * model.tokens * model.hidden_size  # both rows of guidance, fp32
         self.expected = 1
 
