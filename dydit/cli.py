@@ -35,14 +35,13 @@ from dydit.cli_options import (
     say_files,
     seed_option,
 )
-from dydit.cli_progress import duration
 from dydit.cli_sample import sampling_progress, say_sampled, worker_option
 from dydit.cli_suggest import backend_words, next_line
 from dydit.cli_vae import space_option
 from dydit.extras import CHECKPOINTS, GRAPHS, REPORTS, as_installed, backend_modules, require
 from dydit.runtime.workers import Worker
 from dydit.training.recipe import RECIPES
-from dydit.words import counted
+from dydit.words import counted, duration
 
 LARGE = 1 << 30
 """Bytes of a checkpoint whose conversion takes long enough to say that it has begun."""

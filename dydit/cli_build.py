@@ -8,11 +8,11 @@ from typing import Any
 import click
 
 from dydit.cli_options import PATH, CommandGroup, json_option, option_names, print_json, progress_line, say
-from dydit.cli_progress import duration
 from dydit.cli_suggest import next_line
 from dydit.engines.fingerprint import HardwareCompatibility
 from dydit.engines.flavour import Flavour, default_flavour, installed_version, present_gpu
 from dydit.extras import require
+from dydit.words import duration
 
 
 def add_build(group: CommandGroup) -> None:

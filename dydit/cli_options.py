@@ -26,7 +26,6 @@ from dydit.models.config import parse_config
 from dydit.models.validation import SettingsError
 from dydit.runtime.backends.registry import require_known
 from dydit.training.recipe import Recipe
-from dydit.words import duration as duration
 
 T = TypeVar("T", bound=BaseModel)
 MOST_LABELS = 1_000_000

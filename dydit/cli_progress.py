@@ -10,6 +10,8 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from dydit.words import duration
+
 REDRAW_SECONDS = 0.1
 """How often a terminal's line is written over, at most."""
 LOG_SECONDS = 30.0
@@ -99,13 +101,3 @@ class ProgressLog(Progress):
     def _show(self, text: str) -> None:
         sys.stderr.write(f"{text}\n")
         sys.stderr.flush()
-
-
-def duration(seconds: float) -> str:
-    """`12 s`, `3:07 min` or `2:05 h`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60}:{whole % 60:02d} min"
-    return f"{whole // 3600}:{whole % 3600 // 60:02d} h"

@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING
 import click
 
 from dydit.cli_options import progress_line, say
-from dydit.cli_progress import duration
 from dydit.errors import ConfigError
 from dydit.runtime.workers import GPUS, Worker, launched_worker, own_gpu, parse_worker
-from dydit.words import counted
+from dydit.words import counted, duration
 
 Counter = Callable[[int, int], None]
 if TYPE_CHECKING:

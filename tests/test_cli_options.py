@@ -14,7 +14,7 @@ from dydit.cli_options import (
     parse_labels,
     recipe_settings,
 )
-from dydit.cli_progress import ProgressLine, ProgressLog, duration
+from dydit.cli_progress import ProgressLine, ProgressLog
 
 
 @pytest.mark.parametrize(
@@ -68,10 +68,6 @@ def test_guided_channels() -> None:
     for text in ("0", "-1", "most", "1.5"):
         with pytest.raises(click.BadParameter):
             parse_guided_channels(text)
-
-
-def test_durations() -> None:
-    assert [duration(s) for s in (0.4, 59.4, 59.6, 187, 7500)] == ["0 s", "59 s", "1:00 min", "3:07 min", "2:05 h"]
 
 
 def test_the_progress_line_ends_blank(capsys: pytest.CaptureFixture[str]) -> None:

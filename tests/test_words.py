@@ -13,4 +13,5 @@ def test_a_number_decides_between_singular_and_plural() -> None:
 
 
 def test_durations() -> None:
-    assert [duration(seconds) for seconds in (0.4, 59, 187, 7500)] == ["0 s", "59 s", "3:07 min", "2:05 h"]
+    wanted = {0.4: "0 s", 59: "59 s", 59.4: "59 s", 59.6: "1:00 min", 187: "3:07 min", 7500: "2:05 h"}
+    assert {seconds: duration(seconds) for seconds in wanted} == wanted
