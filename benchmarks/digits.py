@@ -73,7 +73,7 @@ def routing(folder: Path, images: int, cfg_scale: float) -> Dynamics:
     bundle = Bundle.open(folder)
     trace = trace_tokens(bundle, (np.arange(images) % CLASSES).tolist(), cfg_scale)
     masks = bundle.manifest.step_masks()
-    return dynamics(bundle.manifest.model, masks[:, :, 0], masks[:, :, 1], trace.tokens)
+    return dynamics(bundle.manifest.model, masks, trace.tokens)
 
 
 def bars(static: dict[str, float], dynamic: dict[str, float], saved: Dynamics) -> dict[str, bool]:
@@ -121,7 +121,7 @@ def main() -> int:
         "machine": Machine.here().to_json(),
     }
     for name, figures in (("static", static), ("dynamic", dynamic), ("routing", asdict(saved))):
-        print(name.ljust(9), ", ".join(f"{key} {value:.4g}" for key, value in figures.items()))
+        print(name.ljust(9), ", ".join(f"{key} {value:.4g}" for key, value in figures.items() if key != "unit_ratios"))
     for name, holds in held.items():
         print("  holds " if holds else "  MISSED", name)
     if given.json:

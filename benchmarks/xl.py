@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import resource
 import shutil
@@ -37,7 +36,6 @@ import numpy as np
 from dydit.bundle.bundle import Bundle
 from dydit.files import write_json
 from dydit.models.config import preset
-from dydit.models.cost import unit_costs
 from dydit.verify.results import Machine, Side, SideKind
 
 PER_STEP, SLIDING, MERGED = "per-step", "sliding", "merged"
@@ -117,15 +115,16 @@ def measure_export(work: Path, done: Part) -> Part:
 
 def measure_plan(work: Path, done: Part) -> Part:
     """All optimal plans of the bundle's masks."""
+    from dydit.export.costs import macs_costs
     from dydit.export.plan import optimal_plans
 
     masks = Bundle.open(work / PER_STEP, verify=False).masks
     start = time.perf_counter()
-    plans = optimal_plans(masks, unit_costs(preset("XL/2")))
+    plans = optimal_plans(masks, macs_costs(preset("XL/2")))
     seconds = time.perf_counter() - start
     exact = plans[-1].cost
     extra = {str(k): plans[k - 1].cost / exact - 1 for k in (8, 16, 32, 64)}
-    return {"seconds": seconds, "plans": len(plans), "units": math.prod(masks.shape[1:]), "extra_cost": extra}
+    return {"seconds": seconds, "plans": len(plans), "units": masks.shape[1], "extra_cost": extra}
 
 
 def measure_sample(work: Path, done: Part) -> Part:

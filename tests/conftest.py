@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,6 +14,7 @@ from hypothesis import settings
 
 if TYPE_CHECKING:
     from dydit.bundle.bundle import Bundle
+    from dydit.models.architecture import UnitAxis
     from dydit.models.checkpoint import Checkpoint
     from dydit.models.config import ModelConfig
 
@@ -62,6 +63,25 @@ def small_config() -> ModelConfig:
 
 
 @pytest.fixture(scope="session")
+def make_axis() -> Callable[[Sequence[Sequence[int]]], UnitAxis]:
+    """`make_axis(counts)`: an axis whose blocks have unit groups of `counts[block][group]` units, each of two layers.
+
+    What no DiT has, but an axis allows: groups of different sizes, in a block and among blocks.
+    """
+    from dydit.models.architecture import BlockSpec, Side, UnitAxis, UnitGroup, UnitLayer
+
+    def group(index: int, count: int) -> UnitGroup:
+        enters = UnitLayer(f"in{index}", Side.OUTPUT, 2 + index, 8)
+        leaves = UnitLayer(f"out{index}", Side.INPUT, 2 + index, 8, scaled_inputs=bool(index % 2))
+        return UnitGroup(f"kind{index}", count, (enters, leaves), 10.0 + index, routed=bool(index % 2))
+
+    def make(counts: Sequence[Sequence[int]]) -> UnitAxis:
+        return UnitAxis([BlockSpec(tuple(group(*each) for each in enumerate(block))) for block in counts])
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def make_checkpoint(tmp_path_factory: pytest.TempPathFactory, small_config: ModelConfig) -> Callable[..., Checkpoint]:
     """`make_checkpoint(config=None, seed=0, flops_ratio=0.5)`: a checkpoint on disk. Shared: do not write to it."""
     from dydit.models.checkpoint import load_checkpoint, save_checkpoint
@@ -92,14 +112,15 @@ def make_bundle(
     from dydit.export.exporter import ExportConfig, export
 
     folder: Path = tmp_path_factory.mktemp("bundles")
-    made: dict[tuple[Path, ExportConfig], Bundle] = {}
+    made: dict[tuple[Path, str], Bundle] = {}
 
     def make(checkpoint: Checkpoint | None = None, **settings: object) -> Bundle:
         chosen = checkpoint or make_checkpoint()
         config = ExportConfig.model_validate({"steps": STEPS, "max_subnets": 4, **settings})
-        if (chosen.path, config) not in made:
-            made[chosen.path, config] = export(chosen, folder / f"bundle-{len(made)}", config)
-        return made[chosen.path, config]
+        key = chosen.path, config.model_dump_json()
+        if key not in made:
+            made[key] = export(chosen, folder / f"bundle-{len(made)}", config)
+        return made[key]
 
     return make
 
@@ -107,15 +128,14 @@ def make_bundle(
 @pytest.fixture(scope="session")
 def make_migration() -> Callable[..., Any]:
     """`make_migration(config, seed=0, share=1)`: exponents from all over their range, for such a share of layers."""
-    from dydit.calibrate.activations import LAYERS
-    from dydit.models.migration import MOST, BlockMigration, Migration, as_digits, input_channels
+    from dydit.models.migration import MOST, Migration, as_digits, input_channels
 
     def make(config: ModelConfig, seed: int = 0, share: float = 1) -> Migration:
         rng, blocks = np.random.default_rng(seed), []
         for _ in range(config.depth):
-            chosen = [layer for layer in LAYERS if rng.random() < share]
+            chosen = [layer for layer in config.units.layer_names if rng.random() < share]
             digits = {layer: as_digits(rng.integers(0, MOST + 1, input_channels(config, layer))) for layer in chosen}
-            blocks.append(BlockMigration(**digits))
+            blocks.append(digits)
         return Migration(blocks=tuple(blocks))
 
     return make

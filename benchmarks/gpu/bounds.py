@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 
 from dydit.models.config import ModelConfig
-from dydit.models.cost import flops_ratio
+from dydit.models.cost import flops_ratio, static_macs
 
 FP32 = 4
 
@@ -57,18 +57,17 @@ class StepWork:
         return (self.weight_bytes + self.input_bytes + self.activation_bytes) / (gb_per_s * 1e9) * 1e3
 
 
-def step_work(config: ModelConfig, widths: np.ndarray, tokens: np.ndarray, batch: int, item: int) -> StepWork:
+def step_work(config: ModelConfig, masks: np.ndarray, tokens: np.ndarray, batch: int, item: int) -> StepWork:
     """The work of a step with guidance.
 
-    `widths`: bool [K, L, 2, H] units that are on (heads, groups) in K steps; `tokens`: [K, L] share that enters the
-    MLPs; `item`: bytes of the type of matrix products.
+    `masks`: bool [K, U] units that are on in K steps; `tokens`: [K, L] share that enters the MLPs; `item`: bytes of the
+    type of matrix products.
     """
     n, d, rows = config.tokens, config.hidden_size, 2 * batch
-    units = widths.sum(axis=-1)
-    heads, groups = units[:, :, 0], units[:, :, 1]
+    counts = config.units.counts(masks)
+    heads, groups = counts[:, 0::2], counts[:, 1::2]  # a block of a DiT has these two parts
     patch = config.patch_size**2
-    ratio = np.asarray(flops_ratio(config, heads, groups, tokens))
-    blocks = config.depth * (4 * n * d * d + 2 * n * n * d + 8 * n * d * d)
+    ratio, blocks = np.asarray(flops_ratio(config, counts, tokens)), static_macs(config)
     ends = n * d * patch * (config.in_channels + config.out_channels)
     attention, hidden = heads * config.head_dim, groups * config.group_dim  # channels that are on, [K, L]
 
@@ -90,5 +89,5 @@ def step_work(config: ModelConfig, widths: np.ndarray, tokens: np.ndarray, batch
 
 def dense_work(config: ModelConfig, batch: int, item: int) -> StepWork:
     """The same of the static model of these sizes."""
-    everything = np.ones((1, config.depth, 2, config.num_heads), bool)
+    everything = np.ones((1, config.units.size), bool)
     return step_work(config.without_routers(), everything, np.ones((1, config.depth)), batch, item)

@@ -63,7 +63,7 @@ def make_models(settings: Settings, work: Work) -> dict[str, Any]:
 
 
 def decide(settings: Settings, work: Work) -> dict[str, Any]:
-    """What the measured steps decide: widths, and the tokens of one image with guidance, on normal noise, in fp32.
+    """What the measured steps decide: masks, and the tokens of one image with guidance, on normal noise, in fp32.
 
     They are kept for the exports; what they ask of each batch is returned (`bounds.step_work`).
     """
@@ -78,22 +78,23 @@ def decide(settings: Settings, work: Work) -> dict[str, Any]:
     timesteps = Schedule.respaced(settings.steps).timesteps[::-1]
     generator = torch.Generator().manual_seed(SEED)
     y = torch.tensor([0, config.null_class], device=device)
-    widths, tokens = [], []
+    each_mask, tokens = [], []
     for step in steps:
         x = torch.randn(1, config.in_channels, config.input_size, config.input_size, generator=generator)
         t = torch.full((2,), int(timesteps[step]), device=device)
         _, recording = recorded_pass(model, x.repeat(2, 1, 1, 1).to(device), t, y)
         made = recording.decisions()
-        widths.append(torch.stack([made.heads[:, 0], made.groups[:, 0]], 1).cpu().numpy() > 0)
+        each_mask.append(made.units[0].cpu().numpy() > 0)
         tokens.append(made.tokens.float().mean(dim=(1, 2)).cpu().numpy())
-    np.savez(work.decisions, widths=np.stack(widths), tokens=np.stack(tokens), steps=np.asarray(steps))
+    masks = np.stack(each_mask)
+    np.savez(work.decisions, masks=masks, tokens=np.stack(tokens), steps=np.asarray(steps))
     item = settings.item_bytes
     return {
         "steps": list(steps),
         "token_share": float(np.stack(tokens).mean()),
         "work": {
             str(batch): {
-                "dynamic": step_work(config, np.stack(widths), np.stack(tokens), batch, item).to_json(),
+                "dynamic": step_work(config, masks, np.stack(tokens), batch, item).to_json(),
                 "dense": dense_work(config, batch, item).to_json(),
             }
             for batch in settings.batches

@@ -156,7 +156,7 @@ class Resident(Side):
     def __init__(self, settings: Settings, bundle: Bundle, batch: int):
         import torch
 
-        from dydit.models.sliced import SlicedDiT
+        from dydit.models.dit.sliced import SlicedDiT
         from dydit.runtime.backends.torch import mapped_weights
 
         manifest, self._device = bundle.manifest, settings.device
@@ -167,7 +167,7 @@ class Resident(Side):
         subnet_of = {step: segment.subnet for segment in manifest.plan.segments for step in segment.steps}
         entries = {index: manifest.subnets[index] for index in sorted({subnet_of[step] for step in measured})}
         subnets = {
-            index: SlicedDiT(model, self._weights, each.heads, each.groups, manifest.sampling.cfg_channels)
+            index: SlicedDiT(model, self._weights, each.units, manifest.sampling.cfg_channels)
             for index, each in entries.items()
         }
         labels = [index % model.num_classes for index in range(batch)]
@@ -188,7 +188,7 @@ class Resident(Side):
             self._work.append(run)
 
     def _condition(self) -> None:
-        from dydit.models.sliced import conditioning
+        from dydit.models.dit.sliced import conditioning
 
         self._modulation = conditioning(self._model, self._weights, self._timesteps, self._labels)
 

@@ -21,7 +21,7 @@ from torch_rival import TorchRival
 from dydit.errors import DeviationError
 from dydit.models.checkpoint import load_checkpoint
 from dydit.models.config import ModelConfig
-from dydit.models.dit import NORM_EPS, DiT
+from dydit.models.dit.model import NORM_EPS, DiT
 from dydit.models.state_names import diffusers_names
 from dydit.verify.bench_worker import serve
 

@@ -31,19 +31,19 @@ class PyTorchMasked(TorchRival):
 
     def decided(self) -> Decided:
         """What its routers decide in a round: it computes everything all the same."""
-        widths, tokens = [], []
+        masks, tokens = [], []
 
         def step(k: int, x: np.ndarray) -> np.ndarray:
             self.gating = recording = Recording(Masked(), self.config)
             after = self.step(k, x)
             made = recording.decisions()
             # The same for all rows, because heads and groups depend on the timestep alone.
-            widths.append(np.stack([made.heads[:, 0].numpy(), made.groups[:, 0].numpy()], axis=1) > 0)
+            masks.append(made.units[0].numpy() > 0)
             tokens.append(made.tokens.mean(dim=(1, 2)).numpy())
             return after
 
         self._over_round(step)
-        return self._count(np.stack(widths), np.stack(tokens), np.ones(len(tokens)))
+        return self._count(np.stack(masks), np.stack(tokens), np.ones(len(tokens)))
 
 
 if __name__ == "__main__":

@@ -78,16 +78,15 @@ class Bundle:
 
     @cached_property
     def masks(self) -> np.ndarray:
-        """Step masks by slot, bool [S, L, 2, H]."""
+        """Step masks by slot, bool [S, U]."""
         return self.manifest.step_masks()
 
     def step_gates(self, step: int) -> np.ndarray:
-        """The `gates` input of a step, f32 [2L, H]."""
-        mask = self.masks[step]
-        return mask.reshape(-1, mask.shape[-1]).astype(np.float32)
+        """The `gates` input of a step, f32 [U]."""
+        return self.masks[step].astype(np.float32)
 
     def weight(self, name: str) -> np.ndarray:
-        """A stored tensor, memory-mapped read-only, of the type that `STORAGE` gives; see `dydit.models.layout`."""
+        """A stored tensor, memory-mapped read-only, of the type that `STORAGE` gives; see `dydit.models.dit.layout`."""
         entry = self.manifest.weights[name]
         raw = self.mapped_weights()[entry.offset : entry.offset + entry.nbytes]
         return raw.view(STORAGE[entry.dtype]).reshape(entry.shape)

@@ -11,11 +11,17 @@ from pydantic import Field, FiniteFloat, model_validator
 from dydit.models.config import Strict
 
 
+class GroupTimes(Strict):
+    """Milliseconds that a unit group of a block adds: where any of its units is on, and for each of them."""
+
+    any: FiniteFloat = Field(ge=0)
+    unit: FiniteFloat = Field(gt=0)
+
+
 class StepTimes(Strict):
     """Milliseconds of a sampling step of a whole batch, without its conditioning.
 
-        fixed + blocks * block + sum over blocks of
-            [any head on] * attention + heads * head + [any group on] * mlp + groups * group
+        fixed + blocks * block + sum over blocks and their unit groups g of  [any unit on] * g.any + units on * g.unit
 
     `rows`: images of the batch, twice with guidance. `token_share`: of the tokens, how many entered the MLPs, 0..1.
     `deviation`: the largest of the fit from a measured median, relative to it. The gates of a merged segment are not
@@ -28,10 +34,7 @@ class StepTimes(Strict):
     token_share: float = Field(gt=0, le=1)
     fixed: FiniteFloat = Field(ge=0)
     block: FiniteFloat = Field(ge=0)
-    attention: FiniteFloat = Field(ge=0)
-    head: FiniteFloat = Field(gt=0)
-    mlp: FiniteFloat = Field(ge=0)
-    group: FiniteFloat = Field(gt=0)
+    groups: dict[str, GroupTimes] = Field(description="by name of the unit group")
     deviation: FiniteFloat = Field(ge=0)
 
 

@@ -16,13 +16,9 @@ import numpy as np
 from dydit.bundle.stored import WeightEntry
 from dydit.diffusion.coefficients import COEFFICIENTS
 from dydit.errors import BackendError
+from dydit.models.architecture import Part
 from dydit.models.config import ModelConfig
 
-HEAD_WEIGHTS = ("qkv.weight", "qkv.bias", "proj.weight")
-GROUP_WEIGHTS = ("fc1.weight", "fc1.bias", "fc2.weight")
-"""The stored tensors of a block whose first axis is the unit's slot, [H, rows of a unit, ...]."""
-HEAD_TENSORS, GROUP_TENSORS = (*HEAD_WEIGHTS, "qkv.scale"), (*GROUP_WEIGHTS, "fc1.scale", "fc2.factor")
-"""The same with what may be there in 8 bits: scales of output channels, and factors of migrated inputs."""
 Dim = int | str
 BATCH, ROWS, STEPS, LABELS = "batch", "rows", "steps", "labels"
 
@@ -50,7 +46,7 @@ def modulation_vectors(model: ModelConfig) -> int:
 
 
 def subnet_inputs(model: ModelConfig, gated: bool) -> tuple[TensorSpec, ...]:
-    """Inputs of a subnetwork's graph, without weights. `gates` [2L, H] holds 0/1: row 2l for heads, 2l+1 for groups."""
+    """Inputs of a subnetwork's graph, without weights. `gates` holds 0/1 for every unit, by slot."""
     image: tuple[Dim, ...] = (BATCH, model.in_channels, model.input_size, model.input_size)
     specs = (
         TensorSpec("x", "float32", image),
@@ -59,24 +55,25 @@ def subnet_inputs(model: ModelConfig, gated: bool) -> tuple[TensorSpec, ...]:
         TensorSpec("cfg_scale", "float32", ()),
         TensorSpec("modulation", "float32", (ROWS, modulation_vectors(model), model.hidden_size)),
     )
-    return (*specs, TensorSpec("gates", "float32", (2 * model.depth, model.num_heads))) if gated else specs
+    return (*specs, TensorSpec("gates", "float32", (model.units.size,))) if gated else specs
 
 
-def unit_input(name: str, weight: WeightEntry) -> TensorSpec:
-    """A stored tensor of units as an input of a graph of any width.
-
-    Its first dimension is named `heads_3*216` or `groups_3*288`: rows of a unit times the units that block 3 has on.
-    """
-    _, block, part = name.split(".", 2)
-    symbol = f"{'heads' if part in HEAD_WEIGHTS else 'groups'}_{block}*{weight.shape[1]}"
-    return TensorSpec(name, weight.dtype, (symbol, *weight.shape[2:]))
+def width_symbol(part: Part, rows: int) -> str:
+    """The symbol of a dimension of `rows` rows for each unit that a part has on: `heads_3*216`, `groups_3*288`."""
+    return f"{part.group.name}_{part.block}*{rows}"
 
 
-def unit_inputs(weights: Mapping[str, WeightEntry], depth: int) -> tuple[TensorSpec, ...]:
+def unit_input(part: Part, tensor: str, weight: WeightEntry) -> TensorSpec:
+    """One of a part's stored tensors of units as an input of a graph of any width."""
+    return TensorSpec(part.stored(tensor), weight.dtype, (width_symbol(part, weight.shape[1]), *weight.shape[2:]))
+
+
+def unit_inputs(weights: Mapping[str, WeightEntry], model: ModelConfig) -> tuple[TensorSpec, ...]:
     """The weight inputs of a graph of any width, in its order: those of block 0, then of block 1, ..."""
-    parts = (*HEAD_WEIGHTS, *GROUP_WEIGHTS)
-    names = (f"blocks.{block}.{part}" for block in range(depth) for part in parts)
-    return tuple(unit_input(name, weights[name]) for name in names)
+    parts = model.units.parts
+    return tuple(
+        unit_input(part, name, weights[part.stored(name)]) for part in parts for name in part.group.unit_tensors
+    )
 
 
 def subnet_outputs(model: ModelConfig, capacity: bool) -> tuple[TensorSpec, ...]:

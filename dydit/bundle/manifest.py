@@ -1,8 +1,8 @@
 """`manifest.json`: everything about a bundle that is not a weight or a graph.
 
 Units (heads, groups) are numbered by *slot*: their place in `weights.bin`. `unit_order` says which unit of the
-checkpoint stands in each slot. A step's mask is a row of bits, [L, 2, H] with (heads, groups) on axis 1, packed and
-written as hex.
+checkpoint stands in each slot, by block and unit group. A step's mask is a row of bits, one for each unit of
+`ModelConfig.units`, packed and written as hex.
 """
 
 from __future__ import annotations
@@ -17,19 +17,20 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field, FiniteFloat, ValidationError, field_validator, model_validator
 
-from dydit.bundle.consistency import mask_trouble, slots_trouble, weights_trouble
+from dydit.bundle.consistency import mask_trouble, order_trouble, slots_trouble, weights_trouble
 from dydit.bundle.costs import MeasuredPlan
 from dydit.bundle.stored import WEIGHTS, Precision, WeightEntry
 from dydit.bundle.vae import VAE_DECODER, VAE_WEIGHTS, VaeEntry
 from dydit.diffusion.coefficients import COEFFICIENTS
 from dydit.diffusion.schedule import Sampler
 from dydit.errors import BundleError, one_line
+from dydit.models.architecture import Slots
 from dydit.models.config import ModelConfig, Strict
 from dydit.models.containers import looks_like_checkpoint
 from dydit.models.migration import Migration
 from dydit.models.validation import first_problem
 
-SCHEMA_VERSION: Literal[1] = 1
+SCHEMA_VERSION: Literal[2] = 2
 MANIFEST, CONDITIONING = "manifest.json", "conditioning.onnx"
 SLIDING, SLIDING_FULL = "sliding.onnx", "sliding-full.onnx"
 """The graph of a sliding plan, and the same with a slot for every token."""
@@ -83,11 +84,10 @@ class SamplingEntry(Strict):
 
 
 class SubnetEntry(Strict):
-    """One subnetwork: the slots it holds, per block, in ascending order. With a sliding plan all have one `file`."""
+    """One subnetwork: its slots by block and unit group, ascending. With a sliding plan all have one `file`."""
 
     file: str
-    heads: tuple[tuple[int, ...], ...]
-    groups: tuple[tuple[int, ...], ...]
+    units: Slots
     gated: bool = Field(description="takes the `gates` input, because the steps it serves differ in their masks")
     capacities: tuple[int, ...] | None = Field(default=None, description="MLP token slots per image, per block")
     full_file: str | None = Field(default=None, description="the same at full capacity, for steps that overflow")
@@ -124,14 +124,13 @@ class PlanEntry(Strict):
 class Manifest(Strict):
     """A bundle's description. `digest` covers all other fields, so that an edited manifest is noticed."""
 
-    schema_version: Literal[1]
+    schema_version: Literal[2]
     model: ModelConfig
     sampling: SamplingEntry
     plan: PlanEntry
     subnets: tuple[SubnetEntry, ...]
     masks: tuple[str, ...]
-    head_order: tuple[tuple[int, ...], ...]
-    group_order: tuple[tuple[int, ...], ...]
+    unit_order: Slots
     routing: Routing | None = Field(description="null: a static model, whose tokens all enter the MLP")
     precision: Precision
     max_batch: int = Field(ge=1)
@@ -164,10 +163,8 @@ class Manifest(Strict):
             raise ValueError("the plan names a subnetwork that is not there")
         if len(self.masks) != steps:
             raise ValueError("there is not one mask per sampling step")
-        depth, heads = self.model.depth, self.model.num_heads
-        for order in (self.head_order, self.group_order):
-            if len(order) != depth or any(len(units) != heads or set(units) != set(range(heads)) for units in order):
-                raise ValueError("a unit order is not a permutation of the units of each block")
+        if trouble := order_trouble(self.unit_order, self.model):
+            raise ValueError(trouble)
         decoder = () if self.vae is None else (VAE_DECODER, VAE_WEIGHTS)
         subnets = (*(s.file for s in self.subnets), *(s.full_file for s in self.subnets))
         for name in (WEIGHTS, CONDITIONING, *subnets, *decoder):
@@ -186,7 +183,7 @@ class Manifest(Strict):
         if trouble := weights_trouble(self.weights, self.model, self.precision):
             return trouble
         for subnet in self.subnets:
-            if trouble := slots_trouble(subnet.heads, subnet.groups, self.model):
+            if trouble := slots_trouble(subnet.units, self.model):
                 return trouble
             if subnet.capacities is not None and len(subnet.capacities) != self.model.depth:
                 return "a subnetwork has not one capacity per block"
@@ -194,7 +191,7 @@ class Manifest(Strict):
         for segment in self.plan.segments:
             subnet = self.subnets[segment.subnet]
             served = masks[segment.first : segment.first + segment.count]
-            if trouble := mask_trouble(subnet.heads, subnet.groups, subnet.gated, served):
+            if trouble := mask_trouble(self.model.units.mask(subnet.units), subnet.gated, served):
                 return trouble
         return None
 
@@ -204,18 +201,21 @@ class Manifest(Strict):
         return self.plan.kind is PlanKind.SLIDING
 
     def step_masks(self) -> np.ndarray:
-        """Masks of all steps by slot, bool [S, L, 2, H]."""
-        shape = (self.model.depth, 2, self.model.num_heads)
-        return np.stack([unpack_mask(text, shape) for text in self.masks])
+        """Masks of all steps by slot, bool [S, U]."""
+        return np.stack([unpack_mask(text, self.model.units.size) for text in self.masks])
 
     def checkpoint_masks(self) -> np.ndarray:
-        """The same by unit of the checkpoint, bool [S, L, 2, H]."""
+        """The same by unit of the checkpoint, bool [S, U]."""
         slots = self.step_masks()
         units = np.empty_like(slots)
-        for part, order in enumerate((self.head_order, self.group_order)):
-            for block, units_of_slots in enumerate(order):
-                units[:, block, part, list(units_of_slots)] = slots[:, block, part]
+        for part, order in self.model.units.zip(self.unit_order):
+            units[:, [part.start + unit for unit in order]] = slots[:, part.units]
         return units
+
+    def executed_masks(self) -> np.ndarray:
+        """What each step computes, by slot, bool [S, U]: the units of its subnetwork."""
+        subnets = [self.model.units.mask(subnet.units) for subnet in self.subnets]
+        return np.stack([subnets[segment.subnet] for segment in self.plan.segments for _ in segment.steps])
 
     def compute_digest(self) -> str:
         """SHA-256 over the canonical JSON of every field but `digest`."""
@@ -237,20 +237,19 @@ class Manifest(Strict):
 
 
 def pack_mask(mask: np.ndarray) -> str:
-    """A bool array as hex, its bits packed big-endian in C order."""
-    return np.packbits(mask.reshape(-1)).tobytes().hex()
+    """A mask bool [U] as hex, its bits packed big-endian."""
+    return np.packbits(mask).tobytes().hex()
 
 
-def unpack_mask(text: str, shape: tuple[int, ...]) -> np.ndarray:
+def unpack_mask(text: str, count: int) -> np.ndarray:
     """The inverse of `pack_mask`. Raises `BundleError` where the text does not hold that many bits."""
-    count = int(np.prod(shape))
     try:
         raw = bytes.fromhex(text)
     except ValueError as error:
         raise BundleError(f"manifest: a mask is not hexadecimal: {text[:20]!r}") from error
     if len(raw) != (count + 7) // 8:
         raise BundleError(f"manifest: a mask has {len(raw)} bytes, expected {(count + 7) // 8}")
-    return np.unpackbits(np.frombuffer(raw, np.uint8), count=count).astype(bool).reshape(shape)
+    return np.unpackbits(np.frombuffer(raw, np.uint8), count=count).astype(bool)
 
 
 def parse_manifest(path: Path) -> Manifest:

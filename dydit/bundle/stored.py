@@ -1,4 +1,4 @@
-"""`weights.bin`: in which precision tensors are stored, and where each lies. The layout is `dydit.models.layout`'s."""
+"""`weights.bin`: in which precision tensors are stored, and where each lies. Layout: `dydit.models.dit.layout`."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeInt
 
-from dydit.models.config import Strict
+from dydit.models.config import ModelConfig, Strict
 
 WEIGHTS = "weights.bin"
+ALIGNMENT = 4096
+"""Every tensor of `weights.bin` starts at a multiple of this, so that runtimes can map it."""
 StoredType = Literal["float32", "float16", "bfloat16", "int8", "float8_e4m3fn"]
 
 
@@ -86,14 +88,19 @@ STORAGE = {
 _PRODUCTS = ("qkv", "proj", "fc1", "fc2", "adaln")
 
 
-def product_type(name: str, precision: Precision) -> StoredType:
-    """The type of a stored tensor, but for weights in 8 bits: that of products and their biases, else fp32."""
-    return precision.dtype if name.split(".")[-2:][0] in _PRODUCTS else "float32"
-
-
 def half_name(name: str) -> str:
     """The name of a weight's copy in fp16, where others are in 8 bits: `blocks.0.qkv.weight16`."""
     return f"{name}16"
+
+
+def stored_type(model: ModelConfig, name: str, precision: Precision) -> StoredType:
+    """The type of a stored tensor: weights and biases of products follow the bundle's precision, all else is fp32.
+
+    In 8 bits are the weights of layers that units own, and no others.
+    """
+    if name in model.units.weights:
+        return precision.weight_dtype
+    return precision.dtype if name in model.units.biases or name in model.low_precision else "float32"
 
 
 class WeightEntry(Strict):

@@ -7,6 +7,7 @@ Ranges drift with the timestep, so each segment has its own; how one is chosen f
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,16 +16,14 @@ from pydantic import Field, FiniteFloat, SerializerFunctionWrapHandler, model_se
 from dydit.calibrate.histogram import Histogram
 from dydit.calibrate.ranges import Method, Threshold, choose
 from dydit.errors import CalibrationError
-from dydit.models.config import Strict
+from dydit.models.config import ModelConfig, Strict
 from dydit.models.migration import Migration
 
-LAYERS = ("qkv", "proj", "fc1", "fc2")
-"""The linear layers of a block, in the order in which a block's values stand here."""
 _ABSENT_WHILE_NONE = ("in_16_bits", "migration")  # fields that files without them do not have
 
 
 class ActivationRanges(Strict):
-    """Thresholds t of [-t, t] by segment, block and layer; the shares of values outside them, in the same order.
+    """Thresholds t of [-t, t] by segment, block and layer (`UnitAxis.layers`); the shares of values outside them, too.
 
     A layer that nothing entered (a block without heads, groups or routed tokens) has the threshold 0. `in_16_bits`:
     which layers are not to be in 8 bits, in the same order; absent: all are. With a `migration`, ranges are those of
@@ -48,15 +47,15 @@ class ActivationRanges(Strict):
     def _consistent(self) -> ActivationRanges:
         depths = {len(blocks) for blocks in self.thresholds}
         layers = {len(block) for blocks in self.thresholds for block in blocks}
-        if len(depths) != 1 or layers != {len(LAYERS)}:
-            raise ValueError(f"every segment has the same blocks, each with a value for {', '.join(LAYERS)}")
+        if len(depths) != 1 or len(layers) != 1 or 0 in layers:
+            raise ValueError("every segment has the same blocks, each with a value for the same layers")
         if [[len(block) for block in blocks] for blocks in self.clipped] != [
             [len(block) for block in blocks] for blocks in self.thresholds
         ]:
             raise ValueError("thresholds and clipped shares do not belong together")
         if any(value < 0 for blocks in self.thresholds for block in blocks for value in block):
             raise ValueError("a threshold is negative")
-        if self.in_16_bits is not None and self.kept.shape != (*self.shape, len(LAYERS)):
+        if self.in_16_bits is not None and self.kept.shape != self.shape:
             raise ValueError("which layers stay in 16 bits does not belong to the thresholds")
         if self.migration is not None and {len(self.migration.blocks)} != depths:
             raise ValueError("the migration is not of the same blocks")
@@ -71,29 +70,30 @@ class ActivationRanges(Strict):
 
     @property
     def kept(self) -> np.ndarray:
-        """Which layers stay in 16 bits, bool [segments, L, 4]."""
+        """Which layers stay in 16 bits, bool [segments, L, layers]."""
         if self.in_16_bits is None:
-            return np.zeros((*self.shape, len(LAYERS)), bool)
+            return np.zeros(self.shape, bool)
         lengths = {len(block) for blocks in self.in_16_bits for block in blocks}
         depths = {len(blocks) for blocks in self.in_16_bits}
         return np.array(self.in_16_bits, bool) if len(lengths) == len(depths) == 1 else np.empty(0, bool)
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """(segments, blocks)."""
-        return len(self.thresholds), len(self.thresholds[0])
+    def shape(self) -> tuple[int, int, int]:
+        """(segments, blocks, layers of a block)."""
+        return len(self.thresholds), len(self.thresholds[0]), len(self.thresholds[0][0])
 
 
 class Observations:
-    """Histograms of what entered each layer, by segment: [segments][L][4]; empty at first."""
+    """Histograms of what entered each layer of a block, by segment: [segments][L][layers]; empty at first."""
 
-    def __init__(self, segments: int, depth: int):
-        self.histograms = [[[Histogram() for _ in LAYERS] for _ in range(depth)] for _ in range(segments)]
+    def __init__(self, segments: int, depth: int, layers: Sequence[str]):
+        self.layers = tuple(layers)
+        self.histograms = [[[Histogram() for _ in layers] for _ in range(depth)] for _ in range(segments)]
 
     def add(self, segment: int, block: int, layer: str, values: np.ndarray) -> None:
         """Count values, of any shape. Raises `CalibrationError` naming the layer where one is not finite."""
         try:
-            self.histograms[segment][block][LAYERS.index(layer)].add(values)
+            self.histograms[segment][block][self.layers.index(layer)].add(values)
         except CalibrationError as error:
             raise CalibrationError(f"segment {segment}, block {block}, {layer}: {error}") from error
 
@@ -109,7 +109,7 @@ class Observations:
     def together(self) -> Observations:
         """All segments counted as one: what a single global scale is chosen from."""
         depth = len(self.histograms[0])
-        one = Observations(1, depth)
+        one = Observations(1, depth, self.layers)
         for blocks in self.histograms:
             for block, layers in enumerate(blocks):
                 for layer, histogram in enumerate(layers):
@@ -144,7 +144,7 @@ def _of(histogram: Histogram, method: Method, percentile: float) -> Threshold:
 
 
 def spread(ranges: ActivationRanges) -> np.ndarray:
-    """How far a layer's ranges part over the segments: largest over least threshold, f64 [L, 4]; 1 where unused."""
+    """How far a layer's ranges part over the segments: largest over least threshold, f64 [L, layers]; 1: unused."""
     values = np.asarray(ranges.thresholds)
     used = values > 0
     least = np.where(used, values, math.inf).min(0)
@@ -160,10 +160,12 @@ def repeat(ranges: ActivationRanges, segments: int) -> ActivationRanges:
     return ranges.model_copy(update=repeated)
 
 
-def require_segments(ranges: ActivationRanges, segments: int, depth: int) -> None:
-    """Raise `CalibrationError` where ranges are not of a plan of so many segments and blocks."""
-    if ranges.shape != (segments, depth):
+def require_segments(ranges: ActivationRanges, segments: int, model: ModelConfig) -> None:
+    """Raise `CalibrationError` where ranges are not of a plan of so many segments of a model's layers."""
+    expected = (segments, model.depth, len(model.units.layers))
+    if ranges.shape != expected:
         raise CalibrationError(
-            f"the calibration is of {ranges.shape[0]} segments of {ranges.shape[1]} blocks, this plan has {segments} "
-            f"of {depth}; calibrate with the plan that is exported"
+            f"the calibration is of {ranges.shape[0]} segments of {ranges.shape[1]} blocks of {ranges.shape[2]} "
+            f"layers, this plan has {expected[0]} of {expected[1]} of {expected[2]}; calibrate with the plan that is "
+            "exported"
         )

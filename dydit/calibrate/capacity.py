@@ -215,7 +215,7 @@ def wilson_upper(rate: float, trials: float) -> float:
 
 
 def mlp_ratio(
-    counts: Sequence[TokenCounts], widths: np.ndarray, capacities: np.ndarray, bounds: Sequence[int], repeated: float
+    counts: Sequence[TokenCounts], routed: np.ndarray, capacities: np.ndarray, bounds: Sequence[int], repeated: float
 ) -> float:
     """MLP multiply-adds by capacity over those by dynamic routing, on the same subnetworks.
 
@@ -224,11 +224,12 @@ def mlp_ratio(
 
         sum over s, l of w * (C + repeated * N)  /  sum over s, l of w * mean count
 
-    `widths` [S, L]: channel groups of the subnetwork of each step. The mean is over guidance scales, one like another.
+    `routed` [S, L]: multiply-adds of the routed layers of each step's subnetwork. The mean is over guidance
+    scales, one like another.
     """
     mean = np.mean([each.mean for each in counts], axis=0)
     computed = by_step(capacities, bounds) + repeated * counts[0].tokens
-    needed = float((widths * mean).sum())
+    needed = float((routed * mean).sum())
     if needed == 0:
         raise CalibrationError("no token entered an MLP: there is nothing to compare capacities with")
-    return float((widths * computed).sum()) / needed
+    return float((routed * computed).sum()) / needed

@@ -91,6 +91,10 @@ class Calibration(Strict):
             raise ValueError("the held-out images are those calibrated on")
         if self.sensitivity is not None and self.activations is None:
             raise ValueError("layers were searched for, but there are no ranges of activations")
+        if self.sensitivity is not None and self.activations is not None:
+            losses, thresholds = self.sensitivity.losses, self.activations.thresholds
+            if [[len(each) for each in blocks] for blocks in losses] != [[len(each) for each in b] for b in thresholds]:
+                raise ValueError("losses of layers do not belong to the ranges of activations")
         return self
 
     def to_json(self) -> str:
@@ -125,7 +129,7 @@ class Calibration(Strict):
 
 
 def plan_sha256(bounds: Sequence[int], masks: np.ndarray) -> str:
-    """SHA-256 of a plan: segment bounds (0 = b_0 < ... < b_k = S) and the width masks bool [S, L, 2, H] of steps."""
+    """SHA-256 of a plan: segment bounds (0 = b_0 < ... < b_k = S) and the width masks bool [S, U] of steps."""
     head = json.dumps({"bounds": list(map(int, bounds)), "shape": list(masks.shape)})
     return hashlib.sha256(head.encode() + np.packbits(masks.reshape(-1)).tobytes()).hexdigest()
 

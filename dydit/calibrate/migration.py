@@ -13,16 +13,15 @@ maxima by their nature, and rows because the ones kept are those whose bits have
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from dydit.calibrate.activations import LAYERS
 from dydit.calibrate.ranges import LEVELS
 from dydit.errors import CalibrationError
 from dydit.models.config import ModelConfig
-from dydit.models.migration import MOST, BlockMigration, Migration, as_digits, input_channels
+from dydit.models.migration import MOST, Migration, as_digits, input_channels
 
 STRENGTHS = (0.25, 0.5, 0.75)
 LEAST_GAIN = 0.05
@@ -77,17 +76,18 @@ class LayerInputs:
 
 
 class InputStatistics:
-    """`LayerInputs` of every block and layer, [L][4]."""
+    """`LayerInputs` of every block and each of its layers, by name."""
 
     def __init__(self, segments: int, model: ModelConfig):
+        names = model.units.layer_names
         self.of = [
-            [LayerInputs(segments, input_channels(model, layer)) for layer in LAYERS] for _ in range(model.depth)
+            {layer: LayerInputs(segments, input_channels(model, layer)) for layer in names} for _ in range(model.depth)
         ]
 
     def add(self, segment: int, block: int, layer: str, values: np.ndarray, channels: np.ndarray | None = None) -> None:
         """Take in rows of a layer. Raises `CalibrationError` naming it where a value is not finite."""
         try:
-            self.of[block][LAYERS.index(layer)].add(segment, values, channels)
+            self.of[block][layer].add(segment, values, channels)
         except CalibrationError as error:
             raise CalibrationError(f"segment {segment}, block {block}, {layer}: {error}") from error
 
@@ -146,16 +146,12 @@ def choose_migration(inputs: LayerInputs, weight: np.ndarray, stored: Stored) ->
     return best
 
 
-def as_migration(choices: Sequence[Sequence[Choice]]) -> Migration | None:
+def as_migration(choices: Sequence[Mapping[str, Choice]]) -> Migration | None:
     """What was chosen, by block and layer; None where it is nothing."""
-    blocks = []
-    for block in choices:
-        digits = {
-            layer: as_digits(choice.exponents)
-            for layer, choice in zip(LAYERS, block, strict=True)
-            if choice.exponents is not None
-        }
-        blocks.append(BlockMigration(**digits))
+    blocks = [
+        {layer: as_digits(choice.exponents) for layer, choice in block.items() if choice.exponents is not None}
+        for block in choices
+    ]
     found = Migration(blocks=tuple(blocks))
     return found if found.layers else None
 

@@ -1,9 +1,9 @@
 """The `sensitivity` of a calibration: what 8 bits cost in each linear layer, and which layers therefore stay in 16.
 
-A layer is one of `LAYERS` of one block in one segment of a plan. Its loss is what it adds to an image's mean square
-error by being in 8 bits, its gain the multiply-adds that are then half as expensive. Layers go into 8 bits in the order
-of loss per multiply-add: every prefix of that order is a choice, from none to all, and how good one is, is measured by
-sampling with it (`dydit.verify.sensitivity`). Here is the arithmetic: NumPy, no model.
+A layer is one of `UnitAxis.layers` of one block in one segment of a plan. Its loss is what it adds to an image's mean
+square error by being in 8 bits, its gain the multiply-adds that are then half as expensive. Layers go into 8 bits in
+the order of loss per multiply-add: every prefix of that order is a choice, from none to all, and how good one is, is
+measured by sampling with it (`dydit.verify.sensitivity`). Here is the arithmetic: NumPy, no model.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import Literal
 import numpy as np
 from pydantic import Field, FiniteFloat, model_validator
 
-from dydit.calibrate.activations import LAYERS
 from dydit.errors import CalibrationError
 from dydit.models.config import ModelConfig, Strict
 
@@ -81,8 +80,8 @@ class Sensitivity(Strict):
             raise ValueError("there is one target, of PSNR or of the Fréchet distance")
         if self.chosen not in self.curve:
             raise ValueError("the chosen point is not on the curve")
-        if any(len(block) != len(LAYERS) for blocks in self.losses for block in blocks):
-            raise ValueError(f"a block has losses of {', '.join(LAYERS)}")
+        if len({len(block) for blocks in self.losses for block in blocks}) != 1:
+            raise ValueError("every block has losses of the same layers")
         return self
 
 
@@ -110,25 +109,28 @@ class Target(Strict):
 def layer_macs(
     config: ModelConfig, masks: np.ndarray, segments: Sequence[tuple[int, int]], token_ratio: np.ndarray
 ) -> np.ndarray:
-    """Multiply-adds of an image in each layer over a segment's steps, float64 [segments, L, 4], as it is compiled: for
-    the union of its steps' masks.
+    """Multiply-adds of an image in each layer over a segment's steps, float64 [segments, L, layers], as it is
+    compiled: for the union of its steps' masks.
 
-    `masks` bool [S, L, 2, H], `token_ratio` [S, L] share of tokens that enter the MLP.
+    `masks` bool [S, U], `token_ratio` [S, L] share of tokens that enter the MLP.
     """
-    d, hd, gs = config.hidden_size, config.head_dim, config.group_dim
-    macs = np.empty((len(segments), config.depth, len(LAYERS)))
+    axis = config.units
+    macs = np.empty((len(segments), config.depth, len(axis.layers)))
     for index, (first, end) in enumerate(segments):
-        heads, groups = masks[first:end].any(axis=0).sum(axis=-1).T  # [L] each
-        rows = config.tokens * token_ratio[first:end].sum(axis=0)  # of all steps
-        every = config.tokens * (end - first)
-        macs[index] = np.stack([3 * hd * d * heads * every, hd * d * heads * every, *[gs * d * groups * rows] * 2], 1)
+        counts = axis.counts(np.asarray(masks[first:end].any(axis=0)))
+        routed = config.tokens * token_ratio[first:end].sum(axis=0)  # [L], of all steps
+        for part, units in zip(axis.parts, counts.tolist(), strict=True):
+            rows = routed[part.block] if part.group.routed else config.tokens * (end - first)
+            for layer in part.group.layers:
+                place = axis.layer_names.index(layer.name)
+                macs[index, part.block, place] = layer.in_features(units) * layer.out_features(units) * rows
     return macs
 
 
 def predicted_losses(step_errors: np.ndarray, image_errors: np.ndarray) -> np.ndarray:
-    """What each layer adds to an image's error, float64 [segments, L, 4].
+    """What each layer adds to an image's error, float64 [segments, L, layers].
 
-    `step_errors` [segments, L, 4]: of x_prev, summed over a segment's steps, each layer alone in 8 bits.
+    `step_errors` [segments, L, layers]: of x_prev, summed over a segment's steps, each layer alone in 8 bits.
     `image_errors` [segments]: of the image, where all of that segment's layers are; NaN where that was not measured,
     and then as amplified as between the neighbours that were (linear in logarithm). A segment's losses add up to its
     image error. Raises `CalibrationError` for values that are negative or infinite, or where nothing was measured.

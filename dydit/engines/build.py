@@ -148,7 +148,7 @@ def _wanted(bundle: Bundle, request: EngineRequest) -> list[_Wanted]:
     described: dict[str, tuple[TensorSpec, ...] | None] = {CONDITIONING: conditioning_inputs()}
     units: tuple[TensorSpec, ...] = ()
     if manifest.sliding:
-        units = unit_inputs(manifest.weights, manifest.model.depth)
+        units = unit_inputs(manifest.weights, manifest.model)
         ranges |= width_ranges(manifest.model)
     for subnet in manifest.subnets:
         specs = (*subnet_inputs(manifest.model, subnet.gated), *units)
@@ -240,7 +240,8 @@ def _build(
         name = f"{graph.stem}.engine"
         engine = store.folder / (f"{graph.stem}-{fingerprint[:8]}.engine" if name in taken else name)
         todo[engine.name] = group
-        work.append(Job(graph, engine, request, first.inputs, first.ranges, store.build_log, timing_cache, inspect))
+        settings = (request, store.bundle.manifest.model, first.inputs, first.ranges)
+        work.append(Job(graph, engine, *settings, store.build_log, timing_cache, inspect))
     new: list[Built] = []
 
     def done(job: Job, built: Built) -> None:

@@ -22,11 +22,12 @@ from dydit.engines.network import Messages, Network, Parsed, parse_graph, read_n
 from dydit.engines.profiles import Extent, Profile, shape_profile
 from dydit.errors import BackendError, one_line
 from dydit.files import write_atomic
+from dydit.models.config import ModelConfig
 
 
 @dataclass(frozen=True)
 class Job:
-    """One engine to build.
+    """One engine to build, for a graph of a bundle of `model`.
 
     `inputs`: the graph's inputs as described; None for a graph whose own declaration is all that there is, such as a
     VAE decoder's, whose types are not held against the recipe either. `inspect`: also hold the kernels that were
@@ -36,6 +37,7 @@ class Job:
     graph: Path
     engine: Path
     request: EngineRequest
+    model: ModelConfig
     inputs: tuple[TensorSpec, ...] | None
     ranges: dict[str, Extent]
     log: Path
@@ -75,7 +77,7 @@ def build_engine(job: Job) -> Built:
         network = read_network(parsed.network)
         if job.inputs is not None:
             require_inputs(network, job.inputs, job.graph.name)
-            require_types(network, job.request.precision, job.graph.name)
+            require_types(network, job.request.precision, job.model, job.graph.name)
         profile = shape_profile(network.inputs, job.ranges, job.graph.name)
         plan = _plan(trt, parsed, job, profile, messages)
         inspected = job.inspect and job.inputs is not None and _require_kernels(trt, plan, network, job)
@@ -111,7 +113,7 @@ def _plan(trt: Any, parsed: Parsed, job: Job, profile: Profile, messages: Messag
 
 def _require_kernels(trt: Any, plan: Any, network: Network, job: Job) -> bool:
     """Whether the engine's kernels could be inspected here. Raises `BackendError` where they are not the recipe's."""
-    findings = inspect_engine(trt, plan, network, job.request.precision)
+    findings = inspect_engine(trt, plan, network, job.request.precision, job.model)
     if findings:
         raise BackendError(
             f"{job.request.flavour} {trt.__version__} built {job.graph.name} not as {job.request.precision} should be: "

@@ -13,15 +13,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from dydit.bundle.stored import Precision
+from dydit.bundle.stored import Precision, half_name, stored_type
 from dydit.engines.network import Layer, Network
 from dydit.errors import BackendError
-
-FP32_WEIGHTS = re.compile(r"(embed|final|time\.[02]|blocks\.\d+\.router\.[02])\.weight")
-"""The weights, by the names of `dydit.models.layout`, whose products are fp32 in every precision."""
-
-KEPT_WEIGHTS = re.compile(r"blocks\.\d+\.(qkv|proj|fc1|fc2)\.weight16")
-"""The weights of layers that stay in 16 bits where others are in 8."""
+from dydit.models.config import ModelConfig
 
 PRODUCTS = frozenset({"matrix_multiply", "einsum", "convolution", "deconvolution"})
 ATTENTION = frozenset({"attention_input", "attention_output"})
@@ -54,15 +49,15 @@ class Finding:
         return f"layer {self.layer}: {self.text}"
 
 
-def type_findings(network: Network, precision: Precision) -> list[Finding]:
-    """All faults in the types of a subnetwork or the conditioning, in the order of its layers."""
-    check = _Check(network, precision)
+def type_findings(network: Network, precision: Precision, model: ModelConfig) -> list[Finding]:
+    """All faults in the types of a subnetwork or the conditioning of `model`, in the order of its layers."""
+    check = _Check(network, precision, model)
     return [finding for layer in network.layers for finding in check.layer(layer)]
 
 
-def require_types(network: Network, precision: Precision, what: str) -> None:
+def require_types(network: Network, precision: Precision, model: ModelConfig, what: str) -> None:
     """Raise `BackendError`, naming the layers, where `type_findings` finds anything."""
-    if findings := type_findings(network, precision):
+    if findings := type_findings(network, precision, model):
         raise BackendError(
             f"{what} is not as {precision} should be: {shown(findings)}; export the bundle again with --precision "
             f"{precision}"
@@ -75,16 +70,21 @@ def shown(findings: Sequence[Finding]) -> str:
     return f"{'; '.join(map(str, findings[:_SHOWN]))}{more}"
 
 
-def fp32_products(network: Network) -> frozenset[str]:
-    """The ONNX nodes, as layers name them, whose products are fp32 in every precision."""
-    check = _Check(network, Precision.FP32)
+def fp32_products(network: Network, precision: Precision, model: ModelConfig) -> frozenset[str]:
+    """The ONNX nodes, as layers name them, whose products a bundle of `precision` has in fp32 though others are not."""
+    check = _Check(network, precision, model)
     return frozenset(layer.origin for layer in network.layers if layer.kind in PRODUCTS and check.is_exempt(layer))
 
 
 class _Check:
-    def __init__(self, network: Network, precision: Precision):
+    def __init__(self, network: Network, precision: Precision, model: ModelConfig):
         self.network, self.low = network, precision.attention.dtype
         self.is_fp32, self.eighth = precision is Precision.FP32, precision.weight_dtype if precision.in_8_bits else None
+        self._in_16_bits = frozenset(map(half_name, model.units.weights)) if self.eighth else frozenset()
+        followers = () if self.is_fp32 else model.low_precision  # these are fp32 where the precision's own type is
+        self._exempt = model.fp32_products.union(
+            name for name in followers if stored_type(model, name, precision) == "float32"
+        )
 
     def layer(self, layer: Layer) -> Iterator[Finding]:
         types = {self.network.dtypes[name] for name in layer.inputs} & _FLOATS
@@ -113,7 +113,7 @@ class _Check:
             if types - {"float32"}:
                 text = f"the product {named} takes {_words(types)}, expected float32 in every precision"
                 yield Finding(str(layer), Kind.PRODUCT, text)
-        elif self.eighth and not any(map(KEPT_WEIGHTS.fullmatch, weights)):
+        elif self.eighth and self._in_16_bits.isdisjoint(weights):
             if not all(self._was_stored_in_8_bits(operand) for operand in layer.inputs):
                 text = f"the product {named} takes {_words(types)}, expected {self.eighth} on both sides"
                 yield Finding(str(layer), Kind.PRODUCT, text)
@@ -125,8 +125,7 @@ class _Check:
 
     def is_exempt(self, product: Layer) -> bool:
         """Whether a product is with one of the weights that stay fp32."""
-        weights = [name for operand in product.inputs for name in self._weights(operand)]
-        return any(FP32_WEIGHTS.fullmatch(name) or (self.eighth and name == "adaln.weight") for name in weights)
+        return not self._exempt.isdisjoint(name for operand in product.inputs for name in self._weights(operand))
 
     def _was_stored_in_8_bits(self, operand: str) -> bool:
         """Whether an operand comes, only moved on the way, from a dequantisation of the right type."""

@@ -15,14 +15,17 @@ from dydit.bundle.stored import Precision
 from dydit.engines.findings import ATTENTION, Finding, Kind, fp32_products
 from dydit.engines.flavour import present_gpu
 from dydit.engines.network import Messages, Network, make_logger
+from dydit.models.config import ModelConfig
 
 _PRODUCT_TYPES = ("gemm", "matrixmultiply", "matrix_multiply", "fullyconnected")
 _FUSED_MARKS = ("mha", "attention")
 _FP32 = re.compile(r"\b(float|float32|fp32)\b", re.IGNORECASE)
 
 
-def inspect_engine(trt: Any, engine: Any, network: Network, precision: Precision) -> list[Finding] | None:
-    """Hold a built engine (a buffer) against the precision recipe and the network that it was built from.
+def inspect_engine(
+    trt: Any, engine: Any, network: Network, precision: Precision, model: ModelConfig
+) -> list[Finding] | None:
+    """Hold a built engine (a buffer) of a bundle of `model` against the precision recipe and its network.
 
     Empty where it is as it should be; None where this machine cannot tell: without a GPU, with another than the
     engine's, or where the inspector gives no details of the layers.
@@ -38,7 +41,7 @@ def inspect_engine(trt: Any, engine: Any, network: Network, precision: Precision
     if not layers or not all(isinstance(layer, dict) for layer in layers):
         return None
     attends = any(layer.kind in ATTENTION for layer in network.layers)
-    return engine_findings(layers, precision, fp32_products(network), attends)
+    return engine_findings(layers, precision, fp32_products(network, precision, model), attends)
 
 
 def engine_findings(

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from pydantic import model_validator
 
-from dydit.bundle.graph_io import BATCH, LABELS, ROWS, STEPS, TensorSpec, modulation_vectors
+from dydit.bundle.graph_io import BATCH, LABELS, ROWS, STEPS, TensorSpec, modulation_vectors, width_symbol
 from dydit.bundle.manifest import Manifest
 from dydit.errors import BackendError
 from dydit.models.config import ModelConfig, Strict
@@ -63,18 +63,16 @@ def symbol_ranges(manifest: Manifest, opt_batch: int, max_batch: int) -> dict[st
 
 
 def width_ranges(model: ModelConfig, opt_share: float = 0.5) -> dict[str, Extent]:
-    """Ranges of the widths of a graph whose block weights are inputs (`WeightInputs` of `dydit.export.graph`).
+    """Ranges of the widths of a graph whose block weights are inputs (`WeightInputs` of `dydit.graph.sources`).
 
     A dimension `heads_3*216` is 216 rows for each head that block 3 has on: 1 to all of them, tuned for `opt_share`.
     """
-    opt = max(1, round(opt_share * model.num_heads))
-    parts = {"heads": (3 * model.head_dim, model.head_dim), "groups": (model.group_dim,)}
-    return {
-        f"{part}_{block}*{rows}": Extent(min=rows, opt=opt * rows, max=model.num_heads * rows)
-        for block in range(model.depth)
-        for part, sizes in parts.items()
-        for rows in sizes
-    }
+    ranges = {}
+    for part in model.units.parts:
+        most, opt = part.group.count, max(1, round(opt_share * part.group.count))
+        for rows in {layer.unit_features for layer in part.group.layers}:
+            ranges[width_symbol(part, rows)] = Extent(min=rows, opt=opt * rows, max=most * rows)
+    return ranges
 
 
 def shape_profile(specs: Sequence[TensorSpec], ranges: Ranges, what: str) -> Profile:

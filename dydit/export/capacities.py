@@ -23,11 +23,12 @@ def keeps_every_token(manifest: Manifest) -> bool:
     """Whether capacity routing has a slot for every token wherever there is an MLP, so that it computes all of them."""
     if manifest.routing is not Routing.CAPACITY:
         return False
+    axis = manifest.model.units
     slots = [
         capacity
         for entry in manifest.subnets
-        for groups, capacity in zip(entry.groups, entry.capacities or (), strict=False)
-        if groups
+        for routed, capacity in zip(axis.routed_macs(axis.mask(entry.units)), entry.capacities or (), strict=False)
+        if routed
     ]
     return all(capacity == manifest.model.tokens for capacity in slots)
 
@@ -35,7 +36,7 @@ def keeps_every_token(manifest: Manifest) -> bool:
 def segment_capacities(
     checkpoint: Checkpoint, config: ExportConfig, masks: np.ndarray, plan: Plan
 ) -> tuple[Capacities, ...] | None:
-    """Capacities of each segment of a plan over the masks bool [S, L, 2, H], by slot; None without capacity routing.
+    """Capacities of each segment of a plan over the masks bool [S, U], by slot; None without capacity routing.
 
     Those of the calibration, where there is one, else the same for all. With a sliding plan, whose one graph has one
     capacity for each block, every segment gets the calibration's largest. Raises `ConfigError` for wrong capacities,

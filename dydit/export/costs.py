@@ -13,18 +13,18 @@ from dydit.models.cost import unit_costs
 
 def macs_costs(config: ModelConfig) -> PlanCosts:
     """Multiply-adds of an image's blocks, every token counted."""
-    return PlanCosts(unit_costs(config))
+    return PlanCosts(config.units, unit_costs(config))
 
 
 def time_costs(times: StepTimes, config: ModelConfig) -> PlanCosts:
     """Milliseconds of a batch, as `StepTimes` describes."""
-    blocks = config.depth
-    units = np.array([times.head, times.group])[:, None]
-    parts = np.array([times.attention, times.mlp])
+    axis = config.units
+    groups = [times.groups[part.group.name] for part in axis.parts]
     return PlanCosts(
-        np.broadcast_to(units, (blocks, 2, config.num_heads)),
-        np.broadcast_to(parts, (blocks, 2)),
-        times.fixed + blocks * times.block,
+        axis,
+        axis.spread(np.array([each.unit for each in groups])),
+        np.array([each.any for each in groups]),
+        times.fixed + config.depth * times.block,
     )
 
 

@@ -39,28 +39,22 @@ from dydit.diffusion.schedule import TRAIN_STEPS, Sampler, Schedule
 from dydit.errors import ConfigError
 from dydit.export.capacities import Capacities, segment_capacities
 from dydit.export.costs import macs_costs, measured_plan, time_costs
-from dydit.export.graph import (
-    GatheredUnits,
-    SolidWindows,
-    SubnetSpec,
-    WeightInputs,
-    WeightSource,
-    Windows,
-    conditioning_graph,
-    save_graph,
-    subnet_graph,
-)
-from dydit.export.library import FunctionLibrary
+from dydit.export.graph import save_graph
 from dydit.export.masks import activity_order, by_slot, freeze_masks
-from dydit.export.migrate import migrated_tensors
 from dydit.export.plan import Plan, budget_plan, merged_plan, per_step_plan, plan_cost
 from dydit.export.scales import Scales, planned_migration, segment_scales, weight_copies
 from dydit.export.sizes import PlanSizes, fixed_bytes, subnet_bytes, unit_bytes
 from dydit.export.vae import VaeOptions, export_vae
 from dydit.export.weights import write_weights
 from dydit.files import new_folder, require_absent, sha256_of, user_path
+from dydit.graph.library import FunctionLibrary
+from dydit.graph.sources import GatheredUnits, SolidWindows, WeightInputs, WeightSource, Windows
+from dydit.graph.writer import SubnetSpec, subnet_graph
+from dydit.models.architecture import Slots, UnitAxis
 from dydit.models.checkpoint import Checkpoint
 from dydit.models.config import ModelConfig, Space, Strict
+from dydit.models.dit.graph import conditioning_graph, write_step
+from dydit.models.dit.smoothing import migrated_tensors
 from dydit.models.migration import Migration
 
 Progress = Callable[[int, int], None]
@@ -148,13 +142,13 @@ def export_planned(
     config: ExportConfig,
     masks: np.ndarray,
     plan: Plan,
-    order: np.ndarray | None = None,
+    order: Slots | None = None,
     progress: Progress | None = None,
     measured: Measured | None = None,
 ) -> Bundle:
-    """`export` of given masks, bool [S, L, 2, H] by slot, and plan.
+    """`export` of given masks, bool [S, U] by slot, and plan.
 
-    `order` int64 [L, 2, H]: the checkpoint's unit in each slot, by default the same number. What there is in `config`
+    `order`: the checkpoint's unit in each slot, by default the same number. What there is in `config`
     about the kind of plan goes into the manifest alone.
     """
     require_absent(out)
@@ -162,10 +156,9 @@ def export_planned(
     with new_folder(out) as folder:
         options = VaeOptions(tile=config.vae_tile, scale=config.vae_scale, shift=config.vae_shift)
         vae = None if config.vae is None else export_vae(config.vae, folder, job.model, options)
-        head_order, group_order = job.order[:, 0].tolist(), job.order[:, 1].tolist()
-        tensors = migrated_tensors(checkpoint.state, job.model, job.migration, head_order, group_order)
-        copies = weight_copies(masks, plan, job.input_scales)
-        weights = write_weights(folder / WEIGHTS, tensors, config.precision, copies)
+        tensors = migrated_tensors(checkpoint.state, job.model, job.migration, job.order)
+        copies = weight_copies(job.model.units, masks, plan, job.input_scales)
+        weights = write_weights(folder / WEIGHTS, tensors, job.model, config.precision, copies)
         save_graph(conditioning_graph(job.model, Windows(weights), job.precision, job.migration), folder / CONDITIONING)
         subnets = _write_subnets(folder, job, weights, progress)
         manifest = _manifest(folder, checkpoint, config, job, weights, subnets, vae)
@@ -174,15 +167,15 @@ def export_planned(
 
 
 def planned_steps(checkpoint: Checkpoint, config: ExportConfig) -> tuple[np.ndarray, Plan]:
-    """What an export runs, unless it is measured: the masks bool [S, L, 2, H] of its steps, by slot, and its plan."""
+    """What an export runs, unless it is measured: the masks bool [S, U] of its steps, by slot, and its plan."""
     masks, _ = _masks_and_order(checkpoint, config)
     return masks, _make_plan(config, checkpoint.config, masks, Measured())
 
 
-def _masks_and_order(checkpoint: Checkpoint, config: ExportConfig) -> tuple[np.ndarray, np.ndarray]:
+def _masks_and_order(checkpoint: Checkpoint, config: ExportConfig) -> tuple[np.ndarray, Slots]:
     masks = freeze_masks(checkpoint.width_routers(), Schedule.respaced(config.steps).timesteps[::-1])
-    order = activity_order(masks)
-    return by_slot(masks, order), order
+    order = activity_order(masks, checkpoint.config.units)
+    return by_slot(masks, checkpoint.config.units, order), order
 
 
 @dataclass(frozen=True)
@@ -191,8 +184,8 @@ class _Job:
 
     model: ModelConfig
     schedule: Schedule
-    order: np.ndarray  # [L, 2, H] checkpoint unit of each slot
-    masks: np.ndarray  # [S, L, 2, H] by slot, execution order
+    order: Slots  # the checkpoint's unit in each slot
+    masks: np.ndarray  # [S, U] by slot, execution order
     plan: Plan
     measured: Measured
     sliding: bool
@@ -209,15 +202,14 @@ def _make_job(
     config: ExportConfig,
     masks: np.ndarray,
     plan: Plan,
-    order: np.ndarray | None,
+    order: Slots | None,
     measured: Measured,
 ) -> _Job:
     model = checkpoint.config.stating(config.space, config.vae is not None)
     cfg_channels = min(GUIDED_CHANNELS, model.in_channels) if config.cfg_channels is None else config.cfg_channels
     if cfg_channels > model.in_channels:
         raise ConfigError(f"guidance on {cfg_channels} channels, but the model has {model.in_channels}")
-    if order is None:
-        order = np.broadcast_to(np.arange(model.num_heads), masks.shape[1:])
+    order = model.units.every_unit if order is None else order
     routing = config.routing if model.dynamic else None
     sliding, schedule = config.plan is PlanKind.SLIDING, Schedule.respaced(config.steps)
     capacities = segment_capacities(checkpoint, config, masks, plan)
@@ -244,7 +236,7 @@ def _make_plan(config: ExportConfig, model: ModelConfig, masks: np.ndarray, meas
 
 
 def _plan_sizes(model: ModelConfig, precision: Precision, masks: np.ndarray) -> PlanSizes:
-    return PlanSizes(masks, unit_bytes(model, precision), fixed_bytes(model, precision))
+    return PlanSizes(model.units, masks, unit_bytes(model, precision), fixed_bytes(model, precision))
 
 
 def _write_subnets(
@@ -266,7 +258,7 @@ def _write_subnets(
         for done, (first, end) in enumerate(job.plan.segments):
             capacities = None if job.capacities is None else job.capacities[done]
             scales = None if job.input_scales is None else job.input_scales[done]
-            spec = segment_spec(job.masks[first:end], job.routing, capacities, scales)
+            spec = segment_spec(job.model.units, job.masks[first:end], job.routing, capacities, scales)
             if spec not in known:
                 known[spec] = len(entries)
                 name = f"subnet-{len(entries):04d}"
@@ -283,26 +275,25 @@ def _write_subnets(
 
 
 def segment_spec(
+    axis: UnitAxis,
     masks: np.ndarray,
     routing: Routing | None,
     capacities: tuple[int, ...] | None,
     input_scales: Scales | None = None,
 ) -> SubnetSpec:
-    """The subnetwork for the union of the masks [steps, L, 2, H]; parts that the steps do not share are gated."""
+    """The subnetwork for the union of the masks [steps, U]; parts that the steps do not share are gated."""
     union = np.asarray(masks.any(axis=0))
-    differs = np.asarray((masks != union).any(axis=(0, 3)))  # [L, 2]
-    slots = [[tuple(map(int, np.flatnonzero(units))) for units in union[:, part]] for part in (0, 1)]
-    gated = frozenset((int(block), int(part)) for block, part in np.argwhere(differs))
-    return SubnetSpec(tuple(slots[0]), tuple(slots[1]), gated, routing, capacities, input_scales)
+    differs = axis.any((masks != union).any(axis=0))  # [P]
+    gated = frozenset((part.block, part.index) for part, each in zip(axis.parts, differs, strict=True) if each)
+    return SubnetSpec(axis.slots(union), gated, routing, capacities, input_scales)
 
 
 def _write_sliding(
     folder: Path, job: _Job, library: FunctionLibrary, weights: dict[str, WeightEntry]
 ) -> tuple[str, str | None]:
     """Write the graph that serves every width."""
-    every = (tuple(range(job.model.num_heads)),) * job.model.depth
     capacities = None if job.capacities is None else job.capacities[0]  # those of all segments
-    spec = SubnetSpec(every, every, frozenset(), job.routing, capacities)
+    spec = SubnetSpec(job.model.units.every_unit, frozenset(), job.routing, capacities)
     return _write_graphs(folder, (SLIDING, SLIDING_FULL), spec, job, library, lambda: WeightInputs(weights))
 
 
@@ -315,27 +306,27 @@ def _write_graphs(
     weights: Callable[[], WeightSource],
 ) -> tuple[str, str | None]:
     """Write a subnetwork's graph under the first name and, where tokens may not fit, its full form under the second."""
-    save_graph(subnet_graph(job.model, spec, library, weights()), folder / names[0])
+    save_graph(subnet_graph(job.model, spec, library, weights(), write_step), folder / names[0])
     everything = (job.model.tokens,) * job.model.depth
     if spec.capacities in (None, everything):
         return names[0], None
     full = dataclasses.replace(spec, capacities=everything)
-    save_graph(subnet_graph(job.model, full, library, weights()), folder / names[1])
+    save_graph(subnet_graph(job.model, full, library, weights(), write_step), folder / names[1])
     return names
 
 
 def _subnet_entry(
     files: tuple[str, str | None], spec: SubnetSpec, job: _Job, weights: dict[str, WeightEntry]
 ) -> SubnetEntry:
+    in_16_bits = spec.in_16_bits(job.model.units.layer_names)
     return SubnetEntry(
         file=files[0],
         full_file=files[1],
-        heads=spec.heads,
-        groups=spec.groups,
+        units=spec.units,
         gated=bool(spec.gated),
         capacities=spec.capacities,
-        weight_bytes=subnet_bytes(job.model, job.precision, weights, (spec.heads, spec.groups), spec.in_16_bits),
-        in_16_bits=spec.in_16_bits,
+        weight_bytes=subnet_bytes(job.model, job.precision, weights, spec.units, in_16_bits),
+        in_16_bits=in_16_bits,
     )
 
 
@@ -376,8 +367,7 @@ def _manifest(
         plan=_plan_entry(config.plan, job, segments),
         subnets=tuple(subnets),
         masks=tuple(pack_mask(mask) for mask in job.masks),
-        head_order=tuple(map(tuple, job.order[:, 0].tolist())),
-        group_order=tuple(map(tuple, job.order[:, 1].tolist())),
+        unit_order=job.order,
         routing=job.routing,
         precision=config.precision,
         max_batch=config.max_batch,

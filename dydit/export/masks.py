@@ -8,39 +8,42 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from dydit.models.dit import DiT
+from dydit.models.architecture import Slots, UnitAxis
+from dydit.models.dit.model import DiT
 from dydit.models.routers import Masked
 
 
 @torch.no_grad()
 def freeze_masks(model: DiT, timesteps: np.ndarray) -> np.ndarray:
-    """The width masks of the given timesteps [S], bool [S, L, 2, H], axis 2 being (heads, groups), by checkpoint unit.
+    """The width masks of the given timesteps [S], bool [S, U], by checkpoint unit.
 
     The decisions are those of the model itself: the same routers on the same embedding, thresholded by the same gating.
     """
     config = model.config
-    masks = np.ones((len(timesteps), config.depth, 2, config.num_heads), bool)
+    masks = np.ones((len(timesteps), config.units.size), bool)
     if not config.dynamic:
         return masks
     gating = Masked()
+    routers = [router for block in model.blocks for router in (block.attn_rate, block.mlp_rate)]
     # One timestep at a time: a matrix product's rounding may depend on the batch, and the sampler evaluates one t a
     # step.
     for step, timestep in enumerate(timesteps):
         t_emb = model.t_embedder(torch.tensor([int(timestep)]))
-        for index, block in enumerate(model.blocks):
-            masks[step, index, 0] = gating.gate(block.attn_rate(t_emb))[0].numpy() > 0
-            masks[step, index, 1] = gating.gate(block.mlp_rate(t_emb))[0].numpy() > 0
+        for part, router in zip(config.units.parts, routers, strict=True):
+            masks[step, part.units] = gating.gate(router(t_emb))[0].numpy() > 0
     return masks
 
 
-def activity_order(masks: np.ndarray) -> np.ndarray:
-    """Unit of each slot, int64 [L, 2, H], so that units on in more steps come first (ties keep the checkpoint's order).
+def activity_order(masks: np.ndarray, axis: UnitAxis) -> Slots:
+    """The unit of each slot, so that units on in more of the steps [S, U] come first; ties keep the checkpoint's order.
 
     Where the masks of a block are nested, as sets, every step's mask is then a prefix of the slots.
     """
-    return np.argsort(-masks.sum(axis=0, dtype=np.int64), axis=-1, kind="stable")
+    steps = masks.sum(axis=0, dtype=np.int64)
+    order = [np.argsort(-steps[part.units], kind="stable") for part in axis.parts]
+    return axis.nested([tuple(units.tolist()) for units in order])
 
 
-def by_slot(masks: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """Masks [S, L, 2, H] by checkpoint unit, rearranged by slot."""
-    return np.take_along_axis(masks, np.broadcast_to(order, masks.shape), axis=-1)
+def by_slot(masks: np.ndarray, axis: UnitAxis, order: Slots) -> np.ndarray:
+    """Masks [S, U] by checkpoint unit, rearranged by slot."""
+    return np.ascontiguousarray(masks[:, [part.start + unit for part, units in axis.zip(order) for unit in units]])

@@ -20,16 +20,18 @@ from dataclasses import dataclass
 import numpy as np
 
 from dydit.errors import ConfigError
+from dydit.models.architecture import UnitAxis
 
 
 @dataclass(frozen=True, eq=False)
 class PlanCosts:
     """What a step costs, in multiply-adds or milliseconds; nothing of it is negative.
 
-    `units` [L, 2, H]: what each unit (axis 1: heads, groups) of the subnetwork adds. `parts` [L, 2]: what a block's
-    heads, or its groups, add where any is there. `fixed`: every step.
+    `units` [U]: what each unit of the subnetwork adds. `parts` [P]: what a unit group of a block adds where any of its
+    units is there. `fixed`: every step.
     """
 
+    axis: UnitAxis
     units: np.ndarray
     parts: np.ndarray | None = None
     fixed: float = 0.0
@@ -40,12 +42,10 @@ class PlanCosts:
         return float(self.of(np.ones((1, self.units.size), bool))[0])
 
     def of(self, unions: np.ndarray) -> np.ndarray:
-        """Steps [n] on subnetworks of the units `unions`, bool [n, L*2*H]."""
-        costs: np.ndarray = self.fixed + unions @ self.units.reshape(-1)
+        """Steps [n] on subnetworks of the units `unions`, bool [n, U]."""
+        costs: np.ndarray = self.fixed + unions @ self.units
         if self.parts is not None:
-            costs += unions.reshape(len(unions), *self.units.shape).any(axis=-1).reshape(len(unions), -1) @ (
-                self.parts.reshape(-1)
-            )
+            costs += self.axis.any(unions) @ self.parts
         return costs
 
 
@@ -63,20 +63,18 @@ class Plan:
 
 
 def segment_costs(masks: np.ndarray, costs: PlanCosts) -> np.ndarray:
-    """cost[i, j] for 0 <= i < j <= S, float64 [S, S+1], infinite elsewhere; `masks` bool [S, L, 2, H]."""
+    """cost[i, j] for 0 <= i < j <= S, float64 [S, S+1], infinite elsewhere; `masks` bool [S, U]."""
     steps = len(masks)
-    flat = masks.reshape(steps, -1)
     table = np.full((steps, steps + 1), np.inf)
     for first in range(steps):
-        union = np.logical_or.accumulate(flat[first:], axis=0)
+        union = np.logical_or.accumulate(masks[first:], axis=0)
         table[first, first + 1 :] = costs.of(union) * np.arange(1, steps - first + 1)
     return table
 
 
 def plan_cost(plan: Plan, masks: np.ndarray, costs: PlanCosts) -> float:
     """What a run on a plan's segments costs, by other costs than those that made it."""
-    flat = masks.reshape(len(masks), -1)
-    unions = [np.logical_or.reduce(flat[i:j], axis=0, keepdims=True) for i, j in plan.segments]
+    unions = [np.logical_or.reduce(masks[i:j], axis=0, keepdims=True) for i, j in plan.segments]
     return float(sum(costs.of(union)[0] * (j - i) for union, (i, j) in zip(unions, plan.segments, strict=True)))
 
 
@@ -103,9 +101,8 @@ def _trace(origin: Sequence[np.ndarray], last: int, steps: int) -> tuple[int, ..
 
 def per_step_plan(masks: np.ndarray, costs: PlanCosts) -> Plan:
     """A new segment wherever the mask changes: every step runs exactly its own units."""
-    flat = masks.reshape(len(masks), -1)
-    changes = np.flatnonzero((flat[1:] != flat[:-1]).any(axis=1)) + 1
-    return Plan((0, *map(int, changes), len(masks)), float(costs.of(flat).sum()))
+    changes = np.flatnonzero((masks[1:] != masks[:-1]).any(axis=1)) + 1
+    return Plan((0, *map(int, changes), len(masks)), float(costs.of(masks).sum()))
 
 
 def merged_plan(masks: np.ndarray, costs: PlanCosts, most: int) -> Plan:

@@ -8,18 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dydit.calibrate.activations import LAYERS
-from dydit.models.layout import OUT_MAJOR
-
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
-
-
-def is_quantized(name: str) -> bool:
-    """Whether a tensor of `dydit.models.layout` is stored in 8 bits where weights are: those of `LAYERS`.
-
-    adaLN, routers, embedding and final layer stay in fp32.
-    """
-    return name.startswith("blocks.") and tuple(name.split(".")[2:]) in {(layer, "weight") for layer in LAYERS}
 
 
 def scale_name(name: str) -> str:
@@ -27,15 +16,16 @@ def scale_name(name: str) -> str:
     return f"{name.removesuffix('weight')}scale"
 
 
-def quantize(name: str, weight: Tensor, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Tensor]:
+def quantize(weight: Tensor, out_major: bool, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Tensor]:
     """A stored weight in 8 bits, of its shape, and f32 scales: [units, out of a unit], or [out] where units are inputs.
 
-    A channel of zeros has the scale 1. Values must be finite.
+    `weight` is [units, out of a unit, in] where stored `out_major`, else [units, in of a unit, out]. A channel of zeros
+    has the scale 1. Values must be finite.
     """
-    inputs = (2,) if name.split(".")[-2] in OUT_MAJOR else (0, 1)
+    inputs = (2,) if out_major else (0, 1)
     largest = LARGEST[dtype]
     scale = weight.detach().abs().amax(inputs) / largest
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    spread = scale[..., None] if inputs == (2,) else scale
+    spread = scale[..., None] if out_major else scale
     ratio = (weight.detach() / spread).clamp(-largest, largest)
     return (torch.round(ratio) if dtype is torch.int8 else ratio).to(dtype), scale

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dydit.bundle.stored import Precision
-from dydit.calibrate.activations import LAYERS, ActivationRanges, require_segments
+from dydit.calibrate.activations import ActivationRanges, require_segments
 from dydit.calibrate.file import plan_sha256
 from dydit.errors import CalibrationError
 from dydit.export.plan import Plan
 from dydit.export.weights import Copies
+from dydit.models.architecture import UnitAxis
 from dydit.models.checkpoint import Checkpoint
 from dydit.models.config import ModelConfig
 from dydit.models.migration import Migration
@@ -23,14 +24,13 @@ if TYPE_CHECKING:
 
 LARGEST = {Precision.INT8_STATIC: 127.0, Precision.FP8: 448.0}
 Scales = tuple[tuple[float | None, ...], ...]
-"""By block, of what enters its `dydit.calibrate.activations.LAYERS`; None: the layer stays in 16 bits."""
-_PARTS = (("qkv", "proj"), ("fc1", "fc2"))  # the layers that heads have, and those of groups
+"""By block, of what enters its layers (`UnitAxis.layers`); None: the layer stays in 16 bits."""
 
 
 def segment_scales(
     checkpoint: Checkpoint, config: ExportConfig, masks: np.ndarray, plan: Plan
 ) -> tuple[Scales, ...] | None:
-    """Scales of each segment of a plan over the masks bool [S, L, 2, H], by slot; None where nothing is calibrated.
+    """Scales of each segment of a plan over the masks bool [S, U], by slot; None where nothing is calibrated.
 
     Raises `CalibrationError` for a calibration without ranges, or of another checkpoint, run or plan.
     """
@@ -46,7 +46,7 @@ def segment_scales(
             f"the calibration has no ranges of activations, which {config.precision} needs; run `dydit calibrate` with "
             "--activations minmax"
         )
-    require_segments(ranges, len(plan.segments), checkpoint.config.depth)
+    require_segments(ranges, len(plan.segments), checkpoint.config)
     scales = ranges.input_scales(LARGEST[config.precision])
     return tuple(
         tuple(
@@ -57,18 +57,17 @@ def segment_scales(
     )
 
 
-def weight_copies(masks: np.ndarray, plan: Plan, scales: Sequence[Scales] | None) -> dict[str, Copies]:
-    """In which forms a plan over the masks bool [S, L, 2, H] needs the weights of layers; nothing that none uses."""
+def weight_copies(axis: UnitAxis, masks: np.ndarray, plan: Plan, scales: Sequence[Scales] | None) -> dict[str, Copies]:
+    """Which stored copies of each layer's weight a plan over the masks bool [S, U] uses; nothing that none uses."""
     if scales is None:
         return {}
     copies = {}
-    for block in range(masks.shape[1]):
-        for part, layers in enumerate(_PARTS):
-            there = [masks[first:end, block, part].any() for first, end in plan.segments]
-            for layer in layers:
-                place = LAYERS.index(layer)
-                kept = [each[block][place] is None for each, used in zip(scales, there, strict=True) if used]
-                copies[f"blocks.{block}.{layer}.weight"] = Copies(not all(kept) or not kept, any(kept))
+    for part in axis.parts:
+        there = [masks[first:end, part.units].any() for first, end in plan.segments]
+        for layer in part.group.layers:
+            place = axis.layer_names.index(layer.name)
+            kept = [each[part.block][place] is None for each, used in zip(scales, there, strict=True) if used]
+            copies[part.stored(layer.weight)] = Copies(not all(kept) or not kept, any(kept))
     return copies
 
 

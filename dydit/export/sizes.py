@@ -8,17 +8,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from dydit.bundle.costs import Residency
-from dydit.bundle.graph_io import GROUP_TENSORS, HEAD_TENSORS
 from dydit.bundle.stored import ITEM_BYTES, Precision, WeightEntry, half_name
 from dydit.export.plan import Plan
+from dydit.models.architecture import Slots, UnitAxis, UnitLayer
 from dydit.models.config import ModelConfig
-
-Slots = Sequence[Sequence[int]]
 
 
 @dataclass(frozen=True, eq=False)
 class SubnetSize:
-    """A subnetwork: what tells it from others, the units that it maps, bool [L, 2, H], and bytes of units' weights."""
+    """A subnetwork: what tells it from others, the units that it maps, bool [U], and bytes of units' weights."""
 
     key: tuple[bytes, bytes]
     mapped_units: np.ndarray
@@ -29,12 +27,12 @@ class SubnetSize:
 class PlanSizes:
     """Sizes of the plans of one model; what was found for a segment serves all plans that have it.
 
-    `masks` bool [S, L, 2, H] by slot, `unit_bytes` [L, 2, H] bytes of a unit's weights, `fixed` bytes that every
-    subnetwork reads besides.
+    `masks` bool [S, U] by slot, `unit_bytes` [U] bytes of a unit's weights, `fixed` bytes that every subnetwork reads
+    besides.
     """
 
-    def __init__(self, masks: np.ndarray, unit_bytes: np.ndarray, fixed: int):
-        self._masks, self._unit_bytes, self._fixed = masks, unit_bytes, fixed
+    def __init__(self, axis: UnitAxis, masks: np.ndarray, unit_bytes: np.ndarray, fixed: int):
+        self._axis, self._masks, self._unit_bytes, self._fixed = axis, masks, unit_bytes, fixed
         self._known: dict[tuple[int, int], SubnetSize] = {}
 
     def subnets(self, plan: Plan) -> list[SubnetSize]:
@@ -48,7 +46,7 @@ class PlanSizes:
 
     def resident(self, plan: Plan, residency: Residency) -> int:
         """Bytes of memory with all of a plan's subnetworks loaded, as `Residency` describes."""
-        subnets, depth = self.subnets(plan), self._masks.shape[1]
+        subnets, depth = self.subnets(plan), len(self._axis.blocks)
         mapped = np.logical_or.reduce([subnet.mapped_units for subnet in subnets])
         shared = float((mapped * self._unit_bytes).sum()) + self._fixed
         own = sum(residency.mapped * subnet.mapped + residency.joined * subnet.joined for subnet in subnets)
@@ -60,46 +58,48 @@ class PlanSizes:
         if (first, end) not in self._known:
             masks = self._masks[first:end]
             union = np.asarray(masks.any(axis=0))
-            gated = np.asarray((masks != union).any(axis=(0, -1)))
-            mapped = union & self._side_by_side(union)[..., None]
+            gated = self._axis.any((masks != union).any(axis=0))
+            mapped = union & self._axis.spread(self._side_by_side(union))
             size, all_of_it = int((mapped * self._unit_bytes).sum()), int((union * self._unit_bytes).sum())
             self._known[first, end] = SubnetSize((union.tobytes(), gated.tobytes()), mapped, size, all_of_it - size)
         return self._known[first, end]
 
     def _side_by_side(self, union: np.ndarray) -> np.ndarray:
-        """Which parts' units have no holes between them, bool [L, 2]."""
-        starts = union[..., 1:] & ~union[..., :-1]
-        return np.asarray(starts.sum(axis=-1) + union[..., 0] <= 1)
+        """Which parts' units have no holes between them, bool [P]."""
+        starts = union & ~np.concatenate([[False], union[:-1]])
+        starts[[part.start for part in self._axis.parts]] = union[[part.start for part in self._axis.parts]]
+        return self._axis.counts(starts) <= 1
 
 
 def unit_bytes(model: ModelConfig, precision: Precision = Precision.FP32) -> np.ndarray:
-    """Bytes of one head's and one group's weights, [L, 2, H] float64."""
-    d, hd, gs = model.hidden_size, model.head_dim, model.group_dim
-    item, added = ITEM_BYTES[precision.weight_dtype], _channel_bytes(precision)
-    sizes = np.empty((model.depth, 2, model.num_heads))
-    sizes[:, 0], sizes[:, 1] = item * 4 * hd * d + added * 3 * hd, item * 2 * gs * d + added * gs
-    return sizes
+    """Bytes of each unit's weights, [U] float64."""
+    item, channel = ITEM_BYTES[precision.weight_dtype], _channel_bytes(precision)
+
+    def of(layer: UnitLayer) -> int:
+        return item * layer.unit_features * layer.features + channel * layer.unit_features * layer.out_major
+
+    return model.units.spread(np.array([sum(map(of, part.group.layers)) for part in model.units.parts], np.float64))
 
 
 def subnet_bytes(
     model: ModelConfig,
     precision: Precision,
     weights: Mapping[str, WeightEntry],
-    slots: tuple[Slots, Slots],
+    slots: Slots,
     in_16_bits: Sequence[Sequence[str]] | None,
 ) -> int:
-    """Bytes of stored weights that a subnetwork of these slots of heads and groups, by block, reads."""
-    kept = in_16_bits or ((),) * model.depth
+    """Bytes of stored weights that a subnetwork of these slots reads."""
     total = fixed_bytes(model, precision)
-    for block, layers in enumerate(kept):
-        for units, parts in zip(slots, (HEAD_TENSORS, GROUP_TENSORS), strict=True):
-            for part in parts:
-                (layer, _, what), name = part.partition("."), f"blocks.{block}.{part}"
-                half = layer in layers
-                stored = weights.get(half_name(name) if half and what == "weight" else name)
-                if stored is not None and not (half and what == "scale"):  # scales are there with 8 bits only
-                    total += stored.nbytes // model.num_heads * len(units[block])
-        total -= 4 * model.hidden_size * sum(layer in layers for layer in ("proj", "fc2"))  # scales, not read
+    for part, units in model.units.zip(slots):
+        kept = in_16_bits[part.block] if in_16_bits else ()
+        for tensor in part.group.all_unit_tensors:
+            layer, _, what = tensor.partition(".")
+            half, name = layer in kept, part.stored(tensor)
+            stored = weights.get(half_name(name) if half and what == "weight" else name)
+            if stored is not None and not (half and what == "scale"):  # scales are there with 8 bits only
+                total += stored.nbytes // part.group.count * len(units)
+        whole = [layer for layer in part.group.layers if layer.name in kept and not layer.out_major]
+        total -= sum(4 * layer.features for layer in whole)  # their scales, which are not read
     return total
 
 
@@ -115,5 +115,5 @@ def fixed_bytes(model: ModelConfig, precision: Precision = Precision.FP32) -> in
     router = (r * d + 2 * r + 1) if model.dynamic else 0
     embed = (p2 * model.in_channels + 1 + model.tokens) * d
     final = p2 * model.out_channels * (d + 1)
-    biases = 2 * d * _channel_bytes(precision)
-    return 4 * (embed + final + model.depth * router) + model.depth * biases
+    whole = sum(layer.features for block in model.units.blocks for layer in block.layers if not layer.out_major)
+    return 4 * (embed + final + model.depth * router) + whole * _channel_bytes(precision)

@@ -24,9 +24,9 @@ from dydit.bundle.graph_io import BATCH
 from dydit.bundle.vae import VAE_DECODER, VAE_WEIGHTS, VaeEntry, vae_inputs, vae_outputs
 from dydit.errors import CheckpointError, ConfigError, one_line
 from dydit.export import vae_source
-from dydit.export.ops import IR_VERSION, OPSET
 from dydit.export.vae_source import VaeFiles, find_vae, read_json, require_packages
 from dydit.export.vae_weights import infer_config, read_decoder
+from dydit.graph.ops import IR_VERSION, OPSET
 from dydit.models.config import ModelConfig, Strict, parse_config
 from dydit.models.state_fit import require_fit
 

@@ -1,23 +1,23 @@
 """`weights.bin`: every weight once, laid out so that a subnetwork's slice is a run of rows (DESIGN, decision 2).
 
-The layout itself (names, head-major and group-major order) is `dydit.models.layout`; here are the file and its windows.
+The layout itself (names, rows in the order of units) is `dydit.models.dit.layout`; here are the file and its windows.
 Each tensor starts on a 4096-byte boundary, so that runtimes can map it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dydit.bundle.stored import ITEM_BYTES, Precision, StoredType, WeightEntry, half_name, product_type
+from dydit.bundle.stored import ALIGNMENT, ITEM_BYTES, Precision, StoredType, WeightEntry, half_name, stored_type
 from dydit.errors import CheckpointError
-from dydit.export.quantize import is_quantized, quantize, scale_name
+from dydit.export.quantize import quantize, scale_name
+from dydit.models.config import ModelConfig
 
-ALIGNMENT = 4096
 PIECE = 1 << 24
 """Numbers that are converted and written at once: 64 MiB of them."""
 _TYPES: dict[StoredType, torch.dtype] = {
@@ -37,22 +37,15 @@ class Copies(NamedTuple):
     half: bool = False
 
 
-def stored_type(name: str, precision: Precision) -> StoredType:
-    """The type of a stored tensor: weights and biases of products follow the bundle's precision, all else is fp32."""
-    if precision.in_8_bits and is_quantized(name):
-        return precision.weight_dtype
-    return product_type(name, precision)
-
-
 def stored_forms(
-    name: str, tensor: Tensor, precision: Precision, copies: Copies | None = None
+    model: ModelConfig, name: str, tensor: Tensor, precision: Precision, copies: Copies | None = None
 ) -> Iterator[tuple[str, Tensor]]:
     """What a bundle of `precision` stores for a tensor of the layout: itself in its type, or the copies of 8 bits."""
-    kind = stored_type(name, precision)
+    kind = stored_type(model, name, precision)
     if ITEM_BYTES[kind] == 1:
         copies = copies or Copies()
         if copies.eighth:
-            weight, scale = quantize(name, tensor, _TYPES[kind])
+            weight, scale = quantize(tensor, model.units.weights[name].out_major, _TYPES[kind])
             yield name, weight
             yield scale_name(name), scale
         if copies.half:
@@ -64,6 +57,7 @@ def stored_forms(
 def write_weights(
     path: Path,
     tensors: Iterable[tuple[str, Tensor]],
+    model: ModelConfig,
     precision: Precision = Precision.FP32,
     copies: Mapping[str, Copies] | None = None,
 ) -> dict[str, WeightEntry]:
@@ -75,11 +69,11 @@ def write_weights(
     entries: dict[str, WeightEntry] = {}
     with open(path, "wb") as file:
         for name, tensor in tensors:
-            kind = stored_type(name, precision)
+            kind = stored_type(model, name, precision)
             if ITEM_BYTES[kind] == 1:
                 _require_finite(name, tensor, "float32")
                 eighth, half = (copies or {}).get(name, Copies())
-                for stored, values in stored_forms(name, tensor, precision, Copies(eighth)):
+                for stored, values in stored_forms(model, name, tensor, precision, Copies(eighth)):
                     entries[stored] = _start(file, values, kind if stored == name else "float32")
                     file.write(values.contiguous().view(torch.uint8).numpy().data)
                 if not half:
@@ -107,16 +101,3 @@ def _require_finite(name: str, values: Tensor, kind: StoredType) -> None:
         if not torch.isfinite(extremes).all():
             trouble = "is NaN or infinite; this checkpoint cannot be exported"
         raise CheckpointError(f"a value of weight {name} {trouble}")
-
-
-def runs(slots: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Ascending slots as (first, count) runs of neighbours: a prefix is one run."""
-    if not slots:
-        return
-    first = previous = slots[0]
-    for slot in slots[1:]:
-        if slot != previous + 1:
-            yield first, previous - first + 1
-            first = slot
-        previous = slot
-    yield first, previous - first + 1

@@ -25,7 +25,7 @@ from dydit.models.config import ModelConfig, Space, parse_config
 from dydit.models.containers import Container, container_of
 from dydit.models.conventions import require_supported, stated_by
 from dydit.models.diffusers_folder import json_object, read_folder
-from dydit.models.dit import DiT, sine_position_embedding, timestep_frequencies
+from dydit.models.dit.model import DiT, sine_position_embedding, timestep_frequencies
 from dydit.models.safe_load import explained_memory, plain_tensors, read_safetensors, read_torch, require_sane, shown
 from dydit.models.state_entries import EMA, MODEL, is_average, unpack
 from dydit.models.state_fit import (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -20,6 +21,8 @@ from pydantic import (
 from dydit.diffusion.guidance import Guidance
 from dydit.errors import ConfigError
 from dydit.files import user_path
+from dydit.models.architecture import UnitAxis
+from dydit.models.dit.units import CONDITIONING, CONDITIONING_PRODUCT, block_spec, fp32_products, stored_shapes
 from dydit.models.validation import SettingsError, problems_of
 
 T = TypeVar("T", bound=BaseModel)
@@ -190,9 +193,37 @@ class ModelConfig(Strict):
             space = Space.LATENTS
         return self if space is None else parse_config(ModelConfig, {**self.model_dump(), "space": space})
 
+    @property
+    def units(self) -> UnitAxis:
+        """The heads and channel groups of all blocks, on one axis."""
+        return _unit_axis(self)
+
+    def stored_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor that a bundle stores, by name."""
+        return stored_shapes(self)
+
+    @property
+    def low_precision(self) -> tuple[str, ...]:
+        """Stored tensors, besides those of units' layers, whose type follows a bundle's precision; others are fp32."""
+        return CONDITIONING_PRODUCT
+
+    @property
+    def fp32_products(self) -> frozenset[str]:
+        """Stored weights whose products are fp32 in every precision."""
+        return fp32_products(self)
+
+    def is_conditioning(self, tensor: str) -> bool:
+        """Whether the conditioning graph reads a stored tensor, and no other graph does."""
+        return tensor.startswith(CONDITIONING)
+
     def without_routers(self) -> ModelConfig:
         """The static DiT of the same sizes."""
         return self.model_copy(update={"routers": Routers.NONE})
+
+
+@lru_cache(64)
+def _unit_axis(config: ModelConfig) -> UnitAxis:
+    return UnitAxis([block_spec(config)] * config.depth)
 
 
 _SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}

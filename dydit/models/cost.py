@@ -1,7 +1,7 @@
-"""Multiply-adds of a DiT. One place, used by the training loss, the planner and the reports. No PyTorch here.
+"""Multiply-adds of a model. One place, used by the training loss, the planner and the reports. No PyTorch here.
 
-A block and image of N tokens costs `4*N*D^2 + 2*N^2*D` in attention and `8*N*D^2` in the MLP (PAPER, "Costs in the
-loss"). Both scale linearly with the active heads or channel groups; the MLP also with the share of routed tokens.
+A unit's share of its block stands in the architecture's description (`UnitGroup.macs`). It counts fully in each step
+that has the unit on, and where its group is routed, by the share of tokens that the block's router selects.
 """
 
 from __future__ import annotations
@@ -11,40 +11,41 @@ from typing import Any
 import numpy as np
 
 from dydit.models.config import ModelConfig
+from dydit.models.dit.units import attention_macs, mlp_macs
 
 
-def attention_macs(config: ModelConfig) -> int:
-    """Multiply-adds of one block's attention for one image, all heads on."""
-    n, d = config.tokens, config.hidden_size
-    return 4 * n * d * d + 2 * n * n * d
+def flops_ratio(config: ModelConfig, counts: Any, tokens: Any) -> Any:
+    """F_dyn / F_static of the blocks, the paper's FLOPs ratio of a step (section 3.3).
 
-
-def mlp_macs(config: ModelConfig) -> int:
-    """Multiply-adds of one block's MLP for one image, all groups and tokens on."""
-    return 8 * config.tokens * config.hidden_size**2
-
-
-def flops_ratio(config: ModelConfig, heads: Any, groups: Any, tokens: Any) -> Any:
-    """F_dyn / F_static of the blocks, the paper's FLOPs ratio of a step.
-
-    `heads`, `groups`: active units per block, [..., L]; `tokens`: share of tokens routed per block, [..., L], in 0..1.
+    `counts`: active units of each part, [..., P]; `tokens`: share of tokens routed per block, [..., L], in 0..1.
     Works on NumPy arrays and on torch tensors (differentiably); returns [...].
     """
-    attention, mlp, units = attention_macs(config), mlp_macs(config), config.num_heads
-    dynamic = (heads * (attention / units) + groups * tokens * (mlp / units)).sum(-1)
-    return dynamic / (config.depth * (attention + mlp))
+    parts = config.units.parts
+    costs = np.array([part.group.macs for part in parts], np.float64)
+    routed = np.array([part.group.routed for part in parts])
+    blocks = [part.block for part in parts]
+    whole, shared = costs * ~routed, costs * routed
+    if hasattr(counts, "new_tensor"):
+        whole, shared = (tokens.new_tensor(each) for each in (whole, shared))
+    dynamic = (counts * whole + counts * tokens[..., blocks] * shared).sum(-1)
+    return dynamic / float(config.units.per_unit().sum())
 
 
 def unit_costs(config: ModelConfig, token_ratio: np.ndarray | None = None) -> np.ndarray:
-    """Multiply-adds that one active unit adds to a step, [L, 2, H] float64: axis 1 is (heads, groups).
+    """Multiply-adds that one active unit adds to a step, [U] float64.
 
     `token_ratio`: share of tokens that enter each block's MLP, [L]; all of them where it is not given.
     """
-    costs = np.empty((config.depth, 2, config.num_heads))
-    ratio = np.ones(config.depth) if token_ratio is None else np.asarray(token_ratio, np.float64)
-    costs[:, 0] = attention_macs(config) / config.num_heads
-    costs[:, 1] = (mlp_macs(config) / config.num_heads * ratio)[:, None]
-    return costs
+    axis = config.units
+    if token_ratio is None:
+        return axis.per_unit()
+    share = np.array([token_ratio[part.block] if part.group.routed else 1.0 for part in axis.parts])
+    return axis.per_unit() * axis.spread(share)
+
+
+def static_macs(config: ModelConfig) -> float:
+    """Multiply-adds of all blocks for one image with every unit and token on."""
+    return float(config.units.per_unit().sum())
 
 
 def model_macs(config: ModelConfig) -> int:

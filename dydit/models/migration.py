@@ -4,7 +4,8 @@
 
 Channels that are much larger than the others leave these few of the 256 values that 8 bits have; divided, they do not.
 Scaling by a power of two is exact in every floating type, so in fp32 the model stays itself, bit for bit. One vector
-serves all steps, as weights do. How it is chosen is `dydit.calibrate.migration`, where it goes `dydit.export.migrate`.
+serves all steps, as weights do. How it is chosen is `dydit.calibrate.migration`, where it goes is the architecture's
+business.
 """
 
 from __future__ import annotations
@@ -19,26 +20,20 @@ from dydit.models.config import ModelConfig, Strict
 
 MOST = 10
 """The largest exponent: further down, values of ordinary size would lose bits in fp16, which attention has."""
-Exponents = Annotated[str, Field(pattern="^[0-9a]+$")] | None
-
-
-class BlockMigration(Strict):
-    """Exponents e of a block's layers, a digit 0..a for each of the checkpoint's input channels; None: none move."""
-
-    qkv: Exponents = None
-    proj: Exponents = None
-    fc1: Exponents = None
-    fc2: Exponents = None
+Exponents = Annotated[str, Field(pattern="^[0-9a]+$")]
 
 
 class Migration(Strict):
-    """Exponents of every block."""
+    """Exponents e of the layers of every block, by name: a digit 0..a for each of the checkpoint's input channels.
 
-    blocks: tuple[BlockMigration, ...] = Field(min_length=1)
+    Of a layer that is not there nothing moves.
+    """
+
+    blocks: tuple[dict[str, Exponents], ...] = Field(min_length=1)
 
     def exponents(self, block: int, layer: str) -> np.ndarray | None:
         """e of a layer's input channels, int64 [in]; None where nothing moves."""
-        text: str | None = getattr(self.blocks[block], layer)
+        text = self.blocks[block].get(layer)
         return None if text is None else np.array([int(digit, 16) for digit in text])
 
     def divisor(self, block: int, layer: str) -> np.ndarray | None:
@@ -49,7 +44,7 @@ class Migration(Strict):
     @property
     def layers(self) -> int:
         """How many layers are migrated."""
-        return sum(len(block.model_dump(exclude_none=True)) for block in self.blocks)
+        return sum(map(len, self.blocks))
 
     def require_fits(self, model: ModelConfig) -> None:
         """Raise `CalibrationError`, naming the layer, where these are not the channels of a model."""
@@ -58,7 +53,9 @@ class Migration(Strict):
                 f"the migration is of {len(self.blocks)} blocks, the model has {model.depth}; calibrate this checkpoint"
             )
         for index, block in enumerate(self.blocks):
-            for layer, text in block.model_dump(exclude_none=True).items():
+            for layer, text in block.items():
+                if layer not in model.units.layer_names:
+                    raise CalibrationError(f"the migration names {layer!r}, which is no layer of the model's blocks")
                 expected = input_channels(model, layer)
                 if len(text) != expected:
                     raise CalibrationError(
@@ -68,10 +65,11 @@ class Migration(Strict):
 
 
 def as_digits(exponents: np.ndarray) -> str:
-    """Exponents int [in] as `BlockMigration` keeps them."""
+    """Exponents int [in] as `Migration` keeps them."""
     return "".join(f"{each:x}" for each in exponents.tolist())
 
 
 def input_channels(model: ModelConfig, layer: str) -> int:
     """Channels that enter a block's layer at full width."""
-    return model.mlp_hidden if layer == "fc2" else model.hidden_size
+    part = next(part for part in model.units.parts if layer in (each.name for each in part.group.layers))
+    return next(each for each in part.group.layers if each.name == layer).in_features(part.group.count)

@@ -44,20 +44,13 @@ class TokenRouter(nn.Module):
 class Gating:
     """How gates are made. Each method returns a float gate, or None for "everything on, multiply nothing"."""
 
-    def heads(self, block: int, router: WidthRouter | None, t_emb: Tensor) -> Tensor | None:
-        """Gates of attention heads, [B, H]."""
-        return self._width(router, t_emb)
-
-    def groups(self, block: int, router: WidthRouter | None, t_emb: Tensor) -> Tensor | None:
-        """Gates of MLP channel groups, [B, H]."""
-        return self._width(router, t_emb)
+    def units(self, block: int, group: int, router: WidthRouter | None, t_emb: Tensor) -> Tensor | None:
+        """Gates of a block's unit group (`dydit.models.architecture`), by its index: [B, units]."""
+        return None if router is None else self.gate(router(t_emb))
 
     def tokens(self, block: int, router: TokenRouter | None, x: Tensor) -> Tensor | None:
         """Gates of tokens, [B, N], from the residual stream x [B, N, D] after attention."""
         return None if router is None else self.gate(router(x))
-
-    def _width(self, router: WidthRouter | None, t_emb: Tensor) -> Tensor | None:
-        return None if router is None else self.gate(router(t_emb))
 
     def gate(self, logits: Tensor) -> Tensor:
         """Logits to gates of the same shape."""
@@ -67,10 +60,7 @@ class Gating:
 class Static(Gating):
     """The complete model: routers are ignored."""
 
-    def heads(self, block: int, router: WidthRouter | None, t_emb: Tensor) -> None:
-        return None
-
-    def groups(self, block: int, router: WidthRouter | None, t_emb: Tensor) -> None:
+    def units(self, block: int, group: int, router: WidthRouter | None, t_emb: Tensor) -> None:
         return None
 
     def tokens(self, block: int, router: TokenRouter | None, x: Tensor) -> None:
@@ -103,10 +93,9 @@ class GumbelSigmoid(Gating):
 
 @dataclass
 class Decisions:
-    """The gates that one forward pass used, by block: heads and groups [L, B, H], tokens [L, B, N]."""
+    """The gates that one forward pass used: of units [B, U], of tokens by block [L, B, N]."""
 
-    heads: Tensor
-    groups: Tensor
+    units: Tensor
     tokens: Tensor
 
 
@@ -116,30 +105,25 @@ class Recording(Gating):
 
     inner: Gating
     config: ModelConfig
-    _kept: dict[str, dict[int, Tensor]] = field(default_factory=lambda: {"heads": {}, "groups": {}, "tokens": {}})
+    _units: dict[tuple[int, int], Tensor | None] = field(default_factory=dict)
+    _tokens: dict[int, Tensor | None] = field(default_factory=dict)
     _batch: int = 0
 
-    def heads(self, block: int, router: WidthRouter | None, t_emb: Tensor) -> Tensor | None:
+    def units(self, block: int, group: int, router: WidthRouter | None, t_emb: Tensor) -> Tensor | None:
         self._batch = t_emb.shape[0]
-        return self._keep("heads", block, self.inner.heads(block, router, t_emb))
-
-    def groups(self, block: int, router: WidthRouter | None, t_emb: Tensor) -> Tensor | None:
-        return self._keep("groups", block, self.inner.groups(block, router, t_emb))
+        self._units[block, group] = gates = self.inner.units(block, group, router, t_emb)
+        return gates
 
     def tokens(self, block: int, router: TokenRouter | None, x: Tensor) -> Tensor | None:
-        return self._keep("tokens", block, self.inner.tokens(block, router, x))
-
-    def _keep(self, part: str, block: int, gates: Tensor | None) -> Tensor | None:
-        if gates is not None:
-            self._kept[part][block] = gates
+        self._tokens[block] = gates = self.inner.tokens(block, router, x)
         return gates
 
     def decisions(self) -> Decisions:
-        """The recorded gates, stacked over blocks; gradients flow through them."""
-        shapes = {"heads": self.config.num_heads, "groups": self.config.num_heads, "tokens": self.config.tokens}
-        stacked = {}
-        for part, width in shapes.items():
-            kept = self._kept[part]
-            ones = torch.ones(self._batch, width)
-            stacked[part] = torch.stack([kept.get(block, ones) for block in range(self.config.depth)])
-        return Decisions(**stacked)
+        """The recorded gates; gradients flow through them."""
+        parts = self.config.units.parts
+        units = [self._or_ones(self._units.get((part.block, part.index)), part.group.count) for part in parts]
+        tokens = [self._or_ones(self._tokens.get(block), self.config.tokens) for block in range(self.config.depth)]
+        return Decisions(torch.cat(units, dim=1), torch.stack(tokens))
+
+    def _or_ones(self, gates: Tensor | None, width: int) -> Tensor:
+        return torch.ones(self._batch, width) if gates is None else gates

@@ -18,7 +18,7 @@ from torch import Tensor
 from dydit.errors import CheckpointError, ConfigError
 from dydit.models.config import ModelConfig, Routers, parse_config, preset
 from dydit.models.conventions import Stated, require_side, require_sigma
-from dydit.models.dit import DiT
+from dydit.models.dit.model import DiT
 from dydit.models.safe_load import listed, shown
 
 Shapes = dict[str, tuple[int, ...]]

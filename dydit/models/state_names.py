@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dydit.errors import CheckpointError
 from dydit.models.config import ModelConfig, Routers, parse_config
-from dydit.models.dit import NORM_EPS, sine_position_embedding
+from dydit.models.dit.model import NORM_EPS, sine_position_embedding
 from dydit.models.safe_load import listed, require_sane
 from dydit.models.state_fit import Shapes, expected_shapes, require_fit
 

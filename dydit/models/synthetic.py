@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from dydit.errors import ConfigError
 from dydit.models.config import ModelConfig, Routers
-from dydit.models.cost import attention_macs, mlp_macs
-from dydit.models.dit import DiT
+from dydit.models.dit.model import DiT
+from dydit.models.dit.units import attention_macs, mlp_macs
 from dydit.models.routers import Masked, Recording, TokenRouter
 
 PROBE_STEPS = 50

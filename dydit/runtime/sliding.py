@@ -22,21 +22,18 @@ from typing import TypeVar
 import numpy as np
 
 from dydit.bundle.bundle import Bundle
-from dydit.bundle.graph_io import GROUP_WEIGHTS, HEAD_WEIGHTS
 from dydit.bundle.manifest import SubnetEntry
 from dydit.bundle.stored import STORAGE
+from dydit.models.architecture import Part, Slots, UnitAxis
 
 T = TypeVar("T")
-PARTS = (HEAD_WEIGHTS, GROUP_WEIGHTS)
-"""The tensors of a block's heads, and of its groups: what moves together."""
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """Two places of a block's heads (part 0) or groups (part 1) whose units change places."""
+    """Two places of a part (a block's heads, or its groups) whose units change places, in all of the part's tensors."""
 
-    block: int
-    part: int
+    part: Part
     first: int
     second: int
 
@@ -63,20 +60,19 @@ def exchanges(places: Sequence[int], wanted: Sequence[int]) -> list[tuple[int, i
 
 
 class Arrangement:
-    """Which unit stands in which place: `places[block][part]`, at first the order in which they are stored."""
+    """Which unit stands in which place, for each part in turn; at first the order in which they are stored."""
 
-    def __init__(self, depth: int, units: int):
-        self.places = [[list(range(units)) for _ in PARTS] for _ in range(depth)]
+    def __init__(self, axis: UnitAxis):
+        self._axis = axis
+        self.places = [list(range(part.group.count)) for part in axis.parts]
 
-    def arrange(self, heads: Sequence[Sequence[int]], groups: Sequence[Sequence[int]]) -> list[Exchange]:
-        """Bring the given units of every block to the front; returns what to do to the tensors, in this order."""
+    def arrange(self, slots: Slots) -> list[Exchange]:
+        """Bring the given units of every part to the front; returns what to do to the tensors, in this order."""
         made = []
-        for block, wanted in enumerate(zip(heads, groups, strict=True)):
-            for part, units in enumerate(wanted):
-                places = self.places[block][part]
-                for first, second in exchanges(places, units):
-                    places[first], places[second] = places[second], places[first]
-                    made.append(Exchange(block, part, first, second))
+        for places, (part, units) in zip(self.places, self._axis.zip(slots), strict=True):
+            for first, second in exchanges(places, units):
+                places[first], places[second] = places[second], places[first]
+                made.append(Exchange(part, first, second))
         return made
 
 
@@ -92,9 +88,9 @@ class SlidingWeights:
     """
 
     def __init__(self, bundle: Bundle):
-        self._bundle = bundle
+        self._bundle, self._axis = bundle, bundle.manifest.model.units
         self._settled = False
-        self._arrangement = Arrangement(0, 0)
+        self._arrangement = Arrangement(self._axis)
         self._units: dict[str, np.ndarray] = {}
 
     def run(self, subnet: SubnetEntry, step: Callable[[dict[str, np.ndarray]], T]) -> T:
@@ -111,18 +107,17 @@ class SlidingWeights:
         if not self._settled:
             self._map()
         self._settled = False
-        for exchange in self._arrangement.arrange(subnet.heads, subnet.groups):
+        for exchange in self._arrangement.arrange(subnet.units):
             places = [exchange.first, exchange.second]
-            for part in PARTS[exchange.part]:
-                units = self._units[f"blocks.{exchange.block}.{part}"]
+            for tensor in exchange.part.group.unit_tensors:
+                units = self._units[exchange.part.stored(tensor)]
                 units[places] = units[places[::-1]]
         fed = {}
-        for block, counts in enumerate(zip(map(len, subnet.heads), map(len, subnet.groups), strict=True)):
-            for parts, count in zip(PARTS, counts, strict=True):
-                for name in (f"blocks.{block}.{part}" for part in parts):
-                    units = self._units[name]
-                    front = units[:count] if count else np.zeros_like(units[:1])
-                    fed[name] = front.reshape(math.prod(front.shape[:2]), *front.shape[2:])
+        for part, wanted in self._axis.zip(subnet.units):
+            for name in map(part.stored, part.group.unit_tensors):
+                units = self._units[name]
+                front = units[: len(wanted)] if wanted else np.zeros_like(units[:1])
+                fed[name] = front.reshape(math.prod(front.shape[:2]), *front.shape[2:])
         return fed
 
     def close(self) -> None:
@@ -132,13 +127,12 @@ class SlidingWeights:
 
     def _map(self) -> None:
         """Map the file, with every unit in the place where it is stored."""
-        model, entries = self._bundle.manifest.model, self._bundle.manifest.weights
+        entries = self._bundle.manifest.weights
         self._units = {}  # before the file is mapped again, or for a moment two copies would be in memory
         raw = self._bundle.mapped_weights("c")
         mapped = {}
-        for block in range(model.depth):
-            for name in (f"blocks.{block}.{part}" for parts in PARTS for part in parts):
-                entry = entries[name]
-                flat = np.asarray(raw[entry.offset : entry.offset + entry.nbytes]).view(STORAGE[entry.dtype])
-                mapped[name] = flat.reshape(entry.shape)
-        self._units, self._arrangement = mapped, Arrangement(model.depth, model.num_heads)
+        for name in (part.stored(tensor) for part in self._axis.parts for tensor in part.group.unit_tensors):
+            entry = entries[name]
+            flat = np.asarray(raw[entry.offset : entry.offset + entry.nbytes]).view(STORAGE[entry.dtype])
+            mapped[name] = flat.reshape(entry.shape)
+        self._units, self._arrangement = mapped, Arrangement(self._axis)

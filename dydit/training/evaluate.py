@@ -33,8 +33,7 @@ class Dynamics:
 
     flops_ratio: float  # mean over steps and images of F_dyn/F_static
     distinct_masks: int  # different width masks among the steps
-    head_ratio: float
-    group_ratio: float
+    unit_ratios: dict[str, float]  # share of units that were on, by unit group: heads, groups
     token_ratio: float  # share of tokens that entered an MLP
     token_ratio_std: float  # standard deviation over images of each image's own share
 
@@ -90,26 +89,24 @@ def _symmetric_root(matrix: np.ndarray) -> np.ndarray:
     return np.asarray((vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T)
 
 
-def dynamics(config: ModelConfig, heads: np.ndarray, groups: np.ndarray, tokens: np.ndarray) -> Dynamics:
-    """What the masks of a run amount to: heads and groups bool [S, L, H], tokens bool [S, L, n, N].
+def dynamics(config: ModelConfig, masks: np.ndarray, tokens: np.ndarray) -> Dynamics:
+    """What the decisions of a run amount to: masks of units bool [S, U], tokens bool [S, L, n, N].
 
     Raises `ConfigError` for shapes that do not fit the model.
     """
-    steps, expected = heads.shape[0], (config.depth, config.num_heads)
-    fits = heads.shape[1:] == expected and groups.shape == heads.shape
-    if not fits or tokens.ndim != 4 or tokens.shape[:2] != heads.shape[:2] or tokens.shape[3] != config.tokens:
+    axis, steps = config.units, len(masks)
+    fits = masks.shape == (steps, axis.size) and tokens.ndim == 4
+    if not fits or (*tokens.shape[:2], tokens.shape[3]) != (steps, config.depth, config.tokens):
         raise ConfigError(
-            f"masks must be [S, {config.depth}, {config.num_heads}] and [S, {config.depth}, n, {config.tokens}]; got "
-            f"{list(heads.shape)}, {list(groups.shape)} and {list(tokens.shape)}"
+            f"decisions must be [S, {axis.size}] and [S, {config.depth}, n, {config.tokens}]; got "
+            f"{list(masks.shape)} and {list(tokens.shape)}"
         )
     shares = tokens.mean(3).transpose(0, 2, 1)  # [S, n, L]
-    ratio = flops_ratio(config, heads.sum(2)[:, None], groups.sum(2)[:, None], shares)
-    widths = np.concatenate([heads, groups], 2).reshape(steps, -1)
+    ratio = flops_ratio(config, axis.counts(masks)[:, None], shares)
     return Dynamics(
         flops_ratio=float(ratio.mean()),
-        distinct_masks=len(np.unique(widths, axis=0)),
-        head_ratio=float(heads.mean()),
-        group_ratio=float(groups.mean()),
+        distinct_masks=len(np.unique(masks, axis=0)),
+        unit_ratios=axis.shares(masks),
         token_ratio=float(tokens.mean()),
         token_ratio_std=float(tokens.mean((0, 1, 3)).std()),
     )

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from dydit.errors import CheckpointError, ConfigError, TrainingError
 from dydit.files import sha256_of, user_path, write_json
 from dydit.models.checkpoint import load_checkpoint, save_checkpoint
-from dydit.models.dit import DiT, initialize, initialize_routers
+from dydit.models.dit.model import DiT, initialize, initialize_routers
 from dydit.models.routers import Masked, Recording, Static
 from dydit.training.curves import draw_curves
 from dydit.training.data import open_data
@@ -384,8 +384,7 @@ def probe(model: DiT, batch: Batch, process: Process) -> dict[str, float]:
         per_image = decisions.tokens.mean((0, 2))
         out |= {
             "probe_ratio": float(achieved_ratio(model.config, decisions).mean()),
-            "probe_heads": float(decisions.heads.mean()),
-            "probe_groups": float(decisions.groups.mean()),
+            **{f"probe_{name}": share for name, share in model.config.units.shares(decisions.units.numpy()).items()},
             "probe_tokens": float(per_image.mean()),
             "probe_tokens_std": float(per_image.std()),
         }

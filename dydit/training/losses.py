@@ -109,9 +109,10 @@ def discretized_normal_log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor) 
 
 
 def achieved_ratio(config: ModelConfig, decisions: Decisions) -> Tensor:
-    """The FLOPs ratio of each image, [B], from heads and groups [L, B, H] and tokens [L, B, N]; differentiable."""
-    heads, groups = decisions.heads.sum(-1).T, decisions.groups.sum(-1).T
-    ratio: Tensor = flops_ratio(config, heads, groups, decisions.tokens.mean(-1).T)
+    """The FLOPs ratio of each image, [B]; differentiable."""
+    parts = [part.group.count for part in config.units.parts]
+    counts = torch.stack([gates.sum(-1) for gates in decisions.units.split(parts, dim=-1)], dim=-1)
+    ratio: Tensor = flops_ratio(config, counts, decisions.tokens.mean(-1).T)
     return ratio
 
 

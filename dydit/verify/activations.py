@@ -1,6 +1,6 @@
 """Watching what enters every linear layer of a dynamic model while it samples, step by step (`dydit calibrate`).
 
-The model runs in its sliced form (`dydit.models.sliced`), so that what is counted is what a subnetwork's layers see:
+The model runs in its sliced form (`dydit.models.dit.sliced`), so what is counted is what a subnetwork's layers see:
 heads and groups that are on, and of the tokens those that are routed. A value belongs to the step that it was made in.
 """
 
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dydit.calibrate.activations import LAYERS, Observations
+from dydit.calibrate.activations import Observations
 from dydit.diffusion.coefficients import step_coefficients
 from dydit.diffusion.guidance import Guidance
 from dydit.diffusion.schedule import Sampler, Schedule
@@ -23,9 +23,9 @@ from dydit.export.exporter import GUIDED_CHANNELS
 from dydit.export.masks import freeze_masks
 from dydit.models.checkpoint import Checkpoint
 from dydit.models.config import ModelConfig
-from dydit.models.layout import OUT_MAJOR, stored_tensors
+from dydit.models.dit.layout import stored_tensors
+from dydit.models.dit.sliced import SlicedBlock, SlicedDiT, conditioning
 from dydit.models.migration import Migration
-from dydit.models.sliced import SlicedBlock, SlicedDiT, conditioning
 from dydit.runtime.noise import SeededNoise
 from dydit.runtime.request import make_batches
 
@@ -58,8 +58,9 @@ def observe(
     Arguments and errors as those of `sample_watched`; the same give the same counts.
     """
     config = checkpoint.config
-    seen = Observations(len(segments), config.depth)
-    places = [(block, layer) for block in range(config.depth) for layer in LAYERS]
+    names = config.units.layer_names
+    seen = Observations(len(segments), config.depth, names)
+    places = [(block, layer) for block in range(config.depth) for layer in names]
     divisors = {} if migration is None else {place: migration.divisor(*place) for place in places}
 
     def watch(segment: int, block: SlicedBlock, layer: str, values: np.ndarray) -> None:
@@ -74,10 +75,12 @@ def observe(
 
 def entering(model: ModelConfig, block: SlicedBlock, layer: str) -> np.ndarray:
     """The input channels of a layer, by the checkpoint's numbers, that the units of a block cut to them have, int64."""
-    if layer in OUT_MAJOR:
-        return np.arange(model.hidden_size)
-    units, each = (block.heads, model.head_dim) if layer == "proj" else (block.groups, model.group_dim)
-    return np.asarray((units[:, None] * each + torch.arange(each)).flatten().numpy())
+    spec = model.units.blocks[block.index]
+    each = next(each for each in spec.layers if each.name == layer)
+    if each.out_major:
+        return np.arange(each.features)
+    units = block.slots[spec.group_of(layer)]
+    return np.asarray((units[:, None] * each.unit_features + torch.arange(each.unit_features)).flatten().numpy())
 
 
 def sample_watched(
@@ -114,8 +117,7 @@ def sample_watched(
     latents = [torch.from_numpy(noise.initial(each)) for each in batches]
     segment_of = {step: index for index, (first, end) in enumerate(segments) for step in range(first, end)}
     for step in range(steps):
-        units = [[np.flatnonzero(block).tolist() for block in masks[step, :, part]] for part in (0, 1)]
-        model = WatchedDiT(config, weights, units[0], units[1], channels)
+        model = WatchedDiT(config, weights, config.units.slots(masks[step]), channels)
         model.watch = partial(watch, segment_of[step])
         for index, each in enumerate(batches):
             scale = float(cfg_scales[index % len(cfg_scales)])

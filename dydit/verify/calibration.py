@@ -89,11 +89,13 @@ class CalibrationConfig(Strict):
 
 @dataclass(frozen=True)
 class CalibrationResult:
-    """The calibration; for its pictures timesteps [S], the plan's bounds, the groups calibrated on; the migration."""
+    """The calibration; for its pictures timesteps [S], the plan's bounds, the names of a block's layers, and the groups
+    calibrated on; the migration."""
 
     calibration: Calibration
     timesteps: tuple[int, ...]
     bounds: tuple[int, ...]
+    layers: tuple[str, ...]
     groups: tuple[Groups, ...]
     found: Found | None = None
 
@@ -133,9 +135,8 @@ def run_calibration(
     capacities = capacity.choose_capacities(groups, plan.bounds, config.capacity, model.tokens)
     if exported.plan is PlanKind.SLIDING:  # one graph, and so one capacity for each block
         capacities[:] = capacities.max(axis=0)
-    widths = np.concatenate(
-        [np.tile(masks[first:end, :, 1].any(axis=0).sum(axis=-1), (end - first, 1)) for first, end in plan.segments]
-    )
+    unions = [np.tile(masks[first:end].any(axis=0), (end - first, 1)) for first, end in plan.segments]
+    routed = model.units.routed_macs(np.concatenate(unions))
 
     def rates(counts: list[TokenCounts], drawn: list[Groups]) -> OverflowRates:
         over = capacity.overflow_of(drawn, capacities, plan.bounds)
@@ -145,7 +146,7 @@ def run_calibration(
             rate=over.rate,
             upper=over.upper,
             repeated_steps=over.repeated,
-            mlp_ratio=capacity.mlp_ratio(counts, widths, capacities, plan.bounds, over.repeated),
+            mlp_ratio=capacity.mlp_ratio(counts, routed, capacities, plan.bounds, over.repeated),
         )
 
     mean = np.mean([each.mean for each in seen], axis=0) / model.tokens
@@ -180,6 +181,7 @@ def run_calibration(
         ),
         bundle.manifest.sampling.timesteps,
         plan.bounds,
+        model.units.layer_names,
         tuple(groups),
         found,
     )

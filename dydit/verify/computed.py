@@ -25,23 +25,21 @@ def computed_ratio(
     `repeated`, bool [K]; dense routing and static models every token.
     """
     config, entries = manifest.model, [subnet_of_steps(manifest)[step] for step in steps]
-    heads, groups = (
-        np.array([[len(block) for block in blocks] for blocks in part])
-        for part in ([entry.heads for entry in entries], [entry.groups for entry in entries])
-    )
+    counts = config.units.counts(manifest.executed_masks()[list(steps)])
     everything = np.ones((len(entries), config.depth))
     if manifest.routing is Routing.DYNAMIC:
-        return np.asarray(flops_ratio(config, heads, groups, routed))
+        return np.asarray(flops_ratio(config, counts, routed))
     if manifest.routing is not Routing.CAPACITY:
-        return np.asarray(flops_ratio(config, heads, groups, everything))
+        return np.asarray(flops_ratio(config, counts, everything))
     slots = np.array([entry.capacities or (config.tokens,) * config.depth for entry in entries]) / config.tokens
-    ratio = np.asarray(flops_ratio(config, heads, groups, slots))
+    ratio = np.asarray(flops_ratio(config, counts, slots))
     again = np.zeros(len(entries), bool) if repeated is None else repeated
-    return ratio + again * np.asarray(flops_ratio(config, heads, groups, everything))
+    return ratio + again * np.asarray(flops_ratio(config, counts, everything))
 
 
 def layers_in_16_bits(manifest: Manifest) -> tuple[int, int]:
     """Linear layers of blocks, of all segments, and how many of them stay in 16 bits where the others are in 8."""
     entries = [manifest.subnets[segment.subnet] for segment in manifest.plan.segments]
-    layers = sum(2 * bool(units) for entry in entries for part in (entry.heads, entry.groups) for units in part)
+    parts = ((part, units) for entry in entries for part, units in manifest.model.units.zip(entry.units))
+    layers = sum(len(part.group.layers) for part, units in parts if units)
     return layers, sum(len(block) for entry in entries for block in entry.in_16_bits or ())

@@ -15,7 +15,6 @@ import numpy as np
 
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.costs import StepTimes
-from dydit.bundle.graph_io import GROUP_TENSORS, HEAD_TENSORS
 from dydit.bundle.manifest import MANIFEST, Manifest, Routing
 from dydit.bundle.stored import half_name
 from dydit.bundle.vae import VAE_DECODER, VAE_WEIGHTS
@@ -58,7 +57,7 @@ class Inspection:
         """PNG files by name; none for a static model, which has nothing to show."""
         if not self.facts.model.config.dynamic:
             return {}
-        pictures = {"masks.png": masks_png(self.masks, self.timesteps)}
+        pictures = {"masks.png": masks_png(self.masks, self.facts.model.config.units, self.timesteps)}
         if isinstance(self.facts, BundleFacts):
             measured, rows, chosen = self.facts.measured, self.facts.plans, self.facts.chosen
             if measured is not None and measured.per_step_ms and measured.static_ms:
@@ -116,7 +115,7 @@ def inspect_checkpoint(path: Path | str, steps: int = DEFAULT_STEPS, **reading: 
     model = _model_facts(
         config, sum(parameters.values()), sum(n for name, n in parameters.items() if any(r in name for r in routers))
     )
-    sizes = PlanSizes(masks, unit_bytes(config), fixed_bytes(config))
+    sizes = PlanSizes(config.units, masks, unit_bytes(config), fixed_bytes(config))
     facts = CheckpointFacts(
         path=str(path),
         format=checkpoint.source,
@@ -143,7 +142,9 @@ def inspect_bundle(path: Path | str) -> Inspection:
     subnets = tuple(_subnet_facts(manifest, index) for index in range(len(manifest.subnets)))
     fixed = fixed_bytes(config, manifest.precision)
     measured, (layers, in_16_bits) = manifest.plan.measured, layers_in_16_bits(manifest)
-    plans = _rows(masks, config, PlanSizes(masks, unit_sizes, fixed), measured.times if measured else None)
+    plans = _rows(
+        masks, config, PlanSizes(config.units, masks, unit_sizes, fixed), measured.times if measured else None
+    )
     dense = int(unit_sizes.sum()) + fixed
     loaded = dense if manifest.sliding else sum(entry.weight_bytes for entry in manifest.subnets)
     chosen = PlanRow(
@@ -212,9 +213,8 @@ def _width_facts(masks: np.ndarray, config: ModelConfig) -> WidthFacts:
     costs = unit_costs(config)
     return WidthFacts(
         steps=len(masks),
-        distinct_masks=len(np.unique(masks.reshape(len(masks), -1), axis=0)),
-        head_share=float(masks[:, :, 0].mean()),
-        group_share=float(masks[:, :, 1].mean()),
+        distinct_masks=len(np.unique(masks, axis=0)),
+        shares=config.units.shares(masks),
         toggling_units=int((masks.any(0) & ~masks.all(0)).sum()),
         units=masks[0].size,
         flops_ratio=float((masks * costs).sum() / (costs.sum() * len(masks))),
@@ -228,8 +228,7 @@ def _subnet_facts(manifest: Manifest, index: int) -> SubnetFacts:
         index=index,
         segments=len(segments),
         steps=sum(segment.count for segment in segments),
-        heads=sum(map(len, entry.heads)),
-        groups=sum(map(len, entry.groups)),
+        units=manifest.model.units.total_counts(manifest.model.units.mask(entry.units)),
         gated=entry.gated,
         weight_bytes=entry.weight_bytes,
         graph_bytes=sum(manifest.files[name].bytes for name in (entry.file, entry.full_file) if name),
@@ -237,16 +236,13 @@ def _subnet_facts(manifest: Manifest, index: int) -> SubnetFacts:
 
 
 def _unit_bytes(manifest: Manifest) -> np.ndarray:
-    """Bytes of one head's and one group's stored weights, [L, 2, H]; in 8 bits, of what is stored in them."""
-    config = manifest.model
-    sizes = np.empty((config.depth, 2, config.num_heads))
-    for block in range(config.depth):
-        for part, names in enumerate((HEAD_TENSORS, GROUP_TENSORS)):
-            places = (f"blocks.{block}.{name}" for name in names)
-            stored = (manifest.weights.get(name) or manifest.weights.get(half_name(name)) for name in places)
-            total = sum(entry.nbytes for entry in stored if entry)
-            sizes[block, part] = total / config.num_heads
-    return sizes
+    """Bytes of each unit's stored weights, [U]; in 8 bits, of what is stored in them."""
+    axis, sizes = manifest.model.units, []
+    for part in axis.parts:
+        names = map(part.stored, part.group.all_unit_tensors)
+        stored = (manifest.weights.get(name) or manifest.weights.get(half_name(name)) for name in names)
+        sizes.append(sum(entry.nbytes for entry in stored if entry) / part.group.count)
+    return axis.spread(np.array(sizes, np.float64))
 
 
 def _stored_model_facts(manifest: Manifest) -> ModelFacts:
@@ -293,23 +289,23 @@ def _segment_facts(manifest: Manifest, masks: np.ndarray) -> tuple[SegmentFacts,
     config, plan = manifest.model, manifest.plan
     times = plan.measured.times if plan.measured else None
     costs = macs_costs(config) if times is None else time_costs(times, config)
-    unions = [masks[segment.first : segment.first + segment.count].any(axis=0).reshape(-1) for segment in plan.segments]
+    unions = [masks[segment.first : segment.first + segment.count].any(axis=0) for segment in plan.segments]
     spent = costs.of(np.stack(unions)) * [segment.count for segment in plan.segments]
     facts = []
     for segment, share in zip(plan.segments, spent / spent.sum(), strict=True):
         entry = manifest.subnets[segment.subnet]
+        held = config.units.mask(entry.units)
         facts.append(
             SegmentFacts(
                 first=segment.first,
                 steps=segment.count,
                 subnet=segment.subnet,
-                heads=sum(map(len, entry.heads)),
-                groups=sum(map(len, entry.groups)),
+                units=config.units.total_counts(held),
                 gated=entry.gated,
                 cost_share=float(share),
                 weight_bytes=entry.weight_bytes,
                 slots=entry.capacities if manifest.routing is Routing.CAPACITY else None,
-                blocks_with_mlp=tuple(bool(groups) for groups in entry.groups),
+                blocks_with_mlp=tuple(bool(macs) for macs in config.units.routed_macs(held)),
             )
         )
     return tuple(facts)

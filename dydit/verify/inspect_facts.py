@@ -23,10 +23,9 @@ class WidthFacts(Result):
 
     steps: int
     distinct_masks: int
-    head_share: float
-    group_share: float
-    toggling_units: int = Field(description="heads and groups that are on in some steps and off in others")
-    units: int = Field(description="heads and groups of all blocks")
+    shares: dict[str, float] = Field(description="of units that are on, by unit group: heads, groups")
+    toggling_units: int = Field(description="units that are on in some steps and off in others")
+    units: int = Field(description="units of all blocks")
     flops_ratio: float = Field(description="of the blocks, by width alone: every token counted")
 
 
@@ -69,13 +68,12 @@ class CheckpointFacts(Result):
 
 
 class SubnetFacts(Result):
-    """One subnetwork of a bundle; heads and groups over all blocks."""
+    """One subnetwork of a bundle; `units` of each unit group over all blocks."""
 
     index: int
     segments: int
     steps: int
-    heads: int
-    groups: int
+    units: dict[str, int]
     gated: bool
     weight_bytes: int
     graph_bytes: int
@@ -84,13 +82,12 @@ class SubnetFacts(Result):
 class SegmentFacts(Result):
     """Consecutive steps of a bundle's plan and their subnetwork; `cost_share` 0..1 of the run, in what the plan makes
     least. `weight_bytes` of the subnetwork's. `slots`: with capacity routing, MLP token slots of a row, by block;
-    `blocks_with_mlp`: the blocks in which any group is on, whose slots are computed."""
+    `blocks_with_mlp`: the blocks in which any routed unit is on, whose slots are computed."""
 
     first: int
     steps: int
     subnet: int
-    heads: int
-    groups: int
+    units: dict[str, int]
     gated: bool
     cost_share: float
     weight_bytes: int
@@ -278,7 +275,7 @@ def _width_lines(model: ModelFacts, width: WidthFacts) -> list[tuple[str, str]]:
         ),
         (
             "width",
-            f"heads {width.head_share:.1%} on, channel groups {width.group_share:.1%}: "
+            f"{', '.join(f'{name} {share:.1%} on' for name, share in width.shares.items())}: "
             f"{width.flops_ratio:.3f} of the blocks' multiply-adds, before token routing",
         ),
     ]
@@ -308,9 +305,9 @@ def _plan_table(plans: Sequence[PlanRow], chosen: PlanRow | None) -> str:
 
 
 def _segment_table(facts: BundleFacts) -> str:
-    units = facts.model.config.depth * facts.model.config.num_heads
+    groups = _group_heads(facts.model)
     slots = any(segment.slots for segment in facts.segments)
-    rows = [["steps", "subnetwork", f"heads/{units}", f"groups/{units}", "gated", "of the cost", "weights"]]
+    rows = [["steps", "subnetwork", *groups, "gated", "of the cost", "weights"]]
     rows[0] += ["slots: min", "mean", "max", "of the tokens"] if slots else []
     for segment in _abbreviated(facts.segments):
         if segment is None:
@@ -320,15 +317,19 @@ def _segment_table(facts: BundleFacts) -> str:
             [
                 f"{segment.first}" + (f"-{segment.first + segment.steps - 1}" if segment.steps > 1 else ""),
                 str(segment.subnet),
-                str(segment.heads),
-                str(segment.groups),
+                *map(str, segment.units.values()),
                 "yes" if segment.gated else "no",
                 f"{segment.cost_share:.1%}",
                 bytes_text(segment.weight_bytes),
                 *(_slot_cells(segment.computed_slots, facts.model.tokens) if slots else []),
             ]
         )
-    return aligned(rows, right=range(11))
+    return aligned(rows, right=range(9 + len(groups)))
+
+
+def _group_heads(model: ModelFacts) -> list[str]:
+    """Column heads of the unit groups, with how many units there are: `heads/48`."""
+    return [f"{name}/{count}" for name, count in model.config.units.total_counts().items()]
 
 
 def _slot_cells(slots: Sequence[int], tokens: int) -> list[str]:
@@ -340,8 +341,8 @@ def _slot_cells(slots: Sequence[int], tokens: int) -> list[str]:
 
 
 def _subnet_table(facts: BundleFacts) -> str:
-    units = facts.model.config.depth * facts.model.config.num_heads
-    rows = [["subnetwork", "steps", f"heads/{units}", f"groups/{units}", "gated", "weights", "x dense", "graph"]]
+    groups = _group_heads(facts.model)
+    rows = [["subnetwork", "steps", *groups, "gated", "weights", "x dense", "graph"]]
     for subnet in _abbreviated(facts.subnets):
         if subnet is None:
             rows.append([f"... {len(facts.subnets) - ROWS_SHOWN - 2} more"])
@@ -350,15 +351,14 @@ def _subnet_table(facts: BundleFacts) -> str:
             [
                 str(subnet.index),
                 str(subnet.steps),
-                str(subnet.heads),
-                str(subnet.groups),
+                *map(str, subnet.units.values()),
                 "yes" if subnet.gated else "no",
                 bytes_text(subnet.weight_bytes),
                 f"{subnet.weight_bytes / facts.dense_bytes:.2f}",
                 bytes_text(subnet.graph_bytes),
             ]
         )
-    return aligned(rows, right=range(8))
+    return aligned(rows, right=range(6 + len(groups)))
 
 
 def _abbreviated(rows: Sequence[Row]) -> list[Row | None]:

@@ -22,7 +22,7 @@ from dydit.diffusion.coefficients import COEFFICIENTS, step_coefficients
 from dydit.diffusion.noise import INITIAL_DRAW, image_noise, step_draw
 from dydit.diffusion.schedule import Sampler, Schedule
 from dydit.models.config import ModelConfig, Strict
-from dydit.models.cost import attention_macs, flops_ratio, mlp_macs
+from dydit.models.cost import flops_ratio, static_macs
 from dydit.runtime.backends.base import Arrays, Backend, BackendOptions, StepResult, Subnet
 from dydit.runtime.backends.registry import open_backend
 from dydit.runtime.loop import StepRunner, default_residency
@@ -135,9 +135,9 @@ class Measured(ABC):
 
     def decided(self) -> Decided:
         """Repeat a round, untimed, and count what its steps decided."""
-        steps, depth = len(self.job.steps), self.config.depth
-        widths = np.ones((steps, depth, 2, self.config.num_heads), bool)
-        return self._count(widths, np.ones((steps, depth)), np.ones(steps))
+        steps = len(self.job.steps)
+        masks = np.ones((steps, self.config.units.size), bool)
+        return self._count(masks, np.ones((steps, self.config.depth)), np.ones(steps))
 
     def _over_round(self, step: Callable[[int, np.ndarray], np.ndarray]) -> None:
         """Call `step(k, x) -> x_prev` for the k-th measured step with the latents that it starts from."""
@@ -146,16 +146,14 @@ class Measured(ABC):
             after = step(k, x)
             x = after if self.job.latents is Latents.RUN else self.noise[k]
 
-    def _count(self, widths: np.ndarray, tokens: np.ndarray, computed: np.ndarray) -> Decided:
-        """From `widths` bool [K, L, 2, H], the share of tokens routed, [K, L], and the share of the static model's
+    def _count(self, masks: np.ndarray, tokens: np.ndarray, computed: np.ndarray) -> Decided:
+        """From `masks` bool [K, U], the share of tokens routed, [K, L], and the share of the static model's
         multiply-adds that were computed for it, [K]."""
-        units = widths.sum(axis=-1)
-        ratio = np.asarray(flops_ratio(self.config, units[:, :, 0], units[:, :, 1], tokens))
-        static = self.config.depth * (attention_macs(self.config) + mlp_macs(self.config))
+        ratio = np.asarray(flops_ratio(self.config, self.config.units.counts(masks), tokens))
         return Decided(
             token_share=tuple(tokens.mean(axis=1).tolist()),
             flops_ratio=tuple(ratio.tolist()),
-            macs=float(computed.mean()) * static,
+            macs=float(computed.mean()) * static_macs(self.config),
         )
 
 

@@ -56,15 +56,15 @@ class MeasuredTorch(Measured):
         return self._step(k, x, self.gating)
 
     def decided(self) -> Decided:
-        widths, tokens = [], []
+        masks, tokens = [], []
 
         def step(k: int, x: np.ndarray) -> np.ndarray:
             recording = Recording(self.gating, self.config)
             after = self._step(k, x, recording)
             decisions = recording.decisions()
-            widths.append(torch.stack([decisions.heads[:, 0], decisions.groups[:, 0]], 1).cpu().numpy() > 0)
+            masks.append(decisions.units[0].cpu().numpy() > 0)
             tokens.append(decisions.tokens.float().mean(dim=(1, 2)).cpu().numpy())
             return after
 
         self._over_round(step)
-        return self._count(np.stack(widths), np.stack(tokens), np.ones(len(tokens)))
+        return self._count(np.stack(masks), np.stack(tokens), np.ones(len(tokens)))

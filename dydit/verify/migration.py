@@ -10,22 +10,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from dydit.calibrate.activations import LAYERS
 from dydit.calibrate.migration import Choice, InputStatistics, as_migration, choose_migration
 from dydit.export.quantize import quantize
+from dydit.models.architecture import stored_name
 from dydit.models.checkpoint import Checkpoint
+from dydit.models.dit.layout import stored_tensors
+from dydit.models.dit.sliced import SlicedBlock
 from dydit.models.migration import Migration
-from dydit.models.sliced import SlicedBlock
 from dydit.verify.activations import entering, sample_watched
-
-_PLACES = {"qkv": "attn", "proj": "attn", "fc1": "mlp", "fc2": "mlp"}
 
 
 @dataclass(frozen=True)
 class Found:
-    """What was chosen for each layer, [L][4]; `migration` is None where nothing helps."""
+    """What was chosen for each layer of each block, by name; `migration` is None where nothing helps."""
 
-    choices: tuple[tuple[Choice, ...], ...]
+    choices: tuple[dict[str, Choice], ...]
 
     @property
     def migration(self) -> Migration | None:
@@ -35,7 +34,7 @@ class Found:
     @property
     def falls(self) -> list[float]:
         """The shares by which the squared errors of migrated layers' products fall, ascending."""
-        every = (choice for block in self.choices for choice in block)
+        every = (choice for block in self.choices for choice in block.values())
         return sorted(1 - each.error / each.unmigrated for each in every if each.exponents is not None)
 
     def text(self) -> str:
@@ -70,12 +69,13 @@ def find_migration(
         seen.add(segment, block.index, layer, values, entering(config, block, layer))
 
     sample_watched(watch, checkpoint, segments, labels, *arguments, **settings)
+    weights = _Weights(checkpoint)
     return Found(
         tuple(
-            tuple(
-                choose_migration(inputs, _weight(checkpoint, block, layer), stored_in_int8)
-                for layer, inputs in zip(LAYERS, layers, strict=True)
-            )
+            {
+                layer: choose_migration(inputs, weights[stored_name(block, layer)], stored_in_int8)
+                for layer, inputs in layers.items()
+            }
             for block, layers in enumerate(seen.of)
         )
     )
@@ -83,11 +83,20 @@ def find_migration(
 
 def stored_in_int8(weight: np.ndarray) -> np.ndarray:
     """What a weight f32 [in, out] is once a bundle has stored it in int8."""
-    stored, scale = quantize("blocks.0.proj.weight", torch.from_numpy(weight)[None])
+    stored, scale = quantize(torch.from_numpy(weight)[None], out_major=False)
     return np.asarray((stored[0].to(torch.float32) * scale).numpy())
 
 
-def _weight(checkpoint: Checkpoint, block: int, layer: str) -> np.ndarray:
-    """f32 [in, out]."""
-    weight = checkpoint.state[f"blocks.{block}.{_PLACES[layer]}.{layer}.weight"]
-    return np.ascontiguousarray(weight.detach().to(torch.float32).numpy().T)
+class _Weights:
+    """The weights of a checkpoint's layers, f32 [in, out], in the checkpoint's order of units."""
+
+    def __init__(self, checkpoint: Checkpoint):
+        self._layers = checkpoint.config.units.weights
+        self._tensors = {
+            name: tensor for name, tensor in stored_tensors(checkpoint.state, checkpoint.config) if name in self._layers
+        }
+
+    def __getitem__(self, layer: str) -> np.ndarray:
+        name = f"{layer}.weight"
+        rows = self._tensors[name].flatten(0, 1).numpy()
+        return np.ascontiguousarray(rows.T if self._layers[name].out_major else rows)

@@ -26,14 +26,14 @@ from dydit.bundle.manifest import Manifest
 from dydit.bundle.stored import half_name
 from dydit.errors import ConfigError
 from dydit.export.exporter import stale_reasons
-from dydit.export.migrate import migrated_tensors
 from dydit.export.weights import Copies, stored_forms
 from dydit.files import write_json
 from dydit.models.checkpoint import Checkpoint
 from dydit.models.config import ModelConfig, Strict
 from dydit.models.cost import flops_ratio
-from dydit.models.layout import stored_tensors
-from dydit.models.sliced import SlicedDiT, conditioning
+from dydit.models.dit.layout import stored_tensors
+from dydit.models.dit.sliced import SlicedDiT, conditioning
+from dydit.models.dit.smoothing import migrated_tensors
 from dydit.runtime.backends.base import BackendOptions
 from dydit.runtime.backends.registry import open_backend
 from dydit.runtime.loop import StepRunner
@@ -121,9 +121,10 @@ def run_parity(
 
 def cost_of(model: ModelConfig, trajectory: Trajectory) -> tuple[np.ndarray, np.ndarray]:
     """(share of tokens that entered the MLP, FLOPs ratio) of every step, each [S]."""
-    counts = trajectory.widths.mean(axis=3).sum(axis=-1)  # [S, L, 2]
-    routed = np.ones(counts.shape[:2]) if trajectory.tokens is None else trajectory.tokens.mean(axis=(2, 3))
-    ratio: np.ndarray = flops_ratio(model, counts[:, :, 0], counts[:, :, 1], routed)
+    counts = model.units.counts(trajectory.masks).mean(axis=1)  # [S, P], of all rows
+    everything = np.ones((len(counts), model.depth))
+    routed = everything if trajectory.tokens is None else trajectory.tokens.mean(axis=(2, 3))
+    ratio: np.ndarray = flops_ratio(model, counts, routed)
     return routed.mean(axis=1), ratio
 
 
@@ -173,7 +174,7 @@ class _Parity:
     def hops(self) -> tuple[list[Hop], Trajectory]:
         """All hops, in order, and the reference's run."""
         self.trajectory = self.reference.run(self.images, self.tick)
-        masks = compare_masks(self.bundle, self.timesteps, self.trajectory.widths)
+        masks = compare_masks(self.bundle, self.timesteps, self.trajectory.masks)
         return [masks, compare_weights(self.bundle, self.checkpoint), self._sliced(), *self._backend()], self.trajectory
 
     def _expected(self, step: int) -> StepValues:
@@ -208,9 +209,8 @@ class _Parity:
         labels = torch.from_numpy(self.images.row_labels(self.model))
 
         def run(step: int) -> StepValues:
-            widths = self.trajectory.widths[step, :, :, 0]
-            slots = [[np.flatnonzero(units).tolist() for units in widths[:, part]] for part in (0, 1)]
-            sliced = SlicedDiT(self.model, weights, slots[0], slots[1], self.reference.cfg_channels)
+            slots = self.model.units.slots(self.trajectory.masks[step, 0])
+            sliced = SlicedDiT(self.model, weights, slots, self.reference.cfg_channels)
             x = self.trajectory.latents[step]
             modulation = conditioning(self.model, weights, torch.tensor([int(self.timesteps[step])]), labels)[0]
             out = sliced.step(
@@ -263,24 +263,25 @@ class _Parity:
         return [single, locate_in_run(judge(self.rules["run"], together, self.timesteps), self.timesteps)]
 
 
-def compare_masks(bundle: Bundle, timesteps: np.ndarray, widths: np.ndarray) -> Hop:
+def compare_masks(bundle: Bundle, timesteps: np.ndarray, masks: np.ndarray) -> Hop:
     """The gates that the model itself used, and the timesteps that it was given, against the manifest's.
 
-    `widths`: bool [S, L, 2, rows, H], by unit of the checkpoint. The departure is the first step, block and unit.
+    `masks`: bool [S, rows, U], by unit of the checkpoint. The departure is the first step, block and unit.
     """
     rule, frozen = rules(bundle.manifest.precision)["masks"], bundle.manifest.checkpoint_masks()
-    wrong = (widths != frozen[:, :, :, None]).any(axis=3)  # [S, L, 2, H]
+    wrong = (masks != frozen[:, None]).any(axis=1)  # [S, U]
     late = np.asarray(bundle.manifest.sampling.timesteps) != timesteps
-    per_step = wrong.sum(axis=(1, 2, 3)) + late
+    per_step = wrong.sum(axis=1) + late
     if not per_step.any():
         detail = f"all {wrong.size:,} gates of {counted(len(timesteps), 'step')} are equal"
         return exact_hop(rule, 0, detail, None, per_step)
     step = int(np.argmax(per_step > 0))
     block, where = None, f"step {step} is at timestep {bundle.manifest.sampling.timesteps[step]}, not {timesteps[step]}"
     if not late[step]:
-        block, part, unit = map(int, np.argwhere(wrong[step])[0])
-        frozen_as = "on" if frozen[step, block, part, unit] else "off"
-        unit_name = f"{('head', 'group')[part]} {unit}"
+        place = int(np.argmax(wrong[step]))
+        part = next(part for part in bundle.manifest.model.units.parts if place < part.stop)
+        block, frozen_as = part.block, "on" if frozen[step, place] else "off"
+        unit_name = f"{part.group.name.removesuffix('s')} {place - part.start}"
         where = f"step {step} (timestep {timesteps[step]}), block {block}: {unit_name} is frozen as {frozen_as}"
     departure = Departure(step=step, timestep=int(timesteps[step]), block=block, where=where)
     total = int(per_step.sum())
@@ -292,14 +293,15 @@ def compare_weights(bundle: Bundle, checkpoint: Checkpoint) -> Hop:
     """Every tensor of `weights.bin` against the checkpoint's, in the manifest's order of units."""
     manifest = bundle.manifest
     elements, differing, first = 0, 0, None
-    orders = manifest.head_order, manifest.group_order
-    tensors = migrated_tensors(checkpoint.state, manifest.model, manifest.migration, *orders)
+    tensors = migrated_tensors(checkpoint.state, manifest.model, manifest.migration, manifest.unit_order)
 
     def copies(name: str) -> Copies:
         half = half_name(name) in manifest.weights
         return Copies(name in manifest.weights or not half, half)
 
-    forms = (form for each in tensors for form in stored_forms(*each, manifest.precision, copies(each[0])))
+    forms = (
+        form for each in tensors for form in stored_forms(manifest.model, *each, manifest.precision, copies(each[0]))
+    )
     for name, expected in forms:
         elements += expected.numel()
         wrong = _differing(bundle, name, expected)

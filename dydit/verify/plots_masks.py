@@ -10,32 +10,36 @@ from typing import Any
 
 import numpy as np
 
+from dydit.models.architecture import UnitAxis
 from dydit.verify.plot_style import ACCENT, ACCENT_LIGHT, OFF, SECOND, drawing, headline, png, timestep_ticks
 from dydit.words import counted
 
-PARTS = ("attention heads", "channel groups")
 
+def masks_png(masks: np.ndarray, axis: UnitAxis, timesteps: Sequence[int]) -> bytes:
+    """Which units are on at each sampling step, a column of plots for each unit group.
 
-def masks_png(masks: np.ndarray, timesteps: Sequence[int]) -> bytes:
-    """Which heads and channel groups are on at each sampling step.
-
-    `masks` bool [S, L, 2, H] by checkpoint unit, steps in execution order (noisiest first); `timesteps` [S].
+    `masks` bool [S, U] by checkpoint unit, steps in execution order (noisiest first); `timesteps` [S].
     """
-    steps, depth, _, units = masks.shape
-    height = min(max(depth * units * 0.062, 2.6), 8.5)
-    distinct = len(np.unique(masks.reshape(steps, -1), axis=0))
-    with drawing(10, height + 1.6) as figure:
-        shares = [masks[:, :, part].mean() for part in (0, 1)]
+    groups, depth = axis.blocks[0].groups, len(axis.blocks)
+    most = max(group.count for group in groups)
+    height = min(max(depth * most * 0.062, 2.6), 8.5)
+    distinct = len(np.unique(masks, axis=0))
+    with drawing(5 * len(groups), height + 1.6) as figure:
+        shares = [
+            f"{share:.0%} of {group.title}" for share, group in zip(axis.shares(masks).values(), groups, strict=True)
+        ]
+        units = " and ".join(str(count) for count in dict.fromkeys(group.count for group in groups))
         headline(
             figure,
-            f"{shares[0]:.0%} of heads and {shares[1]:.0%} of channel groups are on, averaged over the run",
-            f"{counted(distinct, 'distinct mask')} in {counted(steps, 'step')}; a column is one step, a row one unit "
-            f"of the checkpoint ({counted(depth, 'block')} of {units}); dark = on",
+            f"{' and '.join(shares)} are on, averaged over the run",
+            f"{counted(distinct, 'distinct mask')} in {counted(len(masks), 'step')}; a column is one step, a row one "
+            f"unit of the checkpoint ({counted(depth, 'block')} of {units}); dark = on",
         )
-        axes = figure.subplots(2, 2, sharex=True, sharey="row", height_ratios=(0.85, height))
-        for part in (0, 1):
-            _share_line(axes[0, part], masks[:, :, part], PARTS[part])
-            _mask_map(axes[1, part], masks[:, :, part], timesteps)
+        shape = (2, len(groups))
+        axes = figure.subplots(*shape, sharex=True, sharey="row", height_ratios=(0.85, height), squeeze=False)
+        for column, group in enumerate(groups):
+            _share_line(axes[0, column], axis.of_group(masks, group.name), group.title)
+            _mask_map(axes[1, column], axis.of_group(masks, group.name), timesteps)
         axes[0, 0].set_ylabel("share on")
         axes[1, 0].set_ylabel("block")
         return png(figure)

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from dydit.calibrate.activations import LAYERS
 from dydit.calibrate.sensitivity import Sensitivity
 from dydit.verify.calibration import CalibrationResult
 from dydit.verify.plot_style import ACCENT, ACCENT_LIGHT, FAINT, INK, MUTED, OFF, SECOND, drawing, headline, png
@@ -31,7 +30,7 @@ def sensitivity_png(result: CalibrationResult) -> bytes:
         )
         left, right = figure.subfigures(1, 2, width_ratios=(1, 1.15))
         _curve(left.subplots(), found)
-        _map(right, found, ranges.kept, result.bounds)
+        _map(right, found, ranges.kept, result.layers, result.bounds)
         return png(figure)
 
 
@@ -95,14 +94,14 @@ def _curve(axis: Any, found: Sensitivity) -> None:
     above.set_xlabel("bound on these layers' speed, 8 bits taking half of 16: arithmetic", fontsize=8, color=MUTED)
 
 
-def _map(figure: Any, found: Sensitivity, kept: np.ndarray, bounds: Sequence[int]) -> None:
+def _map(figure: Any, found: Sensitivity, kept: np.ndarray, layers: Sequence[str], bounds: Sequence[int]) -> None:
     from matplotlib.colors import ListedColormap
     from matplotlib.ticker import MaxNLocator
 
-    there = np.asarray(found.losses) > 0  # [segments, L, 4]
+    there = np.asarray(found.losses) > 0  # [segments, L, layers]
     state = np.where(kept, _STAYS, np.where(there, _EIGHTH, _ABSENT))
-    axes = figure.subplots(len(LAYERS), 1, sharex=True)
-    for axis, layer, name in zip(axes, np.moveaxis(state, 2, 0), LAYERS, strict=True):
+    axes = figure.subplots(len(layers), 1, sharex=True)
+    for axis, layer, name in zip(axes, np.moveaxis(state, 2, 0), layers, strict=True):
         colours = ListedColormap(["white", OFF, ACCENT])
         axis.imshow(layer.T, cmap=colours, vmin=0, vmax=2, aspect="auto", interpolation="nearest")
         axis.set_ylabel(f"{name}\nblock", fontsize=8)

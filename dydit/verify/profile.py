@@ -56,11 +56,12 @@ def run_profile(
     model = checkpoint.config
     if config.batch > export.max_batch:
         raise ConfigError(f"a batch of {config.batch} to measure with: the export is for {export.max_batch} at most")
-    if model.num_heads < 2:
+    groups = model.units.blocks[0].groups
+    if any(group.count < 2 for group in groups):
         raise ConfigError("a model of one head leaves no widths to measure; use --cost macs")
     share = (config.token_share or token_share(checkpoint)) if model.dynamic else 1.0
     threads = config.threads or Machine.here().cores
-    points = profile_points(model.num_heads)
+    points = profile_points([group.count for group in groups])
     with tempfile.TemporaryDirectory(prefix="dydit-profile-") as folder:
         bundles = []
         for depth, group in groupby(points, key=lambda point: point.depth):
@@ -81,7 +82,9 @@ def run_profile(
         residency = fit_residency(points, model, export.precision, found.settled, found.workspace, settings)
     if times:
         timed = [point for point in points if point.timed]
-        fitted = fit_times(timed, found.ms, {**settings, "threads": threads, "token_share": share})
+        fitted = fit_times(
+            timed, [group.name for group in groups], found.ms, {**settings, "threads": threads, "token_share": share}
+        )
     return Measured(times=fitted, residency=residency)
 
 

@@ -9,15 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from dydit.bundle.costs import Residency, StepTimes
+from dydit.bundle.costs import GroupTimes, Residency, StepTimes
 from dydit.bundle.stored import Precision
 from dydit.errors import ConfigError
 from dydit.export.plan import Plan
 from dydit.export.sizes import PlanSizes, fixed_bytes, unit_bytes
 from dydit.models.config import ModelConfig
-from dydit.verify.profile_points import Point
+from dydit.verify.profile_points import Point, of_depth
 
-TIME_TERMS = ("fixed", "block", "attention", "head", "mlp", "group")
 WORKSPACES, MARGIN = 3, 0.1
 """Whole models take up to this many times a step's workspace, and more than the fit: the heap keeps what is freed."""
 RESIDENCY_TERMS = ("subnet", "block", "mapped", "joined", "shared")
@@ -43,28 +42,39 @@ def non_negative(columns: np.ndarray, values: np.ndarray) -> np.ndarray:
     return best
 
 
-def fit_times(points: Sequence[Point], ms: Sequence[Sequence[float]], settings: Mapping[str, Any]) -> StepTimes:
+def fit_times(
+    points: Sequence[Point], groups: Sequence[str], ms: Sequence[Sequence[float]], settings: Mapping[str, Any]
+) -> StepTimes:
     """Times by the medians of each point's rounds, in milliseconds; relative deviations count.
 
-    `settings`: the other fields of `StepTimes`. Raises `ConfigError` where no cost of a head or a group can be told.
+    `groups`: names of the unit groups. `settings`: the other fields of `StepTimes`. Raises `ConfigError` where no cost
+    of a unit can be told.
     """
     columns = np.array([_time_terms(point) for point in points], np.float64)
     medians = np.array([np.median(rounds) for rounds in ms])
-    found = dict(zip(TIME_TERMS, non_negative(columns / medians[:, None], np.ones(len(medians))).tolist(), strict=True))
-    for term in ("head", "group"):
-        if found[term] <= 0:
+    terms = non_negative(columns / medians[:, None], np.ones(len(medians)))
+    fixed, block, *each = terms.tolist()
+    times = {name: {"any": each[2 * index], "unit": each[2 * index + 1]} for index, name in enumerate(groups)}
+    for name, found in times.items():
+        if found["unit"] <= 0:
             raise ConfigError(
-                f"the times measured here do not grow with the number of {term}s (a busy machine, or a very small "
+                f"the times measured here do not grow with the number of {name} (a busy machine, or a very small "
                 "model), so no plan can go by them; try again, or use --cost macs"
             )
-    fitted = columns @ np.array([found[term] for term in TIME_TERMS])
-    return StepTimes(**settings, **found, deviation=float(np.abs(fitted / medians - 1).max()))
+    deviation = float(np.abs(columns @ terms / medians - 1).max())
+    return StepTimes(
+        **settings,
+        fixed=fixed,
+        block=block,
+        groups={name: GroupTimes(**found) for name, found in times.items()},
+        deviation=deviation,
+    )
 
 
 def _time_terms(point: Point) -> list[int]:
-    heads, groups, depth = point.heads, point.groups, point.depth
-    each = (heads > 0, heads, groups > 0, groups)
-    return [1, depth, *(depth * count for count in each)]
+    """1, blocks, and for each unit group of the blocks: whether any unit is there, and how many."""
+    each = [term for count in point.counts for term in (count > 0, count)]
+    return [1, point.depth, *(point.depth * term for term in each)]
 
 
 def fit_residency(
@@ -92,12 +102,12 @@ def _loaded_terms(points: Sequence[Point], model: ModelConfig, precision: Precis
     """What is loaded after each point, [points, terms]: subnetworks, their blocks, bytes mapped, joined and shared."""
     rows, before = [], np.zeros(len(RESIDENCY_TERMS))
     for depth, group in groupby(points, key=lambda point: point.depth):
-        cut = model.model_copy(update={"depth": depth})
+        cut = of_depth(model, depth)
         unit_sizes, fixed = unit_bytes(cut, precision), fixed_bytes(cut, precision)
         units, row = np.zeros(unit_sizes.shape, bool), before
         for point in group:
-            masks = point.masks(model.num_heads)
-            (subnet,) = PlanSizes(masks, unit_sizes, fixed).subnets(Plan((0, len(masks)), 0.0))
+            masks = point.masks(model)
+            (subnet,) = PlanSizes(cut.units, masks, unit_sizes, fixed).subnets(Plan((0, len(masks)), 0.0))
             units |= subnet.mapped_units
             row = row + np.array([1, depth, subnet.mapped, subnet.joined, 0.0])
             row[-1] = before[-1] + (units * unit_sizes).sum() + fixed

@@ -6,6 +6,7 @@ depend on them; and token routers that let exactly the wanted share of tokens th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,45 +35,56 @@ _FAR, _LIMIT = 8.0, 4.0  # what routed and other tokens have in channel 0, up an
 
 @dataclass(frozen=True)
 class Point:
-    """A subnetwork all of whose blocks hold as many heads and groups, gated or not.
+    """A subnetwork all of whose blocks hold as many units of each unit group, gated or not.
 
-    `holes`: they do not stand side by side, as far as so many units can be spread among all.
+    `counts`: units of each group. `holes`: they do not stand side by side, as far as so many can be spread among all.
     """
 
     depth: int
-    heads: int
-    groups: int
-    gated: tuple[bool, bool] = (False, False)
+    counts: tuple[int, ...]
+    gated: bool = False
     holes: bool = False
 
     @property
     def timed(self) -> bool:
         """Whether its time counts: neither gates nor holes change it by more than noise."""
-        return not (any(self.gated) or self.holes)
+        return not (self.gated or self.holes)
 
-    def masks(self, units: int) -> np.ndarray:
-        """The steps that share it, bool [1 or 2, depth, 2, units]: two where it is gated, which differ in a unit."""
-        mask = np.zeros((1 + any(self.gated), self.depth, 2, units), bool)
-        for part, count in enumerate((self.heads, self.groups)):
+    def masks(self, model: ModelConfig) -> np.ndarray:
+        """The steps that share it, bool [1 or 2, U] of `of_depth`: two where it is gated, which differ in a unit."""
+        axis = of_depth(model, self.depth).units
+        masks = np.zeros((1 + self.gated, axis.size), bool)
+        for part in axis.parts:
+            count, units = self.counts[part.index], part.group.count
             places = np.linspace(0, units - 1, count).astype(int) if self.holes else np.arange(count)
-            mask[:, :, part, places] = True
-            if self.gated[part]:
-                mask[1, :, part, places[-1]] = False
-        return mask
+            masks[:, part.start + places] = True
+            if self.gated:
+                masks[1, part.start + places[-1]] = False
+        return masks
 
 
-def profile_points(units: int) -> list[Point]:
-    """The points for blocks of `units` heads and groups, at least 2."""
-    half = (units + 1) // 2
-    pairs = [(1, 1), (half, half), (1, units), (units, 1), (0, units), (units, 0), (units, units)]
-    points = [Point(SHALLOW, *pair) for pair in pairs]
-    points += [Point(SHALLOW, *pair, (True, True)) for pair in ((half, half), (units, units))]
-    if units > 2:
-        points += [Point(SHALLOW, units - 1, units - 1, holes=True), Point(SHALLOW, half, half, holes=True)]
-    deep = [Point(DEEP, 0, 0), Point(DEEP, 1, 1), Point(DEEP, half, half, (True, True)), Point(DEEP, half, half)]
-    if units > 2:
-        deep.append(Point(DEEP, half, half, holes=True))
-    return list(dict.fromkeys([Point(SHALLOW, 0, 0), *points, *deep]))
+def of_depth(model: ModelConfig, depth: int) -> ModelConfig:
+    """The same model with another number of blocks."""
+    return model.model_copy(update={"depth": depth})
+
+
+def profile_points(units: Sequence[int]) -> list[Point]:
+    """The points for blocks of so many `units` in each group, at least 2."""
+    full = tuple(units)
+    none, one = (0,) * len(full), (1,) * len(full)
+    half = tuple((count + 1) // 2 for count in full)
+
+    def only(group: int, rest: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(full[index] if index == group else rest[index] for index in range(len(full)))
+
+    alone = [only(group, rest) for rest in (one, none) for group in range(len(full))]
+    points = [Point(SHALLOW, counts) for counts in (none, one, half, *alone, full)]
+    points += [Point(SHALLOW, counts, gated=True) for counts in (half, full)]
+    deep = [Point(DEEP, none), Point(DEEP, one), Point(DEEP, half, gated=True), Point(DEEP, half)]
+    if min(full) > 2:
+        points += [Point(SHALLOW, tuple(count - 1 for count in full), holes=True), Point(SHALLOW, half, holes=True)]
+        deep.append(Point(DEEP, half, holes=True))
+    return list(dict.fromkeys([*points, *deep]))
 
 
 def write_profile_bundle(
@@ -81,8 +93,8 @@ def write_profile_bundle(
     """A bundle whose subnetworks are the points, all of one depth, in their order, made as `config` says."""
     depth = points[0].depth
     checkpoint = _checkpoint(model, depth, token_share)
-    masks = np.concatenate([point.masks(model.num_heads) for point in points])
-    bounds = np.cumsum([0, *(len(point.masks(model.num_heads)) for point in points)])
+    masks = np.concatenate([point.masks(model) for point in points])
+    bounds = np.cumsum([0, *(1 + point.gated for point in points)])
     capacities = None
     if config.capacities is not None and config.routing is Routing.CAPACITY:
         capacities = (round(sum(config.capacities) / len(config.capacities)),) * depth

@@ -21,7 +21,7 @@ from dydit.diffusion.noise import INITIAL_DRAW, image_noise, step_draw
 from dydit.diffusion.schedule import Sampler, Schedule
 from dydit.errors import ConfigError
 from dydit.models.config import ModelConfig
-from dydit.models.dit import DiT
+from dydit.models.dit.model import DiT
 from dydit.models.routers import Gating, Masked, Recording, Static, TokenRouter
 
 
@@ -59,11 +59,11 @@ class Images:
 
 @dataclass(frozen=True)
 class ReferenceStep:
-    """One step: `x_prev` f32 [B, C, S, S]; `widths` bool [L, 2, R, H] the gates of heads and of groups; `logits` f32
-    [L, R, N] of the token routers (None for a static model); `residuals` f32 [L, R, N, D], where asked for."""
+    """One step: `x_prev` f32 [B, C, S, S]; `masks` bool [R, U], the gates of units; `logits` f32 [L, R, N] of the token
+    routers (None for a static model); `residuals` f32 [L, R, N, D], where asked for."""
 
     x_prev: np.ndarray
-    widths: np.ndarray
+    masks: np.ndarray
     logits: np.ndarray | None
     residuals: np.ndarray | None = None
 
@@ -74,7 +74,7 @@ class Trajectory:
     `ReferenceStep`, stacked over the steps."""
 
     latents: np.ndarray
-    widths: np.ndarray
+    masks: np.ndarray
     logits: np.ndarray | None
 
     @property
@@ -125,10 +125,9 @@ class Reference:
         with _after_blocks(self.model, residuals) as kept:
             out = self.x_prev(step, torch.from_numpy(x), noise, labels, images.cfg_scale, recording)
         decisions = recording.decisions()
-        widths = torch.stack([decisions.heads, decisions.groups], 1) > 0
         return ReferenceStep(
             out.numpy(),
-            widths.numpy(),
+            (decisions.units > 0).numpy(),
             torch.stack(watched.logits).numpy() if watched.logits else None,
             torch.stack(kept).numpy() if residuals else None,
         )
@@ -143,7 +142,7 @@ class Reference:
             if progress:
                 progress()
         logits = None if self.static else np.stack([_present(each.logits) for each in kept])
-        return Trajectory(np.stack(latents), np.stack([each.widths for each in kept]), logits)
+        return Trajectory(np.stack(latents), np.stack([each.masks for each in kept]), logits)
 
 
 def _present(array: np.ndarray | None) -> np.ndarray:

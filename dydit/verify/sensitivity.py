@@ -29,7 +29,7 @@ from dydit.export.exporter import ExportConfig
 from dydit.files import atomic_file
 from dydit.models.checkpoint import Checkpoint
 from dydit.models.config import Strict, UserPath
-from dydit.models.sliced import SlicedDiT
+from dydit.models.dit.sliced import SlicedDiT
 from dydit.runtime.images import kept_arrays
 from dydit.runtime.noise import SeededNoise
 from dydit.runtime.request import Batch, make_batches

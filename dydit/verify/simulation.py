@@ -16,19 +16,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dydit.bundle.stored import Precision
-from dydit.calibrate.activations import LAYERS, ActivationRanges
+from dydit.calibrate.activations import ActivationRanges
 from dydit.diffusion.coefficients import step_coefficients
 from dydit.diffusion.guidance import Guidance
 from dydit.diffusion.schedule import Sampler, Schedule
 from dydit.export.exporter import GUIDED_CHANNELS
 from dydit.export.masks import freeze_masks
-from dydit.export.migrate import FACTOR, migrated_tensors, modulation_factors
-from dydit.export.quantize import is_quantized, quantize
+from dydit.export.quantize import quantize
 from dydit.export.scales import LARGEST
+from dydit.models.architecture import Slots, stored_name
 from dydit.models.checkpoint import Checkpoint
 from dydit.models.config import ModelConfig
-from dydit.models.layout import OUT_MAJOR
-from dydit.models.sliced import SlicedBlock, SlicedDiT, Slots, conditioning
+from dydit.models.dit.sliced import SlicedBlock, SlicedDiT, conditioning
+from dydit.models.dit.smoothing import FACTOR, migrated_tensors, modulation_factors
 
 TYPES = {Precision.INT8_STATIC: torch.int8, Precision.FP8: torch.float8_e4m3fn}
 Quantized = Mapping[str, tuple[Tensor, Tensor]]
@@ -50,10 +50,8 @@ def in_8_bits(values: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
 class MigratedDiT(SlicedDiT):
     """A subnetwork of migrated weights, with fc2's factors among them; it makes what its checkpoint does."""
 
-    def __init__(
-        self, config: ModelConfig, weights: Mapping[str, Tensor], heads: Slots, groups: Slots, cfg_channels: int
-    ):
-        super().__init__(config, weights, heads, groups, cfg_channels)
+    def __init__(self, config: ModelConfig, weights: Mapping[str, Tensor], slots: Slots, cfg_channels: int):
+        super().__init__(config, weights, slots, cfg_channels)
         self._factors = {
             block: weights[name] for block in range(config.depth) if (name := f"blocks.{block}.{FACTOR}") in weights
         }
@@ -70,7 +68,7 @@ class MigratedDiT(SlicedDiT):
 
 
 class SimulatedDiT(MigratedDiT):
-    """A subnetwork whose linear layers are in 8 bits, but for those of `kept`, bool [L, 4] in the order of `LAYERS`.
+    """A subnetwork whose linear layers are in 8 bits, but for those of `kept`, bool [L, layers].
 
     `quantized`: weights in 8 bits and their scales, by name; `scales`: of what enters each layer, by block. `kept` may
     be set anew before each step.
@@ -81,29 +79,28 @@ class SimulatedDiT(MigratedDiT):
         config: ModelConfig,
         weights: Mapping[str, Tensor],
         quantized: Quantized,
-        heads: Slots,
-        groups: Slots,
+        slots: Slots,
         cfg_channels: int,
         scales: Sequence[Sequence[float]],
         kept: np.ndarray,
     ):
-        super().__init__(config, weights, heads, groups, cfg_channels)
-        self.kept = kept
+        super().__init__(config, weights, slots, cfg_channels)
+        self.kept, self._names = kept, config.units.layer_names
         self._quantized, self._scales = quantized, scales
         self._made: dict[tuple[int, str, bool], Tensor] = {}
 
     def product(self, block: SlicedBlock, layer: str, x: Tensor) -> Tensor:
         """The layer, rounded as its precision rounds."""
-        kept = dict(zip(LAYERS, self.kept[block.index].tolist(), strict=True))
+        kept = dict(zip(self._names, self.kept[block.index].tolist(), strict=True))
         if layer == "proj" or (layer == "fc2" and kept["fc1"]):
             x = in_16_bits(x)  # attention, and GELU after a product in 16 bits, give fp16
         weight, bias = self._weight(block, layer, kept[layer]), getattr(block, f"{layer}_bias")
         if kept[layer]:
             x, bias = in_16_bits(x), in_16_bits(bias)
         else:
-            scale = self._scales[block.index][LAYERS.index(layer)]
-            x = in_8_bits(x, scale, self._quantized[f"blocks.{block.index}.{layer}.weight"][0].dtype)
-        y = F.linear(x, weight, bias) if layer in OUT_MAJOR else x @ weight + bias
+            scale = self._scales[block.index][self._names.index(layer)]
+            x = in_8_bits(x, scale, self._quantized[stored_name(block.index, f"{layer}.weight")][0].dtype)
+        y = F.linear(x, weight, bias) if self._layers[layer].out_major else x @ weight + bias
         return in_16_bits(y) if kept[layer] or layer == "qkv" else y  # attention takes fp16
 
     def _weight(self, block: SlicedBlock, layer: str, kept: bool) -> Tensor:
@@ -114,11 +111,11 @@ class SimulatedDiT(MigratedDiT):
         return self._made[key]
 
     def _dequantized(self, block: SlicedBlock, layer: str) -> Tensor:
-        stored, scale = self._quantized[f"blocks.{block.index}.{layer}.weight"]
-        slots = block.heads if layer in ("qkv", "proj") else block.groups
+        stored, scale = self._quantized[stored_name(block.index, f"{layer}.weight")]
+        slots = block.slots[self.config.units.blocks[block.index].group_of(layer)]
         bits = stored.view(torch.uint8)[slots].view(stored.dtype)  # float8 has no indexing
         values = bits.float()
-        return (values * (scale[slots][..., None] if layer in OUT_MAJOR else scale)).flatten(0, 1)
+        return (values * (scale[slots][..., None] if self._layers[layer].out_major else scale)).flatten(0, 1)
 
 
 class Simulator:
@@ -143,13 +140,11 @@ class Simulator:
         self.timesteps = schedule.timesteps[::-1]
         self.masks = freeze_masks(checkpoint.width_routers(), self.timesteps)
         self.segment_of = [index for index, (first, end) in enumerate(segments) for _ in range(first, end)]
-        same = [range(config.num_heads)] * config.depth
-        self._weights = dict(migrated_tensors(checkpoint.state, config, ranges.migration, same, same))
+        self._weights = dict(migrated_tensors(checkpoint.state, config, ranges.migration))
         self._factors = modulation_factors(config, ranges.migration)
         self._quantized = {
-            name: quantize(name, tensor, TYPES[precision])
-            for name, tensor in self._weights.items()
-            if is_quantized(name)
+            name: quantize(self._weights[name], layer.out_major, TYPES[precision])
+            for name, layer in config.units.weights.items()
         }
         self._scales = ranges.input_scales(LARGEST[precision])
         self._coefficients = torch.from_numpy(
@@ -159,18 +154,16 @@ class Simulator:
 
     def plain(self, step: int) -> SlicedDiT:
         """The step's subnetwork, not quantised."""
-        return MigratedDiT(self.config, self._weights, *self._units(step), cfg_channels=self._channels)
+        return MigratedDiT(self.config, self._weights, self._slots(step), self._channels)
 
     def subnet(self, step: int, kept: np.ndarray) -> SimulatedDiT:
-        """The step's subnetwork with the layers `kept`, bool [L, 4], in 16 bits and the others in 8."""
+        """The step's subnetwork with the layers `kept`, bool [L, layers], in 16 bits and the others in 8."""
         scales = self._scales[self.segment_of[step]]
-        return SimulatedDiT(
-            *(self.config, self._weights, self._quantized, *self._units(step), self._channels, scales, kept)
-        )
+        slots = self._slots(step)
+        return SimulatedDiT(self.config, self._weights, self._quantized, slots, self._channels, scales, kept)
 
-    def _units(self, step: int) -> tuple[Slots, Slots]:
-        heads, groups = ([np.flatnonzero(block).tolist() for block in self.masks[step, :, part]] for part in (0, 1))
-        return heads, groups
+    def _slots(self, step: int) -> Slots:
+        return self.config.units.slots(self.masks[step])
 
     def modulation(self, step: int, labels: np.ndarray, cfg_scale: float) -> Tensor:
         """The step's modulation of labels [B] and, with guidance, of as many null classes after them."""

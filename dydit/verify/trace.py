@@ -75,9 +75,8 @@ def trace_tokens(
 
 def decided_ratio(manifest: Manifest, tokens: np.ndarray) -> float:
     """F_dyn / F_static of a run by the model's own decisions: exact masks, and `tokens` bool [steps, L, rows, N]."""
-    units = manifest.step_masks().sum(axis=-1)  # [S, L, 2]
-    share = tokens.mean(axis=(2, 3))
-    return float(np.mean(flops_ratio(manifest.model, units[:, :, 0], units[:, :, 1], share)))
+    counts, share = manifest.model.units.counts(manifest.step_masks()), tokens.mean(axis=(2, 3))
+    return float(np.mean(flops_ratio(manifest.model, counts, share)))
 
 
 def executed_ratio(manifest: Manifest, tokens: np.ndarray) -> float:

@@ -308,8 +308,8 @@ class TestBounds:
 
     def test_by_hand(self, gpu):
         """N = 4, D = 8, hd = 4, gd = 16; one head and both groups on, half of the tokens; B = 3, R = 6; 2 bytes."""
-        widths = np.array([[[[True, False], [True, True]]]])
-        work = gpu.bounds.step_work(self.CONFIG, widths, np.array([[0.5]]), 3, 2)
+        masks = np.array([[True, False, True, True]])
+        work = gpu.bounds.step_work(self.CONFIG, masks, np.array([[0.5]]), 3, 2)
         attention, mlp, ends = 4 * 4 * 64 + 2 * 16 * 8, 8 * 4 * 64, 4 * 8 * 4 * (4 + 8)
         assert (attention, mlp, ends) == (1280, 2048, 1536)
         assert work.macs == 6 * (1280 / 2 + 2048 / 2 + 1536) == 19200
@@ -320,7 +320,7 @@ class TestBounds:
         assert work.macs_ms(0.0384) == pytest.approx(1e-3) and work.memory_ms(14.112) == pytest.approx(1e-3)
 
     def test_steps_are_averaged(self, gpu):
-        one, all_on = np.zeros((1, 1, 2, 2), bool), np.ones((1, 1, 2, 2), bool)
+        one, all_on = np.zeros((1, 4), bool), np.ones((1, 4), bool)
         works = [gpu.bounds.step_work(self.CONFIG, each, np.array([[1.0]]), 1, 2) for each in (one, all_on)]
         both = gpu.bounds.step_work(self.CONFIG, np.concatenate([one, all_on]), np.ones((2, 1)), 1, 2)
         for name, value in both.to_json().items():

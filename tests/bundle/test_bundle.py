@@ -71,13 +71,11 @@ def test_reads_weights_masks_and_files(make_bundle, make_checkpoint):
     np.testing.assert_array_equal(bundle.weight("pos_embed"), state["pos_embed"][0])
     with pytest.raises(ValueError, match="read-only"):
         bundle.weight("pos_embed")[0, 0] = 1
-    steps, (depth, heads) = bundle.manifest.sampling.steps, (3, 4)
-    assert bundle.masks.shape == (steps, depth, 2, heads) and bundle.masks.dtype == bool
+    steps, units = bundle.manifest.sampling.steps, 3 * 2 * 4
+    assert bundle.masks.shape == (steps, units) and bundle.masks.dtype == bool
     gates = bundle.step_gates(3)
-    assert gates.dtype == np.float32 and gates.shape == (2 * depth, heads)
-    for block in range(depth):
-        np.testing.assert_array_equal(gates[2 * block], bundle.masks[3, block, 0])
-        np.testing.assert_array_equal(gates[2 * block + 1], bundle.masks[3, block, 1])
+    assert gates.dtype == np.float32 and gates.shape == (units,)
+    np.testing.assert_array_equal(gates, bundle.masks[3])
     assert bundle.file("weights.bin") == bundle.path / "weights.bin"
     with pytest.raises(BundleError, match="the manifest lists no file 'other'"):
         bundle.file("other")
@@ -98,7 +96,7 @@ def test_not_a_bundle(tmp_path, folder):
 
 @pytest.mark.parametrize(
     "text",
-    [b"", b"{", b"\xff\xfe{}", b'{"schema_version": 1,}', b"[" * 200_000, b"9" * 5000],
+    [b"", b"{", b"\xff\xfe{}", b'{"schema_version": 2,}', b"[" * 200_000, b"9" * 5000],
     ids=["empty", "cut", "not-utf8", "comma", "deep", "long-number"],
 )
 def test_manifest_that_is_not_json(folder, text):
@@ -107,10 +105,10 @@ def test_manifest_that_is_not_json(folder, text):
     assert "manifest.json is damaged: not JSON (" in message and message.endswith(AGAIN)
 
 
-@pytest.mark.parametrize("text", ["[]", "3", '"x"', "null", "{}", '{"schema_version": 2}', '{"schema_version": "1"}'])
+@pytest.mark.parametrize("text", ["[]", "3", '"x"', "null", "{}", '{"schema_version": 1}', '{"schema_version": "2"}'])
 def test_other_schema_versions(folder, text):
     (folder / "manifest.json").write_text(text)
-    assert "this program reads 1; export again" in refusal(folder)
+    assert "this program reads 2; export again" in refusal(folder)
 
 
 @pytest.mark.parametrize("size", [0.3, 0.99])
@@ -154,8 +152,16 @@ def test_edited_manifest_is_noticed(folder, edit):
         (lambda m: m["sampling"]["timesteps"].pop(), "timesteps and coefficients differ in length"),
         (lambda m: m["sampling"]["coefficients"][2].pop(), "sampling: a step has 5 coefficients"),
         (lambda m: m["masks"].pop(), "is not valid: there is not one mask per sampling step"),
-        (lambda m: m["head_order"][0].__setitem__(0, m["head_order"][0][1]), "a unit order is not a permutation"),
-        (lambda m: m["group_order"].pop(), "a unit order is not a permutation"),
+        (lambda m: m["unit_order"][0][0].__setitem__(0, m["unit_order"][0][0][1]), "a unit order is not a permutation"),
+        (lambda m: m["unit_order"][2][1].pop(), "a unit order is not a permutation"),
+        (lambda m: m["unit_order"].pop(), "units are not listed for the blocks and unit groups of the model"),
+        (lambda m: m["unit_order"][1].pop(), "units are not listed for the blocks and unit groups of the model"),
+        (lambda m: m["subnets"][0]["units"].pop(), "units are not listed for the blocks and unit groups of the model"),
+        (lambda m: m["subnets"][0]["units"][1].append([]), "units are not listed for the blocks and unit groups"),
+        (lambda m: m["subnets"][0]["units"][0][0].append(4), "a subnetwork's slots are not ascending units"),
+        (lambda m: m["subnets"][0]["units"][2][1].insert(0, -1), "a subnetwork's slots are not ascending units"),
+        (lambda m: m["subnets"][0]["units"][1].__setitem__(0, [1, 0]), "a subnetwork's slots are not ascending units"),
+        (lambda m: m["subnets"][0]["units"][1].__setitem__(1, [0, 0]), "a subnetwork's slots are not ascending units"),
         (
             lambda m: m["plan"]["segments"].pop(),
             "the plan's segments do not cover the sampling steps once each, in order",

@@ -27,7 +27,7 @@ def test_shapes(small_config):
     assert inputs["x"].shape == inputs["noise"].shape == ("batch", 4, 8, 8)
     assert inputs["coefficients"].shape == (5,) and inputs["cfg_scale"].shape == ()
     assert inputs["modulation"].shape == ("rows", 20, 64) and modulation_vectors(small_config) == 20
-    assert inputs["gates"].shape == (6, 4)
+    assert inputs["gates"].shape == (24,)
     assert [spec.name for spec in subnet_inputs(small_config, gated=False)] == list(inputs)[:-1]
     x_prev, overflow = subnet_outputs(small_config, capacity=True)
     assert (x_prev.name, x_prev.shape) == ("x_prev", ("batch", 4, 8, 8))
@@ -59,7 +59,8 @@ def test_fitting_feeds_give_their_symbols(small_config, batch, rows):
         ({"x": np.zeros((2, 4, 8, 8, 1), np.float32)}, "it: input 'x' has shape (2, 4, 8, 8, 1), expected"),
         ({"noise": np.zeros((3, 4, 8, 8), np.float32)}, "it: input 'noise' has shape (3, 4, 8, 8), expected"),
         ({"cfg_scale": np.zeros(1, np.float32)}, "it: input 'cfg_scale' has shape (1,), expected ()"),
-        ({"gates": np.zeros((4, 6), np.float32)}, "it: input 'gates' has shape (4, 6), expected (6, 4)"),
+        ({"gates": np.zeros((6, 4), np.float32)}, "it: input 'gates' has shape (6, 4), expected (24,)"),
+        ({"gates": np.zeros(23, np.float32)}, "it: input 'gates' has shape (23,), expected (24,)"),
         (
             {"modulation": np.zeros((3, 20, 64), np.float32)},
             "it: modulation has 3 rows for 2 images; expected as many, or twice",

@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dydit.calibrate.activations import LAYERS, ActivationRanges
+from dydit.calibrate.activations import ActivationRanges
 from dydit.calibrate.capacity import CapacityConfig
 from dydit.calibrate.file import Calibration, OverflowRates, TokenCalibration, plan_sha256, read_calibration
 from dydit.calibrate.ranges import Method
 from dydit.calibrate.sensitivity import CurvePoint, Quality, Sensitivity
 from dydit.diffusion.schedule import Sampler
 from dydit.errors import CalibrationError
-from dydit.models.migration import BlockMigration, Migration
+from dydit.models.migration import Migration
 
 RATES = OverflowRates(images=20, trials=100, rate=0.01, upper=0.04, repeated_steps=0.02, mlp_ratio=1.06)
 CHECKPOINT, PLAN = "a" * 64, "b" * 64
@@ -38,11 +38,11 @@ def calibration(**changes: Any) -> Calibration:
 
 
 def ranges(**more: Any) -> ActivationRanges:
-    values = ((tuple(1.0 for _ in LAYERS),) * 2,) * 2
+    values = (((1.0,) * 4,) * 2,) * 2
     return ActivationRanges(method=Method.MINMAX, images=20, thresholds=values, clipped=values, **more)
 
 
-MIGRATED = ranges(migration=Migration(blocks=(BlockMigration(proj="0a19", fc2="00"), BlockMigration())))
+MIGRATED = ranges(migration=Migration(blocks=({"proj": "0a19", "fc2": "00"}, {})))
 ACTIVATIONS = {"tokens": None, "tokens and activations": ranges(), "migrated activations": MIGRATED}
 
 
@@ -75,12 +75,12 @@ def test_what_differs_is_named(of, words):
 
 
 def test_the_hash_of_a_plan_changes_with_bounds_and_masks():
-    masks = np.arange(48).reshape(3, 2, 2, 4) % 3 > 0
+    masks = np.arange(48).reshape(3, 16) % 3 > 0
     other, same = masks.copy(), plan_sha256((0, 1, 3), masks)
-    other[2, 1, 1, 3] ^= True
+    other[2, 15] ^= True
     assert same == plan_sha256([np.int64(0), 1, 3], masks.copy())
     assert len({same, plan_sha256((0, 2, 3), masks), plan_sha256((0, 1, 3), other)}) == 3
-    assert plan_sha256((0, 1, 3), masks.reshape(3, 4, 1, 4)) != same
+    assert plan_sha256((0, 1, 3), masks.reshape(4, 12)) != same
 
 
 MOVED = ("activations", "migration", "blocks")
@@ -115,7 +115,7 @@ def spoil(path: tuple[Any, ...], value: Any) -> str:
         (spoil(("checkpoint_sha256",), "short"), "checkpoint_sha256"),
         (spoil(("cfg_scales",), []), "cfg_scales"),
         (spoil(MOVED, [{"qkv": "0b"}, {}]), r"activations.migration.blocks.0.qkv must match the pattern"),
-        (spoil(MOVED, [{"fc3": "00"}, {}]), r"blocks.0.fc3 is not a known setting"),
+        (spoil(MOVED, [{"fc2": ""}, {}]), r"blocks.0.fc2 must match the pattern"),
         (spoil(MOVED, [{}]), "the migration is not of the same blocks"),
         (spoil(MOVED, []), "migration.blocks"),
     ],
@@ -157,6 +157,10 @@ def kept(*rows: bool) -> ActivationRanges:
     return ranges().model_copy(update={"in_16_bits": ((rows, (False,) * 4), ((False,) * 4,) * 2)})
 
 
+def having_lost(losses: Any) -> Calibration:
+    return calibration(activations=ranges(), sensitivity=searched(losses=losses))
+
+
 def test_layers_that_stay_in_16_bits_come_back_as_written(tmp_path):
     made = calibration(activations=kept(True, False, False, True), sensitivity=searched())
     path = tmp_path / "calibration.json"
@@ -184,7 +188,11 @@ def test_files_without_a_search_are_as_they_were():
         (lambda: searched(target_fd_ratio=1.1), "one target"),
         (lambda: searched(target_psnr=None), "one target"),
         (lambda: searched(curve=()), "not on the curve"),
-        (lambda: searched(losses=(((0.1,) * 3,),)), "a block has losses of qkv, proj, fc1, fc2"),
+        (lambda: searched(losses=(((0.1,) * 3, (0.1,) * 4),)), "every block has losses of the same layers"),
+        (lambda: searched(losses=()), "every block has losses of the same layers"),
+        (lambda: having_lost((((0.1,) * 3,) * 2,) * 2), "losses of layers do not belong to the ranges"),
+        (lambda: having_lost((((0.1,) * 4,) * 3,) * 2), "losses of layers do not belong to the ranges"),
+        (lambda: having_lost((((0.1,) * 4,) * 2,)), "losses of layers do not belong to the ranges"),
         (lambda: searched(precision="fp16"), "precision"),
         (lambda: ActivationRanges.model_validate(kept(True).model_dump()), "does not belong to the thresholds"),
         (

@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from dydit.calibrate.activations import LAYERS
 from dydit.calibrate.migration import (
     LEAST_GAIN,
     STRENGTHS,
@@ -149,6 +148,7 @@ def test_the_range_of_a_segment_is_its_own():
 
 def test_choices_as_a_migration():
     none, some = Choice(None, 1.0, 1.0), Choice(np.array([0, 10]), 0.5, 1.0)
-    assert as_migration([[none] * len(LAYERS)] * 2) is None
-    found = as_migration([[none] * 4, [none, some, none, none]])
-    assert found.layers == 1 and found.blocks[1].proj == "0a"
+    nowhere = {"qkv": none, "proj": none}
+    assert as_migration([nowhere] * 2) is None
+    found = as_migration([nowhere, {**nowhere, "proj": some}])
+    assert found.layers == 1 and found.blocks == ({}, {"proj": "0a"})

@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from dydit.calibrate.activations import LAYERS
 from dydit.calibrate.sensitivity import (
     Quality,
     Target,
@@ -25,7 +24,7 @@ from dydit.calibrate.sensitivity import (
 from dydit.errors import CalibrationError, ConfigError
 from dydit.models.config import parse_config
 
-SHAPE = (3, 2, len(LAYERS))
+SHAPE = (3, 2, 4)
 LOSSES = arrays(np.float64, SHAPE, elements=st.floats(0, 10))
 # Some layers are not there, and some cost the same.
 MACS = arrays(np.float64, SHAPE, elements=st.sampled_from([0.0, 1.0, 1.0, 3.0, 1e9])).filter(lambda macs: macs.any())
@@ -138,9 +137,9 @@ def test_errors_that_are_none(errors, grown, words):
 
 def test_multiply_adds_are_those_of_the_compiled_widths_and_the_routed_tokens(small_config):
     """Of a hand-counted plan: 64 channels, 4 heads, 16 tokens; the union of a segment's steps is compiled."""
-    masks = np.zeros((3, 3, 2, 4), bool)
-    masks[0, 0, 0, :1] = masks[1, 0, 0, 1:3] = True  # together three heads, in steps 0 and 1
-    masks[2, 1, 1] = True  # all groups of block 1, in step 2
+    masks, parts = np.zeros((3, 24), bool), small_config.units.parts
+    masks[0, :1] = masks[1, 1:3] = True  # together three heads of block 0, in steps 0 and 1
+    masks[2, parts[3].units] = True  # all groups of block 1, in step 2
     tokens = np.full((3, 3), 0.25)
     macs = layer_macs(small_config, masks, [(0, 2), (2, 3)], tokens)
     qkv, proj = 3 * 48 * 64 * 16 * 2, 3 * 16 * 64 * 16 * 2

@@ -14,8 +14,10 @@ from dydit.engines.fingerprint import EngineRequest, HardwareCompatibility
 from dydit.engines.flavour import Flavour, load_polygraphy
 from dydit.engines.profiles import ShapeExtent
 from dydit.errors import BackendError
+from dydit.models.config import preset
 
 PROFILE = {"x": ShapeExtent(min=(1, 4), opt=(2, 4), max=(8, 4))}
+MODEL = preset("S/2")
 LEVELS = SimpleNamespace(AMPERE_PLUS="ampere plus", SAME_COMPUTE_CAPABILITY="same")
 
 
@@ -23,7 +25,7 @@ def job(flavour: Flavour, cache: Path | None = None, **settings: Any) -> Job:
     request = EngineRequest(
         flavour=flavour, version="1.0", precision=Precision.FP16, opt_batch=2, max_batch=8, **settings
     )
-    return Job(Path("g.onnx"), Path("g.engine"), request, None, {}, Path("build.log"), cache)
+    return Job(Path("g.onnx"), Path("g.engine"), request, MODEL, None, {}, Path("build.log"), cache)
 
 
 def configured(polygraphy: Any, wanted: Job, levels: Any = LEVELS) -> Any:

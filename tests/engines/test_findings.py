@@ -13,11 +13,13 @@ from onnx import helper
 
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.graph_io import TensorSpec
-from dydit.bundle.stored import Precision
+from dydit.bundle.stored import Precision, stored_type
 from dydit.engines.findings import Kind, fp32_products, require_types, type_findings
 from dydit.engines.network import Layer, Messages, Network, parse_graph, read_network
 from dydit.errors import BackendError
+from dydit.models.config import preset
 
+MODEL = preset("XL/2")
 LETTERS = {"f": "float32", "h": "float16", "b": "bfloat16", "d": "float64", "i": "int64"}
 
 
@@ -39,7 +41,7 @@ def picture(*lines: str, outputs: str = "f_out") -> Network:
 
 
 def kinds(network: Network, precision: Precision = Precision.FP16) -> list[tuple[str, Kind]]:
-    return [(finding.layer, finding.kind) for finding in type_findings(network, precision)]
+    return [(finding.layer, finding.kind) for finding in type_findings(network, precision, MODEL)]
 
 
 BRANCH = (
@@ -78,9 +80,10 @@ def test_a_branch_by_the_recipe_has_no_faults() -> None:
     ["embed.weight", "final.weight", "time.0.weight", "blocks.7.router.0.weight", "blocks.12.router.2.weight"],
 )
 def test_products_that_stay_fp32_must_be_fp32(weight: str) -> None:
+    assert stored_type(MODEL, weight, Precision.FP16) == "float32"
     fine = picture("f_w = constant " + weight, "f_t = shuffle f_w", "f_out = matrix_multiply f_x f_t")
     assert kinds(fine) == []
-    assert len(fp32_products(fine)) == 1
+    assert fp32_products(fine, Precision.FP16, MODEL) == fp32_products(fine, Precision.FP32, MODEL) == {""}
     halved = picture(f"h_w = constant {weight}", "h_x = cast f_x", "h_y = matrix_multiply h_x h_w", "f_out = cast h_y")
     assert kinds(halved) == [("L2", Kind.PRODUCT)]
 
@@ -90,7 +93,14 @@ def test_an_fp32_product_with_any_other_weight_is_found(weight: str) -> None:
     network = picture(f"f_w = constant {weight}", "f_out = matrix_multiply f_x f_w")
     assert kinds(network) == [("L1", Kind.PRODUCT)]
     assert kinds(network, Precision.FP32) == []
-    assert fp32_products(network) == frozenset()
+    assert fp32_products(network, Precision.FP16, MODEL) == fp32_products(network, Precision.FP32, MODEL) == frozenset()
+
+
+@pytest.mark.parametrize("precision", [each for each in Precision if each.in_8_bits])
+def test_the_conditioning_product_is_fp32_where_linear_layers_are_in_8_bits(precision: Precision) -> None:
+    network = picture("f_w = constant adaln.weight[0:6]", "f_out = matrix_multiply f_x f_w")
+    assert kinds(network, precision) == []
+    assert fp32_products(network, precision, MODEL) == {""}
 
 
 def test_weights_may_be_inputs_of_the_graph_or_joined_from_windows() -> None:
@@ -248,18 +258,19 @@ SPOILED: list[tuple[Spoil, Kind, str]] = [
 @pytest.mark.parametrize(("spoil", "kind", "text"), SPOILED, ids=lambda each: getattr(each, "__name__", ""))
 def test_a_spoiled_graph_is_refused_naming_the_layer(rtx, bundle: Bundle, spoil: Spoil, kind: Kind, text: str) -> None:
     path = bundle.path / "subnet-0001.onnx"
-    assert type_findings(parsed(rtx, path), Precision.FP16) == []
+    config = bundle.manifest.model
+    assert type_findings(parsed(rtx, path), Precision.FP16, config) == []
     model = onnx.load(path, load_external_data=False)
     spoil(model)
     onnx.save(model, path)
     network = parsed(rtx, path)
-    found = type_findings(network, Precision.FP16)
+    found = type_findings(network, Precision.FP16, config)
     fitting = [finding for finding in found if finding.kind is kind and text in finding.text]
     assert fitting, found
     names = {str(layer) for layer in network.layers}
     assert all(finding.layer in names for finding in found)
     with pytest.raises(BackendError) as caught:
-        require_types(network, Precision.FP16, path.name)
+        require_types(network, Precision.FP16, config, path.name)
     message = str(caught.value)
     assert message.startswith(f"{path.name} is not as fp16 should be: layer {found[0].layer}: {found[0].text}")
     assert message.endswith("export the bundle again with --precision fp16")
@@ -270,19 +281,23 @@ def test_a_spoiled_graph_is_refused_naming_the_layer(rtx, bundle: Bundle, spoil:
 def test_what_we_export_has_no_faults(rtx, capacity_bundle, precision: Precision, routing: str) -> None:
     settings = {} if routing == "capacity" else {"routing": routing, "capacities": None}
     bundle = capacity_bundle(precision.value, **settings)
+    model = bundle.manifest.model
     for name in bundle.manifest.files:
         if name.endswith(".onnx"):
             network = parsed(rtx, bundle.path / name)
-            assert type_findings(network, precision) == [], name
+            assert type_findings(network, precision, model) == [], name
             products = [layer for layer in network.layers if layer.kind == "matrix_multiply"]
-            layers = bundle.manifest.model.depth + 1
+            layers = model.depth + 1
             assert len(products) > 3 if name != "conditioning.onnx" else len(products) == 2 + layers
-            exempt = 2 if name == "conditioning.onnx" else 2 + 2 * bundle.manifest.model.depth
-            assert len(fp32_products(network)) == exempt
+            exempt = 2 if name == "conditioning.onnx" else 2 + 2 * model.depth
+            assert len(fp32_products(network, Precision.FP32, model)) == exempt
+            if name == "conditioning.onnx" and precision.in_8_bits:
+                exempt += layers  # the inspector of engines asks for these
+            assert len(fp32_products(network, precision, model)) == exempt
             for other in set(Precision) - {precision}:
                 if name == "conditioning.onnx" and other.dtype == precision.dtype:
                     continue  # adaLN stays fp32 where linear layers are in 8 bits
-                assert type_findings(network, other), f"{name} passes as {other}"
+                assert type_findings(network, other, model), f"{name} passes as {other}"
 
 
 @pytest.mark.parametrize("precision", [Precision.INT8_STATIC, Precision.FP8])
@@ -291,7 +306,7 @@ def test_layers_that_stay_in_16_bits_are_asked_for(rtx, mixed_bundle, precision:
     bundle = mixed_bundle(precision.value, every)
     for subnet in bundle.manifest.subnets:
         network = parsed(rtx, bundle.path / subnet.file)
-        assert type_findings(network, precision) == []
+        assert type_findings(network, precision, bundle.manifest.model) == []
         kept = {f"blocks.{block}.{layer}" for block, layers in enumerate(subnet.in_16_bits) for layer in layers}
         halves = {each.name for each in network.layers if each.kind == "constant" and ".weight16" in each.name}
         assert {name.partition(".weight16")[0] for name in halves} == kept
@@ -308,7 +323,7 @@ def test_what_was_not_asked_for_in_16_bits_is_found(precision: Precision) -> Non
     assert kinds(picture(*fell, "f_out = cast h_y"), precision) == [("L2", Kind.PRODUCT)]
     wide = picture("f_w = constant blocks.0.fc1.weight16[0:3]", "f_out = matrix_multiply f_x f_w")
     assert kinds(wide, precision) == [("L1", Kind.PRODUCT)]
-    assert "takes float32, expected float16" in type_findings(wide, precision)[0].text
+    assert "takes float32, expected float16" in type_findings(wide, precision, MODEL)[0].text
 
 
 def test_a_weight_that_is_cast_when_the_engine_is_built_is_no_fault(rtx, tmp_path: Path) -> None:
@@ -329,5 +344,5 @@ def test_a_weight_that_is_cast_when_the_engine_is_built_is_no_fault(rtx, tmp_pat
     path = tmp_path / "small.onnx"
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=11), path)
     network = parsed(rtx, path)
-    assert type_findings(network, Precision.FP16) == []
+    assert type_findings(network, Precision.FP16, MODEL) == []
     assert network.inputs == (TensorSpec("x", "float32", ("batch", 4)),)

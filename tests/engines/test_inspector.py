@@ -21,7 +21,9 @@ from dydit.engines.inspector import engine_findings, inspect_engine
 from dydit.engines.network import Layer, Network
 from dydit.engines.profiles import symbol_ranges
 from dydit.errors import BackendError
+from dydit.models.config import preset
 
+MODEL = preset("S/2")
 ROUTER = "[ONNX Layer: node_Gemm_5 | node_mlp_capacity_4 (mlp_capacity)]"
 FC1 = "[ONNX Layer: node_Gemm_36 | node_mlp_capacity_4 (mlp_capacity)]"
 ATTENTION = "[ONNX Layer: node_Attention_11 | node_attention_2 (attention)]"
@@ -126,9 +128,9 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_layers_of_an_engine_are_held_against_its_network(on_a_gpu) -> None:
     trt = PretendedTensorRT(json.dumps({"Layers": GOOD}))
-    assert inspect_engine(trt, b"engine", ROUTED, Precision.FP16) == []
+    assert inspect_engine(trt, b"engine", ROUTED, Precision.FP16, MODEL) == []
     spoiled = [*GOOD[1:], layer("fc2_myl0_4", "gemm", "Float", FC1)]
-    found = inspect_engine(PretendedTensorRT(json.dumps({"Layers": spoiled})), b"engine", ROUTED, Precision.FP16)
+    found = inspect_engine(PretendedTensorRT(json.dumps({"Layers": spoiled})), b"engine", ROUTED, Precision.FP16, MODEL)
     assert found is not None
     assert [(finding.layer, finding.kind) for finding in found] == [
         ("fc2_myl0_4", Kind.PRODUCT),
@@ -138,12 +140,12 @@ def test_the_layers_of_an_engine_are_held_against_its_network(on_a_gpu) -> None:
 
 @pytest.mark.parametrize("text", [None, '{"Layers": []}', '{"Layers": ["fc1_myl0_3"]}', "{}"])
 def test_an_engine_that_cannot_be_looked_into_is_not_judged(on_a_gpu, text: str | None) -> None:
-    assert inspect_engine(PretendedTensorRT(text), b"engine", ROUTED, Precision.FP16) is None
+    assert inspect_engine(PretendedTensorRT(text), b"engine", ROUTED, Precision.FP16, MODEL) is None
 
 
 def test_without_a_gpu_nothing_is_loaded(monkeypatch) -> None:
     monkeypatch.setattr(inspector, "present_gpu", lambda: None)
-    assert inspect_engine(object(), b"engine", ROUTED, Precision.FP16) is None
+    assert inspect_engine(object(), b"engine", ROUTED, Precision.FP16, MODEL) is None
 
 
 @pytest.mark.parametrize("inspect", [True, False])
@@ -157,7 +159,7 @@ def test_an_engine_whose_kernels_are_wrong_is_refused_and_not_kept(
     request = make_request(bundle.manifest, Flavour.TENSORRT_RTX, rtx.__version__, None)
     ranges = symbol_ranges(bundle.manifest, request.opt_batch, request.max_batch)
     graph, engine, log = bundle.path / "conditioning.onnx", tmp_path / "x.engine", tmp_path / "build.log"
-    job = Job(graph, engine, request, conditioning_inputs(), ranges, log, inspect=inspect)
+    job = Job(graph, engine, request, bundle.manifest.model, conditioning_inputs(), ranges, log, inspect=inspect)
     if not inspect:
         assert build_engine(job).bytes == engine.stat().st_size
         return

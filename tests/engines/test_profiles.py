@@ -8,12 +8,11 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from dydit.bundle.graph_io import (
-    GROUP_WEIGHTS,
-    HEAD_WEIGHTS,
     TensorSpec,
     conditioning_inputs,
     modulation_vectors,
     subnet_inputs,
+    unit_inputs,
 )
 from dydit.engines.profiles import CONDITIONING_ELEMENTS, Extent, shape_profile, symbol_ranges, width_ranges
 from dydit.errors import BackendError
@@ -75,19 +74,20 @@ def test_a_range_is_ordered(bad: tuple[int, int, int]) -> None:
 
 
 def test_widths_have_ranges_for_every_weight_that_is_an_input(tmp_path: Path, digits_like: ModelConfig) -> None:
-    from dydit.export.graph import WeightInputs
-    from dydit.export.ops import Ops
     from dydit.export.weights import write_weights
-    from dydit.models.layout import stored_tensors
+    from dydit.graph.ops import Ops
+    from dydit.graph.sources import WeightInputs
+    from dydit.models.dit.layout import stored_tensors
     from dydit.models.synthetic import synthetic_model
 
     tensors = stored_tensors(synthetic_model(digits_like).state_dict(), digits_like)
-    source = WeightInputs(write_weights(tmp_path / "weights.bin", tensors))
-    for block in range(digits_like.depth):
-        for part in (*HEAD_WEIGHTS, *GROUP_WEIGHTS):
-            source.units(Ops(), block, part, range(digits_like.num_heads))
+    source = WeightInputs(write_weights(tmp_path / "weights.bin", tensors, digits_like))
+    for part in digits_like.units.parts:
+        for tensor in part.group.unit_tensors:
+            source.units(Ops(), part, tensor, range(part.group.count))
     ranges = width_ranges(digits_like)
     profile = shape_profile(source.inputs, ranges, "sliding")
+    assert tuple(source.inputs) == unit_inputs(source.entries, digits_like)
     assert profile.keys() == {spec.name for spec in source.inputs}
     assert {dim for spec in source.inputs for dim in spec.shape if isinstance(dim, str)} == ranges.keys()
     for spec in source.inputs:

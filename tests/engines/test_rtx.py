@@ -193,7 +193,8 @@ def test_a_graph_that_is_not_as_described_fails_the_build(small, tmp_path: Path)
     inputs = subnet_inputs(manifest.model, not manifest.subnets[0].gated)
     ranges = symbol_ranges(manifest, request.opt_batch, request.max_batch)
     engine = tmp_path / "x.engine"
-    job = Job(bundle.path / "subnet-0000.onnx", engine, request, inputs, ranges, tmp_path / "build.log")
+    graph, log = bundle.path / "subnet-0000.onnx", tmp_path / "build.log"
+    job = Job(graph, engine, request, manifest.model, inputs, ranges, log)
     with pytest.raises(BackendError, match=r"subnet-0000\.onnx: input 'gates' is .*; export the bundle again"):
         build_engine(job)
     assert not engine.exists()
@@ -268,8 +269,9 @@ def test_a_building_process_that_dies_is_reported(small, tmp_path: Path) -> None
     ranges = symbol_ranges(bundle.manifest, request.opt_batch, request.max_batch)
 
     def job(name: str) -> Job:
-        inputs = subnet_inputs(bundle.manifest.model, bundle.manifest.subnets[0].gated)
-        return Job(bundle.path / name, tmp_path / f"{name}.engine", request, inputs, ranges, tmp_path / "build.log")
+        model, engine = bundle.manifest.model, tmp_path / f"{name}.engine"
+        inputs = subnet_inputs(model, bundle.manifest.subnets[0].gated)
+        return Job(bundle.path / name, engine, request, model, inputs, ranges, tmp_path / "build.log")
 
     def kill_all(_: Job, __: Any) -> None:
         for child in multiprocessing.active_children():

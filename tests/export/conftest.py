@@ -12,14 +12,17 @@ import onnxruntime
 import pytest
 import torch
 
-from dydit.bundle.graph_io import GROUP_WEIGHTS, HEAD_WEIGHTS
 from dydit.diffusion.coefficients import apply_step
-from dydit.export.graph import SubnetSpec, Windows, save_graph, subnet_graph
-from dydit.export.library import FunctionLibrary
+from dydit.export.graph import save_graph
 from dydit.export.weights import write_weights
+from dydit.graph.library import FunctionLibrary
+from dydit.graph.sources import Windows
+from dydit.graph.writer import SubnetSpec, subnet_graph
+from dydit.models.architecture import Slots as Units
 from dydit.models.config import ModelConfig
-from dydit.models.dit import DiT
-from dydit.models.layout import stored_tensors
+from dydit.models.dit.graph import write_step
+from dydit.models.dit.layout import stored_tensors
+from dydit.models.dit.model import DiT
 from dydit.models.routers import Masked, Recording
 from dydit.models.synthetic import synthetic_model
 
@@ -50,20 +53,13 @@ def run_session(session: onnxruntime.InferenceSession, feeds: Mapping[str, np.nd
 class FixedWidth(Masked):
     """The model at a width that no router chose; tokens are routed as at inference."""
 
-    def __init__(self, heads: Slots, groups: Slots, units: int, route: bool = True):
-        self.gates = {"heads": heads, "groups": groups}
-        self.units, self.route = units, route
+    def __init__(self, config: ModelConfig, on: Units, route: bool = True):
+        self.config, self.on, self.route = config, on, route
 
-    def _of(self, part: str, block: int, t_emb: torch.Tensor) -> torch.Tensor:
-        gate = torch.zeros(self.units, dtype=t_emb.dtype)
-        gate[list(self.gates[part][block])] = 1
+    def units(self, block, group, router, t_emb):
+        gate = torch.zeros(self.config.units.blocks[block].groups[group].count, dtype=t_emb.dtype)
+        gate[list(self.on[block][group])] = 1
         return gate.expand(len(t_emb), -1)
-
-    def heads(self, block, router, t_emb):
-        return self._of("heads", block, t_emb)
-
-    def groups(self, block, router, t_emb):
-        return self._of("groups", block, t_emb)
 
     def tokens(self, block, router, x):
         return super().tokens(block, router, x) if self.route else None
@@ -82,19 +78,21 @@ class Bench:
 
     def __init__(self, folder: Path, model: DiT, cfg_channels: int = 3):
         self.folder, self.config, self.cfg_channels = folder, model.config, cfg_channels
-        self.entries = write_weights(folder / "weights.bin", stored_tensors(model.state_dict(), model.config))
         self.stored = dict(stored_tensors(model.state_dict(), model.config))
+        self.entries = write_weights(folder / "weights.bin", self.stored.items(), model.config)
         self.library = FunctionLibrary(model.config, cfg_channels)
         self.model = model.double()
         self.count = 0
 
     def spec(self, heads: Slots, groups: Slots, routing=None, gated=frozenset(), capacities=None) -> SubnetSpec:
-        return SubnetSpec(tuple(map(tuple, heads)), tuple(map(tuple, groups)), frozenset(gated), routing, capacities)
+        """`heads` and `groups` by block."""
+        units = zip(map(tuple, heads), map(tuple, groups), strict=True)
+        return SubnetSpec(tuple(units), frozenset(gated), routing, capacities)
 
     def write(self, spec: SubnetSpec, source: type[Windows] = Windows) -> Path:
         path = self.folder / f"graph-{self.count}.onnx"
         self.count += 1
-        save_graph(subnet_graph(self.config, spec, self.library, source(self.entries)), path)
+        save_graph(subnet_graph(self.config, spec, self.library, source(self.entries), write_step), path)
         return path
 
     def run(self, spec: SubnetSpec, feeds: Feeds, extra: Sequence[str] = ()) -> Feeds:
@@ -122,7 +120,7 @@ class Bench:
     @torch.no_grad()
     def expected(self, spec: SubnetSpec, feeds: Feeds) -> Expected:
         config, batch, rows = self.config, len(feeds["x"]), len(feeds["labels"])
-        gating = FixedWidth(spec.heads, spec.groups, config.num_heads, spec.routing is not None)
+        gating = FixedWidth(config, spec.units, spec.routing is not None)
         recording = Recording(gating, config)
         x = torch.tensor(feeds["x"]).double().repeat(rows // batch, 1, 1, 1)
         labels, t = torch.tensor(feeds["labels"]), torch.full((rows,), int(feeds["t"]))
@@ -138,11 +136,9 @@ class Bench:
     def weight_feeds(self, heads: Slots, groups: Slots) -> Feeds:
         """What a graph with weights as inputs takes for these slots."""
         feeds = {}
-        for block in range(self.config.depth):
-            for slots, parts in ((heads, HEAD_WEIGHTS), (groups, GROUP_WEIGHTS)):
-                for part in parts:
-                    name = f"blocks.{block}.{part}"
-                    feeds[name] = self.stored[name][list(slots[block])].flatten(0, 1).numpy()
+        for part, slots in self.config.units.zip(zip(heads, groups, strict=True)):
+            for name in map(part.stored, part.group.unit_tensors):
+                feeds[name] = self.stored[name][list(slots)].flatten(0, 1).numpy()
         return feeds
 
 

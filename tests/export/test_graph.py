@@ -20,8 +20,10 @@ from dydit.bundle.graph_io import (
     token_mask_name,
 )
 from dydit.bundle.manifest import Routing
-from dydit.bundle.stored import Precision
-from dydit.export.graph import WeightInputs, Windows, conditioning_graph, save_graph
+from dydit.bundle.stored import Precision, stored_type
+from dydit.export.graph import save_graph
+from dydit.graph.sources import WeightInputs, Windows
+from dydit.models.dit.graph import conditioning_graph
 
 TYPES = {"float32": onnx.TensorProto.FLOAT, "int64": onnx.TensorProto.INT64}
 ALL = [range(4)] * 3
@@ -155,7 +157,7 @@ def test_functions_are_shared_by_blocks_and_only_those_used_are_there(make_bench
     proto = load(bench.write(spec_of(bench, Routing.DYNAMIC)))
     calls = [node.op_type for node in proto.graph.node if node.domain == "dydit"]
     assert {each.name for each in proto.functions} == set(calls)
-    heads = [len(slots) for slots in spec_of(bench, Routing.DYNAMIC).heads]
+    heads = [len(slots) for slots, _ in spec_of(bench, Routing.DYNAMIC).units]
     blocks = [name for count in heads for name in (f"attention_{count}", "mlp_dynamic")]
     assert calls == ["embed", *blocks, "final", "sampler_step"]
     mixed = bench.spec([[], [0], [1]], [[0], [], [2]], Routing.DYNAMIC, {(2, 0), (2, 1)})
@@ -215,6 +217,24 @@ def test_conditioning_graph(make_bench, tmp_path):
     assert interface(proto.graph.input) == described(conditioning_inputs())
     assert interface(proto.graph.output) == described(conditioning_outputs(bench.config))
     assert max(embedded_bytes(proto)) < 2048
+
+
+def test_stored_tensors_are_of_steps_or_of_the_conditioning(make_bench):
+    """And what the model says of them holds in every graph: which are whose, and which products stay fp32."""
+    bench = make_bench()
+    save_graph(
+        conditioning_graph(bench.config, Windows(bench.entries), Precision.FP32), bench.folder / "conditioning.onnx"
+    )
+    step = external(load(bench.write(spec_of(bench, Routing.DYNAMIC, ALL, ALL))))
+    conditioning = external(load(bench.folder / "conditioning.onnx"))
+    of_step, of_conditioning = ({name.partition("[")[0] for name in windows} for windows in (step, conditioning))
+    assert of_step | of_conditioning == bench.entries.keys()
+    assert of_conditioning == set(filter(bench.config.is_conditioning, bench.entries))
+    assert not set(filter(bench.config.is_conditioning, of_step))
+    fp32 = {name for name in bench.entries if stored_type(bench.config, name, Precision.FP16) == "float32"}
+    assert bench.config.fp32_products == {name for name in fp32 if name.endswith(".weight")}
+    static = bench.config.without_routers()
+    assert static.fp32_products == {name for name in bench.config.fp32_products if "router" not in name}
 
 
 def test_same_graph_same_bytes(make_bench):

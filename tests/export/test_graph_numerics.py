@@ -10,8 +10,12 @@ import pytest
 from dydit.bundle.graph_io import residual_name, token_mask_name
 from dydit.bundle.manifest import Routing
 from dydit.bundle.stored import Precision
-from dydit.export.graph import WeightInputs, Windows, conditioning_graph, save_graph
+from dydit.export.graph import save_graph
+from dydit.graph.library import FunctionLibrary
+from dydit.graph.sources import WeightInputs, Windows
+from dydit.graph.writer import subnet_graph
 from dydit.models.config import Routers
+from dydit.models.dit.graph import conditioning_graph, write_step
 
 pytestmark = pytest.mark.numerics
 
@@ -136,8 +140,6 @@ def test_without_guidance_rows_the_scale_does_nothing(make_bench):
 
 @pytest.mark.parametrize("channels", [1, 4])
 def test_guidance_acts_on_the_asked_channels(make_bench, distance, monkeypatch, channels):
-    from dydit.export.library import FunctionLibrary
-
     bench = make_bench()
     monkeypatch.setattr(bench, "cfg_channels", channels)
     monkeypatch.setattr(bench, "library", FunctionLibrary(bench.config, channels))
@@ -159,10 +161,7 @@ def test_gates_make_the_union_the_narrow_subnetwork(make_bench, sessions, distan
     feeds = bench.feeds()
     results = []
     for narrow in ([[0, 3], [0, 2], [2]], [[0, 2], [3], [0, 2]]), ([[1], [0, 2], []], [[], [], [0, 2]]), union:
-        gates = np.zeros((6, 4), np.float32)
-        for part in (0, 1):
-            for block in range(3):
-                gates[2 * block + part, narrow[part][block]] = 1
+        gates = bench.config.units.mask(zip(*narrow, strict=True)).astype(np.float32)
         out = run_session(session, {**feeds, "gates": gates})
         expected = bench.expected(spec_of(bench, *narrow, routing), feeds)
         assert distance(out["x_prev"], expected.x_prev) < STEP
@@ -271,19 +270,17 @@ class TestCapacity:
 @pytest.mark.parametrize("precision", [Precision.FP16, Precision.INT8])
 def test_lower_precision(make_bench, tmp_path, distance, routing, precision):
     """The same step with fp16 or 8-bit products: near, and not the same."""
-    from dydit.export.graph import subnet_graph
-    from dydit.export.library import FunctionLibrary
     from dydit.export.weights import write_weights
 
     bench = make_bench()
-    entries = write_weights(tmp_path / "weights.bin", bench.stored.items(), precision)
+    entries = write_weights(tmp_path / "weights.bin", bench.stored.items(), bench.config, precision)
     library = FunctionLibrary(bench.config, 3, precision)
     spec = spec_of(bench, [[0, 1, 3], [0, 2], [1, 2, 3]], [[0, 1, 2, 3], [1, 3], [0, 2]], routing, {(0, 0), (0, 1)})
     path = tmp_path / "half.onnx"
-    save_graph(subnet_graph(bench.config, spec, library, Windows(entries)), path)
+    save_graph(subnet_graph(bench.config, spec, library, Windows(entries), write_step), path)
     from onnxruntime import InferenceSession
 
-    feeds = {**bench.feeds(), "gates": np.ones((6, 4), np.float32)}
+    feeds = {**bench.feeds(), "gates": np.ones(24, np.float32)}
     session = InferenceSession(str(path), providers=["CPUExecutionProvider"])
     names = [each.name for each in session.get_inputs()]
     x_prev = session.run(["x_prev"], {name: feeds[name] for name in names})[0]

@@ -11,19 +11,23 @@ from hypothesis import strategies as st
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.manifest import Routing
 from dydit.bundle.stored import Precision
-from dydit.calibrate.activations import LAYERS, ActivationRanges
+from dydit.calibrate.activations import ActivationRanges
 from dydit.errors import CalibrationError
-from dydit.export.graph import Windows, conditioning_graph, save_graph, subnet_graph
-from dydit.export.library import FunctionLibrary
-from dydit.export.migrate import migrated_tensors, modulation_factors
+from dydit.export.graph import save_graph
 from dydit.export.weights import write_weights
-from dydit.models.layout import stored_tensors
-from dydit.models.migration import BlockMigration, Migration
-from dydit.models.sliced import SlicedBlock, SlicedDiT, conditioning
+from dydit.graph.library import FunctionLibrary
+from dydit.graph.sources import Windows
+from dydit.graph.writer import subnet_graph
+from dydit.models.dit.graph import conditioning_graph, write_step
+from dydit.models.dit.layout import stored_tensors
+from dydit.models.dit.sliced import SlicedBlock, SlicedDiT, conditioning
+from dydit.models.dit.smoothing import migrated_tensors, modulation_factors
+from dydit.models.migration import Migration
 from dydit.verify.parity import compare_weights
 from dydit.verify.results import Status
 
-HEADS, GROUPS = [[0, 2], [1, 2, 3], [3]], [[1, 3], [0, 1], [0, 2, 3]]
+HEADS, GROUPS = ((0, 2), (1, 2, 3), (3,)), ((1, 3), (0, 1), (0, 2, 3))
+UNITS = tuple(zip(HEADS, GROUPS, strict=True))
 
 
 class Migrated(SlicedDiT):
@@ -42,22 +46,23 @@ def test_a_migrated_model_is_the_same_bit_for_bit(make_checkpoint, make_migratio
     checkpoint = make_checkpoint()
     config, rng = checkpoint.config, np.random.default_rng(seed)
     migration = make_migration(config, seed, share)
-    order = [[rng.permutation(config.num_heads).tolist() for _ in range(config.depth)] for _ in range(2)]
-    plain = dict(stored_tensors(checkpoint.state, config, *order))
-    moved = dict(migrated_tensors(checkpoint.state, config, migration, *order))
+    axis = config.units
+    order = axis.nested([tuple(rng.permutation(part.group.count).tolist()) for part in axis.parts])
+    plain = dict(stored_tensors(checkpoint.state, config, order))
+    moved = dict(migrated_tensors(checkpoint.state, config, migration, order))
     x, noise = (torch.from_numpy(rng.normal(size=(2, 4, 8, 8)).astype(np.float32)) for _ in range(2))
     modulation = conditioning(config, plain, torch.tensor([400]), torch.tensor([1, 2, 7, 7]))[0]
     rest = (torch.tensor([0.1, 1.0, 0.3, 0.4, -0.5]), torch.tensor(2.5))
-    expected = SlicedDiT(config, plain, HEADS, GROUPS, 3).step(x, noise, *rest, modulation, debug=True)
-    model = Migrated(config, moved, HEADS, GROUPS, 3)
+    expected = SlicedDiT(config, plain, UNITS, 3).step(x, noise, *rest, modulation, debug=True)
+    model = Migrated(config, moved, UNITS, 3)
     model.factors = {name: tensor for name, tensor in moved.items() if name.endswith(".factor")}
     factors = modulation_factors(config, migration)
     modulation = modulation if factors is None else modulation * torch.from_numpy(factors)
     found = model.step(x, noise, *rest, modulation, debug=True)
     assert torch.equal(found.residuals, expected.residuals) and torch.equal(found.x_prev, expected.x_prev)
     assert torch.equal(found.tokens, expected.tokens)
-    untouched = {layer for layer in LAYERS if all(getattr(block, layer) is None for block in migration.blocks)}
-    for layer in LAYERS:
+    untouched = {layer for layer in axis.layer_names if not any(layer in block for block in migration.blocks)}
+    for layer in axis.layer_names:
         changed = any(
             not torch.equal(plain[f"blocks.{b}.{layer}.weight"], moved[f"blocks.{b}.{layer}.weight"]) for b in range(3)
         )
@@ -72,13 +77,12 @@ def test_graphs_of_a_migrated_model_are_the_same_bit_for_bit(
     bench, (open_session, run_session) = make_bench(), sessions
     config = bench.config
     migration = make_migration(config, 5)
-    migration = migration.model_copy(update={"blocks": (*migration.blocks[:2], BlockMigration())})  # and one as it is
+    migration = migration.model_copy(update={"blocks": (*migration.blocks[:2], {})})  # and one as it is
     spec = bench.spec(HEADS, GROUPS, routing, gated, (16, 16, 16) if routing is Routing.CAPACITY else None)
-    identity = [list(range(config.num_heads))] * config.depth
-    tensors = migrated_tensors(bench.model.state_dict(), config, migration, identity, identity)
-    entries = write_weights(tmp_path / "weights.bin", tensors)
+    tensors = migrated_tensors(bench.model.state_dict(), config, migration, config.units.every_unit)
+    entries = write_weights(tmp_path / "weights.bin", tensors, config)
     library = FunctionLibrary(config, bench.cfg_channels)
-    save_graph(subnet_graph(config, spec, library, Windows(entries)), tmp_path / "graph.onnx")
+    save_graph(subnet_graph(config, spec, library, Windows(entries), write_step), tmp_path / "graph.onnx")
     save_graph(conditioning_graph(config, Windows(entries), Precision.FP32, migration), tmp_path / "conditioning.onnx")
     save_graph(conditioning_graph(config, Windows(entries), Precision.FP32), tmp_path / "plain.onnx")
     asked = {"timesteps": np.array([500]), "labels": np.array([0, 1, 7, 7])}
@@ -87,9 +91,9 @@ def test_graphs_of_a_migrated_model_are_the_same_bit_for_bit(
         for name in ("conditioning", "plain")
     )
     assert np.array_equal(moved, plain * modulation_factors(config, migration)) and not np.array_equal(moved, plain)
-    feeds = {**bench.feeds(), "modulation": plain, "gates": np.ones((6, 4), np.float32)}
+    feeds = {**bench.feeds(), "modulation": plain, "gates": np.ones(24, np.float32)}
     if gated:
-        feeds["gates"][[1, 5], 3] = 0
+        feeds["gates"].reshape(6, 4)[[1, 5], 3] = 0
     expected = bench.run(spec, feeds)
     found = run_session(open_session(tmp_path / "graph.onnx"), {**feeds, "modulation": moved})
     assert np.array_equal(found["x_prev"], expected["x_prev"])
@@ -117,12 +121,12 @@ def test_a_bundle_holds_what_was_migrated(make_checkpoint, make_bundle, make_mig
     assert '"migration"' not in (plain.path / "manifest.json").read_text()
     assert bundle.manifest.checkpoint_sha256 == plain.manifest.checkpoint_sha256 == checkpoint.sha256
     surplus = bundle.manifest.weights.keys() - plain.manifest.weights.keys()
-    migrated = [b for b, block in enumerate(migration.blocks) if block.fc2 is not None]
+    migrated = [b for b, block in enumerate(migration.blocks) if "fc2" in block]
     assert surplus == {f"blocks.{b}.fc2.factor" for b in migrated} and migrated
     for block in migrated:
         factor = bundle.weight(f"blocks.{block}.fc2.factor")
         by_unit = np.empty_like(factor)
-        by_unit[list(bundle.manifest.group_order[block])] = factor
+        by_unit[list(bundle.manifest.unit_order[block][1])] = factor
         assert np.array_equal(by_unit.reshape(-1), 1 / migration.divisor(block, "fc2"))
     for each in (bundle, plain):
         hop = compare_weights(each, checkpoint)
@@ -135,6 +139,9 @@ def test_a_migration_of_another_model_is_refused(make_bundle, make_migration, sm
     other = make_migration(small_config.model_copy(update={"hidden_size": 128}), 0, 1)
     with pytest.raises(CalibrationError, match=r"block 0, qkv, is of 128 channels, the model has 64; calibrate this"):
         make_bundle(precision="fp8", max_subnets=2, activations=ranges_with(other))
+    unknown = Migration(blocks=({}, {"fc3": "0" * 64}, {}))
+    with pytest.raises(CalibrationError, match="the migration names 'fc3', which is no layer of the model's blocks"):
+        make_bundle(precision="fp8", max_subnets=2, activations=ranges_with(unknown))
     with pytest.raises(ValueError, match="the migration is not of the same blocks"):
         ranges_with(other, depth=2)
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from dydit.bundle.stored import Precision
-from dydit.export import products
-from dydit.export.ops import CONTRIB, DOMAIN, IR_VERSION, OPSET, Ops, function
 from dydit.export.quantize import quantize
+from dydit.graph import products
+from dydit.graph.ops import CONTRIB, DOMAIN, IR_VERSION, OPSET, Ops, function
 from dydit.runtime.backends.int8 import products_are_exact
 
 pytestmark = [
@@ -26,7 +26,7 @@ def layer(out_major: bool) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
     """What is stored of a layer, and in float64 the weights [IN, OUT] that it stands for, and the bias."""
     weight = RNG.normal(0, 0.1, (1, OUT, IN) if out_major else (1, IN, OUT)).astype(np.float32)
     bias = RNG.normal(size=OUT).astype(np.float32)
-    stored, scale = quantize(f"blocks.0.{'fc1' if out_major else 'fc2'}.weight", torch.from_numpy(weight))
+    stored, scale = quantize(torch.from_numpy(weight), out_major)
     integers, scales = stored[0].numpy(), scale.numpy().reshape(-1)
     meant = (integers.T if out_major else integers).astype(np.float64) * scales
     return [integers, scales, bias], meant, bias.astype(np.float64)

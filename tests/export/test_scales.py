@@ -7,20 +7,23 @@ import onnx
 import pytest
 
 from dydit.bundle.stored import Precision, half_name
-from dydit.calibrate.activations import LAYERS, ActivationRanges
+from dydit.calibrate.activations import ActivationRanges
 from dydit.export.exporter import ExportConfig, planned_steps
 from dydit.verify.parity import compare_weights
 
 SEGMENTS, DEPTH = 3, 3
+LAYERS = ("qkv", "proj", "fc1", "fc2")
 SETTINGS = {"steps": 6, "max_subnets": SEGMENTS}
 
 
 @pytest.fixture(scope="module")
 def there(make_checkpoint) -> np.ndarray:
     """Which layers each segment runs, bool [segments, L, 4]."""
-    masks, plan = planned_steps(make_checkpoint(), ExportConfig(**SETTINGS))
-    parts = np.stack([masks[first:end].any(axis=(0, 3)) for first, end in plan.segments])
-    return np.repeat(parts, 2, axis=2)
+    checkpoint = make_checkpoint()
+    masks, plan = planned_steps(checkpoint, ExportConfig(**SETTINGS))
+    assert checkpoint.config.units.layer_names == LAYERS
+    parts = np.stack([checkpoint.config.units.any(masks[first:end].any(axis=0)) for first, end in plan.segments])
+    return np.repeat(parts.reshape(SEGMENTS, DEPTH, 2), 2, axis=2)
 
 
 def ranges(kept: np.ndarray) -> ActivationRanges:

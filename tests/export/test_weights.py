@@ -12,8 +12,11 @@ from hypothesis import strategies as st
 
 from dydit.bundle.stored import Precision
 from dydit.errors import CheckpointError
-from dydit.export.weights import ALIGNMENT, runs, write_weights
+from dydit.export.weights import ALIGNMENT, write_weights
+from dydit.graph.sources import runs
+from dydit.models.config import ModelConfig
 
+MODEL = ModelConfig(hidden_size=64, depth=2, num_heads=4, patch_size=2, input_size=8)
 SLOTS = st.sets(st.integers(0, 20)).map(sorted)
 
 
@@ -25,7 +28,7 @@ def tensors(seed: int = 0) -> dict[str, torch.Tensor]:
 
 def test_tensors_lie_aligned_one_after_another(tmp_path):
     path = tmp_path / "weights.bin"
-    entries = write_weights(path, tensors().items())
+    entries = write_weights(path, tensors().items(), MODEL)
     assert list(entries) == ["a", "b", "c", "d", "e"]
     end = 0
     for name, tensor in tensors().items():
@@ -42,7 +45,7 @@ def test_tensors_lie_aligned_one_after_another(tmp_path):
 def test_dtypes_are_widened_and_layout_is_made_contiguous(tmp_path):
     values = torch.arange(12.0).view(3, 4)
     given = {"half": values.half().T, "double": values.double(), "grad": values.clone().requires_grad_()}
-    entries = write_weights(tmp_path / "w", given.items())
+    entries = write_weights(tmp_path / "w", given.items(), MODEL)
     for name, expected in (("half", values.T), ("double", values), ("grad", values)):
         read = np.fromfile(tmp_path / "w", np.float32, 12, offset=entries[name].offset).reshape(entries[name].shape)
         np.testing.assert_array_equal(read, expected.numpy())
@@ -53,7 +56,7 @@ def test_values_that_are_not_finite_are_refused(tmp_path, value):
     with pytest.raises(
         CheckpointError, match="a value of weight bad is NaN or infinite; this checkpoint cannot be exported"
     ):
-        write_weights(tmp_path / "w", [("bad", torch.tensor([0.0, value]))])
+        write_weights(tmp_path / "w", [("bad", torch.tensor([0.0, value]))], MODEL)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +64,8 @@ def test_values_that_are_not_finite_are_refused(tmp_path, value):
 )
 def test_values_that_the_precision_cannot_hold_are_refused(tmp_path, precision, value):
     with pytest.raises(CheckpointError, match=f"a value of weight blocks.0.fc1.weight is too large for {precision}"):
-        write_weights(tmp_path / "w", [("blocks.0.fc1.weight", torch.tensor([value], dtype=torch.float64))], precision)
+        weight = torch.tensor([value], dtype=torch.float64)
+        write_weights(tmp_path / "w", [("blocks.0.fc1.weight", weight)], MODEL, precision)
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [(Precision.FP16, torch.float16), (Precision.BF16, torch.bfloat16)])
@@ -69,7 +73,7 @@ def test_products_follow_the_precision_and_all_else_stays_fp32(tmp_path, precisi
     names = ["qkv.weight", "qkv.bias", "proj.bias", "fc1.weight", "fc2.weight", "router.0.weight", "router.2.bias"]
     values = torch.randn(5, 3)
     given = {**{f"blocks.1.{name}": values for name in names}, "adaln.weight": values, "embed.weight": values}
-    entries = write_weights(tmp_path / "w", given.items(), precision)
+    entries = write_weights(tmp_path / "w", given.items(), MODEL, precision)
     for name, entry in entries.items():
         narrow = not name.startswith(("embed", "blocks.1.router"))
         assert entry.dtype == (precision.dtype if narrow else "float32")

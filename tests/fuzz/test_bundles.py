@@ -274,13 +274,13 @@ def plans(case: Case, rng: random.Random) -> None:
     if kind == "segments":
         rng.choice(segments)["subnet"] = rng.randrange(len(subnets) + 1)
     elif kind == "slots":
-        part = rng.choice(subnets)[rng.choice(["heads", "groups"])]
+        part = rng.choice(rng.choice(subnets)["units"])
         part[rng.randrange(len(part))] = sorted(rng.sample(range(-1, 6), rng.randrange(6)))
     elif kind == "masks":
         index = rng.randrange(len(values["masks"]))
         values["masks"][index] = rng.randbytes(len(values["masks"][index]) // 2).hex()
     elif kind == "order":
-        rng.shuffle(rng.choice(values[rng.choice(["head_order", "group_order"])]))
+        rng.shuffle(rng.choice(rng.choice(values["unit_order"])))
     elif kind == "subnets":
         rng.shuffle(subnets)
     elif kind == "gated":

@@ -13,7 +13,7 @@ from dydit.errors import CheckpointError, OutputError
 from dydit.files import sha256_of
 from dydit.models.checkpoint import Checkpoint, convert, load_checkpoint, save_checkpoint
 from dydit.models.config import ModelConfig, Routers
-from dydit.models.dit import DiT
+from dydit.models.dit.model import DiT
 from dydit.models.routers import Masked, Recording
 from dydit.models.state_fit import expected_shapes
 from dydit.models.state_names import diffusers_names
@@ -95,8 +95,10 @@ def test_the_models_of_these_tests_have_gates_of_both_kinds(routers: Routers) ->
     with torch.no_grad():
         model(*inputs(model), gating)
     decisions = gating.decisions()
-    for gates in (decisions.heads, decisions.groups, decisions.tokens):
-        assert 0 < gates.mean() < 1
+    shares = model.config.units.shares(decisions.units.numpy())
+    assert shares.keys() == {"heads", "groups"}
+    for share in (*shares.values(), decisions.tokens.mean()):
+        assert 0 < share < 1
 
 
 @pytest.mark.parametrize("routers", list(Routers))

@@ -14,7 +14,7 @@ from dydit.errors import CheckpointError
 from dydit.files import sha256_of
 from dydit.models.checkpoint import Checkpoint, convert, load_checkpoint
 from dydit.models.config import ModelConfig, Routers
-from dydit.models.dit import DiT
+from dydit.models.dit.model import DiT
 from dydit.models.synthetic import synthetic_model
 
 State = dict[str, torch.Tensor]

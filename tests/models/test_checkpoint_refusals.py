@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from dydit.errors import CheckpointError
 from dydit.models.checkpoint import load_checkpoint, save_checkpoint
 from dydit.models.config import ModelConfig, Routers
-from dydit.models.dit import DiT
+from dydit.models.dit.model import DiT
 from dydit.models.state_fit import choose_heads
 from dydit.models.state_names import diffusers_names
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dydit.models.config import ModelConfig, Routers, preset
-from dydit.models.dit import (
+from dydit.models.dit.model import (
     DiT,
     initialize,
     initialize_routers,
@@ -145,10 +145,10 @@ def test_is_the_reference(model):
     for image in range(3):
         reference = Reference(model)
         expected = reference.run(x[image].numpy(), int(t[image]), int(y[image]))
+        slots = model.config.units.slots(decisions.units[image].numpy())
         np.testing.assert_allclose(out[image].numpy(), expected, rtol=1e-9, atol=1e-10)
         for block in range(model.config.depth):
-            assert decisions.heads[block, image].nonzero()[:, 0].tolist() == reference.heads[block]
-            assert decisions.groups[block, image].nonzero()[:, 0].tolist() == reference.groups[block]
+            assert slots[block] == (tuple(reference.heads[block]), tuple(reference.groups[block]))
             assert decisions.tokens[block, image].bool().tolist() == reference.tokens[block].tolist()
         seen.append(reference)
     if model.config.dynamic:
@@ -170,20 +170,22 @@ def test_masked_units_are_rows_of_zero_weights():
 
     recording = Recording(WidthOnly(), CONFIG)
     expected = model(x, t, y, recording)
-    decisions = recording.decisions()
-    assert 0 < decisions.heads.mean() < 1 and 0 < decisions.groups.mean() < 1
+    axis = CONFIG.units
+    closed = axis.slots(recording.decisions().units[0].numpy() == 0)
+    for heads_or_groups in zip(*closed, strict=True):
+        assert 0 < sum(map(len, heads_or_groups)) < CONFIG.depth * CONFIG.num_heads
     ways = []
     for inner in (True, False):
         static = random_model(CONFIG.without_routers())
         static.load_state_dict({name: model.state_dict()[name] for name in static.state_dict()})
         for index, block in enumerate(static.blocks):
-            for head in (decisions.heads[index, 0] == 0).nonzero()[:, 0].tolist():
+            for head in closed[index][0]:
                 if inner:
                     rows = slice(2 * 32 + head * hd, 2 * 32 + (head + 1) * hd)
                     block.attn.qkv.weight[rows], block.attn.qkv.bias[rows] = 0, 0
                 else:
                     block.attn.proj.weight[:, head * hd : (head + 1) * hd] = 0
-            for group in (decisions.groups[index, 0] == 0).nonzero()[:, 0].tolist():
+            for group in closed[index][1]:
                 rows = slice(group * gs, (group + 1) * gs)
                 if inner:
                     block.mlp.fc1.weight[rows], block.mlp.fc1.bias[rows] = 0, 0
@@ -233,8 +235,8 @@ def test_always_on_unit_of_a_closed_model():
     x, t, y = random_inputs(CONFIG)
     recording = Recording(Masked(), CONFIG)
     model(x, t, y, recording)
-    first = torch.tensor([1.0, 0, 0, 0], dtype=torch.float64).expand(2, 3, 4)
-    assert torch.equal(recording.decisions().heads, first) and torch.equal(recording.decisions().groups, first)
+    first = torch.tensor([1.0, 0, 0, 0] * 4, dtype=torch.float64).expand(3, 16)
+    assert torch.equal(recording.decisions().units, first)
 
 
 @pytest.mark.parametrize(
@@ -332,10 +334,10 @@ def test_initialised_model_predicts_nothing_and_opens_every_gate():
     recording = Recording(Masked(), CONFIG)
     assert not model(x.float(), t, y, recording).any()
     decisions = recording.decisions()
-    assert all((part == 1).all() for part in (decisions.heads, decisions.groups, decisions.tokens))
+    assert (decisions.units == 1).all() and (decisions.tokens == 1).all()
     gumbel = Recording(GumbelSigmoid(torch.Generator().manual_seed(0)), CONFIG)
     model(x.float(), t, y, gumbel)
-    assert gumbel.decisions().tokens.mean() == 1 and gumbel.decisions().heads.mean() > 0.99
+    assert gumbel.decisions().tokens.mean() == 1 and gumbel.decisions().units.mean() > 0.99
     assert model.blocks[0].attn_rate.router.bias.tolist() == [15.0] * 3
     assert model.blocks[0].token_selection.mlp_head[2].bias.tolist() == [35.0]
     assert model.blocks[0].attn.qkv.weight.std() > 0
@@ -361,4 +363,4 @@ def test_one_head_that_is_always_on():
     x, t, y = random_inputs(config)
     recording = Recording(Masked(), config)
     model(x, t, y, recording)
-    assert recording.decisions().heads.shape == (2, 3, 1) and (recording.decisions().heads == 1).all()
+    assert recording.decisions().units.shape == (3, 4) and (recording.decisions().units == 1).all()

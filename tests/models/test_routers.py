@@ -103,8 +103,8 @@ def test_gumbel_repeats_with_its_generator_and_keeps_dtype():
 def test_static_ignores_routers():
     router, tokens = WidthRouter(CONFIG), TokenRouter(CONFIG)
     gating = Static()
-    assert gating.heads(0, router, torch.zeros(1, 64)) is None
-    assert gating.groups(0, router, torch.zeros(1, 64)) is None
+    for group in range(2):
+        assert gating.units(0, group, router, torch.zeros(1, 64)) is None
     assert gating.tokens(0, tokens, torch.zeros(1, 16, 64)) is None
 
 
@@ -118,33 +118,36 @@ def test_recording_keeps_what_the_inner_gating_decided():
         t_emb, x = torch.randn(2, 64), torch.randn(2, 16, 64)
         kept.append(
             (
-                recording.heads(block, heads, t_emb),
-                recording.groups(block, groups, t_emb),
+                recording.units(block, 0, heads, t_emb),
+                recording.units(block, 1, groups, t_emb),
                 recording.tokens(block, tokens, x),
             )
         )
-        assert torch.equal(kept[-1][0], Masked().heads(block, heads, t_emb))
+        assert torch.equal(kept[-1][0], Masked().units(block, 0, heads, t_emb))
+        assert torch.equal(kept[-1][1], Masked().units(block, 1, groups, t_emb))
     decisions = recording.decisions()
-    assert decisions.heads.shape == decisions.groups.shape == (3, 2, 4) and decisions.tokens.shape == (3, 2, 16)
+    assert decisions.units.shape == (2, 24) and decisions.tokens.shape == (3, 2, 16)
     for block, (h, g, t) in enumerate(kept):
-        assert torch.equal(decisions.heads[block], h)
-        assert torch.equal(decisions.groups[block], g)
+        assert torch.equal(decisions.units[:, 8 * block : 8 * block + 4], h)
+        assert torch.equal(decisions.units[:, 8 * block + 4 : 8 * block + 8], g)
         assert torch.equal(decisions.tokens[block], t)
-    assert 0 < decisions.heads.mean() < 1 and 0 < decisions.tokens.mean() < 1
+    for part in CONFIG.units.parts[:2]:
+        assert 0 < decisions.units[:, part.units].mean() < 1
+    assert 0 < decisions.tokens.mean() < 1
 
 
 def test_recording_counts_what_was_not_gated_as_on():
     recording = Recording(Static(), CONFIG)
-    recording.heads(0, None, torch.zeros(5, 64))
+    recording.units(0, 0, None, torch.zeros(5, 64))
     decisions = recording.decisions()
-    assert decisions.heads.shape == (3, 5, 4) and decisions.tokens.shape == (3, 5, 16)
-    assert all((part == 1).all() for part in (decisions.heads, decisions.groups, decisions.tokens))
+    assert decisions.units.shape == (5, 24) and decisions.tokens.shape == (3, 5, 16)
+    assert (decisions.units == 1).all() and (decisions.tokens == 1).all()
 
 
 def test_gradients_flow_through_recorded_decisions():
     recording = Recording(gumbel(), CONFIG)
     routers = [WidthRouter(CONFIG) for _ in range(3)]
     for block, router in enumerate(routers):
-        recording.heads(block, router, torch.randn(4, 64))
-    recording.decisions().heads.sum().backward()
+        recording.units(block, 0, router, torch.randn(4, 64))
+    recording.decisions().units.sum().backward()
     assert all(router.router.weight.grad.abs().sum() > 0 for router in routers)

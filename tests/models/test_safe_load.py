@@ -19,7 +19,7 @@ from dydit.errors import CheckpointError
 from dydit.models.checkpoint import load_checkpoint
 from dydit.models.config import ModelConfig
 from dydit.models.containers import Container, container_of
-from dydit.models.dit import DiT
+from dydit.models.dit.model import DiT
 from dydit.models.safe_load import listed, plain_tensors, read_safetensors, read_torch, shown
 
 CONFIG = ModelConfig(hidden_size=32, depth=1, num_heads=4, patch_size=2, input_size=8, num_classes=10)

@@ -9,10 +9,10 @@ import torch
 from dydit.diffusion.coefficients import apply_step, step_coefficients
 from dydit.diffusion.schedule import Sampler, Schedule
 from dydit.models.config import ModelConfig, Routers
-from dydit.models.dit import DiT
-from dydit.models.layout import stored_tensors
+from dydit.models.dit.layout import stored_tensors
+from dydit.models.dit.model import DiT
+from dydit.models.dit.sliced import SlicedDiT, conditioning
 from dydit.models.routers import Masked, Recording, Static
-from dydit.models.sliced import SlicedDiT, conditioning
 
 pytestmark = pytest.mark.numerics
 
@@ -37,20 +37,14 @@ def random_model(config: ModelConfig, seed: int = 0) -> DiT:
     return model.requires_grad_(False)
 
 
-def width_masks(model: DiT, t: int) -> np.ndarray:
-    """Units that are on at timestep t, bool [L, 2, H]."""
+def width_mask(model: DiT, t: int) -> np.ndarray:
+    """Units that are on at timestep t, bool [U]."""
     config = model.config
-    masks = np.ones((config.depth, 2, config.num_heads), bool)
-    if config.dynamic:
-        t_emb = model.t_embedder(torch.tensor([t]))
-        for block, mask in zip(model.blocks, masks, strict=True):
-            mask[:] = np.stack([(block.attn_rate(t_emb) > 0)[0], (block.mlp_rate(t_emb) > 0)[0]])
-    return masks
-
-
-def slots(masks: np.ndarray) -> tuple[list[list[int]], list[list[int]]]:
-    heads, groups = ([np.flatnonzero(row).tolist() for row in masks[:, part]] for part in (0, 1))
-    return heads, groups
+    if not config.dynamic:
+        return np.ones(config.units.size, bool)
+    t_emb = model.t_embedder(torch.tensor([t]))
+    routers = [router for block in model.blocks for router in (block.attn_rate, block.mlp_rate)]
+    return np.concatenate([(router(t_emb) > 0)[0].numpy() for router in routers])
 
 
 class Step:
@@ -100,14 +94,13 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 @pytest.mark.parametrize("guided", [True, False])
 @pytest.mark.parametrize("t", [0, 500, 999])
 def test_sliced_equals_masked(model, t, guided):
-    masks = width_masks(model, t)
-    heads, groups = slots(masks)
+    mask = width_mask(model, t)
     step = Step(model, t, guided)
-    sliced = SlicedDiT(model.config, step.weights, heads, groups, cfg_channels=3)
+    sliced = SlicedDiT(model.config, step.weights, model.config.units.slots(mask), cfg_channels=3)
     out = sliced.step(*step.inputs(), debug=True)
     x_prev, tokens = step.expected(model, 3)
     if model.config.dynamic:
-        assert 0 < masks.mean() < 1 and 0 < tokens.float().mean() < 1
+        assert 0 < mask.mean() < 1 and 0 < tokens.float().mean() < 1
     assert torch.equal(out.tokens, tokens)
     assert relative(out.x_prev, x_prev) < 1e-12
     assert out.overflow.tolist() == [0] * model.config.depth
@@ -115,10 +108,10 @@ def test_sliced_equals_masked(model, t, guided):
 
 def test_guidance_acts_on_the_asked_channels_only(model):
     step = Step(model)
-    heads, groups = slots(width_masks(model, step.t))
+    slots = model.config.units.slots(width_mask(model, step.t))
     results = {}
     for channels in (1, model.config.in_channels):
-        out = SlicedDiT(model.config, step.weights, heads, groups, channels).step(*step.inputs()).x_prev
+        out = SlicedDiT(model.config, step.weights, slots, channels).step(*step.inputs()).x_prev
         assert relative(out, step.expected(model, channels)[0]) < 1e-12
         results[channels] = out
     assert torch.equal(results[1][:, :1], results[model.config.in_channels][:, :1])
@@ -128,13 +121,14 @@ def test_guidance_acts_on_the_asked_channels_only(model):
 def test_union_with_gates_equals_the_narrow_subnetwork(model):
     """The union over two timesteps: heads and groups of a block are different slots, and not all of them."""
     step, config = Step(model), model.config
-    masks = width_masks(model, step.t)
-    both = masks | width_masks(model, 100)
-    gates = torch.tensor(masks.reshape(-1, config.num_heads), dtype=torch.float64)
-    union = SlicedDiT(config, step.weights, *slots(both), 3)
+    mask, axis = width_mask(model, step.t), config.units
+    both = mask | width_mask(model, 100)
+    gates = torch.tensor(mask, dtype=torch.float64)
+    union = SlicedDiT(config, step.weights, axis.slots(both), 3)
     if config.dynamic:
-        assert (both[:, 0] != both[:, 1]).any() and not both.all() and (both != masks).any((0, 2)).all()
-    narrow = SlicedDiT(config, step.weights, *slots(masks), 3)
+        assert any(heads != groups for heads, groups in axis.slots(both)) and not both.all()
+        assert all(axis.shares(both != mask).values()), "a head and a group at least are gated"
+    narrow = SlicedDiT(config, step.weights, axis.slots(mask), 3)
     gated = union.step(*step.inputs(), gates=gates).x_prev
     assert relative(gated, narrow.step(*step.inputs()).x_prev) < 1e-12
     if config.dynamic:
@@ -144,11 +138,10 @@ def test_union_with_gates_equals_the_narrow_subnetwork(model):
 def test_empty_slot_sets_leave_the_biases(model):
     """Nothing on: attention adds gate1*proj.bias to every token, the MLP gate2*fc2.bias to the routed ones."""
     step, config = Step(model), model.config
-    empty: list[list[int]] = [[]] * config.depth
-    none = SlicedDiT(config, step.weights, empty, empty, 3).step(*step.inputs(), debug=True)
-    every = [list(range(config.num_heads))] * config.depth
-    gates = torch.zeros(2 * config.depth, config.num_heads, dtype=torch.float64)
-    closed = SlicedDiT(config, step.weights, every, every, 3).step(*step.inputs(), gates=gates, debug=True)
+    empty = config.units.slots(np.zeros(config.units.size, bool))
+    none = SlicedDiT(config, step.weights, empty, 3).step(*step.inputs(), debug=True)
+    gates = torch.zeros(config.units.size, dtype=torch.float64)
+    closed = SlicedDiT(config, step.weights, config.units.every_unit, 3).step(*step.inputs(), gates=gates, debug=True)
     assert torch.equal(none.tokens, closed.tokens)
     assert relative(none.residuals, closed.residuals) < 1e-13
     gate, bias = step.modulation[:, 2, None], step.weights["blocks.0.proj.bias"]
@@ -163,10 +156,10 @@ def test_empty_slot_sets_leave_the_biases(model):
 def test_overflowing_tokens_keep_their_residual_and_are_counted():
     model = random_model(CONFIG)
     step = Step(model)
-    heads, groups = slots(width_masks(model, step.t))
-    full = SlicedDiT(CONFIG, step.weights, heads, groups, 3).step(*step.inputs(), debug=True)
+    slots = CONFIG.units.slots(width_mask(model, step.t))
+    full = SlicedDiT(CONFIG, step.weights, slots, 3).step(*step.inputs(), debug=True)
     capacities = [3, CONFIG.tokens, CONFIG.tokens]
-    tight = SlicedDiT(CONFIG, step.weights, heads, groups, 3, capacities).step(*step.inputs(), debug=True)
+    tight = SlicedDiT(CONFIG, step.weights, slots, 3, capacities).step(*step.inputs(), debug=True)
     routed = int(full.tokens[0].sum())
     assert routed > 3 * 6
     assert tight.overflow.tolist() == [routed - 3 * 6, 0, 0]
@@ -176,7 +169,7 @@ def test_overflowing_tokens_keep_their_residual_and_are_counted():
     a, b = tight.residuals[0].flatten(0, 1), full.residuals[0].flatten(0, 1)
     assert torch.equal(a[served], b[served]) or relative(a[served], b[served]) < 1e-13
     assert (a[dropped] - b[dropped]).abs().amax(1).min() > 1e-6
-    roomy = SlicedDiT(CONFIG, step.weights, heads, groups, 3, [CONFIG.tokens] * 3).step(*step.inputs())
+    roomy = SlicedDiT(CONFIG, step.weights, slots, 3, [CONFIG.tokens] * 3).step(*step.inputs())
     assert torch.equal(roomy.x_prev, full.x_prev)
 
 
@@ -185,7 +178,8 @@ def test_no_token_routed_at_all():
     for block in model.blocks:
         block.token_selection.mlp_head[2].bias.data.fill_(-1e3)
     step = Step(model)
-    out = SlicedDiT(CONFIG, step.weights, *slots(width_masks(model, step.t)), 3).step(*step.inputs(), debug=True)
+    slots = CONFIG.units.slots(width_mask(model, step.t))
+    out = SlicedDiT(CONFIG, step.weights, slots, 3).step(*step.inputs(), debug=True)
     assert not out.tokens.any()
     assert relative(out.x_prev, step.expected(model, 3)[0]) < 1e-12
 
@@ -210,15 +204,15 @@ def test_from_model_and_float32(model):
     model = model.float()
     double = random_model(model.config)
     step = Step(double)
-    heads, groups = slots(width_masks(model, step.t))
-    out = SlicedDiT.from_model(model, heads, groups, 3).step(*(t.float() for t in step.inputs()))
+    slots = model.config.units.slots(width_mask(model, step.t))
+    out = SlicedDiT.from_model(model, slots, 3).step(*(t.float() for t in step.inputs()))
     assert out.x_prev.dtype == torch.float32
     assert relative(out.x_prev.double(), step.expected(double, 3)[0]) < 1e-5
 
 
 def test_consecutive_slots_share_memory_with_the_stored_weights():
     step = Step(random_model(CONFIG))
-    sliced = SlicedDiT(CONFIG, step.weights, [[0, 1], [1, 2, 3], [0, 2]], [[0]] * 3, 3)
+    sliced = SlicedDiT(CONFIG, step.weights, (((0, 1), (0,)), ((1, 2, 3), (0,)), ((0, 2), (0,))), 3)
     stored = [step.weights[f"blocks.{i}.qkv.weight"] for i in range(3)]
     cut = [block.qkv for block in sliced._blocks]
     pointers = [

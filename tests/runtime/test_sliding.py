@@ -43,22 +43,35 @@ def test_exchanges_bring_the_wanted_units_to_the_front_in_one_order_whatever_was
     assert all(front(wanted)[unit] == unit for unit in wanted if unit < len(wanted)), "who can stay stays"
 
 
-@given(st.lists(st.lists(wanted_units, min_size=4, max_size=4), min_size=1, max_size=5))
-def test_an_arrangement_keeps_account_of_every_place(steps):
+def subsets(count):
+    return st.sets(st.integers(0, count - 1)).map(lambda units: tuple(sorted(units)))
+
+
+@st.composite
+def slides(draw):
+    """Units of the groups of each block, and the slots that some steps want: by block and unit group."""
+    counts = draw(st.lists(st.lists(st.integers(1, 9), min_size=2, max_size=2), min_size=1, max_size=2))
+    slots = st.tuples(*[st.tuples(*map(subsets, block)) for block in counts])
+    return counts, draw(st.lists(slots, min_size=1, max_size=5))
+
+
+@given(slides())
+def test_an_arrangement_keeps_account_of_every_place(make_axis, drawn):
     """Replayed on plain lists, exchanges lead to what the arrangement says, and what stays costs nothing."""
-    arrangement = Arrangement(2, UNITS)
-    replayed = [[list(range(UNITS)), list(range(UNITS))] for _ in range(2)]
+    counts, steps = drawn
+    axis = make_axis(counts)
+    arrangement = Arrangement(axis)
+    replayed = {part: list(range(part.group.count)) for part in axis.parts}
     before = None
-    for heads0, heads1, groups0, groups1 in steps:
-        made = arrangement.arrange([heads0, heads1], [groups0, groups1])
+    for wanted in steps:
+        made = arrangement.arrange(wanted)
         for each in made:
-            row = replayed[each.block][each.part]
+            row = replayed[each.part]
             row[each.first], row[each.second] = row[each.second], row[each.first]
-        assert replayed == arrangement.places
-        wanted = [heads0, groups0, heads1, groups1]
-        assert [
-            sorted(row[: len(units)]) for row, units in zip((*replayed[0], *replayed[1]), wanted, strict=True)
-        ] == wanted
+        assert list(replayed.values()) == arrangement.places
+        for part, units in axis.zip(wanted):
+            assert sorted(replayed[part][: len(units)]) == list(units)
+            assert sorted(replayed[part]) == list(range(part.group.count)), "nothing is lost"
         if wanted == before:
             assert not made
         before = wanted
@@ -72,7 +85,7 @@ def sliding_bundle(make_bundle) -> Bundle:
 def test_feeds_are_the_rows_of_the_units_that_are_on(sliding_bundle):
     """For every subnetwork, in an order that jumps about: as sets of units, the rows that the stored tensors have."""
     manifest, weights = sliding_bundle.manifest, SlidingWeights(sliding_bundle)
-    specs = unit_inputs(manifest.weights, manifest.model.depth)
+    specs = unit_inputs(manifest.weights, manifest.model)
     before = hashlib.sha256((sliding_bundle.path / WEIGHTS).read_bytes()).hexdigest()
     count = len(manifest.subnets)
     assert count > 4
@@ -82,7 +95,7 @@ def test_feeds_are_the_rows_of_the_units_that_are_on(sliding_bundle):
         assert list(feeds) == [spec.name for spec in specs]
         for name, fed in feeds.items():
             stored, (_, block, part) = sliding_bundle.weight(name), name.split(".", 2)
-            units = (entry.heads if part.startswith(("qkv", "proj")) else entry.groups)[int(block)]
+            units = entry.units[int(block)][not part.startswith(("qkv", "proj"))]
             assert fed.shape == (len(units) * stored.shape[1], *stored.shape[2:]) and fed.flags.c_contiguous
             found = {row.tobytes() for row in fed.reshape(len(units), -1)}
             assert found == {np.ascontiguousarray(stored[unit]).tobytes() for unit in units}
@@ -99,7 +112,7 @@ def test_a_part_with_nothing_on_gets_zeros(make_bundle, make_checkpoint, small_c
     weights, empty = SlidingWeights(bundle), 0
     for entry in bundle.manifest.subnets:
         feeds = weights.run(entry, dict)
-        for block, heads in enumerate(entry.heads):
+        for block, (heads, _) in enumerate(entry.units):
             if not heads:
                 empty += 1
                 rows = feeds[f"blocks.{block}.qkv.weight"]
@@ -120,7 +133,7 @@ def test_one_graph_one_session_for_every_width(sliding_bundle, make_bundle):
     assert len({id(backend.subnet(index)._session) for index in range(3)}) == 1
     exact = make_bundle(plan=PlanKind.PER_STEP).manifest
     assert sliding_bundle.manifest.plan.macs == exact.plan.macs == exact.plan.per_step_macs
-    assert [s.heads for s in sliding_bundle.manifest.subnets] == [s.heads for s in exact.subnets]
+    assert [s.units for s in sliding_bundle.manifest.subnets] == [s.units for s in exact.subnets]
 
 
 @pytest.mark.parametrize("settings", [{}, {"routing": Routing.CAPACITY, "capacities": (2, 16, 5)}])

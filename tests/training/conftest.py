@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dydit.models.config import ModelConfig, Routers
-from dydit.models.dit import DiT
+from dydit.models.dit.model import DiT
 from dydit.training.recipe import Recipe
 
 STATIC = ModelConfig(

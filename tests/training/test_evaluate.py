@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from dydit.errors import ConfigError
 from dydit.models.config import ModelConfig
-from dydit.models.cost import attention_macs, mlp_macs
+from dydit.models.dit.units import attention_macs, mlp_macs
 from dydit.training.data import Digits
 from dydit.training.evaluate import dynamics, evaluate_digits, frechet_distance
 
@@ -80,13 +80,13 @@ def test_samples_that_cannot_be_judged_are_refused(images: np.ndarray, labels: n
 
 
 def test_dynamics_count_what_was_on(dynamic_config: ModelConfig) -> None:
-    heads, groups = np.zeros((3, 2, 4), bool), np.zeros((3, 2, 4), bool)
+    masks, parts = np.zeros((3, 16), bool), dynamic_config.units.parts
     tokens = np.zeros((3, 2, 2, 16), bool)
-    heads[:, :, 0] = groups[:, :, 0] = True
-    groups[2, 1, 3] = True
+    masks[:, [part.start for part in parts]] = True
+    masks[2, parts[3].start + 3] = True  # a second group of block 1
     tokens[:, :, 0, :8] = True  # image 0 routes half of its tokens, image 1 none but in one place
     tokens[2, 1, 1, :4] = True
-    found = dynamics(dynamic_config, heads, groups, tokens)
+    found = dynamics(dynamic_config, masks, tokens)
     attention, mlp = attention_macs(dynamic_config), mlp_macs(dynamic_config)
     work = [  # two blocks of one head; MLPs of image 0 and image 1
         [attention / 2 + 2 * mlp / 8, attention / 2],
@@ -95,19 +95,21 @@ def test_dynamics_count_what_was_on(dynamic_config: ModelConfig) -> None:
     ]
     assert found.flops_ratio == pytest.approx(np.mean(work) / (2 * (attention + mlp)))
     assert found.distinct_masks == 2
-    assert found.head_ratio == 0.25 and found.group_ratio == pytest.approx(7 / 24)
+    assert found.unit_ratios == {"heads": 0.25, "groups": pytest.approx(7 / 24)}
     assert found.token_ratio == pytest.approx((3 * 2 * 8 + 4) / (3 * 2 * 2 * 16))
     assert found.token_ratio_std == pytest.approx((0.5 - 4 / 96) / 2)
 
 
 def test_a_model_with_everything_on_has_ratio_one(dynamic_config: ModelConfig) -> None:
-    units = np.ones((5, 2, 4), bool)
-    found = dynamics(dynamic_config, units, units, np.ones((5, 2, 3, 16), bool))
+    found = dynamics(dynamic_config, np.ones((5, 16), bool), np.ones((5, 2, 3, 16), bool))
     assert found.flops_ratio == pytest.approx(1) and found.distinct_masks == 1 and found.token_ratio_std == 0
 
 
 def test_masks_that_do_not_fit_are_refused(dynamic_config: ModelConfig) -> None:
-    units = np.ones((5, 2, 4), bool)
+    masks, good = np.ones((5, 16), bool), np.ones((5, 2, 3, 16), bool)
     for tokens in (np.ones((5, 2, 16), bool), np.ones((5, 2, 3, 15), bool), np.ones((4, 2, 3, 16), bool)):
-        with pytest.raises(ConfigError, match="masks must be"):
-            dynamics(dynamic_config, units, units, tokens)
+        with pytest.raises(ConfigError, match=r"decisions must be \[S, 16\] and \[S, 2, n, 16\]; got "):
+            dynamics(dynamic_config, masks, tokens)
+    for wrong in (masks[:, :15], masks.reshape(5, 2, 8), masks[0], masks[:4]):
+        with pytest.raises(ConfigError, match=r"decisions must be \[S, 16\] and \[S, 2, n, 16\]; got "):
+            dynamics(dynamic_config, wrong, good)

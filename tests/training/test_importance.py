@@ -7,7 +7,7 @@ import torch
 
 from dydit.errors import ConfigError
 from dydit.models.config import ModelConfig
-from dydit.models.dit import DiT
+from dydit.models.dit.model import DiT
 from dydit.training.importance import channel_importance, head_importance, rank_and_permute
 
 

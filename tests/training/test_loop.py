@@ -17,7 +17,7 @@ import torch
 from dydit.errors import ConfigError, OutputError, TrainingError
 from dydit.models.checkpoint import load_checkpoint, save_checkpoint
 from dydit.models.config import ModelConfig
-from dydit.models.dit import DiT
+from dydit.models.dit.model import DiT
 from dydit.models.routers import Static
 from dydit.training.draws import BatchSource
 from dydit.training.loop import Objective, learning_rate, make_optimizer, probe, starting_model, train

@@ -11,8 +11,8 @@ from scipy import stats
 from dydit.diffusion.coefficients import step_coefficients
 from dydit.diffusion.schedule import Sampler, Schedule
 from dydit.models.config import ModelConfig
-from dydit.models.cost import attention_macs, mlp_macs
-from dydit.models.dit import DiT
+from dydit.models.dit.model import DiT
+from dydit.models.dit.units import attention_macs, mlp_macs
 from dydit.models.routers import Decisions, GumbelSigmoid, Masked, Recording
 from dydit.training.losses import (
     AnnealedGumbelSigmoid,
@@ -114,16 +114,16 @@ def test_the_likelihood_of_all_256_values_sums_to_one() -> None:
 
 
 def test_the_flops_ratio_counts_what_is_on(dynamic_config: ModelConfig) -> None:
-    heads, groups = torch.zeros(2, 3, 4), torch.zeros(2, 3, 4)
-    tokens = torch.zeros(2, 3, dynamic_config.tokens)
-    heads[:, :, 0] = 1
-    heads[1, 2] = 1
-    groups[0, 1] = 1
+    units, tokens = torch.zeros(3, 16), torch.zeros(2, 3, dynamic_config.tokens)
+    (heads0, groups0), (heads1, _) = dynamic_config.units.nested([part.units for part in dynamic_config.units.parts])
+    units[:, [heads0.start, heads1.start]] = 1
+    units[2, heads1] = 1
+    units[1, groups0] = 1
     tokens[0, 1, :8] = 1
     attention, mlp = attention_macs(dynamic_config), mlp_macs(dynamic_config)
     whole = 2 * (attention + mlp)
     expected = [attention * 2 / 4 / whole, (attention * 2 / 4 + mlp / 2) / whole, attention * 5 / 4 / whole]
-    got = achieved_ratio(dynamic_config, Decisions(heads, groups, tokens))
+    got = achieved_ratio(dynamic_config, Decisions(units, tokens))
     torch.testing.assert_close(got, torch.tensor(expected))
     assert float(flops_loss(got, 0.5, 2.0)) == pytest.approx(2 * (np.mean(expected) - 0.5) ** 2)
 

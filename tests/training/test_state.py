@@ -9,7 +9,7 @@ import torch
 
 from dydit.errors import CheckpointError, OutputError
 from dydit.models.config import ModelConfig
-from dydit.models.dit import DiT
+from dydit.models.dit.model import DiT
 from dydit.training.loop import make_optimizer
 from dydit.training.recipe import Recipe
 from dydit.training.state import (

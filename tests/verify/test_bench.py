@@ -15,7 +15,7 @@ from dydit.diffusion.coefficients import step_coefficients
 from dydit.diffusion.schedule import Sampler, Schedule
 from dydit.errors import BackendError, ConfigError, DeviationError, UnavailableError
 from dydit.models.config import Routers
-from dydit.models.cost import attention_macs, mlp_macs
+from dydit.models.dit.units import attention_macs, mlp_macs
 from dydit.verify.bench import (
     REPORT,
     BenchConfig,

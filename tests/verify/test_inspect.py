@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from dydit.bundle.costs import Measured, StepTimes
+from dydit.bundle.costs import GroupTimes, Measured, StepTimes
 from dydit.bundle.manifest import MANIFEST, PlanKind, Routing
 from dydit.bundle.stored import Precision
 from dydit.errors import BundleError, CheckpointError
@@ -44,7 +44,10 @@ def test_facts_of_a_bundle(make_bundle, make_checkpoint):
     assert np.array_equal(found.masks, manifest.checkpoint_masks()) and found.timesteps == manifest.sampling.timesteps
     assert sum(subnet.steps for subnet in facts.subnets) == 12
     for subnet, entry in zip(facts.subnets, manifest.subnets, strict=True):
-        assert subnet.heads == sum(map(len, entry.heads)) and subnet.weight_bytes == entry.weight_bytes
+        assert (
+            subnet.units["heads"] == sum(len(heads) for heads, _ in entry.units)
+            and subnet.weight_bytes == entry.weight_bytes
+        )
 
 
 def test_the_plan_table_falls_in_cost_from_everything_to_the_exact_masks(make_bundle):
@@ -171,7 +174,7 @@ def test_the_segments_are_those_of_the_plan(make_bundle):
     assert sum(each.cost_share for each in facts.segments) == pytest.approx(1)
     for each in facts.segments:
         entry, held = manifest.subnets[each.subnet], bundle.masks[each.first : each.first + each.steps].any(axis=0)
-        assert (each.heads, each.groups) == tuple(held.sum(axis=(0, 2)))
+        assert each.units == manifest.model.units.total_counts(held)
         assert (each.gated, each.weight_bytes) == (entry.gated, entry.weight_bytes)
         share = each.steps * (held * unit_costs(manifest.model)).sum() / manifest.plan.macs
         assert each.cost_share == pytest.approx(share)
@@ -184,7 +187,9 @@ def test_a_plan_by_measured_times_is_shown_by_them(make_checkpoint, tmp_path):
         threads=1,
         token_share=0.5,
         deviation=0.01,
-        **{"fixed": 1.0, "block": 0.1, "attention": 0.1, "head": 5.0, "mlp": 0.1, "group": 0.5},
+        fixed=1.0,
+        block=0.1,
+        groups={"heads": GroupTimes(any=0.1, unit=5.0), "groups": GroupTimes(any=0.1, unit=0.5)},
     )
     config = ExportConfig(steps=12, max_subnets=4)
     found = inspect(export(make_checkpoint(), tmp_path / "bundle", config, measured=Measured(times=times)).path)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from dydit.training.sampling import sample_torch
 
 from dydit.bundle.bundle import Bundle
 from dydit.errors import ConfigError
@@ -19,7 +20,6 @@ from dydit.models.config import ModelConfig, parse_config
 from dydit.models.synthetic import synthetic_model
 from dydit.runtime.pipeline import DyDiTPipeline
 from dydit.training.recipe import Recipe, find_recipes
-from dydit.training.sampling import sample_torch
 
 REFUSED = "needs a row for no class, which this model lacks"
 

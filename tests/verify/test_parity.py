@@ -170,13 +170,15 @@ class TestOneThingWrong:
     def test_a_mask_bit(self, make_checkpoint, make_bundle, spoil_manifest):
         bundle = make_bundle(max_subnets=1)
         manifest = bundle.manifest
-        masks = [unpack_mask(text, (3, 2, 4)) for text in manifest.masks]
-        masks[5][2, 1, 3] ^= True
+        axis = manifest.model.units
+        part = next(part for part in axis.parts if (part.block, part.index) == (2, 1))
+        masks = [unpack_mask(text, axis.size) for text in manifest.masks]
+        masks[5][part.start + 3] ^= True
         report = run_parity(spoil_manifest(bundle, masks=tuple(map(pack_mask, masks))), make_checkpoint(), CONFIG)
         hop = report.first_failure
         assert hop.name == "masks" and (hop.worst, hop.worst_step) == (1, 5)
         assert (hop.departure.step, hop.departure.block) == (5, 2)
-        assert f"group {manifest.group_order[2][3]} is frozen as" in hop.departure.where
+        assert f"group {manifest.unit_order[2][1][3]} is frozen as" in hop.departure.where
 
     def test_a_timestep_or_a_coefficient(self, make_checkpoint, make_bundle, spoil_manifest):
         bundle = make_bundle()

@@ -13,6 +13,7 @@ from PIL import Image
 
 from dydit.diffusion.schedule import respaced_timesteps
 from dydit.errors import DyditError
+from dydit.models.config import ModelConfig
 from dydit.verify import plots, plots_masks
 from dydit.verify.bench import compare_sides
 from dydit.verify.plot_style import ACCENT, ACCENT_LIGHT, OFF, SECOND, timestep_ticks
@@ -67,21 +68,29 @@ def times(steps):
     return respaced_timesteps(steps)[::-1].tolist()
 
 
+def axis_of(depth, units):
+    model = ModelConfig(hidden_size=4 * units, depth=depth, num_heads=units, patch_size=2, input_size=8)
+    return model.units
+
+
 @pytest.mark.parametrize(("depth", "units", "density"), [(6, 8, 0.3), (28, 16, 0.8)])
 def test_masks_are_dark_where_units_are_on(depth, units, density, titles):
-    masks = RNG.random((60, depth, 2, units)) < density
-    array = pixels(masks_png(masks, times(60)))
+    axis = axis_of(depth, units)
+    masks = RNG.random((60, axis.size)) < density
+    array = pixels(masks_png(masks, axis, times(60)))
     lower = array[array.shape[0] // 2 :]
     on, off = count(lower, ACCENT), count(lower, OFF)
     assert on / (on + off) == pytest.approx(masks.mean(), abs=0.05)
     ((finding, detail),) = titles
-    assert f"{masks[:, :, 0].mean():.0%} of heads" in finding and f"{masks[:, :, 1].mean():.0%} of channel" in finding
+    on = axis.shares(masks)
+    assert f"{on['heads']:.0%} of attention heads" in finding and f"{on['groups']:.0%} of channel groups" in finding
     assert detail.startswith("60 distinct masks in 60 steps")
 
 
 def test_masks_of_one_step_and_equal_masks(titles):
-    pixels(masks_png(np.ones((1, 2, 2, 3), bool), [999]))
-    pixels(masks_png(np.ones((9, 2, 2, 3), bool), times(9)))
+    axis = axis_of(2, 3)
+    pixels(masks_png(np.ones((1, axis.size), bool), axis, [999]))
+    pixels(masks_png(np.ones((9, axis.size), bool), axis, times(9)))
     assert titles[1][1].startswith("1 distinct mask in 9 steps")
 
 
@@ -293,8 +302,9 @@ def test_parity_that_fails_says_where(titles):
 
 
 def test_the_same_data_gives_the_same_bytes():
-    masks = RNG.random((12, 2, 2, 4)) < 0.5
-    assert masks_png(masks, times(12)) == masks_png(masks, times(12)) != masks_png(~masks, times(12))
+    axis = axis_of(2, 4)
+    masks = RNG.random((12, axis.size)) < 0.5
+    assert masks_png(masks, axis, times(12)) == masks_png(masks, axis, times(12)) != masks_png(~masks, axis, times(12))
 
 
 @settings(max_examples=25, deadline=None)

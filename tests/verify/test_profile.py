@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import dydit
 from dydit.bundle.bundle import Bundle
-from dydit.bundle.costs import Measured, Residency, StepTimes
+from dydit.bundle.costs import GroupTimes, Measured, Residency, StepTimes
 from dydit.bundle.manifest import PlanKind, Routing, parse_manifest
 from dydit.bundle.stored import Precision
 from dydit.errors import BackendError, ConfigError
@@ -29,7 +29,7 @@ from dydit.runtime.resident import ResidentSubnets
 from dydit.verify import profile as profiling
 from dydit.verify.measure import settled_bytes
 from dydit.verify.profile import ProfileConfig, run_profile
-from dydit.verify.profile_fit import MARGIN, TIME_TERMS, WORKSPACES, fit_residency, fit_times, non_negative
+from dydit.verify.profile_fit import MARGIN, WORKSPACES, fit_residency, fit_times, non_negative
 from dydit.verify.profile_points import profile_points, token_share, write_profile_bundle
 
 LAW = settings(max_examples=25, deadline=None)
@@ -39,9 +39,15 @@ TIMES = {**SETTINGS, "threads": 1, "token_share": 0.5}
 needs_smaps = pytest.mark.skipif(settled_bytes() is None, reason="this system has no /proc/self/smaps_rollup")
 
 
+GROUPS = ("heads", "groups")
+TIME_TERMS = ("fixed", "block", "any heads", "heads", "any groups", "groups")
+
+
 def step_ms(point, terms: dict[str, float]) -> float:
-    each = terms["head"] * point.heads + terms["group"] * point.groups
-    each += terms["attention"] * (point.heads > 0) + terms["mlp"] * (point.groups > 0)
+    each = sum(
+        terms[f"any {name}"] * (count > 0) + terms[name] * count
+        for name, count in zip(GROUPS, point.counts, strict=True)
+    )
     return terms["fixed"] + point.depth * (terms["block"] + each)
 
 
@@ -65,23 +71,25 @@ def test_non_negative_least_squares(seed):
 
 
 @LAW
-@given(st.integers(2, 16), st.lists(st.floats(0.01, 5), min_size=6, max_size=6))
-def test_times_that_are_linear_are_found(heads, numbers):
+@given(st.integers(2, 16), st.integers(2, 16), st.lists(st.floats(0.01, 5), min_size=6, max_size=6))
+def test_times_that_are_linear_are_found(heads, groups, numbers):
     terms = dict(zip(TIME_TERMS, numbers, strict=True))
-    points = [point for point in profile_points(heads) if point.timed]
+    points = [point for point in profile_points([heads, groups]) if point.timed]
     ms = [[step_ms(point, terms) * factor for factor in (1, 1, 40)] for point in points]
-    found = fit_times(points, ms, TIMES)
-    for name, value in terms.items():
-        assert getattr(found, name) == pytest.approx(value, rel=1e-6), "an outlier moves no median"
+    found = fit_times(points, GROUPS, ms, TIMES)
+    fitted = {"fixed": found.fixed, "block": found.block}
+    for name in GROUPS:
+        fitted |= {f"any {name}": found.groups[name].any, name: found.groups[name].unit}
+    assert fitted == pytest.approx(terms, rel=1e-6), "an outlier moves no median"
     assert found.deviation < 1e-6 and found.token_share == 0.5
 
 
-@pytest.mark.parametrize("term", ["head", "group"])
+@pytest.mark.parametrize("term", GROUPS)
 def test_times_that_fall_with_width_are_refused(term):
     terms = dict.fromkeys(TIME_TERMS, 1.0) | {term: -0.05, "fixed": 10.0}
-    points = [point for point in profile_points(8) if point.timed]
-    with pytest.raises(ConfigError, match=f"do not grow with the number of {term}s .* use --cost macs"):
-        fit_times(points, [[step_ms(point, terms)] for point in points], TIMES)
+    points = [point for point in profile_points([8, 8]) if point.timed]
+    with pytest.raises(ConfigError, match=f"do not grow with the number of {term} .* use --cost macs"):
+        fit_times(points, GROUPS, [[step_ms(point, terms)] for point in points], TIMES)
 
 
 @pytest.mark.parametrize("precision", [Precision.FP32, Precision.FP16])
@@ -92,15 +100,15 @@ def test_memory_that_is_linear_is_found(small_config, precision):
         {**SETTINGS, "workspace": 0, "deviation": 0, "margin": 0}
         | {"subnet": 40_000, "block": 9_000, "mapped": 0.5, "joined": 1.25, "shared": 1.0}
     )
-    points, settled, before = profile_points(model.num_heads), [], 0
+    points, settled, before = profile_points([model.num_heads] * 2), [], 0
     for depth in dict.fromkeys(point.depth for point in points):
         cut, masks = model.model_copy(update={"depth": depth}), []
         bounds = [0]
         for point in (each for each in points if each.depth == depth):
-            masks.append(point.masks(model.num_heads))
+            masks.append(point.masks(model))
             bounds.append(bounds[-1] + len(masks[-1]))
             so_far = np.concatenate(masks)
-            sizes = PlanSizes(so_far, unit_bytes(cut, precision), fixed_bytes(cut, precision))
+            sizes = PlanSizes(cut.units, so_far, unit_bytes(cut, precision), fixed_bytes(cut, precision))
             settled.append(10**7 + before + sizes.resident(Plan(tuple(bounds), 0.0), truth))
         before = settled[-1] - 10**7
     found = fit_residency(points, model, precision, settled, 1000, SETTINGS)
@@ -114,7 +122,7 @@ def test_memory_that_is_linear_is_found(small_config, precision):
 
 @pytest.mark.parametrize("routing", [Routing.DYNAMIC, Routing.CAPACITY, Routing.DENSE])
 def test_exactly_the_wanted_share_of_tokens_is_routed(small_config, tmp_path, routing):
-    points = [point for point in profile_points(small_config.num_heads) if point.depth > 1]
+    points = [point for point in profile_points([small_config.num_heads] * 2) if point.depth > 1]
     config = ExportConfig(routing=routing, capacities=(8, 8, 8) if routing is Routing.CAPACITY else None)
     bundle = write_profile_bundle(tmp_path / "bundle", points, small_config, config, 0.25)
     assert len(bundle.manifest.plan.segments) == len(points) == len(bundle.manifest.subnets)
@@ -124,8 +132,8 @@ def test_exactly_the_wanted_share_of_tokens_is_routed(small_config, tmp_path, ro
         runner = StepRunner(backend, subnets, labels, 4.0)
         for point, segment in zip(points, bundle.manifest.plan.segments, strict=True):
             entry = bundle.manifest.subnets[segment.subnet]
-            assert set(map(len, entry.heads)) == {point.heads} and set(map(len, entry.groups)) == {point.groups}
-            assert entry.gated == any(point.gated)
+            assert {tuple(map(len, block)) for block in entry.units} == {point.counts}
+            assert entry.gated == point.gated
             for step in segment.steps:
                 result = runner.run(step, x, x, labels)
                 assert (result.tokens.mean(axis=-1) == 0.25).all() and np.isfinite(result.x_prev).all()
@@ -147,7 +155,13 @@ def digits():
 
 
 GIVEN = Measured(
-    times=StepTimes(**TIMES, fixed=0.2, block=0.05, attention=0.1, head=0.03, mlp=0.1, group=0.04, deviation=0.02),
+    times=StepTimes(
+        **TIMES,
+        fixed=0.2,
+        block=0.05,
+        groups={"heads": GroupTimes(any=0.1, unit=0.03), "groups": GroupTimes(any=0.1, unit=0.04)},
+        deviation=0.02,
+    ),
     residency=Residency(
         **SETTINGS,
         **{"workspace": 1_000_000, "subnet": 40_000, "block": 9_000, "mapped": 0.5, "joined": 1.25, "shared": 1.0},
@@ -175,7 +189,7 @@ def test_every_point_is_measured_in_some_rounds(digits, monkeypatch):
     memory = settled_bytes() is not None
     found = run_profile(digits, ExportConfig(), ProfileConfig(threads=1, seconds=0.1), memory=memory)
     assert found.times == GIVEN.times and seen["settings"]["threads"] == 1
-    points = profile_points(digits.config.num_heads)
+    points = profile_points([digits.config.num_heads] * 2)
     assert len(seen["ms"]) == len(seen["points"]) == sum(point.timed for point in points)
     assert all(5 <= len(rounds) <= 41 and min(rounds) > 0 for rounds in seen["ms"])
     if memory:

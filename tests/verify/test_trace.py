@@ -7,7 +7,7 @@ import pytest
 
 from dydit.bundle.manifest import PlanKind
 from dydit.errors import ConfigError
-from dydit.models.cost import attention_macs, mlp_macs
+from dydit.models.dit.units import attention_macs, mlp_macs
 from dydit.runtime.pipeline import DyDiTPipeline
 from dydit.verify.parity import cost_of
 from dydit.verify.reference import Images, Reference
@@ -58,7 +58,7 @@ def test_slots_and_dense_routing_compute_what_they_hold_whatever_is_routed(trace
     attention, mlp, expected = attention_macs(small_config), mlp_macs(small_config), 0.0
     for segment in slots.plan.segments:
         entry = slots.subnets[segment.subnet]
-        for heads, groups, share in zip(entry.heads, entry.groups, (3 / 16, 0.5, 1), strict=True):
+        for (heads, groups), share in zip(entry.units, (3 / 16, 0.5, 1), strict=True):
             expected += segment.count * (len(heads) * attention + len(groups) * share * mlp) / 4
     assert executed_ratio(slots, trace.tokens) == pytest.approx(expected / slots.plan.static_macs)
     assert executed_ratio(slots, ~trace.tokens) == executed_ratio(slots, trace.tokens)

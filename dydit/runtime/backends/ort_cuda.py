@@ -230,14 +230,14 @@ def session_memory(bundle: Bundle, engine: EngineId) -> EngineMemory:
 
     With a sliding plan those of units are no session's.
     """
-    manifest, parts = bundle.manifest, ("time.", "label.", "adaln.")
+    manifest = bundle.manifest
     if engine.subnet is not None and not manifest.sliding:
         return EngineMemory(0, manifest.subnets[engine.subnet].weight_bytes)
     sizes = {name: each.nbytes for name, each in manifest.weights.items()}
-    conditioning = sum(nbytes for name, nbytes in sizes.items() if name.startswith(parts))
+    conditioning = sum(nbytes for name, nbytes in sizes.items() if manifest.model.is_conditioning(name))
     if engine.subnet is None:
         return EngineMemory(0, conditioning)
-    units = sum(sizes[spec.name] for spec in unit_inputs(manifest.weights, manifest.model.depth))
+    units = sum(sizes[spec.name] for spec in unit_inputs(manifest.weights, manifest.model))
     return EngineMemory(0, sum(sizes.values()) - conditioning - units)
 
 

@@ -1,4 +1,4 @@
-"""The PyTorch backend: the sliced form (`dydit.models.sliced`) on a bundle's weights. The yardstick for the others."""
+"""The PyTorch backend: the sliced form (`dydit.models.dit.sliced`) on a bundle's weights. The yardstick of others."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dydit.bundle.bundle import Bundle
 from dydit.errors import BackendError
-from dydit.models.sliced import SlicedDiT, conditioning
+from dydit.models.dit.sliced import SlicedDiT, conditioning
 from dydit.runtime.backends.base import Arrays, Backend, BackendOptions, StepResult, Subnet
 
 _TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -28,8 +28,7 @@ class TorchSubnet(Subnet):
         self._model: SlicedDiT | None = SlicedDiT(
             manifest.model,
             weights,
-            entry.heads,
-            entry.groups,
+            entry.units,
             manifest.sampling.cfg_channels,
             None if full_capacity else entry.capacities,
         )

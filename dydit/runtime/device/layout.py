@@ -99,7 +99,7 @@ class Layout:
         self.capturing = options.graphs and manifest.routing is not Routing.DYNAMIC
         self.image_bytes = 4 * model.in_channels * model.input_size**2
         self.modulation_row = 4 * math.prod(_numbers(_spec(subnet_inputs(model, False), "modulation")))
-        self.gates_stride = aligned(4 * 2 * model.depth * model.num_heads)
+        self.gates_stride = aligned(4 * model.units.size)
         self.overflow_stride = aligned(8 * model.depth)
         self.labels_stride = aligned(8 * shape.rows(self.largest))
 
@@ -183,7 +183,7 @@ class Layout:
                 "step.noise": batch_bytes,
                 "step.coefficients": ALIGNMENT,
                 "step.modulation": rows * self.modulation_row,
-                "step.gates": gated * 4 * 2 * model.depth * model.num_heads,
+                "step.gates": gated * 4 * model.units.size,
                 "step.overflow": self.capacity * self.overflow_stride,
             }
         if self.slots is not None:

@@ -16,7 +16,7 @@ what the execution contexts that segments share, and the graphs captured from th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dydit.bundle.manifest import Manifest, SubnetEntry
@@ -32,7 +32,7 @@ from dydit.runtime.device.operations import (
     Upload,
     aligned,
 )
-from dydit.runtime.sliding import PARTS, Exchange, exchanges
+from dydit.runtime.sliding import Exchange, exchanges
 
 UNITS, SCRATCH = "units", "units.scratch"
 
@@ -55,19 +55,18 @@ class Slots:
     """Where the unit weights of a bundle lie, and the operations that bring a subnetwork's to the front."""
 
     def __init__(self, manifest: Manifest):
-        model, self._subnets = manifest.model, manifest.subnets
-        self._units, self._depth = model.num_heads, model.depth
-        each_wanted = (wanted for subnet in manifest.subnets for wanted in _wanted(subnet))
-        self._zeros = {(block, part) for block, part, units in each_wanted if not units}
-        self._tensors: dict[tuple[int, int], list[_Tensor]] = {}
+        self._axis, self._subnets = manifest.model.units, manifest.subnets
+        each_wanted = (wanted for subnet in manifest.subnets for wanted in self._axis.zip(subnet.units))
+        self._zeros = {part.start for part, units in each_wanted if not units}
+        self._tensors: dict[int, list[_Tensor]] = {}
         end = 0
-        for key in ((block, part) for block in range(model.depth) for part in range(len(PARTS))):
-            self._tensors[key] = []
-            for name in (f"blocks.{key[0]}.{tensor}" for tensor in PARTS[key[1]]):
+        for part in self._axis.parts:
+            self._tensors[part.start] = []
+            for name in map(part.stored, part.group.unit_tensors):
                 entry = manifest.weights[name]
-                unit = entry.nbytes // self._units
-                self._tensors[key].append(_Tensor(name, entry.dtype, end, unit, entry.shape[1:]))
-                end += aligned((self._units + (key in self._zeros)) * unit)
+                unit = entry.nbytes // part.group.count
+                self._tensors[part.start].append(_Tensor(name, entry.dtype, end, unit, entry.shape[1:]))
+                end += aligned((part.group.count + (part.start in self._zeros)) * unit)
         self.buffers = {UNITS: end, SCRATCH: max(tensor.unit_bytes for tensor in self._all())}
 
     def _all(self) -> Iterator[_Tensor]:
@@ -75,18 +74,19 @@ class Slots:
 
     @property
     def stored(self) -> Places:
-        """The order in which units are stored; the zeros, numbered H, come last."""
-        return ((tuple(range(self._units + 1)),) * len(PARTS),) * self._depth
+        """The order in which units are stored; the zeros, numbered after the last unit, come last."""
+        return self._axis.nested([tuple(range(part.group.count + 1)) for part in self._axis.parts])
 
     def fill(self) -> tuple[Operation, ...]:
         """Upload everything as it is stored."""
         ops: list[Operation] = []
-        for key, tensors in self._tensors.items():
-            for tensor in tensors:
+        for part in self._axis.parts:
+            units = part.group.count
+            for tensor in self._tensors[part.start]:
                 source = HostArray("weights", name=tensor.name)
-                ops.append(Upload(tensor.place(0), source, self._units * tensor.unit_bytes))
-                if key in self._zeros:
-                    ops.append(Clear(tensor.place(self._units), tensor.unit_bytes))
+                ops.append(Upload(tensor.place(0), source, units * tensor.unit_bytes))
+                if part.start in self._zeros:
+                    ops.append(Clear(tensor.place(units), tensor.unit_bytes))
         return (*ops, Arranged(self.stored))
 
     def enter(self, places: Places, subnet: int) -> tuple[tuple[Operation, ...], Places]:
@@ -99,19 +99,19 @@ class Slots:
 
     def _exchanges(self, places: Places, subnet: SubnetEntry) -> tuple[list[Exchange], Places]:
         made: list[Exchange] = []
-        rows = [[list(row) for row in block] for block in places]
-        for block, part, wanted in _wanted(subnet):
-            row = rows[block][part]
-            if (row[0] == self._units) == bool(wanted):  # the zeros come to the front, or go
-                _swap(row, 0, self._units)
-                made.append(Exchange(block, part, 0, self._units))
+        rows = [list(row) for _, row in self._axis.zip(places)]
+        for row, (part, wanted) in zip(rows, self._axis.zip(subnet.units), strict=True):
+            zeros = part.group.count
+            if (row[0] == zeros) == bool(wanted):  # the zeros come to the front, or go
+                _swap(row, 0, zeros)
+                made.append(Exchange(part, 0, zeros))
             for first, second in exchanges(row, wanted):
                 _swap(row, first, second)
-                made.append(Exchange(block, part, first, second))
-        return made, tuple(tuple(map(tuple, block)) for block in rows)
+                made.append(Exchange(part, first, second))
+        return made, self._axis.nested([tuple(row) for row in rows])
 
     def _copies(self, exchange: Exchange) -> Iterator[Copy]:
-        for tensor in self._tensors[exchange.block, exchange.part]:
+        for tensor in self._tensors[exchange.part.start]:
             first, second = tensor.place(exchange.first), tensor.place(exchange.second)
             for to, source in ((Address(SCRATCH), first), (first, second), (second, Address(SCRATCH))):
                 yield Copy(to, source, tensor.unit_bytes)
@@ -119,19 +119,12 @@ class Slots:
     def bindings(self, subnet: int) -> tuple[Binding, ...]:
         """The weight inputs of a subnetwork whose units are in front, in the order of `graph_io.unit_inputs`."""
         made = []
-        for block, part, wanted in _wanted(self._subnets[subnet]):
-            for tensor in self._tensors[block, part]:
+        for part, wanted in self._axis.zip(self._subnets[subnet].units):
+            for tensor in self._tensors[part.start]:
                 rows, *rest = tensor.unit_shape
                 shape = (max(1, len(wanted)) * rows, *rest)
                 made.append(Binding(tensor.name, tensor.dtype, shape, tensor.place(0)))
         return tuple(made)
-
-
-def _wanted(subnet: SubnetEntry) -> Iterator[tuple[int, int, Sequence[int]]]:
-    """(block, part, units that are on), in the order of the weights."""
-    for block, parts in enumerate(zip(subnet.heads, subnet.groups, strict=True)):
-        for part, units in enumerate(parts):
-            yield block, part, units
 
 
 def _swap(row: list[int], first: int, second: int) -> None:

@@ -198,7 +198,7 @@ class FakeDevice:
             manifest = self.bundle.manifest
             specs = (
                 *subnet_inputs(manifest.model, False),
-                *unit_inputs(manifest.weights, manifest.model.depth),
+                *unit_inputs(manifest.weights, manifest.model),
             )
             check_feeds(specs, feeds, str(engine))
             results = self.engines[engine]._session.run(feeds, str(engine))

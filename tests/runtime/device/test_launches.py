@@ -42,8 +42,7 @@ def manifests(draw) -> Manifest:
     entries = [
         SubnetEntry(
             file=f"subnet-{index:04d}.onnx",
-            heads=(),
-            groups=(),
+            units=(),
             gated=draw(st.booleans()),
             full_file=f"subnet-{index:04d}-full.onnx" if full else None,
             weight_bytes=0,

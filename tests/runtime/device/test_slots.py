@@ -28,7 +28,7 @@ from dydit.runtime.loop import MemoryStore, StepRunner, sample
 from dydit.runtime.noise import SeededNoise
 from dydit.runtime.request import make_batches
 from dydit.runtime.resident import ResidentSubnets
-from dydit.runtime.sliding import PARTS, Arrangement
+from dydit.runtime.sliding import Arrangement
 
 LABELS, IMAGES = [3, 1, 3, 0, 6], [0, 1, 2, 40, 41]
 ENGINE, FULL = EngineId(0), EngineId(0, full=True)
@@ -51,7 +51,7 @@ def sliding(make_bundle, make_checkpoint, small_config):
         all_routed = small_config.model_copy(update={"routers": Routers.ALL_ROUTED})
         checkpoint = make_checkpoint(all_routed, flops_ratio=0.15) if empty else None
         bundle = make_bundle(checkpoint, plan=PlanKind.SLIDING, **chosen)
-        parts = [units for entry in bundle.manifest.subnets for units in (*entry.heads, *entry.groups)]
+        parts = [units for entry in bundle.manifest.subnets for block in entry.units for units in block]
         assert any(not units for units in parts) == empty and len(bundle.manifest.subnets) > 4
         return bundle
 
@@ -176,16 +176,17 @@ def test_units_move_only_where_some_toggle_and_none_comes_from_the_host_again(em
     manifest = sliding(empty, **KINDS["dense"]).manifest
     plan = LaunchPlan(manifest, RunShape((2, 2, 1), True), figures(manifest), LaunchOptions())
     uploads = [each for each in plan.setup() if isinstance(each, op.Upload) and each.source.kind == "weights"]
-    slides = {name: each for name, each in manifest.weights.items() if name.split(".", 2)[-1] in sum(PARTS, ())}
-    assert [each.source.name for each in uploads] == list(unit_names(manifest)) and len(uploads) == len(slides)
+    axis = manifest.model.units
+    slides = {name: each for name, each in manifest.weights.items() if name in set(unit_names(manifest))}
+    assert [each.source.name for each in uploads] == unit_names(manifest) and len(uploads) == len(slides)
     assert [each.nbytes for each in uploads] == [slides[each.source.name].nbytes for each in uploads]
-    host, total = Arrangement(manifest.model.depth, manifest.model.num_heads), 0
+    host, total = Arrangement(axis), 0
     zeros = manifest.model.num_heads
-    before = [set(range(zeros))] * 2 * manifest.model.depth
+    before = [set(range(zeros))] * len(axis.parts)
     for part in plan.segments():
         entry = manifest.subnets[manifest.plan.segments[part.segment].subnet]
-        now = [set(units) or {zeros} for units in (*entry.heads, *entry.groups)]
-        exchanged = len(host.arrange(entry.heads, entry.groups))
+        now = [set(units) or {zeros} for _, units in axis.zip(entry.units)]
+        exchanged = len(host.arrange(entry.units))
         exchanged += sum((zeros in a) != (zeros in b) for a, b in zip(before, now, strict=True))
         copies = [i for i, each in enumerate(part.run) if isinstance(each, op.Copy) and touches_units(each)]
         assert len(copies) == 3 * 3 * exchanged, "three tensors of a part, three copies for each"
@@ -200,7 +201,8 @@ def test_units_move_only_where_some_toggle_and_none_comes_from_the_host_again(em
 
 
 def unit_names(manifest):
-    return (f"blocks.{b}.{name}" for b in range(manifest.model.depth) for part in PARTS for name in part)
+    heads, groups = (("qkv.weight", "qkv.bias", "proj.weight"), ("fc1.weight", "fc1.bias", "fc2.weight"))
+    return [f"blocks.{b}.{name}" for b in range(manifest.model.depth) for part in (heads, groups) for name in part]
 
 
 def touches_units(each: op.Copy) -> bool:
@@ -290,39 +292,38 @@ def test_single_steps_slide_too(kind, empty, sliding, fake_device, pairwise):
 
 # Slots alone, on bytes.
 
-HEADS, WIDTH, DEPTH = 4, 3, 2
-SHAPES = {
-    "qkv.weight": (HEADS, 6, WIDTH),
-    "qkv.bias": (HEADS, 6),
-    "proj.weight": (HEADS, 2, WIDTH),
-    "fc1.weight": (HEADS, 5, WIDTH),
-    "fc1.bias": (HEADS, 5),
-    "fc2.weight": (HEADS, 5, WIDTH),
-}
-units_on = st.sets(st.integers(0, HEADS - 1)).map(lambda units: tuple(sorted(units)))
-parts_on = st.tuples(*[units_on] * DEPTH)
-entries = st.builds(
-    SubnetEntry,
-    file=st.just("sliding.onnx"),
-    heads=parts_on,
-    groups=parts_on,
-    gated=st.just(False),
-    weight_bytes=st.just(0),
-)
+
+@st.composite
+def slides(draw):
+    """Units of the groups of each block, and subnetworks on them."""
+    counts = draw(st.lists(st.lists(st.integers(1, 5), min_size=2, max_size=2), min_size=1, max_size=2))
+    subset = {n: st.sets(st.integers(0, n - 1)).map(lambda units: tuple(sorted(units))) for n in range(1, 6)}
+    units = st.tuples(*[st.tuples(*[subset[count] for count in block]) for block in counts])
+    entry = {"file": st.just("sliding.onnx"), "gated": st.just(False), "weight_bytes": st.just(0)}
+    return counts, draw(st.lists(st.builds(SubnetEntry, units=units, **entry), min_size=1, max_size=5))
 
 
 @settings(max_examples=80, deadline=None)
-@given(st.lists(entries, min_size=1, max_size=5), st.lists(st.integers(0, 4), min_size=1, max_size=12), st.data())
-def test_inputs_are_the_units_that_are_on(subnets, visits, data):
+@given(
+    slides(), st.lists(st.integers(0, 4), min_size=1, max_size=12), st.sampled_from(["float32", "float16", "bfloat16"])
+)
+def test_inputs_are_the_units_that_are_on(make_axis, drawn, visits, dtype):
     """Whatever is visited in whatever order: by content, and always at the same addresses."""
-    dtype = data.draw(st.sampled_from(["float32", "float16", "bfloat16"]))
-    names = [f"blocks.{block}.{part}" for block in range(DEPTH) for part in SHAPES]
-    weights = {name: WeightEntry(offset=0, shape=SHAPES[name.split(".", 2)[2]], dtype=dtype) for name in names}
-    manifest = Manifest.model_construct(
-        model=SimpleNamespace(depth=DEPTH, num_heads=HEADS), subnets=tuple(subnets), weights=weights
-    )
-    rng = np.random.default_rng(0)
-    stored = {name: rng.integers(1, 256, (HEADS, each.nbytes // HEADS), np.uint8) for name, each in weights.items()}
+    (counts, subnets), rng = drawn, np.random.default_rng(0)
+    axis = make_axis(counts)
+    shapes, parts = {}, {}
+    for part in axis.parts:
+        for layer in part.group.layers:
+            unit = {layer.weight: (layer.unit_features, layer.features), layer.bias: (layer.unit_features,)}
+            for tensor in set(unit) & set(part.group.unit_tensors):
+                shapes[part.stored(tensor)], parts[part.stored(tensor)] = (part.group.count, *unit[tensor]), part
+    names = [part.stored(tensor) for part in axis.parts for tensor in part.group.unit_tensors]
+    weights = {name: WeightEntry(offset=0, shape=shapes[name], dtype=dtype) for name in names}
+    manifest = Manifest.model_construct(model=SimpleNamespace(units=axis), subnets=tuple(subnets), weights=weights)
+    stored = {
+        name: rng.integers(1, 256, (each.shape[0], each.nbytes // each.shape[0]), np.uint8)
+        for name, each in weights.items()
+    }
     slots = Slots(manifest)
     memory = {name: rng.integers(1, 256, nbytes, np.uint8) for name, nbytes in slots.buffers.items()}
     noted: list[op.Places | None] = []
@@ -361,9 +362,8 @@ def test_inputs_are_the_units_that_are_on(subnets, visits, data):
         assert [each.name for each in bindings] == names
         addresses.add(tuple(each.address for each in bindings))
         for each in bindings:
-            block, part = int(each.name.split(".")[1]), each.name.split(".", 2)[2]
-            wanted = (subnets[index].heads if part in PARTS[0] else subnets[index].groups)[block]
-            _, rows, *rest = SHAPES[part]
+            part, (_, rows, *rest) = parts[each.name], shapes[each.name]
+            wanted = subnets[index].units[part.block][part.index]
             assert each.shape == (max(1, len(wanted)) * rows, *rest) and each.address.offset % op.ALIGNMENT == 0
             found = at(each.address, each.nbytes).reshape(max(1, len(wanted)), -1)
             if wanted:

@@ -1,8 +1,9 @@
 """The layout of stored weights: how a DiT's state dict becomes the tensors of a bundle's `weights.bin`.
 
-Heads and groups are stored *slot-major*: `order[l][slot]` is the checkpoint's unit that stands in that slot of block l,
-and all that a unit needs is one contiguous row of a tensor's first axis, so a set of units is a set of rows. All f32,
-with D hidden channels, H heads and groups, hd channels per head, gs per group, L blocks, patches of p*p, N tokens:
+Heads and groups are stored *slot-major*: `order[l][g][slot]` is the checkpoint's unit that stands in that slot of block
+l's heads (g = 0) or groups (g = 1), and all that a unit needs is one contiguous row of a tensor's first axis, so a set
+of units is a set of rows. All f32, with D hidden channels, H heads and groups, hd channels per head, gs per group, L
+blocks, patches of p*p, N tokens:
 
     embed.weight [C*p*p, D] (in, out; inputs ordered channel, y, x), embed.bias [D], pos_embed [N, D]
     blocks.{l}.qkv.weight [H, 3*hd, D] (out, in; per head its q rows, k rows, v rows), blocks.{l}.qkv.bias [H, 3*hd]
@@ -21,31 +22,25 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from dydit.models.architecture import Slots, stored_name
 from dydit.models.config import ModelConfig
-from dydit.models.dit import timestep_frequencies
-
-Order = Sequence[Sequence[int]]
-OUT_MAJOR = ("qkv", "fc1")
-"""Layers whose outputs belong to units, and so their biases; of the others the inputs do."""
+from dydit.models.dit.model import timestep_frequencies
 
 
 def stored_tensors(
-    state: Mapping[str, Tensor], config: ModelConfig, head_order: Order | None = None, group_order: Order | None = None
+    state: Mapping[str, Tensor], config: ModelConfig, order: Slots | None = None
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield (name, tensor) in storage order, one contiguous f32 tensor at a time, so that a writer can stream them.
 
-    `state` has the published names; an order that is not given is the checkpoint's own. The width routers are not
+    `state` has the published names; `order` is by default the checkpoint's own. The width routers are not
     stored: their decisions are frozen into the plan.
     """
     yield "embed.weight", _packed(state["x_embedder.proj.weight"].flatten(1).T)
     yield "embed.bias", _packed(state["x_embedder.proj.bias"])
     yield "pos_embed", _packed(state["pos_embed"][0])
-    identity = range(config.num_heads)
-    for block in range(config.depth):
-        heads = head_order[block] if head_order is not None else identity
-        groups = group_order[block] if group_order is not None else identity
+    for block, (heads, groups) in enumerate(order or config.units.every_unit):
         for name, tensor in _block_tensors(state, config, block, heads, groups):
-            yield f"blocks.{block}.{name}", _packed(tensor)
+            yield stored_name(block, name), _packed(tensor)
     yield "final.weight", _packed(state["final_layer.linear.weight"])
     yield "final.bias", _packed(state["final_layer.linear.bias"])
     for layer in (0, 2):

@@ -27,7 +27,7 @@ import numpy as np
 import onnx_ir as ir
 
 from dydit.bundle.stored import Precision
-from dydit.export.ops import CONTRIB, DATA_TYPES, Ops
+from dydit.graph.ops import CONTRIB, DATA_TYPES, Ops
 
 _BOTH_SIGNS, _AFTER_GELU = 128, 32  # zero points
 _GELU_MINIMUM = 0.17004

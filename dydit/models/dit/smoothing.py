@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from dydit.bundle.graph_io import modulation_vectors
+from dydit.models.architecture import Slots, stored_name
 from dydit.models.config import ModelConfig
-from dydit.models.layout import Order, stored_tensors
+from dydit.models.dit.layout import stored_tensors
 from dydit.models.migration import Migration
 
 FACTOR = "fc2.factor"
@@ -57,18 +58,18 @@ class MigratedState(Mapping[str, Tensor]):
 
 
 def migrated_tensors(
-    state: Mapping[str, Tensor], model: ModelConfig, migration: Migration | None, heads: Order, groups: Order
+    state: Mapping[str, Tensor], model: ModelConfig, migration: Migration | None, order: Slots | None = None
 ) -> Iterator[tuple[str, Tensor]]:
     """`stored_tensors` of a migrated model, and then the factors of fc2's inputs; plainly those without a migration."""
     if migration is None:
-        yield from stored_tensors(state, model, heads, groups)
+        yield from stored_tensors(state, model, order)
         return
-    yield from stored_tensors(MigratedState(state, migration), model, heads, groups)
-    for block in range(model.depth):
+    yield from stored_tensors(MigratedState(state, migration), model, order)
+    for block, (_, groups) in enumerate(order or model.units.every_unit):
         divisor = migration.divisor(block, "fc2")
         if divisor is not None:
             by_group = (1 / divisor).reshape(model.num_heads, model.group_dim)
-            yield f"blocks.{block}.{FACTOR}", torch.from_numpy(by_group[list(groups[block])])
+            yield stored_name(block, FACTOR), torch.from_numpy(by_group[list(groups)])
 
 
 def modulation_factors(model: ModelConfig, migration: Migration | None) -> np.ndarray | None:

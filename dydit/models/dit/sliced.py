@@ -1,7 +1,7 @@
 """The sliced form: one subnetwork with really narrow matrices and tokens routed by gather, computing a sampler step.
 
 It is the PyTorch twin of a subnetwork's graph: the same inputs (`dydit.bundle.graph_io`) and outputs, on the stored
-layout (`dydit.models.layout`). It saves on the clock what `DiT` with masks only saves on paper, and equals it.
+layout (`dydit.models.dit.layout`). It saves on the clock what `DiT` with masks only saves on paper, and equals it.
 
 Shapes: B images; rows R = B, or 2B with classifier-free guidance (conditional rows, then those of the null class);
 N tokens of hidden size D; L blocks; h and g the slots that a block holds.
@@ -16,11 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dydit.models.architecture import Slots, stored_name
 from dydit.models.config import ModelConfig
-from dydit.models.dit import DiT, layer_norm, unpatchify
-from dydit.models.layout import OUT_MAJOR, stored_tensors
-
-Slots = Sequence[Sequence[int]]
+from dydit.models.dit.layout import stored_tensors
+from dydit.models.dit.model import DiT, layer_norm, unpatchify
 
 
 @dataclass(frozen=True)
@@ -47,25 +46,29 @@ class SlicedBlock:
     fc2: Tensor  # [g*gs, D]
     fc2_bias: Tensor
     router: tuple[Tensor, Tensor, Tensor, Tensor] | None
-    heads: Tensor  # int64 [h]: slots, which index the gates
+    heads: Tensor  # int64 [h]: slots
     groups: Tensor  # int64 [g]
+
+    @property
+    def slots(self) -> tuple[Tensor, Tensor]:
+        """Slots of each unit group, in the order of the architecture's description."""
+        return self.heads, self.groups
 
 
 class SlicedDiT:
-    """One subnetwork over stored weights (names and layout: `dydit.models.layout`).
+    """One subnetwork over stored weights (names and layout: `dydit.models.dit.layout`).
 
-    `heads`, `groups`: the slots that each block holds, ascending; `capacities`: routed tokens per row that each block
-    has room for (all, where not given); `cfg_channels`: how many channels guidance acts on. Works on the weights'
-    device and in their dtype; where only the matrices of attention and MLP are of a lower precision, these products
-    alone are (DESIGN, decision 9).
+    `slots`: the slots of each unit group that each block holds, ascending; `capacities`: routed tokens per row that
+    each block has room for (all, where not given); `cfg_channels`: how many channels guidance acts on. Works on the
+    weights' device and in their dtype; where only the matrices of attention and MLP are of a lower precision, these
+    products alone are (DESIGN, decision 9).
     """
 
     def __init__(
         self,
         config: ModelConfig,
         weights: Mapping[str, Tensor],
-        heads: Slots,
-        groups: Slots,
+        slots: Slots,
         cfg_channels: int,
         capacities: Sequence[int] | None = None,
     ):
@@ -73,13 +76,14 @@ class SlicedDiT:
         self._embed = weights["embed.weight"].T.contiguous(), weights["embed.bias"]
         self._position = weights["pos_embed"]
         self._final = weights["final.weight"], weights["final.bias"]
-        self._blocks = [_cut(config, weights, block, heads[block], groups[block]) for block in range(config.depth)]
+        self._layers = {layer.name: layer for layer in config.units.blocks[0].layers}
+        self._blocks = [_cut(config, weights, block, *each) for block, each in enumerate(slots)]
 
     @classmethod
-    def from_model(cls, model: DiT, heads: Slots, groups: Slots, cfg_channels: int) -> SlicedDiT:
+    def from_model(cls, model: DiT, slots: Slots, cfg_channels: int) -> SlicedDiT:
         """The subnetwork of a model in memory; slots are the checkpoint's own units."""
         weights = dict(stored_tensors(model.state_dict(), model.config))
-        return cls(model.config, weights, heads, groups, cfg_channels)
+        return cls(model.config, weights, slots, cfg_channels)
 
     @torch.inference_mode()
     def step(
@@ -94,7 +98,7 @@ class SlicedDiT:
     ) -> SlicedOutput:
         """One sampler step on the inputs of a subnetwork's graph.
 
-        x, noise [B, C, S, S]; coefficients [5]; cfg_scale []; modulation [R, 6L+2, D]; gates [2L, H] of 0/1 by slot.
+        x, noise [B, C, S, S]; coefficients [5]; cfg_scale []; modulation [R, 6L+2, D]; gates [U] of 0/1 by slot.
         With capacities, a block's routed tokens beyond `capacity * R` keep their residual and count in `overflow`.
         """
         batch, rows = x.shape[0], modulation.shape[0]
@@ -103,9 +107,10 @@ class SlicedDiT:
         stream = stream.repeat(rows // batch, 1, 1)
         overflow = torch.zeros(self.config.depth, dtype=torch.int64)
         tokens, residuals = [], []
+        parts = None if gates is None else gates.split([part.group.count for part in self.config.units.parts])
         for index, block in enumerate(self._blocks):
             vectors = modulation[:, 6 * index : 6 * index + 6, None].unbind(1)  # six of [R, 1, D]
-            head_gates, group_gates = (None, None) if gates is None else (gates[2 * index], gates[2 * index + 1])
+            head_gates, group_gates = (None, None) if parts is None else parts[2 * index : 2 * index + 2]
             stream = stream + vectors[2] * self._attention(block, _modulate(stream, *vectors[:2]), head_gates)
             routed = self._route(block, stream)
             stream, overflow[index] = self._mlp(index, stream, routed, vectors[3:], group_gates)
@@ -134,7 +139,7 @@ class SlicedDiT:
         """One of a block's layers qkv, proj, fc1, fc2 on x [..., in], in the weight's dtype."""
         weight, bias = getattr(block, layer), getattr(block, f"{layer}_bias")
         x = x.to(weight.dtype)
-        return F.linear(x, weight, bias) if layer in OUT_MAJOR else x @ weight + bias
+        return F.linear(x, weight, bias) if self._layers[layer].out_major else x @ weight + bias
 
     def _route(self, block: SlicedBlock, x: Tensor) -> Tensor | None:
         """Token decisions, bool [R, N], from the residual stream; None where every token enters the MLP."""
@@ -219,7 +224,7 @@ def _cut(
     config: ModelConfig, weights: Mapping[str, Tensor], index: int, heads: Sequence[int], groups: Sequence[int]
 ) -> SlicedBlock:
     def of(name: str) -> Tensor:
-        return weights[f"blocks.{index}.{name}"]
+        return weights[stored_name(index, name)]
 
     router = (
         (of("router.0.weight"), of("router.0.bias"), of("router.2.weight"), of("router.2.bias"))

@@ -133,9 +133,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor, t_emb: Tensor, gating: Gating) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=-1)
-        heads = gating.heads(self.index, self.attn_rate, t_emb)
+        heads = gating.units(self.index, 0, self.attn_rate, t_emb)
         x = x + gate1.unsqueeze(1) * self.attn(modulate(layer_norm(x), shift1, scale1), heads)
-        groups = gating.groups(self.index, self.mlp_rate, t_emb)
+        groups = gating.units(self.index, 1, self.mlp_rate, t_emb)
         tokens = gating.tokens(self.index, self.token_selection, x)
         branch = gate2.unsqueeze(1) * self.mlp(modulate(layer_norm(x), shift2, scale2), groups)
         return x + (branch if tokens is None else branch * tokens.unsqueeze(-1))

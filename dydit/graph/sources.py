@@ -1,0 +1,171 @@
+"""Where a graph's weights come from: windows on `weights.bin`, or inputs of the graph.
+
+With windows a subnetwork is static, and a runtime can specialise it. With inputs of symbolic widths one graph serves
+every width.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from dydit.bundle.graph_io import TensorSpec, unit_input
+from dydit.bundle.stored import ALIGNMENT, WEIGHTS, WeightEntry
+from dydit.graph.ops import DATA_TYPES, Ops
+from dydit.models.architecture import Part
+
+
+class WeightSource(ABC):
+    """Gives the values that functions take as weights, and keeps what the graph must declare for them."""
+
+    def __init__(self) -> None:
+        self.initializers: dict[str, ir.Value] = {}
+        self.inputs: list[TensorSpec] = []
+
+    def local(self, name: str, array: np.ndarray) -> ir.Value:
+        """A small constant of the graph itself."""
+        if name not in self.initializers:
+            self.initializers[name] = _initializer(name, ir.tensor(array, name=name))
+        return self.initializers[name]
+
+    @abstractmethod
+    def whole(self, name: str) -> ir.Value:
+        """A stored tensor, complete."""
+
+    @abstractmethod
+    def has(self, name: str) -> bool:
+        """Whether a tensor is stored."""
+
+    @abstractmethod
+    def units(self, ops: Ops, part: Part, tensor: str, slots: Sequence[int]) -> ir.Value:
+        """The rows of the given slots of a part's tensor, the unit axis merged with the next."""
+
+    @property
+    def any_width(self) -> bool:
+        """Whether the graph does not know how many units a part has."""
+        return False
+
+
+class Windows(WeightSource):
+    """Weights as external data: (offset, length) windows on `weights.bin`; a concatenation where slots have holes."""
+
+    def __init__(self, entries: Mapping[str, WeightEntry]):
+        super().__init__()
+        self.entries = entries
+
+    def whole(self, name: str) -> ir.Value:
+        entry = self.entries[name]
+        return self._external(name, entry)
+
+    def has(self, name: str) -> bool:
+        return name in self.entries
+
+    def rows(self, name: str, first: int, end: int) -> ir.Value:
+        """Rows first..end-1 of a stored tensor."""
+        entry = self.entries[name]
+        return self._external(f"{name}[{first}:{end}]", entry, first, (end - first, *entry.shape[1:]))
+
+    def units(self, ops: Ops, part: Part, tensor: str, slots: Sequence[int]) -> ir.Value:
+        name = part.stored(tensor)
+        entry = self.entries[name]
+        rows, *rest = entry.shape[1:]
+        pieces = [
+            self._external(f"{name}[{first}:{first + count}]", entry, first, (count * rows, *rest))
+            for first, count in runs(slots)
+        ]
+        return pieces[0] if len(pieces) == 1 else ops.Concat(*pieces, axis=0)
+
+    def _external(
+        self, name: str, entry: WeightEntry, first: int = 0, shape: tuple[int, ...] | None = None
+    ) -> ir.Value:
+        """The window of `shape` that starts at unit `first` of a stored tensor; all of it by default."""
+        if name not in self.initializers:
+            shape = entry.shape if shape is None else shape
+            offset = entry.offset + first * entry.item_bytes * math.prod(entry.shape[1:])
+            length = entry.item_bytes * math.prod(shape)
+            tensor = ir.ExternalTensor(
+                WEIGHTS, offset, length, DATA_TYPES[entry.dtype], shape=ir.Shape(shape), name=name
+            )
+            self.initializers[name] = _initializer(name, tensor)
+        return self.initializers[name]
+
+
+class GatheredUnits:
+    """Copies of units that have holes between them, side by side at the end of `weights.bin`; each set of them once."""
+
+    def __init__(self, file: Path):
+        self.file = file
+        self._made: dict[tuple[str, tuple[int, ...]], WeightEntry] = {}
+
+    def entry(self, name: str, entry: WeightEntry, slots: Sequence[int]) -> WeightEntry:
+        """Where the units `slots` of a stored tensor lie as one, [units, ...]."""
+        key = name, tuple(slots)
+        if key not in self._made:
+            unit = entry.nbytes // entry.shape[0]
+            with open(self.file, "r+b") as file:
+                pieces = []
+                for slot in slots:
+                    file.seek(entry.offset + slot * unit)
+                    pieces.append(file.read(unit))
+                end = file.seek(0, 2)
+                file.write(b"\0" * (-end % ALIGNMENT) + b"".join(pieces))
+            shape = (len(slots), *entry.shape[1:])
+            self._made[key] = WeightEntry(offset=end + -end % ALIGNMENT, shape=shape, dtype=entry.dtype)
+        return self._made[key]
+
+
+class SolidWindows(Windows):
+    """Windows for compilers, which take a constant in 8 bits as it is or not at all: where slots have holes, a copy."""
+
+    def __init__(self, entries: Mapping[str, WeightEntry], gathered: GatheredUnits):
+        super().__init__(entries)
+        self._gathered = gathered
+
+    def units(self, ops: Ops, part: Part, tensor: str, slots: Sequence[int]) -> ir.Value:
+        name = part.stored(tensor)
+        entry = self.entries[name]
+        if entry.item_bytes > 1 or len(list(runs(slots))) == 1:
+            return super().units(ops, part, tensor, slots)
+        solid = self._gathered.entry(name, entry, slots)
+        count, rows, *rest = solid.shape
+        return self._external(f"{name}{list(slots)}", solid, 0, (count * rows, *rest))
+
+
+class WeightInputs(Windows):
+    """Block weights as graph inputs whose first dimension is a symbol; what has one width only stays a constant."""
+
+    any_width = True
+
+    def units(self, ops: Ops, part: Part, tensor: str, slots: Sequence[int]) -> ir.Value:
+        spec = unit_input(part, tensor, self.entries[part.stored(tensor)])
+        self.inputs.append(spec)
+        return graph_value(spec)
+
+
+def _initializer(name: str, tensor: ir.TensorProtocol) -> ir.Value:
+    return ir.Value(
+        name=name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype), const_value=tensor
+    )
+
+
+def graph_value(spec: TensorSpec) -> ir.Value:
+    """An input or output of a graph."""
+    return ir.Value(name=spec.name, shape=ir.Shape(spec.shape), type=ir.TensorType(DATA_TYPES[spec.dtype]))
+
+
+def runs(slots: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Ascending slots as (first, count) runs of neighbours: a prefix is one run."""
+    if not slots:
+        return
+    first = previous = slots[0]
+    for slot in slots[1:]:
+        if slot != previous + 1:
+            yield first, previous - first + 1
+            first = slot
+        previous = slot
+    yield first, previous - first + 1

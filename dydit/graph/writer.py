@@ -1,0 +1,175 @@
+"""Writing the graph of one sampling step on one subnetwork.
+
+What belongs to every model is here: inputs, the weights of the units that a subnetwork holds, gates, the sampler's
+step, outputs. How a model's blocks are written is its architecture's business (`dydit.models.dit.graph`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from dydit.bundle.graph_io import subnet_inputs, subnet_outputs
+from dydit.bundle.manifest import Routing
+from dydit.bundle.stored import half_name
+from dydit.graph.library import FunctionLibrary
+from dydit.graph.ops import CONTRIB, DOMAIN, IR_VERSION, OPSET, Ops
+from dydit.graph.products import layer_precision, weight_parts
+from dydit.graph.sampler import sampler_function
+from dydit.graph.sources import WeightSource, graph_value
+from dydit.models.architecture import Part, Slots, UnitLayer
+from dydit.models.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class SubnetSpec:
+    """What a subnetwork holds: its slots, which (block, unit group) is gated, and how tokens are routed.
+
+    `units`: ascending slots by block and unit group. `gated`: the unit groups that are not all on in every step that
+    the subnetwork serves. `capacities`: token slots per image and block, with `Routing.CAPACITY`. `input_scales`: by
+    block, of what enters each of its layers, with calibrated precisions; None where a layer stays in 16 bits.
+    """
+
+    units: Slots
+    gated: frozenset[tuple[int, int]]
+    routing: Routing | None
+    capacities: tuple[int, ...] | None = None
+    input_scales: tuple[tuple[float | None, ...], ...] | None = None
+
+    def in_16_bits(self, layers: Sequence[str]) -> tuple[tuple[str, ...], ...] | None:
+        """By block, those of its `layers` that stay in 16 bits; None where there are none."""
+        kept = [
+            tuple(layer for layer, scale in zip(layers, block, strict=True) if scale is None)
+            for block in self.input_scales or ()
+        ]
+        return tuple(kept) if any(kept) else None
+
+
+class GraphWriter:
+    """The main graph while it is written, and what an architecture writes it with."""
+
+    def __init__(self, config: ModelConfig, spec: SubnetSpec, library: FunctionLibrary, weights: WeightSource):
+        self.config, self.spec, self.library, self.weights = config, spec, library, weights
+        self.ops = Ops()
+        self.functions: dict[str, ir.Function] = {}
+        self.inputs = {each.name: graph_value(each) for each in subnet_inputs(config, bool(spec.gated))}
+        self._parts = {(part.block, part.index): part for part in config.units.parts}
+        self._in_16_bits = spec.in_16_bits(config.units.layer_names)
+
+    def call(self, target: ir.Function, inputs: Sequence[ir.Value], names: Sequence[str]) -> Sequence[ir.Value]:
+        """Call a local function and name its outputs."""
+        self.functions[target.name] = target
+        return self.ops.call(target.domain, target.name, inputs, names)
+
+    def part(self, block: int, group: int) -> tuple[Part, tuple[int, ...]]:
+        """A unit group of a block, and the slots of it that the subnetwork holds."""
+        return self._parts[block, group], self.spec.units[block][group]
+
+    def count(self, slots: Sequence[int]) -> int | None:
+        """How many units that are; None where the graph serves any number."""
+        return None if self.weights.any_width else len(slots)
+
+    def gates(self, part: Part, slots: Sequence[int]) -> list[ir.Value]:
+        """The gates of a part's slots, [units], where it is gated."""
+        if (part.block, part.index) not in self.spec.gated:
+            return []
+        index = self.ops.constant(np.asarray(slots, np.int64) + part.start)
+        return [self.ops.Gather(self.inputs["gates"], index, axis=0)]
+
+    def layers(self, part: Part, slots: Sequence[int]) -> list[ir.Value]:
+        """The weights of all of a part's layers as functions take them."""
+        return [value for layer in part.group.layers for value in self._layer(part, layer, slots)]
+
+    def factors(self, part: Part, slots: Sequence[int]) -> list[ir.Value]:
+        """The factors of smoothed inputs of a part's layers, [channels of the slots], where they are stored."""
+        names = [f"{layer.name}.factor" for layer in part.group.layers if layer.scaled_inputs]
+        there = [name for name in names if self.weights.has(part.stored(name))]
+        return [self.weights.units(self.ops, part, name, slots) for name in there]
+
+    def in_16_bits(self, part: Part) -> tuple[str, ...]:
+        """Those of a part's layers that stay in 16 bits where others are in 8."""
+        kept = () if self._in_16_bits is None else self._in_16_bits[part.block]
+        return tuple(layer.name for layer in part.group.layers if layer.name in kept)
+
+    def _layer(self, part: Part, layer: UnitLayer, slots: Sequence[int]) -> list[ir.Value]:
+        """A linear layer's weights: of the given slots, whatever has an axis of units."""
+        kept = layer.name in self.in_16_bits(part)
+        precision = layer_precision(self.library.precision, layer.name, (layer.name,) if kept else ())
+        made = []
+        for piece in weight_parts(precision):
+            stored = half_name(layer.weight) if kept and piece == "weight" else f"{layer.name}.{piece}"
+            if layer.out_major or piece == "weight":
+                value = self.weights.units(self.ops, part, stored, slots)
+            else:
+                value = self.weights.whole(part.stored(stored))
+            # Only the weight has a copy in 16 bits: a bias is small.
+            made.append(self.ops.to_precision(value, precision) if kept and piece == "bias" else value)
+        if precision.is_calibrated:
+            assert self.spec.input_scales is not None
+            place = self.config.units.layer_names.index(layer.name)
+            scale = np.asarray(self.spec.input_scales[part.block][place], np.float32)
+            made.append(self.weights.local(part.stored(f"{layer.name}.input_scale"), scale))
+        return made
+
+
+WriteStep = Callable[[GraphWriter], tuple[ir.Value, list[ir.Value]]]
+"""Writes a model from `x` to its output [rows, channels, S, S]; returns that, and each block's token overflow."""
+
+
+def subnet_graph(
+    config: ModelConfig, spec: SubnetSpec, library: FunctionLibrary, weights: WeightSource, write: WriteStep
+) -> ir.Model:
+    """The graph of one sampling step on one subnetwork; inputs and outputs as `dydit.bundle.graph_io` describes them.
+
+    Each block's residual stream and token mask are values of the main graph, under the names that `graph_io` gives.
+    """
+    writer = GraphWriter(config, spec, library, weights)
+    out, overflow = write(writer)
+    step = [writer.inputs[name] for name in ("x", "noise", "coefficients", "cfg_scale")]
+    capacity = spec.routing is Routing.CAPACITY
+    outputs = [graph_value(each) for each in subnet_outputs(config, capacity)]
+    sampler = library.get(sampler_function, library.cfg_channels)
+    outputs[:1] = [typed(value, outputs[0]) for value in writer.call(sampler, [*step, out], ["x_prev"])]
+    if capacity:
+        (total,) = writer.ops.call("", "Concat", overflow, ["token_overflow"], {"axis": 0})
+        outputs[1] = typed(total, outputs[1])
+    return graph_model("subnetwork", [*writer.inputs.values(), *map(graph_value, weights.inputs)], outputs, writer)
+
+
+def typed(value: ir.Value, like: ir.Value) -> ir.Value:
+    """`value` with the shape and type of a declared output."""
+    value.shape, value.type = like.shape, like.type
+    return value
+
+
+def graph_model(name: str, inputs: Sequence[ir.Value], outputs: Sequence[ir.Value], writer: GraphWriter) -> ir.Model:
+    """A model of the main graph and the functions that it calls."""
+    functions = writer.functions.values()
+    opsets = {CONTRIB: 1} if any(CONTRIB in each.opset_imports for each in functions) else {}
+    graph = ir.Graph(
+        inputs,
+        outputs,
+        nodes=writer.ops.nodes,
+        initializers=list(writer.weights.initializers.values()),
+        opset_imports={"": OPSET, DOMAIN: 1, **opsets},
+        name=name,
+    )
+    return ir.Model(graph, ir_version=IR_VERSION, producer_name="dydit", functions=list(functions))
+
+
+def conditioning_model(
+    inputs: Sequence[ir.Value], outputs: Sequence[ir.Value], ops: Ops, weights: WeightSource
+) -> ir.Model:
+    """A model of a conditioning graph, which calls no functions."""
+    graph = ir.Graph(
+        inputs,
+        outputs,
+        nodes=ops.nodes,
+        initializers=list(weights.initializers.values()),
+        opset_imports={"": OPSET},
+        name="conditioning",
+    )
+    return ir.Model(graph, ir_version=IR_VERSION, producer_name="dydit")
