@@ -28,20 +28,20 @@ from places import progress, workplace
 
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.manifest import Routing
+from dydit.calibrate.calibration import CalibrationConfig, run_calibration, work_name
 from dydit.calibrate.capacity import CapacityConfig
+from dydit.calibrate.plots_calibration import calibration_png
+from dydit.checkpoints.checkpoint import load_checkpoint
 from dydit.export.exporter import ExportConfig, export
 from dydit.files import write_atomic, write_json
-from dydit.models.checkpoint import load_checkpoint
+from dydit.quickstart.quickstart import ASSETS
+from dydit.reports.results import Machine
 from dydit.runtime.backends.base import BackendOptions
 from dydit.runtime.backends.registry import open_backend
 from dydit.runtime.loop import StepRunner
-from dydit.runtime.noise import SeededNoise
+from dydit.runtime.noise_source import SeededNoise
 from dydit.runtime.request import Batch, make_batches
 from dydit.runtime.resident import ResidentSubnets
-from dydit.verify.calibration import CalibrationConfig, run_calibration, work_name
-from dydit.verify.plots_calibration import calibration_png
-from dydit.verify.quickstart import ASSETS
-from dydit.verify.results import Machine
 
 CLASSES = 10
 MOST_RATIO, MOST_OVERFLOW, MOST_L2 = 1.1, 0.001, 1e-5

@@ -17,16 +17,16 @@ import sys
 import tempfile
 from pathlib import Path
 
+from dydit.bench.bench import BenchConfig, run_bench
+from dydit.bench.timing import Latents
 from dydit.bundle.manifest import PlanKind, Routing
+from dydit.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from dydit.export.exporter import ExportConfig, export
 from dydit.files import write_json
-from dydit.models.checkpoint import load_checkpoint, save_checkpoint
 from dydit.models.config import preset
 from dydit.models.synthetic import synthetic_model
-from dydit.verify.bench import BenchConfig, run_bench
-from dydit.verify.measure import Latents
-from dydit.verify.results import BenchReport, Side, SideKind
-from dydit.verify.sentences import bound_text, repeats_text, speed_up_text
+from dydit.reports.results import BenchReport, Side, SideKind
+from dydit.reports.sentences import bound_text, repeats_text, speed_up_text
 
 MASKED_BAR, STATIC_BAR = 2.4, 0.85
 STATIC, MASKED = "onnxruntime static", "pytorch masked"

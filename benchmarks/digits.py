@@ -26,16 +26,16 @@ from places import workplace
 
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.manifest import PlanKind
+from dydit.checkpoints.checkpoint import load_checkpoint
 from dydit.export.exporter import ExportConfig, export
 from dydit.files import write_json
-from dydit.models.checkpoint import load_checkpoint
+from dydit.inspection.trace import trace_tokens
+from dydit.quickstart.quickstart import ASSETS
+from dydit.reports.results import Machine
 from dydit.runtime.backends.base import BackendOptions
-from dydit.runtime.bulk import OutputOptions, sample_to_folder
+from dydit.runtime.bulk.run import OutputOptions, sample_to_folder
 from dydit.runtime.request import SampleRequest
 from dydit.training.evaluate import Dynamics, dynamics, evaluate_digits
-from dydit.verify.quickstart import ASSETS
-from dydit.verify.results import Machine
-from dydit.verify.trace import trace_tokens
 
 CLASSES = 10
 MOST_AT_ONCE = 100

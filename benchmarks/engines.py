@@ -30,14 +30,14 @@ from pathlib import Path
 
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.manifest import SLIDING, PlanKind, Routing
-from dydit.bundle.stored import Precision
+from dydit.bundle.stored_weights import Precision
+from dydit.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from dydit.export.exporter import ExportConfig, export
 from dydit.files import write_json
-from dydit.models.checkpoint import load_checkpoint, save_checkpoint
 from dydit.models.config import ModelConfig, preset
 from dydit.models.synthetic import synthetic_model
-from dydit.verify.quickstart import ASSETS
-from dydit.verify.results import Machine
+from dydit.quickstart.quickstart import ASSETS
+from dydit.reports.results import Machine
 
 DIGITS_SECONDS, XL_SECONDS, AGAIN_SECONDS, XL_BYTES = 240.0, 360.0, 5.0, 12_000_000_000
 DIGITS = ExportConfig(plan=PlanKind.PER_STEP, routing=Routing.CAPACITY)

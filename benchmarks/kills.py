@@ -28,8 +28,8 @@ from safetensors import safe_open
 from dydit.bundle.bundle import Bundle
 from dydit.errors import DyditError
 from dydit.files import write_json
-from dydit.verify.quickstart import ASSETS
-from dydit.verify.results import Machine
+from dydit.quickstart.quickstart import ASSETS
+from dydit.reports.results import Machine
 
 Content = dict[str, str]
 DYNAMIC = ASSETS / "dydit.safetensors"

@@ -24,25 +24,25 @@ import numpy as np
 
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.manifest import PlanKind
-from dydit.bundle.stored import Precision
-from dydit.calibrate.activations import ActivationRanges, Observations, repeat
-from dydit.calibrate.ranges import Method
+from dydit.bundle.stored_weights import Precision
+from dydit.calibrate.activation_ranges import ActivationRanges, Observations, repeat
+from dydit.calibrate.observers import observe
+from dydit.calibrate.precision_search import PIXEL_SPAN, psnr
+from dydit.calibrate.range_methods import Method
+from dydit.calibrate.smoothing_search import Found, find_migration
+from dydit.checkpoints.checkpoint import Checkpoint, load_checkpoint
 from dydit.diffusion.schedule import Schedule
-from dydit.export.costs import macs_costs
 from dydit.export.exporter import ExportConfig, export
-from dydit.export.masks import freeze_masks
-from dydit.export.plan import per_step_plan
 from dydit.files import write_atomic, write_json
-from dydit.models.checkpoint import Checkpoint, load_checkpoint
-from dydit.runtime.bulk import OutputOptions, sample_to_folder
+from dydit.inspection.trace import trace_tokens
+from dydit.planning.costs import macs_costs
+from dydit.planning.masks import freeze_masks
+from dydit.planning.plan import per_step_plan
+from dydit.quickstart.quickstart import ASSETS
+from dydit.reports.results import Machine
+from dydit.runtime.bulk.run import OutputOptions, sample_to_folder
 from dydit.runtime.request import SampleRequest
 from dydit.training.evaluate import evaluate_digits
-from dydit.verify.activations import observe
-from dydit.verify.migration import Found, find_migration
-from dydit.verify.quickstart import ASSETS
-from dydit.verify.results import Machine
-from dydit.verify.sensitivity import PIXEL_SPAN, psnr
-from dydit.verify.trace import trace_tokens
 
 CLASSES, SEED = 10, 1000
 FP32 = "fp32"

@@ -27,27 +27,27 @@ from typing import Any
 import numpy as np
 from places import progress, workplace
 
+from dydit.bench.bench import BenchConfig, run_bench
 from dydit.bundle.bundle import Bundle
-from dydit.bundle.stored import Precision
-from dydit.calibrate.activations import ActivationRanges
-from dydit.calibrate.ranges import Method
-from dydit.calibrate.sensitivity import Sensitivity, Target
+from dydit.bundle.stored_weights import Precision
+from dydit.calibrate.activation_ranges import ActivationRanges
+from dydit.calibrate.mixed_precision import Sensitivity, Target
+from dydit.calibrate.observers import observe
+from dydit.calibrate.precision_search import PIXEL_SPAN, SearchConfig, psnr, search
+from dydit.calibrate.range_methods import Method
 from dydit.calibrate.tokens import spread_labels
+from dydit.checkpoints.checkpoint import Checkpoint, load_checkpoint
 from dydit.export.exporter import ExportConfig, export, planned_steps
 from dydit.files import write_json
-from dydit.models.checkpoint import Checkpoint, load_checkpoint
+from dydit.inspection.trace import trace_tokens
+from dydit.quickstart.quickstart import ASSETS
+from dydit.reports.results import Machine, Side, SideKind
 from dydit.runtime.backends.base import BackendOptions
 from dydit.runtime.backends.registry import open_backend
 from dydit.runtime.loop import MemoryStore, StepRunner, sample
-from dydit.runtime.noise import SeededNoise
+from dydit.runtime.noise_source import SeededNoise
 from dydit.runtime.request import make_batches
 from dydit.runtime.resident import ResidentSubnets
-from dydit.verify.activations import observe
-from dydit.verify.bench import BenchConfig, run_bench
-from dydit.verify.quickstart import ASSETS
-from dydit.verify.results import Machine, Side, SideKind
-from dydit.verify.sensitivity import PIXEL_SPAN, SearchConfig, psnr, search
-from dydit.verify.trace import trace_tokens
 
 CLASSES, BATCH = 10, 20
 RANGES_SEED = 1000

@@ -11,7 +11,7 @@ resident set (a page of the file that two sessions map counts twice). The parts:
   sample    `dydit sample`, all 250 steps, once on the per-step bundle, once on the sliding one
   exact     every 25th step of both from the same latents, decisions apart from values
   load      the 16 merged subnetworks against the sliding plan: until all is loaded
-  step      milliseconds of a step, per-step against sliding, taking turns (`dydit.verify.bench`)
+  step      milliseconds of a step, per-step against sliding, taking turns (`dydit.bench.bench`)
 
 Each part is kept in DIR and not made again, so that a run that was stopped goes on. Bars are those of `BARS`; exit code
 1 where one is missed. Takes about 25 minutes on two cores, 5 GB of disk, and nothing else should run beside it.
@@ -36,7 +36,7 @@ import numpy as np
 from dydit.bundle.bundle import Bundle
 from dydit.files import write_json
 from dydit.models.config import preset
-from dydit.verify.results import Machine, Side, SideKind
+from dydit.reports.results import Machine, Side, SideKind
 
 PER_STEP, SLIDING, MERGED = "per-step", "sliding", "merged"
 PLANS = {PER_STEP: ["--per-step"], SLIDING: ["--sliding"], MERGED: ["--max-subnets", "16"]}
@@ -82,7 +82,7 @@ def in_child(work: Path, part: str, *words: str) -> Part:
 
 def make_checkpoint(work: Path) -> Part:
     """The model, with random weights; how large it is."""
-    from dydit.models.checkpoint import save_checkpoint
+    from dydit.checkpoints.checkpoint import save_checkpoint
     from dydit.models.synthetic import synthetic_model
 
     config = preset("XL/2")
@@ -115,8 +115,8 @@ def measure_export(work: Path, done: Part) -> Part:
 
 def measure_plan(work: Path, done: Part) -> Part:
     """All optimal plans of the bundle's masks."""
-    from dydit.export.costs import macs_costs
-    from dydit.export.plan import optimal_plans
+    from dydit.planning.costs import macs_costs
+    from dydit.planning.plan import optimal_plans
 
     masks = Bundle.open(work / PER_STEP, verify=False).masks
     start = time.perf_counter()
@@ -201,8 +201,8 @@ def measure_load(work: Path, done: Part) -> Part:
 
 def measure_step(work: Path, done: Part) -> Part:
     """A step of either plan, side against side."""
-    from dydit.verify.bench import BenchConfig, run_bench
-    from dydit.verify.measure import Latents
+    from dydit.bench.bench import BenchConfig, run_bench
+    from dydit.bench.timing import Latents
 
     sides = [Side(name=plan, kind=SideKind.BUNDLE, path=str(work / plan)) for plan in (SLIDING, PER_STEP)]
     config = BenchConfig(labels=(LABEL,), steps_measured=4, repeats=5, latents=Latents.NOISE)

@@ -12,12 +12,12 @@ from typing import Any
 import click
 
 from dydit import __version__
-from dydit.cli_build import add_build
-from dydit.cli_calibrate import add_calibrate
-from dydit.cli_decode import add_decode
-from dydit.cli_errors import CHECK_FAILED, OK, run_command
-from dydit.cli_export import add_export
-from dydit.cli_options import (
+from dydit.commands.build import add_build
+from dydit.commands.calibrate import add_calibrate
+from dydit.commands.decode import add_decode
+from dydit.commands.exit_codes import CHECK_FAILED, OK, run_command
+from dydit.commands.export import add_export
+from dydit.commands.options import (
     PATH,
     CommandGroup,
     backend_options,
@@ -35,11 +35,11 @@ from dydit.cli_options import (
     say_files,
     seed_option,
 )
-from dydit.cli_sample import sampling_progress, say_sampled, worker_option
-from dydit.cli_suggest import backend_words, next_line
-from dydit.cli_vae import space_option
+from dydit.commands.sample import sampling_progress, say_sampled, worker_option
+from dydit.commands.suggestions import backend_words, next_line
+from dydit.commands.vae_options import space_option
 from dydit.extras import CHECKPOINTS, GRAPHS, REPORTS, as_installed, backend_modules, require
-from dydit.runtime.workers import Worker
+from dydit.runtime.bulk.workers import Worker
 from dydit.training.recipe import RECIPES
 from dydit.words import counted, duration
 
@@ -79,7 +79,7 @@ def quickstart_command(out: Path, overwrite: bool, as_json: bool, **settings: An
     PyTorch's, times both models, and writes report.html. Repeat the command to resume a run that was interrupted.
     """
     require("dydit quickstart", [*CHECKPOINTS, *GRAPHS, "onnxruntime", *REPORTS])
-    from dydit.verify.quickstart import QuickstartConfig, run_quickstart
+    from dydit.quickstart.quickstart import QuickstartConfig, run_quickstart
 
     config = parse_options(QuickstartConfig, settings)
     with progress_line("quickstart") as progress:
@@ -151,7 +151,7 @@ def convert_command(checkpoint: Path, out: Path, space: str | None, reading: dic
     epsilon: the weights of a SiT have the same names and shapes.
     """
     require("dydit convert", CHECKPOINTS)
-    from dydit.models.checkpoint import convert
+    from dydit.checkpoints.checkpoint import convert
     from dydit.models.config import Space
 
     with progress_line("convert") as progress:
@@ -222,7 +222,7 @@ def sample_command(
     """
     from dydit.bundle.bundle import Bundle
     from dydit.runtime.backends.base import BackendOptions
-    from dydit.runtime.bulk import OutputOptions, sample_to_folder
+    from dydit.runtime.bulk.run import OutputOptions, sample_to_folder
     from dydit.runtime.request import SampleRequest
 
     require("dydit sample", backend_modules(backend))
@@ -270,11 +270,11 @@ def parity_command(
     """
     require("dydit parity", [*CHECKPOINTS, *GRAPHS, *backend_modules(settings["backend"])])
     from dydit.bundle.bundle import Bundle
+    from dydit.checkpoints.checkpoint import load_checkpoint
     from dydit.files import new_folder, require_absent
-    from dydit.models.checkpoint import load_checkpoint
-    from dydit.verify.parity import ParityConfig, run_parity
-    from dydit.verify.plots import parity_png
-    from dydit.verify.text import aligned
+    from dydit.parity.parity import ParityConfig, run_parity
+    from dydit.reports.plots import parity_png
+    from dydit.reports.text import aligned
 
     config = parse_options(ParityConfig, settings)
     require_absent(out)
@@ -323,10 +323,10 @@ def bench_command(
     """
     counts = ["onnx"] if backend == "onnxruntime" else []  # tokens are counted by a graph with further outputs
     require("dydit bench", [*backend_modules(backend), *counts, *(CHECKPOINTS if against else ())])
+    from dydit.bench.bench import BenchConfig, run_bench, sides_of
     from dydit.bundle.bundle import Bundle
     from dydit.files import new_folder, require_absent
-    from dydit.verify.bench import BenchConfig, run_bench, sides_of
-    from dydit.verify.plots import latency_png
+    from dydit.reports.plots import latency_png
 
     config = parse_options(BenchConfig, settings)
     require_absent(out)
@@ -352,7 +352,7 @@ def inspect_command(path: Path, out: Path | None, reading: dict[str, Any], as_js
     is_bundle = (path / "manifest.json").exists()
     require("dydit inspect", [*(() if is_bundle else CHECKPOINTS), *(["matplotlib"] if out else [])])
     from dydit.files import new_folder, require_absent
-    from dydit.verify.inspect import inspect
+    from dydit.inspection.inspect import inspect
 
     if out is not None:
         require_absent(out)
@@ -372,7 +372,7 @@ def inspect_command(path: Path, out: Path | None, reading: dict[str, Any], as_js
 @json_option
 def doctor_command(as_json: bool) -> int:
     """Test which backends work on this machine, and say why the others do not. Exits with 1 if none works."""
-    from dydit.verify.doctor import run_doctor
+    from dydit.doctor.doctor import run_doctor
 
     report = run_doctor()
     if as_json:

@@ -14,9 +14,11 @@ from hypothesis import settings
 
 if TYPE_CHECKING:
     from dydit.bundle.bundle import Bundle
+    from dydit.checkpoints.checkpoint import Checkpoint
     from dydit.models.architecture import UnitAxis
-    from dydit.models.checkpoint import Checkpoint
     from dydit.models.config import ModelConfig
+
+pytest_plugins = ("tests.fixtures.counts", "tests.fixtures.engines", "tests.fixtures.graphs", "tests.fixtures.spoilt")
 
 settings.register_profile("dydit", deadline=None)  # times of a busy machine say nothing
 settings.load_profile("dydit")
@@ -84,7 +86,7 @@ def make_axis() -> Callable[[Sequence[Sequence[int]]], UnitAxis]:
 @pytest.fixture(scope="session")
 def make_checkpoint(tmp_path_factory: pytest.TempPathFactory, small_config: ModelConfig) -> Callable[..., Checkpoint]:
     """`make_checkpoint(config=None, seed=0, flops_ratio=0.5)`: a checkpoint on disk. Shared: do not write to it."""
-    from dydit.models.checkpoint import load_checkpoint, save_checkpoint
+    from dydit.checkpoints.checkpoint import load_checkpoint, save_checkpoint
     from dydit.models.synthetic import synthetic_model
 
     folder = tmp_path_factory.mktemp("checkpoints")
@@ -128,7 +130,7 @@ def make_bundle(
 @pytest.fixture(scope="session")
 def make_migration() -> Callable[..., Any]:
     """`make_migration(config, seed=0, share=1)`: exponents from all over their range, for such a share of layers."""
-    from dydit.models.migration import MOST, Migration, as_digits, input_channels
+    from dydit.quantization.smoothing import MOST, Migration, as_digits, input_channels
 
     def make(config: ModelConfig, seed: int = 0, share: float = 1) -> Migration:
         rng, blocks = np.random.default_rng(seed), []

@@ -111,7 +111,7 @@ def raising(error: BaseException) -> Callable[..., None]:
 def test_what_is_not_the_programs_fault_is_one_line(
     run, monkeypatch, pixel_checkpoint, tmp_path, error, code, line
 ) -> None:
-    monkeypatch.setattr("dydit.models.checkpoint.convert", raising(error))
+    monkeypatch.setattr("dydit.checkpoints.checkpoint.convert", raising(error))
     done = run("convert", pixel_checkpoint, "--out", tmp_path / "out")
     assert (done.code, done.out) == (code, "")
     assert done.err.startswith(f"dydit: error: {line}") and done.err.count("\n") == 1
@@ -121,7 +121,7 @@ def test_what_is_not_the_programs_fault_is_one_line(
     "error", [RuntimeError("a bug"), EOFError("too short"), ModuleNotFoundError("No module named 'x'", name="x")]
 )
 def test_a_fault_keeps_its_traceback(run, monkeypatch, pixel_checkpoint, tmp_path, error) -> None:
-    monkeypatch.setattr("dydit.models.checkpoint.convert", raising(error))
+    monkeypatch.setattr("dydit.checkpoints.checkpoint.convert", raising(error))
     with pytest.raises(type(error)) as raised:
         run("convert", pixel_checkpoint, "--out", tmp_path / "out")
     assert raised.value is error
@@ -215,7 +215,7 @@ def test_convert(run, pixel_checkpoint: Path, tmp_path: Path) -> None:
     first, *others = done.out.splitlines()
     assert first.startswith(f"{tmp_path}/model.safetensors: dynamic DiT with 3 blocks of 64 channels and 4 heads")
     assert len(others) == 2 and all(each.startswith("Next: dydit ") for each in others)
-    from dydit.models.checkpoint import load_checkpoint
+    from dydit.checkpoints.checkpoint import load_checkpoint
 
     assert load_checkpoint(tmp_path / "model.safetensors").config == load_checkpoint(pixel_checkpoint).config
 
@@ -327,8 +327,8 @@ def test_inspect(run, bundle: Path, pixel_checkpoint: Path, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("works", [True, False])
 def test_doctor(run, monkeypatch, works: bool) -> None:
-    from dydit.verify import doctor
-    from dydit.verify.doctor_probes import Finding
+    from dydit.doctor import doctor
+    from dydit.doctor.probes import Finding
 
     def probe(name: str) -> Finding:
         if name == "registry":
@@ -359,7 +359,7 @@ def test_bench(run, bundle: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("holds", [True, False])
 def test_quickstart(run, monkeypatch, tmp_path: Path, holds: bool) -> None:
-    from dydit.verify import quickstart
+    from dydit.quickstart import quickstart
 
     asked = []
 

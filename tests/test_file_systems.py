@@ -202,7 +202,7 @@ def test_a_home_folder_is_found(run, exported, make_checkpoint, tmp_path, monkey
     assert (tmp_path / "latents.npz").is_file() and not Path("~").exists()
     with DyDiTPipeline.from_bundle("~/bundle") as pipeline:
         assert pipeline([1], output_type="latent").latents.shape[0] == 1
-    from dydit.models.checkpoint import load_checkpoint
+    from dydit.checkpoints.checkpoint import load_checkpoint
 
     assert load_checkpoint("~/model.safetensors").path == tmp_path / "model.safetensors"
     assert user_path("~no-such-user/x") == Path("~no-such-user/x")
@@ -232,7 +232,7 @@ def test_an_address_space_that_is_too_small(exported, tmp_path, backend: str) ->
     """A process that may not have much memory ends in one line, and does not call the bundle damaged."""
     code = (
         "import resource, sys\nfrom dydit.cli import main\nimport torch, onnxruntime\n"
-        "import dydit.runtime.bulk, dydit.runtime.backends.torch\n"
+        "import dydit.runtime.bulk.run, dydit.runtime.backends.torch\n"
         "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
         "resource.setrlimit(resource.RLIMIT_AS, (used + int(sys.argv[1]),) * 2)\nsys.exit(main(sys.argv[2:]))\n"
     )

@@ -26,111 +26,55 @@ MODULES = {
 }
 LONGEST = 400
 
-# Which parts a part may import. Those of `GROUND` belong to nobody and to all.
-GROUND = {"errors", "extras", "files", "locks", "words"}
-MODEL = GROUND | {"models", "diffusion"}
-BUNDLE = MODEL | {"bundle"}
-ENGINES = BUNDLE | {"engines"}
-MIDDLE = ENGINES | {"calibrate", "training", "graph", "writing", "export", "runtime"}
-# What an architecture writes of itself, beside its model: tensors and graphs of a bundle. A part of its own.
-WRITING = {f"dydit.models.dit.{name}" for name in ("blocks", "ends", "graph", "smoothing")}
-SHARED = {"cli_options", "cli_progress", "cli_suggest"}
-COMMANDS = {"cli_build", "cli_calibrate", "cli_decode", "cli_export", "cli_sample", "cli_vae"}
-ALLOWED = {
-    "errors": {"words"},
-    "extras": {"errors"},
-    "files": {"errors", "locks", "words"},
-    "words": set(),
-    "locks": {"errors"},
-    "diffusion": GROUND | {"diffusion"},
-    "models": MODEL,
-    "bundle": BUNDLE,
-    "engines": ENGINES,
-    "training": BUNDLE | {"training"},
-    "calibrate": MODEL | {"calibrate"},
-    "graph": BUNDLE | {"graph"},
-    "writing": BUNDLE | {"graph", "writing"},
-    "export": BUNDLE | {"calibrate", "graph", "writing", "export"},
-    "runtime": ENGINES | {"runtime"},
-    "verify": MIDDLE | {"verify"},
-    "cli_progress": {"words"},
-    "cli_options": MIDDLE | {"cli_progress"},
-    "cli_suggest": MIDDLE | {"cli_options"},
-    "cli_errors": GROUND | {"cli_options"},
-    "cli_build": MIDDLE | {"verify", *SHARED},
-    "cli_calibrate": MIDDLE | {"verify", *SHARED},
-    "cli_decode": MIDDLE | {*SHARED, "cli_vae"},
-    "cli_export": MIDDLE | {"verify", *SHARED, "cli_vae"},
-    "cli_sample": MIDDLE | SHARED,
-    "cli_vae": MIDDLE,
-    "cli": MIDDLE | {"verify", "cli_errors", *SHARED, *COMMANDS},
-    "__main__": {"cli"},
-}
 HEAVY = ("torch", "onnx", "onnx_ir", "onnxruntime", "safetensors", "tensorrt", "accelerate", "sklearn", "scipy")
 HEAVY += ("matplotlib", "jinja2")
-# These run PyTorch or write graphs: they, and nothing else in their parts, may need it as soon as they are imported.
-TORCH_FREE = (
-    *(
-        "dydit",
-        "dydit.cli",
-        "dydit.cli_options",
-        "dydit.cli_decode",
-        "dydit.cli_progress",
-        "dydit.cli_suggest",
-        "dydit.cli_export",
-        "dydit.cli_sample",
-        "dydit.cli_vae",
-        "dydit.cli_errors",
-        "dydit.errors",
-        "dydit.extras",
-        "dydit.files",
-        "dydit.words",
-        "dydit.models.architecture",
-        "dydit.models.config",
-        "dydit.models.dit.units",
-        "dydit.models.validation",
-    ),
-    *("dydit.models.cost", "dydit.training.recipe", "dydit.export.plan", "dydit.verify.results"),
-    *("dydit.export.costs", "dydit.export.sizes", "dydit.verify.text", "dydit.verify.profile_worker"),
-    *(name for name in MODULES if name.startswith(("dydit.diffusion", "dydit.bundle", "dydit.calibrate"))),
-    *(name for name in MODULES if name.startswith("dydit.runtime") and name != "dydit.runtime.backends.torch"),
-)
+# These run a bundle, or say what one is: without PyTorch, ONNX and whatever else is heavy.
+LIGHT_ROOMS = ("bundle", "commands", "diffusion", "runtime")
+LIGHT = {
+    *("dydit", "dydit.cli", "dydit.errors", "dydit.extras", "dydit.files", "dydit.validation", "dydit.words"),
+    *("dydit.models.architecture", "dydit.models.config", "dydit.models.dit.units", "dydit.models.macs"),
+    *("dydit.planning.costs", "dydit.planning.plan", "dydit.planning.profile_worker", "dydit.planning.sizes"),
+    *("dydit.reports.results", "dydit.reports.text", "dydit.training.recipe"),
+    *("dydit.calibrate.activation_ranges", "dydit.calibrate.calibration_file", "dydit.calibrate.capacity"),
+    *(name for name in MODULES if name.split(".")[1:2] and name.split(".")[1] in LIGHT_ROOMS),
+} - {"dydit.runtime.backends.torch"}
 
 
-def imported_names(path: Path) -> set[str]:
-    """Every module of `dydit` that a file imports anywhere, also inside functions and for types alone."""
-    names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
-            assert node.module is not None
-            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return {name for name in names if name in MODULES}
+def lint_imports(root: Path) -> subprocess.CompletedProcess[str]:
+    """Hold the package in `root` to the layers of pyproject.toml."""
+    call = [
+        Path(sys.executable).with_name("lint-imports"),
+        "--no-cache",
+        "--no-logo",
+        "--config",
+        ROOT / "pyproject.toml",
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    return subprocess.run(call, capture_output=True, text=True, cwd=root, env=environment, check=False)
 
 
-def part_of(name: str) -> str:
-    if name in WRITING:
-        return "writing"
-    return name.split(".")[1] if "." in name else ""
+def test_imports_point_one_way() -> None:
+    done = lint_imports(ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if part_of(name)])
-def test_imports_point_one_way(name: str) -> None:
-    part = part_of(name)
-    assert part in ALLOWED, f"{name} is a part that the layering does not know"
-    imported = {part_of(other) for other in imported_names(MODULES[name])} - {""}
-    assert imported <= ALLOWED[part], f"{name} imports {sorted(imported - ALLOWED[part])}"
+def test_an_import_upwards_would_be_noticed(tmp_path: Path) -> None:
+    shutil.copytree(PACKAGE, tmp_path / "dydit", ignore=shutil.ignore_patterns("__pycache__", "assets"))
+    with (tmp_path / "dydit" / "bundle" / "manifest.py").open("a") as file:
+        file.write("\n\ndef late():\n    from dydit.parity import parity\n    return parity\n")
+    done = lint_imports(tmp_path)
+    assert done.returncode == 1 and "dydit.bundle.manifest" in done.stdout and "dydit.parity" in done.stdout, (
+        done.stdout
+    )
 
 
-def test_the_layering_would_notice_an_import_upwards(tmp_path: Path) -> None:
-    file = tmp_path / "module.py"
-    file.write_text("def f():\n    from dydit.verify import results\n    import dydit.runtime.loop\n")
-    parts = {part_of(name) for name in imported_names(file)}
-    assert {"verify", "runtime"} <= parts
-    assert not parts <= ALLOWED["bundle"]
-    assert all(name in MODULES for name in WRITING) and not ALLOWED["writing"] <= ALLOWED["models"]
+def test_every_room_has_a_layer() -> None:
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    layers = {name.strip() for layer in contracts[0]["layers"] for name in re.split("[:|]", layer)}
+    for name, path in MODULES.items():
+        above = [name.rsplit(".", up)[0] for up in range(name.count("."))]
+        assert path.name == "__init__.py" or layers & set(above), f"{name} is in no layer of pyproject.toml"
+    assert layers <= MODULES.keys()
 
 
 def test_the_package_itself_imports_nothing_heavy() -> None:
@@ -144,7 +88,7 @@ def test_light_modules_import_without_the_heavy_packages() -> None:
 import importlib, sys
 for name in {HEAVY!r}:
     sys.modules[name] = None
-for name in {TORCH_FREE!r}:
+for name in {sorted(LIGHT)!r}:
     importlib.import_module(name)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)

@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 
 from dydit.models.config import ModelConfig
-from dydit.models.cost import flops_ratio, static_macs
+from dydit.models.macs import flops_ratio, static_macs
 
 FP32 = 4
 

@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from dydit.doctor.doctor import run_doctor
 from dydit.engines.flavour import present_gpu
-from dydit.verify.doctor import run_doctor
 
 FOLDERS = (
     *("/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu", "/usr/lib64", "/usr/local/lib", "/usr/local/lib64"),

@@ -7,7 +7,7 @@ from typing import Any
 from results import Report, speed_rows, title
 from sides import PYTORCH, is_dense
 
-from dydit.verify.plot_style import ACCENT, ACCENT_LIGHT, INK, MUTED, OFF, SECOND, drawing, headline, png
+from dydit.reports.plot_style import ACCENT, ACCENT_LIGHT, INK, MUTED, OFF, SECOND, drawing, headline, png
 
 BAR, ROW = 0.68, 0.19  # of a row's height; inches
 

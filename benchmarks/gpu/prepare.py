@@ -24,18 +24,18 @@ from settings import (
 )
 from small import SMALL_LABELS, SMALL_STEPS, small_batch, small_noise
 
+from dydit.bench.bench import spread_steps
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.manifest import PlanKind, Routing
-from dydit.bundle.stored import Precision
+from dydit.bundle.stored_weights import Precision
+from dydit.checkpoints.checkpoint import load_checkpoint, save_checkpoint
+from dydit.checkpoints.state_fit import expected_shapes
 from dydit.diffusion.schedule import Schedule
 from dydit.export.exporter import ExportConfig, export
-from dydit.models.checkpoint import load_checkpoint, save_checkpoint
-from dydit.models.state_fit import expected_shapes
 from dydit.models.synthetic import synthetic_model
 from dydit.runtime.backends.registry import open_backend
 from dydit.runtime.loop import MemoryStore, StepRunner, sample
 from dydit.runtime.resident import ResidentSubnets
-from dydit.verify.bench import spread_steps
 
 Emit = Callable[[str, Any], None]
 SLACK = 1.15

@@ -15,7 +15,7 @@ from ways import way_of
 
 from dydit.errors import ConfigError
 from dydit.files import write_json
-from dydit.verify.results import Machine
+from dydit.reports.results import Machine
 
 VERSION = 1
 

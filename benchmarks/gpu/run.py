@@ -42,7 +42,7 @@ from dydit.engines.flavour import present_gpu
 from dydit.errors import ConfigError, DyditError
 from dydit.files import write_atomic, write_json
 from dydit.models.config import parse_config
-from dydit.verify.results import Machine
+from dydit.reports.results import Machine
 
 CHILD = Path(__file__).with_name("child.py")
 LEAST_SECONDS = 10

@@ -1,7 +1,7 @@
 """Whether a way runs at all, and whether its pictures are those of the CPU: a small model, 12 steps, 4 images.
 
 Engines show nothing of what they route, so that a token that is routed otherwise, a jump, cannot be set aside as
-`dydit parity` does it; therefore the median image is judged, by the bars of `dydit.verify.tolerances`, and the worst is
+`dydit parity` does it; therefore the median image is judged, by the bars of `dydit.parity.tolerances`, and the worst is
 told. Where a backend can show its decisions, `parity` is the whole of `dydit parity`.
 """
 
@@ -19,13 +19,13 @@ from small import small_batch, small_noise
 from ways import open_way, way_of, with_engines
 
 from dydit.bundle.bundle import Bundle
-from dydit.bundle.stored import Precision
+from dydit.bundle.stored_weights import Precision
 from dydit.errors import one_line
+from dydit.parity.comparison import picture_error, relative_l2
+from dydit.parity.tolerances import rules
+from dydit.reports.results import measured
 from dydit.runtime.loop import MemoryStore, StepRunner, sample
 from dydit.runtime.resident import ResidentSubnets
-from dydit.verify.compare import picture_error, relative_l2
-from dydit.verify.results import measured
-from dydit.verify.tolerances import rules
 
 Emit = Callable[[str, Any], None]
 
@@ -71,8 +71,8 @@ def _judged(values: np.ndarray, bar: float) -> dict[str, Any]:
 
 def parity(settings: Settings, work: Work, emit: Emit, way: str, precision: str) -> None:
     """`dydit parity` of the small bundle, from the checkpoint on."""
-    from dydit.models.checkpoint import load_checkpoint
-    from dydit.verify.parity import ParityConfig, run_parity
+    from dydit.checkpoints.checkpoint import load_checkpoint
+    from dydit.parity.parity import ParityConfig, run_parity
 
     config = ParityConfig(backend=way_of(way).backend, device=settings.device, labels=(3, 1), every=4)
     bundle, checkpoint = Bundle.open(work.small(precision)), load_checkpoint(work.small_checkpoint)

@@ -44,7 +44,7 @@ class Settings(Strict):
         if self.model == "tiny":
             return small_config().model_copy(update={"depth": 2, "input_size": 8, "num_classes": 7})
         if self.model == "digits":
-            from dydit.models.checkpoint import load_checkpoint
+            from dydit.checkpoints.checkpoint import load_checkpoint
 
             return load_checkpoint(asset(True)).config
         return preset(self.model)

@@ -14,15 +14,15 @@ from clock import WALL, clock_of, each_ms
 from settings import CFG_SCALE, DENSE, PER_STEP, SEED, Settings, Work
 from ways import Way, open_way, way_of
 
+from dydit.bench.bench import spread_steps
+from dydit.bench.timing import Job, Latents, MeasuredBundle
 from dydit.bundle.bundle import Bundle
 from dydit.errors import BackendError, UnavailableError
+from dydit.reports.results import Side as BenchSide
+from dydit.reports.results import SideKind
 from dydit.runtime.loop import MemoryStore, WholeRuns
-from dydit.runtime.noise import SeededNoise
+from dydit.runtime.noise_source import SeededNoise
 from dydit.runtime.request import make_batches
-from dydit.verify.bench import spread_steps
-from dydit.verify.measure import Job, Latents, MeasuredBundle
-from dydit.verify.results import Side as BenchSide
-from dydit.verify.results import SideKind
 
 RESIDENT, PYTORCH = "torch-resident", "pytorch"
 MASKED, STATIC, COMPILED = "eager masked", "eager static", "compiled static"
@@ -204,12 +204,12 @@ class Rival(Side):
     def __init__(self, settings: Settings, work: Work, name: str, batch: int):
         import torch
 
+        from dydit.checkpoints.checkpoint import load_checkpoint
         from dydit.diffusion.coefficients import step_coefficients
         from dydit.diffusion.schedule import Sampler, Schedule
         from dydit.export.exporter import GUIDED_CHANNELS
-        from dydit.models.checkpoint import load_checkpoint
         from dydit.models.routers import Masked, Static
-        from dydit.verify.reference import guided_step
+        from dydit.parity.reference import guided_step
 
         checkpoint = load_checkpoint(work.checkpoint(name == MASKED))
         config, device = checkpoint.config, torch.device(settings.device)

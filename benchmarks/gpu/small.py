@@ -5,7 +5,7 @@ from __future__ import annotations
 from settings import SEED
 
 from dydit.bundle.bundle import Bundle
-from dydit.runtime.noise import SeededNoise
+from dydit.runtime.noise_source import SeededNoise
 from dydit.runtime.request import Batch, make_batches
 
 SMALL_STEPS, SMALL_LABELS = 12, (3, 1, 0, 6)

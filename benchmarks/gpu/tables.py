@@ -10,7 +10,7 @@ from cells import BEST, BEST_TORCH
 from results import Report, Status, speed_rows, title
 from ways import WAYS, Way
 
-from dydit.verify.text import bytes_text, exponent
+from dydit.reports.text import bytes_text, exponent
 
 PRECISIONS = ("fp32", "fp16", "bf16")
 NONE = "-"

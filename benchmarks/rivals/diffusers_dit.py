@@ -2,7 +2,7 @@
 
 The weights are saved as a diffusers folder, checked against our model, in a process of their own; what is timed loads
 that folder as a user would. Two settings make diffusers compute what the original DiT computes (they cost no time):
-`norm_eps` 1e-6, and a sinusoid that divides by 128. See `dydit/models/state_names.py`.
+`norm_eps` 1e-6, and a sinusoid that divides by 128. See `dydit/checkpoints/diffusers_names.py`.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from rival import in_another_process, require
 from torch import Tensor, nn
 from torch_rival import TorchRival
 
+from dydit.bench.bench_worker import serve
+from dydit.checkpoints.checkpoint import load_checkpoint
+from dydit.checkpoints.diffusers_names import diffusers_names
 from dydit.errors import DeviationError
-from dydit.models.checkpoint import load_checkpoint
 from dydit.models.config import ModelConfig
 from dydit.models.dit.model import NORM_EPS, DiT
-from dydit.models.state_names import diffusers_names
-from dydit.verify.bench_worker import serve
 
 BAR = 1e-4  # relative L2 from our model
 

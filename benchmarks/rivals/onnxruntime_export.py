@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from rival import Rival, in_another_process, require
 
-from dydit.verify.bench_worker import serve
+from dydit.bench.bench_worker import serve
 
 
 class OnnxRuntimeExport(Rival):
@@ -49,7 +49,7 @@ def export(path: Path, file: Path, rows: int) -> None:
     """Write the model of a static checkpoint as ONNX, for `rows` rows."""
     import torch  # which the process that runs the graph does without
 
-    from dydit.models.checkpoint import load_checkpoint
+    from dydit.checkpoints.checkpoint import load_checkpoint
 
     checkpoint = load_checkpoint(path)
     config = checkpoint.config

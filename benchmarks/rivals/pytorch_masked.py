@@ -11,10 +11,10 @@ import numpy as np
 from torch import Tensor
 from torch_rival import TorchRival
 
-from dydit.models.checkpoint import load_checkpoint
+from dydit.bench.bench_worker import serve
+from dydit.bench.timing import Decided
+from dydit.checkpoints.checkpoint import load_checkpoint
 from dydit.models.routers import Gating, Masked, Recording
-from dydit.verify.bench_worker import serve
-from dydit.verify.measure import Decided
 
 
 class PyTorchMasked(TorchRival):

@@ -7,8 +7,8 @@ import sys
 from torch import Tensor
 from torch_rival import TorchRival
 
-from dydit.models.checkpoint import load_checkpoint
-from dydit.verify.bench_worker import serve
+from dydit.bench.bench_worker import serve
+from dydit.checkpoints.checkpoint import load_checkpoint
 
 
 class PyTorchStatic(TorchRival):

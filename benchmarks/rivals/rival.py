@@ -1,7 +1,7 @@
 """What the rivals have in common. How one runs the model stands in a file of its own.
 
 Each of those files is a process that `run.py` starts, gives a job and asks for rounds of sampling steps
-(`dydit.verify.bench_worker`). A step is the whole of it: the model on B images with their labels and again without,
+(`dydit.bench.bench_worker`). A step is the whole of it: the model on B images with their labels and again without,
 guidance, and the sampler's formula, from latents f32 [B, C, S, S] to the next ones. No PyTorch here, so that the
 process of a rival that runs without it does not carry it.
 """
@@ -16,10 +16,10 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
+from dydit.bench.timing import Job, Loaded, Measured
 from dydit.diffusion.guidance import Guidance
 from dydit.diffusion.schedule import Schedule
 from dydit.errors import UnavailableError
-from dydit.verify.measure import Job, Loaded, Measured
 
 
 class Rival(Measured):

@@ -21,22 +21,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dydit.bench.bench import BenchConfig, compare_sides, run_bench
+from dydit.bench.timing import Latents
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.manifest import PlanKind
-from dydit.bundle.stored import Precision
+from dydit.bundle.stored_weights import Precision
+from dydit.checkpoints.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from dydit.checkpoints.state_fit import expected_shapes
 from dydit.errors import ConfigError, DeviationError, DyditError
 from dydit.export.exporter import ExportConfig, export
 from dydit.files import write_atomic, write_json
-from dydit.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from dydit.models.config import parse_config, preset
-from dydit.models.state_fit import expected_shapes
 from dydit.models.synthetic import synthetic_model
-from dydit.verify.bench import BenchConfig, compare_sides, run_bench
-from dydit.verify.measure import Latents
-from dydit.verify.plots import ranking_png
-from dydit.verify.results import BenchReport, Comparison, Reference, Side, SideKind
-from dydit.verify.sentences import repeats_text
-from dydit.verify.text import aligned, exponent
+from dydit.reports.plots import ranking_png
+from dydit.reports.results import BenchReport, Comparison, Reference, Side, SideKind
+from dydit.reports.sentences import repeats_text
+from dydit.reports.text import aligned, exponent
 
 FP32_BAR = 1e-4  # relative L2 of one step from the reference; rounding leaves 1e-6 (measured, DiT-S/2)
 MASKED, EXPORTED = "pytorch masked", "onnxruntime static"

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch_rival import TorchRival
 
+from dydit.bench.bench_worker import serve
+from dydit.checkpoints.checkpoint import load_checkpoint
 from dydit.errors import UnavailableError, one_line
-from dydit.models.checkpoint import load_checkpoint
-from dydit.verify.bench_worker import serve
 
 
 class TorchCompiled(TorchRival):

@@ -9,8 +9,8 @@ import torch
 from rival import Rival
 from torch import Tensor
 
-from dydit.verify.measure import Loaded
-from dydit.verify.reference import guided_step
+from dydit.bench.timing import Loaded
+from dydit.parity.reference import guided_step
 
 
 class TorchRival(Rival):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dydit.bundle.manifest import Manifest, PlanKind
-from dydit.bundle.stored import Precision
+from dydit.bundle.stored_weights import Precision
 from dydit.diffusion.schedule import Sampler
 
 

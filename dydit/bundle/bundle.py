@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 
 from dydit.bundle.manifest import MANIFEST, FileEntry, Manifest, parse_manifest
-from dydit.bundle.stored import STORAGE, WEIGHTS
+from dydit.bundle.stored_weights import STORAGE, WEIGHTS
 from dydit.errors import BackendError, BundleError, one_line
 from dydit.files import sha256_of, user_path
 

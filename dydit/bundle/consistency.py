@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from dydit.bundle.stored import ITEM_BYTES, Precision, WeightEntry, half_name, stored_type
+from dydit.bundle.stored_weights import ITEM_BYTES, Precision, WeightEntry, half_name, stored_type
 from dydit.models.architecture import Slots
 from dydit.models.config import ModelConfig
 

@@ -18,17 +18,17 @@ import numpy as np
 from pydantic import Field, FiniteFloat, ValidationError, field_validator, model_validator
 
 from dydit.bundle.consistency import mask_trouble, order_trouble, slots_trouble, weights_trouble
-from dydit.bundle.costs import MeasuredPlan
-from dydit.bundle.stored import WEIGHTS, Precision, WeightEntry
-from dydit.bundle.vae import VAE_DECODER, VAE_WEIGHTS, VaeEntry
+from dydit.bundle.measurements import MeasuredPlan
+from dydit.bundle.stored_weights import WEIGHTS, Precision, WeightEntry
+from dydit.bundle.vae_entry import VAE_DECODER, VAE_WEIGHTS, VaeEntry
+from dydit.checkpoints.containers import looks_like_checkpoint
 from dydit.diffusion.coefficients import COEFFICIENTS
 from dydit.diffusion.schedule import Sampler
 from dydit.errors import BundleError, one_line
 from dydit.models.architecture import Slots
 from dydit.models.config import ModelConfig, Strict
-from dydit.models.containers import looks_like_checkpoint
-from dydit.models.migration import Migration
-from dydit.models.validation import first_problem
+from dydit.quantization.smoothing import Migration
+from dydit.validation import first_problem
 
 SCHEMA_VERSION: Literal[2] = 2
 MANIFEST, CONDITIONING = "manifest.json", "conditioning.onnx"

@@ -1,7 +1,7 @@
 """How many tokens each image sends through each block's MLP at each step: counts alone, never the tokens themselves.
 
 A count belongs to the image and the step that are passed in with it. Counts of different images merge in any order, to
-what one pass over all of them would have kept. Nothing runs a model here; `dydit.verify.calibration` does.
+what one pass over all of them would have kept. Nothing runs a model here; `dydit.calibrate.calibration` does.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Building one engine: parse, check types, build, write. Runs in a process of its own; see `dydit.engines.workers`."""
+"""Building one engine: parse, check types, build, write. In a process of its own (`dydit.engines.build_workers`)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from dydit.bundle.graph_io import TensorSpec
+from dydit.bundle.io_spec import TensorSpec
 from dydit.engines.findings import require_types, shown
 from dydit.engines.fingerprint import EngineRequest, HardwareCompatibility
 from dydit.engines.flavour import Flavour, load_flavour, load_polygraphy

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from dydit.bundle.stored import Precision, half_name, stored_type
+from dydit.bundle.stored_weights import Precision, half_name, stored_type
 from dydit.engines.network import Layer, Network
 from dydit.errors import BackendError
 from dydit.models.config import ModelConfig

@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 
 from dydit.bundle.advice import capacity_chain_of
 from dydit.bundle.manifest import Manifest, Routing
-from dydit.bundle.stored import Precision
+from dydit.bundle.stored_weights import Precision
 from dydit.engines.flavour import Flavour, Gpu
 from dydit.engines.profiles import Profile
 from dydit.errors import BackendError

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dydit.bundle.stored import Precision
+from dydit.bundle.stored_weights import Precision
 from dydit.engines.findings import ATTENTION, Finding, Kind, fp32_products
 from dydit.engines.flavour import present_gpu
 from dydit.engines.network import Messages, Network, make_logger

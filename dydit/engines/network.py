@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from dydit.bundle.graph_io import TensorSpec
+from dydit.bundle.io_spec import TensorSpec
 from dydit.errors import BackendError
 
 _DTYPES = {

@@ -1,6 +1,6 @@
 """Optimisation profiles: the least, usual and largest shape of every input, from the graphs' one description.
 
-A symbol of `dydit.bundle.graph_io` has a range; an input's three shapes follow from the ranges of its symbols.
+A symbol of `dydit.bundle.io_spec` has a range; an input's three shapes follow from the ranges of its symbols.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from pydantic import model_validator
 
-from dydit.bundle.graph_io import BATCH, LABELS, ROWS, STEPS, TensorSpec, modulation_vectors, width_symbol
+from dydit.bundle.io_spec import BATCH, LABELS, ROWS, STEPS, TensorSpec, modulation_vectors, width_symbol
 from dydit.bundle.manifest import Manifest
 from dydit.errors import BackendError
 from dydit.models.config import ModelConfig, Strict

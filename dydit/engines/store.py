@@ -26,14 +26,14 @@ from pydantic import Field, ValidationError
 
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.manifest import Manifest
-from dydit.bundle.stored import WEIGHTS
-from dydit.bundle.vae import VAE_DECODER, VAE_WEIGHTS
+from dydit.bundle.stored_weights import WEIGHTS
+from dydit.bundle.vae_entry import VAE_DECODER, VAE_WEIGHTS
 from dydit.engines.fingerprint import EngineKey, EngineRequest, HardwareCompatibility
 from dydit.engines.flavour import Flavour, Gpu
 from dydit.errors import BundleError, DyditError, one_line
 from dydit.files import sha256_of, write_atomic
 from dydit.models.config import Strict
-from dydit.models.validation import first_problem
+from dydit.validation import first_problem
 
 ENGINES, INDEX, BUILD_LOG, TIMING_CACHE = "engines", "engines.json", "build.log", "timing.cache"
 RUNTIME_CACHE, RUNTIME_RECORD = "runtime.cache", "runtime.json"

@@ -19,9 +19,9 @@ from pathlib import Path
 
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.manifest import MANIFEST, FileEntry, Manifest
-from dydit.bundle.vae import VAE_DECODER, VAE_WEIGHTS
+from dydit.bundle.vae_entry import VAE_DECODER, VAE_WEIGHTS
 from dydit.errors import ConfigError, OutputError
-from dydit.export.vae import VaeOptions, export_vae
+from dydit.export.vae_graph import VaeOptions, export_vae
 from dydit.files import explained, fsync_folder, sha256_of, write_atomic
 
 PREFIX, SUFFIX = ".decoder.", ".part"  # of the folder, inside the bundle, in which a decoder is made

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dydit.bundle.manifest import Manifest, PlanKind, Routing
-from dydit.calibrate.file import plan_sha256
+from dydit.calibrate.calibration_file import plan_sha256
+from dydit.checkpoints.checkpoint import Checkpoint
 from dydit.errors import CalibrationError, ConfigError
-from dydit.export.plan import Plan
-from dydit.models.checkpoint import Checkpoint
+from dydit.planning.plan import Plan
 
 if TYPE_CHECKING:
     from dydit.export.exporter import ExportConfig

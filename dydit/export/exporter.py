@@ -13,7 +13,6 @@ import numpy as np
 from pydantic import Field, FiniteFloat, model_validator
 
 from dydit.bundle.bundle import Bundle
-from dydit.bundle.costs import Measured
 from dydit.bundle.manifest import (
     CONDITIONING,
     MANIFEST,
@@ -30,32 +29,33 @@ from dydit.bundle.manifest import (
     SubnetEntry,
     pack_mask,
 )
-from dydit.bundle.stored import WEIGHTS, Precision, WeightEntry
-from dydit.bundle.vae import VaeEntry
-from dydit.calibrate.activations import ActivationRanges
-from dydit.calibrate.file import Calibration
+from dydit.bundle.measurements import Measured
+from dydit.bundle.stored_weights import WEIGHTS, Precision, WeightEntry
+from dydit.bundle.vae_entry import VaeEntry
+from dydit.calibrate.activation_ranges import ActivationRanges
+from dydit.calibrate.calibration_file import Calibration
+from dydit.checkpoints.checkpoint import Checkpoint
 from dydit.diffusion.coefficients import step_coefficients
 from dydit.diffusion.schedule import TRAIN_STEPS, Sampler, Schedule
 from dydit.errors import ConfigError
 from dydit.export.capacities import Capacities, segment_capacities
-from dydit.export.costs import macs_costs, measured_plan, time_costs
-from dydit.export.graph import save_graph
-from dydit.export.masks import activity_order, by_slot, freeze_masks
-from dydit.export.plan import Plan, budget_plan, merged_plan, per_step_plan, plan_cost
-from dydit.export.scales import Scales, planned_migration, segment_scales, weight_copies
-from dydit.export.sizes import PlanSizes, fixed_bytes, subnet_bytes, unit_bytes
-from dydit.export.vae import VaeOptions, export_vae
+from dydit.export.input_scales import Scales, planned_migration, segment_scales, weight_copies
+from dydit.export.vae_graph import VaeOptions, export_vae
 from dydit.export.weights import write_weights
 from dydit.files import new_folder, require_absent, sha256_of, user_path
 from dydit.graph.library import FunctionLibrary
+from dydit.graph.saving import save_graph
 from dydit.graph.sources import GatheredUnits, SolidWindows, WeightInputs, WeightSource, Windows
 from dydit.graph.writer import SubnetSpec, subnet_graph
 from dydit.models.architecture import Slots, UnitAxis
-from dydit.models.checkpoint import Checkpoint
 from dydit.models.config import ModelConfig, Space, Strict
 from dydit.models.dit.graph import conditioning_graph, write_step
-from dydit.models.dit.smoothing import migrated_tensors
-from dydit.models.migration import Migration
+from dydit.models.dit.smoothed import migrated_tensors
+from dydit.planning.costs import macs_costs, measured_plan, time_costs
+from dydit.planning.masks import activity_order, by_slot, freeze_masks
+from dydit.planning.plan import Plan, budget_plan, merged_plan, per_step_plan, plan_cost
+from dydit.planning.sizes import PlanSizes, fixed_bytes, subnet_bytes, unit_bytes
+from dydit.quantization.smoothing import Migration
 
 Progress = Callable[[int, int], None]
 GUIDED_CHANNELS = 3  # what the reference guides by default
@@ -68,7 +68,7 @@ class ExportConfig(Strict):
     `cfg_channels`: latent channels that guidance acts on, by default the first 3. For capacity routing, `capacities`:
     MLP token slots of a row, by block, or `calibration`, which has those of each segment; all tokens by default.
     `activations`: of this plan's segments, the ranges of what enters linear layers, which int8-static and fp8 need.
-    `vae`, `vae_tile`, `vae_scale`, `vae_shift`: the decoder to add, as `dydit.export.vae.export_vae` takes them.
+    `vae`, `vae_tile`, `vae_scale`, `vae_shift`: the decoder to add, as `dydit.export.vae_graph.export_vae` takes them.
     `space`: what the model samples, pixels or latents, where its checkpoint does not state it or is wrong.
     """
 
@@ -124,7 +124,7 @@ def export(
 ) -> Bundle:
     """Write a bundle to the new folder `out`, complete or not at all; `progress(done, total)` counts graphs.
 
-    `measured`, by `dydit.verify.profile`: with times, the plan is the fastest, else that of the fewest multiply-adds;
+    `measured`, by `dydit.planning.profile`: with times, the plan is the fastest, else that of the fewest multiply-adds;
     with a residency, a memory budget counts memory, else bytes of weights. Raises `ConfigError` for settings that do
     not fit the model, `CalibrationError` for a calibration of something else, `OutputError` where `out` exists or
     cannot be written, and for a VAE decoder what `export_vae` does.

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dydit.checkpoints.containers import Container, container_of
+from dydit.checkpoints.safe_load import listed, read_safetensors, read_torch, shown
 from dydit.errors import CheckpointError
-from dydit.models.containers import Container, container_of
-from dydit.models.safe_load import listed, read_safetensors, read_torch, shown
 
 ANCHOR = "decoder.conv_in.weight"  # in every form
 CODEBOOK = "quantize.embedding.weight"

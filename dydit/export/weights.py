@@ -13,10 +13,18 @@ from typing import BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from dydit.bundle.stored import ALIGNMENT, ITEM_BYTES, Precision, StoredType, WeightEntry, half_name, stored_type
+from dydit.bundle.stored_weights import (
+    ALIGNMENT,
+    ITEM_BYTES,
+    Precision,
+    StoredType,
+    WeightEntry,
+    half_name,
+    stored_type,
+)
 from dydit.errors import CheckpointError
-from dydit.export.quantize import quantize, scale_name
 from dydit.models.config import ModelConfig
+from dydit.quantization.quantize import quantize, scale_name
 
 PIECE = 1 << 24
 """Numbers that are converted and written at once: 64 MiB of them."""

@@ -7,7 +7,7 @@ from typing import Concatenate, ParamSpec
 
 import onnx_ir as ir
 
-from dydit.bundle.stored import Precision
+from dydit.bundle.stored_weights import Precision
 from dydit.models.config import ModelConfig
 
 P = ParamSpec("P")

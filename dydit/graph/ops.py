@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from dydit.bundle.stored import Precision
+from dydit.bundle.stored_weights import Precision
 
 OPSET, IR_VERSION = 23, 11  # the newest that every runtime we target reads
 DATA_TYPES = {

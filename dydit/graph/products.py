@@ -8,7 +8,7 @@ int8, for activations x [T, K] and weights W [K, N], sums over k in exact 32-bit
 
     y[t, n] = s[t] * w[n] * sum_k (q[t, k] - z) * Q[k, n] + b[n]
 
-    Q = round(W / w), int8, with w[n] = max_k |W[k, n]| / 127, from the export (`dydit.export.quantize`)
+    Q = round(W / w), int8, with w[n] = max_k |W[k, n]| / 127, from the export (`dydit.quantization.quantize`)
     q = round(x / s) + z, uint8, with a scale s[t] for each token from its own largest value, so that neither another
         token nor another image of the batch changes a result
 
@@ -26,7 +26,7 @@ from collections.abc import Collection, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from dydit.bundle.stored import Precision
+from dydit.bundle.stored_weights import Precision
 from dydit.graph.ops import CONTRIB, DATA_TYPES, Ops
 
 _BOTH_SIGNS, _AFTER_GELU = 128, 32  # zero points

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from dydit.bundle.graph_io import TensorSpec, unit_input
-from dydit.bundle.stored import ALIGNMENT, WEIGHTS, WeightEntry
+from dydit.bundle.io_spec import TensorSpec, unit_input
+from dydit.bundle.stored_weights import ALIGNMENT, WEIGHTS, WeightEntry
 from dydit.graph.ops import DATA_TYPES, Ops
 from dydit.models.architecture import Part
 

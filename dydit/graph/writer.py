@@ -12,13 +12,13 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from dydit.bundle.graph_io import subnet_inputs, subnet_outputs
+from dydit.bundle.io_spec import subnet_inputs, subnet_outputs
 from dydit.bundle.manifest import Routing
-from dydit.bundle.stored import half_name
+from dydit.bundle.stored_weights import half_name
 from dydit.graph.library import FunctionLibrary
 from dydit.graph.ops import CONTRIB, DOMAIN, IR_VERSION, OPSET, Ops
 from dydit.graph.products import layer_precision, weight_parts
-from dydit.graph.sampler import sampler_function
+from dydit.graph.sampler_step import sampler_function
 from dydit.graph.sources import WeightSource, graph_value
 from dydit.models.architecture import Part, Slots, UnitLayer
 from dydit.models.config import ModelConfig
@@ -122,7 +122,7 @@ WriteStep = Callable[[GraphWriter], tuple[ir.Value, list[ir.Value]]]
 def subnet_graph(
     config: ModelConfig, spec: SubnetSpec, library: FunctionLibrary, weights: WeightSource, write: WriteStep
 ) -> ir.Model:
-    """The graph of one sampling step on one subnetwork; inputs and outputs as `dydit.bundle.graph_io` describes them.
+    """The graph of one sampling step on one subnetwork; inputs and outputs as `dydit.bundle.io_spec` describes them.
 
     Each block's residual stream and token mask are values of the main graph, under the names that `graph_io` gives.
     """

@@ -23,7 +23,7 @@ from dydit.errors import ConfigError
 from dydit.files import user_path
 from dydit.models.architecture import UnitAxis
 from dydit.models.dit.units import CONDITIONING, CONDITIONING_PRODUCT, block_spec, fp32_products, stored_shapes
-from dydit.models.validation import SettingsError, problems_of
+from dydit.validation import SettingsError, problems_of
 
 T = TypeVar("T", bound=BaseModel)
 PICTURE_CHANNELS = (1, 3)

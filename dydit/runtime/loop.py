@@ -1,7 +1,7 @@
 """The sampling loop: segment by segment over all batches, so that a run loads a subnetwork once (DESIGN, decision 10).
 
 `StepRunner` makes one step's inputs and runs it, from any latents; `sample` drives it over a run. Between segments,
-latents live in a `LatentStore`: in memory here, on disk in `dydit.runtime.bulk`.
+latents live in a `LatentStore`: in memory here, on disk in `dydit.runtime.bulk.run`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dydit.diffusion.coefficients import COEFFICIENTS
 from dydit.diffusion.guidance import Guidance
 from dydit.errors import BackendError
 from dydit.runtime.backends.base import Backend, StepResult
-from dydit.runtime.noise import NoiseSource
+from dydit.runtime.noise_source import NoiseSource
 from dydit.runtime.request import Batch
 from dydit.runtime.resident import ResidentSubnets
 

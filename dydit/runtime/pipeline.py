@@ -16,10 +16,10 @@ from dydit.errors import BackendError, ConfigError
 from dydit.runtime.arguments import real_number, whole_number, whole_numbers
 from dydit.runtime.backends.base import Backend, BackendOptions
 from dydit.runtime.backends.registry import open_backend, require_torch
-from dydit.runtime.images import to_pil, to_uint8
+from dydit.runtime.images.image_files import to_pil, to_uint8
+from dydit.runtime.images.pixels import ToPixels, picture_format
 from dydit.runtime.loop import MemoryStore, Progress, StepRunner, default_residency, sample
-from dydit.runtime.noise import SeededNoise
-from dydit.runtime.pixels import ToPixels, picture_format
+from dydit.runtime.noise_source import SeededNoise
 from dydit.runtime.request import DEFAULT_CFG_SCALE, UINT64, check_labels, make_batches
 from dydit.runtime.resident import ResidentSubnets
 

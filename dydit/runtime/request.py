@@ -20,8 +20,8 @@ class SampleRequest(Strict):
     """Images of `labels`, repeated in turn until there are `num` (by default one for each label).
 
     Image i of the run draws its noise from (seed, first_image + i), so a run can be split over machines. `cfg_scale` 1
-    is no guidance, at half the cost. `noise_from`: an `.npz` (see `dydit.runtime.noise`) that gives the noise, and the
-    labels where none are asked for.
+    is no guidance, at half the cost. `noise_from`: an `.npz` (see `dydit.runtime.noise_source`) that gives the
+    noise, and the labels where none are asked for.
     """
 
     labels: tuple[int, ...] = ()

@@ -14,7 +14,7 @@ import numpy as np
 
 from dydit.errors import ConfigError
 from dydit.models.config import ModelConfig
-from dydit.models.cost import flops_ratio
+from dydit.models.macs import flops_ratio
 from dydit.training.data import Digits, digits_pixels
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dydit.diffusion.schedule import Schedule
 from dydit.models.config import ModelConfig
-from dydit.models.cost import flops_ratio
+from dydit.models.macs import flops_ratio
 from dydit.models.routers import Decisions, GumbelSigmoid
 from dydit.training.draws import QUARTERS
 

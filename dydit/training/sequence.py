@@ -7,9 +7,9 @@ from pathlib import Path
 
 from dydit.errors import ConfigError, OutputError
 from dydit.files import user_path
-from dydit.training.folder import check_folder, has_run, stored_recipe
-from dydit.training.loop import Progress, TrainResult, train
 from dydit.training.recipe import Recipe
+from dydit.training.trainer import Progress, TrainResult, train
+from dydit.training.training_folder import check_folder, has_run, stored_recipe
 
 
 def train_sequence(

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dydit.bundle.manifest import Manifest, SegmentEntry, pack_mask, parse_manifest, unpack_mask
-from dydit.bundle.vae import VAE_DECODER, VAE_WEIGHTS
+from dydit.bundle.vae_entry import VAE_DECODER, VAE_WEIGHTS
 from dydit.errors import BundleError
-from dydit.export.masks import freeze_masks
 from dydit.models.config import Routers
+from dydit.planning.masks import freeze_masks
 
 LAW = settings(max_examples=25, deadline=None)
 COUNTS = st.integers(1, 140)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dydit.bundle.stored import Precision
+from dydit.bundle.stored_weights import Precision
 from dydit.engines.builder import Job, builder_config, set_flags
 from dydit.engines.fingerprint import EngineRequest, HardwareCompatibility
 from dydit.engines.flavour import Flavour, load_polygraphy

@@ -12,8 +12,8 @@ import pytest
 from onnx import helper
 
 from dydit.bundle.bundle import Bundle
-from dydit.bundle.graph_io import TensorSpec
-from dydit.bundle.stored import Precision, stored_type
+from dydit.bundle.io_spec import TensorSpec
+from dydit.bundle.stored_weights import Precision, stored_type
 from dydit.engines.findings import Kind, fp32_products, require_types, type_findings
 from dydit.engines.network import Layer, Messages, Network, parse_graph, read_network
 from dydit.errors import BackendError

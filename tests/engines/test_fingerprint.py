@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from dydit.bundle.stored import Precision
+from dydit.bundle.stored_weights import Precision
 from dydit.engines.fingerprint import (
     MARKED,
     RECIPE,

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from dydit.bundle.bundle import Bundle
-from dydit.bundle.graph_io import TensorSpec, conditioning_inputs
-from dydit.bundle.stored import Precision
+from dydit.bundle.io_spec import TensorSpec, conditioning_inputs
+from dydit.bundle.stored_weights import Precision
 from dydit.engines import builder, inspector
-from dydit.engines.build import build_engines
 from dydit.engines.builder import Job, build_engine
+from dydit.engines.bundle_engines import build_engines
 from dydit.engines.findings import Finding, Kind
 from dydit.engines.fingerprint import make_request
 from dydit.engines.flavour import Flavour, Gpu, present_gpu

@@ -9,7 +9,7 @@ import onnx.inliner
 import pytest
 from onnx import helper
 
-from dydit.bundle.graph_io import TensorSpec, subnet_inputs
+from dydit.bundle.io_spec import TensorSpec, subnet_inputs
 from dydit.engines.network import (
     Messages,
     Network,

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from dydit.bundle.graph_io import (
+from dydit.bundle.io_spec import (
     TensorSpec,
     conditioning_inputs,
     modulation_vectors,

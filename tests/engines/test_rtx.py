@@ -17,22 +17,22 @@ import onnx
 import pytest
 
 from dydit.bundle.bundle import Bundle
-from dydit.bundle.graph_io import subnet_inputs
+from dydit.bundle.io_spec import subnet_inputs
 from dydit.bundle.manifest import FileEntry, Routing
-from dydit.bundle.stored import Precision
-from dydit.engines.build import BuildReport, build_engines
+from dydit.bundle.stored_weights import Precision
+from dydit.checkpoints.checkpoint import load_checkpoint
+from dydit.engines.build_workers import run_jobs
 from dydit.engines.builder import Job, build_engine
+from dydit.engines.bundle_engines import BuildReport, build_engines
 from dydit.engines.fingerprint import EngineRequest, make_request
 from dydit.engines.flavour import Flavour, installed_version, present_gpu
 from dydit.engines.profiles import symbol_ranges
 from dydit.engines.store import EngineStore
-from dydit.engines.workers import run_jobs
 from dydit.errors import BackendError, BundleError
 from dydit.export.exporter import ExportConfig, export
 from dydit.files import sha256_of
-from dydit.models.checkpoint import load_checkpoint
 from dydit.models.config import ModelConfig
-from dydit.verify.quickstart import ASSETS
+from dydit.quickstart.quickstart import ASSETS
 
 SMALL = {"max_subnets": 2, "capacities": None, "steps": 4}  # one form of each subnetwork: fewer engines
 
@@ -203,7 +203,7 @@ def test_a_graph_that_is_not_as_described_fails_the_build(small, tmp_path: Path)
 BUILD = """
 import sys, time
 from dydit.bundle.bundle import Bundle
-from dydit.engines.build import build_engines
+from dydit.engines.bundle_engines import build_engines
 from dydit.engines.fingerprint import make_request
 from dydit.engines.flavour import Flavour, installed_version
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dydit.bundle.bundle import Bundle
-from dydit.engines.build import build_engines
+from dydit.engines.bundle_engines import build_engines
 from dydit.engines.fingerprint import RECIPE, EngineRequest, HardwareCompatibility
 from dydit.engines.flavour import Flavour, Gpu
 from dydit.engines.store import EngineStore, build_command, open_store, unfit_reason

@@ -12,9 +12,9 @@ from PIL import Image
 
 import dydit
 from dydit.bundle.manifest import PlanKind, Routing
+from dydit.checkpoints.checkpoint import load_checkpoint
 from dydit.export.exporter import ExportConfig, export
-from dydit.models.checkpoint import load_checkpoint
-from dydit.runtime.noise import SeededNoise
+from dydit.runtime.noise_source import SeededNoise
 from dydit.runtime.pipeline import DyDiTPipeline
 from dydit.runtime.request import Batch
 

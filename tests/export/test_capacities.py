@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from dydit.bundle.manifest import PlanKind, Routing
+from dydit.calibrate.calibration_file import Calibration, OverflowRates, TokenCalibration, plan_sha256
 from dydit.calibrate.capacity import CapacityConfig
-from dydit.calibrate.file import Calibration, OverflowRates, TokenCalibration, plan_sha256
 from dydit.diffusion.schedule import Sampler
 from dydit.errors import CalibrationError, ConfigError
 from dydit.export.exporter import ExportConfig, export, planned_steps

@@ -18,7 +18,7 @@ import torch
 
 from dydit.bundle.bundle import Bundle
 from dydit.export.exporter import ExportConfig, export
-from dydit.models.checkpoint import load_checkpoint
+from dydit.checkpoints.checkpoint import load_checkpoint
 
 torch.set_num_threads(1)
 checkpoint, out = load_checkpoint(sys.argv[1]), Path(sys.argv[2])

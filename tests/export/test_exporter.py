@@ -11,18 +11,18 @@ import pytest
 import torch
 
 from dydit.bundle.bundle import Bundle
-from dydit.bundle.graph_io import token_mask_name
+from dydit.bundle.io_spec import token_mask_name
 from dydit.bundle.manifest import PlanKind, Routing
-from dydit.bundle.stored import Precision
+from dydit.bundle.stored_weights import Precision
 from dydit.diffusion.coefficients import apply_step, step_coefficients
 from dydit.diffusion.schedule import Sampler, Schedule
 from dydit.errors import ConfigError, OutputError
 from dydit.export.exporter import ExportConfig, export, stale_reasons
-from dydit.export.masks import activity_order, freeze_masks
-from dydit.export.sizes import fixed_bytes, unit_bytes
 from dydit.models.config import ModelConfig, Routers, parse_config
-from dydit.models.cost import unit_costs
+from dydit.models.macs import unit_costs
 from dydit.models.routers import Masked, Recording, Static
+from dydit.planning.masks import activity_order, freeze_masks
+from dydit.planning.sizes import fixed_bytes, unit_bytes
 
 # A sampler's own would let x drown what the model says: one step changes little.
 COEFFICIENTS = (0.1, 1.0, 0.3, 0.4, -0.5)

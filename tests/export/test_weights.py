@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dydit.bundle.stored import Precision
+from dydit.bundle.stored_weights import Precision
 from dydit.errors import CheckpointError
 from dydit.export.weights import ALIGNMENT, write_weights
 from dydit.graph.sources import runs

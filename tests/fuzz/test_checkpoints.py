@@ -28,10 +28,10 @@ import torch
 from safetensors.torch import load as safetensors_of
 from safetensors.torch import save as safetensors_bytes
 
+from dydit.checkpoints.checkpoint import load_checkpoint, save_checkpoint
+from dydit.checkpoints.diffusers_names import diffusers_names
 from dydit.errors import CheckpointError
-from dydit.models.checkpoint import load_checkpoint, save_checkpoint
 from dydit.models.config import ModelConfig
-from dydit.models.state_names import diffusers_names
 from dydit.models.synthetic import synthetic_model
 
 State = dict[str, torch.Tensor]

@@ -56,7 +56,7 @@ def built_bundle(
     Shared: do not write into its folder.
     """
     from dydit.bundle.bundle import Bundle
-    from dydit.engines.build import build_engines
+    from dydit.engines.bundle_engines import build_engines
     from dydit.engines.fingerprint import make_request
     from dydit.engines.flavour import default_flavour, installed_version, present_gpu
     from dydit.errors import BackendError

@@ -12,9 +12,9 @@ from dydit.engines.store import stores
 from dydit.errors import BundleError
 from dydit.runtime.backends.registry import open_backend
 from dydit.runtime.backends.tensorrt import TensorRTBackend
+from dydit.runtime.images.pixels import ToPixels
 from dydit.runtime.loop import MemoryStore, StepRunner, sample
-from dydit.runtime.noise import SeededNoise
-from dydit.runtime.pixels import ToPixels
+from dydit.runtime.noise_source import SeededNoise
 from dydit.runtime.request import make_batches
 from dydit.runtime.resident import ResidentSubnets
 

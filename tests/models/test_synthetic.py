@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from dydit.errors import ConfigError
-from dydit.export.masks import freeze_masks
 from dydit.models.config import ModelConfig, Routers
-from dydit.models.cost import flops_ratio
+from dydit.models.macs import flops_ratio
 from dydit.models.synthetic import recorded_pass, synthetic_model
+from dydit.planning.masks import freeze_masks
 
 CONFIG = ModelConfig(hidden_size=128, depth=4, num_heads=8, patch_size=2, input_size=16)
 TIMESTEPS = np.arange(0, 1000, 50)

@@ -11,7 +11,7 @@ import pytest
 
 if TYPE_CHECKING:
     from dydit.bundle.bundle import Bundle
-    from dydit.models.checkpoint import Checkpoint
+    from dydit.checkpoints.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)

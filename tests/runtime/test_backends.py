@@ -10,7 +10,7 @@ import pytest
 
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.manifest import PlanKind, Routing
-from dydit.bundle.stored import Precision
+from dydit.bundle.stored_weights import Precision
 from dydit.errors import BackendError
 from dydit.models.config import Routers
 from dydit.runtime.backends.base import BackendOptions

@@ -16,7 +16,7 @@ import pytest
 
 from dydit import DyDiTPipeline
 from dydit.bundle.manifest import PlanKind
-from dydit.bundle.stored import WEIGHTS
+from dydit.bundle.stored_weights import WEIGHTS
 from dydit.errors import BackendError
 from dydit.runtime import background
 from dydit.runtime.backends.base import BackendOptions

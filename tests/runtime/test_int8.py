@@ -8,10 +8,10 @@ import pytest
 
 from dydit import DyDiTPipeline
 from dydit.bundle.manifest import PlanKind
-from dydit.bundle.stored import Precision
+from dydit.bundle.stored_weights import Precision
 from dydit.errors import BackendError, ConfigError
 from dydit.models.config import parse_config
-from dydit.runtime.backends import int8
+from dydit.runtime.backends import int8_exactness as int8
 from dydit.runtime.backends.base import BackendOptions
 from dydit.runtime.backends.registry import open_backend
 

@@ -17,12 +17,12 @@ import pytest
 
 from dydit import DyDiTPipeline
 from dydit.bundle.manifest import PlanKind
-from dydit.runtime import sliding
+from dydit.runtime import dynamic_width as sliding
 from dydit.runtime.backends.base import BackendOptions
 from dydit.runtime.backends.ort_cuda import OnnxRuntimeDeviceBackend
 from dydit.runtime.backends.registry import open_backend
 from dydit.runtime.background import Pool
-from dydit.runtime.sliding import SlidingWeights
+from dydit.runtime.dynamic_width import SlidingWeights
 
 INTERRUPTS = int(os.environ.get("DYDIT_INTERRUPTS", "45"))
 SLIDING, PER_STEP = {"plan": PlanKind.SLIDING, "steps": 3}, {"plan": PlanKind.PER_STEP, "steps": 3}

@@ -12,7 +12,7 @@ for name in ("torch", "onnx", "onnx_ir", "safetensors", "scipy", "matplotlib"):
 from pathlib import Path
 from dydit import DyDiTPipeline
 from dydit.bundle.bundle import Bundle
-from dydit.runtime.bulk import OutputOptions, sample_to_folder
+from dydit.runtime.bulk.run import OutputOptions, sample_to_folder
 from dydit.runtime.request import SampleRequest
 with DyDiTPipeline.from_bundle(sys.argv[1], threads=1) as pipe:
     print(pipe([1]).images[0].size)
@@ -26,7 +26,7 @@ import dydit
 assert dydit.__version__ == "0.1.0"
 heavy = {"torch", "onnxruntime", "onnx", "numpy", "pydantic", "PIL"} & sys.modules.keys()
 print(sorted(heavy))
-import dydit.runtime.backends.registry, dydit.runtime.bulk, dydit.runtime.pipeline
+import dydit.runtime.backends.registry, dydit.runtime.bulk.run, dydit.runtime.pipeline
 print(sorted({"torch", "onnxruntime", "onnx"} & sys.modules.keys()))
 assert dydit.DyDiTPipeline is dydit.runtime.pipeline.DyDiTPipeline
 try:

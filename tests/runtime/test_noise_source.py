@@ -11,7 +11,7 @@ import pytest
 
 from dydit.diffusion.noise import normals
 from dydit.errors import ConfigError
-from dydit.runtime.noise import NoiseFile, SeededNoise
+from dydit.runtime.noise_source import NoiseFile, SeededNoise
 from dydit.runtime.request import make_batches
 
 

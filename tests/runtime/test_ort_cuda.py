@@ -24,7 +24,7 @@ from dydit.runtime.device.operations import CONDITIONER, EngineId
 from dydit.runtime.device.residency import engines_of
 from dydit.runtime.device.slots import Slots
 from dydit.runtime.loop import MemoryStore, StepRunner, sample
-from dydit.runtime.noise import SeededNoise
+from dydit.runtime.noise_source import SeededNoise
 from dydit.runtime.request import make_batches
 from dydit.runtime.resident import ResidentSubnets
 

@@ -7,8 +7,8 @@ import pytest
 
 from dydit import DyDiTPipeline
 from dydit.errors import BackendError, BundleError, ConfigError
-from dydit.runtime.bulk import OutputOptions, sample_to_folder
-from dydit.runtime.images import to_uint8
+from dydit.runtime.bulk.run import OutputOptions, sample_to_folder
+from dydit.runtime.images.image_files import to_uint8
 from dydit.runtime.request import SampleRequest
 
 

@@ -8,13 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dydit.bundle.manifest import PlanKind, Routing
-from dydit.bundle.stored import Precision
+from dydit.bundle.stored_weights import Precision
 from dydit.models.config import ModelConfig
 from dydit.runtime.backends.base import BackendOptions
+from dydit.runtime.backends.batch_splitting import STREAM_BYTES, Sharing, share_of
 from dydit.runtime.backends.onnxruntime import OnnxRuntimeBackend
-from dydit.runtime.backends.sharing import STREAM_BYTES, Sharing, share_of
 from dydit.runtime.loop import MemoryStore, StepRunner, sample
-from dydit.runtime.noise import SeededNoise
+from dydit.runtime.noise_source import SeededNoise
 from dydit.runtime.request import make_batches
 from dydit.runtime.resident import ResidentSubnets
 

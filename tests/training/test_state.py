@@ -10,7 +10,6 @@ import torch
 from dydit.errors import CheckpointError, OutputError
 from dydit.models.config import ModelConfig
 from dydit.models.dit.model import DiT
-from dydit.training.loop import make_optimizer
 from dydit.training.recipe import Recipe
 from dydit.training.state import (
     Counters,
@@ -21,6 +20,7 @@ from dydit.training.state import (
     states,
     truncate_log,
 )
+from dydit.training.trainer import make_optimizer
 
 Make = Callable[..., Recipe]
 Randomised = Callable[..., DiT]

@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from dydit.bundle.manifest import Routing
-from dydit.bundle.stored import Precision
+from dydit.bundle.stored_weights import Precision
 from dydit.graph import products
 from dydit.graph.ops import CONTRIB, Ops, function
 from dydit.graph.products import layer_precision, linear, weight_names

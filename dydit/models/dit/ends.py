@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from dydit.bundle.stored import Precision
+from dydit.bundle.stored_weights import Precision
 from dydit.graph.ops import Ops, function
 from dydit.models.config import ModelConfig
 from dydit.models.dit.blocks import Values, flat, modulate

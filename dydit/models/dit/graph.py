@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import onnx_ir as ir
 
-from dydit.bundle.graph_io import (
+from dydit.bundle.io_spec import (
     conditioning_inputs,
     conditioning_outputs,
     modulation_vectors,
@@ -15,15 +15,15 @@ from dydit.bundle.graph_io import (
     token_mask_name,
 )
 from dydit.bundle.manifest import Routing
-from dydit.bundle.stored import Precision
+from dydit.bundle.stored_weights import Precision
 from dydit.graph.ops import Ops
 from dydit.graph.sources import Windows, graph_value
 from dydit.graph.writer import GraphWriter, conditioning_model, typed
 from dydit.models.architecture import stored_name
 from dydit.models.config import ModelConfig
 from dydit.models.dit import blocks, ends
-from dydit.models.dit.smoothing import modulation_factors
-from dydit.models.migration import Migration
+from dydit.models.dit.smoothed import modulation_factors
+from dydit.quantization.smoothing import Migration
 
 
 def write_step(writer: GraphWriter) -> tuple[ir.Value, list[ir.Value]]:

@@ -1,6 +1,6 @@
 """The sliced form: one subnetwork with really narrow matrices and tokens routed by gather, computing a sampler step.
 
-It is the PyTorch twin of a subnetwork's graph: the same inputs (`dydit.bundle.graph_io`) and outputs, on the stored
+It is the PyTorch twin of a subnetwork's graph: the same inputs (`dydit.bundle.io_spec`) and outputs, on the stored
 layout (`dydit.models.dit.layout`). It saves on the clock what `DiT` with masks only saves on paper, and equals it.
 
 Shapes: B images; rows R = B, or 2B with classifier-free guidance (conditional rows, then those of the null class);

@@ -15,7 +15,7 @@ from typing import Self
 import numpy as np
 
 from dydit.bundle.bundle import Bundle
-from dydit.bundle.graph_io import check_feeds, conditioning_inputs, modulation_vectors, subnet_inputs
+from dydit.bundle.io_spec import check_feeds, conditioning_inputs, modulation_vectors, subnet_inputs
 from dydit.errors import BackendError
 from dydit.runtime.forks import register
 

@@ -2,7 +2,7 @@
 
 Many sessions live in one process, so none may hold what it does not need while idle (figures: DiT-S/2, two cores):
 
-- a batch of as many images as threads is shared out (`dydit.runtime.backends.sharing`);
+- a batch of as many images as threads is shared out (`dydit.runtime.backends.batch_splitting`);
 - threads do not spin: with other work on the machine spinning made a step twice as slow (310 against 145 ms);
 - no memory arena: each would keep the activations of its largest step (24 MB for one image), to save 1.5 % of time;
 - weights stay one shared map of `weights.bin`, unless `BackendOptions.packed` asks for each session's own copy. The CPU
@@ -22,15 +22,15 @@ from pathlib import Path
 import numpy as np
 
 from dydit.bundle.bundle import Bundle
-from dydit.bundle.graph_io import residual_name, token_mask_name
+from dydit.bundle.io_spec import residual_name, token_mask_name
 from dydit.bundle.manifest import CONDITIONING, Routing
-from dydit.bundle.stored import Precision
+from dydit.bundle.stored_weights import Precision
 from dydit.errors import BackendError
 from dydit.runtime.backends.base import Arrays, Backend, BackendOptions, StepResult, Subnet
-from dydit.runtime.backends.int8 import require_exact_products
+from dydit.runtime.backends.batch_splitting import Sharing
+from dydit.runtime.backends.int8_exactness import require_exact_products
 from dydit.runtime.backends.session import PROVIDERS, Session, SessionSettings, load_cuda_libraries, runtime
-from dydit.runtime.backends.sharing import Sharing
-from dydit.runtime.sliding import SlidingWeights
+from dydit.runtime.dynamic_width import SlidingWeights
 
 
 class OnnxRuntimeSubnet(Subnet):

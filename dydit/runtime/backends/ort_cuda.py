@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from dydit.bundle.bundle import Bundle
-from dydit.bundle.graph_io import unit_inputs
+from dydit.bundle.io_spec import unit_inputs
 from dydit.bundle.manifest import Routing
 from dydit.errors import BackendError, one_line
 from dydit.runtime.backends.base import BackendOptions
@@ -32,12 +32,12 @@ from dydit.runtime.backends.sessions import open_session
 from dydit.runtime.device.cuda import CudaMemory, pycuda_driver
 from dydit.runtime.device.execute import Executor, Tensor
 from dydit.runtime.device.launches import EngineMemory
-from dydit.runtime.device.layout import LaunchOptions
+from dydit.runtime.device.memory_layout import LaunchOptions
 from dydit.runtime.device.operations import ALIGNMENT, EngineId
 from dydit.runtime.device.residency import engines_of, graph_of
-from dydit.runtime.device.sampler import DeviceSampler, close_whatever_state
+from dydit.runtime.device.whole_runs import DeviceSampler, close_whatever_state
 from dydit.runtime.loop import LatentStore, Progress, RunStats, default_residency
-from dydit.runtime.noise import NoiseSource
+from dydit.runtime.noise_source import NoiseSource
 from dydit.runtime.request import Batch
 
 _BFLOAT16 = 16

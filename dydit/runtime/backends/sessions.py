@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from dydit.bundle.bundle import mapped_file
-from dydit.bundle.stored import WEIGHTS
-from dydit.bundle.vae import VAE_DECODER, VAE_WEIGHTS
+from dydit.bundle.stored_weights import WEIGHTS
+from dydit.bundle.vae_entry import VAE_DECODER, VAE_WEIGHTS
 
 _FOLDER = "session.model_external_initializers_file_folder_path"
 _IN_PLACE = "session.use_external_initializer_file_buffers_directly"

@@ -13,19 +13,19 @@ from typing import Any
 import numpy as np
 
 from dydit.bundle.bundle import Bundle
-from dydit.bundle.vae import VAE_DECODER
+from dydit.bundle.vae_entry import VAE_DECODER
 from dydit.engines.flavour import Flavour, Gpu, default_flavour, is_installed, load_flavour, present_gpu
 from dydit.engines.store import EngineStore, open_store
 from dydit.errors import BackendError, DyditError
 from dydit.runtime.backends.base import BackendOptions, DecodeTile
 from dydit.runtime.device.backend import DeviceBackend
 from dydit.runtime.device.cuda import CudaDevice, pycuda_driver
+from dydit.runtime.device.engine_runtime import Runtime
 from dydit.runtime.device.launches import EngineMemory
 from dydit.runtime.device.operations import EngineId
 from dydit.runtime.device.residency import engines_of, graph_of
-from dydit.runtime.device.tensorrt import Runtime
 from dydit.runtime.loop import LatentStore, Progress, RunStats
-from dydit.runtime.noise import NoiseSource
+from dydit.runtime.noise_source import NoiseSource
 from dydit.runtime.request import Batch
 
 FIGURES = "memory.json"

@@ -13,20 +13,20 @@ from typing import cast
 import numpy as np
 
 from dydit.bundle.bundle import Bundle
-from dydit.bundle.graph_io import BATCH, LABELS, ROWS, STEPS, conditioning_outputs, subnet_outputs
+from dydit.bundle.io_spec import BATCH, LABELS, ROWS, STEPS, conditioning_outputs, subnet_outputs
 from dydit.bundle.manifest import Routing
-from dydit.bundle.vae import vae_outputs
+from dydit.bundle.vae_entry import vae_outputs
 from dydit.errors import BackendError, one_line
 from dydit.runtime.backends.base import Arrays, Backend, BackendOptions, StepResult, Subnet
 from dydit.runtime.device.execute import CaptureError, Device, Executor
 from dydit.runtime.device.launches import EngineMemory, fit_resident
-from dydit.runtime.device.layout import LaunchOptions, RunShape
+from dydit.runtime.device.memory_layout import LaunchOptions, RunShape
 from dydit.runtime.device.operations import CONDITIONER, DECODER, EngineId
 from dydit.runtime.device.residency import engine_of, engines_of
-from dydit.runtime.device.sampler import DeviceSampler, close_whatever_state
 from dydit.runtime.device.stepping import Stepper
+from dydit.runtime.device.whole_runs import DeviceSampler, close_whatever_state
 from dydit.runtime.loop import LatentStore, Progress, RunStats, default_residency
-from dydit.runtime.noise import NoiseSource
+from dydit.runtime.noise_source import NoiseSource
 from dydit.runtime.request import Batch
 
 RESERVE = 512 << 20

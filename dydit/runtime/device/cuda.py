@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 
 from dydit.errors import BackendError, one_line
+from dydit.runtime.device.engine_runtime import LoadedEngine, Runtime
 from dydit.runtime.device.execute import CaptureError, Tensor
 from dydit.runtime.device.launches import EngineMemory
 from dydit.runtime.device.operations import COMPUTE, COPY, EngineId
-from dydit.runtime.device.tensorrt import LoadedEngine, Runtime
 
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
 _THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL: other threads, PyTorch's say, may allocate meanwhile

@@ -8,9 +8,9 @@ import numpy as np
 
 from dydit.bundle.bundle import Bundle
 from dydit.diffusion.guidance import Guidance
-from dydit.runtime.device.layout import Layout
+from dydit.runtime.device.memory_layout import Layout
 from dydit.runtime.device.operations import ALIGNMENT, HostArray
-from dydit.runtime.noise import NoiseSource
+from dydit.runtime.noise_source import NoiseSource
 from dydit.runtime.request import Batch
 
 

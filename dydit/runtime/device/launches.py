@@ -23,7 +23,7 @@ from functools import cached_property
 
 from dydit.bundle.manifest import Manifest
 from dydit.errors import BackendError
-from dydit.runtime.device.layout import LaunchOptions, Layout, RunShape
+from dydit.runtime.device.memory_layout import LaunchOptions, Layout, RunShape
 from dydit.runtime.device.operations import (
     ALIGNMENT,
     COMPUTE,

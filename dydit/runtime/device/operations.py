@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dydit.bundle.stored import STORAGE
+from dydit.bundle.stored_weights import STORAGE
 
 COMPUTE, COPY = "compute", "copy"
 ALIGNMENT = 256  # bytes; what TensorRT asks of device memory

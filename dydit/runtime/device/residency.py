@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from dydit.bundle.manifest import CONDITIONING, Manifest
-from dydit.bundle.vae import VAE_DECODER
+from dydit.bundle.vae_entry import VAE_DECODER
 from dydit.runtime.device.operations import CONDITIONER, EngineId
 
 

@@ -32,7 +32,7 @@ from dydit.runtime.device.operations import (
     Upload,
     aligned,
 )
-from dydit.runtime.sliding import Exchange, exchanges
+from dydit.runtime.dynamic_width import Exchange, exchanges
 
 UNITS, SCRATCH = "units", "units.scratch"
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from dydit.bundle.bundle import Bundle
-from dydit.bundle.graph_io import TensorSpec
+from dydit.bundle.io_spec import TensorSpec
 from dydit.runtime.device.execute import Device, Executor, Tensor
 from dydit.runtime.device.inputs import StoredWeights
 from dydit.runtime.device.launches import WORKSPACE

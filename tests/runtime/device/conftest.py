@@ -9,14 +9,14 @@ from collections import deque
 import numpy as np
 import pytest
 
-from dydit.bundle.graph_io import check_feeds, subnet_inputs, unit_inputs
+from dydit.bundle.io_spec import check_feeds, subnet_inputs, unit_inputs
 from dydit.errors import BackendError
 from dydit.runtime.backends.base import BackendOptions
 from dydit.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from dydit.runtime.device.launches import EngineMemory
 from dydit.runtime.device.operations import ALIGNMENT, COMPUTE, COPY, DECODER
 from dydit.runtime.device.residency import engines_of
-from dydit.runtime.vae import VaeDecoder
+from dydit.runtime.images.vae_decoder import VaeDecoder
 
 GAP = 4096
 

@@ -13,11 +13,11 @@ from dydit.runtime.device.backend import RESERVE, DeviceBackend
 from dydit.runtime.device.execute import CaptureError
 from dydit.runtime.device.launches import EngineMemory
 from dydit.runtime.device.operations import CONDITIONER, DECODER, EngineId
+from dydit.runtime.images.vae_decoder import VaeDecoder
 from dydit.runtime.loop import MemoryStore, StepRunner, sample
-from dydit.runtime.noise import SeededNoise
+from dydit.runtime.noise_source import SeededNoise
 from dydit.runtime.request import make_batches
 from dydit.runtime.resident import ResidentSubnets
-from dydit.runtime.vae import VaeDecoder
 
 LABELS, IMAGES = [3, 1, 3, 0, 6], [0, 1, 2, 40, 41]
 OVERFLOWING = {"routing": Routing.CAPACITY, "capacities": (12, 14, 14), "plan": PlanKind.PER_STEP}
@@ -150,7 +150,7 @@ def test_a_run_goes_on_from_where_its_store_is(make_bundle, fake_device, expecte
 
 
 def test_many_batches_go_in_several_passes(make_bundle, fake_device, expected, monkeypatch):
-    monkeypatch.setattr("dydit.runtime.device.sampler.BATCHES", 2)
+    monkeypatch.setattr("dydit.runtime.device.whole_runs.BATCHES", 2)
     fixture = Fixture(make_bundle(routing=Routing.DENSE), fake_device)
     latents, stats = fixture.run()
     assert same(latents, expected(fixture)[0]) and stats.steps == 36

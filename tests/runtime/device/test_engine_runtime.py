@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import pytest
 
 from dydit.errors import BackendError
+from dydit.runtime.device.engine_runtime import Runtime
 from dydit.runtime.device.execute import CaptureError, Tensor
 from dydit.runtime.device.launches import EngineMemory
 from dydit.runtime.device.operations import CONDITIONER, EngineId
-from dydit.runtime.device.tensorrt import Runtime
 
 X, OTHER, OUT = (
     Tensor("x", "float32", (2, 4), 1024),

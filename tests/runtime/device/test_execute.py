@@ -11,10 +11,10 @@ from dydit.errors import BackendError
 from dydit.runtime.device.execute import Executor
 from dydit.runtime.device.inputs import HostInputs
 from dydit.runtime.device.launches import LaunchPlan
-from dydit.runtime.device.layout import LaunchOptions, RunShape
+from dydit.runtime.device.memory_layout import LaunchOptions, RunShape
 from dydit.runtime.device.operations import CONDITIONER, EngineId
 from dydit.runtime.loop import MemoryStore, StepRunner, sample
-from dydit.runtime.noise import SeededNoise
+from dydit.runtime.noise_source import SeededNoise
 from dydit.runtime.request import make_batches
 from dydit.runtime.resident import ResidentSubnets
 

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, find, given, settings
 from hypothesis import strategies as st
 
 from dydit.bundle.manifest import Manifest, PlanEntry, PlanKind, Routing, SamplingEntry, SegmentEntry, SubnetEntry
-from dydit.bundle.stored import Precision
+from dydit.bundle.stored_weights import Precision
 from dydit.diffusion.coefficients import COEFFICIENTS
 from dydit.diffusion.schedule import Sampler
 from dydit.errors import BackendError, ConfigError
@@ -23,7 +23,7 @@ from dydit.runtime.device.launches import (
     LaunchPlan,
     fit_resident,
 )
-from dydit.runtime.device.layout import LaunchOptions, RunShape
+from dydit.runtime.device.memory_layout import LaunchOptions, RunShape
 from dydit.runtime.device.operations import ALIGNMENT, CONDITIONER, EngineId
 from dydit.runtime.device.residency import engines_of, plan_residency
 

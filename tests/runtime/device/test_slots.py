@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dydit.bundle.manifest import Manifest, PlanKind, Routing, SubnetEntry
-from dydit.bundle.stored import WeightEntry
+from dydit.bundle.stored_weights import WeightEntry
 from dydit.errors import BackendError
 from dydit.models.config import Routers
 from dydit.runtime.backends.base import BackendOptions
@@ -19,16 +19,16 @@ from dydit.runtime.device import operations as op
 from dydit.runtime.device.backend import DeviceBackend
 from dydit.runtime.device.execute import Executor
 from dydit.runtime.device.launches import LaunchPlan, fit_resident
-from dydit.runtime.device.layout import LaunchOptions, RunShape
+from dydit.runtime.device.memory_layout import LaunchOptions, RunShape
 from dydit.runtime.device.operations import CONDITIONER, EngineId
 from dydit.runtime.device.residency import engines_of
-from dydit.runtime.device.sampler import DeviceSampler
 from dydit.runtime.device.slots import SCRATCH, UNITS, Slots
+from dydit.runtime.device.whole_runs import DeviceSampler
+from dydit.runtime.dynamic_width import Arrangement
 from dydit.runtime.loop import MemoryStore, StepRunner, sample
-from dydit.runtime.noise import SeededNoise
+from dydit.runtime.noise_source import SeededNoise
 from dydit.runtime.request import make_batches
 from dydit.runtime.resident import ResidentSubnets
-from dydit.runtime.sliding import Arrangement
 
 LABELS, IMAGES = [3, 1, 3, 0, 6], [0, 1, 2, 40, 41]
 ENGINE, FULL = EngineId(0), EngineId(0, full=True)

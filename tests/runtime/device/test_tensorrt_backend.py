@@ -24,9 +24,9 @@ from dydit.runtime.backends.registry import backend_status, open_backend
 from dydit.runtime.device.launches import EngineMemory
 from dydit.runtime.device.operations import CONDITIONER, DECODER, EngineId
 from dydit.runtime.device.residency import engines_of, graph_of
+from dydit.runtime.images.pixels import ToPixels
 from dydit.runtime.loop import MemoryStore, StepRunner, sample
-from dydit.runtime.noise import SeededNoise
-from dydit.runtime.pixels import ToPixels
+from dydit.runtime.noise_source import SeededNoise
 from dydit.runtime.request import make_batches
 from dydit.runtime.resident import ResidentSubnets
 

@@ -1,0 +1,1 @@
+"""Benchmarks: how long a step takes, side against side, in one run."""

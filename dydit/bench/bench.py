@@ -1,0 +1,361 @@
+"""`dydit bench`: how long a step takes, side against side, in one run.
+
+Each side runs in a process of its own and they take turns, round by round: whatever else slows the machine slows all of
+them, and no side's idle threads disturb another's (sessions that shared a process made a 75 ms step take 104 ms). The
+first `warmup` rounds are not counted. What a round is: `dydit.bench.timing`. Before the first round, a step of each
+side that has a reference is compared with it, so that nothing is timed that computes something else.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from pydantic import Field
+
+from dydit.bench.timing import Decided, Job, Latents, Loaded, Round
+from dydit.bundle.bundle import Bundle
+from dydit.bundle.manifest import SamplingEntry
+from dydit.errors import BackendError, ConfigError, DeviationError, UnavailableError
+from dydit.files import write_json
+from dydit.models.config import ModelConfig, Strict
+from dydit.parity.comparison import relative_l2
+from dydit.reports.results import (
+    BenchReport,
+    Comparison,
+    Machine,
+    NotRun,
+    Reference,
+    Side,
+    SideKind,
+    SideResult,
+    measured,
+)
+from dydit.reports.text import exponent
+
+REPORT = "bench.json"
+MASKED, STATIC = "pytorch-masked", "pytorch-static"  # names of a checkpoint's side
+WORKER = [sys.executable, "-m", "dydit.bench.bench_worker"]
+SETTLE_SECONDS = 0.05  # for the threads of the side that had its turn
+Progress = Callable[[int, int], None]
+
+
+class BenchConfig(Strict):
+    """What to time: a batch of one image per label; `cfg_scale` 1 is no guidance.
+
+    `steps_measured`: sampling steps of a round, spread evenly over the run (all, where it has fewer). `threads`: cores
+    for each side (0: all).
+    """
+
+    labels: tuple[int, ...] = Field(default=(0,), min_length=1)
+    seed: int = Field(default=0, ge=0)
+    cfg_scale: float = Field(default=4.0, ge=0, allow_inf_nan=False)
+    steps_measured: int = Field(default=25, ge=1)
+    repeats: int = Field(default=7, ge=1)
+    warmup: int = Field(default=1, ge=1)
+    threads: int = Field(default=0, ge=0)
+    device: str = "cpu"
+    latents: Latents = Latents.RUN
+
+
+def sides_of(
+    bundle: Bundle, versus: Bundle | None = None, checkpoint: Path | None = None, backend: str = "onnxruntime"
+) -> list[Side]:
+    """The usual sides: a bundle, another one, and a checkpoint in PyTorch: masked, or static where it has no routers.
+
+    Raises `CheckpointError` as `load_checkpoint` does.
+    """
+    sides = [Side(name=bundle.path.name, kind=SideKind.BUNDLE, path=str(bundle.path), backend=backend)]
+    if versus is not None:
+        name = versus.path.name if versus.path.name != bundle.path.name else str(versus.path)
+        sides.append(Side(name=name, kind=SideKind.BUNDLE, path=str(versus.path), backend=backend))
+    if checkpoint is not None:
+        from dydit.checkpoints.checkpoint import load_checkpoint
+
+        dynamic = load_checkpoint(checkpoint).config.dynamic
+        name, kind = (MASKED, SideKind.TORCH_MASKED) if dynamic else (STATIC, SideKind.TORCH_STATIC)
+        sides.append(Side(name=name, kind=kind, path=str(checkpoint)))
+    return sides
+
+
+def run_bench(
+    sides: Sequence[Side],
+    config: BenchConfig,
+    out: Path | None = None,
+    progress: Progress | None = None,
+    run_of: Bundle | None = None,
+) -> BenchReport:
+    """Time all sides, the first of which is compared with each other one; with `out`, write `out/bench.json`.
+
+    `run_of` says what a run is (sampling steps, guided channels), by default the first bundle. `progress(done, total)`
+    counts rounds. A side whose script says that this machine lacks something is left out and listed in `not_run`.
+    Raises `ConfigError` for sides that cannot be compared, `BackendError` where a side cannot run, and its
+    `DeviationError` where one departs from its reference by more than the bar.
+    """
+    start, load_before = time.perf_counter(), os.getloadavg()[0]
+    model, sampling, most = _common_run(sides, run_of)
+    if len(config.labels) > most:
+        raise ConfigError(f"{len(config.labels)} labels, but a bundle was exported for batches up to {most}")
+    for label in config.labels:
+        if not 0 <= label < model.class_rows:
+            raise ConfigError(f"label {label} is outside 0..{model.class_rows - 1}")
+    model.require_guidance(config.cfg_scale)
+    config = config.model_copy(update={"threads": config.threads or Machine.here().cores})
+    steps = spread_steps(sampling.steps, config.steps_measured)
+    turns = config.warmup + config.repeats
+    with ExitStack() as stack:
+        workers, not_run = _start([_job(side, config, model, sampling, steps) for side in sides], stack)
+        deviations = _deviations(workers)
+        rounds: list[list[Round]] = [[] for _ in workers]
+        for turn in range(turns):
+            for index, worker in enumerate(workers):
+                time.sleep(SETTLE_SECONDS)
+                rounds[index].append(Round.model_validate(worker.ask("round")))
+                if progress:
+                    progress(turn * len(workers) + index + 1, turns * len(workers))
+        load_after = os.getloadavg()[0]
+        results = [
+            _side_result(worker, counted[config.warmup :], deviation, len(config.labels), sampling.steps)
+            for worker, counted, deviation in zip(workers, rounds, deviations, strict=True)
+        ]
+    report = BenchReport(
+        batch=len(config.labels),
+        **config.model_dump(include={"cfg_scale", "latents", "threads", "repeats", "warmup", "seed"}, mode="json"),
+        steps=sampling.steps,
+        steps_measured=steps,
+        timesteps=tuple(sampling.timesteps[step] for step in steps),
+        sides=tuple(results),
+        comparisons=tuple(compare_sides(results[0], other) for other in results[1:]),
+        not_run=tuple(not_run),
+        load_average=(load_before, load_after),
+        machine=Machine.here(),
+        seconds=round(time.perf_counter() - start, 3),
+    )
+    if out is not None:
+        write_json(out / REPORT, report.to_json())
+    return report
+
+
+def spread_steps(steps: int, count: int) -> tuple[int, ...]:
+    """`count` of the steps 0..steps-1, evenly spread, with the first and the last."""
+    return tuple(int(step) for step in np.unique(np.linspace(0, steps - 1, min(count, steps)).round()))
+
+
+def compare_sides(side: SideResult, other: SideResult) -> Comparison:
+    """A side against another, pair by pair of rounds; with a bound where multiply-adds set one."""
+    ratios = [theirs / ours for ours, theirs in zip(side.round_ms, other.round_ms, strict=True)]
+    median, reason = float(np.median(ratios)), no_bound(side, other)
+    allowed = None if reason else other.macs / side.macs
+    return Comparison(
+        side=side.side.name,
+        other=other.side.name,
+        ratios=tuple(ratios),
+        median=median,
+        min=min(ratios),
+        max=max(ratios),
+        allowed=allowed,
+        achieved=None if allowed is None else median / allowed,
+        no_bound=reason,
+    )
+
+
+def no_bound(side: SideResult, other: SideResult) -> str:
+    """Why the multiply-adds of two sides say nothing about their times: what makes one itself costs another time for
+    each side. Empty where they do."""
+    if SideKind.SCRIPT in (side.side.kind, other.side.kind):
+        return "a script's multiply-adds are not known"
+    for what, ours, theirs in (
+        ("backends", _runs_on(side.side), _runs_on(other.side)),
+        ("precisions", side.precision, other.precision),
+        ("forms of the model", side.side.kind.value, other.side.kind.value),
+        ("layouts of weights", *("packed" if each.side.packed else "as stored" for each in (side, other))),
+    ):
+        if ours != theirs:
+            return f"their {what} differ: {ours} and {theirs}"
+    return "" if side.macs > 0 else f"{side.side.name} computes no multiply-adds in its blocks"
+
+
+def _runs_on(side: Side) -> str:
+    return side.backend if side.kind is SideKind.BUNDLE else "PyTorch"
+
+
+def _common_run(sides: Sequence[Side], run_of: Bundle | None) -> tuple[ModelConfig, SamplingEntry, int]:
+    """The model, the run and the largest batch that all sides have in common; bundles are verified here, once."""
+    if len({side.name for side in sides}) != len(sides):
+        raise ConfigError(f"sides need different names: {', '.join(side.name for side in sides)}")
+    bundles = [Bundle.open(side.path) for side in sides if side.kind is SideKind.BUNDLE]
+    manifests = [bundle.manifest for bundle in ([run_of] if run_of else []) + bundles]
+    if not manifests:
+        raise ConfigError("nothing to time: give at least one bundle")
+    first = manifests[0]
+    for other in manifests[1:]:
+        for what, ours, theirs in (
+            ("sampling steps", first.sampling.steps, other.sampling.steps),
+            ("model sizes", first.model.without_routers(), other.model.without_routers()),
+            ("guided channels", first.sampling.cfg_channels, other.sampling.cfg_channels),
+        ):
+            if ours != theirs:
+                raise ConfigError(f"the bundles cannot be compared: their {what} differ ({ours} and {theirs})")
+    return first.model, first.sampling, min(manifest.max_batch for manifest in manifests)
+
+
+def _job(side: Side, config: BenchConfig, model: ModelConfig, sampling: SamplingEntry, steps: tuple[int, ...]) -> Job:
+    shared = config.model_dump(include={"labels", "seed", "cfg_scale", "threads", "device", "latents"})
+    return Job(
+        side=side,
+        sizes=model.without_routers(),
+        steps=steps,
+        of=sampling.steps,
+        cfg_channels=sampling.cfg_channels,
+        **shared,
+    )
+
+
+def _start(jobs: Sequence[Job], stack: ExitStack) -> tuple[list[_Worker], list[NotRun]]:
+    """A process for each job that can run here, all loaded, which end with `stack`; and what cannot."""
+    workers, not_run = [], []
+    for job in jobs:
+        try:
+            workers.append(stack.enter_context(_Worker(job)))
+        except UnavailableError as error:
+            not_run.append(NotRun(name=job.side.name, reason=str(error)))
+    if not workers:
+        raise UnavailableError(f"no side runs here: {'; '.join(f'{each.name}: {each.reason}' for each in not_run)}")
+    return workers, not_run
+
+
+def _deviations(workers: Sequence[_Worker]) -> list[float | None]:
+    """Of each side, relative L2 from its reference, which has a process of its own for that one step."""
+    expected: dict[tuple[SideKind, str], np.ndarray] = {}
+    return [_deviation(worker, worker.job.side.reference, expected) for worker in workers]
+
+
+def _deviation(
+    worker: _Worker, reference: Reference | None, expected: dict[tuple[SideKind, str], np.ndarray]
+) -> float | None:
+    if reference is None:
+        return None
+    key = reference.kind, reference.checkpoint
+    if key not in expected:
+        side = Side(name=f"reference, {reference.kind}", kind=reference.kind, path=reference.checkpoint)
+        with _Worker(worker.job.model_copy(update={"side": side})) as other:
+            expected[key] = other.check()
+    value = float(relative_l2(worker.check(), expected[key]).max())
+    if measured(value) is None or (reference.bar is not None and value > reference.bar):
+        bar = "a finite number" if reference.bar is None else f"at most {exponent(reference.bar)}"
+        found = exponent(value) if np.isfinite(value) else "not finite"
+        raise DeviationError(
+            f"{worker.job.side.name} does not compute what PyTorch ({reference.kind}) computes: the relative L2 of one "
+            f"step is {found}, expected {bar}; nothing was timed"
+        )
+    return value
+
+
+def _side_result(worker: _Worker, rounds: list[Round], deviation: float | None, batch: int, steps: int) -> SideResult:
+    memory = worker.ask("memory")  # before the untimed round, which loads more
+    decided = Decided.model_validate(worker.ask("decided"))
+    table = np.array([each.ms for each in rounds])
+    means = table.mean(axis=1)
+    median = float(np.median(means))
+    return SideResult(
+        side=worker.job.side,
+        load_seconds=worker.loaded.seconds,
+        subnets_loaded=worker.loaded.subnets,
+        round_ms=tuple(means.tolist()),
+        step_ms=tuple(np.median(table, axis=0).tolist()),
+        median_ms=median,
+        min_ms=float(means.min()),
+        max_ms=float(means.max()),
+        peak_bytes=memory["peak_bytes"],
+        settled_bytes=memory["settled_bytes"],
+        images_per_second=1e3 * batch / (median * steps),
+        overflows=sum(each.overflows for each in rounds),
+        precision=worker.loaded.precision,
+        relative_l2=deviation,
+        **decided.model_dump(),
+    )
+
+
+class _Worker:
+    """A side's process, loaded; as a context manager it ends with the block."""
+
+    def __init__(self, job: Job):
+        self.job = job
+        self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115  (closed in _end)
+        self._process = subprocess.Popen(
+            [sys.executable, job.side.path] if job.side.kind is SideKind.SCRIPT else WORKER,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            encoding="utf-8",
+            # On a busy machine OpenMP's spinning barriers make PyTorch many times slower than it is.
+            env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "OMP_NUM_THREADS": str(job.threads)},
+        )
+
+    def __enter__(self) -> Self:
+        try:
+            self.loaded = Loaded.model_validate(self.ask(self.job.model_dump_json()))
+        except BaseException:
+            self._end()
+            raise
+        return self
+
+    def ask(self, line: str) -> dict[str, Any]:
+        """Send a line and wait for the answer."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        try:
+            self._process.stdin.write(line + "\n")
+            self._process.stdin.flush()
+            answer = self._process.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
+        if not answer:
+            raise BackendError(f"the process that runs {self.job.side.name!r} ended: {self._last_words()}")
+        values: dict[str, Any] = json.loads(answer)
+        if "unavailable" in values:
+            raise UnavailableError(values["unavailable"])
+        if "error" in values:
+            raise BackendError(f"{self.job.side.name}: {values['error']}")
+        return values
+
+    def check(self) -> np.ndarray:
+        """What the model contributes to one step, f32 [B, C, S, S]."""
+        answer = self.ask("check")
+        return np.frombuffer(base64.b64decode(answer["values"]), "<f4").reshape(answer["shape"])
+
+    def _last_words(self) -> str:
+        code = self._process.wait()
+        self._errors.seek(0)
+        lines = [line.strip() for line in self._errors.read().splitlines() if line.strip()]
+        return f"{lines[-1] if lines else 'it said nothing'} (exit code {code})"
+
+    def _end(self) -> None:
+        for stream in (self._process.stdin, self._process.stdout):
+            if stream is not None:
+                with suppress(BrokenPipeError):  # what is left to send to a process that has ended
+                    stream.close()
+        try:
+            self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._errors.close()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            self._process.kill()
+        self._end()

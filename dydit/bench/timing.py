@@ -1,0 +1,298 @@
+"""Timing one side of a benchmark, inside its own process (`dydit.bench.bench_worker`). No PyTorch unless the side is.
+
+A *round* is a set of sampling steps spread over the whole run, as subnetworks differ in cost. It is timed step by step:
+the step itself with guidance, a repetition where tokens overflow, and its share of the conditioning of several steps.
+Loading and drawing noise are not in it. As many subnetworks stay loaded as when sampling, so that the memory is that of
+sampling; one that has to be loaded again is run once before it is timed.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+
+import numpy as np
+from pydantic import Field
+
+from dydit.bundle.bundle import Bundle
+from dydit.diffusion.coefficients import COEFFICIENTS, step_coefficients
+from dydit.diffusion.noise import INITIAL_DRAW, image_noise, step_draw
+from dydit.diffusion.schedule import Sampler, Schedule
+from dydit.models.config import ModelConfig, Strict
+from dydit.models.macs import flops_ratio, static_macs
+from dydit.planning.executed import computed_ratio, layers_in_16_bits
+from dydit.reports.results import Side, SideKind
+from dydit.runtime.backends.base import Arrays, Backend, BackendOptions, StepResult, Subnet
+from dydit.runtime.backends.registry import open_backend
+from dydit.runtime.loop import StepRunner, default_residency
+from dydit.runtime.resident import ResidentSubnets
+from dydit.words import counted
+
+_X = COEFFICIENTS.index("x")
+
+
+class Latents(StrEnum):
+    """What a round's steps start from: time depends on it, because token routing does."""
+
+    RUN = "run"  # each from the one before, by DDIM over the measured timesteps: a real run, in few steps
+    NOISE = "noise"  # fresh normal noise: for random weights, whose runs lead nowhere
+
+
+class Job(Strict):
+    """What a worker is asked to time; `steps` are execution indices of a run of `of`; `sizes`: the static model's."""
+
+    side: Side
+    sizes: ModelConfig
+    steps: tuple[int, ...]
+    of: int
+    labels: tuple[int, ...]
+    seed: int
+    cfg_scale: float
+    cfg_channels: int
+    threads: int
+    device: str
+    latents: Latents
+
+
+class Round(Strict):
+    """One round: milliseconds of each step, and how many steps ran again at full capacity."""
+
+    ms: tuple[float, ...]
+    overflows: int = 0
+
+
+class Decided(Strict):
+    """What the round's steps decided, per step, and the multiply-adds of an image's blocks that they computed, mean."""
+
+    token_share: tuple[float, ...]
+    flops_ratio: tuple[float, ...]
+    macs: float
+
+
+class Loaded(Strict):
+    """What loading took, and in which precision the matrix products are, where that is known."""
+
+    seconds: float
+    subnets: int = Field(description="subnetworks, or 1 for a PyTorch model")
+    precision: str | None = None
+
+
+def chained_coefficients(steps: tuple[int, ...], of: int, learn_sigma: bool) -> np.ndarray:
+    """DDIM coefficients of a run that visits only `steps` of a run of `of` steps, f32 [len(steps), 5]."""
+    full = Schedule.respaced(of)
+    kept = np.sort(of - 1 - np.asarray(steps))  # places in ascending t
+    cumulative = full.alphas_cumprod[kept]
+    previous = np.concatenate([[1.0], cumulative[:-1]])
+    schedule = Schedule(1 - cumulative / previous, full.timesteps[kept])
+    return step_coefficients(schedule, Sampler.DDIM, learn_sigma).astype(np.float32)
+
+
+class Measured(ABC):
+    """A side, loaded: times rounds, and tells afterwards what its steps decided.
+
+    Unless a subclass knows better, all of a step is timed, and nothing is decided: the model computes everything.
+    """
+
+    def __init__(self, job: Job, config: ModelConfig):
+        self.job, self.config = job, config
+        self.coefficients = chained_coefficients(job.steps, job.of, config.learn_sigma)
+        shape = (config.in_channels, config.input_size, config.input_size)
+        images = range(len(job.labels))
+        self.labels = np.asarray(job.labels, np.int64)
+        self.initial = image_noise(job.seed, images, INITIAL_DRAW, shape)
+        self.noise = [image_noise(job.seed, images, step_draw(step), shape) for step in job.steps]
+
+    @abstractmethod
+    def load(self) -> Loaded:
+        """Load all that the round's steps need, once."""
+
+    @abstractmethod
+    def step(self, k: int, x: np.ndarray) -> np.ndarray:
+        """The latents after the k-th measured step, guidance and the sampler's formula included, from the latents x
+        before it; both f32 [B, C, S, S]. Its noise is `noise[k]`, its formula `coefficients[k]`.
+        """
+
+    def check(self) -> np.ndarray:
+        """What the model contributes to the middle one of the steps, from the starting noise: x_prev - c_x*x."""
+        k = len(self.job.steps) // 2
+        return self.step(k, self.initial) - self.coefficients[k][_X] * self.initial
+
+    def round(self) -> Round:
+        """Time one round."""
+        times = []
+
+        def timed(k: int, x: np.ndarray) -> np.ndarray:
+            start = time.perf_counter()
+            after = self.step(k, x)
+            times.append(1e3 * (time.perf_counter() - start))
+            return after
+
+        self._over_round(timed)
+        return Round(ms=tuple(times))
+
+    def decided(self) -> Decided:
+        """Repeat a round, untimed, and count what its steps decided."""
+        steps = len(self.job.steps)
+        masks = np.ones((steps, self.config.units.size), bool)
+        return self._count(masks, np.ones((steps, self.config.depth)), np.ones(steps))
+
+    def _over_round(self, step: Callable[[int, np.ndarray], np.ndarray]) -> None:
+        """Call `step(k, x) -> x_prev` for the k-th measured step with the latents that it starts from."""
+        x = self.initial
+        for k in range(len(self.job.steps)):
+            after = step(k, x)
+            x = after if self.job.latents is Latents.RUN else self.noise[k]
+
+    def _count(self, masks: np.ndarray, tokens: np.ndarray, computed: np.ndarray) -> Decided:
+        """From `masks` bool [K, U], the share of tokens routed, [K, L], and the share of the static model's
+        multiply-adds that were computed for it, [K]."""
+        ratio = np.asarray(flops_ratio(self.config, self.config.units.counts(masks), tokens))
+        return Decided(
+            token_share=tuple(tokens.mean(axis=1).tolist()),
+            flops_ratio=tuple(ratio.tolist()),
+            macs=float(computed.mean()) * static_macs(self.config),
+        )
+
+
+class _Timed(Backend):
+    """A backend that notes what conditioning takes, per step that a call served: `shares`, seconds by timestep."""
+
+    def __init__(self, inner: Backend):
+        super().__init__(inner.bundle, inner.options)
+        self.inner, self.name = inner, inner.name
+        self.shares: dict[int, float] = {}
+        self.spent = 0.0
+
+    def _conditioning(self, feeds: Arrays) -> np.ndarray:
+        start = time.perf_counter()
+        table = self.inner.conditioning(feeds["timesteps"], feeds["labels"])
+        seconds = time.perf_counter() - start
+        self.spent += seconds
+        self.shares.update(dict.fromkeys(feeds["timesteps"].tolist(), seconds / len(table)))
+        return table
+
+    def subnet(self, index: int, full_capacity: bool = False, debug: bool = False) -> Subnet:
+        return self.inner.subnet(index, full_capacity, debug)
+
+    def expect(self, images: int) -> None:
+        self.inner.expect(images)
+
+
+class MeasuredBundle(Measured):
+    """A bundle on a backend, run as the sampling loop runs it."""
+
+    def __init__(self, job: Job):
+        # Its files were verified before the workers started.
+        self.bundle = Bundle.open(job.side.path, verify=False)
+        super().__init__(job, self.bundle.manifest.model)
+        options = BackendOptions(threads=job.threads, device=job.device, packed=job.side.packed)
+        self.backend = _Timed(open_backend(job.side.backend, self.bundle, options))
+        self.backend.expect(len(job.labels))
+        plan = self.bundle.manifest.plan
+        self.subnet_of = [next(s.subnet for s in plan.segments if step in s.steps) for step in job.steps]
+        self.needed = sorted(set(self.subnet_of))
+        limit = default_residency(self.bundle.manifest)
+        self.keep_all = limit is None or len(self.needed) <= limit
+        self.subnets = ResidentSubnets(self.backend, limit)
+
+    def load(self) -> Loaded:
+        start = time.perf_counter()
+        self.backend.conditioning(np.asarray([0], np.int64), self.labels[:1])
+        for index in self.needed:
+            self.subnets.get(index)
+        manifest = self.bundle.manifest
+        precision, kept = manifest.precision.value, layers_in_16_bits(manifest)[1]
+        precision += f" with {counted(kept, 'layer')} in 16 bits" if kept else ""
+        return Loaded(seconds=time.perf_counter() - start, subnets=len(self.needed), precision=precision)
+
+    def _feeds(self, runner: StepRunner, k: int, x: np.ndarray) -> dict[str, np.ndarray]:
+        feeds = runner.feeds(self.job.steps[k], x, self.noise[k], self.labels)
+        return {**feeds, "coefficients": self.coefficients[k]}
+
+    def _step(self, index: int, feeds: dict[str, np.ndarray]) -> StepResult:
+        result = self.subnets.get(index).step(feeds)
+        if result.overflow.any():
+            return StepResult(self.subnets.full(index).step(feeds).x_prev, result.overflow)
+        return result
+
+    def step(self, k: int, x: np.ndarray) -> np.ndarray:
+        runner = StepRunner(self.backend, self.subnets, self.labels, self.job.cfg_scale)
+        return self._step(self.subnet_of[k], self._feeds(runner, k, x)).x_prev
+
+    def round(self) -> Round:
+        runner = StepRunner(self.backend, self.subnets, self.labels, self.job.cfg_scale)
+        times: list[float] = []
+        overflows = 0
+
+        def step(k: int, x: np.ndarray) -> np.ndarray:
+            nonlocal overflows
+            start, before = time.perf_counter(), self.backend.spent
+            feeds = self._feeds(runner, k, x)
+            # Conditioning may have been computed for many steps at once, most of which are not measured.
+            prepared = time.perf_counter() - start - (self.backend.spent - before)
+            prepared += self.backend.shares[self.bundle.manifest.sampling.timesteps[self.job.steps[k]]]
+            if not self.keep_all:
+                self._step(self.subnet_of[k], feeds)
+            start = time.perf_counter()
+            result = self._step(self.subnet_of[k], feeds)
+            times.append(1e3 * (time.perf_counter() - start + prepared))
+            overflows += bool(result.overflow.any())
+            return result.x_prev
+
+        self._over_round(step)
+        return Round(ms=tuple(times), overflows=overflows)
+
+    def decided(self) -> Decided:
+        tokens, repeated = [], []
+        with ResidentSubnets(self.backend, 2, debug=True) as subnets:
+            runner = StepRunner(self.backend, subnets, self.labels, self.job.cfg_scale)
+
+            def step(k: int, x: np.ndarray) -> np.ndarray:
+                feeds = self._feeds(runner, k, x)
+                result = subnets.get(self.subnet_of[k]).step(feeds)
+                repeated.append(bool(result.overflow.any()))
+                if repeated[-1]:
+                    result = subnets.full(self.subnet_of[k]).step(feeds)
+                assert result.tokens is not None
+                tokens.append(result.tokens.mean(axis=(1, 2)))
+                return result.x_prev
+
+            self._over_round(step)
+        steps, routed = list(self.job.steps), np.stack(tokens)
+        computed = computed_ratio(self.bundle.manifest, steps, routed, np.array(repeated))
+        return self._count(self.bundle.masks[steps], routed, computed)
+
+
+def open_side(job: Job) -> Measured:
+    """The side of a job, not yet loaded. Not of a script, which opens its own."""
+    if job.side.kind is SideKind.BUNDLE:
+        return MeasuredBundle(job)
+    from dydit.bench.timing_torch import MeasuredTorch
+
+    return MeasuredTorch(job)
+
+
+def settled_bytes() -> int | None:
+    """Proportional set size of this process now: each page once, however often it is mapped; None where not known."""
+    rollup = Path("/proc/self/smaps_rollup")
+    if not rollup.is_file():
+        return None
+    line = next(line for line in rollup.read_text().splitlines() if line.startswith("Pss:"))
+    return int(line.split()[1]) * 1024
+
+
+def peak_bytes() -> int:
+    """Largest resident size of this process so far; a file's page counts once for each session that maps it."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # unlike ru_maxrss, this starts anew with the program, not with the process that forked it
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    import resource
+    import sys
+
+    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return size if sys.platform == "darwin" else size * 1024

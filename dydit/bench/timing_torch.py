@@ -1,0 +1,70 @@
+"""Timing a checkpoint as a PyTorch model, eager: masked, as the public code runs it, or static, without its routers."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dydit.bench.timing import Decided, Job, Loaded, Measured
+from dydit.checkpoints.checkpoint import load_checkpoint
+from dydit.diffusion.guidance import Guidance
+from dydit.diffusion.schedule import Schedule
+from dydit.errors import ConfigError
+from dydit.models.routers import Gating, Masked, Recording, Static
+from dydit.parity.reference import guided_step
+from dydit.reports.results import SideKind
+
+
+class MeasuredTorch(Measured):
+    """The dense model, one step at a time: embedders, adaLN and guidance included, as they are in its loop."""
+
+    def __init__(self, job: Job):
+        checkpoint = load_checkpoint(Path(job.side.path))
+        config = checkpoint.config
+        if config.without_routers() != job.sizes:
+            raise ConfigError(f"{job.side.path} cannot be compared: its sizes are not those of the bundle")
+        super().__init__(job, config)
+        torch.set_num_threads(job.threads)
+        self.device = torch.device(job.device)
+        torch.backends.cudnn.allow_tf32 = False  # on by default, and the patches are embedded by a convolution
+        start = time.perf_counter()
+        self.model = checkpoint.model().to(self.device)
+        self.load_seconds = time.perf_counter() - start
+        masked = config.dynamic and job.side.kind is SideKind.TORCH_MASKED
+        self.gating: Gating = Masked() if masked else Static()
+        rows = Guidance(job.cfg_scale, config.null_class).rows(self.labels)
+        self.rows = torch.from_numpy(rows).to(self.device)
+        self.timesteps = Schedule.respaced(job.of).timesteps[::-1]
+
+    def load(self) -> Loaded:
+        return Loaded(seconds=self.load_seconds, subnets=1, precision="fp32")
+
+    @torch.inference_mode()
+    def _step(self, k: int, latents: np.ndarray, gating: Gating) -> np.ndarray:
+        x, noise = (torch.from_numpy(each).to(self.device) for each in (latents, self.noise[k]))
+        timesteps = torch.full((len(self.rows),), int(self.timesteps[self.job.steps[k]]), device=self.device)
+        out = self.model(x.repeat(len(self.rows) // len(x), 1, 1, 1), timesteps, self.rows, gating)
+        scale, channels = self.job.cfg_scale, self.job.cfg_channels
+        x_prev = guided_step(self.config, channels, self.coefficients[k], scale, x, out, noise)
+        array: np.ndarray = x_prev.cpu().numpy()  # waits for the device
+        return array
+
+    def step(self, k: int, x: np.ndarray) -> np.ndarray:
+        return self._step(k, x, self.gating)
+
+    def decided(self) -> Decided:
+        masks, tokens = [], []
+
+        def step(k: int, x: np.ndarray) -> np.ndarray:
+            recording = Recording(self.gating, self.config)
+            after = self._step(k, x, recording)
+            decisions = recording.decisions()
+            masks.append(decisions.units[0].cpu().numpy() > 0)
+            tokens.append(decisions.tokens.float().mean(dim=(1, 2)).cpu().numpy())
+            return after
+
+        self._over_round(step)
+        return self._count(np.stack(masks), np.stack(tokens), np.ones(len(tokens)))

@@ -1,0 +1,134 @@
+"""The one description of every graph's inputs and outputs.
+
+The writer declares them from here, backends check feeds against it, and shape profiles for compilers derive from it.
+A dimension is a number or the name of a symbol: `batch` images, `rows` of modulation (equal to `batch`, or twice that
+with classifier-free guidance: first the conditional rows, then the unconditional ones), `steps`, `labels`; and, where
+block weights are inputs, the widths of `unit_input`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from dydit.bundle.stored_weights import WeightEntry
+from dydit.diffusion.coefficients import COEFFICIENTS
+from dydit.errors import BackendError
+from dydit.models.architecture import Part
+from dydit.models.config import ModelConfig
+
+Dim = int | str
+BATCH, ROWS, STEPS, LABELS = "batch", "rows", "steps", "labels"
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, NumPy dtype name and shape (numbers and symbols) of one input or output."""
+
+    name: str
+    dtype: str
+    shape: tuple[Dim, ...]
+
+    def concrete(self, symbols: Mapping[str, int]) -> tuple[int, ...]:
+        """The shape with its symbols replaced."""
+        return tuple(symbols[dim] if isinstance(dim, str) else dim for dim in self.shape)
+
+
+def modulation_vectors(model: ModelConfig) -> int:
+    """Vectors per row of modulation, 6L+2.
+
+    Block l owns 6l..6l+5: shift1, 1+scale1, gate1, shift2, 1+scale2, gate2; the last two are the final layer's shift
+    and 1+scale. The 1 is added where they are made, once, rather than in every step.
+    """
+    return 6 * model.depth + 2
+
+
+def subnet_inputs(model: ModelConfig, gated: bool) -> tuple[TensorSpec, ...]:
+    """Inputs of a subnetwork's graph, without weights. `gates` holds 0/1 for every unit, by slot."""
+    image: tuple[Dim, ...] = (BATCH, model.in_channels, model.input_size, model.input_size)
+    specs = (
+        TensorSpec("x", "float32", image),
+        TensorSpec("noise", "float32", image),
+        TensorSpec("coefficients", "float32", (len(COEFFICIENTS),)),
+        TensorSpec("cfg_scale", "float32", ()),
+        TensorSpec("modulation", "float32", (ROWS, modulation_vectors(model), model.hidden_size)),
+    )
+    return (*specs, TensorSpec("gates", "float32", (model.units.size,))) if gated else specs
+
+
+def width_symbol(part: Part, rows: int) -> str:
+    """The symbol of a dimension of `rows` rows for each unit that a part has on: `heads_3*216`, `groups_3*288`."""
+    return f"{part.group.name}_{part.block}*{rows}"
+
+
+def unit_input(part: Part, tensor: str, weight: WeightEntry) -> TensorSpec:
+    """One of a part's stored tensors of units as an input of a graph of any width."""
+    return TensorSpec(part.stored(tensor), weight.dtype, (width_symbol(part, weight.shape[1]), *weight.shape[2:]))
+
+
+def unit_inputs(weights: Mapping[str, WeightEntry], model: ModelConfig) -> tuple[TensorSpec, ...]:
+    """The weight inputs of a graph of any width, in its order: those of block 0, then of block 1, ..."""
+    parts = model.units.parts
+    return tuple(
+        unit_input(part, name, weights[part.stored(name)]) for part in parts for name in part.group.unit_tensors
+    )
+
+
+def subnet_outputs(model: ModelConfig, capacity: bool) -> tuple[TensorSpec, ...]:
+    """Outputs of a subnetwork's graph. `token_overflow` [L]: routed tokens of each block that found no slot."""
+    x_prev = TensorSpec("x_prev", "float32", subnet_inputs(model, False)[0].shape)
+    return (x_prev, TensorSpec("token_overflow", "int64", (model.depth,))) if capacity else (x_prev,)
+
+
+def conditioning_inputs() -> tuple[TensorSpec, ...]:
+    """Inputs of the conditioning graph: original timesteps and labels, every pair of which is evaluated."""
+    return (TensorSpec("timesteps", "int64", (STEPS,)), TensorSpec("labels", "int64", (LABELS,)))
+
+
+def conditioning_outputs(model: ModelConfig) -> tuple[TensorSpec, ...]:
+    """Output of the conditioning graph."""
+    shape = (STEPS, LABELS, modulation_vectors(model), model.hidden_size)
+    return (TensorSpec("modulation", "float32", shape),)
+
+
+def token_mask_name(block: int) -> str:
+    """The value inside a routed graph that holds a block's token decisions, bool [rows*N]."""
+    return f"blocks.{block}.tokens"
+
+
+def residual_name(block: int) -> str:
+    """The value inside a graph that holds the residual stream after a block, f32 [rows, N, D]."""
+    return f"blocks.{block}.x"
+
+
+def check_feeds(specs: tuple[TensorSpec, ...], feeds: Mapping[str, np.ndarray], what: str) -> dict[str, int]:
+    """Hold feeds against their specs: names, then dtypes, then ranks and sizes. Returns the value of each symbol.
+
+    Raises `BackendError` naming the first input that differs, with what came and what was expected.
+    """
+    expected = {spec.name for spec in specs}
+    if missing := sorted(expected - feeds.keys()):
+        raise BackendError(f"{what}: input {missing[0]!r} is missing; expected {sorted(expected)}")
+    if surplus := sorted(feeds.keys() - expected):
+        raise BackendError(f"{what}: unknown input {surplus[0]!r}; expected {sorted(expected)}")
+    symbols: dict[str, int] = {}
+    for spec in specs:
+        array = feeds[spec.name]
+        if not isinstance(array, np.ndarray):
+            raise BackendError(f"{what}: input {spec.name!r} is a {type(array).__name__}, expected a NumPy array")
+        if array.dtype.name != spec.dtype:
+            raise BackendError(f"{what}: input {spec.name!r} is {array.dtype.name}, expected {spec.dtype}")
+        fits = array.ndim == len(spec.shape)
+        for size, dim in zip(array.shape, spec.shape, strict=False):
+            fits &= size == (symbols.setdefault(dim, size) if isinstance(dim, str) else dim)
+        if not fits:
+            raise BackendError(f"{what}: input {spec.name!r} has shape {array.shape}, expected {spec.shape}")
+    batch = symbols.get(BATCH)
+    if batch is not None and (batch < 1 or symbols[ROWS] not in (batch, 2 * batch)):
+        raise BackendError(
+            f"{what}: modulation has {symbols[ROWS]} rows for {batch} images; "
+            "expected as many, or twice that with guidance"
+        )
+    return symbols

@@ -1,0 +1,156 @@
+"""The calibration file, `dydit calibrate` to `dydit export`: what was seen of one checkpoint, run and plan, and chosen.
+
+One JSON object with sorted keys; the same inputs give the same bytes. `tokens` has the capacities of token routing,
+`activations`, where it is there, the ranges of what enters linear layers, and `sensitivity` why some of them stay in 16
+bits. Lists over steps are in execution order (noisiest first), lists over segments in that of the plan.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import Field, FiniteFloat, ValidationError, model_validator
+
+from dydit.calibrate.activation_ranges import ActivationRanges
+from dydit.calibrate.capacity import CapacityConfig
+from dydit.calibrate.mixed_precision import Sensitivity
+from dydit.diffusion.schedule import Sampler
+from dydit.errors import CalibrationError, one_line
+from dydit.models.config import Strict
+from dydit.validation import first_problem
+
+SCHEMA_VERSION: Literal[1] = 1
+Share = Annotated[FiniteFloat, Field(ge=0, le=1)]
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class OverflowRates(Strict):
+    """How often batches overflow, as shares: of step-blocks, its upper bound (95 %), of steps; and what that costs.
+
+    `mlp_ratio`: MLP multiply-adds by capacity, repeated steps among them, over those of dynamic routing.
+    """
+
+    images: int = Field(ge=1, description="of all guidance scales")
+    trials: int = Field(ge=1, description="step-blocks of all groups")
+    rate: Share
+    upper: Share
+    repeated_steps: Share
+    mlp_ratio: FiniteFloat = Field(gt=0)
+
+
+class TokenCalibration(Strict):
+    """Capacities of token routing, how they were chosen, and how they do."""
+
+    tokens: int = Field(ge=1, description="of a row")
+    settings: CapacityConfig
+    mean_ratio: tuple[tuple[Share, ...], ...] = Field(description="share of tokens routed, by step and block")
+    capacities: tuple[tuple[int, ...], ...] = Field(description="MLP token slots of a row, by segment and block")
+    predicted: OverflowRates = Field(description="on the images calibrated on, which flatters")
+    held_out: OverflowRates = Field(description="on others")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TokenCalibration:
+        depths = {len(blocks) for blocks in (*self.mean_ratio, *self.capacities)}
+        if not self.mean_ratio or not self.capacities or len(depths) != 1:
+            raise ValueError("every step and segment has the same number of blocks, at least one")
+        if any(not 1 <= each <= self.tokens for blocks in self.capacities for each in blocks):
+            raise ValueError(f"a capacity is outside 1..{self.tokens}")
+        return self
+
+    @property
+    def largest(self) -> tuple[int, ...]:
+        """The largest capacity over all segments, by block: what one graph for all of them needs."""
+        return tuple(map(max, zip(*self.capacities, strict=True)))
+
+
+class Calibration(Strict):
+    """A calibration and what it is of."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    checkpoint_sha256: Sha256
+    steps: int = Field(ge=1)
+    sampler: Sampler
+    plan_sha256: Sha256
+    cfg_scales: tuple[FiniteFloat, ...] = Field(min_length=1)
+    seed: int = Field(ge=0)
+    held_out_seed: int = Field(ge=0)
+    tokens: TokenCalibration
+    activations: ActivationRanges | None = None
+    sensitivity: Sensitivity | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Calibration:
+        if len(self.tokens.mean_ratio) != self.steps:
+            raise ValueError("there is not one row of token ratios for each step")
+        if self.seed == self.held_out_seed:
+            raise ValueError("the held-out images are those calibrated on")
+        if self.sensitivity is not None and self.activations is None:
+            raise ValueError("layers were searched for, but there are no ranges of activations")
+        if self.sensitivity is not None and self.activations is not None:
+            losses, thresholds = self.sensitivity.losses, self.activations.thresholds
+            if [[len(each) for each in blocks] for blocks in losses] != [[len(each) for each in b] for b in thresholds]:
+                raise ValueError("losses of layers do not belong to the ranges of activations")
+        return self
+
+    def to_json(self) -> str:
+        """The text of the file."""
+        absent = {name for name in ("activations", "sensitivity") if getattr(self, name) is None}
+        values = self.model_dump(mode="json", exclude=absent)
+        return json.dumps(values, indent=1, sort_keys=True, allow_nan=False) + "\n"
+
+    def require(self, checkpoint_sha256: str, steps: int, sampler: Sampler, plan_sha256: str) -> None:
+        """Raise `CalibrationError`, naming what differs, where this is of another checkpoint, run or plan."""
+        if self.checkpoint_sha256 != checkpoint_sha256:
+            differs = "another checkpoint (its SHA-256 differs)"
+        elif self.steps != steps:
+            differs = f"{self.steps} sampling steps, not {steps}"
+        elif self.sampler is not sampler:
+            differs = f"the sampler {self.sampler}, not {sampler}"
+        elif self.plan_sha256 != plan_sha256:
+            differs = "another plan (its segments or masks differ)"
+        else:
+            return
+        raise CalibrationError(
+            f"the calibration is of {differs}; run `dydit calibrate` with the checkpoint and options of the export"
+        )
+
+    def require_searched(self, precision: str) -> None:
+        """Raise `CalibrationError` where the layers that stay in 16 bits were searched for another precision."""
+        if self.sensitivity is not None and self.sensitivity.precision != precision:
+            raise CalibrationError(
+                f"which layers stay in 16 bits was searched for {self.sensitivity.precision}, not {precision}; run "
+                f"`dydit calibrate` with --precision {precision}"
+            )
+
+
+def plan_sha256(bounds: Sequence[int], masks: np.ndarray) -> str:
+    """SHA-256 of a plan: segment bounds (0 = b_0 < ... < b_k = S) and the width masks bool [S, U] of steps."""
+    head = json.dumps({"bounds": list(map(int, bounds)), "shape": list(masks.shape)})
+    return hashlib.sha256(head.encode() + np.packbits(masks.reshape(-1)).tobytes()).hexdigest()
+
+
+def read_calibration(path: Path) -> Calibration:
+    """Read a calibration file. Raises `CalibrationError` with one line that says what is wrong."""
+    try:
+        values: Any = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CalibrationError(f"{path} does not exist; `dydit calibrate` makes it") from error
+    except OSError as error:
+        raise CalibrationError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise CalibrationError(f"{path} is no calibration: not JSON ({one_line(error)})") from error
+    version = values.get("schema_version") if isinstance(values, dict) else None
+    if version != SCHEMA_VERSION:
+        raise CalibrationError(
+            f"{path} is no calibration that this program reads: schema version {version!r}, expected {SCHEMA_VERSION}; "
+            "calibrate again"
+        )
+    try:
+        return Calibration.model_validate(values)
+    except ValidationError as error:
+        raise CalibrationError(f"{path} is not valid: {first_problem(error)}; calibrate again") from error

@@ -1,0 +1,1 @@
+"""Reading checkpoints of every common layout safely, and writing our own."""

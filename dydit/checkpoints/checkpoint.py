@@ -1,0 +1,268 @@
+"""Reading and writing checkpoints: weights with the configuration of the model that they belong to.
+
+Read: DiT files, DyDiT and other training files, diffusers DiT folders, and our own. Written: our own, one safetensors
+file of fp32 tensors under the published names, `pos_embed` included, whose metadata holds `format` = "dydit",
+`version` = "1", `config` = the `ModelConfig` as JSON, and whatever text the writer adds. The same weights and metadata
+give the same bytes. (The safetensors library puts metadata in an order that changes from run to run, so the file is
+written here; the format is a length, JSON, and the data.)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dydit.checkpoints.containers import Container, container_of
+from dydit.checkpoints.conventions import require_supported, stated_by
+from dydit.checkpoints.diffusers_folder import json_object, read_folder
+from dydit.checkpoints.safe_load import (
+    explained_memory,
+    plain_tensors,
+    read_safetensors,
+    read_torch,
+    require_sane,
+    shown,
+)
+from dydit.checkpoints.state_entries import EMA, MODEL, is_average, unpack
+from dydit.checkpoints.state_fit import (
+    LABELS,
+    POSITIONS,
+    Given,
+    expected_shapes,
+    infer_config,
+    require_fit,
+    require_trained,
+)
+from dydit.errors import CheckpointError, ConfigError, one_line
+from dydit.files import atomic_file, new_file, require_absent, sha256_of, user_path
+from dydit.models.config import ModelConfig, Space, parse_config
+from dydit.models.dit.model import DiT, sine_position_embedding, timestep_frequencies
+
+FORMAT, VERSION = "dydit", "1"
+RESERVED = ("format", "version", "config")
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """The weights of a model under the published names, in the dtype of the file, and what is known about them.
+
+    `source`: "dit" (official, static), "dydit" (with routers), "diffusers" or "dydit-safetensors". `sha256`: of the
+    file, and of the name of the entry where that is not the default one; for a folder, of its weight files. `metadata`:
+    what the writer of our own format added, or for a training file `weights`, the entry used ("ema", "model", ...).
+    `notes`: what was assumed or chosen, for the user to read. The tensors of `state` may be mapped from the file, and
+    may share memory: do not write to them.
+    """
+
+    config: ModelConfig
+    state: dict[str, Tensor] = field(repr=False)
+    source: str
+    path: Path
+    sha256: str
+    metadata: dict[str, str]
+    notes: tuple[str, ...] = ()
+
+    def model(self) -> DiT:
+        """A new model with these weights, fp32, in eval mode; it shares no memory with `state`."""
+        model = self._filled(self.state)
+        assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+        return model
+
+    def width_routers(self) -> DiT:
+        """The same model with weights for its timestep embedder and width routers alone; the others take no memory.
+
+        Enough to decide heads and groups at any timestep, at a hundredth of the model's size.
+        """
+        parts = ("t_embedder.", ".attn_rate.", ".mlp_rate.")
+        return self._filled({name: each for name, each in self.state.items() if any(part in name for part in parts)})
+
+    def _filled(self, state: Mapping[str, Tensor]) -> DiT:
+        with torch.device("meta"):
+            model = DiT(self.config)
+        with explained_memory(self.path):
+            weights = {name: _fp32_copy(tensor) for name, tensor in state.items()}
+        model.load_state_dict(weights, strict=state is self.state, assign=True)
+        model.t_embedder.frequencies = timestep_frequencies()  # derived, so in no state dict
+        return model.eval()
+
+
+def _fp32_copy(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+
+
+def load_checkpoint(
+    path: Path | str,
+    num_heads: int | None = None,
+    weights: str | None = None,
+    num_classes: int | None = None,
+    input_size: int | None = None,
+) -> Checkpoint:
+    """Read a checkpoint of any of the known formats, told apart by content; every tensor is checked.
+
+    `num_heads`, `num_classes` (without that of no class) and `input_size` (the side of the latents): for a file that
+    does not tell them. `weights`: which of several to take, "ema", "model" or the name of an entry or a variant; by
+    default the moving average, where there is one. Raises `CheckpointError`, in one line that names `path`, for
+    anything that is not a complete and finite DiT, or was trained in a way that we do not sample; nothing in the file
+    is executed.
+    """
+    path, given = user_path(path), Given(num_heads, weights, num_classes, input_size)
+    try:
+        if path.is_dir():
+            folder = read_folder(path, given)
+            return Checkpoint(
+                *(folder.config, folder.state, "diffusers", path, folder.sha256, folder.metadata, folder.notes)
+            )
+        if not path.is_file():
+            raise CheckpointError("is not a regular file" if path.exists() else "does not exist")
+        return _load_file(path, given)
+    except (CheckpointError, ConfigError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    except MemoryError as error:
+        raise CheckpointError(
+            f"{path}: cannot be read: there is too little memory for it ({one_line(error)}); the file is not damaged"
+        ) from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def _load_file(path: Path, given: Given) -> Checkpoint:
+    container, size = container_of(path), path.stat().st_size
+    if container is Container.SAFETENSORS:
+        loaded, header = read_safetensors(path)
+        if header.get("format") == FORMAT:
+            return _load_own(path, loaded, header, given)
+        where = "metadata"
+    else:
+        loaded, header, where = read_torch(path, container), {}, "training arguments"
+    unpacked = unpack(loaded, given.weights)
+    state = plain_tensors(unpacked.state, size)
+    if any(name.startswith("transformer_blocks.") for name in state):
+        raise CheckpointError("holds diffusers weights without their config.json; give the folder that holds both")
+    stated = stated_by(loaded, header)
+    require_supported(stated, where)
+    inferred = infer_config(state, stated, given)
+    config = inferred.config
+    _complete(state, config, size)
+    metadata = {"weights": unpacked.entry} if unpacked.entry else {}
+    notes = (*unpacked.notes, *inferred.notes, *require_trained(state, unpacked.entry))
+    sha256 = sha256_of(path)
+    if not unpacked.by_default:  # what is made of one of a file's models must not pass for being made of another
+        sha256 = hashlib.sha256(f"{sha256} {unpacked.entry}".encode()).hexdigest()
+    return Checkpoint(config, state, "dydit" if config.dynamic else "dit", path, sha256, metadata, notes)
+
+
+def _complete(state: dict[str, Tensor], config: ModelConfig, size: int) -> None:
+    """Check that `state` is all of a model, and add what can be computed: a position embedding that was not saved.
+
+    A row for no class that was never trained is taken off the class table.
+    """
+    shapes = expected_shapes(config)
+    if LABELS in state and len(state[LABELS]) == config.class_rows + 1:
+        state[LABELS] = state[LABELS][: config.class_rows]
+    if POSITIONS in state:
+        require_fit(state, shapes)
+        return
+    require_sane(config.tokens * config.hidden_size, size)
+    require_fit(state, {name: shape for name, shape in shapes.items() if name != POSITIONS})
+    state[POSITIONS] = sine_position_embedding(config)
+
+
+def _load_own(path: Path, tensors: dict[str, Tensor], header: dict[str, str], given: Given) -> Checkpoint:
+    if header.get("version") != VERSION:
+        version = shown(header.get("version", "none"))
+        raise CheckpointError(f"has version {version} of the dydit format; this dydit reads {VERSION}: update it")
+    config = parse_config(ModelConfig, json_object(header.get("config", ""), "configuration"))
+    given.require_same(config)
+    metadata = {key: value for key, value in header.items() if key not in RESERVED}
+    kept = metadata.get("weights", "")
+    if given.weights is not None and given.weights not in (kept, EMA if is_average(kept) else MODEL):
+        raise CheckpointError(
+            f"holds no weights {shown(given.weights)}: those it has are {shown(kept) or MODEL}; leave --weights "
+            "(weights=) out"
+        )
+    state = plain_tensors(tensors, path.stat().st_size)
+    require_fit(state, expected_shapes(config))
+    notes = require_trained(state, "")
+    return Checkpoint(config, state, "dydit-safetensors", path, sha256_of(path), metadata, notes)
+
+
+def save_checkpoint(
+    path: Path | str,
+    model_or_state: DiT | Mapping[str, Tensor],
+    config: ModelConfig,
+    metadata: Mapping[str, str] | None = None,
+    replace: bool = True,
+) -> None:
+    """Write our own format (see the module), atomically; tensors go out one by one. `replace`: `path` may exist.
+
+    Raises `CheckpointError` where the weights do not fit `config` or are not finite, and where `metadata` is not text
+    or uses a reserved key; `OutputError` where `path` cannot be written.
+    """
+    path = user_path(path)
+    if isinstance(model_or_state, DiT) and model_or_state.config != config:
+        raise CheckpointError(f"{path}: not written: the configuration is not that of the model")
+    state = model_or_state.state_dict() if isinstance(model_or_state, DiT) else model_or_state
+    try:
+        require_fit(state, expected_shapes(config))
+        header = _header(config, metadata or {})
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: not written: the model {error}") from error
+    with (atomic_file if replace else new_file)(path) as file:
+        file.write(header)
+        for name in sorted(state):
+            array = state[name].detach().to("cpu", torch.float32).contiguous().numpy()
+            file.write(array.astype("<f4", copy=False).data)
+
+
+def _header(config: ModelConfig, metadata: Mapping[str, str]) -> bytes:
+    """The safetensors header: its length (8 bytes, little-endian), JSON padded with blanks to a multiple of 8."""
+    for key, value in metadata.items():
+        if key in RESERVED or not isinstance(key, str) or not isinstance(value, str):
+            raise CheckpointError(f"has metadata {shown(str(key))} that is reserved or not text")
+    own = {"format": FORMAT, "version": VERSION, "config": config.model_dump_json()}
+    entries: dict[str, object] = {"__metadata__": {**own, **dict(sorted(metadata.items()))}}
+    offset = 0
+    for name, shape in sorted(expected_shapes(config).items()):
+        end = offset + 4 * torch.Size(shape).numel()
+        entries[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    try:
+        text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+    except UnicodeEncodeError as error:
+        raise CheckpointError("has metadata that is not valid text") from error
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def convert(
+    source: Path,
+    target: Path,
+    num_heads: int | None = None,
+    weights: str | None = None,
+    num_classes: int | None = None,
+    input_size: int | None = None,
+    space: Space | None = None,
+) -> Checkpoint:
+    """Read `source` in any known format, write `target` in ours, and return it as read back from there.
+
+    `space`: what the model samples, where the source does not state it or is wrong. The other options are those of
+    `load_checkpoint`. The origin goes into the metadata: `source` (its format), `source_sha256`, and `assumed`, the
+    notes of reading it, which the result also has. Raises `OutputError` if `target`
+    exists and `CheckpointError` as `load_checkpoint` does.
+    """
+    source, target = user_path(source), user_path(target)
+    require_absent(target)
+    checkpoint = load_checkpoint(source, num_heads, weights, num_classes, input_size)
+    origin = {"source": checkpoint.source, "source_sha256": checkpoint.sha256}
+    if checkpoint.notes:
+        origin["assumed"] = "; ".join(checkpoint.notes)
+    # A copy of our own format keeps the origin that it names.
+    config = checkpoint.config.stating(space, decoded=False)
+    save_checkpoint(target, checkpoint.state, config, {**origin, **checkpoint.metadata}, replace=False)
+    return dataclasses.replace(load_checkpoint(target), notes=checkpoint.notes)

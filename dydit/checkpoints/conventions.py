@@ -1,0 +1,195 @@
+"""What a file says about how its model was trained, and which of that we can run.
+
+The names and shapes of a DiT's tensors do not tell what its output means. Training arguments, the metadata of a
+safetensors file, and the scheduler of a diffusers pipeline often do. What is said there is honoured or refused here,
+never ignored: a model that predicts a velocity, or was trained on other betas, would be sampled into noise without a
+word. Supported is what DiT does: epsilon, over 1,000 steps of linear betas from 0.0001 to 0.02. A file that says
+nothing is taken for that. No PyTorch here; errors do not name the file: the caller does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from dydit.checkpoints.safe_classes import Inert
+from dydit.diffusion.schedule import TRAIN_STEPS, linear_betas
+from dydit.errors import CheckpointError
+
+Stated = Mapping[str, Any]
+"""Settings by their last name, in lower case with underscores; values are text, numbers and truth values."""
+
+BETA_START, BETA_END = (float(each) for each in linear_betas()[[0, -1]])
+SUPPORTED = (
+    f"dydit samples models that predict epsilon over {TRAIN_STEPS:,} steps of linear betas from {BETA_START} to "
+    f"{BETA_END}, as DiT does, and would sample this one wrongly"
+)
+_ENTRIES = (
+    "args",
+    "arguments",
+    "hyper_parameters",
+    "hparams",
+    "config",
+    "cfg",
+    "model_args",
+    "model_config",
+    "settings",
+)
+_DEEPEST, _MOST = 6, 10_000
+_LARGEST = 1 << 62  # of an integer setting that is taken for one
+
+_EPSILON = ("epsilon", "eps", "noise", "pred_noise", "pred_epsilon", "modelmeantype.epsilon")
+_PREDICTIONS = (
+    *("prediction", "prediction_type", "pred_type", "parameterization", "parametrization", "model_mean_type"),
+    *("model_prediction", "modelspec.prediction_type"),
+)
+_BETAS = ("noise_schedule", "noise_schedule_name", "beta_schedule")
+_LENGTHS = ("diffusion_steps", "num_train_timesteps", "num_diffusion_steps", "num_diffusion_timesteps")
+_STARTS, _ENDS = ("beta_start", "linear_start"), ("beta_end", "linear_end")
+_FLOWS = ("flow_matching", "use_flow_matching", "rectified_flow", "use_rectified_flow", "use_flow_sigmas")
+_OTHER_TRAINING = (
+    *("predict_xstart", "predict_x0", "v_prediction", "use_v_prediction", "v_pred", "predict_v", "v_parameterization"),
+    *("zero_terminal_snr", "rescale_betas_zero_snr", "enforce_zero_terminal_snr", "trained_betas"),
+)
+_OTHER_BLOCKS = ("use_rope", "use_qknorm", "qk_norm", "use_swiglu", "swiglu", "use_rmsnorm", "rmsnorm")
+
+# Schedulers of diffusers that sample what DDPM trains, and the betas that each has where its file names none.
+_DDPM_BETAS, _KARRAS_BETAS = (BETA_START, BETA_END), (0.00085, 0.012)
+_SCHEDULERS = {
+    **dict.fromkeys(("DDPM", "DDPMParallel", "DDIM", "DDIMParallel", "PNDM", "LMSDiscrete"), _DDPM_BETAS),
+    **dict.fromkeys(("DPMSolverMultistep", "DPMSolverSinglestep", "DEISMultistep", "UniPCMultistep"), _DDPM_BETAS),
+    **dict.fromkeys(("EulerDiscrete", "EulerAncestralDiscrete", "SASolver"), _DDPM_BETAS),
+    **dict.fromkeys(("HeunDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete", "DPMSolverSDE"), _KARRAS_BETAS),
+}
+
+
+def stated_by(loaded: Any, metadata: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """The settings in the known entries of what `torch.save` wrote, or beside its entries, and in `metadata`."""
+    found: dict[str, Any] = {}
+    sources: list[Any] = []
+    if isinstance(loaded, Mapping):
+        sources = [loaded[name] for name in _ENTRIES if name in loaded]
+        sources.append({key: value for key, value in loaded.items() if isinstance(value, str | int | float)})
+    sources.append({key: _from_text(value) for key, value in (metadata or {}).items()})
+    for source in sources:
+        for name, value in _settings_of(source):
+            found.setdefault(name, value)
+    return found
+
+
+def _from_text(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return {"true": True, "false": False, "none": None}.get(text.lower(), text)
+
+
+def _settings_of(source: Any) -> Iterator[tuple[str, Any]]:
+    """(name, value) of all plain settings in nested ones, the outermost first."""
+    level: list[Any] = [source]
+    seen = 0
+    for _ in range(_DEEPEST):
+        deeper = []
+        for holder in level:
+            values = vars(holder) if isinstance(holder, argparse.Namespace) else holder
+            if not isinstance(values, Mapping):
+                continue
+            for key, value in values.items():
+                seen += 1
+                if seen > _MOST:
+                    return
+                if isinstance(key, str) and isinstance(value, str | int | float):
+                    vast = isinstance(value, int) and abs(value) > _LARGEST
+                    yield key.lower().replace("-", "_"), "a huge number" if vast else value
+                elif isinstance(key, str) and isinstance(value, list | tuple | Inert) and value:
+                    yield key.lower().replace("-", "_"), "a list" if isinstance(value, list | tuple) else "an object"
+                elif isinstance(value, Mapping | argparse.Namespace):
+                    deeper.append(value)
+        level = deeper
+
+
+def require_supported(stated: Stated, where: str = "training arguments") -> None:
+    """Raise `CheckpointError` where settings say that a model was trained otherwise than we sample it."""
+    model, path = stated.get("model"), stated.get("path_type")
+    if path is not None or (isinstance(model, str) and model.lower().startswith("sit")):
+        said = f"path_type {path}" if path is not None else f"model {model}"
+        raise CheckpointError(f"is a flow-matching model (SiT): its {where} say {_short(said)}; {SUPPORTED}")
+    for name in (*_PREDICTIONS, *_BETAS, *_LENGTHS, *_STARTS, *_ENDS, *_FLOWS, *_OTHER_TRAINING):
+        value = stated.get(name)
+        if value is not None and not _as_dit(name, value):
+            raise CheckpointError(f"is a model of another kind: its {where} say {name} {_short(value)}; {SUPPORTED}")
+    for name in _OTHER_BLOCKS:
+        if stated.get(name) not in (None, False, 0, "", "none", "None"):
+            raise CheckpointError(
+                f"has other blocks than a DiT: its {where} say {name} {_short(stated[name])}, which dydit does not have"
+            )
+
+
+def _as_dit(name: str, value: Any) -> bool:
+    if name in _PREDICTIONS:
+        return str(value).lower() in _EPSILON
+    if name in _BETAS:
+        return str(value).lower() == "linear"
+    if name in _LENGTHS:
+        return _number(value) == TRAIN_STEPS
+    if name in _STARTS:
+        return math.isclose(_number(value), BETA_START, rel_tol=1e-6)
+    if name in _ENDS:
+        return math.isclose(_number(value), BETA_END, rel_tol=1e-6)
+    return value in (False, 0, "", "none", "None")
+
+
+def _number(value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    text = text if len(text) <= 40 else text[:37] + "..."
+    return text if text.isprintable() else ascii(text)
+
+
+def require_sigma(stated: Stated, learn_sigma: bool) -> None:
+    """Raise `CheckpointError` where training arguments contradict the number of output channels."""
+    said = stated.get("learn_sigma")
+    if isinstance(said, bool) and said != learn_sigma:
+        raise CheckpointError(
+            f"contradicts itself: its training arguments say learn_sigma {said}, but its final layer "
+            f"{'has' if learn_sigma else 'lacks'} the rows of a variance"
+        )
+
+
+def require_side(stated: Stated, input_size: int) -> None:
+    """Raise `CheckpointError` where `image_size` (pixels) is not a power of two times the side of the latents."""
+    size = stated.get("image_size")
+    if isinstance(size, int) and not isinstance(size, bool) and size > 0:
+        factor, rest = divmod(size, input_size)
+        if rest or factor & (factor - 1) or not factor:
+            raise CheckpointError(
+                f"contradicts itself: its training arguments say image_size {size}, but its pos_embed is of inputs "
+                f"with a side of {input_size}"
+            )
+
+
+def require_scheduler(values: Stated) -> None:
+    """Raise `CheckpointError` unless the `scheduler_config.json` of a diffusers pipeline is of a DiT as we sample it.
+
+    How it steps does not matter, since a bundle has its own sampler; what the model was trained on does.
+    """
+    kind = values.get("_class_name")
+    betas = _SCHEDULERS.get(str(kind).removesuffix("Scheduler")) if str(kind).endswith("Scheduler") else None
+    if betas is None:
+        raise CheckpointError(f"belongs to a pipeline whose scheduler is {_short(kind)}; {SUPPORTED}")
+    defaults = {"beta_start": betas[0], "beta_end": betas[1], "num_train_timesteps": TRAIN_STEPS}
+    stated = {**defaults, **{key: value for key, value in values.items() if value is not None}}
+    for name in (*_PREDICTIONS, *_BETAS, *_LENGTHS, *_STARTS, *_ENDS, *_FLOWS, *_OTHER_TRAINING):
+        if name in stated and not _as_dit(name, stated[name]):
+            raise CheckpointError(
+                f"belongs to a pipeline whose scheduler has {name} {_short(stated[name])}; {SUPPORTED}"
+            )

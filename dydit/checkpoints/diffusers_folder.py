@@ -1,0 +1,201 @@
+"""Reading the folder of a diffusers DiT: `transformer/` of a pipeline, or a pipeline with that in it.
+
+`config.json` describes the model. The weights are `diffusion_pytorch_model.safetensors` or `.bin`; with a variant
+before the ending (`.fp16.safetensors`); or in shards that an index file (`.safetensors.index.json`, with a variant also
+`.safetensors.index.fp16.json`) lists by tensor. The `scheduler/scheduler_config.json` of the pipeline tells what the
+model was trained to predict. Errors do not name the folder: the caller does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from dydit.checkpoints.containers import Container, container_of
+from dydit.checkpoints.conventions import require_scheduler, require_supported, stated_by
+from dydit.checkpoints.diffusers_names import DiffusersConfig, from_diffusers
+from dydit.checkpoints.pipeline_folder import space_of_folder
+from dydit.checkpoints.safe_load import listed, plain_tensors, read_safetensors, read_torch, shown
+from dydit.checkpoints.state_entries import EMA, MODEL, unpack
+from dydit.checkpoints.state_fit import Given, require_trained
+from dydit.errors import CheckpointError
+from dydit.files import sha256_of
+from dydit.models.config import ModelConfig, parse_config
+
+CONFIG, SCHEDULER, BUNDLE_MANIFEST = "config.json", "scheduler_config.json", "manifest.json"
+STEM = "diffusion_pytorch_model"
+_LARGEST_JSON = 64 << 20
+_WEIGHTS = re.compile(
+    rf"{STEM}(?:\.(?P<variant>[\w-]+))?\.(?P<kind>safetensors|bin)"
+    rf"|{STEM}(?:\.(?P<before>[\w-]+))?\.(?P<indexed>safetensors|bin)(?:\.(?P<between>[\w-]+))?"
+    r"\.index(?:\.(?P<after>[\w-]+))?\.json"
+)
+_SHARD = re.compile(r"-\d{5}-of-\d{5}")
+
+
+@dataclass(frozen=True)
+class Folder:
+    """The model in a folder: its weights under the published names, and the SHA-256 of what they were read from."""
+
+    config: ModelConfig
+    state: dict[str, Tensor]
+    sha256: str
+    notes: tuple[str, ...]
+    metadata: dict[str, str]
+
+
+def read_folder(path: Path, given: Given) -> Folder:
+    """Read a diffusers DiT. Raises `CheckpointError` for what is none, incomplete, or trained in another way."""
+    folder = _model_folder(path, given.weights)
+    values = read_json(folder / CONFIG, CONFIG)
+    config = parse_config(DiffusersConfig, values).model().stating(space_of_folder(path), decoded=False)
+    given.require_same(config)
+    _check_scheduler(folder)
+    variant, weights, notes = _choose(folder, given.weights)
+    files = _shards(weights) if weights.suffix == ".json" else {weights: None}
+    tensors: dict[str, Tensor] = {}
+    for file, names in files.items():
+        found = _read(file, whole=names is None)
+        if names is not None and (odd := sorted(names ^ {str(name) for name in found})):
+            raise CheckpointError(f"has an index that does not list what is in {shown(file.name)} ({listed(odd)})")
+        tensors.update(found)
+    size = sum(file.stat().st_size for file in files)
+    state = from_diffusers(plain_tensors(tensors, size), config, size)
+    metadata = {"weights": variant} if variant else {}
+    notes += require_trained(state, variant)
+    return Folder(config, state, _hash(list(files)), notes, metadata)
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """The JSON object in a file; `what` names it in errors."""
+    if path.stat().st_size > _LARGEST_JSON:
+        raise CheckpointError(f"has a {what} of {path.stat().st_size} bytes, too large to be one")
+    return json_object(path.read_bytes(), what)
+
+
+def json_object(text: str | bytes, what: str) -> dict[str, Any]:
+    """The JSON object that `text` holds. Raises `CheckpointError` for what is none."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"has a {what} that is not JSON") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"has a {what} that is not a JSON object")
+    return value
+
+
+def _model_folder(path: Path, wanted: str | None) -> Path:
+    if (path / BUNDLE_MANIFEST).is_file():
+        raise CheckpointError(
+            "is a bundle, not a checkpoint: give the checkpoint that it was exported from, or use the bundle with "
+            "`dydit sample`, `inspect` or `bench` (which compares two bundles with --versus)"
+        )
+    averaged = path / "transformer_ema"
+    if wanted == EMA and (averaged / CONFIG).is_file():
+        return averaged
+    folder = next((at for at in (path, path / "transformer") if (at / CONFIG).is_file()), None)
+    if folder is not None:
+        return folder
+    files = [
+        file.name for file in sorted(path.iterdir()) if file.suffix in (".pt", ".pth", ".ckpt", ".safetensors", ".bin")
+    ]
+    hint = f"; if it is one of the files in it, give that: {listed(files)}" if files else ""
+    raise CheckpointError(
+        f"is not a diffusers DiT folder: expected {CONFIG} and {STEM}.safetensors in it or in its transformer/ "
+        f"folder{hint}"
+    )
+
+
+def _check_scheduler(folder: Path) -> None:
+    """Refuse what the scheduler of the pipeline says, if the model lies in a pipeline."""
+    folder = folder.absolute()
+    files = [folder / SCHEDULER, folder / "scheduler" / SCHEDULER]
+    index = folder.parent / "model_index.json"
+    if folder.name.startswith("transformer") or index.is_file():
+        files.append(folder.parent / "scheduler" / SCHEDULER)
+    there = [file for file in files if file.is_file()]
+    for file in there:
+        require_scheduler(read_json(file, SCHEDULER))
+    named = read_json(index, index.name).get("scheduler") if index.is_file() and not there else None
+    if isinstance(named, list) and len(named) == 2 and isinstance(named[1], str):
+        require_scheduler({"_class_name": named[1]})
+
+
+def _choose(folder: Path, wanted: str | None) -> tuple[str, Path, tuple[str, ...]]:
+    """(variant, weight file or index, notes): without a variant before with one, safetensors before pickles."""
+    found: dict[str, list[Path]] = {}
+    for file in sorted(folder.iterdir()):
+        match = _WEIGHTS.fullmatch(file.name)
+        if match and not _SHARD.search(file.name) and file.is_file():
+            parts = match.groupdict()
+            variant = parts["variant"] or parts["before"] or parts["between"] or parts["after"] or ""
+            found.setdefault(variant, []).append(file)
+    if not found:
+        shards = [file.name for file in folder.iterdir() if file.name.startswith(STEM) and _SHARD.search(file.name)]
+        hint = f"; it has shards ({listed(sorted(shards))}), but no index file that lists them" if shards else ""
+        raise CheckpointError(f"is not a diffusers DiT folder: expected {STEM}.safetensors beside its {CONFIG}{hint}")
+    if folder.name == "transformer_ema" and wanted == EMA:
+        wanted = None
+    if wanted == MODEL and wanted not in found:
+        wanted = "non_ema" if "non_ema" in found else None
+    names = ", ".join(shown(each) for each in sorted(found) if each) or "none"
+    if wanted is not None and wanted not in found:
+        raise CheckpointError(
+            f"holds no weights {shown(wanted)}; variants in it: {names}; leave --weights (weights=) out"
+        )
+    if wanted is None and "" not in found and len(found) > 1:
+        raise CheckpointError(f"holds its weights in several variants ({names}); name one with --weights (weights=)")
+    variant = wanted if wanted is not None else "" if "" in found else next(iter(found))
+    best = min(found[variant], key=lambda file: (".safetensors" not in file.name, file.suffix == ".json"))
+    others = [each or "no variant" for each in sorted(found) if each != variant]
+    note = f"weights: {variant or 'no variant'}; the folder also holds {listed(others)} (see --weights)"
+    return variant, best, (note,) if others else ()
+
+
+def _shards(index: Path) -> dict[Path, set[str] | None]:
+    """The shards that an index names, with the tensors that are to be in each; all lie beside the index."""
+    weight_map = read_json(index, index.name).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"has an index without a weight_map ({index.name}); download it again")
+    shards: dict[Path, set[str] | None] = {}
+    for tensor, name in sorted(weight_map.items()):
+        if not isinstance(name, str) or not name or name in (".", "..") or "/" in name or "\\" in name or "\0" in name:
+            raise CheckpointError(
+                f"has an index that names {shown(str(name))}, which is no file beside it; do not use it"
+            )
+        file = index.parent / name
+        names = shards.setdefault(file, set())
+        assert names is not None
+        names.add(tensor)
+    if missing := [file.name for file in shards if not file.is_file()]:
+        raise CheckpointError(f"lacks {len(missing)} of its {len(shards)} shards ({listed(missing)}); download them")
+    return shards
+
+
+def _read(file: Path, whole: bool) -> dict[str, Any]:
+    """The tensors of a file: of the `whole` model, or of a shard, whose names are taken as they are."""
+    container = container_of(file)
+    if container is Container.SAFETENSORS:
+        tensors, metadata = read_safetensors(file)
+        require_supported(stated_by(None, metadata), "metadata")
+        return tensors
+    loaded = read_torch(file, container)
+    if whole:
+        return dict(unpack(loaded).state)
+    if not isinstance(loaded, dict):
+        raise CheckpointError(f"has a shard {file.name} that holds {type(loaded).__name__}, not a state dict")
+    return loaded
+
+
+def _hash(files: list[Path]) -> str:
+    """SHA-256 of the one file, or of the hashes of all in the order of their names."""
+    if len(files) == 1:
+        return sha256_of(files[0])
+    lines = [f"{sha256_of(file)}  {file.name}\n" for file in sorted(files)]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()

@@ -1,0 +1,89 @@
+"""The command `dydit build`, apart from `cli`, which would be too long with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dydit.commands.options import PATH, CommandGroup, json_option, option_names, print_json, progress_line, say
+from dydit.commands.suggestions import next_line
+from dydit.engines.fingerprint import HardwareCompatibility
+from dydit.engines.flavour import Flavour, default_flavour, installed_version, present_gpu
+from dydit.extras import require
+from dydit.words import duration
+
+
+def add_build(group: CommandGroup) -> None:
+    """Add the command to `dydit`."""
+    group.add("build", "Build the TensorRT engines of a bundle.")(build_command)
+
+
+@click.argument("bundle", type=PATH)
+@click.option(
+    "--flavour",
+    type=click.Choice([each.value for each in Flavour]),
+    help="tensorrt: builds on the GPU that will run the engines. tensorrt-rtx: for RTX GPUs, builds without one.  "
+    "[default: the one that is installed]",
+)
+@click.option(
+    "--jobs",
+    type=click.IntRange(min=1),
+    default=1,
+    help="Engines to build in parallel. For DiT-XL/2 each takes about 4 GB of memory.",
+)
+@click.option("--max-batch", type=click.IntRange(min=1), help="Largest batch size.  [default: the bundle's]")
+@click.option("--opt-batch", type=click.IntRange(min=1), help="Batch size to tune for.  [default: the largest]")
+@click.option(
+    "--compute-capability",
+    "compute_capabilities",
+    multiple=True,
+    metavar="X.Y",
+    help="With tensorrt-rtx: a compute capability to build for. Repeatable.  [default: all from 8.0]",
+)
+@click.option(
+    "--hardware-compatibility",
+    type=click.Choice([each.value for each in HardwareCompatibility]),
+    default=HardwareCompatibility.NONE.value,
+    help="With tensorrt: which other GPUs the engines can run on, somewhat slower.",
+)
+@click.option(
+    "--version-compatible",
+    is_flag=True,
+    help="With tensorrt: engines that later releases of the same major version can run, too.",
+)
+@click.option(
+    "--inspect/--no-inspect",
+    default=True,
+    help="On a machine with a GPU: fail if an engine's kernels are not in the bundle's precision, or if attention is "
+    "not fused.",
+)
+@json_option
+def build_command(bundle: Path, flavour: str | None, jobs: int, inspect: bool, as_json: bool, **settings: Any) -> None:
+    """Build the TensorRT engines of a bundle into its folder. Engines that are there and up to date are kept.
+
+    Engines run with one TensorRT version, on the GPUs they were built for. Repeat the command to resume a build that
+    was interrupted.
+    """
+    chosen = Flavour(flavour) if flavour else default_flavour()
+    require("dydit build", [chosen.module, "polygraphy", "onnx"], brought_by=chosen.value)
+    from dydit.bundle.bundle import Bundle
+    from dydit.engines.bundle_engines import build_engines
+    from dydit.engines.fingerprint import make_request
+    from dydit.reports.text import bytes_text
+
+    opened = Bundle.open(bundle)
+    with option_names():
+        request = make_request(opened.manifest, chosen, installed_version(chosen), present_gpu(), **settings)
+    with progress_line("build") as progress:
+        report = build_engines(opened, request, jobs, progress, inspect)
+    if as_json:
+        print_json(report.to_json())
+        return
+    say(*report.text())
+    if report.built:
+        say(
+            f"{bytes_text(report.bytes)} in {duration(report.seconds)}",
+            next_line("sample", bundle, "--labels", "0", "--backend", chosen.value, "--out", "SAMPLES"),
+        )

@@ -1,0 +1,50 @@
+"""The commands that `dydit` suggests at the end of another one: quoted for a shell, and complete."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dydit.bundle.manifest import Manifest
+from dydit.bundle.stored_weights import Precision
+from dydit.commands.options import DEFAULT_BACKEND
+
+
+def command_line(*words: object) -> str:
+    """A `dydit` command as a user can paste it into a shell. Paths are of the type `Path`."""
+    return shlex.join(["dydit", *map(_word, words)])
+
+
+def next_line(*words: object) -> str:
+    """A closing line that suggests a command."""
+    return f"Next: {command_line(*words)}"
+
+
+def after_export(manifest: Manifest, bundle: Path, checkpoint: Path, reading: Mapping[str, Any]) -> list[str]:
+    """Closing lines of an export: commands that work with a bundle of this kind."""
+    backend = ["--backend", "torch"] if manifest.precision is Precision.BF16 else []
+    against = ["--against", checkpoint, *reading_words(reading)]
+    return [
+        next_line("sample", bundle, "--labels", "0", *backend, "--out", "SAMPLES"),
+        next_line("parity", bundle, *against, *backend, "--out", "PARITY"),
+    ]
+
+
+def backend_words(settings: Mapping[str, Any]) -> list[str]:
+    """The options that choose backend and device as `settings` do, where they are not the defaults."""
+    backend, device = settings["backend"], settings["device"]
+    words = [] if backend == DEFAULT_BACKEND else ["--backend", backend]
+    return words if device == "cpu" else [*words, "--device", device]
+
+
+def reading_words(reading: Mapping[str, Any]) -> list[str]:
+    """The options that say how to read a checkpoint: another command on the same one needs them as well."""
+    given = {name: value for name, value in reading.items() if value is not None}
+    return [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def _word(word: object) -> str:
+    text = str(word)
+    return f"./{text}" if isinstance(word, Path) and text.startswith(("-", "~")) else text

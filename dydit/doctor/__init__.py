@@ -1,0 +1,1 @@
+"""Doctor: which backends work on this machine, and why the others do not."""

@@ -1,0 +1,252 @@
+"""The trials of `dydit doctor`: each really does what its name says, or says why that does not work here.
+
+A probe runs in a process of its own (`run_probe`): a native library that crashes or hangs costs one line, not the
+report. It prints one JSON object, `{"ok": bool, "detail": str, "fix": str | null}`, as its last line.
+"""
+
+from __future__ import annotations
+
+import base64
+import ctypes
+import importlib
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+from pydantic import Field
+
+from dydit.errors import BackendError, one_line
+from dydit.reports.results import Result
+from dydit.runtime.backends.session import load_cuda_libraries, runtime
+from dydit.words import counted
+
+SECONDS = 120
+NO_GPU = "an NVIDIA GPU and its driver"
+# The ONNX graph y = x @ x for x [2, 2] f32, opset 23, IR 11: written out so that no package is needed to make it.
+_GRAPH = base64.b64decode(
+    "CAs6RAoRCgF4CgF4EgF5IgZNYXRNdWwSBXByb2JlWhMKAXgSDgoMCAESCAoCCAIKAggCYhMKAXkSDgoMCAESCAoCCAIKAggCQgQKABAX"
+)
+_X = np.array([[1, 2], [3, 4]], np.float32)
+
+
+class Finding(Result):
+    """How a trial ended: `fix` is what would make it work, a command where there is one."""
+
+    ok: bool
+    detail: str
+    fix: str | None = Field(default=None)
+
+
+class Unavailable(Exception):
+    """What is missing, and what to do about it."""
+
+    def __init__(self, detail: str, fix: str | None = None):
+        super().__init__(detail)
+        self.fix = fix
+
+
+def onnxruntime_cpu() -> str:
+    """Run a graph on the CPU."""
+    return _run_graph("CPUExecutionProvider", "pip install 'dydit[cpu]'")
+
+
+def onnxruntime_cuda() -> str:
+    """Run a graph through the CUDA provider."""
+    fix = "pip uninstall -y onnxruntime; pip install 'dydit[gpu]'"
+    onnxruntime = _onnxruntime("pip install 'dydit[gpu]'")
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        raise Unavailable(f"onnxruntime {onnxruntime.__version__} is a build without CUDA", fix)
+    load_cuda_libraries(onnxruntime)
+    return _run_graph("CUDAExecutionProvider", fix)
+
+
+def _onnxruntime(fix: str) -> Any:
+    try:
+        return runtime()
+    except BackendError as error:
+        raise Unavailable(one_line(error), fix) from error
+
+
+def _run_graph(provider: str, fix: str) -> str:
+    onnxruntime = _onnxruntime(fix)
+    settings = onnxruntime.SessionOptions()
+    settings.log_severity_level = 4
+    try:
+        session = onnxruntime.InferenceSession(_GRAPH, settings, providers=[provider])
+        if provider not in session.get_providers():
+            raise Unavailable(f"onnxruntime {onnxruntime.__version__} cannot start its {provider}", fix)
+        start = time.perf_counter()
+        (y,) = session.run(None, {"x": _X})
+    except Exception as error:  # whatever a native library throws is the answer
+        if isinstance(error, Unavailable):
+            raise
+        raise Unavailable(f"onnxruntime {onnxruntime.__version__}: {one_line(error)[:160]}", fix) from error
+    if not np.array_equal(y, _X @ _X):
+        raise Unavailable(f"onnxruntime {onnxruntime.__version__} multiplies wrongly: {y.tolist()}", fix)
+    return f"onnxruntime {onnxruntime.__version__} ran a graph in {1e3 * (time.perf_counter() - start):.1f} ms"
+
+
+def torch_cpu() -> str:
+    """Multiply matrices on the CPU."""
+    torch = _torch()
+    product = (torch.from_numpy(_X) @ torch.from_numpy(_X)).numpy()
+    if not np.array_equal(product, _X @ _X):
+        raise Unavailable(f"torch {torch.__version__} multiplies wrongly: {product.tolist()}", "pip install -U torch")
+    return f"torch {torch.__version__}, {counted(torch.get_num_threads(), 'thread')}"
+
+
+def torch_cuda() -> str:
+    """Multiply matrices on the GPU."""
+    torch = _torch()
+    if torch.version.cuda is None:
+        raise Unavailable(
+            f"torch {torch.__version__} is a build without CUDA",
+            "install torch's CUDA build: https://pytorch.org/get-started",
+        )
+    if not torch.cuda.is_available():
+        raise Unavailable(f"torch {torch.__version__} finds no GPU", NO_GPU)
+    try:
+        x = torch.from_numpy(_X).cuda()
+        product = (x @ x).cpu().numpy()
+    except RuntimeError as error:
+        raise Unavailable(f"torch {torch.__version__}: {one_line(error)[:160]}", None) from error
+    if not np.allclose(product, _X @ _X):
+        raise Unavailable(f"torch {torch.__version__} multiplies wrongly: {product.tolist()}", "pip install -U torch")
+    return f"torch {torch.__version__} with CUDA {torch.version.cuda} on {torch.cuda.get_device_name()}"
+
+
+def _torch() -> Any:
+    try:
+        import torch
+    except ImportError as error:
+        raise Unavailable(f"torch cannot be imported: {one_line(error)}", "pip install 'dydit[export]'") from error
+    return torch
+
+
+def tensorrt() -> str:
+    """Import TensorRT and make a builder, which needs its native libraries; and find Polygraphy, which drives it."""
+    trt, _ = _tensorrt("tensorrt")
+    return f"tensorrt {trt.__version__} imports and makes a builder"
+
+
+def tensorrt_rtx() -> str:
+    """The same for TensorRT for RTX, and build an engine, which it can do without a GPU."""
+    trt, builder = _tensorrt("tensorrt_rtx")
+    network = builder.create_network(0)
+    parser = trt.OnnxParser(network, trt.Logger(trt.Logger.INTERNAL_ERROR))
+    start = time.perf_counter()
+    built = parser.parse(_GRAPH) and builder.build_serialized_network(network, builder.create_builder_config())
+    if not built:
+        raise Unavailable(
+            f"tensorrt_rtx {trt.__version__} cannot build an engine", "pip install -U 'dydit[tensorrt-rtx]'"
+        )
+    return f"tensorrt_rtx {trt.__version__} built an engine in {time.perf_counter() - start:.1f} s"
+
+
+def _tensorrt(module: str) -> tuple[Any, Any]:
+    """The module and a builder."""
+    fix = f"pip install 'dydit[{module.replace('_', '-')}]'"
+    try:
+        trt = importlib.import_module(module)
+    except (ImportError, OSError, RuntimeError) as error:
+        raise Unavailable(f"{module} cannot be imported: {one_line(error)[:160]}", fix) from error
+    try:
+        builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
+    except Exception as error:  # as above
+        raise Unavailable(f"{module} {trt.__version__} makes no builder: {one_line(error)[:160]}", NO_GPU) from error
+    if find_spec("polygraphy") is None:
+        raise Unavailable(f"{module} {trt.__version__} is here, but polygraphy, which drives it, is not", fix)
+    return trt, builder
+
+
+def driver() -> str:
+    """Ask the NVIDIA driver for its devices."""
+    try:
+        library = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError as error:
+        raise Unavailable("no NVIDIA driver (libcuda) on this machine", NO_GPU) from error
+    if code := library.cuInit(0):
+        raise Unavailable(f"the NVIDIA driver does not start (CUDA error {code})", NO_GPU)
+    number, devices = ctypes.c_int(), ctypes.c_int()
+    library.cuDriverGetVersion(ctypes.byref(number))
+    library.cuDeviceGetCount(ctypes.byref(devices))
+    if not devices.value:
+        raise Unavailable("the NVIDIA driver sees no GPU", NO_GPU)
+    names = []
+    for index in range(devices.value):
+        name = ctypes.create_string_buffer(100)
+        library.cuDeviceGetName(name, 100, index)
+        names.append(name.value.decode(errors="replace"))
+    return f"CUDA up to {number.value // 1000}.{number.value % 1000 // 10}; {', '.join(names)}"
+
+
+def pycuda() -> str:
+    """Import PyCUDA and make the primary context of the first GPU."""
+    try:
+        cuda = importlib.import_module("pycuda.driver")
+    except (ImportError, OSError) as error:
+        raise Unavailable(f"pycuda cannot be imported: {one_line(error)[:160]}", "pip install 'dydit[gpu]'") from error
+    try:
+        cuda.init()
+        device = cuda.Device(0)
+        device.retain_primary_context()
+    except cuda.Error as error:
+        raise Unavailable(f"pycuda {version('pycuda')}: {one_line(error)[:160]}", NO_GPU) from error
+    return f"pycuda {version('pycuda')} on {device.name()}"
+
+
+def registry() -> str:
+    """What the runtime itself says of each backend, as JSON: [[name, works, detail], ...]."""
+    from dydit.runtime.backends.registry import backend_status
+
+    return json.dumps(backend_status())
+
+
+PROBES: dict[str, Callable[[], str]] = {
+    "registry": registry,
+    "onnxruntime-cpu": onnxruntime_cpu,
+    "onnxruntime-cuda": onnxruntime_cuda,
+    "torch-cpu": torch_cpu,
+    "torch-cuda": torch_cuda,
+    "driver": driver,
+    "tensorrt": tensorrt,
+    "tensorrt-rtx": tensorrt_rtx,
+    "pycuda": pycuda,
+}
+
+
+def attempt(name: str) -> Finding:
+    """Run a probe in this process."""
+    try:
+        return Finding(ok=True, detail=PROBES[name]())
+    except Unavailable as missing:
+        return Finding(ok=False, detail=one_line(missing), fix=missing.fix)
+    except (BackendError, PackageNotFoundError) as error:
+        return Finding(ok=False, detail=one_line(error))
+
+
+def run_probe(name: str, seconds: float = SECONDS) -> Finding:
+    """Run a probe in a process of its own; a crash or a hang becomes a finding."""
+    command = [sys.executable, "-c", f"from dydit.doctor.probes import main; main({name!r})"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
+    except subprocess.TimeoutExpired:
+        return Finding(ok=False, detail=f"gave no answer within {seconds:.0f} s")
+    lines = done.stdout.strip().splitlines()
+    if done.returncode or not lines:
+        said = done.stderr.strip().splitlines()
+        return Finding(
+            ok=False, detail=f"crashed (exit code {done.returncode}): {said[-1][:160] if said else 'silent'}"
+        )
+    return Finding.parse(json.loads(lines[-1]))
+
+
+def main(name: str) -> None:
+    """The child's side of `run_probe`."""
+    print(json.dumps(attempt(name).to_json()))

@@ -1,0 +1,269 @@
+"""`dydit build`: engines for every graph of a bundle; those that are there and still right stay as they are."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dydit.bundle.bundle import Bundle
+from dydit.bundle.io_spec import BATCH, TensorSpec, conditioning_inputs, subnet_inputs, unit_inputs
+from dydit.bundle.manifest import CONDITIONING
+from dydit.bundle.vae_entry import VAE_DECODER, vae_inputs
+from dydit.engines.build_workers import run_jobs
+from dydit.engines.builder import Built, Job
+from dydit.engines.fingerprint import EngineKey, EngineRequest, stale_key_reasons, stale_reasons
+from dydit.engines.profiles import Extent, shape_profile, symbol_ranges, width_ranges
+from dydit.engines.store import EngineEntry, EngineStore, stores, weights_of
+from dydit.errors import BundleError, ConfigError, OutputError
+from dydit.files import explained, sha256_of
+
+DECODED_AT_ONCE = 4
+"""Most images that the VAE decoder's engine takes: its activations are large."""
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class BuiltEngine:
+    """An engine that was built now: its graph, file, size in bytes, seconds, and why it was built."""
+
+    graph: str
+    file: str
+    bytes: int
+    seconds: float
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class BuildReport:
+    """What a build did.
+
+    `reasons`: why these settings are new to the bundle. `kept`: engines that were there. `bytes`: of all engines.
+    `peak_memory`: the most bytes that one building process had; `jobs` of them ran at a time. `warnings`: in `log`.
+    """
+
+    folder: Path
+    request: EngineRequest
+    built: tuple[BuiltEngine, ...]
+    kept: int
+    reasons: tuple[str, ...]
+    bytes: int
+    seconds: float
+    jobs: int
+    peak_memory: int
+    warnings: int
+    log: Path
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as JSON values."""
+        values = {**asdict(self), "folder": str(self.folder), "log": str(self.log)}
+        return values | {"request": self.request.model_dump(mode="json")}
+
+    def text(self) -> list[str]:
+        """The report in lines: why, what, where."""
+        lines = list(self.reasons)
+        lines += [f"{each.graph}: {'; '.join(each.reasons)}" for each in self.built if each.reasons]
+        name = f"{self.request.flavour} {self.request.version}"
+        if not self.built:
+            return [*lines, f"{self.folder}: all {self.kept} engines for {name} are up to date; nothing was built"]
+        kept = f", {self.kept} up to date" if self.kept else ""
+        lines.append(f"{self.folder}: {len(self.built)} engines built by {name}{kept}")
+        return [*lines, f"{self.warnings} warnings of the builder are in {self.log}"] if self.warnings else lines
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """A graph of the bundle: its description and what its engine depends on."""
+
+    graph: str
+    inputs: tuple[TensorSpec, ...] | None
+    ranges: dict[str, Extent]
+    key: EngineKey
+
+
+def build_engines(
+    bundle: Bundle, request: EngineRequest, jobs: int = 1, progress: Progress | None = None, inspect: bool = True
+) -> BuildReport:
+    """Build what is missing or stale, `jobs` engines at a time; `progress(done, total)` counts those to be built.
+
+    `request` as `make_request` gives it, `inspect` as `Job` has it. Finished engines are kept whatever happens to the
+    others. Raises `BackendError` where a graph cannot be built, `BundleError` where the bundle was changed,
+    `OutputError` where another build is at work or the folder cannot be written.
+    """
+    if jobs < 1:
+        raise ConfigError(f"{jobs} jobs: expected at least 1")
+    started = time.perf_counter()
+    store = EngineStore.of(bundle, request)
+    reasons = _settings_reasons(store, request)
+    wanted = _wanted(bundle, request)
+    with explained(store.folder):
+        store.folder.mkdir(parents=True, exist_ok=True)
+    with _only_one(store):
+        index = store.read()
+        entries = dict(index.engines) if index else {}
+        stale = _sort_out(store, request, wanted, entries)
+        new = _build(store, request, stale, entries, jobs, progress, inspect)
+        _remove_unused(store, entries)
+        if index is None or entries != index.engines:
+            store.write(request, entries)
+    built = tuple(
+        BuiltEngine(each.graph, entries[each.graph].file, entries[each.graph].bytes, entries[each.graph].seconds, why)
+        for each, why in stale
+    )
+    return BuildReport(
+        folder=store.folder,
+        request=request,
+        built=built,
+        kept=len(wanted) - len(built),
+        reasons=tuple(reasons) if built else (),
+        bytes=sum({entry.file: entry.bytes for entry in entries.values()}.values()),
+        seconds=time.perf_counter() - started,
+        jobs=jobs,
+        peak_memory=max((each.peak_memory for each in new), default=0),
+        warnings=sum(each.warnings for each in new),
+        log=store.build_log,
+    )
+
+
+def _settings_reasons(store: EngineStore, request: EngineRequest) -> list[str]:
+    """Why the engines that the bundle has for other settings of this flavour do not serve."""
+    if store.read() is not None:
+        return []
+    for other in stores(store.bundle):
+        index = other.read()
+        if index is not None and index.request.flavour is request.flavour:
+            changes = "; ".join(stale_reasons(index.request, request))
+            return [f"{other.folder} does not serve (it stays; remove it when it is not needed): {changes}"]
+    return []
+
+
+def _wanted(bundle: Bundle, request: EngineRequest) -> list[_Wanted]:
+    """Every graph, the conditioning first. Raises `BundleError` where one is not what the manifest says."""
+    manifest = bundle.manifest
+    ranges = symbol_ranges(manifest, request.opt_batch, request.max_batch)
+    described: dict[str, tuple[TensorSpec, ...] | None] = {CONDITIONING: conditioning_inputs()}
+    units: tuple[TensorSpec, ...] = ()
+    if manifest.sliding:
+        units = unit_inputs(manifest.weights, manifest.model)
+        ranges |= width_ranges(manifest.model)
+    for subnet in manifest.subnets:
+        specs = (*subnet_inputs(manifest.model, subnet.gated), *units)
+        described |= {file: specs for file in (subnet.file, subnet.full_file) if file is not None}
+    decoder = () if manifest.vae is None else vae_inputs(manifest.vae)
+    if decoder:
+        described[VAE_DECODER] = None
+    wanted = []
+    for graph, inputs in described.items():
+        digest = manifest.files[graph].sha256
+        if sha256_of(bundle.file(graph)) != digest:
+            raise BundleError(f"{bundle.path}: {graph} was changed (its SHA-256 differs); export the bundle again")
+        if graph == VAE_DECODER:
+            few = min(DECODED_AT_ONCE, request.max_batch)
+            extents = {BATCH: Extent(min=1, opt=few, max=few)}
+        else:
+            extents = ranges
+        key = EngineKey(
+            graph_sha256=digest,
+            weights_sha256=manifest.files[weights_of(manifest, graph)].sha256,
+            profile=shape_profile(decoder if graph == VAE_DECODER else inputs or (), extents, graph),
+        )
+        wanted.append(_Wanted(graph, inputs, extents, key))
+    return wanted
+
+
+@contextlib.contextmanager
+def _only_one(store: EngineStore) -> Iterator[None]:
+    """Hold the folder's lock, which goes with the process; clear away what killed builds left."""
+    with explained(store.folder), open(store.folder / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OutputError(f"another build is at work in {store.folder}; wait for it, then run again") from error
+        for part in store.folder.glob(".*.part"):
+            part.unlink()
+        yield
+
+
+def _sort_out(
+    store: EngineStore, request: EngineRequest, wanted: list[_Wanted], entries: dict[str, EngineEntry]
+) -> list[tuple[_Wanted, tuple[str, ...]]]:
+    """The graphs to build and why; `entries` keeps those whose engine is there and right."""
+    stale = []
+    for each in wanted:
+        entry = entries.get(each.graph)
+        reasons = _reasons(store, each.key, entry)
+        if entry is None or reasons:
+            entries.pop(each.graph, None)
+            stale.append((each, tuple(reasons)))
+        else:
+            modified = store.engine_path(entry).stat().st_mtime_ns
+            entries[each.graph] = entry.model_copy(update={"modified_ns": modified})
+    for graph in entries.keys() - {each.graph for each in wanted}:
+        del entries[graph]
+    kept = {entry.fingerprint: entry for entry in entries.values()}
+    for each, _ in stale:
+        if equal := kept.get(each.key.fingerprint(request)):
+            entries[each.graph] = equal
+    return [(each, reasons) for each, reasons in stale if each.graph not in entries]
+
+
+def _reasons(store: EngineStore, key: EngineKey, entry: EngineEntry | None) -> list[str]:
+    if entry is None:
+        return []
+    if reasons := stale_key_reasons(entry.key, key):
+        return reasons
+    return [] if store.is_complete(entry) else [f"{entry.file} is missing or was changed"]
+
+
+def _build(
+    store: EngineStore,
+    request: EngineRequest,
+    stale: list[tuple[_Wanted, tuple[str, ...]]],
+    entries: dict[str, EngineEntry],
+    jobs: int,
+    progress: Progress | None,
+    inspect: bool,
+) -> list[Built]:
+    """Build the stale graphs, equal ones once, and enter each in the index as it is finished."""
+    groups: dict[str, list[_Wanted]] = {}
+    for each, _ in stale:
+        groups.setdefault(each.key.fingerprint(request), []).append(each)
+    timing_cache = None if request.flavour.traits.ahead_of_time else store.timing_cache
+    taken = {entry.file for entry in entries.values()}
+    work, todo = [], dict[str, list[_Wanted]]()
+    for fingerprint, group in groups.items():
+        graph, first = store.bundle.file(group[0].graph), group[0]
+        name = f"{graph.stem}.engine"
+        engine = store.folder / (f"{graph.stem}-{fingerprint[:8]}.engine" if name in taken else name)
+        todo[engine.name] = group
+        settings = (request, store.bundle.manifest.model, first.inputs, first.ranges)
+        work.append(Job(graph, engine, *settings, store.build_log, timing_cache, inspect))
+    new: list[Built] = []
+
+    def done(job: Job, built: Built) -> None:
+        new.append(built)
+        for each in todo[job.engine.name]:
+            entries[each.graph] = EngineEntry(
+                file=job.engine.name, key=each.key, fingerprint=each.key.fingerprint(request), **asdict(built)
+            )
+        store.write(request, entries)
+        if progress:
+            progress(len(new), len(work))
+
+    if work:
+        if progress:
+            progress(0, len(work))
+        run_jobs(work, jobs, done)
+    return new
+
+
+def _remove_unused(store: EngineStore, entries: dict[str, EngineEntry]) -> None:
+    """Remove engines that no graph has any more: they are large."""
+    used = {entry.file for entry in entries.values()}
+    for path in store.folder.glob("*.engine"):
+        if path.name not in used:
+            path.unlink()

@@ -1,0 +1,89 @@
+"""What calibrated precisions have of activations: scales of what enters linear layers, and which of these stay in 16
+bits, by segment; a migration."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dydit.bundle.stored_weights import Precision
+from dydit.calibrate.activation_ranges import ActivationRanges, require_segments
+from dydit.calibrate.calibration_file import plan_sha256
+from dydit.checkpoints.checkpoint import Checkpoint
+from dydit.errors import CalibrationError
+from dydit.export.weights import Copies
+from dydit.models.architecture import UnitAxis
+from dydit.models.config import ModelConfig
+from dydit.planning.plan import Plan
+from dydit.quantization.smoothing import Migration
+
+if TYPE_CHECKING:
+    from dydit.export.exporter import ExportConfig
+
+LARGEST = {Precision.INT8_STATIC: 127.0, Precision.FP8: 448.0}
+Scales = tuple[tuple[float | None, ...], ...]
+"""By block, of what enters its layers (`UnitAxis.layers`); None: the layer stays in 16 bits."""
+
+
+def segment_scales(
+    checkpoint: Checkpoint, config: ExportConfig, masks: np.ndarray, plan: Plan
+) -> tuple[Scales, ...] | None:
+    """Scales of each segment of a plan over the masks bool [S, U], by slot; None where nothing is calibrated.
+
+    Raises `CalibrationError` for a calibration without ranges, or of another checkpoint, run or plan.
+    """
+    if not config.precision.is_calibrated:
+        return None
+    if config.activations is None:
+        assert config.calibration is not None
+        config.calibration.require(checkpoint.sha256, config.steps, config.sampler, plan_sha256(plan.bounds, masks))
+        config.calibration.require_searched(config.precision)
+    ranges = _ranges(config)
+    if ranges is None:
+        raise CalibrationError(
+            f"the calibration has no ranges of activations, which {config.precision} needs; run `dydit calibrate` with "
+            "--activations minmax"
+        )
+    require_segments(ranges, len(plan.segments), checkpoint.config)
+    scales = ranges.input_scales(LARGEST[config.precision])
+    return tuple(
+        tuple(
+            tuple(None if kept else scale for scale, kept in zip(*block, strict=True))
+            for block in zip(*segment, strict=True)
+        )
+        for segment in zip(scales, ranges.kept.tolist(), strict=True)
+    )
+
+
+def weight_copies(axis: UnitAxis, masks: np.ndarray, plan: Plan, scales: Sequence[Scales] | None) -> dict[str, Copies]:
+    """Which stored copies of each layer's weight a plan over the masks bool [S, U] uses; nothing that none uses."""
+    if scales is None:
+        return {}
+    copies = {}
+    for part in axis.parts:
+        there = [masks[first:end, part.units].any() for first, end in plan.segments]
+        for layer in part.group.layers:
+            place = axis.layer_names.index(layer.name)
+            kept = [each[part.block][place] is None for each, used in zip(scales, there, strict=True) if used]
+            copies[part.stored(layer.weight)] = Copies(not all(kept) or not kept, any(kept))
+    return copies
+
+
+def planned_migration(model: ModelConfig, config: ExportConfig) -> Migration | None:
+    """The migration that the ranges of a calibrated precision go with, where there is one.
+
+    Raises `CalibrationError` for one of another model's channels.
+    """
+    ranges = _ranges(config) if config.precision.is_calibrated else None
+    if ranges is None or ranges.migration is None:
+        return None
+    ranges.migration.require_fits(model)
+    return ranges.migration
+
+
+def _ranges(config: ExportConfig) -> ActivationRanges | None:
+    if config.activations is None and config.calibration is not None:
+        return config.calibration.activations
+    return config.activations

@@ -1,0 +1,1 @@
+"""Inspection: what a checkpoint, a bundle or a run holds and computes."""

@@ -1,0 +1,316 @@
+"""`dydit inspect`: what a checkpoint or a bundle holds: sizes, routers, cost, masks over time, plan.
+
+Facts are plain data (`to_json`), which `text` lays out for a terminal and `pictures` draws. Nothing is run but the
+width routers of a checkpoint; a bundle needs neither PyTorch nor ONNX.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dydit.bundle.bundle import Bundle
+from dydit.bundle.manifest import MANIFEST, Manifest, Routing
+from dydit.bundle.measurements import StepTimes
+from dydit.bundle.stored_weights import half_name
+from dydit.bundle.vae_entry import VAE_DECODER, VAE_WEIGHTS
+from dydit.diffusion.schedule import Schedule
+from dydit.errors import CheckpointError
+from dydit.files import user_path, write_atomic
+from dydit.models.config import ModelConfig
+from dydit.models.macs import model_macs, unit_costs
+from dydit.planning.costs import macs_costs, time_costs
+from dydit.planning.executed import layers_in_16_bits
+from dydit.planning.plan import Plan, optimal_plans, per_step_plan, segment_costs
+from dydit.planning.sizes import PlanSizes, fixed_bytes
+from dydit.reports.inspection_facts import (
+    BundleFacts,
+    CheckpointFacts,
+    DecoderFacts,
+    ModelFacts,
+    PlanRow,
+    SegmentFacts,
+    SubnetFacts,
+    WidthFacts,
+    bundle_text,
+    checkpoint_text,
+)
+from dydit.reports.plots import PlanPoint, plan_png
+from dydit.reports.plots_masks import masks_png
+
+DEFAULT_STEPS = 250
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Facts, and the masks that they were counted on, bool [S, L, 2, H] by checkpoint unit at `timesteps`."""
+
+    facts: CheckpointFacts | BundleFacts
+    masks: np.ndarray
+    timesteps: tuple[int, ...]
+
+    def pictures(self) -> dict[str, bytes]:
+        """PNG files by name; none for a static model, which has nothing to show."""
+        if not self.facts.model.config.dynamic:
+            return {}
+        pictures = {"masks.png": masks_png(self.masks, self.facts.model.config.units, self.timesteps)}
+        if isinstance(self.facts, BundleFacts):
+            measured, rows, chosen = self.facts.measured, self.facts.plans, self.facts.chosen
+            if measured is not None and measured.per_step_ms and measured.static_ms:
+                curve = [_point(row, row.ms) for row in (*rows, chosen)]
+                bounds, what = (measured.per_step_ms, measured.static_ms), "time"
+            else:
+                curve = [_point(row, row.macs) for row in (*rows, chosen)]
+                static = self.facts.model.block_macs * float(self.facts.width.steps)
+                bounds, what = (self.facts.width.flops_ratio * static, static), "multiply-adds"
+            pictures["plan.png"] = plan_png(curve[:-1], curve[-1], *bounds, what)
+        return pictures
+
+    def text(self) -> str:
+        """For a terminal: columns aligned, lines of at most about 100 characters."""
+        return bundle_text(self.facts) if isinstance(self.facts, BundleFacts) else checkpoint_text(self.facts)
+
+    def write_pictures(self, out: Path) -> list[Path]:
+        """Write the pictures into the folder `out`, replacing those of the same name; returns their paths."""
+        paths = []
+        for name, data in self.pictures().items():
+            write_atomic(out / name, data)
+            paths.append(out / name)
+        return paths
+
+    def to_json(self) -> dict[str, object]:
+        """The facts as plain data."""
+        return self.facts.to_json()
+
+
+def inspect(path: Path | str, **reading: Any) -> Inspection:
+    """A bundle where `path` is a folder with a manifest, else a checkpoint; see the two functions below."""
+    path = user_path(path)
+    if (path / MANIFEST).exists():
+        return inspect_bundle(path)
+    return inspect_checkpoint(path, **reading)
+
+
+def inspect_checkpoint(path: Path | str, steps: int = DEFAULT_STEPS, **reading: Any) -> Inspection:
+    """A checkpoint of any known format, its width masks taken at the timesteps of a run of `steps`.
+
+    `reading`: the options of `load_checkpoint`. Raises `CheckpointError` as that does.
+    """
+    try:
+        from dydit.checkpoints.checkpoint import load_checkpoint
+        from dydit.planning.masks import freeze_masks
+        from dydit.planning.sizes import fixed_bytes, unit_bytes
+    except ImportError as error:
+        raise CheckpointError(f"reading a checkpoint needs {error.name}: pip install 'dydit[export]'") from error
+    checkpoint = load_checkpoint(path, **reading)
+    config = checkpoint.config
+    timesteps = Schedule.respaced(steps).timesteps[::-1]
+    masks = freeze_masks(checkpoint.width_routers(), timesteps)
+    routers = ("attn_rate", "mlp_rate", "token_selection")
+    parameters = {name: tensor.numel() for name, tensor in checkpoint.state.items()}
+    model = _model_facts(
+        config, sum(parameters.values()), sum(n for name, n in parameters.items() if any(r in name for r in routers))
+    )
+    sizes = PlanSizes(config.units, masks, unit_bytes(config), fixed_bytes(config))
+    facts = CheckpointFacts(
+        path=str(path),
+        format=checkpoint.source,
+        sha256=checkpoint.sha256,
+        file_bytes=_size_of(user_path(path)),
+        metadata=checkpoint.metadata,
+        notes=checkpoint.notes,
+        model=model,
+        width=_width_facts(masks, config),
+        plans=_rows(masks, config, sizes, None),
+    )
+    return Inspection(facts, masks, tuple(timesteps.tolist()))
+
+
+def inspect_bundle(path: Path | str) -> Inspection:
+    """A bundle, its files held against their hashes first.
+
+    Raises `BundleError` as `Bundle.open` does.
+    """
+    bundle = Bundle.open(path)
+    manifest, config = bundle.manifest, bundle.manifest.model
+    masks = manifest.checkpoint_masks()
+    unit_sizes = _unit_bytes(manifest)
+    subnets = tuple(_subnet_facts(manifest, index) for index in range(len(manifest.subnets)))
+    fixed = fixed_bytes(config, manifest.precision)
+    measured, (layers, in_16_bits) = manifest.plan.measured, layers_in_16_bits(manifest)
+    plans = _rows(
+        masks, config, PlanSizes(config.units, masks, unit_sizes, fixed), measured.times if measured else None
+    )
+    dense = int(unit_sizes.sum()) + fixed
+    loaded = dense if manifest.sliding else sum(entry.weight_bytes for entry in manifest.subnets)
+    chosen = PlanRow(
+        segments=len(manifest.plan.segments),
+        subnets=len(manifest.subnets),
+        macs=manifest.plan.macs,
+        versus_exact=manifest.plan.macs / manifest.plan.per_step_macs,
+        versus_static=manifest.plan.macs / manifest.plan.static_macs,
+        weight_bytes=loaded,
+        ms=measured.ms if measured else None,
+    )
+    stored = sum(entry.nbytes for entry in manifest.weights.values())
+    decoder = _decoder_facts(manifest)
+    facts = BundleFacts(
+        path=str(path),
+        schema_version=manifest.schema_version,
+        checkpoint_sha256=manifest.checkpoint_sha256,
+        sampler=manifest.sampling.sampler,
+        steps=manifest.sampling.steps,
+        cfg_channels=manifest.sampling.cfg_channels,
+        routing=manifest.routing,
+        precision=manifest.precision,
+        max_batch=manifest.max_batch,
+        plan_kind=manifest.plan.kind,
+        model=_stored_model_facts(manifest),
+        width=_width_facts(masks, config),
+        chosen=chosen,
+        plans=plans,
+        segments=_segment_facts(manifest, masks),
+        measured=measured,
+        layers=layers,
+        layers_in_16_bits=in_16_bits,
+        subnets=subnets,
+        bundle_bytes=_size_of(bundle.path) - (decoder.bytes if decoder else 0),
+        stored_bytes=stored,
+        graph_bytes=sum(
+            entry.bytes for name, entry in manifest.files.items() if name.endswith(".onnx") and name != VAE_DECODER
+        ),
+        dense_bytes=dense,
+        tools=manifest.tools,
+        decoder=decoder,
+    )
+    return Inspection(facts, masks, manifest.sampling.timesteps)
+
+
+def _decoder_facts(manifest: Manifest) -> DecoderFacts | None:
+    if (vae := manifest.vae) is None:
+        return None
+    size = sum(manifest.files[name].bytes for name in (VAE_DECODER, VAE_WEIGHTS))
+    side = manifest.model.input_size * vae.upscale
+    return DecoderFacts(source=vae.source, tile=vae.tile, picture_side=side, bytes=size, scaling=vae.scaling_words)
+
+
+def _model_facts(config: ModelConfig, parameters: int, routers: int) -> ModelFacts:
+    return ModelFacts(
+        config=config,
+        tokens=config.tokens,
+        parameters=parameters,
+        router_parameters=routers,
+        static_macs=model_macs(config),
+        block_macs=int(unit_costs(config).sum()),
+    )
+
+
+def _width_facts(masks: np.ndarray, config: ModelConfig) -> WidthFacts:
+    costs = unit_costs(config)
+    return WidthFacts(
+        steps=len(masks),
+        distinct_masks=len(np.unique(masks, axis=0)),
+        shares=config.units.shares(masks),
+        toggling_units=int((masks.any(0) & ~masks.all(0)).sum()),
+        units=masks[0].size,
+        flops_ratio=float((masks * costs).sum() / (costs.sum() * len(masks))),
+    )
+
+
+def _subnet_facts(manifest: Manifest, index: int) -> SubnetFacts:
+    entry = manifest.subnets[index]
+    segments = [segment for segment in manifest.plan.segments if segment.subnet == index]
+    return SubnetFacts(
+        index=index,
+        segments=len(segments),
+        steps=sum(segment.count for segment in segments),
+        units=manifest.model.units.total_counts(manifest.model.units.mask(entry.units)),
+        gated=entry.gated,
+        weight_bytes=entry.weight_bytes,
+        graph_bytes=sum(manifest.files[name].bytes for name in (entry.file, entry.full_file) if name),
+    )
+
+
+def _unit_bytes(manifest: Manifest) -> np.ndarray:
+    """Bytes of each unit's stored weights, [U]; in 8 bits, of what is stored in them."""
+    axis, sizes = manifest.model.units, []
+    for part in axis.parts:
+        names = map(part.stored, part.group.all_unit_tensors)
+        stored = (manifest.weights.get(name) or manifest.weights.get(half_name(name)) for name in names)
+        sizes.append(sum(entry.nbytes for entry in stored if entry) / part.group.count)
+    return axis.spread(np.array(sizes, np.float64))
+
+
+def _stored_model_facts(manifest: Manifest) -> ModelFacts:
+    """The width routers are not among a bundle's parameters: their decisions are frozen into its plan."""
+    counts = {name: math.prod(entry.shape) for name, entry in manifest.weights.items()}
+    for copy in [half_name(name) for name in counts]:
+        counts.pop(copy, None)
+    del counts["time.frequencies"]
+    return _model_facts(
+        manifest.model, sum(counts.values()), sum(n for name, n in counts.items() if ".router." in name)
+    )
+
+
+def _size_of(path: Path) -> int:
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    return sum(file.stat().st_size for file in files)
+
+
+def _rows(masks: np.ndarray, config: ModelConfig, sizes: PlanSizes, times: StepTimes | None) -> tuple[PlanRow, ...]:
+    """The cheapest plan of every number of segments, from 1 to as many as the exact masks need: by `times`, where a
+    bundle's plan was made by them, else by multiply-adds."""
+    macs = macs_costs(config)
+    costs = macs if times is None else time_costs(times, config)
+    exact = per_step_plan(masks, costs)
+    table, static = segment_costs(masks, macs), len(masks) * macs.static
+    least = per_step_plan(masks, macs).cost
+
+    def row(plan: Plan) -> PlanRow:
+        cost = float(sum(table[segment] for segment in plan.segments))
+        return PlanRow(
+            segments=len(plan.segments),
+            subnets=len(sizes.subnets(plan)),
+            macs=cost,
+            versus_exact=cost / least,
+            versus_static=cost / static,
+            weight_bytes=sizes.weights(plan),
+            ms=None if times is None else plan.cost,
+        )
+
+    return tuple(row(plan) for plan in [*optimal_plans(masks, costs, len(exact.segments))[:-1], exact])
+
+
+def _segment_facts(manifest: Manifest, masks: np.ndarray) -> tuple[SegmentFacts, ...]:
+    config, plan = manifest.model, manifest.plan
+    times = plan.measured.times if plan.measured else None
+    costs = macs_costs(config) if times is None else time_costs(times, config)
+    unions = [masks[segment.first : segment.first + segment.count].any(axis=0) for segment in plan.segments]
+    spent = costs.of(np.stack(unions)) * [segment.count for segment in plan.segments]
+    facts = []
+    for segment, share in zip(plan.segments, spent / spent.sum(), strict=True):
+        entry = manifest.subnets[segment.subnet]
+        held = config.units.mask(entry.units)
+        facts.append(
+            SegmentFacts(
+                first=segment.first,
+                steps=segment.count,
+                subnet=segment.subnet,
+                units=config.units.total_counts(held),
+                gated=entry.gated,
+                cost_share=float(share),
+                weight_bytes=entry.weight_bytes,
+                slots=entry.capacities if manifest.routing is Routing.CAPACITY else None,
+                blocks_with_mlp=tuple(bool(macs) for macs in config.units.routed_macs(held)),
+            )
+        )
+    return tuple(facts)
+
+
+def _point(row: PlanRow, cost: float | None) -> PlanPoint:
+    assert cost is not None
+    return PlanPoint(row.segments, row.subnets, cost, row.weight_bytes)

@@ -1,0 +1,1 @@
+"""Parity: a bundle is compared with the model that it was exported from, check by check."""

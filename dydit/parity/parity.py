@@ -1,0 +1,327 @@
+"""`dydit parity`: hold a bundle against the checkpoint that it came from, hop by hop (DESIGN, section 6).
+
+    masks    the model's own gates in every sampling step == the frozen table
+    weights  every stored tensor == the checkpoint's, in the bundle's precision, bit for bit
+    sliced   masked model vs the sliced torch form, each step from the reference's own latents
+    step     masked model vs the backend, each step from the reference's own latents
+    run      masked model vs the backend, the whole run from the same noise
+
+The bars are those of the bundle's precision (`dydit.parity.tolerances`). The reference (`dydit.parity.reference`) runs
+first and is never patched. All hops are made, also after one has failed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from pydantic import Field
+
+from dydit.bundle.bundle import Bundle
+from dydit.bundle.manifest import Manifest
+from dydit.bundle.stored_weights import half_name
+from dydit.checkpoints.checkpoint import Checkpoint
+from dydit.errors import ConfigError
+from dydit.export.exporter import stale_reasons
+from dydit.export.weights import Copies, stored_forms
+from dydit.files import write_json
+from dydit.models.config import ModelConfig, Strict
+from dydit.models.dit.layout import stored_tensors
+from dydit.models.dit.sliced import SlicedDiT, conditioning
+from dydit.models.dit.smoothed import migrated_tensors
+from dydit.models.macs import flops_ratio
+from dydit.parity.checks import Verdict, exact_hop, judge, locate, locate_in_run, skipped
+from dydit.parity.comparison import Measure, StepComparison, StepValues, compare_step, picture_error, relative_l2
+from dydit.parity.reference import Images, Reference, Trajectory
+from dydit.parity.tolerances import DERIVED_WEIGHTS, of_latents, rules
+from dydit.reports.results import Departure, Hop, Machine, ParityReport
+from dydit.runtime.backends.base import BackendOptions
+from dydit.runtime.backends.registry import open_backend
+from dydit.runtime.images.pixels import ToPixels, picture_format
+from dydit.runtime.loop import StepRunner
+from dydit.runtime.resident import ResidentSubnets
+from dydit.words import counted
+
+REPORT = "parity.json"
+PIXEL_SPAN = 2.0  # pixels are in [-1, 1]
+Progress = Callable[[int, int], None]
+
+
+class ParityConfig(Strict):
+    """What to compare: an image for each label (the null class counts as one), `cfg_scale` 1 being no guidance.
+
+    `every`: compare every n-th step, and the last, from the reference's latents; the whole run always has all steps.
+    """
+
+    backend: str = "onnxruntime"
+    threads: int = Field(default=0, ge=0)
+    device: str = "cpu"
+    labels: tuple[int, ...] = Field(default=(0, 1), min_length=1)
+    seed: int = Field(default=0, ge=0)
+    cfg_scale: float = Field(default=4.0, ge=0, allow_inf_nan=False)
+    every: int = Field(default=1, ge=1)
+
+
+def run_parity(
+    bundle: Bundle,
+    checkpoint: Checkpoint,
+    config: ParityConfig,
+    out: Path | None = None,
+    progress: Progress | None = None,
+) -> ParityReport:
+    """Make every hop and, with `out`, write `out/parity.json`. `progress(done, total)` counts model evaluations.
+
+    A bundle of another checkpoint is not refused: the hops fail and name what differs. Raises `ConfigError` for labels
+    that do not fit the bundle, `BackendError` where the backend cannot run it.
+    """
+    start, manifest = time.perf_counter(), bundle.manifest
+    if len(config.labels) > manifest.max_batch:
+        raise ConfigError(
+            f"{counted(len(config.labels), 'label')}, but the bundle was exported for batches up to "
+            f"{manifest.max_batch}"
+        )
+    Images(config.labels, config.seed, config.cfg_scale).row_labels(manifest.model)
+    steps = manifest.sampling.steps
+    compared = sorted({*range(0, steps, config.every), steps - 1})
+    if manifest.model.architecture == checkpoint.config.architecture:
+        parity = _Parity(bundle, checkpoint, config, compared, progress)
+        hops, trajectory = parity.hops()
+        evaluations, repeated = parity.evaluations, parity.repeated
+    else:
+        hops, trajectory = _other_architecture(manifest, checkpoint.config), None
+        evaluations = repeated = 0
+    tokens, ratio = (np.empty(0), np.empty(0)) if trajectory is None else cost_of(manifest.model, trajectory)
+    report = ParityReport(
+        bundle=str(bundle.path),
+        checkpoint=str(checkpoint.path),
+        **config.model_dump(include={"backend", "threads", "device", "labels", "seed", "cfg_scale"}),
+        steps=steps,
+        sampler=manifest.sampling.sampler.value,
+        routing=manifest.routing.value if manifest.routing else None,
+        precision=manifest.precision.value,
+        steps_compared=tuple(compared),
+        timesteps=manifest.sampling.timesteps,
+        stale_reasons=tuple(stale_reasons(manifest, checkpoint)),
+        hops=tuple(hops),
+        evaluations=evaluations,
+        repeated_steps=repeated,
+        token_share=tuple(tokens.tolist()),
+        flops_ratio=tuple(ratio.tolist()),
+        machine=Machine.here(),
+        seconds=round(time.perf_counter() - start, 3),
+    )
+    if out is not None:
+        write_json(out / REPORT, report.to_json())
+    return report
+
+
+def cost_of(model: ModelConfig, trajectory: Trajectory) -> tuple[np.ndarray, np.ndarray]:
+    """(share of tokens that entered the MLP, FLOPs ratio) of every step, each [S]."""
+    counts = model.units.counts(trajectory.masks).mean(axis=1)  # [S, P], of all rows
+    everything = np.ones((len(counts), model.depth))
+    routed = everything if trajectory.tokens is None else trajectory.tokens.mean(axis=(2, 3))
+    ratio: np.ndarray = flops_ratio(model, counts, routed)
+    return routed.mean(axis=1), ratio
+
+
+def _other_architecture(manifest: Manifest, reference: ModelConfig) -> list[Hop]:
+    ours = manifest.model
+    name = next(name for name in ModelConfig.model_fields if getattr(ours, name) != getattr(reference, name))
+    where = f"{name} is {getattr(ours, name)} in the bundle and {getattr(reference, name)} in the checkpoint"
+    first, *rest = rules(manifest.precision).values()
+    failed = exact_hop(first, 1, "the architecture differs", Departure(where=where))
+    return [failed, *(skipped(each, "the architecture differs") for each in rest)]
+
+
+@dataclass
+class _Counter:
+    progress: Progress | None
+    total: int
+    done: int = 0
+
+    def __call__(self) -> None:
+        self.done += 1
+        if self.progress:
+            self.progress(self.done, self.total)
+
+
+class _Parity:
+    """One comparison: the parts that hops share."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        checkpoint: Checkpoint,
+        config: ParityConfig,
+        compared: Sequence[int],
+        progress: Progress | None,
+    ):
+        self.bundle, self.checkpoint, self.config, self.compared = bundle, checkpoint, config, compared
+        self.model, sampling = bundle.manifest.model, bundle.manifest.sampling
+        self.images = Images(config.labels, config.seed, config.cfg_scale)
+        self.reference = Reference(checkpoint.model(), sampling.steps, sampling.sampler, sampling.cfg_channels)
+        self.timesteps = self.reference.timesteps
+        self.rules = rules(bundle.manifest.precision)
+        if picture_format(bundle.manifest) is None:
+            self.rules["run"] = of_latents(self.rules["run"])
+        self.evaluations = self.repeated = 0
+        self.tick = _Counter(progress, 2 * sampling.steps + 2 * len(compared))
+
+    def hops(self) -> tuple[list[Hop], Trajectory]:
+        """All hops, in order, and the reference's run."""
+        self.trajectory = self.reference.run(self.images, self.tick)
+        masks = compare_masks(self.bundle, self.timesteps, self.trajectory.masks)
+        return [masks, compare_weights(self.bundle, self.checkpoint), self._sliced(), *self._backend()], self.trajectory
+
+    def _expected(self, step: int) -> StepValues:
+        latents, logits = self.trajectory.latents, self.trajectory.logits
+        return StepValues(latents[step], latents[step + 1], None if logits is None else logits[step] > 0)
+
+    def _compare(self, step: int, ours: StepValues, measure: Measure = relative_l2) -> StepComparison:
+        logits = None if self.trajectory.logits is None else self.trajectory.logits[step]
+        c_x = float(self.reference.coefficients[step, 0])
+        return compare_step(step, ours, self._expected(step), c_x, logits, measure)
+
+    def _run_measure(self, step: int, to_pixels: ToPixels) -> Measure:
+        """What a whole run is judged by: below fp32 its pictures, which are decoded at the end where they must be."""
+        if not self.rules["run"].decibels:
+            return relative_l2
+        pictures = picture_format(self.bundle.manifest)
+        if pictures is None or (pictures.decoded and step < len(self.timesteps) - 1):
+            return lambda ours, reference: picture_error(ours, reference, None)
+        return lambda ours, reference: picture_error(to_pixels(ours), to_pixels(reference), PIXEL_SPAN)
+
+    def _located(self, verdict: Verdict, ours: Callable[[int], StepValues]) -> Hop:
+        """The hop with the block in which it departs: both sides run that step once more, with their residuals."""
+        if verdict.step is None:
+            return verdict.hop
+        expected, step = self._expected(verdict.step), verdict.step
+        again = self.reference.step(self.images, step, expected.x, residuals=True)
+        reference = StepValues(expected.x, expected.x_prev, expected.tokens, again.residuals)
+        return locate(verdict, ours(step), reference, int(self.timesteps[step]))
+
+    def _sliced(self) -> Hop:
+        weights = dict(stored_tensors(self.checkpoint.state, self.model))
+        labels = torch.from_numpy(self.images.row_labels(self.model))
+
+        def run(step: int) -> StepValues:
+            slots = self.model.units.slots(self.trajectory.masks[step, 0])
+            sliced = SlicedDiT(self.model, weights, slots, self.reference.cfg_channels)
+            x = self.trajectory.latents[step]
+            modulation = conditioning(self.model, weights, torch.tensor([int(self.timesteps[step])]), labels)[0]
+            out = sliced.step(
+                torch.from_numpy(x),
+                torch.from_numpy(self.images.noise(self.model, step)),
+                torch.from_numpy(self.reference.coefficients[step].astype(np.float32)),
+                torch.tensor(self.config.cfg_scale),
+                modulation,
+                debug=True,
+            )
+            assert out.tokens is not None and out.residuals is not None
+            return StepValues(x, out.x_prev.numpy(), out.tokens.numpy(), out.residuals.numpy())
+
+        comparisons = []
+        for step in self.compared:
+            comparisons.append(self._compare(step, run(step)))
+            self.tick()
+        return self._located(judge(self.rules["sliced"], comparisons, self.timesteps), run)
+
+    def _backend(self) -> list[Hop]:
+        """Both hops of the backend, segment by segment, so that each subnetwork is loaded once."""
+        config = self.config
+        backend = open_backend(
+            config.backend, self.bundle, BackendOptions(threads=config.threads, device=config.device)
+        )
+        labels, latents = self.images.row_labels(self.model), self.trajectory.latents
+        # Values come from the graphs that sampling uses, decisions from their twins with more outputs.
+        with ResidentSubnets(backend, 2) as plain, ResidentSubnets(backend, 2, debug=True) as open_:
+            runner, watched = (StepRunner(backend, each, labels, config.cfg_scale) for each in (plain, open_))
+
+            def run(step: int, x: np.ndarray, residuals: bool = False) -> StepValues:
+                feeds = (step, x, self.images.noise(self.model, step), labels[: self.images.batch])
+                inside, made = watched.run(*feeds), runner.run(*feeds)
+                self.evaluations += 1
+                self.repeated += bool(made.overflow.any())
+                return StepValues(x, made.x_prev, inside.tokens, inside.residuals if residuals else None)
+
+            x, alone, together, to_pixels = latents[0], [], [], ToPixels(backend)
+            for step in range(len(self.timesteps)):
+                ours = run(step, x)
+                together.append(self._compare(step, ours, self._run_measure(step, to_pixels)))
+                x = ours.x_prev
+                self.tick()
+                if step in self.compared:
+                    alone.append(self._compare(step, run(step, latents[step])))
+                    self.tick()
+            single = self._located(
+                judge(self.rules["step"], alone, self.timesteps), lambda step: run(step, latents[step], True)
+            )
+        return [single, locate_in_run(judge(self.rules["run"], together, self.timesteps), self.timesteps)]
+
+
+def compare_masks(bundle: Bundle, timesteps: np.ndarray, masks: np.ndarray) -> Hop:
+    """The gates that the model itself used, and the timesteps that it was given, against the manifest's.
+
+    `masks`: bool [S, rows, U], by unit of the checkpoint. The departure is the first step, block and unit.
+    """
+    rule, frozen = rules(bundle.manifest.precision)["masks"], bundle.manifest.checkpoint_masks()
+    wrong = (masks != frozen[:, None]).any(axis=1)  # [S, U]
+    late = np.asarray(bundle.manifest.sampling.timesteps) != timesteps
+    per_step = wrong.sum(axis=1) + late
+    if not per_step.any():
+        detail = f"all {wrong.size:,} gates of {counted(len(timesteps), 'step')} are equal"
+        return exact_hop(rule, 0, detail, None, per_step)
+    step = int(np.argmax(per_step > 0))
+    block, where = None, f"step {step} is at timestep {bundle.manifest.sampling.timesteps[step]}, not {timesteps[step]}"
+    if not late[step]:
+        place = int(np.argmax(wrong[step]))
+        part = next(part for part in bundle.manifest.model.units.parts if place < part.stop)
+        block, frozen_as = part.block, "on" if frozen[step, place] else "off"
+        unit_name = f"{part.group.name.removesuffix('s')} {place - part.start}"
+        where = f"step {step} (timestep {timesteps[step]}), block {block}: {unit_name} is frozen as {frozen_as}"
+    departure = Departure(step=step, timestep=int(timesteps[step]), block=block, where=where)
+    total = int(per_step.sum())
+    detail = f"{total:,} of {wrong.size + len(late):,} gates and timesteps differ"
+    return exact_hop(rule, total, detail, departure, per_step)
+
+
+def compare_weights(bundle: Bundle, checkpoint: Checkpoint) -> Hop:
+    """Every tensor of `weights.bin` against the checkpoint's, in the manifest's order of units."""
+    manifest = bundle.manifest
+    elements, differing, first = 0, 0, None
+    tensors = migrated_tensors(checkpoint.state, manifest.model, manifest.migration, manifest.unit_order)
+
+    def copies(name: str) -> Copies:
+        half = half_name(name) in manifest.weights
+        return Copies(name in manifest.weights or not half, half)
+
+    forms = (
+        form for each in tensors for form in stored_forms(manifest.model, *each, manifest.precision, copies(each[0]))
+    )
+    for name, expected in forms:
+        elements += expected.numel()
+        wrong = _differing(bundle, name, expected)
+        differing += wrong
+        if wrong and first is None:
+            block = int(name.split(".")[1]) if name.startswith("blocks.") else None
+            first = Departure(block=block, where=f"{name}: {wrong} of {expected.numel()} elements")
+    detail = f"all {elements:,} elements are equal"
+    if differing:
+        detail = f"{differing:,} of {counted(elements, 'element')} differ{'s' if differing == 1 else ''}"
+    return exact_hop(rules(manifest.precision)["weights"], differing, detail, first)
+
+
+def _differing(bundle: Bundle, name: str, expected: torch.Tensor) -> int:
+    """How many elements of a stored tensor are not the expected ones: bit for bit, but for what no checkpoint holds."""
+    entry = bundle.manifest.weights.get(name)
+    if entry is None or entry.shape != tuple(expected.shape) or entry.item_bytes != expected.element_size():
+        return expected.numel()
+    stored = bundle.weight(name)
+    if name in DERIVED_WEIGHTS:
+        return int((~np.isclose(stored, expected, rtol=DERIVED_WEIGHTS[name], atol=0)).sum())
+    bits = np.dtype(f"u{entry.item_bytes}")
+    return int((stored.view(bits) != expected.contiguous().view(torch.uint8).numpy().view(bits)).sum())

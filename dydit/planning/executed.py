@@ -1,0 +1,45 @@
+"""What a bundle's steps compute, in multiply-adds: the subnetworks as they are compiled, not the masks they serve."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from dydit.bundle.manifest import Manifest, Routing, SubnetEntry
+from dydit.models.macs import flops_ratio
+
+
+def subnet_of_steps(manifest: Manifest) -> list[SubnetEntry]:
+    """The subnetwork that each sampling step runs on, [S]."""
+    return [manifest.subnets[segment.subnet] for segment in manifest.plan.segments for _ in segment.steps]
+
+
+def computed_ratio(
+    manifest: Manifest, steps: Sequence[int], routed: np.ndarray, repeated: np.ndarray | None = None
+) -> np.ndarray:
+    """Multiply-adds that each of `steps` computes, over those of the static model's blocks, [K].
+
+    A merged plan computes the union of its steps' masks. Dynamic routing computes the tokens that were routed, of which
+    `routed` [K, L] is the share; capacity routing its slots, and every token once more in the steps that were
+    `repeated`, bool [K]; dense routing and static models every token.
+    """
+    config, entries = manifest.model, [subnet_of_steps(manifest)[step] for step in steps]
+    counts = config.units.counts(manifest.executed_masks()[list(steps)])
+    everything = np.ones((len(entries), config.depth))
+    if manifest.routing is Routing.DYNAMIC:
+        return np.asarray(flops_ratio(config, counts, routed))
+    if manifest.routing is not Routing.CAPACITY:
+        return np.asarray(flops_ratio(config, counts, everything))
+    slots = np.array([entry.capacities or (config.tokens,) * config.depth for entry in entries]) / config.tokens
+    ratio = np.asarray(flops_ratio(config, counts, slots))
+    again = np.zeros(len(entries), bool) if repeated is None else repeated
+    return ratio + again * np.asarray(flops_ratio(config, counts, everything))
+
+
+def layers_in_16_bits(manifest: Manifest) -> tuple[int, int]:
+    """Linear layers of blocks, of all segments, and how many of them stay in 16 bits where the others are in 8."""
+    entries = [manifest.subnets[segment.subnet] for segment in manifest.plan.segments]
+    parts = ((part, units) for entry in entries for part, units in manifest.model.units.zip(entry.units))
+    layers = sum(len(part.group.layers) for part, units in parts if units)
+    return layers, sum(len(block) for entry in entries for block in entry.in_16_bits or ())

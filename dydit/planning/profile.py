@@ -1,0 +1,107 @@
+"""What subnetworks cost here, by a short profile: times for the planner to minimise, memory for its budget to hold.
+
+Small bundles of the exporter's own making are run in a process of their own (`dydit.planning.profile_points` says
+which, `dydit.planning.profile_worker` how), and two models that are linear in what a subnetwork holds are fitted by
+least squares (`dydit.planning.profile_fit`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from itertools import groupby
+from pathlib import Path
+
+from pydantic import Field
+
+from dydit.bundle.measurements import Measured
+from dydit.checkpoints.checkpoint import Checkpoint
+from dydit.errors import BackendError, ConfigError
+from dydit.export.exporter import ExportConfig
+from dydit.models.config import Strict
+from dydit.planning.profile_fit import fit_residency, fit_times
+from dydit.planning.profile_points import profile_points, token_share, write_profile_bundle
+from dydit.planning.profile_worker import Findings, ProfileJob
+from dydit.reports.results import Machine
+
+WORKER = [sys.executable, "-m", "dydit.planning.profile_worker"]
+
+
+class ProfileConfig(Strict):
+    """How to measure: a `batch` of images with guidance, on `threads` cores (0: all).
+
+    `token_share`: of the tokens, how many enter the MLPs, 0..1; by default as many as the model lets through.
+    `seconds`: about how long timing takes; `rounds`: at most.
+    """
+
+    backend: str = "onnxruntime"
+    batch: int = Field(default=1, ge=1)
+    threads: int = Field(default=0, ge=0)
+    token_share: float | None = Field(default=None, gt=0, le=1)
+    seconds: float = Field(default=5.0, gt=0)
+    rounds: int = Field(default=41, ge=1)
+
+
+def run_profile(
+    checkpoint: Checkpoint, export: ExportConfig, config: ProfileConfig, times: bool = True, memory: bool = True
+) -> Measured:
+    """Measure what `export` would make of a checkpoint: `times` of a step, `memory` of loaded subnetworks.
+
+    Raises `ConfigError` for a batch beyond the export's, for a model of one head, and for times from which no cost of a
+    head or a group can be told; `BackendError` where the backend cannot run such bundles, or memory cannot be measured.
+    """
+    model = checkpoint.config
+    if config.batch > export.max_batch:
+        raise ConfigError(f"a batch of {config.batch} to measure with: the export is for {export.max_batch} at most")
+    groups = model.units.blocks[0].groups
+    if any(group.count < 2 for group in groups):
+        raise ConfigError("a model of one head leaves no widths to measure; use --cost macs")
+    share = (config.token_share or token_share(checkpoint)) if model.dynamic else 1.0
+    threads = config.threads or Machine.here().cores
+    points = profile_points([group.count for group in groups])
+    with tempfile.TemporaryDirectory(prefix="dydit-profile-") as folder:
+        bundles = []
+        for depth, group in groupby(points, key=lambda point: point.depth):
+            path = Path(folder) / f"depth-{depth}"
+            write_profile_bundle(path, list(group), model, export, share)
+            bundles.append(str(path))
+        job = ProfileJob(
+            bundles=tuple(bundles),
+            threads=threads,
+            memory=memory,
+            timed=tuple(index for index, point in enumerate(points) if times and point.timed),
+            **config.model_dump(include={"backend", "batch", "rounds", "seconds"}),
+        )
+        found = _ask(job)
+    settings = {"backend": config.backend, "rows": 2 * config.batch}
+    residency, fitted = None, None
+    if memory:
+        residency = fit_residency(points, model, export.precision, found.settled, found.workspace, settings)
+    if times:
+        timed = [point for point in points if point.timed]
+        fitted = fit_times(
+            timed, [group.name for group in groups], found.ms, {**settings, "threads": threads, "token_share": share}
+        )
+    return Measured(times=fitted, residency=residency)
+
+
+def _ask(job: ProfileJob) -> Findings:
+    done = subprocess.run(
+        WORKER,
+        input=job.model_dump_json(),
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "OMP_NUM_THREADS": str(job.threads)},
+    )
+    try:
+        values = json.loads(done.stdout)
+    except ValueError as error:
+        words = done.stderr.strip().splitlines() or ["it said nothing"]
+        raise BackendError(f"the process that measures ended: {words[-1]} (exit code {done.returncode})") from error
+    if "error" in values:
+        raise BackendError(values["error"])
+    return Findings.model_validate(values)

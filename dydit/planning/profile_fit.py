@@ -1,0 +1,116 @@
+"""Fitting costs to what a profile measured: least squares with no negative coefficients. NumPy alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import combinations, groupby
+from typing import Any
+
+import numpy as np
+
+from dydit.bundle.measurements import GroupTimes, Residency, StepTimes
+from dydit.bundle.stored_weights import Precision
+from dydit.errors import ConfigError
+from dydit.models.config import ModelConfig
+from dydit.planning.plan import Plan
+from dydit.planning.profile_points import Point, of_depth
+from dydit.planning.sizes import PlanSizes, fixed_bytes, unit_bytes
+
+WORKSPACES, MARGIN = 3, 0.1
+"""Whole models take up to this many times a step's workspace, and more than the fit: the heap keeps what is freed."""
+RESIDENCY_TERMS = ("subnet", "block", "mapped", "joined", "shared")
+
+
+def non_negative(columns: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """The least squares solution, no coefficient below 0: the best of all choices of those that are 0.
+
+    `columns` [points, terms] with few terms, `values` [points]; returns [terms].
+    """
+    terms = columns.shape[1]
+    best, least = np.zeros(terms), float(values @ values)
+    scale = np.maximum(np.abs(columns).max(axis=0), 1e-300)
+    for count in range(1, terms + 1):
+        for kept in map(list, combinations(range(terms), count)):
+            found, _, rank, _ = np.linalg.lstsq(columns[:, kept] / scale[kept], values, rcond=None)
+            if rank < count or (found < 0).any():
+                continue
+            rest = values - columns[:, kept] @ (found / scale[kept])
+            if rest @ rest < least * (1 - 1e-9):
+                best, least = np.zeros(terms), float(rest @ rest)
+                best[kept] = found / scale[kept]
+    return best
+
+
+def fit_times(
+    points: Sequence[Point], groups: Sequence[str], ms: Sequence[Sequence[float]], settings: Mapping[str, Any]
+) -> StepTimes:
+    """Times by the medians of each point's rounds, in milliseconds; relative deviations count.
+
+    `groups`: names of the unit groups. `settings`: the other fields of `StepTimes`. Raises `ConfigError` where no cost
+    of a unit can be told.
+    """
+    columns = np.array([_time_terms(point) for point in points], np.float64)
+    medians = np.array([np.median(rounds) for rounds in ms])
+    terms = non_negative(columns / medians[:, None], np.ones(len(medians)))
+    fixed, block, *each = terms.tolist()
+    times = {name: {"any": each[2 * index], "unit": each[2 * index + 1]} for index, name in enumerate(groups)}
+    for name, found in times.items():
+        if found["unit"] <= 0:
+            raise ConfigError(
+                f"the times measured here do not grow with the number of {name} (a busy machine, or a very small "
+                "model), so no plan can go by them; try again, or use --cost macs"
+            )
+    deviation = float(np.abs(columns @ terms / medians - 1).max())
+    return StepTimes(
+        **settings,
+        fixed=fixed,
+        block=block,
+        groups={name: GroupTimes(**found) for name, found in times.items()},
+        deviation=deviation,
+    )
+
+
+def _time_terms(point: Point) -> list[int]:
+    """1, blocks, and for each unit group of the blocks: whether any unit is there, and how many."""
+    each = [term for count in point.counts for term in (count > 0, count)]
+    return [1, point.depth, *(point.depth * term for term in each)]
+
+
+def fit_residency(
+    points: Sequence[Point],
+    model: ModelConfig,
+    precision: Precision,
+    settled: Sequence[int],
+    workspace: int,
+    settings: Mapping[str, Any],
+) -> Residency:
+    """Memory by what the process grew, in bytes, as the points were loaded one after another, the first one aside.
+
+    `settings`: the other fields of `Residency`.
+    """
+    columns = np.diff(_loaded_terms(points, model, precision), axis=0)
+    grown = np.diff(np.asarray(settled, np.float64))
+    found = dict(zip(RESIDENCY_TERMS, non_negative(columns, grown).tolist(), strict=True))
+    fitted = columns @ np.array([found[term] for term in RESIDENCY_TERMS])
+    off = np.abs(np.cumsum(fitted - grown)).max() / max(float(np.abs(grown).sum()), 1.0)
+    each = {term: math.ceil(found.pop(term)) for term in ("subnet", "block")}
+    return Residency(**settings, workspace=WORKSPACES * workspace, **each, **found, deviation=float(off), margin=MARGIN)
+
+
+def _loaded_terms(points: Sequence[Point], model: ModelConfig, precision: Precision) -> np.ndarray:
+    """What is loaded after each point, [points, terms]: subnetworks, their blocks, bytes mapped, joined and shared."""
+    rows, before = [], np.zeros(len(RESIDENCY_TERMS))
+    for depth, group in groupby(points, key=lambda point: point.depth):
+        cut = of_depth(model, depth)
+        unit_sizes, fixed = unit_bytes(cut, precision), fixed_bytes(cut, precision)
+        units, row = np.zeros(unit_sizes.shape, bool), before
+        for point in group:
+            masks = point.masks(model)
+            (subnet,) = PlanSizes(cut.units, masks, unit_sizes, fixed).subnets(Plan((0, len(masks)), 0.0))
+            units |= subnet.mapped_units
+            row = row + np.array([1, depth, subnet.mapped, subnet.joined, 0.0])
+            row[-1] = before[-1] + (units * unit_sizes).sum() + fixed
+            rows.append(row)
+        before = row
+    return np.array(rows)

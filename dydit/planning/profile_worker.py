@@ -1,0 +1,180 @@
+"""The process that a profile measures in: `python -m dydit.planning.profile_worker`. No PyTorch.
+
+One job in JSON on standard input, one `Findings`, or {"error": message}, on standard output; whatever else is written
+goes to standard error. The process is fresh, so that its memory is that of what it loads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from pydantic import Field
+
+from dydit.bench.timing import peak_bytes, settled_bytes
+from dydit.bundle.bundle import Bundle
+from dydit.diffusion.noise import INITIAL_DRAW, image_noise
+from dydit.errors import BackendError, DyditError, one_line
+from dydit.models.config import Strict
+from dydit.runtime.backends.base import Arrays, BackendOptions, Subnet
+from dydit.runtime.backends.registry import open_backend
+from dydit.runtime.loop import StepRunner
+from dydit.runtime.resident import ResidentSubnets
+
+GUIDANCE = 4.0
+FEWEST_ROUNDS = 5
+SHORT_MS = 5.0
+Step = Callable[[], object]
+
+
+class ProfileJob(Strict):
+    """What to measure on segments of bundles, all numbered in that order, on as many `threads`.
+
+    `memory`: of all, loaded in turn. `timed`: whose times. `seconds`: about how long timing takes, in at least 5 rounds
+    and at most `rounds`.
+    """
+
+    bundles: tuple[str, ...] = Field(min_length=1)
+    backend: str
+    batch: int
+    threads: int
+    memory: bool
+    timed: tuple[int, ...]
+    rounds: int
+    seconds: float
+
+
+class Findings(Strict):
+    """What was measured: memory for each segment, times for each of `timed`.
+
+    `settled`: bytes of the process once the segment's subnetwork was loaded and run, those before it still loaded;
+    `workspace`: bytes that a step takes while it runs, or leaves behind, the most of all. `ms`: milliseconds of a step,
+    by round.
+    """
+
+    settled: tuple[int, ...] = ()
+    workspace: int = 0
+    ms: tuple[tuple[float, ...], ...] = ()
+
+
+class _Side:
+    """One of the bundles: how its segments are loaded and run."""
+
+    def __init__(self, path: str, job: ProfileJob):
+        # The process that started this one has just written it.
+        bundle = Bundle.open(path, verify=False)
+        self._segments, model = bundle.manifest.plan.segments, bundle.manifest.model
+        backend = open_backend(job.backend, bundle, BackendOptions(threads=job.threads))
+        backend.expect(job.batch)
+        self._subnets = ResidentSubnets(backend)
+        self._labels = np.zeros(job.batch, np.int64)
+        runner = StepRunner(backend, self._subnets, self._labels, GUIDANCE)
+        shape = (model.in_channels, model.input_size, model.input_size)
+        self._x = image_noise(0, range(job.batch), INITIAL_DRAW, shape)
+        self._feeds: list[Arrays] = [runner.feeds(s.first, self._x, self._x, self._labels) for s in self._segments]
+
+    def steps(self) -> list[Step]:
+        """A call for each segment that runs its first step, loading its subnetwork where it is not."""
+
+        def make(index: int, feeds: Arrays) -> Step:
+            def step() -> object:
+                subnet: Subnet = self._subnets.get(index)
+                return subnet.step(feeds)
+
+            return step
+
+        return [make(s.subnet, feeds) for s, feeds in zip(self._segments, self._feeds, strict=True)]
+
+
+def profile(job: ProfileJob) -> Findings:
+    """Measure."""
+    steps = [step for path in job.bundles for step in _Side(path, job).steps()]
+    settled, workspace = _memory(steps) if job.memory else ((), 0)
+    return Findings(settled=settled, workspace=workspace, ms=_times([steps[index] for index in job.timed], job))
+
+
+def _memory(steps: list[Step]) -> tuple[tuple[int, ...], int]:
+    settled, workspace = [], 0
+    for step in steps:
+        step()
+        step()
+        left = _settled()
+        _give_back_heap()
+        settled.append(_settled())
+        workspace = max(workspace, left - settled[-1], _peak_of(step))
+    return tuple(settled), workspace
+
+
+def _settled() -> int:
+    size = settled_bytes()
+    if size is None:
+        raise BackendError("memory cannot be measured on this system: it has no /proc/self/smaps_rollup")
+    return size
+
+
+def _give_back_heap() -> None:
+    """Let the C library return what is freed, where it can: what stays serves the next subnetwork that is loaded."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def _peak_of(step: Step) -> int:
+    """Bytes by which the resident size rises at most while a step runs; 0 where that cannot be told."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return 0
+    before = peak_bytes()
+    step()
+    return peak_bytes() - before
+
+
+def _times(steps: list[Step], job: ProfileJob) -> tuple[tuple[float, ...], ...]:
+    """Rounds in which all take turns, in an order that changes, so that whatever slows the machine slows all of them.
+
+    A short step is timed after another on the same subnetwork, as steps mostly are in a run.
+    """
+    first = [_timed(step) for step in steps for _ in range(2)][1::2]
+    ms: list[list[float]] = [[] for _ in steps]
+    order, until = np.random.default_rng(0), time.perf_counter() + job.seconds
+    for turn in range(job.rounds):
+        if turn >= FEWEST_ROUNDS and time.perf_counter() > until:
+            break
+        for index in order.permutation(len(steps)):
+            if first[index] < SHORT_MS:
+                steps[index]()
+            ms[index].append(_timed(steps[index]))
+    return tuple(map(tuple, ms))
+
+
+def _timed(step: Step) -> float:
+    start = time.perf_counter()
+    step()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def main() -> int:
+    """Serve one job."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    try:
+        found = profile(ProfileJob.model_validate_json(sys.stdin.read()))
+    except DyditError as error:
+        answers.write(json.dumps({"error": one_line(error)}))
+        return 2
+    finally:
+        answers.flush()
+    answers.write(found.model_dump_json())
+    answers.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,119 @@
+"""How much memory a plan's subnetworks take when all of them are loaded. NumPy, no graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dydit.bundle.measurements import Residency
+from dydit.bundle.stored_weights import ITEM_BYTES, Precision, WeightEntry, half_name
+from dydit.models.architecture import Slots, UnitAxis, UnitLayer
+from dydit.models.config import ModelConfig
+from dydit.planning.plan import Plan
+
+
+@dataclass(frozen=True, eq=False)
+class SubnetSize:
+    """A subnetwork: what tells it from others, the units that it maps, bool [U], and bytes of units' weights."""
+
+    key: tuple[bytes, bytes]
+    mapped_units: np.ndarray
+    mapped: int
+    joined: int
+
+
+class PlanSizes:
+    """Sizes of the plans of one model; what was found for a segment serves all plans that have it.
+
+    `masks` bool [S, U] by slot, `unit_bytes` [U] bytes of a unit's weights, `fixed` bytes that every subnetwork reads
+    besides.
+    """
+
+    def __init__(self, axis: UnitAxis, masks: np.ndarray, unit_bytes: np.ndarray, fixed: int):
+        self._axis, self._masks, self._unit_bytes, self._fixed = axis, masks, unit_bytes, fixed
+        self._known: dict[tuple[int, int], SubnetSize] = {}
+
+    def subnets(self, plan: Plan) -> list[SubnetSize]:
+        """A plan's distinct subnetworks: the same units with and without gates are two, as the exporter writes them."""
+        each = (self._segment(*segment) for segment in plan.segments)
+        return list({subnet.key: subnet for subnet in each}.values())
+
+    def weights(self, plan: Plan) -> int:
+        """Bytes of the weights of a plan's subnetworks, each with its own copy: as engines hold them."""
+        return sum(subnet.mapped + subnet.joined + self._fixed for subnet in self.subnets(plan))
+
+    def resident(self, plan: Plan, residency: Residency) -> int:
+        """Bytes of memory with all of a plan's subnetworks loaded, as `Residency` describes."""
+        subnets, depth = self.subnets(plan), len(self._axis.blocks)
+        mapped = np.logical_or.reduce([subnet.mapped_units for subnet in subnets])
+        shared = float((mapped * self._unit_bytes).sum()) + self._fixed
+        own = sum(residency.mapped * subnet.mapped + residency.joined * subnet.joined for subnet in subnets)
+        each = residency.subnet + depth * residency.block
+        fitted = residency.workspace + residency.shared * shared + len(subnets) * each + own
+        return round((1 + residency.margin) * fitted)
+
+    def _segment(self, first: int, end: int) -> SubnetSize:
+        if (first, end) not in self._known:
+            masks = self._masks[first:end]
+            union = np.asarray(masks.any(axis=0))
+            gated = self._axis.any((masks != union).any(axis=0))
+            mapped = union & self._axis.spread(self._side_by_side(union))
+            size, all_of_it = int((mapped * self._unit_bytes).sum()), int((union * self._unit_bytes).sum())
+            self._known[first, end] = SubnetSize((union.tobytes(), gated.tobytes()), mapped, size, all_of_it - size)
+        return self._known[first, end]
+
+    def _side_by_side(self, union: np.ndarray) -> np.ndarray:
+        """Which parts' units have no holes between them, bool [P]."""
+        starts = union & ~np.concatenate([[False], union[:-1]])
+        starts[[part.start for part in self._axis.parts]] = union[[part.start for part in self._axis.parts]]
+        return self._axis.counts(starts) <= 1
+
+
+def unit_bytes(model: ModelConfig, precision: Precision = Precision.FP32) -> np.ndarray:
+    """Bytes of each unit's weights, [U] float64."""
+    item, channel = ITEM_BYTES[precision.weight_dtype], _channel_bytes(precision)
+
+    def of(layer: UnitLayer) -> int:
+        return item * layer.unit_features * layer.features + channel * layer.unit_features * layer.out_major
+
+    return model.units.spread(np.array([sum(map(of, part.group.layers)) for part in model.units.parts], np.float64))
+
+
+def subnet_bytes(
+    model: ModelConfig,
+    precision: Precision,
+    weights: Mapping[str, WeightEntry],
+    slots: Slots,
+    in_16_bits: Sequence[Sequence[str]] | None,
+) -> int:
+    """Bytes of stored weights that a subnetwork of these slots reads."""
+    total = fixed_bytes(model, precision)
+    for part, units in model.units.zip(slots):
+        kept = in_16_bits[part.block] if in_16_bits else ()
+        for tensor in part.group.all_unit_tensors:
+            layer, _, what = tensor.partition(".")
+            half, name = layer in kept, part.stored(tensor)
+            stored = weights.get(half_name(name) if half and what == "weight" else name)
+            if stored is not None and not (half and what == "scale"):  # scales are there with 8 bits only
+                total += stored.nbytes // part.group.count * len(units)
+        whole = [layer for layer in part.group.layers if layer.name in kept and not layer.out_major]
+        total -= sum(4 * layer.features for layer in whole)  # their scales, which are not read
+    return total
+
+
+def _channel_bytes(precision: Precision) -> int:
+    """Bytes of an output channel's bias, and of its scale with 8 bits."""
+    return ITEM_BYTES[precision.dtype] + (4 if precision.in_8_bits else 0)
+
+
+def fixed_bytes(model: ModelConfig, precision: Precision = Precision.FP32) -> int:
+    """Bytes of the weights that every subnetwork reads at any width: embedding, routers, final layer, biases."""
+    d, p2 = model.hidden_size, model.patch_size**2
+    r = model.token_router_hidden
+    router = (r * d + 2 * r + 1) if model.dynamic else 0
+    embed = (p2 * model.in_channels + 1 + model.tokens) * d
+    final = p2 * model.out_channels * (d + 1)
+    whole = sum(layer.features for block in model.units.blocks for layer in block.layers if not layer.out_major)
+    return 4 * (embed + final + model.depth * router) + whole * _channel_bytes(precision)

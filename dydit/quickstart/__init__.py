@@ -1,0 +1,1 @@
+"""Quickstart: from trained weights to pictures and a report, on the CPU."""

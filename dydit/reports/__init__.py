@@ -1,0 +1,1 @@
+"""Reports: results as plain data, as text, as pictures and as HTML."""

@@ -1,0 +1,109 @@
+"""One HTML file that shows what a bundle does: samples, masks, tokens, parity, latency, plan, machine.
+
+The file holds everything (pictures as base64 PNG, styles inline), so it can be mailed, archived and opened offline.
+Each section is there only if its result is.
+"""
+
+from __future__ import annotations
+
+import base64
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dydit.errors import DyditError
+from dydit.files import write_atomic
+from dydit.reports.inspection_facts import BundleFacts, routing_text
+from dydit.reports.plot_style import DPI
+from dydit.reports.results import BenchReport, Machine, ParityReport
+from dydit.reports.sentences import bound_text, busy, guidance_text, repeats_text
+from dydit.reports.text import bytes_text, count_text, exponent
+from dydit.words import counted
+
+TEMPLATE = "report.html.j2"
+PICTURES = {
+    "samples": "Sheet of generated images, a column for each class",
+    "masks": "Heat maps of active heads and channel groups over the sampling steps",
+    "tokens": "Images, and how many blocks computed each of their tokens, by timestep",
+    "parity": "Deviation from the reference in each step, with its bars",
+    "latency": "Milliseconds a step of each side, and what multiply-adds alone would give",
+    "plan": "Cost and memory of plans against their number of segments",
+}
+"""What a report has pictures of, and what each shows to those who do not see it."""
+CSS_DPI = 100  # pictures are drawn at DPI and shown at this many pixels an inch: crisp on a screen of twice the density
+
+
+@dataclass(frozen=True)
+class Headline:
+    """One of the findings at the top: `value` large, `label` above, `note` below."""
+
+    label: str
+    value: str
+    note: str
+
+
+@dataclass(frozen=True)
+class ReportContent:
+    """What a report shows. `pictures`: PNG bytes by name, of those in `PICTURES`; `facts`: pairs for the foot."""
+
+    title: str
+    subtitle: str
+    headlines: Sequence[Headline]
+    machine: Machine
+    pictures: Mapping[str, bytes] = field(default_factory=dict)
+    samples_note: str = ""
+    parity: ParityReport | None = None
+    bench: BenchReport | None = None
+    bundle: BundleFacts | None = None
+    facts: Sequence[tuple[str, str]] = field(default=())
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An embedded picture: data URI, size in CSS pixels, and what it shows for those who do not see it."""
+
+    uri: str
+    width: int
+    height: int
+    alt: str
+
+    @classmethod
+    def of(cls, data: bytes, alt: str) -> Picture:
+        """From the bytes of a PNG drawn at `plot_style.DPI`."""
+        width, height = struct.unpack(">II", data[16:24])  # the header chunk comes first in every PNG
+        uri = "data:image/png;base64," + base64.b64encode(data).decode()
+        return cls(uri, width * CSS_DPI // DPI, height * CSS_DPI // DPI, alt)
+
+
+def write_report(path: Path, content: ReportContent) -> None:
+    """Write the report as one HTML file, atomically, replacing `path`."""
+    write_atomic(path, render_report(content).encode())
+
+
+def render_report(content: ReportContent) -> str:
+    """The report as HTML. Raises `DyditError` where jinja2 is not installed."""
+    try:
+        from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    except ImportError as error:
+        raise DyditError("jinja2 is not installed, but writes the report: pip install 'dydit[report]'") from error
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"bytes": bytes_text, "count": count_text, "exponent": _exponent, "counted": counted}
+    environment.filters |= {"guidance": guidance_text, "bound": bound_text, "repeats": repeats_text}
+    environment.filters["routing"] = routing_text
+    pictures = {name: Picture.of(data, PICTURES[name]) for name, data in content.pictures.items()}
+    hops = [hop for hop in content.parity.hops if hop.sets_aside] if content.parity else []
+    flipped = [image for hop in hops for image in hop.flipped_images]
+    return environment.get_template(TEMPLATE).render(
+        content=content, pictures=pictures, flipped=flipped, busy=content.bench is not None and busy(content.bench)
+    )
+
+
+def _exponent(value: float | None) -> str:
+    return "\u2013" if value is None else exponent(value)

@@ -1,0 +1,366 @@
+"""What `dydit.inspection.inspect` finds, as plain data that goes to JSON and back, and laid out for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+from pydantic import Field
+
+from dydit.bundle.manifest import PlanKind, Routing
+from dydit.bundle.measurements import MeasuredPlan
+from dydit.models.config import ModelConfig
+from dydit.reports.results import Result
+from dydit.reports.text import aligned, bytes_text, count_text, measured_lines
+from dydit.words import counted
+
+ROWS_SHOWN = 12
+Row = TypeVar("Row")
+
+
+class WidthFacts(Result):
+    """The width masks over a run: shares are of all units and steps, 0..1."""
+
+    steps: int
+    distinct_masks: int
+    shares: dict[str, float] = Field(description="of units that are on, by unit group: heads, groups")
+    toggling_units: int = Field(description="units that are on in some steps and off in others")
+    units: int = Field(description="units of all blocks")
+    flops_ratio: float = Field(description="of the blocks, by width alone: every token counted")
+
+
+class PlanRow(Result):
+    """The cheapest plan of a number of segments; multiply-adds of an image's blocks over the whole run."""
+
+    segments: int
+    subnets: int = Field(description="distinct ones: segments with equal masks share theirs")
+    macs: float
+    versus_exact: float
+    versus_static: float
+    weight_bytes: int = Field(description="of all distinct subnetworks together")
+    ms: float | None = Field(default=None, description="of a batch's run, by the times that made a bundle's plan")
+
+
+class ModelFacts(Result):
+    """Sizes and cost of a model; multiply-adds of one image and step, everything on."""
+
+    config: ModelConfig
+    tokens: int
+    parameters: int
+    router_parameters: int
+    static_macs: int = Field(description="whole model, as the paper counts")
+    block_macs: int = Field(description="all blocks' attention and MLP, which is what masks save on")
+
+
+class CheckpointFacts(Result):
+    """A checkpoint."""
+
+    kind: str = "checkpoint"
+    path: str
+    format: str
+    sha256: str
+    file_bytes: int
+    metadata: dict[str, str]
+    notes: tuple[str, ...] = Field(default=(), description="what was assumed or chosen when it was read")
+    model: ModelFacts
+    width: WidthFacts
+    plans: tuple[PlanRow, ...]
+
+
+class SubnetFacts(Result):
+    """One subnetwork of a bundle; `units` of each unit group over all blocks."""
+
+    index: int
+    segments: int
+    steps: int
+    units: dict[str, int]
+    gated: bool
+    weight_bytes: int
+    graph_bytes: int
+
+
+class SegmentFacts(Result):
+    """Consecutive steps of a bundle's plan and their subnetwork; `cost_share` 0..1 of the run, in what the plan makes
+    least. `weight_bytes` of the subnetwork's. `slots`: with capacity routing, MLP token slots of a row, by block;
+    `blocks_with_mlp`: the blocks in which any routed unit is on, whose slots are computed."""
+
+    first: int
+    steps: int
+    subnet: int
+    units: dict[str, int]
+    gated: bool
+    cost_share: float
+    weight_bytes: int
+    slots: tuple[int, ...] | None = None
+    blocks_with_mlp: tuple[bool, ...] = ()
+
+    @property
+    def computed_slots(self) -> tuple[int, ...]:
+        """The slots of the blocks that compute theirs."""
+        return tuple(slot for slot, there in zip(self.slots or (), self.blocks_with_mlp, strict=False) if there)
+
+
+class DecoderFacts(Result):
+    """A bundle's VAE decoder. `tile`: side of the latents that it takes; `picture_side` in pixels; `bytes` on disk.
+
+    `scaling`: how latents are scaled for it, in words.
+    """
+
+    source: str
+    tile: int
+    picture_side: int
+    bytes: int
+    scaling: str = ""
+
+
+class BundleFacts(Result):
+    """A bundle. `dense_bytes`: the weights that a step of the model with everything on reads."""
+
+    kind: str = "bundle"
+    path: str
+    schema_version: int
+    checkpoint_sha256: str
+    sampler: str
+    steps: int
+    cfg_channels: int
+    routing: str | None
+    precision: str
+    max_batch: int
+    plan_kind: str
+    model: ModelFacts
+    width: WidthFacts
+    chosen: PlanRow
+    plans: tuple[PlanRow, ...]
+    segments: tuple[SegmentFacts, ...] = ()
+    measured: MeasuredPlan | None = None
+    layers: int = Field(default=0, description="linear layers of blocks, of all segments")
+    layers_in_16_bits: int = Field(default=0, description="those of them that stay, where the others are in 8 bits")
+    subnets: tuple[SubnetFacts, ...]
+    bundle_bytes: int
+    stored_bytes: int
+    graph_bytes: int
+    dense_bytes: int
+    tools: dict[str, str]
+    decoder: DecoderFacts | None = Field(default=None, description="of latents; its files count in no other size")
+
+
+def checkpoint_text(facts: CheckpointFacts) -> str:
+    """Facts of a checkpoint for a terminal."""
+    head = [
+        ("checkpoint", facts.path),
+        ("format", f"{facts.format}, {bytes_text(facts.file_bytes)}, SHA-256 {facts.sha256[:16]}"),
+        *_model_lines(facts.model),
+        *_width_lines(facts.model, facts.width),
+        *((key, value if len(value) <= 80 else value[:77] + "...") for key, value in sorted(facts.metadata.items())),
+        *(("assumed", note) for note in facts.notes),
+    ]
+    if not facts.model.config.dynamic:
+        return aligned(head)
+    return f"{aligned(head)}\n\n{_plan_table(facts.plans, None)}"
+
+
+def bundle_text(facts: BundleFacts) -> str:
+    """Facts of a bundle for a terminal; of many subnetworks, the first and the last."""
+    share = facts.bundle_bytes / facts.stored_bytes
+    head = [
+        ("bundle", f"{facts.path}, schema version {facts.schema_version}"),
+        ("checkpoint", f"SHA-256 {facts.checkpoint_sha256[:16]}"),
+        *_model_lines(facts.model),
+        *_width_lines(facts.model, facts.width),
+        (
+            "sampling",
+            f"{counted(facts.steps, f'{facts.sampler} step')}, guidance on {counted(facts.cfg_channels, 'channel')}, "
+            f"batch up to {facts.max_batch}, {facts.precision}{_kept_words(facts)}",
+        ),
+        ("routing", routing_text(facts)),
+        (
+            "on disk",
+            f"{bytes_text(facts.bundle_bytes)} = {share:.2f} x its weights ({bytes_text(facts.stored_bytes)}, once); "
+            f"graphs {bytes_text(facts.graph_bytes)}",
+        ),
+        *_decoder_lines(facts),
+        ("plan", _plan_line(facts)),
+    ]
+    parts = ["\n".join([aligned(head), *measured_lines(facts.measured)])]
+    if facts.model.config.dynamic:
+        parts.append(_plan_table(facts.plans, facts.chosen))
+    return "\n\n".join([*parts, _segment_table(facts), _subnet_table(facts)])
+
+
+def routing_text(facts: BundleFacts) -> str:
+    """How tokens reach the MLPs, and of fixed slots how many there are."""
+    tokens = facts.model.tokens
+    if facts.routing is None:
+        return "static: every token enters the MLPs"
+    if facts.routing == Routing.DENSE:
+        return "dense: all tokens are computed, then masked"
+    if facts.routing == Routing.DYNAMIC:
+        return "dynamic: the tokens that are routed are computed"
+    slots = [slot for segment in facts.segments for slot in segment.computed_slots]
+    if not slots:
+        return "capacity: no block has an MLP"
+    if min(slots) == tokens:
+        return f"capacity: a slot for each of the {counted(tokens, 'token')}, so that routing saves nothing"
+    sums = [
+        (segment.steps * sum(segment.computed_slots), segment.steps * len(segment.computed_slots))
+        for segment in facts.segments
+    ]
+    mean = sum(total for total, _ in sums) / sum(count for _, count in sums)
+    return (
+        f"capacity: slots for {min(slots)} to {max(slots)} of {counted(tokens, 'token')}, {mean / tokens:.1%} of them "
+        "over the run; steps whose tokens do not fit run again with all"
+    )
+
+
+def _kept_words(facts: BundleFacts) -> str:
+    kept = facts.layers_in_16_bits
+    return f", of {counted(facts.layers, 'linear layer')} {kept} in 16 bits" if kept else ""
+
+
+def _decoder_lines(facts: BundleFacts) -> list[tuple[str, str]]:
+    decoder, model = facts.decoder, facts.model.config
+    if decoder is None:
+        return [] if model.samples_pixels else [("decoder", "none: latents stay latents; dydit attach-vae adds one")]
+    side = decoder.picture_side
+    tiles = "" if decoder.tile == model.input_size else f", in tiles of {decoder.tile}x{decoder.tile} latents"
+    size = f"{side}x{side} pixels{tiles}; {bytes_text(decoder.bytes)} besides"
+    return [("decoder", f"VAE from {decoder.source}, {size}"), ("", decoder.scaling)]
+
+
+def _plan_line(facts: BundleFacts) -> str:
+    served = counted(facts.chosen.subnets, "subnetwork")
+    if facts.plan_kind == PlanKind.SLIDING:
+        served = f"one graph of {counted(facts.chosen.subnets, 'width')}"
+    sizes = f"{served} in {counted(facts.chosen.segments, 'segment')}"
+    if not facts.model.config.dynamic:
+        return sizes
+    cost = f"{facts.chosen.versus_exact:.3f} x the exact masks, {facts.chosen.versus_static:.3f} x static"
+    return f"{facts.plan_kind}: {sizes}, {cost}"
+
+
+def _model_lines(model: ModelFacts) -> list[tuple[str, str]]:
+    c = model.config
+    kind = f"DyDiT, routers {c.routers}" if c.dynamic else "DiT, static"
+    shape = f"{c.in_channels}x{c.input_size}x{c.input_size}"
+    guidance = "" if c.null_class_row else ", none for no class: no guidance"
+    routers = f", of them routers {model.router_parameters:,}" if model.router_parameters else ""
+    return [
+        (
+            "model",
+            f"{kind}; hidden {c.hidden_size}, {counted(c.depth, 'block')}, {counted(c.num_heads, 'head')}, patch "
+            f"{c.patch_size}",
+        ),
+        (
+            "input",
+            f"{shape}, {counted(model.tokens, 'token')}, {counted(c.num_classes, 'class', 'classes')}{guidance}",
+        ),
+        ("samples", c.space_words),
+        ("parameters", f"{model.parameters:,}{routers}"),
+        (
+            "cost",
+            f"{count_text(model.static_macs)} multiply-adds an image and step with everything on, "
+            f"of them blocks {count_text(model.block_macs)}",
+        ),
+    ]
+
+
+def _width_lines(model: ModelFacts, width: WidthFacts) -> list[tuple[str, str]]:
+    if not model.config.dynamic:
+        return []
+    return [
+        (
+            "masks",
+            f"{width.distinct_masks} distinct in {counted(width.steps, 'step')}; {width.toggling_units} of "
+            f"{counted(width.units, 'unit')} toggle{'s' if width.toggling_units == 1 else ''}",
+        ),
+        (
+            "width",
+            f"{', '.join(f'{name} {share:.1%} on' for name, share in width.shares.items())}: "
+            f"{width.flops_ratio:.3f} of the blocks' multiply-adds, before token routing",
+        ),
+    ]
+
+
+def _plan_table(plans: Sequence[PlanRow], chosen: PlanRow | None) -> str:
+    """The plans of 1, 2, 4, ... segments, the exact one, and the one that was chosen."""
+    shown = {row.segments: row for row in plans if row.segments.bit_count() == 1 or row is plans[-1]}
+    shown |= {chosen.segments: chosen} if chosen else {}
+    timed = any(row.ms is not None for row in shown.values())
+    rows = [["segments", "subnetworks", "x exact masks", "x static", "weights", *(["s a run"] if timed else []), ""]]
+    for count in sorted(shown):
+        row = shown[count]
+        mark = "<- chosen" if row is chosen else ""
+        rows.append(
+            [
+                str(count),
+                str(row.subnets),
+                f"{row.versus_exact:.3f}",
+                f"{row.versus_static:.3f}",
+                bytes_text(row.weight_bytes),
+                *([] if not timed else ["" if row.ms is None else f"{row.ms / 1e3:.3g}"]),
+                mark,
+            ]
+        )
+    return aligned(rows, right=range(6 if timed else 5))
+
+
+def _segment_table(facts: BundleFacts) -> str:
+    groups = _group_heads(facts.model)
+    slots = any(segment.slots for segment in facts.segments)
+    rows = [["steps", "subnetwork", *groups, "gated", "of the cost", "weights"]]
+    rows[0] += ["slots: min", "mean", "max", "of the tokens"] if slots else []
+    for segment in _abbreviated(facts.segments):
+        if segment is None:
+            rows.append([f"... {len(facts.segments) - ROWS_SHOWN - 2} more"])
+            continue
+        rows.append(
+            [
+                f"{segment.first}" + (f"-{segment.first + segment.steps - 1}" if segment.steps > 1 else ""),
+                str(segment.subnet),
+                *map(str, segment.units.values()),
+                "yes" if segment.gated else "no",
+                f"{segment.cost_share:.1%}",
+                bytes_text(segment.weight_bytes),
+                *(_slot_cells(segment.computed_slots, facts.model.tokens) if slots else []),
+            ]
+        )
+    return aligned(rows, right=range(9 + len(groups)))
+
+
+def _group_heads(model: ModelFacts) -> list[str]:
+    """Column heads of the unit groups, with how many units there are: `heads/48`."""
+    return [f"{name}/{count}" for name, count in model.config.units.total_counts().items()]
+
+
+def _slot_cells(slots: Sequence[int], tokens: int) -> list[str]:
+    """Slots of a segment over the blocks that compute them: least, mean, most, and the share of tokens."""
+    if not slots:
+        return ["-"] * 4
+    mean = sum(slots) / len(slots)
+    return [str(min(slots)), f"{mean:.1f}", str(max(slots)), f"{mean / tokens:.1%}"]
+
+
+def _subnet_table(facts: BundleFacts) -> str:
+    groups = _group_heads(facts.model)
+    rows = [["subnetwork", "steps", *groups, "gated", "weights", "x dense", "graph"]]
+    for subnet in _abbreviated(facts.subnets):
+        if subnet is None:
+            rows.append([f"... {len(facts.subnets) - ROWS_SHOWN - 2} more"])
+            continue
+        rows.append(
+            [
+                str(subnet.index),
+                str(subnet.steps),
+                *map(str, subnet.units.values()),
+                "yes" if subnet.gated else "no",
+                bytes_text(subnet.weight_bytes),
+                f"{subnet.weight_bytes / facts.dense_bytes:.2f}",
+                bytes_text(subnet.graph_bytes),
+            ]
+        )
+    return aligned(rows, right=range(6 + len(groups)))
+
+
+def _abbreviated(rows: Sequence[Row]) -> list[Row | None]:
+    """All of them, or of many the first and the last, None standing for those between."""
+    return list(rows) if len(rows) <= 2 * ROWS_SHOWN else [*rows[:ROWS_SHOWN], None, *rows[-2:]]

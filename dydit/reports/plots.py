@@ -1,0 +1,289 @@
+"""Pictures of cost, time and agreement: the plan, latency against its bound, parity over the steps.
+
+Each function returns the bytes of a PNG. Those of masks and tokens are in `dydit.reports.plots_masks`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from dydit.reports.plot_style import (
+    ACCENT,
+    ACCENT_LIGHT,
+    INK,
+    MUTED,
+    SECOND,
+    drawing,
+    headline,
+    png,
+    shortened,
+    timestep_ticks,
+)
+from dydit.reports.results import BenchReport, Comparison, Hop, ParityReport, SideKind, SideResult
+from dydit.reports.sentences import bound_text, guidance_text, parity_headline, repeats_text, speed_up_text
+from dydit.reports.text import bytes_text, exponent
+from dydit.words import counted
+
+
+@dataclass(frozen=True)
+class PlanPoint:
+    """A plan: segments of steps, distinct subnetworks that serve them, cost of a run in multiply-adds or milliseconds,
+    bytes of the weights of all those subnetworks."""
+
+    segments: int
+    subnets: int
+    cost: float
+    weight_bytes: int
+
+
+def plan_png(
+    curve: Sequence[PlanPoint], chosen: PlanPoint, exact: float, static: float, what: str = "multiply-adds"
+) -> bytes:
+    """Cost and memory of the cheapest plans of K segments, and the plan that was chosen.
+
+    `curve` ascends in K, its last being the exact masks'; `exact`, `static`: cost of a run with the per-step masks
+    and with everything on; `what` it is counted in.
+    """
+    ks = [point.segments for point in curve]
+    sizes = [point.weight_bytes / 2**20 for point in curve]
+    count, extra = chosen.segments, chosen.cost / exact - 1
+    with drawing(7.2, 4.6) as figure:
+        cost = f"{extra:.1%} more {what}" if extra > 5e-4 else "no more"
+        exact_size = bytes_text(curve[-1].weight_bytes)
+        detail = f"for {counted(count, 'segment')} of steps; they hold {bytes_text(chosen.weight_bytes)} of weights"
+        if extra > 5e-4:
+            detail += f", where the exact masks' {curve[-1].subnets} would hold {exact_size}"
+        verb = "costs" if chosen.subnets == 1 else "cost"
+        headline(figure, f"{counted(chosen.subnets, 'subnetwork')} {verb} {cost} than the exact masks", detail)
+        upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(1.5, 1))
+        everything = static / exact
+        upper.plot(ks, [point.cost / exact for point in curve], color=ACCENT)
+        upper.axhline(everything, color=MUTED, lw=1, ls=(0, (4, 3)))
+        _note(upper, f"everything on: {everything:.2f}", (ks[-1], everything), (0, 3), MUTED, ha="right")
+        upper.set_ylim(1 - 0.05 * (everything - 1) - 1e-3, everything + 0.13 * (everything - 1) + 1e-3)
+        upper.set_ylabel(f"{what},\nexact masks = 1")
+        lower.plot(ks, sizes, color=ACCENT)
+        lower.set_ylim(0, 1.08 * max(sizes))
+        lower.set_ylabel("weights, MiB")
+        lower.set_xlabel("segments K (cheapest plan of each K)")
+        for axis, value in ((upper, chosen.cost / exact), (lower, chosen.weight_bytes / 2**20)):
+            axis.axvline(count, color=SECOND, lw=0.9, alpha=0.6)
+            axis.plot([count], [value], "o", ms=6, color=SECOND, mec="white", mew=1.2, zorder=5)
+            axis.grid(axis="y")
+        late = len(ks) > 1 and count > ks[-1] ** 0.8
+        place = {"offset": (-7, 7), "ha": "right"} if late else {"offset": (7, 7)}
+        _note(upper, f"chosen: K = {count}", (count, chosen.cost / exact), colour=SECOND, **place)
+        if len(ks) > 1:
+            _doubling_axis(lower, ks[-1])
+        else:
+            lower.set_xticks(ks)
+        return png(figure)
+
+
+def _doubling_axis(axis: Any, last: int) -> None:
+    from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
+
+    axis.set_xscale("log")
+    doublings = [2**k for k in range(12) if 2**k < last / 1.5]
+    axis.xaxis.set_major_locator(FixedLocator([*doublings, last]))
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.xaxis.set_major_formatter(ScalarFormatter())
+
+
+def _note(axis: Any, text: str, at: tuple[float, float], offset: tuple[float, float], colour: str, **how: Any) -> None:
+    axis.annotate(text, at, offset, textcoords="offset points", fontsize=8, color=colour, **how)
+
+
+def bound_of(bench: BenchReport) -> Comparison | None:
+    """The first comparison of which multiply-adds set a bound, else the first with another bundle, or the first."""
+    kinds = {side.side.name: side.side.kind for side in bench.sides}
+    bounded = [pair for pair in bench.comparisons if pair.allowed is not None]
+    bundles = [pair for pair in bench.comparisons if kinds[pair.other] is SideKind.BUNDLE]
+    return next(iter([*bounded, *bundles, *bench.comparisons]), None)
+
+
+def latency_png(bench: BenchReport) -> bytes:
+    """Milliseconds a step of each side, and what its multiply-adds alone would make of the first one's."""
+    sides, pair = bench.sides, bound_of(bench)
+    with drawing(7.2, 1.55 + 0.52 * len(sides)) as figure:
+        first = sides[0]
+        finding = f"{first.side.name} takes {_ms(first.median_ms)} a step"
+        if pair is not None:
+            finding = f"{first.side.name}: {speed_up_text(pair)}; {bound_text(pair)}"
+        headline(figure, finding, _setting(bench))
+        axis = figure.subplots()
+        places = np.arange(len(sides))[::-1]
+        bound = 0.0
+        if pair is not None and pair.allowed is not None:
+            bound = bench.side(pair.other).median_ms / pair.allowed
+        most = _room(bench, bound)
+        colours = [ACCENT, *[ACCENT_LIGHT] * (len(sides) - 1)]
+        _bars(axis, places, sides, colours, [bound, *[0.0] * (len(sides) - 1)])
+        if bound:
+            _bound_mark(axis, places[0], bound, most)
+        axis.set_xlim(0, most)
+        axis.set_ylim(-0.5, len(sides) - 0.18)
+        return png(figure)
+
+
+def _room(bench: BenchReport, bound: float) -> float:
+    """The end of an axis of milliseconds, so that times fit beside the bars."""
+    return 1.2 * max(bound, *(side.max_ms for side in bench.sides))
+
+
+def ranking_png(bench: BenchReport, pair: Comparison | None = None) -> bytes:
+    """Milliseconds a step of every side, slowest first, bundles in a colour of their own.
+
+    `pair`: a line across all bars says what the first of its sides would take if it were as much faster than the other
+    as its multiply-adds allow, where they set a bound.
+    """
+    sides = sorted(bench.sides, key=lambda side: -side.median_ms)
+    subject = bench.side(pair.side) if pair else sides[-1]
+    with drawing(7.2, 1.6 + 0.36 * len(sides)) as figure:
+        finding = f"{subject.side.name} takes {_ms(subject.median_ms)} a step"
+        if pair is not None:
+            finding = f"{pair.side}: {speed_up_text(pair)}"
+        headline(figure, finding, _setting(bench))
+        axis = figure.subplots()
+        places = np.arange(len(sides))[::-1]
+        colours = [ACCENT if side.side.kind is SideKind.BUNDLE else ACCENT_LIGHT for side in sides]
+        bound = 0.0
+        if pair is not None and pair.allowed is not None:
+            bound = bench.side(pair.other).median_ms / pair.allowed
+        most = _room(bench, bound)
+        _bars(axis, places, sides, colours, [0.0] * len(sides))
+        if pair is not None and pair.allowed is not None:
+            axis.axvline(bound, color=SECOND, lw=1.2, ls=(0, (4, 3)))
+            text = f"what its multiply-adds alone would give ({pair.allowed:.2f}\u00d7): {_ms(bound)}"
+            offset, side = ((-4, -1), "right") if bound > 0.45 * most else ((4, -1), "left")
+            _note(axis, text, (bound, len(sides) - 0.5), offset, SECOND, ha=side, va="center")
+        axis.set_xlim(0, most)
+        axis.set_ylim(-0.5, len(sides) - 0.2)
+        return png(figure)
+
+
+def _ms(value: float) -> str:
+    return f"{value:.2f} ms" if value < 100 else f"{value:.0f} ms"
+
+
+def _setting(bench: BenchReport) -> str:
+    threads = counted(bench.threads, "thread") if bench.threads else "all threads"
+    rounds = f"median of {counted(bench.repeats, 'round')} that took turns, line: fastest to slowest"
+    if bench.repeats == 1:
+        rounds = "one round"
+    left_out = ", ".join(each.name for each in bench.not_run)
+    return "; ".join(
+        [
+            f"batch {bench.batch}, {guidance_text(bench.cfg_scale)}, {threads}; {rounds}",
+            *(f"{side.side.name}: {repeats_text(side)}" for side in bench.sides if side.overflows),
+            *([f"not run: {left_out}"] if left_out else []),
+        ]
+    )
+
+
+def _bars(
+    axis: Any, places: np.ndarray, sides: Sequence[SideResult], colours: Sequence[str], clear: Sequence[float]
+) -> None:
+    """A bar for each side with its time beside it, right of `clear` at least."""
+    axis.barh(places, [side.median_ms for side in sides], height=0.56, color=colours)
+    for place, side, least in zip(places, sides, clear, strict=True):
+        axis.plot([side.min_ms, side.max_ms], [place, place], color=INK, lw=1.1)
+        _note(axis, _ms(side.median_ms), (max(side.max_ms, least), place), (6, 0), INK, va="center")
+    axis.set_yticks(places, [shortened(side.side.name) for side in sides], parse_math=False)
+    axis.tick_params(left=False)
+    axis.spines["left"].set_visible(False)
+    axis.grid(axis="x")
+    axis.set_xlabel("milliseconds a step, whole batch")
+
+
+def _bound_mark(axis: Any, place: float, bound: float, most: float) -> None:
+    axis.plot([bound, bound], [place - 0.36, place + 0.36], color=SECOND, lw=1.8)
+    text = f"by multiply-adds alone: {_ms(bound)}"
+    side = "left" if bound < 0.3 * most else "right" if bound > 0.7 * most else "center"
+    _note(axis, text, (bound, place + 0.36), (0, 3), SECOND, ha=side)
+
+
+_CURVES = {
+    "sliced": (ACCENT_LIGHT, "sliced form, one step"),
+    "step": (ACCENT, "backend, one step"),
+    "run": (INK, "backend, whole run"),
+}
+_BARS = {"sliced": "sliced form", "step": "one step", "run": "whole run"}
+_LOWEST = 1e-9  # where exact agreement is drawn on a logarithmic axis
+
+
+def parity_png(parity: ParityReport) -> bytes:
+    """Relative L2 of each step against the reference, on a logarithmic scale, with each hop's bar and the flips.
+
+    It is that of the worst image among those whose routing agrees; the others' worst is in the title. "One step"
+    starts from the reference's own latents; "whole run" lets deviations accumulate.
+    """
+    hops = [hop for hop in parity.hops if hop.name in _CURVES and hop.per_step]
+    pictures = any(hop.decibels for hop in hops)
+    with drawing(7.2, 4.4) as figure:
+        headline(figure, *parity_headline(parity))
+        axis = figure.subplots()
+        axis.set_yscale("log")
+        for hop in hops:
+            _curve(axis, hop, parity)
+        bars = sorted({hop.bar for hop in hops})
+        for value in bars:
+            _bar_line(axis, value, [hop for hop in hops if hop.bar == value], value == bars[-1])
+        _flips(axis, hops, parity)
+        axis.set_xticks(*timestep_ticks(parity.timesteps))
+        margin = 0.01 * max(parity.steps, 10)
+        axis.set_xlim(-margin, parity.steps - 1 + margin)
+        low, high = axis.get_ylim()
+        axis.set_ylim(low / 2, high * 2.5)
+        axis.grid(axis="y")
+        axis.set_xlabel("timestep   (noise → image)")
+        axis.set_ylabel("difference from the reference" if pictures else "relative L2 to the reference")
+        if hops:
+            figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2 if pictures else 4)
+        return png(figure)
+
+
+def _steps_of(hop: Hop, parity: ParityReport) -> Sequence[int]:
+    return range(len(hop.per_step)) if hop.name == "run" else parity.steps_compared
+
+
+def _curve(axis: Any, hop: Hop, parity: ParityReport) -> None:
+    colour, label = _CURVES[hop.name]
+    steps = _steps_of(hop, parity)
+    if hop.decibels:
+        label += f": {hop.measure.partition(',')[0]}"
+    elif any(each.decibels for each in parity.hops):
+        label += ": relative L2"
+    values = np.array([np.nan if value is None else max(value, _LOWEST) for value in hop.per_step], np.float64)
+    axis.plot(steps, values, color=colour, label=label, marker="o" if len(steps) < 40 else None, ms=3)
+
+
+def _bar_line(axis: Any, value: float, hops: Sequence[Hop], highest: bool) -> None:
+    """A hop's bar with its name: the highest one's above it, the others' below and further left, so that bars which
+    are close to each other keep theirs apart."""
+    axis.axhline(value, color=SECOND, lw=1.1, ls=(0, (4, 3)))
+    where = " and ".join(_BARS[hop.name] for hop in hops)
+    at, offset, side = ((1.0, value), (-2, 3), "bottom") if highest else ((0.0, value), (4, -3), "top")
+    _note(
+        axis,
+        f"bar of {where}: {exponent(value)}",
+        at,
+        offset,
+        SECOND,
+        xycoords=axis.get_yaxis_transform(),
+        ha="right" if highest else "left",
+        va=side,
+        bbox={"facecolor": "white", "alpha": 0.75, "pad": 0.5, "lw": 0},
+    )
+
+
+def _flips(axis: Any, hops: Sequence[Hop], parity: ParityReport) -> None:
+    """Steps in which some token was routed differently, as ticks along the foot."""
+    steps = {s for hop in hops for s, n in zip(_steps_of(hop, parity), hop.per_step_flips, strict=False) if n}
+    if steps:
+        at_foot = {"transform": axis.get_xaxis_transform(), "ls": "", "marker": "|", "ms": 9, "mew": 1.4}
+        axis.plot(sorted(steps), [0.025] * len(steps), color=SECOND, label="step with a flipped token", **at_foot)

@@ -1,0 +1,71 @@
+"""Numbers and tables as people read them, for terminals, titles and reports."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dydit.bundle.measurements import MeasuredPlan
+from dydit.words import counted
+
+ROUGH = 0.25  # deviation of a fit of times; on idle machines it is a few percent
+
+
+def bytes_text(size: float) -> str:
+    """A size in binary units, with three figures: `7.34 MiB`."""
+    units = ("B", "KiB", "MiB", "GiB", "TiB")
+    place = 0
+    while size >= 1000 and place < len(units) - 1:
+        size, place = size / 1024, place + 1
+    digits = f"{size:.0f}" if place == 0 else f"{size:#.3g}".removesuffix(".")
+    return f"{digits} {units[place]}"
+
+
+def count_text(value: float) -> str:
+    """A count in powers of a thousand, with three figures: `33.1 M`."""
+    for size, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= 0.9995 * size:
+            return f"{value / size:.3g} {prefix}"
+    return f"{value:.3g}"
+
+
+def exponent(value: float) -> str:
+    """`3.1e-7`: two figures and no padding; `0` for zero."""
+    if value == 0:
+        return "0"
+    mantissa, _, power = f"{value:.1e}".partition("e")
+    return f"{mantissa.removesuffix('.0')}e{int(power)}"
+
+
+def aligned(rows: Sequence[Sequence[str]], right: Sequence[int] = (), gap: str = "  ", indent: str = "") -> str:
+    """Rows as columns of equal width; the columns in `right` are flush right. Rows may be short."""
+    columns = max(map(len, rows), default=0)
+    widths = [max((len(row[c]) for row in rows if c < len(row)), default=0) for c in range(columns)]
+    lines = []
+    for row in rows:
+        cells = [text.rjust(widths[c]) if c in right else text.ljust(widths[c]) for c, text in enumerate(row)]
+        lines.append((indent + gap.join(cells)).rstrip())
+    return "\n".join(lines)
+
+
+def measured_lines(measured: MeasuredPlan | None) -> list[str]:
+    """What a plan comes to by what was measured for it, a sentence each for times and memory."""
+    lines = []
+    if measured is not None and measured.times is not None:
+        assert measured.ms is not None and measured.per_step_ms is not None and measured.static_ms is not None
+        times = measured.times
+        cores = counted(times.threads, "thread")
+        lines.append(
+            f"By a profile on {times.backend} ({cores}, {counted(times.rows, 'row')}, {times.token_share:.0%} of the "
+            f"tokens in the MLPs; fit within {times.deviation:.1%}) a run takes {measured.ms / 1e3:.3g} s: "
+            f"{measured.ms / measured.static_ms:.1%} of the time with all heads and groups "
+            f"({measured.per_step_ms / measured.static_ms:.1%} if every step had its own)"
+        )
+        if times.deviation > ROUGH:
+            lines.append("That fit is rough, as on a busy machine: export again on an idle one")
+    if measured is not None and measured.residency is not None:
+        assert measured.resident_bytes is not None
+        lines.append(
+            f"With all subnetworks loaded on {measured.residency.backend} they take "
+            f"{bytes_text(measured.resident_bytes)} of memory ({counted(measured.residency.rows, 'row')}), by a profile"
+        )
+    return lines

@@ -1,0 +1,337 @@
+"""`dydit sample`: a run of any size into a folder, one image or fifty thousand, resumable at any moment.
+
+The folder then holds `000000.png`, ... (numbered by image index), `grid.png` (the first 100), `samples.json` (settings
+and facts), on demand `samples.npz` (`arr_0` uint8 [N, S, S, 3], what FID evaluators read, and `arr_1` int64 labels).
+Of a latent model without a decoder it holds `latents.npz` (`latents` f32 [N, C, S, S], `labels` int64, `images` uint64)
+and no pictures. Settings decide the content bit for bit, on machines of one kind, however often the run was interrupted
+and however many workers made it. The number of CPU threads is one of them: a matrix product that several threads share
+may add up in another order. So whoever goes on with a run has to use as many threads as who began it.
+
+A run goes chunk by chunk (`dydit.runtime.loop.chunk_size`): some batches are sampled, then their pictures are made, a
+few at a time. Each is whole once it is there, and the rest is read from them. On a finished run, the same command
+checks that everything is there and whole, and makes anew what is not: pictures from latents where a file has them, else
+by sampling their batches again.
+
+Workers (`dydit.runtime.bulk.workers`) share the batches of one run; each makes its own batches and their pictures. The
+last worker to finish assembles the result; where two finish at once, a lock decides which. No worker waits for another.
+What a killed worker left is made when it is started again, or by any number of workers once the others ended; results
+that nobody wrote to the end, by any worker started again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dydit.bundle.bundle import Bundle
+from dydit.errors import ConfigError
+from dydit.files import require_absent, user_path
+from dydit.models.config import Strict, UserPath
+from dydit.runtime.backends.base import Backend, BackendOptions
+from dydit.runtime.backends.registry import deciding_threads, open_backend
+from dydit.runtime.bulk.finished import (
+    LATENTS,
+    Run,
+    facts,
+    find_damage,
+    has_picture,
+    restore_latents,
+    write_pictures,
+    write_result,
+)
+from dydit.runtime.bulk.run_folder import FolderStore, RunFolder, ShareStore
+from dydit.runtime.bulk.workers import Worker
+from dydit.runtime.images.pixels import ToPixels, picture_format
+from dydit.runtime.loop import Progress, StepRunner, WholeRuns, chunk_size, sample
+from dydit.runtime.noise_source import NoiseFile, SeededNoise
+from dydit.runtime.request import Batch, SampleRequest, check_batch_size, check_guidance, check_labels, make_batches
+from dydit.runtime.resident import ResidentSubnets
+
+RESIDENT = 2  # a run passes each subnetwork once
+PACKED_FROM_STEPS = 12
+
+
+class OutputOptions(Strict):
+    """What to write beside the pictures: `npz` for evaluators, `latents_out` the latents as an `.npz` elsewhere."""
+
+    npz: bool = False
+    latents_out: UserPath | None = None
+
+
+@dataclass(frozen=True)
+class SampleSummary:
+    """What is in the folder now.
+
+    `files`: all names but those of the single pictures. `finished`: this call wrote the results, or found them; else
+    other workers have something to do yet, `images` and `repeated_steps` are of this worker alone, and `files` is
+    empty. `finished_before`: the run was complete already, all of it whole, and nothing was done. `repeated_steps`:
+    steps run again at full capacity, over the whole run. `seconds`: sampling, in this call; `picture_seconds`: decoding
+    and writing pictures, in this call. `note`: what the reader should know, or empty.
+    """
+
+    out: Path
+    worker: str
+    images: int
+    files: tuple[str, ...]
+    finished: bool
+    finished_before: bool
+    repeated_steps: int
+    seconds: float
+    picture_seconds: float
+    note: str
+
+
+@dataclass(frozen=True)
+class _Work:
+    """A run in its folder, what samples it, and who is told about it."""
+
+    folder: RunFolder
+    run: Run
+    worker: Worker
+    engine: Backend
+    to_pixels: ToPixels
+    progress: Progress | None
+    picture_progress: Progress | None
+    announce: Callable[[str], None] | None
+
+    @property
+    def segments(self) -> int:
+        return len(self.engine.bundle.manifest.plan.segments)
+
+    def sample(self, store: FolderStore, members: Sequence[int]) -> tuple[float, float]:
+        """Sample some batches of the run, and make their pictures; returns the seconds of both."""
+        run, own, picture_seconds = self.run, ShareStore(store, members), 0.0
+        batches = [run.batches[index] for index in members]
+
+        def finished(done: range) -> None:
+            nonlocal picture_seconds
+            if run.pictures is not None:
+                started = time.perf_counter()
+                arguments = (self.folder.out, run.pictures, batches, own, self.to_pixels, done)
+                write_pictures(*arguments, self.picture_progress)
+                picture_seconds += time.perf_counter() - started
+
+        with ResidentSubnets(self.engine, RESIDENT) as subnets:
+            # Of the whole run, too: a share that has only the last, smaller batch must run it as one process would.
+            most = max(len(batch.images) for batch in run.batches)
+            runner = StepRunner(self.engine, subnets, np.unique(run.labels), run.settings["cfg_scale"], most)
+            chunk = self._chunk(batches, runner)
+            assert run.noise is not None
+            stats = sample(runner, batches, run.noise, own, self.progress, chunk, finished)
+        return stats.seconds, picture_seconds
+
+    def _chunk(self, batches: list[Batch], runner: StepRunner) -> int:
+        """How many batches come to their end together; says when to expect pictures where there are several."""
+        run, manifest = self.run, self.engine.bundle.manifest
+        size = max((len(batch.images) for batch in run.batches), default=1)
+        labels = len(np.unique(run.labels)) + runner.guidance.guided
+        chunk = chunk_size(manifest, size, labels, self.engine.options.device)
+        if self.announce and run.pictures is not None and len(batches) > 1:
+            images = sum(len(batch.images) for batch in batches)
+            whole = isinstance(self.engine, WholeRuns) or chunk >= len(batches)
+            when = (
+                f"when all {images} images are sampled" if whole else f"after every {chunk * size} of {images} images"
+            )
+            self.announce(f"pictures appear in {self.folder.out} {when}")
+        return chunk
+
+
+def sample_to_folder(
+    bundle: Bundle,
+    request: SampleRequest,
+    out: Path,
+    outputs: OutputOptions | None = None,
+    backend: str = "onnxruntime",
+    options: BackendOptions | None = None,
+    progress: Progress | None = None,
+    picture_progress: Progress | None = None,
+    worker: Worker | None = None,
+    announce: Callable[[str], None] | None = None,
+) -> SampleSummary:
+    """Sample `request` into `out`, or a worker's share of it; called again after a kill, it goes on, and after the end
+    it changes nothing, unless something is missing or damaged: that is made anew.
+
+    `progress(done, total)` counts steps of a batch, `picture_progress(done, total)` pictures; `announce` gets a line on
+    when pictures will appear. Raises `ConfigError` for a request that does not fit the bundle, `BackendError` as
+    backends do, and `OutputError` where `out` holds something else, cannot be written, or another process has this
+    worker's place.
+    """
+    outputs, options, worker = outputs or OutputOptions(), options or BackendOptions(), worker or Worker()
+    if outputs.npz and picture_format(bundle.manifest) is None:
+        raise ConfigError(
+            f"--npz needs pictures, but this model samples latents of {bundle.manifest.model.in_channels} channels and "
+            "the bundle has no decoder; give `dydit export` a --vae, or add one with `dydit attach-vae`"
+        )
+    run = _plan_run(bundle, request, outputs, backend, options)
+    state = RunFolder(user_path(out), run.settings)
+    fresh = state.fresh  # asked before the summary: a run that others finish in between is not fresh
+    known = state.summary()
+    if known is not None and not find_damage(state.out, run, known):
+        summary = _finished_before(state, run, worker, known)
+    else:
+        if known is None and fresh and outputs.latents_out is not None:
+            require_absent(outputs.latents_out)
+        # By the whole run, not by the share: what depends on it must not depend on the number of workers.
+        steps_per_load = len(run.batches) * bundle.manifest.sampling.steps / len(bundle.manifest.plan.segments)
+        packed = options.packed or steps_per_load >= PACKED_FROM_STEPS
+        engine = open_backend(backend, bundle, dataclasses.replace(options, packed=packed))
+        work = _Work(state, run, worker, engine, ToPixels(engine), progress, picture_progress, announce)
+        if known is not None:
+            summary = _make_good(work, known)
+        else:
+            with state.open(worker):
+                summary = _make_share(work)
+    if summary.finished:
+        state.clear()
+    return summary
+
+
+def _make_share(work: _Work) -> SampleSummary:
+    """Sample a worker's share, make its pictures, and, where all other batches are done, the results."""
+    folder, run, worker = work.folder, work.run, work.worker
+    store, share = FolderStore(folder, run.batches, run.shape), worker.share(len(run.batches))
+    for index in share:
+        store.done(index)
+    # Asked after the batches were looked up: their files go when there is a summary, and not before.
+    if (known := folder.summary()) is not None:
+        return _finished_before(folder, run, worker, known)
+    seconds, picture_seconds = work.sample(store, share)
+    made = SampleSummary(
+        out=folder.out,
+        worker=str(worker),
+        images=sum(len(run.batches[index].images) for index in share),
+        files=(),
+        finished=False,
+        finished_before=False,
+        repeated_steps=store.repeated_steps(share),
+        seconds=seconds,
+        picture_seconds=picture_seconds,
+        note=f"images of this worker, {worker}; the run is not finished: the last of its workers writes the results",
+    )
+    if not _others_done(work, store, share):
+        return made
+    with folder.finishing() as ours:
+        if not ours:
+            return dataclasses.replace(made, note=f"images of this worker, {worker}; another one writes the results")
+        started = time.perf_counter()
+        for file in run.results(folder.out):
+            write_result(folder.out, run, store, file)
+        known = facts(folder.out, run, store.repeated_steps(range(len(run.batches))))
+        folder.finish(known)
+    return dataclasses.replace(
+        made,
+        images=len(run.images),
+        files=tuple(known["files"]),
+        finished=True,
+        repeated_steps=known["repeated_steps"],
+        picture_seconds=picture_seconds + time.perf_counter() - started,
+        note=_note(run),
+    )
+
+
+def _make_good(work: _Work, known: dict[str, Any]) -> SampleSummary:
+    """Make anew what is missing or damaged of a finished run, by one process alone."""
+    folder, run = work.folder, work.run
+    before = _finished_before(folder, run, work.worker, known)
+    with folder.repairing() as ours:
+        if not ours:
+            note = "another process makes anew what is missing or damaged of this run"
+            return dataclasses.replace(before, files=(), finished=False, finished_before=False, note=note)
+        damage = find_damage(folder.out, run, known)
+        store, needed = FolderStore(folder, run.batches, run.shape), damage.batches(run)
+        restored = bool(needed) and restore_latents(folder.out, run, damage, store, work.segments)
+        seconds, picture_seconds = work.sample(store, needed) if needed else (0.0, 0.0)
+        for file in damage.results:
+            write_result(folder.out, run, store, file)
+        folder.finish(facts(folder.out, run, known["repeated_steps"]))
+    how = "from the latents" if restored else "by sampling again" if needed else "from the pictures"
+    note = _note(run, f"{damage.names} of this finished run was missing or damaged: made anew {how}")
+    return dataclasses.replace(
+        before, finished_before=False, seconds=seconds, picture_seconds=picture_seconds, note=note
+    )
+
+
+def _others_done(work: _Work, store: FolderStore, share: range) -> bool:
+    """Whether the batches that are not of the share are through, with their pictures."""
+    out, pictures = work.folder.out, work.run.pictures
+    return all(
+        store.done(index) == work.segments
+        and (pictures is None or all(has_picture(out, pictures, image) for image in batch.images))
+        for index, batch in enumerate(work.run.batches)
+        if index not in share
+    )
+
+
+def _plan_run(
+    bundle: Bundle, request: SampleRequest, outputs: OutputOptions, backend: str, options: BackendOptions
+) -> Run:
+    manifest, model = bundle.manifest, bundle.manifest.model
+    file = None if request.noise_from is None else NoiseFile.read(request.noise_from, manifest)
+    labels = _labels(request, file)
+    check_labels(sorted(set(labels)), manifest)
+    check_guidance(request.cfg_scale, manifest)
+    size = check_batch_size(request.batch_size, manifest, len(labels))
+    images = range(request.first_image, request.first_image + len(labels))
+    shape = (model.in_channels, model.input_size, model.input_size)
+    settings = {
+        "bundle": manifest.digest,
+        "labels": list(request.labels or labels),
+        "num": len(labels),
+        "seed": None if file else request.seed,
+        "noise_sha256": file.sha256 if file else None,
+        "cfg_scale": request.cfg_scale,
+        "first_image": request.first_image,
+        "batch_size": size,
+        "backend": backend,
+        "device": options.device,
+        "threads": deciding_threads(backend, options),
+        "npz": outputs.npz,
+        "latents_out": None if outputs.latents_out is None else str(outputs.latents_out.resolve()),
+    }
+    return Run(
+        shape=shape,
+        pictures=picture_format(manifest),
+        batches=make_batches(labels, images, size),
+        noise=file or SeededNoise(request.seed, shape),
+        settings=settings,
+        npz=outputs.npz,
+        latents_out=outputs.latents_out,
+    )
+
+
+def _labels(request: SampleRequest, file: NoiseFile | None) -> list[int]:
+    """The label of every image."""
+    if file is None:
+        return [request.labels[i % len(request.labels)] for i in range(request.images)]
+    if request.num not in (None, len(file.labels)):
+        raise ConfigError(f"{file.path} holds noise for {len(file.labels)} images, {request.num} are asked for")
+    if request.labels not in ((), file.labels):
+        raise ConfigError(f"the labels differ from those of {file.path}; leave labels (--labels) out, or give the same")
+    return list(file.labels)
+
+
+def _finished_before(folder: RunFolder, run: Run, worker: Worker, known: dict[str, Any]) -> SampleSummary:
+    """The summary of a run that needs nothing more."""
+    return SampleSummary(
+        out=folder.out,
+        worker=str(worker),
+        images=len(run.images),
+        files=tuple(known["files"]),
+        finished=True,
+        finished_before=True,
+        repeated_steps=known["repeated_steps"],
+        seconds=0.0,
+        picture_seconds=0.0,
+        note=_note(run, "this run was complete already; nothing was changed"),
+    )
+
+
+def _note(run: Run, *notes: str) -> str:
+    latents = f"the bundle has no VAE decoder, so the samples are latents, in {LATENTS}: see `dydit decode`"
+    return "; ".join([*notes, latents] if run.pictures is None else notes)

@@ -1,0 +1,251 @@
+"""Where a run's data lies in device memory: buffers, their sizes, and the places in them. Derived from `graph_io`.
+
+Every place that an engine reads or writes is 256-byte aligned, so rows of a table are padded to that. What a segment
+needs comes to the same places for every batch, so that a captured graph serves all batches of one size.
+
+    latents.0, latents.1   every batch between segments: even segments read .0 and write .1, odd ones the other way
+    x.0, x.1               the batch in work: a step reads one and writes the other
+    noise, noise.next      of the segment in work, and of the next, which arrives meanwhile
+    modulation             of consecutive steps of the segment, computed on the device
+    labels, labels.all     of the rows in work; of all batches
+    coefficients, cfg_scale, gates, timesteps    of the whole run
+    overflow, overflow.visit    counters of a segment, of all its batches; of the batch in work
+    zeros                  noise of steps that add none
+    step.*                 a step's inputs and counters at fixed places, where graphs are captured
+    units, units.scratch   weights of a sliding plan (`dydit.runtime.device.slots`)
+    workspace              activations, shared by all engines
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+
+from dydit.bundle.io_spec import (
+    BATCH,
+    LABELS,
+    ROWS,
+    STEPS,
+    TensorSpec,
+    conditioning_inputs,
+    conditioning_outputs,
+    subnet_inputs,
+    subnet_outputs,
+)
+from dydit.bundle.manifest import Manifest, Routing
+from dydit.diffusion.coefficients import COEFFICIENTS
+from dydit.errors import ConfigError
+from dydit.runtime.device.operations import ALIGNMENT, Address, Binding, aligned
+from dydit.runtime.device.slots import Slots
+
+_NOISE = COEFFICIENTS.index("noise")
+
+
+@dataclass(frozen=True)
+class RunShape:
+    """What a run is, apart from its numbers: images per batch, guidance, segments that each batch has behind it."""
+
+    sizes: tuple[int, ...]
+    guided: bool
+    done: tuple[int, ...] = ()
+
+    def rows(self, size: int) -> int:
+        """Rows of modulation of a batch of `size` images."""
+        return 2 * size if self.guided else size
+
+    def behind(self, batch: int) -> int:
+        """How many segments a batch has behind it."""
+        return self.done[batch] if self.done else 0
+
+
+@dataclass(frozen=True)
+class LaunchOptions:
+    """How to run; none of it changes what is computed.
+
+    `graphs`: capture segments as CUDA graphs (dynamic routing cannot be captured and runs without). `fixed`: steps read
+    their inputs at fixed places even without graphs. `resident`: how many subnetworks are loaded at a time, at least 2
+    (None: all). `modulation_bytes`: at most so much is computed ahead of its steps, `conditioning_steps` likewise (what
+    the engine's profile allows). `save_segments`: download latents after every segment, not only the last.
+    """
+
+    graphs: bool = True
+    fixed: bool = False
+    resident: int | None = None
+    modulation_bytes: int = 1 << 30
+    conditioning_steps: int = 1 << 30
+    save_segments: bool = False
+
+    def __post_init__(self) -> None:
+        if self.resident is not None and self.resident < 2:
+            raise ConfigError(
+                f"{self.resident} resident subnetworks are too few: the present one and the next make 2, at least"
+            )
+
+
+class Layout:
+    """Buffers of a run and places in them, from a manifest, the run's shape and options."""
+
+    def __init__(self, manifest: Manifest, shape: RunShape, options: LaunchOptions):
+        self.manifest, self.shape, self.options = manifest, shape, options
+        model, self.segments = manifest.model, manifest.plan.segments
+        self.slots = Slots(manifest) if manifest.sliding else None
+        if not shape.sizes or not 1 <= min(shape.sizes) <= max(shape.sizes) <= manifest.max_batch:
+            raise ConfigError(f"batches of {shape.sizes} images: this bundle was exported for 1..{manifest.max_batch}")
+        self.largest = max(shape.sizes)
+        self.capacity = manifest.routing is Routing.CAPACITY
+        self.capturing = options.graphs and manifest.routing is not Routing.DYNAMIC
+        self.image_bytes = 4 * model.in_channels * model.input_size**2
+        self.modulation_row = 4 * math.prod(_numbers(_spec(subnet_inputs(model, False), "modulation")))
+        self.gates_stride = aligned(4 * model.units.size)
+        self.overflow_stride = aligned(8 * model.depth)
+        self.labels_stride = aligned(8 * shape.rows(self.largest))
+
+    @cached_property
+    def visited(self) -> tuple[int, ...]:
+        """The segments that some batch still has to pass, in order."""
+        first = min(self.shape.behind(batch) for batch in range(len(self.shape.sizes)))
+        return tuple(range(first, len(self.segments)))
+
+    def waiting(self, segment: int) -> tuple[int, ...]:
+        """The batches that pass a segment."""
+        return tuple(batch for batch in range(len(self.shape.sizes)) if self.shape.behind(batch) <= segment)
+
+    def noise_steps(self, segment: int) -> tuple[int, ...]:
+        """The segment's steps that add noise."""
+        coefficients = self.manifest.sampling.coefficients
+        return tuple(step for step in self.segments[segment].steps if coefficients[step][_NOISE] != 0)
+
+    @cached_property
+    def staged(self) -> bool:
+        """Whether steps read their inputs at fixed places: for graphs, or because a table cannot be padded."""
+        rows = {self.shape.rows(size) for size in self.shape.sizes}
+        return self.capturing or self.options.fixed or any(count * self.modulation_row % ALIGNMENT for count in rows)
+
+    @cached_property
+    def chunk_steps(self) -> int:
+        """For how many steps modulation is computed at once."""
+        fits = self.options.modulation_bytes // (self.modulation_row * self.shape.rows(self.largest))
+        longest = max(self.segments[index].count for index in self.visited)
+        return max(1, min(longest, fits, self.options.conditioning_steps))
+
+    def chunks(self, segment: int) -> tuple[range, ...]:
+        """The segment's steps, in parts whose modulation is computed at once."""
+        steps = self.segments[segment].steps
+        return tuple(steps[i : i + self.chunk_steps] for i in range(0, len(steps), self.chunk_steps))
+
+    @cached_property
+    def all_chunks(self) -> tuple[range, ...]:
+        """The parts of all visited segments; `timesteps` has a row for each."""
+        return tuple(chunk for segment in self.visited for chunk in self.chunks(segment))
+
+    @property
+    def timesteps_stride(self) -> int:
+        """Bytes of a row of `timesteps`."""
+        return aligned(8 * self.chunk_steps)
+
+    def noise_stride(self, size: int) -> int:
+        """Bytes from one step's noise to the next, for batches of `size`."""
+        return aligned(size * self.image_bytes)
+
+    @cached_property
+    def buffers(self) -> dict[str, int]:
+        """Bytes of every buffer but the workspace."""
+        model, shape = self.manifest.model, self.shape
+        batches, steps, rows = len(shape.sizes), self.manifest.sampling.steps, shape.rows(self.largest)
+        longest = max(self.segments[index].count for index in self.visited)
+        most_noise = max(len(self.noise_steps(index)) for index in self.visited)
+        batch_bytes = self.largest * self.image_bytes
+        gated = any(self.manifest.subnets[self.segments[index].subnet].gated for index in self.visited)
+        silent = any(len(self.noise_steps(index)) < self.segments[index].count for index in self.visited)
+        sizes = {
+            "latents.0": sum(shape.sizes) * self.image_bytes,
+            "latents.1": sum(shape.sizes) * self.image_bytes,
+            "x.0": batch_bytes,
+            "x.1": batch_bytes,
+            "noise": most_noise * self.noise_stride(self.largest),
+            "noise.next": most_noise * self.noise_stride(self.largest),
+            "zeros": batch_bytes * silent,
+            "modulation": self.chunk_steps * rows * self.modulation_row,
+            "labels": 8 * rows,
+            "labels.all": batches * self.labels_stride,
+            "coefficients": steps * ALIGNMENT,
+            "cfg_scale": 4,
+            "gates": gated * steps * self.gates_stride,
+            "timesteps": len(self.all_chunks) * self.timesteps_stride,
+            "overflow": self.capacity * batches * longest * self.overflow_stride,
+            "overflow.visit": self.capacity * longest * self.overflow_stride,
+        }
+        if self.staged:
+            sizes |= {
+                "step.noise": batch_bytes,
+                "step.coefficients": ALIGNMENT,
+                "step.modulation": rows * self.modulation_row,
+                "step.gates": gated * 4 * model.units.size,
+                "step.overflow": self.capacity * self.overflow_stride,
+            }
+        if self.slots is not None:
+            sizes |= self.slots.buffers
+        return {name: aligned(nbytes) for name, nbytes in sizes.items() if nbytes}
+
+    def latents(self, segment: int, batch: int) -> Address:
+        """A batch's latents before a segment."""
+        return Address(f"latents.{segment % 2}", self._first_image[batch] * self.image_bytes)
+
+    @cached_property
+    def _first_image(self) -> list[int]:
+        return list(accumulate(self.shape.sizes, initial=0))
+
+    def timesteps(self, chunk: range) -> Address:
+        """The timesteps of a part of a segment."""
+        return Address("timesteps", self.all_chunks.index(chunk) * self.timesteps_stride)
+
+    def modulation(self, chunk: range, step: int, size: int) -> Address:
+        """One step's modulation."""
+        return Address("modulation", (step - chunk.start) * self.shape.rows(size) * self.modulation_row)
+
+    def noise(self, segment: int, step: int, size: int) -> Address:
+        """One step's noise."""
+        steps = self.noise_steps(segment)
+        return Address("noise", steps.index(step) * self.noise_stride(size)) if step in steps else Address("zeros")
+
+    def overflow(self, segment: int, step: int) -> Address:
+        """One step's counters."""
+        return Address("overflow.visit", (step - self.segments[segment].first) * self.overflow_stride)
+
+    def step_bindings(
+        self, subnet: int, size: int, places: Mapping[str, Address]
+    ) -> tuple[tuple[Binding, ...], tuple[Binding, ...]]:
+        """Inputs and outputs of a subnetwork's engine at the given places; weights that slide are in theirs."""
+        model, entry = self.manifest.model, self.manifest.subnets[subnet]
+        symbols = {BATCH: size, ROWS: self.shape.rows(size)}
+        inputs = _bind(subnet_inputs(model, entry.gated), symbols, places)
+        inputs += self.slots.bindings(subnet) if self.slots is not None else ()
+        return inputs, _bind(subnet_outputs(model, self.capacity), symbols, places)
+
+    def conditioning_bindings(self, chunk: range, size: int) -> tuple[tuple[Binding, ...], tuple[Binding, ...]]:
+        """Inputs and outputs of the conditioning's engine for a part of a segment."""
+        symbols = {STEPS: len(chunk), LABELS: self.shape.rows(size)}
+        places = {
+            "timesteps": self.timesteps(chunk),
+            "labels": Address("labels"),
+            "modulation": Address("modulation"),
+        }
+        model = self.manifest.model
+        return _bind(conditioning_inputs(), symbols, places), _bind(conditioning_outputs(model), symbols, places)
+
+
+def _bind(
+    specs: tuple[TensorSpec, ...], symbols: Mapping[str, int], places: Mapping[str, Address]
+) -> tuple[Binding, ...]:
+    return tuple(Binding(spec.name, spec.dtype, spec.concrete(symbols), places[spec.name]) for spec in specs)
+
+
+def _spec(specs: tuple[TensorSpec, ...], name: str) -> TensorSpec:
+    return next(spec for spec in specs if spec.name == name)
+
+
+def _numbers(spec: TensorSpec) -> list[int]:
+    return [dim for dim in spec.shape if isinstance(dim, int)]

@@ -1,0 +1,1 @@
+"""From samples to pictures: pixels, files, and the VAE decoder."""

@@ -1,0 +1,89 @@
+"""Whether a bundle gives pictures, and how what it samples becomes pixels: the one place that knows.
+
+`ModelConfig.samples_pixels` says whether a model samples pixels itself. Latents go through the bundle's VAE decoder;
+without one they stay latents. The decoder runs where the backend has it (`Backend.tile_decoder`: TensorRT, with an
+engine that `dydit build` made), else on ONNX Runtime: on the GPU where the device is `cuda` and this ONNX Runtime can,
+or on the CPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import numpy as np
+
+from dydit.bundle.manifest import Manifest
+from dydit.errors import BackendError
+from dydit.runtime.backends.base import Backend
+from dydit.runtime.backends.session import runtime
+from dydit.runtime.images.vae_decoder import IMAGES_AT_ONCE, VaeDecoder, decode_tiled
+
+
+@dataclass(frozen=True)
+class PictureFormat:
+    """Pictures of a bundle: `channels` 1 (grey) or 3 (RGB), `side` in pixels; `decoded`: from latents, by the VAE."""
+
+    channels: int
+    side: int
+    decoded: bool
+
+
+def picture_format(manifest: Manifest) -> PictureFormat | None:
+    """What pictures a bundle gives; None where it samples latents and has no decoder."""
+    model, vae = manifest.model, manifest.vae
+    if vae is not None:
+        return PictureFormat(3, model.input_size * vae.upscale, True)
+    return PictureFormat(model.in_channels, model.input_size, False) if model.samples_pixels else None
+
+
+class MakesPixels(Protocol):
+    """Makes pixels f32 [B, channels, side, side] of samples f32 [B, C, S, S].
+
+    `at_once`: samples to hand over in one call, so that memory is bounded; the same ones in a call give the same bits.
+    """
+
+    at_once: int
+
+    def __call__(self, samples: np.ndarray) -> np.ndarray:
+        """Pixels, meant for [-1, 1]."""
+
+
+def require_finite(pixels: np.ndarray) -> np.ndarray:
+    """Pixels from a decoder, as they are. Raises `BackendError` for NaN, which would become black without a word."""
+    if not np.isfinite(pixels).all():
+        raise BackendError("the VAE decoder returns NaN or infinite pixels; use another VAE")
+    return pixels
+
+
+class ToPixels:
+    """Makes pixels of what a backend sampled; the decoder is loaded when it is first needed.
+
+    Raises `BackendError` where onnxruntime is needed and missing. `at_once`: images to hand over in one call, so that
+    memory is bounded; the same images in one call give the same bits.
+    """
+
+    at_once = IMAGES_AT_ONCE
+
+    def __init__(self, backend: Backend):
+        self._bundle, self._options = backend.bundle, backend.options
+        self._vae = backend.bundle.manifest.vae
+        self._own = None if self._vae is None else backend.tile_decoder()
+        if self._vae is not None and self._own is None:
+            runtime()
+
+    def __call__(self, samples: np.ndarray) -> np.ndarray:
+        """Samples f32 [B, C, S, S] to pixels f32 [B, channels, side, side], meant for [-1, 1]."""
+        if self._vae is None:
+            return samples
+        if self._own is not None:
+            pixels = decode_tiled(samples, self._vae, self._own, self.at_once)
+        else:
+            pixels = self._decoder.decode(samples, self.at_once)
+        return require_finite(pixels)
+
+    @cached_property
+    def _decoder(self) -> VaeDecoder:
+        assert self._vae is not None
+        return VaeDecoder(self._bundle.path, self._vae, self._options)

@@ -1,1 +1,0 @@
-"""Proof: parity, latency, reports on checkpoints and bundles."""

@@ -1,0 +1,133 @@
+"""A migration for a model: chosen alike every time, and where few channels are much larger it keeps steps in 8 bits."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+
+from dydit.bundle.bundle import Bundle
+from dydit.bundle.manifest import PlanKind
+from dydit.calibrate.observers import observe
+from dydit.calibrate.range_methods import Method
+from dydit.calibrate.smoothing_search import Found, find_migration
+from dydit.calibrate.smoothing_strength import LEAST_GAIN
+from dydit.checkpoints.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from dydit.errors import CalibrationError, ConfigError
+from dydit.export.exporter import ExportConfig, export, planned_steps
+from dydit.models.synthetic import synthetic_model
+from dydit.parity.comparison import relative_l2
+from dydit.runtime.backends.int8_exactness import products_are_exact
+from dydit.runtime.backends.registry import open_backend
+from dydit.runtime.loop import StepRunner
+from dydit.runtime.resident import ResidentSubnets
+
+LAYERS = ("qkv", "proj", "fc1", "fc2")
+
+pytestmark = pytest.mark.numerics
+
+LABELS, SCALE, STEPS = (0, 1, 2, 3), 1.5, 12
+PLAN = {"steps": STEPS, "plan": PlanKind.MAX_SUBNETS, "max_subnets": 2}
+LARGE, TIMES = (3, 17, 40), 30.0
+
+
+@pytest.fixture(scope="module")
+def outliers(small_config, tmp_path_factory) -> Checkpoint:
+    """A model of whose layers' input channels a few are 30 times larger than they were, and their weights smaller."""
+    model, large = synthetic_model(small_config), list(LARGE)
+    d = small_config.hidden_size
+    with torch.no_grad():
+        for block in model.blocks:
+            adaln = block.adaLN_modulation[1]
+            for first, layer in ((0, block.attn.qkv), (3 * d, block.mlp.fc1)):
+                shift, scale = ([first + part + channel for channel in large] for part in (0, d))
+                for rows, one in ((shift, 0), (scale, 1)):
+                    adaln.weight[rows] *= TIMES
+                    adaln.bias[rows] = TIMES * (adaln.bias[rows] + one) - one
+                layer.weight[:, large] /= TIMES
+            block.attn.qkv.weight[[2 * d + channel for channel in large]] *= TIMES
+            block.attn.qkv.bias[[2 * d + channel for channel in large]] *= TIMES
+            block.attn.proj.weight[:, large] /= TIMES
+            block.mlp.fc1.weight[large] *= TIMES
+            block.mlp.fc1.bias[large] *= TIMES
+            block.mlp.fc2.weight[:, large] /= TIMES
+    path = tmp_path_factory.mktemp("outliers") / "model.safetensors"
+    save_checkpoint(path, model, small_config)
+    return load_checkpoint(path)
+
+
+def segments_of(checkpoint: Checkpoint) -> tuple[tuple[int, int], ...]:
+    return tuple(planned_steps(checkpoint, ExportConfig(**PLAN))[1].segments)
+
+
+@pytest.fixture(scope="module")
+def found(outliers) -> Found:
+    return find_migration(outliers, segments_of(outliers), LABELS, [SCALE], STEPS)
+
+
+def test_the_large_channels_are_found_in_every_layer(found, outliers):
+    assert found.migration.layers == 4 * outliers.config.depth
+    for block in range(outliers.config.depth):
+        for layer in LAYERS:
+            exponents = found.migration.exponents(block, layer)
+            others = np.delete(exponents, LARGE)
+            assert exponents[list(LARGE)].mean() > others.mean() + 1.5, (block, layer)
+    assert found.text().startswith("migration helps in 12 of 12 layers: the squared error of their products in int8")
+    assert all(
+        choice.error <= (1 - LEAST_GAIN) * choice.unmigrated for block in found.choices for choice in block.values()
+    )
+
+
+def test_the_same_arguments_give_the_same_migration(found, outliers):
+    again = find_migration(outliers, segments_of(outliers), LABELS, [SCALE], STEPS)
+    assert again.migration == found.migration
+
+
+def test_ranges_are_those_of_what_is_divided(found, outliers):
+    run = (outliers, segments_of(outliers), LABELS, [SCALE], STEPS)
+    plain, divided = observe(*run), observe(*run, migration=found.migration)
+    assert [each.total for each in plain.flat()] == [each.total for each in divided.flat()]
+    thresholds = [np.array(each.choose(Method.MINMAX, 4).thresholds) for each in (plain, divided)]
+    assert (thresholds[1] < thresholds[0] / 2).all()
+
+
+def step_errors(exact: Bundle, low: Bundle) -> np.ndarray:
+    """Relative L2 of x_prev from exact ones, of every image and every third step, from the same noise, [K, B]."""
+    model, rng, errors = exact.manifest.model, np.random.default_rng(0), []
+    shape = (len(LABELS), model.in_channels, model.input_size, model.input_size)
+    engines = [open_backend("onnxruntime", each) for each in (exact, low)]
+    with ResidentSubnets(engines[0]) as first, ResidentSubnets(engines[1]) as second:
+        pairs = zip(engines, (first, second), strict=True)
+        runners = [StepRunner(engine, subnets, LABELS, SCALE) for engine, subnets in pairs]
+        for step in range(0, STEPS, 3):
+            x, noise = (rng.normal(size=shape).astype(np.float32) for _ in range(2))
+            expected, got = (runner.run(step, x, noise, LABELS).x_prev for runner in runners)
+            errors.append(relative_l2(got, expected))
+    return np.array(errors)
+
+
+@pytest.mark.parametrize(("precision", "factor"), [("int8-static", 5.0), ("fp8", 0.9)])
+def test_a_step_in_8_bits_keeps_more(found, outliers, tmp_path, precision, factor):
+    """E4M3 rounds relatively to a value, so there a migration changes little."""
+    if precision == "int8-static" and not products_are_exact(onnxruntime):
+        pytest.skip("this CPU has no VNNI: 8-bit products saturate")
+    run, errors = (outliers, segments_of(outliers), LABELS, [SCALE], STEPS), []
+    exact = export(outliers, tmp_path / "exact", ExportConfig(**PLAN))
+    for migration in (None, found.migration):
+        ranges = observe(*run, migration=migration).choose(Method.MINMAX, len(LABELS))
+        chosen = ranges.model_copy(update={"migration": migration})
+        config = ExportConfig(**PLAN, precision=precision, activations=chosen)
+        errors.append(np.median(step_errors(exact, export(outliers, tmp_path / f"low-{len(errors)}", config))))
+    assert errors[1] > 1e-6 and errors[0] > factor * errors[1], errors
+
+
+def test_refusals(outliers, tmp_path):
+    with pytest.raises(ConfigError, match="at least one label"):
+        find_migration(outliers, [(0, STEPS)], [], [SCALE], STEPS)
+    model = outliers.model()
+    model.blocks[1].mlp.fc1.weight.data[:] = 3e38
+    save_checkpoint(tmp_path / "broken.safetensors", model, outliers.config)
+    broken = load_checkpoint(tmp_path / "broken.safetensors")
+    with pytest.raises(CalibrationError, match=r"segment 0, block 1, fc2: a value to calibrate on is NaN or infinite"):
+        find_migration(broken, [(0, STEPS)], LABELS, [SCALE], STEPS)

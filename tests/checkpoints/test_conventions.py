@@ -1,0 +1,159 @@
+"""What training arguments and metadata say about a model is honoured or refused."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from dydit.checkpoints.checkpoint import load_checkpoint
+from dydit.checkpoints.state_fit import class_table
+from dydit.errors import CheckpointError
+from dydit.models.config import ModelConfig
+from dydit.models.synthetic import synthetic_model
+
+CONFIG = ModelConfig(hidden_size=32, depth=2, num_heads=4, patch_size=2, input_size=8, num_classes=10)
+STATE = dict(synthetic_model(CONFIG).state_dict())
+DIT = {"model": "DiT-XL/2", "image_size": 64, "num_classes": 10, "epochs": 1400, "vae": "ema", "global_seed": 0}
+
+
+def saved(path: Path, **arguments: object) -> Path:
+    torch.save({"ema": STATE, "args": argparse.Namespace(**arguments)}, path)
+    return path
+
+
+def refusal(path: Path, **options: Any) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        load_checkpoint(path, **options)
+    message = str(caught.value)
+    assert message.startswith(f"{path}: ") and "\n" not in message
+    return message.removeprefix(f"{path}: ")
+
+
+def test_arguments_of_a_dit_are_accepted(tmp_path: Path) -> None:
+    checkpoint = load_checkpoint(saved(tmp_path / "a.pt", **DIT))
+    assert checkpoint.config == CONFIG and checkpoint.notes == ()
+    more = {"diffusion_steps": 1000, "noise_schedule": "linear", "predict_xstart": False, "learn_sigma": True}
+    more |= {"rescale_learned_sigmas": False, "class_dropout_prob": 0.1, "prediction": "epsilon", "path_type": None}
+    assert load_checkpoint(saved(tmp_path / "b.pt", **DIT, **more)).config == CONFIG
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (
+            {"path_type": "Linear", "prediction": "velocity"},
+            "is a flow-matching model (SiT): its training arguments say",
+        ),
+        ({"path_type": "VP", "prediction": "noise"}, "path_type VP"),
+        ({"model": "SiT-XL/2"}, "model SiT-XL/2"),
+        ({"prediction": "velocity"}, "prediction velocity"),
+        ({"prediction": "score"}, "prediction score"),
+        ({"prediction_type": "v_prediction"}, "prediction_type v_prediction"),
+        ({"parameterization": "x0"}, "parameterization x0"),
+        ({"noise_schedule": "squaredcos_cap_v2"}, "noise_schedule squaredcos_cap_v2"),
+        ({"beta_schedule": "cosine"}, "beta_schedule cosine"),
+        ({"predict_xstart": True}, "predict_xstart True"),
+        ({"predict_v": True}, "predict_v True"),
+        ({"diffusion_steps": 4000}, "diffusion_steps 4000"),
+        ({"beta_end": 0.012}, "beta_end 0.012"),
+        ({"zero_terminal_snr": 1}, "zero_terminal_snr 1"),
+        ({"flow_matching": True}, "flow_matching True"),
+        ({"use_rope": True}, "has other blocks than a DiT: its training arguments say use_rope True"),
+        ({"qk_norm": "rms"}, "qk_norm rms"),
+        ({"learn_sigma": False}, "contradicts itself: its training arguments say learn_sigma False"),
+        (
+            {"image_size": 96},
+            "its training arguments say image_size 96, but its pos_embed is of inputs with a side of 8",
+        ),
+        (
+            {"num_classes": 1000},
+            "a class table of 11 rows, which is not of the 1000 classes that its training arguments",
+        ),
+        ({"num_classes": 11, "class_dropout_prob": 0.1}, "that labels were dropped (0.1), but its class table of 11"),
+        ({"num_heads": 7}, "contradicts itself: its training arguments say 7 heads, its tensors allow 4"),
+    ],
+)
+def test_arguments_of_another_model_are_refused(tmp_path: Path, change: dict[str, object], expected: str) -> None:
+    message = refusal(saved(tmp_path / "a.pt", **{**DIT, **change}))
+    assert expected in message and len(message) < 400
+
+
+@pytest.mark.parametrize("entry", ["args", "hyper_parameters", "config", "cfg"])
+def test_arguments_are_found_in_the_entries_that_programs_use(tmp_path: Path, entry: str) -> None:
+    nested = {"transport": {"path_type": "Linear"}, "data": {"workers": 3}}
+    for number, arguments in enumerate((nested, argparse.Namespace(**nested), {"path-type": "GVP"})):
+        torch.save({"ema": STATE, entry: arguments}, tmp_path / f"{number}.pt")
+        assert "flow-matching" in refusal(tmp_path / f"{number}.pt")
+
+
+def test_settings_beside_the_entries(tmp_path: Path) -> None:
+    torch.save({"ema": STATE, "prediction": "velocity"}, tmp_path / "a.pt")
+    assert "prediction velocity" in refusal(tmp_path / "a.pt")
+    torch.save({**STATE, "prediction": "velocity"}, tmp_path / "b.pt")
+    assert "prediction velocity" in refusal(tmp_path / "b.pt")
+
+
+@pytest.mark.parametrize(
+    ("metadata", "expected"),
+    [
+        ({"prediction_type": "v_prediction"}, "its metadata say prediction_type v_prediction"),
+        ({"modelspec.prediction_type": "v"}, "modelspec.prediction_type v"),
+        ({"config": json.dumps({"transport": {"path_type": "Linear"}})}, "flow-matching"),
+        ({"num_train_timesteps": "500"}, "num_train_timesteps 500"),
+        ({"predict_xstart": "True"}, "predict_xstart True"),
+    ],
+)
+def test_metadata_of_a_safetensors_file(tmp_path: Path, metadata: dict[str, str], expected: str) -> None:
+    save_file(STATE, tmp_path / "a.safetensors", metadata)
+    assert expected in refusal(tmp_path / "a.safetensors")
+    save_file(STATE, tmp_path / "b.safetensors", {"format": "pt", "num_classes": "10", "note": "v_prediction"})
+    assert load_checkpoint(tmp_path / "b.safetensors").config == CONFIG
+
+
+def test_a_file_that_says_nothing_is_taken_for_a_dit(tmp_path: Path) -> None:
+    torch.save(STATE, tmp_path / "a.pt")
+    assert load_checkpoint(tmp_path / "a.pt").config == CONFIG
+
+
+@pytest.mark.parametrize(
+    ("rows", "stated", "given", "expected"),
+    [
+        (1001, {}, None, (1000, True, 0)),
+        (1000, {}, None, (1000, False, 1)),  # ImageNet without the row for no class
+        (1000, {}, 999, (999, True, 0)),
+        (11, {}, None, (10, True, 1)),
+        (11, {}, 11, (11, False, 0)),
+        (11, {}, 10, (10, True, 0)),
+        (11, {"num_classes": 10}, None, (10, True, 0)),
+        (10, {"num_classes": 10}, None, (10, False, 0)),
+        (10, {"num_classes": 10, "class_dropout_prob": 0.0}, None, (10, False, 0)),
+        (10, {"class_dropout_prob": 0}, None, (10, False, 0)),
+        (11, {"class_dropout_prob": 0.1}, None, (10, True, 0)),
+        (11, {"num_classes": 10, "class_dropout_prob": 0}, None, (10, False, 1)),  # a row that was never trained
+        (1, {}, None, (1, False, 0)),
+    ],
+)
+def test_how_a_class_table_is_read(
+    rows: int, stated: dict[str, Any], given: int | None, expected: tuple[int, bool, int]
+) -> None:
+    table = class_table(rows, stated, given)
+    assert (table.count, table.null_row, len(table.notes)) == expected
+
+
+@pytest.mark.parametrize(("rows", "given"), [(11, 12), (11, 9), (1, 2)])
+def test_counts_that_do_not_go_with_the_rows(rows: int, given: int) -> None:
+    with pytest.raises(CheckpointError, match=f"a class table of {rows} rows, which is not of the {given} classes"):
+        class_table(rows, {}, given)
+
+
+def test_a_row_that_was_never_trained_is_left_out(tmp_path: Path) -> None:
+    checkpoint = load_checkpoint(saved(tmp_path / "a.pt", num_classes=10, class_dropout_prob=0.0))
+    assert checkpoint.config == CONFIG.model_copy(update={"null_class_row": False})
+    assert checkpoint.state["y_embedder.embedding_table.weight"].shape == (10, 32)
+    assert "row 10 of its class table was never trained: left out" in checkpoint.notes[0]

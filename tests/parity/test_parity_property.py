@@ -1,0 +1,132 @@
+"""Parity as a law: whatever the model, the plan, the routing and the batch, what is exported is what was trained."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from dydit.bundle.manifest import PlanKind, Routing
+from dydit.checkpoints.checkpoint import load_checkpoint, save_checkpoint
+from dydit.diffusion.schedule import Sampler
+from dydit.export.exporter import ExportConfig, export
+from dydit.models.architecture import UnitAxis
+from dydit.models.config import ModelConfig, Routers
+from dydit.models.synthetic import synthetic_model
+from dydit.parity.parity import ParityConfig, run_parity
+
+MAX_BATCH = 5
+CLASSES = 6
+
+
+# What Hypothesis tries first stands first, so that already the simplest example has something to show.
+@st.composite
+def models(draw, routers: tuple[Routers, ...]):
+    """Small sizes, head counts odd and even, pixels and latents of 1, 3 and 4 channels."""
+    heads, patch = draw(st.sampled_from([3, 5, 1, 2, 4, 7])), draw(st.sampled_from([2, 1, 4]))
+    return ModelConfig(
+        hidden_size=heads * draw(st.sampled_from([8, 12, 16])),
+        depth=draw(st.sampled_from([2, 3, 1])),
+        num_heads=heads,
+        patch_size=patch,
+        input_size=patch * draw(st.sampled_from([4, 3, 2])),
+        in_channels=draw(st.sampled_from([4, 3, 1])),
+        num_classes=CLASSES,
+        learn_sigma=draw(st.sampled_from([True, False])),
+        routers=draw(st.sampled_from(routers)),
+    )
+
+
+@st.composite
+def exports(draw, model: ModelConfig, routing: Routing):
+    """Any plan from one subnetwork to the exact one, and capacities from far too few slots to enough."""
+    steps = draw(st.integers(6, 10))
+    capacities = None
+    if routing is Routing.CAPACITY and model.dynamic and draw(st.sampled_from([True, True, False])):
+        capacities = tuple(draw(st.lists(st.integers(1, model.tokens), min_size=model.depth, max_size=model.depth)))
+    return ExportConfig(
+        steps=steps,
+        sampler=draw(st.sampled_from(Sampler)),
+        plan=draw(st.sampled_from([PlanKind.MAX_SUBNETS, PlanKind.PER_STEP, PlanKind.SLIDING])),
+        max_subnets=draw(st.integers(1, steps)),
+        routing=routing,
+        max_batch=MAX_BATCH,
+        cfg_channels=draw(st.sampled_from([None, 1, model.in_channels])),
+        capacities=capacities,
+    )
+
+
+@st.composite
+def requests(draw):
+    """One image, three, or the most; labels with the null class; with guidance and without."""
+    batch = draw(st.sampled_from([3, 1, MAX_BATCH]))
+    return ParityConfig(
+        labels=tuple(draw(st.lists(st.integers(0, CLASSES), min_size=batch, max_size=batch))),
+        seed=draw(st.integers(0, 2**32)),
+        cfg_scale=draw(st.sampled_from([4.0, 1.0, 1.5, 0.0])),
+        threads=1,
+    )
+
+
+def has_holes(axis: UnitAxis, masks: np.ndarray) -> bool:
+    """Whether some step has a unit on after one that is off in the same part, by slot: [S, U]."""
+    return any((~masks[:, part.units][:, :-1] & masks[:, part.units][:, 1:]).any() for part in axis.parts)
+
+
+CASES = [
+    (Routing.DYNAMIC, (Routers.FIRST_ON, Routers.ALL_ROUTED)),
+    (Routing.CAPACITY, (Routers.FIRST_ON, Routers.ALL_ROUTED)),
+    (Routing.DENSE, (Routers.FIRST_ON, Routers.ALL_ROUTED)),
+    (Routing.DYNAMIC, (Routers.NONE,)),
+]
+
+
+@pytest.mark.parametrize(("routing", "routers"), CASES, ids=["dynamic", "capacity", "dense", "static"])
+def test_every_hop_holds(routing, routers):
+    seen: Counter[str] = Counter()
+
+    # No shrinking: an example costs a second, and the failing one tells enough.
+    @settings(
+        max_examples=4 if routers == (Routers.NONE,) else 8,
+        deadline=None,
+        derandomize=True,
+        phases=[Phase.explicit, Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(st.data())
+    def holds(data):
+        model = data.draw(models(routers))
+        config, request = data.draw(exports(model, routing)), data.draw(requests())
+        seed, ratio = data.draw(st.integers(0, 1000)), data.draw(st.sampled_from([0.5, 0.25, 0.75]))
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            save_checkpoint(folder / "model.safetensors", synthetic_model(model, seed, ratio), model)
+            checkpoint = load_checkpoint(folder / "model.safetensors")
+            bundle = export(checkpoint, folder / "bundle", config)
+            report = run_parity(bundle, checkpoint, request)
+            assert report.ok, report.summary
+            masks = bundle.masks
+            seen["examples"] += 1
+            seen["sliding"] += bundle.manifest.sliding
+            seen["gated"] += any(subnet.gated for subnet in bundle.manifest.subnets)
+            seen["holes"] += has_holes(model.units, masks)
+            seen["closed"] += not masks.all()
+            seen["empty"] += not model.units.any(masks).all()
+            seen["skipped tokens"] += min(report.token_share) < 1
+            seen["routed tokens"] += max(report.token_share) > 0
+            seen["overflow"] += report.repeated_steps > 0
+            seen["odd heads"] += model.num_heads % 2 and model.num_heads > 1
+            seen["guided"] += request.cfg_scale != 1
+
+    holds()
+    wanted = ["examples", "guided", "odd heads", "routed tokens"]
+    if routers != (Routers.NONE,):
+        wanted += ["sliding", "gated", "holes", "closed", "skipped tokens"]
+    if routing is Routing.CAPACITY:
+        wanted += ["overflow"]
+    assert not (missing := [what for what in wanted if not seen[what]]), (missing, seen)
