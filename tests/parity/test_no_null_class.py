@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from dydit.training.sampling import sample_torch
 
 from dydit.bundle.bundle import Bundle
 from dydit.checkpoints.checkpoint import Checkpoint, load_checkpoint
+from dydit.diffusion.schedule import Sampler
 from dydit.errors import ConfigError
 from dydit.models.config import ModelConfig, parse_config
 from dydit.models.synthetic import synthetic_model
+from dydit.parity.reference import Images, Reference
 from dydit.runtime.pipeline import DyDiTPipeline
 from dydit.training.recipe import Recipe, find_recipes
 
@@ -50,7 +51,8 @@ def test_every_class_is_sampled_without_guidance(checkpoint: Checkpoint, bundle:
                 pipe(labels, guidance_scale=scale, output_type="latent")
         with pytest.raises(ConfigError, match=r"label 7 is outside 0\.\.6"):
             pipe([7], guidance_scale=1, output_type="latent")
-    expected = sample_torch(checkpoint.model(), labels, steps=4, seed=3).images
+    reference = Reference(checkpoint.model(), 4, Sampler.DDPM, cfg_channels=3)
+    expected = reference.run(Images(tuple(labels), seed=3, cfg_scale=1)).latents[-1]
     assert np.abs(latents - expected).max() < 1e-3 * np.abs(expected).max()
     assert np.abs(latents[0] - latents[1]).max() > 1e-2
 
@@ -69,7 +71,7 @@ def test_guidance_is_refused_wherever_it_is_taken(
         assert result.code == 2 and REFUSED in result.err and result.err.count("\n") == 1, (command, result)
         assert not out.exists()
     with pytest.raises(ConfigError, match=REFUSED):
-        sample_torch(checkpoint.model(), [0], steps=2, cfg_scale=2.0)
+        Reference(checkpoint.model(), 2, Sampler.DDPM, cfg_channels=3).run(Images((0,), cfg_scale=2.0))
 
 
 def test_the_commands_run_without_guidance(

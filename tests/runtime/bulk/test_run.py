@@ -19,10 +19,11 @@ from PIL import Image
 from dydit import files
 from dydit.errors import BackendError, ConfigError, OutputError
 from dydit.runtime.backends.registry import open_backend
-from dydit.runtime.bulk.run import OutputOptions, run_folder, sample_to_folder
-from dydit.runtime.bulk.run import run as bulk
+from dydit.runtime.bulk import run as bulk
+from dydit.runtime.bulk import run_folder
+from dydit.runtime.bulk.run import OutputOptions, sample_to_folder
 from dydit.runtime.bulk.workers import Worker
-from dydit.runtime.images.image_files import files as images
+from dydit.runtime.images import image_files as images
 from dydit.runtime.images.image_files import to_uint8
 from dydit.runtime.loop import MemoryStore, StepRunner, chunk_size, sample
 from dydit.runtime.noise_source import SeededNoise

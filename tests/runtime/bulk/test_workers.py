@@ -16,8 +16,9 @@ from dydit.bundle.manifest import PlanKind, Routing
 from dydit.errors import ConfigError, OutputError
 from dydit.runtime.backends.base import BackendOptions
 from dydit.runtime.backends.cores import thread_count
-from dydit.runtime.bulk.run import OutputOptions, SampleSummary, run_folder, sample_to_folder
-from dydit.runtime.bulk.run import run as bulk
+from dydit.runtime.bulk import run as bulk
+from dydit.runtime.bulk import run_folder
+from dydit.runtime.bulk.run import OutputOptions, SampleSummary, sample_to_folder
 from dydit.runtime.bulk.run_folder import FolderStore, RunFolder
 from dydit.runtime.bulk.workers import Worker, launched_worker, own_gpu, parse_worker
 from dydit.runtime.request import SampleRequest

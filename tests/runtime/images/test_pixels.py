@@ -13,7 +13,7 @@ from dydit import DyDiTPipeline
 from dydit.errors import BackendError, ConfigError, OutputError
 from dydit.runtime.backends.registry import open_backend
 from dydit.runtime.bulk.run import OutputOptions, sample_to_folder
-from dydit.runtime.images.image_files import files as images
+from dydit.runtime.images import image_files as images
 from dydit.runtime.images.image_files import make_grid, to_uint8
 from dydit.runtime.images.pixels import PictureFormat, ToPixels, picture_format
 from dydit.runtime.images.vae_decoder import VaeDecoder
