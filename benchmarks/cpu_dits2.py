@@ -23,7 +23,7 @@ from dydit.bundle.manifest import PlanKind, Routing
 from dydit.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from dydit.export.exporter import ExportConfig, export
 from dydit.files import write_json
-from dydit.models.config import preset
+from dydit.models.dit.config import preset
 from dydit.models.synthetic import synthetic_model
 from dydit.reports.results import BenchReport, Side, SideKind
 from dydit.reports.sentences import bound_text, repeats_text, speed_up_text

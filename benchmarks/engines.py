@@ -34,7 +34,8 @@ from dydit.bundle.stored_weights import Precision
 from dydit.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from dydit.export.exporter import ExportConfig, export
 from dydit.files import write_json
-from dydit.models.config import ModelConfig, preset
+from dydit.models.config import ModelConfig
+from dydit.models.dit.config import preset
 from dydit.models.synthetic import synthetic_model
 from dydit.quickstart.quickstart import ASSETS
 from dydit.reports.results import Machine

@@ -35,7 +35,7 @@ import numpy as np
 
 from dydit.bundle.bundle import Bundle
 from dydit.files import write_json
-from dydit.models.config import preset
+from dydit.models.dit.config import preset
 from dydit.reports.results import Machine, Side, SideKind
 
 PER_STEP, SLIDING, MERGED = "per-step", "sliding", "merged"

@@ -153,6 +153,7 @@ def convert_command(checkpoint: Path, out: Path, space: str | None, reading: dic
     require("dydit convert", CHECKPOINTS)
     from dydit.checkpoints.checkpoint import convert
     from dydit.models.config import Space
+    from dydit.models.registry import architecture_of
 
     with progress_line("convert") as progress:
         if progress and checkpoint.is_file() and checkpoint.stat().st_size >= LARGE:
@@ -162,8 +163,8 @@ def convert_command(checkpoint: Path, out: Path, space: str | None, reading: dic
     kind = "dynamic" if config.dynamic else "static"
     weights = f" ({converted.metadata['weights']} weights)" if "weights" in converted.metadata else ""
     say(
-        f"{out}: {kind} DiT with {counted(config.depth, 'block')} of {config.hidden_size} channels and "
-        f"{counted(config.num_heads, 'head')}, read as {converted.metadata['source']}{weights}",
+        f"{out}: {kind} {architecture_of(config).title} ({config.summary}), "
+        f"read as {converted.metadata['source']}{weights}",
         *converted.notes,
         next_line("inspect", out),
         next_line("export", out, "--out", "BUNDLE"),

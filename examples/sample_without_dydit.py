@@ -38,7 +38,7 @@ def sample(folder: Path, label: int, scale: float, noise) -> np.ndarray:
                 "noise": noise(step + 1),
                 "coefficients": np.array(sampling["coefficients"][step], np.float32),
                 "cfg_scale": np.array(scale, np.float32),
-                "modulation": modulation[step],
+                "condition": modulation[step],
             }
             if subnet["gated"]:  # which of the model's units this step uses: one bit each
                 bits = np.frombuffer(bytes.fromhex(manifest["masks"][step]), np.uint8)

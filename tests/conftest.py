@@ -59,9 +59,9 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.fixture(scope="session")
 def small_config() -> ModelConfig:
     """Three blocks of four heads over 16 tokens, with routers whose unit 0 is always on."""
-    from dydit.models.config import ModelConfig
+    from dydit.models.dit.config import DiTConfig
 
-    return ModelConfig(hidden_size=64, depth=3, num_heads=4, patch_size=2, input_size=8, in_channels=4, num_classes=7)
+    return DiTConfig(hidden_size=64, depth=3, num_heads=4, patch_size=2, input_size=8, in_channels=4, num_classes=7)
 
 
 @pytest.fixture(scope="session")

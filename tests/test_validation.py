@@ -13,7 +13,8 @@ from pydantic import BaseModel, Field, ValidationError
 
 import dydit
 from dydit.errors import ConfigError
-from dydit.models.config import ModelConfig, Strict, parse_config
+from dydit.models.config import Strict, parse_config
+from dydit.models.dit.config import DiTConfig
 from dydit.validation import SettingsError, first_problem, problems_of
 
 JUNK: tuple[Any, ...] = (
@@ -107,4 +108,4 @@ def test_all_faults_are_named_and_so_is_the_file() -> None:
 def test_a_rule_of_several_fields_has_its_own_words() -> None:
     sizes = {"hidden_size": 64, "depth": 1, "num_heads": 5, "patch_size": 2, "input_size": 8}
     with pytest.raises(ConfigError, match=r"^hidden_size 64 is not a multiple of num_heads 5$"):
-        parse_config(ModelConfig, sizes)
+        parse_config(DiTConfig, sizes)

@@ -29,7 +29,7 @@ from dydit.bundle.bundle import Bundle
 from dydit.bundle.manifest import PlanKind, Routing
 from dydit.bundle.stored_weights import Precision
 from dydit.checkpoints.checkpoint import load_checkpoint, save_checkpoint
-from dydit.checkpoints.state_fit import expected_shapes
+from dydit.checkpoints.fit import expected_shapes
 from dydit.diffusion.schedule import Schedule
 from dydit.export.exporter import ExportConfig, export
 from dydit.models.synthetic import synthetic_model

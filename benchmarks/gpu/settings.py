@@ -7,7 +7,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from dydit.models.config import ModelConfig, Strict, preset
+from dydit.models.config import ModelConfig, Strict
+from dydit.models.dit.config import DiTConfig, preset
 
 MODELS = ("digits", "S/2", "XL/2")
 DENSE, MERGED, MERGED_32, SLIDING, PER_STEP = "dense", "merged-16", "merged-32", "sliding", "per-step"
@@ -68,7 +69,7 @@ def dry_settings() -> Settings:
 
 def small_config() -> ModelConfig:
     """Three blocks of four heads of 16 channels, the least that attention is fused for, over 64 tokens."""
-    return ModelConfig(hidden_size=64, depth=3, num_heads=4, patch_size=2, input_size=16, in_channels=4, num_classes=7)
+    return DiTConfig(hidden_size=64, depth=3, num_heads=4, patch_size=2, input_size=16, in_channels=4, num_classes=7)
 
 
 def asset(dynamic: bool) -> Path:

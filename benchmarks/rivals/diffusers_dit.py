@@ -20,9 +20,9 @@ from torch_rival import TorchRival
 
 from dydit.bench.bench_worker import serve
 from dydit.checkpoints.checkpoint import load_checkpoint
-from dydit.checkpoints.diffusers_names import diffusers_names
 from dydit.errors import DeviationError
 from dydit.models.config import ModelConfig
+from dydit.models.dit.diffusers import diffusers_names
 from dydit.models.dit.model import NORM_EPS, DiT
 
 BAR = 1e-4  # relative L2 from our model

@@ -27,11 +27,12 @@ from dydit.bundle.bundle import Bundle
 from dydit.bundle.manifest import PlanKind
 from dydit.bundle.stored_weights import Precision
 from dydit.checkpoints.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from dydit.checkpoints.state_fit import expected_shapes
+from dydit.checkpoints.fit import expected_shapes
 from dydit.errors import ConfigError, DeviationError, DyditError
 from dydit.export.exporter import ExportConfig, export
 from dydit.files import write_atomic, write_json
-from dydit.models.config import parse_config, preset
+from dydit.models.config import parse_config
+from dydit.models.dit.config import preset
 from dydit.models.synthetic import synthetic_model
 from dydit.reports.plots import ranking_png
 from dydit.reports.results import BenchReport, Comparison, Reference, Side, SideKind

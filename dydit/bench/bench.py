@@ -108,8 +108,8 @@ def run_bench(
     if len(config.labels) > most:
         raise ConfigError(f"{len(config.labels)} labels, but a bundle was exported for batches up to {most}")
     for label in config.labels:
-        if not 0 <= label < model.class_rows:
-            raise ConfigError(f"label {label} is outside 0..{model.class_rows - 1}")
+        if not 0 <= label < model.classes.rows:
+            raise ConfigError(f"label {label} is outside 0..{model.classes.rows - 1}")
     model.require_guidance(config.cfg_scale)
     config = config.model_copy(update={"threads": config.threads or Machine.here().cores})
     steps = spread_steps(sampling.steps, config.steps_measured)

@@ -21,7 +21,7 @@ from dydit.bundle.bundle import Bundle
 from dydit.diffusion.coefficients import COEFFICIENTS, step_coefficients
 from dydit.diffusion.noise import INITIAL_DRAW, image_noise, step_draw
 from dydit.diffusion.schedule import Sampler, Schedule
-from dydit.models.config import ModelConfig, Strict
+from dydit.models.config import AnyModel, ModelConfig, Strict
 from dydit.models.macs import flops_ratio, static_macs
 from dydit.planning.executed import computed_ratio, layers_in_16_bits
 from dydit.reports.results import Side, SideKind
@@ -45,7 +45,7 @@ class Job(Strict):
     """What a worker is asked to time; `steps` are execution indices of a run of `of`; `sizes`: the static model's."""
 
     side: Side
-    sizes: ModelConfig
+    sizes: AnyModel
     steps: tuple[int, ...]
     of: int
     labels: tuple[int, ...]

@@ -21,6 +21,8 @@ from dydit.models.config import ModelConfig
 
 Dim = int | str
 BATCH, ROWS, STEPS, LABELS = "batch", "rows", "steps", "labels"
+CONDITION = "condition"
+"""What a step takes of its timestep and label, a row for each row of the model; the conditioning graph's output."""
 
 
 @dataclass(frozen=True)
@@ -36,15 +38,6 @@ class TensorSpec:
         return tuple(symbols[dim] if isinstance(dim, str) else dim for dim in self.shape)
 
 
-def modulation_vectors(model: ModelConfig) -> int:
-    """Vectors per row of modulation, 6L+2.
-
-    Block l owns 6l..6l+5: shift1, 1+scale1, gate1, shift2, 1+scale2, gate2; the last two are the final layer's shift
-    and 1+scale. The 1 is added where they are made, once, rather than in every step.
-    """
-    return 6 * model.depth + 2
-
-
 def subnet_inputs(model: ModelConfig, gated: bool) -> tuple[TensorSpec, ...]:
     """Inputs of a subnetwork's graph, without weights. `gates` holds 0/1 for every unit, by slot."""
     image: tuple[Dim, ...] = (BATCH, model.in_channels, model.input_size, model.input_size)
@@ -53,7 +46,7 @@ def subnet_inputs(model: ModelConfig, gated: bool) -> tuple[TensorSpec, ...]:
         TensorSpec("noise", "float32", image),
         TensorSpec("coefficients", "float32", (len(COEFFICIENTS),)),
         TensorSpec("cfg_scale", "float32", ()),
-        TensorSpec("modulation", "float32", (ROWS, modulation_vectors(model), model.hidden_size)),
+        TensorSpec(CONDITION, "float32", (ROWS, *model.condition_shape)),
     )
     return (*specs, TensorSpec("gates", "float32", (model.units.size,))) if gated else specs
 
@@ -89,8 +82,7 @@ def conditioning_inputs() -> tuple[TensorSpec, ...]:
 
 def conditioning_outputs(model: ModelConfig) -> tuple[TensorSpec, ...]:
     """Output of the conditioning graph."""
-    shape = (STEPS, LABELS, modulation_vectors(model), model.hidden_size)
-    return (TensorSpec("modulation", "float32", shape),)
+    return (TensorSpec(CONDITION, "float32", (STEPS, LABELS, *model.condition_shape)),)
 
 
 def token_mask_name(block: int) -> str:
@@ -128,7 +120,7 @@ def check_feeds(specs: tuple[TensorSpec, ...], feeds: Mapping[str, np.ndarray], 
     batch = symbols.get(BATCH)
     if batch is not None and (batch < 1 or symbols[ROWS] not in (batch, 2 * batch)):
         raise BackendError(
-            f"{what}: modulation has {symbols[ROWS]} rows for {batch} images; "
+            f"{what}: {CONDITION} has {symbols[ROWS]} rows for {batch} images; "
             "expected as many, or twice that with guidance"
         )
     return symbols

@@ -1,4 +1,4 @@
-"""`weights.bin`: in which precision tensors are stored, and where each lies. Layout: `dydit.models.dit.layout`."""
+"""`weights.bin`: in which precision tensors are stored, and where each lies. The architecture says which."""
 
 from __future__ import annotations
 
@@ -85,11 +85,8 @@ STORAGE = {
 """NumPy's type for each stored type; it has no bfloat16 and no float8, whose bits are read as integers."""
 
 
-_PRODUCTS = ("qkv", "proj", "fc1", "fc2", "adaln")
-
-
 def half_name(name: str) -> str:
-    """The name of a weight's copy in fp16, where others are in 8 bits: `blocks.0.qkv.weight16`."""
+    """The name of a weight's copy in fp16, where others are in 8 bits: `name16` for `name`."""
     return f"{name}16"
 
 

@@ -207,7 +207,7 @@ def _ranges(
     """Ranges of the plan's segments, where they are wanted; and what was found of a migration, where that is."""
     if config.activations is None:
         return None, None
-    labels = spread_labels(config.activation_images, checkpoint.config.num_classes)
+    labels = spread_labels(config.activation_images, checkpoint.config.classes.count)
     run = (checkpoint, plan.segments, labels, config.cfg_scales, exported.steps, exported.sampler, config.seed)
     settings: dict[str, Any] = {"cfg_channels": exported.cfg_channels, "progress": progress}
     found = find_migration(*run, **settings) if config.migrate else None
@@ -285,7 +285,7 @@ class _Counter:
         """For each guidance scale its batches; images are numbered through, classes spread evenly over a scale's."""
         first, size = 0, self._bundle.manifest.max_batch
         for scale, count in spread_scales(images, self._scales):
-            labels = spread_labels(count, self._bundle.manifest.model.num_classes)
+            labels = spread_labels(count, self._bundle.manifest.model.classes.count)
             yield scale, make_batches(labels, range(first, first + count), size)
             first += count
 

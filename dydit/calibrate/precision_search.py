@@ -111,7 +111,7 @@ class _Images:
         self.batches: list[tuple[float, Batch]] = []
         first = 0
         for scale, count in spread_scales(images, cfg_scales):
-            labels = spread_labels(count, config.num_classes) if count else []
+            labels = spread_labels(count, config.classes.count) if count else []
             self.batches += [(scale, each) for each in make_batches(labels, range(first, first + count), BATCH)]
             first += count
         self.tick: Callable[[int], None] = lambda steps: None

@@ -1,10 +1,10 @@
 """Reading and writing checkpoints: weights with the configuration of the model that they belong to.
 
-Read: DiT files, DyDiT and other training files, diffusers DiT folders, and our own. Written: our own, one safetensors
-file of fp32 tensors under the published names, `pos_embed` included, whose metadata holds `format` = "dydit",
-`version` = "1", `config` = the `ModelConfig` as JSON, and whatever text the writer adds. The same weights and metadata
-give the same bytes. (The safetensors library puts metadata in an order that changes from run to run, so the file is
-written here; the format is a length, JSON, and the data.)
+Read: what the architectures recognise (published files, training files, diffusers folders), and our own format.
+Written: our own, one safetensors file of fp32 tensors under the published names, whose metadata holds `format` =
+"dydit", `version` = "1", `config` = the `ModelConfig` as JSON, and whatever text the writer adds. The same weights and
+metadata give the same bytes. (The safetensors library puts metadata in an order that changes from run to run, so the
+file is written here; the format is a length, JSON, and the data.)
 """
 
 from __future__ import annotations
@@ -22,28 +22,20 @@ from torch import Tensor
 from dydit.checkpoints.containers import Container, container_of
 from dydit.checkpoints.conventions import require_supported, stated_by
 from dydit.checkpoints.diffusers_folder import json_object, read_folder
+from dydit.checkpoints.fit import Given, expected_shapes, require_fit, require_trained
 from dydit.checkpoints.safe_load import (
     explained_memory,
     plain_tensors,
     read_safetensors,
     read_torch,
-    require_sane,
     shown,
 )
 from dydit.checkpoints.state_entries import EMA, MODEL, is_average, unpack
-from dydit.checkpoints.state_fit import (
-    LABELS,
-    POSITIONS,
-    Given,
-    expected_shapes,
-    infer_config,
-    require_fit,
-    require_trained,
-)
 from dydit.errors import CheckpointError, ConfigError, one_line
 from dydit.files import atomic_file, new_file, require_absent, sha256_of, user_path
-from dydit.models.config import ModelConfig, Space, parse_config
-from dydit.models.dit.model import DiT, sine_position_embedding, timestep_frequencies
+from dydit.models.config import ModelConfig, Space, parse_model
+from dydit.models.dynamic import DynamicModel
+from dydit.models.registry import DEFAULT, architecture, architecture_of, architectures
 
 FORMAT, VERSION = "dydit", "1"
 RESERVED = ("format", "version", "config")
@@ -68,27 +60,27 @@ class Checkpoint:
     metadata: dict[str, str]
     notes: tuple[str, ...] = ()
 
-    def model(self) -> DiT:
+    def model(self) -> DynamicModel:
         """A new model with these weights, fp32, in eval mode; it shares no memory with `state`."""
         model = self._filled(self.state)
         assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
         return model
 
-    def width_routers(self) -> DiT:
+    def width_routers(self) -> DynamicModel:
         """The same model with weights for its timestep embedder and width routers alone; the others take no memory.
 
-        Enough to decide heads and groups at any timestep, at a hundredth of the model's size.
+        Enough to decide units at any timestep, at a hundredth of the model's size.
         """
-        parts = ("t_embedder.", ".attn_rate.", ".mlp_rate.")
-        return self._filled({name: each for name, each in self.state.items() if any(part in name for part in parts)})
+        needed = architecture_of(self.config).is_width_router
+        return self._filled({name: tensor for name, tensor in self.state.items() if needed(name)})
 
-    def _filled(self, state: Mapping[str, Tensor]) -> DiT:
+    def _filled(self, state: Mapping[str, Tensor]) -> DynamicModel:
         with torch.device("meta"):
-            model = DiT(self.config)
+            model = architecture_of(self.config).masked(self.config)
         with explained_memory(self.path):
             weights = {name: _fp32_copy(tensor) for name, tensor in state.items()}
         model.load_state_dict(weights, strict=state is self.state, assign=True)
-        model.t_embedder.frequencies = timestep_frequencies()  # derived, so in no state dict
+        model.set_derived()
         return model.eval()
 
 
@@ -146,38 +138,23 @@ def _load_file(path: Path, given: Given) -> Checkpoint:
         raise CheckpointError("holds diffusers weights without their config.json; give the folder that holds both")
     stated = stated_by(loaded, header)
     require_supported(stated, where)
-    inferred = infer_config(state, stated, given)
+    known = next((each for each in architectures() if each.recognises(state)), architecture(DEFAULT))
+    inferred = known.infer_config(state, stated, given)
     config = inferred.config
-    _complete(state, config, size)
+    known.complete(state, config, size)
     metadata = {"weights": unpacked.entry} if unpacked.entry else {}
-    notes = (*unpacked.notes, *inferred.notes, *require_trained(state, unpacked.entry))
+    notes = (*unpacked.notes, *inferred.notes, *require_trained(state, config, unpacked.entry))
     sha256 = sha256_of(path)
     if not unpacked.by_default:  # what is made of one of a file's models must not pass for being made of another
         sha256 = hashlib.sha256(f"{sha256} {unpacked.entry}".encode()).hexdigest()
-    return Checkpoint(config, state, "dydit" if config.dynamic else "dit", path, sha256, metadata, notes)
-
-
-def _complete(state: dict[str, Tensor], config: ModelConfig, size: int) -> None:
-    """Check that `state` is all of a model, and add what can be computed: a position embedding that was not saved.
-
-    A row for no class that was never trained is taken off the class table.
-    """
-    shapes = expected_shapes(config)
-    if LABELS in state and len(state[LABELS]) == config.class_rows + 1:
-        state[LABELS] = state[LABELS][: config.class_rows]
-    if POSITIONS in state:
-        require_fit(state, shapes)
-        return
-    require_sane(config.tokens * config.hidden_size, size)
-    require_fit(state, {name: shape for name, shape in shapes.items() if name != POSITIONS})
-    state[POSITIONS] = sine_position_embedding(config)
+    return Checkpoint(config, state, "dydit" if config.dynamic else known.name, path, sha256, metadata, notes)
 
 
 def _load_own(path: Path, tensors: dict[str, Tensor], header: dict[str, str], given: Given) -> Checkpoint:
     if header.get("version") != VERSION:
         version = shown(header.get("version", "none"))
         raise CheckpointError(f"has version {version} of the dydit format; this dydit reads {VERSION}: update it")
-    config = parse_config(ModelConfig, json_object(header.get("config", ""), "configuration"))
+    config = parse_model(json_object(header.get("config", ""), "configuration"))
     given.require_same(config)
     metadata = {key: value for key, value in header.items() if key not in RESERVED}
     kept = metadata.get("weights", "")
@@ -188,13 +165,13 @@ def _load_own(path: Path, tensors: dict[str, Tensor], header: dict[str, str], gi
         )
     state = plain_tensors(tensors, path.stat().st_size)
     require_fit(state, expected_shapes(config))
-    notes = require_trained(state, "")
+    notes = require_trained(state, config, "")
     return Checkpoint(config, state, "dydit-safetensors", path, sha256_of(path), metadata, notes)
 
 
 def save_checkpoint(
     path: Path | str,
-    model_or_state: DiT | Mapping[str, Tensor],
+    model_or_state: DynamicModel | Mapping[str, Tensor],
     config: ModelConfig,
     metadata: Mapping[str, str] | None = None,
     replace: bool = True,
@@ -205,9 +182,9 @@ def save_checkpoint(
     or uses a reserved key; `OutputError` where `path` cannot be written.
     """
     path = user_path(path)
-    if isinstance(model_or_state, DiT) and model_or_state.config != config:
+    if isinstance(model_or_state, DynamicModel) and model_or_state.config != config:
         raise CheckpointError(f"{path}: not written: the configuration is not that of the model")
-    state = model_or_state.state_dict() if isinstance(model_or_state, DiT) else model_or_state
+    state = model_or_state.state_dict() if isinstance(model_or_state, DynamicModel) else model_or_state
     try:
         require_fit(state, expected_shapes(config))
         header = _header(config, metadata or {})

@@ -19,14 +19,14 @@ from torch import Tensor
 
 from dydit.checkpoints.containers import Container, container_of
 from dydit.checkpoints.conventions import require_scheduler, require_supported, stated_by
-from dydit.checkpoints.diffusers_names import DiffusersConfig, from_diffusers
+from dydit.checkpoints.fit import Given, require_trained
 from dydit.checkpoints.pipeline_folder import space_of_folder
 from dydit.checkpoints.safe_load import listed, plain_tensors, read_safetensors, read_torch, shown
 from dydit.checkpoints.state_entries import EMA, MODEL, unpack
-from dydit.checkpoints.state_fit import Given, require_trained
 from dydit.errors import CheckpointError
 from dydit.files import sha256_of
-from dydit.models.config import ModelConfig, parse_config
+from dydit.models.config import ModelConfig
+from dydit.models.registry import DEFAULT, Architecture, architecture, architectures
 
 CONFIG, SCHEDULER, BUNDLE_MANIFEST = "config.json", "scheduler_config.json", "manifest.json"
 STEM = "diffusion_pytorch_model"
@@ -54,7 +54,8 @@ def read_folder(path: Path, given: Given) -> Folder:
     """Read a diffusers DiT. Raises `CheckpointError` for what is none, incomplete, or trained in another way."""
     folder = _model_folder(path, given.weights)
     values = read_json(folder / CONFIG, CONFIG)
-    config = parse_config(DiffusersConfig, values).model().stating(space_of_folder(path), decoded=False)
+    known = _architecture(values)
+    config = known.diffusers_config(values).stating(space_of_folder(path), decoded=False)
     given.require_same(config)
     _check_scheduler(folder)
     variant, weights, notes = _choose(folder, given.weights)
@@ -66,10 +67,16 @@ def read_folder(path: Path, given: Given) -> Folder:
             raise CheckpointError(f"has an index that does not list what is in {shown(file.name)} ({listed(odd)})")
         tensors.update(found)
     size = sum(file.stat().st_size for file in files)
-    state = from_diffusers(plain_tensors(tensors, size), config, size)
+    state = known.from_diffusers(plain_tensors(tensors, size), config, size)
     metadata = {"weights": variant} if variant else {}
-    notes += require_trained(state, variant)
+    notes += require_trained(state, config, variant)
     return Folder(config, state, _hash(list(files)), notes, metadata)
+
+
+def _architecture(values: dict[str, Any]) -> Architecture:
+    """The architecture that a `config.json` is of, by its class."""
+    kind = values.get("_class_name")
+    return next((each for each in architectures() if kind in each.diffusers_classes), architecture(DEFAULT))
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:

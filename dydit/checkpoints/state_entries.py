@@ -1,9 +1,9 @@
-"""Finding the weights of a DiT in what a training script saved: in which entry they lie, and behind which prefix.
+"""Finding the weights of a model in what a training script saved: in which entry they lie, and behind which prefix.
 
-They are found by structure: wherever, at most three dictionaries deep, a name ends as that of the patch embedder of a
-DiT does, what comes before it is a prefix, and all names with this prefix are one model. That covers bare state dicts,
-training files (`ema`, `model`, `state_dict`, ...), Lightning's (one state dict with other modules beside the model) and
-wrappers of PyTorch. Errors do not name the file: the caller does.
+They are found by structure: wherever, at most three dictionaries deep, a name ends as one of an architecture's
+`anchors` does (for a DiT its patch embedder), what comes before it is a prefix, and all names with this prefix are one
+model. That covers bare state dicts, training files (`ema`, `model`, `state_dict`, ...), Lightning's (one state dict
+with other modules beside the model) and wrappers of PyTorch. Errors do not name the file: the caller does.
 """
 
 from __future__ import annotations
@@ -18,13 +18,12 @@ from torch import Tensor
 
 from dydit.checkpoints.safe_load import listed, shown
 from dydit.errors import CheckpointError
+from dydit.models.registry import architectures
 
 EMA, MODEL = "ema", "model"
-_ANCHORS = ("x_embedder.proj.weight", "pos_embed.proj.weight")  # the patch embedder: as published, and in diffusers
 # Modules that only wrap another one: DataParallel, torch.compile, FSDP, checkpointing, DeepSpeed. None has weights.
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
 _AVERAGED = re.compile(r"(?<![a-z])ema(?![a-z])|EMA|Ema(?![a-z])")
-_PARTS = re.compile(r"(?:x_embedder|t_embedder|y_embedder|pos_embed|blocks|transformer_blocks|final_layer)(?:\.|$)")
 _DEEPEST, _MOST = 3, 10_000  # dictionaries inside each other, and looked at in all
 
 
@@ -120,7 +119,8 @@ def _models_of(path: tuple[str, ...], mapping: Mapping[Any, Any]) -> Iterator[Fo
             twice.append(name)
         plain[name] = value
     texts = [name for name in plain if isinstance(name, str)]
-    prefixes = {name.removesuffix(anchor) for anchor in _ANCHORS for name in texts if f".{name}".endswith(f".{anchor}")}
+    anchors = {anchor for each in architectures() for anchor in each.anchors}
+    prefixes = {name.removesuffix(anchor) for anchor in anchors for name in texts if f".{name}".endswith(f".{anchor}")}
     if not prefixes:
         return
     if twice:
@@ -136,7 +136,7 @@ def _models_of(path: tuple[str, ...], mapping: Mapping[Any, Any]) -> Iterator[Fo
             beside.append(name)
         elif prefix or not _is_setting(name, value):
             states[prefix][name.removeprefix(prefix) if prefix else name] = value
-    if stray := [name for name in beside if isinstance(name, str) and _PARTS.match(name)]:
+    if stray := [name for name in beside if isinstance(name, str) and _is_of_a_model(name)]:
         raise CheckpointError(f"has weights outside the prefix of the others ({listed(stray)})")
     tensors = tuple(name for name in beside if isinstance(name, str) and isinstance(plain[name], Tensor))
     for prefix, state in states.items():
@@ -153,7 +153,12 @@ def _is_setting(name: Any, value: Any) -> bool:
     Averages count their updates in a tensor of no dimension.
     """
     counter = not isinstance(value, Tensor) or value.ndim == 0
-    return isinstance(name, str) and "." not in name and counter and not _PARTS.match(name)
+    return isinstance(name, str) and "." not in name and counter and not _is_of_a_model(name)
+
+
+def _is_of_a_model(name: str) -> bool:
+    first = name.partition(".")[0]
+    return any(first in each.top_level for each in architectures())
 
 
 def _default(found: list[Found]) -> list[Found]:

@@ -5,11 +5,12 @@ A symbol of `dydit.bundle.io_spec` has a range; an input's three shapes follow f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from pydantic import model_validator
 
-from dydit.bundle.io_spec import BATCH, LABELS, ROWS, STEPS, TensorSpec, modulation_vectors, width_symbol
+from dydit.bundle.io_spec import BATCH, LABELS, ROWS, STEPS, TensorSpec, width_symbol
 from dydit.bundle.manifest import Manifest
 from dydit.errors import BackendError
 from dydit.models.config import ModelConfig, Strict
@@ -52,7 +53,7 @@ def symbol_ranges(manifest: Manifest, opt_batch: int, max_batch: int) -> dict[st
     """
     counts = [segment.count for segment in manifest.plan.segments]
     rows = Extent(min=1, opt=2 * opt_batch, max=2 * max_batch)
-    row_elements = modulation_vectors(manifest.model) * manifest.model.hidden_size
+    row_elements = math.prod(manifest.model.condition_shape)
     steps = max(1, min(max(counts), CONDITIONING_ELEMENTS // (rows.max * row_elements)))
     return {
         BATCH: Extent(min=1, opt=opt_batch, max=max_batch),

@@ -49,8 +49,7 @@ from dydit.graph.sources import GatheredUnits, SolidWindows, WeightInputs, Weigh
 from dydit.graph.writer import SubnetSpec, subnet_graph
 from dydit.models.architecture import Slots, UnitAxis
 from dydit.models.config import ModelConfig, Space, Strict
-from dydit.models.dit.graph import conditioning_graph, write_step
-from dydit.models.dit.smoothed import migrated_tensors
+from dydit.models.registry import architecture_of
 from dydit.planning.costs import macs_costs, measured_plan, time_costs
 from dydit.planning.masks import activity_order, by_slot, freeze_masks
 from dydit.planning.plan import Plan, budget_plan, merged_plan, per_step_plan, plan_cost
@@ -156,10 +155,12 @@ def export_planned(
     with new_folder(out) as folder:
         options = VaeOptions(tile=config.vae_tile, scale=config.vae_scale, shift=config.vae_shift)
         vae = None if config.vae is None else export_vae(config.vae, folder, job.model, options)
-        tensors = migrated_tensors(checkpoint.state, job.model, job.migration, job.order)
+        architecture = architecture_of(job.model)
+        tensors = architecture.stored_tensors(checkpoint.state, job.model, job.order, job.migration)
         copies = weight_copies(job.model.units, masks, plan, job.input_scales)
         weights = write_weights(folder / WEIGHTS, tensors, job.model, config.precision, copies)
-        save_graph(conditioning_graph(job.model, Windows(weights), job.precision, job.migration), folder / CONDITIONING)
+        conditioning = architecture.conditioning_graph(job.model, Windows(weights), job.precision, job.migration)
+        save_graph(conditioning, folder / CONDITIONING)
         subnets = _write_subnets(folder, job, weights, progress)
         manifest = _manifest(folder, checkpoint, config, job, weights, subnets, vae)
         (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
@@ -306,12 +307,12 @@ def _write_graphs(
     weights: Callable[[], WeightSource],
 ) -> tuple[str, str | None]:
     """Write a subnetwork's graph under the first name and, where tokens may not fit, its full form under the second."""
-    save_graph(subnet_graph(job.model, spec, library, weights(), write_step), folder / names[0])
+    save_graph(subnet_graph(job.model, spec, library, weights()), folder / names[0])
     everything = (job.model.tokens,) * job.model.depth
     if spec.capacities in (None, everything):
         return names[0], None
     full = dataclasses.replace(spec, capacities=everything)
-    save_graph(subnet_graph(job.model, full, library, weights(), write_step), folder / names[1])
+    save_graph(subnet_graph(job.model, full, library, weights()), folder / names[1])
     return names
 
 
@@ -385,6 +386,6 @@ def stale_reasons(manifest: Manifest, checkpoint: Checkpoint) -> list[str]:
     reasons = []
     if manifest.checkpoint_sha256 != checkpoint.sha256:
         reasons.append(f"the weights changed: {checkpoint.path} is not the file that the bundle was exported from")
-    if manifest.model.architecture != checkpoint.config.architecture:
+    if manifest.model.sizes != checkpoint.config.sizes:
         reasons.append("the architecture differs")
     return reasons

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from dydit.bundle.io_spec import BATCH
 from dydit.bundle.vae_entry import VAE_DECODER, VAE_WEIGHTS, VaeEntry, vae_inputs, vae_outputs
-from dydit.checkpoints.state_fit import require_fit
+from dydit.checkpoints.fit import require_fit
 from dydit.errors import CheckpointError, ConfigError, one_line
 from dydit.export import vae_source
 from dydit.export.vae_source import VaeFiles, find_vae, read_json, require_packages

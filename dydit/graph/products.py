@@ -45,7 +45,7 @@ def layer_precision(precision: Precision, layer: str, kept: Collection[str]) -> 
 
 
 def weight_names(layer: str, precision: Precision) -> tuple[str, ...]:
-    """The names of what a layer takes as inputs of a function: `fc1_weight`, `fc1_bias`; its scales, in 8 bits."""
+    """The names of what a layer takes as inputs of a function: `layer_weight`, `layer_bias`; its scales, in 8 bits."""
     parts = (*weight_parts(precision), *(["input_scale"] if precision.is_calibrated else []))
     return tuple(f"{layer}_{part}" for part in parts)
 
@@ -72,23 +72,23 @@ def linear(
 def mlp(
     ops: Ops,
     x: ir.Value,
-    fc1: Sequence[ir.Value],
-    fc2: Sequence[ir.Value],
+    entering: Sequence[ir.Value],
+    leaving: Sequence[ir.Value],
     channel_gates: ir.Value | None,
     precision: Precision,
     last: Precision | None = None,
 ) -> ir.Value:
-    """fc2(gates * GELU(fc1(x))), tanh form; x [T, D], `channel_gates` [channels that are on] or None.
+    """leaving(gates * GELU(entering(x))), tanh form; x [T, D], `channel_gates` [channels that are on] or None.
 
-    `precision`: of fc1, of x and of the gates; `last`: of fc2 and the result, where it is another.
+    `precision`: of the first layer, of x and of the gates; `last`: of the other one and the result, where it differs.
     """
     if precision is not Precision.INT8:
         last = last or precision
-        inner = _gated(ops, ops.Gelu(linear(ops, x, fc1, True, precision), approximate="tanh"), channel_gates)
-        return linear(ops, ops.between(inner, precision, last), fc2, False, last)
-    weight, scale, added = fc2
+        inner = _gated(ops, ops.Gelu(linear(ops, x, entering, True, precision), approximate="tanh"), channel_gates)
+        return linear(ops, ops.between(inner, precision, last), leaving, False, last)
+    weight, scale, added = leaving
     # GELU with its bias in one pass.
-    inner = ops.call(CONTRIB, "FastGelu", (linear(ops, x, fc1, True, precision, bias=False), fc1[-1]), 1)[0]
+    inner = ops.call(CONTRIB, "FastGelu", (linear(ops, x, entering, True, precision, bias=False), entering[-1]), 1)[0]
     inner = _gated(ops, inner, channel_gates)
     return ops.Add(_integer_product(ops, inner, weight, scale, False, *_after_gelu(ops, inner)), added)
 

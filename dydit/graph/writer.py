@@ -1,13 +1,14 @@
 """Writing the graph of one sampling step on one subnetwork.
 
 What belongs to every model is here: inputs, the weights of the units that a subnetwork holds, gates, the sampler's
-step, outputs. How a model's blocks are written is its architecture's business (`dydit.models.dit.graph`).
+step, outputs. How a model's blocks are written, its architecture says (`Architecture.write_step`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -22,6 +23,7 @@ from dydit.graph.sampler_step import sampler_function
 from dydit.graph.sources import WeightSource, graph_value
 from dydit.models.architecture import Part, Slots, UnitLayer
 from dydit.models.config import ModelConfig
+from dydit.models.registry import architecture_of
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,8 @@ class GraphWriter:
     """The main graph while it is written, and what an architecture writes it with."""
 
     def __init__(self, config: ModelConfig, spec: SubnetSpec, library: FunctionLibrary, weights: WeightSource):
-        self.config, self.spec, self.library, self.weights = config, spec, library, weights
+        self.config: Any = config
+        self.spec, self.library, self.weights = spec, library, weights
         self.ops = Ops()
         self.functions: dict[str, ir.Function] = {}
         self.inputs = {each.name: graph_value(each) for each in subnet_inputs(config, bool(spec.gated))}
@@ -115,19 +118,13 @@ class GraphWriter:
         return made
 
 
-WriteStep = Callable[[GraphWriter], tuple[ir.Value, list[ir.Value]]]
-"""Writes a model from `x` to its output [rows, channels, S, S]; returns that, and each block's token overflow."""
-
-
-def subnet_graph(
-    config: ModelConfig, spec: SubnetSpec, library: FunctionLibrary, weights: WeightSource, write: WriteStep
-) -> ir.Model:
+def subnet_graph(config: ModelConfig, spec: SubnetSpec, library: FunctionLibrary, weights: WeightSource) -> ir.Model:
     """The graph of one sampling step on one subnetwork; inputs and outputs as `dydit.bundle.io_spec` describes them.
 
-    Each block's residual stream and token mask are values of the main graph, under the names that `graph_io` gives.
+    Each block's residual stream and token mask are values of the main graph, under the names that `io_spec` gives.
     """
     writer = GraphWriter(config, spec, library, weights)
-    out, overflow = write(writer)
+    out, overflow = architecture_of(config).write_step(writer)
     step = [writer.inputs[name] for name in ("x", "noise", "coefficients", "cfg_scale")]
     capacity = spec.routing is Routing.CAPACITY
     outputs = [graph_value(each) for each in subnet_outputs(config, capacity)]

@@ -22,7 +22,7 @@ from dydit.diffusion.schedule import Schedule
 from dydit.errors import CheckpointError
 from dydit.files import user_path, write_atomic
 from dydit.models.config import ModelConfig
-from dydit.models.macs import model_macs, unit_costs
+from dydit.models.macs import unit_costs
 from dydit.planning.costs import macs_costs, time_costs
 from dydit.planning.executed import layers_in_16_bits
 from dydit.planning.plan import Plan, optimal_plans, per_step_plan, segment_costs
@@ -204,7 +204,7 @@ def _model_facts(config: ModelConfig, parameters: int, routers: int) -> ModelFac
         tokens=config.tokens,
         parameters=parameters,
         router_parameters=routers,
-        static_macs=model_macs(config),
+        static_macs=config.macs,
         block_macs=int(unit_costs(config).sum()),
     )
 

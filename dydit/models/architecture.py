@@ -28,8 +28,8 @@ Slots = tuple[tuple[tuple[int, ...], ...], ...]
 class Side(StrEnum):
     """Which side of a linear layer units share out."""
 
-    OUTPUT = "output"  # a unit owns outputs, and their biases: qkv, fc1
-    INPUT = "input"  # a unit owns inputs; the bias is everybody's: proj, fc2
+    OUTPUT = "output"  # a unit owns outputs, and their biases
+    INPUT = "input"  # a unit owns inputs; the bias is everybody's
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,8 @@ class UnitGroup:
     """Units of one kind in a block: `count` of them, and the layers that become narrower with each that is off.
 
     `macs`: multiply-adds that one unit adds to a step for one image, all tokens counted. `routed`: only the tokens that
-    the block's token router selects pass through its layers. `title`: its units, for a person.
+    the block's token router selects pass through its layers. `attention`: between its layers stands attention, which
+    calibrated 8 bits leave in fp16. `title`: its units, for a person.
     """
 
     name: str
@@ -95,6 +96,7 @@ class UnitGroup:
     layers: tuple[UnitLayer, ...]
     macs: float
     routed: bool = False
+    attention: bool = False
     title: str = ""
 
     @property
@@ -144,7 +146,7 @@ class Part:
         return slice(self.start, self.stop)
 
     def stored(self, tensor: str) -> str:
-        """The full name of one of its stored tensors: `blocks.3.fc1.weight`."""
+        """The full name of one of its stored tensors: `blocks.3.layer.weight`."""
         return stored_name(self.block, tensor)
 
 

@@ -1,17 +1,26 @@
-"""What a Diffusion Transformer looks like: sizes, presets, router layout. No PyTorch here."""
+"""What every architecture's configuration states, so that other rooms can ask it. No PyTorch here.
+
+Each architecture adds its sizes in a subclass (`dydit.models.dit.config`). A configuration that is read from a file
+names its `architecture`, and so its subclass (`dydit.models.registry`).
+"""
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, ClassVar, Self, TypeVar
 
 from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
+    ModelWrapValidatorHandler,
+    SerializeAsAny,
     SerializerFunctionWrapHandler,
     ValidationError,
     model_serializer,
@@ -19,10 +28,9 @@ from pydantic import (
 )
 
 from dydit.diffusion.guidance import Guidance
-from dydit.errors import ConfigError
 from dydit.files import user_path
-from dydit.models.architecture import UnitAxis
-from dydit.models.dit.units import CONDITIONING, CONDITIONING_PRODUCT, block_spec, fp32_products, stored_shapes
+from dydit.models.architecture import BlockSpec, UnitAxis
+from dydit.models.registry import DEFAULT, architecture
 from dydit.validation import SettingsError, problems_of
 
 T = TypeVar("T", bound=BaseModel)
@@ -33,11 +41,11 @@ UserPath = Annotated[Path, AfterValidator(user_path)]
 
 
 class Routers(StrEnum):
-    """Which dynamic routers a checkpoint carries (PAPER: "TDW router")."""
+    """Which routers a checkpoint carries. A width router gives a logit for each unit of its group."""
 
-    NONE = "none"  # a plain, static DiT
-    FIRST_ON = "first-on"  # Linear(D, H-1); unit 0 is always on
-    ALL_ROUTED = "all-routed"  # Linear(D, H), an older release; every unit may be off
+    NONE = "none"  # a static model
+    FIRST_ON = "first-on"  # none for unit 0, which is always on
+    ALL_ROUTED = "all-routed"  # one for every unit, as in an older release; every unit may be off
 
 
 class Space(StrEnum):
@@ -53,70 +61,114 @@ class Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class ModelConfig(Strict):
-    """Sizes of a DiT (Peebles & Xie 2023) and the layout of its DyDiT routers.
+@dataclass(frozen=True)
+class ClassLabels:
+    """The class labels that a model takes: 0 to `count` - 1, and `null`, which stands for "no class".
 
-    `input_size` is the side of the latent (or pixel) square, so a model sees `tokens = (input_size/patch_size)**2`.
-    `null_class_row`: whether the class table has a row for "no class" after those of the classes, which guidance needs.
+    Classifier-free guidance needs `null`; None: the model was trained without it. An unconditional model has one class.
+    """
+
+    count: int
+    null: int | None
+
+    @property
+    def rows(self) -> int:
+        """Labels that the network takes, `null` among them: they are below this number."""
+        return self.count + (self.null is not None)
+
+
+class ModelConfig(Strict):
+    """What every architecture states of a model; a subclass adds its own sizes and says how they make the rest.
+
+    `hidden_size`: channels D of the residual stream. `depth`: blocks. `input_size`: the side of the latent (or pixel)
+    square, of `in_channels` channels. `learn_sigma`: the output has as many channels again, for the variance.
     `space`: what the model was trained on. No weight tells, so it is None unless the checkpoint, the folder that it
     lies in, or the user states it; `samples_pixels` then goes by the number of channels.
     """
 
+    UNSTATED: ClassVar[dict[str, Any]] = {"space": None}
+
+    architecture: str
     hidden_size: int = Field(gt=0)
     depth: int = Field(gt=0)
-    num_heads: int = Field(gt=0)
-    patch_size: int = Field(gt=0)
     input_size: int = Field(gt=0)
     in_channels: int = Field(default=4, gt=0)
-    num_classes: int = Field(default=1000, gt=0)
     learn_sigma: bool = True
     routers: Routers = Routers.FIRST_ON
-    null_class_row: bool = True
     space: Space | None = None
 
+    @model_validator(mode="wrap")
+    @classmethod
+    def _of_its_architecture(cls, values: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        """Values that are read as a `ModelConfig` become one of the architecture that they name."""
+        if cls is not ModelConfig or isinstance(values, ModelConfig):
+            return handler(values)
+        named = values.get("architecture", DEFAULT) if isinstance(values, dict) else DEFAULT
+        kind: Any = architecture(named).config
+        return kind.model_validate(values)
+
     @model_serializer(mode="wrap")
-    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out what has its default and older files, bundles and their digests do not have."""
+    def _without_unstated(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what has its default and is in no file that was written before there was a choice."""
         values: dict[str, Any] = handler(self)
-        if values.get("null_class_row") is True:
-            del values["null_class_row"]
-        if values.get("space", ...) is None:
-            del values["space"]
-        return values
+        return {name: value for name, value in values.items() if value != self.UNSTATED.get(name, ...)}
 
     @model_validator(mode="after")
-    def _divisible(self) -> ModelConfig:
-        if self.hidden_size % self.num_heads:
-            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
-        if self.input_size % self.patch_size:
-            raise ValueError(f"input_size {self.input_size} is not a multiple of patch_size {self.patch_size}")
-        if self.hidden_size % 4:
-            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of 4 (2-D sine position embedding)")
+    def _pixels_have_colours(self) -> Self:
         if self.space is Space.PIXELS and self.in_channels not in PICTURE_CHANNELS:
             raise ValueError(
                 f"{self.in_channels} channels cannot be pixels; expected 1 (grey) or 3 (RGB). State latents instead"
             )
         return self
 
+    # What an architecture says of its models.
+
     @property
+    @abstractmethod
     def tokens(self) -> int:
-        """N, tokens per image."""
-        return (self.input_size // self.patch_size) ** 2
+        """N, tokens per image that a token router decides on."""
 
     @property
-    def head_dim(self) -> int:
-        """Channels per attention head."""
-        return self.hidden_size // self.num_heads
+    @abstractmethod
+    def classes(self) -> ClassLabels:
+        """The class labels that it takes."""
 
     @property
-    def mlp_hidden(self) -> int:
-        """Hidden channels of the MLP, 4D."""
-        return 4 * self.hidden_size
+    @abstractmethod
+    def condition_shape(self) -> tuple[int, ...]:
+        """Shape of what a step takes of its timestep and label: one row of the conditioning graph's output."""
+
+    @abstractmethod
+    def block_specs(self) -> Sequence[BlockSpec]:
+        """The unit groups of every block."""
+
+    @abstractmethod
+    def stored_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor that a bundle stores, by name."""
 
     @property
-    def group_dim(self) -> int:
-        """MLP hidden channels per group; there are as many groups as heads."""
-        return self.mlp_hidden // self.num_heads
+    @abstractmethod
+    def low_precision(self) -> tuple[str, ...]:
+        """Stored tensors, besides those of units' layers, whose type follows a bundle's precision; others are fp32."""
+
+    @property
+    @abstractmethod
+    def fp32_products(self) -> frozenset[str]:
+        """Stored weights whose products are fp32 in every precision."""
+
+    @abstractmethod
+    def is_conditioning(self, tensor: str) -> bool:
+        """Whether the conditioning graph reads a stored tensor, and no other graph does."""
+
+    @property
+    @abstractmethod
+    def macs(self) -> int:
+        """Multiply-adds of one static forward pass for one image, as the paper counts them."""
+
+    @property
+    @abstractmethod
+    def summary(self) -> str:
+        """Its sizes for a person: "hidden 384, 12 blocks, 6 heads, patch 2"."""
 
     @property
     def token_router_hidden(self) -> int:
@@ -159,19 +211,14 @@ class ModelConfig(Strict):
         return f"pixels, {kind}{assumed if self.space_is_assumed else ''}"
 
     @property
-    def architecture(self) -> ModelConfig:
+    def sizes(self) -> Self:
         """The same without `space`, which changes no weight and no graph: to be compared."""
         return self.model_copy(update={"space": None})
 
     @property
-    def class_rows(self) -> int:
-        """Rows of the class table: the labels that the network takes are below."""
-        return self.num_classes + self.null_class_row
-
-    @property
     def null_class(self) -> int | None:
-        """The label that means "no class" in classifier-free guidance: one past the last class. None: there is none."""
-        return self.num_classes if self.null_class_row else None
+        """The label that means "no class" in classifier-free guidance; None: there is none."""
+        return self.classes.null
 
     def require_guidance(self, cfg_scale: float) -> None:
         """Raise `ConfigError` where `cfg_scale` asks for guidance and the model has no row for "no class"."""
@@ -182,65 +229,36 @@ class ModelConfig(Strict):
         """Whether the model carries routers."""
         return self.routers is not Routers.NONE
 
-    @property
-    def routed_rows(self) -> int:
-        """Rows of `attn_rate.router.weight` and `mlp_rate.router.weight`."""
-        return self.num_heads - (self.routers is Routers.FIRST_ON)
-
-    def stating(self, space: Space | None, decoded: bool) -> ModelConfig:
+    def stating(self, space: Space | None, decoded: bool) -> Self:
         """The model with what it samples stated: `space`, or latents for one that gets a decoder and leaves it open."""
         if space is None and decoded and self.space_is_open:
             space = Space.LATENTS
-        return self if space is None else parse_config(ModelConfig, {**self.model_dump(), "space": space})
+        return self if space is None else parse_config(type(self), {**self.model_dump(), "space": space})
 
     @property
     def units(self) -> UnitAxis:
-        """The heads and channel groups of all blocks, on one axis."""
+        """The units of all blocks, on one axis."""
         return _unit_axis(self)
 
-    def stored_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every tensor that a bundle stores, by name."""
-        return stored_shapes(self)
-
-    @property
-    def low_precision(self) -> tuple[str, ...]:
-        """Stored tensors, besides those of units' layers, whose type follows a bundle's precision; others are fp32."""
-        return CONDITIONING_PRODUCT
-
-    @property
-    def fp32_products(self) -> frozenset[str]:
-        """Stored weights whose products are fp32 in every precision."""
-        return fp32_products(self)
-
-    def is_conditioning(self, tensor: str) -> bool:
-        """Whether the conditioning graph reads a stored tensor, and no other graph does."""
-        return tensor.startswith(CONDITIONING)
-
-    def without_routers(self) -> ModelConfig:
-        """The static DiT of the same sizes."""
+    def without_routers(self) -> Self:
+        """The static model of the same sizes."""
         return self.model_copy(update={"routers": Routers.NONE})
 
 
 @lru_cache(64)
 def _unit_axis(config: ModelConfig) -> UnitAxis:
-    return UnitAxis([block_spec(config)] * config.depth)
+    return UnitAxis(config.block_specs())
 
 
-_SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
+AnyModel = SerializeAsAny[ModelConfig]
+"""A field of a configuration that holds a model of any architecture."""
 
 
-def preset(name: str, input_size: int = 32, **changes: Any) -> ModelConfig:
-    """The published sizes by name: `S/2`, `B/4`, `XL/2`, ... for a latent of `input_size` (32 at 256 px, 64 at 512 px).
-
-    Raises `ConfigError` for a name that is not a preset, naming those that are.
-    """
-    size, _, patch = name.removeprefix("DiT-").removeprefix("DyDiT-").partition("/")
-    if size not in _SIZES or patch not in ("2", "4", "8"):
-        known = ", ".join(f"{s}/{p}" for s in _SIZES for p in (2, 4, 8))
-        raise ConfigError(f"unknown preset {name!r}; known: {known}")
-    hidden, depth, heads = _SIZES[size]
-    fields = {"hidden_size": hidden, "depth": depth, "num_heads": heads, "patch_size": int(patch)}
-    return parse_config(ModelConfig, {**fields, "input_size": input_size, **changes})
+def parse_model(values: dict[str, Any], where: str = "") -> ModelConfig:
+    """The model that values of a file describe, of the architecture that they name; as `parse_config`."""
+    kind: Any = ModelConfig
+    model: ModelConfig = parse_config(kind, values, where)
+    return model
 
 
 def parse_config(kind: type[T], values: dict[str, Any], where: str = "") -> T:

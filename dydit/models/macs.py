@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from dydit.models.config import ModelConfig
-from dydit.models.dit.units import attention_macs, mlp_macs
 
 
 def flops_ratio(config: ModelConfig, counts: Any, tokens: Any) -> Any:
@@ -46,18 +45,3 @@ def unit_costs(config: ModelConfig, token_ratio: np.ndarray | None = None) -> np
 def static_macs(config: ModelConfig) -> float:
     """Multiply-adds of all blocks for one image with every unit and token on."""
     return float(config.units.per_unit().sum())
-
-
-def model_macs(config: ModelConfig) -> int:
-    """Multiply-adds of one static forward pass for one image, as the paper counts them.
-
-    Blocks, adaLN projections, embedders, final layer, and 4 per LayerNorm element: 6.07 G for S/2, 23.02 G for B/2 and
-    118.69 G for XL/2 at 256 px.
-    """
-    n, d, depth = config.tokens, config.hidden_size, config.depth
-    patch = config.patch_size**2
-    blocks = depth * (attention_macs(config) + mlp_macs(config) + 6 * d * d)
-    embed = n * patch * config.in_channels * d + 256 * d + d * d
-    final = n * d * patch * config.out_channels + 2 * d * d
-    norms = 4 * n * d * (2 * depth + 1)
-    return blocks + embed + final + norms

@@ -1,4 +1,4 @@
-"""The routers of DyDiT, and the named ways of turning their logits into gates (PAPER, "Architecture").
+"""The routers of DyDiT (section 3), and the named ways of turning their logits into gates.
 
 TDW (timestep-based dynamic width) decides heads and channel groups from the timestep embedding; SDT (spatial-wise
 dynamic token) decides, from the residual stream, which tokens enter the MLP. A `Gating` turns logits into gates; the
@@ -15,14 +15,20 @@ from torch import Tensor, nn
 
 from dydit.models.config import ModelConfig, Routers
 
+TOKEN_ROUTER = ("router.0.weight", "router.0.bias", "router.2.weight", "router.2.bias")
+"""The stored tensors of a token router, within its block."""
+
 
 class WidthRouter(nn.Module):
-    """TDW: `Linear(D, rows)` on `t_emb` [B, D]; one logit per unit, [B, H], +inf for the unit that is always on."""
+    """TDW: one logit per unit of a group from what `DynamicModel.embed_timestep` gives: [B, D] -> [B, units].
 
-    def __init__(self, config: ModelConfig):
+    `Linear(D, units)`; with `Routers.FIRST_ON` `Linear(D, units - 1)`, and +inf for unit 0.
+    """
+
+    def __init__(self, config: ModelConfig, units: int):
         super().__init__()
         self.first_on = config.routers is Routers.FIRST_ON
-        self.router = nn.Linear(config.hidden_size, config.routed_rows)
+        self.router = nn.Linear(config.hidden_size, units - self.first_on)
 
     def forward(self, t_emb: Tensor) -> Tensor:
         logits = self.router(t_emb)

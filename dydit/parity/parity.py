@@ -30,10 +30,8 @@ from dydit.export.exporter import stale_reasons
 from dydit.export.weights import Copies, stored_forms
 from dydit.files import write_json
 from dydit.models.config import ModelConfig, Strict
-from dydit.models.dit.layout import stored_tensors
-from dydit.models.dit.sliced import SlicedDiT, conditioning
-from dydit.models.dit.smoothed import migrated_tensors
 from dydit.models.macs import flops_ratio
+from dydit.models.registry import architecture_of
 from dydit.parity.checks import Verdict, exact_hop, judge, locate, locate_in_run, skipped
 from dydit.parity.comparison import Measure, StepComparison, StepValues, compare_step, picture_error, relative_l2
 from dydit.parity.reference import Images, Reference, Trajectory
@@ -87,7 +85,7 @@ def run_parity(
     Images(config.labels, config.seed, config.cfg_scale).row_labels(manifest.model)
     steps = manifest.sampling.steps
     compared = sorted({*range(0, steps, config.every), steps - 1})
-    if manifest.model.architecture == checkpoint.config.architecture:
+    if manifest.model.sizes == checkpoint.config.sizes:
         parity = _Parity(bundle, checkpoint, config, compared, progress)
         hops, trajectory = parity.hops()
         evaluations, repeated = parity.evaluations, parity.repeated
@@ -205,20 +203,21 @@ class _Parity:
         return locate(verdict, ours(step), reference, int(self.timesteps[step]))
 
     def _sliced(self) -> Hop:
-        weights = dict(stored_tensors(self.checkpoint.state, self.model))
+        known = architecture_of(self.model)
+        weights = dict(known.stored_tensors(self.checkpoint.state, self.model))
         labels = torch.from_numpy(self.images.row_labels(self.model))
 
         def run(step: int) -> StepValues:
             slots = self.model.units.slots(self.trajectory.masks[step, 0])
-            sliced = SlicedDiT(self.model, weights, slots, self.reference.cfg_channels)
+            sliced = known.sliced(self.model, weights, slots, self.reference.cfg_channels)
             x = self.trajectory.latents[step]
-            modulation = conditioning(self.model, weights, torch.tensor([int(self.timesteps[step])]), labels)[0]
+            condition = known.conditioning(self.model, weights, torch.tensor([int(self.timesteps[step])]), labels)[0]
             out = sliced.step(
                 torch.from_numpy(x),
                 torch.from_numpy(self.images.noise(self.model, step)),
                 torch.from_numpy(self.reference.coefficients[step].astype(np.float32)),
                 torch.tensor(self.config.cfg_scale),
-                modulation,
+                condition,
                 debug=True,
             )
             assert out.tokens is not None and out.residuals is not None
@@ -293,7 +292,9 @@ def compare_weights(bundle: Bundle, checkpoint: Checkpoint) -> Hop:
     """Every tensor of `weights.bin` against the checkpoint's, in the manifest's order of units."""
     manifest = bundle.manifest
     elements, differing, first = 0, 0, None
-    tensors = migrated_tensors(checkpoint.state, manifest.model, manifest.migration, manifest.unit_order)
+    tensors = architecture_of(manifest.model).stored_tensors(
+        checkpoint.state, manifest.model, manifest.unit_order, manifest.migration
+    )
 
     def copies(name: str) -> Copies:
         half = half_name(name) in manifest.weights

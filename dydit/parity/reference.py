@@ -1,6 +1,6 @@
 """The reference that everything is held to: the masked model and the sampler's formula, step by step, in PyTorch fp32.
 
-The model is the checkpoint's own `DiT`, dense, its routers live: nothing here is frozen, sliced or read from a bundle,
+The model is the checkpoint's own, dense, its routers live: nothing here is frozen, sliced or read from a bundle,
 and nothing in the model is patched. Timesteps and coefficients come from the diffusion process, not from the manifest.
 Rows of the model are the conditional images, then, with guidance, the same images with the null class.
 """
@@ -21,7 +21,7 @@ from dydit.diffusion.noise import INITIAL_DRAW, image_noise, step_draw
 from dydit.diffusion.schedule import Sampler, Schedule
 from dydit.errors import ConfigError
 from dydit.models.config import ModelConfig
-from dydit.models.dit.model import DiT
+from dydit.models.dynamic import DynamicModel
 from dydit.models.routers import Gating, Masked, Recording, Static, TokenRouter
 
 
@@ -47,8 +47,8 @@ class Images:
         """Labels of all rows, int64 [rows]. Raises `ConfigError` for a label that is no row of the class table, and
         for guidance of a model that has none for no class."""
         for label in self.labels:
-            if not 0 <= label < config.class_rows:
-                raise ConfigError(f"label {label} is outside 0..{config.class_rows - 1}")
+            if not 0 <= label < config.classes.rows:
+                raise ConfigError(f"label {label} is outside 0..{config.classes.rows - 1}")
         return Guidance(self.cfg_scale, config.null_class).rows(np.asarray(self.labels, np.int64))
 
     def noise(self, config: ModelConfig, step: int | None) -> np.ndarray:
@@ -100,7 +100,7 @@ class _Watched(Masked):
 class Reference:
     """The masked model of a checkpoint and a sampler of `steps` steps. With `static`, routers are ignored."""
 
-    def __init__(self, model: DiT, steps: int, sampler: Sampler, cfg_channels: int, static: bool = False):
+    def __init__(self, model: DynamicModel, steps: int, sampler: Sampler, cfg_channels: int, static: bool = False):
         self.model, self.config, self.cfg_channels = model.eval(), model.config, cfg_channels
         self.schedule = Schedule.respaced(steps)
         self.timesteps = self.schedule.timesteps[::-1].copy()
@@ -174,7 +174,7 @@ def guided_step(
 
 
 @contextlib.contextmanager
-def _after_blocks(model: DiT, wanted: bool) -> Iterator[list[Tensor]]:
+def _after_blocks(model: DynamicModel, wanted: bool) -> Iterator[list[Tensor]]:
     """While open, keeps what each block returns. Forward hooks look on: they change nothing."""
     kept: list[Tensor] = []
 

@@ -9,12 +9,12 @@ import numpy as np
 import torch
 
 from dydit.models.architecture import Slots, UnitAxis
-from dydit.models.dit.model import DiT
+from dydit.models.dynamic import DynamicModel
 from dydit.models.routers import Masked
 
 
 @torch.no_grad()
-def freeze_masks(model: DiT, timesteps: np.ndarray) -> np.ndarray:
+def freeze_masks(model: DynamicModel, timesteps: np.ndarray) -> np.ndarray:
     """The width masks of the given timesteps [S], bool [S, U], by checkpoint unit.
 
     The decisions are those of the model itself: the same routers on the same embedding, thresholded by the same gating.
@@ -24,11 +24,11 @@ def freeze_masks(model: DiT, timesteps: np.ndarray) -> np.ndarray:
     if not config.dynamic:
         return masks
     gating = Masked()
-    routers = [router for block in model.blocks for router in (block.attn_rate, block.mlp_rate)]
+    routers = model.width_routers()
     # One timestep at a time: a matrix product's rounding may depend on the batch, and the sampler evaluates one t a
     # step.
     for step, timestep in enumerate(timesteps):
-        t_emb = model.t_embedder(torch.tensor([int(timestep)]))
+        t_emb = model.embed_timestep(torch.tensor([int(timestep)]))
         for part, router in zip(config.units.parts, routers, strict=True):
             masks[step, part.units] = gating.gate(router(t_emb))[0].numpy() > 0
     return masks

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from dydit.bench.bench import spread_steps
 from dydit.bench.timing import chained_coefficients
@@ -24,13 +23,13 @@ from dydit.diffusion.noise import INITIAL_DRAW, image_noise
 from dydit.diffusion.schedule import Schedule
 from dydit.export.exporter import ExportConfig, export_planned
 from dydit.models.config import ModelConfig
+from dydit.models.registry import architecture_of
 from dydit.models.routers import Masked, Recording
 from dydit.models.synthetic import synthetic_model
 from dydit.planning.plan import Plan
 
 SHALLOW, DEEP = 1, 3
 RUN_STEPS, SHARE_STEPS = 250, 4
-_FAR, _LIMIT = 8.0, 4.0  # what routed and other tokens have in channel 0, up and down, and the router's threshold
 
 
 @dataclass(frozen=True)
@@ -111,32 +110,11 @@ def write_profile_bundle(
 
 
 def _checkpoint(model: ModelConfig, depth: int, token_share: float) -> Checkpoint:
-    config = model.model_copy(update={"depth": depth, "num_classes": 1, "null_class_row": True})
+    config = of_depth(model, depth)
     state = synthetic_model(config).state_dict()
     if config.dynamic:
-        _route_share(state, config, token_share)
+        architecture_of(config).route_share(state, config, token_share)
     return Checkpoint(config, state, "dydit-safetensors", Path("profile"), "0" * 64, {})
-
-
-def _route_share(state: dict[str, Tensor], config: ModelConfig, share: float) -> None:
-    """Let routers go by channel 0 of the residual stream, which is far up for the first tokens and far down for others,
-    and which nothing else writes to."""
-    routed = round(share * config.tokens)
-    state["pos_embed"][0, :routed, 0], state["pos_embed"][0, routed:, 0] = _FAR, -_FAR
-    for block in range(config.depth):
-        name = f"blocks.{block}"
-        _blank(state, f"{name}.attn.proj")
-        _blank(state, f"{name}.mlp.fc2")
-        for layer in (0, 2):
-            state[f"{name}.token_selection.mlp_head.{layer}.weight"].zero_()[0, 0] = 1
-            state[f"{name}.token_selection.mlp_head.{layer}.bias"].zero_()
-        state[f"{name}.token_selection.mlp_head.2.bias"].fill_(-_LIMIT)
-    _blank(state, "x_embedder.proj")
-
-
-def _blank(state: dict[str, Tensor], layer: str) -> None:
-    state[f"{layer}.weight"][0] = 0
-    state[f"{layer}.bias"][0] = 0
 
 
 @torch.no_grad()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from dydit.bundle.measurements import Residency
-from dydit.bundle.stored_weights import ITEM_BYTES, Precision, WeightEntry, half_name
+from dydit.bundle.stored_weights import ITEM_BYTES, Precision, WeightEntry, half_name, stored_type
 from dydit.models.architecture import Slots, UnitAxis, UnitLayer
 from dydit.models.config import ModelConfig
 from dydit.planning.plan import Plan
@@ -109,11 +110,13 @@ def _channel_bytes(precision: Precision) -> int:
 
 
 def fixed_bytes(model: ModelConfig, precision: Precision = Precision.FP32) -> int:
-    """Bytes of the weights that every subnetwork reads at any width: embedding, routers, final layer, biases."""
-    d, p2 = model.hidden_size, model.patch_size**2
-    r = model.token_router_hidden
-    router = (r * d + 2 * r + 1) if model.dynamic else 0
-    embed = (p2 * model.in_channels + 1 + model.tokens) * d
-    final = p2 * model.out_channels * (d + 1)
-    whole = sum(layer.features for block in model.units.blocks for layer in block.layers if not layer.out_major)
-    return 4 * (embed + final + model.depth * router) + whole * _channel_bytes(precision)
+    """Bytes of the weights that every subnetwork reads at any width: of no unit, and not of conditioning."""
+    of_units = {part.stored(name) for part in model.units.parts for name in part.group.unit_tensors}
+    total = 0
+    for name, shape in model.stored_shapes().items():
+        if name not in of_units and not model.is_conditioning(name):
+            shared = name in model.units.biases
+            total += math.prod(shape) * (
+                _channel_bytes(precision) if shared else ITEM_BYTES[stored_type(model, name, precision)]
+            )
+    return total

@@ -12,7 +12,7 @@ LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 
 
 def scale_name(name: str) -> str:
-    """The name of a weight's scales: `blocks.0.qkv.weight` to `blocks.0.qkv.scale`."""
+    """The name of a weight's scales: `layer.weight` to `layer.scale`."""
     return f"{name.removesuffix('weight')}scale"
 
 

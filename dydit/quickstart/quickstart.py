@@ -174,7 +174,7 @@ def _export(job: _Job) -> tuple[Bundle, Bundle]:
 
 def _sample(job: _Job, bundle: Bundle) -> Sampled:
     """All images, in one go, because they are timed: what a killed run left, or is damaged, is sampled anew."""
-    config, classes = job.config, bundle.manifest.model.num_classes
+    config, classes = job.config, bundle.manifest.model.classes.count
     pictures, folder = picture_format(bundle.manifest), job.folder.out / "samples"
     sampled = job.folder.load("sampled.json", Sampled)
     if sampled and pictures and all(has_picture(folder, pictures, image) for image in range(sampled.images)):
@@ -200,7 +200,7 @@ def _trace(job: _Job, bundle: Bundle) -> Trace:
     """The first image of each class once more, with its token decisions."""
     if (saved := job.folder.load_arrays("trace.npz", "latents", "tokens")) is not None:
         return Trace(*saved)
-    labels = range(min(bundle.manifest.model.num_classes, job.config.batch))
+    labels = range(min(bundle.manifest.model.classes.count, job.config.batch))
     trace = trace_tokens(
         bundle, labels, job.config.cfg_scale, job.config.seed, options=job.config.options, progress=job.tick(STAGES[2])
     )
@@ -242,7 +242,7 @@ def _bench(job: _Job, bundle: Bundle, static: Bundle) -> BenchReport:
 
     if (known := job.folder.load(REPORT, BenchReport)) is not None:
         return known
-    classes = bundle.manifest.model.num_classes
+    classes = bundle.manifest.model.classes.count
     config = BenchConfig(
         labels=tuple(image % classes for image in range(job.config.batch)),
         seed=job.config.seed,

@@ -121,7 +121,7 @@ def token_picture(manifest: Manifest, trace: Trace) -> bytes:
     times = np.asarray(manifest.sampling.timesteps)
     steps = sorted({int(np.argmin(np.abs(times - timestep))) for timestep in SHOWN_TIMESTEPS})
     rows = min(SHOWN_ROWS, len(trace.latents))
-    labels = [f"class {row % manifest.model.num_classes}" for row in range(rows)]
+    labels = [f"class {row % manifest.model.classes.count}" for row in range(rows)]
     tokens = trace.tokens[steps][:, :, :rows]
     return tokens_png(trace.latents[:rows], tokens, times[steps].tolist(), labels, share=trace.token_share)
 
@@ -133,7 +133,7 @@ def write_results(found: Found, lines: tuple[Line, ...], images: np.ndarray, out
     """
     manifest = found.bundle.manifest
     inspection = inspect_bundle(found.bundle.path)
-    classes = manifest.model.num_classes
+    classes = manifest.model.classes.count
     pictures = {
         **inspection.pictures(),
         "samples.png": samples_png(images, [image % classes for image in range(len(images))]),
@@ -167,7 +167,7 @@ def _content(
     return ReportContent(
         title="A dynamic diffusion transformer on handwritten digits",
         subtitle=(
-            f"{counted(model.depth, 'block')} of {counted(model.num_heads, 'head')}, fine-tuned to skip what a step "
+            f"{model.summary}, fine-tuned to skip what a step "
             f"and a token do not need, then compiled to {counted(len(manifest.subnets), 'static subnetwork')} that "
             "ONNX Runtime executes."
         ),

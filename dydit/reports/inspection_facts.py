@@ -9,7 +9,7 @@ from pydantic import Field
 
 from dydit.bundle.manifest import PlanKind, Routing
 from dydit.bundle.measurements import MeasuredPlan
-from dydit.models.config import ModelConfig
+from dydit.models.config import AnyModel
 from dydit.reports.results import Result
 from dydit.reports.text import aligned, bytes_text, count_text, measured_lines
 from dydit.words import counted
@@ -44,7 +44,7 @@ class PlanRow(Result):
 class ModelFacts(Result):
     """Sizes and cost of a model; multiply-adds of one image and step, everything on."""
 
-    config: ModelConfig
+    config: AnyModel
     tokens: int
     parameters: int
     router_parameters: int
@@ -242,17 +242,16 @@ def _model_lines(model: ModelFacts) -> list[tuple[str, str]]:
     c = model.config
     kind = f"DyDiT, routers {c.routers}" if c.dynamic else "DiT, static"
     shape = f"{c.in_channels}x{c.input_size}x{c.input_size}"
-    guidance = "" if c.null_class_row else ", none for no class: no guidance"
+    guidance = "" if c.null_class is not None else ", none for no class: no guidance"
     routers = f", of them routers {model.router_parameters:,}" if model.router_parameters else ""
     return [
         (
             "model",
-            f"{kind}; hidden {c.hidden_size}, {counted(c.depth, 'block')}, {counted(c.num_heads, 'head')}, patch "
-            f"{c.patch_size}",
+            f"{kind}; {c.summary}",
         ),
         (
             "input",
-            f"{shape}, {counted(model.tokens, 'token')}, {counted(c.num_classes, 'class', 'classes')}{guidance}",
+            f"{shape}, {counted(model.tokens, 'token')}, {counted(c.classes.count, 'class', 'classes')}{guidance}",
         ),
         ("samples", c.space_words),
         ("parameters", f"{model.parameters:,}{routers}"),

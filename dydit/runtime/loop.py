@@ -15,6 +15,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from dydit.bundle.io_spec import CONDITION
 from dydit.bundle.manifest import Manifest, PlanKind, SegmentEntry
 from dydit.diffusion.coefficients import COEFFICIENTS
 from dydit.diffusion.guidance import Guidance
@@ -30,7 +31,7 @@ _NOISE = COEFFICIENTS.index("noise")
 
 
 class Conditioner:
-    """Modulation vectors, computed for many steps at once and kept while they serve.
+    """What steps take of their timesteps and labels, computed for many steps at once and kept while it serves.
 
     A table holds as many whole segments as fit in `budget` bytes for all of the run's labels; of a segment that alone
     does not fit, some steps for the labels of one batch. Which of the two depends on the run alone, so a resumed run
@@ -46,7 +47,7 @@ class Conditioner:
         self._table = np.empty(0, np.float32)
 
     def rows(self, step: int, labels: np.ndarray) -> np.ndarray:
-        """Modulation of one step, a row for each of `labels`: f32 [len(labels), 6L+2, D]."""
+        """What one step takes, a row for each of `labels`: f32 [len(labels), *condition_shape]."""
         assert np.isin(labels, self._labels).all(), "a label that was not announced"
         if step in self._spans:
             known, (first, last) = self._labels, self._spans[step]
@@ -79,7 +80,7 @@ class Conditioner:
     def _pairs(self) -> int:
         """How many (step, label) pairs fit in the budget."""
         model = self._backend.bundle.manifest.model
-        return self._budget // (4 * (6 * model.depth + 2) * model.hidden_size)
+        return self._budget // (4 * math.prod(model.condition_shape))
 
 
 class StepRunner:
@@ -109,13 +110,13 @@ class StepRunner:
     def feeds(self, step: int, x: np.ndarray, noise: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
         """The inputs of a step for latents and noise f32 [B, C, S, S] and labels int64 [B]."""
         with self.backend.lock:
-            modulation = self._conditioner.rows(step, self.guidance.rows(labels))
+            condition = self._conditioner.rows(step, self.guidance.rows(labels))
         return {
             "x": x,
             "noise": noise,
             "coefficients": self._coefficients[step],
             "cfg_scale": np.asarray(self.guidance.scale, np.float32),
-            "modulation": modulation,
+            CONDITION: condition,
             "gates": self.backend.bundle.step_gates(step),
         }
 

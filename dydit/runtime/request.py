@@ -57,7 +57,7 @@ class Batch:
 
 def check_labels(labels: Sequence[int], manifest: Manifest) -> None:
     """Raise `ConfigError` for a label that is not one of the model's classes."""
-    classes = manifest.model.num_classes
+    classes = manifest.model.classes.count
     for label in labels:
         if not 0 <= label < classes:
             raise ConfigError(f"label {label} is outside 0..{classes - 1}, the classes of this model")

@@ -99,6 +99,6 @@ def open_data(name: str, model: ModelConfig) -> Dataset:
     expected = (model.in_channels, model.input_size, model.input_size)
     if data.shape != expected:
         raise ConfigError(f"data {name} has images of {data.shape}, but the model takes {expected}")
-    if data.num_classes > model.num_classes:
-        raise ConfigError(f"data {name} has {data.num_classes} classes, but the model knows {model.num_classes}")
+    if data.num_classes > model.classes.count:
+        raise ConfigError(f"data {name} has {data.num_classes} classes, but the model knows {model.classes.count}")
     return data

@@ -15,7 +15,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from dydit.errors import ConfigError
-from dydit.models.config import ModelConfig, Routers, Strict, parse_config
+from dydit.models.config import AnyModel, Routers, Strict, parse_config
+from dydit.models.dit.config import DiTConfig
 
 
 class Stage(StrEnum):
@@ -47,7 +48,7 @@ class Recipe(Strict):
 
     name: str
     stage: Stage
-    model: ModelConfig
+    model: AnyModel
     data: str
     init: str | None = Field(default=None, description="checkpoint to start from; fresh weights where absent")
 
@@ -95,8 +96,8 @@ class Recipe(Strict):
     def _consistent(self) -> Recipe:
         if (self.stage is not Stage.STATIC) != self.model.dynamic:
             raise ValueError(f"stage {self.stage} does not go with model.routers {self.model.routers}")
-        if self.label_dropout and not self.model.null_class_row:
-            raise ValueError("label_dropout needs model.null_class_row, the row of the class table for no class")
+        if self.label_dropout and self.model.null_class is None:
+            raise ValueError("label_dropout needs a label for no class (model.null_class_row)")
         if self.batch_size % 4:
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of 4 (timesteps are drawn by quarters)")
         return self
@@ -136,7 +137,7 @@ class Recipe(Strict):
         return min(1.0, left / (self.noise_anneal * self.iterations))
 
 
-_DIGITS = ModelConfig(
+_DIGITS = DiTConfig(
     hidden_size=128,
     depth=6,
     num_heads=8,

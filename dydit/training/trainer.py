@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from dydit.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from dydit.errors import CheckpointError, ConfigError, TrainingError
 from dydit.files import sha256_of, user_path, write_json
-from dydit.models.dit.model import DiT, initialize, initialize_routers
+from dydit.models.dynamic import DynamicModel
+from dydit.models.registry import architecture_of
 from dydit.models.routers import Masked, Recording, Static
 from dydit.training.curves import draw_curves
 from dydit.training.data import open_data
 from dydit.training.draws import Batch, BatchSource, Purpose, stream
-from dydit.training.importance import rank_and_permute
 from dydit.training.losses import (
     AnnealedGumbelSigmoid,
     Process,
@@ -77,7 +77,7 @@ class TrainResult:
 class Objective(nn.Module):
     """The model together with its losses, as one module, so that one forward is one synchronised step everywhere."""
 
-    def __init__(self, model: DiT, recipe: Recipe, process: Process):
+    def __init__(self, model: DynamicModel, recipe: Recipe, process: Process):
         super().__init__()
         self.model, self.recipe, self.process = model, recipe, process
 
@@ -115,22 +115,23 @@ class Objective(nn.Module):
         return loss + detail_loss(tokens, relative_detail(x0), target, spread, weight) if spread else loss
 
 
-def starting_model(recipe: Recipe) -> DiT:
+def starting_model(recipe: Recipe) -> DynamicModel:
     """The model that a run starts from.
 
     Fresh weights without `init`; for a dynamic run a static checkpoint, reordered by importance, with fresh routers.
     A checkpoint with routers is taken as it is.
     """
     generator = torch.Generator().manual_seed(int(stream(recipe.seed, Purpose.INITIAL_WEIGHTS).integers(0, 2**62)))
-    model = DiT(recipe.model)
+    known = architecture_of(recipe.model)
+    model = known.masked(recipe.model)
     if recipe.init is None:
         if recipe.stage is not Stage.STATIC:
             kind = "static DiT" if recipe.stage is Stage.DYNAMIC else "dynamic DiT"
             raise ConfigError(f"recipe {recipe.name} starts from a {kind}: give its checkpoint with init=PATH")
-        initialize(model, generator)
+        known.initialize(model, generator)
         return model
     start = load_checkpoint(Path(recipe.init))
-    sizes, wanted = start.config.architecture, recipe.model.architecture
+    sizes, wanted = start.config.sizes, recipe.model.sizes
     if sizes not in (wanted, wanted.without_routers()):
         raise ConfigError(
             f"init {recipe.init} is a model of other sizes ({start.config}) than the recipe's ({recipe.model})"
@@ -138,12 +139,12 @@ def starting_model(recipe: Recipe) -> DiT:
     if sizes == wanted:
         model.load_state_dict(start.state)
         return model
-    model.load_state_dict(rank_and_permute(start.state, start.config), strict=False)
-    initialize_routers(model, generator, recipe.token_bias, recipe.width_bias)
+    model.load_state_dict(known.ordered_by_importance(start.state, start.config), strict=False)
+    known.initialize_routers(model, generator, recipe.token_bias, recipe.width_bias)
     return model
 
 
-def make_optimizer(model: DiT, recipe: Recipe) -> torch.optim.AdamW:
+def make_optimizer(model: DynamicModel, recipe: Recipe) -> torch.optim.AdamW:
     """AdamW over two groups, the routers' with its own multiple of the learning rate (`multiple` in the group)."""
     routers: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
@@ -184,7 +185,7 @@ def train(recipe: Recipe, out: Path, resume: bool = False, progress: Progress | 
         seed=recipe.seed,
         batch_size=recipe.batch_size,
         label_dropout=recipe.label_dropout,
-        null_class=recipe.model.num_classes,
+        null_class=recipe.model.classes.count,
         process=accelerator.process_index,
         processes=accelerator.num_processes,
     )
@@ -209,7 +210,7 @@ class _Run:
                 f"{out} holds a finished run without its last state, from which it could go on; start a new run in "
                 f"another folder, for instance with init={out / MODEL}"
             )
-        model = DiT(recipe.model) if saved else starting_model(recipe)
+        model = architecture_of(recipe.model).masked(recipe.model) if saved else starting_model(recipe)
         model.train().to(accelerator.device)
         self.ema = copy.deepcopy(model).eval().requires_grad_(False)
         optimizer = make_optimizer(model, recipe)
@@ -373,7 +374,7 @@ def _tensors(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor
 
 
 @torch.no_grad()
-def probe(model: DiT, batch: Batch, process: Process) -> dict[str, float]:
+def probe(model: DynamicModel, batch: Batch, process: Process) -> dict[str, float]:
     """The model as at inference (no gate noise) on a fixed batch: mean squared error, FLOPs ratio, token ratio."""
     x0, t, y, noise = _tensors(batch, process.sqrt_alpha.device)
     gating = Recording(Masked() if model.config.dynamic else Static(), model.config)

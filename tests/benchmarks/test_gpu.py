@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from dydit.models.config import ModelConfig, preset
+from dydit.models.dit.config import DiTConfig, preset
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "gpu"
 MODULES = tuple(path.stem for path in FOLDER.glob("*.py") if path.stem != "child")
@@ -304,7 +304,7 @@ def test_the_order_gives_every_way_a_row_before_any_gets_more(gpu):
 
 
 class TestBounds:
-    CONFIG = ModelConfig(hidden_size=8, depth=1, num_heads=2, patch_size=2, input_size=4, in_channels=4, num_classes=3)
+    CONFIG = DiTConfig(hidden_size=8, depth=1, num_heads=2, patch_size=2, input_size=4, in_channels=4, num_classes=3)
 
     def test_by_hand(self, gpu):
         """N = 4, D = 8, hd = 4, gd = 16; one head and both groups on, half of the tokens; B = 3, R = 6; 2 bytes."""

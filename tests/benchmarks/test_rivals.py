@@ -12,7 +12,7 @@ from pathlib import Path
 import onnxruntime
 import pytest
 
-from dydit.checkpoints.state_fit import expected_shapes
+from dydit.checkpoints.fit import expected_shapes
 from dydit.models.config import Routers
 from dydit.runtime.backends.int8_exactness import products_are_exact
 
@@ -120,7 +120,7 @@ class TestDiffusers:
         return script("diffusers_dit", monkeypatch)
 
     def test_names_go_there_and_back(self, rival, make_checkpoint, small_config):
-        from dydit.checkpoints.diffusers_names import from_diffusers
+        from dydit.models.dit.diffusers import from_diffusers
 
         state, config = make_checkpoint().state, small_config.without_routers()
         static = {name: state[name] for name in expected_shapes(config)}

@@ -10,7 +10,6 @@ from dydit.bundle.io_spec import (
     check_feeds,
     conditioning_inputs,
     conditioning_outputs,
-    modulation_vectors,
     subnet_inputs,
     subnet_outputs,
 )
@@ -26,7 +25,7 @@ def test_shapes(small_config):
     inputs = {spec.name: spec for spec in subnet_inputs(small_config, gated=True)}
     assert inputs["x"].shape == inputs["noise"].shape == ("batch", 4, 8, 8)
     assert inputs["coefficients"].shape == (5,) and inputs["cfg_scale"].shape == ()
-    assert inputs["modulation"].shape == ("rows", 20, 64) and modulation_vectors(small_config) == 20
+    assert inputs["condition"].shape == ("rows", 20, 64) and small_config.vectors == 20
     assert inputs["gates"].shape == (24,)
     assert [spec.name for spec in subnet_inputs(small_config, gated=False)] == list(inputs)[:-1]
     x_prev, overflow = subnet_outputs(small_config, capacity=True)
@@ -62,8 +61,8 @@ def test_fitting_feeds_give_their_symbols(small_config, batch, rows):
         ({"gates": np.zeros((6, 4), np.float32)}, "it: input 'gates' has shape (6, 4), expected (24,)"),
         ({"gates": np.zeros(23, np.float32)}, "it: input 'gates' has shape (23,), expected (24,)"),
         (
-            {"modulation": np.zeros((3, 20, 64), np.float32)},
-            "it: modulation has 3 rows for 2 images; expected as many, or twice",
+            {"condition": np.zeros((3, 20, 64), np.float32)},
+            "it: condition has 3 rows for 2 images; expected as many, or twice",
         ),
     ],
 )

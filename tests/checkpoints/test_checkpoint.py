@@ -10,18 +10,19 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dydit.checkpoints.checkpoint import Checkpoint, convert, load_checkpoint, save_checkpoint
-from dydit.checkpoints.diffusers_names import diffusers_names
-from dydit.checkpoints.state_fit import expected_shapes
+from dydit.checkpoints.fit import expected_shapes
 from dydit.errors import CheckpointError, OutputError
 from dydit.files import sha256_of
 from dydit.models.config import ModelConfig, Routers
+from dydit.models.dit.config import DiTConfig
+from dydit.models.dit.diffusers import diffusers_names
 from dydit.models.dit.model import DiT
 from dydit.models.routers import Masked, Recording
 
 
 def config(routers: Routers = Routers.FIRST_ON, **changes: object) -> ModelConfig:
     sizes = {"hidden_size": 32, "depth": 2, "num_heads": 4, "patch_size": 2, "input_size": 8, "num_classes": 10}
-    return ModelConfig.model_validate({**sizes, "routers": routers, **changes})
+    return DiTConfig.model_validate({**sizes, "routers": routers, **changes})
 
 
 def random_model(routers: Routers = Routers.FIRST_ON, seed: int = 0, **changes: object) -> DiT:
@@ -123,7 +124,7 @@ def test_own_format_is_what_the_safetensors_library_reads(tmp_path: Path) -> Non
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
     assert (metadata["format"], metadata["version"], metadata["step"]) == ("dydit", "1", "7")
-    assert ModelConfig.model_validate_json(metadata["config"]) == model.config
+    assert DiTConfig.model_validate_json(metadata["config"]) == model.config
     assert [entry.name for entry in tmp_path.iterdir()] == ["model.safetensors"]
 
 

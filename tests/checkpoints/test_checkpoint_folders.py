@@ -14,12 +14,13 @@ from safetensors.torch import save_file
 
 from dydit.checkpoints.checkpoint import load_checkpoint
 from dydit.checkpoints.conventions import require_scheduler
-from dydit.checkpoints.diffusers_names import diffusers_names
 from dydit.errors import BundleError, CheckpointError
-from dydit.models.config import ModelConfig, Routers
+from dydit.models.config import Routers
+from dydit.models.dit.config import DiTConfig
+from dydit.models.dit.diffusers import diffusers_names
 from dydit.models.synthetic import synthetic_model
 
-CONFIG = ModelConfig(
+CONFIG = DiTConfig(
     hidden_size=32, depth=2, num_heads=4, patch_size=2, input_size=8, num_classes=10, routers=Routers.NONE
 )
 STEM = "diffusion_pytorch_model"

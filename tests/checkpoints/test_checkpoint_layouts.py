@@ -14,11 +14,12 @@ from dydit.checkpoints.checkpoint import Checkpoint, convert, load_checkpoint
 from dydit.errors import CheckpointError
 from dydit.files import sha256_of
 from dydit.models.config import ModelConfig, Routers
+from dydit.models.dit.config import DiTConfig
 from dydit.models.dit.model import DiT
 from dydit.models.synthetic import synthetic_model
 
 State = dict[str, torch.Tensor]
-CONFIG = ModelConfig(hidden_size=32, depth=2, num_heads=4, patch_size=2, input_size=8, num_classes=10)
+CONFIG = DiTConfig(hidden_size=32, depth=2, num_heads=4, patch_size=2, input_size=8, num_classes=10)
 
 
 def state_of(seed: int = 0, config: ModelConfig = CONFIG) -> State:

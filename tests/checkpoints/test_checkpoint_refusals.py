@@ -14,18 +14,19 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from dydit.checkpoints.checkpoint import load_checkpoint, save_checkpoint
-from dydit.checkpoints.diffusers_names import diffusers_names
-from dydit.checkpoints.state_fit import choose_heads
 from dydit.errors import CheckpointError
 from dydit.models.config import ModelConfig, Routers
+from dydit.models.dit.config import DiTConfig
+from dydit.models.dit.diffusers import diffusers_names
 from dydit.models.dit.model import DiT
+from dydit.models.dit.states import choose_heads
 
 State = dict[str, torch.Tensor]
 
 
 def model_state(routers: Routers = Routers.FIRST_ON, **changes: int) -> tuple[ModelConfig, State]:
     sizes = {"hidden_size": 32, "depth": 2, "num_heads": 4, "patch_size": 2, "input_size": 8, "num_classes": 10}
-    config = ModelConfig.model_validate({**sizes, "routers": routers, **changes})
+    config = DiTConfig.model_validate({**sizes, "routers": routers, **changes})
     return config, dict(DiT(config).state_dict())
 
 

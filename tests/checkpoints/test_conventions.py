@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import save_file
 
 from dydit.checkpoints.checkpoint import load_checkpoint
-from dydit.checkpoints.state_fit import class_table
+from dydit.checkpoints.fit import class_table
 from dydit.errors import CheckpointError
-from dydit.models.config import ModelConfig
+from dydit.models.dit.config import DiTConfig
 from dydit.models.synthetic import synthetic_model
 
-CONFIG = ModelConfig(hidden_size=32, depth=2, num_heads=4, patch_size=2, input_size=8, num_classes=10)
+CONFIG = DiTConfig(hidden_size=32, depth=2, num_heads=4, patch_size=2, input_size=8, num_classes=10)
 STATE = dict(synthetic_model(CONFIG).state_dict())
 DIT = {"model": "DiT-XL/2", "image_size": 64, "num_classes": 10, "epochs": 1400, "vae": "ema", "global_seed": 0}
 

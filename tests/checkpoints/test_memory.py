@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 
 from dydit.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from dydit.errors import CheckpointError
-from dydit.models.config import ModelConfig
+from dydit.models.dit.config import DiTConfig
 from dydit.models.synthetic import synthetic_model
 
-CONFIG = ModelConfig(hidden_size=512, depth=12, num_heads=8, patch_size=2, input_size=8, num_classes=10)  # 150 MB
+CONFIG = DiTConfig(hidden_size=512, depth=12, num_heads=8, patch_size=2, input_size=8, num_classes=10)  # 150 MB
 KINDS = ("zip", "legacy", "safetensors", "own")
 NO_MEMORY = 64 << 20
 

@@ -24,10 +24,10 @@ from dydit.checkpoints.containers import container_of
 from dydit.checkpoints.safe_classes import ALLOWED, Inert
 from dydit.checkpoints.safe_load import read_torch
 from dydit.errors import CheckpointError
-from dydit.models.config import ModelConfig
+from dydit.models.dit.config import DiTConfig
 from dydit.models.synthetic import synthetic_model
 
-CONFIG = ModelConfig(hidden_size=32, depth=1, num_heads=4, patch_size=2, input_size=4, num_classes=10)
+CONFIG = DiTConfig(hidden_size=32, depth=1, num_heads=4, patch_size=2, input_size=4, num_classes=10)
 
 
 class Kind(enum.Enum):

@@ -19,10 +19,10 @@ from dydit.checkpoints.checkpoint import load_checkpoint
 from dydit.checkpoints.containers import Container, container_of
 from dydit.checkpoints.safe_load import listed, plain_tensors, read_safetensors, read_torch, shown
 from dydit.errors import CheckpointError
-from dydit.models.config import ModelConfig
+from dydit.models.dit.config import DiTConfig
 from dydit.models.dit.model import DiT
 
-CONFIG = ModelConfig(hidden_size=32, depth=1, num_heads=4, patch_size=2, input_size=8, num_classes=10)
+CONFIG = DiTConfig(hidden_size=32, depth=1, num_heads=4, patch_size=2, input_size=8, num_classes=10)
 
 
 class Command:

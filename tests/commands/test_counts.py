@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dydit.bundle.bundle import Bundle
-from dydit.models.config import ModelConfig
+from dydit.models.dit.config import DiTConfig
 
 ONE = re.compile(r"(?<![\d.,:-])1 (?:[a-z]+ )?(?!class\b|less\b|this\b)[a-z]+s\b(?! of)")
 QUICK = ["--labels", 0, "--cfg-scale", 1, "--threads", 1]
@@ -19,7 +19,7 @@ QUICK = ["--labels", 0, "--cfg-scale", 1, "--threads", 1]
 def single(make_checkpoint) -> Any:
     """A model of one block, one head, one class and 16 tokens."""
     return make_checkpoint(
-        ModelConfig(hidden_size=64, depth=1, num_heads=1, patch_size=2, input_size=8, in_channels=1, num_classes=1)
+        DiTConfig(hidden_size=64, depth=1, num_heads=1, patch_size=2, input_size=8, in_channels=1, num_classes=1)
     )
 
 

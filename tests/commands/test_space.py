@@ -12,7 +12,8 @@ import pytest
 from dydit.bundle.bundle import Bundle
 from dydit.checkpoints.checkpoint import load_checkpoint
 from dydit.checkpoints.pipeline_folder import space_of_folder
-from dydit.models.config import ModelConfig, Space, parse_config
+from dydit.models.config import Space, parse_config
+from dydit.models.dit.config import DiTConfig
 from dydit.runtime.images.pixels import PictureFormat, picture_format
 
 
@@ -61,19 +62,19 @@ def sizes(**changes: Any) -> dict[str, Any]:
     ],
 )
 def test_what_samples_are(channels, space, pixels, assumed, words) -> None:
-    config = ModelConfig(**sizes(in_channels=channels, space=space))
+    config = DiTConfig(**sizes(in_channels=channels, space=space))
     assert (config.samples_pixels, config.space_is_assumed) == (pixels, assumed)
     assert config.space_words.startswith(words) and ("assumed" in config.space_words) == assumed
 
 
 def test_a_configuration_that_states_nothing_reads_and_writes_as_before() -> None:
     """So that digests of older bundles hold, and older programs read newer checkpoints of most models."""
-    config = ModelConfig(**sizes())
+    config = DiTConfig(**sizes())
     assert "space" not in config.model_dump() and "space" not in config.model_dump_json()
     stated = config.stating(Space.LATENTS, decoded=False)
     assert json.loads(stated.model_dump_json())["space"] == "latents"
-    assert parse_config(ModelConfig, json.loads(stated.model_dump_json())) == stated
-    assert stated != config and stated.architecture == config.architecture
+    assert parse_config(DiTConfig, json.loads(stated.model_dump_json())) == stated
+    assert stated != config and stated.sizes == config.sizes
     assert config.stating(None, decoded=True) == config, "of four channels nothing has to be stated"
 
 

@@ -14,7 +14,7 @@ from dydit.engines.fingerprint import EngineRequest, HardwareCompatibility
 from dydit.engines.flavour import Flavour, load_polygraphy
 from dydit.engines.profiles import ShapeExtent
 from dydit.errors import BackendError
-from dydit.models.config import preset
+from dydit.models.dit.config import preset
 
 PROFILE = {"x": ShapeExtent(min=(1, 4), opt=(2, 4), max=(8, 4))}
 MODEL = preset("S/2")

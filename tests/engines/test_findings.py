@@ -17,7 +17,7 @@ from dydit.bundle.stored_weights import Precision, stored_type
 from dydit.engines.findings import Kind, fp32_products, require_types, type_findings
 from dydit.engines.network import Layer, Messages, Network, parse_graph, read_network
 from dydit.errors import BackendError
-from dydit.models.config import preset
+from dydit.models.dit.config import preset
 
 MODEL = preset("XL/2")
 LETTERS = {"f": "float32", "h": "float16", "b": "bfloat16", "d": "float64", "i": "int64"}

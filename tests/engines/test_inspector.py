@@ -21,7 +21,7 @@ from dydit.engines.inspector import engine_findings, inspect_engine
 from dydit.engines.network import Layer, Network
 from dydit.engines.profiles import symbol_ranges
 from dydit.errors import BackendError
-from dydit.models.config import preset
+from dydit.models.dit.config import preset
 
 MODEL = preset("S/2")
 ROUTER = "[ONNX Layer: node_Gemm_5 | node_mlp_capacity_4 (mlp_capacity)]"

@@ -10,13 +10,13 @@ from pydantic import ValidationError
 from dydit.bundle.io_spec import (
     TensorSpec,
     conditioning_inputs,
-    modulation_vectors,
     subnet_inputs,
     unit_inputs,
 )
 from dydit.engines.profiles import CONDITIONING_ELEMENTS, Extent, shape_profile, symbol_ranges, width_ranges
 from dydit.errors import BackendError
-from dydit.models.config import ModelConfig, preset
+from dydit.models.config import ModelConfig
+from dydit.models.dit.config import preset
 
 
 def product(shape: tuple[int, ...]) -> int:
@@ -38,8 +38,8 @@ def test_every_shape_lies_in_its_range(capacity_bundle, opt: int, more: int) -> 
             assert all(1 <= a <= b <= c for a, b, c in zip(extent.min, extent.opt, extent.max, strict=True))
     subnet = shape_profile(subnet_inputs(manifest.model, True), ranges, "graph")
     assert (subnet["x"].opt[0], subnet["x"].max[0]) == (opt, opt + more)
-    assert subnet["modulation"].min[0] == subnet["x"].min[0] == 1, "one image without guidance"
-    assert subnet["modulation"].max[0] == 2 * subnet["x"].max[0], "all images with guidance"
+    assert subnet["condition"].min[0] == subnet["x"].min[0] == 1, "one image without guidance"
+    assert subnet["condition"].max[0] == 2 * subnet["x"].max[0], "all images with guidance"
 
 
 def test_every_row_may_have_a_label_of_its_own(capacity_bundle) -> None:
@@ -53,7 +53,7 @@ def test_the_conditioning_goes_over_whole_segments_but_not_beyond_its_bound(capa
     assert symbol_ranges(manifest, 4, 4)["steps"].max == longest
     wide = manifest.model_copy(update={"model": preset("XL/2")})
     ranges = symbol_ranges(wide, 512, 512)
-    elements = ranges["steps"].max * ranges["labels"].max * modulation_vectors(wide.model) * wide.model.hidden_size
+    elements = ranges["steps"].max * ranges["labels"].max * wide.model.vectors * wide.model.hidden_size
     assert ranges["steps"].max < longest
     assert 0 < elements <= CONDITIONING_ELEMENTS
 

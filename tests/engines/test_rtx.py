@@ -32,6 +32,7 @@ from dydit.errors import BackendError, BundleError
 from dydit.export.exporter import ExportConfig, export
 from dydit.files import sha256_of
 from dydit.models.config import ModelConfig
+from dydit.models.dit.config import DiTConfig
 from dydit.quickstart.quickstart import ASSETS
 
 SMALL = {"max_subnets": 2, "capacities": None, "steps": 4}  # one form of each subnetwork: fewer engines
@@ -140,7 +141,7 @@ def test_a_changed_graph_alone_is_built_again(built_once: Bundle, tmp_path: Path
 
 @pytest.mark.parametrize("precision", ["fp16", "int8-static", "fp8"])
 def test_a_wide_model_builds(rtx, even_ranges, make_checkpoint, make_bundle, tmp_path: Path, precision: str) -> None:
-    wide = ModelConfig(hidden_size=1152, depth=2, num_heads=16, patch_size=2, input_size=32, num_classes=10)
+    wide = DiTConfig(hidden_size=1152, depth=2, num_heads=16, patch_size=2, input_size=32, num_classes=10)
     settings = {"routing": "capacity", "max_subnets": 1, "steps": 2, "max_batch": 8}
     if precision != "fp16":
         settings["activations"] = even_ranges(1, 2)

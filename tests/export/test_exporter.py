@@ -18,7 +18,8 @@ from dydit.diffusion.coefficients import apply_step, step_coefficients
 from dydit.diffusion.schedule import Sampler, Schedule
 from dydit.errors import ConfigError, OutputError
 from dydit.export.exporter import ExportConfig, export, stale_reasons
-from dydit.models.config import ModelConfig, Routers, parse_config
+from dydit.models.config import Routers, parse_config
+from dydit.models.dit.config import DiTConfig
 from dydit.models.macs import unit_costs
 from dydit.models.routers import Masked, Recording, Static
 from dydit.planning.masks import activity_order, freeze_masks
@@ -59,9 +60,9 @@ def run_every_step(bundle: Bundle, checkpoint, sessions, distance, full: bool = 
             opened[segment.subnet] = open_session(bundle.file(entry.full_file if full else entry.file), tokens)
         for step in segment.steps:
             t = manifest.sampling.timesteps[step]
-            table = run_session(conditioning, {"timesteps": np.array([t]), "labels": labels})["modulation"][0]
+            table = run_session(conditioning, {"timesteps": np.array([t]), "labels": labels})["condition"][0]
             x, noise = (rng.normal(size=shape).astype(np.float32) for _ in range(2))
-            feeds = {"x": x, "noise": noise, "modulation": table, "gates": bundle.step_gates(step)}
+            feeds = {"x": x, "noise": noise, "condition": table, "gates": bundle.step_gates(step)}
             feeds |= {"coefficients": np.array(COEFFICIENTS, np.float32), "cfg_scale": np.array(SCALE, np.float32)}
             out = run_session(opened[segment.subnet], feeds)
             recording = Recording(Masked() if config.dynamic else Static(), config)
@@ -309,7 +310,7 @@ def test_stale_reasons(make_bundle, make_checkpoint, small_config):
     assert stale_reasons(manifest, other) == [
         f"the weights changed: {other.path} is not the file that the bundle was exported from"
     ]
-    wider = make_checkpoint(ModelConfig.model_validate({**small_config.model_dump(), "depth": 2}))
+    wider = make_checkpoint(DiTConfig.model_validate({**small_config.model_dump(), "depth": 2}))
     assert stale_reasons(manifest, wider)[1:] == ["the architecture differs"]
 
 

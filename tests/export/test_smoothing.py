@@ -18,10 +18,12 @@ from dydit.graph.library import FunctionLibrary
 from dydit.graph.saving import save_graph
 from dydit.graph.sources import Windows
 from dydit.graph.writer import subnet_graph
-from dydit.models.dit.graph import conditioning_graph, write_step
+from dydit.models.architecture import UnitLayer
+from dydit.models.dit.graph import conditioning_graph
 from dydit.models.dit.layout import stored_tensors
-from dydit.models.dit.sliced import SlicedBlock, SlicedDiT, conditioning
-from dydit.models.dit.smoothed import migrated_tensors, modulation_factors
+from dydit.models.dit.sliced import SlicedDiT, conditioning
+from dydit.models.dit.smoothed import modulation_factors, smoothed_tensors
+from dydit.models.sliced import Linear, SlicedBlock, plain_linear
 from dydit.parity.parity import compare_weights
 from dydit.quantization.smoothing import Migration
 from dydit.reports.results import Status
@@ -30,14 +32,14 @@ HEADS, GROUPS = ((0, 2), (1, 2, 3), (3,)), ((1, 3), (0, 1), (0, 2, 3))
 UNITS = tuple(zip(HEADS, GROUPS, strict=True))
 
 
-class Migrated(SlicedDiT):
-    """The sliced form over migrated weights, whose modulation is migrated, too: what is left is after GELU."""
+def with_factors(weights: dict[str, torch.Tensor]) -> Linear:
+    """Layers over smoothed weights, whose modulation is smoothed, too: what is left is after GELU."""
 
-    factors: dict[str, torch.Tensor]
+    def linear(block: SlicedBlock, layer: UnitLayer, x: torch.Tensor) -> torch.Tensor:
+        factor = weights.get(f"blocks.{block.index}.{layer.name}.factor")
+        return plain_linear(block, layer, x if factor is None else x * factor[block.slots[1]].flatten())
 
-    def linear(self, block: SlicedBlock, layer: str, x: torch.Tensor) -> torch.Tensor:
-        factor = self.factors.get(f"blocks.{block.index}.fc2.factor") if layer == "fc2" else None
-        return super().linear(block, layer, x if factor is None else x * factor[block.groups].flatten())
+    return linear
 
 
 @settings(deadline=None, max_examples=30)  # the first makes a checkpoint
@@ -49,13 +51,12 @@ def test_a_migrated_model_is_the_same_bit_for_bit(make_checkpoint, make_migratio
     axis = config.units
     order = axis.nested([tuple(rng.permutation(part.group.count).tolist()) for part in axis.parts])
     plain = dict(stored_tensors(checkpoint.state, config, order))
-    moved = dict(migrated_tensors(checkpoint.state, config, migration, order))
+    moved = dict(smoothed_tensors(checkpoint.state, config, migration, order))
     x, noise = (torch.from_numpy(rng.normal(size=(2, 4, 8, 8)).astype(np.float32)) for _ in range(2))
     modulation = conditioning(config, plain, torch.tensor([400]), torch.tensor([1, 2, 7, 7]))[0]
     rest = (torch.tensor([0.1, 1.0, 0.3, 0.4, -0.5]), torch.tensor(2.5))
     expected = SlicedDiT(config, plain, UNITS, 3).step(x, noise, *rest, modulation, debug=True)
-    model = Migrated(config, moved, UNITS, 3)
-    model.factors = {name: tensor for name, tensor in moved.items() if name.endswith(".factor")}
+    model = SlicedDiT(config, moved, UNITS, 3, linear=with_factors(moved))
     factors = modulation_factors(config, migration)
     modulation = modulation if factors is None else modulation * torch.from_numpy(factors)
     found = model.step(x, noise, *rest, modulation, debug=True)
@@ -79,23 +80,23 @@ def test_graphs_of_a_migrated_model_are_the_same_bit_for_bit(
     migration = make_migration(config, 5)
     migration = migration.model_copy(update={"blocks": (*migration.blocks[:2], {})})  # and one as it is
     spec = bench.spec(HEADS, GROUPS, routing, gated, (16, 16, 16) if routing is Routing.CAPACITY else None)
-    tensors = migrated_tensors(bench.model.state_dict(), config, migration, config.units.every_unit)
+    tensors = smoothed_tensors(bench.model.state_dict(), config, migration, config.units.every_unit)
     entries = write_weights(tmp_path / "weights.bin", tensors, config)
     library = FunctionLibrary(config, bench.cfg_channels)
-    save_graph(subnet_graph(config, spec, library, Windows(entries), write_step), tmp_path / "graph.onnx")
+    save_graph(subnet_graph(config, spec, library, Windows(entries)), tmp_path / "graph.onnx")
     save_graph(conditioning_graph(config, Windows(entries), Precision.FP32, migration), tmp_path / "conditioning.onnx")
     save_graph(conditioning_graph(config, Windows(entries), Precision.FP32), tmp_path / "plain.onnx")
     asked = {"timesteps": np.array([500]), "labels": np.array([0, 1, 7, 7])}
     moved, plain = (
-        run_session(open_session(tmp_path / f"{name}.onnx"), asked)["modulation"][0]
+        run_session(open_session(tmp_path / f"{name}.onnx"), asked)["condition"][0]
         for name in ("conditioning", "plain")
     )
     assert np.array_equal(moved, plain * modulation_factors(config, migration)) and not np.array_equal(moved, plain)
-    feeds = {**bench.feeds(), "modulation": plain, "gates": np.ones(24, np.float32)}
+    feeds = {**bench.feeds(), "condition": plain, "gates": np.ones(24, np.float32)}
     if gated:
         feeds["gates"].reshape(6, 4)[[1, 5], 3] = 0
     expected = bench.run(spec, feeds)
-    found = run_session(open_session(tmp_path / "graph.onnx"), {**feeds, "modulation": moved})
+    found = run_session(open_session(tmp_path / "graph.onnx"), {**feeds, "condition": moved})
     assert np.array_equal(found["x_prev"], expected["x_prev"])
 
 

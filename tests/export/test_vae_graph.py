@@ -16,6 +16,7 @@ from dydit.bundle.vae_entry import VAE_DECODER, VAE_WEIGHTS
 from dydit.errors import BackendError, CheckpointError, ConfigError
 from dydit.export.vae_graph import VaeOptions, export_vae
 from dydit.models.config import ModelConfig
+from dydit.models.dit.config import DiTConfig
 from dydit.runtime.images.vae_decoder import VaeDecoder
 
 pytestmark = pytest.mark.numerics
@@ -25,7 +26,7 @@ SCALE = 0.18215
 
 def model_of(**changes) -> ModelConfig:
     values = {"hidden_size": 64, "depth": 2, "num_heads": 4, "patch_size": 2, "input_size": 8, "in_channels": 4}
-    return ModelConfig(**{**values, "num_classes": 7, **changes})
+    return DiTConfig(**{**values, "num_classes": 7, **changes})
 
 
 @pytest.fixture(scope="module")

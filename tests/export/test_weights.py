@@ -14,9 +14,9 @@ from dydit.bundle.stored_weights import Precision
 from dydit.errors import CheckpointError
 from dydit.export.weights import ALIGNMENT, write_weights
 from dydit.graph.sources import runs
-from dydit.models.config import ModelConfig
+from dydit.models.dit.config import DiTConfig
 
-MODEL = ModelConfig(hidden_size=64, depth=2, num_heads=4, patch_size=2, input_size=8)
+MODEL = DiTConfig(hidden_size=64, depth=2, num_heads=4, patch_size=2, input_size=8)
 SLOTS = st.sets(st.integers(0, 20)).map(sorted)
 
 

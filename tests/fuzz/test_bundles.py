@@ -36,13 +36,13 @@ import pytest
 from dydit.bundle.bundle import Bundle
 from dydit.errors import DyditError
 from dydit.inspection.inspect import inspect
-from dydit.models.config import ModelConfig
+from dydit.models.dit.config import DiTConfig
 from dydit.runtime.backends.base import BackendOptions
 from dydit.runtime.backends.registry import open_backend
 from dydit.runtime.loop import StepRunner
 from dydit.runtime.resident import ResidentSubnets
 
-CONFIG = ModelConfig(hidden_size=16, depth=2, num_heads=4, patch_size=2, input_size=4, num_classes=5)
+CONFIG = DiTConfig(hidden_size=16, depth=2, num_heads=4, patch_size=2, input_size=4, num_classes=5)
 KINDS: list[dict[str, Any]] = [
     {"max_subnets": 2},
     {"plan": "sliding"},

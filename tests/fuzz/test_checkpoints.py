@@ -29,13 +29,14 @@ from safetensors.torch import load as safetensors_of
 from safetensors.torch import save as safetensors_bytes
 
 from dydit.checkpoints.checkpoint import load_checkpoint, save_checkpoint
-from dydit.checkpoints.diffusers_names import diffusers_names
 from dydit.errors import CheckpointError
 from dydit.models.config import ModelConfig
+from dydit.models.dit.config import DiTConfig
+from dydit.models.dit.diffusers import diffusers_names
 from dydit.models.synthetic import synthetic_model
 
 State = dict[str, torch.Tensor]
-CONFIG = ModelConfig(hidden_size=16, depth=2, num_heads=4, patch_size=2, input_size=4, num_classes=5)
+CONFIG = DiTConfig(hidden_size=16, depth=2, num_heads=4, patch_size=2, input_size=4, num_classes=5)
 STATIC = CONFIG.without_routers()
 MODEL, EMA = (dict(synthetic_model(CONFIG, seed).state_dict()) for seed in (1, 2))
 PLAIN = dict(synthetic_model(STATIC, 3).state_dict())

@@ -42,9 +42,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def gpu_config() -> Any:
     """Three blocks of four heads of 16 channels, the least that attention is fused for, over 64 tokens."""
-    from dydit.models.config import ModelConfig
+    from dydit.models.dit.config import DiTConfig
 
-    return ModelConfig(hidden_size=64, depth=3, num_heads=4, patch_size=2, input_size=16, in_channels=4, num_classes=7)
+    return DiTConfig(hidden_size=64, depth=3, num_heads=4, patch_size=2, input_size=16, in_channels=4, num_classes=7)
 
 
 @pytest.fixture(scope="session")

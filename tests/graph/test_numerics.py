@@ -15,7 +15,7 @@ from dydit.graph.saving import save_graph
 from dydit.graph.sources import WeightInputs, Windows
 from dydit.graph.writer import subnet_graph
 from dydit.models.config import Routers
-from dydit.models.dit.graph import conditioning_graph, write_step
+from dydit.models.dit.graph import conditioning_graph
 
 pytestmark = pytest.mark.numerics
 
@@ -277,7 +277,7 @@ def test_lower_precision(make_bench, tmp_path, distance, routing, precision):
     library = FunctionLibrary(bench.config, 3, precision)
     spec = spec_of(bench, [[0, 1, 3], [0, 2], [1, 2, 3]], [[0, 1, 2, 3], [1, 3], [0, 2]], routing, {(0, 0), (0, 1)})
     path = tmp_path / "half.onnx"
-    save_graph(subnet_graph(bench.config, spec, library, Windows(entries), write_step), path)
+    save_graph(subnet_graph(bench.config, spec, library, Windows(entries)), path)
     from onnxruntime import InferenceSession
 
     feeds = {**bench.feeds(), "gates": np.ones(24, np.float32)}
@@ -295,12 +295,12 @@ def test_conditioning_is_what_the_blocks_compute(make_bench, sessions, distance)
     open_session, run_session = sessions
     session = open_session(path)
     timesteps, labels = np.array([999, 0, 500]), np.array([7, 0, 1, 0])
-    table = run_session(session, {"timesteps": timesteps, "labels": labels})["modulation"]
+    table = run_session(session, {"timesteps": timesteps, "labels": labels})["condition"]
     assert table.shape == (3, 4, 20, 64)
     for index, t in enumerate(timesteps.tolist()):
         feeds = bench.feeds(batch=2, t=t)  # labels 0, 1, null, null
         for row, label in ((1, 0), (2, 1), (3, 0), (0, 7)):
-            expected = feeds["modulation"][feeds["labels"].tolist().index(label)]
+            expected = feeds["condition"][feeds["labels"].tolist().index(label)]
             assert distance(table[index, row], expected) < 1e-5
-    alone = run_session(session, {"timesteps": timesteps[:1], "labels": labels[:1]})["modulation"]
+    alone = run_session(session, {"timesteps": timesteps[:1], "labels": labels[:1]})["condition"]
     np.testing.assert_allclose(alone[0, 0], table[0, 0], rtol=1e-4, atol=1e-5)

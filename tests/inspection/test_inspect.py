@@ -17,7 +17,7 @@ from dydit.errors import BundleError, CheckpointError
 from dydit.export.exporter import ExportConfig, export
 from dydit.inspection.inspect import inspect, inspect_bundle, inspect_checkpoint
 from dydit.models.config import Routers
-from dydit.models.macs import model_macs, unit_costs
+from dydit.models.macs import unit_costs
 from dydit.reports.inspection_facts import BundleFacts, CheckpointFacts, routing_text
 
 
@@ -34,7 +34,7 @@ def test_facts_of_a_bundle(make_bundle, make_checkpoint):
     routers = [n for n in checkpoint.state if "_rate" in n]
     stored = sum(t.numel() for n, t in checkpoint.state.items() if n not in routers)
     assert facts.model.parameters == stored, "everything but the width routers, which are frozen"
-    assert facts.model.static_macs == model_macs(manifest.model)
+    assert facts.model.static_macs == manifest.model.macs
     assert facts.width.flops_ratio == pytest.approx(plan.per_step_macs / plan.static_macs)
     assert facts.width.distinct_masks == len(set(manifest.masks)) and 0 < facts.width.toggling_units < facts.width.units
     assert facts.chosen.macs == plan.macs and facts.chosen.subnets == len(manifest.subnets)

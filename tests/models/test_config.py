@@ -6,7 +6,8 @@ import pytest
 from pydantic import ValidationError
 
 from dydit.errors import ConfigError
-from dydit.models.config import ModelConfig, Routers, parse_config, preset
+from dydit.models.config import Routers, parse_config
+from dydit.models.dit.config import DiTConfig, preset
 
 VALID = {"hidden_size": 64, "depth": 2, "num_heads": 4, "patch_size": 2, "input_size": 8}
 
@@ -43,15 +44,14 @@ def test_unknown_presets_name_the_known(name):
 
 
 def test_router_layouts():
-    config = ModelConfig.model_validate(VALID)
-    assert config.routers is Routers.FIRST_ON and config.dynamic and config.routed_rows == 3
-    assert config.model_copy(update={"routers": Routers.ALL_ROUTED}).routed_rows == 4
+    config = DiTConfig.model_validate(VALID)
+    assert config.routers is Routers.FIRST_ON and config.dynamic
     static = config.without_routers()
     assert not static.dynamic and static == config.model_copy(update={"routers": Routers.NONE})
 
 
 def test_small_models_have_a_token_router_too():
-    assert ModelConfig.model_validate({**VALID, "hidden_size": 8}).token_router_hidden == 1
+    assert DiTConfig.model_validate({**VALID, "hidden_size": 8}).token_router_hidden == 1
 
 
 @pytest.mark.parametrize(
@@ -68,23 +68,23 @@ def test_small_models_have_a_token_router_too():
 )
 def test_bad_values_are_refused_in_one_line(change, message):
     with pytest.raises(ConfigError) as caught:
-        parse_config(ModelConfig, {**VALID, **change})
+        parse_config(DiTConfig, {**VALID, **change})
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_every_bad_field_is_named():
     with pytest.raises(ConfigError, match=r"^hidden_size must .*; depth must .*; patch_size is missing"):
-        parse_config(ModelConfig, {"hidden_size": 0, "depth": -1, "num_heads": 1, "input_size": 4})
+        parse_config(DiTConfig, {"hidden_size": 0, "depth": -1, "num_heads": 1, "input_size": 4})
 
 
 def test_is_immutable_and_hashable():
-    config = ModelConfig.model_validate(VALID)
+    config = DiTConfig.model_validate(VALID)
     with pytest.raises(ValidationError, match="frozen"):
         config.depth = 3
-    assert len({config, ModelConfig.model_validate(VALID), config.without_routers()}) == 2
+    assert len({config, DiTConfig.model_validate(VALID), config.without_routers()}) == 2
 
 
 def test_survives_json():
     config = preset("B/2", 64, routers=Routers.ALL_ROUTED)
-    assert ModelConfig.model_validate_json(config.model_dump_json()) == config
+    assert DiTConfig.model_validate_json(config.model_dump_json()) == config

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from dydit.models.config import ModelConfig, Routers, preset
+from dydit.models.config import ModelConfig, Routers
+from dydit.models.dit.config import DiTConfig, preset
 from dydit.models.dit.model import (
     DiT,
     initialize,
@@ -22,7 +23,7 @@ from dydit.models.routers import GumbelSigmoid, Masked, Recording, Static
 
 pytestmark = pytest.mark.numerics
 
-CONFIG = ModelConfig(hidden_size=32, depth=2, num_heads=4, patch_size=2, input_size=6, in_channels=3, num_classes=5)
+CONFIG = DiTConfig(hidden_size=32, depth=2, num_heads=4, patch_size=2, input_size=6, in_channels=3, num_classes=5)
 VARIANTS = {
     "first-on": CONFIG,
     "all-routed": CONFIG.model_copy(update={"routers": Routers.ALL_ROUTED}),
@@ -282,7 +283,7 @@ def test_static_model_lacks_only_the_routers():
 
 
 def test_position_embedding():
-    config = ModelConfig(hidden_size=16, depth=1, num_heads=1, patch_size=1, input_size=5)
+    config = DiTConfig(hidden_size=16, depth=1, num_heads=1, patch_size=1, input_size=5)
     table = sine_position_embedding(config)
     assert table.shape == (1, 25, 16) and table.dtype == torch.float32
     grid = table[0].view(5, 5, 2, 8)  # row, column, (column half, row half), (4 sines, 4 cosines)

@@ -7,10 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dydit.models.config import ModelConfig, Routers
+from dydit.models.dit.config import DiTConfig
 from dydit.models.dit.layout import stored_tensors
 from dydit.models.dit.model import DiT, timestep_frequencies
 
-CONFIG = ModelConfig(
+CONFIG = DiTConfig(
     hidden_size=48,
     depth=2,
     num_heads=3,

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dydit.models.config import ModelConfig, Routers
+from dydit.models.config import Routers
+from dydit.models.dit.config import DiTConfig
 from dydit.models.routers import GumbelSigmoid, Masked, Recording, Static, TokenRouter, WidthRouter
 
-CONFIG = ModelConfig(hidden_size=64, depth=3, num_heads=4, patch_size=2, input_size=8, num_classes=7)
+CONFIG = DiTConfig(hidden_size=64, depth=3, num_heads=4, patch_size=2, input_size=8, num_classes=7)
 ALL_ROUTED = CONFIG.model_copy(update={"routers": Routers.ALL_ROUTED})
 
 

@@ -9,6 +9,7 @@ import torch
 from dydit.diffusion.coefficients import apply_step, step_coefficients
 from dydit.diffusion.schedule import Sampler, Schedule
 from dydit.models.config import ModelConfig, Routers
+from dydit.models.dit.config import DiTConfig
 from dydit.models.dit.layout import stored_tensors
 from dydit.models.dit.model import DiT
 from dydit.models.dit.sliced import SlicedDiT, conditioning
@@ -16,7 +17,7 @@ from dydit.models.routers import Masked, Recording, Static
 
 pytestmark = pytest.mark.numerics
 
-CONFIG = ModelConfig(hidden_size=64, depth=3, num_heads=4, patch_size=2, input_size=8, in_channels=4, num_classes=7)
+CONFIG = DiTConfig(hidden_size=64, depth=3, num_heads=4, patch_size=2, input_size=8, in_channels=4, num_classes=7)
 VARIANTS = [
     CONFIG,
     CONFIG.model_copy(update={"routers": Routers.ALL_ROUTED}),
@@ -205,7 +206,9 @@ def test_from_model_and_float32(model):
     double = random_model(model.config)
     step = Step(double)
     slots = model.config.units.slots(width_mask(model, step.t))
-    out = SlicedDiT.from_model(model, slots, 3).step(*(t.float() for t in step.inputs()))
+    out = SlicedDiT(model.config, dict(stored_tensors(model.state_dict(), model.config)), slots, 3).step(
+        *(t.float() for t in step.inputs())
+    )
     assert out.x_prev.dtype == torch.float32
     assert relative(out.x_prev.double(), step.expected(double, 3)[0]) < 1e-5
 

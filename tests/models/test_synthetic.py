@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from dydit.errors import ConfigError
-from dydit.models.config import ModelConfig, Routers
+from dydit.models.config import Routers
+from dydit.models.dit.config import DiTConfig
 from dydit.models.macs import flops_ratio
 from dydit.models.synthetic import recorded_pass, synthetic_model
 from dydit.planning.masks import freeze_masks
 
-CONFIG = ModelConfig(hidden_size=128, depth=4, num_heads=8, patch_size=2, input_size=16)
+CONFIG = DiTConfig(hidden_size=128, depth=4, num_heads=8, patch_size=2, input_size=16)
 TIMESTEPS = np.arange(0, 1000, 50)
 
 
@@ -78,7 +79,7 @@ def test_static_model():
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 def test_one_head():
-    model = synthetic_model(ModelConfig(hidden_size=16, depth=1, num_heads=1, patch_size=2, input_size=4))
+    model = synthetic_model(DiTConfig(hidden_size=16, depth=1, num_heads=1, patch_size=2, input_size=4))
     assert freeze_masks(model, TIMESTEPS).all()
 
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from dydit.errors import ConfigError
-from dydit.models.config import ModelConfig
+from dydit.models.dit.config import DiTConfig
 from dydit.parity.frechet import COMPONENTS, LEAST_IMAGES, FrechetReference, pictures
 from dydit.training.data import Digits
 
-DIGITS = ModelConfig(hidden_size=64, depth=1, num_heads=4, patch_size=2, input_size=16, in_channels=1, num_classes=10)
+DIGITS = DiTConfig(hidden_size=64, depth=1, num_heads=4, patch_size=2, input_size=16, in_channels=1, num_classes=10)
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ from dydit.checkpoints.checkpoint import Checkpoint, load_checkpoint
 from dydit.diffusion.schedule import Sampler
 from dydit.errors import ConfigError
 from dydit.models.config import ModelConfig, parse_config
+from dydit.models.dit.config import DiTConfig
 from dydit.models.synthetic import synthetic_model
 from dydit.parity.reference import Images, Reference
 from dydit.runtime.pipeline import DyDiTPipeline
@@ -89,7 +90,7 @@ def test_the_commands_run_without_guidance(
 
 
 def test_a_table_without_the_row_is_named_when_it_is_read(tmp_path: Path, run: Callable[..., Any]) -> None:
-    config = ModelConfig(hidden_size=32, depth=1, num_heads=4, patch_size=2, input_size=4, num_classes=10)
+    config = DiTConfig(hidden_size=32, depth=1, num_heads=4, patch_size=2, input_size=4, num_classes=10)
     torch.save(synthetic_model(config).state_dict(), tmp_path / "a.pt")
     assumed = run("inspect", tmp_path / "a.pt")
     assert "10 classes" in assumed.out and "assumed from 11 rows; --num-classes 11 says that all are" in assumed.out
@@ -104,9 +105,9 @@ def test_a_table_without_the_row_is_named_when_it_is_read(tmp_path: Path, run: C
 def test_files_and_bundles_of_before_are_read_and_written_as_they_were(small_config: ModelConfig) -> None:
     assert "null_class_row" not in small_config.model_dump() and "null_class_row" not in small_config.model_dump_json()
     without = small_config.model_copy(update={"null_class_row": False})
-    assert parse_config(ModelConfig, without.model_dump()) == without != small_config
-    assert parse_config(ModelConfig, small_config.model_dump()) == small_config
-    assert without.class_rows == small_config.class_rows - 1 == 7
+    assert parse_config(DiTConfig, without.model_dump()) == without != small_config
+    assert parse_config(DiTConfig, small_config.model_dump()) == small_config
+    assert without.classes.rows == small_config.classes.rows - 1 == 7
 
 
 def test_a_recipe_drops_no_labels_without_the_row() -> None:

@@ -17,6 +17,7 @@ from dydit.diffusion.schedule import Sampler
 from dydit.export.exporter import ExportConfig, export
 from dydit.models.architecture import UnitAxis
 from dydit.models.config import ModelConfig, Routers
+from dydit.models.dit.config import DiTConfig
 from dydit.models.synthetic import synthetic_model
 from dydit.parity.parity import ParityConfig, run_parity
 
@@ -29,7 +30,7 @@ CLASSES = 6
 def models(draw, routers: tuple[Routers, ...]):
     """Small sizes, head counts odd and even, pixels and latents of 1, 3 and 4 channels."""
     heads, patch = draw(st.sampled_from([3, 5, 1, 2, 4, 7])), draw(st.sampled_from([2, 1, 4]))
-    return ModelConfig(
+    return DiTConfig(
         hidden_size=heads * draw(st.sampled_from([8, 12, 16])),
         depth=draw(st.sampled_from([2, 3, 1])),
         num_heads=heads,

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dydit.errors import ConfigError
 from dydit.export.exporter import segment_spec
-from dydit.models.config import preset
+from dydit.models.dit.config import preset
 from dydit.planning.plan import (
     PlanCosts,
     budget_plan,

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
 from dydit.bundle.stored_weights import Precision, stored_type
-from dydit.models.config import preset
+from dydit.models.dit.config import preset
 from dydit.quantization.quantize import quantize, scale_name
 
 VALUES = st.floats(-1e4, 1e4, width=32)

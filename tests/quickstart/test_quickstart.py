@@ -13,7 +13,7 @@ from PIL import Image
 from dydit.bundle.bundle import Bundle
 from dydit.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from dydit.errors import CheckpointError, OutputError
-from dydit.models.config import ModelConfig
+from dydit.models.dit.config import DiTConfig
 from dydit.models.synthetic import synthetic_model
 from dydit.quickstart import quickstart
 from dydit.quickstart.quickstart import STAGES, QuickstartConfig, run_quickstart
@@ -21,7 +21,7 @@ from dydit.quickstart.quickstart_folder import PICTURES, RESULTS, WORK, Quicksta
 from dydit.quickstart.quickstart_report import Sampled, _deviation
 from dydit.reports.results import BenchReport, FlippedImage, ParityReport, Status
 
-MODEL = ModelConfig(hidden_size=32, depth=2, num_heads=4, patch_size=2, input_size=8, in_channels=1, num_classes=3)
+MODEL = DiTConfig(hidden_size=32, depth=2, num_heads=4, patch_size=2, input_size=8, in_channels=1, num_classes=3)
 
 
 class Killed(BaseException):

@@ -14,7 +14,7 @@ from PIL import Image
 from dydit.bench.bench import compare_sides
 from dydit.diffusion.schedule import respaced_timesteps
 from dydit.errors import DyditError
-from dydit.models.config import ModelConfig
+from dydit.models.dit.config import DiTConfig
 from dydit.reports import plots, plots_masks
 from dydit.reports.plot_style import ACCENT, ACCENT_LIGHT, OFF, SECOND, timestep_ticks
 from dydit.reports.plots import PlanPoint, bound_of, latency_png, parity_png, plan_png, ranking_png
@@ -69,7 +69,7 @@ def times(steps):
 
 
 def axis_of(depth, units):
-    model = ModelConfig(hidden_size=4 * units, depth=depth, num_heads=units, patch_size=2, input_size=8)
+    model = DiTConfig(hidden_size=4 * units, depth=depth, num_heads=units, patch_size=2, input_size=8)
     return model.units
 
 

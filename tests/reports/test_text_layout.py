@@ -7,7 +7,7 @@ import pytest
 
 from dydit.bundle.stored_weights import Precision
 from dydit.diffusion.schedule import respaced_timesteps
-from dydit.models.config import ModelConfig
+from dydit.models.dit.config import DiTConfig
 from dydit.parity.tolerances import of_latents, rules
 from dydit.reports.plots import PlanPoint, latency_png, parity_png, plan_png, ranking_png
 from dydit.reports.plots_masks import masks_png, samples_png, tokens_png
@@ -127,7 +127,7 @@ def test_plans(most, static, at):
 
 @pytest.mark.parametrize(("steps", "depth", "units", "density"), [(1, 2, 3, 0), (2, 1, 1, 1), (250, 28, 16, 1)])
 def test_masks(steps, depth, units, density):
-    axis = ModelConfig(hidden_size=4 * units, depth=depth, num_heads=units, patch_size=2, input_size=8).units
+    axis = DiTConfig(hidden_size=4 * units, depth=depth, num_heads=units, patch_size=2, input_size=8).units
     masks_png(RNG.random((steps, axis.size)) < density, axis, times(steps))
 
 

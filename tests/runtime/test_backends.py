@@ -179,7 +179,7 @@ def test_wrong_feeds_are_named(backend_name, make_bundle):
         for name, value, message in (
             ("x", x.astype(np.float64), "'x' is float64, expected float32"),
             ("noise", noise[:1], "'noise' has shape"),
-            ("modulation", feeds["modulation"][:3], "modulation has 3 rows for 2 images"),
+            ("condition", feeds["condition"][:3], "condition has 3 rows for 2 images"),
             ("y", labels, "unknown input 'y'"),
         ):
             with pytest.raises(BackendError, match=message):

@@ -58,7 +58,7 @@ def test_0_and_1_compute_one_row_an_image(name, make_bundle, monkeypatch):
         monkeypatch.setattr(
             type(backend.subnet(0)),
             "step",
-            lambda self, feeds: rows.append(len(feeds["modulation"])) or plain(self, feeds),
+            lambda self, feeds: rows.append(len(feeds["condition"])) or plain(self, feeds),
         )
         pipe = DyDiTPipeline(backend)
         for scale in (0, 1, 4.0):

@@ -92,7 +92,7 @@ def test_guidance_one_runs_half_the_rows(merged, relative):
     with ResidentSubnets(backend) as subnets:
         plain, guided = (StepRunner(backend, subnets, labels, scale) for scale in (1, 4.0))
         feeds = plain.feeds(4, x, x, labels), guided.feeds(4, x, x, labels)
-        assert [len(f["modulation"]) for f in feeds] == [1, 2]
+        assert [len(f["condition"]) for f in feeds] == [1, 2]
         one = {**feeds[1], "cfg_scale": np.asarray(1, np.float32)}
         index = next(s.subnet for s in merged.manifest.plan.segments if 4 in s.steps)
         assert relative(subnets.get(index).step(one).x_prev, plain.run(4, x, x, labels).x_prev) < 1e-5

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from dydit.bundle.manifest import PlanKind, Routing
 from dydit.bundle.stored_weights import Precision
 from dydit.models.config import ModelConfig
+from dydit.models.dit.config import DiTConfig
 from dydit.runtime.backends.base import BackendOptions
 from dydit.runtime.backends.batch_splitting import STREAM_BYTES, Sharing, share_of
 from dydit.runtime.backends.onnxruntime import OnnxRuntimeBackend
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.numerics
 
 
 def model(hidden: int, side: int = 32) -> ModelConfig:
-    return ModelConfig(hidden_size=hidden, depth=1, num_heads=1, patch_size=2, input_size=side, in_channels=4)
+    return DiTConfig(hidden_size=hidden, depth=1, num_heads=1, patch_size=2, input_size=side, in_channels=4)
 
 
 @given(st.integers(1, 40), st.integers(1, 9), st.integers(1, 40), st.sampled_from([16, 384, 1152]))
@@ -45,15 +46,15 @@ def test_a_share_has_the_rows_of_its_images():
     feeds = {
         "x": np.arange(5.0).reshape(5, 1),
         "noise": np.arange(5.0).reshape(5, 1) + 10,
-        "modulation": np.arange(20.0).reshape(10, 1, 2),
+        "condition": np.arange(20.0).reshape(10, 1, 2),
         "gates": np.ones((2, 3)),
     }
     share = share_of(feeds, slice(1, 3))
     assert share["x"].ravel().tolist() == [1, 2] and share["noise"].ravel().tolist() == [11, 12]
-    assert share["modulation"][:, 0, 0].tolist() == [2, 4, 12, 14]
+    assert share["condition"][:, 0, 0].tolist() == [2, 4, 12, 14]
     assert share["gates"] is feeds["gates"]
-    unguided = share_of(feeds | {"modulation": feeds["modulation"][:5]}, slice(1, 3))
-    assert unguided["modulation"][:, 0, 0].tolist() == [2, 4]
+    unguided = share_of(feeds | {"condition": feeds["condition"][:5]}, slice(1, 3))
+    assert unguided["condition"][:, 0, 0].tolist() == [2, 4]
 
 
 KINDS = {

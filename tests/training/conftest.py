@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from dydit.models.config import ModelConfig, Routers
+from dydit.models.dit.config import DiTConfig
 from dydit.models.dit.model import DiT
 from dydit.training.recipe import Recipe
 
-STATIC = ModelConfig(
+STATIC = DiTConfig(
     hidden_size=32,
     depth=2,
     num_heads=4,

@@ -4,7 +4,7 @@ Shapes: x [rows, N, D]; modulation vectors [rows, 1, D]; T = rows*N tokens, flat
 function's weights are inputs, so it does not know whether they are constants or graph inputs. The arithmetic is that of
 `dydit.models.dit.model`, in the order that rounds alike. Below fp32, only matrix products and attention work in the
 lower type: values are cast at their edges, and the residual stream, modulation, routers and the sampler's formula stay
-in fp32 (DESIGN, decision 9).
+in fp32.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dydit.bundle.stored_weights import Precision
 from dydit.graph import products
 from dydit.graph.ops import CONTRIB, Ops, function
 from dydit.graph.products import layer_precision, linear, weight_names
-from dydit.models.config import ModelConfig
+from dydit.models.dit.config import DiTConfig
 
 NORM_EPS = 1e-6
 Values = Sequence[ir.Value]
@@ -40,7 +40,7 @@ def flat(ops: Ops, x: ir.Value) -> ir.Value:
 
 
 def attention_function(
-    config: ModelConfig, precision: Precision, heads: int | None, gated: bool, kept: Sequence[str] = ()
+    config: DiTConfig, precision: Precision, heads: int | None, gated: bool, kept: Sequence[str] = ()
 ) -> ir.Function:
     """x + gate * proj(gates * attention(modulated x)), for so many heads, or for any number (None).
 
@@ -74,7 +74,7 @@ def _kept_name(kept: Sequence[str]) -> str:
 
 def _attend(
     ops: Ops,
-    config: ModelConfig,
+    config: DiTConfig,
     joint: ir.Value,
     x: ir.Value,
     heads: int | None,
@@ -110,7 +110,7 @@ def _attend(
     return flat(ops, ops.Transpose(mixed, perm=[0, 2, 1, 3]))
 
 
-def attention_none_function(config: ModelConfig, precision: Precision) -> ir.Function:
+def attention_none_function(config: DiTConfig, precision: Precision) -> ir.Function:
     """Attention with no head on: only the projection's bias is left."""
 
     def body(ops: Ops, x: ir.Value, gate: ir.Value, bias: ir.Value) -> Values:
@@ -133,7 +133,7 @@ class _Mlp:
     """
 
     ops: Ops
-    config: ModelConfig
+    config: DiTConfig
     fc1: Precision
     fc2: Precision
     of: Mapping[str, ir.Value]
@@ -172,7 +172,7 @@ Routed = tuple[ir.Value, list[ir.Value]]  # x after the block, and the overflow 
 
 
 def mlp_function(
-    config: ModelConfig,
+    config: DiTConfig,
     precision: Precision,
     routing: Routing | None,
     gated: bool,
@@ -205,7 +205,7 @@ def mlp_function(
     return function(f"{'_'.join(['mlp', *kind])}{_kept_name(kept)}", inputs, body)
 
 
-def mlp_none_function(config: ModelConfig, precision: Precision, routed: bool) -> ir.Function:
+def mlp_none_function(config: DiTConfig, precision: Precision, routed: bool) -> ir.Function:
     """The MLP with no group on: fc2's bias on the routed tokens."""
     inputs = ["x", "gate", "fc2_bias", *(_ROUTER if routed else ())]
 

@@ -9,11 +9,11 @@ import onnx_ir as ir
 
 from dydit.bundle.stored_weights import Precision
 from dydit.graph.ops import Ops, function
-from dydit.models.config import ModelConfig
 from dydit.models.dit.blocks import Values, flat, modulate
+from dydit.models.dit.config import DiTConfig
 
 
-def embed_function(config: ModelConfig, precision: Precision) -> ir.Function:
+def embed_function(config: DiTConfig, precision: Precision) -> ir.Function:
     """Latents [B, C, S, S] to tokens [rows, N, D]: patches, projection, position; repeated where rows = 2B."""
     side, p, c = config.input_size // config.patch_size, config.patch_size, config.in_channels
 
@@ -28,10 +28,10 @@ def embed_function(config: ModelConfig, precision: Precision) -> ir.Function:
         rows = ops.Shape(modulation, start=0, end=1)
         return (ops.Slice(ops.Concat(tokens, tokens, axis=0), ops.constant([0]), rows, ops.constant([0])),)
 
-    return function("embed", ["x", "modulation", "weight", "bias", "position"], body)
+    return function("embed", ["x", "condition", "weight", "bias", "position"], body)
 
 
-def final_function(config: ModelConfig, precision: Precision) -> ir.Function:
+def final_function(config: DiTConfig, precision: Precision) -> ir.Function:
     """Tokens [rows, N, D] to the model's output [rows, C or 2C, S, S]."""
     side, p, c = config.input_size // config.patch_size, config.patch_size, config.out_channels
 

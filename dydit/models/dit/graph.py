@@ -8,9 +8,9 @@ import numpy as np
 import onnx_ir as ir
 
 from dydit.bundle.io_spec import (
+    CONDITION,
     conditioning_inputs,
     conditioning_outputs,
-    modulation_vectors,
     residual_name,
     token_mask_name,
 )
@@ -20,8 +20,8 @@ from dydit.graph.ops import Ops
 from dydit.graph.sources import Windows, graph_value
 from dydit.graph.writer import GraphWriter, conditioning_model, typed
 from dydit.models.architecture import stored_name
-from dydit.models.config import ModelConfig
 from dydit.models.dit import blocks, ends
+from dydit.models.dit.config import DiTConfig
 from dydit.models.dit.smoothed import modulation_factors
 from dydit.quantization.smoothing import Migration
 
@@ -30,9 +30,9 @@ def write_step(writer: GraphWriter) -> tuple[ir.Value, list[ir.Value]]:
     """Write a DiT from latents to its output; returns that, and each block's token overflow."""
     inputs, weights, library = writer.inputs, writer.weights, writer.library
     ones = weights.local("ones", np.ones(writer.config.hidden_size, np.float32))
-    vectors = writer.ops.split(inputs["modulation"], 1, modulation_vectors(writer.config))  # [rows, 1, D] each
+    vectors = writer.ops.split(inputs[CONDITION], 1, writer.config.vectors)  # [rows, 1, D] each
     embed = [weights.whole(name) for name in ("embed.weight", "embed.bias", "pos_embed")]
-    (x,) = writer.call(library.get(ends.embed_function), [inputs["x"], inputs["modulation"], *embed], ["tokens"])
+    (x,) = writer.call(library.get(ends.embed_function), [inputs["x"], inputs[CONDITION], *embed], ["tokens"])
     overflow = []
     for block in range(writer.config.depth):
         shift1, scale1, gate1, shift2, scale2, gate2 = vectors[6 * block : 6 * block + 6]
@@ -83,10 +83,10 @@ def _mlp(writer: GraphWriter, block: int, x: ir.Value, ones: ir.Value, vectors: 
 
 
 def conditioning_graph(
-    config: ModelConfig, weights: Windows, precision: Precision, migration: Migration | None = None
+    config: DiTConfig, weights: Windows, precision: Precision, migration: Migration | None = None
 ) -> ir.Model:
     """(timesteps [T], labels [R]) -> modulation [T, R, 6L+2, D] of every pair at once, migrated where it is."""
-    ops, d, vectors = Ops(), config.hidden_size, modulation_vectors(config)
+    ops, d, vectors = Ops(), config.hidden_size, config.vectors
     timesteps, labels = (graph_value(spec) for spec in conditioning_inputs())
     angles = ops.Mul(
         ops.Unsqueeze(ops.Cast(timesteps, to=ir.DataType.FLOAT), ops.constant([1])), weights.whole("time.frequencies")
@@ -112,7 +112,7 @@ def conditioning_graph(
     if factors is not None:
         out = ops.Mul(out, weights.local("modulation_factors", factors))
     shape = ops.Concat(ops.Shape(timesteps), ops.Shape(labels), ops.constant([vectors, d]), axis=0)
-    (modulation,) = ops.call("", "Reshape", (out, shape), ["modulation"])
+    (modulation,) = ops.call("", "Reshape", (out, shape), [CONDITION])
     typed(modulation, graph_value(conditioning_outputs(config)[0]))
     return conditioning_model([timesteps, labels], [modulation], ops, weights)
 

@@ -23,12 +23,12 @@ import torch
 from torch import Tensor
 
 from dydit.models.architecture import Slots, stored_name
-from dydit.models.config import ModelConfig
+from dydit.models.dit.config import DiTConfig
 from dydit.models.dit.model import timestep_frequencies
 
 
 def stored_tensors(
-    state: Mapping[str, Tensor], config: ModelConfig, order: Slots | None = None
+    state: Mapping[str, Tensor], config: DiTConfig, order: Slots | None = None
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield (name, tensor) in storage order, one contiguous f32 tensor at a time, so that a writer can stream them.
 
@@ -54,7 +54,7 @@ def stored_tensors(
 
 
 def _block_tensors(
-    state: Mapping[str, Tensor], config: ModelConfig, block: int, heads: Sequence[int], groups: Sequence[int]
+    state: Mapping[str, Tensor], config: DiTConfig, block: int, heads: Sequence[int], groups: Sequence[int]
 ) -> Iterator[tuple[str, Tensor]]:
     def of(name: str) -> Tensor:
         return state[f"blocks.{block}.{name}"]

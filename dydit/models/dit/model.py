@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dydit.models.config import ModelConfig
-from dydit.models.routers import Gating, Masked, Static, TokenRouter, WidthRouter
+from dydit.models.dit.config import DiTConfig
+from dydit.models.dynamic import DynamicModel
+from dydit.models.routers import Gating, TokenRouter, WidthRouter
 
 FREQUENCIES = 256
 NORM_EPS = 1e-6
@@ -26,7 +27,7 @@ def timestep_frequencies() -> Tensor:
     return torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32) / half)
 
 
-def sine_position_embedding(config: ModelConfig) -> Tensor:
+def sine_position_embedding(config: DiTConfig) -> Tensor:
     """The frozen 2-D sine-cosine position embedding, [1, N, D] float32: half from the column, half from the row."""
     side, quarter = config.input_size // config.patch_size, config.hidden_size // 4
     omega = 1 / 10000 ** (torch.arange(quarter, dtype=torch.float64) / quarter)
@@ -50,7 +51,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 class PatchEmbed(nn.Module):
     """Latents [B, C, S, S] to tokens [B, N, D]."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: DiTConfig):
         super().__init__()
         self.proj = nn.Conv2d(config.in_channels, config.hidden_size, config.patch_size, stride=config.patch_size)
 
@@ -61,7 +62,7 @@ class PatchEmbed(nn.Module):
 class TimestepEmbedder(nn.Module):
     """Timesteps [B] to t_emb [B, D]. The sinusoid is computed in fp32."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: DiTConfig):
         super().__init__()
         d = config.hidden_size
         self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, d), nn.SiLU(), nn.Linear(d, d))
@@ -75,9 +76,9 @@ class TimestepEmbedder(nn.Module):
 class LabelEmbedder(nn.Module):
     """Labels [B] to y_emb [B, D]."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: DiTConfig):
         super().__init__()
-        self.embedding_table = nn.Embedding(config.class_rows, config.hidden_size)
+        self.embedding_table = nn.Embedding(config.classes.rows, config.hidden_size)
 
     def forward(self, y: Tensor) -> Tensor:
         return self.embedding_table(y)
@@ -86,7 +87,7 @@ class LabelEmbedder(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention; rows of `qkv` are (3, H, head_dim)."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: DiTConfig):
         super().__init__()
         self.heads = config.num_heads
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
@@ -104,7 +105,7 @@ class Attention(nn.Module):
 class Mlp(nn.Module):
     """fc2(GELU_tanh(fc1(x))); the 4D hidden channels are H contiguous groups."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: DiTConfig):
         super().__init__()
         self.groups = config.num_heads
         self.fc1 = nn.Linear(config.hidden_size, config.mlp_hidden)
@@ -121,14 +122,14 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """adaLN-Zero block with its three routers (absent in a static DiT)."""
 
-    def __init__(self, config: ModelConfig, index: int):
+    def __init__(self, config: DiTConfig, index: int):
         super().__init__()
         self.index = index
         self.attn = Attention(config)
         self.mlp = Mlp(config)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.hidden_size, 6 * config.hidden_size))
-        self.attn_rate = WidthRouter(config) if config.dynamic else None
-        self.mlp_rate = WidthRouter(config) if config.dynamic else None
+        self.attn_rate = WidthRouter(config, config.num_heads) if config.dynamic else None
+        self.mlp_rate = WidthRouter(config, config.num_heads) if config.dynamic else None
         self.token_selection = TokenRouter(config) if config.dynamic else None
 
     def forward(self, x: Tensor, c: Tensor, t_emb: Tensor, gating: Gating) -> Tensor:
@@ -144,7 +145,7 @@ class Block(nn.Module):
 class FinalLayer(nn.Module):
     """adaLN and a linear map from each token to its patch of output channels."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: DiTConfig):
         super().__init__()
         d = config.hidden_size
         self.linear = nn.Linear(d, config.patch_size**2 * config.out_channels)
@@ -155,12 +156,11 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(layer_norm(x), shift, scale))
 
 
-class DiT(nn.Module):
+class DiT(DynamicModel):
     """A (Dynamic) Diffusion Transformer. `forward` runs it with the gating it is given, by default as at inference."""
 
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.config = config
+    def __init__(self, config: DiTConfig):
+        super().__init__(config)
         self.x_embedder = PatchEmbed(config)
         self.t_embedder = TimestepEmbedder(config)
         self.y_embedder = LabelEmbedder(config)
@@ -169,7 +169,7 @@ class DiT(nn.Module):
         self.final_layer = FinalLayer(config)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, gating: Gating | None = None) -> Tensor:
-        gating = gating or (Masked() if self.config.dynamic else Static())
+        gating = gating or self.inference_gating()
         t_emb = self.t_embedder(t)
         c = t_emb + self.y_embedder(y)
         x = self.x_embedder(x) + self.pos_embed
@@ -177,8 +177,18 @@ class DiT(nn.Module):
             x = block(x, c, t_emb, gating)
         return unpatchify(self.final_layer(x, c), self.config)
 
+    def embed_timestep(self, t: Tensor) -> Tensor:
+        embedded: Tensor = self.t_embedder(t)
+        return embedded
 
-def unpatchify(x: Tensor, config: ModelConfig) -> Tensor:
+    def width_routers(self) -> list[WidthRouter]:
+        return [router for block in self.blocks for router in (block.attn_rate, block.mlp_rate)]
+
+    def set_derived(self) -> None:
+        self.t_embedder.frequencies = timestep_frequencies()
+
+
+def unpatchify(x: Tensor, config: DiTConfig) -> Tensor:
     """Tokens of patches [B, N, p*p*C] to images [B, C, S, S]."""
     side, p = config.input_size // config.patch_size, config.patch_size
     x = x.view(x.shape[0], side, side, p, p, config.out_channels)
@@ -204,7 +214,7 @@ def initialize(model: DiT, generator: torch.Generator, token_bias: float = 35.0,
 def initialize_routers(
     model: DiT, generator: torch.Generator, token_bias: float = 35.0, width_bias: float = 15.0
 ) -> None:
-    """Xavier router weights, and biases that open every gate (PAPER: 15 for heads and groups, 35 for tokens)."""
+    """Xavier router weights, and biases that open every gate (15 for heads and groups, 35 for tokens)."""
     for block in model.blocks:
         linears = (block.attn_rate.router, block.mlp_rate.router, *block.token_selection.mlp_head[::2])
         for linear, bias in zip(linears, (width_bias, width_bias, 0.0, token_bias), strict=True):

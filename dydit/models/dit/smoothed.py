@@ -18,9 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dydit.bundle.io_spec import modulation_vectors
 from dydit.models.architecture import Slots, stored_name
-from dydit.models.config import ModelConfig
+from dydit.models.dit.config import DiTConfig
 from dydit.models.dit.layout import stored_tensors
 from dydit.quantization.smoothing import Migration
 
@@ -57,8 +56,8 @@ class MigratedState(Mapping[str, Tensor]):
         return tensor
 
 
-def migrated_tensors(
-    state: Mapping[str, Tensor], model: ModelConfig, migration: Migration | None, order: Slots | None = None
+def smoothed_tensors(
+    state: Mapping[str, Tensor], model: DiTConfig, migration: Migration | None, order: Slots | None = None
 ) -> Iterator[tuple[str, Tensor]]:
     """`stored_tensors` of a migrated model, and then the factors of fc2's inputs; plainly those without a migration."""
     if migration is None:
@@ -72,9 +71,9 @@ def migrated_tensors(
             yield stored_name(block, FACTOR), torch.from_numpy(by_group[list(groups)])
 
 
-def modulation_factors(model: ModelConfig, migration: Migration | None) -> np.ndarray | None:
+def modulation_factors(model: DiTConfig, migration: Migration | None) -> np.ndarray | None:
     """1/s of every vector of modulation, f32 [6L+2, D]; None where none of them changes."""
-    factors = np.ones((modulation_vectors(model), model.hidden_size), np.float32)
+    factors = np.ones((model.vectors, model.hidden_size), np.float32)
     if migration is not None:
         for block in range(model.depth):
             for layer, vectors in _SCALED.items():

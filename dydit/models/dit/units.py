@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from dydit.models.architecture import BlockSpec, Side, UnitGroup, UnitLayer, stored_name
 
 if TYPE_CHECKING:
-    from dydit.models.config import ModelConfig
+    from dydit.models.dit.config import DiTConfig
 
 HEADS, GROUPS = "heads", "groups"
 QKV, PROJ, FC1, FC2 = "qkv", "proj", "fc1", "fc2"
@@ -17,7 +17,7 @@ CONDITIONING = ("time.", "label.", "adaln.")
 """How the names of the stored tensors that the conditioning graph reads start; no other graph reads them."""
 
 
-def stored_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+def stored_shapes(config: DiTConfig) -> dict[str, tuple[int, ...]]:
     """Shape of every stored tensor (`dydit.models.dit.layout`)."""
     d, patch, router = config.hidden_size, config.patch_size**2, config.token_router_hidden
     units, head, group, rows = config.num_heads, config.head_dim, config.group_dim, (6 * config.depth + 2) * d
@@ -46,38 +46,38 @@ def stored_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         "time.2.weight": (d, d),
         "time.2.bias": (d,),
         "time.frequencies": (128,),
-        "label.table": (config.class_rows, d),
+        "label.table": (config.classes.rows, d),
         "adaln.weight": (rows, d),
         "adaln.bias": (rows,),
     }
 
 
-def attention_macs(config: ModelConfig) -> int:
+def attention_macs(config: DiTConfig) -> int:
     """Multiply-adds of one block's attention for one image, all heads on: 4ND^2 + 2N^2 D."""
     n, d = config.tokens, config.hidden_size
     return 4 * n * d * d + 2 * n * n * d
 
 
-def mlp_macs(config: ModelConfig) -> int:
+def mlp_macs(config: DiTConfig) -> int:
     """Multiply-adds of one block's MLP for one image, all groups and tokens on: 8ND^2."""
     return 8 * config.tokens * config.hidden_size**2
 
 
-def fp32_products(config: ModelConfig) -> frozenset[str]:
+def fp32_products(config: DiTConfig) -> frozenset[str]:
     """The stored weights whose products are fp32 in every precision."""
     blocks = range(config.depth) if config.dynamic else ()
     routers = (stored_name(block, f"router.{layer}.weight") for block in blocks for layer in (0, 2))
     return frozenset({"embed.weight", "final.weight", "time.0.weight", "time.2.weight", *routers})
 
 
-def block_spec(config: ModelConfig) -> BlockSpec:
+def block_spec(config: DiTConfig) -> BlockSpec:
     """A block of this model; all of its blocks are alike."""
     d, units, head, group = config.hidden_size, config.num_heads, config.head_dim, config.group_dim
     attention = (UnitLayer(QKV, Side.OUTPUT, 3 * head, d), UnitLayer(PROJ, Side.INPUT, head, d))
     mlp = (UnitLayer(FC1, Side.OUTPUT, group, d), UnitLayer(FC2, Side.INPUT, group, d, scaled_inputs=True))
     return BlockSpec(
         (
-            UnitGroup(HEADS, units, attention, attention_macs(config) / units, title="attention heads"),
+            UnitGroup(HEADS, units, attention, attention_macs(config) / units, attention=True, title="attention heads"),
             UnitGroup(GROUPS, units, mlp, mlp_macs(config) / units, routed=True, title="channel groups"),
         )
     )

@@ -15,7 +15,7 @@ from typing import Self
 import numpy as np
 
 from dydit.bundle.bundle import Bundle
-from dydit.bundle.io_spec import check_feeds, conditioning_inputs, modulation_vectors, subnet_inputs
+from dydit.bundle.io_spec import check_feeds, conditioning_inputs, subnet_inputs
 from dydit.errors import BackendError
 from dydit.runtime.forks import register
 
@@ -68,7 +68,7 @@ class Subnet(ABC):
         self._open = True
 
     def step(self, feeds: Arrays) -> StepResult:
-        """Run one step on the inputs of `graph_io.subnet_inputs`. Surplus `gates` are dropped where not taken."""
+        """Run one step on the inputs of `io_spec.subnet_inputs`. Surplus `gates` are dropped where not taken."""
         with self._lock:
             if self._backend is not None:
                 self._backend.require_open()
@@ -129,14 +129,13 @@ class Backend(ABC):
         register(self)
 
     def conditioning(self, timesteps: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        """Modulation of every (timestep, label) pair: int64 [T], int64 [R] -> f32 [T, R, 6L+2, D]."""
+        """What steps take of every (timestep, label) pair: int64 [T], int64 [R] -> f32 [T, R, *condition_shape]."""
         feeds = {"timesteps": timesteps, "labels": labels}
         check_feeds(conditioning_inputs(), feeds, "conditioning")
-        model = self.bundle.manifest.model
+        shape = (len(timesteps), len(labels), *self.bundle.manifest.model.condition_shape)
         with self.lock:
             self.require_open()
             rows = self._conditioning(feeds)
-        shape = (len(timesteps), len(labels), modulation_vectors(model), model.hidden_size)
         _check_output(rows, shape, "conditioning")
         return rows
 

@@ -27,7 +27,7 @@ from dydit.runtime.backends.cores import thread_count
 from dydit.runtime.background import Pool
 
 STREAM_BYTES = 1 << 20  # of an image or more at once: what a core's own cache has room for
-_PER_IMAGE, _PER_ROW = ("x", "noise"), "modulation"
+_PER_IMAGE, _PER_ROW = ("x", "noise"), "condition"
 
 
 class Sharing:

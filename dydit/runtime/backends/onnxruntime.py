@@ -75,7 +75,7 @@ class OnnxRuntimeSubnet(Subnet):
         overflow = out.get("token_overflow", np.zeros(self._model.depth, np.int64))
         if not self._debug:
             return StepResult(out["x_prev"], overflow)
-        rows, blocks = feeds["modulation"].shape[0], range(self._model.depth)
+        rows, blocks = feeds["condition"].shape[0], range(self._model.depth)
         everything = np.ones(rows * self._model.tokens, bool)
         tokens = np.stack([out.get(token_mask_name(b), everything).reshape(rows, -1) for b in blocks])
         return StepResult(out["x_prev"], overflow, tokens, np.stack([out[residual_name(b)] for b in blocks]))
@@ -110,11 +110,11 @@ class OnnxRuntimeBackend(Backend):
         session = self._conditioner or self._open_conditioning()
         if self.options.device == "cuda":
             self._conditioner = session
-        return session.run(feeds, "conditioning")["modulation"]
+        return session.run(feeds, "conditioning")["condition"]
 
     def _open_conditioning(self) -> Session:
         options = dataclasses.replace(self.options, packed=False)
-        settings = SessionSettings(lazy=options.device == "cpu", gives="modulation")
+        settings = SessionSettings(lazy=options.device == "cpu", gives="condition")
         return Session(self.bundle.file(CONDITIONING), options, settings)
 
     def expect(self, images: int) -> None:

@@ -1,4 +1,4 @@
-"""The PyTorch backend: the sliced form (`dydit.models.dit.sliced`) on a bundle's weights. The yardstick of others."""
+"""The PyTorch backend: the sliced form (`dydit.models.sliced`) on a bundle's weights. The yardstick of others."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch import Tensor
 
 from dydit.bundle.bundle import Bundle
 from dydit.errors import BackendError
-from dydit.models.dit.sliced import SlicedDiT, conditioning
+from dydit.models.registry import architecture_of
+from dydit.models.sliced import SlicedModel
 from dydit.runtime.backends.base import Arrays, Backend, BackendOptions, StepResult, Subnet
 
 _TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -24,8 +25,8 @@ class TorchSubnet(Subnet):
         super().__init__(backend.bundle, index, backend)
         manifest, entry = backend.bundle.manifest, self.entry
         self._settings = backend.settings
-        self._device, self._debug = weights["embed.bias"].device, debug
-        self._model: SlicedDiT | None = SlicedDiT(
+        self._device, self._debug = torch.device(backend.options.device), debug
+        self._model: SlicedModel | None = architecture_of(manifest.model).sliced(
             manifest.model,
             weights,
             entry.units,
@@ -74,7 +75,8 @@ class TorchBackend(Backend):
         device = torch.device(self.options.device)
         with self.settings():
             timesteps, labels = (torch.from_numpy(feeds[name]).to(device) for name in ("timesteps", "labels"))
-            table = conditioning(self.bundle.manifest.model, self._weights, timesteps, labels)
+            model = self.bundle.manifest.model
+            table = architecture_of(model).conditioning(model, self._weights, timesteps, labels)
         array: np.ndarray = table.cpu().numpy()
         return array
 

@@ -46,7 +46,7 @@ class DeviceSubnet(Subnet):
     def _step(self, feeds: Arrays) -> StepResult:
         model = self._manifest.model
         outputs = subnet_outputs(model, self._manifest.routing is Routing.CAPACITY)
-        sizes = {BATCH: feeds["x"].shape[0], ROWS: feeds["modulation"].shape[0]}
+        sizes = {BATCH: feeds["x"].shape[0], ROWS: feeds["condition"].shape[0]}
         assert self._stepper is not None
         out = self._stepper.run(self._engine, feeds, outputs, sizes, self._index)
         return StepResult(out["x_prev"], out.get("token_overflow", np.zeros(model.depth, np.int64)))
@@ -98,7 +98,7 @@ class DeviceBackend(Backend):
             for r in range(0, len(feeds["labels"]), labels):
                 part = {"timesteps": feeds["timesteps"][t : t + steps], "labels": feeds["labels"][r : r + labels]}
                 sizes = {STEPS: len(part["timesteps"]), LABELS: len(part["labels"])}
-                parts.append(self._stepper.run(CONDITIONER, part, outputs, sizes)["modulation"])
+                parts.append(self._stepper.run(CONDITIONER, part, outputs, sizes)["condition"])
             rows.append(np.concatenate(parts, axis=1))
         return np.concatenate(rows)
 

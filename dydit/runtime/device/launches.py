@@ -308,7 +308,7 @@ class LaunchPlan:
             sources = {
                 "noise": layout.noise(segment, step, size),
                 "coefficients": Address("coefficients", step * ALIGNMENT),
-                "modulation": layout.modulation(chunk, step, size),
+                "condition": layout.modulation(chunk, step, size),
                 **({"gates": Address("gates", step * layout.gates_stride)} if gated else {}),
             }
             places = {

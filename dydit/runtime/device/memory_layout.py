@@ -98,7 +98,7 @@ class Layout:
         self.capacity = manifest.routing is Routing.CAPACITY
         self.capturing = options.graphs and manifest.routing is not Routing.DYNAMIC
         self.image_bytes = 4 * model.in_channels * model.input_size**2
-        self.modulation_row = 4 * math.prod(_numbers(_spec(subnet_inputs(model, False), "modulation")))
+        self.modulation_row = 4 * math.prod(_numbers(_spec(subnet_inputs(model, False), "condition")))
         self.gates_stride = aligned(4 * model.units.size)
         self.overflow_stride = aligned(8 * model.depth)
         self.labels_stride = aligned(8 * shape.rows(self.largest))
@@ -168,7 +168,7 @@ class Layout:
             "noise": most_noise * self.noise_stride(self.largest),
             "noise.next": most_noise * self.noise_stride(self.largest),
             "zeros": batch_bytes * silent,
-            "modulation": self.chunk_steps * rows * self.modulation_row,
+            "condition": self.chunk_steps * rows * self.modulation_row,
             "labels": 8 * rows,
             "labels.all": batches * self.labels_stride,
             "coefficients": steps * ALIGNMENT,
@@ -204,7 +204,7 @@ class Layout:
 
     def modulation(self, chunk: range, step: int, size: int) -> Address:
         """One step's modulation."""
-        return Address("modulation", (step - chunk.start) * self.shape.rows(size) * self.modulation_row)
+        return Address("condition", (step - chunk.start) * self.shape.rows(size) * self.modulation_row)
 
     def noise(self, segment: int, step: int, size: int) -> Address:
         """One step's noise."""
@@ -231,7 +231,7 @@ class Layout:
         places = {
             "timesteps": self.timesteps(chunk),
             "labels": Address("labels"),
-            "modulation": Address("modulation"),
+            "condition": Address("condition"),
         }
         model = self.manifest.model
         return _bind(conditioning_inputs(), symbols, places), _bind(conditioning_outputs(model), symbols, places)

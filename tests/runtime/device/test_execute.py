@@ -135,7 +135,7 @@ def test_without_guidance_half_the_rows_run(make_bundle, fake_device, figures):
     (expected,), _ = by_loop(bundle, run.device.backend, 3, scale=1.0, count=3)
     assert np.array_equal(latents, expected)
     steps = [feeds for engine, feeds in run.device.log if engine != CONDITIONER]
-    assert {len(feeds["modulation"]) for feeds in steps} == {3}
+    assert {len(feeds["condition"]) for feeds in steps} == {3}
 
 
 @pytest.mark.parametrize("kind", ["merged", "overflowing"])

@@ -14,7 +14,7 @@ from dydit.bundle.stored_weights import Precision
 from dydit.diffusion.coefficients import COEFFICIENTS
 from dydit.diffusion.schedule import Sampler
 from dydit.errors import BackendError, ConfigError
-from dydit.models.config import ModelConfig
+from dydit.models.dit.config import DiTConfig
 from dydit.runtime.device import operations as op
 from dydit.runtime.device.launches import (
     WORKSPACE,
@@ -73,9 +73,7 @@ def manifests(draw) -> Manifest:
 
 def small_model(hidden: int):
 
-    return ModelConfig(
-        hidden_size=hidden, depth=2, num_heads=2, patch_size=2, input_size=4, in_channels=3, num_classes=5
-    )
+    return DiTConfig(hidden_size=hidden, depth=2, num_heads=2, patch_size=2, input_size=4, in_channels=3, num_classes=5)
 
 
 shapes = st.builds(RunShape, st.lists(st.integers(1, 4), min_size=1, max_size=3).map(tuple), st.booleans(), st.just(()))
@@ -246,16 +244,16 @@ class Machine:
             timesteps = places["timesteps"]
             chunk = next(c for c in layout.all_chunks if layout.timesteps(c) == timesteps.address)
             self._read(timesteps.address, 8 * len(chunk), "timesteps", chunk.start)
-            out = places["modulation"]
+            out = places["condition"]
             self._erase(out.address, out.nbytes)
             for i, step in enumerate(chunk):
-                place = op.Address("modulation", i * rows * layout.modulation_row)
-                self._put(place, rows * layout.modulation_row, "modulation", batch, step)
+                place = op.Address("condition", i * rows * layout.modulation_row)
+                self._put(place, rows * layout.modulation_row, "condition", batch, step)
             return
         step = each.step
         segment = next(s for s in layout.segments if step in s.steps)
         assert each.engine.subnet == segment.subnet
-        assert places["x"].shape[0] == size and places["modulation"].shape[0] == rows
+        assert places["x"].shape[0] == size and places["condition"].shape[0] == rows
         self._read(places["x"].address, places["x"].nbytes, "x", batch, step)
         noisy = layout.manifest.sampling.coefficients[step][NOISE] != 0
         noise = places["noise"]
@@ -266,7 +264,7 @@ class Machine:
             assert found[0] == "zeros" and found[1] >= noise.nbytes
         self._read(places["coefficients"].address, 20, "coefficients", step)
         self._read(places["cfg_scale"].address, 4, "cfg_scale")
-        self._read(places["modulation"].address, rows * layout.modulation_row, "modulation", batch, step)
+        self._read(places["condition"].address, rows * layout.modulation_row, "condition", batch, step)
         assert ("gates" in places) == layout.manifest.subnets[segment.subnet].gated
         if "gates" in places:
             self._read(places["gates"].address, places["gates"].nbytes, "gates", step)

@@ -1,6 +1,6 @@
 """Ordering heads and MLP channels by importance before the routers are added.
 
-A DyDiT's unit 0 is always on, so the most important head and channel group must stand first (PAPER, "Why index 0"). The
+A DyDiT's unit 0 is always on, so the most important head and channel group must stand first. The
 ranking is by weight magnitude. Heads within a block, and channels of an MLP, may stand in any order as long as both
 sides of them agree, so the model's function does not change.
 """
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dydit.errors import ConfigError
-from dydit.models.config import ModelConfig
+from dydit.models.dit.config import DiTConfig
 
 
 def head_importance(qkv: Tensor, proj: Tensor, num_heads: int) -> Tensor:
@@ -30,7 +30,7 @@ def channel_importance(fc1: Tensor, fc2: Tensor) -> Tensor:
     return rows * columns
 
 
-def rank_and_permute(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+def rank_and_permute(state: dict[str, Tensor], config: DiTConfig) -> dict[str, Tensor]:
     """A static DiT's state dict with heads and MLP channels of every block in descending importance.
 
     The channels are sorted one by one, so group 0 holds the most important. Same function as before. Raises

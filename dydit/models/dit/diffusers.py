@@ -11,16 +11,17 @@ as they were trained, so our outputs agree with the original DiT and not, to the
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from dydit.checkpoints.fit import Shapes, expected_shapes, require_fit
 from dydit.checkpoints.safe_load import listed, require_sane
-from dydit.checkpoints.state_fit import Shapes, expected_shapes, require_fit
 from dydit.errors import CheckpointError
-from dydit.models.config import ModelConfig, Routers, parse_config
+from dydit.models.config import Routers, parse_config
+from dydit.models.dit.config import DiTConfig
 from dydit.models.dit.model import NORM_EPS, sine_position_embedding
 
 DIFFUSERS_EPS = 1e-5  # what diffusers writes whether or not it is so; see above
@@ -61,7 +62,7 @@ class DiffusersConfig(BaseModel):
     caption_channels: None = None
     quantization_config: None = None
 
-    def model(self) -> ModelConfig:
+    def model(self) -> DiTConfig:
         """The same in our terms; `CheckpointError` where the output is neither epsilon nor epsilon and variance."""
         if self.norm_eps not in (NORM_EPS, DIFFUSERS_EPS):
             raise CheckpointError(f"has norm_eps {self.norm_eps:g}; a DiT has {NORM_EPS:g}")
@@ -81,7 +82,12 @@ class DiffusersConfig(BaseModel):
             "learn_sigma": out == 2 * self.in_channels,
             "routers": Routers.NONE,
         }
-        return parse_config(ModelConfig, values)
+        return parse_config(DiTConfig, values)
+
+
+def read_config(values: dict[str, Any]) -> DiTConfig:
+    """The model that a `config.json` describes. Raises `ConfigError` naming what makes it no DiT."""
+    return parse_config(DiffusersConfig, values).model()
 
 
 _BLOCK_PARTS = {
@@ -116,7 +122,7 @@ def diffusers_names(published: str, depth: int) -> list[str]:
     return [f"transformer_blocks.{block}.{piece}.{kind}" for piece in _BLOCK_PARTS[inner]]
 
 
-def from_diffusers(state: Mapping[str, Tensor], config: ModelConfig, size: int) -> dict[str, Tensor]:
+def from_diffusers(state: Mapping[str, Tensor], config: DiTConfig, size: int) -> dict[str, Tensor]:
     """The tensors of a diffusers DiT under the published names; q, k and v are joined, nothing else is copied.
 
     The position embedding, which diffusers does not always store, is computed where it is absent. `size`: bytes of the

@@ -1,0 +1,216 @@
+"""Which DiT a state dict under the published names describes.
+
+Sizes are read from the shapes of the tensors. The head count is not in them: it comes from the routers, a published
+preset, the training arguments or the user, and is never guessed. Errors do not name the file: the caller does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from dydit.checkpoints.conventions import Stated, require_side, require_sigma
+from dydit.checkpoints.fit import Given, Inferred, Shapes, class_table, expected_shapes, require_fit
+from dydit.checkpoints.safe_load import listed, require_sane
+from dydit.errors import CheckpointError, ConfigError
+from dydit.models.config import Routers, parse_config
+from dydit.models.dit.config import DiTConfig, preset
+from dydit.models.dit.model import DiT, sine_position_embedding
+
+POSITIONS, LABELS = "pos_embed", "y_embedder.embedding_table.weight"
+ANCHORS = ("x_embedder.proj.weight", "pos_embed.proj.weight")
+"""The patch embedder, as published and in diffusers: where it is, there is a DiT."""
+TOP_LEVEL = ("x_embedder", "t_embedder", "y_embedder", "pos_embed", "blocks", "transformer_blocks", "final_layer")
+"""The first parts of a DiT's names, as published and in diffusers."""
+OUTPUT = "final_layer.linear.weight"
+
+_BLOCK = re.compile(r"blocks\.([0-9]{1,6})\.")
+_MATRIX = re.compile(r"blocks\.[0-9]+\.(attn\.(qkv|proj)|mlp\.fc[12])\.weight$")
+_ROUTER = re.compile(r"blocks\.[0-9]+\.(attn_rate|mlp_rate|token_selection)\.")
+_PRESETS = [preset(f"{size}/2") for size in ("S", "B", "L", "XL")]
+
+
+def state_shapes(config: DiTConfig) -> Shapes:
+    """Published name -> shape of every tensor that a model of `config` has, `pos_embed` included."""
+    with torch.device("meta"):
+        single = DiT(config.model_copy(update={"depth": 1})).state_dict()
+    return {
+        name.replace("blocks.0.", f"blocks.{index}."): tuple(tensor.shape)
+        for index in range(config.depth)
+        for name, tensor in single.items()
+    }
+
+
+def is_block_matrix(name: str) -> bool:
+    """Whether a published name is of a block's matrix that does not start from zero, as those of adaLN do."""
+    return bool(_MATRIX.match(name))
+
+
+def is_width_router(name: str) -> bool:
+    """Whether a tensor is needed to decide heads and groups at any timestep."""
+    return any(part in name for part in ("t_embedder.", ".attn_rate.", ".mlp_rate."))
+
+
+def is_router(name: str) -> bool:
+    """Whether a tensor belongs to one of the three routers."""
+    return bool(_ROUTER.match(name))
+
+
+def complete(state: dict[str, Tensor], config: DiTConfig, size: int) -> None:
+    """Check that `state` is all of a model, and add what can be computed: a position embedding that was not saved.
+
+    A row for no class that was never trained is taken off the class table. `size`: bytes of the file.
+    """
+    shapes = expected_shapes(config)
+    if LABELS in state and len(state[LABELS]) == config.classes.rows + 1:
+        state[LABELS] = state[LABELS][: config.classes.rows]
+    if POSITIONS in state:
+        require_fit(state, shapes)
+        return
+    require_sane(config.tokens * config.hidden_size, size)
+    require_fit(state, {name: shape for name, shape in shapes.items() if name != POSITIONS})
+    state[POSITIONS] = sine_position_embedding(config)
+
+
+def infer_config(state: Mapping[str, Tensor], stated: Stated | None = None, given: Given | None = None) -> Inferred:
+    """The configuration that the shapes in `state` describe; raises `CheckpointError` where they describe no DiT.
+
+    `stated`: by the training run, as `conventions.stated_by` finds it; what it contradicts is refused.
+    """
+    stated, given = stated or {}, given or Given()
+    patch = _shape(state, "x_embedder.proj.weight", 4)
+    hidden, channels, patch_size = patch[0], patch[1], patch[2]
+    depth = _depth(state)
+    rows = _shape(state, "blocks.0.attn_rate.router.weight", 2)[0] if any(map(_ROUTER.match, state)) else None
+    heads, routers = choose_heads(hidden, depth, rows, given.num_heads, _heads_from(stated, hidden))
+    said = stated.get("num_heads")
+    if type(said) is int and given.num_heads is None and said != heads:
+        raise CheckpointError(
+            f"contradicts itself: its training arguments say {said} heads, its tensors allow {heads}; give --num-heads"
+        )
+    learn_sigma = _learns_sigma(_shape(state, "final_layer.linear.weight", 2)[0], patch_size, channels)
+    require_sigma(stated, learn_sigma)
+    side, side_notes = _input_size(state, patch_size, stated, given.input_size)
+    classes = class_table(_shape(state, LABELS, 2)[0], stated, given.num_classes)
+    values = {
+        "hidden_size": hidden,
+        "depth": depth,
+        "num_heads": heads,
+        "patch_size": patch_size,
+        "input_size": side,
+        "in_channels": channels,
+        "num_classes": classes.count,
+        "learn_sigma": learn_sigma,
+        "routers": routers,
+        "null_class_row": classes.null_row,
+    }
+    return Inferred(parse_config(DiTConfig, values), (*side_notes, *classes.notes))
+
+
+def _input_size(
+    state: Mapping[str, Tensor], patch_size: int, stated: Stated, given: int | None
+) -> tuple[int, tuple[str, ...]]:
+    """The side of the inputs, from the position embedding; without one, which can be computed, as told."""
+    if POSITIONS in state:
+        tokens = _shape(state, POSITIONS, 3)[1]
+        side = math.isqrt(tokens)
+        if side * side != tokens:
+            raise CheckpointError(f"has a pos_embed of {tokens} tokens; expected a square number")
+        side *= patch_size
+        if given not in (None, side):
+            raise CheckpointError(f"has a pos_embed of inputs with a side of {side}, not {given}; remove --input-size")
+        require_side(stated, side)
+        return side, ()
+    if given is not None:
+        return given, ()
+    pixels = stated.get("image_size")
+    if type(pixels) is int and pixels > 0 and "vae" in stated and pixels % 8 == 0:
+        return pixels // 8, (
+            f"input size {pixels // 8}: its training arguments say images of {pixels} pixels and a VAE",
+        )
+    raise CheckpointError(
+        "does not tell the side of its inputs, for it has no pos_embed; give it with --input-size (input_size=): 32 "
+        "for a latent DiT at 256 pixels, 64 at 512"
+    )
+
+
+def choose_heads(
+    hidden: int, depth: int, rows: int | None, given: int | None = None, hint: int | None = None
+) -> tuple[int, Routers]:
+    """The head count H, and the router layout that goes with it.
+
+    `rows`: those of the width routers, which are H-1 or H, None for a static DiT. In this order:
+    `given` by the user; the `hint` of the training arguments; a preset of this hidden size and depth; for routers, the
+    only one of the two counts that divides `hidden`. Raises `CheckpointError` where that leaves it open.
+    """
+    if rows is None:
+        layouts = {heads: Routers.NONE for heads in range(1, hidden + 1) if hidden % heads == 0}
+    else:
+        layouts = {rows + 1: Routers.FIRST_ON, rows: Routers.ALL_ROUTED}
+        layouts = {heads: layout for heads, layout in layouts.items() if heads > 0 and hidden % heads == 0}
+    if given is not None and given not in layouts:
+        fitting = "a divisor of it" if rows is None else " or ".join(map(str, layouts)) or "no head count"
+        raise CheckpointError(f"cannot have {given} heads: its hidden size {hidden} and its routers allow {fitting}")
+    published = [size.num_heads for size in _PRESETS if (size.hidden_size, size.depth) == (hidden, depth)]
+    for heads in (given, hint, *published):
+        if heads in layouts:
+            return heads, layouts[heads]
+    if rows is not None and len(layouts) == 1:
+        return next(iter(layouts.items()))
+    if rows is not None and not layouts:
+        raise CheckpointError(
+            f"has routers of {rows} rows: neither {rows} nor {rows + 1} heads divide {hidden} channels"
+        )
+    options = "" if rows is None else f" ({' or '.join(map(str, sorted(layouts)))})"
+    raise CheckpointError(
+        f"does not tell its number of heads{options}; give it with --num-heads (num_heads=), here or to dydit convert"
+    )
+
+
+def _heads_from(stated: Stated, hidden: int) -> int | None:
+    """The head count that training arguments name: `num_heads`, or that of a published `model` of this hidden size."""
+    heads, model = stated.get("num_heads"), stated.get("model")
+    if type(heads) is int:
+        return heads
+    if isinstance(model, str):
+        with contextlib.suppress(ConfigError):
+            size = preset(model)
+            return size.num_heads if size.hidden_size == hidden else None
+    return None
+
+
+def _shape(state: Mapping[str, Tensor], name: str, dimensions: int) -> tuple[int, ...]:
+    if name not in state:
+        raise CheckpointError(
+            f"is not a checkpoint of a DiT: it has no {name}; it holds {listed(state) or 'no tensors'} "
+            "(expected an official DiT, a DyDiT training file, a diffusers DiT folder or a dydit file)"
+        )
+    shape = tuple(state[name].shape)
+    if len(shape) != dimensions or 0 in shape:
+        raise CheckpointError(
+            f"has {name} of shape {list(shape)}; expected {dimensions} dimensions, none of them empty"
+        )
+    return shape
+
+
+def _depth(state: Mapping[str, Tensor]) -> int:
+    numbers = {int(match[1]) for match in map(_BLOCK.match, state) if match}
+    # A few gaps are reported as missing tensors, by name; a wild number would only make a long list of them.
+    if not numbers or max(numbers) >= 2 * len(numbers):
+        raise CheckpointError("is not a checkpoint of a DiT: its blocks are not numbered from 0 on")
+    return max(numbers) + 1
+
+
+def _learns_sigma(rows: int, patch_size: int, channels: int) -> bool:
+    ratio = rows / (patch_size**2 * channels)
+    if ratio not in (1, 2):
+        raise CheckpointError(
+            f"has a final layer of {rows} rows; expected {patch_size**2 * channels} (epsilon of {channels} channels in "
+            f"patches of {patch_size}) or twice that (with the variance)"
+        )
+    return ratio == 2

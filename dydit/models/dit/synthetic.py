@@ -1,0 +1,114 @@
+"""Random DiTs that behave like trained ones (`dydit.models.synthetic`), and routers set to a share of tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dydit.models.config import Routers
+from dydit.models.dit.config import DiTConfig
+from dydit.models.dit.model import DiT
+from dydit.models.dit.units import attention_macs, mlp_macs
+from dydit.models.routers import Masked, TokenRouter
+
+PROBE_STEPS = 50
+_FAR, _LIMIT = 8.0, 4.0  # what routed and other tokens have in channel 0, up and down, and the router's threshold
+
+
+@torch.no_grad()
+def synthetic_model(config: DiTConfig, seed: int, flops_ratio: float) -> DiT:
+    """Heads and groups share one density, tokens another; both solve `p*(attn + q*mlp) = ratio*(attn + mlp)`, q = p."""
+    generator = torch.Generator().manual_seed(seed)
+    model = DiT(config).eval()
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            fan_in = module.weight.shape[1:].numel()
+            module.weight.normal_(std=fan_in**-0.5, generator=generator)
+            module.bias.normal_(std=0.05, generator=generator)
+    model.y_embedder.embedding_table.weight.normal_(std=0.5, generator=generator)
+    for block in model.blocks:
+        block.adaLN_modulation[1].weight.mul_(0.3)
+    model.final_layer.linear.weight.mul_(0.5)
+    if config.dynamic:
+        density = _density(config, flops_ratio)
+        _set_width_routers(model, density, generator)
+        _set_token_routers(model, density, generator)
+    return model
+
+
+def _density(config: DiTConfig, ratio: float) -> float:
+    """p of `p*attn + p*p*mlp = ratio*(attn + mlp)`."""
+    a, m = attention_macs(config), mlp_macs(config)
+    return float((-a + (a * a + 4 * m * ratio * (a + m)) ** 0.5) / (2 * m))
+
+
+def _set_width_routers(model: DiT, density: float, generator: torch.Generator) -> None:
+    """Standardise each unit's logit over the timesteps, then shift all so that a share `density` of all is above 0."""
+    config = model.config
+    t_emb = model.t_embedder(torch.linspace(0, 999, PROBE_STEPS).round())
+    always = 1 if config.routers is Routers.FIRST_ON else 0
+    routed = config.num_heads - always
+    if not routed:
+        return
+    share = min(max((density * config.num_heads - always) / routed, 0.0), 1.0)
+    for block in model.blocks:
+        for router in (block.attn_rate.router, block.mlp_rate.router):
+            logits = router(t_emb) - router.bias
+            spread = logits.std(0) + 1e-6
+            router.weight.div_(spread[:, None])
+            logits = logits / spread
+            # Half of the spread between units is their own, so that some are nearly always on and others rarely; which
+            # ones is drawn, because in a trained model the busiest units do not come first.
+            own = torch.linspace(1.5, -1.5, routed)[torch.randperm(routed, generator=generator)]
+            centred = logits - logits.mean(0) + own
+            router.bias.copy_(own - logits.mean(0) - _quantile(centred, 1 - share))
+
+
+def _set_token_routers(model: DiT, density: float, generator: torch.Generator) -> None:
+    """Block by block, in the order of execution: set the bias so that a share `density` of probe tokens passes."""
+    config = model.config
+    x = torch.randn(4, config.in_channels, config.input_size, config.input_size, generator=generator)
+    model(x, torch.tensor([50, 350, 650, 950]), torch.arange(4) % config.num_classes, _Calibrating(density))
+
+
+class _Calibrating(Masked):
+    """Sets each token router's bias when its logits are first seen, then gates by it."""
+
+    def __init__(self, density: float):
+        self.density = density
+
+    def tokens(self, block: int, router: TokenRouter | None, x: Tensor) -> Tensor | None:
+        assert router is not None
+        logits = router(x)
+        router.mlp_head[2].bias -= _quantile(logits, 1 - self.density)
+        return super().tokens(block, router, x)
+
+
+def _quantile(values: Tensor, share: float) -> Tensor:
+    ordered = values.flatten().sort().values
+    last = len(ordered) - 1
+    position = min(int(share * len(ordered)), last)
+    if position == 0:
+        return ordered[0] - 1
+    return (ordered[position - 1] + ordered[position]) / 2
+
+
+def route_share(state: dict[str, Tensor], config: DiTConfig, share: float) -> None:
+    """Let routers go by channel 0 of the residual stream, which is far up for the first tokens and far down for others,
+    and which nothing else writes to."""
+    routed = round(share * config.tokens)
+    state["pos_embed"][0, :routed, 0], state["pos_embed"][0, routed:, 0] = _FAR, -_FAR
+    for block in range(config.depth):
+        name = f"blocks.{block}"
+        _blank(state, f"{name}.attn.proj")
+        _blank(state, f"{name}.mlp.fc2")
+        for layer in (0, 2):
+            state[f"{name}.token_selection.mlp_head.{layer}.weight"].zero_()[0, 0] = 1
+            state[f"{name}.token_selection.mlp_head.{layer}.bias"].zero_()
+        state[f"{name}.token_selection.mlp_head.2.bias"].fill_(-_LIMIT)
+    _blank(state, "x_embedder.proj")
+
+
+def _blank(state: dict[str, Tensor], layer: str) -> None:
+    state[f"{layer}.weight"][0] = 0
+    state[f"{layer}.bias"][0] = 0

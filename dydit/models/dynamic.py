@@ -1,0 +1,47 @@
+"""The masked form of a model: dense, its gates multiply. What every architecture's PyTorch model has."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from dydit.models.config import ModelConfig
+from dydit.models.routers import Gating, Masked, Static, WidthRouter
+
+
+class DynamicModel(nn.Module):
+    """A diffusion transformer with routers, under the names of its published state dict.
+
+    `blocks` returns the residual stream [B, ..., D] of each block.
+    """
+
+    blocks: nn.ModuleList
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config: Any = config
+
+    @abstractmethod
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, gating: Gating | None = None) -> Tensor:
+        """Latents [B, C, S, S], timesteps [B], labels int64 [B] -> the output [B, C or 2C, S, S].
+
+        `gating`: by default `inference_gating()`.
+        """
+
+    @abstractmethod
+    def embed_timestep(self, t: Tensor) -> Tensor:
+        """What width routers read: timesteps [B] -> [B, D]."""
+
+    @abstractmethod
+    def width_routers(self) -> Sequence[WidthRouter]:
+        """The width routers of all parts, in the order of the axis of units (`UnitAxis.parts`)."""
+
+    def inference_gating(self) -> Gating:
+        """The routers' own decisions, or everything on where there are none."""
+        return Masked() if self.config.dynamic else Static()
+
+    def set_derived(self) -> None:
+        """Set the buffers that are computed and in no state dict; called after the weights of a file were assigned."""

@@ -1,0 +1,195 @@
+"""The sliced form: one subnetwork with really narrow matrices and tokens routed by gather, computing a sampler step.
+
+It is the PyTorch twin of a subnetwork's graph: the same inputs (`dydit.bundle.io_spec`) and outputs, on the stored
+weights. It saves on the clock what the masked form only saves on paper, and equals it.
+
+Shapes: B images; rows R = B, or 2B with classifier-free guidance (conditional rows, then those of the null class);
+N tokens of hidden size D; L blocks; U units.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dydit.models.architecture import Slots, UnitLayer, stored_name
+from dydit.models.config import ModelConfig
+from dydit.models.routers import TOKEN_ROUTER
+
+
+@dataclass(frozen=True)
+class SlicedOutput:
+    """`x_prev` [B, C, S, S]; `overflow` int64 [L]; with debug `tokens` bool [L, R, N] and `residuals` [L, R, N, D]."""
+
+    x_prev: Tensor
+    overflow: Tensor
+    tokens: Tensor | None = None
+    residuals: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class SlicedBlock:
+    """A block's weights, cut to its slots. Consecutive slots are views of the stored tensors.
+
+    `layers`: weight and bias of each layer that units own, by name; the weight [rows of all slots, features] as
+    `UnitLayer` says. `slots`: int64 slots of each unit group. `router`: the token router, if it has one.
+    """
+
+    index: int
+    layers: Mapping[str, tuple[Tensor, Tensor]]
+    slots: tuple[Tensor, ...]
+    router: tuple[Tensor, ...] | None
+
+    def bias(self, layer: str) -> Tensor:
+        """The bias of a layer."""
+        return self.layers[layer][1]
+
+
+Linear = Callable[[SlicedBlock, UnitLayer, Tensor], Tensor]
+"""How a layer that units own is computed: (block, layer, x [..., in]) -> [..., out]."""
+
+
+def plain_linear(block: SlicedBlock, layer: UnitLayer, x: Tensor) -> Tensor:
+    """The layer on x, in the type of its weight."""
+    weight, bias = block.layers[layer.name]
+    x = x.to(weight.dtype)
+    return F.linear(x, weight, bias) if layer.out_major else x @ weight + bias
+
+
+class SlicedModel(ABC):
+    """One subnetwork over stored weights.
+
+    `slots`: the slots of each unit group that each block holds, ascending; `capacities`: routed tokens per row that
+    each block has room for (all, where not given); `cfg_channels`: how many channels guidance acts on; `linear`: how
+    layers that units own are computed, for those that watch or round what enters them. Works on the weights' device
+    and in their dtype; where only the layers that units own are of a lower precision, these products alone are.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Mapping[str, Tensor],
+        slots: Slots,
+        cfg_channels: int,
+        capacities: Sequence[int] | None = None,
+        linear: Linear | None = None,
+    ):
+        self.cfg_channels, self.capacities, self._linear = cfg_channels, capacities, linear or plain_linear
+        self.config: Any = config
+        self._units = {layer.name: layer for layer in config.units.layers}
+        self.blocks = [_cut(config, weights, index, each) for index, each in enumerate(slots)]
+        self._overflow = torch.zeros(0)
+        self._tokens: list[Tensor] = []
+        self._residuals: list[Tensor] = []
+        self._take(weights)
+
+    @abstractmethod
+    def _take(self, weights: Mapping[str, Tensor]) -> None:
+        """Keep what is needed of the stored weights outside of the blocks' units."""
+
+    @abstractmethod
+    def _output(self, x: Tensor, condition: Tensor, gates: Sequence[Tensor] | None) -> Tensor:
+        """The model's output [R, C or 2C, S, S]: x [B, C, S, S], condition [R, ...], gates [units] of each part.
+
+        Calls `linear`, `route` and `finish_block` for each block.
+        """
+
+    @torch.inference_mode()
+    def step(
+        self,
+        x: Tensor,
+        noise: Tensor,
+        coefficients: Tensor,
+        cfg_scale: Tensor,
+        condition: Tensor,
+        gates: Tensor | None = None,
+        debug: bool = False,
+    ) -> SlicedOutput:
+        """One sampler step on the inputs of a subnetwork's graph.
+
+        x, noise [B, C, S, S]; coefficients [5]; cfg_scale []; condition [R, *condition_shape]; gates [U] of 0/1 by
+        slot. With capacities, a block's routed tokens beyond `capacity * R` keep their residual and count in
+        `overflow`.
+        """
+        self._overflow = torch.zeros(self.config.depth, dtype=torch.int64)
+        self._tokens, self._residuals = [], []
+        parts = None if gates is None else gates.split([part.group.count for part in self.config.units.parts])
+        output = self._output(x, condition, parts)
+        x_prev = self._sampler_step(x, output, noise, coefficients, cfg_scale)
+        if not debug:
+            return SlicedOutput(x_prev, self._overflow)
+        return SlicedOutput(x_prev, self._overflow, torch.stack(self._tokens), torch.stack(self._residuals))
+
+    def linear(self, block: SlicedBlock, layer: str, x: Tensor) -> Tensor:
+        """One of the layers that a block's units own, by its name, on x [..., in]."""
+        return self._linear(block, self._units[layer], x)
+
+    def route(
+        self, block: SlicedBlock, x: Tensor, branch: Callable[[Tensor, Tensor], Tensor], has_units: bool
+    ) -> Tensor:
+        """The residual stream [R, N, D] after a branch that only the tokens pass which the block's router selects.
+
+        `branch(tokens [T, D], rows int64 [T])` gives what is added to these tokens. `has_units`: whether it is more
+        than a bias, for which capacities have no slots.
+        """
+        assert block.router is not None
+        first, first_bias, last, last_bias = block.router
+        routed = F.linear(F.relu(F.linear(x, first, first_bias)), last, last_bias)[..., 0] > 0
+        self._tokens.append(routed)
+        chosen, flat = routed.flatten().nonzero()[:, 0], x.flatten(0, 1)
+        if self.capacities is not None and has_units:
+            room = self.capacities[block.index] * len(x)
+            self._overflow[block.index] = max(0, len(chosen) - room)
+            chosen = chosen[:room]
+        entering = flat[chosen]
+        return flat.index_copy(0, chosen, entering + branch(entering, chosen // x.shape[1])).view_as(x)
+
+    def keep_every_token(self, x: Tensor) -> None:
+        """Note that every token of a block [R, N, D] passes, because it has no router."""
+        self._tokens.append(torch.ones_like(x[..., 0], dtype=torch.bool))
+
+    def finish_block(self, x: Tensor) -> None:
+        """Note the residual stream [R, N, D] after a block."""
+        self._residuals.append(x)
+
+    def _sampler_step(
+        self, x: Tensor, output: Tensor, noise: Tensor, coefficients: Tensor, cfg_scale: Tensor
+    ) -> Tensor:
+        """Guidance on epsilon, then the one formula of `dydit.diffusion.coefficients`."""
+        batch, channels, guided = x.shape[0], self.config.in_channels, self.cfg_channels
+        eps, variance = output[:batch, :channels], output[:batch, channels:]
+        if output.shape[0] > batch:
+            free = output[batch:, :guided]
+            eps = torch.cat([free + cfg_scale * (eps[:, :guided] - free), eps[:, guided:]], 1)
+        of_x, of_eps, of_noise, slope, offset = coefficients.unbind()
+        deviation = torch.exp(slope * variance + offset) if self.config.learn_sigma else torch.exp(offset)
+        return of_x * x + of_eps * eps + of_noise * deviation * noise
+
+
+def _rows(stored: Tensor, slots: Sequence[int]) -> Tensor:
+    """The rows of some slots, merged: [units, a, ...] -> [len(slots)*a, ...]; a view where they are consecutive."""
+    first, count = (slots[0], len(slots)) if slots else (0, 0)
+    consecutive = list(slots) == list(range(first, first + count))
+    chosen = stored[first : first + count] if consecutive else stored[list(slots)]
+    return chosen.flatten(0, 1)
+
+
+def _cut(config: ModelConfig, weights: Mapping[str, Tensor], index: int, slots: Sequence[Sequence[int]]) -> SlicedBlock:
+    def of(name: str) -> Tensor:
+        return weights[stored_name(index, name)]
+
+    layers = {}
+    for group, units in zip(config.units.blocks[index].groups, slots, strict=True):
+        for layer in group.layers:
+            bias = _rows(of(layer.bias), units) if layer.out_major else of(layer.bias)
+            layers[layer.name] = _rows(of(layer.weight), units), bias
+    router = tuple(map(of, TOKEN_ROUTER)) if config.dynamic else None
+    device = next(iter(weights.values())).device
+    held = tuple(torch.tensor(list(units), dtype=torch.int64, device=device) for units in slots)
+    return SlicedBlock(index, layers, held, router)
