@@ -18,7 +18,13 @@ if TYPE_CHECKING:
     from dydit.models.architecture import UnitAxis
     from dydit.models.config import ModelConfig
 
-pytest_plugins = ("tests.fixtures.counts", "tests.fixtures.engines", "tests.fixtures.graphs", "tests.fixtures.spoilt")
+pytest_plugins = (
+    "tests.fixtures.counts",
+    "tests.fixtures.engines",
+    "tests.fixtures.graphs",
+    "tests.fixtures.spoilt",
+    "tests.fixtures.training",
+)
 
 settings.register_profile("dydit", deadline=None)  # times of a busy machine say nothing
 settings.load_profile("dydit")

@@ -47,7 +47,7 @@ def test_fitting_feeds_give_their_symbols(small_config, batch, rows):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"x": None}, "it: input 'x' is missing; expected ['cfg_scale', 'coefficients', 'gates', 'modulation', "),
+        ({"x": None}, "it: input 'x' is missing; expected ['cfg_scale', 'coefficients', 'condition', 'gates', "),
         ({"y": np.zeros(1)}, "it: unknown input 'y'; expected ['cfg_scale', "),
         ({"x": np.zeros((2, 4, 8, 8))}, "it: input 'x' is float64, expected float32"),
         (

@@ -36,7 +36,7 @@ def test_masked_threshold_is_strict(dtype):
 
 def test_width_router_layouts():
     t_emb = torch.randn(5, 64)
-    first, every = WidthRouter(CONFIG), WidthRouter(ALL_ROUTED)
+    first, every = WidthRouter(CONFIG, CONFIG.num_heads), WidthRouter(ALL_ROUTED, ALL_ROUTED.num_heads)
     assert first.router.weight.shape == (3, 64) and every.router.weight.shape == (4, 64)
     logits = first(t_emb)
     assert logits.shape == (5, 4)
@@ -85,7 +85,7 @@ def test_gumbel_gradient_is_the_sigmoids():
 
 
 def test_gumbel_always_on_unit_stays_on_without_a_gradient():
-    router = WidthRouter(CONFIG)
+    router = WidthRouter(CONFIG, CONFIG.num_heads)
     t_emb = torch.randn(2000, 64, requires_grad=True)
     gates = gumbel().gate(router(t_emb))
     assert (gates[:, 0] == 1).all()
@@ -102,7 +102,7 @@ def test_gumbel_repeats_with_its_generator_and_keeps_dtype():
 
 
 def test_static_ignores_routers():
-    router, tokens = WidthRouter(CONFIG), TokenRouter(CONFIG)
+    router, tokens = WidthRouter(CONFIG, CONFIG.num_heads), TokenRouter(CONFIG)
     gating = Static()
     for group in range(2):
         assert gating.units(0, group, router, torch.zeros(1, 64)) is None
@@ -110,7 +110,11 @@ def test_static_ignores_routers():
 
 
 def test_recording_keeps_what_the_inner_gating_decided():
-    heads, groups, tokens = WidthRouter(CONFIG), WidthRouter(CONFIG), TokenRouter(CONFIG)
+    heads, groups, tokens = (
+        WidthRouter(CONFIG, CONFIG.num_heads),
+        WidthRouter(CONFIG, CONFIG.num_heads),
+        TokenRouter(CONFIG),
+    )
     torch.nn.init.zeros_(tokens.mlp_head[2].bias)
     torch.nn.init.normal_(tokens.mlp_head[2].weight)
     recording = Recording(Masked(), CONFIG)
@@ -147,7 +151,7 @@ def test_recording_counts_what_was_not_gated_as_on():
 
 def test_gradients_flow_through_recorded_decisions():
     recording = Recording(gumbel(), CONFIG)
-    routers = [WidthRouter(CONFIG) for _ in range(3)]
+    routers = [WidthRouter(CONFIG, CONFIG.num_heads) for _ in range(3)]
     for block, router in enumerate(routers):
         recording.units(block, 0, router, torch.randn(4, 64))
     recording.decisions().units.sum().backward()

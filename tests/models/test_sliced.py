@@ -217,7 +217,7 @@ def test_consecutive_slots_share_memory_with_the_stored_weights():
     step = Step(random_model(CONFIG))
     sliced = SlicedDiT(CONFIG, step.weights, (((0, 1), (0,)), ((1, 2, 3), (0,)), ((0, 2), (0,))), 3)
     stored = [step.weights[f"blocks.{i}.qkv.weight"] for i in range(3)]
-    cut = [block.qkv for block in sliced._blocks]
+    cut = [block.layers["qkv"][0] for block in sliced.blocks]
     pointers = [
         a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr() for a, b in zip(cut, stored, strict=True)
     ]

@@ -176,7 +176,7 @@ def test_every_point_is_measured_in_some_rounds(digits, monkeypatch):
     is for the fit to say, which refuses them where they do not."""
     seen = {}
 
-    def fit(points, ms, settings):
+    def fit(points, groups, ms, settings):
         seen.update(points=points, ms=ms, settings=settings)
         return GIVEN.times
 
