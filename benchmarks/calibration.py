@@ -32,7 +32,8 @@ from dydit.calibrate.calibration import CalibrationConfig, run_calibration, work
 from dydit.calibrate.capacity import CapacityConfig
 from dydit.calibrate.plots_calibration import calibration_png
 from dydit.checkpoints.checkpoint import load_checkpoint
-from dydit.export.exporter import ExportConfig, export
+from dydit.export.exporter import export
+from dydit.export.settings import ExportConfig
 from dydit.files import write_atomic, write_json
 from dydit.quickstart.quickstart import ASSETS
 from dydit.reports.results import Machine

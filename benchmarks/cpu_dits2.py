@@ -21,7 +21,8 @@ from dydit.bench.bench import BenchConfig, run_bench
 from dydit.bench.timing import Latents
 from dydit.bundle.manifest import PlanKind, Routing
 from dydit.checkpoints.checkpoint import load_checkpoint, save_checkpoint
-from dydit.export.exporter import ExportConfig, export
+from dydit.export.exporter import export
+from dydit.export.settings import ExportConfig
 from dydit.files import write_json
 from dydit.models.dit.config import preset
 from dydit.models.synthetic import synthetic_model

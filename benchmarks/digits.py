@@ -27,7 +27,8 @@ from places import workplace
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.manifest import PlanKind
 from dydit.checkpoints.checkpoint import load_checkpoint
-from dydit.export.exporter import ExportConfig, export
+from dydit.export.exporter import export
+from dydit.export.settings import ExportConfig
 from dydit.files import write_json
 from dydit.inspection.trace import trace_tokens
 from dydit.quickstart.quickstart import ASSETS

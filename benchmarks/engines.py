@@ -32,7 +32,8 @@ from dydit.bundle.bundle import Bundle
 from dydit.bundle.manifest import SLIDING, PlanKind, Routing
 from dydit.bundle.stored_weights import Precision
 from dydit.checkpoints.checkpoint import load_checkpoint, save_checkpoint
-from dydit.export.exporter import ExportConfig, export
+from dydit.export.exporter import export
+from dydit.export.settings import ExportConfig
 from dydit.files import write_json
 from dydit.models.config import ModelConfig
 from dydit.models.dit.config import preset

@@ -32,7 +32,8 @@ from dydit.calibrate.range_methods import Method
 from dydit.calibrate.smoothing_search import Found, find_migration
 from dydit.checkpoints.checkpoint import Checkpoint, load_checkpoint
 from dydit.diffusion.schedule import Schedule
-from dydit.export.exporter import ExportConfig, export
+from dydit.export.exporter import export
+from dydit.export.settings import ExportConfig
 from dydit.files import write_atomic, write_json
 from dydit.inspection.trace import trace_tokens
 from dydit.planning.costs import macs_costs

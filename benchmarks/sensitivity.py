@@ -37,7 +37,8 @@ from dydit.calibrate.precision_search import PIXEL_SPAN, SearchConfig, psnr, sea
 from dydit.calibrate.range_methods import Method
 from dydit.calibrate.tokens import spread_labels
 from dydit.checkpoints.checkpoint import Checkpoint, load_checkpoint
-from dydit.export.exporter import ExportConfig, export, planned_steps
+from dydit.export.exporter import export, planned_steps
+from dydit.export.settings import ExportConfig
 from dydit.files import write_json
 from dydit.inspection.trace import trace_tokens
 from dydit.quickstart.quickstart import ASSETS

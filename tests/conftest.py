@@ -117,7 +117,8 @@ def make_bundle(
 
     Shared: do not write into its folder.
     """
-    from dydit.export.exporter import ExportConfig, export
+    from dydit.export.exporter import export
+    from dydit.export.settings import ExportConfig
 
     folder: Path = tmp_path_factory.mktemp("bundles")
     made: dict[tuple[Path, str], Bundle] = {}

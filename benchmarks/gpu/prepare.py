@@ -31,7 +31,8 @@ from dydit.bundle.stored_weights import Precision
 from dydit.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from dydit.checkpoints.fit import expected_shapes
 from dydit.diffusion.schedule import Schedule
-from dydit.export.exporter import ExportConfig, export
+from dydit.export.exporter import export
+from dydit.export.settings import ExportConfig
 from dydit.models.synthetic import synthetic_model
 from dydit.runtime.backends.registry import open_backend
 from dydit.runtime.loop import MemoryStore, StepRunner, sample

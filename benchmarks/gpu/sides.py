@@ -207,7 +207,7 @@ class Rival(Side):
         from dydit.checkpoints.checkpoint import load_checkpoint
         from dydit.diffusion.coefficients import step_coefficients
         from dydit.diffusion.schedule import Sampler, Schedule
-        from dydit.export.exporter import GUIDED_CHANNELS
+        from dydit.export.settings import GUIDED_CHANNELS
         from dydit.models.routers import Masked, Static
         from dydit.parity.reference import guided_step
 

@@ -29,7 +29,8 @@ from dydit.bundle.stored_weights import Precision
 from dydit.checkpoints.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from dydit.checkpoints.fit import expected_shapes
 from dydit.errors import ConfigError, DeviationError, DyditError
-from dydit.export.exporter import ExportConfig, export
+from dydit.export.exporter import export
+from dydit.export.settings import ExportConfig
 from dydit.files import write_atomic, write_json
 from dydit.models.config import parse_config
 from dydit.models.dit.config import preset

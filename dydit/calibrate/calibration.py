@@ -31,7 +31,8 @@ from dydit.calibrate.smoothing_search import Found, find_migration
 from dydit.calibrate.tokens import TokenCounter, TokenCounts, merge, spread_labels, spread_scales
 from dydit.checkpoints.checkpoint import Checkpoint
 from dydit.errors import BundleError, CalibrationError
-from dydit.export.exporter import ExportConfig, export, planned_steps
+from dydit.export.exporter import export, planned_steps
+from dydit.export.settings import ExportConfig
 from dydit.files import atomic_file, remove
 from dydit.models.config import ModelConfig, Strict
 from dydit.parity.frechet import FrechetReference

@@ -21,8 +21,8 @@ from dydit.checkpoints.checkpoint import Checkpoint
 from dydit.diffusion.coefficients import step_coefficients
 from dydit.diffusion.guidance import Guidance
 from dydit.diffusion.schedule import Sampler, Schedule
-from dydit.export.exporter import GUIDED_CHANNELS
 from dydit.export.input_scales import LARGEST
+from dydit.export.settings import GUIDED_CHANNELS
 from dydit.models.architecture import Slots, stored_name
 from dydit.models.config import ModelConfig
 from dydit.models.dit.sliced import SlicedBlock, SlicedDiT, conditioning

@@ -20,7 +20,7 @@ from dydit.diffusion.coefficients import step_coefficients
 from dydit.diffusion.guidance import Guidance
 from dydit.diffusion.schedule import Sampler, Schedule
 from dydit.errors import ConfigError
-from dydit.export.exporter import GUIDED_CHANNELS
+from dydit.export.settings import GUIDED_CHANNELS
 from dydit.models.config import ModelConfig
 from dydit.models.dit.layout import stored_tensors
 from dydit.models.dit.sliced import SlicedBlock, SlicedDiT, conditioning

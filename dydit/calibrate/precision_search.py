@@ -29,7 +29,7 @@ from dydit.calibrate.search_progress import Progress, Ticks, estimate_text
 from dydit.calibrate.tokens import spread_labels, spread_scales
 from dydit.checkpoints.checkpoint import Checkpoint
 from dydit.errors import CalibrationError
-from dydit.export.exporter import ExportConfig
+from dydit.export.settings import ExportConfig
 from dydit.files import atomic_file
 from dydit.models.config import Strict, UserPath
 from dydit.models.dit.sliced import SlicedDiT

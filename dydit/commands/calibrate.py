@@ -200,7 +200,7 @@ def calibrate_command(
     from dydit.calibrate.plots_calibration import calibration_png
     from dydit.calibrate.plots_precision import search_words, sensitivity_png
     from dydit.checkpoints.checkpoint import load_checkpoint
-    from dydit.export.exporter import ExportConfig
+    from dydit.export.settings import ExportConfig
     from dydit.files import claimed, explained, parents, remove, require_absent, write_new
     from dydit.reports.sentences import extra_text
     from dydit.runtime.backends.base import BackendOptions

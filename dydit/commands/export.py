@@ -36,7 +36,7 @@ from dydit.words import counted
 
 if TYPE_CHECKING:
     from dydit.checkpoints.checkpoint import Checkpoint
-    from dydit.export.exporter import ExportConfig
+    from dydit.export.settings import ExportConfig
 
 
 class Cost(StrEnum):
@@ -168,7 +168,8 @@ def export_command(
     require("dydit export", [*needed, *(["onnxruntime"] if cost == Cost.MEASURED else [])])
     from dydit.checkpoints.checkpoint import load_checkpoint
     from dydit.export.capacities import keeps_every_token
-    from dydit.export.exporter import ExportConfig, export
+    from dydit.export.exporter import export
+    from dydit.export.settings import ExportConfig
     from dydit.files import require_absent
 
     require_absent(out)

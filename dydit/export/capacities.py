@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from dydit.bundle.manifest import Manifest, PlanKind, Routing
 from dydit.calibrate.calibration_file import plan_sha256
 from dydit.checkpoints.checkpoint import Checkpoint
 from dydit.errors import CalibrationError, ConfigError
+from dydit.export.settings import ExportConfig
 from dydit.planning.plan import Plan
-
-if TYPE_CHECKING:
-    from dydit.export.exporter import ExportConfig
 
 Capacities = tuple[int, ...]
 """MLP token slots of a row, by block."""

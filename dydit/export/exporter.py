@@ -10,7 +10,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-from pydantic import Field, FiniteFloat, model_validator
 
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.manifest import (
@@ -32,14 +31,12 @@ from dydit.bundle.manifest import (
 from dydit.bundle.measurements import Measured
 from dydit.bundle.stored_weights import WEIGHTS, Precision, WeightEntry
 from dydit.bundle.vae_entry import VaeEntry
-from dydit.calibrate.activation_ranges import ActivationRanges
-from dydit.calibrate.calibration_file import Calibration
 from dydit.checkpoints.checkpoint import Checkpoint
 from dydit.diffusion.coefficients import step_coefficients
-from dydit.diffusion.schedule import TRAIN_STEPS, Sampler, Schedule
-from dydit.errors import ConfigError
+from dydit.diffusion.schedule import Schedule
 from dydit.export.capacities import Capacities, segment_capacities
 from dydit.export.input_scales import Scales, planned_migration, segment_scales, weight_copies
+from dydit.export.settings import ExportConfig, guided_channels
 from dydit.export.vae_graph import VaeOptions, export_vae
 from dydit.export.weights import write_weights
 from dydit.files import new_folder, require_absent, sha256_of, user_path
@@ -48,7 +45,7 @@ from dydit.graph.saving import save_graph
 from dydit.graph.sources import GatheredUnits, SolidWindows, WeightInputs, WeightSource, Windows
 from dydit.graph.writer import SubnetSpec, subnet_graph
 from dydit.models.architecture import Slots, UnitAxis
-from dydit.models.config import ModelConfig, Space, Strict
+from dydit.models.config import ModelConfig
 from dydit.models.registry import architecture_of
 from dydit.planning.costs import macs_costs, measured_plan, time_costs
 from dydit.planning.masks import activity_order, by_slot, freeze_masks
@@ -57,61 +54,6 @@ from dydit.planning.sizes import PlanSizes, fixed_bytes, subnet_bytes, unit_byte
 from dydit.quantization.smoothing import Migration
 
 Progress = Callable[[int, int], None]
-GUIDED_CHANNELS = 3  # what the reference guides by default
-
-
-class ExportConfig(Strict):
-    """What to make of a checkpoint.
-
-    `max_subnets` counts for `PlanKind.MAX_SUBNETS`, `memory_budget` (bytes) for `PlanKind.MEMORY_BUDGET`.
-    `cfg_channels`: latent channels that guidance acts on, by default the first 3. For capacity routing, `capacities`:
-    MLP token slots of a row, by block, or `calibration`, which has those of each segment; all tokens by default.
-    `activations`: of this plan's segments, the ranges of what enters linear layers, which int8-static and fp8 need.
-    `vae`, `vae_tile`, `vae_scale`, `vae_shift`: the decoder to add, as `dydit.export.vae_graph.export_vae` takes them.
-    `space`: what the model samples, pixels or latents, where its checkpoint does not state it or is wrong.
-    """
-
-    steps: int = Field(default=250, ge=1, le=TRAIN_STEPS)
-    sampler: Sampler = Sampler.DDPM
-    plan: PlanKind = PlanKind.MAX_SUBNETS
-    max_subnets: int = Field(default=32, ge=1)
-    memory_budget: int | None = Field(default=None, gt=0)
-    routing: Routing = Routing.DYNAMIC
-    precision: Precision = Precision.FP32
-    max_batch: int = Field(default=16, ge=1)
-    cfg_channels: int | None = Field(default=None, ge=1)
-    capacities: tuple[int, ...] | None = None
-    calibration: Calibration | None = None
-    activations: ActivationRanges | None = None
-    vae: str | None = Field(default=None, min_length=1)
-    vae_tile: int | None = Field(default=None, ge=1)
-    vae_scale: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    vae_shift: FiniteFloat | None = None
-    space: Space | None = None
-
-    @model_validator(mode="after")
-    def _consistent(self) -> ExportConfig:
-        if (self.plan is PlanKind.MEMORY_BUDGET) != (self.memory_budget is not None):
-            raise ValueError("a memory budget goes with the memory-budget plan, and only with it")
-        if self.capacities is not None and self.routing is not Routing.CAPACITY:
-            raise ValueError("capacities go with capacity routing only")
-        if self.calibration is not None and self.routing is not Routing.CAPACITY and not self.precision.is_calibrated:
-            raise ValueError("a calibration goes with capacity routing, and with the precisions int8-static and fp8")
-        if self.calibration is not None and self.capacities is not None:
-            raise ValueError("capacities come from a calibration or are given, not both")
-        if self.precision.in_8_bits and self.plan is PlanKind.SLIDING:
-            raise ValueError(
-                f"a sliding plan has its weights as inputs, which are not packed for {self.precision}; use another plan"
-            )
-        if self.precision.is_calibrated and self.activations is None and self.calibration is None:
-            raise ValueError(f"{self.precision} needs a calibration: `dydit calibrate --activations minmax` makes it")
-        if self.activations is not None and not self.precision.is_calibrated:
-            raise ValueError(f"calibrated activations go with int8-static and fp8, not with {self.precision}")
-        if self.vae is None and not (self.vae_tile is self.vae_scale is self.vae_shift is None):
-            raise ValueError("a tile, a scale or a shift goes with a VAE decoder only; give --vae")
-        if self.vae is not None and self.space is Space.PIXELS:
-            raise ValueError("a model of pixels has no latents to decode; remove the VAE")
-        return self
 
 
 def export(
@@ -156,10 +98,10 @@ def export_planned(
         options = VaeOptions(tile=config.vae_tile, scale=config.vae_scale, shift=config.vae_shift)
         vae = None if config.vae is None else export_vae(config.vae, folder, job.model, options)
         architecture = architecture_of(job.model)
-        tensors = architecture.stored_tensors(checkpoint.state, job.model, job.order, job.migration)
+        tensors = architecture.stored_tensors(checkpoint.state, job.model, job.order, job.smoothing)
         copies = weight_copies(job.model.units, masks, plan, job.input_scales)
         weights = write_weights(folder / WEIGHTS, tensors, job.model, config.precision, copies)
-        conditioning = architecture.conditioning_graph(job.model, Windows(weights), job.precision, job.migration)
+        conditioning = architecture.conditioning_graph(job.model, Windows(weights), job.precision, job.smoothing)
         save_graph(conditioning, folder / CONDITIONING)
         subnets = _write_subnets(folder, job, weights, progress)
         manifest = _manifest(folder, checkpoint, config, job, weights, subnets, vae)
@@ -179,23 +121,23 @@ def _masks_and_order(checkpoint: Checkpoint, config: ExportConfig) -> tuple[np.n
     return by_slot(masks, checkpoint.config.units, order), order
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Job:
     """What the settings come to for one model, before anything is written."""
 
     model: ModelConfig
     schedule: Schedule
     order: Slots  # the checkpoint's unit in each slot
-    masks: np.ndarray  # [S, U] by slot, execution order
+    masks: np.ndarray  # bool [S, U] by slot, in the order of execution
     plan: Plan
     measured: Measured
-    sliding: bool
+    dynamic_width: bool
     routing: Routing | None
     capacities: tuple[Capacities, ...] | None  # of each segment
     cfg_channels: int
     precision: Precision
-    input_scales: tuple[Scales, ...] | None
-    migration: Migration | None
+    input_scales: tuple[Scales, ...] | None  # of each segment
+    smoothing: Migration | None
 
 
 def _make_job(
@@ -207,17 +149,20 @@ def _make_job(
     measured: Measured,
 ) -> _Job:
     model = checkpoint.config.stating(config.space, config.vae is not None)
-    cfg_channels = min(GUIDED_CHANNELS, model.in_channels) if config.cfg_channels is None else config.cfg_channels
-    if cfg_channels > model.in_channels:
-        raise ConfigError(f"guidance on {cfg_channels} channels, but the model has {model.in_channels}")
-    order = model.units.every_unit if order is None else order
-    routing = config.routing if model.dynamic else None
-    sliding, schedule = config.plan is PlanKind.SLIDING, Schedule.respaced(config.steps)
-    capacities = segment_capacities(checkpoint, config, masks, plan)
-    scales = segment_scales(checkpoint, config, masks, plan)
     return _Job(
-        *(model, schedule, order, masks, plan, measured, sliding, routing, capacities, cfg_channels),
-        *(config.precision, scales, planned_migration(model, config)),
+        model=model,
+        schedule=Schedule.respaced(config.steps),
+        order=model.units.every_unit if order is None else order,
+        masks=masks,
+        plan=plan,
+        measured=measured,
+        dynamic_width=config.plan is PlanKind.SLIDING,
+        routing=config.routing if model.dynamic else None,
+        capacities=segment_capacities(checkpoint, config, masks, plan),
+        cfg_channels=guided_channels(model, config.cfg_channels),
+        precision=config.precision,
+        input_scales=segment_scales(checkpoint, config, masks, plan),
+        smoothing=planned_migration(model, config),
     )
 
 
@@ -248,7 +193,7 @@ def _write_subnets(
     entries: list[SubnetEntry] = []
     segments: list[SegmentEntry] = []
     known: dict[SubnetSpec, int] = {}
-    shared = _write_sliding(folder, job, library, weights) if job.sliding else None
+    shared = _write_dynamic_width(folder, job, library, weights) if job.dynamic_width else None
     gathered = GatheredUnits(folder / WEIGHTS)
 
     def source() -> WeightSource:
@@ -289,7 +234,7 @@ def segment_spec(
     return SubnetSpec(axis.slots(union), gated, routing, capacities, input_scales)
 
 
-def _write_sliding(
+def _write_dynamic_width(
     folder: Path, job: _Job, library: FunctionLibrary, weights: dict[str, WeightEntry]
 ) -> tuple[str, str | None]:
     """Write the graph that serves every width."""
@@ -377,7 +322,7 @@ def _manifest(
         checkpoint_sha256=checkpoint.sha256,
         tools={package: version(package) for package in packages},
         vae=vae,
-        migration=job.migration,
+        migration=job.smoothing,
     )
 
 

@@ -4,7 +4,6 @@ bits, by segment; a migration."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,14 +12,12 @@ from dydit.calibrate.activation_ranges import ActivationRanges, require_segments
 from dydit.calibrate.calibration_file import plan_sha256
 from dydit.checkpoints.checkpoint import Checkpoint
 from dydit.errors import CalibrationError
+from dydit.export.settings import ExportConfig
 from dydit.export.weights import Copies
 from dydit.models.architecture import UnitAxis
 from dydit.models.config import ModelConfig
 from dydit.planning.plan import Plan
 from dydit.quantization.smoothing import Migration
-
-if TYPE_CHECKING:
-    from dydit.export.exporter import ExportConfig
 
 LARGEST = {Precision.INT8_STATIC: 127.0, Precision.FP8: 448.0}
 Scales = tuple[tuple[float | None, ...], ...]

@@ -1,4 +1,4 @@
-"""A thin way to write ONNX nodes: `ops.MatMul(a, b)` adds a node and returns its output."""
+"""Writing ONNX nodes: the tape of `onnx_ir` with operators as methods and names that TensorRT reads."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir import tape
 
 from dydit.bundle.stored_weights import Precision
 
@@ -23,17 +24,20 @@ DOMAIN = "dydit"
 CONTRIB = "com.microsoft"  # operators of ONNX Runtime's own, for int8
 
 
-class Ops:
-    """Collects the nodes of one graph or function, in order. Any attribute access names an operator.
+class Ops(tape.Tape):
+    """Collects the nodes of one graph or function, in order. `ops.MatMul(a, b)` adds a node and returns its output.
 
     Values are named after `scope`: TensorRT's parser takes values of one name in a function and outside it for one.
     """
 
     def __init__(self, scope: str = "main") -> None:
+        super().__init__()
         self.scope = scope
-        self.nodes: list[ir.Node] = []
 
     def __getattr__(self, operator: str) -> Callable[..., ir.Value]:
+        if not operator[0].isupper():
+            raise AttributeError(operator)
+
         def add(*inputs: ir.Value | None, **attributes: Any) -> ir.Value:
             return self.call("", operator, inputs, 1, attributes)[0]
 
@@ -49,13 +53,12 @@ class Ops:
     ) -> Sequence[ir.Value]:
         """Add a node with several outputs, or with names for them."""
         count = outputs if isinstance(outputs, int) else len(outputs)
-        node = ir.node(operator, inputs, attributes, domain=domain, num_outputs=count)
         if isinstance(outputs, int):
-            outputs = [f"{self.scope}.{operator}_{len(self.nodes)}_{index}" for index in range(count)]
-        for value, name in zip(node.outputs, outputs, strict=True):
+            outputs = [f"{self.scope}.{operator}_{len(self._nodes)}_{index}" for index in range(count)]
+        values = self.op_multi_out(operator, inputs, attributes, num_outputs=count, domain=domain)
+        for value, name in zip(values, outputs, strict=True):
             value.name = name
-        self.nodes.append(node)
-        return node.outputs
+        return values
 
     def constant(self, value: Any, dtype: Any = np.int64) -> ir.Value:
         """A constant tensor: integers by default, for shapes and axes."""
@@ -83,6 +86,6 @@ def function(name: str, inputs: Sequence[str], body: Callable[..., Sequence[ir.V
     ops = Ops(name)
     values = [ir.Value(name=each) for each in inputs]
     outputs = body(ops, *values)
-    opsets = {"": OPSET, **({CONTRIB: 1} if any(node.domain == CONTRIB for node in ops.nodes) else {})}
+    opsets = {"": OPSET, **({CONTRIB: 1} if (CONTRIB, None) in ops.used_opsets else {})}
     graph = ir.Graph(values, outputs, nodes=ops.nodes, opset_imports=opsets, name=name)
     return ir.Function(DOMAIN, name, graph=graph, attributes=())

@@ -20,7 +20,7 @@ from pydantic import Field
 from dydit.bundle.measurements import Measured
 from dydit.checkpoints.checkpoint import Checkpoint
 from dydit.errors import BackendError, ConfigError
-from dydit.export.exporter import ExportConfig
+from dydit.export.settings import ExportConfig
 from dydit.models.config import Strict
 from dydit.planning.profile_fit import fit_residency, fit_times
 from dydit.planning.profile_points import profile_points, token_share, write_profile_bundle

@@ -21,7 +21,8 @@ from dydit.checkpoints.checkpoint import Checkpoint
 from dydit.diffusion.coefficients import apply_step
 from dydit.diffusion.noise import INITIAL_DRAW, image_noise
 from dydit.diffusion.schedule import Schedule
-from dydit.export.exporter import ExportConfig, export_planned
+from dydit.export.exporter import export_planned
+from dydit.export.settings import ExportConfig
 from dydit.models.config import ModelConfig
 from dydit.models.registry import architecture_of
 from dydit.models.routers import Masked, Recording

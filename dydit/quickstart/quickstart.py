@@ -156,7 +156,8 @@ def _run(job: _Job) -> QuickstartResult:
 
 def _export(job: _Job) -> tuple[Bundle, Bundle]:
     """Both bundles; one that is there and stands for the checkpoint is kept."""
-    from dydit.export.exporter import ExportConfig, export, stale_reasons
+    from dydit.export.exporter import export, stale_reasons
+    from dydit.export.settings import ExportConfig
 
     config = ExportConfig(steps=job.config.steps, max_subnets=job.config.max_subnets, max_batch=job.config.batch)
     bundles = []

@@ -14,7 +14,8 @@ from dydit.calibrate.calibration import CalibrationConfig, run_calibration, work
 from dydit.calibrate.capacity import CapacityConfig
 from dydit.calibrate.plots_calibration import calibration_png
 from dydit.errors import CalibrationError, ConfigError
-from dydit.export.exporter import ExportConfig, export
+from dydit.export.exporter import export
+from dydit.export.settings import ExportConfig
 from dydit.inspection.trace import trace_tokens
 from dydit.models.config import parse_config
 from dydit.quickstart.quickstart import ASSETS
@@ -196,7 +197,7 @@ class TestRefusals:
 def test_a_damaged_bundle_of_a_stopped_run_is_made_again(make_checkpoint, tmp_path):
     from dydit.bundle.bundle import Bundle
     from dydit.calibrate.calibration import _sampling_bundle
-    from dydit.export.exporter import ExportConfig
+    from dydit.export.settings import ExportConfig
 
     made = _sampling_bundle(make_checkpoint(), ExportConfig(steps=2), tmp_path / "work")
     for name in ("weights.bin", "manifest.json"):

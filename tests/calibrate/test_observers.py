@@ -101,7 +101,7 @@ def test_units_with_holes_between_them_get_a_copy(seen, make_bundle):
 
 
 def test_refusals(seen, make_bundle, make_checkpoint):
-    from dydit.export.exporter import ExportConfig
+    from dydit.export.settings import ExportConfig
 
     ranges = seen.choose(Method.MINMAX, len(LABELS))
     with pytest.raises(CalibrationError, match="is of 4 segments of 3 blocks of 4 layers, this plan has 2 "):

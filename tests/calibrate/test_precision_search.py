@@ -19,7 +19,8 @@ from dydit.calibrate.plots_precision import search_words, sensitivity_png
 from dydit.calibrate.precision_search import SearchConfig, psnr, search
 from dydit.calibrate.range_methods import Method
 from dydit.errors import CalibrationError, ConfigError
-from dydit.export.exporter import ExportConfig, planned_steps
+from dydit.export.exporter import planned_steps
+from dydit.export.settings import ExportConfig
 from dydit.models.config import parse_config
 from dydit.parity.frechet import FrechetReference
 from dydit.quickstart.quickstart import ASSETS

@@ -15,7 +15,8 @@ from dydit.calibrate.smoothing_search import Found, find_migration
 from dydit.calibrate.smoothing_strength import LEAST_GAIN
 from dydit.checkpoints.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from dydit.errors import CalibrationError, ConfigError
-from dydit.export.exporter import ExportConfig, export, planned_steps
+from dydit.export.exporter import export, planned_steps
+from dydit.export.settings import ExportConfig
 from dydit.models.synthetic import synthetic_model
 from dydit.parity.comparison import relative_l2
 from dydit.runtime.backends.int8_exactness import products_are_exact

@@ -29,7 +29,8 @@ from dydit.engines.flavour import Flavour, installed_version, present_gpu
 from dydit.engines.profiles import symbol_ranges
 from dydit.engines.store import EngineStore
 from dydit.errors import BackendError, BundleError
-from dydit.export.exporter import ExportConfig, export
+from dydit.export.exporter import export
+from dydit.export.settings import ExportConfig
 from dydit.files import sha256_of
 from dydit.models.config import ModelConfig
 from dydit.models.dit.config import DiTConfig

@@ -13,7 +13,8 @@ from PIL import Image
 import dydit
 from dydit.bundle.manifest import PlanKind, Routing
 from dydit.checkpoints.checkpoint import load_checkpoint
-from dydit.export.exporter import ExportConfig, export
+from dydit.export.exporter import export
+from dydit.export.settings import ExportConfig
 from dydit.runtime.noise_source import SeededNoise
 from dydit.runtime.pipeline import DyDiTPipeline
 from dydit.runtime.request import Batch

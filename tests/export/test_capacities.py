@@ -13,7 +13,8 @@ from dydit.calibrate.calibration_file import Calibration, OverflowRates, TokenCa
 from dydit.calibrate.capacity import CapacityConfig
 from dydit.diffusion.schedule import Sampler
 from dydit.errors import CalibrationError, ConfigError
-from dydit.export.exporter import ExportConfig, export, planned_steps
+from dydit.export.exporter import export, planned_steps
+from dydit.export.settings import ExportConfig
 from dydit.models.config import parse_config
 
 RATES = OverflowRates(images=4, trials=10, rate=0, upper=0.1, repeated_steps=0, mlp_ratio=1.1)

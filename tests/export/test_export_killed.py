@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 
 from dydit.bundle.bundle import Bundle
-from dydit.export.exporter import ExportConfig, export
+from dydit.export.exporter import export
+from dydit.export.settings import ExportConfig
 from dydit.checkpoints.checkpoint import load_checkpoint
 
 torch.set_num_threads(1)

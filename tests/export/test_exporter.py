@@ -17,7 +17,8 @@ from dydit.bundle.stored_weights import Precision
 from dydit.diffusion.coefficients import apply_step, step_coefficients
 from dydit.diffusion.schedule import Sampler, Schedule
 from dydit.errors import ConfigError, OutputError
-from dydit.export.exporter import ExportConfig, export, stale_reasons
+from dydit.export.exporter import export, stale_reasons
+from dydit.export.settings import ExportConfig
 from dydit.models.config import Routers, parse_config
 from dydit.models.dit.config import DiTConfig
 from dydit.models.macs import unit_costs

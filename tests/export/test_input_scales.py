@@ -8,7 +8,8 @@ import pytest
 
 from dydit.bundle.stored_weights import Precision, half_name
 from dydit.calibrate.activation_ranges import ActivationRanges
-from dydit.export.exporter import ExportConfig, planned_steps
+from dydit.export.exporter import planned_steps
+from dydit.export.settings import ExportConfig
 from dydit.parity.parity import compare_weights
 
 SEGMENTS, DEPTH = 3, 3

@@ -149,8 +149,8 @@ def test_a_migration_of_another_model_is_refused(make_bundle, make_migration, sm
 
 def test_precisions_that_are_not_calibrated_leave_weights_alone(make_checkpoint, make_migration):
     """A calibration that has a migration may be used for its token capacities."""
-    from dydit.export.exporter import ExportConfig
     from dydit.export.input_scales import planned_migration
+    from dydit.export.settings import ExportConfig
 
     config = ExportConfig(precision="fp8", activations=ranges_with(make_migration(make_checkpoint().config, 0)))
     assert planned_migration(make_checkpoint().config, config) is not None

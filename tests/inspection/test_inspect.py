@@ -14,7 +14,8 @@ from dydit.bundle.manifest import MANIFEST, PlanKind, Routing
 from dydit.bundle.measurements import GroupTimes, Measured, StepTimes
 from dydit.bundle.stored_weights import Precision
 from dydit.errors import BundleError, CheckpointError
-from dydit.export.exporter import ExportConfig, export
+from dydit.export.exporter import export
+from dydit.export.settings import ExportConfig
 from dydit.inspection.inspect import inspect, inspect_bundle, inspect_checkpoint
 from dydit.models.config import Routers
 from dydit.models.macs import unit_costs

@@ -20,7 +20,8 @@ from dydit.bundle.measurements import GroupTimes, Measured, Residency, StepTimes
 from dydit.bundle.stored_weights import Precision
 from dydit.checkpoints.checkpoint import load_checkpoint
 from dydit.errors import BackendError, ConfigError
-from dydit.export.exporter import ExportConfig, export
+from dydit.export.exporter import export
+from dydit.export.settings import ExportConfig
 from dydit.planning import profile as profiling
 from dydit.planning.costs import time_costs
 from dydit.planning.plan import Plan, merged_plan, plan_cost

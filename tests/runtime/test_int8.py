@@ -87,7 +87,7 @@ def test_the_probe_sees_what_is_cut_off(monkeypatch):
 
 
 def test_a_sliding_plan_is_refused():
-    from dydit.export.exporter import ExportConfig
+    from dydit.export.settings import ExportConfig
 
     with pytest.raises(ConfigError, match="a sliding plan has its weights as inputs, which are not packed for int8"):
         parse_config(ExportConfig, {"plan": "sliding", "precision": "int8"})

@@ -1,0 +1,77 @@
+"""What an export is asked for."""
+
+from __future__ import annotations
+
+from pydantic import Field, FiniteFloat, model_validator
+
+from dydit.bundle.manifest import PlanKind, Routing
+from dydit.bundle.stored_weights import Precision
+from dydit.calibrate.activation_ranges import ActivationRanges
+from dydit.calibrate.calibration_file import Calibration
+from dydit.diffusion.schedule import TRAIN_STEPS, Sampler
+from dydit.errors import ConfigError
+from dydit.models.config import ModelConfig, Space, Strict
+
+GUIDED_CHANNELS = 3
+"""Latent channels that guidance acts on by default, as in the public code of DiT."""
+
+
+def guided_channels(model: ModelConfig, asked: int | None) -> int:
+    """How many latent channels guidance acts on. Raises `ConfigError` where more are asked for than the model has."""
+    if asked is not None and asked > model.in_channels:
+        raise ConfigError(f"guidance on {asked} channels, but the model has {model.in_channels}")
+    return min(GUIDED_CHANNELS, model.in_channels) if asked is None else asked
+
+
+class ExportConfig(Strict):
+    """What to make of a checkpoint.
+
+    `max_subnets` counts for `PlanKind.MAX_SUBNETS`, `memory_budget` (bytes) for `PlanKind.MEMORY_BUDGET`.
+    `cfg_channels`: latent channels that guidance acts on, by default the first 3. For capacity routing, `capacities`:
+    MLP token slots of a row, by block, or `calibration`, which has those of each segment; all tokens by default.
+    `activations`: of this plan's segments, the ranges of what enters linear layers, which int8-static and fp8 need.
+    `vae`, `vae_tile`, `vae_scale`, `vae_shift`: the decoder to add, as `dydit.export.vae_graph.export_vae` takes them.
+    `space`: what the model samples, pixels or latents, where its checkpoint does not state it or is wrong.
+    """
+
+    steps: int = Field(default=250, ge=1, le=TRAIN_STEPS)
+    sampler: Sampler = Sampler.DDPM
+    plan: PlanKind = PlanKind.MAX_SUBNETS
+    max_subnets: int = Field(default=32, ge=1)
+    memory_budget: int | None = Field(default=None, gt=0)
+    routing: Routing = Routing.DYNAMIC
+    precision: Precision = Precision.FP32
+    max_batch: int = Field(default=16, ge=1)
+    cfg_channels: int | None = Field(default=None, ge=1)
+    capacities: tuple[int, ...] | None = None
+    calibration: Calibration | None = None
+    activations: ActivationRanges | None = None
+    vae: str | None = Field(default=None, min_length=1)
+    vae_tile: int | None = Field(default=None, ge=1)
+    vae_scale: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    vae_shift: FiniteFloat | None = None
+    space: Space | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ExportConfig:
+        if (self.plan is PlanKind.MEMORY_BUDGET) != (self.memory_budget is not None):
+            raise ValueError("a memory budget goes with the memory-budget plan, and only with it")
+        if self.capacities is not None and self.routing is not Routing.CAPACITY:
+            raise ValueError("capacities go with capacity routing only")
+        if self.calibration is not None and self.routing is not Routing.CAPACITY and not self.precision.is_calibrated:
+            raise ValueError("a calibration goes with capacity routing, and with the precisions int8-static and fp8")
+        if self.calibration is not None and self.capacities is not None:
+            raise ValueError("capacities come from a calibration or are given, not both")
+        if self.precision.in_8_bits and self.plan is PlanKind.SLIDING:
+            raise ValueError(
+                f"a sliding plan has its weights as inputs, which are not packed for {self.precision}; use another plan"
+            )
+        if self.precision.is_calibrated and self.activations is None and self.calibration is None:
+            raise ValueError(f"{self.precision} needs a calibration: `dydit calibrate --activations minmax` makes it")
+        if self.activations is not None and not self.precision.is_calibrated:
+            raise ValueError(f"calibrated activations go with int8-static and fp8, not with {self.precision}")
+        if self.vae is None and not (self.vae_tile is self.vae_scale is self.vae_shift is None):
+            raise ValueError("a tile, a scale or a shift goes with a VAE decoder only; give --vae")
+        if self.vae is not None and self.space is Space.PIXELS:
+            raise ValueError("a model of pixels has no latents to decode; remove the VAE")
+        return self
