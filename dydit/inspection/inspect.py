@@ -23,6 +23,7 @@ from dydit.errors import CheckpointError
 from dydit.files import user_path, write_atomic
 from dydit.models.config import ModelConfig
 from dydit.models.macs import unit_costs
+from dydit.models.registry import architecture_of
 from dydit.planning.costs import macs_costs, time_costs
 from dydit.planning.executed import layers_in_16_bits
 from dydit.planning.plan import Plan, optimal_plans, per_step_plan, segment_costs
@@ -110,10 +111,10 @@ def inspect_checkpoint(path: Path | str, steps: int = DEFAULT_STEPS, **reading: 
     config = checkpoint.config
     timesteps = Schedule.respaced(steps).timesteps[::-1]
     masks = freeze_masks(checkpoint.width_routers(), timesteps)
-    routers = ("attn_rate", "mlp_rate", "token_selection")
+    is_router = architecture_of(config).is_router
     parameters = {name: tensor.numel() for name, tensor in checkpoint.state.items()}
     model = _model_facts(
-        config, sum(parameters.values()), sum(n for name, n in parameters.items() if any(r in name for r in routers))
+        config, sum(parameters.values()), sum(n for name, n in parameters.items() if is_router(name))
     )
     sizes = PlanSizes(config.units, masks, unit_bytes(config), fixed_bytes(config))
     facts = CheckpointFacts(
@@ -250,7 +251,8 @@ def _stored_model_facts(manifest: Manifest) -> ModelFacts:
     counts = {name: math.prod(entry.shape) for name, entry in manifest.weights.items()}
     for copy in [half_name(name) for name in counts]:
         counts.pop(copy, None)
-    del counts["time.frequencies"]
+    for name in manifest.model.derived:
+        del counts[name]
     return _model_facts(
         manifest.model, sum(counts.values()), sum(n for name, n in counts.items() if ".router." in name)
     )

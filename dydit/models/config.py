@@ -156,6 +156,16 @@ class ModelConfig(Strict):
     def fp32_products(self) -> frozenset[str]:
         """Stored weights whose products are fp32 in every precision."""
 
+    @property
+    def title(self) -> str:
+        """What the model is, for a person: "DiT"."""
+        return f"{'dynamic ' if self.dynamic else ''}{architecture(self.architecture).title}"
+
+    @property
+    def derived(self) -> frozenset[str]:
+        """Stored tensors that are computed and no parameters."""
+        return frozenset()
+
     @abstractmethod
     def is_conditioning(self, tensor: str) -> bool:
         """Whether the conditioning graph reads a stored tensor, and no other graph does."""

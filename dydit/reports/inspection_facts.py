@@ -240,7 +240,7 @@ def _plan_line(facts: BundleFacts) -> str:
 
 def _model_lines(model: ModelFacts) -> list[tuple[str, str]]:
     c = model.config
-    kind = f"DyDiT, routers {c.routers}" if c.dynamic else "DiT, static"
+    kind = f"{c.title}, routers {c.routers}" if c.dynamic else f"{c.title}, static"
     shape = f"{c.in_channels}x{c.input_size}x{c.input_size}"
     guidance = "" if c.null_class is not None else ", none for no class: no guidance"
     routers = f", of them routers {model.router_parameters:,}" if model.router_parameters else ""

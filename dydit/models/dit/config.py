@@ -89,6 +89,14 @@ class DiTConfig(ModelConfig):
     def fp32_products(self) -> frozenset[str]:
         return units.fp32_products(self)
 
+    @property
+    def title(self) -> str:
+        return "DyDiT" if self.dynamic else "DiT"
+
+    @property
+    def derived(self) -> frozenset[str]:
+        return frozenset({"time.frequencies"})
+
     def is_conditioning(self, tensor: str) -> bool:
         return tensor.startswith(units.CONDITIONING)
 
