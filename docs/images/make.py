@@ -221,9 +221,9 @@ def graphs_png(bundle: Bundle) -> bytes:
             x += width + 1
         arrow(plot, (x - 0.9, 1.4), (x, 1.4))
         say(plot, x + 0.2, 1.4, "x_prev")
-        for place, name in ((8.2, "modulation, gates"), (13.2, ""), (24.1, "cfg_scale"), (30.2, "coefficients, noise")):
+        for place, name in ((8.2, "condition, gates"), (13.2, ""), (24.1, "cfg_scale"), (30.2, "coefficients, noise")):
             arrow(plot, (place, 3), (place, 2.1))
-            say(plot, place + (2.5 if name.startswith("mod") else 0), 3.4, name, ha="center", color=MUTED)
+            say(plot, place + (2.5 if name.startswith("condition") else 0), 3.4, name, ha="center", color=MUTED)
         left, top = 9, 5.6
         say(
             plot,
@@ -330,7 +330,7 @@ def loop_png() -> bytes:
         box(plot, 28.4, host, 4.6, "read the overflow", colour=MUTED)
         for x, batch in ((7.0, "A"), (17.7, "B")):
             box(plot, x, compute, 2.2, "take\nnoise")
-            box(plot, x + 2.2, compute, 2.8, "modu-\nlation")
+            box(plot, x + 2.2, compute, 2.8, "condi-\ntioning")
             for step in range(3):
                 box(plot, x + 5 + 1.9 * step, compute, 1.9, f"{batch}{step + 1}", colour=ACCENT)
         box(plot, 9.3, copy, 5, "noise of batch B")
