@@ -259,7 +259,7 @@ def routing_png(trace: Trace) -> bytes:
         headline(
             figure,
             "Only routed tokens enter the MLP; the others keep their residual",
-            f"left: what block {trace.tokens.shape[1] - 1} routes halfway through the run; right: 16 of its tokens",
+            f"left: an image in block {trace.tokens.shape[1] - 1} halfway through the run, skipped tokens covered; right: 16 tokens",
         )
         plot = canvas(figure, 35, 13.2)
         extent = (0.3, 8.3, 10.6, 2.6)
