@@ -249,7 +249,7 @@ def graphs_png(bundle: Bundle) -> bytes:
 
 def routing_png(trace: Trace) -> bytes:
     """Routed tokens of one image in one block, and the two ways in which only they are computed."""
-    mask = trace.tokens[len(trace.tokens) // 2, -1, 0]
+    mask, last = trace.tokens[len(trace.tokens) // 2, -1, 0], trace.tokens.shape[1] - 1
     side = round(len(mask) ** 0.5)
     first = int(np.argmin([abs(int(mask[i : i + 16].sum()) - 8) for i in range(0, len(mask) - 15, side)])) * side
     shown = mask[first : first + 16].astype(int)
@@ -259,7 +259,7 @@ def routing_png(trace: Trace) -> bytes:
         headline(
             figure,
             "Only routed tokens enter the MLP; the others keep their residual",
-            f"left: an image in block {trace.tokens.shape[1] - 1} halfway through the run, skipped tokens covered; right: 16 tokens",
+            f"left: halfway through the run, the tokens that block {last} skips are covered; right: 16 tokens",
         )
         plot = canvas(figure, 35, 13.2)
         extent = (0.3, 8.3, 10.6, 2.6)
