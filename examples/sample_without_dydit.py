@@ -2,8 +2,7 @@
 
     python examples/sample_without_dydit.py BUNDLE LABEL OUT.png [GUIDANCE_SCALE] [SEED]
 
-docs/bundle.md explains every file and input. This runs bundles of pixels, with a subnetwork per step or merged ones.
-"""
+It runs bundles of models that sample pixels, with any plan. docs/bundle.md explains every file and input."""
 
 import json
 import sys
@@ -16,34 +15,36 @@ from PIL import Image
 
 
 def sample(folder: Path, label: int, scale: float, noise) -> np.ndarray:
-    """Latents (here: pixels) f32 [1, C, S, S]; `noise(draw)` gives standard normal arrays of that shape."""
+    """Pixels f32 [1, C, S, S]; `noise(draw)` gives standard normal arrays f32 of that shape."""
     manifest = json.loads((folder / "manifest.json").read_text())
-    model, sampling = manifest["model"], manifest["sampling"]
+    sampling, file = manifest["sampling"], np.memmap(folder / "weights.bin", np.uint8, "r")
     units = sum(len(group) for block in manifest["unit_order"] for group in block)
+    load = cache(lambda name: onnxruntime.InferenceSession(folder / name, providers=["CPUExecutionProvider"]))
 
-    @cache
-    def load(name: str) -> onnxruntime.InferenceSession:
-        return onnxruntime.InferenceSession(str(folder / name), providers=["CPUExecutionProvider"])
+    def unit_weights(value, subnet) -> np.ndarray:  # an input of a graph of dynamic width: the rows of a step's units
+        group, block = value.shape[0].partition("*")[0].split("_")  # its first dimension is named like heads_3*216
+        slots, entry = subnet["units"][int(block)][("heads", "groups").index(group)], manifest["weights"][value.name]
+        tensor = np.frombuffer(file, entry["dtype"], np.prod(entry["shape"]), entry["offset"])
+        tensor = tensor.reshape(entry["shape"])
+        rows = tensor[slots] if slots else np.zeros_like(tensor[:1])
+        return rows.reshape(-1, *rows.shape[2:])
 
-    # Guidance runs two rows: the image with its label, and with the null class. Scale 1 needs the first one only.
-    labels = np.array([label] if scale == 1 else [label, model["num_classes"]], np.int64)
-    timesteps = np.array(sampling["timesteps"], np.int64)
-    (modulation,) = load("conditioning.onnx").run(None, {"timesteps": timesteps, "labels": labels})
+    # Guidance runs two rows: the image with its label, and with the null class. Scales 1 and 0 need one of them.
+    both, timesteps = np.array([label, manifest["model"]["num_classes"]]), np.array(sampling["timesteps"])
+    feeds = {"timesteps": timesteps, "labels": {1: both[:1], 0: both[1:]}.get(scale, both)}  # all of them int64
+    (condition,), (output,) = load("conditioning.onnx").run(None, feeds), load("conditioning.onnx").get_outputs()
     x = noise(0)
     for segment in manifest["plan"]["segments"]:
         subnet = manifest["subnets"][segment["subnet"]]
         for step in range(segment["first"], segment["first"] + segment["count"]):
-            feeds = {
-                "x": x,
-                "noise": noise(step + 1),
-                "coefficients": np.array(sampling["coefficients"][step], np.float32),
-                "cfg_scale": np.array(scale, np.float32),
-                "condition": modulation[step],
-            }
+            graph, coefficients = load(subnet["file"]), np.array(sampling["coefficients"][step], np.float32)
+            feeds = {"x": x, "noise": noise(step + 1), "coefficients": coefficients, output.name: condition[step]}
+            feeds["cfg_scale"] = np.array(scale, np.float32)
             if subnet["gated"]:  # which of the model's units this step uses: one bit each
-                bits = np.frombuffer(bytes.fromhex(manifest["masks"][step]), np.uint8)
+                bits = np.array([*bytes.fromhex(manifest["masks"][step])], np.uint8)
                 feeds["gates"] = np.unpackbits(bits, count=units).astype(np.float32)
-            x, *overflow = load(subnet["file"]).run(None, feeds)
+            feeds |= {v.name: unit_weights(v, subnet) for v in graph.get_inputs() if v.name in manifest["weights"]}
+            x, *overflow = graph.run(None, feeds)
             if overflow and overflow[0].any():  # capacity routing: tokens found no slot, so repeat with one for each
                 x, *_ = load(subnet["full_file"]).run(None, feeds)
     return x
@@ -51,9 +52,8 @@ def sample(folder: Path, label: int, scale: float, noise) -> np.ndarray:
 
 if __name__ == "__main__":
     bundle, label, out, scale, seed = (*sys.argv[1:], *("2.0", "0")[len(sys.argv) - 4 :])
-    config = json.loads((Path(bundle) / "manifest.json").read_text())["model"]
-    shape = (1, config["in_channels"], *[config["input_size"]] * 2)
-    random = np.random.default_rng(int(seed))
+    model, random = json.loads((Path(bundle) / "manifest.json").read_text())["model"], np.random.default_rng(int(seed))
+    shape = (1, model["in_channels"], *[model["input_size"]] * 2)
     pixels = sample(Path(bundle), int(label), float(scale), lambda draw: random.standard_normal(shape, np.float32))
-    grey = ((pixels[0].transpose(1, 2, 0) / 2 + 0.5).clip(0, 1) * 255).round().astype(np.uint8)
-    Image.fromarray(grey.squeeze(-1) if grey.shape[-1] == 1 else grey).resize((160, 160), 0).save(out)
+    levels = (pixels[0].transpose(1, 2, 0) * 127.5 + 128).clip(0, 255).astype(np.uint8)
+    Image.fromarray(levels.squeeze(-1) if levels.shape[-1] == 1 else levels).resize((160, 160), 0).save(out)

@@ -113,9 +113,7 @@ def inspect_checkpoint(path: Path | str, steps: int = DEFAULT_STEPS, **reading: 
     masks = freeze_masks(checkpoint.width_routers(), timesteps)
     is_router = architecture_of(config).is_router
     parameters = {name: tensor.numel() for name, tensor in checkpoint.state.items()}
-    model = _model_facts(
-        config, sum(parameters.values()), sum(n for name, n in parameters.items() if is_router(name))
-    )
+    model = _model_facts(config, sum(parameters.values()), sum(n for name, n in parameters.items() if is_router(name)))
     sizes = PlanSizes(config.units, masks, unit_bytes(config), fixed_bytes(config))
     facts = CheckpointFacts(
         path=str(path),

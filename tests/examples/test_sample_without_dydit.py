@@ -15,6 +15,7 @@ from dydit.bundle.manifest import PlanKind, Routing
 from dydit.checkpoints.checkpoint import load_checkpoint
 from dydit.export.exporter import export
 from dydit.export.settings import ExportConfig
+from dydit.models.config import Routers
 from dydit.runtime.noise_source import SeededNoise
 from dydit.runtime.pipeline import DyDiTPipeline
 from dydit.runtime.request import Batch
@@ -38,13 +39,18 @@ np.save(out, sample(Path(bundle), int(label), float(scale), lambda draw: draws[d
     [
         ({"plan": PlanKind.MAX_SUBNETS, "max_subnets": 3}, 2.0),
         ({"plan": PlanKind.PER_STEP}, 1.0),
+        ({"plan": PlanKind.SLIDING}, 2.0),
+        ({"plan": PlanKind.SLIDING}, 0.0),
         # One slot a token and block: steps overflow, and are repeated.
         ({"plan": PlanKind.PER_STEP, "routing": Routing.CAPACITY, "capacities": (1, 1, 1)}, 2.0),
     ],
 )
-def test_the_example_samples_what_dydit_samples(make_checkpoint, tmp_path, plan, scale):
-    bundle, (label, seed) = export(make_checkpoint(), tmp_path / "bundle", ExportConfig(steps=6, **plan)), (3, 11)
+def test_the_example_samples_what_dydit_samples(make_checkpoint, small_config, tmp_path, plan, scale):
+    checkpoint = make_checkpoint(small_config.model_copy(update={"routers": Routers.ALL_ROUTED}), flops_ratio=0.2)
+    bundle, (label, seed) = export(checkpoint, tmp_path / "bundle", ExportConfig(steps=6, **plan)), (3, 11)
     model = bundle.manifest.model
+    on = model.units.any(bundle.manifest.executed_masks())
+    assert on.any(axis=1).all() and not on.all()  # some blocks have no head, or no channel group, on
     noise = SeededNoise(seed, (model.in_channels, model.input_size, model.input_size))
     batch = Batch(0, (0,), np.array([label]))
     draws = [noise.initial(batch), *(noise.step(batch, step) for step in range(6))]
