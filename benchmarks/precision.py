@@ -29,7 +29,7 @@ from dydit.calibrate.activation_ranges import ActivationRanges, Observations, re
 from dydit.calibrate.observers import observe
 from dydit.calibrate.precision_search import PIXEL_SPAN, psnr
 from dydit.calibrate.range_methods import Method
-from dydit.calibrate.smoothing_search import Found, find_migration
+from dydit.calibrate.smoothing_search import Found, find_smoothing
 from dydit.checkpoints.checkpoint import Checkpoint, load_checkpoint
 from dydit.diffusion.schedule import Schedule
 from dydit.export.exporter import ExportConfig, export
@@ -99,7 +99,7 @@ class Watched:
         if not form.own_ranges:
             return repeat(seen.together().choose(Method.MINMAX, 32), len(seen.histograms))
         chosen = seen.choose(Method.MINMAX, 32)
-        return chosen.model_copy(update={"migration": self.found.migration}) if form.migrated else chosen
+        return chosen.model_copy(update={"smoothing": self.found.smoothing}) if form.migrated else chosen
 
 
 def watched(checkpoint: Checkpoint, steps: int, cfg_scale: float) -> Watched:
@@ -107,8 +107,8 @@ def watched(checkpoint: Checkpoint, steps: int, cfg_scale: float) -> Watched:
     masks = freeze_masks(checkpoint.width_routers(), Schedule.respaced(steps).timesteps[::-1])
     plan = per_step_plan(masks, macs_costs(checkpoint.config))
     run = (checkpoint, plan.segments, [index % CLASSES for index in range(32)], [cfg_scale], steps)
-    found = find_migration(*run, seed=SEED)
-    plain, divided = (observe(*run, seed=SEED, migration=each) for each in (None, found.migration))
+    found = find_smoothing(*run, seed=SEED)
+    plain, divided = (observe(*run, seed=SEED, smoothing=each) for each in (None, found.smoothing))
     return Watched(plain, divided, found)
 
 

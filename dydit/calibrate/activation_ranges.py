@@ -11,23 +11,23 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from pydantic import Field, FiniteFloat, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import AliasChoices, Field, FiniteFloat, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from dydit.calibrate.histogram import Histogram
 from dydit.calibrate.range_methods import Method, Threshold, choose
 from dydit.errors import CalibrationError
 from dydit.models.config import ModelConfig, Strict
-from dydit.quantization.smoothing import Migration
+from dydit.quantization.smoothing import Smoothing
 
-_ABSENT_WHILE_NONE = ("in_16_bits", "migration")  # fields that files without them do not have
+_ABSENT_WHILE_NONE = ("in_16_bits", "smoothing", "migration")  # fields that files without them do not have
 
 
 class ActivationRanges(Strict):
     """Thresholds t of [-t, t] by segment, block and layer (`UnitAxis.layers`); the shares of values outside them, too.
 
     A layer that nothing entered (a block without heads, groups or routed tokens) has the threshold 0. `in_16_bits`:
-    which layers are not to be in 8 bits, in the same order; absent: all are. With a `migration`, ranges are those of
-    migrated inputs, and hold with weights that are migrated too.
+    which layers are not to be in 8 bits, in the same order; absent: all are. With a `smoothing`, ranges are those of
+    smoothed inputs, and hold with weights that are smoothed too.
     """
 
     method: Method
@@ -36,7 +36,11 @@ class ActivationRanges(Strict):
     thresholds: tuple[tuple[tuple[FiniteFloat, ...], ...], ...]
     clipped: tuple[tuple[tuple[FiniteFloat, ...], ...], ...]
     in_16_bits: tuple[tuple[tuple[bool, ...], ...], ...] | None = None
-    migration: Migration | None = None
+    smoothing: Smoothing | None = Field(
+        default=None,
+        validation_alias=AliasChoices("smoothing", "migration"),
+        serialization_alias="migration",  # the key in the calibration file
+    )
 
     @model_serializer(mode="wrap")
     def _without_what_is_absent(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -57,8 +61,8 @@ class ActivationRanges(Strict):
             raise ValueError("a threshold is negative")
         if self.in_16_bits is not None and self.kept.shape != self.shape:
             raise ValueError("which layers stay in 16 bits does not belong to the thresholds")
-        if self.migration is not None and {len(self.migration.blocks)} != depths:
-            raise ValueError("the migration is not of the same blocks")
+        if self.smoothing is not None and {len(self.smoothing.blocks)} != depths:
+            raise ValueError("the smoothing is not of the same blocks")
         return self
 
     def input_scales(self, largest: float) -> list[tuple[tuple[float, ...], ...]]:

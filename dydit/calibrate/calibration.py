@@ -27,7 +27,7 @@ from dydit.calibrate.capacity import CapacityConfig, Groups, drawn_for, require_
 from dydit.calibrate.observers import observe
 from dydit.calibrate.precision_search import Announce, SearchConfig, search
 from dydit.calibrate.range_methods import Method
-from dydit.calibrate.smoothing_search import Found, find_migration
+from dydit.calibrate.smoothing_search import Found, find_smoothing
 from dydit.calibrate.tokens import TokenCounter, TokenCounts, merge, spread_labels, spread_scales
 from dydit.checkpoints.checkpoint import Checkpoint
 from dydit.errors import BundleError, CalibrationError
@@ -56,7 +56,7 @@ class CalibrationConfig(Strict):
 
     Image i of the first draws its noise from (seed, i), of the others from (seed + 1, i). `activations`: how ranges of
     what enters linear layers are chosen, where they are wanted, from `activation_images` images of the first.
-    `migrate`: move range from there into weights where that helps, and choose the ranges of what is left. `search`:
+    `smooth`: move range from there into weights where that helps, and choose the ranges of what is left. `search`:
     which of these layers are to stay in 16 bits, where that is to be found.
     """
 
@@ -68,7 +68,7 @@ class CalibrationConfig(Strict):
     )
     capacity: CapacityConfig = CapacityConfig()
     activations: Method | None = None
-    migrate: bool = False
+    smooth: bool = False
     percentile: float | None = Field(default=None, gt=0, le=1)
     activation_images: int = Field(default=32, ge=1)
     search: SearchConfig | None = None
@@ -77,7 +77,7 @@ class CalibrationConfig(Strict):
     def _consistent(self) -> CalibrationConfig:
         if self.search is not None and self.activations is None:
             raise ValueError("a search for the layers in 8 bits needs activation ranges; add --activations minmax")
-        if self.migrate and self.activations is None:
+        if self.smooth and self.activations is None:
             raise ValueError("--migrate needs activation ranges; add --activations minmax")
         return self
 
@@ -90,7 +90,7 @@ class CalibrationConfig(Strict):
 @dataclass(frozen=True)
 class CalibrationResult:
     """The calibration; for its pictures timesteps [S], the plan's bounds, the names of a block's layers, and the groups
-    calibrated on; the migration."""
+    calibrated on; the smoothing."""
 
     calibration: Calibration
     timesteps: tuple[int, ...]
@@ -204,17 +204,17 @@ def _search_reference(
 def _ranges(
     checkpoint: Checkpoint, exported: ExportConfig, plan: Plan, config: CalibrationConfig, progress: Progress | None
 ) -> tuple[ActivationRanges | None, Found | None]:
-    """Ranges of the plan's segments, where they are wanted; and what was found of a migration, where that is."""
+    """Ranges of the plan's segments, where they are wanted; and what was found of a smoothing, where that is."""
     if config.activations is None:
         return None, None
     labels = spread_labels(config.activation_images, checkpoint.config.num_classes)
     run = (checkpoint, plan.segments, labels, config.cfg_scales, exported.steps, exported.sampler, config.seed)
     settings: dict[str, Any] = {"cfg_channels": exported.cfg_channels, "progress": progress}
-    found = find_migration(*run, **settings) if config.migrate else None
-    migration = found.migration if found else None
-    seen = observe(*run, migration=migration, **settings)
+    found = find_smoothing(*run, **settings) if config.smooth else None
+    smoothing = found.smoothing if found else None
+    seen = observe(*run, smoothing=smoothing, **settings)
     ranges = seen.choose(config.activations, config.activation_images, config.percentile)
-    return ranges.model_copy(update={"migration": migration}), found
+    return ranges.model_copy(update={"smoothing": smoothing}), found
 
 
 @contextlib.contextmanager

@@ -100,7 +100,7 @@ class Calibration(Strict):
     def to_json(self) -> str:
         """The text of the file."""
         absent = {name for name in ("activations", "sensitivity") if getattr(self, name) is None}
-        values = self.model_dump(mode="json", exclude=absent)
+        values = self.model_dump(mode="json", exclude=absent, by_alias=True)
         return json.dumps(values, indent=1, sort_keys=True, allow_nan=False) + "\n"
 
     def require(self, checkpoint_sha256: str, steps: int, sampler: Sampler, plan_sha256: str) -> None:

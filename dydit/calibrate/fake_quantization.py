@@ -26,7 +26,7 @@ from dydit.export.input_scales import LARGEST
 from dydit.models.architecture import Slots, stored_name
 from dydit.models.config import ModelConfig
 from dydit.models.dit.sliced import SlicedBlock, SlicedDiT, conditioning
-from dydit.models.dit.smoothed import FACTOR, migrated_tensors, modulation_factors
+from dydit.models.dit.smoothed import FACTOR, modulation_factors, smoothed_tensors
 from dydit.planning.masks import freeze_masks
 from dydit.quantization.quantize import quantize
 
@@ -47,8 +47,8 @@ def in_8_bits(values: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     return ratio.clamp(-LARGEST[Precision.FP8], LARGEST[Precision.FP8]).to(dtype).float() * scale
 
 
-class MigratedDiT(SlicedDiT):
-    """A subnetwork of migrated weights, with fc2's factors among them; it makes what its checkpoint does."""
+class SmoothedDiT(SlicedDiT):
+    """A subnetwork of smoothed weights, with fc2's factors among them; it makes what its checkpoint does."""
 
     def __init__(self, config: ModelConfig, weights: Mapping[str, Tensor], slots: Slots, cfg_channels: int):
         super().__init__(config, weights, slots, cfg_channels)
@@ -67,7 +67,7 @@ class MigratedDiT(SlicedDiT):
         return super().linear(block, layer, x)
 
 
-class SimulatedDiT(MigratedDiT):
+class SimulatedDiT(SmoothedDiT):
     """A subnetwork whose linear layers are in 8 bits, but for those of `kept`, bool [L, layers].
 
     `quantized`: weights in 8 bits and their scales, by name; `scales`: of what enters each layer, by block. `kept` may
@@ -140,8 +140,8 @@ class Simulator:
         self.timesteps = schedule.timesteps[::-1]
         self.masks = freeze_masks(checkpoint.width_routers(), self.timesteps)
         self.segment_of = [index for index, (first, end) in enumerate(segments) for _ in range(first, end)]
-        self._weights = dict(migrated_tensors(checkpoint.state, config, ranges.migration))
-        self._factors = modulation_factors(config, ranges.migration)
+        self._weights = dict(smoothed_tensors(checkpoint.state, config, ranges.smoothing))
+        self._factors = modulation_factors(config, ranges.smoothing)
         self._quantized = {
             name: quantize(self._weights[name], layer.out_major, TYPES[precision])
             for name, layer in config.units.weights.items()
@@ -154,7 +154,7 @@ class Simulator:
 
     def plain(self, step: int) -> SlicedDiT:
         """The step's subnetwork, not quantised."""
-        return MigratedDiT(self.config, self._weights, self._slots(step), self._channels)
+        return SmoothedDiT(self.config, self._weights, self._slots(step), self._channels)
 
     def subnet(self, step: int, kept: np.ndarray) -> SimulatedDiT:
         """The step's subnetwork with the layers `kept`, bool [L, layers], in 16 bits and the others in 8."""

@@ -25,7 +25,7 @@ from dydit.models.config import ModelConfig
 from dydit.models.dit.layout import stored_tensors
 from dydit.models.dit.sliced import SlicedBlock, SlicedDiT, conditioning
 from dydit.planning.masks import freeze_masks
-from dydit.quantization.smoothing import Migration
+from dydit.quantization.smoothing import Smoothing
 from dydit.runtime.noise_source import SeededNoise
 from dydit.runtime.request import make_batches
 
@@ -50,10 +50,10 @@ def observe(
     segments: Sequence[tuple[int, int]],
     labels: Sequence[int],
     *arguments: Any,
-    migration: Migration | None = None,
+    smoothing: Smoothing | None = None,
     **settings: Any,
 ) -> Observations:
-    """Sample and count what enters every layer, divided as a `migration` says, by segment of steps.
+    """Sample and count what enters every layer, divided as a `smoothing` says, by segment of steps.
 
     Arguments and errors as those of `sample_watched`; the same give the same counts.
     """
@@ -61,7 +61,7 @@ def observe(
     names = config.units.layer_names
     seen = Observations(len(segments), config.depth, names)
     places = [(block, layer) for block in range(config.depth) for layer in names]
-    divisors = {} if migration is None else {place: migration.divisor(*place) for place in places}
+    divisors = {} if smoothing is None else {place: smoothing.divisor(*place) for place in places}
 
     def watch(segment: int, block: SlicedBlock, layer: str, values: np.ndarray) -> None:
         divisor = divisors.get((block.index, layer))

@@ -1,4 +1,4 @@
-"""Choosing a migration for a checkpoint: its layers' inputs are watched while it samples, its weights are at hand."""
+"""Choosing a smoothing for a checkpoint: its layers' inputs are watched while it samples, its weights are at hand."""
 
 from __future__ import annotations
 
@@ -11,38 +11,38 @@ import numpy as np
 import torch
 
 from dydit.calibrate.observers import entering, sample_watched
-from dydit.calibrate.smoothing_strength import Choice, InputStatistics, as_migration, choose_migration
+from dydit.calibrate.smoothing_strength import Choice, InputStatistics, as_smoothing, choose_smoothing
 from dydit.checkpoints.checkpoint import Checkpoint
 from dydit.models.architecture import stored_name
 from dydit.models.dit.layout import stored_tensors
 from dydit.models.dit.sliced import SlicedBlock
 from dydit.quantization.quantize import quantize
-from dydit.quantization.smoothing import Migration
+from dydit.quantization.smoothing import Smoothing
 
 
 @dataclass(frozen=True)
 class Found:
-    """What was chosen for each layer of each block, by name; `migration` is None where nothing helps."""
+    """What was chosen for each layer of each block, by name; `smoothing` is None where nothing helps."""
 
     choices: tuple[dict[str, Choice], ...]
 
     @property
-    def migration(self) -> Migration | None:
+    def smoothing(self) -> Smoothing | None:
         """The exponents."""
-        return as_migration(self.choices)
+        return as_smoothing(self.choices)
 
     @property
     def falls(self) -> list[float]:
-        """The shares by which the squared errors of migrated layers' products fall, ascending."""
+        """The shares by which the squared errors of smoothed layers' products fall, ascending."""
         every = (choice for block in self.choices for choice in block.values())
-        return sorted(1 - each.error / each.unmigrated for each in every if each.exponents is not None)
+        return sorted(1 - each.error / each.unsmoothed for each in every if each.exponents is not None)
 
     def text(self) -> str:
         """In how many layers it helps, and by how much the squared error of their products falls."""
         falls = self.falls
-        said = f"migration helps in {len(falls)} of {sum(map(len, self.choices))} layers"
+        said = f"smoothing helps in {len(falls)} of {sum(map(len, self.choices))} layers"
         if not falls:
-            return f"{said}: none is migrated"
+            return f"{said}: none is smoothed"
         return (
             f"{said}: the squared error of their products in int8, on rows that were watched, falls by "
             f"{median(falls):.0%} in the median, {falls[-1]:.0%} at most"
@@ -53,15 +53,15 @@ class Found:
         falls = self.falls
         return {
             "layers": sum(map(len, self.choices)),
-            "migrated": len(falls),
+            "migrated": len(falls),  # scripts read this key
             "error_falls_by": {"median": median(falls), "most": falls[-1]} if falls else None,
         }
 
 
-def find_migration(
+def find_smoothing(
     checkpoint: Checkpoint, segments: Sequence[tuple[int, int]], labels: Sequence[int], *arguments: Any, **settings: Any
 ) -> Found:
-    """The migration for a plan's segments, from an image for each label; arguments and errors as `sample_watched`'s."""
+    """The smoothing for a plan's segments, from an image for each label; arguments and errors as `sample_watched`'s."""
     config = checkpoint.config
     seen = InputStatistics(len(segments), config)
 
@@ -73,7 +73,7 @@ def find_migration(
     return Found(
         tuple(
             {
-                layer: choose_migration(inputs, weights[stored_name(block, layer)], stored_in_int8)
+                layer: choose_smoothing(inputs, weights[stored_name(block, layer)], stored_in_int8)
                 for layer, inputs in layers.items()
             }
             for block, layers in enumerate(seen.of)

@@ -5,7 +5,7 @@
 with a strength a of `STRENGTHS`. Of what entered a layer, the largest magnitude of each channel is kept, by segment of
 the plan, and a few rows as they were. On these rows the layer is computed as int8 would, over all of a segment's range,
 with each strength and without any; a strength is taken where the squared error of the product falls by `LEAST_GAIN` or
-more. (E4M3 rounds relatively to a value, whatever its size, so a migration chosen for int8 leaves it much as it was.)
+more. (E4M3 rounds relatively to a value, whatever its size, so a smoothing chosen for int8 leaves it much as it was.)
 
 Both are kept in the same memory for any number of rows, and those of parts add up to those of the whole in any order:
 maxima by their nature, and rows because the ones kept are those whose bits have the least hashes.
@@ -21,7 +21,7 @@ import numpy as np
 from dydit.calibrate.range_methods import LEVELS
 from dydit.errors import CalibrationError
 from dydit.models.config import ModelConfig
-from dydit.quantization.smoothing import MOST, Migration, as_digits, input_channels
+from dydit.quantization.smoothing import MOST, Smoothing, as_digits, input_channels
 
 STRENGTHS = (0.25, 0.5, 0.75)
 LEAST_GAIN = 0.05
@@ -98,7 +98,7 @@ class Choice:
 
     exponents: np.ndarray | None
     error: float
-    unmigrated: float
+    unsmoothed: float
 
 
 def exponents_for(inputs: np.ndarray, weights: np.ndarray, strength: float) -> np.ndarray:
@@ -131,7 +131,7 @@ def product_error(inputs: LayerInputs, weight: np.ndarray, exponents: np.ndarray
     return float(np.square(difference, dtype=np.float64).sum())
 
 
-def choose_migration(inputs: LayerInputs, weight: np.ndarray, stored: Stored) -> Choice:
+def choose_smoothing(inputs: LayerInputs, weight: np.ndarray, stored: Stored) -> Choice:
     """The strength with the least error on the rows kept, or none where it does not fall by `LEAST_GAIN`."""
     channels = len(weight)
     none = product_error(inputs, weight, np.zeros(channels, np.int64), stored)
@@ -146,13 +146,13 @@ def choose_migration(inputs: LayerInputs, weight: np.ndarray, stored: Stored) ->
     return best
 
 
-def as_migration(choices: Sequence[Mapping[str, Choice]]) -> Migration | None:
+def as_smoothing(choices: Sequence[Mapping[str, Choice]]) -> Smoothing | None:
     """What was chosen, by block and layer; None where it is nothing."""
     blocks = [
         {layer: as_digits(choice.exponents) for layer, choice in block.items() if choice.exponents is not None}
         for block in choices
     ]
-    found = Migration(blocks=tuple(blocks))
+    found = Smoothing(blocks=tuple(blocks))
     return found if found.layers else None
 
 

@@ -39,7 +39,7 @@ from dydit.diffusion.coefficients import step_coefficients
 from dydit.diffusion.schedule import TRAIN_STEPS, Sampler, Schedule
 from dydit.errors import ConfigError
 from dydit.export.capacities import Capacities, segment_capacities
-from dydit.export.input_scales import Scales, planned_migration, segment_scales, weight_copies
+from dydit.export.input_scales import Scales, planned_smoothing, segment_scales, weight_copies
 from dydit.export.vae_graph import VaeOptions, export_vae
 from dydit.export.weights import write_weights
 from dydit.files import new_folder, require_absent, sha256_of, user_path
@@ -50,12 +50,12 @@ from dydit.graph.writer import SubnetSpec, subnet_graph
 from dydit.models.architecture import Slots, UnitAxis
 from dydit.models.config import ModelConfig, Space, Strict
 from dydit.models.dit.graph import conditioning_graph, write_step
-from dydit.models.dit.smoothed import migrated_tensors
+from dydit.models.dit.smoothed import smoothed_tensors
 from dydit.planning.costs import macs_costs, measured_plan, time_costs
 from dydit.planning.masks import activity_order, by_slot, freeze_masks
 from dydit.planning.plan import Plan, budget_plan, merged_plan, per_step_plan, plan_cost
 from dydit.planning.sizes import PlanSizes, fixed_bytes, subnet_bytes, unit_bytes
-from dydit.quantization.smoothing import Migration
+from dydit.quantization.smoothing import Smoothing
 
 Progress = Callable[[int, int], None]
 GUIDED_CHANNELS = 3  # what the reference guides by default
@@ -156,10 +156,10 @@ def export_planned(
     with new_folder(out) as folder:
         options = VaeOptions(tile=config.vae_tile, scale=config.vae_scale, shift=config.vae_shift)
         vae = None if config.vae is None else export_vae(config.vae, folder, job.model, options)
-        tensors = migrated_tensors(checkpoint.state, job.model, job.migration, job.order)
+        tensors = smoothed_tensors(checkpoint.state, job.model, job.smoothing, job.order)
         copies = weight_copies(job.model.units, masks, plan, job.input_scales)
         weights = write_weights(folder / WEIGHTS, tensors, job.model, config.precision, copies)
-        save_graph(conditioning_graph(job.model, Windows(weights), job.precision, job.migration), folder / CONDITIONING)
+        save_graph(conditioning_graph(job.model, Windows(weights), job.precision, job.smoothing), folder / CONDITIONING)
         subnets = _write_subnets(folder, job, weights, progress)
         manifest = _manifest(folder, checkpoint, config, job, weights, subnets, vae)
         (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
@@ -194,7 +194,7 @@ class _Job:
     cfg_channels: int
     precision: Precision
     input_scales: tuple[Scales, ...] | None
-    migration: Migration | None
+    smoothing: Smoothing | None
 
 
 def _make_job(
@@ -216,7 +216,7 @@ def _make_job(
     scales = segment_scales(checkpoint, config, masks, plan)
     return _Job(
         *(model, schedule, order, masks, plan, measured, sliding, routing, capacities, cfg_channels),
-        *(config.precision, scales, planned_migration(model, config)),
+        *(config.precision, scales, planned_smoothing(model, config)),
     )
 
 
@@ -376,7 +376,7 @@ def _manifest(
         checkpoint_sha256=checkpoint.sha256,
         tools={package: version(package) for package in packages},
         vae=vae,
-        migration=job.migration,
+        smoothing=job.smoothing,
     )
 
 

@@ -32,7 +32,7 @@ from dydit.files import write_json
 from dydit.models.config import ModelConfig, Strict
 from dydit.models.dit.layout import stored_tensors
 from dydit.models.dit.sliced import SlicedDiT, conditioning
-from dydit.models.dit.smoothed import migrated_tensors
+from dydit.models.dit.smoothed import smoothed_tensors
 from dydit.models.macs import flops_ratio
 from dydit.parity.checks import Verdict, exact_hop, judge, locate, locate_in_run, skipped
 from dydit.parity.comparison import Measure, StepComparison, StepValues, compare_step, picture_error, relative_l2
@@ -293,7 +293,7 @@ def compare_weights(bundle: Bundle, checkpoint: Checkpoint) -> Hop:
     """Every tensor of `weights.bin` against the checkpoint's, in the manifest's order of units."""
     manifest = bundle.manifest
     elements, differing, first = 0, 0, None
-    tensors = migrated_tensors(checkpoint.state, manifest.model, manifest.migration, manifest.unit_order)
+    tensors = smoothed_tensors(checkpoint.state, manifest.model, manifest.smoothing, manifest.unit_order)
 
     def copies(name: str) -> Copies:
         half = half_name(name) in manifest.weights

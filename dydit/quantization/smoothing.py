@@ -23,7 +23,7 @@ MOST = 10
 Exponents = Annotated[str, Field(pattern="^[0-9a]+$")]
 
 
-class Migration(Strict):
+class Smoothing(Strict):
     """Exponents e of the layers of every block, by name: a digit 0..a for each of the checkpoint's input channels.
 
     Of a layer that is not there nothing moves.
@@ -43,29 +43,29 @@ class Migration(Strict):
 
     @property
     def layers(self) -> int:
-        """How many layers are migrated."""
+        """How many layers are smoothed."""
         return sum(map(len, self.blocks))
 
     def require_fits(self, model: ModelConfig) -> None:
         """Raise `CalibrationError`, naming the layer, where these are not the channels of a model."""
         if len(self.blocks) != model.depth:
             raise CalibrationError(
-                f"the migration is of {len(self.blocks)} blocks, the model has {model.depth}; calibrate this checkpoint"
+                f"the smoothing is of {len(self.blocks)} blocks, the model has {model.depth}; calibrate this checkpoint"
             )
         for index, block in enumerate(self.blocks):
             for layer, text in block.items():
                 if layer not in model.units.layer_names:
-                    raise CalibrationError(f"the migration names {layer!r}, which is no layer of the model's blocks")
+                    raise CalibrationError(f"the smoothing names {layer!r}, which is no layer of the model's blocks")
                 expected = input_channels(model, layer)
                 if len(text) != expected:
                     raise CalibrationError(
-                        f"the migration of block {index}, {layer}, is of {len(text)} channels, the model has "
+                        f"the smoothing of block {index}, {layer}, is of {len(text)} channels, the model has "
                         f"{expected}; calibrate this checkpoint"
                     )
 
 
 def as_digits(exponents: np.ndarray) -> str:
-    """Exponents int [in] as `Migration` keeps them."""
+    """Exponents int [in] as `Smoothing` keeps them."""
     return "".join(f"{each:x}" for each in exponents.tolist())
 
 

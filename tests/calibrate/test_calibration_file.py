@@ -15,7 +15,7 @@ from dydit.calibrate.mixed_precision import CurvePoint, Quality, Sensitivity
 from dydit.calibrate.range_methods import Method
 from dydit.diffusion.schedule import Sampler
 from dydit.errors import CalibrationError
-from dydit.quantization.smoothing import Migration
+from dydit.quantization.smoothing import Smoothing
 
 RATES = OverflowRates(images=20, trials=100, rate=0.01, upper=0.04, repeated_steps=0.02, mlp_ratio=1.06)
 CHECKPOINT, PLAN = "a" * 64, "b" * 64
@@ -42,8 +42,8 @@ def ranges(**more: Any) -> ActivationRanges:
     return ActivationRanges(method=Method.MINMAX, images=20, thresholds=values, clipped=values, **more)
 
 
-MIGRATED = ranges(migration=Migration(blocks=({"proj": "0a19", "fc2": "00"}, {})))
-ACTIVATIONS = {"tokens": None, "tokens and activations": ranges(), "migrated activations": MIGRATED}
+SMOOTHED = ranges(smoothing=Smoothing(blocks=({"proj": "0a19", "fc2": "00"}, {})))
+ACTIVATIONS = {"tokens": None, "tokens and activations": ranges(), "smoothed activations": SMOOTHED}
 
 
 @pytest.mark.parametrize("activations", ACTIVATIONS.values(), ids=ACTIVATIONS.keys())
@@ -56,7 +56,7 @@ def test_it_comes_back_as_written(tmp_path, activations):
     assert list(values) == sorted(values) and ("activations" in values) == (activations is not None)
     assert made.tokens.largest == (9, 16)
     if activations is not None:
-        assert ("migration" in values["activations"]) == (activations is MIGRATED), "older files stay what they were"
+        assert ("migration" in values["activations"]) == (activations is SMOOTHED), "older files stay what they were"
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ MOVED = ("activations", "migration", "blocks")
 
 
 def spoil(path: tuple[Any, ...], value: Any) -> str:
-    values = json.loads(calibration(activations=MIGRATED).to_json())
+    values = json.loads(calibration(activations=SMOOTHED).to_json())
     place = values
     for key in path[:-1]:
         place = place[key]
@@ -116,7 +116,7 @@ def spoil(path: tuple[Any, ...], value: Any) -> str:
         (spoil(("cfg_scales",), []), "cfg_scales"),
         (spoil(MOVED, [{"qkv": "0b"}, {}]), r"activations.migration.blocks.0.qkv must match the pattern"),
         (spoil(MOVED, [{"fc2": ""}, {}]), r"blocks.0.fc2 must match the pattern"),
-        (spoil(MOVED, [{}]), "the migration is not of the same blocks"),
+        (spoil(MOVED, [{}]), "the smoothing is not of the same blocks"),
         (spoil(MOVED, []), "migration.blocks"),
     ],
 )

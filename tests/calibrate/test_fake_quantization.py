@@ -97,22 +97,22 @@ def test_it_is_what_the_exported_bundle_computes(
 
 
 @pytest.mark.parametrize("precision", [Precision.INT8_STATIC, Precision.FP8])
-def test_it_is_what_a_migrated_bundle_computes(
-    precision, segments, make_checkpoint, make_bundle, make_migration, small_config
+def test_it_is_what_a_smoothed_bundle_computes(
+    precision, segments, make_checkpoint, make_bundle, make_smoothing, small_config
 ) -> None:
     """With layers of both kinds; and what is not quantised is the model, bit for bit."""
     if precision is Precision.INT8_STATIC and not products_are_exact(onnxruntime):
         pytest.skip("this CPU has no VNNI: 8-bit products saturate")
-    migration = make_migration(small_config, share=0.7)
-    seen = observe(make_checkpoint(), segments, LABELS, [SCALE], STEPS, migration=migration)
-    ranges = seen.choose(Method.MINMAX, len(LABELS)).model_copy(update={"migration": migration})
+    smoothing = make_smoothing(small_config, share=0.7)
+    seen = observe(make_checkpoint(), segments, LABELS, [SCALE], STEPS, smoothing=smoothing)
+    ranges = seen.choose(Method.MINMAX, len(LABELS)).model_copy(update={"smoothing": smoothing})
     kept = kept_of("by chance", (SEGMENTS, 3, len(LAYERS)))
     bundle = make_bundle(
         plan=PlanKind.MAX_SUBNETS, max_subnets=SEGMENTS, precision=precision, activations=with_kept(ranges, kept)
     )
     simulator, same = (
         Simulator(make_checkpoint(), each, segments, precision, STEPS, Sampler.DDPM)
-        for each in (ranges, ranges.model_copy(update={"migration": None}))
+        for each in (ranges, ranges.model_copy(update={"smoothing": None}))
     )
     labels, noise = np.array(LABELS), SeededNoise(5, (4, 8, 8))
     batch = Batch(0, tuple(range(len(LABELS))), labels)
