@@ -32,8 +32,8 @@ from dydit.bundle.bundle import Bundle
 from dydit.bundle.stored_weights import Precision
 from dydit.calibrate.activation_ranges import ActivationRanges
 from dydit.calibrate.mixed_precision import Sensitivity, Target
-from dydit.calibrate.observers import observe
-from dydit.calibrate.precision_search import PIXEL_SPAN, SearchConfig, psnr, search
+from dydit.calibrate.observers import ObservedRun, observe
+from dydit.calibrate.precision_search import PIXEL_SPAN, SearchConfig, SearchInputs, psnr, search
 from dydit.calibrate.range_methods import Method
 from dydit.calibrate.tokens import spread_labels
 from dydit.checkpoints.checkpoint import Checkpoint, load_checkpoint
@@ -143,9 +143,8 @@ def searched(
     """What each search found, by the name of its bundle, and how all bundles are exported."""
     plan = planned_steps(checkpoint, plain)[1]
     labels, scales = [index % CLASSES for index in range(32)], [given.cfg_scale]
-    seen = observe(
-        checkpoint, plan.segments, labels, scales, given.steps, seed=RANGES_SEED, progress=progress("activations")
-    )
+    run = ObservedRun(plan.segments, labels, scales, given.steps, seed=RANGES_SEED)
+    seen = observe(checkpoint, run, progress=progress("activations"))
     ranges = seen.choose(Method.MINMAX, len(labels))
     configs = {"fp32": plain, "fp16": plain.model_copy(update={"precision": Precision.FP16})}
     # Only the order of layers depends on it: tokens that the fp32 bundle routes, over a run of 20 images.
@@ -161,10 +160,18 @@ def searched(
             config = SearchConfig(
                 target=Target(psnr=target), precision=precision, images=given.images, steps=given.search_steps
             )
-            kept, sensitivity = search(
-                *(checkpoint, plain, plan.segments, ranges, tokens, config, scales, 0, work / "searches"),
-                progress=progress(name),
+            inputs = SearchInputs(
+                checkpoint=checkpoint,
+                exported=plain,
+                segments=plan.segments,
+                ranges=ranges,
+                token_ratio=tokens,
+                config=config,
+                cfg_scales=scales,
+                seed=0,
+                work=work / "searches",
             )
+            kept, sensitivity = search(inputs, progress(name))
             found[name] = described(sensitivity, kept)
             configs[name] = everything.model_copy(update={"activations": kept})
     return found, configs

@@ -21,6 +21,7 @@ from dydit.bundle.bundle import Bundle
 from dydit.diffusion.coefficients import COEFFICIENTS, step_coefficients
 from dydit.diffusion.noise import INITIAL_DRAW, image_noise, step_draw
 from dydit.diffusion.schedule import Sampler, Schedule
+from dydit.diffusion.steps import LatentsOnly, run_steps
 from dydit.models.config import ModelConfig, Strict
 from dydit.models.macs import flops_ratio, static_macs
 from dydit.planning.executed import computed_ratio, layers_in_16_bits
@@ -141,10 +142,12 @@ class Measured(ABC):
 
     def _over_round(self, step: Callable[[int, np.ndarray], np.ndarray]) -> None:
         """Call `step(k, x) -> x_prev` for the k-th measured step with the latents that it starts from."""
-        x = self.initial
-        for k in range(len(self.job.steps)):
+
+        def latents(k: int, x: np.ndarray) -> LatentsOnly[np.ndarray]:
             after = step(k, x)
-            x = after if self.job.latents is Latents.RUN else self.noise[k]
+            return LatentsOnly(after if self.job.latents is Latents.RUN else self.noise[k])
+
+        run_steps(latents, self.initial, range(len(self.job.steps)))
 
     def _count(self, masks: np.ndarray, tokens: np.ndarray, computed: np.ndarray) -> Decided:
         """From `masks` bool [K, U], the share of tokens routed, [K, L], and the share of the static model's

@@ -11,10 +11,10 @@ import torch
 from dydit.bench.timing import Decided, Job, Loaded, Measured
 from dydit.checkpoints.checkpoint import load_checkpoint
 from dydit.diffusion.guidance import Guidance
+from dydit.diffusion.sampler_step import sampler_step
 from dydit.diffusion.schedule import Schedule
 from dydit.errors import ConfigError
 from dydit.models.routers import Gating, Masked, Recording, Static
-from dydit.parity.reference import guided_step
 from dydit.reports.results import SideKind
 
 
@@ -47,8 +47,8 @@ class MeasuredTorch(Measured):
         x, noise = (torch.from_numpy(each).to(self.device) for each in (latents, self.noise[k]))
         timesteps = torch.full((len(self.rows),), int(self.timesteps[self.job.steps[k]]), device=self.device)
         out = self.model(x.repeat(len(self.rows) // len(x), 1, 1, 1), timesteps, self.rows, gating)
-        scale, channels = self.job.cfg_scale, self.job.cfg_channels
-        x_prev = guided_step(self.config, channels, self.coefficients[k], scale, x, out, noise)
+        row = torch.from_numpy(self.coefficients[k])
+        x_prev = sampler_step(x, out, noise, row, self.job.cfg_scale, self.job.cfg_channels)
         array: np.ndarray = x_prev.cpu().numpy()  # waits for the device
         return array
 

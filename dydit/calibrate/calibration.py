@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 from pydantic import Field, field_validator, model_validator
@@ -24,19 +24,20 @@ from dydit.calibrate import capacity
 from dydit.calibrate.activation_ranges import ActivationRanges
 from dydit.calibrate.calibration_file import Calibration, OverflowRates, TokenCalibration, plan_sha256
 from dydit.calibrate.capacity import CapacityConfig, Groups, drawn_for, require_samples
-from dydit.calibrate.observers import observe
-from dydit.calibrate.precision_search import Announce, SearchConfig, search
+from dydit.calibrate.observers import ObservedRun, observe
+from dydit.calibrate.precision_search import Announce, SearchConfig, SearchInputs, search
 from dydit.calibrate.range_methods import Method
-from dydit.calibrate.smoothing_search import Found, find_smoothing
+from dydit.calibrate.smoothing_search import FoundSmoothing, find_smoothing
 from dydit.calibrate.tokens import TokenCounter, TokenCounts, merge, spread_labels, spread_scales
 from dydit.checkpoints.checkpoint import Checkpoint
+from dydit.diffusion.steps import run_steps
 from dydit.errors import BundleError, CalibrationError
 from dydit.export.exporter import ExportConfig, export, planned_steps
 from dydit.files import atomic_file, remove
 from dydit.models.config import ModelConfig, Strict
 from dydit.parity.frechet import FrechetReference
 from dydit.planning.plan import Plan
-from dydit.runtime.backends.base import BackendOptions
+from dydit.runtime.backends.base import BackendOptions, StepResult
 from dydit.runtime.backends.registry import open_backend
 from dydit.runtime.images.image_files import kept_arrays
 from dydit.runtime.loop import StepRunner
@@ -97,7 +98,7 @@ class CalibrationResult:
     bounds: tuple[int, ...]
     layers: tuple[str, ...]
     groups: tuple[Groups, ...]
-    found: Found | None = None
+    found: FoundSmoothing | None = None
 
 
 def run_calibration(
@@ -153,12 +154,19 @@ def run_calibration(
     (ranges, found), sensitivity = _ranges(checkpoint, exported, plan, config, progress), None
     if config.search is not None:
         assert ranges is not None
-        ranges, sensitivity = search(
-            *(checkpoint, exported, plan.segments, ranges, mean, config.search, config.cfg_scales, config.seed, work),
-            reference,
-            progress,
-            announce,
+        inputs = SearchInputs(
+            checkpoint=checkpoint,
+            exported=exported,
+            segments=plan.segments,
+            ranges=ranges,
+            token_ratio=mean,
+            config=config.search,
+            cfg_scales=config.cfg_scales,
+            seed=config.seed,
+            work=work,
+            reference=reference,
         )
+        ranges, sensitivity = search(inputs, progress, announce)
     return CalibrationResult(
         Calibration(
             checkpoint_sha256=checkpoint.sha256,
@@ -203,16 +211,22 @@ def _search_reference(
 
 def _ranges(
     checkpoint: Checkpoint, exported: ExportConfig, plan: Plan, config: CalibrationConfig, progress: Progress | None
-) -> tuple[ActivationRanges | None, Found | None]:
+) -> tuple[ActivationRanges | None, FoundSmoothing | None]:
     """Ranges of the plan's segments, where they are wanted; and what was found of a smoothing, where that is."""
     if config.activations is None:
         return None, None
-    labels = spread_labels(config.activation_images, checkpoint.config.num_classes)
-    run = (checkpoint, plan.segments, labels, config.cfg_scales, exported.steps, exported.sampler, config.seed)
-    settings: dict[str, Any] = {"cfg_channels": exported.cfg_channels, "progress": progress}
-    found = find_smoothing(*run, **settings) if config.smooth else None
+    run = ObservedRun(
+        segments=plan.segments,
+        labels=spread_labels(config.activation_images, checkpoint.config.num_classes),
+        cfg_scales=config.cfg_scales,
+        steps=exported.steps,
+        sampler=exported.sampler,
+        seed=config.seed,
+        cfg_channels=exported.cfg_channels,
+    )
+    found = find_smoothing(checkpoint, run, progress) if config.smooth else None
     smoothing = found.smoothing if found else None
-    seen = observe(*run, smoothing=smoothing, **settings)
+    seen = observe(checkpoint, run, smoothing, progress)
     ranges = seen.choose(config.activations, config.activation_images, config.percentile)
     return ranges.model_copy(update={"smoothing": smoothing}), found
 
@@ -311,15 +325,15 @@ class _Counter:
         model, steps = self._bundle.manifest.model, self._bundle.manifest.sampling.steps
         noise = SeededNoise(seed, (model.in_channels, model.input_size, model.input_size))
         counter = TokenCounter(batch.images, steps, model.depth, model.tokens, scale)
+
+        def count(step: int, result: StepResult) -> None:
+            assert result.tokens is not None
+            counter.add(step, result.tokens)
+            self._tick(1)
+
         with ResidentSubnets(self._engine, 2, debug=True) as subnets:
             runner = StepRunner(self._engine, subnets, batch.labels, scale)
-            x = noise.initial(batch)
-            for step in range(steps):
-                result = runner.run(step, x, noise.step(batch, step), batch.labels)
-                assert result.tokens is not None
-                counter.add(step, result.tokens)
-                x = result.x_prev
-                self._tick(1)
+            x = run_steps(runner.steps_of(batch, noise), noise.initial(batch), range(steps), count)
         if not np.isfinite(x).all():
             raise CalibrationError(
                 f"latents of images {batch.images[0]} to {batch.images[-1]} are NaN or infinite: their tokens mean "

@@ -67,7 +67,7 @@ class SmoothedDiT(SlicedDiT):
         return super().linear(block, layer, x)
 
 
-class SimulatedDiT(SmoothedDiT):
+class FakeQuantizedDiT(SmoothedDiT):
     """A subnetwork whose linear layers are in 8 bits, but for those of `kept`, bool [L, layers].
 
     `quantized`: weights in 8 bits and their scales, by name; `scales`: of what enters each layer, by block. `kept` may
@@ -118,7 +118,7 @@ class SimulatedDiT(SmoothedDiT):
         return (values * (scale[slots][..., None] if self._layers[layer].out_major else scale)).flatten(0, 1)
 
 
-class Simulator:
+class FakeQuantizedSampler:
     """The sampling run of a checkpoint, step by step, not quantised or with any choice of layers in 8 bits.
 
     `segments`: half-open ranges of the steps, whose `ranges` are those of activations. Tensors are PyTorch's, on the
@@ -156,11 +156,11 @@ class Simulator:
         """The step's subnetwork, not quantised."""
         return SmoothedDiT(self.config, self._weights, self._slots(step), self._channels)
 
-    def subnet(self, step: int, kept: np.ndarray) -> SimulatedDiT:
+    def subnet(self, step: int, kept: np.ndarray) -> FakeQuantizedDiT:
         """The step's subnetwork with the layers `kept`, bool [L, layers], in 16 bits and the others in 8."""
         scales = self._scales[self.segment_of[step]]
         slots = self._slots(step)
-        return SimulatedDiT(self.config, self._weights, self._quantized, slots, self._channels, scales, kept)
+        return FakeQuantizedDiT(self.config, self._weights, self._quantized, slots, self._channels, scales, kept)
 
     def _slots(self, step: int) -> Slots:
         return self.config.units.slots(self.masks[step])

@@ -148,7 +148,7 @@ def predicted_losses(step_errors: np.ndarray, image_errors: np.ndarray) -> np.nd
     return np.asarray(step_errors * gains[:, None, None])
 
 
-def eighth_order(losses: np.ndarray, macs: np.ndarray) -> np.ndarray:
+def int8_order(losses: np.ndarray, macs: np.ndarray) -> np.ndarray:
     """The layers, as flat indices, from that which goes into 8 bits first: least loss per multiply-add; of equals the
     first. Layers that do not exist (0 multiply-adds) are not among them. int64 [layers]."""
     flat, size = losses.reshape(-1), macs.reshape(-1)

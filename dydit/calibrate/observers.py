@@ -7,8 +7,8 @@ heads and groups that are on, and of the tokens those that are routed. A value b
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from dydit.checkpoints.checkpoint import Checkpoint
 from dydit.diffusion.coefficients import step_coefficients
 from dydit.diffusion.guidance import Guidance
 from dydit.diffusion.schedule import Sampler, Schedule
+from dydit.diffusion.steps import LatentsOnly, run_steps
 from dydit.errors import ConfigError
 from dydit.export.exporter import GUIDED_CHANNELS
 from dydit.models.config import ModelConfig
@@ -45,23 +46,37 @@ class WatchedDiT(SlicedDiT):
         return super().linear(block, layer, x)
 
 
-def observe(
-    checkpoint: Checkpoint,
-    segments: Sequence[tuple[int, int]],
-    labels: Sequence[int],
-    *arguments: Any,
-    smoothing: Smoothing | None = None,
-    **settings: Any,
-) -> Observations:
-    """Sample and count what enters every layer, divided as a `smoothing` says, by segment of steps.
+@dataclass(frozen=True)
+class ObservedRun:
+    """A sampling run in which activations are observed: one image for each of `labels`.
 
-    Arguments and errors as those of `sample_watched`; the same give the same counts.
+    `segments`: half-open ranges that divide the steps. Batches of `batch` images take turns with the guidance scales.
+    Image i has the noise of (`seed`, i). `cfg_channels`: the latent channels that guidance acts on, by default the
+    first 3.
+    """
+
+    segments: Sequence[tuple[int, int]]
+    labels: Sequence[int]
+    cfg_scales: Sequence[float]
+    steps: int
+    sampler: Sampler = Sampler.DDPM
+    seed: int = 0
+    batch: int = 16
+    cfg_channels: int | None = None
+
+
+def observe(
+    checkpoint: Checkpoint, run: ObservedRun, smoothing: Smoothing | None = None, progress: Progress | None = None
+) -> Observations:
+    """Sample, and count what enters every layer in each segment, divided by the factors of `smoothing`.
+
+    The same arguments give the same counts. Progress and errors are those of `sample_watched`.
     """
     config = checkpoint.config
     names = config.units.layer_names
-    seen = Observations(len(segments), config.depth, names)
-    places = [(block, layer) for block in range(config.depth) for layer in names]
-    divisors = {} if smoothing is None else {place: smoothing.divisor(*place) for place in places}
+    seen = Observations(len(run.segments), config.depth, names)
+    layers = [(block, layer) for block in range(config.depth) for layer in names]
+    divisors = {} if smoothing is None else {layer: smoothing.divisor(*layer) for layer in layers}
 
     def watch(segment: int, block: SlicedBlock, layer: str, values: np.ndarray) -> None:
         divisor = divisors.get((block.index, layer))
@@ -69,12 +84,12 @@ def observe(
             values = values / divisor[entering(config, block, layer)]
         seen.add(segment, block.index, layer, values)
 
-    sample_watched(watch, checkpoint, segments, labels, *arguments, **settings)
+    sample_watched(watch, checkpoint, run, progress)
     return seen
 
 
 def entering(model: ModelConfig, block: SlicedBlock, layer: str) -> np.ndarray:
-    """The input channels of a layer, by the checkpoint's numbers, that the units of a block cut to them have, int64."""
+    """The input channels of a layer that the units of a sliced block have, in the checkpoint's numbering, int64."""
     spec = model.units.blocks[block.index]
     each = next(each for each in spec.layers if each.name == layer)
     if each.out_major:
@@ -83,53 +98,39 @@ def entering(model: ModelConfig, block: SlicedBlock, layer: str) -> np.ndarray:
     return np.asarray((units[:, None] * each.unit_features + torch.arange(each.unit_features)).flatten().numpy())
 
 
-def sample_watched(
-    watch: Watch,
-    checkpoint: Checkpoint,
-    segments: Sequence[tuple[int, int]],
-    labels: Sequence[int],
-    cfg_scales: Sequence[float],
-    steps: int,
-    sampler: Sampler = Sampler.DDPM,
-    seed: int = 0,
-    batch: int = 16,
-    cfg_channels: int | None = None,
-    progress: Progress | None = None,
-) -> None:
-    """Sample an image for each label and show what enters every layer, by segment of steps (half-open ranges).
+def sample_watched(watch: Watch, checkpoint: Checkpoint, run: ObservedRun, progress: Progress | None = None) -> None:
+    """Sample, and show what enters every layer to `watch`.
 
-    Guidance scales take turns over the batches; `cfg_channels`: latent channels that guidance acts on, by default the
-    first 3. `progress(done, total)` counts steps of a batch. Raises `ConfigError` for no labels or scales, and what
-    `watch` does.
+    `progress(done, total)` counts steps of a batch. Raises `ConfigError` for a run without labels or guidance scales,
+    and whatever `watch` raises.
     """
-    if not labels or not cfg_scales:
+    if not run.labels or not run.cfg_scales:
         raise ConfigError("calibration needs at least one label and one guidance scale")
-    config, schedule = checkpoint.config, Schedule.respaced(steps)
-    for scale in cfg_scales:
+    config, schedule = checkpoint.config, Schedule.respaced(run.steps)
+    for scale in run.cfg_scales:
         config.require_guidance(scale)
     timesteps = schedule.timesteps[::-1]
     masks = freeze_masks(checkpoint.width_routers(), timesteps)
     weights = dict(stored_tensors(checkpoint.state, config))
-    coefficients = torch.from_numpy(step_coefficients(schedule, sampler, config.learn_sigma).astype(np.float32))
-    channels = min(GUIDED_CHANNELS, config.in_channels) if cfg_channels is None else cfg_channels
-    noise = SeededNoise(seed, (config.in_channels, config.input_size, config.input_size))
-    batches = make_batches(labels, range(len(labels)), batch)
-    latents = [torch.from_numpy(noise.initial(each)) for each in batches]
-    segment_of = {step: index for index, (first, end) in enumerate(segments) for step in range(first, end)}
-    for step in range(steps):
-        model = WatchedDiT(config, weights, config.units.slots(masks[step]), channels)
-        model.watch = partial(watch, segment_of[step])
-        for index, each in enumerate(batches):
-            scale = float(cfg_scales[index % len(cfg_scales)])
-            used = Guidance(scale, config.null_class).rows(each.labels)
-            time, classes = torch.tensor([int(timesteps[step])]), torch.from_numpy(used)
-            out = model.step(
-                latents[index],
-                torch.from_numpy(noise.step(each, step)),
-                coefficients[step],
-                torch.tensor(scale),
-                conditioning(config, weights, time, classes)[0],
-            )
-            latents[index] = out.x_prev
+    coefficients = torch.from_numpy(step_coefficients(schedule, run.sampler, config.learn_sigma).astype(np.float32))
+    channels = min(GUIDED_CHANNELS, config.in_channels) if run.cfg_channels is None else run.cfg_channels
+    noise = SeededNoise(run.seed, (config.in_channels, config.input_size, config.input_size))
+    batches = make_batches(run.labels, range(len(run.labels)), run.batch)
+    segment_of = [index for index, (first, end) in enumerate(run.segments) for _ in range(first, end)]
+
+    def step(index: int, latents: list[Tensor]) -> LatentsOnly[list[Tensor]]:
+        """One step of all batches, on the subnetwork of this step."""
+        model = WatchedDiT(config, weights, config.units.slots(masks[index]), channels)
+        model.watch = partial(watch, segment_of[index])
+        time, after = torch.tensor([int(timesteps[index])]), []
+        for number, (batch, x) in enumerate(zip(batches, latents, strict=True)):
+            scale = float(run.cfg_scales[number % len(run.cfg_scales)])
+            rows = torch.from_numpy(Guidance(scale, config.null_class).rows(batch.labels))
+            modulation = conditioning(config, weights, time, rows)[0]
+            drawn = torch.from_numpy(noise.step(batch, index))
+            after.append(model.step(x, drawn, coefficients[index], torch.tensor(scale), modulation).x_prev)
             if progress:
-                progress(step * len(batches) + index + 1, steps * len(batches))
+                progress(index * len(batches) + number + 1, run.steps * len(batches))
+        return LatentsOnly(after)
+
+    run_steps(step, [torch.from_numpy(noise.initial(batch)) for batch in batches], range(run.steps))

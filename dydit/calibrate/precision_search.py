@@ -13,6 +13,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -21,13 +22,29 @@ from pydantic import Field, model_validator
 
 from dydit.bench.bench import spread_steps
 from dydit.bundle.stored_weights import Precision
-from dydit.calibrate import mixed_precision as found
 from dydit.calibrate.activation_ranges import ActivationRanges
-from dydit.calibrate.fake_quantization import Simulator
-from dydit.calibrate.mixed_precision import CurvePoint, Quality, Sensitivity, Target
+from dydit.calibrate.fake_quantization import FakeQuantizedSampler
+from dydit.calibrate.mixed_precision import (
+    CURVE_POINTS,
+    MOST_DECIBELS,
+    CurvePoint,
+    Quality,
+    Sensitivity,
+    Target,
+    bound_on_speed,
+    int8_order,
+    kept_after,
+    layer_macs,
+    most_questions,
+    most_that_holds,
+    predicted_losses,
+    share_in_8_bits,
+    spread_counts,
+)
 from dydit.calibrate.search_progress import Progress, Ticks, estimate_text
 from dydit.calibrate.tokens import spread_labels, spread_scales
 from dydit.checkpoints.checkpoint import Checkpoint
+from dydit.diffusion.steps import LatentsOnly, run_steps
 from dydit.errors import CalibrationError
 from dydit.export.exporter import ExportConfig
 from dydit.files import atomic_file
@@ -76,37 +93,45 @@ class SearchConfig(Strict):
         return self
 
 
-def search(
-    checkpoint: Checkpoint,
-    exported: ExportConfig,
-    segments: Sequence[tuple[int, int]],
-    ranges: ActivationRanges,
-    token_ratio: np.ndarray,
-    config: SearchConfig,
-    cfg_scales: Sequence[float],
-    seed: int,
-    work: Path,
-    reference: FrechetReference | None = None,
-    progress: Progress | None = None,
-    announce: Announce | None = None,
-) -> tuple[ActivationRanges, Sensitivity]:
-    """The ranges with the layers that stay in 16 bits, and what was found.
+@dataclass(frozen=True)
+class SearchInputs:
+    """What a search works on.
 
-    `segments`: half-open ranges of steps; `token_ratio` [S, L]; image i has the noise of (seed, i), held-out ones of
-    (seed + 1, i). `progress(done, total)` counts steps of batches, what is read from `work` too; the total falls where
-    the search asks less than it might. `announce` gets a line that says how long it may take, before it starts. Raises
-    `CalibrationError` where the target is missed with every layer in 16 bits, or images are not finite.
+    `segments`: half-open ranges of the steps, to which the `ranges` of activations belong. `token_ratio` [S, L]: share
+    of tokens that enter the MLP. Image i has the noise of (`seed`, i), a held-out one that of (`seed` + 1, i). `work`:
+    the folder that keeps finished measurements. `reference`: images to take Fréchet distances to.
     """
-    job = _Search(checkpoint, exported, segments, ranges, token_ratio, config, cfg_scales, seed, work, reference)
-    return job.run(progress, announce)
+
+    checkpoint: Checkpoint
+    exported: ExportConfig
+    segments: Sequence[tuple[int, int]]
+    ranges: ActivationRanges
+    token_ratio: np.ndarray
+    config: SearchConfig
+    cfg_scales: Sequence[float]
+    seed: int
+    work: Path
+    reference: FrechetReference | None = None
+
+
+def search(
+    inputs: SearchInputs, progress: Progress | None = None, announce: Announce | None = None
+) -> tuple[ActivationRanges, Sensitivity]:
+    """The ranges with the layers that stay in 16 bits, and the measurements that led to them.
+
+    `progress(done, total)` counts steps of batches, also those read from the work folder; the total falls when the
+    bisection needs fewer runs than it could. `announce` gets one line before the search starts: how long it may take.
+    Raises `CalibrationError` if the target is missed with every layer in 16 bits, or if images are not finite.
+    """
+    return _Search(inputs).run(progress, announce)
 
 
 class _Images:
     """Some images of a seed: their batches, and steps and runs of all of them together."""
 
-    def __init__(self, simulator: Simulator, seed: int, images: int, cfg_scales: Sequence[float]):
-        config = simulator.config
-        self.simulator, self.steps = simulator, len(simulator.timesteps)
+    def __init__(self, sampler: FakeQuantizedSampler, seed: int, images: int, cfg_scales: Sequence[float]):
+        config = sampler.config
+        self.sampler, self.steps = sampler, len(sampler.timesteps)
         self._noise = SeededNoise(seed, (config.in_channels, config.input_size, config.input_size))
         self.batches: list[tuple[float, Batch]] = []
         first = 0
@@ -117,20 +142,20 @@ class _Images:
         self.tick: Callable[[int], None] = lambda steps: None
         self._step, self._drawn, self._modulation = -1, [np.empty(0)], [None]
 
-    def initial(self, batch: Batch) -> np.ndarray:
-        """The noise that a batch's run starts from."""
-        return self._noise.initial(batch)
+    def initial(self) -> np.ndarray:
+        """The noise that all images start from [n, C, S, S]."""
+        return np.concatenate([self._noise.initial(batch) for _, batch in self.batches])
 
     def step(self, subnet: SlicedDiT, step: int, x: np.ndarray) -> np.ndarray:
         """x_prev of all images [n, C, S, S]."""
         if step != self._step:
             self._step = step
             self._drawn = [self._noise.step(batch, step) for _, batch in self.batches]
-            self._modulation = [self.simulator.modulation(step, batch.labels, scale) for scale, batch in self.batches]
+            self._modulation = [self.sampler.modulation(step, batch.labels, scale) for scale, batch in self.batches]
         made, first = [], 0
         for (scale, batch), drawn, modulation in zip(self.batches, self._drawn, self._modulation, strict=True):
             part = x[first : first + len(batch.images)]
-            made.append(self.simulator.step(subnet, step, part, drawn, modulation, scale))
+            made.append(self.sampler.step(subnet, step, part, drawn, modulation, scale))
             first += len(part)
             self.tick(1)
         return np.concatenate(made)
@@ -141,64 +166,56 @@ class _Images:
         """The images of a run with layers `kept` [segments, L, 4] in 16 bits (None: not quantised) from x at step
         `first` on; or what each step starts from, and them [S+1, n, C, S, S].
         """
-        x = np.concatenate([self.initial(batch) for _, batch in self.batches]) if x is None else x
-        passed = [x]
-        for step in range(first, self.steps):
-            simulator = self.simulator
-            subnet = simulator.plain(step) if kept is None else simulator.subnet(step, kept[simulator.segment_of[step]])
-            x = self.step(subnet, step, x)
-            if all_steps:
-                passed.append(x)
+        x = self.initial() if x is None else x
+        latents, sampler = [x], self.sampler
+
+        def step(index: int, x: np.ndarray) -> LatentsOnly[np.ndarray]:
+            subnet = sampler.plain(index) if kept is None else sampler.subnet(index, kept[sampler.segment_of[index]])
+            return LatentsOnly(self.step(subnet, index, x))
+
+        def keep(index: int, outcome: LatentsOnly[np.ndarray]) -> None:
+            latents.append(outcome.x_prev)
+
+        x = run_steps(step, x, range(first, self.steps), keep if all_steps else None)
         if not np.isfinite(x).all():
-            kind = "not quantised" if kept is None else f"in {self.simulator.precision}"
+            kind = "not quantised" if kept is None else f"in {self.sampler.precision}"
             raise CalibrationError(
                 f"images {kind} are NaN or infinite, so that nothing can be compared; hold the model against its "
                 "checkpoint, or try another precision"
             )
-        return np.stack(passed) if all_steps else x
+        return np.stack(latents) if all_steps else x
 
 
 class _Search:
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        exported: ExportConfig,
-        segments: Sequence[tuple[int, int]],
-        ranges: ActivationRanges,
-        token_ratio: np.ndarray,
-        config: SearchConfig,
-        cfg_scales: Sequence[float],
-        seed: int,
-        work: Path,
-        reference: FrechetReference | None,
-    ):
-        self.model, self.config, self.segments, self.ranges = checkpoint.config, config, list(segments), ranges
-        self.reference = reference
-        self.simulator = Simulator(
-            checkpoint,
-            ranges,
-            segments,
-            config.precision,
-            exported.steps,
-            exported.sampler,
-            exported.cfg_channels,
+    def __init__(self, inputs: SearchInputs):
+        self.model, self.config, self.ranges = inputs.checkpoint.config, inputs.config, inputs.ranges
+        self.segments, self.reference = list(inputs.segments), inputs.reference
+        self.sampler = FakeQuantizedSampler(
+            inputs.checkpoint,
+            inputs.ranges,
+            inputs.segments,
+            inputs.config.precision,
+            steps=inputs.exported.steps,
+            sampler=inputs.exported.sampler,
+            cfg_channels=inputs.exported.cfg_channels,
         )
         self.images, self.others = (
-            _Images(self.simulator, each, config.images, cfg_scales) for each in (seed, seed + 1)
+            _Images(self.sampler, seed, inputs.config.images, inputs.cfg_scales)
+            for seed in (inputs.seed, inputs.seed + 1)
         )
-        self.macs = found.layer_macs(self.model, self.simulator.masks, segments, token_ratio)
+        self.macs = layer_macs(self.model, self.sampler.masks, inputs.segments, inputs.token_ratio)
         self.everything = np.ones(self.macs.shape, bool)
-        what = {
-            "precision": config.precision,
-            "images": [config.images, *cfg_scales],
-            "steps": config.steps,
-            "segments": [list(each) for each in segments],
-            "ranges": ranges.model_dump(mode="json"),
-            "channels": exported.cfg_channels,
+        identity = {
+            "precision": inputs.config.precision,
+            "images": [inputs.config.images, *inputs.cfg_scales],
+            "steps": inputs.config.steps,
+            "segments": [list(each) for each in inputs.segments],
+            "ranges": inputs.ranges.model_dump(mode="json", by_alias=True),
+            "channels": inputs.exported.cfg_channels,
             "macs": hashlib.sha256(self.macs.tobytes()).hexdigest(),
         }
-        name = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
-        self.work = work / f"search-{name}"
+        name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+        self.work = inputs.work / f"search-{name}"
         self.measured: dict[int, Quality] = {}
 
     def run(self, progress: Progress | None, announce: Announce | None) -> tuple[ActivationRanges, Sensitivity]:
@@ -210,27 +227,27 @@ class _Search:
         target, plain = self.config.target, self._plain(self.images, "")
         path = self._kept("trajectory", self._run_cost, lambda: self.images.run(self.everything, all_steps=True))
         losses = self._losses(path)
-        order = found.eighth_order(losses, self.macs)
+        order = int8_order(losses, self.macs)
         shape = self.macs.shape
 
         def quality(count: int) -> Quality:
             if count not in self.measured:
-                kept = found.kept_after(order, count, shape)
+                kept = kept_after(order, count, shape)
                 name = f"point-{count}"
                 images = self._kept(name, self._run_cost, lambda: self.images.run(kept)) if count else path[-1]
                 self.measured[count] = self._quality(images, plain)
             return self.measured[count]
 
-        best = found.most_that_holds(lambda count: target.holds(quality(count)), len(order))
+        best = most_that_holds(lambda count: target.holds(quality(count)), len(order))
         if best < 0:
             raise CalibrationError(self._missed(quality(0)))
-        points = found.spread_counts(order, self.macs)
+        points = spread_counts(order, self.macs)
         ticks.remain((len(set(points) - self.measured.keys() - {0}) + OTHERS_RUNS) * self._run_cost)
         for count in points:
             quality(count)
         # A token that is routed otherwise is a jump, so quality need not fall steadily: a point beyond may hold too.
         best = max(count for count, each in self.measured.items() if target.holds(each))
-        kept = found.kept_after(order, best, shape)
+        kept = kept_after(order, best, shape)
         others = self._kept(f"held-out-{best}", self._run_cost, lambda: self.others.run(kept))
         held_out = self._quality(others, self._plain(self.others, "held-out-"))
         ticks.finish()
@@ -263,7 +280,7 @@ class _Search:
         for index in self._followed():
             cost = (self.images.steps - self.segments[index][0]) * len(self.images.batches)
             grown[index] = self._kept(f"gain-{index}", cost, partial(self._grown, index, path))
-        return found.predicted_losses(errors, grown)
+        return predicted_losses(errors, grown)
 
     def _errors(self, index: int, path: np.ndarray) -> np.ndarray:
         """The error of x_prev [L, 4] of each layer of a segment alone in 8 bits, summed over the segment's steps."""
@@ -271,7 +288,7 @@ class _Search:
         chosen = self._steps(index)
         errors = np.zeros(self.macs.shape[1:])
         for step in chosen:
-            subnet = self.simulator.subnet(step, np.ones(errors.shape, bool))
+            subnet = self.sampler.subnet(step, np.ones(errors.shape, bool))
             for block, layer in self._layers(step):
                 subnet.kept = np.ones(errors.shape, bool)
                 subnet.kept[block, layer] = False
@@ -297,7 +314,7 @@ class _Search:
 
     def _layers(self, step: int) -> list[tuple[int, int]]:
         """The (block, layer) pairs that a step runs."""
-        there = self.simulator.masks[step].any(axis=-1)  # [L, 2]
+        there = self.sampler.masks[step].any(axis=-1)  # [L, 2]
         return [(block, layer) for block, layer in np.ndindex(*self.macs.shape[1:]) if there[block, layer // 2]]
 
     def _followed(self) -> list[int]:
@@ -314,7 +331,7 @@ class _Search:
     def _most_runs(self) -> int:
         """Whole runs at most: not quantised and all in 16 bits, those of bisection and curve, the held-out images'."""
         layers = int((self.macs > 0).sum())
-        return 2 + OTHERS_RUNS + found.CURVE_POINTS + found.most_questions(layers)
+        return 2 + OTHERS_RUNS + CURVE_POINTS + most_questions(layers)
 
     def _total(self) -> int:
         """Steps of batches at most."""
@@ -324,11 +341,11 @@ class _Search:
 
     def estimate(self) -> str:
         """How long the search may take, in a line: a few steps over the run are measured for it, of all images."""
-        x = np.concatenate([self.images.initial(batch) for _, batch in self.images.batches])
+        x = self.images.initial()
         in_8_bits, seconds = np.zeros(self.macs.shape[1:], bool), []
         for step in (self.images.steps // 2, *spread_steps(self.images.steps, MEASURED_STEPS)):
             start = time.perf_counter()
-            self.images.step(self.simulator.subnet(step, in_8_bits), step, x)
+            self.images.step(self.sampler.subnet(step, in_8_bits), step, x)
             seconds.append((time.perf_counter() - start) / len(self.images.batches))
         each = float(np.median(seconds[1:]))  # the first has what only a first call does
         return estimate_text(self._most_runs, self.images.steps, self.config.images, self._total(), each)
@@ -347,8 +364,8 @@ class _Search:
         return Quality(psnr_least=decibels.min(), psnr_median=float(np.median(decibels)), fd_ratio=ratio)
 
     def _point(self, order: np.ndarray, count: int, quality: Quality) -> CurvePoint:
-        share = found.share_in_8_bits(order, count, self.macs)
-        return CurvePoint(layers=count, share=share, bound=found.bound_on_speed(share), quality=quality)
+        share = share_in_8_bits(order, count, self.macs)
+        return CurvePoint(layers=count, share=share, bound=bound_on_speed(share), quality=quality)
 
     def _missed(self, quality: Quality) -> str:
         target = self.config.target
@@ -377,4 +394,4 @@ class _Search:
 def psnr(images: np.ndarray, reference: np.ndarray, span: float | None) -> np.ndarray:
     """Decibels of each image [n], against a range of values `span`, or each reference image's own; at most 200."""
     with np.errstate(divide="ignore"):
-        return np.minimum(-20 * np.log10(picture_error(images, reference, span)), found.MOST_DECIBELS)
+        return np.minimum(-20 * np.log10(picture_error(images, reference, span)), MOST_DECIBELS)

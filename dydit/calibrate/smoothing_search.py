@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dydit.calibrate.observers import entering, sample_watched
+from dydit.calibrate.observers import ObservedRun, Progress, entering, sample_watched
 from dydit.calibrate.smoothing_strength import Choice, InputStatistics, as_smoothing, choose_smoothing
 from dydit.checkpoints.checkpoint import Checkpoint
 from dydit.models.architecture import stored_name
@@ -21,7 +20,7 @@ from dydit.quantization.smoothing import Smoothing
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundSmoothing:
     """What was chosen for each layer of each block, by name; `smoothing` is None where nothing helps."""
 
     choices: tuple[dict[str, Choice], ...]
@@ -58,19 +57,17 @@ class Found:
         }
 
 
-def find_smoothing(
-    checkpoint: Checkpoint, segments: Sequence[tuple[int, int]], labels: Sequence[int], *arguments: Any, **settings: Any
-) -> Found:
-    """The smoothing for a plan's segments, from an image for each label; arguments and errors as `sample_watched`'s."""
+def find_smoothing(checkpoint: Checkpoint, run: ObservedRun, progress: Progress | None = None) -> FoundSmoothing:
+    """The smoothing for the segments of a run. Progress and errors are those of `sample_watched`."""
     config = checkpoint.config
-    seen = InputStatistics(len(segments), config)
+    seen = InputStatistics(len(run.segments), config)
 
     def watch(segment: int, block: SlicedBlock, layer: str, values: np.ndarray) -> None:
         seen.add(segment, block.index, layer, values, entering(config, block, layer))
 
-    sample_watched(watch, checkpoint, segments, labels, *arguments, **settings)
+    sample_watched(watch, checkpoint, run, progress)
     weights = _Weights(checkpoint)
-    return Found(
+    return FoundSmoothing(
         tuple(
             {
                 layer: choose_smoothing(inputs, weights[stored_name(block, layer)], stored_in_int8)

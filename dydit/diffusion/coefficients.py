@@ -43,8 +43,3 @@ def step_coefficients(schedule: Schedule, sampler: Sampler, learn_sigma: bool = 
         else:
             out[:, 4] = low / 2
     return out[::-1].copy()
-
-
-def apply_step(c: np.ndarray, x: np.ndarray, eps: np.ndarray, v: np.ndarray | float, noise: np.ndarray) -> np.ndarray:
-    """The formula at the top of this module; NumPy arrays of any one shape."""
-    return c[0] * x + c[1] * eps + c[2] * np.exp(c[3] * v + c[4]) * noise

@@ -13,9 +13,10 @@ import numpy as np
 
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.manifest import Manifest
+from dydit.diffusion.steps import run_steps
 from dydit.models.macs import flops_ratio
 from dydit.planning.executed import computed_ratio
-from dydit.runtime.backends.base import BackendOptions
+from dydit.runtime.backends.base import BackendOptions, StepResult
 from dydit.runtime.backends.registry import open_backend
 from dydit.runtime.loop import StepRunner
 from dydit.runtime.noise_source import SeededNoise
@@ -58,18 +59,18 @@ def trace_tokens(
     check_batch_size(len(labels), manifest, len(labels))
     (batch,) = make_batches(labels, range(len(labels)), len(labels))
     noise = SeededNoise(seed, (model.in_channels, model.input_size, model.input_size))
-    engine = open_backend(backend, bundle, options)
+    engine, steps = open_backend(backend, bundle, options), manifest.sampling.steps
     tokens = []
+
+    def keep(step: int, result: StepResult) -> None:
+        assert result.tokens is not None
+        tokens.append(result.tokens)
+        if progress:
+            progress(step + 1, steps)
+
     with ResidentSubnets(engine, 2, debug=True) as subnets:
         runner = StepRunner(engine, subnets, batch.labels, cfg_scale)
-        x = noise.initial(batch)
-        for step in range(manifest.sampling.steps):
-            result = runner.run(step, x, noise.step(batch, step), batch.labels)
-            assert result.tokens is not None
-            tokens.append(result.tokens)
-            x = result.x_prev
-            if progress:
-                progress(step + 1, manifest.sampling.steps)
+        x = run_steps(runner.steps_of(batch, noise), noise.initial(batch), range(steps), keep)
     return Trace(x, np.stack(tokens))
 
 

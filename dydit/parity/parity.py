@@ -25,6 +25,7 @@ from dydit.bundle.bundle import Bundle
 from dydit.bundle.manifest import Manifest
 from dydit.bundle.stored_weights import half_name
 from dydit.checkpoints.checkpoint import Checkpoint
+from dydit.diffusion.steps import run_steps
 from dydit.errors import ConfigError
 from dydit.export.exporter import stale_reasons
 from dydit.export.weights import Copies, stored_forms
@@ -248,15 +249,16 @@ class _Parity:
                 self.repeated += bool(made.overflow.any())
                 return StepValues(x, made.x_prev, inside.tokens, inside.residuals if residuals else None)
 
-            x, alone, together, to_pixels = latents[0], [], [], ToPixels(backend)
-            for step in range(len(self.timesteps)):
-                ours = run(step, x)
+            alone, together, to_pixels = [], [], ToPixels(backend)
+
+            def compare(step: int, ours: StepValues) -> None:
                 together.append(self._compare(step, ours, self._run_measure(step, to_pixels)))
-                x = ours.x_prev
                 self.tick()
                 if step in self.compared:
                     alone.append(self._compare(step, run(step, latents[step])))
                     self.tick()
+
+            run_steps(run, latents[0], range(len(self.timesteps)), compare)
             single = self._located(
                 judge(self.rules["step"], alone, self.timesteps), lambda step: run(step, latents[step], True)
             )

@@ -8,8 +8,9 @@ Rows of the model are the conditional images, then, with guidance, the same imag
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,7 +19,9 @@ from torch import Tensor, nn
 from dydit.diffusion.coefficients import step_coefficients
 from dydit.diffusion.guidance import Guidance, is_guided
 from dydit.diffusion.noise import INITIAL_DRAW, image_noise, step_draw
+from dydit.diffusion.sampler_step import sampler_step
 from dydit.diffusion.schedule import Sampler, Schedule
+from dydit.diffusion.steps import run_steps
 from dydit.errors import ConfigError
 from dydit.models.config import ModelConfig
 from dydit.models.dit.model import DiT
@@ -113,7 +116,8 @@ class Reference:
         rows = len(labels)
         timesteps = torch.full((rows,), int(self.timesteps[step]))
         out = self.model(x.repeat(rows // len(x), 1, 1, 1), timesteps, labels, gating)
-        return guided_step(self.config, self.cfg_channels, self.coefficients[step], cfg_scale, x, out, noise)
+        row = torch.from_numpy(self.coefficients[step])
+        return sampler_step(x, out, noise, row, cfg_scale, self.cfg_channels)
 
     @torch.inference_mode()
     def step(self, images: Images, step: int, x: np.ndarray, residuals: bool = False) -> ReferenceStep:
@@ -134,43 +138,23 @@ class Reference:
 
     def run(self, images: Images, progress: Callable[[], None] | None = None) -> Trajectory:
         """All steps from pure noise; `progress()` is called after each."""
-        latents, kept = [images.noise(self.config, None)], []
-        for step in range(len(self.timesteps)):
-            done = self.step(images, step, latents[-1])
-            latents.append(done.x_prev)
-            kept.append(done)
+        steps: list[ReferenceStep] = []
+
+        def keep(step: int, outcome: ReferenceStep) -> None:
+            steps.append(outcome)
             if progress:
                 progress()
-        logits = None if self.static else np.stack([_present(each.logits) for each in kept])
-        return Trajectory(np.stack(latents), np.stack([each.masks for each in kept]), logits)
+
+        initial = images.noise(self.config, None)
+        run_steps(partial(self.step, images), initial, range(len(self.timesteps)), keep)
+        logits = None if self.static else np.stack([_present(each.logits) for each in steps])
+        latents = np.stack([initial, *(each.x_prev for each in steps)])
+        return Trajectory(latents, np.stack([each.masks for each in steps]), logits)
 
 
 def _present(array: np.ndarray | None) -> np.ndarray:
     assert array is not None
     return array
-
-
-def guided_step(
-    config: ModelConfig,
-    cfg_channels: int,
-    coefficients: Sequence[float] | np.ndarray,
-    cfg_scale: float,
-    x: Tensor,
-    out: Tensor,
-    noise: Tensor,
-) -> Tensor:
-    """Guidance eps = u + s*(c - u) on the first channels, then the formula of `dydit.diffusion.coefficients`.
-
-    x, noise [B, C, S, S]; out [B or 2B, C or 2C, S, S], conditional rows first. The variance is the conditional one.
-    """
-    batch, channels = x.shape[0], config.in_channels
-    eps, v = out[:batch, :channels], out[:batch, channels:]
-    if out.shape[0] > batch:
-        free = out[batch:, :cfg_channels]
-        eps = torch.cat([free + cfg_scale * (eps[:, :cfg_channels] - free), eps[:, cfg_channels:]], 1)
-    of_x, of_eps, of_noise, slope, offset = (float(each) for each in coefficients)
-    deviation = torch.exp(slope * v + offset) if config.learn_sigma else float(np.exp(offset))
-    return of_x * x + of_eps * eps + of_noise * deviation * noise
 
 
 @contextlib.contextmanager

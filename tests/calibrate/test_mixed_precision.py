@@ -12,7 +12,7 @@ from dydit.calibrate.mixed_precision import (
     Quality,
     Target,
     bound_on_speed,
-    eighth_order,
+    int8_order,
     kept_after,
     layer_macs,
     most_questions,
@@ -33,7 +33,7 @@ MACS = arrays(np.float64, SHAPE, elements=st.sampled_from([0.0, 1.0, 1.0, 3.0, 1
 @given(LOSSES, MACS)
 @settings(deadline=None)
 def test_the_order_is_by_loss_per_multiply_add_and_of_equals_by_place(losses, macs):
-    order = eighth_order(losses, macs)
+    order = int8_order(losses, macs)
     assert sorted(order) == np.flatnonzero(macs.reshape(-1) > 0).tolist(), "every layer that there is, once"
     ratio = losses.reshape(-1)[order] / macs.reshape(-1)[order]
     for (a, first), (b, second) in zip(
@@ -45,7 +45,7 @@ def test_the_order_is_by_loss_per_multiply_add_and_of_equals_by_place(losses, ma
 @given(LOSSES, MACS)
 @settings(deadline=None)
 def test_prefixes_are_nested_and_their_shares_grow(losses, macs):
-    order = eighth_order(losses, macs)
+    order = int8_order(losses, macs)
     assert not kept_after(order, len(order), SHAPE).any()
     assert (kept_after(order, 0, SHAPE) == (macs > 0)).all()
     shares = []
@@ -62,7 +62,7 @@ def test_prefixes_are_nested_and_their_shares_grow(losses, macs):
 @given(LOSSES, MACS, st.integers(2, 9))
 @settings(deadline=None)
 def test_points_of_the_curve_are_spread_over_the_order(losses, macs, points):
-    order = eighth_order(losses, macs)
+    order = int8_order(losses, macs)
     counts = spread_counts(order, macs, points)
     assert counts == sorted(set(counts)) and counts[0] == 0 and counts[-1] == len(order)
     assert len(counts) <= points

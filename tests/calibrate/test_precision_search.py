@@ -14,9 +14,9 @@ import pytest
 from dydit.bundle.stored_weights import Precision
 from dydit.calibrate.activation_ranges import ActivationRanges
 from dydit.calibrate.mixed_precision import Target
-from dydit.calibrate.observers import observe
+from dydit.calibrate.observers import ObservedRun, observe
 from dydit.calibrate.plots_precision import search_words, sensitivity_png
-from dydit.calibrate.precision_search import SearchConfig, psnr, search
+from dydit.calibrate.precision_search import SearchConfig, SearchInputs, psnr, search
 from dydit.calibrate.range_methods import Method
 from dydit.errors import CalibrationError, ConfigError
 from dydit.export.exporter import ExportConfig, planned_steps
@@ -47,7 +47,7 @@ def plan(model):
 
 @pytest.fixture(scope="module")
 def ranges(model, plan) -> ActivationRanges:
-    return observe(model, plan.segments, range(7), [SCALE], STEPS).choose(Method.MINMAX, 7)
+    return observe(model, ObservedRun(plan.segments, range(7), [SCALE], STEPS)).choose(Method.MINMAX, 7)
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +57,19 @@ def find(model, plan, ranges, tmp_path_factory):
 
     def run(work: Path | None = None, progress: Any = None, compared: Any = None, announce: Any = None, **changes: Any):
         values = {"target": Target(psnr=40), "images": IMAGES, "steps": 2, **changes}
-        return search(
-            *(model, EXPORTED, plan.segments, ranges, np.full((STEPS, 3), 0.5), SearchConfig(**values)),
-            *((SCALE,), 7, work or shared, compared, progress, announce),
+        inputs = SearchInputs(
+            checkpoint=model,
+            exported=EXPORTED,
+            segments=plan.segments,
+            ranges=ranges,
+            token_ratio=np.full((STEPS, 3), 0.5),
+            config=SearchConfig(**values),
+            cfg_scales=(SCALE,),
+            seed=7,
+            work=work or shared,
+            reference=compared,
         )
+        return search(inputs, progress, announce)
 
     return run
 
@@ -175,10 +184,11 @@ def test_an_exported_bundle_of_digits_keeps_the_target_on_the_images_searched_on
         pytest.skip("this CPU has no VNNI: 8-bit products saturate")
     digits, exported, target = load_checkpoint(ASSETS / "dydit.safetensors"), ExportConfig(steps=8, max_subnets=2), 50.0
     plan, labels = planned_steps(digits, exported)[1], [image * 10 // IMAGES for image in range(IMAGES)]
-    ranges = observe(digits, plan.segments, range(10), [SCALE], 8).choose(Method.MINMAX, 10)
+    ranges = observe(digits, ObservedRun(plan.segments, range(10), [SCALE], 8)).choose(Method.MINMAX, 10)
     config = SearchConfig(target=Target(psnr=target), images=IMAGES, steps=2, precision=precision)
     tokens = np.full((8, 6), 0.6)
-    kept, found = search(digits, exported, plan.segments, ranges, tokens, config, [SCALE], 7, tmp_path / "work")
+    inputs = SearchInputs(digits, exported, plan.segments, ranges, tokens, config, [SCALE], 7, tmp_path / "work")
+    kept, found = search(inputs)
     images = {}
     for name, more in {
         "plain": {},

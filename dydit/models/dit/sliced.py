@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dydit.diffusion.sampler_step import sampler_step
 from dydit.models.architecture import Slots, stored_name
 from dydit.models.config import ModelConfig
 from dydit.models.dit.layout import stored_tensors
@@ -119,7 +120,7 @@ class SlicedDiT:
                 residuals.append(stream)
         shift, scale = modulation[:, -2, None], modulation[:, -1, None]
         output = unpatchify(F.linear(_modulate(stream, shift, scale), *self._final), self.config)
-        x_prev = self._sampler_step(x, output, noise, coefficients, cfg_scale)
+        x_prev = sampler_step(x, output, noise, coefficients, cfg_scale, self.cfg_channels)
         if not debug:
             return SlicedOutput(x_prev, overflow)
         return SlicedOutput(x_prev, overflow, torch.stack(tokens), torch.stack(residuals))
@@ -175,19 +176,6 @@ class SlicedDiT:
         if gates is not None:
             hidden = hidden * gates[block.groups].repeat_interleave(self.config.group_dim).to(hidden.dtype)
         return self.linear(block, "fc2", hidden).to(x.dtype)
-
-    def _sampler_step(
-        self, x: Tensor, output: Tensor, noise: Tensor, coefficients: Tensor, cfg_scale: Tensor
-    ) -> Tensor:
-        """Guidance on epsilon, then the one formula of `dydit.diffusion.coefficients`."""
-        batch, channels, guided = x.shape[0], self.config.in_channels, self.cfg_channels
-        eps, variance = output[:batch, :channels], output[:batch, channels:]
-        if output.shape[0] > batch:
-            free = output[batch:, :guided]
-            eps = torch.cat([free + cfg_scale * (eps[:, :guided] - free), eps[:, guided:]], 1)
-        of_x, of_eps, of_noise, slope, offset = coefficients.unbind()
-        deviation = torch.exp(slope * variance + offset) if self.config.learn_sigma else torch.exp(offset)
-        return of_x * x + of_eps * eps + of_noise * deviation * noise
 
 
 @torch.inference_mode()
