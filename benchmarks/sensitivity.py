@@ -41,7 +41,8 @@ from dydit.export.exporter import ExportConfig, export, planned_steps
 from dydit.files import write_json
 from dydit.inspection.trace import trace_tokens
 from dydit.quickstart.quickstart import ASSETS
-from dydit.reports.results import Machine, Side, SideKind
+from dydit.reports.bench_report import Side, SideKind
+from dydit.reports.results import Machine
 from dydit.runtime.backends.base import BackendOptions
 from dydit.runtime.backends.registry import open_backend
 from dydit.runtime.loop import MemoryStore, StepRunner, sample

@@ -18,8 +18,8 @@ from dydit.bench.bench import spread_steps
 from dydit.bench.timing import Job, Latents, MeasuredBundle
 from dydit.bundle.bundle import Bundle
 from dydit.errors import BackendError, UnavailableError
-from dydit.reports.results import Side as BenchSide
-from dydit.reports.results import SideKind
+from dydit.reports.bench_report import Side as BenchSide
+from dydit.reports.bench_report import SideKind
 from dydit.runtime.loop import MemoryStore, WholeRuns
 from dydit.runtime.noise_source import SeededNoise
 from dydit.runtime.request import make_batches

@@ -25,7 +25,7 @@ from dydit.diffusion.steps import LatentsOnly, run_steps
 from dydit.models.config import ModelConfig, Strict
 from dydit.models.macs import flops_ratio, static_macs
 from dydit.planning.executed import computed_ratio, layers_in_16_bits
-from dydit.reports.results import Side, SideKind
+from dydit.reports.bench_report import Side, SideKind
 from dydit.runtime.backends.base import Arrays, Backend, BackendOptions, StepResult, Subnet
 from dydit.runtime.backends.registry import open_backend
 from dydit.runtime.loop import StepRunner, default_residency

@@ -15,7 +15,7 @@ from dydit.diffusion.sampler_step import sampler_step
 from dydit.diffusion.schedule import Schedule
 from dydit.errors import ConfigError
 from dydit.models.routers import Gating, Masked, Recording, Static
-from dydit.reports.results import SideKind
+from dydit.reports.bench_report import SideKind
 
 
 class MeasuredTorch(Measured):

@@ -9,7 +9,7 @@ import numpy as np
 
 from dydit.calibrate.calibration import CalibrationResult
 from dydit.reports.plot_style import ACCENT, ACCENT_LIGHT, MUTED, OFF, SECOND, drawing, headline, png, timestep_ticks
-from dydit.reports.sentences import extra_text
+from dydit.reports.text import extra_text
 from dydit.words import counted
 
 PAIRS = 4

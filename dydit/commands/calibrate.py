@@ -202,7 +202,7 @@ def calibrate_command(
     from dydit.checkpoints.checkpoint import load_checkpoint
     from dydit.export.exporter import ExportConfig
     from dydit.files import claimed, explained, parents, remove, require_absent, write_new
-    from dydit.reports.sentences import extra_text
+    from dydit.reports.text import extra_text
     from dydit.runtime.backends.base import BackendOptions
 
     chosen = {"quantile": quantile, "margin": margin, "tile": tile, "batch_sizes": batch_sizes}

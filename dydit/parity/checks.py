@@ -15,8 +15,9 @@ import numpy as np
 
 from dydit.parity.comparison import StepComparison, StepValues, relative_l2
 from dydit.parity.tolerances import AGREEMENT_FROM, RESIDUAL, Tolerance
-from dydit.reports.results import Departure, FlippedImage, Hop, Measured, Status, measured, measured_all
-from dydit.reports.sentences import decisions_text
+from dydit.reports.parity_report import Departure, FlippedImage, Hop, Status
+from dydit.reports.results import Measured, measured, measured_all
+from dydit.reports.text import decisions_text
 from dydit.words import counted
 
 

@@ -39,7 +39,8 @@ from dydit.parity.checks import Verdict, exact_hop, judge, locate, locate_in_run
 from dydit.parity.comparison import Measure, StepComparison, StepValues, compare_step, picture_error, relative_l2
 from dydit.parity.reference import Images, Reference, Trajectory
 from dydit.parity.tolerances import DERIVED_WEIGHTS, of_latents, rules
-from dydit.reports.results import Departure, Hop, Machine, ParityReport
+from dydit.reports.parity_report import Departure, Hop, ParityReport
+from dydit.reports.results import Machine
 from dydit.runtime.backends.base import BackendOptions
 from dydit.runtime.backends.registry import open_backend
 from dydit.runtime.images.pixels import ToPixels, picture_format

@@ -32,7 +32,9 @@ from dydit.inspection.trace import Trace, trace_tokens
 from dydit.models.config import Strict, UserPath
 from dydit.quickstart.quickstart_folder import QuickstartFolder
 from dydit.quickstart.quickstart_report import STATIC, Found, Line, Sampled, lines_of, write_results
-from dydit.reports.results import BenchReport, ParityReport, Result, Side, SideKind
+from dydit.reports.bench_report import BenchReport, Side, SideKind
+from dydit.reports.parity_report import ParityReport
+from dydit.reports.results import Result
 from dydit.reports.text import aligned
 from dydit.runtime.backends.base import BackendOptions
 from dydit.runtime.bulk.finished import has_picture, picture_name

@@ -13,13 +13,14 @@ from dydit.bundle.manifest import Manifest
 from dydit.files import write_atomic
 from dydit.inspection.inspect import Inspection, inspect_bundle
 from dydit.inspection.trace import Trace, decided_ratio, executed_ratio
+from dydit.reports.bench_report import BUSY, BenchReport, bound_text, busy, repeats_text
 from dydit.reports.html_report import Headline, ReportContent, write_report
 from dydit.reports.inspection_facts import BundleFacts
+from dydit.reports.parity_report import ParityReport
 from dydit.reports.plots import latency_png, parity_png
 from dydit.reports.plots_masks import samples_png, tokens_png
-from dydit.reports.results import BenchReport, Machine, ParityReport, Result
-from dydit.reports.sentences import BUSY, bound_text, busy, decisions_text, guidance_text, repeats_text
-from dydit.reports.text import exponent
+from dydit.reports.results import Machine, Result
+from dydit.reports.text import decisions_text, exponent, guidance_text
 from dydit.words import counted
 
 STATIC = "static DiT"

@@ -14,11 +14,12 @@ from pathlib import Path
 
 from dydit.errors import DyditError
 from dydit.files import write_atomic
+from dydit.reports.bench_report import BenchReport, bound_text, busy, repeats_text
 from dydit.reports.inspection_facts import BundleFacts, routing_text
+from dydit.reports.parity_report import ParityReport
 from dydit.reports.plot_style import DPI
-from dydit.reports.results import BenchReport, Machine, ParityReport
-from dydit.reports.sentences import bound_text, busy, guidance_text, repeats_text
-from dydit.reports.text import bytes_text, count_text, exponent
+from dydit.reports.results import Machine
+from dydit.reports.text import bytes_text, count_text, exponent, guidance_text
 from dydit.words import counted
 
 TEMPLATE = "report.html.j2"

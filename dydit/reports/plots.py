@@ -11,6 +11,16 @@ from typing import Any
 
 import numpy as np
 
+from dydit.reports.bench_report import (
+    BenchReport,
+    Comparison,
+    SideKind,
+    SideResult,
+    bound_text,
+    repeats_text,
+    speed_up_text,
+)
+from dydit.reports.parity_report import Hop, ParityReport, parity_headline
 from dydit.reports.plot_style import (
     ACCENT,
     ACCENT_LIGHT,
@@ -23,9 +33,7 @@ from dydit.reports.plot_style import (
     shortened,
     timestep_ticks,
 )
-from dydit.reports.results import BenchReport, Comparison, Hop, ParityReport, SideKind, SideResult
-from dydit.reports.sentences import bound_text, guidance_text, parity_headline, repeats_text, speed_up_text
-from dydit.reports.text import bytes_text, exponent
+from dydit.reports.text import bytes_text, exponent, guidance_text
 from dydit.words import counted
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from dydit.bundle.measurements import MeasuredPlan
@@ -69,3 +70,25 @@ def measured_lines(measured: MeasuredPlan | None) -> list[str]:
             f"{bytes_text(measured.resident_bytes)} of memory ({counted(measured.residency.rows, 'row')}), by a profile"
         )
     return lines
+
+
+def guidance_text(cfg_scale: float) -> str:
+    """`no guidance` or `guidance 4`."""
+    return "no guidance" if cfg_scale == 1 else f"guidance {cfg_scale:g}"
+
+
+def decisions_text(flips: int, decisions: int) -> str:
+    """How many routing decisions differ, as part of a sentence."""
+    if not decisions:
+        return "no token decisions to compare"
+    return f"{flips:,} of {counted(decisions, 'token decision')} differ{'s' if flips == 1 else ''}"
+
+
+def psnr_text(error: float) -> str:
+    """The peak signal-to-noise ratio that belongs to a picture's error, as a lower bound."""
+    return f"PSNR at least {-20 * math.log10(error):.1f} dB" if error else "no difference"
+
+
+def extra_text(ratio: float) -> str:
+    """`9.7% more` for 1.097, `2.0% less` for 0.98."""
+    return f"{abs(ratio - 1):.1%} {'less' if ratio < 1 else 'more'}"

@@ -27,7 +27,7 @@ from dydit.diffusion.schedule import Sampler, Schedule
 from dydit.errors import BackendError, ConfigError, DeviationError, UnavailableError
 from dydit.models.config import Routers
 from dydit.models.dit.units import attention_macs, mlp_macs
-from dydit.reports.results import BenchReport, Reference, Side, SideKind, SideResult
+from dydit.reports.bench_report import BenchReport, Reference, Side, SideKind, SideResult
 
 QUICK = BenchConfig(labels=(1, 7), steps_measured=3, repeats=2, threads=1)
 

@@ -24,7 +24,7 @@ from dydit.models.dit.sliced import SlicedBlock, SlicedDiT, conditioning
 from dydit.models.dit.smoothed import modulation_factors, smoothed_tensors
 from dydit.parity.parity import compare_weights
 from dydit.quantization.smoothing import Smoothing
-from dydit.reports.results import Status
+from dydit.reports.parity_report import Status
 
 HEADS, GROUPS = ((0, 2), (1, 2, 3), (3,)), ((1, 3), (0, 1), (0, 2, 3))
 UNITS = tuple(zip(HEADS, GROUPS, strict=True))

@@ -9,7 +9,7 @@ from dydit.bundle.stored_weights import Precision
 from dydit.parity.checks import judge, locate, locate_in_run
 from dydit.parity.comparison import StepComparison, StepValues, compare_step, count_flips, picture_error, relative_l2
 from dydit.parity.tolerances import AGREEMENT_FROM, HOPS, rules
-from dydit.reports.results import Status
+from dydit.reports.parity_report import Status
 
 TIMESTEPS = np.array([999, 666, 333, 0])
 LAYERS, IMAGES = 3, 2

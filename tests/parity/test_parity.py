@@ -15,7 +15,7 @@ from dydit.bundle.stored_weights import WEIGHTS
 from dydit.errors import ConfigError
 from dydit.models.config import Routers
 from dydit.parity.parity import REPORT, ParityConfig, run_parity
-from dydit.reports.results import ParityReport, Status
+from dydit.reports.parity_report import ParityReport, Status
 from dydit.runtime.backends.int8_exactness import products_are_exact
 
 pytestmark = pytest.mark.numerics

@@ -19,7 +19,8 @@ from dydit.quickstart import quickstart
 from dydit.quickstart.quickstart import STAGES, QuickstartConfig, run_quickstart
 from dydit.quickstart.quickstart_folder import PICTURES, RESULTS, WORK, QuickstartFolder
 from dydit.quickstart.quickstart_report import Sampled, _deviation
-from dydit.reports.results import BenchReport, FlippedImage, ParityReport, Status
+from dydit.reports.bench_report import BenchReport
+from dydit.reports.parity_report import FlippedImage, ParityReport, Status
 
 MODEL = ModelConfig(hidden_size=32, depth=2, num_heads=4, patch_size=2, input_size=8, in_channels=1, num_classes=3)
 

@@ -15,10 +15,12 @@ from PIL import Image
 from dydit.errors import DyditError
 from dydit.inspection.inspect import inspect
 from dydit.parity.parity import ParityConfig, run_parity
+from dydit.reports.bench_report import BenchReport, Comparison, Side, SideKind, SideResult
 from dydit.reports.html_report import Headline, ReportContent, render_report, write_report
+from dydit.reports.parity_report import FlippedImage, Status
 from dydit.reports.plots import latency_png, parity_png
 from dydit.reports.plots_masks import samples_png, tokens_png
-from dydit.reports.results import BenchReport, Comparison, FlippedImage, Machine, Side, SideKind, SideResult, Status
+from dydit.reports.results import Machine
 
 SECTIONS = ("samples", "masks", "tokens", "parity", "latency", "plan", "machine")
 

@@ -16,22 +16,12 @@ from dydit.diffusion.schedule import respaced_timesteps
 from dydit.errors import DyditError
 from dydit.models.config import ModelConfig
 from dydit.reports import plots, plots_masks
+from dydit.reports.bench_report import BUSY, BenchReport, NotRun, Side, SideKind, SideResult, bench_lines, busy
+from dydit.reports.parity_report import FlippedImage, Hop, ParityReport, Status
 from dydit.reports.plot_style import ACCENT, ACCENT_LIGHT, OFF, SECOND, timestep_ticks
 from dydit.reports.plots import PlanPoint, bound_of, latency_png, parity_png, plan_png, ranking_png
 from dydit.reports.plots_masks import masks_png, samples_png, tokens_png
-from dydit.reports.results import (
-    BenchReport,
-    FlippedImage,
-    Hop,
-    Machine,
-    NotRun,
-    ParityReport,
-    Side,
-    SideKind,
-    SideResult,
-    Status,
-)
-from dydit.reports.sentences import BUSY, bench_lines, busy
+from dydit.reports.results import Machine
 
 NAVY = "#0c2f4f"
 RNG = np.random.default_rng(0)

@@ -9,20 +9,11 @@ from dydit.bundle.stored_weights import Precision
 from dydit.diffusion.schedule import respaced_timesteps
 from dydit.models.config import ModelConfig
 from dydit.parity.tolerances import of_latents, rules
+from dydit.reports.bench_report import BenchReport, NotRun, Side, SideKind, SideResult
+from dydit.reports.parity_report import FlippedImage, Hop, ParityReport, Status
 from dydit.reports.plots import PlanPoint, latency_png, parity_png, plan_png, ranking_png
 from dydit.reports.plots_masks import masks_png, samples_png, tokens_png
-from dydit.reports.results import (
-    BenchReport,
-    FlippedImage,
-    Hop,
-    Machine,
-    NotRun,
-    ParityReport,
-    Side,
-    SideKind,
-    SideResult,
-    Status,
-)
+from dydit.reports.results import Machine
 
 pytestmark = pytest.mark.usefixtures("layout")
 RNG = np.random.default_rng(3)
