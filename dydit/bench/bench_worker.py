@@ -17,13 +17,23 @@ import sys
 from collections.abc import Callable
 from typing import TextIO
 
-from dydit.bench.timing import Job, Measured, open_side, peak_bytes, settled_bytes
+from dydit.bench.timing import Job, Measured, MeasuredBundle, peak_bytes, settled_bytes
 from dydit.errors import DyditError, UnavailableError, one_line
+from dydit.reports.bench_report import SideKind
 
 
 def main() -> int:
     """Serve one job for any kind of side but a script."""
     return serve(open_side)
+
+
+def open_side(job: Job) -> Measured:
+    """The model that a job is to time, not yet loaded. A user's script opens its own."""
+    if job.side.kind is SideKind.BUNDLE:
+        return MeasuredBundle(job)
+    from dydit.bench.timing_torch import MeasuredTorch  # a process that times a bundle does without PyTorch
+
+    return MeasuredTorch(job)
 
 
 def serve(open_side: Callable[[Job], Measured]) -> int:

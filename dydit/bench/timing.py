@@ -25,7 +25,7 @@ from dydit.diffusion.steps import LatentsOnly, run_steps
 from dydit.models.config import ModelConfig, Strict
 from dydit.models.macs import flops_ratio, static_macs
 from dydit.planning.executed import computed_ratio, layers_in_16_bits
-from dydit.reports.bench_report import Side, SideKind
+from dydit.reports.bench_report import Side
 from dydit.runtime.backends.base import Arrays, Backend, BackendOptions, StepResult, Subnet
 from dydit.runtime.backends.registry import open_backend
 from dydit.runtime.loop import StepRunner, default_residency
@@ -267,15 +267,6 @@ class MeasuredBundle(Measured):
         steps, routed = list(self.job.steps), np.stack(tokens)
         computed = computed_ratio(self.bundle.manifest, steps, routed, np.array(repeated))
         return self._count(self.bundle.masks[steps], routed, computed)
-
-
-def open_side(job: Job) -> Measured:
-    """The side of a job, not yet loaded. Not of a script, which opens its own."""
-    if job.side.kind is SideKind.BUNDLE:
-        return MeasuredBundle(job)
-    from dydit.bench.timing_torch import MeasuredTorch
-
-    return MeasuredTorch(job)
 
 
 def settled_bytes() -> int | None:

@@ -20,7 +20,8 @@ from dydit.bench.bench import (
     sides_of,
     spread_steps,
 )
-from dydit.bench.timing import Job, Latents, chained_coefficients, open_side, settled_bytes
+from dydit.bench.bench_worker import open_side
+from dydit.bench.timing import Job, Latents, chained_coefficients, settled_bytes
 from dydit.bundle.manifest import PlanKind, Routing
 from dydit.diffusion.coefficients import step_coefficients
 from dydit.diffusion.schedule import Sampler, Schedule
