@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-from pydantic import Field, field_validator, model_validator
+from pydantic import AliasChoices, Field, field_validator, model_validator
 
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.manifest import PlanKind
@@ -69,7 +69,7 @@ class CalibrationConfig(Strict):
     )
     capacity: CapacityConfig = CapacityConfig()
     activations: Method | None = None
-    smooth: bool = False
+    smooth: bool = Field(default=False, validation_alias=AliasChoices("smooth", "migrate"))
     percentile: float | None = Field(default=None, gt=0, le=1)
     activation_images: int = Field(default=32, ge=1)
     search: SearchConfig | None = None
@@ -79,7 +79,7 @@ class CalibrationConfig(Strict):
         if self.search is not None and self.activations is None:
             raise ValueError("a search for the layers in 8 bits needs activation ranges; add --activations minmax")
         if self.smooth and self.activations is None:
-            raise ValueError("--migrate needs activation ranges; add --activations minmax")
+            raise ValueError("--smooth needs activation ranges; add --activations minmax")
         return self
 
     @field_validator("cfg_scales")

@@ -314,8 +314,13 @@ class _Search:
 
     def _layers(self, step: int) -> list[tuple[int, int]]:
         """The (block, layer) pairs that a step runs."""
-        there = self.sampler.masks[step].any(axis=-1)  # [L, 2]
-        return [(block, layer) for block, layer in np.ndindex(*self.macs.shape[1:]) if there[block, layer // 2]]
+        axis = self.model.units
+        return [
+            (part.block, axis.layer_names.index(layer.name))
+            for part, units in zip(axis.parts, axis.counts(self.sampler.masks[step]), strict=True)
+            if units
+            for layer in part.group.layers
+        ]
 
     def _followed(self) -> list[int]:
         return list(spread_steps(len(self.segments), MOST_GAINS))

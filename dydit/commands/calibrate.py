@@ -100,7 +100,9 @@ def add_calibrate(group: CommandGroup) -> None:
     "--activation-images", type=click.IntRange(min=1), default=32, help="Images whose activations are observed."
 )
 @click.option(
-    "--migrate",
+    "--smooth",
+    "--migrate",  # the name of older versions
+    "smooth",
     is_flag=True,
     help="With --activations: SmoothQuant. Divide input channels that are much larger than others and multiply their "
     "weights instead, where that lowers the error in int8. The factors are powers of two, so the model is unchanged.",

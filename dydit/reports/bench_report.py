@@ -10,22 +10,23 @@ from pydantic import Field
 from dydit.reports.results import Machine, Measured, Result
 from dydit.words import counted
 
-BUSY = "the machine was busy, so take times with care"
+BUSY = "the machine was busy with other work, so these times are less reliable"
 
 
 class SideKind(StrEnum):
-    """What a side of a benchmark runs."""
+    """What a contender of a benchmark is."""
 
     BUNDLE = "bundle"
-    TORCH_MASKED = "torch-masked"  # dense compute times masks, eager: what the public code does
-    TORCH_STATIC = "torch-static"  # the same weights, routers ignored
-    SCRIPT = "script"  # a program of the caller's, which calls `dydit.bench.bench_worker.serve`
+    TORCH_MASKED = "torch-masked"  # dense compute with masks, eager, as in the public code
+    TORCH_STATIC = "torch-static"  # the same weights without the routers
+    SCRIPT = "script"  # a program of the user, which calls `dydit.bench.bench_worker.serve`
 
 
 class Reference(Result):
-    """What a side has to compute: what this form of the checkpoint computes in eager PyTorch.
+    """The form of the checkpoint, in eager PyTorch, that a contender has to agree with.
 
-    `bar`: largest relative L2, beyond which nothing is timed; None for a side of lower precision, which is not judged.
+    `bar`: tolerance for the relative L2 of a step, beyond which nothing is timed; None: the contender is not judged,
+    because its precision is lower.
     """
 
     kind: Literal[SideKind.TORCH_MASKED, SideKind.TORCH_STATIC]
@@ -34,9 +35,9 @@ class Reference(Result):
 
 
 class Side(Result):
-    """One side of a benchmark: `path` is a bundle's folder, a checkpoint or a script.
+    """One contender of a benchmark. `path`: the folder of a bundle, a checkpoint, or a script.
 
-    `backend` and `packed` are for bundles, `checkpoint` for scripts: what they load.
+    `backend` and `packed` apply to bundles. `checkpoint` applies to scripts: the checkpoint that they load.
     """
 
     name: str
@@ -45,20 +46,21 @@ class Side(Result):
     backend: str = "onnxruntime"
     packed: bool = Field(default=False, description="see `dydit.runtime.backends.base.BackendOptions`")
     checkpoint: str | None = None
-    reference: Reference | None = Field(default=None, description="compared with this before anything is timed")
+    reference: Reference | None = Field(default=None, description="compared with it before anything is timed")
 
 
 class SideResult(Result):
-    """What one side took. Times are wall-clock milliseconds of a step: whole batch, guidance and conditioning included.
+    """The measurements of one contender. Times are wall-clock milliseconds of a step of the whole batch, with guidance
+    and conditioning.
 
-    `round_ms`: mean over the round's steps, one entry per counted round; `step_ms`: median over the rounds, per step
-    measured. `peak_bytes`: largest resident size of the side's process, where a page of weights counts once for each
-    session that maps it; `settled_bytes`: after the rounds, each page once (None where the system does not tell).
-    `load_seconds`: to read and compile all that the measured steps need, `subnets_loaded` of them. `token_share`,
-    `flops_ratio`: per measured step, what the model decided; `macs`: multiply-adds of an image's blocks that were
-    computed, mean over the measured steps, repetitions among them: of a bundle, those of its subnetworks as they are
-    compiled (`dydit.planning.executed`), of the others all. `precision`: of matrix products, where it is known.
-    `relative_l2`: of the model's part of one step, x_prev - c_x*x, from the side's reference; its worst image.
+    `round_ms`: mean over the steps of a round, one entry per counted round. `step_ms`: median over the rounds, one
+    entry per measured step. `peak_bytes`: largest resident size of the contender's process; a page of weights counts
+    once for each session that maps it. `settled_bytes`: size after the rounds, with each page counted once (None if the system
+    does not report it). `load_seconds`: time to read and compile the `subnets_loaded` subnetworks of the measured
+    steps. `token_share`, `flops_ratio`: decisions of the model, per measured step. `macs`: multiply-adds computed in
+    the blocks for an image, mean over the measured steps, with repeated steps: of a bundle, those of its subnetworks as
+    compiled (`dydit.planning.executed`); of the others, all. `precision`: that of matrix products, if it is known.
+    `relative_l2`: deviation of the model's part of one step, x_prev - c_x*x, from the reference, of the worst image.
     """
 
     side: Side
@@ -72,9 +74,9 @@ class SideResult(Result):
     peak_bytes: int
     settled_bytes: int | None = None
     images_per_second: float = Field(
-        description="extrapolated to all sampling steps from those measured; loading apart"
+        description="extrapolated from the measured steps to all sampling steps; without loading"
     )
-    overflows: int = Field(description="steps of counted rounds that ran again at full capacity; the times include it")
+    overflows: int = Field(description="steps of counted rounds that ran again at full capacity; times include it")
     token_share: tuple[float, ...]
     flops_ratio: tuple[float, ...]
     macs: float
@@ -83,24 +85,24 @@ class SideResult(Result):
 
     @property
     def steps_timed(self) -> int:
-        """Steps of all counted rounds."""
+        """Number of steps of all counted rounds."""
         return len(self.round_ms) * len(self.step_ms)
 
 
 class NotRun(Result):
-    """A side that this machine cannot run, and why, in one line."""
+    """A contender that this machine cannot run, and the reason in one line."""
 
     name: str
     reason: str
 
 
 class Comparison(Result):
-    """A side against another, round by round of the same run.
+    """A contender (`side`) against a baseline (`other`), round by round of the same run.
 
-    `ratios` = time of `other` / time of `side`, pair by pair (above 1: `side` is faster); `allowed` = multiply-adds of
-    `other` / of `side`, the speed-up that they alone would give; `achieved` = median ratio / allowed. Where a
-    multiply-add costs each side another time (another backend, precision or form of the model), there is no such bound:
-    both are None, and `no_bound` says why.
+    `ratios`: time of the baseline / time of the contender, for each pair of rounds; above 1 the contender is faster.
+    `allowed`: multiply-adds of the baseline / of the contender, the speed-up if time were proportional to them.
+    `achieved`: median ratio / `allowed`. If a multiply-add takes a different time in both (another backend, precision
+    or form of the model), there is no such bound: both are None, and `no_bound` gives the reason.
     """
 
     side: str
@@ -115,11 +117,11 @@ class Comparison(Result):
 
 
 class BenchReport(Result):
-    """All sides of one run, which took turns, each in its own process; and every pair of them compared."""
+    """All contenders of one run, timed in turn and each in its own process, and the first against each other one."""
 
     batch: int
-    cfg_scale: float = Field(description="1: without guidance, at half the rows")
-    latents: str = Field(description="what the steps were measured on: run or noise (`dydit.bench.timing`)")
+    cfg_scale: float = Field(description="1: without guidance, with half the rows")
+    latents: str = Field(description="what the measured steps start from: run or noise (`dydit.bench.timing`)")
     threads: int
     repeats: int
     warmup: int
@@ -128,25 +130,25 @@ class BenchReport(Result):
     steps_measured: tuple[int, ...]
     timesteps: tuple[int, ...]
     sides: tuple[SideResult, ...]
-    comparisons: tuple[Comparison, ...] = Field(description="the first side against each other one")
+    comparisons: tuple[Comparison, ...] = Field(description="the first contender against each other one")
     not_run: tuple[NotRun, ...] = ()
     load_average: tuple[float, float] = Field(
-        description="of the machine, one minute, before and after: others' work shows"
+        description="one-minute load average of the machine before and after, which shows other work"
     )
     machine: Machine
     seconds: float
 
     def side(self, name: str) -> SideResult:
-        """A side by name."""
+        """A contender by name."""
         return next(side for side in self.sides if side.side.name == name)
 
     def comparison(self, other: str) -> Comparison:
-        """The first side against another one."""
+        """The comparison of the first contender with another one."""
         return next(pair for pair in self.comparisons if pair.other == other)
 
     @property
     def lines(self) -> list[str]:
-        """What was found, a sentence each."""
+        """The findings, a sentence each."""
         return bench_lines(self)
 
     @property
@@ -165,7 +167,7 @@ class BenchReport(Result):
 
 
 def bench_lines(report: BenchReport) -> list[str]:
-    """Times, with how much of the run was measured; speed-ups; steps that were repeated; sides that did not run."""
+    """Times and the measured share of the run; speed-ups; repeated steps; contenders that did not run."""
     first, *others = report.sides
     return [
         f"{first.side.name}: {first.median_ms:.1f} ms a step (steps measured: {len(report.steps_measured)} of "
@@ -182,9 +184,9 @@ def bench_lines(report: BenchReport) -> list[str]:
 
 
 def bound_text(pair: Comparison) -> str:
-    """What multiply-adds say of a speed-up, or why they say nothing."""
+    """The bound of a speed-up by multiply-adds, or the reason why there is none."""
     if pair.allowed is None:
-        return f"no bound by multiply-adds{f', as {pair.no_bound}' if pair.no_bound else ''}"
+        return f"no bound by multiply-adds{f', because {pair.no_bound}' if pair.no_bound else ''}"
     return f"multiply-adds alone would give {pair.allowed:.2f}\u00d7"
 
 
@@ -194,12 +196,12 @@ def speed_up_text(pair: Comparison) -> str:
 
 
 def repeats_text(side: SideResult) -> str:
-    """How many steps of a side ran twice because their tokens overflowed; empty where none did."""
+    """The number of steps that ran twice because their tokens overflowed; empty if none did."""
     if not side.overflows:
         return ""
     return f"{side.overflows:,} of {counted(side.steps_timed, 'timed step')} ran again at full capacity"
 
 
 def busy(bench: BenchReport) -> bool:
-    """Whether others' work shows in the load average: more than twice as many wanted to run as there are cores."""
+    """Whether the load average shows other work: more than two runnable processes for each core."""
     return max(bench.load_average) > 2 * bench.machine.cores

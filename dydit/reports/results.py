@@ -43,7 +43,7 @@ class Result(Strict):
 
     def to_json(self) -> dict[str, Any]:
         """Plain dictionaries, lists, strings and numbers."""
-        return self.model_dump(mode="json")
+        return self.model_dump(mode="json", by_alias=True)
 
     @classmethod
     def parse(cls, values: dict[str, Any]) -> Self:

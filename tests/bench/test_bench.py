@@ -121,8 +121,10 @@ def test_multiply_adds_are_those_that_the_bundle_computes(kind, make_bundle, sma
     for k, step in enumerate((0, 5, 11)):
         segment = next(each for each in manifest.plan.segments if step in each.steps)
         heads, groups = (
-            bundle.masks[segment.first : segment.first + segment.count, :, part].any(axis=0).sum(axis=-1)
-            for part in (0, 1)
+            manifest.model.units.of_group(
+                bundle.masks[segment.first : segment.first + segment.count].any(axis=0), name
+            ).sum(axis=-1)
+            for name in ("heads", "groups")
         )
         if manifest.routing is Routing.DYNAMIC:
             if kind == "merged":

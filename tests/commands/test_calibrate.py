@@ -214,7 +214,7 @@ def test_smoothed_ranges_then_8_bits(run, checkpoint: Path, tmp_path: Path) -> N
 
 def test_a_smoothing_without_ranges(run, checkpoint: Path, tmp_path: Path) -> None:
     done = run("calibrate", checkpoint, "--out", tmp_path / "c.json", *SMALL, "--migrate")
-    assert_refused(done, "--migrate needs activation ranges; add --activations minmax")
+    assert_refused(done, "--smooth needs activation ranges; add --activations minmax")
     assert names(tmp_path) == []
 
 

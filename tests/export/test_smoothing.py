@@ -129,8 +129,8 @@ def test_a_bundle_holds_what_was_smoothed(make_checkpoint, make_bundle, make_smo
         by_unit[list(bundle.manifest.unit_order[block][1])] = factor
         assert np.array_equal(by_unit.reshape(-1), 1 / smoothing.divisor(block, "fc2"))
     for each in (bundle, plain):
-        hop = compare_weights(each, checkpoint)
-        assert hop.status is Status.PASSED, hop.detail
+        check = compare_weights(each, checkpoint)
+        assert check.status is Status.PASSED, check.detail
     other = bundle.manifest.model_copy(update={"smoothing": make_smoothing(checkpoint.config, 4)})
     assert compare_weights(Bundle(bundle.path, other), checkpoint).status is Status.FAILED
 

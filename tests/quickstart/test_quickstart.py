@@ -100,8 +100,8 @@ def test_five_lines_say_what_was_measured(finished, config):
     ratio = values["flops_ratio"]
     assert 0.2 < ratio["decided"] <= ratio["executed"] < 1 and 0.1 < ratio["token_share"] < 0.9
     assert saved.value == f"{1 - ratio['executed']:.1%}"
-    assert 0 < parity.hop("run").worst < 1e-3 and float(deviation.value) == pytest.approx(
-        parity.hop("run").worst, rel=0.1
+    assert 0 < parity.check("run").worst < 1e-3 and float(deviation.value) == pytest.approx(
+        parity.check("run").worst, rel=0.1
     )
     assert values["kind"] == "dydit-quickstart" and values["result"]["ok"] is True
 
@@ -111,8 +111,11 @@ def test_the_largest_deviation_counts_images_that_flipped_a_token(finished):
     image = FlippedImage(image=0, step=2, timestep=700, block=1, margin=1e-6, tie=True, flips=1, value=0.025)
 
     def line(**changes):
-        hops = [*parity.hops[:-1], parity.hops[-1].model_copy(update={"decisions": 5000, "worst": 1e-7, **changes})]
-        return _deviation(parity.model_copy(update={"hops": tuple(hops)}))
+        checks = [
+            *parity.checks[:-1],
+            parity.checks[-1].model_copy(update={"decisions": 5000, "worst": 1e-7, **changes}),
+        ]
+        return _deviation(parity.model_copy(update={"checks": tuple(checks)}))
 
     plain = line(flips=0)
     assert plain.value == "1e-7" and plain.note.endswith("0 of 5,000 token decisions differ (bar 1e-3)")

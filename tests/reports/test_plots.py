@@ -17,7 +17,7 @@ from dydit.errors import DyditError
 from dydit.models.config import ModelConfig
 from dydit.reports import plots, plots_masks
 from dydit.reports.bench_report import BUSY, BenchReport, NotRun, Side, SideKind, SideResult, bench_lines, busy
-from dydit.reports.parity_report import FlippedImage, Hop, ParityReport, Status
+from dydit.reports.parity_report import Check, FlippedImage, ParityReport, Status
 from dydit.reports.plot_style import ACCENT, ACCENT_LIGHT, OFF, SECOND, timestep_ticks
 from dydit.reports.plots import PlanPoint, bound_of, latency_png, parity_png, plan_png, ranking_png
 from dydit.reports.plots_masks import masks_png, samples_png, tokens_png
@@ -217,22 +217,22 @@ def test_without_a_bound_the_picture_says_why(titles):
     assert titles[0][0] == f"dynamic: 2.84\u00d7 speed-up over eager; {why}"
 
 
-def hop(name, bar, values, **more):
+def check(name, tolerance, values, **more):
     known = [value for value in values if value is not None]
     facts = {"title": name, "measure": "relative L2", "reason": "rounding", "detail": f"{name} differs"}
     status = more.pop("status", Status.PASSED)
     worst = max(known, default=0.0)
-    return Hop(name=name, bar=bar, status=status, worst=worst, per_step=tuple(values), **facts, **more)
+    return Check(name=name, tolerance=tolerance, status=status, worst=worst, per_step=tuple(values), **facts, **more)
 
 
-def parity(*hops, compared=(0, 6, 11), precision="fp32"):
+def parity(*checks, compared=(0, 6, 11), precision="fp32"):
     return ParityReport(
         **{"bundle": "b", "checkpoint": "c", "backend": "onnxruntime", "threads": 1, "device": "cpu", "labels": (0,)},
         **{"seed": 0, "cfg_scale": 2.0, "steps": 12, "sampler": "ddpm", "routing": "dynamic", "precision": precision},
         steps_compared=compared,
         timesteps=tuple(times(12)),
         stale_reasons=(),
-        hops=hops,
+        checks=checks,
         token_share=(),
         flops_ratio=(),
         machine=Machine.here(),
@@ -241,9 +241,9 @@ def parity(*hops, compared=(0, 6, 11), precision="fp32"):
 
 
 def test_parity_draws_curves_bars_and_flips(titles):
-    masks = hop("masks", 0, ())
-    step = hop("step", 1e-5, (1e-7, None, 0.0), decisions=600)
-    run = hop("run", 1e-3, np.geomspace(1e-7, 1e-4, 12).tolist(), decisions=600)
+    masks = check("masks", 0, ())
+    step = check("step", 1e-5, (1e-7, None, 0.0), decisions=600)
+    run = check("run", 1e-3, np.geomspace(1e-7, 1e-4, 12).tolist(), decisions=600)
     plain = pixels(parity_png(parity(masks, step, run)))
     finding, detail = titles[0]
     assert finding == "onnxruntime computes what PyTorch computes, to within rounding"
@@ -253,40 +253,40 @@ def test_parity_draws_curves_bars_and_flips(titles):
     flipped = run.model_copy(update=flips)
     marked = pixels(parity_png(parity(masks, step, flipped)))
     assert count(marked, SECOND) > count(plain, SECOND) + 50
-    assert titles[1][0] == "onnxruntime computes what PyTorch computes, but for 2 token decisions at a tie"
+    assert titles[1][0] == "onnxruntime computes what PyTorch computes, except for 2 token decisions at a near-tie"
     assert titles[1][1].endswith("run 1e-4 (with a flipped token 1.3e-2); 2 of 1,200 token decisions differ")
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "int8", "int8-static", "fp8", None])
 def test_below_fp32_the_title_claims_what_was_measured(titles, precision):
     """And not that it is rounding: of a report that does not say its precision, nothing but the verdict."""
-    step = hop("step", 5e-2, (1e-2, 2e-2, 1e-2), decisions=600, flips=300, sets_aside=False)
-    run = hop("run", 0.05623, [0.01] * 12, decisions=600, flips=5, decibels=True, sets_aside=False)
+    step = check("step", 5e-2, (1e-2, 2e-2, 1e-2), decisions=600, flips=300, sets_aside=False)
+    run = check("run", 0.05623, [0.01] * 12, decisions=600, flips=5, decibels=True, sets_aside=False)
     report = parity(step, run, precision=precision)
     parity_png(report)
     finding, detail = titles[0]
     assert "rounding" not in finding and "305 of 1,200 token decisions differ" in detail
     if precision is None:
-        assert finding == "onnxruntime stays within its bars of PyTorch"
-        assert "within the bars of" not in report.summary
+        assert finding == "onnxruntime is within its tolerances of PyTorch"
+        assert "within the tolerances of" not in report.summary
     else:
         assert finding == f"{precision} on onnxruntime: PSNR at least 40.0 dB against fp32 in PyTorch"
-        assert f"within the bars of {precision}" in report.summary and "PSNR at least 40.0 dB" in report.summary
+        assert f"within the tolerances of {precision}" in report.summary and "PSNR at least 40.0 dB" in report.summary
     exact = run.model_copy(update={"worst": 0.0})
     parity_png(parity(step, exact, precision="int8"))
     assert "no difference against fp32" in titles[1][0]
 
 
 def test_repeated_steps_are_in_verdict_and_picture(titles):
-    report = parity(hop("run", 1e-3, [1e-7] * 12)).model_copy(update={"evaluations": 15, "repeated_steps": 4})
+    report = parity(check("run", 1e-3, [1e-7] * 12)).model_copy(update={"evaluations": 15, "repeated_steps": 4})
     parity_png(report)
     assert "4 of 15 evaluated steps ran again at full capacity" in report.summary
     assert "4 steps ran again at full capacity" in titles[0][1] and "no token decisions to compare" in titles[0][1]
 
 
 def test_parity_that_fails_says_where(titles):
-    broken = hop("weights", 0, (), status=Status.FAILED)
-    pixels(parity_png(parity(broken, hop("run", 1e-3, [0.1] * 12, status=Status.FAILED))))
+    broken = check("weights", 0, (), status=Status.FAILED)
+    pixels(parity_png(parity(broken, check("run", 1e-3, [0.1] * 12, status=Status.FAILED))))
     assert titles[0] == ("Parity fails at \u201cweights\u201d", "weights differs")
     pixels(parity_png(parity(broken)))
 
