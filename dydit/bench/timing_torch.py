@@ -1,4 +1,4 @@
-"""Timing a checkpoint as a PyTorch model, eager: masked, as the public code runs it, or static, without its routers."""
+"""Timing a checkpoint in eager PyTorch: masked, like the public code, or static, without its routers."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from dydit.reports.bench_report import SideKind
 
 
 class MeasuredTorch(Measured):
-    """The dense model, one step at a time: embedders, adaLN and guidance included, as they are in its loop."""
+    """The dense model, one step at a time, with embedders, adaLN and guidance, as in its loop."""
 
     def __init__(self, job: Job):
         checkpoint = load_checkpoint(Path(job.side.path))
         config = checkpoint.config
         if config.without_routers() != job.sizes:
-            raise ConfigError(f"{job.side.path} cannot be compared: its sizes are not those of the bundle")
+            raise ConfigError(f"{job.side.path} cannot be compared: its sizes differ from those of the bundle")
         super().__init__(job, config)
         torch.set_num_threads(job.threads)
         self.device = torch.device(job.device)
-        torch.backends.cudnn.allow_tf32 = False  # on by default, and the patches are embedded by a convolution
+        torch.backends.cudnn.allow_tf32 = False  # it is on by default, and a convolution embeds the patches
         start = time.perf_counter()
         self.model = checkpoint.model().to(self.device)
         self.load_seconds = time.perf_counter() - start

@@ -1,8 +1,9 @@
-"""`dydit calibrate`: sample a dynamic model, count the tokens that it routes, choose capacities, try them on others.
+"""`dydit calibrate`: sample a dynamic model, count its routed tokens, choose capacities, and check them on other
+images.
 
-The model is sampled as one graph for every width with dynamic routing, which computes exactly what every plan and
-routing computes. Counts of finished batches are kept in a work folder, so that a killed run goes on where it was; of
-the images themselves nothing is.
+The model is sampled as one graph of dynamic width with dynamic routing, which computes exactly what every plan and
+routing computes. A work folder keeps the counts of finished batches, so that a killed run continues. Images are not
+kept.
 """
 
 from __future__ import annotations
@@ -48,17 +49,17 @@ from dydit.runtime.resident import ResidentSubnets
 Progress = Callable[[int, int], None]
 MOST_AT_ONCE = 32
 RESIDUAL_BYTES = 256 << 20
-"""What the residual streams of a batch may take, which a step returns beside its token decisions."""
+"""The most memory for the residual streams of a batch, which a step returns with its token decisions."""
 RATIO_DIGITS = 6
 
 
 class CalibrationConfig(Strict):
-    """What to sample: `samples` images to calibrate on and `held_out` others to verify on, over all guidance scales.
+    """What to sample: `samples` images to calibrate on and `held_out` images to verify on, over all guidance scales.
 
-    Image i of the first draws its noise from (seed, i), of the others from (seed + 1, i). `activations`: how ranges of
-    what enters linear layers are chosen, where they are wanted, from `activation_images` images of the first.
-    `smooth`: move range from there into weights where that helps, and choose the ranges of what is left. `search`:
-    which of these layers are to stay in 16 bits, where that is to be found.
+    A calibration image i has the noise of (seed, i), a held-out one that of (seed + 1, i). `activations`: the method
+    for activation ranges, from `activation_images` calibration images; None: no ranges. `smooth`: smooth the layers
+    where that lowers the error, and choose the ranges of smoothed inputs. `search`: search for the layers that stay in
+    16 bits; None: no search.
     """
 
     samples: int = Field(default=128, ge=1)
@@ -77,7 +78,7 @@ class CalibrationConfig(Strict):
     @model_validator(mode="after")
     def _consistent(self) -> CalibrationConfig:
         if self.search is not None and self.activations is None:
-            raise ValueError("a search for the layers in 8 bits needs activation ranges; add --activations minmax")
+            raise ValueError("the search for layers in 8 bits needs activation ranges; add --activations minmax")
         if self.smooth and self.activations is None:
             raise ValueError("--smooth needs activation ranges; add --activations minmax")
         return self
@@ -90,15 +91,15 @@ class CalibrationConfig(Strict):
 
 @dataclass(frozen=True)
 class CalibrationResult:
-    """The calibration; for its pictures timesteps [S], the plan's bounds, the names of a block's layers, and the groups
-    calibrated on; the smoothing."""
+    """The calibration and what its pictures need: timesteps [S], the bounds of the plan, the names of the layers of a
+    block, and the groups of calibration images; and the smoothing, if there is one."""
 
     calibration: Calibration
     timesteps: tuple[int, ...]
     bounds: tuple[int, ...]
     layers: tuple[str, ...]
     groups: tuple[Groups, ...]
-    found: FoundSmoothing | None = None
+    smoothing: FoundSmoothing | None = None
 
 
 def run_calibration(
@@ -113,15 +114,16 @@ def run_calibration(
 ) -> CalibrationResult:
     """Calibrate a checkpoint for the steps, sampler and plan of an export.
 
-    `work` keeps what is finished; a call with the same settings goes on with it. Remove it after success.
-    `progress(done, total)` counts steps of batches; `announce` gets a line that says how long a search may take, before
-    it starts. Raises `CalibrationError` for a static model, too few samples
-    (before anything is sampled or written), and latents that are not finite; `ConfigError` and `BackendError` as
-    exporting and sampling do.
+    The folder `work` keeps finished parts, and a call with the same settings continues from them; remove it after
+    success. `progress(done, total)` counts steps of batches. `announce` gets one line before a search starts: how long
+    it may take. Raises `CalibrationError` for a static model and for too few samples (both before anything is sampled
+    or written), and for latents that are not finite; `ConfigError` and `BackendError` as exporting and sampling do.
     """
     model = checkpoint.config
     if not model.dynamic:
-        raise CalibrationError(f"{checkpoint.path} is a static model: it has no token routers, so nothing to calibrate")
+        raise CalibrationError(
+            f"{checkpoint.path} is a static model: it has no token routers, so there is nothing to calibrate"
+        )
     for scale in config.cfg_scales:
         model.require_guidance(scale)
     for images, what in ((config.samples, "sample"), (config.held_out, "held-out sample")):
@@ -134,7 +136,7 @@ def run_calibration(
     seen, others = counter.run(config.seed, config.samples), counter.run(config.seed + 1, config.held_out)
     groups = drawn_for(seen, config.capacity, config.seed)
     capacities = capacity.choose_capacities(groups, plan.bounds, config.capacity, model.tokens)
-    if exported.plan is PlanKind.SLIDING:  # one graph, and so one capacity for each block
+    if exported.plan is PlanKind.SLIDING:  # one graph has one capacity for each block
         capacities[:] = capacities.max(axis=0)
     unions = [np.tile(masks[first:end].any(axis=0), (end - first, 1)) for first, end in plan.segments]
     routed = model.units.routed_macs(np.concatenate(unions))
@@ -151,7 +153,7 @@ def run_calibration(
         )
 
     mean = np.mean([each.mean for each in seen], axis=0) / model.tokens
-    (ranges, found), sensitivity = _ranges(checkpoint, exported, plan, config, progress), None
+    (ranges, smoothing), sensitivity = _ranges(checkpoint, exported, plan, config, progress), None
     if config.search is not None:
         assert ranges is not None
         inputs = SearchInputs(
@@ -191,19 +193,21 @@ def run_calibration(
         plan.bounds,
         model.units.layer_names,
         tuple(groups),
-        found,
+        smoothing,
     )
 
 
 def _search_reference(
     checkpoint: Checkpoint, exported: ExportConfig, config: CalibrationConfig
 ) -> FrechetReference | None:
-    """The images to take Fréchet distances to, where there are any; and what a search cannot do is refused."""
+    """The images to take Fréchet distances to, if there are any. Raises `CalibrationError` if a search is
+    impossible."""
     if config.search is None:
         return None
     if exported.plan is PlanKind.SLIDING:
         raise CalibrationError(
-            "a sliding plan has no layers in 8 bits, so there is nothing to search; give --max-subnets or --per-step"
+            "a plan of dynamic width has no layers in 8 bits, so there is nothing to search; use --max-subnets or "
+            "--per-step"
         )
     reference = config.search.reference
     return None if reference is None else FrechetReference.read(reference, checkpoint.config)
@@ -212,7 +216,7 @@ def _search_reference(
 def _ranges(
     checkpoint: Checkpoint, exported: ExportConfig, plan: Plan, config: CalibrationConfig, progress: Progress | None
 ) -> tuple[ActivationRanges | None, FoundSmoothing | None]:
-    """Ranges of the plan's segments, where they are wanted; and what was found of a smoothing, where that is."""
+    """The ranges of the plan's segments and the smoothing, each if the configuration asks for it."""
     if config.activations is None:
         return None, None
     run = ObservedRun(
@@ -233,7 +237,7 @@ def _ranges(
 
 @contextlib.contextmanager
 def kept_if_begun(work: Path) -> Iterator[None]:
-    """Where the block fails before anything was counted, remove the work folder unless it was there before."""
+    """If the block fails before anything was counted, remove the work folder, unless it existed before."""
     begun = work.exists()
     try:
         yield
@@ -244,17 +248,18 @@ def kept_if_begun(work: Path) -> Iterator[None]:
 
 
 def work_name(checkpoint: Checkpoint, exported: ExportConfig, config: CalibrationConfig) -> str:
-    """The name of a work folder: the same for runs that sample the same images, whatever they choose then."""
-    what = {
+    """The name of a work folder. It depends only on what is sampled, so that runs with other choices share the
+    counts."""
+    identity = {
         "checkpoint": checkpoint.sha256,
         "run": [exported.steps, exported.sampler],
         "images": config.model_dump(mode="json", include={"samples", "held_out", "seed", "cfg_scales"}),
     }
-    return f"{hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]}.work"
+    return f"{hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]}.work"
 
 
 def _sampling_bundle(checkpoint: Checkpoint, exported: ExportConfig, work: Path) -> Bundle:
-    """The model as one graph, made in the work folder unless it is there and whole."""
+    """The model as one graph of dynamic width, exported into the work folder unless it is there undamaged."""
     folder = work / "bundle"
     with contextlib.suppress(BundleError):  # absent or damaged
         return Bundle.open(folder)
@@ -270,13 +275,13 @@ def _sampling_bundle(checkpoint: Checkpoint, exported: ExportConfig, work: Path)
 
 
 def _at_once(model: ModelConfig) -> int:
-    """Images of a batch: as many as `RESIDUAL_BYTES` allow, twice over (one copy is the backend's)."""
+    """Images of a batch: as many as `RESIDUAL_BYTES` allow for two copies, of which one belongs to the backend."""
     each = 2 * 4 * model.depth * 2 * model.tokens * model.hidden_size
     return max(1, min(MOST_AT_ONCE, RESIDUAL_BYTES // each))
 
 
 class _Counter:
-    """Samples images in batches and counts their tokens; what is counted already is read from the work folder."""
+    """Samples images in batches and counts their tokens. Counts of earlier calls are read from the work folder."""
 
     def __init__(
         self,
@@ -296,7 +301,8 @@ class _Counter:
         )
 
     def _batches(self, images: int) -> Iterator[tuple[float, list[Batch]]]:
-        """For each guidance scale its batches; images are numbered through, classes spread evenly over a scale's."""
+        """The batches of each guidance scale. Images are numbered over all scales; each scale has all classes
+        evenly."""
         first, size = 0, self._bundle.manifest.max_batch
         for scale, count in spread_scales(images, self._scales):
             labels = spread_labels(count, self._bundle.manifest.model.num_classes)
@@ -336,8 +342,8 @@ class _Counter:
             x = run_steps(runner.steps_of(batch, noise), noise.initial(batch), range(steps), count)
         if not np.isfinite(x).all():
             raise CalibrationError(
-                f"latents of images {batch.images[0]} to {batch.images[-1]} are NaN or infinite: their tokens mean "
-                "nothing; hold bundle and checkpoint against each other with `dydit parity`"
+                f"latents of images {batch.images[0]} to {batch.images[-1]} are NaN or infinite, so their tokens "
+                "cannot be used; compare bundle and checkpoint with `dydit parity`"
             )
         return counter.finish()
 
@@ -348,11 +354,11 @@ class _Counter:
 
 
 def _read_counts(file: Path, scale: float, tokens: int, shape: tuple[int, int, int]) -> TokenCounts | None:
-    """Counts of a batch that were kept; None where there are none, or not whole."""
+    """The saved counts of a batch; None if there are none, or if they are damaged."""
     if (arrays := kept_arrays(file, "images", "counts")) is None:
         return None
     try:
-        found = TokenCounts(scale, tokens, *arrays)
+        counts = TokenCounts(scale, tokens, *arrays)
     except CalibrationError:
         return None
-    return found if found.counts.shape[:3] == shape else None
+    return counts if counts.counts.shape[:3] == shape else None

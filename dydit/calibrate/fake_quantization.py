@@ -1,9 +1,10 @@
-"""Sampling in PyTorch as a bundle in calibrated 8 bits computes it, each layer in 8 or in 16 bits as one likes.
+"""Fake quantization: sampling in PyTorch as a calibrated 8-bit bundle computes it, with any choice of layers in 16
+bits.
 
-What enters a layer in 8 bits is rounded to its scale and cut off at its range, its weight is the one that an export
-stores, and products are in fp32, as QuantizeLinear, DequantizeLinear and MatMul do; layers in 16 bits, and attention
-always, round what they take and give to fp16, as engines do. (ONNX Runtime on the CPU has no such products, and rounds
-their weights alone.) Nothing is exported, so a choice of layers can be tried at once.
+Inputs of a layer in 8 bits are rounded to its scale and clipped to its range, its weight is the one that an export
+stores, and products are in fp32, like QuantizeLinear, DequantizeLinear and MatMul. Layers in 16 bits, and attention
+always, round their inputs and outputs to fp16, as engines do. (ONNX Runtime on the CPU has no such products and rounds
+only their weights.) Nothing is exported, so a choice of layers can be tried at once.
 """
 
 from __future__ import annotations
@@ -35,12 +36,12 @@ Quantized = Mapping[str, tuple[Tensor, Tensor]]
 
 
 def in_16_bits(values: Tensor) -> Tensor:
-    """What fp32 values are when they have been fp16."""
+    """fp32 values rounded to fp16."""
     return values.half().float()
 
 
 def in_8_bits(values: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """What fp32 values are when they have been stored in int8 or float8 E4M3 with a scale."""
+    """fp32 values rounded to int8 or float8 E4M3 with a scale."""
     ratio = values / scale
     if dtype is torch.int8:
         return ratio.round().clamp(-128, 127) * scale
@@ -48,7 +49,8 @@ def in_8_bits(values: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
 
 
 class SmoothedDiT(SlicedDiT):
-    """A subnetwork of smoothed weights, with fc2's factors among them; it makes what its checkpoint does."""
+    """A subnetwork with smoothed weights, which contain the factors of fc2. It computes what its checkpoint
+    computes."""
 
     def __init__(self, config: ModelConfig, weights: Mapping[str, Tensor], slots: Slots, cfg_channels: int):
         super().__init__(config, weights, slots, cfg_channels)
@@ -57,21 +59,21 @@ class SmoothedDiT(SlicedDiT):
         }
 
     def linear(self, block: SlicedBlock, layer: str, x: Tensor) -> Tensor:
-        """The layer; x is what the one before it gave."""
+        """The layer on the output `x` of the layer before it."""
         if layer == "fc2" and block.index in self._factors:
             x = x * self._factors[block.index][block.groups].flatten()
         return self.product(block, layer, x)
 
     def product(self, block: SlicedBlock, layer: str, x: Tensor) -> Tensor:
-        """The layer, without the factors of its inputs."""
+        """The layer without the smoothing factors of its inputs."""
         return super().linear(block, layer, x)
 
 
 class FakeQuantizedDiT(SmoothedDiT):
-    """A subnetwork whose linear layers are in 8 bits, but for those of `kept`, bool [L, layers].
+    """A subnetwork whose linear layers are in 8 bits, except for those in `kept`, bool [L, layers].
 
-    `quantized`: weights in 8 bits and their scales, by name; `scales`: of what enters each layer, by block. `kept` may
-    be set anew before each step.
+    `quantized`: weights in 8 bits and their scales, by name. `scales`: scales of the inputs of each layer, by block.
+    `kept` may be set again before each step.
     """
 
     def __init__(
@@ -87,10 +89,10 @@ class FakeQuantizedDiT(SmoothedDiT):
         super().__init__(config, weights, slots, cfg_channels)
         self.kept, self._names = kept, config.units.layer_names
         self._quantized, self._scales = quantized, scales
-        self._made: dict[tuple[int, str, bool], Tensor] = {}
+        self._rounded: dict[tuple[int, str, bool], Tensor] = {}
 
     def product(self, block: SlicedBlock, layer: str, x: Tensor) -> Tensor:
-        """The layer, rounded as its precision rounds."""
+        """The layer with the rounding of its precision."""
         kept = dict(zip(self._names, self.kept[block.index].tolist(), strict=True))
         if layer == "proj" or (layer == "fc2" and kept["fc1"]):
             x = in_16_bits(x)  # attention, and GELU after a product in 16 bits, give fp16
@@ -104,11 +106,11 @@ class FakeQuantizedDiT(SmoothedDiT):
         return in_16_bits(y) if kept[layer] or layer == "qkv" else y  # attention takes fp16
 
     def _weight(self, block: SlicedBlock, layer: str, kept: bool) -> Tensor:
-        """The weight's slots, as stored in 8 bits or in 16, in fp32."""
+        """The weight of the block's slots, rounded to 8 or 16 bits, in fp32."""
         key = block.index, layer, kept
-        if key not in self._made:
-            self._made[key] = in_16_bits(getattr(block, layer)) if kept else self._dequantized(block, layer)
-        return self._made[key]
+        if key not in self._rounded:
+            self._rounded[key] = in_16_bits(getattr(block, layer)) if kept else self._dequantized(block, layer)
+        return self._rounded[key]
 
     def _dequantized(self, block: SlicedBlock, layer: str) -> Tensor:
         stored, scale = self._quantized[stored_name(block.index, f"{layer}.weight")]
@@ -119,10 +121,9 @@ class FakeQuantizedDiT(SmoothedDiT):
 
 
 class FakeQuantizedSampler:
-    """The sampling run of a checkpoint, step by step, not quantised or with any choice of layers in 8 bits.
+    """Samples a checkpoint step by step, without quantization or with any choice of layers in 8 bits. On the CPU.
 
-    `segments`: half-open ranges of the steps, whose `ranges` are those of activations. Tensors are PyTorch's, on the
-    CPU.
+    `segments`: half-open ranges of the steps, to which the `ranges` of activations belong.
     """
 
     def __init__(
@@ -153,11 +154,11 @@ class FakeQuantizedSampler:
         self._channels = min(GUIDED_CHANNELS, config.in_channels) if cfg_channels is None else cfg_channels
 
     def plain(self, step: int) -> SlicedDiT:
-        """The step's subnetwork, not quantised."""
+        """The subnetwork of a step, without quantization."""
         return SmoothedDiT(self.config, self._weights, self._slots(step), self._channels)
 
     def subnet(self, step: int, kept: np.ndarray) -> FakeQuantizedDiT:
-        """The step's subnetwork with the layers `kept`, bool [L, layers], in 16 bits and the others in 8."""
+        """The subnetwork of a step with the layers `kept`, bool [L, layers], in 16 bits and the others in 8 bits."""
         scales = self._scales[self.segment_of[step]]
         slots = self._slots(step)
         return FakeQuantizedDiT(self.config, self._weights, self._quantized, slots, self._channels, scales, kept)
@@ -166,16 +167,16 @@ class FakeQuantizedSampler:
         return self.config.units.slots(self.masks[step])
 
     def modulation(self, step: int, labels: np.ndarray, cfg_scale: float) -> Tensor:
-        """The step's modulation of labels [B] and, with guidance, of as many null classes after them."""
+        """The modulation of a step for labels [B] and, with guidance, for as many null classes after them."""
         rows = Guidance(cfg_scale, self.config.null_class).rows(labels)
         time = torch.tensor([int(self.timesteps[step])])
-        made = conditioning(self.config, self._weights, time, torch.from_numpy(rows))[0]
-        return made if self._factors is None else made * torch.from_numpy(self._factors)
+        modulation = conditioning(self.config, self._weights, time, torch.from_numpy(rows))[0]
+        return modulation if self._factors is None else modulation * torch.from_numpy(self._factors)
 
     def step(
         self, subnet: SlicedDiT, step: int, x: np.ndarray, noise: np.ndarray, modulation: Tensor, cfg_scale: float
     ) -> np.ndarray:
-        """x_prev f32 [B, C, S, S] of x, with a subnetwork and a modulation of this step."""
+        """x_prev f32 [B, C, S, S] from `x`, with the subnetwork and the modulation of this step."""
         out = subnet.step(
             torch.from_numpy(x),
             torch.from_numpy(noise),

@@ -1,7 +1,7 @@
-"""Watching what enters every linear layer of a dynamic model while it samples, step by step (`dydit calibrate`).
+"""Observing the inputs of every linear layer of a dynamic model while it samples (`dydit calibrate`).
 
-The model runs in its sliced form (`dydit.models.dit.sliced`), so what is counted is what a subnetwork's layers see:
-heads and groups that are on, and of the tokens those that are routed. A value belongs to the step that it was made in.
+The model runs in its sliced form, so the observed values are those of a subnetwork: of heads and groups that are on,
+and of tokens that are routed. A value belongs to the step in which it was computed.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from dydit.runtime.request import make_batches
 
 Progress = Callable[[int, int], None]
 Watch = Callable[[int, SlicedBlock, str, np.ndarray], None]
-"""Called with a segment, a block cut to its units, a layer, and what enters it, f32 [..., in]."""
+"""Called with a segment, a block sliced to its units, a layer, and the inputs of the layer, f32 [..., in]."""
 
 
 class WatchedDiT(SlicedDiT):
-    """A subnetwork that shows what enters its layers: `watch(block, layer, values [..., in])`."""
+    """A subnetwork that passes the inputs of its layers to `watch(block, layer, values [..., in])`."""
 
     watch: Callable[[SlicedBlock, str, np.ndarray], None]
 
     def linear(self, block: SlicedBlock, layer: str, x: Tensor) -> Tensor:
-        """The layer, once its input has been shown."""
+        """The layer, after its inputs have been passed to `watch`."""
         self.watch(block, layer, x.numpy())
         return super().linear(block, layer, x)
 
@@ -68,7 +68,7 @@ class ObservedRun:
 def observe(
     checkpoint: Checkpoint, run: ObservedRun, smoothing: Smoothing | None = None, progress: Progress | None = None
 ) -> Observations:
-    """Sample, and count what enters every layer in each segment, divided by the factors of `smoothing`.
+    """Sample, and count the inputs of every layer in each segment, divided by the factors of `smoothing`.
 
     The same arguments give the same counts. Progress and errors are those of `sample_watched`.
     """
@@ -99,7 +99,7 @@ def entering(model: ModelConfig, block: SlicedBlock, layer: str) -> np.ndarray:
 
 
 def sample_watched(watch: Watch, checkpoint: Checkpoint, run: ObservedRun, progress: Progress | None = None) -> None:
-    """Sample, and show what enters every layer to `watch`.
+    """Sample, and pass the inputs of every layer to `watch`.
 
     `progress(done, total)` counts steps of a batch. Raises `ConfigError` for a run without labels or guidance scales,
     and whatever `watch` raises.

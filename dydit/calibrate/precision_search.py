@@ -1,10 +1,10 @@
 """The search of `dydit calibrate --target-psnr`: which linear layers stay in 16 bits, by measured loss.
 
-First what 8 bits cost in each layer alone: at some steps of every segment, from the latents of a run all in 16 bits,
-the error of x_prev; times what such an error grows to in the image, measured with a whole segment in 8 bits. Then whole
-runs with more and more layers in 8 bits, in the order of loss per multiply-add (`dydit.calibrate.mixed_precision`): a
-bisection for the most that keeps the target, and some points for the curve. What is reported is always measured, the
-order alone is predicted. Everything that is finished is kept in the work folder.
+First, the loss of each layer alone: the error of x_prev with only this layer in 8 bits, at some steps of every segment,
+from the latents of a run with all layers in 16 bits; times the growth of such an error up to the image, measured with a
+whole segment in 8 bits. Then, whole runs with more and more layers in 8 bits, in the order of loss per multiply-add
+(`dydit.calibrate.mixed_precision`): a bisection for the largest number that reaches the target, and some points for the
+curve. Only the order is predicted; everything that is reported is measured. The work folder keeps finished parts.
 """
 
 from __future__ import annotations
@@ -59,19 +59,20 @@ from dydit.runtime.request import Batch, make_batches
 Announce = Callable[[str], None]
 BATCH = 16
 MEASURED_STEPS = 3
-"""Steps whose median time the estimate of a search is made from."""
+"""The number of steps from whose median time the duration of a search is estimated."""
 OTHERS_RUNS = 2
-"""Runs of the held-out images: not quantised, and with the layers that were chosen."""
+"""The number of runs of the held-out images: without quantization, and with the chosen layers."""
 MOST_GAINS = 16
-"""Segments whose errors are followed into the image; those between them are taken to be between them."""
+"""The largest number of segments whose errors are measured in the image; others are interpolated."""
 PIXEL_SPAN = 2.0
 
 
 class SearchConfig(Strict):
-    """What to search for: the most layers in 8 bits of `precision` that keep `target`.
+    """What to search for: the largest number of layers in the 8 bits of `precision` that reaches `target`.
 
-    `images`: with the noise of the first of those calibrated on, and as many held-out ones. `steps`: of a segment,
-    evenly spread, at which losses are measured. `reference`: images to take Fréchet distances to.
+    `images`: number of images to search on, with the noise of the first calibration images, and of held-out images.
+    `steps`: number of evenly spaced steps of a segment at which losses are measured. `reference`: file of images to
+    take Fréchet distances to.
     """
 
     target: Target
@@ -83,12 +84,12 @@ class SearchConfig(Strict):
     @model_validator(mode="after")
     def _consistent(self) -> SearchConfig:
         if not self.precision.is_calibrated:
-            raise ValueError(f"{self.precision} has no scales to calibrate; search for int8-static or fp8")
+            raise ValueError(f"{self.precision} has no scales to calibrate; use int8-static or fp8")
         if self.target.fd_ratio is not None and self.reference is None:
-            raise ValueError("a ratio of Fréchet distances needs images to take them to: --reference FILE.npz")
+            raise ValueError("a ratio of Fréchet distances needs reference images: add --reference FILE.npz")
         if self.reference is not None and self.images < LEAST_IMAGES:
             raise ValueError(
-                f"Fréchet distances of {self.images} images mean nothing; --search-images {LEAST_IMAGES} or more"
+                f"{self.images} images are too few for Fréchet distances; use --search-images {LEAST_IMAGES} or more"
             )
         return self
 
@@ -127,7 +128,7 @@ def search(
 
 
 class _Images:
-    """Some images of a seed: their batches, and steps and runs of all of them together."""
+    """The images of a seed in batches, and steps and runs of all of them."""
 
     def __init__(self, sampler: FakeQuantizedSampler, seed: int, images: int, cfg_scales: Sequence[float]):
         config = sampler.config
@@ -147,24 +148,24 @@ class _Images:
         return np.concatenate([self._noise.initial(batch) for _, batch in self.batches])
 
     def step(self, subnet: SlicedDiT, step: int, x: np.ndarray) -> np.ndarray:
-        """x_prev of all images [n, C, S, S]."""
+        """One step of all images: x_prev [n, C, S, S] from x."""
         if step != self._step:
             self._step = step
             self._drawn = [self._noise.step(batch, step) for _, batch in self.batches]
             self._modulation = [self.sampler.modulation(step, batch.labels, scale) for scale, batch in self.batches]
-        made, first = [], 0
+        parts, first = [], 0
         for (scale, batch), drawn, modulation in zip(self.batches, self._drawn, self._modulation, strict=True):
             part = x[first : first + len(batch.images)]
-            made.append(self.sampler.step(subnet, step, part, drawn, modulation, scale))
+            parts.append(self.sampler.step(subnet, step, part, drawn, modulation, scale))
             first += len(part)
             self.tick(1)
-        return np.concatenate(made)
+        return np.concatenate(parts)
 
     def run(
         self, kept: np.ndarray | None, first: int = 0, x: np.ndarray | None = None, all_steps: bool = False
     ) -> np.ndarray:
-        """The images of a run with layers `kept` [segments, L, 4] in 16 bits (None: not quantised) from x at step
-        `first` on; or what each step starts from, and them [S+1, n, C, S, S].
+        """The images of a run from the latents `x` before step `first`, with the layers `kept` [segments, L, layers] in
+        16 bits (None: without quantization). `all_steps`: all latents of the run instead, [S+1, n, C, S, S].
         """
         x = self.initial() if x is None else x
         latents, sampler = [x], self.sampler
@@ -178,10 +179,10 @@ class _Images:
 
         x = run_steps(step, x, range(first, self.steps), keep if all_steps else None)
         if not np.isfinite(x).all():
-            kind = "not quantised" if kept is None else f"in {self.sampler.precision}"
+            kind = "without quantization" if kept is None else f"in {self.sampler.precision}"
             raise CalibrationError(
-                f"images {kind} are NaN or infinite, so that nothing can be compared; hold the model against its "
-                "checkpoint, or try another precision"
+                f"images {kind} are NaN or infinite and cannot be compared; check the model with `dydit parity`, or "
+                "use another precision"
             )
         return np.stack(latents) if all_steps else x
 
@@ -245,7 +246,8 @@ class _Search:
         ticks.remain((len(set(points) - self.measured.keys() - {0}) + OTHERS_RUNS) * self._run_cost)
         for count in points:
             quality(count)
-        # A token that is routed otherwise is a jump, so quality need not fall steadily: a point beyond may hold too.
+        # A token that is routed differently is a jump, so quality may not fall steadily: a later point may reach the
+        # target.
         best = max(count for count, each in self.measured.items() if target.holds(each))
         kept = kept_after(order, best, shape)
         others = self._kept(f"held-out-{best}", self._run_cost, lambda: self.others.run(kept))
@@ -269,7 +271,7 @@ class _Search:
         )
 
     def _losses(self, path: np.ndarray) -> np.ndarray:
-        """Predicted losses [segments, L, 4], along the run all in 16 bits [S+1, n, C, S, S]."""
+        """Predicted losses [segments, L, layers], from the latents of the run in 16 bits [S+1, n, C, S, S]."""
         errors = np.stack(
             [
                 self._kept(f"losses-{index}", self._losses_cost(index), partial(self._errors, index, path))
@@ -283,7 +285,8 @@ class _Search:
         return predicted_losses(errors, grown)
 
     def _errors(self, index: int, path: np.ndarray) -> np.ndarray:
-        """The error of x_prev [L, 4] of each layer of a segment alone in 8 bits, summed over the segment's steps."""
+        """The error of x_prev [L, layers] with one layer of a segment in 8 bits, summed over the steps of the
+        segment."""
         first, end = self.segments[index]
         chosen = self._steps(index)
         errors = np.zeros(self.macs.shape[1:])
@@ -297,7 +300,7 @@ class _Search:
         return errors * ((end - first) / len(chosen))
 
     def _grown(self, index: int, path: np.ndarray) -> np.ndarray:
-        """The mean square error of the images with one whole segment in 8 bits, from those all in 16."""
+        """The mean square error of the images with one whole segment in 8 bits, against those with all in 16 bits."""
         kept = self.everything.copy()
         kept[index] = False
         first = self.segments[index][0]
@@ -334,29 +337,29 @@ class _Search:
 
     @property
     def _most_runs(self) -> int:
-        """Whole runs at most: not quantised and all in 16 bits, those of bisection and curve, the held-out images'."""
+        """The largest number of whole runs: without quantization and in 16 bits, bisection, curve, held-out images."""
         layers = int((self.macs > 0).sum())
         return 2 + OTHERS_RUNS + CURVE_POINTS + most_questions(layers)
 
     def _total(self) -> int:
-        """Steps of batches at most."""
+        """The largest number of steps of batches."""
         grown = sum(self.images.steps - self.segments[index][0] for index in self._followed())
         losses = sum(self._losses_cost(index) for index in range(len(self.segments)))
         return self._most_runs * self._run_cost + grown * len(self.images.batches) + losses
 
     def estimate(self) -> str:
-        """How long the search may take, in a line: a few steps over the run are measured for it, of all images."""
+        """One line that says how long the search may take, from the measured time of a few steps of all images."""
         x = self.images.initial()
         in_8_bits, seconds = np.zeros(self.macs.shape[1:], bool), []
         for step in (self.images.steps // 2, *spread_steps(self.images.steps, MEASURED_STEPS)):
             start = time.perf_counter()
             self.images.step(self.sampler.subnet(step, in_8_bits), step, x)
             seconds.append((time.perf_counter() - start) / len(self.images.batches))
-        each = float(np.median(seconds[1:]))  # the first has what only a first call does
+        each = float(np.median(seconds[1:]))  # the first also does what only a first call does
         return estimate_text(self._most_runs, self.images.steps, self.config.images, self._total(), each)
 
     def _plain(self, images: _Images, name: str) -> np.ndarray:
-        """The images of the model that is not quantised."""
+        """The images of the model without quantization."""
         return self._kept(f"{name}plain", self._run_cost, lambda: images.run(None))
 
     def _quality(self, images: np.ndarray, plain: np.ndarray) -> Quality:
@@ -376,16 +379,16 @@ class _Search:
         target = self.config.target
         if target.psnr is not None:
             return (
-                f"no choice keeps {target.psnr:g} dB: with every layer in 16 bits the worst image has "
-                f"{quality.psnr_least:.1f} dB; ask for less"
+                f"no choice of layers reaches {target.psnr:g} dB: with every layer in 16 bits the worst image has "
+                f"{quality.psnr_least:.1f} dB; set a lower target"
             )
         return (
-            f"no choice keeps a Fréchet distance of {target.fd_ratio:g} times the model's: with every layer in 16 bits "
-            f"it is {quality.fd_ratio:.4f} times; ask for less, or take more images"
+            f"no choice of layers reaches {target.fd_ratio:g} times the model's Fréchet distance: with every layer in "
+            f"16 bits it is {quality.fd_ratio:.4f} times; set a higher ratio, or use more images"
         )
 
     def _kept(self, name: str, cost: int, make: Callable[[], np.ndarray]) -> np.ndarray:
-        """An array that the work folder has, or that is made and put there; `cost` in steps of batches."""
+        """An array from the work folder, or else from `make` and then saved there; `cost` in steps of batches."""
         file = self.work / f"{name}.npz"  # which has a checksum, unlike .npy
         if (kept := kept_arrays(file, "array")) is not None:
             self.ticks(cost)
@@ -397,6 +400,6 @@ class _Search:
 
 
 def psnr(images: np.ndarray, reference: np.ndarray, span: float | None) -> np.ndarray:
-    """Decibels of each image [n], against a range of values `span`, or each reference image's own; at most 200."""
+    """PSNR of each image [n], at most 200 dB, for a range of values `span` (None: that of each reference image)."""
     with np.errstate(divide="ignore"):
         return np.minimum(-20 * np.log10(picture_error(images, reference, span)), MOST_DECIBELS)

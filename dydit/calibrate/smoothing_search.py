@@ -1,4 +1,4 @@
-"""Choosing a smoothing for a checkpoint: its layers' inputs are watched while it samples, its weights are at hand."""
+"""Smoothing for a checkpoint, chosen from the inputs of its layers while it samples, and from their weights."""
 
 from __future__ import annotations
 
@@ -21,34 +21,34 @@ from dydit.quantization.smoothing import Smoothing
 
 @dataclass(frozen=True)
 class FoundSmoothing:
-    """What was chosen for each layer of each block, by name; `smoothing` is None where nothing helps."""
+    """The choice for each layer of each block, by name. `smoothing` is None if no layer is smoothed."""
 
     choices: tuple[dict[str, Choice], ...]
 
     @property
     def smoothing(self) -> Smoothing | None:
-        """The exponents."""
+        """The chosen exponents; None if no layer is smoothed."""
         return as_smoothing(self.choices)
 
     @property
     def falls(self) -> list[float]:
-        """The shares by which the squared errors of smoothed layers' products fall, ascending."""
+        """The shares by which the squared errors of the products of smoothed layers fall, ascending."""
         every = (choice for block in self.choices for choice in block.values())
         return sorted(1 - each.error / each.unsmoothed for each in every if each.exponents is not None)
 
     def text(self) -> str:
-        """In how many layers it helps, and by how much the squared error of their products falls."""
+        """The number of smoothed layers, and by how much the squared error of their products falls."""
         falls = self.falls
-        said = f"smoothing helps in {len(falls)} of {sum(map(len, self.choices))} layers"
+        total = sum(map(len, self.choices))
         if not falls:
-            return f"{said}: none is smoothed"
+            return f"smoothing lowers the error in none of {total} layers, so no layer is smoothed"
         return (
-            f"{said}: the squared error of their products in int8, on rows that were watched, falls by "
-            f"{median(falls):.0%} in the median, {falls[-1]:.0%} at most"
+            f"smoothing lowers the error in {len(falls)} of {total} layers: the squared error of their products in "
+            f"int8, on observed rows, falls by {median(falls):.0%} in the median and by at most {falls[-1]:.0%}"
         )
 
     def to_json(self) -> dict[str, Any]:
-        """The same for scripts."""
+        """The same as plain data."""
         falls = self.falls
         return {
             "layers": sum(map(len, self.choices)),
@@ -79,13 +79,13 @@ def find_smoothing(checkpoint: Checkpoint, run: ObservedRun, progress: Progress 
 
 
 def stored_in_int8(weight: np.ndarray) -> np.ndarray:
-    """What a weight f32 [in, out] is once a bundle has stored it in int8."""
+    """The value of a weight f32 [in, out] after a bundle has stored it in int8."""
     stored, scale = quantize(torch.from_numpy(weight)[None], out_major=False)
     return np.asarray((stored[0].to(torch.float32) * scale).numpy())
 
 
 class _Weights:
-    """The weights of a checkpoint's layers, f32 [in, out], in the checkpoint's order of units."""
+    """The weights of the layers of a checkpoint, f32 [in, out], in its own order of units."""
 
     def __init__(self, checkpoint: Checkpoint):
         self._layers = checkpoint.config.units.weights

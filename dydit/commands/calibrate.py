@@ -240,7 +240,7 @@ def calibrate_command(
     if as_json:
         rates = {"predicted": tokens.predicted.model_dump(), "held_out": tokens.held_out.model_dump()}
         searched = {} if found is None else {"sensitivity": found.model_dump(exclude={"losses"})}
-        moved = {"migration": result.found.to_json()} if result.found else {}
+        moved = {"migration": result.smoothing.to_json()} if result.smoothing else {}
         print_json({"calibration": str(out), "segments": len(tokens.capacities), **rates, **moved, **searched})
         return
     held = tokens.held_out
@@ -252,7 +252,7 @@ def calibrate_command(
         f"{held.upper:.2%} with 95 % confidence; predicted: {tokens.predicted.rate:.3%}), so "
         f"{held.repeated_steps:.2%} of the steps run again at full capacity, and MLPs compute "
         f"{extra_text(held.mlp_ratio)} than with dynamic routing, including repeated steps",
-        *([f"{out}: {result.found.text()}"] if result.found else []),
+        *([f"{out}: {result.smoothing.text()}"] if result.smoothing else []),
         *([] if found is None else [search_words(found)]),
         *model.notes,
         *(f"Look at {each}" for each in (picture, curve) if each.exists()),

@@ -1,4 +1,4 @@
-"""The folder of a quickstart: unfinished while it contains `.work/`, finished once it has `report.json` without that."""
+"""The folder of a quickstart: unfinished while it has `.work/`, finished once it has `report.json` without that."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class QuickstartFolder:
                 yield
 
     def _clear(self) -> None:
-        """Remove what a quickstart writes, and nothing else. The report goes first: its presence means a finished run."""
+        """Remove what a quickstart writes, and nothing else. The report goes first, because it means a finished run."""
         for name in (REPORT, *RESULTS, *PICTURES):
             (self.out / name).unlink(missing_ok=True)
         for name in FOLDERS:

@@ -55,12 +55,13 @@ class SideResult(Result):
 
     `round_ms`: mean over the steps of a round, one entry per counted round. `step_ms`: median over the rounds, one
     entry per measured step. `peak_bytes`: largest resident size of the contender's process; a page of weights counts
-    once for each session that maps it. `settled_bytes`: size after the rounds, with each page counted once (None if the system
-    does not report it). `load_seconds`: time to read and compile the `subnets_loaded` subnetworks of the measured
-    steps. `token_share`, `flops_ratio`: decisions of the model, per measured step. `macs`: multiply-adds computed in
-    the blocks for an image, mean over the measured steps, with repeated steps: of a bundle, those of its subnetworks as
-    compiled (`dydit.planning.executed`); of the others, all. `precision`: that of matrix products, if it is known.
-    `relative_l2`: deviation of the model's part of one step, x_prev - c_x*x, from the reference, of the worst image.
+    once for each session that maps it. `settled_bytes`: size after the rounds, with each page counted once (None if the
+    system does not report it). `load_seconds`: time to read and compile the `subnets_loaded` subnetworks of the
+    measured steps. `token_share`, `flops_ratio`: decisions of the model, per measured step. `macs`: multiply-adds
+    computed in the blocks for an image, mean over the measured steps, with repeated steps: of a bundle, those of its
+    subnetworks as compiled (`dydit.planning.executed`); of the others, all. `precision`: that of matrix products, if it
+    is known. `relative_l2`: deviation of the model's part of one step, x_prev - c_x*x, from the reference, of the worst
+    image.
     """
 
     side: Side
