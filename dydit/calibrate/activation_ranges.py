@@ -18,6 +18,7 @@ from dydit.calibrate.range_methods import Method, Threshold, choose
 from dydit.errors import CalibrationError
 from dydit.models.config import ModelConfig, Strict
 from dydit.quantization.smoothing import Smoothing
+from dydit.words import counted
 
 _ABSENT_WHILE_NONE = ("in_16_bits", "smoothing", "migration")  # left out of the file while they are None
 
@@ -171,7 +172,7 @@ def require_segments(ranges: ActivationRanges, segments: int, model: ModelConfig
     expected = (segments, model.depth, len(model.units.layers))
     if ranges.shape != expected:
         raise CalibrationError(
-            f"the calibration has {ranges.shape[0]} segments, {ranges.shape[1]} blocks and {ranges.shape[2]} layers "
-            f"per block, but this plan has {expected[0]}, {expected[1]} and {expected[2]}; calibrate with the options "
-            "of the export"
+            f"the calibration has {counted(ranges.shape[0], 'segment')}, {counted(ranges.shape[1], 'block')} and "
+            f"{counted(ranges.shape[2], 'layer')} per block, but this plan has {expected[0]}, {expected[1]} and "
+            f"{expected[2]}; calibrate with the options of the export"
         )

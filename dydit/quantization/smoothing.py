@@ -17,6 +17,7 @@ from pydantic import Field
 
 from dydit.errors import CalibrationError
 from dydit.models.config import ModelConfig, Strict
+from dydit.words import counted
 
 MOST = 10
 """The largest exponent. With larger ones, values of ordinary size would lose bits in fp16, the type of attention."""
@@ -51,8 +52,8 @@ class Smoothing(Strict):
         """Raise `CalibrationError`, naming the layer, if the channels are not those of a model."""
         if len(self.blocks) != model.depth:
             raise CalibrationError(
-                f"the smoothing is for {len(self.blocks)} blocks, but the model has {model.depth}; calibrate this "
-                "checkpoint"
+                f"the smoothing is for {counted(len(self.blocks), 'block')}, but the model has {model.depth}; "
+                "calibrate this checkpoint"
             )
         for index, block in enumerate(self.blocks):
             for layer, text in block.items():

@@ -1,4 +1,4 @@
-"""The simulation of 8 bits is what an exported bundle computes on ONNX Runtime, whichever layers stay in 16."""
+"""Fake quantization computes what an exported bundle computes on ONNX Runtime, whichever layers stay in 16 bits."""
 
 from __future__ import annotations
 

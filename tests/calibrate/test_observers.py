@@ -104,7 +104,7 @@ def test_refusals(seen, make_bundle, make_checkpoint):
     from dydit.export.exporter import ExportConfig
 
     ranges = seen.choose(Method.MINMAX, len(LABELS))
-    with pytest.raises(CalibrationError, match="is of 4 segments of 3 blocks of 4 layers, this plan has 2 "):
+    with pytest.raises(CalibrationError, match="has 4 segments, 3 blocks and 4 layers per block, but this plan has 2"):
         make_bundle(max_subnets=2, precision=Precision.INT8_STATIC, activations=ranges)
     with pytest.raises(
         ConfigError, match="int8-static needs a calibration: `dydit calibrate --activations minmax` makes it"

@@ -28,9 +28,9 @@ from dydit.runtime.backends.int8_exactness import products_are_exact
 pytestmark = pytest.mark.numerics
 
 STEPS, SCALE, IMAGES = 6, 1.5, 5
-# The search simulates 8 bits in PyTorch, the bundle runs them in ONNX Runtime. Two programs, or two CPUs, round
-# differently, and a value on the edge between two steps of a scale then falls to either side. So the two errors are of
-# one size but not the same: their powers agree to within a factor of 2, which is 3 dB.
+# The search computes 8 bits by fake quantization in PyTorch, the bundle runs them in ONNX Runtime. Two programs, or two
+# CPUs, round differently, and a value on the edge between two steps of a scale then falls to either side. So the two
+# errors are of one size but not the same: their powers agree to within a factor of 2, which is 3 dB.
 ANOTHER_ROUNDING = 3.0
 EXPORTED = ExportConfig(steps=STEPS, max_subnets=2)
 
@@ -106,7 +106,7 @@ def test_everything_in_8_bits_leaves_nothing_in_the_file(find, ends):
 
 
 def test_a_target_beyond_16_bits_is_refused(find, ends):
-    words = rf"no choice keeps 199 dB: with every layer in 16 bits the worst image has {ends[1]:.1f} dB"
+    words = rf"no choice of layers reaches 199 dB: with every layer in 16 bits the worst image has {ends[1]:.1f} dB"
     with pytest.raises(CalibrationError, match=words):
         find(target=Target(psnr=199))
 
@@ -141,8 +141,8 @@ def test_a_search_says_how_long_it_may_take_before_it_starts_and_its_total_is_ho
     find(tmp_path, lambda *now: events.append(now), announce=events.append)
     line, *progress = events
     assert re.fullmatch(
-        r"Search for layers: at most \d+ runs of 6 steps with 5 images each, and the measuring of single layers: "
-        r"[\d,]+ steps of a batch, \S+ s each, so about .* at most; a stopped search goes on where it was",
+        r"Search for layers: at most \d+ runs of 6 steps with 5 images each, and measurements of single layers: "
+        r"[\d,]+ steps of a batch at \S+ s each, so at most about .*; an interrupted search continues",
         line,
     )
     totals = [total for _, total in progress]
@@ -243,7 +243,7 @@ def test_pictures_repeat(pictured):
     assert picture.startswith(b"\x89PNG") and picture == sensitivity_png(result)
     assert f"{int(kept.kept.sum())} of {found.layers} linear layers stay in 16 bits" in search_words(found)
     missed = found.model_copy(update={"held_out_holds": False})
-    assert "MISS the target" in search_words(missed) and "MISS" not in search_words(
+    assert "MISSES the target" in search_words(missed) and "MISS" not in search_words(
         found.model_copy(update={"held_out_holds": True})
     )
 
@@ -261,7 +261,7 @@ def test_equal_images_count_as_200_decibels_and_nan_as_none():
         ({"precision": "fp16"}, "fp16 has no scales to calibrate"),
         ({"target": {"fd_ratio": 1.1}}, "--reference FILE.npz"),
         ({"target": {"fd_ratio": 1.1}, "reference": "x.npz", "images": 63}, "--search-images 64 or more"),
-        ({"target": {}}, "one of them"),
+        ({"target": {}}, "only one of them"),
         ({"steps": 0}, "steps"),
     ],
 )

@@ -73,7 +73,7 @@ def test_the_plan_of_the_export_is_that_of_the_calibration(run, checkpoint: Path
     assert run(*words).code == 0, words
     by_capacity = ["--steps", 3, "--routing", "capacity", "--calibration", tmp_path / "c.json"]
     other = run("export", checkpoint, *by_capacity, *plan, "--out", tmp_path / "other")
-    assert_refused(other, "the calibration is of the sampler ddim, not ddpm")
+    assert_refused(other, "the calibration belongs to the sampler ddim, not ddpm")
     assert names(tmp_path) == ["c.json", "c.png", "out"]
 
 
@@ -195,8 +195,10 @@ def test_smoothed_ranges_then_8_bits(run, checkpoint: Path, tmp_path: Path) -> N
     assert done.code == 0 and done.err == "", done.err
     ranges = read_calibration(file).activations
     assert ranges is not None and ranges.smoothing is not None
-    line = next(line for line in done.out.splitlines() if "smoothing helps" in line)
-    assert line.startswith(f"{file}: smoothing helps in {ranges.smoothing.layers} of 12 layers: the squared error")
+    line = next(line for line in done.out.splitlines() if "smoothing lowers" in line)
+    assert line.startswith(
+        f"{file}: smoothing lowers the error in {ranges.smoothing.layers} of 12 layers: the squared error"
+    )
     again = run("calibrate", checkpoint, "--out", tmp_path / "again.json", *SMALL, *watch, "--json")
     assert (tmp_path / "again.json").read_bytes() == file.read_bytes()
     said = json.loads(again.out)["migration"]

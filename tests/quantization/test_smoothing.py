@@ -33,11 +33,11 @@ def test_which_model(small_config):
     blocks = [{"qkv": "01" * 32, "fc2": "a" * 256}] * 3
     Smoothing(blocks=tuple(blocks)).require_fits(small_config)
     assert (input_channels(small_config, "proj"), input_channels(small_config, "fc2")) == (64, 256)
-    with pytest.raises(CalibrationError, match=r"is of 2 blocks, the model has 3; calibrate this checkpoint"):
+    with pytest.raises(CalibrationError, match=r"is for 2 blocks, but the model has 3; calibrate this checkpoint"):
         Smoothing(blocks=tuple(blocks[:2])).require_fits(small_config)
     blocks[1] = {"fc2": "0" * 64}
-    with pytest.raises(CalibrationError, match=r"of block 1, fc2, is of 64 channels, the model has 256"):
+    with pytest.raises(CalibrationError, match=r"of block 1, fc2, is for 64 channels, but the model has 256"):
         Smoothing(blocks=tuple(blocks)).require_fits(small_config)
     blocks[1] = {"fc3": "0" * 256}
-    with pytest.raises(CalibrationError, match=r"names 'fc3', which is no layer of the model's blocks"):
+    with pytest.raises(CalibrationError, match=r"names the layer 'fc3', which the model's blocks do not have"):
         Smoothing(blocks=tuple(blocks)).require_fits(small_config)

@@ -118,11 +118,14 @@ def test_the_largest_deviation_counts_images_that_flipped_a_token(finished):
         return _deviation(parity.model_copy(update={"checks": tuple(checks)}))
 
     plain = line(flips=0)
-    assert plain.value == "1e-7" and plain.note.endswith("0 of 5,000 token decisions differ (bar 1e-3)")
+    assert plain.value == "1e-7" and plain.note.endswith("0 of 5,000 token decisions differ (tolerance 1e-3)")
     jumped = line(flips=1, flipped_images=(image,))
-    assert jumped.value == "2.5e-2" and "1 of 5,000 token decisions differs; where none does, 1e-7" in jumped.note
+    assert (
+        jumped.value == "2.5e-2"
+        and "1 of 5,000 token decisions differs; 1e-7 for images where none does" in jumped.note
+    )
     alone = line(flips=1, flipped_images=(image,), worst=None)
-    assert alone.value == "2.5e-2" and "no image routes all tokens alike" in alone.note
+    assert alone.value == "2.5e-2" and "every image routes a token differently" in alone.note
     failed = line(flips=0, status=Status.FAILED, worst=None)
     assert failed.value == "not finite" and "PARITY FAILS: parity fails at run" in failed.note
 

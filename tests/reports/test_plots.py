@@ -125,14 +125,14 @@ def test_the_plan_marks_its_choice_and_says_what_it_costs(titles):
     assert count(array, SECOND) > 100
     finding, detail = titles[0]
     assert finding == "4 subnetworks cost 12.5% more multiply-adds than the exact masks"
-    held = "they hold 4.00 MiB of weights"
-    assert detail == f"for 4 segments of steps; {held}, where the exact masks' 16 would hold 16.0 MiB"
+    held = "the subnetworks hold 4.00 MiB of weights"
+    assert detail == f"4 segments of steps; {held}; the 16 of the exact masks would hold 16.0 MiB"
     pixels(plan_png(curve[:1], curve[0], 150.0, 150.0))
     assert titles[1][0] == "1 subnetwork costs no more than the exact masks"
     pixels(plan_png(curve, PlanPoint(4, 3, 100.0, 2**20), 100.0, 160.0))
     assert titles[2] == (
         "3 subnetworks cost no more than the exact masks",
-        "for 4 segments of steps; they hold 1.00 MiB of weights",
+        "4 segments of steps; the subnetworks hold 1.00 MiB of weights",
     )
 
 
@@ -196,7 +196,7 @@ def test_the_ranking_has_the_bound_across_and_bundles_in_their_colour(titles):
     assert count(array, ACCENT_LIGHT) > 1.5 * count(array, ACCENT) > 1000, "60 ms of theirs, 31 of ours"
     assert titles[0] == (
         "dynamic: 1.82\u00d7 speed-up over static",
-        "batch 4, guidance 2, 2 threads; median of 3 rounds that took turns, line: fastest to slowest",
+        "batch 4, guidance 2, 2 threads; median of 3 rounds in turn, line: fastest to slowest",
     )
     less = report.model_copy(update={"not_run": (NotRun(name="compiled", reason="no compiler"),)})
     assert count(pixels(ranking_png(less)), SECOND) == 0
@@ -310,8 +310,9 @@ def test_ticks_are_round_timesteps_where_they_belong(steps):
 
 
 def test_without_matplotlib_one_line_says_what_to_install(monkeypatch):
+    axis = axis_of(2, 2)
     for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(DyditError, match=r"pip install 'dydit\[report\]'"):
-        masks_png(np.ones((3, 1, 2, 2), bool), times(3))
+        masks_png(np.ones((3, axis.size), bool), axis, times(3))
