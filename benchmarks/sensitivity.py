@@ -80,7 +80,7 @@ def told(decibels: np.ndarray, target: float | None) -> dict[str, float]:
 
 def described(found: Sensitivity, ranges: ActivationRanges) -> dict[str, Any]:
     """What a search found, with the layers that stay by kind and its curve."""
-    kept = ranges.kept
+    kept = ranges.fp16_layers
     return {
         **found.model_dump(
             include={"precision", "target_psnr", "layers", "chosen", "held_out", "held_out_holds", "curve"}

@@ -60,7 +60,7 @@ class ActivationRanges(Strict):
             raise ValueError("thresholds and clipped shares have different shapes")
         if any(value < 0 for blocks in self.thresholds for block in blocks for value in block):
             raise ValueError("a threshold is negative")
-        if self.in_16_bits is not None and self.kept.shape != self.shape:
+        if self.in_16_bits is not None and self.fp16_layers.shape != self.shape:
             raise ValueError("in_16_bits and thresholds have different shapes")
         if self.smoothing is not None and {len(self.smoothing.blocks)} != depths:
             raise ValueError("the smoothing and the thresholds have different numbers of blocks")
@@ -75,7 +75,7 @@ class ActivationRanges(Strict):
         ]
 
     @property
-    def kept(self) -> np.ndarray:
+    def fp16_layers(self) -> np.ndarray:
         """Which layers stay in 16 bits, bool [segments, L, layers]."""
         if self.in_16_bits is None:
             return np.zeros(self.shape, bool)
@@ -162,9 +162,13 @@ def repeat(ranges: ActivationRanges, segments: int) -> ActivationRanges:
     """The ranges of a single segment, repeated for `segments` segments: a global scale in the form of a plan."""
     if ranges.shape[0] != 1:
         raise CalibrationError(f"ranges of {ranges.shape[0]} segments cannot be repeated; expected 1 segment")
-    kept = None if ranges.in_16_bits is None else ranges.in_16_bits * segments
-    repeated = {"thresholds": ranges.thresholds * segments, "clipped": ranges.clipped * segments, "in_16_bits": kept}
-    return ranges.model_copy(update=repeated)
+    return ranges.model_copy(
+        update={
+            "thresholds": ranges.thresholds * segments,
+            "clipped": ranges.clipped * segments,
+            "in_16_bits": None if ranges.in_16_bits is None else ranges.in_16_bits * segments,
+        }
+    )
 
 
 def require_segments(ranges: ActivationRanges, segments: int, model: ModelConfig) -> None:

@@ -119,6 +119,67 @@ def run_calibration(
     it may take. Raises `CalibrationError` for a static model and for too few samples (both before anything is sampled
     or written), and for latents that are not finite; `ConfigError` and `BackendError` as exporting and sampling do.
     """
+    _require_possible(checkpoint, config)
+    reference = _search_reference(checkpoint, exported, config)
+    masks, plan = planned_steps(checkpoint, exported)
+    bundle = _sampling_bundle(checkpoint, exported, work)
+    counter = _Counter(bundle, config, work, backend, options, progress)
+    counts, held_out = counter.run(config.seed, config.samples), counter.run(config.seed + 1, config.held_out)
+    groups = drawn_for(counts, config.capacity, config.seed)
+    capacities = capacity.choose_capacities(groups, plan.bounds, config.capacity, checkpoint.config.tokens)
+    if exported.plan is PlanKind.SLIDING:  # one graph has one capacity for each block
+        capacities[:] = capacities.max(axis=0)
+    token_ratio = np.mean([each.mean for each in counts], axis=0) / checkpoint.config.tokens
+    unions = [np.tile(masks[first:end].any(axis=0), (end - first, 1)) for first, end in plan.segments]
+    routed = checkpoint.config.units.routed_macs(np.concatenate(unions))
+    tokens = TokenCalibration(
+        tokens=checkpoint.config.tokens,
+        settings=config.capacity,
+        mean_ratio=tuple(tuple(round(each, RATIO_DIGITS) for each in row) for row in token_ratio.tolist()),
+        capacities=tuple(map(tuple, capacities.tolist())),
+        predicted=_rates(counts, groups, capacities, plan, routed),
+        held_out=_rates(held_out, drawn_for(held_out, config.capacity, config.seed + 1), capacities, plan, routed),
+    )
+    (ranges, smoothing), sensitivity = _ranges(checkpoint, exported, plan, config, progress), None
+    if config.search is not None:
+        assert ranges is not None
+        inputs = SearchInputs(
+            checkpoint=checkpoint,
+            exported=exported,
+            segments=plan.segments,
+            ranges=ranges,
+            token_ratio=token_ratio,
+            config=config.search,
+            cfg_scales=config.cfg_scales,
+            seed=config.seed,
+            work=work,
+            reference=reference,
+        )
+        ranges, sensitivity = search(inputs, progress, announce)
+    calibration = Calibration(
+        checkpoint_sha256=checkpoint.sha256,
+        steps=exported.steps,
+        sampler=exported.sampler,
+        plan_sha256=plan_sha256(plan.bounds, masks),
+        cfg_scales=config.cfg_scales,
+        seed=config.seed,
+        held_out_seed=config.seed + 1,
+        tokens=tokens,
+        activations=ranges,
+        sensitivity=sensitivity,
+    )
+    return CalibrationResult(
+        calibration=calibration,
+        timesteps=bundle.manifest.sampling.timesteps,
+        bounds=plan.bounds,
+        layers=checkpoint.config.units.layer_names,
+        groups=tuple(groups),
+        smoothing=smoothing,
+    )
+
+
+def _require_possible(checkpoint: Checkpoint, config: CalibrationConfig) -> None:
+    """Raise `CalibrationError` for a static model or too few samples, `ConfigError` for impossible guidance."""
     model = checkpoint.config
     if not model.dynamic:
         raise CalibrationError(
@@ -129,71 +190,20 @@ def run_calibration(
     for images, what in ((config.samples, "sample"), (config.held_out, "held-out sample")):
         for scale, count in spread_scales(images, config.cfg_scales):
             require_samples(config.capacity, count, scale, what)
-    reference = _search_reference(checkpoint, exported, config)
-    masks, plan = planned_steps(checkpoint, exported)
-    bundle = _sampling_bundle(checkpoint, exported, work)
-    counter = _Counter(bundle, config, work, backend, options, progress)
-    seen, others = counter.run(config.seed, config.samples), counter.run(config.seed + 1, config.held_out)
-    groups = drawn_for(seen, config.capacity, config.seed)
-    capacities = capacity.choose_capacities(groups, plan.bounds, config.capacity, model.tokens)
-    if exported.plan is PlanKind.SLIDING:  # one graph has one capacity for each block
-        capacities[:] = capacities.max(axis=0)
-    unions = [np.tile(masks[first:end].any(axis=0), (end - first, 1)) for first, end in plan.segments]
-    routed = model.units.routed_macs(np.concatenate(unions))
 
-    def rates(counts: list[TokenCounts], drawn: list[Groups]) -> OverflowRates:
-        over = capacity.overflow_of(drawn, capacities, plan.bounds)
-        return OverflowRates(
-            images=sum(len(each.images) for each in counts),
-            trials=over.trials,
-            rate=over.rate,
-            upper=over.upper,
-            repeated_steps=over.repeated,
-            mlp_ratio=capacity.mlp_ratio(counts, routed, capacities, plan.bounds, over.repeated),
-        )
 
-    mean = np.mean([each.mean for each in seen], axis=0) / model.tokens
-    (ranges, smoothing), sensitivity = _ranges(checkpoint, exported, plan, config, progress), None
-    if config.search is not None:
-        assert ranges is not None
-        inputs = SearchInputs(
-            checkpoint=checkpoint,
-            exported=exported,
-            segments=plan.segments,
-            ranges=ranges,
-            token_ratio=mean,
-            config=config.search,
-            cfg_scales=config.cfg_scales,
-            seed=config.seed,
-            work=work,
-            reference=reference,
-        )
-        ranges, sensitivity = search(inputs, progress, announce)
-    return CalibrationResult(
-        Calibration(
-            checkpoint_sha256=checkpoint.sha256,
-            steps=exported.steps,
-            sampler=exported.sampler,
-            plan_sha256=plan_sha256(plan.bounds, masks),
-            cfg_scales=config.cfg_scales,
-            seed=config.seed,
-            held_out_seed=config.seed + 1,
-            tokens=TokenCalibration(
-                tokens=model.tokens,
-                settings=config.capacity,
-                mean_ratio=tuple(tuple(round(each, RATIO_DIGITS) for each in row) for row in mean.tolist()),
-                capacities=tuple(map(tuple, capacities.tolist())),
-                predicted=rates(seen, groups),
-                held_out=rates(others, drawn_for(others, config.capacity, config.seed + 1)),
-            ),
-            activations=ranges,
-            sensitivity=sensitivity,
-        ),
-        bundle.manifest.sampling.timesteps,
-        plan.bounds,
-        model.units.layer_names,
-        tuple(groups),
-        smoothing,
+def _rates(
+    counts: list[TokenCounts], groups: list[Groups], capacities: np.ndarray, plan: Plan, routed: np.ndarray
+) -> OverflowRates:
+    """The overflow of some images at `capacities` [segments, L]; `routed` [S, L]: multiply-adds of routed layers."""
+    over = capacity.overflow_of(groups, capacities, plan.bounds)
+    return OverflowRates(
+        images=sum(len(each.images) for each in counts),
+        trials=over.trials,
+        rate=over.rate,
+        upper=over.upper,
+        repeated_steps=over.repeated,
+        mlp_ratio=capacity.mlp_ratio(counts, routed, capacities, plan.bounds, over.repeated),
     )
 
 

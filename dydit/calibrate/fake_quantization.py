@@ -9,7 +9,7 @@ only their weights.) Nothing is exported, so a choice of layers can be tried at 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -18,10 +18,13 @@ from torch import Tensor
 
 from dydit.bundle.stored_weights import Precision
 from dydit.calibrate.activation_ranges import ActivationRanges
+from dydit.calibrate.tokens import spread_labels, spread_scales
 from dydit.checkpoints.checkpoint import Checkpoint
 from dydit.diffusion.coefficients import step_coefficients
 from dydit.diffusion.guidance import Guidance
 from dydit.diffusion.schedule import Sampler, Schedule
+from dydit.diffusion.steps import LatentsOnly, run_steps
+from dydit.errors import CalibrationError
 from dydit.export.exporter import GUIDED_CHANNELS
 from dydit.export.input_scales import LARGEST
 from dydit.models.architecture import Slots, stored_name
@@ -30,9 +33,12 @@ from dydit.models.dit.sliced import SlicedBlock, SlicedDiT, conditioning
 from dydit.models.dit.smoothed import FACTOR, modulation_factors, smoothed_tensors
 from dydit.planning.masks import freeze_masks
 from dydit.quantization.quantize import quantize
+from dydit.runtime.noise_source import SeededNoise
+from dydit.runtime.request import Batch, make_batches
 
 TYPES = {Precision.INT8_STATIC: torch.int8, Precision.FP8: torch.float8_e4m3fn}
 Quantized = Mapping[str, tuple[Tensor, Tensor]]
+BATCH = 16
 
 
 def in_16_bits(values: Tensor) -> Tensor:
@@ -70,10 +76,10 @@ class SmoothedDiT(SlicedDiT):
 
 
 class FakeQuantizedDiT(SmoothedDiT):
-    """A subnetwork whose linear layers are in 8 bits, except for those in `kept`, bool [L, layers].
+    """A subnetwork whose linear layers are in 8 bits, except for those in `fp16_layers`, bool [L, layers].
 
     `quantized`: weights in 8 bits and their scales, by name. `scales`: scales of the inputs of each layer, by block.
-    `kept` may be set again before each step.
+    `fp16_layers` may be set again before each step.
     """
 
     def __init__(
@@ -84,32 +90,32 @@ class FakeQuantizedDiT(SmoothedDiT):
         slots: Slots,
         cfg_channels: int,
         scales: Sequence[Sequence[float]],
-        kept: np.ndarray,
+        fp16_layers: np.ndarray,
     ):
         super().__init__(config, weights, slots, cfg_channels)
-        self.kept, self._names = kept, config.units.layer_names
+        self.fp16_layers, self._names = fp16_layers, config.units.layer_names
         self._quantized, self._scales = quantized, scales
         self._rounded: dict[tuple[int, str, bool], Tensor] = {}
 
     def product(self, block: SlicedBlock, layer: str, x: Tensor) -> Tensor:
         """The layer with the rounding of its precision."""
-        kept = dict(zip(self._names, self.kept[block.index].tolist(), strict=True))
-        if layer == "proj" or (layer == "fc2" and kept["fc1"]):
+        in_fp16 = dict(zip(self._names, self.fp16_layers[block.index].tolist(), strict=True))
+        if layer == "proj" or (layer == "fc2" and in_fp16["fc1"]):
             x = in_16_bits(x)  # attention, and GELU after a product in 16 bits, give fp16
-        weight, bias = self._weight(block, layer, kept[layer]), getattr(block, f"{layer}_bias")
-        if kept[layer]:
+        weight, bias = self._weight(block, layer, in_fp16[layer]), getattr(block, f"{layer}_bias")
+        if in_fp16[layer]:
             x, bias = in_16_bits(x), in_16_bits(bias)
         else:
             scale = self._scales[block.index][self._names.index(layer)]
             x = in_8_bits(x, scale, self._quantized[stored_name(block.index, f"{layer}.weight")][0].dtype)
         y = F.linear(x, weight, bias) if self._layers[layer].out_major else x @ weight + bias
-        return in_16_bits(y) if kept[layer] or layer == "qkv" else y  # attention takes fp16
+        return in_16_bits(y) if in_fp16[layer] or layer == "qkv" else y  # attention takes fp16
 
-    def _weight(self, block: SlicedBlock, layer: str, kept: bool) -> Tensor:
+    def _weight(self, block: SlicedBlock, layer: str, in_fp16: bool) -> Tensor:
         """The weight of the block's slots, rounded to 8 or 16 bits, in fp32."""
-        key = block.index, layer, kept
+        key = block.index, layer, in_fp16
         if key not in self._rounded:
-            self._rounded[key] = in_16_bits(getattr(block, layer)) if kept else self._dequantized(block, layer)
+            self._rounded[key] = in_16_bits(getattr(block, layer)) if in_fp16 else self._dequantized(block, layer)
         return self._rounded[key]
 
     def _dequantized(self, block: SlicedBlock, layer: str) -> Tensor:
@@ -157,11 +163,11 @@ class FakeQuantizedSampler:
         """The subnetwork of a step, without quantization."""
         return SmoothedDiT(self.config, self._weights, self._slots(step), self._channels)
 
-    def subnet(self, step: int, kept: np.ndarray) -> FakeQuantizedDiT:
-        """The subnetwork of a step with the layers `kept`, bool [L, layers], in 16 bits and the others in 8 bits."""
+    def subnet(self, step: int, fp16_layers: np.ndarray) -> FakeQuantizedDiT:
+        """The subnetwork of a step with `fp16_layers`, bool [L, layers], in 16 bits and the other layers in 8 bits."""
         scales = self._scales[self.segment_of[step]]
         slots = self._slots(step)
-        return FakeQuantizedDiT(self.config, self._weights, self._quantized, slots, self._channels, scales, kept)
+        return FakeQuantizedDiT(self.config, self._weights, self._quantized, slots, self._channels, scales, fp16_layers)
 
     def _slots(self, step: int) -> Slots:
         return self.config.units.slots(self.masks[step])
@@ -185,3 +191,65 @@ class FakeQuantizedSampler:
             modulation,
         )
         return out.x_prev.numpy()
+
+
+class FakeQuantizedImages:
+    """The images of a seed in batches, and steps and runs of all of them."""
+
+    def __init__(self, sampler: FakeQuantizedSampler, seed: int, images: int, cfg_scales: Sequence[float]):
+        config = sampler.config
+        self.sampler, self.steps = sampler, len(sampler.timesteps)
+        self._noise = SeededNoise(seed, (config.in_channels, config.input_size, config.input_size))
+        self.batches: list[tuple[float, Batch]] = []
+        first = 0
+        for scale, count in spread_scales(images, cfg_scales):
+            labels = spread_labels(count, config.num_classes) if count else []
+            self.batches += [(scale, each) for each in make_batches(labels, range(first, first + count), BATCH)]
+            first += count
+        self.tick: Callable[[int], None] = lambda steps: None
+        self._step, self._drawn, self._modulation = -1, [np.empty(0)], [None]
+
+    def initial(self) -> np.ndarray:
+        """The noise that all images start from [n, C, S, S]."""
+        return np.concatenate([self._noise.initial(batch) for _, batch in self.batches])
+
+    def step(self, subnet: SlicedDiT, step: int, x: np.ndarray) -> np.ndarray:
+        """One step of all images: x_prev [n, C, S, S] from x."""
+        if step != self._step:
+            self._step = step
+            self._drawn = [self._noise.step(batch, step) for _, batch in self.batches]
+            self._modulation = [self.sampler.modulation(step, batch.labels, scale) for scale, batch in self.batches]
+        parts, first = [], 0
+        for (scale, batch), drawn, modulation in zip(self.batches, self._drawn, self._modulation, strict=True):
+            part = x[first : first + len(batch.images)]
+            parts.append(self.sampler.step(subnet, step, part, drawn, modulation, scale))
+            first += len(part)
+            self.tick(1)
+        return np.concatenate(parts)
+
+    def run(
+        self, fp16_layers: np.ndarray | None, first: int = 0, x: np.ndarray | None = None, all_steps: bool = False
+    ) -> np.ndarray:
+        """The images of a run from the latents `x` before step `first`, with the layers `fp16_layers` [segments, L,
+        layers] in 16 bits (None: without quantization). `all_steps`: all latents of the run instead, [S+1, n, C, S, S].
+        """
+        x = self.initial() if x is None else x
+        latents, sampler = [x], self.sampler
+
+        def step(index: int, x: np.ndarray) -> LatentsOnly[np.ndarray]:
+            if fp16_layers is None:
+                return LatentsOnly(self.step(sampler.plain(index), index, x))
+            subnet = sampler.subnet(index, fp16_layers[sampler.segment_of[index]])
+            return LatentsOnly(self.step(subnet, index, x))
+
+        def keep(index: int, outcome: LatentsOnly[np.ndarray]) -> None:
+            latents.append(outcome.x_prev)
+
+        x = run_steps(step, x, range(first, self.steps), keep if all_steps else None)
+        if not np.isfinite(x).all():
+            kind = "without quantization" if fp16_layers is None else f"in {self.sampler.precision}"
+            raise CalibrationError(
+                f"images {kind} are NaN or infinite and cannot be compared; check the checkpoint, or "
+                "use another precision"
+            )
+        return np.stack(latents) if all_steps else x

@@ -54,7 +54,7 @@ class Histogram:
             return
         least, largest = float(flat.min()), float(flat.max())
         if not (np.isfinite(least) and np.isfinite(largest)):
-            raise CalibrationError("a value to calibrate on is NaN or infinite; check the model with `dydit parity`")
+            raise CalibrationError("a value to calibrate on is NaN or infinite; check the checkpoint")
         magnitudes = flat.view(np.uint32) & np.uint32(0x7FFFFFFF)
         self.counts += np.bincount(magnitudes >> np.uint32(_SHIFT), minlength=BINS)
         self.least, self.largest = min(self.least, least), max(self.largest, largest)

@@ -137,9 +137,7 @@ def predicted_losses(step_errors: np.ndarray, image_errors: np.ndarray) -> np.nd
     sums = step_errors.sum(axis=(1, 2))
     measured = ~np.isnan(image_errors)
     if not measured.any() or not np.isfinite(step_errors).all() or not np.isfinite(image_errors[measured]).all():
-        raise CalibrationError(
-            "errors in 8 bits are not finite, or none was measured; check the model with `dydit parity`"
-        )
+        raise CalibrationError("errors in 8 bits are not finite, or none was measured; check the checkpoint")
     if (step_errors < 0).any() or (image_errors[measured] < 0).any():
         raise CalibrationError("a mean square error is negative")
     known = np.flatnonzero(measured & (sums > 0) & np.nan_to_num(image_errors > 0))
@@ -157,11 +155,11 @@ def int8_order(losses: np.ndarray, macs: np.ndarray) -> np.ndarray:
     return np.asarray(existing[np.argsort(flat[existing] / size[existing], kind="stable")])
 
 
-def kept_after(order: np.ndarray, count: int, shape: tuple[int, ...]) -> np.ndarray:
+def fp16_layers_after(order: np.ndarray, count: int, shape: tuple[int, ...]) -> np.ndarray:
     """Which layers stay in 16 bits if the first `count` of an order are in 8 bits, bool of `shape`."""
-    kept = np.zeros(math.prod(shape), bool)
-    kept[order[count:]] = True
-    return kept.reshape(shape)
+    fp16_layers = np.zeros(math.prod(shape), bool)
+    fp16_layers[order[count:]] = True
+    return fp16_layers.reshape(shape)
 
 
 def share_in_8_bits(order: np.ndarray, count: int, macs: np.ndarray) -> float:

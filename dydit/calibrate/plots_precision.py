@@ -30,7 +30,7 @@ def sensitivity_png(result: CalibrationResult) -> bytes:
         )
         left, right = figure.subfigures(1, 2, width_ratios=(1, 1.15))
         _curve(left.subplots(), found)
-        _map(right, found, ranges.kept, result.layers, result.bounds)
+        _map(right, found, ranges.fp16_layers, result.layers, result.bounds)
         return png(figure)
 
 
@@ -94,12 +94,14 @@ def _curve(axis: Any, found: Sensitivity) -> None:
     above.set_xlabel("bound on the speed of these layers, if 8 bits take half the time of 16", fontsize=8, color=MUTED)
 
 
-def _map(figure: Any, found: Sensitivity, kept: np.ndarray, layers: Sequence[str], bounds: Sequence[int]) -> None:
+def _map(
+    figure: Any, found: Sensitivity, fp16_layers: np.ndarray, layers: Sequence[str], bounds: Sequence[int]
+) -> None:
     from matplotlib.colors import ListedColormap
     from matplotlib.ticker import MaxNLocator
 
     existing = np.asarray(found.losses) > 0  # [segments, L, layers]
-    state = np.where(kept, _FP16, np.where(existing, _INT8, _ABSENT))
+    state = np.where(fp16_layers, _FP16, np.where(existing, _INT8, _ABSENT))
     axes = figure.subplots(len(layers), 1, sharex=True)
     for axis, layer, name in zip(axes, np.moveaxis(state, 2, 0), layers, strict=True):
         colours = ListedColormap(["white", OFF, ACCENT])

@@ -23,7 +23,7 @@ from pydantic import Field, model_validator
 from dydit.bench.bench import spread_steps
 from dydit.bundle.stored_weights import Precision
 from dydit.calibrate.activation_ranges import ActivationRanges
-from dydit.calibrate.fake_quantization import FakeQuantizedSampler
+from dydit.calibrate.fake_quantization import FakeQuantizedImages, FakeQuantizedSampler
 from dydit.calibrate.mixed_precision import (
     CURVE_POINTS,
     MOST_DECIBELS,
@@ -32,8 +32,8 @@ from dydit.calibrate.mixed_precision import (
     Sensitivity,
     Target,
     bound_on_speed,
+    fp16_layers_after,
     int8_order,
-    kept_after,
     layer_macs,
     most_questions,
     most_that_holds,
@@ -42,22 +42,16 @@ from dydit.calibrate.mixed_precision import (
     spread_counts,
 )
 from dydit.calibrate.search_progress import Progress, Ticks, estimate_text
-from dydit.calibrate.tokens import spread_labels, spread_scales
 from dydit.checkpoints.checkpoint import Checkpoint
-from dydit.diffusion.steps import LatentsOnly, run_steps
 from dydit.errors import CalibrationError
 from dydit.export.exporter import ExportConfig
 from dydit.files import atomic_file
 from dydit.models.config import Strict, UserPath
-from dydit.models.dit.sliced import SlicedDiT
 from dydit.parity.comparison import picture_error
 from dydit.parity.frechet import LEAST_IMAGES, FrechetReference, pictures
 from dydit.runtime.images.image_files import kept_arrays
-from dydit.runtime.noise_source import SeededNoise
-from dydit.runtime.request import Batch, make_batches
 
 Announce = Callable[[str], None]
-BATCH = 16
 MEASURED_STEPS = 3
 """The number of steps from whose median time the duration of a search is estimated."""
 OTHERS_RUNS = 2
@@ -127,66 +121,6 @@ def search(
     return _Search(inputs).run(progress, announce)
 
 
-class _Images:
-    """The images of a seed in batches, and steps and runs of all of them."""
-
-    def __init__(self, sampler: FakeQuantizedSampler, seed: int, images: int, cfg_scales: Sequence[float]):
-        config = sampler.config
-        self.sampler, self.steps = sampler, len(sampler.timesteps)
-        self._noise = SeededNoise(seed, (config.in_channels, config.input_size, config.input_size))
-        self.batches: list[tuple[float, Batch]] = []
-        first = 0
-        for scale, count in spread_scales(images, cfg_scales):
-            labels = spread_labels(count, config.num_classes) if count else []
-            self.batches += [(scale, each) for each in make_batches(labels, range(first, first + count), BATCH)]
-            first += count
-        self.tick: Callable[[int], None] = lambda steps: None
-        self._step, self._drawn, self._modulation = -1, [np.empty(0)], [None]
-
-    def initial(self) -> np.ndarray:
-        """The noise that all images start from [n, C, S, S]."""
-        return np.concatenate([self._noise.initial(batch) for _, batch in self.batches])
-
-    def step(self, subnet: SlicedDiT, step: int, x: np.ndarray) -> np.ndarray:
-        """One step of all images: x_prev [n, C, S, S] from x."""
-        if step != self._step:
-            self._step = step
-            self._drawn = [self._noise.step(batch, step) for _, batch in self.batches]
-            self._modulation = [self.sampler.modulation(step, batch.labels, scale) for scale, batch in self.batches]
-        parts, first = [], 0
-        for (scale, batch), drawn, modulation in zip(self.batches, self._drawn, self._modulation, strict=True):
-            part = x[first : first + len(batch.images)]
-            parts.append(self.sampler.step(subnet, step, part, drawn, modulation, scale))
-            first += len(part)
-            self.tick(1)
-        return np.concatenate(parts)
-
-    def run(
-        self, kept: np.ndarray | None, first: int = 0, x: np.ndarray | None = None, all_steps: bool = False
-    ) -> np.ndarray:
-        """The images of a run from the latents `x` before step `first`, with the layers `kept` [segments, L, layers] in
-        16 bits (None: without quantization). `all_steps`: all latents of the run instead, [S+1, n, C, S, S].
-        """
-        x = self.initial() if x is None else x
-        latents, sampler = [x], self.sampler
-
-        def step(index: int, x: np.ndarray) -> LatentsOnly[np.ndarray]:
-            subnet = sampler.plain(index) if kept is None else sampler.subnet(index, kept[sampler.segment_of[index]])
-            return LatentsOnly(self.step(subnet, index, x))
-
-        def keep(index: int, outcome: LatentsOnly[np.ndarray]) -> None:
-            latents.append(outcome.x_prev)
-
-        x = run_steps(step, x, range(first, self.steps), keep if all_steps else None)
-        if not np.isfinite(x).all():
-            kind = "without quantization" if kept is None else f"in {self.sampler.precision}"
-            raise CalibrationError(
-                f"images {kind} are NaN or infinite and cannot be compared; check the model with `dydit parity`, or "
-                "use another precision"
-            )
-        return np.stack(latents) if all_steps else x
-
-
 class _Search:
     def __init__(self, inputs: SearchInputs):
         self.model, self.config, self.ranges = inputs.checkpoint.config, inputs.config, inputs.ranges
@@ -201,7 +135,7 @@ class _Search:
             cfg_channels=inputs.exported.cfg_channels,
         )
         self.images, self.others = (
-            _Images(self.sampler, seed, inputs.config.images, inputs.cfg_scales)
+            FakeQuantizedImages(self.sampler, seed, inputs.config.images, inputs.cfg_scales)
             for seed in (inputs.seed, inputs.seed + 1)
         )
         self.macs = layer_macs(self.model, self.sampler.masks, inputs.segments, inputs.token_ratio)
@@ -226,16 +160,16 @@ class _Search:
         self.images.tick = self.others.tick = ticks
         self.ticks = ticks
         target, plain = self.config.target, self._plain(self.images, "")
-        path = self._kept("trajectory", self._run_cost, lambda: self.images.run(self.everything, all_steps=True))
+        path = self._saved("trajectory", self._run_cost, lambda: self.images.run(self.everything, all_steps=True))
         losses = self._losses(path)
         order = int8_order(losses, self.macs)
         shape = self.macs.shape
 
         def quality(count: int) -> Quality:
             if count not in self.measured:
-                kept = kept_after(order, count, shape)
+                fp16_layers = fp16_layers_after(order, count, shape)
                 name = f"point-{count}"
-                images = self._kept(name, self._run_cost, lambda: self.images.run(kept)) if count else path[-1]
+                images = self._saved(name, self._run_cost, lambda: self.images.run(fp16_layers)) if count else path[-1]
                 self.measured[count] = self._quality(images, plain)
             return self.measured[count]
 
@@ -249,12 +183,12 @@ class _Search:
         # A token that is routed differently is a jump, so quality may not fall steadily: a later point may reach the
         # target.
         best = max(count for count, each in self.measured.items() if target.holds(each))
-        kept = kept_after(order, best, shape)
-        others = self._kept(f"held-out-{best}", self._run_cost, lambda: self.others.run(kept))
+        fp16_layers = fp16_layers_after(order, best, shape)
+        others = self._saved(f"held-out-{best}", self._run_cost, lambda: self.others.run(fp16_layers))
         held_out = self._quality(others, self._plain(self.others, "held-out-"))
         ticks.finish()
         curve = tuple(self._point(order, count, self.measured[count]) for count in sorted(self.measured))
-        rows = tuple(tuple(map(tuple, blocks)) for blocks in kept.tolist()) if kept.any() else None
+        rows = tuple(tuple(map(tuple, blocks)) for blocks in fp16_layers.tolist()) if fp16_layers.any() else None
         return self.ranges.model_copy(update={"in_16_bits": rows}), Sensitivity(
             precision="fp8" if self.config.precision is Precision.FP8 else "int8-static",
             target_psnr=target.psnr,
@@ -274,14 +208,14 @@ class _Search:
         """Predicted losses [segments, L, layers], from the latents of the run in 16 bits [S+1, n, C, S, S]."""
         errors = np.stack(
             [
-                self._kept(f"losses-{index}", self._losses_cost(index), partial(self._errors, index, path))
+                self._saved(f"losses-{index}", self._losses_cost(index), partial(self._errors, index, path))
                 for index in range(len(self.segments))
             ]
         )
         grown = np.full(len(self.segments), np.nan)
         for index in self._followed():
             cost = (self.images.steps - self.segments[index][0]) * len(self.images.batches)
-            grown[index] = self._kept(f"gain-{index}", cost, partial(self._grown, index, path))
+            grown[index] = self._saved(f"gain-{index}", cost, partial(self._grown, index, path))
         return predicted_losses(errors, grown)
 
     def _errors(self, index: int, path: np.ndarray) -> np.ndarray:
@@ -293,20 +227,20 @@ class _Search:
         for step in chosen:
             subnet = self.sampler.subnet(step, np.ones(errors.shape, bool))
             for block, layer in self._layers(step):
-                subnet.kept = np.ones(errors.shape, bool)
-                subnet.kept[block, layer] = False
+                subnet.fp16_layers = np.ones(errors.shape, bool)
+                subnet.fp16_layers[block, layer] = False
                 x_prev = self.images.step(subnet, step, path[step])
                 errors[block, layer] += np.square(x_prev.astype(np.float64) - path[step + 1]).mean()
         return errors * ((end - first) / len(chosen))
 
     def _grown(self, index: int, path: np.ndarray) -> np.ndarray:
         """The mean square error of the images with one whole segment in 8 bits, against those with all in 16 bits."""
-        kept = self.everything.copy()
-        kept[index] = False
+        fp16_layers = self.everything.copy()
+        fp16_layers[index] = False
         first = self.segments[index][0]
         images, plain = (
             pictures(each, self.model).astype(np.float64)
-            for each in (self.images.run(kept, first, path[first]), path[-1])
+            for each in (self.images.run(fp16_layers, first, path[first]), path[-1])
         )
         return np.asarray(np.square(images - plain).mean())
 
@@ -358,9 +292,9 @@ class _Search:
         each = float(np.median(seconds[1:]))  # the first also does what only a first call does
         return estimate_text(self._most_runs, self.images.steps, self.config.images, self._total(), each)
 
-    def _plain(self, images: _Images, name: str) -> np.ndarray:
+    def _plain(self, images: FakeQuantizedImages, name: str) -> np.ndarray:
         """The images of the model without quantization."""
-        return self._kept(f"{name}plain", self._run_cost, lambda: images.run(None))
+        return self._saved(f"{name}plain", self._run_cost, lambda: images.run(None))
 
     def _quality(self, images: np.ndarray, plain: np.ndarray) -> Quality:
         ours, theirs = pictures(images, self.model), pictures(plain, self.model)
@@ -387,12 +321,12 @@ class _Search:
             f"16 bits it is {quality.fd_ratio:.4f} times; set a higher ratio, or use more images"
         )
 
-    def _kept(self, name: str, cost: int, make: Callable[[], np.ndarray]) -> np.ndarray:
+    def _saved(self, name: str, cost: int, make: Callable[[], np.ndarray]) -> np.ndarray:
         """An array from the work folder, or else from `make` and then saved there; `cost` in steps of batches."""
         file = self.work / f"{name}.npz"  # which has a checksum, unlike .npy
-        if (kept := kept_arrays(file, "array")) is not None:
+        if (saved := kept_arrays(file, "array")) is not None:
             self.ticks(cost)
-            return kept[0]
+            return saved[0]
         array = make()
         with atomic_file(file) as opened:
             np.savez(opened, array=array)

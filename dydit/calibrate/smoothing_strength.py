@@ -56,7 +56,7 @@ class LayerInputs:
             return
         largest = np.maximum(rows.max(0), -rows.min(0))
         if not np.isfinite(largest).all():
-            raise CalibrationError("a value to calibrate on is NaN or infinite; check the model with `dydit parity`")
+            raise CalibrationError("a value to calibrate on is NaN or infinite; check the checkpoint")
         self.maxima[segment, place] = np.maximum(self.maxima[segment, place], largest)
         keys = _mixed(rows.view(np.uint32).astype(np.uint64) @ self._odd[place])
         least = keys <= self.keys[-1] if len(self.keys) == self._limit else np.ones(len(keys), bool)

@@ -53,7 +53,7 @@ def segment_scales(
             tuple(None if kept else scale for scale, kept in zip(*block, strict=True))
             for block in zip(*segment, strict=True)
         )
-        for segment in zip(scales, ranges.kept.tolist(), strict=True)
+        for segment in zip(scales, ranges.fp16_layers.tolist(), strict=True)
     )
 
 

@@ -167,8 +167,8 @@ def test_layers_that_stay_in_16_bits_come_back_as_written(tmp_path):
     path.write_text(made.to_json())
     back = read_calibration(path)
     assert back == made and back.to_json() == made.to_json()
-    assert back.activations.kept.sum() == 2 and back.activations.kept.shape == (2, 2, 4)
-    assert not ranges().kept.any() and ranges().kept.shape == (2, 2, 4)
+    assert back.activations.fp16_layers.sum() == 2 and back.activations.fp16_layers.shape == (2, 2, 4)
+    assert not ranges().fp16_layers.any() and ranges().fp16_layers.shape == (2, 2, 4)
     back.require_searched("int8-static")
     calibration(activations=ranges()).require_searched("fp8")
     with pytest.raises(

@@ -12,8 +12,8 @@ from dydit.calibrate.mixed_precision import (
     Quality,
     Target,
     bound_on_speed,
+    fp16_layers_after,
     int8_order,
-    kept_after,
     layer_macs,
     most_questions,
     most_that_holds,
@@ -46,14 +46,14 @@ def test_the_order_is_by_loss_per_multiply_add_and_of_equals_by_place(losses, ma
 @settings(deadline=None)
 def test_prefixes_are_nested_and_their_shares_grow(losses, macs):
     order = int8_order(losses, macs)
-    assert not kept_after(order, len(order), SHAPE).any()
-    assert (kept_after(order, 0, SHAPE) == (macs > 0)).all()
+    assert not fp16_layers_after(order, len(order), SHAPE).any()
+    assert (fp16_layers_after(order, 0, SHAPE) == (macs > 0)).all()
     shares = []
     for count in range(len(order) + 1):
-        kept = kept_after(order, count, SHAPE)
+        kept = fp16_layers_after(order, count, SHAPE)
         assert kept.sum() == len(order) - count
         if count:
-            assert not (kept & ~kept_after(order, count - 1, SHAPE)).any()
+            assert not (kept & ~fp16_layers_after(order, count - 1, SHAPE)).any()
         shares.append(share_in_8_bits(order, count, macs))
     assert shares[0] == 0 and shares[-1] == pytest.approx(1) and (np.diff(shares) > 0).all()
     assert bound_on_speed(shares[0]) == 1 and bound_on_speed(shares[-1]) == pytest.approx(2)

@@ -86,7 +86,7 @@ def test_a_target_between_none_and_all_keeps_some_layers(find, ends, ranges):
     assert least + 6 < most
     target = (least + most) / 2
     kept, found = find(target=Target(psnr=target))
-    stay = int(kept.kept.sum())
+    stay = int(kept.fp16_layers.sum())
     assert 0 < stay == found.layers - found.chosen.layers < found.layers
     assert found.chosen.quality.psnr_least >= target and found.images == IMAGES
     assert found.held_out_holds == (found.held_out.psnr_least >= target)
@@ -96,7 +96,7 @@ def test_a_target_between_none_and_all_keeps_some_layers(find, ends, ranges):
     assert all(point.bound == pytest.approx(1 / (1 - point.share / 2)) for point in found.curve)
     # Layers that lose more are those that stay: on the whole, as multiply-adds count too.
     losses = np.asarray(found.losses)
-    assert (losses >= 0).all() and losses[kept.kept].mean() > losses[~kept.kept & (losses > 0)].mean()
+    assert (losses >= 0).all() and losses[kept.fp16_layers].mean() > losses[~kept.fp16_layers & (losses > 0)].mean()
 
 
 def test_everything_in_8_bits_leaves_nothing_in_the_file(find, ends):
@@ -216,7 +216,7 @@ def test_a_ratio_of_frechet_distances(find, ends, model, tmp_path):
     ratios = [point.quality.fd_ratio for point in found.curve]
     assert None not in ratios and found.chosen.quality.fd_ratio <= 1.5
     assert "times the model's" in search_words(found)
-    assert kept.kept.sum() == found.layers - found.chosen.layers
+    assert kept.fp16_layers.sum() == found.layers - found.chosen.layers
 
 
 @pytest.fixture(scope="module")
@@ -241,7 +241,7 @@ def test_pictures_repeat(pictured):
     result, kept, found = pictured, pictured.calibration.activations, pictured.calibration.sensitivity
     picture = sensitivity_png(result)
     assert picture.startswith(b"\x89PNG") and picture == sensitivity_png(result)
-    assert f"{int(kept.kept.sum())} of {found.layers} linear layers stay in 16 bits" in search_words(found)
+    assert f"{int(kept.fp16_layers.sum())} of {found.layers} linear layers stay in 16 bits" in search_words(found)
     missed = found.model_copy(update={"held_out_holds": False})
     assert "MISSES the target" in search_words(missed) and "MISS" not in search_words(
         found.model_copy(update={"held_out_holds": True})

@@ -55,7 +55,7 @@ def test_a_target_then_a_bundle_of_8_and_16_bits(
     assert names(tmp_path) == ["c-search.png", "c.json", "c.png", "low-search.png", "low.json", "low.png"]
     found = read_calibration(file)
     assert found.activations is not None and found.sensitivity is not None
-    stay = int(found.activations.kept.sum())
+    stay = int(found.activations.fp16_layers.sum())
     assert 0 < stay < found.sensitivity.layers and found.sensitivity.chosen.quality.psnr_least >= target
     assert f"{precision}, at least {target:g} dB: {stay} of {found.sensitivity.layers} linear layers stay" in done.out
     assert ("MISSES the target" in done.out) == (not found.sensitivity.held_out_holds)
