@@ -32,12 +32,13 @@ from dydit.calibrate.calibration import CalibrationConfig, run_calibration, work
 from dydit.calibrate.capacity import CapacityConfig
 from dydit.calibrate.plots_calibration import calibration_png
 from dydit.checkpoints.checkpoint import load_checkpoint
+from dydit.diffusion.steps import run_steps
 from dydit.export.exporter import export
 from dydit.export.settings import ExportConfig
 from dydit.files import write_atomic, write_json
 from dydit.quickstart.quickstart import ASSETS
 from dydit.reports.results import Machine
-from dydit.runtime.backends.base import BackendOptions
+from dydit.runtime.backends.base import BackendOptions, StepResult
 from dydit.runtime.backends.registry import open_backend
 from dydit.runtime.loop import StepRunner
 from dydit.runtime.noise_source import SeededNoise
@@ -66,12 +67,13 @@ def sampled(bundle: Bundle, batches: list[Batch], seed: int, cfg_scale: float, t
     overflow = np.zeros((len(batches), steps, model.depth), np.int64)
     with ResidentSubnets(engine) as subnets:
         for index, batch in enumerate(batches):
-            runner, x = StepRunner(engine, subnets, batch.labels, cfg_scale), noise.initial(batch)
-            for step in range(steps):
-                result = runner.run(step, x, noise.step(batch, step), batch.labels)
-                x, overflow[index, step] = result.x_prev, result.overflow
+
+            def note(step: int, result: StepResult, index: int = index) -> None:
+                overflow[index, step] = result.overflow
                 tick(index * steps + step + 1, len(batches) * steps)
-            images.append(x)
+
+            runner = StepRunner(engine, subnets, batch.labels, cfg_scale)
+            images.append(run_steps(runner.steps_of(batch, noise), noise.initial(batch), range(steps), note))
     return Run(np.concatenate(images), overflow, time.perf_counter() - start)
 
 

@@ -26,8 +26,7 @@ from dydit.export.settings import ExportConfig
 from dydit.files import write_json
 from dydit.models.dit.config import preset
 from dydit.models.synthetic import synthetic_model
-from dydit.reports.results import BenchReport, Side, SideKind
-from dydit.reports.sentences import bound_text, repeats_text, speed_up_text
+from dydit.reports.bench_report import BenchReport, Side, SideKind, bound_text, repeats_text, speed_up_text
 
 MASKED_BAR, STATIC_BAR = 2.4, 0.85
 STATIC, MASKED = "onnxruntime static", "pytorch masked"

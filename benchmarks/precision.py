@@ -26,10 +26,10 @@ from dydit.bundle.bundle import Bundle
 from dydit.bundle.manifest import PlanKind
 from dydit.bundle.stored_weights import Precision
 from dydit.calibrate.activation_ranges import ActivationRanges, Observations, repeat
-from dydit.calibrate.observers import observe
+from dydit.calibrate.observers import ObservedRun, observe
 from dydit.calibrate.precision_search import PIXEL_SPAN, psnr
 from dydit.calibrate.range_methods import Method
-from dydit.calibrate.smoothing_search import Found, find_migration
+from dydit.calibrate.smoothing_search import FoundSmoothing, find_smoothing
 from dydit.checkpoints.checkpoint import Checkpoint, load_checkpoint
 from dydit.diffusion.schedule import Schedule
 from dydit.export.exporter import export
@@ -92,7 +92,7 @@ class Watched:
 
     plain: Observations
     divided: Observations
-    found: Found
+    found: FoundSmoothing
 
     def ranges(self, form: Form) -> ActivationRanges:
         """The ranges of a calibrated form."""
@@ -100,16 +100,16 @@ class Watched:
         if not form.own_ranges:
             return repeat(seen.together().choose(Method.MINMAX, 32), len(seen.histograms))
         chosen = seen.choose(Method.MINMAX, 32)
-        return chosen.model_copy(update={"migration": self.found.migration}) if form.migrated else chosen
+        return chosen.model_copy(update={"smoothing": self.found.smoothing}) if form.migrated else chosen
 
 
 def watched(checkpoint: Checkpoint, steps: int, cfg_scale: float) -> Watched:
     """What enters layers, over images that are not among the samples."""
     masks = freeze_masks(checkpoint.width_routers(), Schedule.respaced(steps).timesteps[::-1])
     plan = per_step_plan(masks, macs_costs(checkpoint.config))
-    run = (checkpoint, plan.segments, [index % CLASSES for index in range(32)], [cfg_scale], steps)
-    found = find_migration(*run, seed=SEED)
-    plain, divided = (observe(*run, seed=SEED, migration=each) for each in (None, found.migration))
+    run = ObservedRun(plan.segments, [index % CLASSES for index in range(32)], [cfg_scale], steps, seed=SEED)
+    found = find_smoothing(checkpoint, run)
+    plain, divided = (observe(checkpoint, run, each) for each in (None, found.smoothing))
     return Watched(plain, divided, found)
 
 

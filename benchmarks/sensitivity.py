@@ -32,8 +32,8 @@ from dydit.bundle.bundle import Bundle
 from dydit.bundle.stored_weights import Precision
 from dydit.calibrate.activation_ranges import ActivationRanges
 from dydit.calibrate.mixed_precision import Sensitivity, Target
-from dydit.calibrate.observers import observe
-from dydit.calibrate.precision_search import PIXEL_SPAN, SearchConfig, psnr, search
+from dydit.calibrate.observers import ObservedRun, observe
+from dydit.calibrate.precision_search import PIXEL_SPAN, SearchConfig, SearchInputs, psnr, search
 from dydit.calibrate.range_methods import Method
 from dydit.calibrate.tokens import spread_labels
 from dydit.checkpoints.checkpoint import Checkpoint, load_checkpoint
@@ -42,7 +42,8 @@ from dydit.export.settings import ExportConfig
 from dydit.files import write_json
 from dydit.inspection.trace import trace_tokens
 from dydit.quickstart.quickstart import ASSETS
-from dydit.reports.results import Machine, Side, SideKind
+from dydit.reports.bench_report import Side, SideKind
+from dydit.reports.results import Machine
 from dydit.runtime.backends.base import BackendOptions
 from dydit.runtime.backends.registry import open_backend
 from dydit.runtime.loop import MemoryStore, StepRunner, sample
@@ -80,7 +81,7 @@ def told(decibels: np.ndarray, target: float | None) -> dict[str, float]:
 
 def described(found: Sensitivity, ranges: ActivationRanges) -> dict[str, Any]:
     """What a search found, with the layers that stay by kind and its curve."""
-    kept = ranges.kept
+    kept = ranges.fp16_layers
     return {
         **found.model_dump(
             include={"precision", "target_psnr", "layers", "chosen", "held_out", "held_out_holds", "curve"}
@@ -144,9 +145,8 @@ def searched(
     """What each search found, by the name of its bundle, and how all bundles are exported."""
     plan = planned_steps(checkpoint, plain)[1]
     labels, scales = [index % CLASSES for index in range(32)], [given.cfg_scale]
-    seen = observe(
-        checkpoint, plan.segments, labels, scales, given.steps, seed=RANGES_SEED, progress=progress("activations")
-    )
+    run = ObservedRun(plan.segments, labels, scales, given.steps, seed=RANGES_SEED)
+    seen = observe(checkpoint, run, progress=progress("activations"))
     ranges = seen.choose(Method.MINMAX, len(labels))
     configs = {"fp32": plain, "fp16": plain.model_copy(update={"precision": Precision.FP16})}
     # Only the order of layers depends on it: tokens that the fp32 bundle routes, over a run of 20 images.
@@ -162,10 +162,18 @@ def searched(
             config = SearchConfig(
                 target=Target(psnr=target), precision=precision, images=given.images, steps=given.search_steps
             )
-            kept, sensitivity = search(
-                *(checkpoint, plain, plan.segments, ranges, tokens, config, scales, 0, work / "searches"),
-                progress=progress(name),
+            inputs = SearchInputs(
+                checkpoint=checkpoint,
+                exported=plain,
+                segments=plan.segments,
+                ranges=ranges,
+                token_ratio=tokens,
+                config=config,
+                cfg_scales=scales,
+                seed=0,
+                work=work / "searches",
             )
+            kept, sensitivity = search(inputs, progress(name))
             found[name] = described(sensitivity, kept)
             configs[name] = everything.model_copy(update={"activations": kept})
     return found, configs

@@ -36,7 +36,8 @@ import numpy as np
 from dydit.bundle.bundle import Bundle
 from dydit.files import write_json
 from dydit.models.dit.config import preset
-from dydit.reports.results import Machine, Side, SideKind
+from dydit.reports.bench_report import Side, SideKind
+from dydit.reports.results import Machine
 
 PER_STEP, SLIDING, MERGED = "per-step", "sliding", "merged"
 PLANS = {PER_STEP: ["--per-step"], SLIDING: ["--sliding"], MERGED: ["--max-subnets", "16"]}

@@ -286,7 +286,7 @@ def parity_command(
     if as_json:
         print_json(report.to_json())
     else:
-        click.echo(aligned([[hop.status.value, hop.name, hop.detail] for hop in report.hops]))
+        click.echo(aligned([[check.status.value, check.name, check.detail] for check in report.checks]))
         click.echo("\n".join([*checkpoint.notes, *report.stale_reasons, report.summary]))
         say_files(out)
         picture = out / "parity.png"

@@ -135,17 +135,17 @@ def make_bundle(
 
 
 @pytest.fixture(scope="session")
-def make_migration() -> Callable[..., Any]:
-    """`make_migration(config, seed=0, share=1)`: exponents from all over their range, for such a share of layers."""
-    from dydit.quantization.smoothing import MOST, Migration, as_digits, input_channels
+def make_smoothing() -> Callable[..., Any]:
+    """`make_smoothing(config, seed=0, share=1)`: exponents from all over their range, for such a share of layers."""
+    from dydit.quantization.smoothing import MOST, Smoothing, as_digits, input_channels
 
-    def make(config: ModelConfig, seed: int = 0, share: float = 1) -> Migration:
+    def make(config: ModelConfig, seed: int = 0, share: float = 1) -> Smoothing:
         rng, blocks = np.random.default_rng(seed), []
         for _ in range(config.depth):
             chosen = [layer for layer in config.units.layer_names if rng.random() < share]
             digits = {layer: as_digits(rng.integers(0, MOST + 1, input_channels(config, layer))) for layer in chosen}
             blocks.append(digits)
-        return Migration(blocks=tuple(blocks))
+        return Smoothing(blocks=tuple(blocks))
 
     return make
 

@@ -32,12 +32,13 @@ HEAVY += ("matplotlib", "jinja2")
 LIGHT_ROOMS = ("bundle", "commands", "diffusion", "runtime")
 LIGHT = {
     *("dydit", "dydit.cli", "dydit.errors", "dydit.extras", "dydit.files", "dydit.validation", "dydit.words"),
-    *("dydit.models.architecture", "dydit.models.config", "dydit.models.dit.units", "dydit.models.macs"),
+    *("dydit.models.architecture", "dydit.models.config", "dydit.models.registry", "dydit.models.macs"),
+    *("dydit.models.dit", "dydit.models.dit.config", "dydit.models.dit.units"),
     *("dydit.planning.costs", "dydit.planning.plan", "dydit.planning.profile_worker", "dydit.planning.sizes"),
     *("dydit.reports.results", "dydit.reports.text", "dydit.training.recipe"),
     *("dydit.calibrate.activation_ranges", "dydit.calibrate.calibration_file", "dydit.calibrate.capacity"),
     *(name for name in MODULES if name.split(".")[1:2] and name.split(".")[1] in LIGHT_ROOMS),
-} - {"dydit.runtime.backends.torch"}
+} - {"dydit.diffusion.sampler_step", "dydit.runtime.backends.torch"}
 
 
 def lint_imports(root: Path) -> subprocess.CompletedProcess[str]:
@@ -66,6 +67,14 @@ def test_an_import_upwards_would_be_noticed(tmp_path: Path) -> None:
     assert done.returncode == 1 and "dydit.bundle.manifest" in done.stdout and "dydit.parity" in done.stdout, (
         done.stdout
     )
+
+
+def test_an_import_circle_would_be_noticed(tmp_path: Path) -> None:
+    shutil.copytree(PACKAGE, tmp_path / "dydit", ignore=shutil.ignore_patterns("__pycache__", "assets"))
+    with (tmp_path / "dydit" / "reports" / "results.py").open("a") as file:
+        file.write("\n\ndef late():\n    from dydit.reports import bench_report\n    return bench_report\n")
+    done = lint_imports(tmp_path)
+    assert done.returncode == 1 and "No cycles are allowed in dydit.reports" in done.stdout, done.stdout
 
 
 def test_every_room_has_a_layer() -> None:

@@ -22,7 +22,7 @@ from dydit.bundle.bundle import Bundle
 from dydit.bundle.stored_weights import Precision
 from dydit.errors import one_line
 from dydit.parity.comparison import picture_error, relative_l2
-from dydit.parity.tolerances import rules
+from dydit.parity.tolerances import tolerances
 from dydit.reports.results import measured
 from dydit.runtime.loop import MemoryStore, StepRunner, sample
 from dydit.runtime.resident import ResidentSubnets
@@ -39,7 +39,7 @@ def run_way(settings: Settings, work: Work, emit: Emit, way: str, precision: str
     bundle = Bundle.open(path)
     with np.load(work.reference) as kept:
         reference = kept["latents"]
-    batch, noise, bars = small_batch(), small_noise(bundle), rules(Precision(precision))
+    batch, noise, bars = small_batch(), small_noise(bundle), tolerances(Precision(precision))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         backend = open_way(chosen, bundle, settings.device)
@@ -59,8 +59,8 @@ def run_way(settings: Settings, work: Work, emit: Emit, way: str, precision: str
     final = store.load(0)
     measure = partial(picture_error, span=None) if bars["run"].decibels else relative_l2
     emit("warnings", sorted({one_line(each.message)[:300] for each in caught if isinstance(each.message, UserWarning)}))
-    emit("step", _judged(steps, bars["step"].bar))
-    emit("run", {**_judged(measure(final, reference[-1]), bars["run"].bar), "decibels": bars["run"].decibels})
+    emit("step", _judged(steps, bars["step"].limit))
+    emit("run", {**_judged(measure(final, reference[-1]), bars["run"].limit), "decibels": bars["run"].decibels})
 
 
 def _judged(values: np.ndarray, bar: float) -> dict[str, Any]:
@@ -81,5 +81,8 @@ def parity(settings: Settings, work: Work, emit: Emit, way: str, precision: str)
     emit("summary", report.summary)
     emit(
         "hops",
-        [hop.model_dump(mode="json", include={"name", "status", "detail", "worst", "bar"}) for hop in report.hops],
+        [
+            check.model_dump(mode="json", include={"name", "status", "detail", "worst", "tolerance"}, by_alias=True)
+            for check in report.checks
+        ],
     )

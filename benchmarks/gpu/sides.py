@@ -18,8 +18,8 @@ from dydit.bench.bench import spread_steps
 from dydit.bench.timing import Job, Latents, MeasuredBundle
 from dydit.bundle.bundle import Bundle
 from dydit.errors import BackendError, UnavailableError
-from dydit.reports.results import Side as BenchSide
-from dydit.reports.results import SideKind
+from dydit.reports.bench_report import Side as BenchSide
+from dydit.reports.bench_report import SideKind
 from dydit.runtime.loop import MemoryStore, WholeRuns
 from dydit.runtime.noise_source import SeededNoise
 from dydit.runtime.request import make_batches
@@ -206,10 +206,10 @@ class Rival(Side):
 
         from dydit.checkpoints.checkpoint import load_checkpoint
         from dydit.diffusion.coefficients import step_coefficients
+        from dydit.diffusion.sampler_step import sampler_step
         from dydit.diffusion.schedule import Sampler, Schedule
         from dydit.export.settings import GUIDED_CHANNELS
         from dydit.models.routers import Masked, Static
-        from dydit.parity.reference import guided_step
 
         checkpoint = load_checkpoint(work.checkpoint(name == MASKED))
         config, device = checkpoint.config, torch.device(settings.device)
@@ -220,7 +220,7 @@ class Rival(Side):
             model = torch.compile(model)
         measured = spread_steps(settings.steps, settings.measured)
         schedule = Schedule.respaced(settings.steps)
-        rows = step_coefficients(schedule, Sampler.DDPM, config.learn_sigma)
+        rows = torch.from_numpy(step_coefficients(schedule, Sampler.DDPM, config.learn_sigma))
         self.steps, self._device, self.clock = len(measured), settings.device, clock_of(settings.device)
         labels = [index % config.num_classes for index in range(batch)]
         y = torch.tensor([*labels, *[config.null_class] * batch], device=device)
@@ -233,7 +233,7 @@ class Rival(Side):
             @torch.inference_mode()
             def run(t=t, row=rows[step]) -> None:
                 out = model(x.repeat(2, 1, 1, 1).to(dtype), t, y, gating)
-                self.last = guided_step(config, guided, row, CFG_SCALE, x, out.float(), noise)
+                self.last = sampler_step(x, out.float(), noise, row, CFG_SCALE, guided)
 
             self._work.append(run)
 

@@ -35,9 +35,8 @@ from dydit.files import write_atomic, write_json
 from dydit.models.config import parse_config
 from dydit.models.dit.config import preset
 from dydit.models.synthetic import synthetic_model
+from dydit.reports.bench_report import BenchReport, Comparison, Reference, Side, SideKind, repeats_text
 from dydit.reports.plots import ranking_png
-from dydit.reports.results import BenchReport, Comparison, Reference, Side, SideKind
-from dydit.reports.sentences import repeats_text
 from dydit.reports.text import aligned, exponent
 
 FP32_BAR = 1e-4  # relative L2 of one step from the reference; rounding leaves 1e-6 (measured, DiT-S/2)

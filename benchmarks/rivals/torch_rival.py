@@ -10,7 +10,7 @@ from rival import Rival
 from torch import Tensor
 
 from dydit.bench.timing import Loaded
-from dydit.parity.reference import guided_step
+from dydit.diffusion.sampler_step import sampler_step
 
 
 class TorchRival(Rival):
@@ -29,6 +29,6 @@ class TorchRival(Rival):
         latents, noise = torch.from_numpy(x), torch.from_numpy(self.noise[k])
         t = torch.full((len(self.rows),), int(self.timesteps[k]))
         out = self.predict(latents.repeat(len(self.rows) // len(x), 1, 1, 1), t, torch.from_numpy(self.rows))
-        scale, guided = self.job.cfg_scale, self.job.cfg_channels
-        x_prev: np.ndarray = guided_step(self.config, guided, self.coefficients[k], scale, latents, out, noise).numpy()
+        row = torch.from_numpy(self.coefficients[k])
+        x_prev: np.ndarray = sampler_step(latents, out, noise, row, self.job.cfg_scale, self.job.cfg_channels).numpy()
         return x_prev

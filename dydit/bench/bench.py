@@ -31,17 +31,8 @@ from dydit.errors import BackendError, ConfigError, DeviationError, UnavailableE
 from dydit.files import write_json
 from dydit.models.config import ModelConfig, Strict
 from dydit.parity.comparison import relative_l2
-from dydit.reports.results import (
-    BenchReport,
-    Comparison,
-    Machine,
-    NotRun,
-    Reference,
-    Side,
-    SideKind,
-    SideResult,
-    measured,
-)
+from dydit.reports.bench_report import BenchReport, Comparison, NotRun, Reference, Side, SideKind, SideResult
+from dydit.reports.results import Machine, measured
 from dydit.reports.text import exponent
 
 REPORT = "bench.json"

@@ -1,11 +1,12 @@
-"""One side of a benchmark in a process of its own: `python -m dydit.bench.bench_worker`, spoken to by `bench`.
+"""One contender of a benchmark in a process of its own: `python -m dydit.bench.bench_worker`, used by
+`dydit.bench.bench`.
 
-Lines of JSON on standard input and output. First comes the job; the worker loads and answers. Then each command is a
-word, answered by a line: `check` (an array: its shape, and its float32 values in base64), `round`, `memory` (bytes),
-`decided`. It ends when its input ends. A `DyditError` is answered as {"error": message}, an `UnavailableError` as
-{"unavailable": message}. Whatever else writes to standard output goes to standard error.
+The protocol is lines of JSON on standard input and output. The first line is the job; the worker loads the contender
+and answers. Each further line is one word, which is answered by one line: `check` (an array: its shape, and its float32
+values in base64), `round`, `memory` (bytes), `decided`. The worker ends with its input. A `DyditError` is answered as
+{"error": message}, an `UnavailableError` as {"unavailable": message}. All other output goes to standard error.
 
-A script of a user's own is a side too: `sys.exit(serve(Mine))`, where `Mine` is a `Measured`.
+A user's script can be a contender: `sys.exit(serve(Mine))`, where `Mine` is a subclass of `Measured`.
 """
 
 from __future__ import annotations
@@ -17,17 +18,27 @@ import sys
 from collections.abc import Callable
 from typing import TextIO
 
-from dydit.bench.timing import Job, Measured, open_side, peak_bytes, settled_bytes
+from dydit.bench.timing import Job, Measured, MeasuredBundle, peak_bytes, settled_bytes
 from dydit.errors import DyditError, UnavailableError, one_line
+from dydit.reports.bench_report import SideKind
 
 
 def main() -> int:
-    """Serve one job for any kind of side but a script."""
+    """Serve one job for every kind of contender except scripts."""
     return serve(open_side)
 
 
+def open_side(job: Job) -> Measured:
+    """The model that a job is to time, not yet loaded. A user's script opens its own."""
+    if job.side.kind is SideKind.BUNDLE:
+        return MeasuredBundle(job)
+    from dydit.bench.timing_torch import MeasuredTorch  # a process that times a bundle does without PyTorch
+
+    return MeasuredTorch(job)
+
+
 def serve(open_side: Callable[[Job], Measured]) -> int:
-    """Serve one job with the side that `open_side` makes of it; returns the exit code."""
+    """Serve one job with the contender that `open_side` makes of it; returns the exit code."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     try:

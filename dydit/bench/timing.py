@@ -1,9 +1,9 @@
-"""Timing one side of a benchmark, inside its own process (`dydit.bench.bench_worker`). No PyTorch unless the side is.
+"""Timing one contender of a benchmark in its own process (`dydit.bench.bench_worker`). Bundles need no PyTorch.
 
-A *round* is a set of sampling steps spread over the whole run, as subnetworks differ in cost. It is timed step by step:
-the step itself with guidance, a repetition where tokens overflow, and its share of the conditioning of several steps.
-Loading and drawing noise are not in it. As many subnetworks stay loaded as when sampling, so that the memory is that of
-sampling; one that has to be loaded again is run once before it is timed.
+A *round* is a set of sampling steps spread over the whole run, because subnetworks differ in cost. Each step is timed
+by itself: the step with guidance, its repetition if tokens overflow, and its share of the conditioning of several
+steps, but not loading and drawing noise. As many subnetworks stay loaded as in sampling, so that the memory is that of
+sampling. A subnetwork that has to be loaded again is run once before it is timed.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from dydit.bundle.bundle import Bundle
 from dydit.diffusion.coefficients import COEFFICIENTS, step_coefficients
 from dydit.diffusion.noise import INITIAL_DRAW, image_noise, step_draw
 from dydit.diffusion.schedule import Sampler, Schedule
+from dydit.diffusion.steps import LatentsOnly, run_steps
 from dydit.models.config import AnyModel, ModelConfig, Strict
 from dydit.models.macs import flops_ratio, static_macs
 from dydit.planning.executed import computed_ratio, layers_in_16_bits
-from dydit.reports.results import Side, SideKind
+from dydit.reports.bench_report import Side
 from dydit.runtime.backends.base import Arrays, Backend, BackendOptions, StepResult, Subnet
 from dydit.runtime.backends.registry import open_backend
 from dydit.runtime.loop import StepRunner, default_residency
@@ -35,14 +36,15 @@ _X = COEFFICIENTS.index("x")
 
 
 class Latents(StrEnum):
-    """What a round's steps start from: time depends on it, because token routing does."""
+    """What the steps of a round start from. Times depend on it, because token routing does."""
 
-    RUN = "run"  # each from the one before, by DDIM over the measured timesteps: a real run, in few steps
-    NOISE = "noise"  # fresh normal noise: for random weights, whose runs lead nowhere
+    RUN = "run"  # the latents after the step before, by DDIM over the measured timesteps: a real run of few steps
+    NOISE = "noise"  # new normal noise, for random weights, whose runs do not lead to images
 
 
 class Job(Strict):
-    """What a worker is asked to time; `steps` are execution indices of a run of `of`; `sizes`: the static model's."""
+    """What a worker has to time. `steps`: execution indices of a run of `of` steps; `sizes`: those of the static
+    model."""
 
     side: Side
     sizes: AnyModel
@@ -58,14 +60,14 @@ class Job(Strict):
 
 
 class Round(Strict):
-    """One round: milliseconds of each step, and how many steps ran again at full capacity."""
+    """One round: milliseconds of each step, and the number of steps that ran again at full capacity."""
 
     ms: tuple[float, ...]
     overflows: int = 0
 
 
 class Decided(Strict):
-    """What the round's steps decided, per step, and the multiply-adds of an image's blocks that they computed, mean."""
+    """The routing decisions of a round, per step, and the mean multiply-adds computed in the blocks for an image."""
 
     token_share: tuple[float, ...]
     flops_ratio: tuple[float, ...]
@@ -73,27 +75,27 @@ class Decided(Strict):
 
 
 class Loaded(Strict):
-    """What loading took, and in which precision the matrix products are, where that is known."""
+    """The time of loading, and the precision of matrix products, if it is known."""
 
     seconds: float
-    subnets: int = Field(description="subnetworks, or 1 for a PyTorch model")
+    subnets: int = Field(description="number of subnetworks, or 1 for a PyTorch model")
     precision: str | None = None
 
 
 def chained_coefficients(steps: tuple[int, ...], of: int, learn_sigma: bool) -> np.ndarray:
     """DDIM coefficients of a run that visits only `steps` of a run of `of` steps, f32 [len(steps), 5]."""
     full = Schedule.respaced(of)
-    kept = np.sort(of - 1 - np.asarray(steps))  # places in ascending t
-    cumulative = full.alphas_cumprod[kept]
+    visited = np.sort(of - 1 - np.asarray(steps))  # indices by ascending t
+    cumulative = full.alphas_cumprod[visited]
     previous = np.concatenate([[1.0], cumulative[:-1]])
-    schedule = Schedule(1 - cumulative / previous, full.timesteps[kept])
+    schedule = Schedule(1 - cumulative / previous, full.timesteps[visited])
     return step_coefficients(schedule, Sampler.DDIM, learn_sigma).astype(np.float32)
 
 
 class Measured(ABC):
-    """A side, loaded: times rounds, and tells afterwards what its steps decided.
+    """A contender that times rounds and counts the routing decisions of their steps.
 
-    Unless a subclass knows better, all of a step is timed, and nothing is decided: the model computes everything.
+    By default the whole step is timed, and the model computes all heads, groups and tokens.
     """
 
     def __init__(self, job: Job, config: ModelConfig):
@@ -107,16 +109,16 @@ class Measured(ABC):
 
     @abstractmethod
     def load(self) -> Loaded:
-        """Load all that the round's steps need, once."""
+        """Load everything that the steps of a round need; called once."""
 
     @abstractmethod
     def step(self, k: int, x: np.ndarray) -> np.ndarray:
-        """The latents after the k-th measured step, guidance and the sampler's formula included, from the latents x
-        before it; both f32 [B, C, S, S]. Its noise is `noise[k]`, its formula `coefficients[k]`.
+        """The k-th measured step with guidance and the sampler's update: the latents after it from the latents x before
+        it, both f32 [B, C, S, S]. Its noise is `noise[k]`, its row of coefficients `coefficients[k]`.
         """
 
     def check(self) -> np.ndarray:
-        """What the model contributes to the middle one of the steps, from the starting noise: x_prev - c_x*x."""
+        """The model's part of the middle step from the initial noise: x_prev - c_x*x, f32 [B, C, S, S]."""
         k = len(self.job.steps) // 2
         return self.step(k, self.initial) - self.coefficients[k][_X] * self.initial
 
@@ -134,21 +136,23 @@ class Measured(ABC):
         return Round(ms=tuple(times))
 
     def decided(self) -> Decided:
-        """Repeat a round, untimed, and count what its steps decided."""
+        """Repeat a round without timing it, and count the decisions of its steps."""
         steps = len(self.job.steps)
         masks = np.ones((steps, self.config.units.size), bool)
         return self._count(masks, np.ones((steps, self.config.depth)), np.ones(steps))
 
     def _over_round(self, step: Callable[[int, np.ndarray], np.ndarray]) -> None:
-        """Call `step(k, x) -> x_prev` for the k-th measured step with the latents that it starts from."""
-        x = self.initial
-        for k in range(len(self.job.steps)):
+        """Call `step(k, x) -> x_prev` for each measured step k with the latents x that it starts from."""
+
+        def latents(k: int, x: np.ndarray) -> LatentsOnly[np.ndarray]:
             after = step(k, x)
-            x = after if self.job.latents is Latents.RUN else self.noise[k]
+            return LatentsOnly(after if self.job.latents is Latents.RUN else self.noise[k])
+
+        run_steps(latents, self.initial, range(len(self.job.steps)))
 
     def _count(self, masks: np.ndarray, tokens: np.ndarray, computed: np.ndarray) -> Decided:
-        """From `masks` bool [K, U], the share of tokens routed, [K, L], and the share of the static model's
-        multiply-adds that were computed for it, [K]."""
+        """The decisions of K steps from `masks` bool [K, U], the share of routed tokens [K, L], and the share of the
+        static model's multiply-adds that were computed [K]."""
         ratio = np.asarray(flops_ratio(self.config, self.config.units.counts(masks), tokens))
         return Decided(
             token_share=tuple(tokens.mean(axis=1).tolist()),
@@ -158,7 +162,7 @@ class Measured(ABC):
 
 
 class _Timed(Backend):
-    """A backend that notes what conditioning takes, per step that a call served: `shares`, seconds by timestep."""
+    """A backend that measures conditioning. `shares`: seconds by timestep, of a call divided by the steps it serves."""
 
     def __init__(self, inner: Backend):
         super().__init__(inner.bundle, inner.options)
@@ -185,7 +189,7 @@ class MeasuredBundle(Measured):
     """A bundle on a backend, run as the sampling loop runs it."""
 
     def __init__(self, job: Job):
-        # Its files were verified before the workers started.
+        # The benchmark has verified the files before it started the workers.
         self.bundle = Bundle.open(job.side.path, verify=False)
         super().__init__(job, self.bundle.manifest.model)
         options = BackendOptions(threads=job.threads, device=job.device, packed=job.side.packed)
@@ -204,8 +208,8 @@ class MeasuredBundle(Measured):
         for index in self.needed:
             self.subnets.get(index)
         manifest = self.bundle.manifest
-        precision, kept = manifest.precision.value, layers_in_16_bits(manifest)[1]
-        precision += f" with {counted(kept, 'layer')} in 16 bits" if kept else ""
+        precision, fp16_layers = manifest.precision.value, layers_in_16_bits(manifest)[1]
+        precision += f" with {counted(fp16_layers, 'layer')} in 16 bits" if fp16_layers else ""
         return Loaded(seconds=time.perf_counter() - start, subnets=len(self.needed), precision=precision)
 
     def _feeds(self, runner: StepRunner, k: int, x: np.ndarray) -> dict[str, np.ndarray]:
@@ -231,7 +235,7 @@ class MeasuredBundle(Measured):
             nonlocal overflows
             start, before = time.perf_counter(), self.backend.spent
             feeds = self._feeds(runner, k, x)
-            # Conditioning may have been computed for many steps at once, most of which are not measured.
+            # Conditioning is computed for many steps at once, most of which are not measured.
             prepared = time.perf_counter() - start - (self.backend.spent - before)
             prepared += self.backend.shares[self.bundle.manifest.sampling.timesteps[self.job.steps[k]]]
             if not self.keep_all:
@@ -266,17 +270,8 @@ class MeasuredBundle(Measured):
         return self._count(self.bundle.masks[steps], routed, computed)
 
 
-def open_side(job: Job) -> Measured:
-    """The side of a job, not yet loaded. Not of a script, which opens its own."""
-    if job.side.kind is SideKind.BUNDLE:
-        return MeasuredBundle(job)
-    from dydit.bench.timing_torch import MeasuredTorch
-
-    return MeasuredTorch(job)
-
-
 def settled_bytes() -> int | None:
-    """Proportional set size of this process now: each page once, however often it is mapped; None where not known."""
+    """Proportional set size of this process now, with each page counted once; None if the system does not report it."""
     rollup = Path("/proc/self/smaps_rollup")
     if not rollup.is_file():
         return None
@@ -285,9 +280,9 @@ def settled_bytes() -> int | None:
 
 
 def peak_bytes() -> int:
-    """Largest resident size of this process so far; a file's page counts once for each session that maps it."""
+    """Largest resident size of this process so far. A page of a file counts once for each session that maps it."""
     status = Path("/proc/self/status")
-    if status.is_file():  # unlike ru_maxrss, this starts anew with the program, not with the process that forked it
+    if status.is_file():  # unlike ru_maxrss, this does not include the process that forked this one
         for line in status.read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024

@@ -1,4 +1,4 @@
-"""Timing a checkpoint as a PyTorch model, eager: masked, as the public code runs it, or static, without its routers."""
+"""Timing a checkpoint in eager PyTorch: masked, like the public code, or static, without its routers."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ import torch
 from dydit.bench.timing import Decided, Job, Loaded, Measured
 from dydit.checkpoints.checkpoint import load_checkpoint
 from dydit.diffusion.guidance import Guidance
+from dydit.diffusion.sampler_step import sampler_step
 from dydit.diffusion.schedule import Schedule
 from dydit.errors import ConfigError
 from dydit.models.routers import Gating, Masked, Recording, Static
-from dydit.parity.reference import guided_step
-from dydit.reports.results import SideKind
+from dydit.reports.bench_report import SideKind
 
 
 class MeasuredTorch(Measured):
-    """The dense model, one step at a time: embedders, adaLN and guidance included, as they are in its loop."""
+    """The dense model, one step at a time, with embedders, adaLN and guidance, as in its loop."""
 
     def __init__(self, job: Job):
         checkpoint = load_checkpoint(Path(job.side.path))
         config = checkpoint.config
         if config.without_routers() != job.sizes:
-            raise ConfigError(f"{job.side.path} cannot be compared: its sizes are not those of the bundle")
+            raise ConfigError(f"{job.side.path} cannot be compared: its sizes differ from those of the bundle")
         super().__init__(job, config)
         torch.set_num_threads(job.threads)
         self.device = torch.device(job.device)
-        torch.backends.cudnn.allow_tf32 = False  # on by default, and the patches are embedded by a convolution
+        torch.backends.cudnn.allow_tf32 = False  # it is on by default, and a convolution embeds the patches
         start = time.perf_counter()
         self.model = checkpoint.model().to(self.device)
         self.load_seconds = time.perf_counter() - start
@@ -47,8 +47,8 @@ class MeasuredTorch(Measured):
         x, noise = (torch.from_numpy(each).to(self.device) for each in (latents, self.noise[k]))
         timesteps = torch.full((len(self.rows),), int(self.timesteps[self.job.steps[k]]), device=self.device)
         out = self.model(x.repeat(len(self.rows) // len(x), 1, 1, 1), timesteps, self.rows, gating)
-        scale, channels = self.job.cfg_scale, self.job.cfg_channels
-        x_prev = guided_step(self.config, channels, self.coefficients[k], scale, x, out, noise)
+        row = torch.from_numpy(self.coefficients[k])
+        x_prev = sampler_step(x, out, noise, row, self.job.cfg_scale, self.job.cfg_channels)
         array: np.ndarray = x_prev.cpu().numpy()  # waits for the device
         return array
 

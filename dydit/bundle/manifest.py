@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import Field, FiniteFloat, ValidationError, field_validator, model_validator
+from pydantic import AliasChoices, Field, FiniteFloat, ValidationError, field_validator, model_validator
 
 from dydit.bundle.consistency import mask_trouble, order_trouble, slots_trouble, weights_trouble
 from dydit.bundle.measurements import MeasuredPlan
@@ -27,7 +27,7 @@ from dydit.diffusion.schedule import Sampler
 from dydit.errors import BundleError, one_line
 from dydit.models.architecture import Slots
 from dydit.models.config import AnyModel, Strict
-from dydit.quantization.smoothing import Migration
+from dydit.quantization.smoothing import Smoothing
 from dydit.validation import first_problem
 
 SCHEMA_VERSION: Literal[2] = 2
@@ -139,7 +139,12 @@ class Manifest(Strict):
     checkpoint_sha256: str
     tools: dict[str, str]
     vae: VaeEntry | None = Field(default=None, description="the decoder; without one, latents stay latents")
-    migration: Migration | None = Field(default=None, description="what block weights took over of their inputs' range")
+    smoothing: Smoothing | None = Field(
+        default=None,
+        validation_alias=AliasChoices("smoothing", "migration"),
+        serialization_alias="migration",  # the key in the file, which the digests of older bundles cover
+        description="the range that block weights took over from their inputs",
+    )
     digest: str = ""
 
     @field_validator("files")
@@ -227,7 +232,7 @@ class Manifest(Strict):
         return json.dumps(values, indent=1, allow_nan=False) + "\n"
 
     def _values(self) -> dict[str, Any]:
-        values = self.model_dump(mode="json", exclude={"digest"})
+        values = self.model_dump(mode="json", exclude={"digest"}, by_alias=True)
         if self.plan.measured is None:  # older bundles, and so their digests, do not have it
             del values["plan"]["measured"]
         for subnet in values["subnets"]:

@@ -1,7 +1,7 @@
-"""The `activations` of a calibration: the range of what enters every linear layer, for each segment of a plan.
+"""The `activations` of a calibration: the range of the inputs of every linear layer, for each segment of a plan.
 
-Ranges drift with the timestep, so each segment has its own; how one is chosen from what was counted is
-`dydit.calibrate.range_methods`.
+Ranges change with the timestep, so each segment has its own. `dydit.calibrate.range_methods` chooses them from
+histograms.
 """
 
 from __future__ import annotations
@@ -11,23 +11,24 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from pydantic import Field, FiniteFloat, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import AliasChoices, Field, FiniteFloat, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from dydit.calibrate.histogram import Histogram
 from dydit.calibrate.range_methods import Method, Threshold, choose
 from dydit.errors import CalibrationError
 from dydit.models.config import ModelConfig, Strict
-from dydit.quantization.smoothing import Migration
+from dydit.quantization.smoothing import Smoothing
+from dydit.words import counted
 
-_ABSENT_WHILE_NONE = ("in_16_bits", "migration")  # fields that files without them do not have
+_ABSENT_WHILE_NONE = ("in_16_bits", "smoothing", "migration")  # left out of the file while they are None
 
 
 class ActivationRanges(Strict):
-    """Thresholds t of [-t, t] by segment, block and layer (`UnitAxis.layers`); the shares of values outside them, too.
+    """Thresholds t of the ranges [-t, t] by segment, block and layer (`UnitAxis.layers`), and the clipped shares.
 
-    A layer that nothing entered (a block without heads, groups or routed tokens) has the threshold 0. `in_16_bits`:
-    which layers are not to be in 8 bits, in the same order; absent: all are. With a `migration`, ranges are those of
-    migrated inputs, and hold with weights that are migrated too.
+    `clipped`: the share of values outside the range. A layer without inputs (a block without heads, groups or routed
+    tokens) has the threshold 0. `in_16_bits`: which layers stay in 16 bits, in the same order; None: no layer does.
+    `smoothing`: the ranges are those of smoothed inputs and apply to smoothed weights.
     """
 
     method: Method
@@ -36,7 +37,11 @@ class ActivationRanges(Strict):
     thresholds: tuple[tuple[tuple[FiniteFloat, ...], ...], ...]
     clipped: tuple[tuple[tuple[FiniteFloat, ...], ...], ...]
     in_16_bits: tuple[tuple[tuple[bool, ...], ...], ...] | None = None
-    migration: Migration | None = None
+    smoothing: Smoothing | None = Field(
+        default=None,
+        validation_alias=AliasChoices("smoothing", "migration"),
+        serialization_alias="migration",  # the key in the calibration file
+    )
 
     @model_serializer(mode="wrap")
     def _without_what_is_absent(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -48,28 +53,29 @@ class ActivationRanges(Strict):
         depths = {len(blocks) for blocks in self.thresholds}
         layers = {len(block) for blocks in self.thresholds for block in blocks}
         if len(depths) != 1 or len(layers) != 1 or 0 in layers:
-            raise ValueError("every segment has the same blocks, each with a value for the same layers")
+            raise ValueError("every segment must have the same blocks, each with a value for the same layers")
         if [[len(block) for block in blocks] for blocks in self.clipped] != [
             [len(block) for block in blocks] for blocks in self.thresholds
         ]:
-            raise ValueError("thresholds and clipped shares do not belong together")
+            raise ValueError("thresholds and clipped shares have different shapes")
         if any(value < 0 for blocks in self.thresholds for block in blocks for value in block):
             raise ValueError("a threshold is negative")
-        if self.in_16_bits is not None and self.kept.shape != self.shape:
-            raise ValueError("which layers stay in 16 bits does not belong to the thresholds")
-        if self.migration is not None and {len(self.migration.blocks)} != depths:
-            raise ValueError("the migration is not of the same blocks")
+        if self.in_16_bits is not None and self.fp16_layers.shape != self.shape:
+            raise ValueError("in_16_bits and thresholds have different shapes")
+        if self.smoothing is not None and {len(self.smoothing.blocks)} != depths:
+            raise ValueError("the smoothing and the thresholds have different numbers of blocks")
         return self
 
     def input_scales(self, largest: float) -> list[tuple[tuple[float, ...], ...]]:
-        """The scale of each layer's input, by segment: t/`largest` (127 of int8, 448 of E4M3), and 1 where t is 0."""
+        """The scale of the input of each layer, by segment: t/`largest` (127 for int8, 448 for E4M3), or 1 where t is
+        0."""
         return [
             tuple(tuple(float(np.float32(value / largest)) if value else 1.0 for value in block) for block in blocks)
             for blocks in self.thresholds
         ]
 
     @property
-    def kept(self) -> np.ndarray:
+    def fp16_layers(self) -> np.ndarray:
         """Which layers stay in 16 bits, bool [segments, L, layers]."""
         if self.in_16_bits is None:
             return np.zeros(self.shape, bool)
@@ -84,21 +90,21 @@ class ActivationRanges(Strict):
 
 
 class Observations:
-    """Histograms of what entered each layer of a block, by segment: [segments][L][layers]; empty at first."""
+    """Histograms of the inputs of each layer, [segments][L][layers]; empty at first."""
 
     def __init__(self, segments: int, depth: int, layers: Sequence[str]):
         self.layers = tuple(layers)
         self.histograms = [[[Histogram() for _ in layers] for _ in range(depth)] for _ in range(segments)]
 
     def add(self, segment: int, block: int, layer: str, values: np.ndarray) -> None:
-        """Count values, of any shape. Raises `CalibrationError` naming the layer where one is not finite."""
+        """Count values of any shape. Raises `CalibrationError`, naming the layer, if one is not finite."""
         try:
             self.histograms[segment][block][self.layers.index(layer)].add(values)
         except CalibrationError as error:
             raise CalibrationError(f"segment {segment}, block {block}, {layer}: {error}") from error
 
     def merge(self, other: Observations) -> None:
-        """Add what another one counted, on the same plan."""
+        """Add the counts of other observations of the same plan."""
         for ours, theirs in zip(self.flat(), other.flat(), strict=True):
             ours.merge(theirs)
 
@@ -107,7 +113,7 @@ class Observations:
         return [each for blocks in self.histograms for block in blocks for each in block]
 
     def together(self) -> Observations:
-        """All segments counted as one: what a single global scale is chosen from."""
+        """The observations with all segments as one, from which a single global scale is chosen."""
         depth = len(self.histograms[0])
         one = Observations(1, depth, self.layers)
         for blocks in self.histograms:
@@ -117,9 +123,9 @@ class Observations:
         return one
 
     def choose(self, method: Method, images: int, percentile: float | None = None) -> ActivationRanges:
-        """Thresholds of all, `percentile` (0.9999 by default) for that method.
+        """The ranges of all layers; `percentile` (0.9999 by default) applies to that method.
 
-        Raises `CalibrationError` where nothing was counted at all, or a tensor's values allow no range.
+        Raises `CalibrationError` if nothing was counted, or if the values of a layer do not give a range.
         """
         if not any(each.total for each in self.flat()):
             raise CalibrationError("no activations were observed; sample more images")
@@ -137,14 +143,15 @@ class Observations:
 
 
 def _of(histogram: Histogram, method: Method, percentile: float) -> Threshold:
-    """A layer's threshold; 0 where nothing entered it, or zeros alone, as gates leave them."""
+    """The threshold of a layer; 0 if it has no inputs, or only zeros, which gates leave."""
     if not histogram.most > 0:
         return Threshold(0.0, 0.0, 0.0)
     return choose(histogram, method, percentile)
 
 
 def spread(ranges: ActivationRanges) -> np.ndarray:
-    """How far a layer's ranges part over the segments: largest over least threshold, f64 [L, layers]; 1: unused."""
+    """How much the ranges of a layer vary over the segments: largest / smallest threshold, f64 [L, layers]; 1:
+    unused."""
     values = np.asarray(ranges.thresholds)
     used = values > 0
     least = np.where(used, values, math.inf).min(0)
@@ -152,20 +159,24 @@ def spread(ranges: ActivationRanges) -> np.ndarray:
 
 
 def repeat(ranges: ActivationRanges, segments: int) -> ActivationRanges:
-    """The ranges of one segment, for all of `segments`: a global scale in the form of a plan's."""
+    """The ranges of a single segment, repeated for `segments` segments: a global scale in the form of a plan."""
     if ranges.shape[0] != 1:
-        raise CalibrationError(f"{ranges.shape[0]} segments cannot be repeated; expected 1")
-    kept = None if ranges.in_16_bits is None else ranges.in_16_bits * segments
-    repeated = {"thresholds": ranges.thresholds * segments, "clipped": ranges.clipped * segments, "in_16_bits": kept}
-    return ranges.model_copy(update=repeated)
+        raise CalibrationError(f"ranges of {ranges.shape[0]} segments cannot be repeated; expected 1 segment")
+    return ranges.model_copy(
+        update={
+            "thresholds": ranges.thresholds * segments,
+            "clipped": ranges.clipped * segments,
+            "in_16_bits": None if ranges.in_16_bits is None else ranges.in_16_bits * segments,
+        }
+    )
 
 
 def require_segments(ranges: ActivationRanges, segments: int, model: ModelConfig) -> None:
-    """Raise `CalibrationError` where ranges are not of a plan of so many segments of a model's layers."""
+    """Raise `CalibrationError` if the ranges do not belong to a plan of `segments` segments of a model."""
     expected = (segments, model.depth, len(model.units.layers))
     if ranges.shape != expected:
         raise CalibrationError(
-            f"the calibration is of {ranges.shape[0]} segments of {ranges.shape[1]} blocks of {ranges.shape[2]} "
-            f"layers, this plan has {expected[0]} of {expected[1]} of {expected[2]}; calibrate with the plan that is "
-            "exported"
+            f"the calibration has {counted(ranges.shape[0], 'segment')}, {counted(ranges.shape[1], 'block')} and "
+            f"{counted(ranges.shape[2], 'layer')} per block, but this plan has {expected[0]}, {expected[1]} and "
+            f"{expected[2]}; calibrate with the options of the export"
         )

@@ -1,8 +1,9 @@
-"""`dydit calibrate`: sample a dynamic model, count the tokens that it routes, choose capacities, try them on others.
+"""`dydit calibrate`: sample a dynamic model, count its routed tokens, choose capacities, and check them on other
+images.
 
-The model is sampled as one graph for every width with dynamic routing, which computes exactly what every plan and
-routing computes. Counts of finished batches are kept in a work folder, so that a killed run goes on where it was; of
-the images themselves nothing is.
+The model is sampled as one graph of dynamic width with dynamic routing, which computes exactly what every plan and
+routing computes. A work folder keeps the counts of finished batches, so that a killed run continues. Images are not
+kept.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
-from pydantic import Field, field_validator, model_validator
+from pydantic import AliasChoices, Field, field_validator, model_validator
 
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.manifest import PlanKind
@@ -24,12 +25,13 @@ from dydit.calibrate import capacity
 from dydit.calibrate.activation_ranges import ActivationRanges
 from dydit.calibrate.calibration_file import Calibration, OverflowRates, TokenCalibration, plan_sha256
 from dydit.calibrate.capacity import CapacityConfig, Groups, drawn_for, require_samples
-from dydit.calibrate.observers import observe
-from dydit.calibrate.precision_search import Announce, SearchConfig, search
+from dydit.calibrate.observers import ObservedRun, observe
+from dydit.calibrate.precision_search import Announce, SearchConfig, SearchInputs, search
 from dydit.calibrate.range_methods import Method
-from dydit.calibrate.smoothing_search import Found, find_migration
+from dydit.calibrate.smoothing_search import FoundSmoothing, find_smoothing
 from dydit.calibrate.tokens import TokenCounter, TokenCounts, merge, spread_labels, spread_scales
 from dydit.checkpoints.checkpoint import Checkpoint
+from dydit.diffusion.steps import run_steps
 from dydit.errors import BundleError, CalibrationError
 from dydit.export.exporter import export, planned_steps
 from dydit.export.settings import ExportConfig
@@ -37,7 +39,7 @@ from dydit.files import atomic_file, remove
 from dydit.models.config import ModelConfig, Strict
 from dydit.parity.frechet import FrechetReference
 from dydit.planning.plan import Plan
-from dydit.runtime.backends.base import BackendOptions
+from dydit.runtime.backends.base import BackendOptions, StepResult
 from dydit.runtime.backends.registry import open_backend
 from dydit.runtime.images.image_files import kept_arrays
 from dydit.runtime.loop import StepRunner
@@ -48,17 +50,17 @@ from dydit.runtime.resident import ResidentSubnets
 Progress = Callable[[int, int], None]
 MOST_AT_ONCE = 32
 RESIDUAL_BYTES = 256 << 20
-"""What the residual streams of a batch may take, which a step returns beside its token decisions."""
+"""The most memory for the residual streams of a batch, which a step returns with its token decisions."""
 RATIO_DIGITS = 6
 
 
 class CalibrationConfig(Strict):
-    """What to sample: `samples` images to calibrate on and `held_out` others to verify on, over all guidance scales.
+    """What to sample: `samples` images to calibrate on and `held_out` images to verify on, over all guidance scales.
 
-    Image i of the first draws its noise from (seed, i), of the others from (seed + 1, i). `activations`: how ranges of
-    what enters linear layers are chosen, where they are wanted, from `activation_images` images of the first.
-    `migrate`: move range from there into weights where that helps, and choose the ranges of what is left. `search`:
-    which of these layers are to stay in 16 bits, where that is to be found.
+    A calibration image i has the noise of (seed, i), a held-out one that of (seed + 1, i). `activations`: the method
+    for activation ranges, from `activation_images` calibration images; None: no ranges. `smooth`: smooth the layers
+    where that lowers the error, and choose the ranges of smoothed inputs. `search`: search for the layers that stay in
+    16 bits; None: no search.
     """
 
     samples: int = Field(default=128, ge=1)
@@ -69,7 +71,7 @@ class CalibrationConfig(Strict):
     )
     capacity: CapacityConfig = CapacityConfig()
     activations: Method | None = None
-    migrate: bool = False
+    smooth: bool = Field(default=False, validation_alias=AliasChoices("smooth", "migrate"))
     percentile: float | None = Field(default=None, gt=0, le=1)
     activation_images: int = Field(default=32, ge=1)
     search: SearchConfig | None = None
@@ -77,9 +79,9 @@ class CalibrationConfig(Strict):
     @model_validator(mode="after")
     def _consistent(self) -> CalibrationConfig:
         if self.search is not None and self.activations is None:
-            raise ValueError("a search for the layers in 8 bits needs activation ranges; add --activations minmax")
-        if self.migrate and self.activations is None:
-            raise ValueError("--migrate needs activation ranges; add --activations minmax")
+            raise ValueError("the search for layers in 8 bits needs activation ranges; add --activations minmax")
+        if self.smooth and self.activations is None:
+            raise ValueError("--smooth needs activation ranges; add --activations minmax")
         return self
 
     @field_validator("cfg_scales")
@@ -90,15 +92,15 @@ class CalibrationConfig(Strict):
 
 @dataclass(frozen=True)
 class CalibrationResult:
-    """The calibration; for its pictures timesteps [S], the plan's bounds, the names of a block's layers, and the groups
-    calibrated on; the migration."""
+    """The calibration and what its pictures need: timesteps [S], the bounds of the plan, the names of the layers of a
+    block, and the groups of calibration images; and the smoothing, if there is one."""
 
     calibration: Calibration
     timesteps: tuple[int, ...]
     bounds: tuple[int, ...]
     layers: tuple[str, ...]
     groups: tuple[Groups, ...]
-    found: Found | None = None
+    smoothing: FoundSmoothing | None = None
 
 
 def run_calibration(
@@ -113,90 +115,110 @@ def run_calibration(
 ) -> CalibrationResult:
     """Calibrate a checkpoint for the steps, sampler and plan of an export.
 
-    `work` keeps what is finished; a call with the same settings goes on with it. Remove it after success.
-    `progress(done, total)` counts steps of batches; `announce` gets a line that says how long a search may take, before
-    it starts. Raises `CalibrationError` for a static model, too few samples
-    (before anything is sampled or written), and latents that are not finite; `ConfigError` and `BackendError` as
-    exporting and sampling do.
+    The folder `work` keeps finished parts, and a call with the same settings continues from them; remove it after
+    success. `progress(done, total)` counts steps of batches. `announce` gets one line before a search starts: how long
+    it may take. Raises `CalibrationError` for a static model and for too few samples (both before anything is sampled
+    or written), and for latents that are not finite; `ConfigError` and `BackendError` as exporting and sampling do.
     """
+    _require_possible(checkpoint, config)
+    reference = _search_reference(checkpoint, exported, config)
+    masks, plan = planned_steps(checkpoint, exported)
+    bundle = _sampling_bundle(checkpoint, exported, work)
+    counter = _Counter(bundle, config, work, backend, options, progress)
+    counts, held_out = counter.run(config.seed, config.samples), counter.run(config.seed + 1, config.held_out)
+    groups = drawn_for(counts, config.capacity, config.seed)
+    capacities = capacity.choose_capacities(groups, plan.bounds, config.capacity, checkpoint.config.tokens)
+    if exported.plan is PlanKind.SLIDING:  # one graph has one capacity for each block
+        capacities[:] = capacities.max(axis=0)
+    token_ratio = np.mean([each.mean for each in counts], axis=0) / checkpoint.config.tokens
+    unions = [np.tile(masks[first:end].any(axis=0), (end - first, 1)) for first, end in plan.segments]
+    routed = checkpoint.config.units.routed_macs(np.concatenate(unions))
+    tokens = TokenCalibration(
+        tokens=checkpoint.config.tokens,
+        settings=config.capacity,
+        mean_ratio=tuple(tuple(round(each, RATIO_DIGITS) for each in row) for row in token_ratio.tolist()),
+        capacities=tuple(map(tuple, capacities.tolist())),
+        predicted=_rates(counts, groups, capacities, plan, routed),
+        held_out=_rates(held_out, drawn_for(held_out, config.capacity, config.seed + 1), capacities, plan, routed),
+    )
+    (ranges, smoothing), sensitivity = _ranges(checkpoint, exported, plan, config, progress), None
+    if config.search is not None:
+        assert ranges is not None
+        inputs = SearchInputs(
+            checkpoint=checkpoint,
+            exported=exported,
+            segments=plan.segments,
+            ranges=ranges,
+            token_ratio=token_ratio,
+            config=config.search,
+            cfg_scales=config.cfg_scales,
+            seed=config.seed,
+            work=work,
+            reference=reference,
+        )
+        ranges, sensitivity = search(inputs, progress, announce)
+    calibration = Calibration(
+        checkpoint_sha256=checkpoint.sha256,
+        steps=exported.steps,
+        sampler=exported.sampler,
+        plan_sha256=plan_sha256(plan.bounds, masks),
+        cfg_scales=config.cfg_scales,
+        seed=config.seed,
+        held_out_seed=config.seed + 1,
+        tokens=tokens,
+        activations=ranges,
+        sensitivity=sensitivity,
+    )
+    return CalibrationResult(
+        calibration=calibration,
+        timesteps=bundle.manifest.sampling.timesteps,
+        bounds=plan.bounds,
+        layers=checkpoint.config.units.layer_names,
+        groups=tuple(groups),
+        smoothing=smoothing,
+    )
+
+
+def _require_possible(checkpoint: Checkpoint, config: CalibrationConfig) -> None:
+    """Raise `CalibrationError` for a static model or too few samples, `ConfigError` for impossible guidance."""
     model = checkpoint.config
     if not model.dynamic:
-        raise CalibrationError(f"{checkpoint.path} is a static model: it has no token routers, so nothing to calibrate")
+        raise CalibrationError(
+            f"{checkpoint.path} is a static model: it has no token routers, so there is nothing to calibrate"
+        )
     for scale in config.cfg_scales:
         model.require_guidance(scale)
     for images, what in ((config.samples, "sample"), (config.held_out, "held-out sample")):
         for scale, count in spread_scales(images, config.cfg_scales):
             require_samples(config.capacity, count, scale, what)
-    reference = _search_reference(checkpoint, exported, config)
-    masks, plan = planned_steps(checkpoint, exported)
-    bundle = _sampling_bundle(checkpoint, exported, work)
-    counter = _Counter(bundle, config, work, backend, options, progress)
-    seen, others = counter.run(config.seed, config.samples), counter.run(config.seed + 1, config.held_out)
-    groups = drawn_for(seen, config.capacity, config.seed)
-    capacities = capacity.choose_capacities(groups, plan.bounds, config.capacity, model.tokens)
-    if exported.plan is PlanKind.SLIDING:  # one graph, and so one capacity for each block
-        capacities[:] = capacities.max(axis=0)
-    unions = [np.tile(masks[first:end].any(axis=0), (end - first, 1)) for first, end in plan.segments]
-    routed = model.units.routed_macs(np.concatenate(unions))
 
-    def rates(counts: list[TokenCounts], drawn: list[Groups]) -> OverflowRates:
-        over = capacity.overflow_of(drawn, capacities, plan.bounds)
-        return OverflowRates(
-            images=sum(len(each.images) for each in counts),
-            trials=over.trials,
-            rate=over.rate,
-            upper=over.upper,
-            repeated_steps=over.repeated,
-            mlp_ratio=capacity.mlp_ratio(counts, routed, capacities, plan.bounds, over.repeated),
-        )
 
-    mean = np.mean([each.mean for each in seen], axis=0) / model.tokens
-    (ranges, found), sensitivity = _ranges(checkpoint, exported, plan, config, progress), None
-    if config.search is not None:
-        assert ranges is not None
-        ranges, sensitivity = search(
-            *(checkpoint, exported, plan.segments, ranges, mean, config.search, config.cfg_scales, config.seed, work),
-            reference,
-            progress,
-            announce,
-        )
-    return CalibrationResult(
-        Calibration(
-            checkpoint_sha256=checkpoint.sha256,
-            steps=exported.steps,
-            sampler=exported.sampler,
-            plan_sha256=plan_sha256(plan.bounds, masks),
-            cfg_scales=config.cfg_scales,
-            seed=config.seed,
-            held_out_seed=config.seed + 1,
-            tokens=TokenCalibration(
-                tokens=model.tokens,
-                settings=config.capacity,
-                mean_ratio=tuple(tuple(round(each, RATIO_DIGITS) for each in row) for row in mean.tolist()),
-                capacities=tuple(map(tuple, capacities.tolist())),
-                predicted=rates(seen, groups),
-                held_out=rates(others, drawn_for(others, config.capacity, config.seed + 1)),
-            ),
-            activations=ranges,
-            sensitivity=sensitivity,
-        ),
-        bundle.manifest.sampling.timesteps,
-        plan.bounds,
-        model.units.layer_names,
-        tuple(groups),
-        found,
+def _rates(
+    counts: list[TokenCounts], groups: list[Groups], capacities: np.ndarray, plan: Plan, routed: np.ndarray
+) -> OverflowRates:
+    """The overflow of some images at `capacities` [segments, L]; `routed` [S, L]: multiply-adds of routed layers."""
+    over = capacity.overflow_of(groups, capacities, plan.bounds)
+    return OverflowRates(
+        images=sum(len(each.images) for each in counts),
+        trials=over.trials,
+        rate=over.rate,
+        upper=over.upper,
+        repeated_steps=over.repeated,
+        mlp_ratio=capacity.mlp_ratio(counts, routed, capacities, plan.bounds, over.repeated),
     )
 
 
 def _search_reference(
     checkpoint: Checkpoint, exported: ExportConfig, config: CalibrationConfig
 ) -> FrechetReference | None:
-    """The images to take Fréchet distances to, where there are any; and what a search cannot do is refused."""
+    """The images to take Fréchet distances to, if there are any. Raises `CalibrationError` if a search is
+    impossible."""
     if config.search is None:
         return None
     if exported.plan is PlanKind.SLIDING:
         raise CalibrationError(
-            "a sliding plan has no layers in 8 bits, so there is nothing to search; give --max-subnets or --per-step"
+            "a plan of dynamic width has no layers in 8 bits, so there is nothing to search; use --max-subnets or "
+            "--per-step"
         )
     reference = config.search.reference
     return None if reference is None else FrechetReference.read(reference, checkpoint.config)
@@ -204,23 +226,29 @@ def _search_reference(
 
 def _ranges(
     checkpoint: Checkpoint, exported: ExportConfig, plan: Plan, config: CalibrationConfig, progress: Progress | None
-) -> tuple[ActivationRanges | None, Found | None]:
-    """Ranges of the plan's segments, where they are wanted; and what was found of a migration, where that is."""
+) -> tuple[ActivationRanges | None, FoundSmoothing | None]:
+    """The ranges of the plan's segments and the smoothing, each if the configuration asks for it."""
     if config.activations is None:
         return None, None
-    labels = spread_labels(config.activation_images, checkpoint.config.classes.count)
-    run = (checkpoint, plan.segments, labels, config.cfg_scales, exported.steps, exported.sampler, config.seed)
-    settings: dict[str, Any] = {"cfg_channels": exported.cfg_channels, "progress": progress}
-    found = find_migration(*run, **settings) if config.migrate else None
-    migration = found.migration if found else None
-    seen = observe(*run, migration=migration, **settings)
+    run = ObservedRun(
+        segments=plan.segments,
+        labels=spread_labels(config.activation_images, checkpoint.config.classes.count),
+        cfg_scales=config.cfg_scales,
+        steps=exported.steps,
+        sampler=exported.sampler,
+        seed=config.seed,
+        cfg_channels=exported.cfg_channels,
+    )
+    found = find_smoothing(checkpoint, run, progress) if config.smooth else None
+    smoothing = found.smoothing if found else None
+    seen = observe(checkpoint, run, smoothing, progress)
     ranges = seen.choose(config.activations, config.activation_images, config.percentile)
-    return ranges.model_copy(update={"migration": migration}), found
+    return ranges.model_copy(update={"smoothing": smoothing}), found
 
 
 @contextlib.contextmanager
 def kept_if_begun(work: Path) -> Iterator[None]:
-    """Where the block fails before anything was counted, remove the work folder unless it was there before."""
+    """If the block fails before anything was counted, remove the work folder, unless it existed before."""
     begun = work.exists()
     try:
         yield
@@ -231,17 +259,18 @@ def kept_if_begun(work: Path) -> Iterator[None]:
 
 
 def work_name(checkpoint: Checkpoint, exported: ExportConfig, config: CalibrationConfig) -> str:
-    """The name of a work folder: the same for runs that sample the same images, whatever they choose then."""
-    what = {
+    """The name of a work folder. It depends only on what is sampled, so that runs with other choices share the
+    counts."""
+    identity = {
         "checkpoint": checkpoint.sha256,
         "run": [exported.steps, exported.sampler],
         "images": config.model_dump(mode="json", include={"samples", "held_out", "seed", "cfg_scales"}),
     }
-    return f"{hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]}.work"
+    return f"{hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]}.work"
 
 
 def _sampling_bundle(checkpoint: Checkpoint, exported: ExportConfig, work: Path) -> Bundle:
-    """The model as one graph, made in the work folder unless it is there and whole."""
+    """The model as one graph of dynamic width, exported into the work folder unless it is there undamaged."""
     folder = work / "bundle"
     with contextlib.suppress(BundleError):  # absent or damaged
         return Bundle.open(folder)
@@ -257,13 +286,13 @@ def _sampling_bundle(checkpoint: Checkpoint, exported: ExportConfig, work: Path)
 
 
 def _at_once(model: ModelConfig) -> int:
-    """Images of a batch: as many as `RESIDUAL_BYTES` allow, twice over (one copy is the backend's)."""
+    """Images of a batch: as many as `RESIDUAL_BYTES` allow for two copies, of which one belongs to the backend."""
     each = 2 * 4 * model.depth * 2 * model.tokens * model.hidden_size
     return max(1, min(MOST_AT_ONCE, RESIDUAL_BYTES // each))
 
 
 class _Counter:
-    """Samples images in batches and counts their tokens; what is counted already is read from the work folder."""
+    """Samples images in batches and counts their tokens. Counts of earlier calls are read from the work folder."""
 
     def __init__(
         self,
@@ -283,7 +312,8 @@ class _Counter:
         )
 
     def _batches(self, images: int) -> Iterator[tuple[float, list[Batch]]]:
-        """For each guidance scale its batches; images are numbered through, classes spread evenly over a scale's."""
+        """The batches of each guidance scale. Images are numbered over all scales; each scale has all classes
+        evenly."""
         first, size = 0, self._bundle.manifest.max_batch
         for scale, count in spread_scales(images, self._scales):
             labels = spread_labels(count, self._bundle.manifest.model.classes.count)
@@ -312,19 +342,19 @@ class _Counter:
         model, steps = self._bundle.manifest.model, self._bundle.manifest.sampling.steps
         noise = SeededNoise(seed, (model.in_channels, model.input_size, model.input_size))
         counter = TokenCounter(batch.images, steps, model.depth, model.tokens, scale)
+
+        def count(step: int, result: StepResult) -> None:
+            assert result.tokens is not None
+            counter.add(step, result.tokens)
+            self._tick(1)
+
         with ResidentSubnets(self._engine, 2, debug=True) as subnets:
             runner = StepRunner(self._engine, subnets, batch.labels, scale)
-            x = noise.initial(batch)
-            for step in range(steps):
-                result = runner.run(step, x, noise.step(batch, step), batch.labels)
-                assert result.tokens is not None
-                counter.add(step, result.tokens)
-                x = result.x_prev
-                self._tick(1)
+            x = run_steps(runner.steps_of(batch, noise), noise.initial(batch), range(steps), count)
         if not np.isfinite(x).all():
             raise CalibrationError(
-                f"latents of images {batch.images[0]} to {batch.images[-1]} are NaN or infinite: their tokens mean "
-                "nothing; hold bundle and checkpoint against each other with `dydit parity`"
+                f"latents of images {batch.images[0]} to {batch.images[-1]} are NaN or infinite, so their tokens "
+                "cannot be used; compare bundle and checkpoint with `dydit parity`"
             )
         return counter.finish()
 
@@ -335,11 +365,11 @@ class _Counter:
 
 
 def _read_counts(file: Path, scale: float, tokens: int, shape: tuple[int, int, int]) -> TokenCounts | None:
-    """Counts of a batch that were kept; None where there are none, or not whole."""
+    """The saved counts of a batch; None if there are none, or if they are damaged."""
     if (arrays := kept_arrays(file, "images", "counts")) is None:
         return None
     try:
-        found = TokenCounts(scale, tokens, *arrays)
+        counts = TokenCounts(scale, tokens, *arrays)
     except CalibrationError:
         return None
-    return found if found.counts.shape[:3] == shape else None
+    return counts if counts.counts.shape[:3] == shape else None

@@ -1,8 +1,9 @@
-"""The calibration file, `dydit calibrate` to `dydit export`: what was seen of one checkpoint, run and plan, and chosen.
+"""The calibration file, written by `dydit calibrate` and read by `dydit export`: for one checkpoint, run and plan.
 
-One JSON object with sorted keys; the same inputs give the same bytes. `tokens` has the capacities of token routing,
-`activations`, where it is there, the ranges of what enters linear layers, and `sensitivity` why some of them stay in 16
-bits. Lists over steps are in execution order (noisiest first), lists over segments in that of the plan.
+One JSON object with sorted keys; the same inputs give the same bytes. `tokens`: the capacities of token routing.
+`activations` (optional): the ranges of the inputs of linear layers. `sensitivity` (optional): the measurements that
+decided which layers stay in 16 bits. Lists over steps are in execution order (noisiest first), lists over segments in
+the order of the plan.
 """
 
 from __future__ import annotations
@@ -30,12 +31,13 @@ Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 class OverflowRates(Strict):
-    """How often batches overflow, as shares: of step-blocks, its upper bound (95 %), of steps; and what that costs.
+    """How often batches overflow, and what it costs.
 
-    `mlp_ratio`: MLP multiply-adds by capacity, repeated steps among them, over those of dynamic routing.
+    `rate`: share of step-blocks that overflow; `upper`: its upper bound (95 %). `repeated_steps`: share of steps that
+    run again. `mlp_ratio`: MLP multiply-adds with capacities, repeated steps included, over those of dynamic routing.
     """
 
-    images: int = Field(ge=1, description="of all guidance scales")
+    images: int = Field(ge=1, description="images of all guidance scales")
     trials: int = Field(ge=1, description="step-blocks of all groups")
     rate: Share
     upper: Share
@@ -44,32 +46,32 @@ class OverflowRates(Strict):
 
 
 class TokenCalibration(Strict):
-    """Capacities of token routing, how they were chosen, and how they do."""
+    """Capacities of token routing, the settings that chose them, and their overflow rates."""
 
-    tokens: int = Field(ge=1, description="of a row")
+    tokens: int = Field(ge=1, description="tokens of a row")
     settings: CapacityConfig
     mean_ratio: tuple[tuple[Share, ...], ...] = Field(description="share of tokens routed, by step and block")
     capacities: tuple[tuple[int, ...], ...] = Field(description="MLP token slots of a row, by segment and block")
-    predicted: OverflowRates = Field(description="on the images calibrated on, which flatters")
-    held_out: OverflowRates = Field(description="on others")
+    predicted: OverflowRates = Field(description="on the calibration images, which is optimistic")
+    held_out: OverflowRates = Field(description="on held-out images")
 
     @model_validator(mode="after")
     def _consistent(self) -> TokenCalibration:
         depths = {len(blocks) for blocks in (*self.mean_ratio, *self.capacities)}
         if not self.mean_ratio or not self.capacities or len(depths) != 1:
-            raise ValueError("every step and segment has the same number of blocks, at least one")
+            raise ValueError("every step and segment must have the same number of blocks, at least one")
         if any(not 1 <= each <= self.tokens for blocks in self.capacities for each in blocks):
             raise ValueError(f"a capacity is outside 1..{self.tokens}")
         return self
 
     @property
     def largest(self) -> tuple[int, ...]:
-        """The largest capacity over all segments, by block: what one graph for all of them needs."""
+        """The largest capacity over all segments, by block, which one graph for all segments needs."""
         return tuple(map(max, zip(*self.capacities, strict=True)))
 
 
 class Calibration(Strict):
-    """A calibration and what it is of."""
+    """A calibration, and the checkpoint, run and plan that it belongs to."""
 
     schema_version: Literal[1] = SCHEMA_VERSION
     checkpoint_sha256: Sha256
@@ -86,25 +88,25 @@ class Calibration(Strict):
     @model_validator(mode="after")
     def _consistent(self) -> Calibration:
         if len(self.tokens.mean_ratio) != self.steps:
-            raise ValueError("there is not one row of token ratios for each step")
+            raise ValueError("expected one row of token ratios for each step")
         if self.seed == self.held_out_seed:
-            raise ValueError("the held-out images are those calibrated on")
+            raise ValueError("held_out_seed must differ from seed")
         if self.sensitivity is not None and self.activations is None:
-            raise ValueError("layers were searched for, but there are no ranges of activations")
+            raise ValueError("there is a sensitivity, but there are no activation ranges")
         if self.sensitivity is not None and self.activations is not None:
             losses, thresholds = self.sensitivity.losses, self.activations.thresholds
             if [[len(each) for each in blocks] for blocks in losses] != [[len(each) for each in b] for b in thresholds]:
-                raise ValueError("losses of layers do not belong to the ranges of activations")
+                raise ValueError("losses and activation ranges have different shapes")
         return self
 
     def to_json(self) -> str:
         """The text of the file."""
         absent = {name for name in ("activations", "sensitivity") if getattr(self, name) is None}
-        values = self.model_dump(mode="json", exclude=absent)
+        values = self.model_dump(mode="json", exclude=absent, by_alias=True)
         return json.dumps(values, indent=1, sort_keys=True, allow_nan=False) + "\n"
 
     def require(self, checkpoint_sha256: str, steps: int, sampler: Sampler, plan_sha256: str) -> None:
-        """Raise `CalibrationError`, naming what differs, where this is of another checkpoint, run or plan."""
+        """Raise `CalibrationError`, naming the difference, if this belongs to another checkpoint, run or plan."""
         if self.checkpoint_sha256 != checkpoint_sha256:
             differs = "another checkpoint (its SHA-256 differs)"
         elif self.steps != steps:
@@ -116,15 +118,15 @@ class Calibration(Strict):
         else:
             return
         raise CalibrationError(
-            f"the calibration is of {differs}; run `dydit calibrate` with the checkpoint and options of the export"
+            f"the calibration belongs to {differs}; run `dydit calibrate` with the checkpoint and options of the export"
         )
 
     def require_searched(self, precision: str) -> None:
-        """Raise `CalibrationError` where the layers that stay in 16 bits were searched for another precision."""
+        """Raise `CalibrationError` if the search for layers in 16 bits was made for another precision."""
         if self.sensitivity is not None and self.sensitivity.precision != precision:
             raise CalibrationError(
-                f"which layers stay in 16 bits was searched for {self.sensitivity.precision}, not {precision}; run "
-                f"`dydit calibrate` with --precision {precision}"
+                f"the layers that stay in 16 bits were searched for {self.sensitivity.precision}, not for {precision}; "
+                f"run `dydit calibrate` with --precision {precision}"
             )
 
 
@@ -143,12 +145,12 @@ def read_calibration(path: Path) -> Calibration:
     except OSError as error:
         raise CalibrationError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise CalibrationError(f"{path} is no calibration: not JSON ({one_line(error)})") from error
+        raise CalibrationError(f"{path} is not a calibration: not JSON ({one_line(error)})") from error
     version = values.get("schema_version") if isinstance(values, dict) else None
     if version != SCHEMA_VERSION:
         raise CalibrationError(
-            f"{path} is no calibration that this program reads: schema version {version!r}, expected {SCHEMA_VERSION}; "
-            "calibrate again"
+            f"{path} is not a calibration that this version reads: schema version {version!r}, expected "
+            f"{SCHEMA_VERSION}; calibrate again"
         )
     try:
         return Calibration.model_validate(values)

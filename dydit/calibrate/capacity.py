@@ -5,17 +5,17 @@ block of capacity C, and overflows in step s and block l where
 
     T(s, l) = sum over its images and rows of the count k(image, s, l, row)  >  C * B * R
 
-From counts of n images, batches are drawn as a user's would come: `GROUPS` or more seeded groups g of B images, each
-drawn with replacement, so that T_g(s, l) / (B*R) varies as widely as a batch of the population does. (Without
-replacement it would vary less by the factor 1 - B/n.) Then, for segment j and block l,
+From the counts of n images, batches are drawn like those of a user: `GROUPS` or more seeded groups g of B images, drawn
+with replacement, so that T_g(s, l) / (B*R) varies as much as for a batch of new images. (Without replacement it would
+vary less by the factor 1 - B/n.) Then, for segment j and block l,
 
     C(j, l) = min(N, ceil_tile((1 + margin) * Q))    Q: quantile of T_g(s, l) / (B*R) over all groups g and steps s of j
 
-where the quantile q of M values is the least of them that at least q*M do not exceed, and ceil_tile rounds up to a
-multiple of the tile. Of several batch sizes and guidance scales, the largest Q counts.
+where the quantile q of M values is the smallest of them that at least q*M values do not exceed, and ceil_tile rounds up
+to a multiple of the tile. With several batch sizes or guidance scales, the largest Q is used.
 
-Images of a group have unrelated classes. A batch of a single class may overflow more often; its steps are then repeated
-at full capacity, so the images stay right and the run takes longer.
+The images of a group have unrelated classes. A batch of a single class may overflow more often. Its steps are then
+repeated at full capacity, so the images are correct and the run takes longer.
 """
 
 from __future__ import annotations
@@ -40,11 +40,12 @@ _Z = 1.6448536269514722  # the standard normal's quantile of CONFIDENCE
 
 
 class CapacityConfig(Strict):
-    """How capacities are chosen; `batch_sizes` in images, `tile` and capacities in tokens of a row.
+    """How capacities are chosen. `batch_sizes` in images; `tile` and capacities in tokens of a row.
 
-    The margin makes up for what the images calibrated on do not show. The digits model in batches of 20 (250 steps, 32
-    subnetworks, guidance 1.5; 128 images to calibrate on, 52 others): 0.10 % of step-blocks overflow without it and
-    0.016 % with 0.01, for MLP multiply-adds, repeated steps among them, of 1.090 and 1.093 of dynamic routing's.
+    The margin compensates for tokens that the calibration images do not show. The digits model in batches of 20 (250
+    steps, 32 subnetworks, guidance 1.5; 128 images to calibrate on, 52 others): 0.10 % of step-blocks overflow without
+    it and 0.016 % with 0.01, for MLP multiply-adds, with repeated steps, of 1.090 and 1.093 of those of dynamic
+    routing.
     """
 
     quantile: float = Field(default=0.998, ge=0.5, le=1)
@@ -57,7 +58,7 @@ class CapacityConfig(Strict):
     def _reachable(cls, quantile: float) -> float:
         if quantile < 1 and groups_for(quantile) > MOST_GROUPS:
             raise ValueError(
-                f"too close to 1; give at most {1 - 1 / MOST_GROUPS:g}, or 1 for the largest count observed"
+                f"too close to 1; use at most {1 - 1 / MOST_GROUPS:g}, or 1 for the largest observed count"
             )
         return quantile
 
@@ -68,13 +69,13 @@ class CapacityConfig(Strict):
 
     @property
     def groups(self) -> int:
-        """How many groups are drawn: as many as the quantile needs to be one of many, and `GROUPS` at least."""
+        """The number of groups to draw: as many as the quantile needs, and at least `GROUPS`."""
         return max(GROUPS, 0 if self.quantile == 1 else groups_for(self.quantile))
 
     def images_needed(self) -> int:
-        """The least n, for each guidance scale, for which the quantile means anything.
+        """The smallest number n of images for each guidance scale for which the quantile is meaningful.
 
-        As many as the largest batch has; and so many that the rarest group, one image B times, is rarer than what the
+        It is at least the largest batch; and the rarest group, one image B times, must be rarer than the share that the
         quantile leaves out: n**-B <= 1 - q, so n >= (1 - q)**(-1/B).
         """
         rare = [1.0] if self.quantile == 1 else [(1 - self.quantile) ** (-1 / size) for size in self.batch_sizes]
@@ -82,12 +83,12 @@ class CapacityConfig(Strict):
 
 
 def groups_for(quantile: float) -> int:
-    """Groups of which one lies beyond a quantile below 1."""
+    """The number of groups of which one lies beyond a quantile below 1."""
     return math.ceil(1 / (1 - quantile) - 1e-9)
 
 
 def require_samples(config: CapacityConfig, images: int, cfg_scale: float, what: str = "sample") -> None:
-    """Raise `CalibrationError`, saying how many are needed, where a guidance scale has too few images."""
+    """Raise `CalibrationError`, with the number that is needed, if a guidance scale has too few images."""
     needed = config.images_needed()
     if images < needed:
         raise CalibrationError(
@@ -103,18 +104,18 @@ class Groups:
 
     totals: np.ndarray
     batch: int
-    rows: int  # of an image
-    images: int  # from which they were drawn
+    rows: int  # rows of an image
+    images: int  # number of images that the groups were drawn from
 
     def per_row(self, first: int, end: int, block: int) -> np.ndarray:
-        """Mean tokens of a row in each group, of steps first..end-1 of a block, float64 [G, end - first]."""
+        """Mean tokens of a row in each group, for steps first..end-1 of a block, float64 [G, end - first]."""
         return np.asarray(self.totals[:, first:end, block] / (self.batch * self.rows))
 
 
 def draw_groups(counts: TokenCounts, batch: int, groups: int, seed: int) -> Groups:
-    """Groups of `batch` images, drawn with replacement by Philox keyed by (seed, batch).
+    """Groups of `batch` images, drawn with replacement by Philox with the key (seed, batch).
 
-    Images have their places by number, so the order in which they were counted plays no part.
+    Images are ordered by number, so the order in which they were counted does not matter.
     """
     images = len(counts.images)
     raw = np.random.Philox(key=np.array([seed, batch], np.uint64)).random_raw(groups * batch)
@@ -127,9 +128,9 @@ def draw_groups(counts: TokenCounts, batch: int, groups: int, seed: int) -> Grou
 
 
 def drawn_for(counts: Sequence[TokenCounts], config: CapacityConfig, seed: int) -> list[Groups]:
-    """Groups of every batch size, of the counts of every guidance scale.
+    """Groups of every batch size, from the counts of every guidance scale.
 
-    Raises `CalibrationError` for no counts, and for too few samples, saying how many are needed.
+    Raises `CalibrationError` if there are no counts, or too few samples (with the number that is needed).
     """
     if not counts:
         raise CalibrationError("there are no token counts to calibrate on; sample more images")
@@ -155,7 +156,7 @@ def choose_capacities(
 
 
 def _quantile(values: np.ndarray, quantile: float) -> float:
-    """The least of the values that at least so large a share of them do not exceed."""
+    """The smallest of the values that at least a share `quantile` of them do not exceed."""
     rank = max(1, math.ceil(quantile * values.size - 1e-9))
     return float(np.partition(values.reshape(-1), rank - 1)[rank - 1])
 
@@ -171,11 +172,11 @@ def by_step(capacities: np.ndarray, bounds: Sequence[int]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Overflow:
-    """How often groups' tokens do not fit. Rates are shares in 0..1.
+    """How often the tokens of groups do not fit. Rates are shares in 0..1.
 
-    `rate`: of step-blocks, (group, step, block), in which some token finds no slot; `upper`: the bound below which the
-    true rate lies with 95 % confidence; `repeated`: of steps, those with such a block, which run again at full
-    capacity. `trials`: step-blocks looked at.
+    `rate`: share of step-blocks (group, step, block) in which some token has no slot. `upper`: upper bound of the true
+    rate with 95 % confidence. `repeated`: share of steps with such a block, which run again at full capacity. `trials`:
+    number of step-blocks.
     """
 
     rate: float
@@ -185,13 +186,14 @@ class Overflow:
 
 
 def overflow_of(groups: Sequence[Groups], capacities: np.ndarray, bounds: Sequence[int]) -> Overflow:
-    """What the groups' batches do at these capacities.
+    """The overflow of the groups at these capacities.
 
     The bound is Wilson's, one-sided, for m trials: (p + z^2/2m + z*sqrt(p(1-p)/m + z^2/4m^2)) / (1 + z^2/m), z = 1.645.
-    Groups share images, and a group's step-blocks are alike, so they are no independent trials. With d disjoint groups
-    (images // batch) and s^2 the variance over groups of a group's own rate, there are as many as give the variance of
-    the mean of d groups, p(1-p)/m = s^2/d (Kish's effective sample), and no more than d times segments times blocks:
-    the steps of a segment count as one, as where nothing overflows there is no variance to tell.
+    Groups share images, and the step-blocks of a group are correlated, so they are not independent trials. With d
+    disjoint groups (images // batch) and the variance s^2 over groups of the rate of a group, the effective number of
+    trials m gives the variance of the mean of d groups: p(1-p)/m = s^2/d (Kish's effective sample size). It is at most
+    d times segments times blocks, where the steps of a segment count as one, because the variance is 0 if nothing
+    overflows.
     """
     limits = by_step(capacities, bounds)
     over = [each.totals > limits * (each.batch * each.rows) for each in groups]
@@ -208,7 +210,7 @@ def overflow_of(groups: Sequence[Groups], capacities: np.ndarray, bounds: Sequen
 
 
 def wilson_upper(rate: float, trials: float) -> float:
-    """Upper end of Wilson's one-sided interval of 95 % for a share seen in `trials` trials (Wilson, 1927)."""
+    """Upper end of Wilson's one-sided 95 % interval for a share observed in `trials` trials (Wilson, 1927)."""
     square = _Z * _Z / trials
     spread = _Z * math.sqrt(rate * (1 - rate) / trials + square / (4 * trials))
     return min(1.0, (rate + square / 2 + spread) / (1 + square))
@@ -219,17 +221,18 @@ def mlp_ratio(
 ) -> float:
     """MLP multiply-adds by capacity over those by dynamic routing, on the same subnetworks.
 
-    An MLP's are in proportion to its groups w(s, l) and to the tokens that it computes. By capacity these are C of each
-    row, and N again, of every block, in the share `repeated` of steps; dynamically they are the row's own:
+    They are proportional to the cost w(s, l) of the groups and to the number of computed tokens. By capacity these are
+    C tokens of each row, and N tokens again in every block in the share `repeated` of steps; dynamically they are the
+    tokens that the row routes:
 
         sum over s, l of w * (C + repeated * N)  /  sum over s, l of w * mean count
 
-    `routed` [S, L]: multiply-adds of the routed layers of each step's subnetwork. The mean is over guidance
-    scales, one like another.
+    `routed` [S, L]: multiply-adds of the routed layers of each step's subnetwork. The mean is over
+    guidance scales, with equal weights.
     """
     mean = np.mean([each.mean for each in counts], axis=0)
     computed = by_step(capacities, bounds) + repeated * counts[0].tokens
     needed = float((routed * mean).sum())
     if needed == 0:
-        raise CalibrationError("no token entered an MLP: there is nothing to compare capacities with")
+        raise CalibrationError("no token entered an MLP, so capacities cannot be compared with dynamic routing")
     return float((routed * computed).sum()) / needed

@@ -1,14 +1,15 @@
-"""Sampling in PyTorch as a bundle in calibrated 8 bits computes it, each layer in 8 or in 16 bits as one likes.
+"""Fake quantization: sampling in PyTorch as a calibrated 8-bit bundle computes it, with any choice of layers in 16
+bits.
 
-What enters a layer in 8 bits is rounded to its scale and cut off at its range, its weight is the one that an export
-stores, and products are in fp32, as QuantizeLinear, DequantizeLinear and MatMul do; layers in 16 bits, and attention
-always, round what they take and give to fp16, as engines do. (ONNX Runtime on the CPU has no such products, and rounds
-their weights alone.) Nothing is exported, so a choice of layers can be tried at once.
+Inputs of a layer in 8 bits are rounded to its scale and clipped to its range, its weight is the one that an export
+stores, and products are in fp32, like QuantizeLinear, DequantizeLinear and MatMul. Layers in 16 bits, and attention
+always, round their inputs and outputs to fp16, as engines do. (ONNX Runtime on the CPU has no such products and rounds
+only their weights.) Nothing is exported, so a choice of layers can be tried at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -17,61 +18,69 @@ from torch import Tensor
 
 from dydit.bundle.stored_weights import Precision
 from dydit.calibrate.activation_ranges import ActivationRanges
+from dydit.calibrate.tokens import spread_labels, spread_scales
 from dydit.checkpoints.checkpoint import Checkpoint
 from dydit.diffusion.coefficients import step_coefficients
 from dydit.diffusion.guidance import Guidance
 from dydit.diffusion.schedule import Sampler, Schedule
+from dydit.diffusion.steps import LatentsOnly, run_steps
+from dydit.errors import CalibrationError
 from dydit.export.input_scales import LARGEST
-from dydit.export.settings import GUIDED_CHANNELS
-from dydit.models.architecture import Slots, stored_name
+from dydit.export.settings import guided_channels
+from dydit.models.architecture import UnitLayer, stored_name
 from dydit.models.config import ModelConfig
-from dydit.models.dit.sliced import SlicedBlock, SlicedDiT, conditioning
-from dydit.models.dit.smoothed import FACTOR, migrated_tensors, modulation_factors
+from dydit.models.registry import architecture_of
+from dydit.models.sliced import SlicedBlock, SlicedModel, plain_linear
 from dydit.planning.masks import freeze_masks
 from dydit.quantization.quantize import quantize
+from dydit.runtime.noise_source import SeededNoise
+from dydit.runtime.request import Batch, make_batches
 
 TYPES = {Precision.INT8_STATIC: torch.int8, Precision.FP8: torch.float8_e4m3fn}
 Quantized = Mapping[str, tuple[Tensor, Tensor]]
+BATCH = 16
 
 
 def in_16_bits(values: Tensor) -> Tensor:
-    """What fp32 values are when they have been fp16."""
+    """fp32 values rounded to fp16."""
     return values.half().float()
 
 
 def in_8_bits(values: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """What fp32 values are when they have been stored in int8 or float8 E4M3 with a scale."""
+    """fp32 values rounded to int8 or float8 E4M3 with a scale."""
     ratio = values / scale
     if dtype is torch.int8:
         return ratio.round().clamp(-128, 127) * scale
     return ratio.clamp(-LARGEST[Precision.FP8], LARGEST[Precision.FP8]).to(dtype).float() * scale
 
 
-class MigratedDiT(SlicedDiT):
-    """A subnetwork of migrated weights, with fc2's factors among them; it makes what its checkpoint does."""
+class SmoothedLayers:
+    """The layers of a subnetwork with smoothed weights, beside which the factors of inputs are stored. Together they
+    compute what the layers of the checkpoint compute."""
 
-    def __init__(self, config: ModelConfig, weights: Mapping[str, Tensor], slots: Slots, cfg_channels: int):
-        super().__init__(config, weights, slots, cfg_channels)
-        self._factors = {
-            block: weights[name] for block in range(config.depth) if (name := f"blocks.{block}.{FACTOR}") in weights
-        }
+    def __init__(self, config: ModelConfig, weights: Mapping[str, Tensor]):
+        self._axis, self._weights = config.units, weights
 
-    def linear(self, block: SlicedBlock, layer: str, x: Tensor) -> Tensor:
-        """The layer; x is what the one before it gave."""
-        if layer == "fc2" and block.index in self._factors:
-            x = x * self._factors[block.index][block.groups].flatten()
+    def __call__(self, block: SlicedBlock, layer: UnitLayer, x: Tensor) -> Tensor:
+        """The layer on the output `x` of the layer before it."""
+        factor = self._weights.get(stored_name(block.index, f"{layer.name}.factor"))
+        if factor is not None:
+            x = x * factor[self._slots(block, layer)].flatten()
         return self.product(block, layer, x)
 
-    def product(self, block: SlicedBlock, layer: str, x: Tensor) -> Tensor:
-        """The layer, without the factors of its inputs."""
-        return super().linear(block, layer, x)
+    def product(self, block: SlicedBlock, layer: UnitLayer, x: Tensor) -> Tensor:
+        """The layer without the smoothing factors of its inputs."""
+        return plain_linear(block, layer, x)
+
+    def _slots(self, block: SlicedBlock, layer: UnitLayer) -> Tensor:
+        return block.slots[self._axis.blocks[block.index].group_of(layer.name)]
 
 
-class SimulatedDiT(MigratedDiT):
-    """A subnetwork whose linear layers are in 8 bits, but for those of `kept`, bool [L, layers].
+class FakeQuantizedLayers(SmoothedLayers):
+    """The layers of a subnetwork in 8 bits, except for those in `fp16_layers`, bool [L, layers].
 
-    `quantized`: weights in 8 bits and their scales, by name; `scales`: of what enters each layer, by block. `kept` may
-    be set anew before each step.
+    `quantized`: weights in 8 bits and their scales, by name. `scales`: scales of the inputs of each layer, by block.
+    `fp16_layers` may be set again before each step.
     """
 
     def __init__(
@@ -79,50 +88,51 @@ class SimulatedDiT(MigratedDiT):
         config: ModelConfig,
         weights: Mapping[str, Tensor],
         quantized: Quantized,
-        slots: Slots,
-        cfg_channels: int,
         scales: Sequence[Sequence[float]],
-        kept: np.ndarray,
+        fp16_layers: np.ndarray,
     ):
-        super().__init__(config, weights, slots, cfg_channels)
-        self.kept, self._names = kept, config.units.layer_names
+        super().__init__(config, weights)
+        self.fp16_layers, self._names = fp16_layers, config.units.layer_names
         self._quantized, self._scales = quantized, scales
-        self._made: dict[tuple[int, str, bool], Tensor] = {}
+        self._rounded: dict[tuple[int, str, bool], Tensor] = {}
 
-    def product(self, block: SlicedBlock, layer: str, x: Tensor) -> Tensor:
-        """The layer, rounded as its precision rounds."""
-        kept = dict(zip(self._names, self.kept[block.index].tolist(), strict=True))
-        if layer == "proj" or (layer == "fc2" and kept["fc1"]):
-            x = in_16_bits(x)  # attention, and GELU after a product in 16 bits, give fp16
-        weight, bias = self._weight(block, layer, kept[layer]), getattr(block, f"{layer}_bias")
-        if kept[layer]:
+    def product(self, block: SlicedBlock, layer: UnitLayer, x: Tensor) -> Tensor:
+        """The layer with the rounding of its precision."""
+        in_fp16 = dict(zip(self._names, self.fp16_layers[block.index].tolist(), strict=True))
+        spec = self._axis.blocks[block.index]
+        group = spec.groups[spec.group_of(layer.name)]
+        if not layer.out_major and (group.attention or in_fp16[group.layers[0].name]):
+            x = in_16_bits(x)  # attention, and what follows a product in 16 bits, give fp16
+        weight, bias = self._weight(block, layer, in_fp16[layer.name]), block.bias(layer.name)
+        if in_fp16[layer.name]:
             x, bias = in_16_bits(x), in_16_bits(bias)
         else:
-            scale = self._scales[block.index][self._names.index(layer)]
-            x = in_8_bits(x, scale, self._quantized[stored_name(block.index, f"{layer}.weight")][0].dtype)
-        y = F.linear(x, weight, bias) if self._layers[layer].out_major else x @ weight + bias
-        return in_16_bits(y) if kept[layer] or layer == "qkv" else y  # attention takes fp16
+            scale = self._scales[block.index][self._names.index(layer.name)]
+            x = in_8_bits(x, scale, self._quantized[stored_name(block.index, layer.weight)][0].dtype)
+        y = F.linear(x, weight, bias) if layer.out_major else x @ weight + bias
+        takes_fp16 = in_fp16[layer.name] or (group.attention and layer.out_major)
+        return in_16_bits(y) if takes_fp16 else y
 
-    def _weight(self, block: SlicedBlock, layer: str, kept: bool) -> Tensor:
-        """The weight's slots, as stored in 8 bits or in 16, in fp32."""
-        key = block.index, layer, kept
-        if key not in self._made:
-            self._made[key] = in_16_bits(getattr(block, layer)) if kept else self._dequantized(block, layer)
-        return self._made[key]
+    def _weight(self, block: SlicedBlock, layer: UnitLayer, in_fp16: bool) -> Tensor:
+        """The weight of the block's slots, rounded to 8 or 16 bits, in fp32."""
+        key = block.index, layer.name, in_fp16
+        if key not in self._rounded:
+            weight = in_16_bits(block.layers[layer.name][0]) if in_fp16 else self._dequantized(block, layer)
+            self._rounded[key] = weight
+        return self._rounded[key]
 
-    def _dequantized(self, block: SlicedBlock, layer: str) -> Tensor:
-        stored, scale = self._quantized[stored_name(block.index, f"{layer}.weight")]
-        slots = block.slots[self.config.units.blocks[block.index].group_of(layer)]
+    def _dequantized(self, block: SlicedBlock, layer: UnitLayer) -> Tensor:
+        stored, scale = self._quantized[stored_name(block.index, layer.weight)]
+        slots = self._slots(block, layer)
         bits = stored.view(torch.uint8)[slots].view(stored.dtype)  # float8 has no indexing
         values = bits.float()
-        return (values * (scale[slots][..., None] if self._layers[layer].out_major else scale)).flatten(0, 1)
+        return (values * (scale[slots][..., None] if layer.out_major else scale)).flatten(0, 1)
 
 
-class Simulator:
-    """The sampling run of a checkpoint, step by step, not quantised or with any choice of layers in 8 bits.
+class FakeQuantizedSampler:
+    """Samples a checkpoint step by step, without quantization or with any choice of layers in 8 bits. On the CPU.
 
-    `segments`: half-open ranges of the steps, whose `ranges` are those of activations. Tensors are PyTorch's, on the
-    CPU.
+    `segments`: half-open ranges of the steps, to which the `ranges` of activations belong.
     """
 
     def __init__(
@@ -140,8 +150,9 @@ class Simulator:
         self.timesteps = schedule.timesteps[::-1]
         self.masks = freeze_masks(checkpoint.width_routers(), self.timesteps)
         self.segment_of = [index for index, (first, end) in enumerate(segments) for _ in range(first, end)]
-        self._weights = dict(migrated_tensors(checkpoint.state, config, ranges.migration))
-        self._factors = modulation_factors(config, ranges.migration)
+        self._architecture = architecture_of(config)
+        self._weights = dict(self._architecture.stored_tensors(checkpoint.state, config, smoothing=ranges.smoothing))
+        self._factors = self._architecture.condition_factors(config, ranges.smoothing)
         self._quantized = {
             name: quantize(self._weights[name], layer.out_major, TYPES[precision])
             for name, layer in config.units.weights.items()
@@ -150,37 +161,105 @@ class Simulator:
         self._coefficients = torch.from_numpy(
             step_coefficients(schedule, sampler, config.learn_sigma).astype(np.float32)
         )
-        self._channels = min(GUIDED_CHANNELS, config.in_channels) if cfg_channels is None else cfg_channels
+        self._channels = guided_channels(config, cfg_channels)
 
-    def plain(self, step: int) -> SlicedDiT:
-        """The step's subnetwork, not quantised."""
-        return MigratedDiT(self.config, self._weights, self._slots(step), self._channels)
+    def plain(self, step: int) -> SlicedModel:
+        """The subnetwork of a step, without quantization."""
+        return self.with_layers(step, SmoothedLayers(self.config, self._weights))
 
-    def subnet(self, step: int, kept: np.ndarray) -> SimulatedDiT:
-        """The step's subnetwork with the layers `kept`, bool [L, layers], in 16 bits and the others in 8."""
+    def subnet(self, step: int, fp16_layers: np.ndarray) -> SlicedModel:
+        """The subnetwork of a step with `fp16_layers`, bool [L, layers], in 16 bits and the other layers in 8 bits."""
+        return self.with_layers(step, self.layers(step, fp16_layers))
+
+    def layers(self, step: int, fp16_layers: np.ndarray) -> FakeQuantizedLayers:
+        """The layers of such a subnetwork."""
         scales = self._scales[self.segment_of[step]]
-        slots = self._slots(step)
-        return SimulatedDiT(self.config, self._weights, self._quantized, slots, self._channels, scales, kept)
+        return FakeQuantizedLayers(self.config, self._weights, self._quantized, scales, fp16_layers)
 
-    def _slots(self, step: int) -> Slots:
-        return self.config.units.slots(self.masks[step])
+    def with_layers(self, step: int, layers: SmoothedLayers) -> SlicedModel:
+        """The subnetwork of a step with these layers."""
+        slots = self.config.units.slots(self.masks[step])
+        return self._architecture.sliced(self.config, self._weights, slots, self._channels, linear=layers)
 
-    def modulation(self, step: int, labels: np.ndarray, cfg_scale: float) -> Tensor:
-        """The step's modulation of labels [B] and, with guidance, of as many null classes after them."""
+    def condition(self, step: int, labels: np.ndarray, cfg_scale: float) -> Tensor:
+        """What a step takes for labels [B] and, with guidance, for as many null classes after them."""
         rows = Guidance(cfg_scale, self.config.null_class).rows(labels)
         time = torch.tensor([int(self.timesteps[step])])
-        made = conditioning(self.config, self._weights, time, torch.from_numpy(rows))[0]
-        return made if self._factors is None else made * torch.from_numpy(self._factors)
+        labels_of_rows = torch.from_numpy(rows)
+        condition = self._architecture.conditioning(self.config, self._weights, time, labels_of_rows)[0]
+        return condition if self._factors is None else condition * torch.from_numpy(self._factors)
 
     def step(
-        self, subnet: SlicedDiT, step: int, x: np.ndarray, noise: np.ndarray, modulation: Tensor, cfg_scale: float
+        self, subnet: SlicedModel, step: int, x: np.ndarray, noise: np.ndarray, condition: Tensor, cfg_scale: float
     ) -> np.ndarray:
-        """x_prev f32 [B, C, S, S] of x, with a subnetwork and a modulation of this step."""
+        """x_prev f32 [B, C, S, S] from `x`, with the subnetwork and the condition of this step."""
         out = subnet.step(
             torch.from_numpy(x),
             torch.from_numpy(noise),
             self._coefficients[step],
             torch.tensor(float(cfg_scale)),
-            modulation,
+            condition,
         )
         return out.x_prev.numpy()
+
+
+class FakeQuantizedImages:
+    """The images of a seed in batches, and steps and runs of all of them."""
+
+    def __init__(self, sampler: FakeQuantizedSampler, seed: int, images: int, cfg_scales: Sequence[float]):
+        config = sampler.config
+        self.sampler, self.steps = sampler, len(sampler.timesteps)
+        self._noise = SeededNoise(seed, (config.in_channels, config.input_size, config.input_size))
+        self.batches: list[tuple[float, Batch]] = []
+        first = 0
+        for scale, count in spread_scales(images, cfg_scales):
+            labels = spread_labels(count, config.classes.count) if count else []
+            self.batches += [(scale, each) for each in make_batches(labels, range(first, first + count), BATCH)]
+            first += count
+        self.tick: Callable[[int], None] = lambda steps: None
+        self._step, self._drawn, self._conditions = -1, [np.empty(0)], [None]
+
+    def initial(self) -> np.ndarray:
+        """The noise that all images start from [n, C, S, S]."""
+        return np.concatenate([self._noise.initial(batch) for _, batch in self.batches])
+
+    def step(self, subnet: SlicedModel, step: int, x: np.ndarray) -> np.ndarray:
+        """One step of all images: x_prev [n, C, S, S] from x."""
+        if step != self._step:
+            self._step = step
+            self._drawn = [self._noise.step(batch, step) for _, batch in self.batches]
+            self._conditions = [self.sampler.condition(step, batch.labels, scale) for scale, batch in self.batches]
+        parts, first = [], 0
+        for (scale, batch), drawn, condition in zip(self.batches, self._drawn, self._conditions, strict=True):
+            part = x[first : first + len(batch.images)]
+            parts.append(self.sampler.step(subnet, step, part, drawn, condition, scale))
+            first += len(part)
+            self.tick(1)
+        return np.concatenate(parts)
+
+    def run(
+        self, fp16_layers: np.ndarray | None, first: int = 0, x: np.ndarray | None = None, all_steps: bool = False
+    ) -> np.ndarray:
+        """The images of a run from the latents `x` before step `first`, with the layers `fp16_layers` [segments, L,
+        layers] in 16 bits (None: without quantization). `all_steps`: all latents of the run instead, [S+1, n, C, S, S].
+        """
+        x = self.initial() if x is None else x
+        latents, sampler = [x], self.sampler
+
+        def step(index: int, x: np.ndarray) -> LatentsOnly[np.ndarray]:
+            if fp16_layers is None:
+                return LatentsOnly(self.step(sampler.plain(index), index, x))
+            subnet = sampler.subnet(index, fp16_layers[sampler.segment_of[index]])
+            return LatentsOnly(self.step(subnet, index, x))
+
+        def keep(index: int, outcome: LatentsOnly[np.ndarray]) -> None:
+            latents.append(outcome.x_prev)
+
+        x = run_steps(step, x, range(first, self.steps), keep if all_steps else None)
+        if not np.isfinite(x).all():
+            kind = "without quantization" if fp16_layers is None else f"in {self.sampler.precision}"
+            raise CalibrationError(
+                f"images {kind} are NaN or infinite and cannot be compared; check the checkpoint, or "
+                "use another precision"
+            )
+        return np.stack(latents) if all_steps else x

@@ -1,9 +1,9 @@
-"""The `sensitivity` of a calibration: what 8 bits cost in each linear layer, and which layers therefore stay in 16.
+"""The `sensitivity` of a calibration: the loss from 8 bits in each linear layer, and the layers that stay in 16 bits.
 
-A layer is one of `UnitAxis.layers` of one block in one segment of a plan. Its loss is what it adds to an image's mean
-square error by being in 8 bits, its gain the multiply-adds that are then half as expensive. Layers go into 8 bits in
-the order of loss per multiply-add: every prefix of that order is a choice, from none to all, and how good one is, is
-measured by sampling with it (`dydit.calibrate.precision_search`). Here is the arithmetic: NumPy, no model.
+A layer is one of `UnitAxis.layers` in one block and one segment of a plan. Its loss is what it adds to the mean square
+error of an image if it is in 8 bits; its gain is the multiply-adds that then cost half as much. Layers go into 8 bits
+in the order of loss per multiply-add. Every prefix of that order is a candidate, from no layer to all; its quality is
+measured by sampling with it (`dydit.calibrate.precision_search`). This module is the arithmetic: NumPy, no model.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from dydit.errors import CalibrationError
 from dydit.models.config import ModelConfig, Strict
 
 CURVE_POINTS = 6
-"""Choices that are measured for the curve alone, evenly spread in multiply-adds from none to all in 8 bits."""
+"""Candidates that are measured for the curve, evenly spaced in multiply-adds from none to all in 8 bits."""
 MOST_DECIBELS = 200.0
-"""What equal images count as."""
+"""The PSNR of equal images."""
 HALF_TIME = 0.5
-"""Of a product in 16 bits, in the bound on speed."""
+"""The time of a product in 8 bits relative to 16 bits, in the bound on speed."""
 
 
 class Quality(Strict):
-    """How near images are to those of the model that is not quantised, with the same noise.
+    """How close images are to those of the model that is not quantized, with the same noise.
 
-    `psnr_least`, `psnr_median`: decibels over the images. `fd_ratio`: their Fréchet distance to the reference, over
-    that of the model's, where one was given.
+    `psnr_least`, `psnr_median`: the smallest and the median PSNR of the images, in dB. `fd_ratio`: their Fréchet
+    distance to the reference images over that of the model's images; None without reference images.
     """
 
     psnr_least: FiniteFloat
@@ -39,10 +39,10 @@ class Quality(Strict):
 
 
 class CurvePoint(Strict):
-    """A prefix of the order: so many layers in 8 bits, and the share of the linear layers' multiply-adds that is.
+    """A prefix of the order: the number of layers in 8 bits, and their share of the multiply-adds of linear layers.
 
-    `bound`: speed over that of all in 16 bits if nothing but the linear layers took time, and a product in 8 bits took
-    half of one in 16: arithmetic, not measured.
+    `bound`: the speed-up over all layers in 16 bits if only linear layers took time, and a product in 8 bits took half
+    the time of one in 16 bits. It is computed, not measured.
     """
 
     layers: int = Field(ge=0)
@@ -52,22 +52,20 @@ class CurvePoint(Strict):
 
 
 class Sensitivity(Strict):
-    """What was searched for, found, and measured. The layers that stay are with the `activations`.
+    """The target of a search and its measurements. The layers that stay in 16 bits are part of `activations`.
 
-    `losses`: by segment, block and layer, the predicted part of an image's mean square error; 0 where there is no such
-    layer. `curve`: by layers in 8 bits, ascending, measured on the images calibrated on; `chosen` is one of them, and
-    `held_out` how the same choice does on images of another seed.
+    `losses`: the predicted share in the mean square error of an image, by segment, block and layer; 0 if there is no
+    such layer. `curve`: measured on the calibration images, by ascending number of layers in 8 bits. `chosen`: one of
+    its points. `held_out`: the quality of the same choice on images of another seed.
     """
 
     precision: Literal["int8-static", "fp8"]
     target_psnr: FiniteFloat | None = Field(default=None, gt=0)
     target_fd_ratio: FiniteFloat | None = Field(default=None, ge=1)
-    reference_sha256: str | None = Field(
-        default=None, pattern="^[0-9a-f]{64}$", description="of the images compared to"
-    )
+    reference_sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$", description="of the reference images")
     images: int = Field(ge=1)
     peak: Literal["2, pixels in [-1, 1]", "the range of the image's own latents"]
-    layers: int = Field(ge=1, description="that there are, of all segments")
+    layers: int = Field(ge=1, description="number of layers of all segments")
     losses: tuple[tuple[tuple[FiniteFloat, ...], ...], ...]
     curve: tuple[CurvePoint, ...]
     chosen: CurvePoint
@@ -77,17 +75,17 @@ class Sensitivity(Strict):
     @model_validator(mode="after")
     def _consistent(self) -> Sensitivity:
         if (self.target_psnr is None) == (self.target_fd_ratio is None):
-            raise ValueError("there is one target, of PSNR or of the Fréchet distance")
+            raise ValueError("expected one target, either PSNR or Fréchet distance")
         if self.chosen not in self.curve:
             raise ValueError("the chosen point is not on the curve")
         if len({len(block) for blocks in self.losses for block in blocks}) != 1:
-            raise ValueError("every block has losses of the same layers")
+            raise ValueError("every block must have losses of the same layers")
         return self
 
 
 class Target(Strict):
-    """What a choice must keep: every image at least so many decibels, or a Fréchet distance of at most so many times
-    the model's."""
+    """What a choice must reach: at least `psnr` dB for every image, or at most `fd_ratio` times the Fréchet distance of
+    the model."""
 
     psnr: float | None = Field(default=None, gt=0, lt=MOST_DECIBELS)
     fd_ratio: float | None = Field(default=None, ge=1, allow_inf_nan=False)
@@ -95,11 +93,11 @@ class Target(Strict):
     @model_validator(mode="after")
     def _one(self) -> Target:
         if (self.psnr is None) == (self.fd_ratio is None):
-            raise ValueError("give a target PSNR or a target ratio of Fréchet distances, one of them")
+            raise ValueError("set a target PSNR or a target ratio of Fréchet distances, but only one of them")
         return self
 
     def holds(self, quality: Quality) -> bool:
-        """Whether a measured quality keeps the target."""
+        """Whether a measured quality reaches the target."""
         if self.psnr is not None:
             return quality.psnr_least >= self.psnr
         assert self.fd_ratio is not None and quality.fd_ratio is not None
@@ -109,10 +107,10 @@ class Target(Strict):
 def layer_macs(
     config: ModelConfig, masks: np.ndarray, segments: Sequence[tuple[int, int]], token_ratio: np.ndarray
 ) -> np.ndarray:
-    """Multiply-adds of an image in each layer over a segment's steps, float64 [segments, L, layers], as it is
-    compiled: for the union of its steps' masks.
+    """Multiply-adds of an image in each layer over the steps of a segment, float64 [segments, L, layers].
 
-    `masks` bool [S, U], `token_ratio` [S, L] share of tokens that enter the MLP.
+    A segment is compiled for the union of the masks of its steps. `masks` bool [S, U]; `token_ratio` [S, L]: share of
+    tokens that enter the MLP.
     """
     axis = config.units
     macs = np.empty((len(segments), config.depth, len(axis.layers)))
@@ -128,17 +126,18 @@ def layer_macs(
 
 
 def predicted_losses(step_errors: np.ndarray, image_errors: np.ndarray) -> np.ndarray:
-    """What each layer adds to an image's error, float64 [segments, L, layers].
+    """What each layer adds to the error of an image, float64 [segments, L, layers].
 
-    `step_errors` [segments, L, layers]: of x_prev, summed over a segment's steps, each layer alone in 8 bits.
-    `image_errors` [segments]: of the image, where all of that segment's layers are; NaN where that was not measured,
-    and then as amplified as between the neighbours that were (linear in logarithm). A segment's losses add up to its
-    image error. Raises `CalibrationError` for values that are negative or infinite, or where nothing was measured.
+    `step_errors` [segments, L, layers]: error of x_prev with only this layer in 8 bits, summed over the steps of the
+    segment. `image_errors` [segments]: error of the image with all layers of the segment in 8 bits; NaN if it was not
+    measured. The gain from step error to image error is interpolated between measured segments (linear in logarithm).
+    The losses of a segment add up to its image error. Raises `CalibrationError` for values that are negative or not
+    finite, and if no image error was measured.
     """
     sums = step_errors.sum(axis=(1, 2))
     measured = ~np.isnan(image_errors)
     if not measured.any() or not np.isfinite(step_errors).all() or not np.isfinite(image_errors[measured]).all():
-        raise CalibrationError("errors in 8 bits are not finite, or none was measured; hold the model against its file")
+        raise CalibrationError("errors in 8 bits are not finite, or none was measured; check the checkpoint")
     if (step_errors < 0).any() or (image_errors[measured] < 0).any():
         raise CalibrationError("a mean square error is negative")
     known = np.flatnonzero(measured & (sums > 0) & np.nan_to_num(image_errors > 0))
@@ -148,44 +147,44 @@ def predicted_losses(step_errors: np.ndarray, image_errors: np.ndarray) -> np.nd
     return np.asarray(step_errors * gains[:, None, None])
 
 
-def eighth_order(losses: np.ndarray, macs: np.ndarray) -> np.ndarray:
-    """The layers, as flat indices, from that which goes into 8 bits first: least loss per multiply-add; of equals the
-    first. Layers that do not exist (0 multiply-adds) are not among them. int64 [layers]."""
+def int8_order(losses: np.ndarray, macs: np.ndarray) -> np.ndarray:
+    """The layers, as flat indices int64 [layers], in the order in which they go into 8 bits: by loss per multiply-add,
+    and by index if equal. Layers that do not exist (0 multiply-adds) are left out."""
     flat, size = losses.reshape(-1), macs.reshape(-1)
-    there = np.flatnonzero(size > 0)
-    return np.asarray(there[np.argsort(flat[there] / size[there], kind="stable")])
+    existing = np.flatnonzero(size > 0)
+    return np.asarray(existing[np.argsort(flat[existing] / size[existing], kind="stable")])
 
 
-def kept_after(order: np.ndarray, count: int, shape: tuple[int, ...]) -> np.ndarray:
-    """Which layers stay in 16 bits when the first `count` of an order are in 8, bool of `shape`."""
-    kept = np.zeros(math.prod(shape), bool)
-    kept[order[count:]] = True
-    return kept.reshape(shape)
+def fp16_layers_after(order: np.ndarray, count: int, shape: tuple[int, ...]) -> np.ndarray:
+    """Which layers stay in 16 bits if the first `count` of an order are in 8 bits, bool of `shape`."""
+    fp16_layers = np.zeros(math.prod(shape), bool)
+    fp16_layers[order[count:]] = True
+    return fp16_layers.reshape(shape)
 
 
 def share_in_8_bits(order: np.ndarray, count: int, macs: np.ndarray) -> float:
-    """The share of multiply-adds that the first `count` of an order are."""
+    """The share of the first `count` layers of an order in the multiply-adds."""
     in_order = macs.reshape(-1)[order]
     return float(in_order[:count].sum() / in_order.sum())
 
 
 def bound_on_speed(share: float) -> float:
-    """How many times as fast all linear layers can be with such a share in 8 bits, which take half the time of 16."""
+    """The largest speed-up of all linear layers with this share in 8 bits, which take half the time of 16 bits."""
     return 1 / (1 - HALF_TIME * share)
 
 
 def spread_counts(order: np.ndarray, macs: np.ndarray, points: int = CURVE_POINTS) -> list[int]:
-    """At most `points` numbers of layers in 8 bits, ascending, their multiply-adds evenly spread from none to all."""
+    """At most `points` numbers of layers in 8 bits, ascending, evenly spaced in multiply-adds from none to all."""
     done = np.cumsum(macs.reshape(-1)[order])
     wanted = np.linspace(0, 1, points)[1:-1] * done[-1]
     return sorted({0, *(int(np.searchsorted(done, each)) + 1 for each in wanted), len(order)})
 
 
 def most_that_holds(holds: Callable[[int], bool], total: int) -> int:
-    """The largest count in 0..`total` that a bisection finds to hold, or -1 where 0 does not: every answer was asked.
+    """The largest count in 0..`total` for which a bisection finds `holds` to be true, or -1 if it is false for 0.
 
-    Where `holds` is true up to a count and false from there on, it is the largest of all. It is asked for `total` and 0
-    first, each count at most once.
+    `holds` was called for the result. If `holds` is true up to some count and false from there on, the result is that
+    count. `holds` is called for `total` and 0 first, and at most once for each count.
     """
     if holds(total):
         return total
@@ -199,5 +198,5 @@ def most_that_holds(holds: Callable[[int], bool], total: int) -> int:
 
 
 def most_questions(total: int) -> int:
-    """How many answers `most_that_holds` asks for at most."""
+    """The largest number of calls that `most_that_holds` makes."""
     return 2 + math.ceil(math.log2(max(total, 1)))

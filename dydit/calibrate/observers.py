@@ -1,14 +1,13 @@
-"""Watching what enters every linear layer of a dynamic model while it samples, step by step (`dydit calibrate`).
+"""Observing the inputs of every linear layer of a dynamic model while it samples (`dydit calibrate`).
 
-The model runs in its sliced form (`dydit.models.dit.sliced`), so what is counted is what a subnetwork's layers see:
-heads and groups that are on, and of the tokens those that are routed. A value belongs to the step that it was made in.
+The model runs in its sliced form, so the observed values are those of a subnetwork: of heads and groups that are on,
+and of tokens that are routed. A value belongs to the step in which it was computed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,49 +18,54 @@ from dydit.checkpoints.checkpoint import Checkpoint
 from dydit.diffusion.coefficients import step_coefficients
 from dydit.diffusion.guidance import Guidance
 from dydit.diffusion.schedule import Sampler, Schedule
+from dydit.diffusion.steps import LatentsOnly, run_steps
 from dydit.errors import ConfigError
-from dydit.export.settings import GUIDED_CHANNELS
+from dydit.export.settings import guided_channels
+from dydit.models.architecture import UnitLayer
 from dydit.models.config import ModelConfig
-from dydit.models.dit.layout import stored_tensors
-from dydit.models.dit.sliced import SlicedBlock, SlicedDiT, conditioning
+from dydit.models.registry import architecture_of
+from dydit.models.sliced import SlicedBlock, plain_linear
 from dydit.planning.masks import freeze_masks
-from dydit.quantization.smoothing import Migration
+from dydit.quantization.smoothing import Smoothing
 from dydit.runtime.noise_source import SeededNoise
 from dydit.runtime.request import make_batches
 
 Progress = Callable[[int, int], None]
 Watch = Callable[[int, SlicedBlock, str, np.ndarray], None]
-"""Called with a segment, a block cut to its units, a layer, and what enters it, f32 [..., in]."""
+"""Called with a segment, a block sliced to its units, a layer, and the inputs of the layer, f32 [..., in]."""
 
 
-class WatchedDiT(SlicedDiT):
-    """A subnetwork that shows what enters its layers: `watch(block, layer, values [..., in])`."""
+@dataclass(frozen=True)
+class ObservedRun:
+    """A sampling run in which activations are observed: one image for each of `labels`.
 
-    watch: Callable[[SlicedBlock, str, np.ndarray], None]
+    `segments`: half-open ranges that divide the steps. Batches of `batch` images take turns with the guidance scales.
+    Image i has the noise of (`seed`, i). `cfg_channels`: the latent channels that guidance acts on, by default the
+    first 3.
+    """
 
-    def linear(self, block: SlicedBlock, layer: str, x: Tensor) -> Tensor:
-        """The layer, once its input has been shown."""
-        self.watch(block, layer, x.numpy())
-        return super().linear(block, layer, x)
+    segments: Sequence[tuple[int, int]]
+    labels: Sequence[int]
+    cfg_scales: Sequence[float]
+    steps: int
+    sampler: Sampler = Sampler.DDPM
+    seed: int = 0
+    batch: int = 16
+    cfg_channels: int | None = None
 
 
 def observe(
-    checkpoint: Checkpoint,
-    segments: Sequence[tuple[int, int]],
-    labels: Sequence[int],
-    *arguments: Any,
-    migration: Migration | None = None,
-    **settings: Any,
+    checkpoint: Checkpoint, run: ObservedRun, smoothing: Smoothing | None = None, progress: Progress | None = None
 ) -> Observations:
-    """Sample and count what enters every layer, divided as a `migration` says, by segment of steps.
+    """Sample, and count the inputs of every layer in each segment, divided by the factors of `smoothing`.
 
-    Arguments and errors as those of `sample_watched`; the same give the same counts.
+    The same arguments give the same counts. Progress and errors are those of `sample_watched`.
     """
     config = checkpoint.config
     names = config.units.layer_names
-    seen = Observations(len(segments), config.depth, names)
-    places = [(block, layer) for block in range(config.depth) for layer in names]
-    divisors = {} if migration is None else {place: migration.divisor(*place) for place in places}
+    seen = Observations(len(run.segments), config.depth, names)
+    layers = [(block, layer) for block in range(config.depth) for layer in names]
+    divisors = {} if smoothing is None else {layer: smoothing.divisor(*layer) for layer in layers}
 
     def watch(segment: int, block: SlicedBlock, layer: str, values: np.ndarray) -> None:
         divisor = divisors.get((block.index, layer))
@@ -69,12 +73,12 @@ def observe(
             values = values / divisor[entering(config, block, layer)]
         seen.add(segment, block.index, layer, values)
 
-    sample_watched(watch, checkpoint, segments, labels, *arguments, **settings)
+    sample_watched(watch, checkpoint, run, progress)
     return seen
 
 
 def entering(model: ModelConfig, block: SlicedBlock, layer: str) -> np.ndarray:
-    """The input channels of a layer, by the checkpoint's numbers, that the units of a block cut to them have, int64."""
+    """The input channels of a layer that the units of a sliced block have, in the checkpoint's numbering, int64."""
     spec = model.units.blocks[block.index]
     each = next(each for each in spec.layers if each.name == layer)
     if each.out_major:
@@ -83,53 +87,44 @@ def entering(model: ModelConfig, block: SlicedBlock, layer: str) -> np.ndarray:
     return np.asarray((units[:, None] * each.unit_features + torch.arange(each.unit_features)).flatten().numpy())
 
 
-def sample_watched(
-    watch: Watch,
-    checkpoint: Checkpoint,
-    segments: Sequence[tuple[int, int]],
-    labels: Sequence[int],
-    cfg_scales: Sequence[float],
-    steps: int,
-    sampler: Sampler = Sampler.DDPM,
-    seed: int = 0,
-    batch: int = 16,
-    cfg_channels: int | None = None,
-    progress: Progress | None = None,
-) -> None:
-    """Sample an image for each label and show what enters every layer, by segment of steps (half-open ranges).
+def sample_watched(watch: Watch, checkpoint: Checkpoint, run: ObservedRun, progress: Progress | None = None) -> None:
+    """Sample, and pass the inputs of every layer to `watch`.
 
-    Guidance scales take turns over the batches; `cfg_channels`: latent channels that guidance acts on, by default the
-    first 3. `progress(done, total)` counts steps of a batch. Raises `ConfigError` for no labels or scales, and what
-    `watch` does.
+    `progress(done, total)` counts steps of a batch. Raises `ConfigError` for a run without labels or guidance scales,
+    and whatever `watch` raises.
     """
-    if not labels or not cfg_scales:
+    if not run.labels or not run.cfg_scales:
         raise ConfigError("calibration needs at least one label and one guidance scale")
-    config, schedule = checkpoint.config, Schedule.respaced(steps)
-    for scale in cfg_scales:
+    config, schedule = checkpoint.config, Schedule.respaced(run.steps)
+    for scale in run.cfg_scales:
         config.require_guidance(scale)
     timesteps = schedule.timesteps[::-1]
     masks = freeze_masks(checkpoint.width_routers(), timesteps)
-    weights = dict(stored_tensors(checkpoint.state, config))
-    coefficients = torch.from_numpy(step_coefficients(schedule, sampler, config.learn_sigma).astype(np.float32))
-    channels = min(GUIDED_CHANNELS, config.in_channels) if cfg_channels is None else cfg_channels
-    noise = SeededNoise(seed, (config.in_channels, config.input_size, config.input_size))
-    batches = make_batches(labels, range(len(labels)), batch)
-    latents = [torch.from_numpy(noise.initial(each)) for each in batches]
-    segment_of = {step: index for index, (first, end) in enumerate(segments) for step in range(first, end)}
-    for step in range(steps):
-        model = WatchedDiT(config, weights, config.units.slots(masks[step]), channels)
-        model.watch = partial(watch, segment_of[step])
-        for index, each in enumerate(batches):
-            scale = float(cfg_scales[index % len(cfg_scales)])
-            used = Guidance(scale, config.null_class).rows(each.labels)
-            time, classes = torch.tensor([int(timesteps[step])]), torch.from_numpy(used)
-            out = model.step(
-                latents[index],
-                torch.from_numpy(noise.step(each, step)),
-                coefficients[step],
-                torch.tensor(scale),
-                conditioning(config, weights, time, classes)[0],
-            )
-            latents[index] = out.x_prev
+    architecture = architecture_of(config)
+    weights = dict(architecture.stored_tensors(checkpoint.state, config))
+    coefficients = torch.from_numpy(step_coefficients(schedule, run.sampler, config.learn_sigma).astype(np.float32))
+    channels = guided_channels(config, run.cfg_channels)
+    noise = SeededNoise(run.seed, (config.in_channels, config.input_size, config.input_size))
+    batches = make_batches(run.labels, range(len(run.labels)), run.batch)
+    segment_of = [index for index, (first, end) in enumerate(run.segments) for _ in range(first, end)]
+
+    def step(index: int, latents: list[Tensor]) -> LatentsOnly[list[Tensor]]:
+        """One step of all batches, on the subnetwork of this step."""
+
+        def layer(block: SlicedBlock, layer: UnitLayer, x: Tensor) -> Tensor:
+            watch(segment_of[index], block, layer.name, x.numpy())
+            return plain_linear(block, layer, x)
+
+        model = architecture.sliced(config, weights, config.units.slots(masks[index]), channels, linear=layer)
+        time, after = torch.tensor([int(timesteps[index])]), []
+        for number, (batch, x) in enumerate(zip(batches, latents, strict=True)):
+            scale = float(run.cfg_scales[number % len(run.cfg_scales)])
+            rows = torch.from_numpy(Guidance(scale, config.null_class).rows(batch.labels))
+            condition = architecture.conditioning(config, weights, time, rows)[0]
+            drawn = torch.from_numpy(noise.step(batch, index))
+            after.append(model.step(x, drawn, coefficients[index], torch.tensor(scale), condition).x_prev)
             if progress:
-                progress(step * len(batches) + index + 1, steps * len(batches))
+                progress(index * len(batches) + number + 1, run.steps * len(batches))
+        return LatentsOnly(after)
+
+    run_steps(step, [torch.from_numpy(noise.initial(batch)) for batch in batches], range(run.steps))

@@ -1,4 +1,4 @@
-"""The picture of a calibration: tokens over steps and blocks, and capacities on what batches really need."""
+"""The picture of a calibration: tokens over steps and blocks, and capacities over the needs of batches."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ import numpy as np
 
 from dydit.calibrate.calibration import CalibrationResult
 from dydit.reports.plot_style import ACCENT, ACCENT_LIGHT, MUTED, OFF, SECOND, drawing, headline, png, timestep_ticks
-from dydit.reports.sentences import extra_text
+from dydit.reports.text import extra_text
 from dydit.words import counted
 
 PAIRS = 4
 
 
 def calibration_png(result: CalibrationResult) -> bytes:
-    """Share of tokens routed by step and block; below, for a few segments and blocks, how many tokens of a row batches
-    need, and the capacity that was chosen. The bytes of a PNG."""
+    """Top: share of routed tokens by step and block. Bottom: for a few segments and blocks, the number of tokens of a
+    row that batches need, and the chosen capacity. Returns the bytes of a PNG."""
     tokens = result.calibration.tokens
     ratio = np.asarray(tokens.mean_ratio)  # [S, L]
     held = tokens.held_out
     with drawing(10, 5.6) as figure:
         headline(
             figure,
-            f"{ratio.mean():.0%} of the tokens enter an MLP; with these capacities MLPs compute "
+            f"{ratio.mean():.0%} of the tokens enter an MLP; with these capacities the MLPs compute "
             f"{extra_text(held.mlp_ratio)}",
-            f"on {counted(held.images, 'image')} not calibrated on, {held.rate:.3%} of step-blocks overflow (below "
-            f"{held.upper:.2%} with 95 % confidence), so that {held.repeated_steps:.2%} of steps run twice",
+            f"on {counted(held.images, 'held-out image')}, {held.rate:.3%} of step-blocks overflow (below "
+            f"{held.upper:.2%} with 95 % confidence), so {held.repeated_steps:.2%} of the steps run twice",
         )
         upper, lower = figure.subfigures(2, 1, height_ratios=(1.15, 1))
         _ratio_map(upper, ratio, result.timesteps)
@@ -40,7 +40,7 @@ def calibration_png(result: CalibrationResult) -> bytes:
 
 
 def _pairs(segments: int, depth: int) -> list[tuple[int, int]]:
-    """A few (segment, block) pairs, from first to last of both."""
+    """A few (segment, block) pairs, from the first of both to the last of both."""
     places = np.linspace(0, 1, PAIRS)
     return [(round(float(at) * (segments - 1)), round(float(at) * (depth - 1))) for at in places]
 

@@ -1,4 +1,4 @@
-"""The picture of a search for layers in 8 bits: speed against quality, and which layers stayed in 16."""
+"""The picture of a search for layers in 8 bits: speed against quality, and the layers that stay in 16 bits."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from dydit.calibrate.mixed_precision import Sensitivity
 from dydit.reports.plot_style import ACCENT, ACCENT_LIGHT, FAINT, INK, MUTED, OFF, SECOND, drawing, headline, png
 from dydit.words import counted
 
-_STAYS, _EIGHTH, _ABSENT = 2, 1, 0
+_FP16, _INT8, _ABSENT = 2, 1, 0
 
 
 def sensitivity_png(result: CalibrationResult) -> bytes:
-    """Left, the share of multiply-adds in 8 bits against what it does to the images, the target and the choice; right,
-    which layers stayed in 16 bits, by segment and block. The bytes of a PNG."""
+    """Left: quality of the images over the share of multiply-adds in 8 bits, with the target and the choice. Right: the
+    layers that stay in 16 bits, by segment and block. Returns the bytes of a PNG."""
     found, ranges = result.calibration.sensitivity, result.calibration.activations
     assert found is not None and ranges is not None
     stay, missed = found.layers - found.chosen.layers, "" if found.held_out_holds else ": the target is missed"
@@ -25,36 +25,36 @@ def sensitivity_png(result: CalibrationResult) -> bytes:
         headline(
             figure,
             f"{found.chosen.share:.0%} of the linear layers' multiply-adds in {found.precision}, {target_words(found)}",
-            f"{stay} of {counted(found.layers, 'layer')} stay in 16 bits; of {counted(found.images, 'image')} not "
-            f"searched on {quality_words(found, found.held_out)}{missed}",
+            f"{stay} of {counted(found.layers, 'layer')} stay in 16 bits; of {counted(found.images, 'held-out image')} "
+            f"{quality_words(found, found.held_out)}{missed}",
         )
         left, right = figure.subfigures(1, 2, width_ratios=(1, 1.15))
         _curve(left.subplots(), found)
-        _map(right, found, ranges.kept, result.layers, result.bounds)
+        _map(right, found, ranges.fp16_layers, result.layers, result.bounds)
         return png(figure)
 
 
 def search_words(found: Sensitivity) -> str:
-    """What was chosen, how it does, and whether the target holds for images that had no part in it, in a line."""
+    """The choice, its quality, and whether it also reaches the target on held-out images, in one line."""
     stay, chosen = found.layers - found.chosen.layers, found.chosen
-    held = "as the target asks" if found.held_out_holds else "so that these MISS the target"
+    held = "which reaches the target" if found.held_out_holds else "which MISSES the target"
     return (
         f"{found.precision}, {target_words(found)}: {stay} of {counted(found.layers, 'linear layer')} stay in 16 bits, "
-        f"{chosen.share:.1%} of their multiply-adds are in 8 (by arithmetic at most {chosen.bound:.2f} times the speed "
-        f"of none); of {counted(found.images, 'image')} {quality_words(found, chosen.quality)}, of as many held-out "
-        f"ones {quality_words(found, found.held_out)}, {held}"
+        f"{chosen.share:.1%} of the multiply-adds are in 8 bits (computed bound: {chosen.bound:.2f} times the speed of "
+        f"all layers in 16 bits); of {counted(found.images, 'image')} {quality_words(found, chosen.quality)}; of as "
+        f"many held-out images {quality_words(found, found.held_out)}, {held}"
     )
 
 
 def target_words(found: Sensitivity) -> str:
-    """The target, as a choice keeps it."""
+    """The target in words."""
     if found.target_psnr is not None:
         return f"at least {found.target_psnr:g} dB"
     return f"at most {found.target_fd_ratio:g} times the Fréchet distance"
 
 
 def quality_words(found: Sensitivity, quality: Any) -> str:
-    """A quality, in the measure of the target."""
+    """A quality in the measure of the target."""
     if found.target_psnr is not None:
         return f"the worst has {quality.psnr_least:.1f} dB"
     return f"the Fréchet distance is {quality.fd_ratio:.3f} times the model's"
@@ -72,14 +72,14 @@ def _curve(axis: Any, found: Sensitivity) -> None:
         ):
             values = [getattr(point.quality, name) for point in found.curve]
             axis.plot(shares, values, "o-", color=colour, ms=3.5, lw=1.2, label=label)
-        axis.set_ylabel("PSNR against the model not quantised, dB")
+        axis.set_ylabel("PSNR against the model without quantization, dB")
         chosen, held = found.chosen.quality.psnr_least, found.held_out.psnr_least
     else:
         assert found.target_fd_ratio is not None
         target = found.target_fd_ratio
         values = [point.quality.fd_ratio for point in found.curve]
-        axis.plot(shares, values, "o-", color=ACCENT, ms=3.5, lw=1.2, label="images searched on")
-        axis.set_ylabel("Fréchet distance, of the model's")
+        axis.plot(shares, values, "o-", color=ACCENT, ms=3.5, lw=1.2, label="images of the search")
+        axis.set_ylabel("Fréchet distance, relative to the model's")
         chosen, held = found.chosen.quality.fd_ratio or 0.0, found.held_out.fd_ratio or 0.0
     axis.axhline(target, color=SECOND, lw=1, ls=(0, (4, 3)), label="target")
     axis.plot([found.chosen.share], [chosen], "o", color=SECOND, ms=7, mfc="none", mew=1.6, label="chosen")
@@ -91,15 +91,17 @@ def _curve(axis: Any, found: Sensitivity) -> None:
     above = axis.secondary_xaxis("top", functions=(lambda x: x, lambda x: x))
     above.set_xticks([0, 0.5, 1], ["1x", "1.33x", "2x"])
     above.tick_params(labelsize=7.5, labelcolor=MUTED)
-    above.set_xlabel("bound on these layers' speed, 8 bits taking half of 16: arithmetic", fontsize=8, color=MUTED)
+    above.set_xlabel("bound on the speed of these layers, if 8 bits take half the time of 16", fontsize=8, color=MUTED)
 
 
-def _map(figure: Any, found: Sensitivity, kept: np.ndarray, layers: Sequence[str], bounds: Sequence[int]) -> None:
+def _map(
+    figure: Any, found: Sensitivity, fp16_layers: np.ndarray, layers: Sequence[str], bounds: Sequence[int]
+) -> None:
     from matplotlib.colors import ListedColormap
     from matplotlib.ticker import MaxNLocator
 
-    there = np.asarray(found.losses) > 0  # [segments, L, layers]
-    state = np.where(kept, _STAYS, np.where(there, _EIGHTH, _ABSENT))
+    existing = np.asarray(found.losses) > 0  # [segments, L, layers]
+    state = np.where(fp16_layers, _FP16, np.where(existing, _INT8, _ABSENT))
     axes = figure.subplots(len(layers), 1, sharex=True)
     for axis, layer, name in zip(axes, np.moveaxis(state, 2, 0), layers, strict=True):
         colours = ListedColormap(["white", OFF, ACCENT])
@@ -107,6 +109,6 @@ def _map(figure: Any, found: Sensitivity, kept: np.ndarray, layers: Sequence[str
         axis.set_ylabel(f"{name}\nblock", fontsize=8)
         axis.yaxis.set_major_locator(MaxNLocator(4, integer=True))
         axis.tick_params(left=False, bottom=False)
-    axes[0].set_title("layers that stay in 16 bits (blue); in 8 (grey)", fontsize=9)
+    axes[0].set_title("layers in 16 bits (blue) and in 8 bits (grey)", fontsize=9)
     axes[-1].xaxis.set_major_locator(MaxNLocator(8, integer=True))
     axes[-1].set_xlabel(f"segment of {bounds[-1]} steps   (noise → image)")

@@ -1,10 +1,10 @@
 """The search of `dydit calibrate --target-psnr`: which linear layers stay in 16 bits, by measured loss.
 
-First what 8 bits cost in each layer alone: at some steps of every segment, from the latents of a run all in 16 bits,
-the error of x_prev; times what such an error grows to in the image, measured with a whole segment in 8 bits. Then whole
-runs with more and more layers in 8 bits, in the order of loss per multiply-add (`dydit.calibrate.mixed_precision`): a
-bisection for the most that keeps the target, and some points for the curve. What is reported is always measured, the
-order alone is predicted. Everything that is finished is kept in the work folder.
+First, the loss of each layer alone: the error of x_prev with only this layer in 8 bits, at some steps of every segment,
+from the latents of a run with all layers in 16 bits; times the growth of such an error up to the image, measured with a
+whole segment in 8 bits. Then, whole runs with more and more layers in 8 bits, in the order of loss per multiply-add
+(`dydit.calibrate.mixed_precision`): a bisection for the largest number that reaches the target, and some points for the
+curve. Only the order is predicted; everything that is reported is measured. The work folder keeps finished parts.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -21,40 +22,51 @@ from pydantic import Field, model_validator
 
 from dydit.bench.bench import spread_steps
 from dydit.bundle.stored_weights import Precision
-from dydit.calibrate import mixed_precision as found
 from dydit.calibrate.activation_ranges import ActivationRanges
-from dydit.calibrate.fake_quantization import Simulator
-from dydit.calibrate.mixed_precision import CurvePoint, Quality, Sensitivity, Target
+from dydit.calibrate.fake_quantization import FakeQuantizedImages, FakeQuantizedSampler
+from dydit.calibrate.mixed_precision import (
+    CURVE_POINTS,
+    MOST_DECIBELS,
+    CurvePoint,
+    Quality,
+    Sensitivity,
+    Target,
+    bound_on_speed,
+    fp16_layers_after,
+    int8_order,
+    layer_macs,
+    most_questions,
+    most_that_holds,
+    predicted_losses,
+    share_in_8_bits,
+    spread_counts,
+)
 from dydit.calibrate.search_progress import Progress, Ticks, estimate_text
-from dydit.calibrate.tokens import spread_labels, spread_scales
 from dydit.checkpoints.checkpoint import Checkpoint
 from dydit.errors import CalibrationError
 from dydit.export.settings import ExportConfig
 from dydit.files import atomic_file
 from dydit.models.config import Strict, UserPath
-from dydit.models.dit.sliced import SlicedDiT
 from dydit.parity.comparison import picture_error
 from dydit.parity.frechet import LEAST_IMAGES, FrechetReference, pictures
 from dydit.runtime.images.image_files import kept_arrays
-from dydit.runtime.noise_source import SeededNoise
-from dydit.runtime.request import Batch, make_batches
 
 Announce = Callable[[str], None]
-BATCH = 16
 MEASURED_STEPS = 3
-"""Steps whose median time the estimate of a search is made from."""
+"""The number of steps from whose median time the duration of a search is estimated."""
 OTHERS_RUNS = 2
-"""Runs of the held-out images: not quantised, and with the layers that were chosen."""
+"""The number of runs of the held-out images: without quantization, and with the chosen layers."""
 MOST_GAINS = 16
-"""Segments whose errors are followed into the image; those between them are taken to be between them."""
+"""The largest number of segments whose errors are measured in the image; others are interpolated."""
 PIXEL_SPAN = 2.0
 
 
 class SearchConfig(Strict):
-    """What to search for: the most layers in 8 bits of `precision` that keep `target`.
+    """What to search for: the largest number of layers in the 8 bits of `precision` that reaches `target`.
 
-    `images`: with the noise of the first of those calibrated on, and as many held-out ones. `steps`: of a segment,
-    evenly spread, at which losses are measured. `reference`: images to take Fréchet distances to.
+    `images`: number of images to search on, with the noise of the first calibration images, and of held-out images.
+    `steps`: number of evenly spaced steps of a segment at which losses are measured. `reference`: file of images to
+    take Fréchet distances to.
     """
 
     target: Target
@@ -66,139 +78,79 @@ class SearchConfig(Strict):
     @model_validator(mode="after")
     def _consistent(self) -> SearchConfig:
         if not self.precision.is_calibrated:
-            raise ValueError(f"{self.precision} has no scales to calibrate; search for int8-static or fp8")
+            raise ValueError(f"{self.precision} has no scales to calibrate; use int8-static or fp8")
         if self.target.fd_ratio is not None and self.reference is None:
-            raise ValueError("a ratio of Fréchet distances needs images to take them to: --reference FILE.npz")
+            raise ValueError("a ratio of Fréchet distances needs reference images: add --reference FILE.npz")
         if self.reference is not None and self.images < LEAST_IMAGES:
             raise ValueError(
-                f"Fréchet distances of {self.images} images mean nothing; --search-images {LEAST_IMAGES} or more"
+                f"{self.images} images are too few for Fréchet distances; use --search-images {LEAST_IMAGES} or more"
             )
         return self
 
 
-def search(
-    checkpoint: Checkpoint,
-    exported: ExportConfig,
-    segments: Sequence[tuple[int, int]],
-    ranges: ActivationRanges,
-    token_ratio: np.ndarray,
-    config: SearchConfig,
-    cfg_scales: Sequence[float],
-    seed: int,
-    work: Path,
-    reference: FrechetReference | None = None,
-    progress: Progress | None = None,
-    announce: Announce | None = None,
-) -> tuple[ActivationRanges, Sensitivity]:
-    """The ranges with the layers that stay in 16 bits, and what was found.
+@dataclass(frozen=True)
+class SearchInputs:
+    """What a search works on.
 
-    `segments`: half-open ranges of steps; `token_ratio` [S, L]; image i has the noise of (seed, i), held-out ones of
-    (seed + 1, i). `progress(done, total)` counts steps of batches, what is read from `work` too; the total falls where
-    the search asks less than it might. `announce` gets a line that says how long it may take, before it starts. Raises
-    `CalibrationError` where the target is missed with every layer in 16 bits, or images are not finite.
+    `segments`: half-open ranges of the steps, to which the `ranges` of activations belong. `token_ratio` [S, L]: share
+    of tokens that enter the MLP. Image i has the noise of (`seed`, i), a held-out one that of (`seed` + 1, i). `work`:
+    the folder that keeps finished measurements. `reference`: images to take Fréchet distances to.
     """
-    job = _Search(checkpoint, exported, segments, ranges, token_ratio, config, cfg_scales, seed, work, reference)
-    return job.run(progress, announce)
+
+    checkpoint: Checkpoint
+    exported: ExportConfig
+    segments: Sequence[tuple[int, int]]
+    ranges: ActivationRanges
+    token_ratio: np.ndarray
+    config: SearchConfig
+    cfg_scales: Sequence[float]
+    seed: int
+    work: Path
+    reference: FrechetReference | None = None
 
 
-class _Images:
-    """Some images of a seed: their batches, and steps and runs of all of them together."""
+def search(
+    inputs: SearchInputs, progress: Progress | None = None, announce: Announce | None = None
+) -> tuple[ActivationRanges, Sensitivity]:
+    """The ranges with the layers that stay in 16 bits, and the measurements that led to them.
 
-    def __init__(self, simulator: Simulator, seed: int, images: int, cfg_scales: Sequence[float]):
-        config = simulator.config
-        self.simulator, self.steps = simulator, len(simulator.timesteps)
-        self._noise = SeededNoise(seed, (config.in_channels, config.input_size, config.input_size))
-        self.batches: list[tuple[float, Batch]] = []
-        first = 0
-        for scale, count in spread_scales(images, cfg_scales):
-            labels = spread_labels(count, config.classes.count) if count else []
-            self.batches += [(scale, each) for each in make_batches(labels, range(first, first + count), BATCH)]
-            first += count
-        self.tick: Callable[[int], None] = lambda steps: None
-        self._step, self._drawn, self._modulation = -1, [np.empty(0)], [None]
-
-    def initial(self, batch: Batch) -> np.ndarray:
-        """The noise that a batch's run starts from."""
-        return self._noise.initial(batch)
-
-    def step(self, subnet: SlicedDiT, step: int, x: np.ndarray) -> np.ndarray:
-        """x_prev of all images [n, C, S, S]."""
-        if step != self._step:
-            self._step = step
-            self._drawn = [self._noise.step(batch, step) for _, batch in self.batches]
-            self._modulation = [self.simulator.modulation(step, batch.labels, scale) for scale, batch in self.batches]
-        made, first = [], 0
-        for (scale, batch), drawn, modulation in zip(self.batches, self._drawn, self._modulation, strict=True):
-            part = x[first : first + len(batch.images)]
-            made.append(self.simulator.step(subnet, step, part, drawn, modulation, scale))
-            first += len(part)
-            self.tick(1)
-        return np.concatenate(made)
-
-    def run(
-        self, kept: np.ndarray | None, first: int = 0, x: np.ndarray | None = None, all_steps: bool = False
-    ) -> np.ndarray:
-        """The images of a run with layers `kept` [segments, L, 4] in 16 bits (None: not quantised) from x at step
-        `first` on; or what each step starts from, and them [S+1, n, C, S, S].
-        """
-        x = np.concatenate([self.initial(batch) for _, batch in self.batches]) if x is None else x
-        passed = [x]
-        for step in range(first, self.steps):
-            simulator = self.simulator
-            subnet = simulator.plain(step) if kept is None else simulator.subnet(step, kept[simulator.segment_of[step]])
-            x = self.step(subnet, step, x)
-            if all_steps:
-                passed.append(x)
-        if not np.isfinite(x).all():
-            kind = "not quantised" if kept is None else f"in {self.simulator.precision}"
-            raise CalibrationError(
-                f"images {kind} are NaN or infinite, so that nothing can be compared; hold the model against its "
-                "checkpoint, or try another precision"
-            )
-        return np.stack(passed) if all_steps else x
+    `progress(done, total)` counts steps of batches, also those read from the work folder; the total falls when the
+    bisection needs fewer runs than it could. `announce` gets one line before the search starts: how long it may take.
+    Raises `CalibrationError` if the target is missed with every layer in 16 bits, or if images are not finite.
+    """
+    return _Search(inputs).run(progress, announce)
 
 
 class _Search:
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        exported: ExportConfig,
-        segments: Sequence[tuple[int, int]],
-        ranges: ActivationRanges,
-        token_ratio: np.ndarray,
-        config: SearchConfig,
-        cfg_scales: Sequence[float],
-        seed: int,
-        work: Path,
-        reference: FrechetReference | None,
-    ):
-        self.model, self.config, self.segments, self.ranges = checkpoint.config, config, list(segments), ranges
-        self.reference = reference
-        self.simulator = Simulator(
-            checkpoint,
-            ranges,
-            segments,
-            config.precision,
-            exported.steps,
-            exported.sampler,
-            exported.cfg_channels,
+    def __init__(self, inputs: SearchInputs):
+        self.model, self.config, self.ranges = inputs.checkpoint.config, inputs.config, inputs.ranges
+        self.segments, self.reference = list(inputs.segments), inputs.reference
+        self.sampler = FakeQuantizedSampler(
+            inputs.checkpoint,
+            inputs.ranges,
+            inputs.segments,
+            inputs.config.precision,
+            steps=inputs.exported.steps,
+            sampler=inputs.exported.sampler,
+            cfg_channels=inputs.exported.cfg_channels,
         )
         self.images, self.others = (
-            _Images(self.simulator, each, config.images, cfg_scales) for each in (seed, seed + 1)
+            FakeQuantizedImages(self.sampler, seed, inputs.config.images, inputs.cfg_scales)
+            for seed in (inputs.seed, inputs.seed + 1)
         )
-        self.macs = found.layer_macs(self.model, self.simulator.masks, segments, token_ratio)
+        self.macs = layer_macs(self.model, self.sampler.masks, inputs.segments, inputs.token_ratio)
         self.everything = np.ones(self.macs.shape, bool)
-        what = {
-            "precision": config.precision,
-            "images": [config.images, *cfg_scales],
-            "steps": config.steps,
-            "segments": [list(each) for each in segments],
-            "ranges": ranges.model_dump(mode="json"),
-            "channels": exported.cfg_channels,
+        identity = {
+            "precision": inputs.config.precision,
+            "images": [inputs.config.images, *inputs.cfg_scales],
+            "steps": inputs.config.steps,
+            "segments": [list(each) for each in inputs.segments],
+            "ranges": inputs.ranges.model_dump(mode="json", by_alias=True),
+            "channels": inputs.exported.cfg_channels,
             "macs": hashlib.sha256(self.macs.tobytes()).hexdigest(),
         }
-        name = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
-        self.work = work / f"search-{name}"
+        name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+        self.work = inputs.work / f"search-{name}"
         self.measured: dict[int, Quality] = {}
 
     def run(self, progress: Progress | None, announce: Announce | None) -> tuple[ActivationRanges, Sensitivity]:
@@ -208,34 +160,35 @@ class _Search:
         self.images.tick = self.others.tick = ticks
         self.ticks = ticks
         target, plain = self.config.target, self._plain(self.images, "")
-        path = self._kept("trajectory", self._run_cost, lambda: self.images.run(self.everything, all_steps=True))
+        path = self._saved("trajectory", self._run_cost, lambda: self.images.run(self.everything, all_steps=True))
         losses = self._losses(path)
-        order = found.eighth_order(losses, self.macs)
+        order = int8_order(losses, self.macs)
         shape = self.macs.shape
 
         def quality(count: int) -> Quality:
             if count not in self.measured:
-                kept = found.kept_after(order, count, shape)
+                fp16_layers = fp16_layers_after(order, count, shape)
                 name = f"point-{count}"
-                images = self._kept(name, self._run_cost, lambda: self.images.run(kept)) if count else path[-1]
+                images = self._saved(name, self._run_cost, lambda: self.images.run(fp16_layers)) if count else path[-1]
                 self.measured[count] = self._quality(images, plain)
             return self.measured[count]
 
-        best = found.most_that_holds(lambda count: target.holds(quality(count)), len(order))
+        best = most_that_holds(lambda count: target.holds(quality(count)), len(order))
         if best < 0:
             raise CalibrationError(self._missed(quality(0)))
-        points = found.spread_counts(order, self.macs)
+        points = spread_counts(order, self.macs)
         ticks.remain((len(set(points) - self.measured.keys() - {0}) + OTHERS_RUNS) * self._run_cost)
         for count in points:
             quality(count)
-        # A token that is routed otherwise is a jump, so quality need not fall steadily: a point beyond may hold too.
+        # A token that is routed differently is a jump, so quality may not fall steadily: a later point may reach the
+        # target.
         best = max(count for count, each in self.measured.items() if target.holds(each))
-        kept = found.kept_after(order, best, shape)
-        others = self._kept(f"held-out-{best}", self._run_cost, lambda: self.others.run(kept))
+        fp16_layers = fp16_layers_after(order, best, shape)
+        others = self._saved(f"held-out-{best}", self._run_cost, lambda: self.others.run(fp16_layers))
         held_out = self._quality(others, self._plain(self.others, "held-out-"))
         ticks.finish()
         curve = tuple(self._point(order, count, self.measured[count]) for count in sorted(self.measured))
-        rows = tuple(tuple(map(tuple, blocks)) for blocks in kept.tolist()) if kept.any() else None
+        rows = tuple(tuple(map(tuple, blocks)) for blocks in fp16_layers.tolist()) if fp16_layers.any() else None
         return self.ranges.model_copy(update={"in_16_bits": rows}), Sensitivity(
             precision="fp8" if self.config.precision is Precision.FP8 else "int8-static",
             target_psnr=target.psnr,
@@ -252,41 +205,43 @@ class _Search:
         )
 
     def _losses(self, path: np.ndarray) -> np.ndarray:
-        """Predicted losses [segments, L, 4], along the run all in 16 bits [S+1, n, C, S, S]."""
+        """Predicted losses [segments, L, layers], from the latents of the run in 16 bits [S+1, n, C, S, S]."""
         errors = np.stack(
             [
-                self._kept(f"losses-{index}", self._losses_cost(index), partial(self._errors, index, path))
+                self._saved(f"losses-{index}", self._losses_cost(index), partial(self._errors, index, path))
                 for index in range(len(self.segments))
             ]
         )
         grown = np.full(len(self.segments), np.nan)
         for index in self._followed():
             cost = (self.images.steps - self.segments[index][0]) * len(self.images.batches)
-            grown[index] = self._kept(f"gain-{index}", cost, partial(self._grown, index, path))
-        return found.predicted_losses(errors, grown)
+            grown[index] = self._saved(f"gain-{index}", cost, partial(self._grown, index, path))
+        return predicted_losses(errors, grown)
 
     def _errors(self, index: int, path: np.ndarray) -> np.ndarray:
-        """The error of x_prev [L, 4] of each layer of a segment alone in 8 bits, summed over the segment's steps."""
+        """The error of x_prev [L, layers] with one layer of a segment in 8 bits, summed over the steps of the
+        segment."""
         first, end = self.segments[index]
         chosen = self._steps(index)
         errors = np.zeros(self.macs.shape[1:])
         for step in chosen:
-            subnet = self.simulator.subnet(step, np.ones(errors.shape, bool))
+            layers = self.sampler.layers(step, np.ones(errors.shape, bool))
+            subnet = self.sampler.with_layers(step, layers)
             for block, layer in self._layers(step):
-                subnet.kept = np.ones(errors.shape, bool)
-                subnet.kept[block, layer] = False
+                layers.fp16_layers = np.ones(errors.shape, bool)
+                layers.fp16_layers[block, layer] = False
                 x_prev = self.images.step(subnet, step, path[step])
                 errors[block, layer] += np.square(x_prev.astype(np.float64) - path[step + 1]).mean()
         return errors * ((end - first) / len(chosen))
 
     def _grown(self, index: int, path: np.ndarray) -> np.ndarray:
-        """The mean square error of the images with one whole segment in 8 bits, from those all in 16."""
-        kept = self.everything.copy()
-        kept[index] = False
+        """The mean square error of the images with one whole segment in 8 bits, against those with all in 16 bits."""
+        fp16_layers = self.everything.copy()
+        fp16_layers[index] = False
         first = self.segments[index][0]
         images, plain = (
             pictures(each, self.model).astype(np.float64)
-            for each in (self.images.run(kept, first, path[first]), path[-1])
+            for each in (self.images.run(fp16_layers, first, path[first]), path[-1])
         )
         return np.asarray(np.square(images - plain).mean())
 
@@ -297,8 +252,13 @@ class _Search:
 
     def _layers(self, step: int) -> list[tuple[int, int]]:
         """The (block, layer) pairs that a step runs."""
-        there = self.simulator.masks[step].any(axis=-1)  # [L, 2]
-        return [(block, layer) for block, layer in np.ndindex(*self.macs.shape[1:]) if there[block, layer // 2]]
+        axis = self.model.units
+        return [
+            (part.block, axis.layer_names.index(layer.name))
+            for part, units in zip(axis.parts, axis.counts(self.sampler.masks[step]), strict=True)
+            if units
+            for layer in part.group.layers
+        ]
 
     def _followed(self) -> list[int]:
         return list(spread_steps(len(self.segments), MOST_GAINS))
@@ -312,30 +272,30 @@ class _Search:
 
     @property
     def _most_runs(self) -> int:
-        """Whole runs at most: not quantised and all in 16 bits, those of bisection and curve, the held-out images'."""
+        """The largest number of whole runs: without quantization and in 16 bits, bisection, curve, held-out images."""
         layers = int((self.macs > 0).sum())
-        return 2 + OTHERS_RUNS + found.CURVE_POINTS + found.most_questions(layers)
+        return 2 + OTHERS_RUNS + CURVE_POINTS + most_questions(layers)
 
     def _total(self) -> int:
-        """Steps of batches at most."""
+        """The largest number of steps of batches."""
         grown = sum(self.images.steps - self.segments[index][0] for index in self._followed())
         losses = sum(self._losses_cost(index) for index in range(len(self.segments)))
         return self._most_runs * self._run_cost + grown * len(self.images.batches) + losses
 
     def estimate(self) -> str:
-        """How long the search may take, in a line: a few steps over the run are measured for it, of all images."""
-        x = np.concatenate([self.images.initial(batch) for _, batch in self.images.batches])
+        """One line that says how long the search may take, from the measured time of a few steps of all images."""
+        x = self.images.initial()
         in_8_bits, seconds = np.zeros(self.macs.shape[1:], bool), []
         for step in (self.images.steps // 2, *spread_steps(self.images.steps, MEASURED_STEPS)):
             start = time.perf_counter()
-            self.images.step(self.simulator.subnet(step, in_8_bits), step, x)
+            self.images.step(self.sampler.subnet(step, in_8_bits), step, x)
             seconds.append((time.perf_counter() - start) / len(self.images.batches))
-        each = float(np.median(seconds[1:]))  # the first has what only a first call does
+        each = float(np.median(seconds[1:]))  # the first also does what only a first call does
         return estimate_text(self._most_runs, self.images.steps, self.config.images, self._total(), each)
 
-    def _plain(self, images: _Images, name: str) -> np.ndarray:
-        """The images of the model that is not quantised."""
-        return self._kept(f"{name}plain", self._run_cost, lambda: images.run(None))
+    def _plain(self, images: FakeQuantizedImages, name: str) -> np.ndarray:
+        """The images of the model without quantization."""
+        return self._saved(f"{name}plain", self._run_cost, lambda: images.run(None))
 
     def _quality(self, images: np.ndarray, plain: np.ndarray) -> Quality:
         ours, theirs = pictures(images, self.model), pictures(plain, self.model)
@@ -347,27 +307,27 @@ class _Search:
         return Quality(psnr_least=decibels.min(), psnr_median=float(np.median(decibels)), fd_ratio=ratio)
 
     def _point(self, order: np.ndarray, count: int, quality: Quality) -> CurvePoint:
-        share = found.share_in_8_bits(order, count, self.macs)
-        return CurvePoint(layers=count, share=share, bound=found.bound_on_speed(share), quality=quality)
+        share = share_in_8_bits(order, count, self.macs)
+        return CurvePoint(layers=count, share=share, bound=bound_on_speed(share), quality=quality)
 
     def _missed(self, quality: Quality) -> str:
         target = self.config.target
         if target.psnr is not None:
             return (
-                f"no choice keeps {target.psnr:g} dB: with every layer in 16 bits the worst image has "
-                f"{quality.psnr_least:.1f} dB; ask for less"
+                f"no choice of layers reaches {target.psnr:g} dB: with every layer in 16 bits the worst image has "
+                f"{quality.psnr_least:.1f} dB; set a lower target"
             )
         return (
-            f"no choice keeps a Fréchet distance of {target.fd_ratio:g} times the model's: with every layer in 16 bits "
-            f"it is {quality.fd_ratio:.4f} times; ask for less, or take more images"
+            f"no choice of layers reaches {target.fd_ratio:g} times the model's Fréchet distance: with every layer in "
+            f"16 bits it is {quality.fd_ratio:.4f} times; set a higher ratio, or use more images"
         )
 
-    def _kept(self, name: str, cost: int, make: Callable[[], np.ndarray]) -> np.ndarray:
-        """An array that the work folder has, or that is made and put there; `cost` in steps of batches."""
+    def _saved(self, name: str, cost: int, make: Callable[[], np.ndarray]) -> np.ndarray:
+        """An array from the work folder, or else from `make` and then saved there; `cost` in steps of batches."""
         file = self.work / f"{name}.npz"  # which has a checksum, unlike .npy
-        if (kept := kept_arrays(file, "array")) is not None:
+        if (saved := kept_arrays(file, "array")) is not None:
             self.ticks(cost)
-            return kept[0]
+            return saved[0]
         array = make()
         with atomic_file(file) as opened:
             np.savez(opened, array=array)
@@ -375,6 +335,6 @@ class _Search:
 
 
 def psnr(images: np.ndarray, reference: np.ndarray, span: float | None) -> np.ndarray:
-    """Decibels of each image [n], against a range of values `span`, or each reference image's own; at most 200."""
+    """PSNR of each image [n], at most 200 dB, for a range of values `span` (None: that of each reference image)."""
     with np.errstate(divide="ignore"):
-        return np.minimum(-20 * np.log10(picture_error(images, reference, span)), found.MOST_DECIBELS)
+        return np.minimum(-20 * np.log10(picture_error(images, reference, span)), MOST_DECIBELS)

@@ -1,15 +1,15 @@
-"""From what a tensor took to the range that 8 bits should span: four methods, pure functions of a `Histogram`.
+"""Four methods that choose the range of 8-bit values from the histogram of a tensor. Pure functions of a `Histogram`.
 
-Quantisation is symmetric: x is stored as round(x / s) clipped to -127..127 with s = t/127, and t is the threshold that
-each method chooses:
+Quantization is symmetric: x is stored as round(x / s) clipped to -127..127 with s = t/127. Each method chooses the
+threshold t:
 
     minmax       t = max |x|; nothing is clipped
-    percentile   the least t that leaves at most a share 1-p of the values outside
-    mse          t with the least mean square error, rounding s^2/12 inside and (|x|-t)^2 outside
-    entropy      t whose 128 levels lose the least of the distribution of |x|, in Kullback-Leibler divergence, over the
-                 candidates of `CANDIDATES` (as in Migacz, "8-bit inference with TensorRT", 2017)
+    percentile   the smallest t that leaves at most a share 1-p of the values outside
+    mse          the t with the smallest mean square error: s^2/12 from rounding inside and (|x|-t)^2 outside
+    entropy      the t, of `CANDIDATES`, whose 128 levels have the smallest Kullback-Leibler divergence from the
+                 distribution of |x| (as in Migacz, "8-bit inference with TensorRT", 2017)
 
-A threshold is never beyond max |x|, and never 0: a tensor of zeros has none, which is refused.
+A threshold is at most max |x| and never 0: a tensor of zeros is refused.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dydit.errors import CalibrationError
 
 LEVELS = 127
 CANDIDATES = 128
-"""Thresholds that `mse` and `entropy` try, evenly spread in logarithm from 1/64 of max |x| to max |x| itself."""
+"""The number of thresholds that `mse` and `entropy` try, evenly spaced in logarithm from max |x| / 64 to max |x|."""
 _SPAN = 64
 
 
@@ -47,15 +47,15 @@ class Threshold:
 
 
 def choose(histogram: Histogram, method: Method, percentile: float = 0.9999) -> Threshold:
-    """The threshold of a tensor. `percentile`: the share of values that stays inside, for that method alone.
+    """The threshold of a tensor. `percentile`: the share of values inside the range, for that method only.
 
-    Raises `CalibrationError` for no values, zeros alone, a percentile outside (0, 1], or fewer values than it needs to
-    mean anything.
+    Raises `CalibrationError` if there are no values or only zeros, for a percentile outside (0, 1], and for fewer
+    values than the percentile needs.
     """
     sizes, counts = histogram.points()
     largest = histogram.most
     if not largest > 0:
-        raise CalibrationError("all values to calibrate on are 0: there is no range; sample more images")
+        raise CalibrationError("all values to calibrate on are 0, so there is no range; sample more images")
     candidates = largest * np.exp(np.linspace(-np.log(_SPAN), 0, CANDIDATES))
     candidates[-1] = largest
     if method is Method.MINMAX:
@@ -77,21 +77,22 @@ def _percentile(sizes: np.ndarray, counts: np.ndarray, share: float, largest: fl
     if share < 1 and total * (1 - share) < 1 - 1e-9:
         needed = int(np.ceil(1 / (1 - share) - 1e-9))
         raise CalibrationError(
-            f"{total} values tell nothing of a share of {share}: at least {needed} are needed; sample more images"
+            f"{total} values are too few for a percentile of {share}: at least {needed} are needed; sample more images"
         )
     inside = np.cumsum(counts) >= share * total
     return float(sizes[np.argmax(inside)]) or largest
 
 
 def _error(sizes: np.ndarray, counts: np.ndarray, threshold: float) -> float:
-    """Mean square error: that of rounding, evenly spread over a step, but no more than x^2; and of what is cut off."""
+    """Mean square error of rounding (uniform within a step, and at most x^2) and of clipping."""
     inside = np.minimum((threshold / LEVELS) ** 2 / 12, sizes**2)
     cut = np.square(np.maximum(sizes - threshold, 0))
     return float(((inside + cut) * counts).sum() / counts.sum())
 
 
 def _divergence(sizes: np.ndarray, counts: np.ndarray, threshold: float, largest: float) -> float:
-    """Kullback-Leibler divergence of the 8-bit distribution of |x| from its own, both over fine bins up to max |x|."""
+    """Kullback-Leibler divergence of the distribution of |x| in 8 bits from that of |x|, over fine bins up to max
+    |x|."""
     fine = 16 * LEVELS
     width = largest / fine
     place = np.minimum((sizes / width).astype(np.int64), fine - 1)
@@ -102,7 +103,7 @@ def _divergence(sizes: np.ndarray, counts: np.ndarray, threshold: float, largest
     sums = np.bincount(level, original, LEVELS + 1)
     members = np.bincount(level[filled], minlength=LEVELS + 1)
     approximate = np.where(filled, sums[level] / np.maximum(members[level], 1), 0.0)
-    # What lies beyond the threshold becomes the last level, whose place is the threshold: its mass is lost elsewhere.
+    # Values beyond the threshold become the last level, which lies at the threshold: their own bins lose their mass.
     beyond = (np.arange(fine) + 0.5) * width > threshold + step / 2
     approximate[beyond] *= 1e-3
     p = original / original.sum()

@@ -1,4 +1,4 @@
-"""How far a search for layers is, and how long it may take."""
+"""The progress of a search for layers, and how long it may take."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ Progress = Callable[[int, int], None]
 
 
 def estimate_text(runs: int, steps: int, images: int, total: int, seconds: float) -> str:
-    """A line before a search: `total` steps of a batch at most, of `seconds` each, most in `runs` whole runs."""
+    """The line before a search: at most `total` steps of a batch of `seconds` each, most of them in `runs` whole
+    runs."""
     return (
         f"Search for layers: at most {counted(runs, 'run')} of {counted(steps, 'step')} with "
-        f"{counted(images, 'image')} each, and the measuring of single layers: {counted(total, 'step')} of a batch, "
-        f"{seconds:.2g} s each, so about {duration(seconds * total)} at most; a stopped search goes on where it was"
+        f"{counted(images, 'image')} each, and measurements of single layers: {counted(total, 'step')} of a batch at "
+        f"{seconds:.2g} s each, so at most about {duration(seconds * total)}; an interrupted search continues"
     )
 
 
@@ -30,10 +31,10 @@ class Ticks:
             self._progress(min(self._done, self._total), self._total)
 
     def remain(self, steps: int) -> None:
-        """So many are left: the bisection may have asked less than it could."""
+        """Set the number of steps that are left: the bisection may have needed fewer than it could."""
         self._total = self._done + steps
 
     def finish(self) -> None:
-        """Nothing is left."""
+        """Report that nothing is left."""
         if self._progress and self._done < self._total:
             self._progress(self._total, self._total)

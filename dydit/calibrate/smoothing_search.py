@@ -1,8 +1,7 @@
-"""Choosing a migration for a checkpoint: its layers' inputs are watched while it samples, its weights are at hand."""
+"""Smoothing for a checkpoint, chosen from the inputs of its layers while it samples, and from their weights."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -10,70 +9,68 @@ from typing import Any
 import numpy as np
 import torch
 
-from dydit.calibrate.observers import entering, sample_watched
-from dydit.calibrate.smoothing_strength import Choice, InputStatistics, as_migration, choose_migration
+from dydit.calibrate.observers import ObservedRun, Progress, entering, sample_watched
+from dydit.calibrate.smoothing_strength import Choice, InputStatistics, as_smoothing, choose_smoothing
 from dydit.checkpoints.checkpoint import Checkpoint
 from dydit.models.architecture import stored_name
-from dydit.models.dit.layout import stored_tensors
-from dydit.models.dit.sliced import SlicedBlock
+from dydit.models.registry import architecture_of
+from dydit.models.sliced import SlicedBlock
 from dydit.quantization.quantize import quantize
-from dydit.quantization.smoothing import Migration
+from dydit.quantization.smoothing import Smoothing
 
 
 @dataclass(frozen=True)
-class Found:
-    """What was chosen for each layer of each block, by name; `migration` is None where nothing helps."""
+class FoundSmoothing:
+    """The choice for each layer of each block, by name. `smoothing` is None if no layer is smoothed."""
 
     choices: tuple[dict[str, Choice], ...]
 
     @property
-    def migration(self) -> Migration | None:
-        """The exponents."""
-        return as_migration(self.choices)
+    def smoothing(self) -> Smoothing | None:
+        """The chosen exponents; None if no layer is smoothed."""
+        return as_smoothing(self.choices)
 
     @property
     def falls(self) -> list[float]:
-        """The shares by which the squared errors of migrated layers' products fall, ascending."""
+        """The shares by which the squared errors of the products of smoothed layers fall, ascending."""
         every = (choice for block in self.choices for choice in block.values())
-        return sorted(1 - each.error / each.unmigrated for each in every if each.exponents is not None)
+        return sorted(1 - each.error / each.unsmoothed for each in every if each.exponents is not None)
 
     def text(self) -> str:
-        """In how many layers it helps, and by how much the squared error of their products falls."""
+        """The number of smoothed layers, and by how much the squared error of their products falls."""
         falls = self.falls
-        said = f"migration helps in {len(falls)} of {sum(map(len, self.choices))} layers"
+        total = sum(map(len, self.choices))
         if not falls:
-            return f"{said}: none is migrated"
+            return f"smoothing lowers the error in none of {total} layers, so no layer is smoothed"
         return (
-            f"{said}: the squared error of their products in int8, on rows that were watched, falls by "
-            f"{median(falls):.0%} in the median, {falls[-1]:.0%} at most"
+            f"smoothing lowers the error in {len(falls)} of {total} layers: the squared error of their products in "
+            f"int8, on observed rows, falls by {median(falls):.0%} in the median and by at most {falls[-1]:.0%}"
         )
 
     def to_json(self) -> dict[str, Any]:
-        """The same for scripts."""
+        """The same as plain data."""
         falls = self.falls
         return {
             "layers": sum(map(len, self.choices)),
-            "migrated": len(falls),
+            "migrated": len(falls),  # scripts read this key
             "error_falls_by": {"median": median(falls), "most": falls[-1]} if falls else None,
         }
 
 
-def find_migration(
-    checkpoint: Checkpoint, segments: Sequence[tuple[int, int]], labels: Sequence[int], *arguments: Any, **settings: Any
-) -> Found:
-    """The migration for a plan's segments, from an image for each label; arguments and errors as `sample_watched`'s."""
+def find_smoothing(checkpoint: Checkpoint, run: ObservedRun, progress: Progress | None = None) -> FoundSmoothing:
+    """The smoothing for the segments of a run. Progress and errors are those of `sample_watched`."""
     config = checkpoint.config
-    seen = InputStatistics(len(segments), config)
+    seen = InputStatistics(len(run.segments), config)
 
     def watch(segment: int, block: SlicedBlock, layer: str, values: np.ndarray) -> None:
         seen.add(segment, block.index, layer, values, entering(config, block, layer))
 
-    sample_watched(watch, checkpoint, segments, labels, *arguments, **settings)
+    sample_watched(watch, checkpoint, run, progress)
     weights = _Weights(checkpoint)
-    return Found(
+    return FoundSmoothing(
         tuple(
             {
-                layer: choose_migration(inputs, weights[stored_name(block, layer)], stored_in_int8)
+                layer: choose_smoothing(inputs, weights[stored_name(block, layer)], stored_in_int8)
                 for layer, inputs in layers.items()
             }
             for block, layers in enumerate(seen.of)
@@ -82,18 +79,20 @@ def find_migration(
 
 
 def stored_in_int8(weight: np.ndarray) -> np.ndarray:
-    """What a weight f32 [in, out] is once a bundle has stored it in int8."""
+    """The value of a weight f32 [in, out] after a bundle has stored it in int8."""
     stored, scale = quantize(torch.from_numpy(weight)[None], out_major=False)
     return np.asarray((stored[0].to(torch.float32) * scale).numpy())
 
 
 class _Weights:
-    """The weights of a checkpoint's layers, f32 [in, out], in the checkpoint's order of units."""
+    """The weights of the layers of a checkpoint, f32 [in, out], in its own order of units."""
 
     def __init__(self, checkpoint: Checkpoint):
         self._layers = checkpoint.config.units.weights
         self._tensors = {
-            name: tensor for name, tensor in stored_tensors(checkpoint.state, checkpoint.config) if name in self._layers
+            name: tensor
+            for name, tensor in architecture_of(checkpoint.config).stored_tensors(checkpoint.state, checkpoint.config)
+            if name in self._layers
         }
 
     def __getitem__(self, layer: str) -> np.ndarray:

@@ -1,14 +1,15 @@
-"""How much range to move from what enters a layer into its weights (`dydit.quantization.smoothing`): where it helps.
+"""The choice of smoothing factors (`dydit.quantization.smoothing`) for a layer, if smoothing lowers its error.
 
-    e_j = round( log2( max |x_j|^a / max |W_j|^(1-a) ) ), then the least of a layer's e is 0
+    e_j = round( log2( max |x_j|^a / max |W_j|^(1-a) ) ), shifted so that the smallest e of a layer is 0
 
-with a strength a of `STRENGTHS`. Of what entered a layer, the largest magnitude of each channel is kept, by segment of
-the plan, and a few rows as they were. On these rows the layer is computed as int8 would, over all of a segment's range,
-with each strength and without any; a strength is taken where the squared error of the product falls by `LEAST_GAIN` or
-more. (E4M3 rounds relatively to a value, whatever its size, so a migration chosen for int8 leaves it much as it was.)
+with a strength a of `STRENGTHS`. Two statistics of a layer's inputs are kept: the largest magnitude of each channel, by
+segment of the plan, and a few whole rows. On these rows the layer is computed as in int8, with the range of the
+segment, for each strength and without smoothing. The best strength is used if it lowers the squared error of the
+product by `LEAST_GAIN` or more. (E4M3 rounds relative to the value, so that smoothing chosen for int8 hardly changes
+it.)
 
-Both are kept in the same memory for any number of rows, and those of parts add up to those of the whole in any order:
-maxima by their nature, and rows because the ones kept are those whose bits have the least hashes.
+Both statistics take constant memory for any number of rows, and those of parts can be merged in any order: maxima by
+their nature, and rows because the rows with the smallest hashes of their bits are kept.
 """
 
 from __future__ import annotations
@@ -21,21 +22,21 @@ import numpy as np
 from dydit.calibrate.range_methods import LEVELS
 from dydit.errors import CalibrationError
 from dydit.models.config import ModelConfig
-from dydit.quantization.smoothing import MOST, Migration, as_digits, input_channels
+from dydit.quantization.smoothing import MOST, Smoothing, as_digits, input_channels
 
 STRENGTHS = (0.25, 0.5, 0.75)
 LEAST_GAIN = 0.05
 ROWS = 128
-"""Rows of a layer that are kept."""
+"""The number of rows that are kept of each layer."""
 Stored = Callable[[np.ndarray], np.ndarray]
-"""From a weight f32 [in, out] to what it is once it has been stored in 8 bits."""
+"""Maps a weight f32 [in, out] to its value after it has been stored in 8 bits."""
 
 
 class LayerInputs:
-    """What is kept of the rows that entered a layer of so many input channels, over the segments of a plan.
+    """Statistics of the inputs of a layer with `channels` input channels, over the segments of a plan.
 
-    `maxima` f32 [segments, in]; of at most `limit` rows, by their hashes: `keys` uint64 [n], `segments` int64 [n] and
-    `rows` f32 [n, in].
+    `maxima` f32 [segments, in]. At most `limit` rows, chosen by their hashes: `keys` uint64 [n], `segments` int64 [n]
+    and `rows` f32 [n, in].
     """
 
     def __init__(self, segments: int, channels: int, limit: int = ROWS):
@@ -45,9 +46,9 @@ class LayerInputs:
         self._odd = np.random.Philox(key=np.array([channels, 0], np.uint64)).random_raw(channels) | np.uint64(1)
 
     def add(self, segment: int, values: np.ndarray, channels: np.ndarray | None = None) -> None:
-        """Take in rows [..., k]: values of the given input channels, int [k], by default all; the others are 0.
+        """Add rows [..., k] with the values of the input channels `channels` int [k] (by default all); others are 0.
 
-        Raises `CalibrationError` where a value is NaN or infinite.
+        Raises `CalibrationError` if a value is NaN or infinite.
         """
         place = slice(None) if channels is None else channels
         rows = np.ascontiguousarray(values, np.float32).reshape(-1, values.shape[-1])
@@ -55,7 +56,7 @@ class LayerInputs:
             return
         largest = np.maximum(rows.max(0), -rows.min(0))
         if not np.isfinite(largest).all():
-            raise CalibrationError("a value to calibrate on is NaN or infinite; hold the model against its checkpoint")
+            raise CalibrationError("a value to calibrate on is NaN or infinite; check the checkpoint")
         self.maxima[segment, place] = np.maximum(self.maxima[segment, place], largest)
         keys = _mixed(rows.view(np.uint32).astype(np.uint64) @ self._odd[place])
         least = keys <= self.keys[-1] if len(self.keys) == self._limit else np.ones(len(keys), bool)
@@ -64,7 +65,7 @@ class LayerInputs:
         self._keep(keys[least], np.full(len(wide), segment), wide)
 
     def merge(self, other: LayerInputs) -> None:
-        """Add what another one kept, on the same plan."""
+        """Add the statistics of other inputs of the same plan."""
         np.maximum(self.maxima, other.maxima, out=self.maxima)
         self._keep(other.keys, other.segments, other.rows)
 
@@ -76,7 +77,7 @@ class LayerInputs:
 
 
 class InputStatistics:
-    """`LayerInputs` of every block and each of its layers, by name."""
+    """`LayerInputs` of the layers of every block, by name."""
 
     def __init__(self, segments: int, model: ModelConfig):
         names = model.units.layer_names
@@ -85,7 +86,7 @@ class InputStatistics:
         ]
 
     def add(self, segment: int, block: int, layer: str, values: np.ndarray, channels: np.ndarray | None = None) -> None:
-        """Take in rows of a layer. Raises `CalibrationError` naming it where a value is not finite."""
+        """Add rows of a layer. Raises `CalibrationError`, naming the layer, if a value is not finite."""
         try:
             self.of[block][layer].add(segment, values, channels)
         except CalibrationError as error:
@@ -94,32 +95,33 @@ class InputStatistics:
 
 @dataclass(frozen=True)
 class Choice:
-    """A layer's exponents int64 [in], None for none; and the squared error of its product with and without them."""
+    """The exponents of a layer, int64 [in], or None; and the squared error of its product with and without
+    smoothing."""
 
     exponents: np.ndarray | None
     error: float
-    unmigrated: float
+    unsmoothed: float
 
 
 def exponents_for(inputs: np.ndarray, weights: np.ndarray, strength: float) -> np.ndarray:
-    """e, int64 [in] of 0..`MOST`, from the largest magnitudes of input channels and of their weights, both [in].
+    """e, int64 [in] in 0..`MOST`, from the largest magnitudes of the input channels and of their weights, both [in].
 
-    A channel that nothing enters or leaves has 0. Where more than `MOST` octaves lie between channels, those that would
-    be divided least share a 0.
+    A channel without inputs or weights has e = 0. If channels differ by more than `MOST` octaves, e = 0 for those that
+    would be divided least.
     """
     live = (inputs > 0) & (weights > 0)
-    found = np.zeros(len(inputs), np.int64)
+    exponents = np.zeros(len(inputs), np.int64)
     if live.any():
         logs = strength * np.log2(inputs[live], dtype=np.float64) - (1 - strength) * np.log2(
             weights[live], dtype=np.float64
         )
         rounded = np.rint(logs).astype(np.int64)
-        found[live] = np.maximum(rounded - max(rounded.min(), rounded.max() - MOST), 0)
-    return found
+        exponents[live] = np.maximum(rounded - max(rounded.min(), rounded.max() - MOST), 0)
+    return exponents
 
 
 def product_error(inputs: LayerInputs, weight: np.ndarray, exponents: np.ndarray, stored: Stored) -> float:
-    """The squared error of x W on the rows kept, with x/s in int8 by the range of its segment and s W as stored.
+    """The squared error of x W on the kept rows, with x/s in int8 in the range of its segment and s W as stored.
 
     `weight` f32 [in, out].
     """
@@ -131,8 +133,8 @@ def product_error(inputs: LayerInputs, weight: np.ndarray, exponents: np.ndarray
     return float(np.square(difference, dtype=np.float64).sum())
 
 
-def choose_migration(inputs: LayerInputs, weight: np.ndarray, stored: Stored) -> Choice:
-    """The strength with the least error on the rows kept, or none where it does not fall by `LEAST_GAIN`."""
+def choose_smoothing(inputs: LayerInputs, weight: np.ndarray, stored: Stored) -> Choice:
+    """The strength with the smallest error on the kept rows, or none if it does not lower the error by `LEAST_GAIN`."""
     channels = len(weight)
     none = product_error(inputs, weight, np.zeros(channels, np.int64), stored)
     best = Choice(None, none, none)
@@ -146,18 +148,18 @@ def choose_migration(inputs: LayerInputs, weight: np.ndarray, stored: Stored) ->
     return best
 
 
-def as_migration(choices: Sequence[Mapping[str, Choice]]) -> Migration | None:
-    """What was chosen, by block and layer; None where it is nothing."""
+def as_smoothing(choices: Sequence[Mapping[str, Choice]]) -> Smoothing | None:
+    """The chosen exponents, by block and layer; None if no layer is smoothed."""
     blocks = [
         {layer: as_digits(choice.exponents) for layer, choice in block.items() if choice.exponents is not None}
         for block in choices
     ]
-    found = Migration(blocks=tuple(blocks))
-    return found if found.layers else None
+    smoothing = Smoothing(blocks=tuple(blocks))
+    return smoothing if smoothing.layers else None
 
 
 def _mixed(keys: np.ndarray) -> np.ndarray:
-    """Sums of products, spread over all 64 bits (the last step of SplitMix64)."""
+    """Hashes of the sums of products over all 64 bits (the last step of SplitMix64)."""
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         keys = (keys ^ (keys >> np.uint64(shift))) * np.uint64(factor)
     return np.asarray(keys ^ (keys >> np.uint64(31)))

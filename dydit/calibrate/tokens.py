@@ -1,7 +1,7 @@
-"""How many tokens each image sends through each block's MLP at each step: counts alone, never the tokens themselves.
+"""The number of tokens that each image sends through the MLP of each block at each step. Tokens are not kept.
 
-A count belongs to the image and the step that are passed in with it. Counts of different images merge in any order, to
-what one pass over all of them would have kept. Nothing runs a model here; `dydit.calibrate.calibration` does.
+A count belongs to the image and the step that are passed with it. Counts of different images can be merged in any
+order. This module runs no model; `dydit.calibrate.calibration` does.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from dydit.errors import CalibrationError
 class TokenCounts:
     """Counts of some images at one guidance scale.
 
-    `images` int64 [n], ascending, the numbers of their noise; `counts` int32 [n, S, L, R] routed tokens by image, step
-    (execution order), block and row. R = 2 with guidance, the row with the label and the one with the null class; else
-    1. `tokens`: N, of which they are counts.
+    `images` int64 [n]: the numbers of the images (of their noise), ascending. `counts` int32 [n, S, L, R]: routed
+    tokens by image, step (execution order), block and row. R = 2 with guidance (the row with the label, then that of
+    the null class), else 1. `tokens`: N, the number of tokens of a row.
     """
 
     cfg_scale: float
@@ -33,7 +33,7 @@ class TokenCounts:
         if self.counts.ndim != 4 or not self.counts.size or self.images.shape != self.counts.shape[:1]:
             raise CalibrationError("there are no token counts to calibrate on; sample more images")
         if (np.diff(self.images) <= 0).any():
-            raise CalibrationError("an image was counted twice, or images are not in order")
+            raise CalibrationError("an image was counted twice, or the images are not in ascending order")
         if self.counts.min() < 0 or self.counts.max() > self.tokens:
             raise CalibrationError(f"a token count is outside 0..{self.tokens}, the tokens of a row")
 
@@ -44,7 +44,7 @@ class TokenCounts:
 
     @property
     def per_image(self) -> np.ndarray:
-        """Routed tokens of each image's rows together, int64 [n, S, L]."""
+        """Routed tokens of all rows of each image, int64 [n, S, L]."""
         return self.counts.sum(axis=3, dtype=np.int64)
 
     @property
@@ -54,13 +54,13 @@ class TokenCounts:
 
 
 def merge(parts: Sequence[TokenCounts]) -> TokenCounts:
-    """The counts of all parts' images. Raises `CalibrationError` for none, and for parts that do not fit together."""
+    """The counts of all parts. Raises `CalibrationError` if there are none, or if they do not belong together."""
     if not parts:
         raise CalibrationError("there are no token counts to calibrate on; sample more images")
     first = parts[0]
     kind = (first.cfg_scale, first.tokens, first.counts.shape[1:])
     if any((each.cfg_scale, each.tokens, each.counts.shape[1:]) != kind for each in parts):
-        raise CalibrationError("token counts of different models, runs or guidance scales do not add up")
+        raise CalibrationError("token counts of different models, runs or guidance scales cannot be merged")
     images = np.concatenate([each.images for each in parts])
     order = np.argsort(images, kind="stable")
     counts = np.concatenate([each.counts for each in parts])[order]
@@ -68,16 +68,16 @@ def merge(parts: Sequence[TokenCounts]) -> TokenCounts:
 
 
 class TokenCounter:
-    """Counts the tokens of a batch of images, step by step in any order: one `add` for each of `steps` steps."""
+    """Counts the tokens of a batch of images: one call of `add` for each of `steps` steps, in any order."""
 
     def __init__(self, images: Sequence[int], steps: int, depth: int, tokens: int, cfg_scale: float):
         self._images, self._tokens, self._scale = np.asarray(images, np.int64), tokens, cfg_scale
         self._counts = np.full((len(images), steps, depth, 2 if is_guided(cfg_scale) else 1), -1, np.int32)
 
     def add(self, step: int, tokens: np.ndarray) -> None:
-        """Count one step's decisions bool [L, R*n, N]: all rows with labels first, then those of the null class.
+        """Count the decisions of one step, bool [L, R*n, N]: all rows with labels, then those of the null class.
 
-        Raises `CalibrationError` for a step that was counted before, or another shape.
+        Raises `CalibrationError` for a step that was counted before, and for another shape.
         """
         images, _, depth, rows = self._counts.shape
         if tokens.shape != (depth, rows * images, self._tokens):
@@ -90,7 +90,7 @@ class TokenCounter:
         self._counts[:, step] = counts.reshape(depth, rows, images).transpose(2, 0, 1)
 
     def finish(self) -> TokenCounts:
-        """The counts. Raises `CalibrationError` naming the first step that is missing."""
+        """The counts. Raises `CalibrationError`, naming the first missing step, if the counts are incomplete."""
         missing = np.flatnonzero((self._counts < 0).any(axis=(0, 2, 3)))
         if len(missing):
             raise CalibrationError(f"step {missing[0]} was not counted")
@@ -99,9 +99,9 @@ class TokenCounter:
 
 
 def spread_labels(images: int, classes: int) -> list[int]:
-    """A class for each of `images` images, evenly over all classes: every one equally often, to within one image.
+    """A class for each of `images` images, evenly over all classes: their numbers of images differ by at most one.
 
-    Fewer images than classes take every so-manieth class: label j is floor(j * classes / images).
+    If there are fewer images than classes, they take every n-th class: label j is floor(j * classes / images).
     """
     if images >= classes:
         return [image % classes for image in range(images)]
@@ -109,5 +109,5 @@ def spread_labels(images: int, classes: int) -> list[int]:
 
 
 def spread_scales(images: int, scales: Sequence[float]) -> list[tuple[float, int]]:
-    """How many of the images each guidance scale gets, evenly; the first ones get what does not divide."""
+    """The number of images of each guidance scale: equal numbers, with the remainder given to the first scales."""
     return [(scale, images // len(scales) + (k < images % len(scales))) for k, scale in enumerate(scales)]

@@ -100,7 +100,9 @@ def add_calibrate(group: CommandGroup) -> None:
     "--activation-images", type=click.IntRange(min=1), default=32, help="Images whose activations are observed."
 )
 @click.option(
-    "--migrate",
+    "--smooth",
+    "--migrate",  # the name of older versions
+    "smooth",
     is_flag=True,
     help="With --activations: SmoothQuant. Divide input channels that are much larger than others and multiply their "
     "weights instead, where that lowers the error in int8. The factors are powers of two, so the model is unchanged.",
@@ -202,7 +204,7 @@ def calibrate_command(
     from dydit.checkpoints.checkpoint import load_checkpoint
     from dydit.export.settings import ExportConfig
     from dydit.files import claimed, explained, parents, remove, require_absent, write_new
-    from dydit.reports.sentences import extra_text
+    from dydit.reports.text import extra_text
     from dydit.runtime.backends.base import BackendOptions
 
     chosen = {"quantile": quantile, "margin": margin, "tile": tile, "batch_sizes": batch_sizes}
@@ -238,7 +240,7 @@ def calibrate_command(
     if as_json:
         rates = {"predicted": tokens.predicted.model_dump(), "held_out": tokens.held_out.model_dump()}
         searched = {} if found is None else {"sensitivity": found.model_dump(exclude={"losses"})}
-        moved = {"migration": result.found.to_json()} if result.found else {}
+        moved = {"migration": result.smoothing.to_json()} if result.smoothing else {}
         print_json({"calibration": str(out), "segments": len(tokens.capacities), **rates, **moved, **searched})
         return
     held = tokens.held_out
@@ -250,7 +252,7 @@ def calibrate_command(
         f"{held.upper:.2%} with 95 % confidence; predicted: {tokens.predicted.rate:.3%}), so "
         f"{held.repeated_steps:.2%} of the steps run again at full capacity, and MLPs compute "
         f"{extra_text(held.mlp_ratio)} than with dynamic routing, including repeated steps",
-        *([f"{out}: {result.found.text()}"] if result.found else []),
+        *([f"{out}: {result.smoothing.text()}"] if result.smoothing else []),
         *([] if found is None else [search_words(found)]),
         *model.notes,
         *(f"Look at {each}" for each in (picture, curve) if each.exists()),

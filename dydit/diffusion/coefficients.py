@@ -1,10 +1,10 @@
-"""One formula for every sampler step, so that one compiled graph serves DDPM and DDIM.
+"""The coefficients of the samplers. All samplers share one formula, so that one compiled graph serves DDPM and DDIM.
 
     x_prev = c_x * x + c_eps * eps + c_noise * exp(slope * v + offset) * noise
 
-`eps` is the (guided) noise prediction, `v` the model's raw variance output. A step is the five numbers
-(c_x, c_eps, c_noise, slope, offset); what they are for each sampler is derived below. A model without learned variance
-has v = 0.
+`eps` is the (guided) noise prediction, `v` the raw variance output of the model (0 if it does not learn its variance).
+A step is a row of five numbers (c_x, c_eps, c_noise, slope, offset). `dydit.diffusion.sampler_step` applies a row in
+PyTorch.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ COEFFICIENTS = ("x", "eps", "noise", "log_std_slope", "log_std_offset")
 def step_coefficients(schedule: Schedule, sampler: Sampler, learn_sigma: bool = True) -> np.ndarray:
     """Coefficients of all steps in execution order (largest t first), [S, 5] float64.
 
-    DDPM: x_0 = x/sqrt(a) - sqrt(1/a - 1) eps, put into the posterior mean m_0 x_0 + m_x x (Ho et al. 2020, eqs. 7, 15);
-    log variance = frac*max + (1-frac)*min with frac = (v+1)/2 (Nichol & Dhariwal 2021, eq. 15), halved for the
-    deviation: slope = (max-min)/4, offset = (max+min)/4. With no learned variance it is the posterior's. The last step
-    adds no noise.
+    DDPM: x_0 = x/sqrt(a) - sqrt(1/a - 1) eps in the posterior mean m_0 x_0 + m_x x (Ho et al. 2020, eqs. 7, 15); log
+    variance = frac*max + (1-frac)*min with frac = (v+1)/2 (Nichol & Dhariwal 2021, eq. 15), and half of it for the
+    standard deviation: slope = (max-min)/4, offset = (max+min)/4. Without learned variance it is that of the posterior.
+    The last step adds no noise.
 
     DDIM, eta = 0: x_prev = sqrt(a') x_0 + sqrt(1 - a') eps (Song et al. 2021, eq. 12).
     """
@@ -43,8 +43,3 @@ def step_coefficients(schedule: Schedule, sampler: Sampler, learn_sigma: bool = 
         else:
             out[:, 4] = low / 2
     return out[::-1].copy()
-
-
-def apply_step(c: np.ndarray, x: np.ndarray, eps: np.ndarray, v: np.ndarray | float, noise: np.ndarray) -> np.ndarray:
-    """The formula at the top of this module; NumPy arrays of any one shape."""
-    return c[0] * x + c[1] * eps + c[2] * np.exp(c[3] * v + c[4]) * noise

@@ -1,13 +1,13 @@
-"""Noise that belongs to the image: a pure function of (seed, image index, draw), whatever the batch, backend or order.
+"""Noise that belongs to an image: a pure function of (seed, image index, draw), for any batch, backend and order.
 
 Philox4x64-10 (Salmon et al. 2011) with key (seed, image) and counter (block, 0, draw, 0); draw 0 is the starting latent
-x_T and draw i+1 the noise of execution step i. NumPy's counter is incremented before each block, so the first block has
-counter word 0 equal to 1. Each block gives four 64-bit words; consecutive pairs (u, w) become two normals by
+x_T, and draw i+1 is the noise of execution step i. NumPy increments the counter before each block, so counter word 0 of
+the first block is 1. Each block gives four 64-bit words; consecutive pairs (u, w) become two normals by
 Box-Muller:
 
     r = sqrt(-2 ln(1 - U)),  U = (u >> 11) * 2^-53;   normals r*cos(2 pi W), r*sin(2 pi W),  W = (w >> 11) * 2^-53
 
-computed in float64 and rounded to float32.
+They are computed in float64 and rounded to float32.
 """
 
 from __future__ import annotations

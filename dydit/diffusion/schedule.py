@@ -1,6 +1,6 @@
-"""The diffusion process and its respacing to fewer sampling steps. NumPy, float64; no module of ours below it.
+"""The diffusion process and its respacing to fewer sampling steps. NumPy, float64.
 
-A step is executed from the noisy end: execution index 0 works on pure noise, the last one returns the sample.
+Steps are executed from the noisy end: execution index 0 starts from pure noise, and the last one returns the sample.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ TRAIN_STEPS = 1000
 
 
 class Sampler(StrEnum):
-    """How a step draws x_{t-1} from the model's output."""
+    """How a step computes x_{t-1} from the output of the model."""
 
     DDPM = "ddpm"  # ancestral sampling with the learned-range variance
     DDIM = "ddim"  # deterministic (eta = 0)
@@ -44,10 +44,10 @@ def respaced_timesteps(count: int, train_steps: int = TRAIN_STEPS) -> np.ndarray
 
 @dataclass(frozen=True)
 class Schedule:
-    """Gaussian diffusion over a set of betas, with the original timestep of each. Arrays ascend in t."""
+    """Gaussian diffusion with a set of betas and the original timestep of each. Arrays are in ascending order of t."""
 
     betas: np.ndarray  # [S] float64
-    timesteps: np.ndarray  # [S] int64, what the model is told
+    timesteps: np.ndarray  # [S] int64, the input of the model
 
     @classmethod
     def training(cls) -> Schedule:
@@ -74,7 +74,7 @@ class Schedule:
 
     @cached_property
     def alphas_cumprod_prev(self) -> np.ndarray:
-        """The same one step earlier; 1 at the first, [S]."""
+        """`alphas_cumprod` one step earlier, [S]; 1 at the first step."""
         return np.concatenate([[1.0], self.alphas_cumprod[:-1]])
 
     @cached_property
@@ -84,9 +84,9 @@ class Schedule:
 
     @cached_property
     def log_variance_range(self) -> tuple[np.ndarray, np.ndarray]:
-        """(smallest, largest) log variance that a model output in [-1, 1] interpolates (Nichol & Dhariwal, eq. 15).
-
-        The smallest is the posterior's, whose first entry, log 0, is replaced by the second's as the reference does.
+        """(smallest, largest) log variance, between which a model output in [-1, 1] interpolates (Nichol & Dhariwal,
+        eq. 15). The smallest is that of the posterior; its first entry, log 0, is replaced by the second one, as in the
+        reference code.
         """
         clipped = self.posterior_variance.copy()
         clipped[0] = clipped[1] if self.steps > 1 else self.betas[0]

@@ -1,4 +1,4 @@
-"""`dydit doctor`: which backends work here, and why the others do not. What can be tried is tried, not looked up."""
+"""`dydit doctor`: which backends work on this machine, and why the others do not. Backends are run to find out."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from dydit.words import counted
 Probe = Callable[[str], Finding]
 
 DEVICES = ("driver", "onnxruntime-cuda", "torch-cuda", "tensorrt", "tensorrt-rtx", "pycuda")
-# The flavours of TensorRT, with what else their builds need; and what engines need to run.
+# The flavours of TensorRT with what else building needs; and what running engines needs.
 BUILDERS: dict[str, tuple[str, ...]] = {"tensorrt": ("driver",), "tensorrt-rtx": ()}
 RUNNING = {"driver": NO_GPU, "pycuda": "PyCUDA"}
-# What each extra brings: (what it is for, modules). Looked up, not imported.
+# Each extra: (its purpose, its modules). The modules are looked up, not imported.
 EXTRAS = {
     "export": ("read checkpoints, write bundles", ("onnx", "onnx_ir", "safetensors", "torch")),
     "report": ("pictures and HTML reports", ("jinja2", "matplotlib")),
@@ -40,7 +40,7 @@ class Row(Result):
 
 
 class DoctorReport(Result):
-    """`backends` run bundles (one that works is enough), `devices` are what they could use, `extras` are packages."""
+    """`backends`: what runs bundles (one is enough). `devices`: what backends can use. `extras`: optional packages."""
 
     machine: Machine
     memory_bytes: int | None
@@ -50,11 +50,11 @@ class DoctorReport(Result):
 
     @property
     def ok(self) -> bool:
-        """Whether some backend works here."""
+        """Whether a backend works here."""
         return any(row.ok for row in self.backends)
 
     def text(self) -> str:
-        """For a terminal: a line a thing, with what would mend it."""
+        """For a terminal: a line for each item, with a fix if it does not work."""
         memory = f", {bytes_text(self.memory_bytes)} memory" if self.memory_bytes else ""
         machine = self.machine
         head = [
@@ -66,21 +66,21 @@ class DoctorReport(Result):
         for title, rows in (("backends", self.backends), ("GPU", self.devices), ("extras", self.extras)):
             parts.append(f"{title}\n{aligned([_line(row) for row in rows], indent='  ')}")
         working = [row.name for row in self.backends if row.ok]
-        verdict = f"bundles run here on: {', '.join(working)}" if working else "no backend works here"
+        verdict = f"backends that run bundles here: {', '.join(working)}" if working else "no backend works here"
         return "\n\n".join([*parts, f"{self.engines}\n{verdict}"])
 
     @property
     def engines(self) -> str:
-        """Which flavours of TensorRT build engines here, and what is missing to run them."""
+        """The flavours of TensorRT that build engines here, and what is missing to run the engines."""
         rows = {row.name: row for row in self.devices}
         builders = [name for name, needs in BUILDERS.items() if rows[name].ok and all(rows[need].ok for need in needs)]
         if not builders:
             rtx = rows["tensorrt-rtx"]
             fix = f"  ->  {rtx.fix}" if rtx.fix else ""
-            return f"no engines are built here; tensorrt-rtx, which needs no GPU for that: {rtx.detail}{fix}"
+            return f"no engines can be built here; tensorrt-rtx, which builds without a GPU: {rtx.detail}{fix}"
         missing = [what for name, what in RUNNING.items() if not rows[name].ok]
-        needs = f"; to run them here takes {' and '.join(missing)}" if missing else ", and run"
-        return f"engines are built here by: {', '.join(builders)}{needs}"
+        needs = f"; running them here needs {' and '.join(missing)}" if missing else ", which also run here"
+        return f"engines can be built here by: {', '.join(builders)}{needs}"
 
 
 def _line(row: Row) -> list[str]:
@@ -89,38 +89,38 @@ def _line(row: Row) -> list[str]:
 
 
 def run_doctor(probe: Probe = run_probe) -> DoctorReport:
-    """Try everything, two at a time; takes a few seconds. `probe` runs a probe by name."""
+    """Run all probes, two at a time, which takes a few seconds. `probe` runs a probe by name."""
     with ThreadPoolExecutor(2) as pool:
-        found = dict(zip(PROBES, pool.map(probe, PROBES), strict=True))
+        findings = dict(zip(PROBES, pool.map(probe, PROBES), strict=True))
     return DoctorReport(
         machine=Machine.here(),
         memory_bytes=memory_bytes(),
-        backends=tuple(_backends(found)),
-        devices=tuple(_devices(found)),
+        backends=tuple(_backends(findings)),
+        devices=tuple(_devices(findings)),
         extras=tuple(_extra(name) for name in EXTRAS),
     )
 
 
-def _backends(found: dict[str, Finding]) -> list[Row]:
-    """The runtime's own word on each backend, overruled by the trial of running something on it."""
-    said = found["registry"]
+def _backends(findings: dict[str, Finding]) -> list[Row]:
+    """The status that the runtime reports for each backend, or the result of its probe if it has one."""
+    registry = findings["registry"]
     rows = []
-    for name, ready, detail in json.loads(said.detail) if said.ok else [("runtime", False, said.detail)]:
-        trial = found.get(f"{name}-cpu")
+    for name, ready, detail in json.loads(registry.detail) if registry.ok else [("runtime", False, registry.detail)]:
+        trial = findings.get(f"{name}-cpu")
         if trial is not None:
             rows.append(_row(name, trial))
-        elif ready and name in found and not found[name].ok:
-            rows.append(_row(name, found[name]))
+        elif ready and name in findings and not findings[name].ok:
+            rows.append(_row(name, findings[name]))
         else:
             rows.append(Row(name=name, ok=ready, detail=detail))
     return rows
 
 
-def _devices(found: dict[str, Finding]) -> list[Row]:
-    rows = [_row(name, found[name]) for name in DEVICES]
-    if found["driver"].ok:
+def _devices(findings: dict[str, Finding]) -> list[Row]:
+    rows = [_row(name, findings[name]) for name in DEVICES]
+    if findings["driver"].ok:
         return rows
-    # Without a driver packages alone do not help: do not send people off to install some and find that out.
+    # Without a driver, packages alone do not help, so that the fix names the GPU, too.
     return [rows[0], *(_after_driver(row) for row in rows[1:])]
 
 
@@ -128,7 +128,7 @@ def _after_driver(row: Row) -> Row:
     if row.name == "tensorrt-rtx":  # builds engines without a GPU
         return row
     fixed_by_package = row.fix and row.fix.startswith("pip ")
-    return row.model_copy(update={"fix": f"{row.fix}, where there is a GPU" if fixed_by_package else None})
+    return row.model_copy(update={"fix": f"{row.fix}, on a machine with a GPU" if fixed_by_package else None})
 
 
 def _row(name: str, finding: Finding) -> Row:
@@ -156,7 +156,7 @@ def _versions(modules: tuple[str, ...]) -> str:
 
 
 def memory_bytes() -> int | None:
-    """Memory of this machine, or of the container that limits it; None where the system does not tell."""
+    """Memory of this machine, or the limit of its container; None if the system does not report it."""
     try:
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):

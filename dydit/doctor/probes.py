@@ -1,7 +1,7 @@
-"""The trials of `dydit doctor`: each really does what its name says, or says why that does not work here.
+"""The probes of `dydit doctor`: each runs what its name says, or gives the reason why that does not work here.
 
-A probe runs in a process of its own (`run_probe`): a native library that crashes or hangs costs one line, not the
-report. It prints one JSON object, `{"ok": bool, "detail": str, "fix": str | null}`, as its last line.
+A probe runs in a process of its own (`run_probe`), so that a native library that crashes or hangs costs one line and
+not the report. Its last line of output is one JSON object, `{"ok": bool, "detail": str, "fix": str | null}`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from dydit.words import counted
 
 SECONDS = 120
 NO_GPU = "an NVIDIA GPU and its driver"
-# The ONNX graph y = x @ x for x [2, 2] f32, opset 23, IR 11: written out so that no package is needed to make it.
+# The ONNX graph y = x @ x for x [2, 2] f32, opset 23, IR 11. It is written out, so that making it needs no package.
 _GRAPH = base64.b64decode(
     "CAs6RAoRCgF4CgF4EgF5IgZNYXRNdWwSBXByb2JlWhMKAXgSDgoMCAESCAoCCAIKAggCYhMKAXkSDgoMCAESCAoCCAIKAggCQgQKABAX"
 )
@@ -36,7 +36,7 @@ _X = np.array([[1, 2], [3, 4]], np.float32)
 
 
 class Finding(Result):
-    """How a trial ended: `fix` is what would make it work, a command where there is one."""
+    """The result of a probe. `fix`: what would make it work, as a command if possible."""
 
     ok: bool
     detail: str
@@ -44,7 +44,7 @@ class Finding(Result):
 
 
 class Unavailable(Exception):
-    """What is missing, and what to do about it."""
+    """Something is missing; `fix` says what to do about it."""
 
     def __init__(self, detail: str, fix: str | None = None):
         super().__init__(detail)
@@ -83,12 +83,12 @@ def _run_graph(provider: str, fix: str) -> str:
             raise Unavailable(f"onnxruntime {onnxruntime.__version__} cannot start its {provider}", fix)
         start = time.perf_counter()
         (y,) = session.run(None, {"x": _X})
-    except Exception as error:  # whatever a native library throws is the answer
+    except Exception as error:  # native libraries raise anything, and that is the finding
         if isinstance(error, Unavailable):
             raise
         raise Unavailable(f"onnxruntime {onnxruntime.__version__}: {one_line(error)[:160]}", fix) from error
     if not np.array_equal(y, _X @ _X):
-        raise Unavailable(f"onnxruntime {onnxruntime.__version__} multiplies wrongly: {y.tolist()}", fix)
+        raise Unavailable(f"onnxruntime {onnxruntime.__version__} multiplies incorrectly: {y.tolist()}", fix)
     return f"onnxruntime {onnxruntime.__version__} ran a graph in {1e3 * (time.perf_counter() - start):.1f} ms"
 
 
@@ -97,7 +97,9 @@ def torch_cpu() -> str:
     torch = _torch()
     product = (torch.from_numpy(_X) @ torch.from_numpy(_X)).numpy()
     if not np.array_equal(product, _X @ _X):
-        raise Unavailable(f"torch {torch.__version__} multiplies wrongly: {product.tolist()}", "pip install -U torch")
+        raise Unavailable(
+            f"torch {torch.__version__} multiplies incorrectly: {product.tolist()}", "pip install -U torch"
+        )
     return f"torch {torch.__version__}, {counted(torch.get_num_threads(), 'thread')}"
 
 
@@ -117,7 +119,9 @@ def torch_cuda() -> str:
     except RuntimeError as error:
         raise Unavailable(f"torch {torch.__version__}: {one_line(error)[:160]}", None) from error
     if not np.allclose(product, _X @ _X):
-        raise Unavailable(f"torch {torch.__version__} multiplies wrongly: {product.tolist()}", "pip install -U torch")
+        raise Unavailable(
+            f"torch {torch.__version__} multiplies incorrectly: {product.tolist()}", "pip install -U torch"
+        )
     return f"torch {torch.__version__} with CUDA {torch.version.cuda} on {torch.cuda.get_device_name()}"
 
 
@@ -130,13 +134,13 @@ def _torch() -> Any:
 
 
 def tensorrt() -> str:
-    """Import TensorRT and make a builder, which needs its native libraries; and find Polygraphy, which drives it."""
+    """Import TensorRT and create a builder, which needs its native libraries; and look for Polygraphy."""
     trt, _ = _tensorrt("tensorrt")
-    return f"tensorrt {trt.__version__} imports and makes a builder"
+    return f"tensorrt {trt.__version__} imports and creates a builder"
 
 
 def tensorrt_rtx() -> str:
-    """The same for TensorRT for RTX, and build an engine, which it can do without a GPU."""
+    """Import TensorRT for RTX and build an engine, which works without a GPU."""
     trt, builder = _tensorrt("tensorrt_rtx")
     network = builder.create_network(0)
     parser = trt.OnnxParser(network, trt.Logger(trt.Logger.INTERNAL_ERROR))
@@ -158,10 +162,14 @@ def _tensorrt(module: str) -> tuple[Any, Any]:
         raise Unavailable(f"{module} cannot be imported: {one_line(error)[:160]}", fix) from error
     try:
         builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
-    except Exception as error:  # as above
-        raise Unavailable(f"{module} {trt.__version__} makes no builder: {one_line(error)[:160]}", NO_GPU) from error
+    except Exception as error:  # as in _run_graph
+        raise Unavailable(
+            f"{module} {trt.__version__} cannot create a builder: {one_line(error)[:160]}", NO_GPU
+        ) from error
     if find_spec("polygraphy") is None:
-        raise Unavailable(f"{module} {trt.__version__} is here, but polygraphy, which drives it, is not", fix)
+        raise Unavailable(
+            f"{module} {trt.__version__} is installed, but polygraphy, which dydit uses with it, is not", fix
+        )
     return trt, builder
 
 
@@ -187,7 +195,7 @@ def driver() -> str:
 
 
 def pycuda() -> str:
-    """Import PyCUDA and make the primary context of the first GPU."""
+    """Import PyCUDA and create the primary context of the first GPU."""
     try:
         cuda = importlib.import_module("pycuda.driver")
     except (ImportError, OSError) as error:
@@ -202,7 +210,7 @@ def pycuda() -> str:
 
 
 def registry() -> str:
-    """What the runtime itself says of each backend, as JSON: [[name, works, detail], ...]."""
+    """The status that the runtime reports for each backend, as JSON: [[name, works, detail], ...]."""
     from dydit.runtime.backends.registry import backend_status
 
     return json.dumps(backend_status())
@@ -232,21 +240,21 @@ def attempt(name: str) -> Finding:
 
 
 def run_probe(name: str, seconds: float = SECONDS) -> Finding:
-    """Run a probe in a process of its own; a crash or a hang becomes a finding."""
+    """Run a probe in a process of its own. A crash or a timeout becomes a finding."""
     command = [sys.executable, "-c", f"from dydit.doctor.probes import main; main({name!r})"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
     except subprocess.TimeoutExpired:
-        return Finding(ok=False, detail=f"gave no answer within {seconds:.0f} s")
+        return Finding(ok=False, detail=f"did not answer within {seconds:.0f} s")
     lines = done.stdout.strip().splitlines()
     if done.returncode or not lines:
-        said = done.stderr.strip().splitlines()
+        errors = done.stderr.strip().splitlines()
         return Finding(
-            ok=False, detail=f"crashed (exit code {done.returncode}): {said[-1][:160] if said else 'silent'}"
+            ok=False, detail=f"crashed (exit code {done.returncode}): {errors[-1][:160] if errors else 'no output'}"
         )
     return Finding.parse(json.loads(lines[-1]))
 
 
 def main(name: str) -> None:
-    """The child's side of `run_probe`."""
+    """Run a probe in the child process of `run_probe`."""
     print(json.dumps(attempt(name).to_json()))

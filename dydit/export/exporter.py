@@ -35,7 +35,7 @@ from dydit.checkpoints.checkpoint import Checkpoint
 from dydit.diffusion.coefficients import step_coefficients
 from dydit.diffusion.schedule import Schedule
 from dydit.export.capacities import Capacities, segment_capacities
-from dydit.export.input_scales import Scales, planned_migration, segment_scales, weight_copies
+from dydit.export.input_scales import Scales, planned_smoothing, segment_scales, weight_copies
 from dydit.export.settings import ExportConfig, guided_channels
 from dydit.export.vae_graph import VaeOptions, export_vae
 from dydit.export.weights import write_weights
@@ -51,7 +51,7 @@ from dydit.planning.costs import macs_costs, measured_plan, time_costs
 from dydit.planning.masks import activity_order, by_slot, freeze_masks
 from dydit.planning.plan import Plan, budget_plan, merged_plan, per_step_plan, plan_cost
 from dydit.planning.sizes import PlanSizes, fixed_bytes, subnet_bytes, unit_bytes
-from dydit.quantization.smoothing import Migration
+from dydit.quantization.smoothing import Smoothing
 
 Progress = Callable[[int, int], None]
 
@@ -137,7 +137,7 @@ class _Job:
     cfg_channels: int
     precision: Precision
     input_scales: tuple[Scales, ...] | None  # of each segment
-    smoothing: Migration | None
+    smoothing: Smoothing | None
 
 
 def _make_job(
@@ -162,7 +162,7 @@ def _make_job(
         cfg_channels=guided_channels(model, config.cfg_channels),
         precision=config.precision,
         input_scales=segment_scales(checkpoint, config, masks, plan),
-        smoothing=planned_migration(model, config),
+        smoothing=planned_smoothing(model, config),
     )
 
 
@@ -322,7 +322,7 @@ def _manifest(
         checkpoint_sha256=checkpoint.sha256,
         tools={package: version(package) for package in packages},
         vae=vae,
-        migration=job.smoothing,
+        smoothing=job.smoothing,
     )
 
 

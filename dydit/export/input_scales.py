@@ -1,5 +1,5 @@
 """What calibrated precisions have of activations: scales of what enters linear layers, and which of these stay in 16
-bits, by segment; a migration."""
+bits, by segment; a smoothing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dydit.export.weights import Copies
 from dydit.models.architecture import UnitAxis
 from dydit.models.config import ModelConfig
 from dydit.planning.plan import Plan
-from dydit.quantization.smoothing import Migration
+from dydit.quantization.smoothing import Smoothing
 
 LARGEST = {Precision.INT8_STATIC: 127.0, Precision.FP8: 448.0}
 Scales = tuple[tuple[float | None, ...], ...]
@@ -50,7 +50,7 @@ def segment_scales(
             tuple(None if kept else scale for scale, kept in zip(*block, strict=True))
             for block in zip(*segment, strict=True)
         )
-        for segment in zip(scales, ranges.kept.tolist(), strict=True)
+        for segment in zip(scales, ranges.fp16_layers.tolist(), strict=True)
     )
 
 
@@ -68,16 +68,16 @@ def weight_copies(axis: UnitAxis, masks: np.ndarray, plan: Plan, scales: Sequenc
     return copies
 
 
-def planned_migration(model: ModelConfig, config: ExportConfig) -> Migration | None:
-    """The migration that the ranges of a calibrated precision go with, where there is one.
+def planned_smoothing(model: ModelConfig, config: ExportConfig) -> Smoothing | None:
+    """The smoothing that the ranges of a calibrated precision go with, where there is one.
 
     Raises `CalibrationError` for one of another model's channels.
     """
     ranges = _ranges(config) if config.precision.is_calibrated else None
-    if ranges is None or ranges.migration is None:
+    if ranges is None or ranges.smoothing is None:
         return None
-    ranges.migration.require_fits(model)
-    return ranges.migration
+    ranges.smoothing.require_fits(model)
+    return ranges.smoothing
 
 
 def _ranges(config: ExportConfig) -> ActivationRanges | None:

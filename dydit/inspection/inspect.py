@@ -1,7 +1,7 @@
-"""`dydit inspect`: what a checkpoint or a bundle holds: sizes, routers, cost, masks over time, plan.
+"""`dydit inspect`: the contents of a checkpoint or a bundle: sizes, routers, cost, masks over time, plan.
 
-Facts are plain data (`to_json`), which `text` lays out for a terminal and `pictures` draws. Nothing is run but the
-width routers of a checkpoint; a bundle needs neither PyTorch nor ONNX.
+Facts are plain data (`to_json`), which `text` formats for a terminal and `pictures` draws. Only the width routers of a
+checkpoint are run. Inspecting a bundle needs neither PyTorch nor ONNX.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ DEFAULT_STEPS = 250
 
 @dataclass(frozen=True)
 class Inspection:
-    """Facts, and the masks that they were counted on, bool [S, L, 2, H] by checkpoint unit at `timesteps`."""
+    """Facts, and the masks that they were computed from, bool [S, U] by unit of the checkpoint, at `timesteps`."""
 
     facts: CheckpointFacts | BundleFacts
     masks: np.ndarray
     timesteps: tuple[int, ...]
 
     def pictures(self) -> dict[str, bytes]:
-        """PNG files by name; none for a static model, which has nothing to show."""
+        """PNG files by name. A static model has none."""
         if not self.facts.model.config.dynamic:
             return {}
         pictures = {"masks.png": masks_png(self.masks, self.facts.model.config.units, self.timesteps)}
@@ -72,11 +72,11 @@ class Inspection:
         return pictures
 
     def text(self) -> str:
-        """For a terminal: columns aligned, lines of at most about 100 characters."""
+        """For a terminal: aligned columns, lines of at most about 100 characters."""
         return bundle_text(self.facts) if isinstance(self.facts, BundleFacts) else checkpoint_text(self.facts)
 
     def write_pictures(self, out: Path) -> list[Path]:
-        """Write the pictures into the folder `out`, replacing those of the same name; returns their paths."""
+        """Write the pictures into the folder `out`, where they replace those of the same name; returns their paths."""
         paths = []
         for name, data in self.pictures().items():
             write_atomic(out / name, data)
@@ -89,7 +89,7 @@ class Inspection:
 
 
 def inspect(path: Path | str, **reading: Any) -> Inspection:
-    """A bundle where `path` is a folder with a manifest, else a checkpoint; see the two functions below."""
+    """Inspect a bundle if `path` is a folder with a manifest, else a checkpoint (`reading`: see below)."""
     path = user_path(path)
     if (path / MANIFEST).exists():
         return inspect_bundle(path)
@@ -97,9 +97,9 @@ def inspect(path: Path | str, **reading: Any) -> Inspection:
 
 
 def inspect_checkpoint(path: Path | str, steps: int = DEFAULT_STEPS, **reading: Any) -> Inspection:
-    """A checkpoint of any known format, its width masks taken at the timesteps of a run of `steps`.
+    """Inspect a checkpoint of any known format. Its width masks are those at the timesteps of a run of `steps` steps.
 
-    `reading`: the options of `load_checkpoint`. Raises `CheckpointError` as that does.
+    `reading`: options of `load_checkpoint`. Raises `CheckpointError` as that does.
     """
     try:
         from dydit.checkpoints.checkpoint import load_checkpoint
@@ -130,7 +130,7 @@ def inspect_checkpoint(path: Path | str, steps: int = DEFAULT_STEPS, **reading: 
 
 
 def inspect_bundle(path: Path | str) -> Inspection:
-    """A bundle, its files held against their hashes first.
+    """Inspect a bundle, after its files have been verified by their hashes.
 
     Raises `BundleError` as `Bundle.open` does.
     """
@@ -235,7 +235,7 @@ def _subnet_facts(manifest: Manifest, index: int) -> SubnetFacts:
 
 
 def _unit_bytes(manifest: Manifest) -> np.ndarray:
-    """Bytes of each unit's stored weights, [U]; in 8 bits, of what is stored in them."""
+    """Bytes of the stored weights of each unit, [U]: the 8-bit copy where there is one."""
     axis, sizes = manifest.model.units, []
     for part in axis.parts:
         names = map(part.stored, part.group.all_unit_tensors)
@@ -245,7 +245,7 @@ def _unit_bytes(manifest: Manifest) -> np.ndarray:
 
 
 def _stored_model_facts(manifest: Manifest) -> ModelFacts:
-    """The width routers are not among a bundle's parameters: their decisions are frozen into its plan."""
+    """Facts of the stored weights. They do not contain the width routers, whose decisions are frozen into the plan."""
     counts = {name: math.prod(entry.shape) for name, entry in manifest.weights.items()}
     for copy in [half_name(name) for name in counts]:
         counts.pop(copy, None)
@@ -262,8 +262,8 @@ def _size_of(path: Path) -> int:
 
 
 def _rows(masks: np.ndarray, config: ModelConfig, sizes: PlanSizes, times: StepTimes | None) -> tuple[PlanRow, ...]:
-    """The cheapest plan of every number of segments, from 1 to as many as the exact masks need: by `times`, where a
-    bundle's plan was made by them, else by multiply-adds."""
+    """The cheapest plan of every number of segments, from 1 to the number that the exact masks need: by `times` if the
+    plan of the bundle was made by times, else by multiply-adds."""
     macs = macs_costs(config)
     costs = macs if times is None else time_costs(times, config)
     exact = per_step_plan(masks, costs)

@@ -1,7 +1,7 @@
-"""A sampling run with its token decisions kept: what the routers really saved, and where.
+"""A sampling run that keeps its token decisions: what the routers saved, and where.
 
-The graphs are those of sampling with more outputs (`debug`), so the images are the same up to rounding; for times,
-sample without this.
+The graphs are those of sampling with more outputs (`debug`), so the images are the same up to rounding. Times of such a
+run say nothing about sampling.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import numpy as np
 
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.manifest import Manifest
+from dydit.diffusion.steps import run_steps
 from dydit.models.macs import flops_ratio
 from dydit.planning.executed import computed_ratio
-from dydit.runtime.backends.base import BackendOptions
+from dydit.runtime.backends.base import BackendOptions, StepResult
 from dydit.runtime.backends.registry import open_backend
 from dydit.runtime.loop import StepRunner
 from dydit.runtime.noise_source import SeededNoise
@@ -27,8 +28,8 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Trace:
-    """`latents` f32 [B, C, S, S], finished; `tokens` bool [steps, L, rows, N], rows being the images with their labels
-    and then, with guidance, the same images with the null class."""
+    """`latents` f32 [B, C, S, S] after the last step; `tokens` bool [steps, L, rows, N]. Rows are the images with their
+    labels and then, with guidance, the same images with the null class."""
 
     latents: np.ndarray
     tokens: np.ndarray
@@ -48,9 +49,9 @@ def trace_tokens(
     options: BackendOptions | None = None,
     progress: Progress | None = None,
 ) -> Trace:
-    """Sample an image for each label, in one batch, keeping every token decision; `progress(done, total)` counts steps.
+    """Sample an image for each label in one batch and keep every token decision. `progress(done, total)` counts steps.
 
-    Raises `ConfigError` for labels that the bundle does not take, `BackendError` as backends do.
+    Raises `ConfigError` for labels that the bundle does not accept, and `BackendError` as backends do.
     """
     manifest, model = bundle.manifest, bundle.manifest.model
     check_labels(labels, manifest)
@@ -58,28 +59,28 @@ def trace_tokens(
     check_batch_size(len(labels), manifest, len(labels))
     (batch,) = make_batches(labels, range(len(labels)), len(labels))
     noise = SeededNoise(seed, (model.in_channels, model.input_size, model.input_size))
-    engine = open_backend(backend, bundle, options)
+    engine, steps = open_backend(backend, bundle, options), manifest.sampling.steps
     tokens = []
+
+    def keep(step: int, result: StepResult) -> None:
+        assert result.tokens is not None
+        tokens.append(result.tokens)
+        if progress:
+            progress(step + 1, steps)
+
     with ResidentSubnets(engine, 2, debug=True) as subnets:
         runner = StepRunner(engine, subnets, batch.labels, cfg_scale)
-        x = noise.initial(batch)
-        for step in range(manifest.sampling.steps):
-            result = runner.run(step, x, noise.step(batch, step), batch.labels)
-            assert result.tokens is not None
-            tokens.append(result.tokens)
-            x = result.x_prev
-            if progress:
-                progress(step + 1, manifest.sampling.steps)
+        x = run_steps(runner.steps_of(batch, noise), noise.initial(batch), range(steps), keep)
     return Trace(x, np.stack(tokens))
 
 
 def decided_ratio(manifest: Manifest, tokens: np.ndarray) -> float:
-    """F_dyn / F_static of a run by the model's own decisions: exact masks, and `tokens` bool [steps, L, rows, N]."""
+    """F_dyn / F_static of a run by the decisions of the model: exact masks, and `tokens` bool [steps, L, rows, N]."""
     counts, share = manifest.model.units.counts(manifest.step_masks()), tokens.mean(axis=(2, 3))
     return float(np.mean(flops_ratio(manifest.model, counts, share)))
 
 
 def executed_ratio(manifest: Manifest, tokens: np.ndarray) -> float:
-    """The same of what runs (`computed_ratio`): widths of the subnetworks, and the tokens that their routing computes.
-    Repetitions of steps whose tokens overflowed are not counted."""
+    """F_dyn / F_static of what is executed (`computed_ratio`): the widths of the subnetworks, and the tokens that their
+    routing computes. Repeated steps, whose tokens overflowed, are not counted."""
     return float(computed_ratio(manifest, range(len(tokens)), tokens.mean(axis=(2, 3))).mean())

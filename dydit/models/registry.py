@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from dydit.models.config import ModelConfig
     from dydit.models.dynamic import DynamicModel
     from dydit.models.sliced import Linear, SlicedModel
-    from dydit.quantization.smoothing import Migration
+    from dydit.quantization.smoothing import Smoothing
 
 DEFAULT = "dit"
 """What a file means that names no architecture: those of before there was a choice."""
@@ -76,7 +76,7 @@ class Architecture(ABC):
         state: Mapping[str, Tensor],
         config: Any,
         order: Slots | None = None,
-        smoothing: Migration | None = None,
+        smoothing: Smoothing | None = None,
     ) -> Iterator[tuple[str, Tensor]]:
         """(name, f32 tensor) of everything that a bundle stores, one after another, in the order of the file.
 
@@ -85,7 +85,7 @@ class Architecture(ABC):
         `scaled_inputs`.
         """
 
-    def condition_factors(self, config: Any, smoothing: Migration | None) -> np.ndarray | None:
+    def condition_factors(self, config: Any, smoothing: Smoothing | None) -> np.ndarray | None:
         """What smoothing multiplies a row of `conditioning` by, f32 of `condition_shape`; None: nothing changes."""
         return None
 
@@ -97,7 +97,7 @@ class Architecture(ABC):
 
     @abstractmethod
     def conditioning_graph(
-        self, config: Any, weights: Windows, precision: Precision, smoothing: Migration | None = None
+        self, config: Any, weights: Windows, precision: Precision, smoothing: Smoothing | None = None
     ) -> ir.Model:
         """(timesteps [T], labels [R]) -> condition f32 [T, R, *condition_shape]."""
 

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dydit.diffusion.sampler_step import sampler_step
 from dydit.models.architecture import Slots, UnitLayer, stored_name
 from dydit.models.config import ModelConfig
 from dydit.models.routers import TOKEN_ROUTER
@@ -121,7 +122,7 @@ class SlicedModel(ABC):
         self._tokens, self._residuals = [], []
         parts = None if gates is None else gates.split([part.group.count for part in self.config.units.parts])
         output = self._output(x, condition, parts)
-        x_prev = self._sampler_step(x, output, noise, coefficients, cfg_scale)
+        x_prev = sampler_step(x, output, noise, coefficients, cfg_scale, self.cfg_channels)
         if not debug:
             return SlicedOutput(x_prev, self._overflow)
         return SlicedOutput(x_prev, self._overflow, torch.stack(self._tokens), torch.stack(self._residuals))
@@ -157,19 +158,6 @@ class SlicedModel(ABC):
     def finish_block(self, x: Tensor) -> None:
         """Note the residual stream [R, N, D] after a block."""
         self._residuals.append(x)
-
-    def _sampler_step(
-        self, x: Tensor, output: Tensor, noise: Tensor, coefficients: Tensor, cfg_scale: Tensor
-    ) -> Tensor:
-        """Guidance on epsilon, then the one formula of `dydit.diffusion.coefficients`."""
-        batch, channels, guided = x.shape[0], self.config.in_channels, self.cfg_channels
-        eps, variance = output[:batch, :channels], output[:batch, channels:]
-        if output.shape[0] > batch:
-            free = output[batch:, :guided]
-            eps = torch.cat([free + cfg_scale * (eps[:, :guided] - free), eps[:, guided:]], 1)
-        of_x, of_eps, of_noise, slope, offset = coefficients.unbind()
-        deviation = torch.exp(slope * variance + offset) if self.config.learn_sigma else torch.exp(offset)
-        return of_x * x + of_eps * eps + of_noise * deviation * noise
 
 
 def _rows(stored: Tensor, slots: Sequence[int]) -> Tensor:

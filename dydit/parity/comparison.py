@@ -1,7 +1,8 @@
-"""The arithmetic of a comparison: relative errors image by image, and token decisions apart from values.
+"""The arithmetic of a comparison: relative errors of each image, and token decisions separately from values.
 
-An image whose tokens were routed differently made a jump, so its value says nothing about rounding; whether the flip is
-excusable shows in how near to zero its logit was. NumPy only: B images, L blocks, rows = B or 2B, N tokens.
+If a token of an image is routed differently, the image makes a jump, and its value says nothing about rounding. Whether
+such a flip is acceptable depends on how near to zero the logit of the token is. NumPy only. Shapes: B images, L blocks,
+rows = B or 2B, N tokens.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 def relative_l2(value: np.ndarray, reference: np.ndarray) -> np.ndarray:
     """||value - reference|| / ||reference|| of each entry of the first axis, float64.
 
-    0 where both are zero, infinite where `value` is not finite.
+    It is 0 where both are zero, and infinite where `value` is not finite.
     """
     a, b = (array.reshape(len(array), -1).astype(np.float64) for array in (value, reference))
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -25,10 +26,10 @@ def relative_l2(value: np.ndarray, reference: np.ndarray) -> np.ndarray:
 
 
 def picture_error(value: np.ndarray, reference: np.ndarray, span: float | None) -> np.ndarray:
-    """Root mean square difference of each entry of the first axis, in units of `span`: PSNR is -20 log10 of it.
+    """Root mean square difference of each entry of the first axis, in units of `span`, float64; PSNR = -20 log10 of it.
 
-    `span`: the range of values, 2 for pixels in [-1, 1]; None: what the reference's entry ranges over. Infinite where
-    `value` is not finite. float64.
+    `span`: the range of values, which is 2 for pixels in [-1, 1]; None: the range of the reference's entry. The result
+    is infinite where `value` is not finite.
     """
     a, b = (array.reshape(len(array), -1).astype(np.float64) for array in (value, reference))
     size = np.ptp(b, axis=1) if span is None else span
@@ -43,11 +44,12 @@ Measure = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 @dataclass(frozen=True)
 class StepComparison:
-    """One sampling step held against the reference.
+    """One sampling step compared with the reference.
 
-    `values`, `contributions`: float64 [B], the hop's measure (relative L2) of x_prev, and relative L2 of
-    x_prev - c_x*x. `flips`: int64 [L, B], tokens routed differently. `margins`: float64 [L, B], the largest |logit|
-    among them in root mean squares of the block's logits, 0 where nothing flipped. `decisions`: how many were compared.
+    `values` float64 [B]: the measure of the check (relative L2) of x_prev. `contributions` float64 [B]: relative L2 of
+    x_prev - c_x*x, the part that comes from the model. `flips` int64 [L, B]: number of tokens routed differently.
+    `margins` float64 [L, B]: the largest |logit| among them, in units of the root mean square of the block's logits; 0
+    where nothing flipped. `decisions`: number of token decisions compared.
     """
 
     step: int
@@ -60,8 +62,8 @@ class StepComparison:
 
 @dataclass(frozen=True)
 class StepValues:
-    """What a form of the model made of a step: `x` it started from and `x_prev`, f32 [B, C, S, S]; `tokens` bool
-    [L, rows, N], None where nothing is routed; `residuals` f32 [L, rows, N, D] where they were asked for."""
+    """One step of one form of the model: `x` before it and `x_prev` after it, f32 [B, C, S, S]; `tokens` bool
+    [L, rows, N], None if the model does not route tokens; `residuals` f32 [L, rows, N, D] if they were requested."""
 
     x: np.ndarray
     x_prev: np.ndarray
@@ -77,7 +79,7 @@ def compare_step(
     logits: np.ndarray | None,
     measure: Measure = relative_l2,
 ) -> StepComparison:
-    """Hold a step against the reference's; `logits`: f32 [L, rows, N], the reference's (None for a static model)."""
+    """Compare a step with the reference's. `logits` f32 [L, rows, N]: those of the reference (None: a static model)."""
     images = len(ours.x)
     parts = [each.x_prev.astype(np.float64) - c_x * each.x for each in (ours, reference)]
     flips, margins, decisions = np.zeros((1, images), np.int64), np.zeros((1, images)), 0
@@ -91,9 +93,10 @@ def compare_step(
 
 
 def count_flips(tokens: np.ndarray, logits: np.ndarray, images: int) -> tuple[np.ndarray, np.ndarray]:
-    """(flips, margins) as in `StepComparison`, from [L, rows, N]; an image's rows, with and without label, together."""
+    """(flips, margins) as in `StepComparison`, from [L, rows, N]; the rows of an image, with and without its label, are
+    counted together."""
     size = np.sqrt(np.mean(np.square(logits, dtype=np.float64), axis=(1, 2), keepdims=True))
-    wrong = tokens != (logits > 0)
-    margin = np.where(wrong, np.abs(logits) / np.maximum(size, np.finfo(np.float64).tiny), 0.0)
+    flipped = tokens != (logits > 0)
+    margin = np.where(flipped, np.abs(logits) / np.maximum(size, np.finfo(np.float64).tiny), 0.0)
     shape = (len(tokens), -1, images, tokens.shape[2])  # rows are (with and without label, images)
-    return wrong.reshape(shape).sum(axis=(1, 3)), margin.reshape(shape).max(axis=(1, 3))
+    return flipped.reshape(shape).sum(axis=(1, 3)), margin.reshape(shape).max(axis=(1, 3))

@@ -1,13 +1,13 @@
-"""`dydit parity`: hold a bundle against the checkpoint that it came from, hop by hop (DESIGN, section 6).
+"""`dydit parity`: compare a bundle with the checkpoint that it was exported from, in five checks.
 
-    masks    the model's own gates in every sampling step == the frozen table
-    weights  every stored tensor == the checkpoint's, in the bundle's precision, bit for bit
-    sliced   masked model vs the sliced torch form, each step from the reference's own latents
-    step     masked model vs the backend, each step from the reference's own latents
-    run      masked model vs the backend, the whole run from the same noise
+    masks    the gates of the model in every sampling step are the frozen table
+    weights  every stored tensor is the checkpoint's, in the precision of the bundle, bit for bit
+    sliced   the sliced form in PyTorch against the masked model, each step from the reference's latents
+    step     the backend against the masked model, each step from the reference's latents
+    run      the backend against the masked model, the whole run from the same noise
 
-The bars are those of the bundle's precision (`dydit.parity.tolerances`). The reference (`dydit.parity.reference`) runs
-first and is never patched. All hops are made, also after one has failed.
+Tolerances depend on the precision of the bundle (`dydit.parity.tolerances`). The reference (`dydit.parity.reference`)
+runs first and is never patched. All checks are made, also after one has failed.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from dydit.bundle.bundle import Bundle
 from dydit.bundle.manifest import Manifest
 from dydit.bundle.stored_weights import half_name
 from dydit.checkpoints.checkpoint import Checkpoint
+from dydit.diffusion.steps import run_steps
 from dydit.errors import ConfigError
 from dydit.export.exporter import stale_reasons
 from dydit.export.weights import Copies, stored_forms
@@ -32,11 +33,12 @@ from dydit.files import write_json
 from dydit.models.config import ModelConfig, Strict
 from dydit.models.macs import flops_ratio
 from dydit.models.registry import architecture_of
-from dydit.parity.checks import Verdict, exact_hop, judge, locate, locate_in_run, skipped
+from dydit.parity.checks import Verdict, exact_check, judge, locate, locate_in_run, skipped
 from dydit.parity.comparison import Measure, StepComparison, StepValues, compare_step, picture_error, relative_l2
 from dydit.parity.reference import Images, Reference, Trajectory
-from dydit.parity.tolerances import DERIVED_WEIGHTS, of_latents, rules
-from dydit.reports.results import Departure, Hop, Machine, ParityReport
+from dydit.parity.tolerances import DERIVED_WEIGHTS, of_latents, tolerances
+from dydit.reports.parity_report import Check, Departure, ParityReport
+from dydit.reports.results import Machine
 from dydit.runtime.backends.base import BackendOptions
 from dydit.runtime.backends.registry import open_backend
 from dydit.runtime.images.pixels import ToPixels, picture_format
@@ -50,9 +52,9 @@ Progress = Callable[[int, int], None]
 
 
 class ParityConfig(Strict):
-    """What to compare: an image for each label (the null class counts as one), `cfg_scale` 1 being no guidance.
+    """What to compare: an image for each label (the null class is a label, too); `cfg_scale` 1 is no guidance.
 
-    `every`: compare every n-th step, and the last, from the reference's latents; the whole run always has all steps.
+    `every`: compare every n-th step and the last one from the reference's latents. The whole run always has all steps.
     """
 
     backend: str = "onnxruntime"
@@ -71,10 +73,10 @@ def run_parity(
     out: Path | None = None,
     progress: Progress | None = None,
 ) -> ParityReport:
-    """Make every hop and, with `out`, write `out/parity.json`. `progress(done, total)` counts model evaluations.
+    """Make every check and, with `out`, write `out/parity.json`. `progress(done, total)` counts model evaluations.
 
-    A bundle of another checkpoint is not refused: the hops fail and name what differs. Raises `ConfigError` for labels
-    that do not fit the bundle, `BackendError` where the backend cannot run it.
+    A bundle of another checkpoint is not refused: its checks fail and name what differs. Raises `ConfigError` for
+    labels that do not fit the bundle, and `BackendError` if the backend cannot run it.
     """
     start, manifest = time.perf_counter(), bundle.manifest
     if len(config.labels) > manifest.max_batch:
@@ -87,10 +89,10 @@ def run_parity(
     compared = sorted({*range(0, steps, config.every), steps - 1})
     if manifest.model.sizes == checkpoint.config.sizes:
         parity = _Parity(bundle, checkpoint, config, compared, progress)
-        hops, trajectory = parity.hops()
+        checks, trajectory = parity.checks()
         evaluations, repeated = parity.evaluations, parity.repeated
     else:
-        hops, trajectory = _other_architecture(manifest, checkpoint.config), None
+        checks, trajectory = _other_architecture(manifest, checkpoint.config), None
         evaluations = repeated = 0
     tokens, ratio = (np.empty(0), np.empty(0)) if trajectory is None else cost_of(manifest.model, trajectory)
     report = ParityReport(
@@ -104,7 +106,7 @@ def run_parity(
         steps_compared=tuple(compared),
         timesteps=manifest.sampling.timesteps,
         stale_reasons=tuple(stale_reasons(manifest, checkpoint)),
-        hops=tuple(hops),
+        checks=tuple(checks),
         evaluations=evaluations,
         repeated_steps=repeated,
         token_share=tuple(tokens.tolist()),
@@ -126,12 +128,12 @@ def cost_of(model: ModelConfig, trajectory: Trajectory) -> tuple[np.ndarray, np.
     return routed.mean(axis=1), ratio
 
 
-def _other_architecture(manifest: Manifest, reference: ModelConfig) -> list[Hop]:
+def _other_architecture(manifest: Manifest, reference: ModelConfig) -> list[Check]:
     ours = manifest.model
     name = next(name for name in ModelConfig.model_fields if getattr(ours, name) != getattr(reference, name))
     where = f"{name} is {getattr(ours, name)} in the bundle and {getattr(reference, name)} in the checkpoint"
-    first, *rest = rules(manifest.precision).values()
-    failed = exact_hop(first, 1, "the architecture differs", Departure(where=where))
+    first, *rest = tolerances(manifest.precision).values()
+    failed = exact_check(first, 1, "the architecture differs", Departure(where=where))
     return [failed, *(skipped(each, "the architecture differs") for each in rest)]
 
 
@@ -148,7 +150,7 @@ class _Counter:
 
 
 class _Parity:
-    """One comparison: the parts that hops share."""
+    """One comparison: what its checks share."""
 
     def __init__(
         self,
@@ -163,14 +165,14 @@ class _Parity:
         self.images = Images(config.labels, config.seed, config.cfg_scale)
         self.reference = Reference(checkpoint.model(), sampling.steps, sampling.sampler, sampling.cfg_channels)
         self.timesteps = self.reference.timesteps
-        self.rules = rules(bundle.manifest.precision)
+        self.tolerances = tolerances(bundle.manifest.precision)
         if picture_format(bundle.manifest) is None:
-            self.rules["run"] = of_latents(self.rules["run"])
+            self.tolerances["run"] = of_latents(self.tolerances["run"])
         self.evaluations = self.repeated = 0
         self.tick = _Counter(progress, 2 * sampling.steps + 2 * len(compared))
 
-    def hops(self) -> tuple[list[Hop], Trajectory]:
-        """All hops, in order, and the reference's run."""
+    def checks(self) -> tuple[list[Check], Trajectory]:
+        """All checks, in order, and the reference's run."""
         self.trajectory = self.reference.run(self.images, self.tick)
         masks = compare_masks(self.bundle, self.timesteps, self.trajectory.masks)
         return [masks, compare_weights(self.bundle, self.checkpoint), self._sliced(), *self._backend()], self.trajectory
@@ -185,24 +187,24 @@ class _Parity:
         return compare_step(step, ours, self._expected(step), c_x, logits, measure)
 
     def _run_measure(self, step: int, to_pixels: ToPixels) -> Measure:
-        """What a whole run is judged by: below fp32 its pictures, which are decoded at the end where they must be."""
-        if not self.rules["run"].decibels:
+        """The measure of a whole run. Below fp32 it compares pictures; latents are decoded at the end only."""
+        if not self.tolerances["run"].decibels:
             return relative_l2
         pictures = picture_format(self.bundle.manifest)
         if pictures is None or (pictures.decoded and step < len(self.timesteps) - 1):
             return lambda ours, reference: picture_error(ours, reference, None)
         return lambda ours, reference: picture_error(to_pixels(ours), to_pixels(reference), PIXEL_SPAN)
 
-    def _located(self, verdict: Verdict, ours: Callable[[int], StepValues]) -> Hop:
-        """The hop with the block in which it departs: both sides run that step once more, with their residuals."""
+    def _located(self, verdict: Verdict, ours: Callable[[int], StepValues]) -> Check:
+        """The check with the block at which it departs: that step runs once more in both forms, with residuals."""
         if verdict.step is None:
-            return verdict.hop
+            return verdict.check
         expected, step = self._expected(verdict.step), verdict.step
         again = self.reference.step(self.images, step, expected.x, residuals=True)
         reference = StepValues(expected.x, expected.x_prev, expected.tokens, again.residuals)
         return locate(verdict, ours(step), reference, int(self.timesteps[step]))
 
-    def _sliced(self) -> Hop:
+    def _sliced(self) -> Check:
         known = architecture_of(self.model)
         weights = dict(known.stored_tensors(self.checkpoint.state, self.model))
         labels = torch.from_numpy(self.images.row_labels(self.model))
@@ -227,53 +229,54 @@ class _Parity:
         for step in self.compared:
             comparisons.append(self._compare(step, run(step)))
             self.tick()
-        return self._located(judge(self.rules["sliced"], comparisons, self.timesteps), run)
+        return self._located(judge(self.tolerances["sliced"], comparisons, self.timesteps), run)
 
-    def _backend(self) -> list[Hop]:
-        """Both hops of the backend, segment by segment, so that each subnetwork is loaded once."""
+    def _backend(self) -> list[Check]:
+        """Both checks of the backend, step by step, so that each subnetwork is loaded once."""
         config = self.config
         backend = open_backend(
             config.backend, self.bundle, BackendOptions(threads=config.threads, device=config.device)
         )
         labels, latents = self.images.row_labels(self.model), self.trajectory.latents
-        # Values come from the graphs that sampling uses, decisions from their twins with more outputs.
-        with ResidentSubnets(backend, 2) as plain, ResidentSubnets(backend, 2, debug=True) as open_:
-            runner, watched = (StepRunner(backend, each, labels, config.cfg_scale) for each in (plain, open_))
+        # Values come from the graphs that sampling uses; decisions come from the same graphs with more outputs.
+        with ResidentSubnets(backend, 2) as plain, ResidentSubnets(backend, 2, debug=True) as with_debug:
+            runner, watched = (StepRunner(backend, each, labels, config.cfg_scale) for each in (plain, with_debug))
 
             def run(step: int, x: np.ndarray, residuals: bool = False) -> StepValues:
                 feeds = (step, x, self.images.noise(self.model, step), labels[: self.images.batch])
-                inside, made = watched.run(*feeds), runner.run(*feeds)
+                observed, result = watched.run(*feeds), runner.run(*feeds)
                 self.evaluations += 1
-                self.repeated += bool(made.overflow.any())
-                return StepValues(x, made.x_prev, inside.tokens, inside.residuals if residuals else None)
+                self.repeated += bool(result.overflow.any())
+                return StepValues(x, result.x_prev, observed.tokens, observed.residuals if residuals else None)
 
-            x, alone, together, to_pixels = latents[0], [], [], ToPixels(backend)
-            for step in range(len(self.timesteps)):
-                ours = run(step, x)
+            alone, together, to_pixels = [], [], ToPixels(backend)
+
+            def compare(step: int, ours: StepValues) -> None:
                 together.append(self._compare(step, ours, self._run_measure(step, to_pixels)))
-                x = ours.x_prev
                 self.tick()
                 if step in self.compared:
                     alone.append(self._compare(step, run(step, latents[step])))
                     self.tick()
+
+            run_steps(run, latents[0], range(len(self.timesteps)), compare)
             single = self._located(
-                judge(self.rules["step"], alone, self.timesteps), lambda step: run(step, latents[step], True)
+                judge(self.tolerances["step"], alone, self.timesteps), lambda step: run(step, latents[step], True)
             )
-        return [single, locate_in_run(judge(self.rules["run"], together, self.timesteps), self.timesteps)]
+        return [single, locate_in_run(judge(self.tolerances["run"], together, self.timesteps), self.timesteps)]
 
 
-def compare_masks(bundle: Bundle, timesteps: np.ndarray, masks: np.ndarray) -> Hop:
-    """The gates that the model itself used, and the timesteps that it was given, against the manifest's.
+def compare_masks(bundle: Bundle, timesteps: np.ndarray, masks: np.ndarray) -> Check:
+    """The gates that the model used and the timesteps that it received, against those of the manifest.
 
-    `masks`: bool [S, rows, U], by unit of the checkpoint. The departure is the first step, block and unit.
+    `masks`: bool [S, rows, U], by unit of the checkpoint. The departure is the first step, block and unit that differ.
     """
-    rule, frozen = rules(bundle.manifest.precision)["masks"], bundle.manifest.checkpoint_masks()
+    tolerance, frozen = tolerances(bundle.manifest.precision)["masks"], bundle.manifest.checkpoint_masks()
     wrong = (masks != frozen[:, None]).any(axis=1)  # [S, U]
     late = np.asarray(bundle.manifest.sampling.timesteps) != timesteps
     per_step = wrong.sum(axis=1) + late
     if not per_step.any():
         detail = f"all {wrong.size:,} gates of {counted(len(timesteps), 'step')} are equal"
-        return exact_hop(rule, 0, detail, None, per_step)
+        return exact_check(tolerance, 0, detail, None, per_step)
     step = int(np.argmax(per_step > 0))
     block, where = None, f"step {step} is at timestep {bundle.manifest.sampling.timesteps[step]}, not {timesteps[step]}"
     if not late[step]:
@@ -285,15 +288,15 @@ def compare_masks(bundle: Bundle, timesteps: np.ndarray, masks: np.ndarray) -> H
     departure = Departure(step=step, timestep=int(timesteps[step]), block=block, where=where)
     total = int(per_step.sum())
     detail = f"{total:,} of {wrong.size + len(late):,} gates and timesteps differ"
-    return exact_hop(rule, total, detail, departure, per_step)
+    return exact_check(tolerance, total, detail, departure, per_step)
 
 
-def compare_weights(bundle: Bundle, checkpoint: Checkpoint) -> Hop:
-    """Every tensor of `weights.bin` against the checkpoint's, in the manifest's order of units."""
+def compare_weights(bundle: Bundle, checkpoint: Checkpoint) -> Check:
+    """Every tensor of `weights.bin` against that of the checkpoint, in the manifest's order of units."""
     manifest = bundle.manifest
     elements, differing, first = 0, 0, None
     tensors = architecture_of(manifest.model).stored_tensors(
-        checkpoint.state, manifest.model, manifest.unit_order, manifest.migration
+        checkpoint.state, manifest.model, manifest.unit_order, manifest.smoothing
     )
 
     def copies(name: str) -> Copies:
@@ -305,19 +308,19 @@ def compare_weights(bundle: Bundle, checkpoint: Checkpoint) -> Hop:
     )
     for name, expected in forms:
         elements += expected.numel()
-        wrong = _differing(bundle, name, expected)
-        differing += wrong
-        if wrong and first is None:
+        count = _differing(bundle, name, expected)
+        differing += count
+        if count and first is None:
             block = int(name.split(".")[1]) if name.startswith("blocks.") else None
-            first = Departure(block=block, where=f"{name}: {wrong} of {expected.numel()} elements")
+            first = Departure(block=block, where=f"{name}: {count} of {expected.numel()} elements differ")
     detail = f"all {elements:,} elements are equal"
     if differing:
         detail = f"{differing:,} of {counted(elements, 'element')} differ{'s' if differing == 1 else ''}"
-    return exact_hop(rules(manifest.precision)["weights"], differing, detail, first)
+    return exact_check(tolerances(manifest.precision)["weights"], differing, detail, first)
 
 
 def _differing(bundle: Bundle, name: str, expected: torch.Tensor) -> int:
-    """How many elements of a stored tensor are not the expected ones: bit for bit, but for what no checkpoint holds."""
+    """The number of elements that differ from the expected ones, bit for bit; computed tensors have a tolerance."""
     entry = bundle.manifest.weights.get(name)
     if entry is None or entry.shape != tuple(expected.shape) or entry.item_bytes != expected.element_size():
         return expected.numel()

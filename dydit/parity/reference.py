@@ -1,15 +1,16 @@
-"""The reference that everything is held to: the masked model and the sampler's formula, step by step, in PyTorch fp32.
+"""The reference that bundles are compared with: the masked model and the sampler's update in PyTorch, fp32.
 
-The model is the checkpoint's own, dense, its routers live: nothing here is frozen, sliced or read from a bundle,
-and nothing in the model is patched. Timesteps and coefficients come from the diffusion process, not from the manifest.
-Rows of the model are the conditional images, then, with guidance, the same images with the null class.
+The model is the dense `DiT` of the checkpoint, with its routers running: nothing is frozen, sliced, patched or read
+from a bundle. Timesteps and coefficients come from the diffusion process, not from the manifest. The rows of the model
+are the images with their labels and then, with guidance, the same images with the null class.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,7 +19,9 @@ from torch import Tensor, nn
 from dydit.diffusion.coefficients import step_coefficients
 from dydit.diffusion.guidance import Guidance, is_guided
 from dydit.diffusion.noise import INITIAL_DRAW, image_noise, step_draw
+from dydit.diffusion.sampler_step import sampler_step
 from dydit.diffusion.schedule import Sampler, Schedule
+from dydit.diffusion.steps import run_steps
 from dydit.errors import ConfigError
 from dydit.models.config import ModelConfig
 from dydit.models.dynamic import DynamicModel
@@ -27,7 +30,7 @@ from dydit.models.routers import Gating, Masked, Recording, Static, TokenRouter
 
 @dataclass(frozen=True)
 class Images:
-    """What is sampled: an image per label, its noise by (seed, place), and the guidance scale (1: without guidance)."""
+    """The images to sample: one for each label, with the noise of (seed, index), and the guidance scale (1: none)."""
 
     labels: tuple[int, ...]
     seed: int = 0
@@ -35,24 +38,24 @@ class Images:
 
     @property
     def batch(self) -> int:
-        """Images."""
+        """The number of images."""
         return len(self.labels)
 
     @property
     def rows(self) -> int:
-        """What the model runs on: twice the batch with guidance."""
+        """The number of rows that the model computes: twice the images with guidance."""
         return self.batch * (2 if is_guided(self.cfg_scale) else 1)
 
     def row_labels(self, config: ModelConfig) -> np.ndarray:
-        """Labels of all rows, int64 [rows]. Raises `ConfigError` for a label that is no row of the class table, and
-        for guidance of a model that has none for no class."""
+        """Labels of all rows, int64 [rows]. Raises `ConfigError` for a label outside the class table, and for guidance
+        of a model without a null class."""
         for label in self.labels:
             if not 0 <= label < config.classes.rows:
                 raise ConfigError(f"label {label} is outside 0..{config.classes.rows - 1}")
         return Guidance(self.cfg_scale, config.null_class).rows(np.asarray(self.labels, np.int64))
 
     def noise(self, config: ModelConfig, step: int | None) -> np.ndarray:
-        """Noise of an execution step, or the starting latents (None), f32 [B, C, S, S]."""
+        """Noise of an execution step, or the initial latents if `step` is None, f32 [B, C, S, S]."""
         shape = (config.in_channels, config.input_size, config.input_size)
         return image_noise(self.seed, range(self.batch), INITIAL_DRAW if step is None else step_draw(step), shape)
 
@@ -60,7 +63,7 @@ class Images:
 @dataclass(frozen=True)
 class ReferenceStep:
     """One step: `x_prev` f32 [B, C, S, S]; `masks` bool [R, U], the gates of units; `logits` f32 [L, R, N] of the token
-    routers (None for a static model); `residuals` f32 [L, R, N, D], where asked for."""
+    routers (None for a static model); `residuals` f32 [L, R, N, D], if they were requested."""
 
     x_prev: np.ndarray
     masks: np.ndarray
@@ -70,8 +73,8 @@ class ReferenceStep:
 
 @dataclass(frozen=True)
 class Trajectory:
-    """A whole run: `latents` f32 [S+1, B, C, S, S], entry s being what step s starts from; the rest as in
-    `ReferenceStep`, stacked over the steps."""
+    """A whole run: `latents` f32 [S+1, B, C, S, S], of which entry s is what step s starts from; the others are those
+    of `ReferenceStep`, stacked over the steps."""
 
     latents: np.ndarray
     masks: np.ndarray
@@ -79,13 +82,13 @@ class Trajectory:
 
     @property
     def tokens(self) -> np.ndarray | None:
-        """Which tokens entered each MLP, bool [S, L, R, N]."""
+        """The tokens that entered each MLP, bool [S, L, R, N]."""
         return None if self.logits is None else self.logits > 0
 
 
 @dataclass
 class _Watched(Masked):
-    """Gates as at inference, and keeps the token routers' logits on the way."""
+    """The gates of inference. It keeps the logits of the token routers."""
 
     logits: list[Tensor] = field(default_factory=list)
 
@@ -98,7 +101,7 @@ class _Watched(Masked):
 
 
 class Reference:
-    """The masked model of a checkpoint and a sampler of `steps` steps. With `static`, routers are ignored."""
+    """The masked model of a checkpoint and a sampler with `steps` steps. `static` ignores the routers."""
 
     def __init__(self, model: DynamicModel, steps: int, sampler: Sampler, cfg_channels: int, static: bool = False):
         self.model, self.config, self.cfg_channels = model.eval(), model.config, cfg_channels
@@ -113,36 +116,40 @@ class Reference:
         rows = len(labels)
         timesteps = torch.full((rows,), int(self.timesteps[step]))
         out = self.model(x.repeat(rows // len(x), 1, 1, 1), timesteps, labels, gating)
-        return guided_step(self.config, self.cfg_channels, self.coefficients[step], cfg_scale, x, out, noise)
+        row = torch.from_numpy(self.coefficients[step])
+        return sampler_step(x, out, noise, row, cfg_scale, self.cfg_channels)
 
     @torch.inference_mode()
     def step(self, images: Images, step: int, x: np.ndarray, residuals: bool = False) -> ReferenceStep:
-        """One step from the latents x, with its decisions."""
+        """One step from the latents `x` f32 [B, C, S, S], with its routing decisions."""
         watched = _Watched()
         recording = Recording(Static() if self.static else watched, self.config)
         labels = torch.from_numpy(images.row_labels(self.config))
         noise = torch.from_numpy(images.noise(self.config, step))
-        with _after_blocks(self.model, residuals) as kept:
+        with _after_blocks(self.model, residuals) as streams:
             out = self.x_prev(step, torch.from_numpy(x), noise, labels, images.cfg_scale, recording)
         decisions = recording.decisions()
         return ReferenceStep(
             out.numpy(),
             (decisions.units > 0).numpy(),
             torch.stack(watched.logits).numpy() if watched.logits else None,
-            torch.stack(kept).numpy() if residuals else None,
+            torch.stack(streams).numpy() if residuals else None,
         )
 
     def run(self, images: Images, progress: Callable[[], None] | None = None) -> Trajectory:
         """All steps from pure noise; `progress()` is called after each."""
-        latents, kept = [images.noise(self.config, None)], []
-        for step in range(len(self.timesteps)):
-            done = self.step(images, step, latents[-1])
-            latents.append(done.x_prev)
-            kept.append(done)
+        steps: list[ReferenceStep] = []
+
+        def keep(step: int, outcome: ReferenceStep) -> None:
+            steps.append(outcome)
             if progress:
                 progress()
-        logits = None if self.static else np.stack([_present(each.logits) for each in kept])
-        return Trajectory(np.stack(latents), np.stack([each.masks for each in kept]), logits)
+
+        initial = images.noise(self.config, None)
+        run_steps(partial(self.step, images), initial, range(len(self.timesteps)), keep)
+        logits = None if self.static else np.stack([_present(each.logits) for each in steps])
+        latents = np.stack([initial, *(each.x_prev for each in steps)])
+        return Trajectory(latents, np.stack([each.masks for each in steps]), logits)
 
 
 def _present(array: np.ndarray | None) -> np.ndarray:
@@ -150,40 +157,17 @@ def _present(array: np.ndarray | None) -> np.ndarray:
     return array
 
 
-def guided_step(
-    config: ModelConfig,
-    cfg_channels: int,
-    coefficients: Sequence[float] | np.ndarray,
-    cfg_scale: float,
-    x: Tensor,
-    out: Tensor,
-    noise: Tensor,
-) -> Tensor:
-    """Guidance eps = u + s*(c - u) on the first channels, then the formula of `dydit.diffusion.coefficients`.
-
-    x, noise [B, C, S, S]; out [B or 2B, C or 2C, S, S], conditional rows first. The variance is the conditional one.
-    """
-    batch, channels = x.shape[0], config.in_channels
-    eps, v = out[:batch, :channels], out[:batch, channels:]
-    if out.shape[0] > batch:
-        free = out[batch:, :cfg_channels]
-        eps = torch.cat([free + cfg_scale * (eps[:, :cfg_channels] - free), eps[:, cfg_channels:]], 1)
-    of_x, of_eps, of_noise, slope, offset = (float(each) for each in coefficients)
-    deviation = torch.exp(slope * v + offset) if config.learn_sigma else float(np.exp(offset))
-    return of_x * x + of_eps * eps + of_noise * deviation * noise
-
-
 @contextlib.contextmanager
-def _after_blocks(model: DynamicModel, wanted: bool) -> Iterator[list[Tensor]]:
-    """While open, keeps what each block returns. Forward hooks look on: they change nothing."""
-    kept: list[Tensor] = []
+def _after_blocks(model: DynamicModel, requested: bool) -> Iterator[list[Tensor]]:
+    """While it is open, it keeps what each block returns. The forward hooks only observe."""
+    streams: list[Tensor] = []
 
     def keep(module: nn.Module, inputs: object, output: Tensor) -> None:
-        kept.append(output)
+        streams.append(output)
 
-    handles = [block.register_forward_hook(keep) for block in model.blocks] if wanted else []
+    handles = [block.register_forward_hook(keep) for block in model.blocks] if requested else []
     try:
-        yield kept
+        yield streams
     finally:
         for handle in handles:
             handle.remove()

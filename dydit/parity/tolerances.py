@@ -1,4 +1,4 @@
-"""The one table of what "the same" means, hop by hop (DESIGN, section 6), each bar with its reason. No PyTorch here."""
+"""The table of tolerances: how far a bundle may be from its model in each check, and why. No PyTorch here."""
 
 from __future__ import annotations
 
@@ -10,77 +10,79 @@ from dydit.bundle.stored_weights import Precision
 
 AGREEMENT = 0.9999
 AGREEMENT_FROM = 100_000
-"""So many token decisions must have been compared for their share to be judged: in fewer, one tie and what follows from
-it exceed it, so that only the ties themselves are judged."""
+"""The number of compared token decisions from which their share of agreement is judged. Among fewer, a single near-tie
+and the flips that follow from it would exceed the tolerance."""
 
 
 @dataclass(frozen=True)
 class Tolerance:
-    """A hop's bar: the largest `measure` that passes.
+    """The tolerance of one check: the largest value of its `measure` that passes, and the reason for it.
 
-    `tie`: the largest |logit|, in root mean squares of its block's logits, at which a token may be routed differently;
-    beyond it a flip is a fault, not a tie. An image with a flip is set aside, as its values jump. None: rounding flips
-    many tokens, so they are judged by their share alone, and no image is set aside. `agreement`: the least share of
-    token decisions that agree. `decibels`: the measure is a picture's error, and is told as PSNR too.
+    `near_tie`: the largest |logit| at which a token may be routed differently, in units of the root mean square of its
+    block's logits. A flip beyond it is a fault. An image with a flip is excluded from the values, because a flip is a
+    jump. None: rounding flips many tokens, so only their share is judged and no image is excluded. `agreement`: the
+    smallest share of token decisions that must agree. `decibels`: the measure is the error of a picture, so that
+    messages give its PSNR, too.
     """
 
-    hop: str
+    check: str
     title: str
     measure: str
-    bar: float
+    limit: float
     reason: str
-    tie: float | None = 0.0
+    near_tie: float | None = 0.0
     agreement: float = AGREEMENT
     decibels: bool = False
 
 
 _L2 = "relative L2 of x_prev per image, from the reference's own latents"
 
-HOPS = (
+CHECKS = (
     Tolerance(
         "masks",
         "masked model -> frozen schedule",
         "differing timesteps and gates",
         0,
-        "the width routers see the timestep alone, so the frozen table is their output, not an approximation",
+        "the width routers see only the timestep, so the frozen table is their output and not an approximation",
     ),
     Tolerance(
         "weights",
         "checkpoint -> stored weights",
         "differing elements",
         0,
-        "fp32 weights are stored as they are, in another order",
+        "fp32 weights are stored unchanged, in another order",
     ),
     Tolerance(
         "sliced",
         "masked model -> sliced form, step by step",
         _L2,
         1e-5,
-        "what is sliced off was multiplied by 0; only the order of fp32 sums differs (1e-7), and guidance scales it",
-        tie=1e-4,
+        "slicing removes what the masks multiply by 0; only the order of fp32 sums differs (1e-7), scaled by guidance",
+        near_tie=1e-4,
     ),
     Tolerance(
         "step",
         "masked model -> backend, step by step",
         _L2,
         1e-5,
-        "the same sums by other fp32 kernels, with their own exp and tanh (1e-7), and guidance scales it",
-        tie=1e-4,
+        "the same sums in other fp32 kernels with their own exp and tanh (1e-7), scaled by guidance",
+        near_tie=1e-4,
     ),
     Tolerance(
         "run",
         "masked model -> backend, whole run",
         "relative L2 of the final latents per image, same noise",
         1e-3,
-        "differences of single steps accumulate and are carried on by the model: float64 against float32 gives 1e-6",
-        tie=1e-2,
+        "differences of single steps accumulate through the model: float64 against float32 gives 1e-6",
+        near_tie=1e-2,
     ),
 )
-"""The bars of an fp32 bundle."""
+"""The tolerances of an fp32 bundle."""
 
 _LOWER = {
-    # A step's bar, the share of decisions, and the PSNR of a run. Measured on the digits model over 40 steps: fp16
-    # parts by up to 7e-3 a step and in 2 of 10,000 decisions, bf16 by up to 7e-3 (and often) and in 20 of 10,000.
+    # The tolerance of a step, the share of decisions that agree, and the PSNR of a run. Measured on the digits model
+    # over 40 steps: fp16 differs by up to 7e-3 a step and in 2 of 10,000 decisions, bf16 by up to 7e-3 (more often) and
+    # in 20 of 10,000.
     Precision.FP16: (2e-2, 0.999, 35.0),
     Precision.BF16: (5e-2, 0.99, 35.0),
     Precision.INT8: (5e-2, 0.99, 25.0),
@@ -89,44 +91,48 @@ _LOWER = {
 }
 
 
-def rules(precision: Precision) -> dict[str, Tolerance]:
-    """The bars of a bundle, by hop.
+def tolerances(precision: Precision) -> dict[str, Tolerance]:
+    """The tolerances of a bundle by the name of the check.
 
-    Below fp32 the reference stays the fp32 model: stored weights are its own, rounded once; a step may differ by the
-    rounding of its products; of a whole run the picture counts, by its peak signal-to-noise ratio: 35 dB, 25 in 8 bits.
+    The reference of every precision is the fp32 model. Below fp32, stored weights are those of the model rounded once;
+    a step may differ by the rounding of its products; a whole run is judged by the peak signal-to-noise ratio of its
+    pictures: 35 dB, or 25 dB in 8 bits.
     """
-    table = {each.hop: each for each in HOPS}
+    table = {each.check: each for each in CHECKS}
     if precision not in _LOWER:
         return table
-    bar, agreement, psnr = _LOWER[precision]
+    limit, agreement, psnr = _LOWER[precision]
     changes: dict[str, dict[str, Any]] = {
-        "weights": {"reason": f"weights of matrix products are stored rounded to {precision}, all others as they are"},
+        "weights": {
+            "reason": f"the weights of matrix products are rounded to {precision}; all others are stored unchanged"
+        },
         "step": {
-            "bar": bar,
-            "reason": f"products and attention round to {precision}; a token near its router's zero may flip by that",
+            "limit": limit,
+            "reason": f"products and attention round to {precision}; this may flip a token whose logit is near 0",
         },
         "run": {
-            "measure": "root mean square difference of the picture, in its range of values",
-            "bar": round(10 ** (-psnr / 20), 5),
-            "reason": f"{psnr:g} dB PSNR: a difference that the eye {'hardly finds' if psnr < 35 else 'does not find'}",
+            "measure": "root mean square difference of the picture, relative to its range of values",
+            "limit": round(10 ** (-psnr / 20), 5),
+            "reason": f"{psnr:g} dB PSNR: a difference that is {'hardly' if psnr < 35 else 'not'} visible",
             "decibels": True,
         },
     }
-    for hop in ("step", "run"):
-        changes[hop] |= {"tie": None, "agreement": agreement}
-    return table | {hop: dataclasses.replace(table[hop], **change) for hop, change in changes.items()}
+    for check in ("step", "run"):
+        changes[check] |= {"near_tie": None, "agreement": agreement}
+    return table | {check: dataclasses.replace(table[check], **change) for check, change in changes.items()}
 
 
-def of_latents(rule: Tolerance) -> Tolerance:
-    """The bar of a whole run where no picture can be made, as latents have no decoder: the same, of the latents."""
-    if not rule.decibels:
-        return rule
-    measure = "root mean square difference of the final latents, in their range of values"
-    return dataclasses.replace(rule, measure=measure, reason=f"{rule.reason} in pictures; these are latents")
+def of_latents(tolerance: Tolerance) -> Tolerance:
+    """The tolerance of a whole run if the bundle has no decoder, so that latents are compared in place of pictures."""
+    if not tolerance.decibels:
+        return tolerance
+    measure = "root mean square difference of the final latents, relative to their range of values"
+    return dataclasses.replace(tolerance, measure=measure, reason=f"{tolerance.reason} in pictures; these are latents")
 
 
 DERIVED_WEIGHTS = {"time.frequencies": 1e-6}
-"""Stored tensors that no checkpoint holds, with their relative tolerance: exp differs in the last bit between CPUs."""
+"""Stored tensors that are computed and not read from a checkpoint, with their relative tolerance: exp differs in the
+last bit between CPUs."""
 
 RESIDUAL = 1e-5
-"""Relative L2 of an image's residual stream at which a block counts as the one where two sides part."""
+"""Relative L2 of an image's residual stream from which a block is named as the first one that differs."""

@@ -12,15 +12,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dydit.bench.bench import spread_steps
 from dydit.bench.timing import chained_coefficients
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.manifest import PlanKind, Routing
 from dydit.checkpoints.checkpoint import Checkpoint
-from dydit.diffusion.coefficients import apply_step
 from dydit.diffusion.noise import INITIAL_DRAW, image_noise
+from dydit.diffusion.sampler_step import sampler_step
 from dydit.diffusion.schedule import Schedule
+from dydit.diffusion.steps import LatentsOnly, run_steps
 from dydit.export.exporter import export_planned
 from dydit.export.settings import ExportConfig
 from dydit.models.config import ModelConfig
@@ -130,12 +132,15 @@ def token_share(checkpoint: Checkpoint) -> float:
     model, steps = checkpoint.model(), spread_steps(RUN_STEPS, SHARE_STEPS + 1)[:-1]
     coefficients = chained_coefficients(steps, RUN_STEPS, config.learn_sigma)
     timesteps = Schedule.respaced(RUN_STEPS).timesteps[::-1]
-    x = image_noise(0, range(1), INITIAL_DRAW, (config.in_channels, config.input_size, config.input_size))
     shares = []
-    for row, step in zip(coefficients, steps, strict=True):
+
+    def step(index: int, x: Tensor) -> LatentsOnly[Tensor]:
         recording = Recording(Masked(), config)
-        out = model(torch.from_numpy(x), torch.tensor([int(timesteps[step])]), torch.tensor([0]), recording).numpy()
+        out = model(x, torch.tensor([int(timesteps[steps[index]])]), torch.tensor([0]), recording)
         shares.append(float(recording.decisions().tokens.mean()))
-        eps, v = out[:, : config.in_channels], out[:, config.in_channels :] if config.learn_sigma else 0.0
-        x = apply_step(row, x, eps, v, np.zeros_like(x)).astype(np.float32)
+        row = torch.from_numpy(coefficients[index])
+        return LatentsOnly(sampler_step(x, out, torch.zeros_like(x), row, cfg_scale=1.0, guided_channels=0))
+
+    shape = (config.in_channels, config.input_size, config.input_size)
+    run_steps(step, torch.from_numpy(image_noise(0, range(1), INITIAL_DRAW, shape)), range(len(steps)))
     return max(float(np.mean(shares)), 1 / config.tokens)

@@ -1,7 +1,7 @@
-"""The process that a profile measures in: `python -m dydit.planning.profile_worker`. No PyTorch.
+"""The process in which a profile is measured: `python -m dydit.planning.profile_worker`. No PyTorch.
 
-One job in JSON on standard input, one `Findings`, or {"error": message}, on standard output; whatever else is written
-goes to standard error. The process is fresh, so that its memory is that of what it loads.
+It reads one job in JSON from standard input and writes one `Findings`, or {"error": message}, to standard output. All
+other output goes to standard error. The process is new, so that its memory is that of what it loads.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ Step = Callable[[], object]
 
 
 class ProfileJob(Strict):
-    """What to measure on segments of bundles, all numbered in that order, on as many `threads`.
+    """What to measure on the segments of some bundles, which are numbered over all bundles, on `threads` threads.
 
-    `memory`: of all, loaded in turn. `timed`: whose times. `seconds`: about how long timing takes, in at least 5 rounds
-    and at most `rounds`.
+    `memory`: whether to measure the memory of all segments, which are loaded one after another. `timed`: the segments
+    to time. `seconds`: about how long timing takes, in at least 5 and at most `rounds` rounds.
     """
 
     bundles: tuple[str, ...] = Field(min_length=1)
@@ -51,10 +51,10 @@ class ProfileJob(Strict):
 
 
 class Findings(Strict):
-    """What was measured: memory for each segment, times for each of `timed`.
+    """The measurements: memory for each segment, and times for each of `timed`.
 
-    `settled`: bytes of the process once the segment's subnetwork was loaded and run, those before it still loaded;
-    `workspace`: bytes that a step takes while it runs, or leaves behind, the most of all. `ms`: milliseconds of a step,
+    `settled`: bytes of the process after the subnetwork of the segment was loaded and run, with the earlier ones still
+    loaded. `workspace`: the most bytes that a step takes while it runs, or leaves behind. `ms`: milliseconds of a step,
     by round.
     """
 
@@ -63,8 +63,8 @@ class Findings(Strict):
     ms: tuple[tuple[float, ...], ...] = ()
 
 
-class _Side:
-    """One of the bundles: how its segments are loaded and run."""
+class _ProfiledBundle:
+    """A bundle whose segments are loaded and run."""
 
     def __init__(self, path: str, job: ProfileJob):
         # The process that started this one has just written it.
@@ -80,7 +80,7 @@ class _Side:
         self._feeds: list[Arrays] = [runner.feeds(s.first, self._x, self._x, self._labels) for s in self._segments]
 
     def steps(self) -> list[Step]:
-        """A call for each segment that runs its first step, loading its subnetwork where it is not."""
+        """A call for each segment that runs its first step and, if necessary, loads its subnetwork before."""
 
         def make(index: int, feeds: Arrays) -> Step:
             def step() -> object:
@@ -94,7 +94,7 @@ class _Side:
 
 def profile(job: ProfileJob) -> Findings:
     """Measure."""
-    steps = [step for path in job.bundles for step in _Side(path, job).steps()]
+    steps = [step for path in job.bundles for step in _ProfiledBundle(path, job).steps()]
     settled, workspace = _memory(steps) if job.memory else ((), 0)
     return Findings(settled=settled, workspace=workspace, ms=_times([steps[index] for index in job.timed], job))
 
@@ -114,19 +114,19 @@ def _memory(steps: list[Step]) -> tuple[tuple[int, ...], int]:
 def _settled() -> int:
     size = settled_bytes()
     if size is None:
-        raise BackendError("memory cannot be measured on this system: it has no /proc/self/smaps_rollup")
+        raise BackendError("memory cannot be measured on this system, which has no /proc/self/smaps_rollup")
     return size
 
 
 def _give_back_heap() -> None:
-    """Let the C library return what is freed, where it can: what stays serves the next subnetwork that is loaded."""
+    """Let the C library return freed memory to the system, if it can; the next subnetwork would reuse it."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
 
 
 def _peak_of(step: Step) -> int:
-    """Bytes by which the resident size rises at most while a step runs; 0 where that cannot be told."""
+    """The most bytes by which the resident size rises while a step runs; 0 if that cannot be measured."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -137,9 +137,10 @@ def _peak_of(step: Step) -> int:
 
 
 def _times(steps: list[Step], job: ProfileJob) -> tuple[tuple[float, ...], ...]:
-    """Rounds in which all take turns, in an order that changes, so that whatever slows the machine slows all of them.
+    """Time all steps in each round, in an order that changes, so that other work on the machine slows all of them.
 
-    A short step is timed after another on the same subnetwork, as steps mostly are in a run.
+    A short step is run once before it is timed, because most steps of a run follow another of the same subnetwork.
+    These are rounds of single steps and not walks over a run, so `run_steps` does not drive them.
     """
     first = [_timed(step) for step in steps for _ in range(2)][1::2]
     ms: list[list[float]] = [[] for _ in steps]
@@ -165,13 +166,13 @@ def main() -> int:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     try:
-        found = profile(ProfileJob.model_validate_json(sys.stdin.read()))
+        findings = profile(ProfileJob.model_validate_json(sys.stdin.read()))
     except DyditError as error:
         answers.write(json.dumps({"error": one_line(error)}))
         return 2
     finally:
         answers.flush()
-    answers.write(found.model_dump_json())
+    answers.write(findings.model_dump_json())
     answers.close()
     return 0
 

@@ -1,6 +1,6 @@
-"""Weights of matrix products in 8 bits, int8 or float8 E4M3, with a scale for each output channel.
+"""Weights of matrix products in int8 or float8 E4M3, with a scale for each output channel.
 
-stored = round(weight / scale), scale = max |weight of the channel| / largest     largest: 127, or 448 with E4M3
+stored = round(weight / scale), scale = max |weight of the channel| / largest     largest: 127, or 448 for E4M3
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 
 
 def scale_name(name: str) -> str:
-    """The name of a weight's scales: `layer.weight` to `layer.scale`."""
+    """The name of the scales of a weight: `blocks.0.qkv.scale` for `blocks.0.qkv.weight`."""
     return f"{name.removesuffix('weight')}scale"
 
 
 def quantize(weight: Tensor, out_major: bool, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Tensor]:
-    """A stored weight in 8 bits, of its shape, and f32 scales: [units, out of a unit], or [out] where units are inputs.
+    """The weight in 8 bits, in its own shape, and its f32 scales: [units, out of a unit], or [out] if units are inputs.
 
-    `weight` is [units, out of a unit, in] where stored `out_major`, else [units, in of a unit, out]. A channel of zeros
-    has the scale 1. Values must be finite.
+    `weight`: [units, out of a unit, in] if it is stored `out_major`, else [units, in of a unit, out]; finite values.
+    The scale of a channel of zeros is 1.
     """
     inputs = (2,) if out_major else (0, 1)
     largest = LARGEST[dtype]

@@ -1,12 +1,13 @@
 """`dydit quickstart`: from trained weights to pictures and a report, on the CPU, in about a minute.
 
-The package ships two small models of handwritten digits, a DyDiT and the static DiT that it came from. Both become
-bundles; the dynamic one samples, is traced, held against PyTorch, and timed against the static one. The folder then has
+The package contains two small models of handwritten digits: a DyDiT, and the static DiT that it was fine-tuned from.
+Both are exported to bundles. The bundle of the DyDiT samples, is traced, compared with PyTorch, and timed against the
+static one. The folder then contains
 
     bundle/, static-bundle/      samples/ (single images)      samples.png, masks.png, tokens.png, parity.png, ...
     parity.json, bench.json      report.html (all of it, in one file)      report.json (the same as data)
 
-While `.work/` is there the run is not finished, and the same call goes on where it was; `report.json` is written last.
+While `.work/` exists the run is not finished, and the same call continues it. `report.json` is written last.
 """
 
 from __future__ import annotations
@@ -31,8 +32,10 @@ from dydit.files import user_path
 from dydit.inspection.trace import Trace, trace_tokens
 from dydit.models.config import Strict, UserPath
 from dydit.quickstart.quickstart_folder import QuickstartFolder
-from dydit.quickstart.quickstart_report import STATIC, Found, Line, Sampled, lines_of, write_results
-from dydit.reports.results import BenchReport, ParityReport, Result, Side, SideKind
+from dydit.quickstart.quickstart_report import STATIC, Line, Sampled, StageResults, lines_of, write_results
+from dydit.reports.bench_report import BenchReport, Side, SideKind
+from dydit.reports.parity_report import ParityReport
+from dydit.reports.results import Result
 from dydit.reports.text import aligned
 from dydit.runtime.backends.base import BackendOptions
 from dydit.runtime.bulk.finished import has_picture, picture_name
@@ -53,8 +56,9 @@ StageProgress = Callable[[str, int, int], None]
 class QuickstartConfig(Strict):
     """What to run. The defaults take about a minute on two cores.
 
-    `dydit`, `dit`: checkpoints in place of those that the package ships. `per_class`: images of each class; `batch` at
-    a time. `parity_labels`: images compared with PyTorch, each `parity_every`-th step also alone.
+    `dydit`, `dit`: checkpoints in place of those in the package. `per_class`: number of images of each class, sampled
+    `batch` at a time. `parity_labels`: labels of the images that are compared with PyTorch; every `parity_every`-th
+    step is also compared by itself.
     """
 
     dydit: UserPath | None = None
@@ -73,12 +77,12 @@ class QuickstartConfig(Strict):
 
     @property
     def options(self) -> BackendOptions:
-        """How backends are opened."""
+        """The options of backends."""
         return BackendOptions(threads=self.threads)
 
 
 class QuickstartResult(Result):
-    """What came of it; `ok` is whether parity held."""
+    """The result of a quickstart. `ok`: whether parity passed."""
 
     out: str
     report: str
@@ -94,7 +98,7 @@ class QuickstartResult(Result):
 
 @dataclass(frozen=True)
 class _Job:
-    """A quickstart under way."""
+    """A running quickstart."""
 
     folder: QuickstartFolder
     config: QuickstartConfig
@@ -112,11 +116,11 @@ def run_quickstart(
     overwrite: bool = False,
     progress: StageProgress | None = None,
 ) -> QuickstartResult:
-    """Make the folder `out`; `progress(stage, done, total)` is called along the way, for each of `STAGES` in turn.
+    """Make the folder `out`. `progress(stage, done, total)` is called for each of `STAGES` in turn.
 
-    A folder that a killed quickstart left is completed. A finished one is refused, unless `overwrite` has it made anew;
-    one with anything else in it is refused always. Raises `OutputError` for these, `CheckpointError` where a checkpoint
-    is not there or does not fit.
+    The folder of a killed quickstart is completed. A finished one is refused, unless `overwrite` is set; a folder that
+    contains anything else is always refused. Raises `OutputError` for a refused folder, and `CheckpointError` for a
+    checkpoint that does not exist or does not fit.
     """
     from dydit.checkpoints.checkpoint import load_checkpoint
 
@@ -126,7 +130,7 @@ def run_quickstart(
     folder.require_free(overwrite)
     dydit, dit = (load_checkpoint(path) for path in paths)
     if not dydit.config.dynamic or dit.config.dynamic or dydit.config.without_routers() != dit.config:
-        raise CheckpointError(f"{paths[0]} and {paths[1]} are not a DyDiT and a static DiT of the same sizes")
+        raise CheckpointError(f"{paths[0]} and {paths[1]} are not a DyDiT and a static DiT of the same size")
     settings = {
         "version": dydit_version,
         "config": config.model_dump(mode="json"),
@@ -139,8 +143,8 @@ def run_quickstart(
 def _asset(given: Path | None, name: str) -> Path:
     path = given or ASSETS / name
     if not path.is_file():
-        hint = "" if given else "; install dydit again, or train one: dydit train --recipe digits --out RUN"
-        raise CheckpointError(f"{path} is not there{hint}")
+        hint = "" if given else "; install dydit again, or train a model: dydit train --recipe digits --out RUN"
+        raise CheckpointError(f"{path} does not exist{hint}")
     return path
 
 
@@ -151,11 +155,11 @@ def _run(job: _Job) -> QuickstartResult:
     trace = _trace(job, bundle)
     parity = _parity(job, bundle)
     bench = _bench(job, bundle, static)
-    return _report(job, Found(bundle, sampled, trace, parity, bench), start)
+    return _report(job, StageResults(bundle, sampled, trace, parity, bench), start)
 
 
 def _export(job: _Job) -> tuple[Bundle, Bundle]:
-    """Both bundles; one that is there and stands for the checkpoint is kept."""
+    """Both bundles. An existing bundle of the same checkpoint is kept."""
     from dydit.export.exporter import export, stale_reasons
     from dydit.export.settings import ExportConfig
 
@@ -174,7 +178,7 @@ def _export(job: _Job) -> tuple[Bundle, Bundle]:
 
 
 def _sample(job: _Job, bundle: Bundle) -> Sampled:
-    """All images, in one go, because they are timed: what a killed run left, or is damaged, is sampled anew."""
+    """All images, sampled in one run because it is timed. They are sampled again unless all their pictures exist."""
     config, classes = job.config, bundle.manifest.model.classes.count
     pictures, folder = picture_format(bundle.manifest), job.folder.out / "samples"
     sampled = job.folder.load("sampled.json", Sampled)
@@ -198,7 +202,7 @@ def _sample(job: _Job, bundle: Bundle) -> Sampled:
 
 
 def _trace(job: _Job, bundle: Bundle) -> Trace:
-    """The first image of each class once more, with its token decisions."""
+    """The first image of each class again, with its token decisions."""
     if (saved := job.folder.load_arrays("trace.npz", "latents", "tokens")) is not None:
         return Trace(*saved)
     labels = range(min(bundle.manifest.model.classes.count, job.config.batch))
@@ -259,17 +263,17 @@ def _bench(job: _Job, bundle: Bundle, static: Bundle) -> BenchReport:
     return run_bench(sides, config, job.folder.out, job.tick(STAGES[4]))
 
 
-def _report(job: _Job, found: Found, start: float) -> QuickstartResult:
+def _report(job: _Job, results: StageResults, start: float) -> QuickstartResult:
     out, stage = job.folder.out, STAGES[5]
     if job.progress:
         job.progress(stage, 0, 1)
-    lines = lines_of(found, out)
-    values = write_results(found, lines, _read_images(out / "samples", found.sampled.images), out)
+    lines = lines_of(results, out)
+    values = write_results(results, lines, _read_images(out / "samples", results.sampled.images), out)
     result = QuickstartResult(
         out=str(out),
         report=str(out / "report.html"),
-        ok=found.parity.ok,
-        images=found.sampled.images,
+        ok=results.parity.ok,
+        images=results.sampled.images,
         seconds=round(time.perf_counter() - start, 3),
         lines=lines,
     )
@@ -280,7 +284,7 @@ def _report(job: _Job, found: Found, start: float) -> QuickstartResult:
 
 
 def _read_images(folder: Path, count: int) -> np.ndarray:
-    """The pictures of a sampling run as f32 [n, C, S, S] in [-1, 1]."""
+    """The first `count` pictures of a sampling run, f32 [n, C, S, S] in [-1, 1]."""
     images = []
     for index in range(count):
         with Image.open(folder / picture_name(index)) as picture:

@@ -1,4 +1,4 @@
-"""The folder of a quickstart: unfinished while `.work/` is in it, finished once `report.json` is there without it."""
+"""The folder of a quickstart: unfinished while it has `.work/`, finished once it has `report.json` without that."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PICTURES = ("samples.png", "masks.png", "tokens.png", "plan.png", "parity.png", 
 
 
 class QuickstartFolder:
-    """What is there, what may be written, and the results of stages that are done."""
+    """Its state, what may be written into it, and the results of finished stages."""
 
     def __init__(self, out: Path):
         self.out, self.work = out, out / WORK
@@ -41,27 +41,27 @@ class QuickstartFolder:
 
     @property
     def begun(self) -> bool:
-        """Whether a quickstart was begun here and not completed."""
+        """Whether a quickstart was started here and not completed."""
         values = read_object(self.work / SETTINGS)
         return values is not None and values.get("kind") == KIND
 
     def require_free(self, overwrite: bool) -> None:
-        """Raise `OutputError` where a quickstart is finished (unless `overwrite`), or where something else is."""
+        """Raise `OutputError` if the folder holds a finished quickstart (unless `overwrite`) or other files."""
         if self.finished:
             if not overwrite:
                 raise OutputError(
-                    f"{self.out} holds a finished quickstart (open {self.out / 'report.html'}); to make it anew add "
+                    f"{self.out} holds a finished quickstart (open {self.out / 'report.html'}); to replace it add "
                     "--overwrite, or choose another --out"
                 )
         elif not self.begun and (self.out.is_symlink() or self.out.exists()):
             if not self.out.is_dir():
                 raise OutputError(f"{self.out} exists and is not a folder; choose another --out")
             if any(entry.name != WORK for entry in self.out.iterdir()):
-                raise OutputError(f"{self.out} holds files that are not a quickstart's; choose another --out")
+                raise OutputError(f"{self.out} holds files that do not belong to a quickstart; choose another --out")
 
     @contextlib.contextmanager
     def open(self, settings: Mapping[str, Any], overwrite: bool) -> Iterator[None]:
-        """Hold the folder for this process alone; `settings` identify the run that an unfinished folder holds."""
+        """Lock the folder for this process. `settings` identify the run of an unfinished folder."""
         expected = {"kind": KIND, **json.loads(json.dumps(settings, allow_nan=False))}
         with explained(self.out):
             self.work.mkdir(parents=True, exist_ok=True)
@@ -69,20 +69,20 @@ class QuickstartFolder:
                 try:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError as error:
-                    raise OutputError(f"another quickstart is writing {self.out}; wait for it") from error
+                    raise OutputError(f"another quickstart is writing {self.out}; wait until it ends") from error
                 found = read_object(self.work / SETTINGS)
                 if overwrite or found is None:
                     self._clear()
                     write_json(self.work / SETTINGS, expected)
                 elif found != expected:
                     raise OutputError(
-                        f"{self.out} holds an unfinished quickstart with other settings or weights; to make it anew "
+                        f"{self.out} holds an unfinished quickstart with other settings or weights; to replace it "
                         "add --overwrite, or choose another --out"
                     )
                 yield
 
     def _clear(self) -> None:
-        """Remove what a quickstart writes, and nothing else; the report first, so that no half passes for a whole."""
+        """Remove what a quickstart writes, and nothing else. The report goes first, because it means a finished run."""
         for name in (REPORT, *RESULTS, *PICTURES):
             (self.out / name).unlink(missing_ok=True)
         for name in FOLDERS:
@@ -92,21 +92,21 @@ class QuickstartFolder:
                 entry.unlink()
 
     def save(self, name: str, values: Mapping[str, Any]) -> None:
-        """Keep the result of a stage until the run is finished."""
+        """Save the result of a stage until the run is finished."""
         write_json(self.work / name, dict(values))
 
     def save_arrays(self, name: str, **arrays: np.ndarray) -> None:
-        """The same for arrays."""
+        """Save the arrays of a stage until the run is finished."""
         data = io.BytesIO()
         np.savez_compressed(data, allow_pickle=False, **arrays)
         write_atomic(self.work / name, data.getvalue())
 
     def load_arrays(self, name: str, *arrays: str) -> list[np.ndarray] | None:
-        """The arrays that were kept, in this order; None where they are not there yet, or are damaged."""
+        """The saved arrays in this order; None if they do not exist or are damaged."""
         return kept_arrays(self.work / name, *arrays)
 
     def load(self, name: str, kind: type[R]) -> R | None:
-        """A stage's result, from the working files or the folder itself; None where it is not there, or not whole."""
+        """The result of a stage, from the work files or the folder itself; None if it does not exist or is damaged."""
         values = read_object(self.work / name) or read_object(self.out / name)
         try:
             return None if values is None else kind.parse(values)
@@ -114,13 +114,13 @@ class QuickstartFolder:
             return None
 
     def finish(self, values: Mapping[str, Any]) -> None:
-        """Write `report.json` and remove the working files."""
+        """Write `report.json` and remove the work files."""
         write_json(self.out / REPORT, {"kind": KIND, **values})
         shutil.rmtree(self.work, ignore_errors=True)
 
 
 def read_object(path: Path) -> dict[str, Any] | None:
-    """A JSON object from a file; None where there is none, or something else."""
+    """The JSON object in a file; None if there is none."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""What a quickstart found, as five lines, pictures and a report."""
+"""The results of a quickstart as five lines, pictures and a report."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from dydit.bundle.manifest import Manifest
 from dydit.files import write_atomic
 from dydit.inspection.inspect import Inspection, inspect_bundle
 from dydit.inspection.trace import Trace, decided_ratio, executed_ratio
+from dydit.reports.bench_report import BUSY, BenchReport, bound_text, busy, repeats_text
 from dydit.reports.html_report import Headline, ReportContent, write_report
 from dydit.reports.inspection_facts import BundleFacts
+from dydit.reports.parity_report import ParityReport
 from dydit.reports.plots import latency_png, parity_png
 from dydit.reports.plots_masks import samples_png, tokens_png
-from dydit.reports.results import BenchReport, Machine, ParityReport, Result
-from dydit.reports.sentences import BUSY, bound_text, busy, decisions_text, guidance_text, repeats_text
-from dydit.reports.text import exponent
+from dydit.reports.results import Machine, Result
+from dydit.reports.text import decisions_text, exponent, guidance_text
 from dydit.words import counted
 
 STATIC = "static DiT"
@@ -28,7 +29,7 @@ SHOWN_ROWS = 6
 
 
 class Line(Result):
-    """One of the closing lines: `value` says it in a word, `note` what it was measured on."""
+    """One of the final lines: `value` is the figure, `note` says what it was measured on."""
 
     label: str
     value: str
@@ -36,7 +37,7 @@ class Line(Result):
 
 
 class Sampled(Result):
-    """The sampling run: `batch` images at a time, `seconds` of wall clock for all of it, loading included."""
+    """The sampling run: `batch` images at a time, and wall-clock `seconds` for the whole run with loading."""
 
     images: int
     batch: int
@@ -47,14 +48,14 @@ class Sampled(Result):
 
     @property
     def repeats_text(self) -> str:
-        """The steps of a batch that ran again because their tokens overflowed; empty where none did."""
+        """The number of steps of a batch that ran again because tokens overflowed; empty if none did."""
         if not self.repeated_steps:
             return ""
         return f"; {counted(self.repeated_steps, 'step')} of a batch ran again at full capacity"
 
 
 @dataclass(frozen=True)
-class Found:
+class StageResults:
     """The results of all stages."""
 
     bundle: Bundle
@@ -64,17 +65,19 @@ class Found:
     bench: BenchReport
 
 
-def lines_of(found: Found, out: Path) -> tuple[Line, ...]:
-    """Where things are, images per second, speed-up, multiply-adds saved, largest deviation from PyTorch."""
-    manifest, bench, sampled = found.bundle.manifest, found.bench, found.sampled
+def lines_of(results: StageResults, out: Path) -> tuple[Line, ...]:
+    """The place of the results, images per second, speed-up, multiply-adds saved, largest deviation from PyTorch."""
+    manifest, bench, sampled = results.bundle.manifest, results.bench, results.sampled
     pair, ours = bench.comparison(STATIC), bench.sides[0]
-    executed = executed_ratio(manifest, found.trace.tokens)
-    decided = decided_ratio(manifest, found.trace.tokens)
+    executed = executed_ratio(manifest, results.trace.tokens)
+    decided = decided_ratio(manifest, results.trace.tokens)
     threads = counted(bench.threads, "thread")
     repeats = f"; {repeats_text(ours)}" if ours.overflows else ""
     return (
         Line(
-            label="results", value=str(out / "report.html"), note="with samples, pictures, bundles and data beside it"
+            label="results",
+            value=str(out / "report.html"),
+            note="the folder also has samples, pictures, bundles and data",
         ),
         Line(
             label="images per second",
@@ -85,16 +88,16 @@ def lines_of(found: Found, out: Path) -> tuple[Line, ...]:
         Line(
             label="speed-up",
             value=f"{pair.median:.2f}\u00d7",
-            note=f"{ours.median_ms:.1f} against {bench.side(STATIC).median_ms:.1f} ms a step of the static DiT; "
+            note=f"{ours.median_ms:.1f} against {bench.side(STATIC).median_ms:.1f} ms a step for the static DiT; "
             f"{bound_text(pair)}{repeats}{f'; {BUSY}' if busy(bench) else ''}",
         ),
         Line(
             label="multiply-adds saved",
             value=f"{1 - executed:.1%}",
-            note="of the blocks', measured over a run, tokens included"
-            + (f"; a subnetwork a mask would save {1 - decided:.1%}" if executed - decided > 0.01 else ""),
+            note="in the blocks, measured over a run, with token routing"
+            + (f"; a subnetwork for every mask would save {1 - decided:.1%}" if executed - decided > 0.01 else ""),
         ),
-        _deviation(found.parity),
+        _deviation(results.parity),
     )
 
 
@@ -103,21 +106,25 @@ def _run_text(manifest: Manifest) -> str:
 
 
 def _deviation(parity: ParityReport) -> Line:
-    """The largest of all images, with those that routed a token differently, which the hop's own worst leaves out."""
-    run = parity.hop("run")
+    """The largest deviation of all images, also of those with a flipped token, which the check itself leaves out."""
+    run = parity.check("run")
     jumps = [image.value for image in run.flipped_images]
     known = [value for value in (run.worst, *jumps) if value is not None]
     note = f"largest relative L2 in {counted(parity.steps, 'step')}; {decisions_text(run.flips, run.decisions)}"
     if jumps:
-        alike = "no image routes all tokens alike" if run.worst is None else f"where none does, {exponent(run.worst)}"
-        note += f"; {alike}"
-    note += f" (bar {exponent(run.bar)})" if parity.ok else f"; PARITY FAILS: {parity.summary}"
+        others = (
+            "every image routes a token differently"
+            if run.worst is None
+            else f"{exponent(run.worst)} for images where none does"
+        )
+        note += f"; {others}"
+    note += f" (tolerance {exponent(run.tolerance)})" if parity.ok else f"; PARITY FAILS: {parity.summary}"
     value = exponent(max(known)) if known and None not in jumps else "not finite"
     return Line(label="deviation from PyTorch", value=value, note=note)
 
 
 def token_picture(manifest: Manifest, trace: Trace) -> bytes:
-    """The first images of a trace, at timesteps across the run; only the rows with a label are shown."""
+    """The first images of a trace, at timesteps spread over the run. Rows of the null class are not shown."""
     times = np.asarray(manifest.sampling.timesteps)
     steps = sorted({int(np.argmin(np.abs(times - timestep))) for timestep in SHOWN_TIMESTEPS})
     rows = min(SHOWN_ROWS, len(trace.latents))
@@ -126,49 +133,49 @@ def token_picture(manifest: Manifest, trace: Trace) -> bytes:
     return tokens_png(trace.latents[:rows], tokens, times[steps].tolist(), labels, share=trace.token_share)
 
 
-def write_results(found: Found, lines: tuple[Line, ...], images: np.ndarray, out: Path) -> dict[str, Any]:
+def write_results(results: StageResults, lines: tuple[Line, ...], images: np.ndarray, out: Path) -> dict[str, Any]:
     """Write every picture and `report.html` into `out`; returns the data for `report.json`.
 
-    `images` f32 [n, C, S, S] in [-1, 1], those of the sampling run, in order.
+    `images` f32 [n, C, S, S] in [-1, 1]: those of the sampling run, in order.
     """
-    manifest = found.bundle.manifest
-    inspection = inspect_bundle(found.bundle.path)
+    manifest = results.bundle.manifest
+    inspection = inspect_bundle(results.bundle.path)
     classes = manifest.model.classes.count
     pictures = {
         **inspection.pictures(),
         "samples.png": samples_png(images, [image % classes for image in range(len(images))]),
-        "tokens.png": token_picture(manifest, found.trace),
-        "parity.png": parity_png(found.parity),
-        "latency.png": latency_png(found.bench),
+        "tokens.png": token_picture(manifest, results.trace),
+        "parity.png": parity_png(results.parity),
+        "latency.png": latency_png(results.bench),
     }
     for name, data in pictures.items():
         write_atomic(out / name, data)
-    write_report(out / "report.html", _content(found, lines, inspection, pictures))
+    write_report(out / "report.html", _content(results, lines, inspection, pictures))
     return {
         "lines": [line.to_json() for line in lines],
-        "sampled": found.sampled.to_json(),
+        "sampled": results.sampled.to_json(),
         "flops_ratio": {
-            "decided": decided_ratio(manifest, found.trace.tokens),
-            "executed": executed_ratio(manifest, found.trace.tokens),
-            "token_share": found.trace.token_share,
+            "decided": decided_ratio(manifest, results.trace.tokens),
+            "executed": executed_ratio(manifest, results.trace.tokens),
+            "token_share": results.trace.token_share,
         },
-        "parity": found.parity.to_json(),
-        "bench": found.bench.to_json(),
+        "parity": results.parity.to_json(),
+        "bench": results.bench.to_json(),
         "bundle": inspection.to_json(),
     }
 
 
 def _content(
-    found: Found, lines: tuple[Line, ...], inspection: Inspection, pictures: dict[str, bytes]
+    results: StageResults, lines: tuple[Line, ...], inspection: Inspection, pictures: dict[str, bytes]
 ) -> ReportContent:
-    manifest, sampled = found.bundle.manifest, found.sampled
+    manifest, sampled = results.bundle.manifest, results.sampled
     where, *numbers = lines
     model = manifest.model
     return ReportContent(
         title="A dynamic diffusion transformer on handwritten digits",
         subtitle=(
             f"{model.summary}, fine-tuned to skip what a step "
-            f"and a token do not need, then compiled to {counted(len(manifest.subnets), 'static subnetwork')} that "
+            f"or a token does not need, then compiled to {counted(len(manifest.subnets), 'static subnetwork')} that "
             "ONNX Runtime executes."
         ),
         headlines=[Headline(line.label, line.value, line.note) for line in (*numbers, where)],
@@ -176,13 +183,13 @@ def _content(
         pictures={name.removesuffix(".png"): data for name, data in pictures.items()},
         samples_note=(
             f"{counted(sampled.images, 'image')} in {sampled.seconds:.1f} s: {_run_text(manifest)}, "
-            f"{guidance_text(sampled.cfg_scale)}, seed {sampled.seed}. None is picked by hand."
+            f"{guidance_text(sampled.cfg_scale)}, seed {sampled.seed}. The images are not selected."
         ),
-        parity=found.parity,
-        bench=found.bench,
+        parity=results.parity,
+        bench=results.bench,
         bundle=inspection.facts if isinstance(inspection.facts, BundleFacts) else None,
         facts=(
-            ("Bundle", str(found.bundle.path)),
+            ("Bundle", str(results.bundle.path)),
             ("Checkpoint", f"SHA-256 {manifest.checkpoint_sha256}"),
             ("Exported with", ", ".join(f"{name} {number}" for name, number in sorted(manifest.tools.items()))),
         ),

@@ -1,7 +1,7 @@
-"""One HTML file that shows what a bundle does: samples, masks, tokens, parity, latency, plan, machine.
+"""The report as one HTML file: samples, masks, tokens, parity, latency, plan, machine.
 
-The file holds everything (pictures as base64 PNG, styles inline), so it can be mailed, archived and opened offline.
-Each section is there only if its result is.
+The file is self-contained (pictures as base64 PNG, styles inline), so it can be mailed, archived and opened offline. It
+has a section for each result that exists.
 """
 
 from __future__ import annotations
@@ -14,29 +14,30 @@ from pathlib import Path
 
 from dydit.errors import DyditError
 from dydit.files import write_atomic
+from dydit.reports.bench_report import BenchReport, bound_text, busy, repeats_text
 from dydit.reports.inspection_facts import BundleFacts, routing_text
+from dydit.reports.parity_report import ParityReport
 from dydit.reports.plot_style import DPI
-from dydit.reports.results import BenchReport, Machine, ParityReport
-from dydit.reports.sentences import bound_text, busy, guidance_text, repeats_text
-from dydit.reports.text import bytes_text, count_text, exponent
+from dydit.reports.results import Machine
+from dydit.reports.text import bytes_text, count_text, exponent, guidance_text
 from dydit.words import counted
 
 TEMPLATE = "report.html.j2"
 PICTURES = {
     "samples": "Sheet of generated images, a column for each class",
-    "masks": "Heat maps of active heads and channel groups over the sampling steps",
-    "tokens": "Images, and how many blocks computed each of their tokens, by timestep",
-    "parity": "Deviation from the reference in each step, with its bars",
-    "latency": "Milliseconds a step of each side, and what multiply-adds alone would give",
-    "plan": "Cost and memory of plans against their number of segments",
+    "masks": "Heat maps of the active heads and channel groups over the sampling steps",
+    "tokens": "Images, and the number of blocks that computed each of their tokens, by timestep",
+    "parity": "Deviation from the reference in each step, with the tolerances",
+    "latency": "Milliseconds a step of each configuration, and the bound by multiply-adds",
+    "plan": "Cost and memory of plans by their number of segments",
 }
-"""What a report has pictures of, and what each shows to those who do not see it."""
+"""The pictures of a report, and the alternative text of each."""
 CSS_DPI = 100  # pictures are drawn at DPI and shown at this many pixels an inch: crisp on a screen of twice the density
 
 
 @dataclass(frozen=True)
 class Headline:
-    """One of the findings at the top: `value` large, `label` above, `note` below."""
+    """One of the findings at the top: `value` in large type, `label` above it, `note` below it."""
 
     label: str
     value: str
@@ -45,7 +46,7 @@ class Headline:
 
 @dataclass(frozen=True)
 class ReportContent:
-    """What a report shows. `pictures`: PNG bytes by name, of those in `PICTURES`; `facts`: pairs for the foot."""
+    """The content of a report. `pictures`: PNG bytes by the names in `PICTURES`. `facts`: rows of the last table."""
 
     title: str
     subtitle: str
@@ -61,7 +62,7 @@ class ReportContent:
 
 @dataclass(frozen=True)
 class Picture:
-    """An embedded picture: data URI, size in CSS pixels, and what it shows for those who do not see it."""
+    """An embedded picture: data URI, size in CSS pixels, and alternative text."""
 
     uri: str
     width: int
@@ -86,7 +87,7 @@ def render_report(content: ReportContent) -> str:
     try:
         from jinja2 import Environment, FileSystemLoader, StrictUndefined
     except ImportError as error:
-        raise DyditError("jinja2 is not installed, but writes the report: pip install 'dydit[report]'") from error
+        raise DyditError("the report needs jinja2, which is not installed: pip install 'dydit[report]'") from error
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -98,8 +99,8 @@ def render_report(content: ReportContent) -> str:
     environment.filters |= {"guidance": guidance_text, "bound": bound_text, "repeats": repeats_text}
     environment.filters["routing"] = routing_text
     pictures = {name: Picture.of(data, PICTURES[name]) for name, data in content.pictures.items()}
-    hops = [hop for hop in content.parity.hops if hop.sets_aside] if content.parity else []
-    flipped = [image for hop in hops for image in hop.flipped_images]
+    checks = [check for check in content.parity.checks if check.sets_aside] if content.parity else []
+    flipped = [image for check in checks for image in check.flipped_images]
     return environment.get_template(TEMPLATE).render(
         content=content, pictures=pictures, flipped=flipped, busy=content.bench is not None and busy(content.bench)
     )

@@ -1,4 +1,4 @@
-"""What `dydit.inspection.inspect` finds, as plain data that goes to JSON and back, and laid out for a terminal."""
+"""The facts of `dydit.inspection.inspect` as plain data that goes to JSON and back, and as text for a terminal."""
 
 from __future__ import annotations
 
@@ -19,37 +19,40 @@ Row = TypeVar("Row")
 
 
 class WidthFacts(Result):
-    """The width masks over a run: shares are of all units and steps, 0..1."""
+    """The width masks over a run. Shares are of all units and steps, 0..1."""
 
     steps: int
     distinct_masks: int
-    shares: dict[str, float] = Field(description="of units that are on, by unit group: heads, groups")
-    toggling_units: int = Field(description="units that are on in some steps and off in others")
-    units: int = Field(description="units of all blocks")
-    flops_ratio: float = Field(description="of the blocks, by width alone: every token counted")
+    shares: dict[str, float] = Field(description="share of units that are on, by unit group: heads, groups")
+    toggling_units: int = Field(description="number of units that are on in some steps and off in others")
+    units: int = Field(description="number of units of all blocks")
+    flops_ratio: float = Field(description="of the blocks, by width only, with all tokens")
 
 
 class PlanRow(Result):
-    """The cheapest plan of a number of segments; multiply-adds of an image's blocks over the whole run."""
+    """The cheapest plan with a number of segments. `macs`: multiply-adds of the blocks for an image over the whole
+    run."""
 
     segments: int
-    subnets: int = Field(description="distinct ones: segments with equal masks share theirs")
+    subnets: int = Field(description="number of distinct subnetworks; segments with equal masks share one")
     macs: float
     versus_exact: float
     versus_static: float
-    weight_bytes: int = Field(description="of all distinct subnetworks together")
-    ms: float | None = Field(default=None, description="of a batch's run, by the times that made a bundle's plan")
+    weight_bytes: int = Field(description="of all distinct subnetworks")
+    ms: float | None = Field(
+        default=None, description="time of a run of one batch, by the times that the plan was made with"
+    )
 
 
 class ModelFacts(Result):
-    """Sizes and cost of a model; multiply-adds of one image and step, everything on."""
+    """Sizes and cost of a model: multiply-adds of one image and step with all units on."""
 
     config: AnyModel
     tokens: int
     parameters: int
     router_parameters: int
-    static_macs: int = Field(description="whole model, as the paper counts")
-    block_macs: int = Field(description="all blocks' attention and MLP, which is what masks save on")
+    static_macs: int = Field(description="of the whole model, counted as in the paper")
+    block_macs: int = Field(description="of attention and MLP in all blocks, which masks reduce")
 
 
 class CheckpointFacts(Result):
@@ -61,14 +64,14 @@ class CheckpointFacts(Result):
     sha256: str
     file_bytes: int
     metadata: dict[str, str]
-    notes: tuple[str, ...] = Field(default=(), description="what was assumed or chosen when it was read")
+    notes: tuple[str, ...] = Field(default=(), description="assumptions and choices made when it was read")
     model: ModelFacts
     width: WidthFacts
     plans: tuple[PlanRow, ...]
 
 
 class SubnetFacts(Result):
-    """One subnetwork of a bundle; `units` of each unit group over all blocks."""
+    """One subnetwork of a bundle. `units`: number of units of each group over all blocks."""
 
     index: int
     segments: int
@@ -80,9 +83,9 @@ class SubnetFacts(Result):
 
 
 class SegmentFacts(Result):
-    """Consecutive steps of a bundle's plan and their subnetwork; `cost_share` 0..1 of the run, in what the plan makes
-    least. `weight_bytes` of the subnetwork's. `slots`: with capacity routing, MLP token slots of a row, by block;
-    `blocks_with_mlp`: the blocks in which any routed unit is on, whose slots are computed."""
+    """Consecutive steps of the plan of a bundle, and their subnetwork. `cost_share`: share 0..1 in the cost of the run,
+    in the unit that the plan minimizes. `weight_bytes`: of the subnetwork. `slots`: with capacity routing, MLP token
+    slots of a row, by block. `blocks_with_mlp`: the blocks in which a routed unit is on, so that slots are computed."""
 
     first: int
     steps: int
@@ -96,14 +99,14 @@ class SegmentFacts(Result):
 
     @property
     def computed_slots(self) -> tuple[int, ...]:
-        """The slots of the blocks that compute theirs."""
-        return tuple(slot for slot, there in zip(self.slots or (), self.blocks_with_mlp, strict=False) if there)
+        """The slots of the blocks that compute them."""
+        return tuple(slot for slot, has_mlp in zip(self.slots or (), self.blocks_with_mlp, strict=False) if has_mlp)
 
 
 class DecoderFacts(Result):
-    """A bundle's VAE decoder. `tile`: side of the latents that it takes; `picture_side` in pixels; `bytes` on disk.
+    """The VAE decoder of a bundle. `tile`: side of its input latents; `picture_side` in pixels; `bytes` on disk.
 
-    `scaling`: how latents are scaled for it, in words.
+    `scaling`: how its input is scaled, in words.
     """
 
     source: str
@@ -114,7 +117,7 @@ class DecoderFacts(Result):
 
 
 class BundleFacts(Result):
-    """A bundle. `dense_bytes`: the weights that a step of the model with everything on reads."""
+    """A bundle. `dense_bytes`: the weights that a step reads with all units on."""
 
     kind: str = "bundle"
     path: str
@@ -133,15 +136,15 @@ class BundleFacts(Result):
     plans: tuple[PlanRow, ...]
     segments: tuple[SegmentFacts, ...] = ()
     measured: MeasuredPlan | None = None
-    layers: int = Field(default=0, description="linear layers of blocks, of all segments")
-    layers_in_16_bits: int = Field(default=0, description="those of them that stay, where the others are in 8 bits")
+    layers: int = Field(default=0, description="number of linear layers in the blocks of all segments")
+    layers_in_16_bits: int = Field(default=0, description="number of those in 16 bits while the others are in 8 bits")
     subnets: tuple[SubnetFacts, ...]
     bundle_bytes: int
     stored_bytes: int
     graph_bytes: int
     dense_bytes: int
     tools: dict[str, str]
-    decoder: DecoderFacts | None = Field(default=None, description="of latents; its files count in no other size")
+    decoder: DecoderFacts | None = Field(default=None, description="its files are not included in other sizes")
 
 
 def checkpoint_text(facts: CheckpointFacts) -> str:
@@ -160,7 +163,7 @@ def checkpoint_text(facts: CheckpointFacts) -> str:
 
 
 def bundle_text(facts: BundleFacts) -> str:
-    """Facts of a bundle for a terminal; of many subnetworks, the first and the last."""
+    """Facts of a bundle for a terminal. Of many subnetworks it shows the first and the last."""
     share = facts.bundle_bytes / facts.stored_bytes
     head = [
         ("bundle", f"{facts.path}, schema version {facts.schema_version}"),
@@ -175,8 +178,8 @@ def bundle_text(facts: BundleFacts) -> str:
         ("routing", routing_text(facts)),
         (
             "on disk",
-            f"{bytes_text(facts.bundle_bytes)} = {share:.2f} x its weights ({bytes_text(facts.stored_bytes)}, once); "
-            f"graphs {bytes_text(facts.graph_bytes)}",
+            f"{bytes_text(facts.bundle_bytes)} = {share:.2f} x its weights ({bytes_text(facts.stored_bytes)}, stored "
+            f"once); graphs {bytes_text(facts.graph_bytes)}",
         ),
         *_decoder_lines(facts),
         ("plan", _plan_line(facts)),
@@ -188,27 +191,27 @@ def bundle_text(facts: BundleFacts) -> str:
 
 
 def routing_text(facts: BundleFacts) -> str:
-    """How tokens reach the MLPs, and of fixed slots how many there are."""
+    """How tokens reach the MLPs, and the number of slots if it is fixed."""
     tokens = facts.model.tokens
     if facts.routing is None:
         return "static: every token enters the MLPs"
     if facts.routing == Routing.DENSE:
         return "dense: all tokens are computed, then masked"
     if facts.routing == Routing.DYNAMIC:
-        return "dynamic: the tokens that are routed are computed"
+        return "dynamic: only routed tokens are computed"
     slots = [slot for segment in facts.segments for slot in segment.computed_slots]
     if not slots:
         return "capacity: no block has an MLP"
     if min(slots) == tokens:
-        return f"capacity: a slot for each of the {counted(tokens, 'token')}, so that routing saves nothing"
+        return f"capacity: a slot for each of the {counted(tokens, 'token')}, so routing saves nothing"
     sums = [
         (segment.steps * sum(segment.computed_slots), segment.steps * len(segment.computed_slots))
         for segment in facts.segments
     ]
     mean = sum(total for total, _ in sums) / sum(count for _, count in sums)
     return (
-        f"capacity: slots for {min(slots)} to {max(slots)} of {counted(tokens, 'token')}, {mean / tokens:.1%} of them "
-        "over the run; steps whose tokens do not fit run again with all"
+        f"capacity: {min(slots)} to {max(slots)} slots for {counted(tokens, 'token')}, on average {mean / tokens:.1%} "
+        "of the tokens; steps whose tokens do not fit run again with all tokens"
     )
 
 
@@ -220,10 +223,12 @@ def _kept_words(facts: BundleFacts) -> str:
 def _decoder_lines(facts: BundleFacts) -> list[tuple[str, str]]:
     decoder, model = facts.decoder, facts.model.config
     if decoder is None:
-        return [] if model.samples_pixels else [("decoder", "none: latents stay latents; dydit attach-vae adds one")]
+        return (
+            [] if model.samples_pixels else [("decoder", "none: samples stay latents; dydit attach-vae adds a decoder")]
+        )
     side = decoder.picture_side
     tiles = "" if decoder.tile == model.input_size else f", in tiles of {decoder.tile}x{decoder.tile} latents"
-    size = f"{side}x{side} pixels{tiles}; {bytes_text(decoder.bytes)} besides"
+    size = f"{side}x{side} pixels{tiles}; {bytes_text(decoder.bytes)} more on disk"
     return [("decoder", f"VAE from {decoder.source}, {size}"), ("", decoder.scaling)]
 
 
@@ -242,8 +247,8 @@ def _model_lines(model: ModelFacts) -> list[tuple[str, str]]:
     c = model.config
     kind = f"{c.title}, routers {c.routers}" if c.dynamic else f"{c.title}, static"
     shape = f"{c.in_channels}x{c.input_size}x{c.input_size}"
-    guidance = "" if c.null_class is not None else ", none for no class: no guidance"
-    routers = f", of them routers {model.router_parameters:,}" if model.router_parameters else ""
+    guidance = "" if c.null_class is not None else ", no null class, so no guidance"
+    routers = f", including routers {model.router_parameters:,}" if model.router_parameters else ""
     return [
         (
             "model",
@@ -257,8 +262,8 @@ def _model_lines(model: ModelFacts) -> list[tuple[str, str]]:
         ("parameters", f"{model.parameters:,}{routers}"),
         (
             "cost",
-            f"{count_text(model.static_macs)} multiply-adds an image and step with everything on, "
-            f"of them blocks {count_text(model.block_macs)}",
+            f"{count_text(model.static_macs)} multiply-adds per image and step with all units on, "
+            f"including blocks {count_text(model.block_macs)}",
         ),
     ]
 
@@ -281,7 +286,7 @@ def _width_lines(model: ModelFacts, width: WidthFacts) -> list[tuple[str, str]]:
 
 
 def _plan_table(plans: Sequence[PlanRow], chosen: PlanRow | None) -> str:
-    """The plans of 1, 2, 4, ... segments, the exact one, and the one that was chosen."""
+    """The plans with 1, 2, 4, ... segments, the exact plan, and the chosen one."""
     shown = {row.segments: row for row in plans if row.segments.bit_count() == 1 or row is plans[-1]}
     shown |= {chosen.segments: chosen} if chosen else {}
     timed = any(row.ms is not None for row in shown.values())
@@ -327,12 +332,12 @@ def _segment_table(facts: BundleFacts) -> str:
 
 
 def _group_heads(model: ModelFacts) -> list[str]:
-    """Column heads of the unit groups, with how many units there are: `heads/48`."""
+    """Column titles of the unit groups with their numbers of units: `heads/48`."""
     return [f"{name}/{count}" for name, count in model.config.units.total_counts().items()]
 
 
 def _slot_cells(slots: Sequence[int], tokens: int) -> list[str]:
-    """Slots of a segment over the blocks that compute them: least, mean, most, and the share of tokens."""
+    """Slots of a segment over the blocks that compute them: min, mean, max, and the share of tokens."""
     if not slots:
         return ["-"] * 4
     mean = sum(slots) / len(slots)
@@ -361,5 +366,5 @@ def _subnet_table(facts: BundleFacts) -> str:
 
 
 def _abbreviated(rows: Sequence[Row]) -> list[Row | None]:
-    """All of them, or of many the first and the last, None standing for those between."""
+    """All rows, or the first and the last of many rows, with None for those between."""
     return list(rows) if len(rows) <= 2 * ROWS_SHOWN else [*rows[:ROWS_SHOWN], None, *rows[-2:]]

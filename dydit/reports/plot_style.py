@@ -1,6 +1,6 @@
-"""How every picture of a report looks: one restrained style, one accent, colours that colour-blind readers tell apart.
+"""The style of every picture of a report, with colours that colour-blind readers can distinguish.
 
-Pictures are made without a display and without matplotlib's global state, and are returned as the bytes of a PNG.
+Pictures need no display and no global state of matplotlib, and are returned as the bytes of a PNG.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from dydit.errors import DyditError
 INK, MUTED, FAINT = "#1d2733", "#6b7785", "#dfe4ea"
 ACCENT, ACCENT_LIGHT, SECOND = "#1b6ca8", "#a9cbe4", "#c75b12"
 OFF = "#e4e9ee"
-"""A unit that is off. `SECOND` (vermilion) marks limits, the chosen plan, outlines."""
+"""The colour of a unit that is off. `SECOND` (vermilion) marks limits, the chosen plan, and outlines."""
 
-DPI = 200  # twice the 100 that a report shows an inch at
+DPI = 200  # twice the 100 pixels per inch of a report
 
 MARGIN, TITLE_PITCH, DETAIL_PITCH = 0.08, 0.215, 0.155  # inches
 
@@ -60,9 +60,9 @@ _STYLE: dict[str, Any] = {
 
 @contextmanager
 def drawing(width: float, height: float) -> Iterator[Any]:
-    """A `matplotlib.figure.Figure` of the given size in inches, in our style; draw and `png` inside the context.
+    """A `matplotlib.figure.Figure` of this size in inches in the style of reports; draw and call `png` in the context.
 
-    Raises `DyditError` where matplotlib is not installed.
+    Raises `DyditError` if matplotlib is not installed.
     """
     try:
         from matplotlib import rc_context
@@ -70,7 +70,7 @@ def drawing(width: float, height: float) -> Iterator[Any]:
         from matplotlib.figure import Figure
         from matplotlib.layout_engine import ConstrainedLayoutEngine
     except ImportError as error:
-        raise DyditError("matplotlib is not installed, but draws the pictures: pip install 'dydit[report]'") from error
+        raise DyditError("pictures need matplotlib, which is not installed: pip install 'dydit[report]'") from error
     with rc_context(cast("Any", _STYLE)):
         layout = ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.05, wspace=0.05, hspace=0.02)
         figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white", layout=layout)
@@ -79,9 +79,9 @@ def drawing(width: float, height: float) -> Iterator[Any]:
 
 
 def headline(figure: Any, finding: str, detail: str = "") -> None:
-    """The finding as the picture's title, flush left, and a quieter text below it; the rest is laid out beneath.
+    """The finding as the title of the picture and a detail in smaller type below it, both aligned left.
 
-    Lines that are too long are wrapped, and the picture becomes higher by what that takes.
+    Long lines are wrapped, and the picture becomes higher by the added lines.
     """
     width, height = figure.get_size_inches()
     title = {"fontsize": 11.5, "fontweight": "bold", "color": INK, "parse_math": False}
@@ -99,7 +99,7 @@ def headline(figure: Any, finding: str, detail: str = "") -> None:
 
 
 def wrapped(figure: Any, text: str, how: dict[str, Any]) -> list[str]:
-    """A text in lines that fit the figure's width, broken between words, and within those that are longer than it."""
+    """A text in lines that fit the width of the figure, broken between words, or within words longer than a line."""
     room = (figure.get_size_inches()[0] - 2 * MARGIN) * figure.dpi
     probe = figure.text(0, 0, "", **how)
     renderer = figure.canvas.get_renderer()
@@ -123,19 +123,19 @@ def wrapped(figure: Any, text: str, how: dict[str, Any]) -> list[str]:
 
 
 def shortened(name: str, most: int = 28) -> str:
-    """A name, or the beginning and the end of a long one."""
+    """A name, or the beginning and the end of a long name."""
     return name if len(name) <= most else f"{name[: most // 2 - 1]}\u2026{name[-(most // 2) :]}"
 
 
 def png(figure: Any) -> bytes:
-    """The picture as PNG; the same input gives the same bytes with the same matplotlib."""
+    """The picture as PNG. The same input gives the same bytes with the same version of matplotlib."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": "dydit"})
     return buffer.getvalue()
 
 
 def timestep_ticks(timesteps: Sequence[int], most: int = 6) -> tuple[list[float], list[str]]:
-    """Where round timesteps lie on an axis of step indices 0..S-1, noisiest first, and their labels."""
+    """The positions of round timesteps on an axis of step indices 0..S-1 (noisiest first), and their labels."""
     times = np.asarray(timesteps, np.float64)
     first, last = int(times[0]), int(times[-1])
     stride = next((s for s in (1, 2, 5, 10, 20, 50, 100, 200, 250, 500) if (first - last) / s <= most - 1), 1000)

@@ -1,6 +1,6 @@
 """Pictures of cost, time and agreement: the plan, latency against its bound, parity over the steps.
 
-Each function returns the bytes of a PNG. Those of masks and tokens are in `dydit.reports.plots_masks`.
+Each function returns the bytes of a PNG. The pictures of masks and tokens are in `dydit.reports.plots_masks`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,16 @@ from typing import Any
 
 import numpy as np
 
+from dydit.reports.bench_report import (
+    BenchReport,
+    Comparison,
+    SideKind,
+    SideResult,
+    bound_text,
+    repeats_text,
+    speed_up_text,
+)
+from dydit.reports.parity_report import Check, ParityReport, parity_headline
 from dydit.reports.plot_style import (
     ACCENT,
     ACCENT_LIGHT,
@@ -23,16 +33,14 @@ from dydit.reports.plot_style import (
     shortened,
     timestep_ticks,
 )
-from dydit.reports.results import BenchReport, Comparison, Hop, ParityReport, SideKind, SideResult
-from dydit.reports.sentences import bound_text, guidance_text, parity_headline, repeats_text, speed_up_text
-from dydit.reports.text import bytes_text, exponent
+from dydit.reports.text import bytes_text, exponent, guidance_text
 from dydit.words import counted
 
 
 @dataclass(frozen=True)
 class PlanPoint:
-    """A plan: segments of steps, distinct subnetworks that serve them, cost of a run in multiply-adds or milliseconds,
-    bytes of the weights of all those subnetworks."""
+    """A plan: its number of segments and of distinct subnetworks, the cost of a run in multiply-adds or milliseconds,
+    and the bytes of the weights of all its subnetworks."""
 
     segments: int
     subnets: int
@@ -45,8 +53,8 @@ def plan_png(
 ) -> bytes:
     """Cost and memory of the cheapest plans of K segments, and the plan that was chosen.
 
-    `curve` ascends in K, its last being the exact masks'; `exact`, `static`: cost of a run with the per-step masks
-    and with everything on; `what` it is counted in.
+    `curve` ascends in K and ends with the plan of the exact masks. `exact`, `static`: cost of a run with the per-step
+    masks and with all units on. `what`: the unit of the cost.
     """
     ks = [point.segments for point in curve]
     sizes = [point.weight_bytes / 2**20 for point in curve]
@@ -54,16 +62,18 @@ def plan_png(
     with drawing(7.2, 4.6) as figure:
         cost = f"{extra:.1%} more {what}" if extra > 5e-4 else "no more"
         exact_size = bytes_text(curve[-1].weight_bytes)
-        detail = f"for {counted(count, 'segment')} of steps; they hold {bytes_text(chosen.weight_bytes)} of weights"
+        detail = (
+            f"{counted(count, 'segment')} of steps; the subnetworks hold {bytes_text(chosen.weight_bytes)} of weights"
+        )
         if extra > 5e-4:
-            detail += f", where the exact masks' {curve[-1].subnets} would hold {exact_size}"
+            detail += f"; the {curve[-1].subnets} of the exact masks would hold {exact_size}"
         verb = "costs" if chosen.subnets == 1 else "cost"
         headline(figure, f"{counted(chosen.subnets, 'subnetwork')} {verb} {cost} than the exact masks", detail)
         upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(1.5, 1))
         everything = static / exact
         upper.plot(ks, [point.cost / exact for point in curve], color=ACCENT)
         upper.axhline(everything, color=MUTED, lw=1, ls=(0, (4, 3)))
-        _note(upper, f"everything on: {everything:.2f}", (ks[-1], everything), (0, 3), MUTED, ha="right")
+        _note(upper, f"all units on: {everything:.2f}", (ks[-1], everything), (0, 3), MUTED, ha="right")
         upper.set_ylim(1 - 0.05 * (everything - 1) - 1e-3, everything + 0.13 * (everything - 1) + 1e-3)
         upper.set_ylabel(f"{what},\nexact masks = 1")
         lower.plot(ks, sizes, color=ACCENT)
@@ -99,7 +109,7 @@ def _note(axis: Any, text: str, at: tuple[float, float], offset: tuple[float, fl
 
 
 def bound_of(bench: BenchReport) -> Comparison | None:
-    """The first comparison of which multiply-adds set a bound, else the first with another bundle, or the first."""
+    """The first comparison for which multiply-adds give a bound; else the first with another bundle; else the first."""
     kinds = {side.side.name: side.side.kind for side in bench.sides}
     bounded = [pair for pair in bench.comparisons if pair.allowed is not None]
     bundles = [pair for pair in bench.comparisons if kinds[pair.other] is SideKind.BUNDLE]
@@ -107,7 +117,7 @@ def bound_of(bench: BenchReport) -> Comparison | None:
 
 
 def latency_png(bench: BenchReport) -> bytes:
-    """Milliseconds a step of each side, and what its multiply-adds alone would make of the first one's."""
+    """Milliseconds a step of each configuration, and the time of the first one if only its multiply-adds counted."""
     sides, pair = bench.sides, bound_of(bench)
     with drawing(7.2, 1.55 + 0.52 * len(sides)) as figure:
         first = sides[0]
@@ -131,15 +141,15 @@ def latency_png(bench: BenchReport) -> bytes:
 
 
 def _room(bench: BenchReport, bound: float) -> float:
-    """The end of an axis of milliseconds, so that times fit beside the bars."""
+    """The end of an axis of milliseconds that leaves room for the times beside the bars."""
     return 1.2 * max(bound, *(side.max_ms for side in bench.sides))
 
 
 def ranking_png(bench: BenchReport, pair: Comparison | None = None) -> bytes:
-    """Milliseconds a step of every side, slowest first, bundles in a colour of their own.
+    """Milliseconds a step of every configuration, slowest first; bundles have their own colour.
 
-    `pair`: a line across all bars says what the first of its sides would take if it were as much faster than the other
-    as its multiply-adds allow, where they set a bound.
+    `pair`: if multiply-adds give it a bound, a line across all bars shows the time that the first configuration of the
+    pair would take at that bound.
     """
     sides = sorted(bench.sides, key=lambda side: -side.median_ms)
     subject = bench.side(pair.side) if pair else sides[-1]
@@ -158,7 +168,7 @@ def ranking_png(bench: BenchReport, pair: Comparison | None = None) -> bytes:
         _bars(axis, places, sides, colours, [0.0] * len(sides))
         if pair is not None and pair.allowed is not None:
             axis.axvline(bound, color=SECOND, lw=1.2, ls=(0, (4, 3)))
-            text = f"what its multiply-adds alone would give ({pair.allowed:.2f}\u00d7): {_ms(bound)}"
+            text = f"by multiply-adds alone ({pair.allowed:.2f}\u00d7): {_ms(bound)}"
             offset, side = ((-4, -1), "right") if bound > 0.45 * most else ((4, -1), "left")
             _note(axis, text, (bound, len(sides) - 0.5), offset, SECOND, ha=side, va="center")
         axis.set_xlim(0, most)
@@ -172,7 +182,7 @@ def _ms(value: float) -> str:
 
 def _setting(bench: BenchReport) -> str:
     threads = counted(bench.threads, "thread") if bench.threads else "all threads"
-    rounds = f"median of {counted(bench.repeats, 'round')} that took turns, line: fastest to slowest"
+    rounds = f"median of {counted(bench.repeats, 'round')} in turn, line: fastest to slowest"
     if bench.repeats == 1:
         rounds = "one round"
     left_out = ", ".join(each.name for each in bench.not_run)
@@ -188,7 +198,7 @@ def _setting(bench: BenchReport) -> str:
 def _bars(
     axis: Any, places: np.ndarray, sides: Sequence[SideResult], colours: Sequence[str], clear: Sequence[float]
 ) -> None:
-    """A bar for each side with its time beside it, right of `clear` at least."""
+    """A bar for each configuration with its time beside it, at least right of `clear`."""
     axis.barh(places, [side.median_ms for side in sides], height=0.56, color=colours)
     for place, side, least in zip(places, sides, clear, strict=True):
         axis.plot([side.min_ms, side.max_ms], [place, place], color=INK, lw=1.1)
@@ -212,28 +222,29 @@ _CURVES = {
     "step": (ACCENT, "backend, one step"),
     "run": (INK, "backend, whole run"),
 }
-_BARS = {"sliced": "sliced form", "step": "one step", "run": "whole run"}
+_TOLERANCES = {"sliced": "sliced form", "step": "one step", "run": "whole run"}
 _LOWEST = 1e-9  # where exact agreement is drawn on a logarithmic axis
 
 
 def parity_png(parity: ParityReport) -> bytes:
-    """Relative L2 of each step against the reference, on a logarithmic scale, with each hop's bar and the flips.
+    """Relative L2 of each step against the reference, on a logarithmic scale, with the tolerances and the flips.
 
-    It is that of the worst image among those whose routing agrees; the others' worst is in the title. "One step"
-    starts from the reference's own latents; "whole run" lets deviations accumulate.
+    The values are those of the worst image among those whose routing agrees; the worst of the others is in the title.
+    "One step" starts from the reference's latents; in the "whole run" deviations accumulate.
     """
-    hops = [hop for hop in parity.hops if hop.name in _CURVES and hop.per_step]
-    pictures = any(hop.decibels for hop in hops)
+    checks = [check for check in parity.checks if check.name in _CURVES and check.per_step]
+    pictures = any(check.decibels for check in checks)
     with drawing(7.2, 4.4) as figure:
         headline(figure, *parity_headline(parity))
         axis = figure.subplots()
         axis.set_yscale("log")
-        for hop in hops:
-            _curve(axis, hop, parity)
-        bars = sorted({hop.bar for hop in hops})
-        for value in bars:
-            _bar_line(axis, value, [hop for hop in hops if hop.bar == value], value == bars[-1])
-        _flips(axis, hops, parity)
+        for check in checks:
+            _curve(axis, check, parity)
+        tolerances = sorted({check.tolerance for check in checks})
+        for value in tolerances:
+            names = [_TOLERANCES[check.name] for check in checks if check.tolerance == value]
+            _tolerance_line(axis, value, names, value == tolerances[-1])
+        _flips(axis, checks, parity)
         axis.set_xticks(*timestep_ticks(parity.timesteps))
         margin = 0.01 * max(parity.steps, 10)
         axis.set_xlim(-margin, parity.steps - 1 + margin)
@@ -242,35 +253,34 @@ def parity_png(parity: ParityReport) -> bytes:
         axis.grid(axis="y")
         axis.set_xlabel("timestep   (noise → image)")
         axis.set_ylabel("difference from the reference" if pictures else "relative L2 to the reference")
-        if hops:
+        if checks:
             figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2 if pictures else 4)
         return png(figure)
 
 
-def _steps_of(hop: Hop, parity: ParityReport) -> Sequence[int]:
-    return range(len(hop.per_step)) if hop.name == "run" else parity.steps_compared
+def _steps_of(check: Check, parity: ParityReport) -> Sequence[int]:
+    return range(len(check.per_step)) if check.name == "run" else parity.steps_compared
 
 
-def _curve(axis: Any, hop: Hop, parity: ParityReport) -> None:
-    colour, label = _CURVES[hop.name]
-    steps = _steps_of(hop, parity)
-    if hop.decibels:
-        label += f": {hop.measure.partition(',')[0]}"
-    elif any(each.decibels for each in parity.hops):
+def _curve(axis: Any, check: Check, parity: ParityReport) -> None:
+    colour, label = _CURVES[check.name]
+    steps = _steps_of(check, parity)
+    if check.decibels:
+        label += f": {check.measure.partition(',')[0]}"
+    elif any(each.decibels for each in parity.checks):
         label += ": relative L2"
-    values = np.array([np.nan if value is None else max(value, _LOWEST) for value in hop.per_step], np.float64)
+    values = np.array([np.nan if value is None else max(value, _LOWEST) for value in check.per_step], np.float64)
     axis.plot(steps, values, color=colour, label=label, marker="o" if len(steps) < 40 else None, ms=3)
 
 
-def _bar_line(axis: Any, value: float, hops: Sequence[Hop], highest: bool) -> None:
-    """A hop's bar with its name: the highest one's above it, the others' below and further left, so that bars which
-    are close to each other keep theirs apart."""
+def _tolerance_line(axis: Any, value: float, names: Sequence[str], highest: bool) -> None:
+    """A tolerance with its name. The name of the highest is above its line, at the right; those of the others are below
+    their lines, at the left, so that the names of close lines do not overlap."""
     axis.axhline(value, color=SECOND, lw=1.1, ls=(0, (4, 3)))
-    where = " and ".join(_BARS[hop.name] for hop in hops)
     at, offset, side = ((1.0, value), (-2, 3), "bottom") if highest else ((0.0, value), (4, -3), "top")
     _note(
         axis,
-        f"bar of {where}: {exponent(value)}",
+        f"tolerance of {' and '.join(names)}: {exponent(value)}",
         at,
         offset,
         SECOND,
@@ -281,9 +291,9 @@ def _bar_line(axis: Any, value: float, hops: Sequence[Hop], highest: bool) -> No
     )
 
 
-def _flips(axis: Any, hops: Sequence[Hop], parity: ParityReport) -> None:
-    """Steps in which some token was routed differently, as ticks along the foot."""
-    steps = {s for hop in hops for s, n in zip(_steps_of(hop, parity), hop.per_step_flips, strict=False) if n}
+def _flips(axis: Any, checks: Sequence[Check], parity: ParityReport) -> None:
+    """Steps in which a token was routed differently, as ticks at the bottom."""
+    steps = {s for check in checks for s, n in zip(_steps_of(check, parity), check.per_step_flips, strict=False) if n}
     if steps:
         at_foot = {"transform": axis.get_xaxis_transform(), "ls": "", "marker": "|", "ms": 9, "mew": 1.4}
         axis.plot(sorted(steps), [0.025] * len(steps), color=SECOND, label="step with a flipped token", **at_foot)

@@ -1,4 +1,4 @@
-"""Pictures of what is dynamic: width over the timesteps (masks), and tokens over the image. And of the samples.
+"""Pictures of dynamic width over the timesteps (masks), of routed tokens over the image, and of samples.
 
 Each function returns the bytes of a PNG.
 """
@@ -16,7 +16,7 @@ from dydit.words import counted
 
 
 def masks_png(masks: np.ndarray, axis: UnitAxis, timesteps: Sequence[int]) -> bytes:
-    """Which units are on at each sampling step, a column of plots for each unit group.
+    """The units that are on in each sampling step, with a column of plots for each unit group.
 
     `masks` bool [S, U] by checkpoint unit, steps in execution order (noisiest first); `timesteps` [S].
     """
@@ -32,7 +32,7 @@ def masks_png(masks: np.ndarray, axis: UnitAxis, timesteps: Sequence[int]) -> by
         headline(
             figure,
             f"{' and '.join(shares)} are on, averaged over the run",
-            f"{counted(distinct, 'distinct mask')} in {counted(len(masks), 'step')}; a column is one step, a row one "
+            f"{counted(distinct, 'distinct mask')} in {counted(len(masks), 'step')}; each column is a step, each row a "
             f"unit of the checkpoint ({counted(depth, 'block')} of {units}); dark = on",
         )
         shape = (2, len(groups))
@@ -68,7 +68,7 @@ def _mask_map(axis: Any, masks: np.ndarray, timesteps: Sequence[int]) -> None:
 
     steps, depth, units = masks.shape
     gap = max(1, round(units / 8))
-    rows = np.full((depth, units + gap, steps), 2)  # 2: the white rows that part the blocks
+    rows = np.full((depth, units + gap, steps), 2)  # 2: the white rows between the blocks
     rows[:, :units] = masks.transpose(1, 2, 0)
     rows = rows.reshape(-1, steps)[:-gap]
     axis.imshow(
@@ -85,11 +85,11 @@ def _mask_map(axis: Any, masks: np.ndarray, timesteps: Sequence[int]) -> None:
 def tokens_png(
     images: np.ndarray, tokens: np.ndarray, timesteps: Sequence[int], labels: Sequence[str], share: float | None = None
 ) -> bytes:
-    """Where in the image compute went: for each image and step, how many blocks let each token into their MLP.
+    """Where in the image compute is spent: for each image and step, the number of blocks whose MLP each token enters.
 
-    `images` float [R, C, S, S] in [-1, 1], finished; the first column shows them, and where they have one channel their
-    outline lies over the heat. `tokens` bool [T, L, R, N] at the `timesteps` [T] shown; `labels` [R]. `share`: of
-    tokens computed over the whole run, 0..1, where it is known; else that of the steps shown.
+    `images` float [R, C, S, S] in [-1, 1]: the finished images, shown in the first column; if they have one channel,
+    their outline is drawn over each map. `tokens` bool [T, L, R, N] at the shown `timesteps` [T]. `labels` [R].
+    `share`: share of tokens computed over the whole run, 0..1; None: that of the shown steps.
     """
     shown, depth, rows, count = tokens.shape
     side = round(count**0.5)
@@ -102,9 +102,9 @@ def tokens_png(
     with drawing((shown + 1) * cell + 1.6, rows * cell + 1.15) as figure:
         headline(
             figure,
-            f"{average:.0%} of the tokens enter the MLPs" + ("; the rest pass by" if average < 1 else ""),
-            f"in the {'step' if shown == 1 else 'steps'} shown: {by_image} of an image's tokens; over all images, what "
-            "stands above each column",
+            f"{average:.0%} of the tokens enter the MLPs" + ("; the others skip them" if average < 1 else ""),
+            f"in the shown {'step' if shown == 1 else 'steps'}: {by_image} of the tokens of an image; the share over "
+            "all images is above each column",
         )
         axes = figure.subplots(rows, shown + 1, squeeze=False)
         for row in range(rows):
@@ -121,7 +121,7 @@ def tokens_png(
 
 
 def _count_colours(depth: int) -> Any:
-    """One colour for each count 0..L, from nearly white to navy, evenly in lightness."""
+    """A colour for each count 0..L, from nearly white to navy, with even steps of lightness."""
     from matplotlib.colors import LinearSegmentedColormap, ListedColormap
 
     ramp = LinearSegmentedColormap.from_list("compute", [OFF, ACCENT_LIGHT, ACCENT, "#0c2f4f"])
@@ -157,14 +157,14 @@ def _count_bar(figure: Any, axes: Any, drawn: Any, depth: int) -> None:
     stride = -(-depth // 8)
     ticks = [*range(0, depth - stride // 2, stride), depth]
     bar = figure.colorbar(drawn, ax=axes, shrink=min(1.0, 3.2 / len(axes)), aspect=16, pad=0.02, ticks=ticks)
-    gap = "\n" if len(axes) < 4 else " "  # a low bar has no room for a long line
-    bar.set_label(f"blocks, of {depth},{gap}that computed{gap}the token")
+    gap = "\n" if len(axes) < 4 else " "  # a short colour bar has no room for a long line
+    bar.set_label(f"blocks (of {depth}){gap}that computed{gap}the token")
     bar.outline.set_visible(False)
     bar.ax.tick_params(length=0)
 
 
 def samples_png(images: np.ndarray, labels: Sequence[int]) -> bytes:
-    """Samples as a sheet, a column for each class: images f32 [n, C, S, S] in [-1, 1], C = 1 or 3; labels [n]."""
+    """A sheet of samples with a column for each class: images f32 [n, C, S, S] in [-1, 1], C = 1 or 3; labels [n]."""
     classes = sorted(set(labels))
     columns = [[image for image, label in zip(images, labels, strict=True) if label == wanted] for wanted in classes]
     rows = max(map(len, columns))

@@ -19,6 +19,7 @@ from dydit.bundle.io_spec import CONDITION
 from dydit.bundle.manifest import Manifest, PlanKind, SegmentEntry
 from dydit.diffusion.coefficients import COEFFICIENTS
 from dydit.diffusion.guidance import Guidance
+from dydit.diffusion.steps import run_steps
 from dydit.errors import BackendError
 from dydit.runtime.backends.base import Backend, StepResult
 from dydit.runtime.noise_source import NoiseSource
@@ -136,6 +137,18 @@ class StepRunner:
             if complete.overflow.any():
                 raise BackendError(f"step {step} drops tokens even at full capacity; export the bundle again")
             return dataclasses.replace(complete, overflow=result.overflow)
+
+    def steps_of(self, batch: Batch, noise: NoiseSource) -> Callable[[int, np.ndarray], StepResult]:
+        """The steps of a batch, for `run_steps`: `step(index, x)` from latents x f32 [B, C, S, S]."""
+        manifest = self.backend.bundle.manifest
+        model = manifest.model
+        shape = (len(batch.images), model.in_channels, model.input_size, model.input_size)
+
+        def step(index: int, x: np.ndarray) -> StepResult:
+            noisy = manifest.sampling.coefficients[index][_NOISE] != 0
+            return self.run(index, x, noise.step(batch, index) if noisy else np.zeros(shape, np.float32), batch.labels)
+
+        return step
 
 
 class LatentStore(Protocol):
@@ -258,13 +271,16 @@ def _sample_by_steps(
             elif members.stop < len(batches):
                 runner.subnets.prefetch(segments[0].subnet)
             for b in waiting:
-                x = noise.initial(batches[b]) if index == 0 else store.load(b)
                 again = 0
-                for step in segment.steps:
-                    result = runner.run(step, x, _step_noise(runner, noise, batches[b], step), batches[b].labels)
-                    x, again, steps, done = result.x_prev, again + bool(result.overflow.any()), steps + 1, done + 1
+
+                def count(step: int, result: StepResult) -> None:
+                    nonlocal steps, done, again
+                    again, steps, done = again + bool(result.overflow.any()), steps + 1, done + 1
                     if progress:
                         progress(done, total)
+
+                x = noise.initial(batches[b]) if index == 0 else store.load(b)
+                x = run_steps(runner.steps_of(batches[b], noise), x, segment.steps, count)
                 _require_finite(x, batches[b], index, segment)
                 store.save(b, index + 1, x, again)
                 repeated += again
@@ -292,14 +308,6 @@ def chunk_size(manifest: Manifest, batch: int, labels: int, device: str) -> int:
 def default_residency(manifest: Manifest) -> int | None:
     """How many subnetworks a process that samples again and again keeps: all of a merged plan, 2 of a per-step one."""
     return 2 if manifest.plan.kind is PlanKind.PER_STEP else None
-
-
-def _step_noise(runner: StepRunner, noise: NoiseSource, batch: Batch, step: int) -> np.ndarray:
-    manifest = runner.backend.bundle.manifest
-    if manifest.sampling.coefficients[step][_NOISE] == 0:
-        model = manifest.model
-        return np.zeros((len(batch.images), model.in_channels, model.input_size, model.input_size), np.float32)
-    return noise.step(batch, step)
 
 
 def _require_finite(x: np.ndarray, batch: Batch, index: int, segment: SegmentEntry) -> None:

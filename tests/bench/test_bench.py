@@ -20,14 +20,15 @@ from dydit.bench.bench import (
     sides_of,
     spread_steps,
 )
-from dydit.bench.timing import Job, Latents, chained_coefficients, open_side, settled_bytes
+from dydit.bench.bench_worker import open_side
+from dydit.bench.timing import Job, Latents, chained_coefficients, settled_bytes
 from dydit.bundle.manifest import PlanKind, Routing
 from dydit.diffusion.coefficients import step_coefficients
 from dydit.diffusion.schedule import Sampler, Schedule
 from dydit.errors import BackendError, ConfigError, DeviationError, UnavailableError
 from dydit.models.config import Routers
 from dydit.models.dit.units import attention_macs, mlp_macs
-from dydit.reports.results import BenchReport, Reference, Side, SideKind, SideResult
+from dydit.reports.bench_report import BenchReport, Reference, Side, SideKind, SideResult
 
 QUICK = BenchConfig(labels=(1, 7), steps_measured=3, repeats=2, threads=1)
 
@@ -120,8 +121,10 @@ def test_multiply_adds_are_those_that_the_bundle_computes(kind, make_bundle, sma
     for k, step in enumerate((0, 5, 11)):
         segment = next(each for each in manifest.plan.segments if step in each.steps)
         heads, groups = (
-            bundle.masks[segment.first : segment.first + segment.count, :, part].any(axis=0).sum(axis=-1)
-            for part in (0, 1)
+            manifest.model.units.of_group(
+                bundle.masks[segment.first : segment.first + segment.count].any(axis=0), name
+            ).sum(axis=-1)
+            for name in ("heads", "groups")
         )
         if manifest.routing is Routing.DYNAMIC:
             if kind == "merged":

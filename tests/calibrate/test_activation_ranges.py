@@ -69,14 +69,14 @@ def test_merging_is_counting_together(first, second):
 def test_what_does_not_belong_together(small_config):
     good, model = observed([1.0, 2.0]).choose(Method.MINMAX, 1), small_config.model_copy(update={"depth": 1})
     require_segments(good, 2, model)
-    of = "is of 2 segments of 1 blocks of 4 layers, this plan has"
-    with pytest.raises(CalibrationError, match=f"{of} 3 of 1 of 4; calibrate with"):
+    of = "has 2 segments, 1 block and 4 layers per block, but this plan has"
+    with pytest.raises(CalibrationError, match=f"{of} 3, 1 and 4; calibrate with"):
         require_segments(good, 3, model)
-    with pytest.raises(CalibrationError, match=f"{of} 2 of 3 of 4; calibrate with"):
+    with pytest.raises(CalibrationError, match=f"{of} 2, 3 and 4; calibrate with"):
         require_segments(good, 2, small_config)
     few = Observations(2, 1, LAYERS[:3])
     few.add(0, 0, "qkv", np.ones(3))
-    with pytest.raises(CalibrationError, match="of 3 layers, this plan has 2 of 1 of 4; calibrate with"):
+    with pytest.raises(CalibrationError, match="3 layers per block, but this plan has 2, 1 and 4; calibrate with"):
         require_segments(few.choose(Method.MINMAX, 1), 2, model)
     with pytest.raises(CalibrationError, match="2 segments cannot be repeated"):
         repeat(good, 4)

@@ -15,7 +15,7 @@ from dydit.calibrate.mixed_precision import CurvePoint, Quality, Sensitivity
 from dydit.calibrate.range_methods import Method
 from dydit.diffusion.schedule import Sampler
 from dydit.errors import CalibrationError
-from dydit.quantization.smoothing import Migration
+from dydit.quantization.smoothing import Smoothing
 
 RATES = OverflowRates(images=20, trials=100, rate=0.01, upper=0.04, repeated_steps=0.02, mlp_ratio=1.06)
 CHECKPOINT, PLAN = "a" * 64, "b" * 64
@@ -42,8 +42,8 @@ def ranges(**more: Any) -> ActivationRanges:
     return ActivationRanges(method=Method.MINMAX, images=20, thresholds=values, clipped=values, **more)
 
 
-MIGRATED = ranges(migration=Migration(blocks=({"proj": "0a19", "fc2": "00"}, {})))
-ACTIVATIONS = {"tokens": None, "tokens and activations": ranges(), "migrated activations": MIGRATED}
+SMOOTHED = ranges(smoothing=Smoothing(blocks=({"proj": "0a19", "fc2": "00"}, {})))
+ACTIVATIONS = {"tokens": None, "tokens and activations": ranges(), "smoothed activations": SMOOTHED}
 
 
 @pytest.mark.parametrize("activations", ACTIVATIONS.values(), ids=ACTIVATIONS.keys())
@@ -56,7 +56,7 @@ def test_it_comes_back_as_written(tmp_path, activations):
     assert list(values) == sorted(values) and ("activations" in values) == (activations is not None)
     assert made.tokens.largest == (9, 16)
     if activations is not None:
-        assert ("migration" in values["activations"]) == (activations is MIGRATED), "older files stay what they were"
+        assert ("migration" in values["activations"]) == (activations is SMOOTHED), "older files stay what they were"
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_it_comes_back_as_written(tmp_path, activations):
     ],
 )
 def test_what_differs_is_named(of, words):
-    with pytest.raises(CalibrationError, match=f"^the calibration is of {words}; run `dydit calibrate` with"):
+    with pytest.raises(CalibrationError, match=f"^the calibration belongs to {words}; run `dydit calibrate` with"):
         calibration().require(*of)
     calibration().require(CHECKPOINT, 3, Sampler.DDPM, PLAN)
 
@@ -87,7 +87,7 @@ MOVED = ("activations", "migration", "blocks")
 
 
 def spoil(path: tuple[Any, ...], value: Any) -> str:
-    values = json.loads(calibration(activations=MIGRATED).to_json())
+    values = json.loads(calibration(activations=SMOOTHED).to_json())
     place = values
     for key in path[:-1]:
         place = place[key]
@@ -98,8 +98,8 @@ def spoil(path: tuple[Any, ...], value: Any) -> str:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", "is no calibration: not JSON"),
-        ("{", "is no calibration: not JSON"),
+        ("", "is not a calibration: not JSON"),
+        ("{", "is not a calibration: not JSON"),
         ("[]", "schema version None, expected 1"),
         (spoil(("schema_version",), 2), "schema version 2, expected 1; calibrate again"),
         (spoil(("more",), 1), "more is not a known setting"),
@@ -110,13 +110,13 @@ def spoil(path: tuple[Any, ...], value: Any) -> str:
         (spoil(("tokens", "mean_ratio", 0, 0), 1.5), "mean_ratio.0.0"),
         (spoil(("tokens", "mean_ratio", 0, 0), float("nan")), "mean_ratio.0.0"),
         (spoil(("tokens", "held_out", "rate"), float("inf")), "held_out.rate"),
-        (spoil(("steps",), 4), "not one row of token ratios for each step"),
-        (spoil(("held_out_seed",), 0), "the held-out images are those calibrated on"),
+        (spoil(("steps",), 4), "expected one row of token ratios for each step"),
+        (spoil(("held_out_seed",), 0), "held_out_seed must differ from seed"),
         (spoil(("checkpoint_sha256",), "short"), "checkpoint_sha256"),
         (spoil(("cfg_scales",), []), "cfg_scales"),
         (spoil(MOVED, [{"qkv": "0b"}, {}]), r"activations.migration.blocks.0.qkv must match the pattern"),
         (spoil(MOVED, [{"fc2": ""}, {}]), r"blocks.0.fc2 must match the pattern"),
-        (spoil(MOVED, [{}]), "the migration is not of the same blocks"),
+        (spoil(MOVED, [{}]), "the smoothing and the thresholds have different numbers of blocks"),
         (spoil(MOVED, []), "migration.blocks"),
     ],
 )
@@ -167,11 +167,13 @@ def test_layers_that_stay_in_16_bits_come_back_as_written(tmp_path):
     path.write_text(made.to_json())
     back = read_calibration(path)
     assert back == made and back.to_json() == made.to_json()
-    assert back.activations.kept.sum() == 2 and back.activations.kept.shape == (2, 2, 4)
-    assert not ranges().kept.any() and ranges().kept.shape == (2, 2, 4)
+    assert back.activations.fp16_layers.sum() == 2 and back.activations.fp16_layers.shape == (2, 2, 4)
+    assert not ranges().fp16_layers.any() and ranges().fp16_layers.shape == (2, 2, 4)
     back.require_searched("int8-static")
     calibration(activations=ranges()).require_searched("fp8")
-    with pytest.raises(CalibrationError, match="was searched for int8-static, not fp8; run `dydit calibrate` with"):
+    with pytest.raises(
+        CalibrationError, match="were searched for int8-static, not for fp8; run `dydit calibrate` with"
+    ):
         back.require_searched("fp8")
 
 
@@ -184,20 +186,23 @@ def test_files_without_a_search_are_as_they_were():
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: calibration(sensitivity=searched()), "there are no ranges of activations"),
+        (lambda: calibration(sensitivity=searched()), "there are no activation ranges"),
         (lambda: searched(target_fd_ratio=1.1), "one target"),
         (lambda: searched(target_psnr=None), "one target"),
         (lambda: searched(curve=()), "not on the curve"),
-        (lambda: searched(losses=(((0.1,) * 3, (0.1,) * 4),)), "every block has losses of the same layers"),
-        (lambda: searched(losses=()), "every block has losses of the same layers"),
-        (lambda: having_lost((((0.1,) * 3,) * 2,) * 2), "losses of layers do not belong to the ranges"),
-        (lambda: having_lost((((0.1,) * 4,) * 3,) * 2), "losses of layers do not belong to the ranges"),
-        (lambda: having_lost((((0.1,) * 4,) * 2,)), "losses of layers do not belong to the ranges"),
+        (lambda: searched(losses=(((0.1,) * 3, (0.1,) * 4),)), "every block must have losses of the same layers"),
+        (lambda: searched(losses=()), "every block must have losses of the same layers"),
+        (lambda: having_lost((((0.1,) * 3,) * 2,) * 2), "losses and activation ranges have different shapes"),
+        (lambda: having_lost((((0.1,) * 4,) * 3,) * 2), "losses and activation ranges have different shapes"),
+        (lambda: having_lost((((0.1,) * 4,) * 2,)), "losses and activation ranges have different shapes"),
         (lambda: searched(precision="fp16"), "precision"),
-        (lambda: ActivationRanges.model_validate(kept(True).model_dump()), "does not belong to the thresholds"),
+        (
+            lambda: ActivationRanges.model_validate(kept(True).model_dump()),
+            "in_16_bits and thresholds have different shapes",
+        ),
         (
             lambda: ActivationRanges.model_validate({**ranges().model_dump(), "in_16_bits": (((False,) * 4,) * 2,)}),
-            "does not belong to the thresholds",
+            "in_16_bits and thresholds have different shapes",
         ),
     ],
 )

@@ -223,7 +223,7 @@ class TestTooFew:
     [
         ({"quantile": 1.1}, "at most 1, not"),
         ({"quantile": 0.2}, "at least 0.5, not"),
-        ({"quantile": 0.99999}, "too close to 1; give at most 0.9999, or 1"),
+        ({"quantile": 0.99999}, "too close to 1; use at most 0.9999, or 1"),
         ({"quantile": float("nan")}, "quantile"),
         ({"margin": -0.1}, "at least 0, not"),
         ({"margin": float("inf")}, "margin"),

@@ -1,4 +1,4 @@
-"""The simulation of 8 bits is what an exported bundle computes on ONNX Runtime, whichever layers stay in 16."""
+"""Fake quantization computes what an exported bundle computes on ONNX Runtime, whichever layers stay in 16 bits."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from dydit.bundle.manifest import PlanKind
 from dydit.bundle.stored_weights import Precision
 from dydit.calibrate.activation_ranges import ActivationRanges
-from dydit.calibrate.fake_quantization import Simulator, in_8_bits
-from dydit.calibrate.observers import observe
+from dydit.calibrate.fake_quantization import FakeQuantizedSampler, in_8_bits
+from dydit.calibrate.observers import ObservedRun, observe
 from dydit.calibrate.range_methods import Method
 from dydit.diffusion.schedule import Sampler
 from dydit.parity.comparison import relative_l2
@@ -38,7 +38,7 @@ def segments(make_bundle):
 
 @pytest.fixture(scope="module")
 def ranges(make_checkpoint, segments) -> ActivationRanges:
-    seen = observe(make_checkpoint(), segments, LABELS, [SCALE], STEPS)
+    seen = observe(make_checkpoint(), ObservedRun(segments, LABELS, [SCALE], STEPS))
     return seen.choose(Method.MINMAX, len(LABELS))
 
 
@@ -76,7 +76,7 @@ def test_it_is_what_the_exported_bundle_computes(
     bundle = make_bundle(
         plan=PlanKind.MAX_SUBNETS, max_subnets=SEGMENTS, precision=precision, activations=with_kept(ranges, kept)
     )
-    simulator = Simulator(make_checkpoint(), ranges, segments, precision, STEPS, Sampler.DDPM)
+    sampler = FakeQuantizedSampler(make_checkpoint(), ranges, segments, precision, STEPS, Sampler.DDPM)
     labels, noise = np.array(LABELS), SeededNoise(5, (4, 8, 8))
     batch = Batch(0, tuple(range(len(LABELS))), labels)
     engine, x = open_backend("onnxruntime", bundle), noise.initial(batch)
@@ -84,11 +84,11 @@ def test_it_is_what_the_exported_bundle_computes(
     with ResidentSubnets(engine) as subnets:
         runner = StepRunner(engine, subnets, labels, SCALE)
         for step in range(STEPS - 1):  # nothing is on in the last one
-            drawn, modulation = noise.step(batch, step), simulator.modulation(step, labels, SCALE)
-            subnet, nothing = simulator.subnet(step, kept[simulator.segment_of[step]]), np.zeros((3, len(LAYERS)), bool)
+            drawn, modulation = noise.step(batch, step), sampler.condition(step, labels, SCALE)
+            subnet, nothing = sampler.subnet(step, kept[sampler.segment_of[step]]), np.zeros((3, len(LAYERS)), bool)
             ours, eighth, plain = (
-                simulator.step(each, step, x, drawn, modulation, SCALE)
-                for each in (subnet, simulator.subnet(step, nothing), simulator.plain(step))
+                sampler.step(each, step, x, drawn, modulation, SCALE)
+                for each in (subnet, sampler.subnet(step, nothing), sampler.plain(step))
             )
             theirs = runner.run(step, x, drawn, labels).x_prev
             ratios.append(relative_l2(ours, theirs) / relative_l2(eighth, plain))
@@ -97,22 +97,22 @@ def test_it_is_what_the_exported_bundle_computes(
 
 
 @pytest.mark.parametrize("precision", [Precision.INT8_STATIC, Precision.FP8])
-def test_it_is_what_a_migrated_bundle_computes(
-    precision, segments, make_checkpoint, make_bundle, make_migration, small_config
+def test_it_is_what_a_smoothed_bundle_computes(
+    precision, segments, make_checkpoint, make_bundle, make_smoothing, small_config
 ) -> None:
     """With layers of both kinds; and what is not quantised is the model, bit for bit."""
     if precision is Precision.INT8_STATIC and not products_are_exact(onnxruntime):
         pytest.skip("this CPU has no VNNI: 8-bit products saturate")
-    migration = make_migration(small_config, share=0.7)
-    seen = observe(make_checkpoint(), segments, LABELS, [SCALE], STEPS, migration=migration)
-    ranges = seen.choose(Method.MINMAX, len(LABELS)).model_copy(update={"migration": migration})
+    smoothing = make_smoothing(small_config, share=0.7)
+    seen = observe(make_checkpoint(), ObservedRun(segments, LABELS, [SCALE], STEPS), smoothing)
+    ranges = seen.choose(Method.MINMAX, len(LABELS)).model_copy(update={"smoothing": smoothing})
     kept = kept_of("by chance", (SEGMENTS, 3, len(LAYERS)))
     bundle = make_bundle(
         plan=PlanKind.MAX_SUBNETS, max_subnets=SEGMENTS, precision=precision, activations=with_kept(ranges, kept)
     )
-    simulator, same = (
-        Simulator(make_checkpoint(), each, segments, precision, STEPS, Sampler.DDPM)
-        for each in (ranges, ranges.model_copy(update={"migration": None}))
+    sampler, same = (
+        FakeQuantizedSampler(make_checkpoint(), each, segments, precision, STEPS, Sampler.DDPM)
+        for each in (ranges, ranges.model_copy(update={"smoothing": None}))
     )
     labels, noise = np.array(LABELS), SeededNoise(5, (4, 8, 8))
     batch = Batch(0, tuple(range(len(LABELS))), labels)
@@ -121,10 +121,10 @@ def test_it_is_what_a_migrated_bundle_computes(
     with ResidentSubnets(engine) as subnets:
         runner = StepRunner(engine, subnets, labels, SCALE)
         for step in range(STEPS - 1):
-            drawn, choice = noise.step(batch, step), kept[simulator.segment_of[step]]
-            modulation, unmoved = (each.modulation(step, labels, SCALE) for each in (simulator, same))
-            ours = simulator.step(simulator.subnet(step, choice), step, x, drawn, modulation, SCALE)
-            plain = simulator.step(simulator.plain(step), step, x, drawn, modulation, SCALE)
+            drawn, choice = noise.step(batch, step), kept[sampler.segment_of[step]]
+            modulation, unmoved = (each.condition(step, labels, SCALE) for each in (sampler, same))
+            ours = sampler.step(sampler.subnet(step, choice), step, x, drawn, modulation, SCALE)
+            plain = sampler.step(sampler.plain(step), step, x, drawn, modulation, SCALE)
             np.testing.assert_array_equal(plain, same.step(same.plain(step), step, x, drawn, unmoved, SCALE))
             theirs = runner.run(step, x, drawn, labels).x_prev
             ratios.append(relative_l2(ours, theirs) / relative_l2(ours, plain))

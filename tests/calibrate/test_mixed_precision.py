@@ -12,8 +12,8 @@ from dydit.calibrate.mixed_precision import (
     Quality,
     Target,
     bound_on_speed,
-    eighth_order,
-    kept_after,
+    fp16_layers_after,
+    int8_order,
     layer_macs,
     most_questions,
     most_that_holds,
@@ -33,7 +33,7 @@ MACS = arrays(np.float64, SHAPE, elements=st.sampled_from([0.0, 1.0, 1.0, 3.0, 1
 @given(LOSSES, MACS)
 @settings(deadline=None)
 def test_the_order_is_by_loss_per_multiply_add_and_of_equals_by_place(losses, macs):
-    order = eighth_order(losses, macs)
+    order = int8_order(losses, macs)
     assert sorted(order) == np.flatnonzero(macs.reshape(-1) > 0).tolist(), "every layer that there is, once"
     ratio = losses.reshape(-1)[order] / macs.reshape(-1)[order]
     for (a, first), (b, second) in zip(
@@ -45,15 +45,15 @@ def test_the_order_is_by_loss_per_multiply_add_and_of_equals_by_place(losses, ma
 @given(LOSSES, MACS)
 @settings(deadline=None)
 def test_prefixes_are_nested_and_their_shares_grow(losses, macs):
-    order = eighth_order(losses, macs)
-    assert not kept_after(order, len(order), SHAPE).any()
-    assert (kept_after(order, 0, SHAPE) == (macs > 0)).all()
+    order = int8_order(losses, macs)
+    assert not fp16_layers_after(order, len(order), SHAPE).any()
+    assert (fp16_layers_after(order, 0, SHAPE) == (macs > 0)).all()
     shares = []
     for count in range(len(order) + 1):
-        kept = kept_after(order, count, SHAPE)
+        kept = fp16_layers_after(order, count, SHAPE)
         assert kept.sum() == len(order) - count
         if count:
-            assert not (kept & ~kept_after(order, count - 1, SHAPE)).any()
+            assert not (kept & ~fp16_layers_after(order, count - 1, SHAPE)).any()
         shares.append(share_in_8_bits(order, count, macs))
     assert shares[0] == 0 and shares[-1] == pytest.approx(1) and (np.diff(shares) > 0).all()
     assert bound_on_speed(shares[0]) == 1 and bound_on_speed(shares[-1]) == pytest.approx(2)
@@ -62,7 +62,7 @@ def test_prefixes_are_nested_and_their_shares_grow(losses, macs):
 @given(LOSSES, MACS, st.integers(2, 9))
 @settings(deadline=None)
 def test_points_of_the_curve_are_spread_over_the_order(losses, macs, points):
-    order = eighth_order(losses, macs)
+    order = int8_order(losses, macs)
     counts = spread_counts(order, macs, points)
     assert counts == sorted(set(counts)) and counts[0] == 0 and counts[-1] == len(order)
     assert len(counts) <= points

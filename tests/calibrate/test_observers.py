@@ -10,7 +10,7 @@ from dydit import DyDiTPipeline
 from dydit.bundle.manifest import PlanKind
 from dydit.bundle.stored_weights import Precision
 from dydit.calibrate.activation_ranges import Observations
-from dydit.calibrate.observers import observe
+from dydit.calibrate.observers import ObservedRun, observe
 from dydit.calibrate.range_methods import Method
 from dydit.errors import CalibrationError, ConfigError
 from dydit.inspection.trace import trace_tokens
@@ -37,7 +37,7 @@ def segments(bundle):
 
 @pytest.fixture(scope="module")
 def seen(make_checkpoint, segments) -> Observations:
-    return observe(make_checkpoint(), segments, LABELS, [SCALE], STEPS)
+    return observe(make_checkpoint(), ObservedRun(segments, LABELS, [SCALE], STEPS))
 
 
 def test_every_value_that_enters_a_layer_is_counted(seen, bundle, segments):
@@ -47,7 +47,7 @@ def test_every_value_that_enters_a_layer_is_counted(seen, bundle, segments):
     for index, (first, end) in enumerate(segments):
         for block in range(model.depth):
             counts = [histogram.total for histogram in seen.histograms[index][block]]
-            heads, groups = (masks[first:end, block, part].sum(1) for part in (0, 1))
+            heads, groups = (model.units.of_group(masks, name)[first:end, block].sum(1) for name in ("heads", "groups"))
             routed = tokens[first:end, block].sum(axis=(1, 2))
             every = 2 * len(LABELS) * model.tokens
             assert counts[0] == (every * model.hidden_size * (heads > 0)).sum()
@@ -57,14 +57,14 @@ def test_every_value_that_enters_a_layer_is_counted(seen, bundle, segments):
 
 
 def test_the_same_arguments_give_the_same_counts_whatever_the_batch(seen, make_checkpoint, segments):
-    again = observe(make_checkpoint(), segments, LABELS, [SCALE], STEPS)
+    again = observe(make_checkpoint(), ObservedRun(segments, LABELS, [SCALE], STEPS))
     assert all((a.counts == b.counts).all() for a, b in zip(seen.flat(), again.flat(), strict=True))
-    halves = observe(make_checkpoint(), segments, LABELS, [SCALE], STEPS, batch=2)
+    halves = observe(make_checkpoint(), ObservedRun(segments, LABELS, [SCALE], STEPS, batch=2))
     assert [a.total for a in seen.flat()] == [b.total for b in halves.flat()]
 
 
 def test_segments_together_are_the_whole_run(seen, make_checkpoint):
-    whole = observe(make_checkpoint(), [(0, STEPS)], LABELS, [SCALE], STEPS)
+    whole = observe(make_checkpoint(), ObservedRun([(0, STEPS)], LABELS, [SCALE], STEPS))
     assert all((a.counts == b.counts).all() for a, b in zip(seen.together().flat(), whole.flat(), strict=True))
 
 
@@ -104,7 +104,7 @@ def test_refusals(seen, make_bundle, make_checkpoint):
     from dydit.export.settings import ExportConfig
 
     ranges = seen.choose(Method.MINMAX, len(LABELS))
-    with pytest.raises(CalibrationError, match="is of 4 segments of 3 blocks of 4 layers, this plan has 2 "):
+    with pytest.raises(CalibrationError, match="has 4 segments, 3 blocks and 4 layers per block, but this plan has 2"):
         make_bundle(max_subnets=2, precision=Precision.INT8_STATIC, activations=ranges)
     with pytest.raises(
         ConfigError, match="int8-static needs a calibration: `dydit calibrate --activations minmax` makes it"
@@ -113,7 +113,7 @@ def test_refusals(seen, make_bundle, make_checkpoint):
     with pytest.raises(ConfigError, match="calibrated activations go with int8-static and fp8, not with fp16"):
         parse_config(ExportConfig, {"precision": "fp16", "activations": ranges})
     with pytest.raises(ConfigError, match="at least one label"):
-        observe(make_checkpoint(), [(0, STEPS)], [], [SCALE], STEPS)
+        observe(make_checkpoint(), ObservedRun([(0, STEPS)], [], [SCALE], STEPS))
 
 
 def test_names_of_what_is_not_finite(seen):

@@ -14,9 +14,9 @@ import pytest
 from dydit.bundle.stored_weights import Precision
 from dydit.calibrate.activation_ranges import ActivationRanges
 from dydit.calibrate.mixed_precision import Target
-from dydit.calibrate.observers import observe
+from dydit.calibrate.observers import ObservedRun, observe
 from dydit.calibrate.plots_precision import search_words, sensitivity_png
-from dydit.calibrate.precision_search import SearchConfig, psnr, search
+from dydit.calibrate.precision_search import SearchConfig, SearchInputs, psnr, search
 from dydit.calibrate.range_methods import Method
 from dydit.errors import CalibrationError, ConfigError
 from dydit.export.exporter import planned_steps
@@ -29,9 +29,9 @@ from dydit.runtime.backends.int8_exactness import products_are_exact
 pytestmark = pytest.mark.numerics
 
 STEPS, SCALE, IMAGES = 6, 1.5, 5
-# The search simulates 8 bits in PyTorch, the bundle runs them in ONNX Runtime. Two programs, or two CPUs, round
-# differently, and a value on the edge between two steps of a scale then falls to either side. So the two errors are of
-# one size but not the same: their powers agree to within a factor of 2, which is 3 dB.
+# The search computes 8 bits by fake quantization in PyTorch, the bundle runs them in ONNX Runtime. Two programs, or two
+# CPUs, round differently, and a value on the edge between two steps of a scale then falls to either side. So the two
+# errors are of one size but not the same: their powers agree to within a factor of 2, which is 3 dB.
 ANOTHER_ROUNDING = 3.0
 EXPORTED = ExportConfig(steps=STEPS, max_subnets=2)
 
@@ -48,7 +48,7 @@ def plan(model):
 
 @pytest.fixture(scope="module")
 def ranges(model, plan) -> ActivationRanges:
-    return observe(model, plan.segments, range(7), [SCALE], STEPS).choose(Method.MINMAX, 7)
+    return observe(model, ObservedRun(plan.segments, range(7), [SCALE], STEPS)).choose(Method.MINMAX, 7)
 
 
 @pytest.fixture(scope="module")
@@ -58,10 +58,19 @@ def find(model, plan, ranges, tmp_path_factory):
 
     def run(work: Path | None = None, progress: Any = None, compared: Any = None, announce: Any = None, **changes: Any):
         values = {"target": Target(psnr=40), "images": IMAGES, "steps": 2, **changes}
-        return search(
-            *(model, EXPORTED, plan.segments, ranges, np.full((STEPS, 3), 0.5), SearchConfig(**values)),
-            *((SCALE,), 7, work or shared, compared, progress, announce),
+        inputs = SearchInputs(
+            checkpoint=model,
+            exported=EXPORTED,
+            segments=plan.segments,
+            ranges=ranges,
+            token_ratio=np.full((STEPS, 3), 0.5),
+            config=SearchConfig(**values),
+            cfg_scales=(SCALE,),
+            seed=7,
+            work=work or shared,
+            reference=compared,
         )
+        return search(inputs, progress, announce)
 
     return run
 
@@ -78,7 +87,7 @@ def test_a_target_between_none_and_all_keeps_some_layers(find, ends, ranges):
     assert least + 6 < most
     target = (least + most) / 2
     kept, found = find(target=Target(psnr=target))
-    stay = int(kept.kept.sum())
+    stay = int(kept.fp16_layers.sum())
     assert 0 < stay == found.layers - found.chosen.layers < found.layers
     assert found.chosen.quality.psnr_least >= target and found.images == IMAGES
     assert found.held_out_holds == (found.held_out.psnr_least >= target)
@@ -88,7 +97,7 @@ def test_a_target_between_none_and_all_keeps_some_layers(find, ends, ranges):
     assert all(point.bound == pytest.approx(1 / (1 - point.share / 2)) for point in found.curve)
     # Layers that lose more are those that stay: on the whole, as multiply-adds count too.
     losses = np.asarray(found.losses)
-    assert (losses >= 0).all() and losses[kept.kept].mean() > losses[~kept.kept & (losses > 0)].mean()
+    assert (losses >= 0).all() and losses[kept.fp16_layers].mean() > losses[~kept.fp16_layers & (losses > 0)].mean()
 
 
 def test_everything_in_8_bits_leaves_nothing_in_the_file(find, ends):
@@ -98,7 +107,7 @@ def test_everything_in_8_bits_leaves_nothing_in_the_file(find, ends):
 
 
 def test_a_target_beyond_16_bits_is_refused(find, ends):
-    words = rf"no choice keeps 199 dB: with every layer in 16 bits the worst image has {ends[1]:.1f} dB"
+    words = rf"no choice of layers reaches 199 dB: with every layer in 16 bits the worst image has {ends[1]:.1f} dB"
     with pytest.raises(CalibrationError, match=words):
         find(target=Target(psnr=199))
 
@@ -133,8 +142,8 @@ def test_a_search_says_how_long_it_may_take_before_it_starts_and_its_total_is_ho
     find(tmp_path, lambda *now: events.append(now), announce=events.append)
     line, *progress = events
     assert re.fullmatch(
-        r"Search for layers: at most \d+ runs of 6 steps with 5 images each, and the measuring of single layers: "
-        r"[\d,]+ steps of a batch, \S+ s each, so about .* at most; a stopped search goes on where it was",
+        r"Search for layers: at most \d+ runs of 6 steps with 5 images each, and measurements of single layers: "
+        r"[\d,]+ steps of a batch at \S+ s each, so at most about .*; an interrupted search continues",
         line,
     )
     totals = [total for _, total in progress]
@@ -176,10 +185,11 @@ def test_an_exported_bundle_of_digits_keeps_the_target_on_the_images_searched_on
         pytest.skip("this CPU has no VNNI: 8-bit products saturate")
     digits, exported, target = load_checkpoint(ASSETS / "dydit.safetensors"), ExportConfig(steps=8, max_subnets=2), 50.0
     plan, labels = planned_steps(digits, exported)[1], [image * 10 // IMAGES for image in range(IMAGES)]
-    ranges = observe(digits, plan.segments, range(10), [SCALE], 8).choose(Method.MINMAX, 10)
+    ranges = observe(digits, ObservedRun(plan.segments, range(10), [SCALE], 8)).choose(Method.MINMAX, 10)
     config = SearchConfig(target=Target(psnr=target), images=IMAGES, steps=2, precision=precision)
     tokens = np.full((8, 6), 0.6)
-    kept, found = search(digits, exported, plan.segments, ranges, tokens, config, [SCALE], 7, tmp_path / "work")
+    inputs = SearchInputs(digits, exported, plan.segments, ranges, tokens, config, [SCALE], 7, tmp_path / "work")
+    kept, found = search(inputs)
     images = {}
     for name, more in {
         "plain": {},
@@ -207,7 +217,7 @@ def test_a_ratio_of_frechet_distances(find, ends, model, tmp_path):
     ratios = [point.quality.fd_ratio for point in found.curve]
     assert None not in ratios and found.chosen.quality.fd_ratio <= 1.5
     assert "times the model's" in search_words(found)
-    assert kept.kept.sum() == found.layers - found.chosen.layers
+    assert kept.fp16_layers.sum() == found.layers - found.chosen.layers
 
 
 @pytest.fixture(scope="module")
@@ -232,9 +242,9 @@ def test_pictures_repeat(pictured):
     result, kept, found = pictured, pictured.calibration.activations, pictured.calibration.sensitivity
     picture = sensitivity_png(result)
     assert picture.startswith(b"\x89PNG") and picture == sensitivity_png(result)
-    assert f"{int(kept.kept.sum())} of {found.layers} linear layers stay in 16 bits" in search_words(found)
+    assert f"{int(kept.fp16_layers.sum())} of {found.layers} linear layers stay in 16 bits" in search_words(found)
     missed = found.model_copy(update={"held_out_holds": False})
-    assert "MISS the target" in search_words(missed) and "MISS" not in search_words(
+    assert "MISSES the target" in search_words(missed) and "MISS" not in search_words(
         found.model_copy(update={"held_out_holds": True})
     )
 
@@ -252,7 +262,7 @@ def test_equal_images_count_as_200_decibels_and_nan_as_none():
         ({"precision": "fp16"}, "fp16 has no scales to calibrate"),
         ({"target": {"fd_ratio": 1.1}}, "--reference FILE.npz"),
         ({"target": {"fd_ratio": 1.1}, "reference": "x.npz", "images": 63}, "--search-images 64 or more"),
-        ({"target": {}}, "one of them"),
+        ({"target": {}}, "only one of them"),
         ({"steps": 0}, "steps"),
     ],
 )

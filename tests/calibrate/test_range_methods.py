@@ -85,5 +85,7 @@ def test_refusals():
         choose(Histogram(), Method.MINMAX)
     with pytest.raises(CalibrationError, match=r"percentile 1\.5 is outside"):
         choose(Histogram.of(np.ones(5)), Method.PERCENTILE, 1.5)
-    with pytest.raises(CalibrationError, match=r"5 values tell nothing of a share of 0\.999: at least 1000 are needed"):
+    with pytest.raises(
+        CalibrationError, match=r"5 values are too few for a percentile of 0\.999: at least 1000 are needed"
+    ):
         choose(Histogram.of(np.ones(5)), Method.PERCENTILE, 0.999)

@@ -1,4 +1,4 @@
-"""A migration for a model: chosen alike every time, and where few channels are much larger it keeps steps in 8 bits."""
+"""A smoothing for a model: chosen alike every time, and where few channels are much larger it keeps steps in 8 bits."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.manifest import PlanKind
-from dydit.calibrate.observers import observe
+from dydit.calibrate.observers import ObservedRun, observe
 from dydit.calibrate.range_methods import Method
-from dydit.calibrate.smoothing_search import Found, find_migration
+from dydit.calibrate.smoothing_search import FoundSmoothing, find_smoothing
 from dydit.calibrate.smoothing_strength import LEAST_GAIN
 from dydit.checkpoints.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from dydit.errors import CalibrationError, ConfigError
@@ -58,36 +58,41 @@ def outliers(small_config, tmp_path_factory) -> Checkpoint:
     return load_checkpoint(path)
 
 
+def run_of(checkpoint: Checkpoint) -> ObservedRun:
+    return ObservedRun(segments_of(checkpoint), LABELS, [SCALE], STEPS)
+
+
 def segments_of(checkpoint: Checkpoint) -> tuple[tuple[int, int], ...]:
     return tuple(planned_steps(checkpoint, ExportConfig(**PLAN))[1].segments)
 
 
 @pytest.fixture(scope="module")
-def found(outliers) -> Found:
-    return find_migration(outliers, segments_of(outliers), LABELS, [SCALE], STEPS)
+def found(outliers) -> FoundSmoothing:
+    return find_smoothing(outliers, run_of(outliers))
 
 
 def test_the_large_channels_are_found_in_every_layer(found, outliers):
-    assert found.migration.layers == 4 * outliers.config.depth
+    assert found.smoothing.layers == 4 * outliers.config.depth
     for block in range(outliers.config.depth):
         for layer in LAYERS:
-            exponents = found.migration.exponents(block, layer)
+            exponents = found.smoothing.exponents(block, layer)
             others = np.delete(exponents, LARGE)
             assert exponents[list(LARGE)].mean() > others.mean() + 1.5, (block, layer)
-    assert found.text().startswith("migration helps in 12 of 12 layers: the squared error of their products in int8")
+    assert found.text().startswith(
+        "smoothing lowers the error in 12 of 12 layers: the squared error of their products in int8"
+    )
     assert all(
-        choice.error <= (1 - LEAST_GAIN) * choice.unmigrated for block in found.choices for choice in block.values()
+        choice.error <= (1 - LEAST_GAIN) * choice.unsmoothed for block in found.choices for choice in block.values()
     )
 
 
-def test_the_same_arguments_give_the_same_migration(found, outliers):
-    again = find_migration(outliers, segments_of(outliers), LABELS, [SCALE], STEPS)
-    assert again.migration == found.migration
+def test_the_same_arguments_give_the_same_smoothing(found, outliers):
+    again = find_smoothing(outliers, run_of(outliers))
+    assert again.smoothing == found.smoothing
 
 
 def test_ranges_are_those_of_what_is_divided(found, outliers):
-    run = (outliers, segments_of(outliers), LABELS, [SCALE], STEPS)
-    plain, divided = observe(*run), observe(*run, migration=found.migration)
+    plain, divided = (observe(outliers, run_of(outliers), smoothing) for smoothing in (None, found.smoothing))
     assert [each.total for each in plain.flat()] == [each.total for each in divided.flat()]
     thresholds = [np.array(each.choose(Method.MINMAX, 4).thresholds) for each in (plain, divided)]
     assert (thresholds[1] < thresholds[0] / 2).all()
@@ -110,14 +115,14 @@ def step_errors(exact: Bundle, low: Bundle) -> np.ndarray:
 
 @pytest.mark.parametrize(("precision", "factor"), [("int8-static", 5.0), ("fp8", 0.9)])
 def test_a_step_in_8_bits_keeps_more(found, outliers, tmp_path, precision, factor):
-    """E4M3 rounds relatively to a value, so there a migration changes little."""
+    """E4M3 rounds relatively to a value, so there a smoothing changes little."""
     if precision == "int8-static" and not products_are_exact(onnxruntime):
         pytest.skip("this CPU has no VNNI: 8-bit products saturate")
-    run, errors = (outliers, segments_of(outliers), LABELS, [SCALE], STEPS), []
+    errors = []
     exact = export(outliers, tmp_path / "exact", ExportConfig(**PLAN))
-    for migration in (None, found.migration):
-        ranges = observe(*run, migration=migration).choose(Method.MINMAX, len(LABELS))
-        chosen = ranges.model_copy(update={"migration": migration})
+    for smoothing in (None, found.smoothing):
+        ranges = observe(outliers, run_of(outliers), smoothing).choose(Method.MINMAX, len(LABELS))
+        chosen = ranges.model_copy(update={"smoothing": smoothing})
         config = ExportConfig(**PLAN, precision=precision, activations=chosen)
         errors.append(np.median(step_errors(exact, export(outliers, tmp_path / f"low-{len(errors)}", config))))
     assert errors[1] > 1e-6 and errors[0] > factor * errors[1], errors
@@ -125,10 +130,10 @@ def test_a_step_in_8_bits_keeps_more(found, outliers, tmp_path, precision, facto
 
 def test_refusals(outliers, tmp_path):
     with pytest.raises(ConfigError, match="at least one label"):
-        find_migration(outliers, [(0, STEPS)], [], [SCALE], STEPS)
+        find_smoothing(outliers, ObservedRun([(0, STEPS)], [], [SCALE], STEPS))
     model = outliers.model()
     model.blocks[1].mlp.fc1.weight.data[:] = 3e38
     save_checkpoint(tmp_path / "broken.safetensors", model, outliers.config)
     broken = load_checkpoint(tmp_path / "broken.safetensors")
     with pytest.raises(CalibrationError, match=r"segment 0, block 1, fc2: a value to calibrate on is NaN or infinite"):
-        find_migration(broken, [(0, STEPS)], LABELS, [SCALE], STEPS)
+        find_smoothing(broken, ObservedRun([(0, STEPS)], LABELS, [SCALE], STEPS))

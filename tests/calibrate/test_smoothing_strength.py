@@ -1,4 +1,4 @@
-"""What is kept of a layer's inputs adds up in any order, and a migration is chosen where it helps and nowhere else."""
+"""What is kept of a layer's inputs adds up in any order, and a smoothing is chosen where it helps and nowhere else."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from dydit.calibrate.smoothing_strength import (
     Choice,
     InputStatistics,
     LayerInputs,
-    as_migration,
-    choose_migration,
+    as_smoothing,
+    choose_smoothing,
     exponents_for,
     product_error,
 )
@@ -114,26 +114,26 @@ def test_what_is_chosen_is_never_worse_on_the_same_rows(seed, spread):
     sizes = np.exp(spread * rng.uniform(-1, 1, CHANNELS))
     kept = inputs_of((segment, (rng.normal(size=(3, CHANNELS)) * sizes)) for segment in range(SEGMENTS))
     weight = rng.normal(size=(CHANNELS, 5)).astype(np.float32)
-    choice = choose_migration(kept, weight, rounded)
+    choice = choose_smoothing(kept, weight, rounded)
     none = product_error(kept, weight, np.zeros(CHANNELS, np.int64), rounded)
-    assert choice.unmigrated == none
+    assert choice.unsmoothed == none
     if choice.exponents is None:
         assert choice.error == none
     else:
         assert choice.error == product_error(kept, weight, choice.exponents, rounded) <= (1 - LEAST_GAIN) * none
 
 
-def test_few_large_channels_are_migrated_and_even_ones_are_not():
+def test_few_large_channels_are_smoothed_and_even_ones_are_not():
     rng = np.random.default_rng(0)
     rows, weight = rng.normal(size=(200, 64)), rng.normal(size=(64, 32)).astype(np.float32)
     sizes = np.where(np.arange(64) < 3, 30, 1)
     even, uneven = LayerInputs(1, 64), LayerInputs(1, 64)
     even.add(0, rows)
     uneven.add(0, rows * sizes)
-    assert choose_migration(even, weight, rounded).exponents is None
-    choice = choose_migration(uneven, (weight / sizes[:, None]).astype(np.float32), rounded)
+    assert choose_smoothing(even, weight, rounded).exponents is None
+    choice = choose_smoothing(uneven, (weight / sizes[:, None]).astype(np.float32), rounded)
     assert choice.exponents[:3].min() > choice.exponents[3:].max()
-    assert choice.error < choice.unmigrated / 10
+    assert choice.error < choice.unsmoothed / 10
 
 
 def test_the_range_of_a_segment_is_its_own():
@@ -146,9 +146,9 @@ def test_the_range_of_a_segment_is_its_own():
     assert error == pytest.approx(first**2 + 0.4**2, rel=1e-3)
 
 
-def test_choices_as_a_migration():
+def test_choices_as_a_smoothing():
     none, some = Choice(None, 1.0, 1.0), Choice(np.array([0, 10]), 0.5, 1.0)
     nowhere = {"qkv": none, "proj": none}
-    assert as_migration([nowhere] * 2) is None
-    found = as_migration([nowhere, {**nowhere, "proj": some}])
+    assert as_smoothing([nowhere] * 2) is None
+    found = as_smoothing([nowhere, {**nowhere, "proj": some}])
     assert found.layers == 1 and found.blocks == ({}, {"proj": "0a"})

@@ -86,7 +86,7 @@ def test_what_does_not_belong_together():
         TokenCounts(1.5, 9, np.arange(0), np.zeros((0, STEPS, DEPTH, 2), np.int32))
     with pytest.raises(CalibrationError, match="an image was counted twice"):
         merge([one, one])
-    with pytest.raises(CalibrationError, match="guidance scales do not add up"):
+    with pytest.raises(CalibrationError, match="guidance scales cannot be merged"):
         merge([one, counted([2, 3], tokens, scale=4.0)])
     with pytest.raises(CalibrationError, match=r"outside 0\.\.9"):
         TokenCounts(1.5, 9, np.arange(2), one.counts + 9)

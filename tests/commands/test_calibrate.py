@@ -73,7 +73,7 @@ def test_the_plan_of_the_export_is_that_of_the_calibration(run, checkpoint: Path
     assert run(*words).code == 0, words
     by_capacity = ["--steps", 3, "--routing", "capacity", "--calibration", tmp_path / "c.json"]
     other = run("export", checkpoint, *by_capacity, *plan, "--out", tmp_path / "other")
-    assert_refused(other, "the calibration is of the sampler ddim, not ddpm")
+    assert_refused(other, "the calibration belongs to the sampler ddim, not ddpm")
     assert names(tmp_path) == ["c.json", "c.png", "out"]
 
 
@@ -188,33 +188,35 @@ def test_ranges_of_activations_then_8_bits(run, checkpoint: Path, tmp_path: Path
     assert done.code == 0, done.err
 
 
-def test_migrated_ranges_then_8_bits(run, checkpoint: Path, tmp_path: Path) -> None:
+def test_smoothed_ranges_then_8_bits(run, checkpoint: Path, tmp_path: Path) -> None:
     file, bundle, plan = tmp_path / "c.json", tmp_path / "bundle", ["--steps", STEPS, "--max-subnets", 2]
     watch = ["--activations", "minmax", "--activation-images", 4, "--migrate"]
     done = run("calibrate", checkpoint, "--out", file, *SMALL, *watch)
     assert done.code == 0 and done.err == "", done.err
     ranges = read_calibration(file).activations
-    assert ranges is not None and ranges.migration is not None
-    line = next(line for line in done.out.splitlines() if "migration helps" in line)
-    assert line.startswith(f"{file}: migration helps in {ranges.migration.layers} of 12 layers: the squared error")
+    assert ranges is not None and ranges.smoothing is not None
+    line = next(line for line in done.out.splitlines() if "smoothing lowers" in line)
+    assert line.startswith(
+        f"{file}: smoothing lowers the error in {ranges.smoothing.layers} of 12 layers: the squared error"
+    )
     again = run("calibrate", checkpoint, "--out", tmp_path / "again.json", *SMALL, *watch, "--json")
     assert (tmp_path / "again.json").read_bytes() == file.read_bytes()
     said = json.loads(again.out)["migration"]
-    assert (said["layers"], said["migrated"]) == (12, ranges.migration.layers)
+    assert (said["layers"], said["migrated"]) == (12, ranges.smoothing.layers)
     assert 0.05 <= said["error_falls_by"]["median"] <= said["error_falls_by"]["most"] < 1
     done = run("export", checkpoint, *plan, "--precision", "int8-static", "--calibration", file, "--out", bundle)
     assert done.code == 0, done.err
-    assert Bundle.open(bundle).manifest.migration == ranges.migration
+    assert Bundle.open(bundle).manifest.smoothing == ranges.smoothing
     if products_are_exact(onnxruntime):  # else the backend refuses it: this CPU has no VNNI
         assert run("sample", bundle, "--labels", "1,2", "--out", tmp_path / "samples").code == 0
     capacity = ["--routing", "capacity", "--calibration", file, "--out", tmp_path / "fp32"]
     assert run("export", checkpoint, *plan, *capacity).code == 0
-    assert Bundle.open(tmp_path / "fp32").manifest.migration is None, "that of 8 bits alone"
+    assert Bundle.open(tmp_path / "fp32").manifest.smoothing is None, "that of 8 bits alone"
 
 
-def test_a_migration_without_ranges(run, checkpoint: Path, tmp_path: Path) -> None:
+def test_a_smoothing_without_ranges(run, checkpoint: Path, tmp_path: Path) -> None:
     done = run("calibrate", checkpoint, "--out", tmp_path / "c.json", *SMALL, "--migrate")
-    assert_refused(done, "--migrate needs activation ranges; add --activations minmax")
+    assert_refused(done, "--smooth needs activation ranges; add --activations minmax")
     assert names(tmp_path) == []
 
 

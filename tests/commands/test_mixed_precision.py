@@ -55,10 +55,10 @@ def test_a_target_then_a_bundle_of_8_and_16_bits(
     assert names(tmp_path) == ["c-search.png", "c.json", "c.png", "low-search.png", "low.json", "low.png"]
     found = read_calibration(file)
     assert found.activations is not None and found.sensitivity is not None
-    stay = int(found.activations.kept.sum())
+    stay = int(found.activations.fp16_layers.sum())
     assert 0 < stay < found.sensitivity.layers and found.sensitivity.chosen.quality.psnr_least >= target
     assert f"{precision}, at least {target:g} dB: {stay} of {found.sensitivity.layers} linear layers stay" in done.out
-    assert ("MISS the target" in done.out) == (not found.sensitivity.held_out_holds)
+    assert ("MISSES the target" in done.out) == (not found.sensitivity.held_out_holds)
     assert run(*call, "--target-psnr", target, "--out", tmp_path / "again.json", "-q") == (0, "", "")
     assert (tmp_path / "again.json").read_bytes() == file.read_bytes()
     # What is said to come next works as it stands, without capacities too.
@@ -116,13 +116,13 @@ def test_targets_that_are_none(run, checkpoint: Path, tmp_path: Path, options: l
 def test_a_sliding_plan_has_no_8_bits(run, checkpoint: Path, tmp_path: Path) -> None:
     call = ["calibrate", checkpoint, "--out", tmp_path / "c.json", *SEARCH, "--target-psnr", 30, "--sliding"]
     sampling = ["--steps", STEPS, "--samples", 4, "--held-out", 4, "--batch-size", 2, "--quantile", 0.9]
-    assert_refused(run(*call, *sampling), "a sliding plan has no layers in 8 bits")
+    assert_refused(run(*call, *sampling), "a plan of dynamic width has no layers in 8 bits")
     assert names(tmp_path) == []
 
 
 def test_a_target_that_16_bits_miss(run, checkpoint: Path, tmp_path: Path) -> None:
     call = ["calibrate", checkpoint, "--out", tmp_path / "c.json", *SMALL, *SEARCH]
-    refused = "no choice keeps 199 dB: with every layer in 16 bits the worst"
+    refused = "no choice of layers reaches 199 dB: with every layer in 16 bits the worst"
     assert_refused(run(*call, "--target-psnr", 199, "-q"), refused)
     done = run(*call, "--target-psnr", 199)
     assert [line.split(":")[0] for line in done.err.splitlines()] == ["Search for layers", "dydit"]

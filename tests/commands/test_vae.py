@@ -129,7 +129,7 @@ def test_without_a_decoder_as_before(run, make_bundle, tmp_path: Path) -> None:
     assert done.code == 0 and "no VAE decoder, so the samples are latents, in latents.npz" in done.out
     assert sorted(content(tmp_path / "out")) == ["latents.npz", "samples.json"]
     refused(run("sample", bundle, "--labels", "1", "--npz", "--out", tmp_path / "no"), "--npz needs pictures", "--vae")
-    assert "decoder     none: latents stay latents" in run("inspect", bundle).out
+    assert "decoder     none: samples stay latents" in run("inspect", bundle).out
 
 
 def test_sampling_needs_neither_pytorch_nor_diffusers(vae_bundle, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The one formula of a step is DDPM's and DDIM's textbook step."""
+"""The rows of coefficients, applied by `sampler_step`, are DDPM's and DDIM's textbook steps."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dydit.diffusion.coefficients import COEFFICIENTS, apply_step, step_coefficients
+from dydit.diffusion.coefficients import COEFFICIENTS, step_coefficients
+from dydit.diffusion.sampler_step import sampler_step
 from dydit.diffusion.schedule import TRAIN_STEPS, Sampler, Schedule
 
 LAW = settings(max_examples=25, deadline=None)
@@ -50,6 +52,13 @@ class Textbook:
 
     def ddim(self, t, x, eps):
         return math.sqrt(self.before(t)) * self.x0(t, x, eps) + math.sqrt(1 - self.before(t)) * eps
+
+
+def apply_step(row: np.ndarray, x: np.ndarray, eps: np.ndarray, v: np.ndarray | float, noise: np.ndarray) -> np.ndarray:
+    """`sampler_step` on arrays of any one shape."""
+    shape, variance = x.shape, np.broadcast_to(v, x.shape)
+    x, eps, variance, noise = (torch.tensor(each).reshape(-1, 1, 1, 1) for each in (x, eps, variance, noise))
+    return sampler_step(x, torch.cat([eps, variance], 1), noise, torch.tensor(row), 1.0, 0).numpy().reshape(shape)
 
 
 def arrays(seed: int, shape: tuple[int, ...] = (2, 3)) -> list[np.ndarray]:

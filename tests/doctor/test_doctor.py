@@ -99,7 +99,7 @@ def test_a_crash_or_a_hang_costs_one_line():
     crashed = run_probe("no such probe")
     assert not crashed.ok and "crashed (exit code 1)" in crashed.detail and "KeyError" in crashed.detail
     late = run_probe("torch-cpu", seconds=0.01)
-    assert not late.ok and "gave no answer" in late.detail
+    assert not late.ok and "did not answer" in late.detail
 
 
 def test_a_child_answers():
@@ -110,7 +110,7 @@ def test_trials_overrule_what_the_registry_says():
     report = run_doctor(fake(onnxruntime_cpu=Finding(ok=False, detail="illegal instruction", fix="pip install X")))
     assert not row(report.backends, "onnxruntime").ok and row(report.backends, "torch").ok
     assert row(report.backends, "tensorrt").detail == "not in this version"
-    assert report.ok and report.text().endswith("bundles run here on: torch")
+    assert report.ok and report.text().endswith("backends that run bundles here: torch")
     assert "no  onnxruntime  illegal instruction  ->  pip install X" in report.text()
 
 
@@ -142,12 +142,12 @@ def test_without_a_driver_packages_are_not_enough():
 
 def test_what_builds_engines_and_what_is_missing_to_run_them_is_said():
     gone = Finding(ok=False, detail="no driver")
-    assert run_doctor(fake()).engines == "engines are built here by: tensorrt, tensorrt-rtx, and run"
+    assert run_doctor(fake()).engines == "engines can be built here by: tensorrt, tensorrt-rtx, which also run here"
     no_gpu = run_doctor(fake(driver=gone, pycuda=Finding(ok=False, detail="no pycuda")))
-    said = "engines are built here by: tensorrt-rtx; to run them here takes an NVIDIA GPU and its driver and PyCUDA"
+    said = "engines can be built here by: tensorrt-rtx; running them here needs an NVIDIA GPU and its driver and PyCUDA"
     assert no_gpu.engines == said, "tensorrt builds on the GPU alone"
-    assert f"\n\n{said}\nbundles run here on:" in no_gpu.text()
-    assert run_doctor(fake(pycuda=gone)).engines.endswith("tensorrt-rtx; to run them here takes PyCUDA")
+    assert f"\n\n{said}\nbackends that run bundles here:" in no_gpu.text()
+    assert run_doctor(fake(pycuda=gone)).engines.endswith("tensorrt-rtx; running them here needs PyCUDA")
 
 
 def test_where_nothing_builds_engines_the_flavour_that_needs_no_gpu_is_named():
@@ -155,7 +155,7 @@ def test_where_nothing_builds_engines_the_flavour_that_needs_no_gpu_is_named():
     rtx = Finding(ok=False, detail="tensorrt_rtx cannot be imported", fix="pip install rtx")
     report = run_doctor(fake(driver=gone, tensorrt_rtx=rtx))
     assert report.engines == (
-        "no engines are built here; tensorrt-rtx, which needs no GPU for that: tensorrt_rtx cannot be imported  ->  "
+        "no engines can be built here; tensorrt-rtx, which builds without a GPU: tensorrt_rtx cannot be imported  ->  "
         "pip install rtx"
     )
 
@@ -184,7 +184,7 @@ def test_tensorrt_without_what_drives_it_is_no_help(monkeypatch, probe):
     monkeypatch.setitem(sys.modules, "polygraphy", None)
     finding = attempt(probe)
     assert not finding.ok and finding.fix == f"pip install 'dydit[{probe}]'"
-    assert finding.detail.endswith("1.0 is here, but polygraphy, which drives it, is not")
+    assert finding.detail.endswith("1.0 is installed, but polygraphy, which dydit uses with it, is not")
 
 
 def test_extras_that_are_missing_are_named(monkeypatch):

@@ -111,11 +111,11 @@ def test_the_shipped_digits_model_builds(rtx, even_ranges, tmp_path: Path, preci
 
 
 @pytest.mark.parametrize("precision", ["int8-static", "fp8"])
-def test_a_migrated_bundle_builds(rtx, make_migration, digits_like, capacity_bundle, tmp_path, precision):
+def test_a_smoothed_bundle_builds(rtx, make_smoothing, digits_like, capacity_bundle, tmp_path, precision):
     """Of two subnetworks, gated; types on the way into products are what they are without."""
-    migration = make_migration(digits_like)
-    bundle = capacity_bundle(precision, **SMALL, migration=migration)
-    assert migration.layers == 8 and bundle.manifest.migration == migration
+    smoothing = make_smoothing(digits_like)
+    bundle = capacity_bundle(precision, **SMALL, smoothing=smoothing)
+    assert smoothing.layers == 8 and bundle.manifest.smoothing == smoothing
     assert any(subnet.gated for subnet in bundle.manifest.subnets)
     report = build(copy_of(bundle, tmp_path / "copy"))
     assert [each.graph for each in report.built] == ["conditioning.onnx", "subnet-0000.onnx", "subnet-0001.onnx"]

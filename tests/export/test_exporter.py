@@ -14,7 +14,8 @@ from dydit.bundle.bundle import Bundle
 from dydit.bundle.io_spec import token_mask_name
 from dydit.bundle.manifest import PlanKind, Routing
 from dydit.bundle.stored_weights import Precision
-from dydit.diffusion.coefficients import apply_step, step_coefficients
+from dydit.diffusion.coefficients import step_coefficients
+from dydit.diffusion.sampler_step import sampler_step
 from dydit.diffusion.schedule import Sampler, Schedule
 from dydit.errors import ConfigError, OutputError
 from dydit.export.exporter import export, stale_reasons
@@ -69,13 +70,9 @@ def run_every_step(bundle: Bundle, checkpoint, sessions, distance, full: bool = 
             recording = Recording(Masked() if config.dynamic else Static(), config)
             rows = torch.tensor(x).double().repeat(2, 1, 1, 1)
             with torch.no_grad():
-                said = model(rows, torch.full((4,), t), torch.tensor(labels), recording).numpy()
-            eps, guided = said[:2, : config.in_channels].copy(), manifest.sampling.cfg_channels
-            eps[:, :guided] = said[2:, :guided] + SCALE * (said[:2, :guided] - said[2:, :guided])
-            coefficients = np.array(COEFFICIENTS, np.float32).astype(float)
-            expected = apply_step(
-                coefficients, x.astype(float), eps, said[:2, config.in_channels :], noise.astype(float)
-            )
+                out_of_model = model(rows, torch.full((4,), t), torch.tensor(labels), recording)
+            drawn, row = torch.tensor(noise).double(), torch.tensor(np.array(COEFFICIENTS, np.float32)).double()
+            expected = sampler_step(rows[:2], out_of_model, drawn, row, SCALE, manifest.sampling.cfg_channels).numpy()
             if tokens:
                 decided = np.stack([out[name].reshape(4, -1) for name in tokens])
                 np.testing.assert_array_equal(decided, recording.decisions().tokens.numpy() > 0)

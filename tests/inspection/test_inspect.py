@@ -84,7 +84,7 @@ def test_token_slots_are_shown_by_segment(make_bundle):
     (head,) = (index for index, line in enumerate(lines) if line.endswith("slots: min  mean  max  of the tokens"))
     assert lines[head + 1].split()[-4:] == ["3", "5.7", "9", "35.4%"]
     every = inspect_bundle(make_bundle(routing=Routing.CAPACITY).path)
-    assert "a slot for each of the 16 tokens, so that routing saves nothing" in every.text()
+    assert "a slot for each of the 16 tokens, so routing saves nothing" in every.text()
     for routing in (Routing.DYNAMIC, Routing.DENSE):
         assert "slot" not in inspect_bundle(make_bundle(routing=routing).path).text()
 
@@ -200,7 +200,7 @@ def test_a_plan_by_measured_times_is_shown_by_them(make_checkpoint, tmp_path):
     costs = [row.ms for row in facts.plans]
     assert costs == sorted(costs, reverse=True) and costs[-1] == pytest.approx(facts.measured.per_step_ms)
     assert sum(each.cost_share for each in facts.segments) == pytest.approx(1)
-    assert "By a profile on onnxruntime (1 thread, 2 rows, 50% of the tokens" in found.text()
+    assert "According to a profile on onnxruntime (1 thread, 2 rows, 50% of the tokens" in found.text()
     assert "s a run" in found.text() and BundleFacts.parse(json.loads(json.dumps(found.to_json()))) == facts
     assert set(found.pictures()) == {"masks.png", "plan.png"}
 
@@ -240,7 +240,7 @@ def test_a_decoder_is_described_and_counts_apart(make_bundle, vae_bundle, vae_se
     assert found.facts.bundle_bytes == total - decoder.bytes
     assert BundleFacts.parse(json.loads(json.dumps(found.to_json()))) == found.facts
     assert f"VAE from {autoencoder.folder}, 16x16 pixels; " in found.text()
-    assert "none: latents stay latents" in plain.text()
+    assert "none: samples stay latents" in plain.text()
 
 
 def test_a_model_of_pixels_has_no_word_of_decoders(make_bundle, make_checkpoint, small_config):

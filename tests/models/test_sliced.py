@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from dydit.diffusion.coefficients import apply_step, step_coefficients
+from dydit.diffusion.coefficients import step_coefficients
+from dydit.diffusion.sampler_step import sampler_step
 from dydit.diffusion.schedule import Sampler, Schedule
 from dydit.models.config import ModelConfig, Routers
 from dydit.models.dit.config import DiTConfig
@@ -68,15 +69,11 @@ class Step:
 
     def expected(self, model: DiT, cfg_channels: int) -> tuple[torch.Tensor, torch.Tensor]:
         """x_prev and token decisions [L, R, N] by the masked model."""
-        rows, channels = len(self.labels), model.config.in_channels
+        rows = len(self.labels)
         recording = Recording(Masked() if model.config.dynamic else Static(), model.config)
         out = model(self.x.repeat(rows // 3, 1, 1, 1), torch.full((rows,), self.t), self.labels, recording)
-        eps, v = out[:3, :channels].clone(), out[:3, channels:] if model.config.learn_sigma else 0.0
-        if rows > 3:
-            c, u = out[:3, :cfg_channels], out[3:, :cfg_channels]
-            eps[:, :cfg_channels] = u + self.scale * (c - u)
-        x_prev = apply_step(self.coefficients, self.x.numpy(), eps.numpy(), np.asarray(v), self.noise.numpy())
-        return torch.as_tensor(x_prev), recording.decisions().tokens.bool()
+        row = torch.from_numpy(self.coefficients)
+        return sampler_step(self.x, out, self.noise, row, self.scale, cfg_channels), recording.decisions().tokens.bool()
 
 
 def double_weights(model: DiT) -> dict[str, torch.Tensor]:

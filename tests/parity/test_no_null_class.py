@@ -23,7 +23,7 @@ from dydit.parity.reference import Images, Reference
 from dydit.runtime.pipeline import DyDiTPipeline
 from dydit.training.recipe import Recipe, find_recipes
 
-REFUSED = "needs a row for no class, which this model lacks"
+REFUSED = "needs a null class, which this model does not have"
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def test_the_commands_run_without_guidance(
     compared = run("parity", path, "--against", checkpoint.path, *plain, "--every", 4, "--out", tmp_path / "parity")
     assert compared.code == 0, compared
     told = run("inspect", path)
-    assert told.code == 0 and "7 classes, none for no class: no guidance" in told.out
+    assert told.code == 0 and "7 classes, no null class, so no guidance" in told.out
     assert json.loads((path / "manifest.json").read_text())["model"]["null_class_row"] is False
 
 

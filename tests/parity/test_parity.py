@@ -15,7 +15,7 @@ from dydit.bundle.stored_weights import WEIGHTS
 from dydit.errors import ConfigError
 from dydit.models.config import Routers
 from dydit.parity.parity import REPORT, ParityConfig, run_parity
-from dydit.reports.results import ParityReport, Status
+from dydit.reports.parity_report import ParityReport, Status
 from dydit.runtime.backends.int8_exactness import products_are_exact
 
 pytestmark = pytest.mark.numerics
@@ -28,7 +28,7 @@ ONE = ParityConfig(labels=(2,), threads=1, every=4)
 
 
 def failed(report):
-    return [hop.name for hop in report.hops if hop.status is Status.FAILED]
+    return [check.name for check in report.checks if check.status is Status.FAILED]
 
 
 @pytest.mark.parametrize("routing", list(Routing))
@@ -38,11 +38,11 @@ def test_it_holds_and_is_not_vacuous(make_checkpoint, make_bundle, routing, tmp_
         make_bundle(routing=routing), make_checkpoint(), CONFIG, tmp_path / "out", lambda *at: seen.append(at)
     )
     assert report.ok and report.first_failure is None and not report.stale_reasons, report.summary
-    assert [hop.name for hop in report.hops] == ["masks", "weights", "sliced", "step", "run"]
+    assert [check.name for check in report.checks] == ["masks", "weights", "sliced", "step", "run"]
     for name in ("sliced", "step", "run"):
-        hop = report.hop(name)
-        assert 0 < hop.worst < hop.bar and hop.decisions == 12 * 3 * 6 * 16 and len(hop.per_step) == 12
-    assert len(report.hop("step").per_block) == 3 and max(report.hop("step").per_block) < 1e-5
+        check = report.check(name)
+        assert 0 < check.worst < check.tolerance and check.decisions == 12 * 3 * 6 * 16 and len(check.per_step) == 12
+    assert len(report.check("step").per_block) == 3 and max(report.check("step").per_block) < 1e-5
     assert all(0.1 < share < 0.9 for share in report.token_share), "tokens are routed and skipped"
     assert all(0.2 < ratio < 0.9 for ratio in report.flops_ratio), "gates are open and closed"
     assert seen == [(k + 1, 48) for k in range(48)]
@@ -58,7 +58,7 @@ def test_the_torch_backend_and_the_exact_plan(make_checkpoint, make_bundle):
 
 
 @pytest.mark.parametrize(
-    ("precision", "backend", "bar"),
+    ("precision", "backend", "tolerance"),
     [
         ("fp16", "onnxruntime", 0.01778),
         ("fp16", "torch", 0.01778),
@@ -66,15 +66,15 @@ def test_the_torch_backend_and_the_exact_plan(make_checkpoint, make_bundle):
         pytest.param("int8", "onnxruntime", 0.05623, marks=needs_vnni),
     ],
 )
-def test_below_fp32_the_picture_counts(make_checkpoint, make_bundle, small_config, precision, backend, bar):
+def test_below_fp32_the_picture_counts(make_checkpoint, make_bundle, small_config, precision, backend, tolerance):
     checkpoint = make_checkpoint(small_config.model_copy(update={"in_channels": 3}))
     config = CONFIG.model_copy(update={"backend": backend, "cfg_scale": 1.5})
     report = run_parity(make_bundle(checkpoint, precision=precision), checkpoint, config)
-    assert [hop.name for hop in report.hops][:3] == ["masks", "weights", "sliced"]
-    assert all(hop.status is Status.PASSED for hop in report.hops[:4]), report.summary
-    step, run = report.hop("step"), report.hop("run")
-    assert 1e-5 < step.worst < step.bar, "it is the lower precision that runs"
-    assert run.bar == bar and "PSNR" in run.detail
+    assert [check.name for check in report.checks][:3] == ["masks", "weights", "sliced"]
+    assert all(check.status is Status.PASSED for check in report.checks[:4]), report.summary
+    step, run = report.check("step"), report.check("run")
+    assert 1e-5 < step.worst < step.tolerance, "it is the lower precision that runs"
+    assert run.tolerance == tolerance and "PSNR" in run.detail
     assert len(run.per_image) == len(CONFIG.labels) and None not in run.per_image, "no image is set aside"
 
 
@@ -89,7 +89,7 @@ def test_a_spoilt_weight_shows_below_fp32(make_checkpoint, make_bundle, tmp_path
         file.seek(entry.offset)
         file.write(first.tobytes())
     report = run_parity(Bundle.open(folder, verify=False), make_checkpoint(), ONE)
-    assert failed(report) == ["weights"] and report.hop("weights").departure.where.startswith(
+    assert failed(report) == ["weights"] and report.check("weights").departure.where.startswith(
         "blocks.1.fc2.weight: 1 of"
     )
 
@@ -99,7 +99,7 @@ def test_a_static_model(make_checkpoint, make_bundle, small_config):
     report = run_parity(make_bundle(checkpoint), checkpoint, CONFIG)
     assert report.ok and report.routing is None, report.summary
     assert set(report.token_share) == {1.0} and set(report.flops_ratio) == {1.0}
-    assert report.hop("step").decisions == 0 and report.hop("step").agreement == 1
+    assert report.check("step").decisions == 0 and report.check("step").agreement == 1
 
 
 def test_tokens_without_a_slot_run_again(make_checkpoint, make_bundle):
@@ -111,8 +111,8 @@ def test_tokens_without_a_slot_run_again(make_checkpoint, make_bundle):
 def test_every_nth_step_and_the_last(make_checkpoint, make_bundle):
     report = run_parity(make_bundle(), make_checkpoint(), ParityConfig(labels=(0,), every=5, cfg_scale=1, threads=1))
     assert report.steps_compared == (0, 5, 10, 11)
-    assert len(report.hop("step").per_step) == 4 and len(report.hop("run").per_step) == 12
-    assert report.hop("step").decisions == 4 * 3 * 1 * 16, "without guidance there is one row an image"
+    assert len(report.check("step").per_step) == 4 and len(report.check("run").per_step) == 12
+    assert report.check("step").decisions == 4 * 3 * 1 * 16, "without guidance there is one row an image"
 
 
 class TestOneThingWrong:
@@ -137,16 +137,16 @@ class TestOneThingWrong:
     def test_values_tell_a_tensor_that_is_a_thousandth_off(
         self, make_checkpoint, make_bundle, spoil_weight, name, block
     ):
-        """In 12 steps x_prev is 4e-5 to 8e-5 off. (At 250 a step has a tenth of that, under the bar.)"""
+        """In 12 steps x_prev is 4e-5 to 8e-5 off. (At 250 a step has a tenth of that, below the tolerance.)"""
 
         def change(values):
             values *= np.float32(1.001)
 
         report = run_parity(spoil_weight(make_bundle(), name, change), make_checkpoint(), CONFIG)
-        hop = report.hop("step")
-        assert hop.status is Status.FAILED and 1e-5 < hop.worst < 1e-3
-        assert hop.departure.block == block
-        assert report.hop("sliced").status is Status.PASSED, "the checkpoint itself is sound"
+        check = report.check("step")
+        assert check.status is Status.FAILED and 1e-5 < check.worst < 1e-3
+        assert check.departure.block == block
+        assert report.check("sliced").status is Status.PASSED, "the checkpoint itself is sound"
 
     def test_a_weight_that_is_not_finite(self, make_checkpoint, make_bundle, spoil_weight, tmp_path):
         def change(values):
@@ -154,7 +154,7 @@ class TestOneThingWrong:
 
         report = run_parity(spoil_weight(make_bundle(), "blocks.2.fc2.bias", change), make_checkpoint(), ONE, tmp_path)
         assert failed(report) == ["weights", "step", "run"]
-        assert report.hop("step").worst is None and report.hop("step").departure.block == 2
+        assert report.check("step").worst is None and report.check("step").departure.block == 2
         assert ParityReport.parse(json.loads((tmp_path / REPORT).read_text())) == report
 
     def test_a_router_that_decides_otherwise(self, make_checkpoint, make_bundle, spoil_weight):
@@ -162,10 +162,10 @@ class TestOneThingWrong:
             values += 0.05
 
         report = run_parity(spoil_weight(make_bundle(), "blocks.1.router.2.bias", change), make_checkpoint(), CONFIG)
-        hop = report.hop("step")
-        assert hop.status is Status.FAILED and hop.departure.block == 1
-        assert "routed differently" in hop.departure.where
-        assert hop.flips > 0 and not all(each.tie for each in hop.flipped_images)
+        check = report.check("step")
+        assert check.status is Status.FAILED and check.departure.block == 1
+        assert "routed differently" in check.departure.where
+        assert check.flips > 0 and not all(each.tie for each in check.flipped_images)
 
     def test_a_mask_bit(self, make_checkpoint, make_bundle, spoil_manifest):
         bundle = make_bundle(max_subnets=1)
@@ -175,10 +175,10 @@ class TestOneThingWrong:
         masks = [unpack_mask(text, axis.size) for text in manifest.masks]
         masks[5][part.start + 3] ^= True
         report = run_parity(spoil_manifest(bundle, masks=tuple(map(pack_mask, masks))), make_checkpoint(), CONFIG)
-        hop = report.first_failure
-        assert hop.name == "masks" and (hop.worst, hop.worst_step) == (1, 5)
-        assert (hop.departure.step, hop.departure.block) == (5, 2)
-        assert f"group {manifest.unit_order[2][1][3]} is frozen as" in hop.departure.where
+        check = report.first_failure
+        assert check.name == "masks" and (check.worst, check.worst_step) == (1, 5)
+        assert (check.departure.step, check.departure.block) == (5, 2)
+        assert f"group {manifest.unit_order[2][1][3]} is frozen as" in check.departure.where
 
     def test_a_timestep_or_a_coefficient(self, make_checkpoint, make_bundle, spoil_manifest):
         bundle = make_bundle()
@@ -192,9 +192,9 @@ class TestOneThingWrong:
         rows[4][1] *= 1.001
         wrong = spoil_manifest(bundle, sampling=sampling.model_copy(update={"coefficients": tuple(map(tuple, rows))}))
         report = run_parity(wrong, make_checkpoint(), CONFIG)
-        hop = report.first_failure
-        assert hop.name == "step" and hop.departure.step == 4
-        assert hop.departure.block is None and "after the last block" in hop.departure.where
+        check = report.first_failure
+        assert check.name == "step" and check.departure.step == 4
+        assert check.departure.block is None and "after the last block" in check.departure.where
 
     def test_a_graph_that_reads_its_neighbours_weights(self, make_checkpoint, make_bundle, spoil_graphs):
         def shift(graph):
@@ -210,8 +210,8 @@ class TestOneThingWrong:
 def test_a_bundle_of_another_checkpoint(make_checkpoint, make_bundle):
     report = run_parity(make_bundle(), make_checkpoint(seed=1), ONE)
     assert not report.ok and "weights changed" in report.stale_reasons[0]
-    assert report.first_failure.name == "masks" and report.hop("weights").status is Status.FAILED
-    assert report.hop("step").status is Status.FAILED and report.hop("sliced").status is Status.PASSED
+    assert report.first_failure.name == "masks" and report.check("weights").status is Status.FAILED
+    assert report.check("step").status is Status.FAILED and report.check("sliced").status is Status.PASSED
 
 
 def test_a_bundle_of_another_architecture(make_checkpoint, make_bundle, small_config):
@@ -221,7 +221,7 @@ def test_a_bundle_of_another_architecture(make_checkpoint, make_bundle, small_co
         report.first_failure.name == "masks"
         and "depth is 3 in the bundle and 2" in report.first_failure.departure.where
     )
-    assert {hop.status for hop in report.hops[1:]} == {Status.SKIPPED}
+    assert {check.status for check in report.checks[1:]} == {Status.SKIPPED}
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,8 @@ from dydit.quickstart import quickstart
 from dydit.quickstart.quickstart import STAGES, QuickstartConfig, run_quickstart
 from dydit.quickstart.quickstart_folder import PICTURES, RESULTS, WORK, QuickstartFolder
 from dydit.quickstart.quickstart_report import Sampled, _deviation
-from dydit.reports.results import BenchReport, FlippedImage, ParityReport, Status
+from dydit.reports.bench_report import BenchReport
+from dydit.reports.parity_report import FlippedImage, ParityReport, Status
 
 MODEL = DiTConfig(hidden_size=32, depth=2, num_heads=4, patch_size=2, input_size=8, in_channels=1, num_classes=3)
 
@@ -99,8 +100,8 @@ def test_five_lines_say_what_was_measured(finished, config):
     ratio = values["flops_ratio"]
     assert 0.2 < ratio["decided"] <= ratio["executed"] < 1 and 0.1 < ratio["token_share"] < 0.9
     assert saved.value == f"{1 - ratio['executed']:.1%}"
-    assert 0 < parity.hop("run").worst < 1e-3 and float(deviation.value) == pytest.approx(
-        parity.hop("run").worst, rel=0.1
+    assert 0 < parity.check("run").worst < 1e-3 and float(deviation.value) == pytest.approx(
+        parity.check("run").worst, rel=0.1
     )
     assert values["kind"] == "dydit-quickstart" and values["result"]["ok"] is True
 
@@ -110,15 +111,21 @@ def test_the_largest_deviation_counts_images_that_flipped_a_token(finished):
     image = FlippedImage(image=0, step=2, timestep=700, block=1, margin=1e-6, tie=True, flips=1, value=0.025)
 
     def line(**changes):
-        hops = [*parity.hops[:-1], parity.hops[-1].model_copy(update={"decisions": 5000, "worst": 1e-7, **changes})]
-        return _deviation(parity.model_copy(update={"hops": tuple(hops)}))
+        checks = [
+            *parity.checks[:-1],
+            parity.checks[-1].model_copy(update={"decisions": 5000, "worst": 1e-7, **changes}),
+        ]
+        return _deviation(parity.model_copy(update={"checks": tuple(checks)}))
 
     plain = line(flips=0)
-    assert plain.value == "1e-7" and plain.note.endswith("0 of 5,000 token decisions differ (bar 1e-3)")
+    assert plain.value == "1e-7" and plain.note.endswith("0 of 5,000 token decisions differ (tolerance 1e-3)")
     jumped = line(flips=1, flipped_images=(image,))
-    assert jumped.value == "2.5e-2" and "1 of 5,000 token decisions differs; where none does, 1e-7" in jumped.note
+    assert (
+        jumped.value == "2.5e-2"
+        and "1 of 5,000 token decisions differs; 1e-7 for images where none does" in jumped.note
+    )
     alone = line(flips=1, flipped_images=(image,), worst=None)
-    assert alone.value == "2.5e-2" and "no image routes all tokens alike" in alone.note
+    assert alone.value == "2.5e-2" and "every image routes a token differently" in alone.note
     failed = line(flips=0, status=Status.FAILED, worst=None)
     assert failed.value == "not finite" and "PARITY FAILS: parity fails at run" in failed.note
 

@@ -15,10 +15,12 @@ from PIL import Image
 from dydit.errors import DyditError
 from dydit.inspection.inspect import inspect
 from dydit.parity.parity import ParityConfig, run_parity
+from dydit.reports.bench_report import BenchReport, Comparison, Side, SideKind, SideResult
 from dydit.reports.html_report import Headline, ReportContent, render_report, write_report
+from dydit.reports.parity_report import FlippedImage, Status
 from dydit.reports.plots import latency_png, parity_png
 from dydit.reports.plots_masks import samples_png, tokens_png
-from dydit.reports.results import BenchReport, Comparison, FlippedImage, Machine, Side, SideKind, SideResult, Status
+from dydit.reports.results import Machine
 
 SECTIONS = ("samples", "masks", "tokens", "parity", "latency", "plan", "machine")
 
@@ -149,8 +151,8 @@ def test_text_is_escaped_and_headlines_come_first(html):
 
 def test_tables_say_what_was_measured(html, parity, content):
     text = Page(html).text
-    for hop in parity.hops:
-        assert hop.title.replace("->", "\u2192") in text["parity"] and hop.detail in text["parity"]
+    for check in parity.checks:
+        assert check.title.replace("->", "\u2192") in text["parity"] and check.detail in text["parity"]
     assert text["parity"].count("\u2713 pass") == 5 and "fail" not in text["parity"].partition("One step")[0]
     assert "ours 8.00 7.20 \u2013 8.80 5.25 4 M 3.00 MiB 0.10 s" in text["latency"]
     assert "theirs 1.75 \u00d7 1.50 \u2013 2.00 2.00 \u00d7 88%" in text["latency"]
@@ -168,10 +170,10 @@ def test_tables_say_what_was_measured(html, parity, content):
 
 def test_failures_are_shown_as_such(content, parity):
     flip = FlippedImage(image=3, step=2, timestep=817, block=1, margin=1e-6, tie=True, flips=5, value=0.02)
-    hops = [*parity.hops]
-    hops[3] = hops[3].model_copy(update={"status": Status.FAILED, "worst": None, "flipped_images": (flip,)})
-    hops[4] = hops[4].model_copy(update={"status": Status.SKIPPED, "per_step": ()})
-    broken = parity.model_copy(update={"hops": tuple(hops), "stale_reasons": ("the weights changed",)})
+    checks = [*parity.checks]
+    checks[3] = checks[3].model_copy(update={"status": Status.FAILED, "worst": None, "flipped_images": (flip,)})
+    checks[4] = checks[4].model_copy(update={"status": Status.SKIPPED, "per_step": ()})
+    broken = parity.model_copy(update={"checks": tuple(checks), "stale_reasons": ("the weights changed",)})
     text = Page(render_report(changed(content, parity=broken))).text["parity"]
     assert text.count("\u2717 fail") == 1 and text.count("skipped") == 1 and "the weights changed" in text
     assert "3 817 1 1e-6 5 2e-2 yes" in text

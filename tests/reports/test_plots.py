@@ -16,22 +16,12 @@ from dydit.diffusion.schedule import respaced_timesteps
 from dydit.errors import DyditError
 from dydit.models.dit.config import DiTConfig
 from dydit.reports import plots, plots_masks
+from dydit.reports.bench_report import BUSY, BenchReport, NotRun, Side, SideKind, SideResult, bench_lines, busy
+from dydit.reports.parity_report import Check, FlippedImage, ParityReport, Status
 from dydit.reports.plot_style import ACCENT, ACCENT_LIGHT, OFF, SECOND, timestep_ticks
 from dydit.reports.plots import PlanPoint, bound_of, latency_png, parity_png, plan_png, ranking_png
 from dydit.reports.plots_masks import masks_png, samples_png, tokens_png
-from dydit.reports.results import (
-    BenchReport,
-    FlippedImage,
-    Hop,
-    Machine,
-    NotRun,
-    ParityReport,
-    Side,
-    SideKind,
-    SideResult,
-    Status,
-)
-from dydit.reports.sentences import BUSY, bench_lines, busy
+from dydit.reports.results import Machine
 
 NAVY = "#0c2f4f"
 RNG = np.random.default_rng(0)
@@ -135,14 +125,14 @@ def test_the_plan_marks_its_choice_and_says_what_it_costs(titles):
     assert count(array, SECOND) > 100
     finding, detail = titles[0]
     assert finding == "4 subnetworks cost 12.5% more multiply-adds than the exact masks"
-    held = "they hold 4.00 MiB of weights"
-    assert detail == f"for 4 segments of steps; {held}, where the exact masks' 16 would hold 16.0 MiB"
+    held = "the subnetworks hold 4.00 MiB of weights"
+    assert detail == f"4 segments of steps; {held}; the 16 of the exact masks would hold 16.0 MiB"
     pixels(plan_png(curve[:1], curve[0], 150.0, 150.0))
     assert titles[1][0] == "1 subnetwork costs no more than the exact masks"
     pixels(plan_png(curve, PlanPoint(4, 3, 100.0, 2**20), 100.0, 160.0))
     assert titles[2] == (
         "3 subnetworks cost no more than the exact masks",
-        "for 4 segments of steps; they hold 1.00 MiB of weights",
+        "4 segments of steps; the subnetworks hold 1.00 MiB of weights",
     )
 
 
@@ -206,7 +196,7 @@ def test_the_ranking_has_the_bound_across_and_bundles_in_their_colour(titles):
     assert count(array, ACCENT_LIGHT) > 1.5 * count(array, ACCENT) > 1000, "60 ms of theirs, 31 of ours"
     assert titles[0] == (
         "dynamic: 1.82\u00d7 speed-up over static",
-        "batch 4, guidance 2, 2 threads; median of 3 rounds that took turns, line: fastest to slowest",
+        "batch 4, guidance 2, 2 threads; median of 3 rounds in turn, line: fastest to slowest",
     )
     less = report.model_copy(update={"not_run": (NotRun(name="compiled", reason="no compiler"),)})
     assert count(pixels(ranking_png(less)), SECOND) == 0
@@ -227,22 +217,22 @@ def test_without_a_bound_the_picture_says_why(titles):
     assert titles[0][0] == f"dynamic: 2.84\u00d7 speed-up over eager; {why}"
 
 
-def hop(name, bar, values, **more):
+def check(name, tolerance, values, **more):
     known = [value for value in values if value is not None]
     facts = {"title": name, "measure": "relative L2", "reason": "rounding", "detail": f"{name} differs"}
     status = more.pop("status", Status.PASSED)
     worst = max(known, default=0.0)
-    return Hop(name=name, bar=bar, status=status, worst=worst, per_step=tuple(values), **facts, **more)
+    return Check(name=name, tolerance=tolerance, status=status, worst=worst, per_step=tuple(values), **facts, **more)
 
 
-def parity(*hops, compared=(0, 6, 11), precision="fp32"):
+def parity(*checks, compared=(0, 6, 11), precision="fp32"):
     return ParityReport(
         **{"bundle": "b", "checkpoint": "c", "backend": "onnxruntime", "threads": 1, "device": "cpu", "labels": (0,)},
         **{"seed": 0, "cfg_scale": 2.0, "steps": 12, "sampler": "ddpm", "routing": "dynamic", "precision": precision},
         steps_compared=compared,
         timesteps=tuple(times(12)),
         stale_reasons=(),
-        hops=hops,
+        checks=checks,
         token_share=(),
         flops_ratio=(),
         machine=Machine.here(),
@@ -251,9 +241,9 @@ def parity(*hops, compared=(0, 6, 11), precision="fp32"):
 
 
 def test_parity_draws_curves_bars_and_flips(titles):
-    masks = hop("masks", 0, ())
-    step = hop("step", 1e-5, (1e-7, None, 0.0), decisions=600)
-    run = hop("run", 1e-3, np.geomspace(1e-7, 1e-4, 12).tolist(), decisions=600)
+    masks = check("masks", 0, ())
+    step = check("step", 1e-5, (1e-7, None, 0.0), decisions=600)
+    run = check("run", 1e-3, np.geomspace(1e-7, 1e-4, 12).tolist(), decisions=600)
     plain = pixels(parity_png(parity(masks, step, run)))
     finding, detail = titles[0]
     assert finding == "onnxruntime computes what PyTorch computes, to within rounding"
@@ -263,40 +253,40 @@ def test_parity_draws_curves_bars_and_flips(titles):
     flipped = run.model_copy(update=flips)
     marked = pixels(parity_png(parity(masks, step, flipped)))
     assert count(marked, SECOND) > count(plain, SECOND) + 50
-    assert titles[1][0] == "onnxruntime computes what PyTorch computes, but for 2 token decisions at a tie"
+    assert titles[1][0] == "onnxruntime computes what PyTorch computes, except for 2 token decisions at a near-tie"
     assert titles[1][1].endswith("run 1e-4 (with a flipped token 1.3e-2); 2 of 1,200 token decisions differ")
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "int8", "int8-static", "fp8", None])
 def test_below_fp32_the_title_claims_what_was_measured(titles, precision):
     """And not that it is rounding: of a report that does not say its precision, nothing but the verdict."""
-    step = hop("step", 5e-2, (1e-2, 2e-2, 1e-2), decisions=600, flips=300, sets_aside=False)
-    run = hop("run", 0.05623, [0.01] * 12, decisions=600, flips=5, decibels=True, sets_aside=False)
+    step = check("step", 5e-2, (1e-2, 2e-2, 1e-2), decisions=600, flips=300, sets_aside=False)
+    run = check("run", 0.05623, [0.01] * 12, decisions=600, flips=5, decibels=True, sets_aside=False)
     report = parity(step, run, precision=precision)
     parity_png(report)
     finding, detail = titles[0]
     assert "rounding" not in finding and "305 of 1,200 token decisions differ" in detail
     if precision is None:
-        assert finding == "onnxruntime stays within its bars of PyTorch"
-        assert "within the bars of" not in report.summary
+        assert finding == "onnxruntime is within its tolerances of PyTorch"
+        assert "within the tolerances of" not in report.summary
     else:
         assert finding == f"{precision} on onnxruntime: PSNR at least 40.0 dB against fp32 in PyTorch"
-        assert f"within the bars of {precision}" in report.summary and "PSNR at least 40.0 dB" in report.summary
+        assert f"within the tolerances of {precision}" in report.summary and "PSNR at least 40.0 dB" in report.summary
     exact = run.model_copy(update={"worst": 0.0})
     parity_png(parity(step, exact, precision="int8"))
     assert "no difference against fp32" in titles[1][0]
 
 
 def test_repeated_steps_are_in_verdict_and_picture(titles):
-    report = parity(hop("run", 1e-3, [1e-7] * 12)).model_copy(update={"evaluations": 15, "repeated_steps": 4})
+    report = parity(check("run", 1e-3, [1e-7] * 12)).model_copy(update={"evaluations": 15, "repeated_steps": 4})
     parity_png(report)
     assert "4 of 15 evaluated steps ran again at full capacity" in report.summary
     assert "4 steps ran again at full capacity" in titles[0][1] and "no token decisions to compare" in titles[0][1]
 
 
 def test_parity_that_fails_says_where(titles):
-    broken = hop("weights", 0, (), status=Status.FAILED)
-    pixels(parity_png(parity(broken, hop("run", 1e-3, [0.1] * 12, status=Status.FAILED))))
+    broken = check("weights", 0, (), status=Status.FAILED)
+    pixels(parity_png(parity(broken, check("run", 1e-3, [0.1] * 12, status=Status.FAILED))))
     assert titles[0] == ("Parity fails at \u201cweights\u201d", "weights differs")
     pixels(parity_png(parity(broken)))
 
@@ -320,8 +310,9 @@ def test_ticks_are_round_timesteps_where_they_belong(steps):
 
 
 def test_without_matplotlib_one_line_says_what_to_install(monkeypatch):
+    axis = axis_of(2, 2)
     for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(DyditError, match=r"pip install 'dydit\[report\]'"):
-        masks_png(np.ones((3, 1, 2, 2), bool), times(3))
+        masks_png(np.ones((3, axis.size), bool), axis, times(3))

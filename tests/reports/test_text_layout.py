@@ -8,21 +8,12 @@ import pytest
 from dydit.bundle.stored_weights import Precision
 from dydit.diffusion.schedule import respaced_timesteps
 from dydit.models.dit.config import DiTConfig
-from dydit.parity.tolerances import of_latents, rules
+from dydit.parity.tolerances import of_latents, tolerances
+from dydit.reports.bench_report import BenchReport, NotRun, Side, SideKind, SideResult
+from dydit.reports.parity_report import Check, FlippedImage, ParityReport, Status
 from dydit.reports.plots import PlanPoint, latency_png, parity_png, plan_png, ranking_png
 from dydit.reports.plots_masks import masks_png, samples_png, tokens_png
-from dydit.reports.results import (
-    BenchReport,
-    FlippedImage,
-    Hop,
-    Machine,
-    NotRun,
-    ParityReport,
-    Side,
-    SideKind,
-    SideResult,
-    Status,
-)
+from dydit.reports.results import Machine
 
 pytestmark = pytest.mark.usefixtures("layout")
 RNG = np.random.default_rng(3)
@@ -34,35 +25,41 @@ def times(steps: int) -> list[int]:
 
 
 def parity(precision: str, steps: int, images: int, flips: int = 0, level: float = 0.3, latents: bool = False):
-    """A report whose curves end at `level` times the bars."""
-    table, hops = rules(Precision(precision)), []
+    """A report whose curves end at `level` times the tolerances."""
+    table, checks = tolerances(Precision(precision)), []
     compared = tuple(sorted({*range(0, steps, 7), steps - 1}))
-    for name, rule in table.items():
-        rule = of_latents(rule) if latents and name == "run" else rule
+    for name, tolerance in table.items():
+        tolerance = of_latents(tolerance) if latents and name == "run" else tolerance
         curve: tuple[float, ...] = ()
         if name in ("sliced", "step", "run"):
             count = steps if name == "run" else len(compared)
-            curve = tuple((level * rule.bar * np.geomspace(0.01, 1, count)).tolist())
+            curve = tuple((level * tolerance.limit * np.geomspace(0.01, 1, count)).tolist())
         flipped = tuple(
             FlippedImage(image=i, step=0, timestep=999, block=0, margin=1e-6, tie=True, flips=flips, value=0.0123)
             for i in range(images if flips else 0)
         )
-        sets_aside = rule.tie is not None
-        hops.append(
-            Hop(
-                **{"name": name, "title": rule.title, "measure": rule.measure, "bar": rule.bar, "reason": rule.reason},
+        sets_aside = tolerance.near_tie is not None
+        checks.append(
+            Check(
+                **{
+                    "name": name,
+                    "title": tolerance.title,
+                    "measure": tolerance.measure,
+                    "tolerance": tolerance.limit,
+                    "reason": tolerance.reason,
+                },
                 **{"status": Status.PASSED, "detail": "fine", "worst": curve[-1] if curve else 0.0},
                 **{"per_step": curve, "decisions": 12_800 if curve else 0, "flips": flips if curve else 0},
                 per_step_flips=tuple(flips for _ in curve),
                 flipped_images=flipped if curve and sets_aside else (),
-                **{"decibels": rule.decibels, "sets_aside": sets_aside},
+                **{"decibels": tolerance.decibels, "sets_aside": sets_aside},
             )
         )
     return ParityReport(
         **{"bundle": "b", "checkpoint": "c", "backend": "onnxruntime", "threads": 1, "device": "cpu", "seed": 0},
         **{"labels": (0,) * images, "cfg_scale": 2.0, "steps": steps, "sampler": "ddpm", "routing": "dynamic"},
         **{"precision": precision, "steps_compared": compared, "timesteps": tuple(times(steps))},
-        **{"stale_reasons": (), "hops": tuple(hops), "evaluations": 2 * steps, "repeated_steps": flips},
+        **{"stale_reasons": (), "checks": tuple(checks), "evaluations": 2 * steps, "repeated_steps": flips},
         **{"token_share": (), "flops_ratio": (), "machine": Machine.here(), "seconds": 1.0},
     )
 
@@ -75,9 +72,9 @@ def test_parity(precision, steps, images, flips, level):
 
 def test_parity_that_fails_at_length():
     report = parity("int8", 12, 2)
-    failed = report.hops[4].model_copy(update={"status": Status.FAILED, "detail": "a reason of many words; " * 12})
-    parity_png(report.model_copy(update={"hops": (*report.hops[:4], failed)}))
-    parity_png(report.model_copy(update={"hops": (report.hops[0].model_copy(update={"status": Status.FAILED}),)}))
+    failed = report.checks[4].model_copy(update={"status": Status.FAILED, "detail": "a reason of many words; " * 12})
+    parity_png(report.model_copy(update={"checks": (*report.checks[:4], failed)}))
+    parity_png(report.model_copy(update={"checks": (report.checks[0].model_copy(update={"status": Status.FAILED}),)}))
 
 
 def side(name, ms, kind=SideKind.BUNDLE, spread=1.1, overflows=0, macs=50.0, **more):

@@ -41,7 +41,7 @@ def reference() -> Callable[..., Reference]:
     """`reference(checkpoint, bundle, step, x, noise, labels, cfg_scale)`, computed by the dense masked model."""
     import torch
 
-    from dydit.diffusion.coefficients import apply_step
+    from dydit.diffusion.sampler_step import sampler_step
     from dydit.models.routers import Masked, Recording, Static
 
     def compute(checkpoint, bundle, step, x, noise, labels, cfg_scale) -> Reference:
@@ -53,14 +53,10 @@ def reference() -> Callable[..., Reference]:
         recording = Recording(Masked() if config.dynamic else Static(), config)
         with torch.no_grad():
             t = torch.full((len(rows),), sampling.timesteps[step])
-            out = model(images, t, torch.from_numpy(rows), recording).numpy()
-        eps, v = out[: len(x), : config.in_channels].copy(), out[: len(x), config.in_channels :]
-        if guided:
-            steered = slice(0, sampling.cfg_channels)
-            free = out[len(x) :, steered]
-            eps[:, steered] = free + np.float32(cfg_scale) * (eps[:, steered] - free)
-        coefficients = np.asarray(sampling.coefficients[step], np.float32)
-        return Reference(apply_step(coefficients, x, eps, v, noise), recording.decisions().tokens.bool().numpy())
+            out = model(images, t, torch.from_numpy(rows), recording)
+        x, noise, coefficients = torch.from_numpy(x), torch.from_numpy(noise), torch.tensor(sampling.coefficients[step])
+        x_prev = sampler_step(x, out, noise, coefficients, cfg_scale, sampling.cfg_channels)
+        return Reference(x_prev.numpy(), recording.decisions().tokens.bool().numpy())
 
     return compute
 

@@ -34,7 +34,7 @@ def test_which_rows_a_step_computes():
         assert guidance.rows(labels).dtype == labels.dtype
     assert Guidance(1, None).rows(labels) is labels
     for scale in (0, 4.0):
-        with pytest.raises(ConfigError, match=f"guidance {scale:g} needs a row for no class, which this model lacks"):
+        with pytest.raises(ConfigError, match=f"guidance {scale:g} needs a null class, which this model does not have"):
             Guidance(scale, None)
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from dydit.models.dit.model import DiT
     from dydit.models.dit.sliced import SlicedDiT
     from dydit.models.sliced import Linear
-    from dydit.quantization.smoothing import Migration
+    from dydit.quantization.smoothing import Smoothing
 
 
 class DiTArchitecture(Architecture):
@@ -65,13 +65,13 @@ class DiTArchitecture(Architecture):
         state: Mapping[str, Tensor],
         config: DiTConfig,
         order: Slots | None = None,
-        smoothing: Migration | None = None,
+        smoothing: Smoothing | None = None,
     ) -> Iterator[tuple[str, Tensor]]:
         from dydit.models.dit.smoothed import smoothed_tensors
 
         return smoothed_tensors(state, config, smoothing, order)
 
-    def condition_factors(self, config: DiTConfig, smoothing: Migration | None) -> np.ndarray | None:
+    def condition_factors(self, config: DiTConfig, smoothing: Smoothing | None) -> np.ndarray | None:
         from dydit.models.dit.smoothed import modulation_factors
 
         return modulation_factors(config, smoothing)
@@ -82,7 +82,7 @@ class DiTArchitecture(Architecture):
         return write_step(writer)
 
     def conditioning_graph(
-        self, config: DiTConfig, weights: Windows, precision: Precision, smoothing: Migration | None = None
+        self, config: DiTConfig, weights: Windows, precision: Precision, smoothing: Smoothing | None = None
     ) -> ir.Model:
         from dydit.models.dit.graph import conditioning_graph
 

@@ -181,7 +181,7 @@ def mlp_function(
 ) -> ir.Function:
     """x + token_mask * gate * fc2(gates * GELU(fc1(modulated x))), with tokens routed as asked (None: no routing).
 
-    Weights: fc1 [g*gs, D], fc2 [g*gs, D] group-major; `gates` [g]; `factor` [g*gs], where fc2's inputs are migrated: a
+    Weights: fc1 [g*gs, D], fc2 [g*gs, D] group-major; `gates` [g]; `factor` [g*gs], where fc2's inputs are smoothed: a
     factor of each, beside the gates; `capacity`: token slots per image. Outputs: x, then with routing the token mask
     bool [T], then with capacity the overflow int64 [1]. `kept`: layers that stay in 16 bits.
     """

@@ -23,7 +23,7 @@ from dydit.models.architecture import stored_name
 from dydit.models.dit import blocks, ends
 from dydit.models.dit.config import DiTConfig
 from dydit.models.dit.smoothed import modulation_factors
-from dydit.quantization.smoothing import Migration
+from dydit.quantization.smoothing import Smoothing
 
 
 def write_step(writer: GraphWriter) -> tuple[ir.Value, list[ir.Value]]:
@@ -83,9 +83,9 @@ def _mlp(writer: GraphWriter, block: int, x: ir.Value, ones: ir.Value, vectors: 
 
 
 def conditioning_graph(
-    config: DiTConfig, weights: Windows, precision: Precision, migration: Migration | None = None
+    config: DiTConfig, weights: Windows, precision: Precision, smoothing: Smoothing | None = None
 ) -> ir.Model:
-    """(timesteps [T], labels [R]) -> modulation [T, R, 6L+2, D] of every pair at once, migrated where it is."""
+    """(timesteps [T], labels [R]) -> modulation [T, R, 6L+2, D] of every pair at once, smoothed where it is."""
     ops, d, vectors = Ops(), config.hidden_size, config.vectors
     timesteps, labels = (graph_value(spec) for spec in conditioning_inputs())
     angles = ops.Mul(
@@ -108,7 +108,7 @@ def conditioning_graph(
     ones = np.zeros((vectors, d), np.float32)
     ones[[*(6 * b + k for b in range(config.depth) for k in (1, 4)), vectors - 1]] = 1
     out = ops.Add(ops.Reshape(out, ops.constant([-1, vectors, d])), weights.local("scale_ones", ones[:, :1]))
-    factors = modulation_factors(config, migration)
+    factors = modulation_factors(config, smoothing)
     if factors is not None:
         out = ops.Mul(out, weights.local("modulation_factors", factors))
     shape = ops.Concat(ops.Shape(timesteps), ops.Shape(labels), ops.constant([vectors, d]), axis=0)

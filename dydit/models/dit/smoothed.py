@@ -1,4 +1,4 @@
-"""Where a migration (`dydit.quantization.smoothing`) goes in a bundle: s W into the weights, x / s to where x is made.
+"""Where a smoothing (`dydit.quantization.smoothing`) goes in a bundle: s W into the weights, x / s to where x is made.
 
     qkv, fc1   into the modulation that the conditioning graph gives: LN(x)*(1+scale)/s + shift/s, nothing in a step
     proj       into the rows of values of qkv: attention mixes tokens, and each channel with itself alone
@@ -21,18 +21,18 @@ from torch import Tensor
 from dydit.models.architecture import Slots, stored_name
 from dydit.models.dit.config import DiTConfig
 from dydit.models.dit.layout import stored_tensors
-from dydit.quantization.smoothing import Migration
+from dydit.quantization.smoothing import Smoothing
 
 FACTOR = "fc2.factor"
 _LAYER = re.compile(r"blocks\.(\d+)\.(?:attn|mlp)\.(qkv|proj|fc1|fc2)\.(weight|bias)")
 _SCALED = {"qkv": (0, 1), "fc1": (3, 4)}  # a layer's shift and scale among its block's vectors
 
 
-class MigratedState(Mapping[str, Tensor]):
-    """A state dict of published names whose block weights are migrated, each when it is asked for."""
+class SmoothedState(Mapping[str, Tensor]):
+    """A state dict of published names whose block weights are smoothed, each when it is asked for."""
 
-    def __init__(self, state: Mapping[str, Tensor], migration: Migration):
-        self._state, self._migration = state, migration
+    def __init__(self, state: Mapping[str, Tensor], smoothing: Smoothing):
+        self._state, self._smoothing = state, smoothing
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._state)
@@ -45,10 +45,10 @@ class MigratedState(Mapping[str, Tensor]):
         if place is None:
             return tensor
         block, layer, part = int(place[1]), place[2], place[3]
-        divisor = self._migration.divisor(block, layer)
+        divisor = self._smoothing.divisor(block, layer)
         if part == "weight" and divisor is not None:
             tensor = tensor.to(torch.float32) * torch.from_numpy(divisor)
-        mixed = self._migration.divisor(block, "proj")
+        mixed = self._smoothing.divisor(block, "proj")
         if layer == "qkv" and mixed is not None:
             queries, values = tensor.to(torch.float32).tensor_split([len(tensor) * 2 // 3])
             by_row = torch.from_numpy(mixed).reshape(-1, *([1] * (values.ndim - 1)))
@@ -57,27 +57,27 @@ class MigratedState(Mapping[str, Tensor]):
 
 
 def smoothed_tensors(
-    state: Mapping[str, Tensor], model: DiTConfig, migration: Migration | None, order: Slots | None = None
+    state: Mapping[str, Tensor], model: DiTConfig, smoothing: Smoothing | None, order: Slots | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """`stored_tensors` of a migrated model, and then the factors of fc2's inputs; plainly those without a migration."""
-    if migration is None:
+    """`stored_tensors` of a smoothed model, and then the factors of fc2's inputs; plainly those without a smoothing."""
+    if smoothing is None:
         yield from stored_tensors(state, model, order)
         return
-    yield from stored_tensors(MigratedState(state, migration), model, order)
+    yield from stored_tensors(SmoothedState(state, smoothing), model, order)
     for block, (_, groups) in enumerate(order or model.units.every_unit):
-        divisor = migration.divisor(block, "fc2")
+        divisor = smoothing.divisor(block, "fc2")
         if divisor is not None:
             by_group = (1 / divisor).reshape(model.num_heads, model.group_dim)
             yield stored_name(block, FACTOR), torch.from_numpy(by_group[list(groups)])
 
 
-def modulation_factors(model: DiTConfig, migration: Migration | None) -> np.ndarray | None:
+def modulation_factors(model: DiTConfig, smoothing: Smoothing | None) -> np.ndarray | None:
     """1/s of every vector of modulation, f32 [6L+2, D]; None where none of them changes."""
     factors = np.ones((model.vectors, model.hidden_size), np.float32)
-    if migration is not None:
+    if smoothing is not None:
         for block in range(model.depth):
             for layer, vectors in _SCALED.items():
-                divisor = migration.divisor(block, layer)
+                divisor = smoothing.divisor(block, layer)
                 if divisor is not None:
                     factors[[6 * block + vector for vector in vectors]] = 1 / divisor
     return factors if (factors != 1).any() else None
