@@ -26,7 +26,7 @@ from dydit.models.dit.smoothed import modulation_factors, smoothed_tensors
 from dydit.models.sliced import Linear, SlicedBlock, plain_linear
 from dydit.parity.parity import compare_weights
 from dydit.quantization.smoothing import Smoothing
-from dydit.reports.results import Status
+from dydit.reports.parity_report import Status
 
 HEADS, GROUPS = ((0, 2), (1, 2, 3), (3,)), ((1, 3), (0, 1), (0, 2, 3))
 UNITS = tuple(zip(HEADS, GROUPS, strict=True))
@@ -138,7 +138,7 @@ def test_a_bundle_holds_what_was_smoothed(make_checkpoint, make_bundle, make_smo
 
 def test_a_smoothing_of_another_model_is_refused(make_bundle, make_smoothing, small_config):
     other = make_smoothing(small_config.model_copy(update={"hidden_size": 128}), 0, 1)
-    with pytest.raises(CalibrationError, match=r"block 0, qkv, is of 128 channels, the model has 64; calibrate this"):
+    with pytest.raises(CalibrationError, match=r"block 0, qkv, is for 128 channels, but the model has 64; calibrate this"):
         make_bundle(precision="fp8", max_subnets=2, activations=ranges_with(other))
     unknown = Smoothing(blocks=({}, {"fc3": "0" * 64}, {}))
     with pytest.raises(CalibrationError, match="the smoothing names 'fc3', which is no layer of the model's blocks"):

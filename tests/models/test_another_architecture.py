@@ -284,13 +284,13 @@ def test_it_is_exported_sampled_and_held_to_pytorch(
     manifest = Bundle.open(bundle).manifest
     masks = manifest.step_masks()
     assert masks.shape == (6, 16) and 0 < masks.mean() < 1 and (masks != masks[0]).any(), "widths differ over the steps"
-    assert manifest.model.sizes == "toy" and set(manifest.model.units.group_names) == set(GROUPS)
+    assert manifest.model.architecture == "toy" and set(manifest.model.units.group_names) == set(GROUPS)
 
     done = run("sample", bundle, "--labels", "0,1,2", "--out", out)
     assert done.code == 0 and len(list(out.glob("0*.png"))) == 3, done.err
     done = run("parity", bundle, "--against", checkpoint, "--labels", "0,2", "--out", tmp_path / "p", "--json")
     assert done.code == 0, done.out + done.err
-    checks = json.loads(done.out)["hops"]
+    checks = json.loads(done.out)["checks"]
     assert checks and {check["status"] for check in checks} == {"passed"}, checks
     assert "Toy" in run("inspect", bundle).out
 
@@ -298,7 +298,7 @@ def test_it_is_exported_sampled_and_held_to_pytorch(
 def test_a_checkpoint_of_an_architecture_that_is_not_known_is_refused(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch, run: Callable[..., Any]
 ) -> None:
-    assert load_checkpoint(checkpoint).config.sizes == "toy"
+    assert load_checkpoint(checkpoint).config.architecture == "toy"
     monkeypatch.setattr(registry, "_known", {})
     done = run("inspect", checkpoint)
     assert done.code == 2 and "unknown architecture 'toy'; known: dit" in done.err, done.err
