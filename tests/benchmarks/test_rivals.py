@@ -1,4 +1,4 @@
-"""The comparison with rivals runs from end to end on a small model: every side computes what the reference computes."""
+"""The comparison with other ways to run a DiT, end to end on a small model: every contender computes what PyTorch computes."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_every_side_computes_what_the_reference_computes(run, make_checkpoint, t
     assert set(sides) == set(names) and report["not_run"] == []
     dense = sides[run.MASKED]["macs"]
     for name, side in sides.items():
-        assert side["relative_l2"] < (0.05 if name == run.INT8 else run.FP32_BAR) and len(side["round_ms"]) == 2, name
+        assert side["relative_l2"] < (0.05 if name == run.INT8 else run.FP32_TOLERANCE) and len(side["round_ms"]) == 2, name
         saves = name in (run.FP32, run.INT8, "dydit sliding")
         assert (side["macs"] < 0.8 * dense) if saves else (side["macs"] == dense), name
         routed = saves or name == run.MASKED
@@ -84,7 +84,7 @@ def test_so_does_what_is_slow_to_start(name, depth, needs, run, make_checkpoint,
     arguments = ["--checkpoint", path, "--json", tmp_path / "r.json", *QUICK, *only(name)]
     assert run.main([str(each) for each in arguments]) == 0
     (side,) = json.loads((tmp_path / "r.json").read_text())["sides"]
-    assert side["side"]["name"] == name and side["relative_l2"] < run.FP32_BAR
+    assert side["side"]["name"] == name and side["relative_l2"] < run.FP32_TOLERANCE
     assert set(side["flops_ratio"]) == {1.0}
 
 
@@ -100,7 +100,7 @@ def test_what_cannot_run_here_is_listed_with_the_reason(run, make_checkpoint, tm
 
 
 def test_an_fp32_side_that_computes_something_else_fails(run, make_checkpoint, capsys, monkeypatch):
-    monkeypatch.setattr(run, "FP32_BAR", 1e-9)
+    monkeypatch.setattr(run, "FP32_TOLERANCE", 1e-9)
     arguments = ["--checkpoint", str(make_checkpoint().path), *QUICK, *only("dydit static")]
     assert run.main(arguments) == 1
     error = capsys.readouterr().err
