@@ -1,7 +1,6 @@
 """diffusers' `DiTTransformer2DModel`, eager: a static DiT from the same weights under diffusers' names.
 
-Another process saves the weights as a diffusers folder and compares the result with our model; the timed process loads
-that folder as a user would. Two settings make diffusers compute what the original DiT computes, at no cost in time:
+Another process saves the weights as a diffusers folder; the timed process loads that folder as a user would. Two settings make diffusers compute what the original DiT computes, at no cost in time:
 `norm_eps` 1e-6, and a sinusoid that divides by 128 (`dydit/checkpoints/diffusers_names.py`).
 """
 
@@ -16,7 +15,6 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from dydit.bench.bench_worker import serve
@@ -24,11 +22,9 @@ from dydit.bench.timing import Job
 from dydit.bench.timing_torch import MeasuredTorch
 from dydit.checkpoints.checkpoint import load_checkpoint
 from dydit.checkpoints.diffusers_names import diffusers_names
-from dydit.errors import DeviationError, UnavailableError
+from dydit.errors import UnavailableError
 from dydit.models.config import ModelConfig
-from dydit.models.dit.model import NORM_EPS, DiT
-
-TOLERANCE = 1e-4  # relative L2 from our model
+from dydit.models.dit.model import NORM_EPS
 
 
 class Diffusers(MeasuredTorch):
@@ -62,7 +58,7 @@ def load_from_diffusers(folder: Path) -> nn.Module:
 
 
 def save_for_diffusers(path: Path, folder: Path) -> None:
-    """Save a static checkpoint as a diffusers DiT. Raises `DeviationError` where it then computes something else."""
+    """Save a static checkpoint as a diffusers DiT."""
     checkpoint = load_checkpoint(path)
     config = checkpoint.config
     model = dit_class()(
@@ -78,11 +74,6 @@ def save_for_diffusers(path: Path, folder: Path) -> None:
     )
     model.load_state_dict(to_diffusers(checkpoint.state, config))
     model.save_pretrained(folder)
-    deviation = relative_l2(load_from_diffusers(folder), checkpoint.model())
-    if not deviation <= TOLERANCE:
-        raise DeviationError(
-            f"the relative L2 of diffusers' model from ours is {deviation:.1e}, expected at most {TOLERANCE}"
-        )
 
 
 def to_diffusers(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
@@ -100,16 +91,6 @@ def to_diffusers(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, 
         else:
             renamed.update(dict.fromkeys(names, tensor))
     return renamed
-
-
-@torch.inference_mode()
-def relative_l2(theirs: nn.Module, ours: DiT) -> float:
-    """||theirs - ours|| / ||ours|| of what both models predict for three images of noise."""
-    config, generator = ours.config, torch.Generator().manual_seed(0)
-    x = torch.randn(3, config.in_channels, config.input_size, config.input_size, generator=generator)
-    t, y = torch.tensor([0, 500, 999]), torch.tensor([0, config.num_classes - 1, config.null_class])
-    expected = ours(x, t, y)
-    return float((theirs(x, timestep=t, class_labels=y).sample - expected).norm() / expected.norm())
 
 
 if __name__ == "__main__":
