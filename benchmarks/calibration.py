@@ -71,21 +71,29 @@ def sampled(
 
 def main() -> int:
     """Run, print, and tell by the exit code whether the limits hold."""
-    samples, capacity = CalibrationConfig(), CapacityConfig()
-    parser = script_parser(__doc__)
-    parser.add_argument("--steps", type=int, default=250)
-    parser.add_argument("--max-subnets", type=int, default=32)
-    parser.add_argument("--cfg-scale", type=float, default=1.5)
-    parser.add_argument("--batch", type=int, default=20)
-    parser.add_argument("--batches", type=int, default=3, help="batches to sample with each routing  [%(default)s]")
-    parser.add_argument("--samples", type=int, default=samples.samples, help="images to calibrate on  [%(default)s]")
-    parser.add_argument("--held-out", type=int, default=samples.held_out, help="images to verify on  [%(default)s]")
-    parser.add_argument("--quantile", type=float, default=capacity.quantile)
-    parser.add_argument("--margin", type=float, default=capacity.margin)
-    parser.add_argument(
-        "--seed", type=int, default=0, help="seed of the calibration images; the next two for the others"
+    defaults, capacity = CalibrationConfig(), CapacityConfig()
+    parser = script_parser(
+        __doc__,
+        {
+            "batches": "batches to sample with each routing",
+            "samples": "images to calibrate on",
+            "held_out": "images to verify on",
+            "quantile": "share of batches whose tokens must fit",
+            "margin": "room beyond that, as a share of all tokens",
+            "seed": "seed of the images to calibrate on; the others have the next two",
+        },
+        steps=250,
+        max_subnets=32,
+        cfg_scale=1.5,
+        batch=20,
+        batches=3,
+        samples=defaults.samples,
+        held_out=defaults.held_out,
+        quantile=capacity.quantile,
+        margin=capacity.margin,
+        seed=0,
+        threads=0,
     )
-    parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--work", type=Path, help="folder that keeps what was counted")
     parser.add_argument("--picture", type=Path, help="draw the calibration into this PNG file")
     options = parser.parse_args()

@@ -51,11 +51,7 @@ def prepare(folder: Path, flops_ratio: float, routing: Routing, plans: bool, pac
 
 def main() -> int:
     """Run, print, and tell by the exit code whether the limits hold."""
-    parser = script_parser(__doc__)
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads of each contender  [%(default)s]")
-    parser.add_argument("--repeats", type=int, default=7, help="rounds that count  [%(default)s]")
-    parser.add_argument("--steps", type=int, default=25, help="sampling steps of a round  [%(default)s]")
-    parser.add_argument("--flops-ratio", type=float, default=0.5, help="target of the routers  [%(default)s]")
+    parser = script_parser(__doc__, {"steps": "steps of a round"}, threads=2, repeats=7, steps=25, flops_ratio=0.5)
     parser.add_argument("--routing", default="dynamic", choices=[each.value for each in Routing])
     parser.add_argument("--packed", action="store_true", help="onnxruntime packs weights: faster steps, more memory")
     parser.add_argument("--plans", action="store_true", help="also time a merged plan and the one of dynamic width")

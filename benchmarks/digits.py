@@ -61,13 +61,9 @@ def limits(static: dict[str, float], dynamic: dict[str, float], routing: Dynamic
 
 def main() -> int:
     """Run, print, and tell by the exit code whether the limits hold."""
-    parser = script_parser(__doc__)
-    parser.add_argument("--static", type=Path, default=ASSETS / "dit.safetensors")
-    parser.add_argument("--dynamic", type=Path, default=ASSETS / "dydit.safetensors")
-    parser.add_argument("--samples", type=int, default=2000, help="images of each model  [%(default)s]")
-    parser.add_argument("--steps", type=int, default=250)
-    parser.add_argument("--cfg-scale", type=float, default=1.5)
-    parser.add_argument("--batch", type=int, default=20)
+    parser = script_parser(__doc__, samples=2000, steps=250, cfg_scale=1.5, batch=20)
+    parser.add_argument("--static", type=Path, default=ASSETS / "dit.safetensors", help="a static checkpoint")
+    parser.add_argument("--dynamic", type=Path, default=ASSETS / "dydit.safetensors", help="a dynamic checkpoint")
     parser.add_argument("--work", type=Path, help="folder that keeps bundles and samples")
     parser.add_argument("--only", choices=["static", "dynamic"], help="sample this model alone, without a verdict")
     options = parser.parse_args()

@@ -23,8 +23,8 @@ import json
 import os
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from dydit.bench.scripts import bundle_bytes, finish, random_checkpoint, run_dydit, script_parser
 from dydit.bundle.bundle import Bundle
@@ -46,49 +46,34 @@ CONFIGS = {
 }
 
 
-@dataclass(frozen=True)
-class Built:
-    """The two builds of a bundle.
+Part = dict[str, Any]
+
+
+def build(bundle: Bundle, jobs: int) -> Part:
+    """Build a bundle's engines twice. Raises `RuntimeError` where that fails, or where the second time builds any.
 
     `peak_bytes`: most memory of all processes of the first build together, the sum of their resident sets, so that a
-    page that two of them share counts twice. `again_seconds`: the same command with nothing changed. `sliding_seconds`,
-    `sliding_bytes`: of the engine of dynamic width, where there is one.
+    page that two of them share counts twice. `sliding_...`: of the engine of dynamic width, where there is one.
     """
-
-    steps: int
-    subnetworks: int
-    engines: int
-    bundle_bytes: int
-    engine_bytes: int
-    seconds: float
-    slowest_engine_seconds: float
-    peak_bytes: int
-    again_seconds: float
-    sliding_seconds: float | None
-    sliding_bytes: int | None
-
-
-def build(bundle: Bundle, jobs: int) -> Built:
-    """Build a bundle's engines twice. Raises `RuntimeError` where that fails, or where the second time builds any."""
     words = ("build", bundle.path, "--flavour", "tensorrt-rtx", "--jobs", str(jobs), "--json")
     first, second = (run_dydit(*words, with_children=True) for _ in range(2))
     report, repeated = json.loads(first.output), json.loads(second.output)
     if repeated["built"] or not report["built"]:
         raise RuntimeError(f"{len(report['built'])} engines were built, and then {len(repeated['built'])} again")
     sliding = next((each for each in report["built"] if each["graph"] == SLIDING), {})
-    return Built(
-        steps=bundle.manifest.sampling.steps,
-        subnetworks=len(bundle.manifest.subnets),
-        engines=len(report["built"]),
-        bundle_bytes=bundle_bytes(bundle),
-        engine_bytes=report["bytes"],
-        seconds=first.seconds,
-        slowest_engine_seconds=max(each["seconds"] for each in report["built"]),
-        peak_bytes=first.peak_bytes,
-        again_seconds=second.seconds,
-        sliding_seconds=sliding.get("seconds"),
-        sliding_bytes=sliding.get("bytes"),
-    )
+    return {
+        "steps": bundle.manifest.sampling.steps,
+        "subnetworks": len(bundle.manifest.subnets),
+        "engines": len(report["built"]),
+        "bundle_bytes": bundle_bytes(bundle),
+        "engine_bytes": report["bytes"],
+        "seconds": first.seconds,
+        "slowest_engine_seconds": max(each["seconds"] for each in report["built"]),
+        "peak_bytes": first.peak_bytes,
+        "again_seconds": second.seconds,
+        "sliding_seconds": sliding.get("seconds"),
+        "sliding_bytes": sliding.get("bytes"),
+    }
 
 
 def make_bundle(part: str, folder: Path) -> Bundle:
@@ -105,46 +90,45 @@ def make_bundle(part: str, folder: Path) -> Bundle:
     return bundle
 
 
-def limits(parts: dict[str, Built]) -> dict[str, bool]:
+def limits(parts: dict[str, Part]) -> dict[str, bool]:
     """Which limits hold, of the parts that were measured."""
     held = {}
     for name in ("digits", "digits-distinct"):
         if part := parts.get(name):
-            held[f"{name}: {part.engines} engines in {DIGITS_SECONDS:.0f} s"] = part.seconds < DIGITS_SECONDS
+            held[f"{name}: {part['engines']} engines in {DIGITS_SECONDS:.0f} s"] = part["seconds"] < DIGITS_SECONDS
     if part := parts.get("xl"):
-        held[f"xl: {part.subnetworks} subnetworks in {XL_SECONDS:.0f} s"] = part.seconds < XL_SECONDS
-        held[f"xl: below {XL_BYTES / 1e9:.0f} GB in all"] = part.peak_bytes < XL_BYTES
-        held[f"xl: again in {AGAIN_SECONDS:.0f} s"] = part.again_seconds < AGAIN_SECONDS
-    if (part := parts.get("sliding")) and part.sliding_seconds is not None and part.sliding_bytes is not None:
-        held[f"sliding: its engine in {SLIDING_SECONDS:.0f} s"] = part.sliding_seconds < SLIDING_SECONDS
-        held[f"sliding: a plan below {SLIDING_BYTES / 1e6:.0f} MB"] = part.sliding_bytes < SLIDING_BYTES
+        held[f"xl: {part['subnetworks']} subnetworks in {XL_SECONDS:.0f} s"] = part["seconds"] < XL_SECONDS
+        held[f"xl: below {XL_BYTES / 1e9:.0f} GB in all"] = part["peak_bytes"] < XL_BYTES
+        held[f"xl: again in {AGAIN_SECONDS:.0f} s"] = part["again_seconds"] < AGAIN_SECONDS
+    if (part := parts.get("sliding")) and part["sliding_seconds"] is not None and part["sliding_bytes"] is not None:
+        held[f"sliding: its engine in {SLIDING_SECONDS:.0f} s"] = part["sliding_seconds"] < SLIDING_SECONDS
+        held[f"sliding: a plan below {SLIDING_BYTES / 1e6:.0f} MB"] = part["sliding_bytes"] < SLIDING_BYTES
     return held
 
 
 def main() -> int:
     """Run, print, and tell by the exit code whether the limits hold."""
-    parser = script_parser(__doc__)
+    parser = script_parser(__doc__, jobs=2)
     for name in ("digits", "xl", "sliding", "tiny"):
         parser.add_argument(f"--{name}", action="store_true", help=f"measure {name} (see above)")
-    parser.add_argument("--jobs", type=int, default=2, help="engines that are built at a time  [%(default)s]")
     options = parser.parse_args()
     chosen = [part for part in CONFIGS if getattr(options, part.removesuffix("-distinct"))]
     if not chosen:
         parser.error("nothing to measure; give --digits, --xl, --sliding or --tiny")
-    parts: dict[str, Built] = {}
+    parts: dict[str, Part] = {}
     load_before = os.getloadavg()[0]
     for name in chosen:
         with tempfile.TemporaryDirectory() as folder:
             parts[name] = part = build(make_bundle(name, Path(folder)), options.jobs)
         print(
-            f"{name}: {part.engines} engines ({part.subnetworks} subnetworks for {part.steps} steps, "
-            f"{part.engine_bytes / 1e6:.0f} MB) in {part.seconds:.1f} s, at most {part.peak_bytes / 1e9:.2f} GB; again "
-            f"in {part.again_seconds:.1f} s",
+            f"{name}: {part['engines']} engines ({part['subnetworks']} subnetworks for {part['steps']} steps, "
+            f"{part['engine_bytes'] / 1e6:.0f} MB) in {part['seconds']:.1f} s, at most {part['peak_bytes'] / 1e9:.2f} GB; "
+            f"again in {part['again_seconds']:.1f} s",
             flush=True,
         )
     report = {
         "settings": {"jobs": options.jobs},
-        "parts": {name: asdict(part) for name, part in parts.items()},
+        "parts": parts,
         "load_average": [load_before, os.getloadavg()[0]],
     }
     return finish(options, report, limits(parts))

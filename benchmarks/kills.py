@@ -31,6 +31,7 @@ from dydit.bundle.bundle import Bundle
 from dydit.errors import DyditError
 from dydit.files import sha256_of
 from dydit.quickstart.quickstart import ASSETS
+from dydit.training.training_folder import has_run
 
 Content = dict[str, str]
 """What must last, by name: SHA-256 sums."""
@@ -41,20 +42,19 @@ DYNAMIC = ASSETS / "dydit.safetensors"
 class Job:
     """A command that writes the folder `out`; `content` reads what must last, and raises where something is torn.
 
-    `continued`: words that are added to the command when it continues after a kill. `atomic`: `out` appears complete or
-    not at all, and the command refuses an `out` that is there.
+    `atomic`: `out` appears complete or not at all, and the command refuses an `out` that is there.
     """
 
     name: str
     words: tuple[str, ...]
     out: Path
     content: Callable[[Path], Content]
-    continued: tuple[str, ...] = ()
     atomic: bool = False
 
     def command(self) -> list[str]:
-        """The command to start or to continue."""
-        return [sys.executable, "-m", "dydit", *self.words, *(self.continued if self.out.exists() else ())]
+        """The command to start or to continue; training refuses `--resume` where no run was begun."""
+        resume = ["--resume"] if self.words[0] == "train" and has_run(self.out) else []
+        return [sys.executable, "-m", "dydit", *self.words, *resume]
 
 
 @dataclass
@@ -94,17 +94,17 @@ def sampled(out: Path) -> Content:
     return {path.name: sha256_of(path) for path in [*out.glob("[!.]*.png"), *out.glob("[!.]*.npz")]}
 
 
-def jobs(work: Path, threads: str) -> list[Job]:
+def jobs(work: Path, threads: int) -> list[Job]:
     """Small jobs of each kind, each some seconds long."""
     bundle, run, samples, ready = (work / name for name in ("bundle", "run", "samples", "ready"))
     run_dydit("-q", "export", DYNAMIC, "--out", ready, "--steps", "40", "--per-step")
     small = ("iterations=60", "save_every=5", "log_every=5", "batch_size=16", "model.depth=2", "model.hidden_size=64")
     export = ("export", str(DYNAMIC), "--out", str(bundle), "--per-step")
     train = ("train", "--recipe", "digits-static", "--out", str(run), *small)
-    images = ("--labels", "0-9", "--num", "60", "--batch-size", "12", "--npz", "--threads", threads)
+    images = ("--labels", "0-9", "--num", "60", "--batch-size", "12", "--npz", "--threads", str(threads))
     return [
         Job("export", export, bundle, exported, atomic=True),
-        Job("training", train, run, trained, continued=("--resume",)),
+        Job("training", train, run, trained),
         Job("bulk sampling", ("sample", str(ready), "--out", str(samples), *images), samples, sampled),
     ]
 
@@ -169,10 +169,7 @@ def check(job: Job, tally: Tally, known: Content, expected: Content | None) -> C
 
 def main() -> int:
     """Run, print, and tell by the exit code whether everything lasted."""
-    parser = script_parser(__doc__)
-    parser.add_argument("--kills", type=int, default=20, help="kills of each job  [%(default)s]")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the moments  [%(default)s]")
-    parser.add_argument("--threads", default="1", help="CPU threads of sampling  [%(default)s]")
+    parser = script_parser(__doc__, kills=20, seed=0, threads=1)
     options = parser.parse_args()
     rng = random.Random(options.seed)
     with tempfile.TemporaryDirectory() as work:

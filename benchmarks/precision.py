@@ -121,10 +121,7 @@ def picture(images: dict[str, np.ndarray]) -> bytes:
 
 def main() -> int:
     """Run, print, and tell by the exit code whether the limits hold."""
-    parser = script_parser(__doc__)
-    parser.add_argument("--samples", type=int, default=100, help="images of each variant  [%(default)s]")
-    parser.add_argument("--steps", type=int, default=250)
-    parser.add_argument("--cfg-scale", type=float, default=1.5)
+    parser = script_parser(__doc__, samples=100, steps=250, cfg_scale=1.5)
     parser.add_argument("--picture", type=Path, help="draw the digits side by side into this PNG file")
     options = parser.parse_args()
     checkpoint, cfg_scale = load_checkpoint(ASSETS / "dydit.safetensors"), options.cfg_scale

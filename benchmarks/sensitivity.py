@@ -156,15 +156,22 @@ def limits(figures: Figures, targets: list[float]) -> dict[str, bool]:
 
 def main() -> int:
     """Run, print, and tell by the exit code whether the limits hold."""
-    parser = script_parser(__doc__)
+    parser = script_parser(
+        __doc__,
+        {
+            "images": "images to search on; as many others verify",
+            "search_steps": "steps of a segment at which losses are measured",
+            "repeats": "rounds of timing; 0 times nothing",
+        },
+        steps=250,
+        max_subnets=32,
+        cfg_scale=1.5,
+        images=20,
+        search_steps=4,
+        repeats=7,
+        threads=0,
+    )
     parser.add_argument("--targets", type=float, nargs="+", default=[50.0, 55.0], help="decibels  [50 55]")
-    parser.add_argument("--steps", type=int, default=250)
-    parser.add_argument("--max-subnets", type=int, default=32)
-    parser.add_argument("--cfg-scale", type=float, default=1.5)
-    parser.add_argument("--images", type=int, default=20, help="images to search on; as many others verify")
-    parser.add_argument("--search-steps", type=int, default=4, help="steps of a segment at which losses are measured")
-    parser.add_argument("--repeats", type=int, default=7, help="rounds of timing; 0 times nothing")
-    parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--work", type=Path, help="folder that keeps what was measured")
     options = parser.parse_args()
     checkpoint = load_checkpoint(ASSETS / "dydit.safetensors")

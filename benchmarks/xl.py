@@ -192,11 +192,8 @@ CHILDREN: dict[str, Callable[..., Part]] = {"checkpoint": make_checkpoint, "exac
 
 def main() -> int:
     """Measure the parts that are not there yet, print, and tell by the exit code whether the limits hold."""
-    parser = script_parser(__doc__)
-    parser.add_argument(
-        "--work", type=Path, required=True, help="folder for models, bundles and the result of each part"
-    )
-    parser.add_argument("--preset", default="XL/2", help="sizes of the model  [%(default)s]")
+    parser = script_parser(__doc__, preset="XL/2")
+    parser.add_argument("--work", type=Path, required=True, help="folder for models, bundles and results")
     parser.add_argument("--child", nargs="+", help="(internal) run one function of this script")
     options = parser.parse_args()
     work: Path = options.work

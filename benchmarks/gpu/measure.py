@@ -1,25 +1,18 @@
-"""A task of the GPU benchmark in a process of its own: `python measure.py`, with a request on standard input.
+"""What the tasks of the GPU benchmark do, each in a process of its own: `KINDS`.
 
-The request is one line of JSON: {"kind", "arguments", "settings", "work", "seconds"}. The answers are lines of JSON on
-standard output: {"part", "value"}, each of which the parent keeps as it arrives, and at last {"end": true}, or
-{"failed": one line}. Whatever else writes to standard output goes to standard error, which is the task's log.
-PyTorch is imported only where a task runs on it: it would load CUDA's libraries beside the others, and take memory.
+A task tells every part of its result by `emit(name, value)` as soon as it is known, so that what was measured before a
+crash stays. PyTorch is imported only where a task needs it: it would load CUDA's libraries beside the backend's.
 """
 
 from __future__ import annotations
 
-import ctypes
-import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import traceback
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,10 +24,8 @@ from dydit.bench.scripts import bundle_bytes, random_checkpoint, static_checkpoi
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.manifest import Routing
 from dydit.bundle.stored_weights import Precision
-from dydit.checkpoints.checkpoint import load_checkpoint
 from dydit.diffusion.schedule import Schedule
-from dydit.errors import BackendError, DyditError, one_line
-from dydit.export.exporter import ExportConfig, export
+from dydit.errors import BackendError
 from dydit.files import new_folder
 from dydit.models.macs import flops_ratio, static_macs
 from dydit.parity.comparison import picture_error, relative_l2
@@ -70,6 +61,7 @@ def models(settings: Settings, work: Work, emit: Emit) -> None:
     """
     import torch
 
+    from dydit.checkpoints.checkpoint import load_checkpoint
     from dydit.models.synthetic import recorded_pass
 
     if settings.model == "digits":
@@ -100,6 +92,9 @@ def models(settings: Settings, work: Work, emit: Emit) -> None:
 
 def bundle(settings: Settings, work: Work, emit: Emit, plan: str) -> None:
     """Export one of `PLANS`, unless an interrupted run has done it, and emit its size."""
+    from dydit.checkpoints.checkpoint import load_checkpoint
+    from dydit.export.exporter import ExportConfig, export
+
     if not work.bundle(plan).is_dir():
         chosen = {"steps": settings.steps, "precision": settings.precision, "max_batch": max(settings.batches)}
         if plan != DENSE:
@@ -136,6 +131,8 @@ def build_engines(configuration: Configuration, work: Work, name: str) -> None:
 
 def small(settings: Settings, work: Work, emit: Emit) -> None:
     """Export the small model in three precisions, and keep the fp32 latents of each step on the CPU's ONNX Runtime."""
+    from dydit.export.exporter import ExportConfig, export
+
     checkpoint = random_checkpoint(work.small, SMALL)
     for precision in (Precision.FP32, Precision.FP16, Precision.BF16):
         shutil.rmtree(work.bundle(precision), ignore_errors=True)
@@ -203,35 +200,3 @@ KINDS: dict[str, Callable[..., None]] = {
     "engines": engines,
     "time": time_contenders,
 }
-
-
-def main() -> int:
-    """Answer one request."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: end with the parent
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-
-    def answer(value: dict[str, Any]) -> None:
-        answers.write(json.dumps(value, allow_nan=False) + "\n")
-        answers.flush()
-
-    request = json.loads(sys.stdin.readline())
-    settings, work = Settings.model_validate(request["settings"]), Work(Path(request["work"]))
-    if request["kind"] == "time":
-        request["arguments"]["seconds"] = request["seconds"]
-    try:
-        KINDS[request["kind"]](
-            settings, work, lambda part, value: answer({"part": part, "value": value}), **request["arguments"]
-        )
-    except Exception as error:  # a task that fails is a result; the log has the traceback
-        traceback.print_exc()
-        name = "" if isinstance(error, DyditError) else f"{type(error).__name__}: "
-        answer({"failed": f"{name}{one_line(error)[:400]}"})
-        return 1
-    answer({"end": True})
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

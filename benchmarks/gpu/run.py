@@ -1,4 +1,4 @@
-"""What runs on one NVIDIA GPU, how fast, and what bounds it.
+"""What runs on one NVIDIA GPU, and how fast.
 
     python benchmarks/gpu/run.py --work DIR [--minutes 9] [--out DIR2] [--model XL/2]
     python benchmarks/gpu/run.py --work DIR --dry-run
@@ -6,29 +6,31 @@
 It makes the table of a GPU for docs/hardware.md.
 
 It lists what is installed, measures a large matrix product as the GPU's ceiling, runs a small model in every backend
-configuration (`tasks.BUNDLES`) and compares its images with the CPU's, and times the static model, 16 merged subnetworks and the graph of dynamic width beside the whole model in PyTorch. Models and bundles are
-made on the machine; those of DiT-XL/2 take about 8 GB of DIR, and engines more.
+configuration (`tasks.BUNDLES`) and compares its images with the CPU's, and times the static model, 16 merged
+subnetworks and the graph of dynamic width beside the whole model in PyTorch. Models and bundles are made on the
+machine; those of DiT-XL/2 take about 8 GB of DIR, and engines more.
 
 Every task is a process with a time limit, so that a crash, a lack of memory or a hang costs one task. After each task
 DIR/gpu.json is complete; the same command continues an interrupted run. Tasks stand in the order of their worth, and
 with --minutes those that the time does not reach are left for the next run. Failed tasks are tried again only with
 --retry. At the end the tables are printed; --out gets gpu.json and gpu.md.
 
---dry-run tries the script on the CPU in half a minute: a tiny model, two steps, one configuration. It says nothing
-about any GPU. Exit code 0 where the table was made, however many tasks failed; 2 for bad usage.
+--dry-run tries the script on the CPU in a minute: a tiny model, two steps, one configuration. It says nothing about any
+GPU. Exit code 0 where the table was made, however many tasks failed; 2 for bad usage.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import json
 import os
 import signal
 import subprocess
 import sys
-import threading
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -37,21 +39,20 @@ from report import Report, Status, markdown
 from tasks import DRY, MODELS, PRECISIONS, SECONDS, Settings, Task, Work, tasks
 
 from dydit.engines.flavour import present_gpu
-from dydit.errors import ConfigError, DyditError
-from dydit.files import write_atomic
+from dydit.errors import ConfigError, DyditError, one_line
+from dydit.files import write_atomic, write_json
 from dydit.models.config import parse_config
 
-CHILD = Path(__file__).with_name("measure.py")
 LEAST_SECONDS = 10
 """With less than this left of the time budget no task starts."""
 Outcome = dict[str, Any]
 
 
 class Runner:
-    """Runs tasks one by one and keeps the report."""
+    """Runs tasks one by one and keeps the report. `command`: what starts a task's process, when its name follows."""
 
-    def __init__(self, settings: Settings, work: Work, minutes: float | None, retry: bool = False):
-        self.settings, self.work = settings, work
+    def __init__(self, settings: Settings, work: Work, command: list[str], minutes: float | None, retry: bool = False):
+        self.settings, self.work, self.command = settings, work, command
         self.settled = (Status.DONE,) if retry else (Status.DONE, Status.FAILED, Status.NOT_RUN)
         self.deadline = float("inf") if minutes is None else time.monotonic() + 60 * minutes
         self.report = Report.open(work.report, settings)
@@ -63,9 +64,8 @@ class Runner:
                 continue
             start = time.monotonic()
             outcome = self.outcome(task)
-            seconds = round(time.monotonic() - start, 1)
-            about = {"kind": task.kind, "arguments": task.arguments}
-            self.report.tasks[task.name] = {**about, **outcome, "seconds": seconds}
+            about = {"kind": task.kind, "arguments": task.arguments, "seconds": round(time.monotonic() - start, 1)}
+            self.report.tasks[task.name] = {**about, **outcome}
             self.report.save()
             reason = f": {outcome['reason']}" if outcome.get("reason") else ""
             print(f"[{number}/{len(chosen)}] {task.name}: {outcome['status']}{reason}", file=sys.stderr, flush=True)
@@ -80,8 +80,8 @@ class Runner:
         limit, left = SECONDS[task.kind], self.deadline - time.monotonic()
         if left < LEAST_SECONDS:
             return {"status": Status.LEFT, "reason": "the time budget was used up before", "parts": {}}
-        outcome = run_child(task.kind, task.arguments, self.settings, self.work, task.name, min(limit, left))
-        if outcome.get("timed_out") and left < limit:
+        outcome = self.run_child(task, min(limit, left))
+        if outcome["status"] == Status.FAILED and time.monotonic() >= self.deadline:
             outcome |= {"status": Status.LEFT, "reason": "the time budget was used up"}
         return outcome
 
@@ -96,55 +96,53 @@ class Runner:
                 return f"needs the task {need!r}: {status}"
         return None
 
+    def run_child(self, task: Task, seconds: float) -> Outcome:
+        """A task's status, reason and parts. Its process, and those that it started, end within `seconds`."""
+        log, results = self.work.log(task.name), self.work.results(task.name)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        results.unlink(missing_ok=True)
+        with open(log, "wb") as output:
+            words = [*self.command, "--seconds", str(seconds), "--task", task.name]
+            process = subprocess.Popen(words, stdout=output, stderr=output, start_new_session=True)
+            reason = None
+            try:
+                process.wait(seconds)
+            except subprocess.TimeoutExpired:
+                reason = f"stopped after {seconds:.0f} s"
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        parts = json.loads(results.read_text()) if results.exists() else {}
+        if process.returncode == 0:
+            return {"status": Status.DONE, "parts": parts}
+        lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        ended = f"its process ended with exit code {process.returncode}: {lines[-1][:300] if lines else 'no message'}"
+        return {"status": Status.FAILED, "reason": parts.pop("failed", None) or reason or ended, "parts": parts}
 
-def run_child(
-    kind: str, arguments: dict[str, Any], settings: Settings, work: Work, name: str, seconds: float
-) -> Outcome:
-    """A task's status, reason and parts. Its process, and those that it started, end within `seconds`."""
-    work.logs.mkdir(parents=True, exist_ok=True)
-    log = work.logs / f"{''.join(c if c.isalnum() else '-' for c in name)}.log"
-    request = {"kind": kind, "arguments": arguments, "settings": settings.model_dump(mode="json")}
-    request |= {"work": str(work.folder), "seconds": seconds}
+
+def run_task(settings: Settings, work: Work, task: Task, seconds: float, end_with_parent: bool = True) -> int:
+    """Run a task in this process, keeping every part of its result as soon as it is known; returns the exit code."""
+    if end_with_parent and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     parts: dict[str, Any] = {}
-    last: dict[str, Any] = {}
-    with open(log, "w", encoding="utf-8") as errors:
-        process = subprocess.Popen(
-            [sys.executable, str(CHILD)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-            start_new_session=True,
+
+    def emit(part: str, value: Any) -> None:
+        parts[part] = value
+        write_json(work.results(task.name), parts)
+
+    try:
+        from measure import KINDS
+
+        KINDS[task.kind](
+            settings, work, emit, **task.arguments, **({"seconds": seconds} if task.kind == "time" else {})
         )
-        timer = threading.Timer(seconds, _kill, [process])
-        timer.start()
-        try:
-            assert process.stdin is not None and process.stdout is not None
-            with contextlib.suppress(BrokenPipeError), process.stdin as stdin:  # it may be dead already
-                stdin.write(json.dumps(request) + "\n")
-            for line in process.stdout:
-                with contextlib.suppress(json.JSONDecodeError):  # the half line of a process that was killed
-                    last = json.loads(line)
-                    if "part" in last:
-                        parts[last["part"]] = last["value"]
-            process.wait()
-        finally:
-            timed_out = not timer.is_alive()
-            timer.cancel()
-            _kill(process)
-            process.wait()
-    if last.get("end"):
-        return {"status": Status.DONE, "parts": parts}
-    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    reason = f"its process ended with exit code {process.returncode}: {lines[-1][:300] if lines else 'no message'}"
-    reason = f"stopped after {seconds:.0f} s" if timed_out else last.get("failed") or reason
-    return {"status": Status.FAILED, "reason": reason, "timed_out": timed_out, "parts": parts}
-
-
-def _kill(process: subprocess.Popen[str]) -> None:
-    """End a child and what it started, which are a process group of their own."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+    except Exception as error:  # a task that fails is a result; the log has the traceback
+        traceback.print_exc()
+        name = "" if isinstance(error, DyditError) else f"{type(error).__name__}: "
+        emit("failed", f"{name}{one_line(error)[:400]}")
+        return 1
+    return 0
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -159,6 +157,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", choices=SECONDS, action="append", help="a kind of task to run; may be repeated")
     parser.add_argument("--retry", action="store_true", help="try failed tasks again")
     parser.add_argument("--dry-run", action="store_true", help="try the script on the CPU, with a tiny model")
+    parser.add_argument("--task", help="(internal) run this task in this process")
+    parser.add_argument("--seconds", type=float, help="(internal) its time limit")
     return parser.parse_args(arguments)
 
 
@@ -175,14 +175,18 @@ def settings_of(options: argparse.Namespace) -> Settings:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run, print and write."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     options = parse(arguments)
     try:
         settings = settings_of(options)
         options.work.mkdir(parents=True, exist_ok=True)
-        runner = Runner(settings, Work(options.work.resolve()), options.minutes, options.retry)
-        chosen = [task for task in tasks(settings) if options.only is None or task.kind in options.only]
+        work, everything = Work(options.work.resolve()), tasks(settings)
+        if options.task:
+            task = next(task for task in everything if task.name == options.task)
+            return run_task(settings, work, task, options.seconds)
+        runner = Runner(settings, work, [sys.executable, __file__, *arguments], options.minutes, options.retry)
         try:
-            runner.run(chosen)
+            runner.run([task for task in everything if options.only is None or task.kind in options.only])
         except KeyboardInterrupt:
             print("interrupted; the same command continues here", file=sys.stderr)
         text = markdown(runner.report)
@@ -196,10 +200,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _interrupt(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
-
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, _interrupt)
     sys.exit(main())

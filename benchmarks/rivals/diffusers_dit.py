@@ -1,7 +1,8 @@
 """diffusers' `DiTTransformer2DModel`, eager: a static DiT from the same weights under diffusers' names.
 
-Another process saves the weights as a diffusers folder; the timed process loads that folder as a user would. Two settings make diffusers compute what the original DiT computes, at no cost in time:
-`norm_eps` 1e-6, and a sinusoid that divides by 128 (`dydit/checkpoints/diffusers_names.py`).
+Another process saves the weights as a diffusers folder; the timed process loads that folder as a user would. Two
+settings make diffusers compute what the original DiT computes, at no cost in time: `norm_eps` 1e-6, and a sinusoid that
+divides by 128 (`dydit/checkpoints/diffusers_names.py`).
 """
 
 from __future__ import annotations

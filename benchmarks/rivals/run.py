@@ -160,15 +160,18 @@ def measure(options: Namespace) -> BenchReport:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run, print and write."""
-    parser = script_parser(__doc__)
+    parser = script_parser(
+        __doc__,
+        {"steps": "sampling steps of a round", "images": "images in a batch, of labels 0, 1, 2, ..."},
+        images=4,
+        steps=25,
+        repeats=7,
+        threads=2,
+        preset="S/2",
+        flops_ratio=0.5,
+    )
     parser.add_argument("--plot", type=Path, help="draw milliseconds per step into this PNG file")
     parser.add_argument("--only", action="append", choices=NAMES, help="a contender to run; may be repeated  [all]")
-    parser.add_argument("--images", type=int, default=4, help="batch size; labels are 0, 1, 2, ...  [%(default)s]")
-    parser.add_argument("--steps", type=int, default=25, help="sampling steps of a round  [%(default)s]")
-    parser.add_argument("--repeats", type=int, default=7, help="rounds that count  [%(default)s]")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads of each contender  [%(default)s]")
-    parser.add_argument("--preset", default="S/2", help="sizes of the random model  [%(default)s]")
-    parser.add_argument("--flops-ratio", type=float, default=0.5, help="target of its routers  [%(default)s]")
     parser.add_argument("--checkpoint", type=Path, help="a dynamic model to time in place of random weights")
     options = parser.parse_args(arguments)
     try:

@@ -17,17 +17,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dydit.bench.bench import compare_sides
 from dydit.bundle.bundle import Bundle
-from dydit.checkpoints.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from dydit.checkpoints.state_fit import expected_shapes
 from dydit.files import write_json
 from dydit.models.config import ModelConfig
-from dydit.models.synthetic import synthetic_model
 from dydit.reports.results import BenchReport, Comparison, Machine
 from dydit.reports.sentences import guidance_text, repeats_text
 from dydit.reports.text import aligned, exponent
@@ -35,15 +32,42 @@ from dydit.runtime.backends.base import BackendOptions
 from dydit.runtime.bulk.run import OutputOptions, sample_to_folder
 from dydit.runtime.request import SampleRequest
 
+if TYPE_CHECKING:  # it imports PyTorch, which most processes whose memory is measured do without
+    from dydit.checkpoints.checkpoint import Checkpoint
+
 Progress = Callable[[int, int], None]
+OPTIONS = {
+    "batch": "images in a batch",
+    "cfg_scale": "classifier-free guidance scale",
+    "flops_ratio": "FLOPs ratio that the random model's routers are set to",
+    "images": "images in a batch",
+    "jobs": "engines that are built at a time",
+    "kills": "kills of each job",
+    "max_subnets": "merged subnetworks",
+    "preset": "sizes of the random model",
+    "repeats": "rounds that count",
+    "samples": "images to sample with each model",
+    "seed": "seed of what is drawn at random",
+    "steps": "sampling steps",
+    "threads": "CPU threads; 0: all",
+}
+"""Help of the options that several scripts have."""
 MEMORY_INTERVAL = 0.1
 """Seconds between two looks at the memory of a process and its children."""
 
 
-def script_parser(description: str | None) -> argparse.ArgumentParser:
-    """A parser whose `--help` shows the script's docstring as it stands, with `--json FILE` for the report."""
+def script_parser(
+    description: str | None, options: Mapping[str, str] | None = None, **defaults: int | float | str
+) -> argparse.ArgumentParser:
+    """A parser whose `--help` shows the script's docstring as it stands, with `--json FILE` for the report.
+
+    Each of `defaults` becomes an option with that default and its type; `options` has help texts beside `OPTIONS`.
+    """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the report to this file")
+    for name, default in defaults.items():
+        text = f"{(OPTIONS | dict(options or {}))[name]}  [{default}]"
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default, help=text)
     return parser
 
 
@@ -90,12 +114,18 @@ def finish(options: argparse.Namespace, report: Mapping[str, Any], limits: Mappi
 
 def random_checkpoint(path: Path, config: ModelConfig, flops_ratio: float = 0.5) -> Checkpoint:
     """Write a dynamic model with random weights, whose routers are set to a FLOPs ratio near `flops_ratio`."""
+    from dydit.checkpoints.checkpoint import load_checkpoint, save_checkpoint
+    from dydit.models.synthetic import synthetic_model
+
     save_checkpoint(path, synthetic_model(config, seed=0, flops_ratio=flops_ratio), config)
     return load_checkpoint(path)
 
 
 def static_checkpoint(path: Path, dynamic: Checkpoint) -> Checkpoint:
     """Write the weights of a dynamic model without its routers."""
+    from dydit.checkpoints.checkpoint import load_checkpoint, save_checkpoint
+    from dydit.checkpoints.state_fit import expected_shapes
+
     config = dynamic.config.without_routers()
     save_checkpoint(path, {name: dynamic.state[name] for name in expected_shapes(config)}, config)
     return load_checkpoint(path)

@@ -1,4 +1,4 @@
-"""The comparison with other ways to run a DiT, end to end on a small model: every contender computes what PyTorch computes."""
+"""The comparison with other ways to run a DiT, end to end on a small model: all compute what PyTorch computes."""
 
 from __future__ import annotations
 
@@ -64,7 +64,9 @@ def test_every_side_computes_what_the_reference_computes(run, make_checkpoint, t
     assert set(sides) == set(names) and report["not_run"] == []
     dense = sides[run.MASKED]["macs"]
     for name, side in sides.items():
-        assert side["relative_l2"] < (0.05 if name == run.INT8 else run.FP32_TOLERANCE) and len(side["round_ms"]) == 2, name
+        assert (
+            side["relative_l2"] < (0.05 if name == run.INT8 else run.FP32_TOLERANCE) and len(side["round_ms"]) == 2
+        ), name
         saves = name in (run.FP32, run.INT8, "dydit sliding")
         assert (side["macs"] < 0.8 * dense) if saves else (side["macs"] == dense), name
         routed = saves or name == run.MASKED
