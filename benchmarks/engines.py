@@ -122,8 +122,8 @@ def main() -> int:
             parts[name] = part = build(make_bundle(name, Path(folder)), options.jobs)
         print(
             f"{name}: {part['engines']} engines ({part['subnetworks']} subnetworks for {part['steps']} steps, "
-            f"{part['engine_bytes'] / 1e6:.0f} MB) in {part['seconds']:.1f} s, at most {part['peak_bytes'] / 1e9:.2f} GB; "
-            f"again in {part['again_seconds']:.1f} s",
+            f"{part['engine_bytes'] / 1e6:.0f} MB) in {part['seconds']:.1f} s, at most "
+            f"{part['peak_bytes'] / 1e9:.2f} GB; again in {part['again_seconds']:.1f} s",
             flush=True,
         )
     report = {

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 
 from dydit.bench.bench import BenchConfig, run_bench
-from dydit.bench.scripts import bundle_bytes, finish, progress, script_parser, settings_of, work_folder
+from dydit.bench.scripts import bundle_bytes, finish, progress, sampled_latents, script_parser, settings_of, work_folder
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.stored_weights import Precision
 from dydit.calibrate.activation_ranges import ActivationRanges
@@ -43,12 +43,7 @@ from dydit.export.exporter import ExportConfig, export, planned_steps
 from dydit.inspection.trace import trace_tokens
 from dydit.quickstart.quickstart import ASSETS
 from dydit.reports.results import Side, SideKind
-from dydit.runtime.backends.base import BackendOptions
-from dydit.runtime.backends.registry import open_backend
-from dydit.runtime.loop import MemoryStore, StepRunner, sample
-from dydit.runtime.noise_source import SeededNoise
-from dydit.runtime.request import make_batches
-from dydit.runtime.resident import ResidentSubnets
+from dydit.runtime.request import SampleRequest
 
 CLASSES, BATCH = 10, 20
 RANGES_SEED, RANGES_IMAGES = 1000, 32
@@ -57,16 +52,12 @@ MEDIAN_WITHIN, SHARE_THAT_KEEPS = 2.0, 0.9
 Figures = dict[str, dict[str, Any]]
 
 
-def sampled(bundle: Bundle, images: int, seed: int, cfg_scale: float, threads: int) -> np.ndarray:
+def sampled(bundle: Bundle, images: int, seed: int, options: Namespace) -> np.ndarray:
     """Pixels f32 [n, 1, 16, 16] of images 0 to n-1 of a seed, clipped to [-1, 1], with the labels of the search."""
-    model, store = bundle.manifest.model, MemoryStore()
-    engine = open_backend("onnxruntime", bundle, BackendOptions(threads=threads))
-    noise = SeededNoise(seed, (model.in_channels, model.input_size, model.input_size))
-    labels = spread_labels(images, CLASSES)
-    batches = make_batches(labels, range(images), BATCH)
-    with ResidentSubnets(engine) as subnets:
-        sample(StepRunner(engine, subnets, labels, cfg_scale), batches, noise, store, progress(bundle.path.name))
-    return np.clip(np.concatenate([store.load(index) for index in range(len(batches))]), -1, 1)
+    labels = tuple(spread_labels(images, CLASSES))
+    request = SampleRequest(labels=labels, seed=seed, cfg_scale=options.cfg_scale, batch_size=BATCH)
+    folder = bundle.path.with_name(f"{bundle.path.name}-seed{seed}-samples")
+    return np.clip(sampled_latents(bundle, folder, request, options.threads)[0], -1, 1)
 
 
 def quality(decibels: np.ndarray, target: float | None) -> dict[str, float]:
@@ -181,10 +172,9 @@ def main() -> int:
         bundles = {name: export(checkpoint, Path(folder) / name, config) for name, config in configs.items()}
         figures = {name: {**results.get(name, {})} for name in bundles}
         for seed, what in ((0, "searched_on"), (1, "others")):
-            expected = sampled(bundles["fp32"], options.images, seed, options.cfg_scale, options.threads)
-            for name in bundles.keys() - {"fp32"}:
-                pixels = sampled(bundles[name], options.images, seed, options.cfg_scale, options.threads)
-                decibels = psnr(pixels, expected, PIXEL_SPAN)
+            expected = sampled(bundles["fp32"], options.images, seed, options)
+            for name in (each for each in bundles if each != "fp32"):
+                decibels = psnr(sampled(bundles[name], options.images, seed, options), expected, PIXEL_SPAN)
                 figures[name][what] = quality(decibels, figures[name].get("target_psnr"))
         for name, bundle in bundles.items():
             figures[name]["bundle_bytes"] = bundle_bytes(bundle)

@@ -34,11 +34,18 @@ from typing import Any
 
 import numpy as np
 
+from dydit.bench.bench import BenchConfig, run_bench
 from dydit.bench.scripts import finish, random_checkpoint, run_dydit, run_process, script_parser
+from dydit.bench.timing import Latents
 from dydit.bundle.bundle import Bundle
 from dydit.files import write_json
 from dydit.models.config import preset
+from dydit.planning.costs import macs_costs
+from dydit.planning.plan import optimal_plans
 from dydit.reports.results import Side, SideKind
+from dydit.runtime.backends.registry import open_backend
+from dydit.runtime.loop import StepRunner
+from dydit.runtime.resident import ResidentSubnets
 
 PER_STEP, SLIDING, MERGED = "per-step", "sliding", "merged"
 PLANS = {PER_STEP: ["--per-step"], SLIDING: ["--sliding"], MERGED: ["--max-subnets", "16"]}
@@ -94,9 +101,6 @@ def measure_export(work: Path, done: Part) -> Part:
 
 def measure_plan(work: Path, done: Part) -> Part:
     """All optimal plans of the bundle's masks."""
-    from dydit.planning.costs import macs_costs
-    from dydit.planning.plan import optimal_plans
-
     bundle = Bundle.open(work / PER_STEP, verify=False)
     start = time.perf_counter()
     plans = optimal_plans(bundle.masks, macs_costs(bundle.manifest.model))
@@ -130,10 +134,6 @@ def measure_sample(work: Path, done: Part) -> Part:
 
 def compare_steps(work: Path) -> Part:
     """Steps of both plans from the same latents: the worst relative L2 where all decisions agree."""
-    from dydit.runtime.backends.registry import open_backend
-    from dydit.runtime.loop import StepRunner
-    from dydit.runtime.resident import ResidentSubnets
-
     rng, labels = np.random.default_rng(0), np.array([LABEL])
     backends = [open_backend("onnxruntime", Bundle.open(work / plan, verify=False)) for plan in (PER_STEP, SLIDING)]
     runners = [StepRunner(each, ResidentSubnets(each, 2, debug=True), labels, 4.0) for each in backends]
@@ -151,10 +151,6 @@ def compare_steps(work: Path) -> Part:
 
 def load_plan(work: Path, plan: str) -> Part:
     """Load all that a plan keeps resident, then make one step."""
-    from dydit.runtime.backends.registry import open_backend
-    from dydit.runtime.loop import StepRunner
-    from dydit.runtime.resident import ResidentSubnets
-
     bundle, labels = Bundle.open(work / plan, verify=False), np.array([LABEL])
     count = 1 if plan == SLIDING else len(bundle.manifest.subnets)
     start = time.perf_counter()
@@ -178,9 +174,6 @@ def measure_load(work: Path, done: Part) -> Part:
 
 def measure_step(work: Path, done: Part) -> Part:
     """A step of either plan, taking turns."""
-    from dydit.bench.bench import BenchConfig, run_bench
-    from dydit.bench.timing import Latents
-
     sides = [Side(name=plan, kind=SideKind.BUNDLE, path=str(work / plan)) for plan in (SLIDING, PER_STEP)]
     config = BenchConfig(labels=(LABEL,), steps_measured=4, repeats=5, latents=Latents.NOISE)
     report = run_bench(sides, config)

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 from tasks import CONFIGURATIONS, DENSE, PLANS, SMALL, Configuration, Settings, Work
-from timing import CFG_SCALE, SEED, Emit, ceiling, nvidia_smi, open_configuration, time_contenders
+from timing import CFG_SCALE, SEED, Emit, ceiling, device_memory, nvidia_smi, open_configuration, time_contenders
 
 from dydit.bench.bench import spread_steps
 from dydit.bench.scripts import bundle_bytes, random_checkpoint, static_checkpoint
@@ -50,7 +50,7 @@ def installed(settings: Settings, work: Work, emit: Emit) -> None:
 
     emit("doctor", run_doctor().to_json())
     emit("driver", nvidia_smi("driver_version"))
-    emit("memory_bytes", int(nvidia_smi("memory.total")) << 20)
+    emit("memory_bytes", device_memory(settings, "memory.total"))
 
 
 def models(settings: Settings, work: Work, emit: Emit) -> None:

@@ -109,8 +109,9 @@ def _head(report: Report) -> str:
     packages = [f"{name} {version}" for name, version in machine.packages.items() if name.startswith(chosen)]
     lines = [f"## {settings.gpu or 'CPU (dry run: these are not figures of a GPU)'}", ""]
     lines.append(f"{', '.join(packages)}; {machine.system}; {machine.date}.")
-    if driver := report.part("installed", "driver"):
-        lines.append(f"Driver {driver}, {bytes_text(report.part('installed', 'memory_bytes'))} of device memory.")
+    driver, memory = report.part("installed", "driver"), report.part("installed", "memory_bytes")
+    if driver and memory:
+        lines.append(f"Driver {driver}, {bytes_text(memory)} of device memory.")
     if product := report.part("ceiling", "product"):
         size = f"{product['n']} x {product['n']}"
         lines.append(f"A matrix product in {settings.precision}, {size}: {product['tflops']:.4g} TFLOP/s.")

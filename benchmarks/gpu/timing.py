@@ -163,7 +163,7 @@ def time_contenders(
     """
     deadline, opened, figures = time.monotonic() + SHARE * seconds, {}, {}
     for name in contenders:
-        start, before = time.monotonic(), used_memory(settings)
+        start, before = time.monotonic(), device_memory(settings)
         try:
             contender = open_contender(settings, work, configuration, name, batch)
             loaded = time.monotonic()
@@ -174,8 +174,14 @@ def time_contenders(
             emit(name, {"reason": f"failed: {type(error).__name__}: {one_line(error)[:300]}"})
         else:
             opened[name] = contender, time.monotonic() - loaded
-            figures[name] = {"load_seconds": loaded - start, "round_ms": [], "repeated_steps": 0}
-            figures[name]["memory_bytes"] = None if before is None else max(0, used_memory(settings) - before)
+            after = device_memory(settings)
+            memory = None if before is None or after is None else max(0, after - before)
+            figures[name] = {
+                "load_seconds": loaded - start,
+                "memory_bytes": memory,
+                "round_ms": [],
+                "repeated_steps": 0,
+            }
     for _ in range(settings.repeats):
         for name, (contender, round_seconds) in list(opened.items()):
             if time.monotonic() + round_seconds > deadline:
@@ -193,12 +199,16 @@ def time_contenders(
             emit(name, values)
 
 
-def used_memory(settings: Settings) -> int | None:
-    """Bytes of device memory in use by all processes; None on the CPU."""
-    return None if settings.gpu is None else int(nvidia_smi("memory.used")) << 20
+def device_memory(settings: Settings, field: str = "memory.used") -> int | None:
+    """Bytes of device memory that all processes use, or of all (`memory.total`); None on the CPU or where not known."""
+    text = None if settings.gpu is None else nvidia_smi(field)
+    return None if text is None else int(text) << 20
 
 
-def nvidia_smi(field: str) -> str:
-    """A field of the first GPU, as `nvidia-smi` prints it without units."""
+def nvidia_smi(field: str) -> str | None:
+    """A field of the first GPU, as `nvidia-smi` prints it without units; None where that does not work."""
     words = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits", "--id=0"]
-    return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+    try:
+        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
