@@ -131,11 +131,10 @@ def _tasks(settings: Settings) -> Iterator[Task]:
     yield Task("models", "models")
     for plan in PLANS:
         yield Task(f"bundle: {plan}", "bundle", {"plan": plan}, needs=("models",))
-    for each in (configuration for configuration in BUNDLES if configuration.has_engines):
-        for plan in PLANS:
-            yield _task(f"engines: {each.name} {plan}", "engines", each, f"bundle: {plan}", plan=plan)
     for batch in settings.batches:
         for each in (PYTORCH, *BUNDLES):
+            for plan in PLANS if each.has_engines and batch == settings.batches[0] else ():
+                yield _task(f"engines: {each.name} {plan}", "engines", each, f"bundle: {plan}", plan=plan)
             contenders = [STATIC, MASKED, COMPILED] if each is PYTORCH else list(PLANS)
             need = "models" if each is PYTORCH else f"bundle: {DENSE}"
             yield _task(f"time: {each.name} batch {batch}", "time", each, need, contenders=contenders, batch=batch)

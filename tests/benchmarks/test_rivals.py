@@ -117,30 +117,37 @@ def test_a_static_checkpoint_is_refused(run, make_checkpoint, small_config, caps
 
 class TestDiffusers:
     @pytest.fixture
-    def rival(self, monkeypatch):
+    def baseline(self, monkeypatch):
         need("diffusers")
         return script("diffusers_dit", monkeypatch)
 
-    def test_names_go_there_and_back(self, rival, make_checkpoint, small_config):
+    def test_names_go_there_and_back(self, baseline, make_checkpoint, small_config):
         from dydit.checkpoints.diffusers_names import from_diffusers
 
         state, config = make_checkpoint().state, small_config.without_routers()
         static = {name: state[name] for name in expected_shapes(config)}
-        back = from_diffusers(rival.to_diffusers(static, config), config, 1 << 30)
+        back = from_diffusers(baseline.to_diffusers(static, config), config, 1 << 30)
         assert back.keys() == static.keys()
         assert all(back[name].equal(static[name]) for name in static)
 
-    def test_other_weights_are_noticed(self, rival, make_checkpoint, small_config, tmp_path, monkeypatch):
-        from dydit.errors import DeviationError
+    def test_it_computes_what_our_model_computes(self, baseline, make_checkpoint, small_config, tmp_path, monkeypatch):
+        import torch
 
-        original = rival.to_diffusers
+        static = make_checkpoint(small_config.model_copy(update={"routers": Routers.NONE}))
+        x, t, y = torch.randn(3, 4, 8, 8), torch.tensor([0, 500, 999]), torch.tensor([0, 6, small_config.null_class])
+        original = baseline.to_diffusers
 
         def spoilt(state, config):
             renamed = original(state, config)
             one, other = (f"transformer_blocks.1.attn1.{part}.weight" for part in ("to_q", "to_k"))
             return renamed | {one: renamed[other], other: renamed[one] * 2}
 
-        monkeypatch.setattr(rival, "to_diffusers", spoilt)
-        static = make_checkpoint(small_config.model_copy(update={"routers": Routers.NONE}))
-        with pytest.raises(DeviationError, match=r"expected at most 0\.0001"):
-            rival.save_for_diffusers(static.path, tmp_path)
+        deviations = []
+        for rename in (original, spoilt):
+            monkeypatch.setattr(baseline, "to_diffusers", rename)
+            baseline.save_for_diffusers(static.path, tmp_path / rename.__name__)
+            with torch.inference_mode():
+                theirs = baseline.load_from_diffusers(tmp_path / rename.__name__)(x, timestep=t, class_labels=y).sample
+                ours = static.model()(x, t, y)
+            deviations.append(float((theirs - ours).norm() / ours.norm()))
+        assert deviations[0] < 1e-4 < deviations[1]
