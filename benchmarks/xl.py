@@ -1,30 +1,31 @@
-"""DiT-XL/2 in fp16 on a laptop: export, plan, sample, and one graph for every width.
+"""DiT-XL/2 in fp16 on a laptop: export, plan, sample, and one graph of dynamic width.
 
     python benchmarks/xl.py --work DIR [--json docs/benchmarks/xl.json]
 
-Random weights with routers set to a FLOPs ratio near 0.5; 250 DDPM steps, one image with guidance, on onnxruntime. What
-takes memory runs as a process of its own, most of it as the command that a user would type; its peak is the largest
-resident set (a page of the file that two sessions map counts twice). The parts:
+It makes the figures for DiT-XL/2 on a CPU (docs/benchmarks/xl.json).
 
-  export    `dydit export --per-step --precision fp16`, and --sliding, and --max-subnets 16
+Random weights with routers set to a FLOPs ratio near 0.5; 250 DDPM steps, one image with guidance, on onnxruntime.
+Whatever memory is measured of runs as a process of its own, most of it as the command that a user would type; its peak
+is the largest resident set, where a page of the file that two sessions map counts twice. The parts:
+
+  export    `dydit export --per-step --precision fp16`, and the same with --sliding and with --max-subnets 16
   plan      the optimal plans for every K from 1 to 250
-  sample    `dydit sample`, all 250 steps, once on the per-step bundle, once on the sliding one
-  exact     every 25th step of both from the same latents, decisions apart from values
-  load      the 16 merged subnetworks against the sliding plan: until all is loaded
-  step      milliseconds of a step, per-step against sliding, taking turns (`dydit.bench.bench`)
+  sample    `dydit sample`, all 250 steps, on the per-step bundle and on the one of dynamic width
+  exact     every 25th step of both from the same latents; values are compared where all token decisions agree
+  load      the 16 merged subnetworks against the plan of dynamic width, until all is loaded
+  step      milliseconds of a step, per-step against dynamic width, taking turns (`dydit.bench.bench`)
 
-Each part is kept in DIR and not made again, so that a run that was stopped goes on. Bars are those of `BARS`; exit code
-1 where one is missed. Takes about 25 minutes on two cores, 5 GB of disk, and nothing else should run beside it.
+DIR keeps the result of each part, so that an interrupted run continues. `LIMITS` lists the limits; exit code 1 where
+one is missed. It takes about 25 minutes on two cores and 5 GB of disk, and nothing else should run meanwhile.
+--preset S/2 tries the script in minutes; the limits are for XL/2.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import resource
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -33,17 +34,24 @@ from typing import Any
 
 import numpy as np
 
+from dydit.bench.bench import BenchConfig, run_bench
+from dydit.bench.scripts import finish, random_checkpoint, run_dydit, run_process, script_parser
+from dydit.bench.timing import Latents
 from dydit.bundle.bundle import Bundle
 from dydit.files import write_json
 from dydit.models.dit.config import preset
+from dydit.planning.costs import macs_costs
+from dydit.planning.plan import optimal_plans
 from dydit.reports.bench_report import Side, SideKind
-from dydit.reports.results import Machine
+from dydit.runtime.backends.registry import open_backend
+from dydit.runtime.loop import StepRunner
+from dydit.runtime.resident import ResidentSubnets
 
 PER_STEP, SLIDING, MERGED = "per-step", "sliding", "merged"
 PLANS = {PER_STEP: ["--per-step"], SLIDING: ["--sliding"], MERGED: ["--max-subnets", "16"]}
 LABEL, EVERY = 207, 25
 Part = dict[str, Any]
-BARS: tuple[tuple[str, Callable[[Part], float], float], ...] = (
+LIMITS: tuple[tuple[str, Callable[[Part], float], float], ...] = (
     ("export: seconds", lambda p: p["export"][PER_STEP]["seconds"], 90),
     ("export: peak memory, checkpoints", lambda p: p["export"][PER_STEP]["peak_of_checkpoint"], 1.6),
     ("export: bundle, dense fp16 models", lambda p: p["export"][PER_STEP]["bundle_of_dense"], 1.1),
@@ -56,129 +64,93 @@ BARS: tuple[tuple[str, Callable[[Part], float], float], ...] = (
 )
 
 
-def command(words: list[str]) -> tuple[float, int, str]:
-    """Run a command; its seconds, its largest resident set in bytes, and what it printed. Raises where it fails."""
-    start = time.perf_counter()
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    output = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise RuntimeError(f"{' '.join(words)} ended with exit code {process.returncode}")
-    return time.perf_counter() - start, usage.ru_maxrss * 1024, output
-
-
-def dydit(*words: str | Path) -> tuple[float, int, str]:
-    """`command`, of `dydit`."""
-    return command([sys.executable, "-m", "dydit", *map(str, words)])
-
-
-def in_child(work: Path, part: str, *words: str) -> Part:
+def in_child(work: Path, function: str, *words: str) -> Part:
     """A function of this script in a process of its own."""
-    _, _, output = command([sys.executable, __file__, "--work", str(work), "--child", part, *words])
-    values: Part = json.loads(output.splitlines()[-1])
+    result = run_process([sys.executable, __file__, "--work", work, "--child", function, *words])
+    values: Part = json.loads(result.output.splitlines()[-1])
     return values
 
 
-def make_checkpoint(work: Path) -> Part:
-    """The model, with random weights; how large it is."""
-    from dydit.checkpoints.checkpoint import save_checkpoint
-    from dydit.models.synthetic import synthetic_model
+def make_checkpoint(work: Path, name: str) -> Part:
+    """The model, with random weights; its size, and that of its static form in fp16."""
+    from dydit.checkpoints.fit import expected_shapes
 
-    config = preset("XL/2")
-    model = synthetic_model(config, seed=0, flops_ratio=0.5)
-    save_checkpoint(work / "xl.safetensors", model, config)
-    static = sum(
-        value.numel() for name, value in model.state_dict().items() if "_rate." not in name and "token_sel" not in name
-    )
-    return {"bytes": (work / "xl.safetensors").stat().st_size, "dense_fp16_bytes": 2 * static}
+    checkpoint = random_checkpoint(work / "xl.safetensors", preset(name))
+    static = expected_shapes(checkpoint.config.without_routers())
+    numbers = sum(checkpoint.state[each].numel() for each in static)
+    return {"bytes": checkpoint.path.stat().st_size, "dense_fp16_bytes": 2 * numbers}
 
 
 def measure_export(work: Path, done: Part) -> Part:
     """The three bundles."""
-    made = {}
+    part = {}
     for plan, words in PLANS.items():
-        seconds, peak, output = dydit(
-            *("export", work / "xl.safetensors", "--out", work / plan, *words, "--precision", "fp16", "--json")
-        )
-        facts = json.loads(output)
-        made[plan] = {
-            "seconds": seconds,
-            "peak_bytes": peak,
-            "peak_of_checkpoint": peak / done["checkpoint"]["bytes"],
+        checkpoint, out = work / "xl.safetensors", work / plan
+        result = run_dydit("export", checkpoint, "--out", out, *words, "--precision", "fp16", "--json")
+        facts = json.loads(result.output)
+        part[plan] = {
+            "seconds": result.seconds,
+            "peak_bytes": result.peak_bytes,
+            "peak_of_checkpoint": result.peak_bytes / done["checkpoint"]["bytes"],
             "bundle_bytes": facts["bytes"],
             "bundle_of_dense": facts["bytes"] / done["checkpoint"]["dense_fp16_bytes"],
             "subnets": facts["subnets"],
         }
-    return made
+    return part
 
 
 def measure_plan(work: Path, done: Part) -> Part:
     """All optimal plans of the bundle's masks."""
-    from dydit.planning.costs import macs_costs
-    from dydit.planning.plan import optimal_plans
-
-    masks = Bundle.open(work / PER_STEP, verify=False).masks
+    bundle = Bundle.open(work / PER_STEP, verify=False)
     start = time.perf_counter()
-    plans = optimal_plans(masks, macs_costs(preset("XL/2")))
-    seconds = time.perf_counter() - start
-    exact = plans[-1].cost
+    plans = optimal_plans(bundle.masks, macs_costs(bundle.manifest.model))
+    seconds, exact = time.perf_counter() - start, plans[-1].cost
     extra = {str(k): plans[k - 1].cost / exact - 1 for k in (8, 16, 32, 64)}
-    return {"seconds": seconds, "plans": len(plans), "units": masks.shape[1], "extra_cost": extra}
+    return {"seconds": seconds, "plans": len(plans), "units": bundle.masks.shape[1], "extra_cost": extra}
 
 
 def measure_sample(work: Path, done: Part) -> Part:
-    """One image through every segment, on both bundles, and how far apart they end."""
-    made: Part = {}
+    """One image through every segment, on both bundles, and how far apart the images are."""
+    part: Part = {}
     latents = {}
     for plan in (PER_STEP, SLIDING):
         out, file = work / f"sample-{plan}", work / f"latents-{plan}.npz"
         shutil.rmtree(out, ignore_errors=True)  # a part is measured whole
         file.unlink(missing_ok=True)
-        seconds, peak, output = dydit(
-            *("sample", work / plan, "--labels", str(LABEL), "--out", out, "--latents-out", file, "--json")
-        )
+        label = str(LABEL)
+        result = run_dydit("sample", work / plan, "--labels", label, "--out", out, "--latents-out", file, "--json")
         with np.load(file) as arrays:
             latents[plan] = arrays["latents"]
-        made[plan] = {
-            "seconds": seconds,
-            "peak_bytes": peak,
-            "peak_of_dense": peak / done["checkpoint"]["dense_fp16_bytes"],
-            "run": json.loads(output),
+        part[plan] = {
+            "seconds": result.seconds,
+            "peak_bytes": result.peak_bytes,
+            "peak_of_dense": result.peak_bytes / done["checkpoint"]["dense_fp16_bytes"],
+            "run": json.loads(result.output),
         }
     first, second = latents.values()
-    made["relative_l2_of_the_run"] = float(np.linalg.norm(first - second) / np.linalg.norm(first))
-    return made
+    part["relative_l2_of_the_run"] = float(np.linalg.norm(first - second) / np.linalg.norm(first))
+    return part
 
 
 def compare_steps(work: Path) -> Part:
     """Steps of both plans from the same latents: the worst relative L2 where all decisions agree."""
-    from dydit.runtime.backends.registry import open_backend
-    from dydit.runtime.loop import StepRunner
-    from dydit.runtime.resident import ResidentSubnets
-
     rng, labels = np.random.default_rng(0), np.array([LABEL])
     backends = [open_backend("onnxruntime", Bundle.open(work / plan, verify=False)) for plan in (PER_STEP, SLIDING)]
     runners = [StepRunner(each, ResidentSubnets(each, 2, debug=True), labels, 4.0) for each in backends]
     steps, values, flips, decisions = [*range(0, 250, EVERY), 249], [], 0, 0
     for step in steps:
         x, noise = (rng.standard_normal((1, 4, 32, 32)).astype(np.float32) for _ in range(2))
-        ours, theirs = (runner.run(step, x, noise, labels) for runner in runners)
-        differ = int((ours.tokens != theirs.tokens).sum())
-        flips, decisions = flips + differ, decisions + ours.tokens.size
+        per_step, sliding = (runner.run(step, x, noise, labels) for runner in runners)
+        differ = int((per_step.tokens != sliding.tokens).sum())
+        flips, decisions = flips + differ, decisions + per_step.tokens.size
         if not differ:
-            distance = np.linalg.norm(ours.x_prev - theirs.x_prev) / np.linalg.norm(ours.x_prev)
+            distance = np.linalg.norm(per_step.x_prev - sliding.x_prev) / np.linalg.norm(per_step.x_prev)
             values.append(float(distance))
     return {"steps": steps, "compared": len(values), "worst": max(values), "flips": flips, "decisions": decisions}
 
 
 def load_plan(work: Path, plan: str) -> Part:
     """Load all that a plan keeps resident, then make one step."""
-    from dydit.runtime.backends.registry import open_backend
-    from dydit.runtime.loop import StepRunner
-    from dydit.runtime.resident import ResidentSubnets
-
     bundle, labels = Bundle.open(work / plan, verify=False), np.array([LABEL])
     count = 1 if plan == SLIDING else len(bundle.manifest.subnets)
     start = time.perf_counter()
@@ -195,62 +167,53 @@ def load_plan(work: Path, plan: str) -> Part:
 
 
 def measure_load(work: Path, done: Part) -> Part:
-    """The merged subnetworks, then the one graph."""
-    made = {plan: in_child(work, "load", plan) for plan in (MERGED, SLIDING)}
-    return {**made, "ratio": made[SLIDING]["seconds"] / made[MERGED]["seconds"]}
+    """The merged subnetworks, then the graph of dynamic width."""
+    part = {plan: in_child(work, "load", plan) for plan in (MERGED, SLIDING)}
+    return {**part, "ratio": part[SLIDING]["seconds"] / part[MERGED]["seconds"]}
 
 
 def measure_step(work: Path, done: Part) -> Part:
-    """A step of either plan, side against side."""
-    from dydit.bench.bench import BenchConfig, run_bench
-    from dydit.bench.timing import Latents
-
+    """A step of either plan, taking turns."""
     sides = [Side(name=plan, kind=SideKind.BUNDLE, path=str(work / plan)) for plan in (SLIDING, PER_STEP)]
     config = BenchConfig(labels=(LABEL,), steps_measured=4, repeats=5, latents=Latents.NOISE)
     report = run_bench(sides, config)
     return {"ratio": 1 / report.comparison(PER_STEP).median, "report": report.to_json()}
 
 
-PARTS: dict[str, Callable[[Path, Part], Part]] = {
-    "checkpoint": lambda work, _: in_child(work, "checkpoint"),
-    "export": measure_export,
-    "plan": measure_plan,
-    "sample": measure_sample,
-    "exact": lambda work, _: in_child(work, "exact"),
-    "load": measure_load,
-    "step": measure_step,
-}
-CHILDREN: dict[str, Callable[..., Part]] = {
-    "checkpoint": make_checkpoint,
-    "exact": compare_steps,
-    "load": load_plan,
-}
+CHILDREN: dict[str, Callable[..., Part]] = {"checkpoint": make_checkpoint, "exact": compare_steps, "load": load_plan}
 
 
 def main() -> int:
-    """Measure what is not there yet, print, and say by the exit code whether the bars hold."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="folder for models, bundles and parts")
-    parser.add_argument("--json", type=Path, help="file for the figures")
-    parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    given.work.mkdir(parents=True, exist_ok=True)
-    if given.child:
-        print(json.dumps(CHILDREN[given.child[0]](given.work, *given.child[1:])))
+    """Measure the parts that are not there yet, print, and tell by the exit code whether the limits hold."""
+    parser = script_parser(__doc__, preset="XL/2")
+    parser.add_argument("--work", type=Path, required=True, help="folder for models, bundles and results")
+    parser.add_argument("--child", nargs="+", help="(internal) run one function of this script")
+    options = parser.parse_args()
+    work: Path = options.work
+    work.mkdir(parents=True, exist_ok=True)
+    if options.child:
+        print(json.dumps(CHILDREN[options.child[0]](work, *options.child[1:])))
         return 0
+    parts: dict[str, Callable[[Path, Part], Part]] = {
+        "checkpoint": lambda work, _: in_child(work, "checkpoint", options.preset),
+        "export": measure_export,
+        "plan": measure_plan,
+        "sample": measure_sample,
+        "exact": lambda work, _: in_child(work, "exact"),
+        "load": measure_load,
+        "step": measure_step,
+    }
     done: Part = {}
-    for name, measure in PARTS.items():
-        file = given.work / f"{name}.json"
+    for name, measure in parts.items():
+        file = work / f"{name}.json"
         if not file.exists():
-            write_json(file, {**measure(given.work, done), "load_average": os.getloadavg()[0]})
+            write_json(file, {**measure(work, done), "load_average": os.getloadavg()[0]})
         done[name] = json.loads(file.read_text())
         print(f"{name}: done", flush=True)
-    held = {f"{title} {value(done):.3g}, at most {bar:g}": bool(value(done) <= bar) for title, value, bar in BARS}
-    for title, holds in held.items():
-        print("  holds " if holds else "  MISSED", title)
-    if given.json:
-        write_json(given.json, {"parts": done, "bars": held, "machine": Machine.here().to_json()})
-    return 0 if all(held.values()) else 1
+    limits = {
+        f"{title} {value(done):.3g}, at most {most:g}": bool(value(done) <= most) for title, value, most in LIMITS
+    }
+    return finish(options, {"parts": done}, limits)
 
 
 if __name__ == "__main__":

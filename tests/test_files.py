@@ -13,13 +13,7 @@ import pytest
 
 from dydit import files
 from dydit.errors import OutputError, one_line
-from dydit.files import (
-    new_folder,
-    require_absent,
-    sha256_of,
-    write_atomic,
-    write_json,
-)
+from dydit.files import new_folder, require_absent, sha256_of, write_atomic, write_json
 
 
 def names(folder: Path) -> list[str]:

@@ -1,34 +1,51 @@
-"""ONNX Runtime on the static DiT as `torch.onnx.export` writes it, the rest of a step in NumPy, as a user would.
+"""ONNX Runtime on the static DiT as `torch.onnx.export` writes it; guidance and the sampler's update are in NumPy.
 
-The export, for the job's very batch (fixed shapes are what onnxruntime optimises best), runs in a process of its own
-before anything is timed. The session has onnxruntime's default settings but for the number of threads.
+Another process exports the graph before anything is timed, for the batch of the benchmark, because onnxruntime
+optimises fixed shapes best. Apart from the number of threads the session has onnxruntime's default settings. PyTorch is
+not imported in the timed process, so that its memory is not counted.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
-from rival import Rival, in_another_process, require
 
 from dydit.bench.bench_worker import serve
+from dydit.bench.timing import Job, Loaded, Measured
+from dydit.diffusion.guidance import Guidance
+from dydit.diffusion.schedule import Schedule
+from dydit.errors import UnavailableError
 
 
-class OnnxRuntimeExport(Rival):
-    """An inference session on the exported graph."""
+class OnnxRuntimeExport(Measured):
+    """An inference session on the exported graph. `rows`: labels int64 [2B], the null class in the second half."""
 
-    def build(self) -> None:
-        require("onnxruntime", "onnxscript")
+    def __init__(self, job: Job):
+        super().__init__(job, job.sizes)
+        self.rows = Guidance(job.cfg_scale, self.config.null_class).rows(self.labels)
+        self.timesteps = Schedule.respaced(job.of).timesteps[::-1][list(job.steps)]
+
+    def load(self) -> Loaded:
+        for package in ("onnxruntime", "onnxscript"):
+            if importlib.util.find_spec(package) is None:
+                raise UnavailableError(f"{package} is not installed: pip install {package}")
         import onnxruntime
 
-        settings = onnxruntime.SessionOptions()
+        start, settings = time.perf_counter(), onnxruntime.SessionOptions()
         settings.intra_op_num_threads = self.job.threads
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder, "static.onnx")
-            in_another_process(export, self.path, file, len(self.rows))
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+                pool.submit(export, self.job.side.checkpoint, file, len(self.rows)).result()
             self.session = onnxruntime.InferenceSession(file, settings, providers=["CPUExecutionProvider"])
+        return Loaded(seconds=time.perf_counter() - start, subnets=1)
 
     def step(self, k: int, x: np.ndarray) -> np.ndarray:
         repeated = np.concatenate([x] * (len(self.rows) // len(x)))
@@ -45,13 +62,13 @@ class OnnxRuntimeExport(Rival):
         return x_prev
 
 
-def export(path: Path, file: Path, rows: int) -> None:
+def export(path: str, file: Path, rows: int) -> None:
     """Write the model of a static checkpoint as ONNX, for `rows` rows."""
-    import torch  # which the process that runs the graph does without
+    import torch
 
     from dydit.checkpoints.checkpoint import load_checkpoint
 
-    checkpoint = load_checkpoint(path)
+    checkpoint = load_checkpoint(Path(path))
     config = checkpoint.config
     x = torch.randn(rows, config.in_channels, config.input_size, config.input_size)
     t, y = torch.full((rows,), 500), torch.zeros(rows, dtype=torch.int64)

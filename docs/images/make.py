@@ -21,7 +21,8 @@ import dydit
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.manifest import PlanKind
 from dydit.checkpoints.checkpoint import load_checkpoint
-from dydit.export.settings import ExportConfig, export
+from dydit.export.exporter import export
+from dydit.export.settings import ExportConfig
 from dydit.inspection.trace import Trace, trace_tokens
 from dydit.planning.costs import macs_costs
 from dydit.planning.plan import Plan, optimal_plans, per_step_plan, segment_costs

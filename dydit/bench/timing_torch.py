@@ -1,8 +1,12 @@
-"""Timing a checkpoint in eager PyTorch: masked, like the public code, or static, without its routers."""
+"""Timing a checkpoint in eager PyTorch: masked, like the public code, or static, without its routers.
+
+A script that runs the model in another way derives from `MeasuredTorch` and overrides `build`.
+"""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,30 +18,37 @@ from dydit.diffusion.guidance import Guidance
 from dydit.diffusion.sampler_step import sampler_step
 from dydit.diffusion.schedule import Schedule
 from dydit.errors import ConfigError
+from dydit.models.config import ModelConfig
 from dydit.models.routers import Gating, Masked, Recording, Static
 from dydit.reports.bench_report import SideKind
 
 
 class MeasuredTorch(Measured):
-    """The dense model, one step at a time, with embedders, adaLN and guidance, as in its loop."""
+    """The dense model, one step at a time, with embedders, conditioning and guidance, as in its loop."""
 
     def __init__(self, job: Job):
-        checkpoint = load_checkpoint(Path(job.side.path))
-        config = checkpoint.config
+        torch.set_num_threads(job.threads)
+        torch.backends.cudnn.allow_tf32 = False  # on by default, and the patches are embedded by a convolution
+        self.device = torch.device(job.device)
+        start = time.perf_counter()
+        self.model, config = self.build(job)
+        self.load_seconds = time.perf_counter() - start
         if config.without_routers() != job.sizes:
             raise ConfigError(f"{job.side.path} cannot be compared: its sizes differ from those of the bundle")
         super().__init__(job, config)
-        torch.set_num_threads(job.threads)
-        self.device = torch.device(job.device)
-        torch.backends.cudnn.allow_tf32 = False  # it is on by default, and a convolution embeds the patches
-        start = time.perf_counter()
-        self.model = checkpoint.model().to(self.device)
-        self.load_seconds = time.perf_counter() - start
         masked = config.dynamic and job.side.kind is SideKind.TORCH_MASKED
         self.gating: Gating = Masked() if masked else Static()
         rows = Guidance(job.cfg_scale, config.null_class).rows(self.labels)
         self.rows = torch.from_numpy(rows).to(self.device)
         self.timesteps = Schedule.respaced(job.of).timesteps[::-1]
+
+    def build(self, job: Job) -> tuple[Callable[..., torch.Tensor], ModelConfig]:
+        """The model on the job's device, called with (x, t, y, gating), and its configuration.
+
+        Raises `UnavailableError` where this machine lacks something that the model needs.
+        """
+        checkpoint = load_checkpoint(Path(job.side.path))
+        return checkpoint.model().to(self.device), checkpoint.config
 
     def load(self) -> Loaded:
         return Loaded(seconds=self.load_seconds, subnets=1, precision="fp32")
@@ -56,6 +67,8 @@ class MeasuredTorch(Measured):
         return self._step(k, x, self.gating)
 
     def decided(self) -> Decided:
+        if self.job.side.kind is SideKind.SCRIPT:  # a script's model takes no gates
+            return super().decided()
         masks, tokens = [], []
 
         def step(k: int, x: np.ndarray) -> np.ndarray:

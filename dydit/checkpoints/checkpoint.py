@@ -23,13 +23,7 @@ from dydit.checkpoints.containers import Container, container_of
 from dydit.checkpoints.conventions import require_supported, stated_by
 from dydit.checkpoints.diffusers_folder import json_object, read_folder
 from dydit.checkpoints.fit import Given, expected_shapes, require_fit, require_trained
-from dydit.checkpoints.safe_load import (
-    explained_memory,
-    plain_tensors,
-    read_safetensors,
-    read_torch,
-    shown,
-)
+from dydit.checkpoints.safe_load import explained_memory, plain_tensors, read_safetensors, read_torch, shown
 from dydit.checkpoints.state_entries import EMA, MODEL, is_average, unpack
 from dydit.errors import CheckpointError, ConfigError, one_line
 from dydit.files import atomic_file, new_file, require_absent, sha256_of, user_path

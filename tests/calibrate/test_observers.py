@@ -6,7 +6,6 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from dydit import DyDiTPipeline
 from dydit.bundle.manifest import PlanKind
 from dydit.bundle.stored_weights import Precision
 from dydit.calibrate.activation_ranges import Observations
@@ -17,6 +16,7 @@ from dydit.inspection.trace import trace_tokens
 from dydit.models.config import parse_config
 from dydit.parity.comparison import relative_l2
 from dydit.runtime.backends.int8_exactness import products_are_exact
+from dydit.runtime.pipeline import DyDiTPipeline
 
 LAYERS = ("qkv", "proj", "fc1", "fc2")
 

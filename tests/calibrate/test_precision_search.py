@@ -178,8 +178,8 @@ def test_an_exported_bundle_of_digits_keeps_the_target_on_the_images_searched_on
     One image of the five is left out of the bounds: a token near its router's zero may be routed otherwise in it, which
     is a jump and no rounding.
     """
-    from dydit import DyDiTPipeline
     from dydit.checkpoints.checkpoint import load_checkpoint
+    from dydit.runtime.pipeline import DyDiTPipeline
 
     if precision is Precision.INT8_STATIC and not products_are_exact(onnxruntime):
         pytest.skip("this CPU has no VNNI: 8-bit products saturate")

@@ -8,12 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dydit.commands.export import parse_guided_channels
-from dydit.commands.options import (
-    BYTE_UNITS,
-    parse_bytes,
-    parse_labels,
-    recipe_settings,
-)
+from dydit.commands.options import BYTE_UNITS, parse_bytes, parse_labels, recipe_settings
 from dydit.commands.progress import ProgressLine, ProgressLog
 
 

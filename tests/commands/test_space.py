@@ -158,7 +158,7 @@ def test_pixels_of_the_shipped_recipe_are_pixels() -> None:
 
 
 def test_a_pixel_model_without_a_learned_variance(make_checkpoint, make_bundle, small_config) -> None:
-    from dydit import DyDiTPipeline
+    from dydit.runtime.pipeline import DyDiTPipeline
 
     checkpoint = make_checkpoint(small_config.model_copy(update={"in_channels": 3, "learn_sigma": False}))
     with DyDiTPipeline.from_bundle(make_bundle(checkpoint, steps=2).path) as pipe:

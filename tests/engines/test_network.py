@@ -10,14 +10,7 @@ import pytest
 from onnx import helper
 
 from dydit.bundle.io_spec import TensorSpec, subnet_inputs
-from dydit.engines.network import (
-    Messages,
-    Network,
-    parse_graph,
-    read_network,
-    require_distinct_names,
-    require_inputs,
-)
+from dydit.engines.network import Messages, Network, parse_graph, read_network, require_distinct_names, require_inputs
 from dydit.errors import BackendError
 
 

@@ -7,12 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from dydit.bundle.io_spec import (
-    TensorSpec,
-    conditioning_inputs,
-    subnet_inputs,
-    unit_inputs,
-)
+from dydit.bundle.io_spec import TensorSpec, conditioning_inputs, subnet_inputs, unit_inputs
 from dydit.engines.profiles import CONDITIONING_ELEMENTS, Extent, shape_profile, symbol_ranges, width_ranges
 from dydit.errors import BackendError
 from dydit.models.config import ModelConfig

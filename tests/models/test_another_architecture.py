@@ -19,13 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dydit.bundle.bundle import Bundle
-from dydit.bundle.io_spec import (
-    CONDITION,
-    conditioning_inputs,
-    conditioning_outputs,
-    residual_name,
-    token_mask_name,
-)
+from dydit.bundle.io_spec import CONDITION, conditioning_inputs, conditioning_outputs, residual_name, token_mask_name
 from dydit.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from dydit.graph.ops import Ops
 from dydit.graph.sources import graph_value

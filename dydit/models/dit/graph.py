@@ -7,13 +7,7 @@ import itertools
 import numpy as np
 import onnx_ir as ir
 
-from dydit.bundle.io_spec import (
-    CONDITION,
-    conditioning_inputs,
-    conditioning_outputs,
-    residual_name,
-    token_mask_name,
-)
+from dydit.bundle.io_spec import CONDITION, conditioning_inputs, conditioning_outputs, residual_name, token_mask_name
 from dydit.bundle.manifest import Routing
 from dydit.bundle.stored_weights import Precision
 from dydit.graph.ops import Ops

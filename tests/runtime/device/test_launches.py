@@ -16,13 +16,7 @@ from dydit.diffusion.schedule import Sampler
 from dydit.errors import BackendError, ConfigError
 from dydit.models.dit.config import DiTConfig
 from dydit.runtime.device import operations as op
-from dydit.runtime.device.launches import (
-    WORKSPACE,
-    DeviceState,
-    EngineMemory,
-    LaunchPlan,
-    fit_resident,
-)
+from dydit.runtime.device.launches import WORKSPACE, DeviceState, EngineMemory, LaunchPlan, fit_resident
 from dydit.runtime.device.memory_layout import LaunchOptions, RunShape
 from dydit.runtime.device.operations import ALIGNMENT, CONDITIONER, EngineId
 from dydit.runtime.device.residency import engines_of, plan_residency

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dydit import DyDiTPipeline
 from dydit.errors import BackendError, ConfigError, OutputError
 from dydit.runtime.backends.registry import open_backend
 from dydit.runtime.bulk.run import OutputOptions, sample_to_folder
@@ -17,6 +16,7 @@ from dydit.runtime.images import image_files as images
 from dydit.runtime.images.image_files import make_grid, to_uint8
 from dydit.runtime.images.pixels import PictureFormat, ToPixels, picture_format
 from dydit.runtime.images.vae_decoder import VaeDecoder
+from dydit.runtime.pipeline import DyDiTPipeline
 from dydit.runtime.request import SampleRequest
 
 REQUEST = SampleRequest(labels=(3, 1), num=7, batch_size=6, seed=2)
