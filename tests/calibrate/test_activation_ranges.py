@@ -82,9 +82,9 @@ def test_what_does_not_belong_together(small_config):
         repeat(good, 4)
     values = good.model_dump()
     for change, message in (
-        ({"thresholds": ((*values["thresholds"][0], (1.0,)), values["thresholds"][1])}, "the same blocks"),
-        ({"thresholds": (), "clipped": ()}, "the same blocks"),
-        ({"clipped": values["clipped"][:1]}, "do not belong together"),
+        ({"thresholds": ((*values["thresholds"][0], (1.0,)), values["thresholds"][1])}, "must have the same blocks"),
+        ({"thresholds": (), "clipped": ()}, "must have the same blocks"),
+        ({"clipped": values["clipped"][:1]}, "have different shapes"),
         ({"thresholds": (((-1.0, 1.0, 1.0, 1.0),),) * 2}, "a threshold is negative"),
     ):
         with pytest.raises(Exception, match=message):

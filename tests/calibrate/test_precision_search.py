@@ -163,11 +163,12 @@ def test_what_was_measured_serves_another_target_and_not_another_precision(find,
 def test_losses_are_of_the_step_that_a_layer_is_in(find, plan, model):
     """A layer that no step of a segment runs has none."""
     _, found = find()
-    masks = planned_steps(model, EXPORTED)[0]
+    masks, axis = planned_steps(model, EXPORTED)[0], model.config.units
     losses = np.asarray(found.losses)
     for index, (first, end) in enumerate(plan.segments):
-        there = masks[first:end].any(axis=(0, 3))  # [L, 2]
-        assert not losses[index][~np.repeat(there, 2, axis=1)].any()
+        units = masks[first:end].any(axis=0)
+        groups = [axis.of_group(units, name).any(axis=-1) for name in ("heads", "groups")]  # [L] each
+        assert not losses[index][~np.repeat(np.stack(groups, axis=1), 2, axis=1)].any()
     assert (losses > 0).sum() > found.layers / 2
 
 
@@ -221,11 +222,14 @@ def test_a_ratio_of_frechet_distances(find, ends, model, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def pictured(find, ends, plan) -> Any:
+def pictured(find, ends, plan, model) -> Any:
     """What a picture is drawn from."""
     kept, found = find(target=Target(psnr=sum(ends) / 2))
     return SimpleNamespace(
-        calibration=SimpleNamespace(sensitivity=found, activations=kept), bounds=plan.bounds, timesteps=()
+        calibration=SimpleNamespace(sensitivity=found, activations=kept),
+        layers=model.config.units.layer_names,
+        bounds=plan.bounds,
+        timesteps=(),
     )
 
 

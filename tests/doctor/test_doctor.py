@@ -92,7 +92,7 @@ def test_a_broken_library_is_a_finding(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "tensorrt", Broken())
     finding = attempt("tensorrt")
-    assert not finding.ok and "makes no builder" in finding.detail and "GPU" in finding.fix
+    assert not finding.ok and "cannot create a builder" in finding.detail and "GPU" in finding.fix
 
 
 def test_a_crash_or_a_hang_costs_one_line():
@@ -118,7 +118,7 @@ def test_a_backend_whose_library_fails_its_trial_is_not_ready(monkeypatch):
     ready = [["onnxruntime", True, "here"], ["tensorrt", True, "tensorrt 11"]]
     monkeypatch.setattr(f"{__name__}.STATUS", ready)
     assert row(run_doctor(fake()).backends, "tensorrt").ok
-    broken = run_doctor(fake(tensorrt=Finding(ok=False, detail="makes no builder", fix="a GPU")))
+    broken = run_doctor(fake(tensorrt=Finding(ok=False, detail="cannot create a builder", fix="a GPU")))
     assert not row(broken.backends, "tensorrt").ok and row(broken.backends, "tensorrt").fix == "a GPU"
 
 
@@ -133,7 +133,7 @@ def test_without_a_driver_packages_are_not_enough():
     with_driver = run_doctor(fake(pycuda=missing))
     without = run_doctor(fake(pycuda=missing, driver=Finding(ok=False, detail="no driver", fix="an NVIDIA GPU")))
     assert row(with_driver.devices, "pycuda").fix == "pip install 'dydit[gpu]'"
-    assert row(without.devices, "pycuda").fix == "pip install 'dydit[gpu]', where there is a GPU"
+    assert row(without.devices, "pycuda").fix == "pip install 'dydit[gpu]', on a machine with a GPU"
     assert row(without.devices, "driver").fix == "an NVIDIA GPU"
     rtx = Finding(ok=False, detail="no tensorrt_rtx", fix="pip install rtx")
     without = run_doctor(fake(tensorrt_rtx=rtx, driver=Finding(ok=False, detail="no driver")))

@@ -41,11 +41,11 @@ def test_pixels_are_clipped_and_latents_are_not():
     [
         (None, "does not exist"),
         ({"arr_0": np.zeros((99, 16, 16, 3))}, "contains arr_0; expected images or latents"),
-        ({"images": np.zeros((99, 1, 8, 8), np.float32)}, "expected floating point .images, 1, 16, 16."),
+        ({"images": np.zeros((99, 1, 8, 8), np.float32)}, "expected floating point of shape .images, 1, 16, 16."),
         ({"images": np.zeros((99, 1, 16, 16), np.uint8)}, "the reference images are uint8"),
-        ({"latents": np.zeros((LEAST_IMAGES - 1, 1, 16, 16))}, "63 reference images are too few; 64 are needed"),
+        ({"latents": np.zeros((LEAST_IMAGES - 1, 1, 16, 16))}, "63 reference images are too few; at least 64"),
         ({"latents": np.full((99, 1, 16, 16), np.nan)}, "NaN or infinite"),
-        ({"images": np.ones((99, 1, 16, 16))}, "all reference images are the same"),
+        ({"images": np.ones((99, 1, 16, 16))}, "all reference images are equal"),
     ],
 )
 def test_a_reference_that_is_none(tmp_path: Path, arrays, words):

@@ -213,7 +213,7 @@ def test_repeated_steps_stand_in_the_picture(titles):
 def test_without_a_bound_the_picture_says_why(titles):
     report = bench(side("dynamic", 10.0), side("eager", 28.4, SideKind.TORCH_MASKED))
     assert count(pixels(latency_png(report)), SECOND) == 0
-    why = "no bound by multiply-adds, as their backends differ: onnxruntime and PyTorch"
+    why = "no bound by multiply-adds, because their backends differ: onnxruntime and PyTorch"
     assert titles[0][0] == f"dynamic: 2.84\u00d7 speed-up over eager; {why}"
 
 
