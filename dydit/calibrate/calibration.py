@@ -78,7 +78,7 @@ class CalibrationConfig(Strict):
         if self.search is not None and self.activations is None:
             raise ValueError("a search for the layers in 8 bits needs activation ranges; add --activations minmax")
         if self.migrate and self.activations is None:
-            raise ValueError("--migrate needs activation ranges; add --activations minmax")
+            raise ValueError("--smooth needs activation ranges; add --activations minmax")
         return self
 
     @field_validator("cfg_scales")

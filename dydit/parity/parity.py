@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,11 +25,11 @@ from pydantic import Field
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.manifest import Manifest
 from dydit.bundle.stored_weights import half_name
-from dydit.checkpoints.checkpoint import Checkpoint
+from dydit.checkpoints.checkpoint import Checkpoint, load_checkpoint
 from dydit.errors import ConfigError
 from dydit.export.exporter import stale_reasons
 from dydit.export.weights import Copies, stored_forms
-from dydit.files import write_json
+from dydit.files import new_folder, require_absent, write_json
 from dydit.models.config import ModelConfig, Strict
 from dydit.models.dit.layout import stored_tensors
 from dydit.models.dit.sliced import SlicedDiT, conditioning
@@ -38,6 +39,8 @@ from dydit.parity.checks import Verdict, exact_hop, judge, locate, locate_in_run
 from dydit.parity.comparison import Measure, StepComparison, StepValues, compare_step, picture_error, relative_l2
 from dydit.parity.reference import Images, Reference, Trajectory
 from dydit.parity.tolerances import DERIVED_WEIGHTS, of_latents, rules
+from dydit.reports.plot_style import write_picture
+from dydit.reports.plots import parity_png
 from dydit.reports.results import Departure, Hop, Machine, ParityReport
 from dydit.runtime.backends.base import BackendOptions
 from dydit.runtime.backends.registry import open_backend
@@ -117,6 +120,22 @@ def run_parity(
     if out is not None:
         write_json(out / REPORT, report.to_json())
     return report
+
+
+def compare_files(
+    bundle: Path, checkpoint: Path, config: ParityConfig, out: Path, progress: Progress | None = None, **reading: Any
+) -> tuple[ParityReport, list[str]]:
+    """Compare a bundle with a checkpoint, and write parity.json and parity.png to the new folder `out`.
+
+    `reading`: settings of `load_checkpoint`. Returns the report and what is to be said about the checkpoint. Raises as
+    `run_parity`, `Bundle.open` and `load_checkpoint` do, and `OutputError` if `out` exists or cannot be written.
+    """
+    require_absent(out)
+    opened, loaded = Bundle.open(bundle), load_checkpoint(checkpoint, **reading)
+    with new_folder(out) as folder:
+        report = run_parity(opened, loaded, config, folder, progress)
+        write_picture(parity_png, report, folder / "parity.png")
+    return report, list(loaded.notes)
 
 
 def cost_of(model: ModelConfig, trajectory: Trajectory) -> tuple[np.ndarray, np.ndarray]:
