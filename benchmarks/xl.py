@@ -6,7 +6,7 @@ Random weights with routers set to a FLOPs ratio near 0.5; 250 DDPM steps, one i
 takes memory runs as a process of its own, most of it as the command that a user would type; its peak is the largest
 resident set (a page of the file that two sessions map counts twice). The parts:
 
-  export    `dydit export --per-step --precision fp16`, and --sliding, and --max-subnets 16
+  export    `dydit export --per-step --precision fp16`, and --dynamic-width, and --max-subnets 16
   plan      the optimal plans for every K from 1 to 250
   sample    `dydit sample`, all 250 steps, once on the per-step bundle, once on the sliding one
   exact     every 25th step of both from the same latents, decisions apart from values
@@ -39,7 +39,7 @@ from dydit.models.config import preset
 from dydit.reports.results import Machine, Side, SideKind
 
 PER_STEP, SLIDING, MERGED = "per-step", "sliding", "merged"
-PLANS = {PER_STEP: ["--per-step"], SLIDING: ["--sliding"], MERGED: ["--max-subnets", "16"]}
+PLANS = {PER_STEP: ["--per-step"], SLIDING: ["--dynamic-width"], MERGED: ["--max-subnets", "16"]}
 LABEL, EVERY = 207, 25
 Part = dict[str, Any]
 BARS: tuple[tuple[str, Callable[[Part], float], float], ...] = (

@@ -39,7 +39,7 @@ def dydit_calls() -> list[list[str]]:
 
 
 def inline_calls() -> list[list[str]]:
-    """Those within a sentence, `dydit calibrate --migrate`, which need not be complete."""
+    """Those within a sentence, `dydit calibrate --smooth`, which need not be complete."""
     spans = re.findall(r"`dydit ([^`\n]+)`", README)
     return [shlex.split(span) for span in spans if "..." not in span]
 

@@ -29,7 +29,7 @@ from dydit.extras import CHECKPOINTS, backend_modules, require
     "--against",
     type=PATH,
     metavar="CHECKPOINT",
-    help="Also time this checkpoint in PyTorch, as a dense model, for comparison.",
+    help="Also time this checkpoint in PyTorch, for comparison. It computes every head, channel and token.",
 )
 @click.option("--out", type=PATH, required=True, help="Folder for bench.json and bench.png. Must not exist.")
 @labels_option(default="0", help="Class numbers of the batch, one image for each: 207,360 or 0-9. Repeatable.")

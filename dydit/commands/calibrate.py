@@ -190,11 +190,11 @@ def command(
     """Choose token capacities, and on request activation ranges, for `dydit export --calibration`.
 
     Samples the dynamic model CHECKPOINT and counts the tokens that its routers send through each MLP. From the counts
-    it chooses the number of token slots for each block, in each segment of the plan that will be exported, and checks
-    the choice on other images. If the tokens of a step do not fit at run time, the step is repeated with a slot for
-    every token, so the images are always those of dynamic routing. A plot is saved next to --out. The default plan is
-    --max-subnets 32. Here, --memory-budget counts the size of the weights. Run the same command again to resume an
-    interrupted run.
+    it chooses the number of token slots for each block, in each segment of the plan that will be exported (consecutive
+    steps that share a subnetwork), and checks the choice on other images. If the tokens of a step do not fit at run
+    time, the step is repeated with a slot for every token, so the images are always those of dynamic routing. A plot is
+    saved next to --out. The default plan is --max-subnets 32. Here, --memory-budget counts the size of the weights. Run
+    the same command again to resume an interrupted run.
 
     With --target-psnr or --target-fd-ratio, the loss of each linear layer in 8 bits is measured for each segment and
     block. Then whole runs are sampled in PyTorch to find the largest set of layers that can be in 8 bits. The

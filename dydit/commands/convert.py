@@ -29,7 +29,7 @@ def command(checkpoint: Path, out: Path, space: str | None, reading: dict[str, A
 
     CHECKPOINT is a DiT or DyDiT state dict, a training file that contains one, a diffusers DiT folder, or a file
     written by dydit. No code in it is run. A file that does not say how its model was trained is read as a DiT, which
-    predicts epsilon. Do not convert a SiT this way: its weights have the same names and shapes as those of a DiT.
+    predicts epsilon. A SiT, which predicts velocity, has weights of the same names and shapes, and is read wrongly.
     """
     require("dydit convert", CHECKPOINTS)
     from dydit.checkpoints.checkpoint import convert

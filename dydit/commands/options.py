@@ -168,8 +168,8 @@ space_option = click.option(
     "--space",
     type=click.Choice([each.value for each in Space]),
     help="What the model generates: pixels (grey or RGB), or latents of an autoencoder. The weights do not say which.  "
-    "[default: what the checkpoint states; otherwise pixels for 1 or 3 channels without --vae, and latents in all "
-    "other cases]",
+    "[default: what the checkpoint states; otherwise pixels if the model has 1 or 3 channels and no VAE is given, else "
+    "latents]",
 )
 
 READING = ("num_heads", "weights", "num_classes", "input_size")
@@ -306,7 +306,7 @@ def backend_options(command: Command) -> Command:
         default=DEFAULT_BACKEND,
         callback=_known_backend,
         metavar="[onnxruntime|torch|tensorrt|tensorrt-rtx]",
-        help="Library that runs the bundle. `dydit doctor` shows which ones work on this machine. tensorrt and "
+        help="Library that runs the model. `dydit doctor` shows which ones work on this machine. tensorrt and "
         "tensorrt-rtx need a GPU, and engines built by `dydit build`.",
     )
     return backend(device_option(threads_option(command)))

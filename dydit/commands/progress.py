@@ -6,11 +6,13 @@ several stages.
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import click
@@ -33,17 +35,15 @@ class Progress:
         """Report that `done` of `total` are done. A smaller `done` than before starts a new count."""
 
     def stage(self, title: str, done: int, total: int) -> None:
-        """Report the same of the stage `title`. A new title ends the stage before."""
-        if title != self._title:
-            self.end_stage()
-            self._title = title
+        """Report the same of the stage `title`. Stages may take turns."""
+        self._title = title
         self(done, total)
 
     def note(self, line: str) -> None:
         """Print a line for a person while the command is at work."""
 
-    def end_stage(self) -> None:
-        """The stage is complete."""
+    def complete(self) -> None:
+        """Report that all stages are complete."""
 
     def close(self) -> None:
         """Leave standard error ready for what is printed next."""
@@ -57,8 +57,8 @@ class ProgressBar(Progress):
         self._bar: Any = None
 
     def __call__(self, done: int, total: int, details: Any = None) -> None:
-        if self._bar is not None and done < self._bar.n:
-            self.end_stage()
+        if self._bar is not None and (self._bar.desc != self._title or done < self._bar.n):
+            self.close()
         if self._bar is None:
             self._bar = _make_bar(self._title, done, total)
         self._bar.total = total
@@ -69,9 +69,6 @@ class ProgressBar(Progress):
     def note(self, line: str) -> None:
         self.close()
         click.echo(line, err=True)
-
-    def end_stage(self) -> None:
-        self.close()
 
     def close(self) -> None:
         if self._bar is not None:
@@ -87,7 +84,36 @@ def _make_bar(title: str, done: int, total: int) -> Any:
         monitor_interval = 0
 
     Bar.set_lock(threading.RLock())
-    return Bar(total=total, initial=done, desc=title, bar_format=BAR, file=sys.stderr, leave=False, dynamic_ncols=True)
+    return Bar(
+        total=total,
+        initial=done,
+        desc=title,
+        bar_format=BAR,
+        file=sys.stderr,
+        leave=False,
+        ncols=_columns(),
+        nrows=20,  # there is one bar; with the height of a terminal that states none, tqdm would hide it
+    )
+
+
+def _columns() -> int:
+    """The width of a line on the terminal; 79 for a terminal that states none."""
+    try:
+        return (os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 1
+    except (OSError, ValueError):
+        return 79
+
+
+@dataclass
+class _Count:
+    """What is done of a stage. `first` were done when it began, at the time `started`; the last line is of `shown`."""
+
+    first: int
+    started: float
+    done: int
+    total: int
+    shown: float = 0.0
+    is_complete: bool = False  # whether its line of 100 % was printed
 
 
 class ProgressLines(Progress):
@@ -95,40 +121,41 @@ class ProgressLines(Progress):
 
     def __init__(self, title: str):
         super().__init__(title)
-        self._done = self._total = self._first = 0
-        self._started = self._shown = 0.0
-        self._is_open = False  # whether a stage has begun and its line of 100 % is still to come
+        self._counts: dict[str, _Count] = {}
 
     def __call__(self, done: int, total: int, details: Any = None) -> None:
-        now = time.monotonic()
-        if done < self._done:
-            self.end_stage()
-        begins = not self._is_open
-        if begins and self._total and done >= total:
-            return  # the line of 100 % is there already
-        if begins:
-            self._first, self._started, self._is_open = done, now, True
-        self._done, self._total = done, total
+        now, title = time.monotonic(), self._title
+        count = self._counts.get(title)
+        if count is not None and done < count.done:
+            self._complete(title, count)
+            count = None
+        begins = count is None
+        if count is None:
+            count = self._counts[title] = _Count(done, now, done, total)
+        if count.is_complete and done < total:
+            count.is_complete = False  # there is more to do than was known
+            count.first, count.started, begins = done, now, True
+        count.done, count.total = done, total
         if done >= total:
-            self._complete()
-        elif begins or now - self._shown >= LINE_SECONDS:
-            self._shown = now
+            self._complete(title, count)
+        elif begins or now - count.shown >= LINE_SECONDS:
+            count.shown = now
             left = ""
-            if self._first < done:
-                left = f", {duration((now - self._started) * (total - done) / (done - self._first))} left"
-            self.note(f"{self._title}: {done}/{total} ({100 * done // total} %){left}")
+            if count.first < done:
+                left = f", {duration((now - count.started) * (total - done) / (done - count.first))} left"
+            self.note(f"{title}: {done}/{total} ({100 * done // total} %){left}")
 
     def note(self, line: str) -> None:
         click.echo(line, err=True)
 
-    def end_stage(self) -> None:
-        self._complete()
-        self._done = self._total = 0
+    def complete(self) -> None:
+        for title, count in self._counts.items():
+            self._complete(title, count)
 
-    def _complete(self) -> None:
-        if self._is_open:
-            self.note(f"{self._title}: {self._total}/{self._total} (100 %)")
-            self._is_open = False
+    def _complete(self, title: str, count: _Count) -> None:
+        if not count.is_complete:
+            count.is_complete = True
+            self.note(f"{title}: {count.total}/{count.total} (100 %)")
 
 
 @contextmanager
@@ -140,6 +167,6 @@ def show_progress(title: str) -> Iterator[Progress]:
     progress = ProgressBar(title) if sys.stderr.isatty() else ProgressLines(title)
     try:
         yield progress
-        progress.end_stage()
+        progress.complete()
     finally:
         progress.close()

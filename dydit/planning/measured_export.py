@@ -46,6 +46,7 @@ def export_measured(
     if cost is Cost.MEASURED or config.memory_budget is not None:
         progress("measure", 0, 1)
         measured, notes = _measure(checkpoint, config, cost, batch)
+        progress("measure", 1, 1)
     return export(checkpoint, out, config, partial(progress, "export"), measured), notes
 
 
