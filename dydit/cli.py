@@ -6,12 +6,12 @@ imports next to nothing, so that Ctrl-C while the rest is being imported ends in
 
 from __future__ import annotations
 
-import functools
 import sys
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False  # as in `typing`, whose import takes longer than all of this module
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import Any
 
     from dydit.commands.group import CommandGroup
 
@@ -43,7 +43,6 @@ measure its speed, and inspect to see what it contains. Run calibrate before an 
 """
 
 
-@functools.cache
 def command_group() -> CommandGroup:
     """The click group `dydit`. Its commands are imported when they are asked for."""
     from dydit.commands.group import CommandGroup
