@@ -17,10 +17,7 @@ if TYPE_CHECKING:
 
 # Name of the command: (its module, its line in `dydit --help`).
 COMMANDS = {
-    "quickstart": (
-        "dydit.commands.quickstart",
-        "Export, sample, check and time the models that come with dydit.",
-    ),
+    "quickstart": ("dydit.commands.quickstart", "Export, sample, check and time the models that come with dydit."),
     "train": ("dydit.commands.train", "Train a model with a recipe."),
     "convert": ("dydit.commands.convert", "Convert a checkpoint to dydit's own format."),
     "calibrate": ("dydit.commands.calibrate", "Choose token capacities and activation ranges for an export."),

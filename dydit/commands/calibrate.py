@@ -46,10 +46,7 @@ if TYPE_CHECKING:
     help="Number of images to calibrate on, spread over all classes.",
 )
 @click.option(
-    "--held-out",
-    type=click.IntRange(min=1),
-    default=64,
-    help="Number of other images, on which the result is checked.",
+    "--held-out", type=click.IntRange(min=1), default=64, help="Number of other images, on which the result is checked."
 )
 @click.option(
     "--seed",

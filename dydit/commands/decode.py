@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from dydit.commands.group import Command
-from dydit.commands.options import PATH, device_option, json_option, threads_option
+from dydit.commands.options import PATH, device_option, json_option, npz_option, threads_option
 from dydit.commands.output import print_json, say
 from dydit.commands.progress import show_progress
 from dydit.commands.vae_options import decoder_line, parse_vae_options, vae_options
@@ -26,9 +26,7 @@ from dydit.words import counted, duration
     required=True,
     help="Folder for the images. Run the same command again to resume an interrupted run.",
 )
-@click.option(
-    "--npz", is_flag=True, help="Also write samples.npz (array arr_0, uint8), which tools that compute the FID read."
-)
+@npz_option
 @device_option
 @threads_option
 @json_option

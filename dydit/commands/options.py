@@ -297,6 +297,9 @@ threads_option = click.option(
     "--threads", type=click.IntRange(min=0), default=0, help="Number of CPU threads. 0: the backend's default."
 )
 device_option = click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", help="Device to run on.")
+npz_option = click.option(
+    "--npz", is_flag=True, help="Also write samples.npz (array arr_0, uint8), which tools that compute the FID read."
+)
 
 
 def backend_options(command: Command) -> Command:

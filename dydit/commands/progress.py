@@ -110,8 +110,8 @@ class _Count:
 
     first: int
     started: float
-    done: int
-    total: int
+    done: int = 0
+    total: int = 0
     shown: float = 0.0
     is_complete: bool = False  # whether its line of 100 % was printed
 
@@ -128,13 +128,9 @@ class ProgressLines(Progress):
         count = self._counts.get(title)
         if count is not None and done < count.done:
             self._complete(title, count)
-            count = None
-        begins = count is None
-        if count is None:
-            count = self._counts[title] = _Count(done, now, done, total)
-        if count.is_complete and done < total:
-            count.is_complete = False  # there is more to do than was known
-            count.first, count.started, begins = done, now, True
+        begins = count is None or done < count.done or (count.is_complete and done < total)
+        if count is None or begins:
+            count = self._counts[title] = _Count(done, now)
         count.done, count.total = done, total
         if done >= total:
             self._complete(title, count)

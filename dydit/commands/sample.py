@@ -18,6 +18,7 @@ from dydit.commands.options import (
     cfg_scale_option,
     json_option,
     labels_option,
+    npz_option,
     parse_options,
 )
 from dydit.commands.output import print_json, say
@@ -74,9 +75,7 @@ def _parse_worker(_: click.Context, __: click.Parameter, value: str | None) -> W
 @cfg_scale_option(4.0)
 @click.option("--batch-size", type=int, help="Number of images per batch.  [default: as many as the bundle allows]")
 @backend_options
-@click.option(
-    "--npz", is_flag=True, help="Also write samples.npz (array arr_0, uint8), which tools that compute the FID read."
-)
+@npz_option
 @click.option(
     "--noise-from",
     type=PATH,

@@ -10,23 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dydit.commands.export import parse_guided_channels
-from dydit.commands.options import (
-    BYTE_UNITS,
-    parse_bytes,
-    parse_labels,
-)
+from dydit.commands.options import BYTE_UNITS, parse_bytes, parse_labels
 from dydit.commands.train import recipe_settings
 
 
 @pytest.mark.parametrize(
     ("text", "labels"),
-    [
-        ("207", (207,)),
-        ("207,360", (207, 360)),
-        ("0-3", (0, 1, 2, 3)),
-        ("5-5", (5,)),
-        ("3, 1-2 ,3", (3, 1, 2, 3)),
-    ],
+    [("207", (207,)), ("207,360", (207, 360)), ("0-3", (0, 1, 2, 3)), ("5-5", (5,)), ("3, 1-2 ,3", (3, 1, 2, 3))],
 )
 def test_labels(text: str, labels: tuple[int, ...]) -> None:
     assert parse_labels(text) == labels
