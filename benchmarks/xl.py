@@ -8,7 +8,7 @@ Random weights with routers set to a FLOPs ratio near 0.5; 250 DDPM steps, one i
 Whatever memory is measured of runs as a process of its own, most of it as the command that a user would type; its peak
 is the largest resident set, where a page of the file that two sessions map counts twice. The parts:
 
-  export    `dydit export --per-step --precision fp16`, and the same with --sliding and with --max-subnets 16
+  export    `dydit export --per-step --precision fp16`, and the same with --dynamic-width and with --max-subnets 16
   plan      the optimal plans for every K from 1 to 250
   sample    `dydit sample`, all 250 steps, on the per-step bundle and on the one of dynamic width
   exact     every 25th step of both from the same latents; values are compared where all token decisions agree
@@ -48,7 +48,7 @@ from dydit.runtime.loop import StepRunner
 from dydit.runtime.resident import ResidentSubnets
 
 PER_STEP, SLIDING, MERGED = "per-step", "sliding", "merged"
-PLANS = {PER_STEP: ["--per-step"], SLIDING: ["--sliding"], MERGED: ["--max-subnets", "16"]}
+PLANS = {PER_STEP: ["--per-step"], SLIDING: ["--dynamic-width"], MERGED: ["--max-subnets", "16"]}
 LABEL, EVERY = 207, 25
 Part = dict[str, Any]
 LIMITS: tuple[tuple[str, Callable[[Part], float], float], ...] = (

@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
+TYPE_CHECKING = False  # as in `typing`, which this module would be the first to import
 if TYPE_CHECKING:
+    from typing import Any
+
     from dydit.runtime.pipeline import DyDiTPipeline
 
 __version__ = "0.1.0"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -141,7 +142,7 @@ def test_debug_shows_where_an_error_came_from(run, monkeypatch, tmp_path: Path, 
 def test_an_interrupted_export_leaves_nothing(run, monkeypatch, pixel_checkpoint, tmp_path: Path) -> None:
     monkeypatch.setattr("dydit.export.exporter.save_graph", raising(KeyboardInterrupt()))
     done = run("export", pixel_checkpoint, "--steps", STEPS, "--out", tmp_path / "out")
-    assert (done.code, done.err) == (130, "dydit: error: interrupted; nothing was written; run it again\n")
+    assert (done.code, done.err) == (130, "dydit: error: interrupted; nothing was written\n")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -160,9 +161,26 @@ def test_a_signal_interrupts_a_sampling_run(bundle: Path, tmp_path: Path, number
         time.sleep(0.02)
     process.send_signal(number)
     _, err = process.communicate(timeout=600)
-    line = f"dydit: error: {said}; the same command goes on where it was\n"
+    line = f"dydit: error: {said}; run the same command again to resume\n"
     assert (process.returncode, err) == (128 + number, line)
     assert not list((tmp_path / "out").rglob("*.part"))
+
+
+@pytest.mark.parametrize("module", ["click", "dydit.commands.exit_codes", "dydit.commands.inspect", "numpy"])
+def test_an_interrupt_while_modules_are_imported_is_one_line(bundle: Path, module: str) -> None:
+    code = f"""
+import sys
+class Interrupt:
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r}:
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupt())
+from dydit.cli import main
+sys.exit(main(["inspect", {str(bundle)!r}]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (130, "")
+    assert re.fullmatch(r"dydit: error: interrupted(; nothing was written)?\n", done.stderr), done.stderr
 
 
 def test_a_reader_that_goes_away(bundle: Path) -> None:
@@ -196,11 +214,11 @@ def test_json_is_all_there_is_on_standard_output(run, bundle, pixel_checkpoint, 
         assert isinstance(json.loads(done.out), dict), call
 
 
-def test_progress_is_a_line_on_a_terminal(run, pixel_checkpoint, tmp_path: Path, monkeypatch) -> None:
+def test_progress_is_a_bar_on_a_terminal(run, pixel_checkpoint, tmp_path: Path, monkeypatch) -> None:
     call = ["export", pixel_checkpoint, "--steps", STEPS]
     assert "\r" not in run(*call, "--out", tmp_path / "1").err
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    assert "\rexport: " in run(*call, "--out", tmp_path / "2").err
+    assert "\rexport: 100 %|" in run(*call, "--out", tmp_path / "2").err
     quiet = run(*call, "--out", tmp_path / "3", "--quiet")
     assert quiet == run("-q", *call, "--out", tmp_path / "4") == (0, "", "")
     assert all((tmp_path / str(n) / "manifest.json").is_file() for n in range(1, 5))
@@ -265,14 +283,15 @@ def test_the_progress_and_the_closing_words_of_workers(run, bundle: Path, tmp_pa
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     call = ["sample", bundle, "--labels", "0-3", "--batch-size", "1", "--out", tmp_path / "out"]
     done = run(*call, "--worker", "0/3")
-    assert "\rsample (worker 0/3): 12/12" in done.err and "\rpictures (worker 0/3): 2/2" in done.err
+    assert re.search(r"\rsample \(worker 0/3\): 100 %\|█+\| 12/12 ", done.err)
+    assert re.search(r"\rimages \(worker 0/3\): 100 %\|█+\| 2/2 ", done.err)
     assert "out: 2 images in" in done.out and "this worker, 0/3; the run is not finished" in done.out
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     for rank, shows in ((1, False), (2, True)):
         for name, value in (("RANK", rank), ("WORLD_SIZE", 3), ("LOCAL_RANK", rank % 2)):
             monkeypatch.setenv(name, str(value))
         done = run(*call)
-        assert done.code == 0 and (f"sample (worker {rank}/3): 6/6" in done.err) == shows and bool(done.err) == shows
+        assert done.code == 0 and (f"sample (worker {rank}/3): 100 %" in done.err) == shows and bool(done.err) == shows
     assert "out: 4 images in" in done.out and "look at grid.png" in done.out and "not finished" not in done.out
 
 
@@ -336,7 +355,7 @@ def test_doctor(run, monkeypatch, works: bool) -> None:
         return Finding(ok=works, detail=name)
 
     report = doctor.run_doctor(probe)
-    monkeypatch.setattr(doctor, "run_doctor", lambda: report)
+    monkeypatch.setattr(doctor, "run_doctor", lambda probe: report)
     for options in ([], ["--json"]):
         done = run("doctor", *options)
         assert done.code == (0 if works else 1)

@@ -37,7 +37,7 @@ def commands(checkpoint: Path, bundle: Path, out: Path) -> dict[str, list[object
     """Commands that write, each into a name of its own below `out`."""
     return {
         "convert": ["convert", checkpoint, "--out", out / "convert" / "f.safetensors"],
-        "export": ["export", checkpoint, "--steps", 2, "--sliding", "--out", out / "export"],
+        "export": ["export", checkpoint, "--steps", 2, "--dynamic-width", "--out", out / "export"],
         "sample": ["sample", bundle, "--labels", 1, "--out", out / "sample"],
     }
 

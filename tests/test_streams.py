@@ -41,7 +41,7 @@ def commands(bundle: Path, checkpoint: Path, out: Path) -> list[list[str]]:
         ["inspect", str(bundle), "--json"],
         ["sample", str(bundle), "--labels", "1", "--out", str(out / "sample")],
         ["convert", str(checkpoint), "--out", str(out / "f.safetensors")],
-        ["export", str(checkpoint), "--steps", "2", "--sliding", "--out", str(out / "bundle")],
+        ["export", str(checkpoint), "--steps", "2", "--dynamic-width", "--out", str(out / "bundle")],
         ["inspect", str(out / "missing")],
         ["sample", "--labels"],
         ["--version"],

@@ -28,10 +28,12 @@ from dydit.bench.timing import Decided, Job, Latents, Loaded, Round
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.manifest import SamplingEntry
 from dydit.errors import BackendError, ConfigError, DeviationError, UnavailableError
-from dydit.files import write_json
+from dydit.files import new_folder, require_absent, write_json
 from dydit.models.config import ModelConfig, Strict
 from dydit.parity.comparison import relative_l2
 from dydit.reports.bench_report import BenchReport, Comparison, NotRun, Reference, Side, SideKind, SideResult
+from dydit.reports.plot_style import write_picture
+from dydit.reports.plots import latency_png
 from dydit.reports.results import Machine, measured
 from dydit.reports.text import exponent
 
@@ -78,6 +80,29 @@ def sides_of(
         name, kind = (MASKED, SideKind.TORCH_MASKED) if dynamic else (STATIC, SideKind.TORCH_STATIC)
         sides.append(Side(name=name, kind=kind, path=str(checkpoint)))
     return sides
+
+
+def bench_files(
+    bundle: Path,
+    versus: Path | None,
+    checkpoint: Path | None,
+    backend: str,
+    config: BenchConfig,
+    out: Path,
+    progress: Progress | None = None,
+) -> BenchReport:
+    """Time a bundle, and another one and a checkpoint where they are given; write bench.json and bench.png to the new
+    folder `out`.
+
+    Raises as `run_bench` and `Bundle.open` do, and `OutputError` if `out` exists or cannot be written.
+    """
+    require_absent(out)
+    opened = Bundle.open(bundle, verify=False)
+    sides = sides_of(opened, Bundle.open(versus, verify=False) if versus else None, checkpoint, backend)
+    with new_folder(out) as folder:
+        report = run_bench(sides, config, folder, progress)
+        write_picture(latency_png, report, folder / "bench.png")
+    return report
 
 
 def run_bench(

@@ -29,7 +29,7 @@ def run_options(plan: dict[str, Any], steps: int, sampler: str) -> str:
     """
     words = [] if steps == 250 else [f"--steps {steps}"]
     words += [] if sampler == Sampler.DDPM else [f"--sampler {sampler}"]
-    words += {"per-step": ["--per-step"], "sliding": ["--sliding"]}.get(plan.get("plan", ""), [])
+    words += {"per-step": ["--per-step"], "sliding": ["--dynamic-width"]}.get(plan.get("plan", ""), [])
     words += [f"--max-subnets {plan['max_subnets']}"] if "max_subnets" in plan else []
     words += [f"--memory-budget {plan['memory_budget']}B"] if "memory_budget" in plan else []
     return "".join(f" {word}" for word in words)

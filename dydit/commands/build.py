@@ -1,4 +1,4 @@
-"""The command `dydit build`, apart from `cli`, which would be too long with it."""
+"""`dydit build`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from typing import Any
 
 import click
 
-from dydit.commands.options import PATH, CommandGroup, json_option, option_names, print_json, progress_line, say
+from dydit.commands.group import Command
+from dydit.commands.options import PATH, json_option, option_names
+from dydit.commands.output import print_json, say
+from dydit.commands.progress import show_progress
 from dydit.commands.suggestions import next_line
 from dydit.engines.fingerprint import HardwareCompatibility
 from dydit.engines.flavour import Flavour, default_flavour, installed_version, present_gpu
@@ -15,26 +18,28 @@ from dydit.extras import require
 from dydit.words import duration
 
 
-def add_build(group: CommandGroup) -> None:
-    """Add the command to `dydit`."""
-    group.add("build", "Build the TensorRT engines of a bundle.")(build_command)
-
-
+@click.command(cls=Command)
 @click.argument("bundle", type=PATH)
 @click.option(
     "--flavour",
     type=click.Choice([each.value for each in Flavour]),
-    help="tensorrt: builds on the GPU that will run the engines. tensorrt-rtx: for RTX GPUs, builds without one.  "
-    "[default: the one that is installed]",
+    help="Which TensorRT to build with. tensorrt builds on the GPU that will run the engines. tensorrt-rtx is for RTX "
+    "GPUs, and builds without a GPU.  [default: the one that is installed]",
 )
 @click.option(
     "--jobs",
     type=click.IntRange(min=1),
     default=1,
-    help="Engines to build in parallel. For DiT-XL/2 each takes about 4 GB of memory.",
+    help="Number of engines to build in parallel. For DiT-XL/2 each build takes about 4 GB of memory.",
 )
-@click.option("--max-batch", type=click.IntRange(min=1), help="Largest batch size.  [default: the bundle's]")
-@click.option("--opt-batch", type=click.IntRange(min=1), help="Batch size to tune for.  [default: the largest]")
+@click.option(
+    "--max-batch", type=click.IntRange(min=1), help="Largest batch size, in images.  [default: that of the bundle]"
+)
+@click.option(
+    "--opt-batch",
+    type=click.IntRange(min=1),
+    help="Batch size, in images, that the engines are tuned for.  [default: the largest]",
+)
 @click.option(
     "--compute-capability",
     "compute_capabilities",
@@ -46,25 +51,25 @@ def add_build(group: CommandGroup) -> None:
     "--hardware-compatibility",
     type=click.Choice([each.value for each in HardwareCompatibility]),
     default=HardwareCompatibility.NONE.value,
-    help="With tensorrt: which other GPUs the engines can run on, somewhat slower.",
+    help="With tensorrt: which other GPUs the engines can also run on. Such engines are somewhat slower.",
 )
 @click.option(
     "--version-compatible",
     is_flag=True,
-    help="With tensorrt: engines that later releases of the same major version can run, too.",
+    help="With tensorrt: build engines that later releases of the same major version can also run.",
 )
 @click.option(
     "--inspect/--no-inspect",
     default=True,
-    help="On a machine with a GPU: fail if an engine's kernels are not in the bundle's precision, or if attention is "
-    "not fused.",
+    help="On a machine with a GPU: fail if an engine's kernels are not in the precision of the bundle, or if attention "
+    "is not fused.",
 )
 @json_option
-def build_command(bundle: Path, flavour: str | None, jobs: int, inspect: bool, as_json: bool, **settings: Any) -> None:
-    """Build the TensorRT engines of a bundle into its folder. Engines that are there and up to date are kept.
+def command(bundle: Path, flavour: str | None, jobs: int, inspect: bool, as_json: bool, **settings: Any) -> None:
+    """Build the TensorRT engines of a bundle into its folder. Engines that are up to date are not built again.
 
-    Engines run with one TensorRT version, on the GPUs they were built for. Repeat the command to resume a build that
-    was interrupted.
+    An engine runs with one TensorRT version, on the GPUs that it was built for. Run the same command again to resume an
+    interrupted build.
     """
     chosen = Flavour(flavour) if flavour else default_flavour()
     require("dydit build", [chosen.module, "polygraphy", "onnx"], brought_by=chosen.value)
@@ -76,7 +81,7 @@ def build_command(bundle: Path, flavour: str | None, jobs: int, inspect: bool, a
     opened = Bundle.open(bundle)
     with option_names():
         request = make_request(opened.manifest, chosen, installed_version(chosen), present_gpu(), **settings)
-    with progress_line("build") as progress:
+    with show_progress("build") as progress:
         report = build_engines(opened, request, jobs, progress, inspect)
     if as_json:
         print_json(report.to_json())

@@ -1,7 +1,7 @@
 """Exit codes, and how an error becomes one line on standard error.
 
-0; 1: a check failed; 2: bad usage, bad input, or something that is missing here; 130: interrupted; 141: nobody reads
-standard output any more; 143: terminated. Any other exception is a fault of this program and keeps its traceback.
+0: success; 1: a check failed; 2: bad usage, bad input, or something is missing on this machine; 130: interrupted; 141:
+the reader of standard output went away; 143: terminated. Any other exception is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from typing import Any, TextIO, cast
 
 import click
 
-from dydit.commands.options import Settings
+from dydit.commands.group import Settings
 from dydit.errors import DyditError, one_line
 from dydit.extras import EXTRAS, as_installed, install_command
 
 OK, CHECK_FAILED, BAD_INPUT, INTERRUPTED, PIPE_CLOSED, TERMINATED = 0, 1, 2, 130, 141, 143
-GOES_ON = {
-    **dict.fromkeys(("sample", "calibrate", "build"), "the same command goes on where it was"),
-    "quickstart": "the same command goes on behind the last stage that was finished",
-    "train": "the same command with --resume goes on from the last saved state",
+HOW_TO_RESUME = {
+    **dict.fromkeys(("sample", "decode", "calibrate", "build"), "run the same command again to resume"),
+    "quickstart": "run the same command again to resume after the last finished stage",
+    "train": "run the same command with --resume to continue from the last saved state",
 }
-"""What to do about an interrupted command; of all others nothing is left."""
+"""What to do after a command was interrupted. The other commands leave nothing behind."""
 _NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc", "bad allocation")
 
 
@@ -36,7 +36,7 @@ class Terminated(BaseException):
 
 
 def run_command(group: click.Group, arguments: Sequence[str]) -> int:
-    """Run one of the group's commands; returns its exit code."""
+    """Run one of the group's commands and return its exit code."""
     settings = Settings(debug=os.environ.get("DYDIT_DEBUG", "0") not in ("", "0"))
     with _standard_streams() as output, _terminable():
         try:
@@ -50,14 +50,14 @@ def run_command(group: click.Group, arguments: Sequence[str]) -> int:
 
 
 def _explain(error: BaseException, settings: Settings, command: str) -> int:
-    """Say what happened, in one line; returns the exit code. Raises `error` again where it is a fault of ours."""
+    """Print what happened, in one line, and return the exit code. Raises `error` again if it is a bug."""
     if isinstance(error, KeyboardInterrupt | Terminated):
         what, code = (
             ("interrupted", INTERRUPTED) if isinstance(error, KeyboardInterrupt) else ("terminated", TERMINATED)
         )
-        if text := " ".join(str(error).split()):  # what was interrupted says more
+        if text := " ".join(str(error).split()):  # whoever was interrupted says more
             return _fail(text, settings, code)
-        advice = GOES_ON.get(command, "nothing was written; run it again")
+        advice = HOW_TO_RESUME.get(command, "nothing was written")
         return _fail(f"{what}; {advice}" if command else what, settings, code)
     if isinstance(error, click.UsageError):
         where = f" (see {error.ctx.command_path} --help)" if error.ctx else ""
@@ -65,7 +65,7 @@ def _explain(error: BaseException, settings: Settings, command: str) -> int:
     if isinstance(error, DyditError | click.ClickException):
         return _fail(one_line(error), settings)
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _is_of_memory(error)):
-        return _fail(f"not enough memory ({one_line(error)[:200]}); use smaller batches or fewer steps", settings)
+        return _fail(f"not enough memory ({one_line(error)[:200]}); use a smaller batch size or fewer steps", settings)
     if isinstance(error, OSError):
         what = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else one_line(error)
         return _fail(what, settings)
@@ -77,8 +77,8 @@ def _explain(error: BaseException, settings: Settings, command: str) -> int:
 
 
 def _unwritten(error: OSError, settings: Settings) -> int:
-    """End because standard output takes no more: silently where its reader went away (`dydit inspect ... | head`)."""
-    # What is left in the buffer has nowhere to go; Python would try again at its end, and complain.
+    """Return the exit code when standard output cannot be written. Silent if its reader went away (`... | head`)."""
+    # Python would try to write the rest of the buffer when it ends, and complain.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if isinstance(error, BrokenPipeError):
         return PIPE_CLOSED
@@ -86,12 +86,12 @@ def _unwritten(error: OSError, settings: Settings) -> int:
 
 
 def _is_of_memory(error: RuntimeError) -> bool:
-    """Whether PyTorch or a C++ library says that memory was not enough."""
+    """Whether PyTorch or a C++ library ran out of memory."""
     return any(words in str(error).lower() for words in _NO_MEMORY)
 
 
 def _invoke(group: click.Group, arguments: list[str], settings: Settings) -> int:
-    # click's own `main` would turn KeyboardInterrupt and a stray EOFError into the same exception.
+    # click's own `main` turns KeyboardInterrupt and a stray EOFError into the same exception.
     try:
         with group.make_context("dydit", arguments, obj=settings) as context:
             return int(group.invoke(context) or OK)
@@ -110,7 +110,7 @@ def _fail(message: str, settings: Settings, code: int = BAD_INPUT) -> int:
 
 
 class _Stream:
-    """A standard stream. `failure`: what the last write that failed raised, unless `suppress` is to hide it."""
+    """A standard stream. `failure` is the error of the last write that failed; `suppress`: do not raise it."""
 
     def __init__(self, stream: TextIO, suppress: bool):
         self._stream, self._suppress = stream, suppress
@@ -142,11 +142,11 @@ class _Stream:
 
 @contextlib.contextmanager
 def _standard_streams() -> Iterator[_Stream]:
-    """Make standard streams fit to be written to, whatever the caller did with them; yields standard output.
+    """Make the standard streams writable, whatever the caller did with them; yields standard output.
 
-    A closed one (`>&-`) becomes /dev/null: its number would go to the next file that is opened, and what a library
-    prints would end in a result. Progress that nobody sees must not end a run, so writes to standard error never fail.
-    Characters that the terminal's encoding lacks are escaped.
+    A closed stream (`>&-`) becomes /dev/null. Otherwise the next file that is opened would get its number, and what a
+    library prints would end up in a result. Writes to standard error never fail, because progress that nobody sees must
+    not end a run. Characters that the terminal's encoding lacks are escaped.
     """
     for descriptor in range(3):
         try:
@@ -168,7 +168,10 @@ def _standard_streams() -> Iterator[_Stream]:
 
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
-    """Let SIGTERM unwind the command like Ctrl-C, so that half-written files go; not below a caller of our own."""
+    """Let SIGTERM unwind the command as Ctrl-C does, so that half-written files are removed.
+
+    A handler that a caller in this process has set stays.
+    """
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
         yield
         return

@@ -1,4 +1,4 @@
-"""What `dydit sample` alone has: its `--worker`, its progress, its closing words."""
+"""`dydit sample`."""
 
 from __future__ import annotations
 
@@ -6,21 +6,33 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from dydit.commands.options import progress_line, say
+from dydit.commands.group import Command
+from dydit.commands.options import (
+    PATH,
+    backend_options,
+    cfg_scale_option,
+    json_option,
+    labels_option,
+    npz_option,
+    parse_options,
+)
+from dydit.commands.output import print_json, say
+from dydit.commands.progress import Progress, show_progress
 from dydit.errors import ConfigError
+from dydit.extras import backend_modules, require
 from dydit.runtime.bulk.workers import GPUS, Worker, launched_worker, own_gpu, parse_worker
 from dydit.words import counted, duration
 
-Counter = Callable[[int, int], None]
 if TYPE_CHECKING:
     from dydit.runtime.bulk.run import SampleSummary
 
 
-def _choose_worker(_: click.Context, __: click.Parameter, value: str | None) -> Worker:
+def _parse_worker(_: click.Context, __: click.Parameter, value: str | None) -> Worker:
     if value is not None:
         try:
             return parse_worker(value)
@@ -32,32 +44,108 @@ def _choose_worker(_: click.Context, __: click.Parameter, value: str | None) -> 
     return worker
 
 
-worker_option = click.option(
+@click.command(cls=Command)
+@click.argument("bundle", type=PATH)
+@labels_option(
+    help="Class numbers, one image for each: 207,360 or 0-9. Repeatable. Required unless --noise-from contains labels."
+)
+@click.option(
+    "--out",
+    type=PATH,
+    required=True,
+    help="Folder for the images. Run the same command again to resume an interrupted run.",
+)
+@click.option(
+    "--num",
+    type=click.IntRange(min=1),
+    help="Total number of images. The labels are repeated in order.  [default: one image per label]",
+)
+@click.option(
+    "--seed",
+    type=int,
+    default=0,
+    help="Seed for the initial and per-step noise. The noise of an image depends only on the seed and on its index.",
+)
+@click.option(
+    "--first-image",
+    type=int,
+    default=0,
+    help="Index of the first image. The index decides the noise and the file name of an image.",
+)
+@cfg_scale_option(4.0)
+@click.option("--batch-size", type=int, help="Number of images per batch.  [default: as many as the bundle allows]")
+@backend_options
+@npz_option
+@click.option(
+    "--noise-from",
+    type=PATH,
+    metavar="FILE.npz",
+    help="Use the noise in this file, arrays x_T and noise, and its labels, instead of noise from --seed.",
+)
+@click.option("--latents-out", type=PATH, metavar="FILE.npz", help="Also write the latents to this file.")
+@click.option(
     "--worker",
     metavar="I/N",
-    callback=_choose_worker,
-    help="Sample part I of N, from 0: N processes with the same --out and options together make one run. Divide the "
-    "cores between them with --threads, the same for all.  [default: what torchrun or accelerate launch set, else 0/1]",
+    callback=_parse_worker,
+    help="Sample part I of N, counted from 0. N processes with the same --out and the same options share one run. "
+    "Divide the cores between them with --threads, the same number for each.  [default: as set by torchrun or "
+    "accelerate launch, otherwise 0/1]",
 )
+@json_option
+def command(
+    bundle: Path,
+    out: Path,
+    backend: str,
+    device: str,
+    threads: int,
+    npz: bool,
+    latents_out: Path | None,
+    worker: Worker,
+    as_json: bool,
+    **request: Any,
+) -> None:
+    """Sample images with a bundle. The same settings give the same images, whatever the batch size.
+
+    Writes numbered PNG files, grid.png and samples.json. For a latent model without a VAE decoder it writes latents.npz
+    instead of images. To share a run between several processes, start them with torchrun or accelerate launch
+    (`torchrun --nproc-per-node 2 -m -- dydit sample ...`), or give each a --worker.
+    """
+    require("dydit sample", backend_modules(backend))
+    from dydit.bundle.bundle import Bundle
+    from dydit.runtime.backends.base import BackendOptions
+    from dydit.runtime.bulk.run import OutputOptions, sample_to_folder
+    from dydit.runtime.request import SampleRequest
+
+    config = parse_options(SampleRequest, request)
+    outputs, options = OutputOptions(npz=npz, latents_out=latents_out), BackendOptions(threads=threads, device=device)
+    opened = Bundle.open(bundle)
+    with _progress(worker) as (progress, steps, images):
+        done = sample_to_folder(
+            opened, config, out, outputs, backend, options, steps, images, worker, announce=progress.note
+        )
+    if as_json:
+        print_json({**vars(done), "out": str(done.out)})
+    else:
+        _say_sampled(done)
 
 
 @contextmanager
-def sampling_progress(worker: Worker) -> Iterator[tuple[Counter | None, Counter | None]]:
-    """Progress of steps and of pictures; of the workers that a launcher started on a machine, the first one's alone."""
+def _progress(worker: Worker) -> Iterator[tuple[Progress, Callable[[int, int], None], Callable[[int, int], None]]]:
+    """The progress, its part for steps, and its part for images.
+
+    Where a launcher started several workers on a machine, only the first one shows progress.
+    """
     if worker.local:
-        yield None, None
+        silent = Progress()
+        yield silent, silent, silent
         return
-    who = "" if worker.count == 1 else f" (worker {worker})"
-    with progress_line(f"sample{who}") as line:
-        if line is None:
-            yield None, None
-        else:
-            yield partial(line.stage, f"sample{who}"), partial(line.stage, f"pictures{who}")
+    suffix = "" if worker.count == 1 else f" (worker {worker})"
+    with show_progress(f"sample{suffix}") as progress:
+        yield progress, partial(progress.stage, f"sample{suffix}"), partial(progress.stage, f"images{suffix}")
 
 
-def say_sampled(done: SampleSummary) -> None:
-    """Closing words after sampling."""
-    took = "were there already" if done.finished_before else f"in {duration(done.seconds + done.picture_seconds)}"
+def _say_sampled(done: SampleSummary) -> None:
+    took = "already complete" if done.finished_before else f"in {duration(done.seconds + done.picture_seconds)}"
     look = f"; look at {', '.join(done.files)}" if done.finished else ""
     say(f"{done.out}: {counted(done.images, 'image')} {took}{look}")
     if done.repeated_steps:

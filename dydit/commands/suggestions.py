@@ -1,4 +1,4 @@
-"""The commands that `dydit` suggests at the end of another one: quoted for a shell, and complete."""
+"""The commands that a command suggests when it is done: complete, and quoted for a shell."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dydit.commands.options import DEFAULT_BACKEND
 
 
 def command_line(*words: object) -> str:
-    """A `dydit` command as a user can paste it into a shell. Paths are of the type `Path`."""
+    """A `dydit` command that a user can paste into a shell. Paths must be of the type `Path`."""
     return shlex.join(["dydit", *map(_word, words)])
 
 
@@ -23,7 +23,7 @@ def next_line(*words: object) -> str:
 
 
 def after_export(manifest: Manifest, bundle: Path, checkpoint: Path, reading: Mapping[str, Any]) -> list[str]:
-    """Closing lines of an export: commands that work with a bundle of this kind."""
+    """The closing lines of an export: commands that work with this bundle."""
     backend = ["--backend", "torch"] if manifest.precision is Precision.BF16 else []
     against = ["--against", checkpoint, *reading_words(reading)]
     return [
@@ -33,14 +33,14 @@ def after_export(manifest: Manifest, bundle: Path, checkpoint: Path, reading: Ma
 
 
 def backend_words(settings: Mapping[str, Any]) -> list[str]:
-    """The options that choose backend and device as `settings` do, where they are not the defaults."""
+    """The options for the backend and the device in `settings`, except for defaults."""
     backend, device = settings["backend"], settings["device"]
     words = [] if backend == DEFAULT_BACKEND else ["--backend", backend]
     return words if device == "cpu" else [*words, "--device", device]
 
 
 def reading_words(reading: Mapping[str, Any]) -> list[str]:
-    """The options that say how to read a checkpoint: another command on the same one needs them as well."""
+    """The options that say how to read a checkpoint. Another command on the same checkpoint needs them as well."""
     given = {name: value for name, value in reading.items() if value is not None}
     return [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
 

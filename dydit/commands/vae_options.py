@@ -1,80 +1,75 @@
-"""Options about pixels, latents and decoders, and what commands say of them."""
+"""Options about the VAE decoder of a latent model, and how its scaling is described."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from dydit.bundle.manifest import Manifest
 from dydit.bundle.vae_entry import VaeEntry
-from dydit.models.config import Space
+from dydit.commands.options import Command
 
-space_option = click.option(
-    "--space",
-    type=click.Choice([each.value for each in Space]),
-    help="What the model samples: pixels, grey or RGB, or the latents of an autoencoder. The weights do not tell.  "
-    "[default: what the checkpoint states; else pixels for 1 and 3 channels without --vae, and latents]",
-)
+if TYPE_CHECKING:
+    from dydit.export.vae_graph import VaeOptions
 
 
 def _expand_home(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
     return None if value is None else os.path.expanduser(value)
 
 
-def vae_options(*, required: bool) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def vae_options(*, required: bool) -> Any:
     """`--vae`, how to decode with it, and its scaling where its configuration does not state it."""
-    what = "The autoencoder." if required else "For a latent model: put the decoder of this autoencoder in."
+    what = "The VAE to decode with" if required else "For a latent model: include the decoder of this VAE in the bundle"
     options = (
         click.option(
             "--vae",
             metavar="SOURCE",
             required=required,
             callback=_expand_home,
-            help=f"{what} A folder saved by diffusers, a pipeline's folder, a file of weights, or a name on the "
-            "Hugging Face hub, which is downloaded.",
+            help=f"{what}. SOURCE is a folder saved by diffusers, the folder of a diffusers pipeline, a file of "
+            "weights, or a name on the Hugging Face hub, which is downloaded.",
         ),
         click.option(
             "--vae-tile",
             type=click.IntRange(min=1),
             metavar="N",
-            help="Decode latents of at most N x N at once, larger ones in overlapping tiles.  [default: the latents' "
-            "size, at most 64]",
+            help="Decode at most N x N latents at a time; larger latents are decoded in overlapping tiles.  [default: "
+            "the size of the latents, at most 64]",
         ),
         click.option(
             "--vae-scale",
             type=click.FloatRange(min=0, min_open=True),
             metavar="NUMBER",
-            help="Scaling factor that latents are divided by before they are decoded. Needed where the autoencoder "
-            "does not state it, as in a file of weights alone: 0.18215 for Stable Diffusion 1 and 2, 0.13025 for XL.",
+            help="Scaling factor: latents are divided by it before they are decoded. Required if the VAE does not "
+            "state it, as in a file of weights alone: 0.18215 for Stable Diffusion 1 and 2, 0.13025 for SDXL.  "
+            "[default: what the VAE states]",
         ),
         click.option(
             "--vae-shift",
             type=float,
             metavar="NUMBER",
-            help="Shift factor of the latents, added after the scaling.  [default: what the autoencoder states, or 0]",
+            help="Shift factor: added to the latents after the division by the scaling factor.  [default: what the "
+            "VAE states, otherwise 0]",
         ),
     )
 
-    def add(command: Callable[..., Any]) -> Callable[..., Any]:
+    def decorate(command: Command) -> Command:
         for option in reversed(options):
             command = option(command)
         return command
 
-    return add
+    return decorate
 
 
-def space_lines(manifest: Manifest) -> list[str]:
-    """What an export says of its decoder, or of what it took samples to be; nothing where that is plain."""
-    if manifest.vae is not None:
-        return [decoder_line(manifest.vae)]
-    if manifest.model.space_is_assumed:
-        return ["Samples are taken for RGB pixels, as they have 3 channels. If they are latents, add --space latents"]
-    return []
+def parse_vae_options(options: dict[str, Any]) -> VaeOptions:
+    """`--vae-tile`, `--vae-scale` and `--vae-shift` as settings of a decoder."""
+    from dydit.export.vae_graph import VaeOptions
+    from dydit.models.config import parse_config
+
+    return parse_config(VaeOptions, {name.removeprefix("vae_"): value for name, value in options.items()})
 
 
 def decoder_line(entry: VaeEntry) -> str:
-    """Which decoder makes pictures, and how latents are scaled for it."""
+    """A closing line: which decoder makes the images, and how latents are scaled for it."""
     return f"Decoder from {entry.source}: {entry.scaling_words}"

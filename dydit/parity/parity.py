@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,12 +25,12 @@ from pydantic import Field
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.manifest import Manifest
 from dydit.bundle.stored_weights import half_name
-from dydit.checkpoints.checkpoint import Checkpoint
+from dydit.checkpoints.checkpoint import Checkpoint, load_checkpoint
 from dydit.diffusion.steps import run_steps
 from dydit.errors import ConfigError
 from dydit.export.exporter import stale_reasons
 from dydit.export.weights import Copies, stored_forms
-from dydit.files import write_json
+from dydit.files import new_folder, require_absent, write_json
 from dydit.models.config import ModelConfig, Strict
 from dydit.models.macs import flops_ratio
 from dydit.models.registry import architecture_of
@@ -38,6 +39,8 @@ from dydit.parity.comparison import Measure, StepComparison, StepValues, compare
 from dydit.parity.reference import Images, Reference, Trajectory
 from dydit.parity.tolerances import DERIVED_WEIGHTS, of_latents, tolerances
 from dydit.reports.parity_report import Check, Departure, ParityReport
+from dydit.reports.plot_style import write_picture
+from dydit.reports.plots import parity_png
 from dydit.reports.results import Machine
 from dydit.runtime.backends.base import BackendOptions
 from dydit.runtime.backends.registry import open_backend
@@ -64,6 +67,22 @@ class ParityConfig(Strict):
     seed: int = Field(default=0, ge=0)
     cfg_scale: float = Field(default=4.0, ge=0, allow_inf_nan=False)
     every: int = Field(default=1, ge=1)
+
+
+def compare_files(
+    bundle: Path, checkpoint: Path, config: ParityConfig, out: Path, progress: Progress | None = None, **reading: Any
+) -> tuple[ParityReport, list[str]]:
+    """Compare a bundle with a checkpoint, and write parity.json and parity.png to the new folder `out`.
+
+    `reading`: settings of `load_checkpoint`. Returns the report and what is to be said about the checkpoint. Raises as
+    `run_parity`, `Bundle.open` and `load_checkpoint` do, and `OutputError` if `out` exists or cannot be written.
+    """
+    require_absent(out)
+    opened, loaded = Bundle.open(bundle), load_checkpoint(checkpoint, **reading)
+    with new_folder(out) as folder:
+        report = run_parity(opened, loaded, config, folder, progress)
+        write_picture(parity_png, report, folder / "parity.png")
+    return report, list(loaded.notes)
 
 
 def run_parity(

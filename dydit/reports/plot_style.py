@@ -6,13 +6,18 @@ Pictures need no display and no global state of matplotlib, and are returned as 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
 from dydit.errors import DyditError
+from dydit.files import write_atomic
+
+T = TypeVar("T")
 
 INK, MUTED, FAINT = "#1d2733", "#6b7785", "#dfe4ea"
 ACCENT, ACCENT_LIGHT, SECOND = "#1b6ca8", "#a9cbe4", "#c75b12"
@@ -142,3 +147,9 @@ def timestep_ticks(timesteps: Sequence[int], most: int = 6) -> tuple[list[float]
     values = [t for t in range(first - first % stride, last - 1, -stride) if first - t > stride / 3]
     values = [first, *values]
     return list(np.interp(values, times[::-1], np.arange(len(times))[::-1])), [str(value) for value in values]
+
+
+def write_picture(draw: Callable[[T], bytes], result: T, path: Path) -> None:
+    """Draw `result` and write the PNG to `path`, if matplotlib is installed; without it, nothing is written."""
+    if find_spec("matplotlib") is not None:
+        write_atomic(path, draw(result))

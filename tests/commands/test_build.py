@@ -57,11 +57,11 @@ def test_settings_reach_the_request_and_reasons_are_printed(run, bundle: Bundle)
     )
 
 
-def test_the_progress_line_counts_engines(run, bundle: Bundle, monkeypatch) -> None:
+def test_the_progress_bar_counts_engines(run, bundle: Bundle, monkeypatch) -> None:
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     _, _, errors = run(bundle.path, "--flavour", "tensorrt-rtx")
-    assert "\rbuild: 0/7 (0 %)" in errors
-    assert "\rbuild: 7/7 (100 %)" in errors
+    assert re.search(r"\rbuild:   0 %\| +\| 0/7 ", errors)
+    assert re.search(r"\rbuild: 100 %\|█+\| 7/7 ", errors)
 
 
 def test_json_alone_is_printed(run, bundle: Bundle) -> None:

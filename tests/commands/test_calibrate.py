@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,8 @@ def test_calibrate_then_export_then_sample(run, checkpoint: Path, tmp_path: Path
     done = run("calibrate", checkpoint, "--out", file, *SMALL)
     assert done.code == 0 and done.err == "", done.err
     assert names(tmp_path) == ["c.json", "c.png"], "no work is left"
-    first, *_, last = done.out.splitlines()
-    assert first.startswith(f"{file}: capacities of 2 segments. On 8 held-out images")
+    first, second, *_, last = done.out.splitlines()
+    assert first == f"{file}: token capacities for 2 segments" and second.startswith("On 8 held-out images, ")
     # What is said to come next works as it stands.
     words = last.removeprefix("Next: dydit ").replace("BUNDLE", str(tmp_path / "bundle")).split()
     assert f"export {checkpoint} --steps 6 --max-subnets 2 --routing capacity --calibration {file}" in last
@@ -63,7 +64,7 @@ def test_the_same_call_writes_the_same_file_and_json_says_how_it_does(run, check
     assert (tmp_path / "a.json").read_bytes() != (tmp_path / "c.json").read_bytes()
 
 
-@pytest.mark.parametrize("plan", [["--per-step"], ["--sliding"], ["--memory-budget", "1GiB"]])
+@pytest.mark.parametrize("plan", [["--per-step"], ["--dynamic-width"], ["--memory-budget", "1GiB"]])
 def test_the_plan_of_the_export_is_that_of_the_calibration(run, checkpoint: Path, tmp_path: Path, plan) -> None:
     sampling = ["--samples", 4, "--held-out", 4, "--batch-size", 2, "--quantile", 0.9]
     done = run(
@@ -127,13 +128,13 @@ def test_progress_goes_to_a_terminal_and_a_stopped_run_goes_on(
         return plain(self, step, *arguments)
 
     monkeypatch.setattr(StepRunner, "run", stopping)
-    assert run(*call) == (130, "", "dydit: error: interrupted; the same command goes on where it was\n")
+    assert run(*call) == (130, "", "dydit: error: interrupted; run the same command again to resume\n")
     (work,) = tmp_path.iterdir()
     assert work.name.startswith(".c.json.") and (work / "0-0.npz").is_file()
     steps.clear()
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     done = run(*call)
-    assert done.code == 0 and f"\rcalibrate: {2 * STEPS}/{2 * STEPS} (100 %)" in done.err
+    assert done.code == 0 and re.search(rf"\rcalibrate: 100 %\|█+\| {2 * STEPS}/{2 * STEPS} ", done.err)
     assert steps == list(range(STEPS)), "the batch that was finished is not sampled again"
     assert names(tmp_path) == ["c.json", "c.png"]
 
@@ -142,7 +143,7 @@ def test_outputs_that_are_there_or_meet(run, checkpoint: Path, tmp_path: Path) -
     (tmp_path / "c.png").write_text("mine")
     assert_refused(run("calibrate", checkpoint, "--out", tmp_path / "c.json", *SMALL), "c.png exists already")
     assert_refused(
-        run("calibrate", checkpoint, "--out", tmp_path / "d.png", *SMALL), "d.png: the plot would have this name"
+        run("calibrate", checkpoint, "--out", tmp_path / "d.png", *SMALL), "d.png: the plot would have the same name"
     )
     (tmp_path / "e.json").write_text("mine")
     assert_refused(run("calibrate", checkpoint, "--out", tmp_path / "e.json", *SMALL), "e.json exists already")
@@ -163,7 +164,8 @@ def test_a_plan_by_measured_times_does_not_repeat(run, checkpoint: Path, tmp_pat
     run("calibrate", checkpoint, "--out", tmp_path / "c.json", *SMALL)
     call = ["export", checkpoint, "--steps", STEPS, "--routing", "capacity", "--calibration", tmp_path / "c.json"]
     assert_refused(
-        run(*call, "--cost", "measured", "--out", tmp_path / "out"), "--calibration does not go with --cost measured"
+        run(*call, "--cost", "measured", "--out", tmp_path / "out"),
+        "cannot be combined with --cost measured",
     )
 
 
@@ -190,7 +192,7 @@ def test_ranges_of_activations_then_8_bits(run, checkpoint: Path, tmp_path: Path
 
 def test_smoothed_ranges_then_8_bits(run, checkpoint: Path, tmp_path: Path) -> None:
     file, bundle, plan = tmp_path / "c.json", tmp_path / "bundle", ["--steps", STEPS, "--max-subnets", 2]
-    watch = ["--activations", "minmax", "--activation-images", 4, "--migrate"]
+    watch = ["--activations", "minmax", "--activation-images", 4, "--smooth"]
     done = run("calibrate", checkpoint, "--out", file, *SMALL, *watch)
     assert done.code == 0 and done.err == "", done.err
     ranges = read_calibration(file).activations
@@ -215,7 +217,7 @@ def test_smoothed_ranges_then_8_bits(run, checkpoint: Path, tmp_path: Path) -> N
 
 
 def test_a_smoothing_without_ranges(run, checkpoint: Path, tmp_path: Path) -> None:
-    done = run("calibrate", checkpoint, "--out", tmp_path / "c.json", *SMALL, "--migrate")
+    done = run("calibrate", checkpoint, "--out", tmp_path / "c.json", *SMALL, "--smooth")
     assert_refused(done, "--smooth needs activation ranges; add --activations minmax")
     assert names(tmp_path) == []
 

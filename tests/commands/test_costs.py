@@ -45,15 +45,18 @@ def test_a_budget_is_measured_memory(tmp_path, capsys):
 
 def test_where_memory_cannot_be_measured_weights_count_and_this_is_said(tmp_path, capsys):
     assert export(tmp_path / "out", "--memory-budget", "40MB", "--precision", "bf16") == 0
-    assert "The budget holds bytes of weights, not measured memory: " in capsys.readouterr().out
+    assert (
+        "The memory budget was compared with the size of the weights, not with measured memory: "
+        in capsys.readouterr().out
+    )
     assert Bundle.open(tmp_path / "out").manifest.plan.measured is None
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--cost", "measured", "--sliding"], "--cost measured has no effect with --per-step and --sliding"),
-        (["--cost", "measured", "--per-step"], "--cost measured has no effect with --per-step and --sliding"),
+        (["--cost", "measured", "--dynamic-width"], "--cost measured has no effect with --per-step or --dynamic-width"),
+        (["--cost", "measured", "--per-step"], "--cost measured has no effect with --per-step or --dynamic-width"),
         (["--cost", "measured", "--precision", "bf16"], "onnxruntime has no bf16 matrix products on the CPU"),
         (["--cost", "measured", "--cost-batch", "17"], "a batch of 17 to measure with: the export is for 16 at most"),
         (["--cost", "guessed"], "'guessed' is not one of 'macs', 'measured'"),

@@ -57,11 +57,11 @@ def test_latents_become_the_pictures_of_a_bundle_with_that_decoder(run, runs, au
     out = tmp_path / "out"
     call = ["decode", latents, "--vae", autoencoder.folder, "--npz", "--out", out]
     done = run(*call)
-    assert done.code == 0 and "7 pictures of 16x16 pixels in " in done.out, done.err
+    assert done.code == 0 and "7 images of 16x16 pixels in " in done.out, done.err
     assert f"Decoder from {autoencoder.folder}: scaling factor 0.18215" in done.out
     assert content(out, "samples.json") == content(pictures, "samples.json")
     before = content(out)
-    assert "were there already" in run(*call).out and content(out) == before
+    assert "already complete" in run(*call).out and content(out) == before
     refused(run(*call, "--vae-scale", "0.5"), "holds a run with other settings (vae: ")
     assert content(out) == before
     (out / PICTURES[3]).unlink()
@@ -86,7 +86,7 @@ def test_a_file_of_latents_is_enough(run, runs, autoencoder, tmp_path: Path) -> 
 DYING = """
 import os, signal, sys
 from dydit.cli import main
-from dydit.runtime.images.image_files import files as images
+from dydit.runtime.images import image_files as images
 
 write, left = images.write_atomic, [int(sys.argv[1])]
 
@@ -167,7 +167,7 @@ def bundle(plain, tmp_path: Path) -> Path:
 def test_an_attached_decoder_makes_the_bundle_that_an_export_makes(run, bundle, vae_bundle, autoencoder) -> None:
     (bundle / "engines").mkdir()
     done = run("attach-vae", bundle, "--vae", autoencoder.folder)
-    assert done.code == 0 and "samples are pictures now" in done.out and "dydit build" in done.out, done.err
+    assert done.code == 0 and "now samples images" in done.out and "dydit build" in done.out, done.err
     opened = Bundle.open(bundle)
     assert opened.manifest == vae_bundle.manifest
     assert content(bundle) == content(vae_bundle.path)

@@ -37,7 +37,7 @@ def assert_refused(done: Any, *words: str) -> None:
         assert word in done.err, done.err
 
 
-@pytest.mark.parametrize(("precision", "more"), [("int8-static", []), ("int8-static", ["--migrate"]), ("fp8", [])])
+@pytest.mark.parametrize(("precision", "more"), [("int8-static", []), ("int8-static", ["--smooth"]), ("fp8", [])])
 def test_a_target_then_a_bundle_of_8_and_16_bits(
     run, checkpoint: Path, tmp_path: Path, precision: str, more: list[str]
 ) -> None:
@@ -101,7 +101,7 @@ def test_a_ratio_of_frechet_distances(run, checkpoint: Path, tmp_path: Path) -> 
         ([*SEARCH, "--target-fd-ratio", 1.1, "--reference", "x.npz"], ["--search-images 64"]),
         ([*SEARCH, "--target-fd-ratio", 0.5, "--reference", "x.npz"], ["--target-fd-ratio"]),
         ([*SEARCH, "--target-fd-ratio", 1.1, "--search-images", 64, "--reference", "x.npz"], ["x.npz does not exist"]),
-        ([*SEARCH, "--reference", "x.npz"], ["--reference is for --target-psnr"]),
+        ([*SEARCH, "--reference", "x.npz"], ["--reference needs --target-psnr"]),
         ([*SEARCH, "--target-psnr", 0], ["psnr"]),
         ([*SEARCH, "--target-psnr", "nan"], ["psnr"]),
         ([*SEARCH, "--target-psnr", 30, "--precision", "fp16"], ["--precision"]),
@@ -114,7 +114,7 @@ def test_targets_that_are_none(run, checkpoint: Path, tmp_path: Path, options: l
 
 
 def test_a_sliding_plan_has_no_8_bits(run, checkpoint: Path, tmp_path: Path) -> None:
-    call = ["calibrate", checkpoint, "--out", tmp_path / "c.json", *SEARCH, "--target-psnr", 30, "--sliding"]
+    call = ["calibrate", checkpoint, "--out", tmp_path / "c.json", *SEARCH, "--target-psnr", 30, "--dynamic-width"]
     sampling = ["--steps", STEPS, "--samples", 4, "--held-out", 4, "--batch-size", 2, "--quantile", 0.9]
     assert_refused(run(*call, *sampling), "a plan of dynamic width has no layers in 8 bits")
     assert names(tmp_path) == []

@@ -15,7 +15,7 @@ from dydit.bundle.stored_weights import Precision
 from dydit.cli import cli
 from dydit.export.capacities import keeps_every_token
 
-PLANS = [[], ["--max-subnets", 2], ["--per-step"], ["--sliding"], ["--memory-budget", "50MB"]]
+PLANS = [[], ["--max-subnets", 2], ["--per-step"], ["--dynamic-width"], ["--memory-budget", "50MB"]]
 
 
 @pytest.fixture(scope="module")

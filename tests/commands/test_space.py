@@ -84,7 +84,10 @@ def inspected(run: Any, path: Path) -> str:
 
 def test_nothing_stated_is_said(run, three: Path, tmp_path: Path) -> None:
     done = run("export", three, "--steps", 2, "--out", tmp_path / "bundle")
-    assert "Samples are taken for RGB pixels, as they have 3 channels. If they are latents, add --space" in done.out
+    assert (
+        "The samples are assumed to be RGB pixels, because they have 3 channels. If they are latents, export with "
+        in done.out
+    )
     for path in (three, tmp_path / "bundle"):
         assert "pixels, RGB; assumed of 3 channels" in inspected(run, path)
     assert "space" not in json.loads((tmp_path / "bundle" / "manifest.json").read_text())["model"]
@@ -93,7 +96,7 @@ def test_nothing_stated_is_said(run, three: Path, tmp_path: Path) -> None:
 def test_stated_latents_are_not_saved_as_pictures(run, three: Path, vq: Path, tmp_path: Path) -> None:
     bundle, out = tmp_path / "bundle", tmp_path / "out"
     done = run("export", three, "--steps", 2, "--space", "latents", "--out", bundle)
-    assert done.code == 0 and "taken for" not in done.out
+    assert done.code == 0 and "assumed" not in done.out
     assert picture_format(Bundle.open(bundle).manifest) is None and inspected(run, bundle).endswith("  latents")
     assert run("sample", bundle, "--labels", "0,1", "--out", out).code == 0
     assert sorted(path.name for path in out.iterdir()) == ["latents.npz", "samples.json"]

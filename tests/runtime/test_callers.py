@@ -9,7 +9,6 @@ import threading
 import numpy as np
 import pytest
 
-from dydit import DyDiTPipeline
 from dydit.bundle.manifest import PlanKind, Routing
 from dydit.errors import BackendError, BundleError
 from dydit.runtime.backends.base import BackendOptions
@@ -17,6 +16,7 @@ from dydit.runtime.backends.ort_cuda import OnnxRuntimeDeviceBackend
 from dydit.runtime.backends.registry import open_backend
 from dydit.runtime.loop import MemoryStore, StepRunner, sample
 from dydit.runtime.noise_source import SeededNoise
+from dydit.runtime.pipeline import DyDiTPipeline
 from dydit.runtime.request import make_batches
 from dydit.runtime.resident import ResidentSubnets
 

@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dydit import DyDiTPipeline
 from dydit.bundle.manifest import PlanKind
 from dydit.bundle.stored_weights import WEIGHTS
 from dydit.errors import BackendError
 from dydit.runtime import background
 from dydit.runtime.backends.base import BackendOptions
 from dydit.runtime.backends.registry import open_backend
+from dydit.runtime.pipeline import DyDiTPipeline
 from dydit.runtime.resident import ResidentSubnets
 
 PATIENCE = 240  # seconds, of a machine with much else to do; what hangs hangs for ever
@@ -95,7 +95,7 @@ def test_children_that_end_like_any_program(make_bundle):
     bundle = make_bundle(steps=3, plan=PlanKind.PER_STEP)
     script = f"""
 import os, sys
-from dydit import DyDiTPipeline
+from dydit.runtime.pipeline import DyDiTPipeline
 pipe = DyDiTPipeline.from_bundle({str(bundle.path)!r}, threads=2)
 pipe([1], output_type="latent")
 children = []

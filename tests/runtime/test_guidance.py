@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dydit import DyDiTPipeline
 from dydit.bundle.manifest import PlanKind, Routing
 from dydit.diffusion.guidance import Guidance
 from dydit.errors import ConfigError
 from dydit.runtime.backends.base import BackendOptions
 from dydit.runtime.backends.ort_cuda import OnnxRuntimeDeviceBackend
 from dydit.runtime.backends.registry import open_backend
+from dydit.runtime.pipeline import DyDiTPipeline
 
 OPTIONS = BackendOptions(threads=1)
 OPENERS = {

@@ -6,7 +6,6 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from dydit import DyDiTPipeline
 from dydit.bundle.manifest import PlanKind
 from dydit.bundle.stored_weights import Precision
 from dydit.errors import BackendError, ConfigError
@@ -14,6 +13,7 @@ from dydit.models.config import parse_config
 from dydit.runtime.backends import int8_exactness as int8
 from dydit.runtime.backends.base import BackendOptions
 from dydit.runtime.backends.registry import open_backend
+from dydit.runtime.pipeline import DyDiTPipeline
 
 pytestmark = pytest.mark.numerics
 

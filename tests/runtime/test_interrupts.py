@@ -15,7 +15,6 @@ import time
 import numpy as np
 import pytest
 
-from dydit import DyDiTPipeline
 from dydit.bundle.manifest import PlanKind
 from dydit.runtime import dynamic_width as sliding
 from dydit.runtime.backends.base import BackendOptions
@@ -23,6 +22,7 @@ from dydit.runtime.backends.ort_cuda import OnnxRuntimeDeviceBackend
 from dydit.runtime.backends.registry import open_backend
 from dydit.runtime.background import Pool
 from dydit.runtime.dynamic_width import SlidingWeights
+from dydit.runtime.pipeline import DyDiTPipeline
 
 INTERRUPTS = int(os.environ.get("DYDIT_INTERRUPTS", "45"))
 SLIDING, PER_STEP = {"plan": PlanKind.SLIDING, "steps": 3}, {"plan": PlanKind.PER_STEP, "steps": 3}

@@ -10,7 +10,7 @@ import sys
 for name in ("torch", "onnx", "onnx_ir", "safetensors", "scipy", "matplotlib"):
     sys.modules[name] = None
 from pathlib import Path
-from dydit import DyDiTPipeline
+from dydit.runtime.pipeline import DyDiTPipeline
 from dydit.bundle.bundle import Bundle
 from dydit.runtime.bulk.run import OutputOptions, sample_to_folder
 from dydit.runtime.request import SampleRequest

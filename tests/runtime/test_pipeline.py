@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dydit import DyDiTPipeline
 from dydit.errors import BackendError, BundleError, ConfigError
 from dydit.runtime.bulk.run import OutputOptions, sample_to_folder
 from dydit.runtime.images.image_files import to_uint8
+from dydit.runtime.pipeline import DyDiTPipeline
 from dydit.runtime.request import SampleRequest
 
 

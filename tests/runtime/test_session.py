@@ -52,7 +52,7 @@ def test_usage_is_not_reported_unless_the_user_says_so(before, after, make_bundl
     environment |= {"TMPDIR": str(tmp_path)} | ({} if before is None else {session.TELEMETRY: before})
     script = f"""
 import os
-from dydit import DyDiTPipeline
+from dydit.runtime.pipeline import DyDiTPipeline
 pipe = DyDiTPipeline.from_bundle({str(bundle.path)!r})
 pipe([1], output_type="latent")
 print(repr(os.environ[{session.TELEMETRY!r}]))

@@ -171,6 +171,8 @@ class RunFolder:
                 f"whose images could differ in their last bits; give threads={threads} (--threads {threads}), the same "
                 "to all workers, or choose another output"
             )
+        if "num" in names:  # the default batch size follows from the number of images
+            names = [name for name in names if name != "batch_size"]
         if names:
             listed = "; ".join(
                 f"{n}: {_short(found.get(n))} there, {_short(self._settings.get(n))} asked" for n in names

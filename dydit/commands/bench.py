@@ -1,0 +1,70 @@
+"""`dydit bench`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dydit.commands.group import Command
+from dydit.commands.options import (
+    PATH,
+    backend_options,
+    cfg_scale_option,
+    json_option,
+    labels_option,
+    parse_options,
+    seed_option,
+)
+from dydit.commands.output import print_json, say_files
+from dydit.commands.progress import show_progress
+from dydit.extras import CHECKPOINTS, backend_modules, require
+
+
+@click.command(cls=Command)
+@click.argument("bundle", type=PATH)
+@click.option("--versus", type=PATH, metavar="BUNDLE2", help="Also time this bundle, for comparison.")
+@click.option(
+    "--against",
+    type=PATH,
+    metavar="CHECKPOINT",
+    help="Also time this checkpoint in PyTorch, for comparison. It computes every head, channel and token.",
+)
+@click.option("--out", type=PATH, required=True, help="Folder for bench.json and bench.png. Must not exist.")
+@labels_option(default="0", help="Class numbers of the batch, one image for each: 207,360 or 0-9. Repeatable.")
+@seed_option
+@cfg_scale_option(4.0)
+@click.option(
+    "--steps-measured",
+    type=click.IntRange(min=1),
+    default=25,
+    help="Number of sampling steps that are timed in a round, evenly spaced over the run.",
+)
+@click.option(
+    "--repeats", type=click.IntRange(min=1), default=7, help="Number of timed rounds. The result is their median."
+)
+@click.option(
+    "--warmup", type=click.IntRange(min=1), default=1, help="Number of rounds before these, which are not counted."
+)
+@backend_options
+@json_option
+def command(
+    bundle: Path, versus: Path | None, against: Path | None, out: Path, backend: str, as_json: bool, **settings: Any
+) -> None:
+    """Time the steps of a bundle in milliseconds, and those of another bundle or a checkpoint for comparison.
+
+    Each of them runs in its own process. The processes take turns, so that all see the same load of the machine.
+    """
+    counts_tokens = ["onnx"] if backend == "onnxruntime" else []  # by a graph with additional outputs
+    require("dydit bench", [*backend_modules(backend), *counts_tokens, *(CHECKPOINTS if against else ())])
+    from dydit.bench.bench import BenchConfig, bench_files
+
+    config = parse_options(BenchConfig, settings)
+    with show_progress("bench") as progress:
+        report = bench_files(bundle, versus, against, backend, config, out, progress)
+    if as_json:
+        print_json(report.to_json())
+    else:
+        click.echo("\n".join(report.lines))
+        say_files(out)

@@ -1,0 +1,66 @@
+"""Exports whose plan depends on more than the checkpoint: the default plan, and plans from what is measured here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import StrEnum
+from functools import partial
+from pathlib import Path
+
+from dydit.bundle.bundle import Bundle
+from dydit.bundle.manifest import PlanKind, Routing
+from dydit.bundle.measurements import Measured
+from dydit.bundle.stored_weights import Precision
+from dydit.checkpoints.checkpoint import Checkpoint
+from dydit.errors import BackendError
+from dydit.export.exporter import export
+from dydit.export.settings import ExportConfig
+from dydit.planning.profile import ProfileConfig, run_profile
+
+StageProgress = Callable[[str, int, int], None]
+
+
+class Cost(StrEnum):
+    """What the plan of an export minimizes."""
+
+    MACS = "macs"
+    MEASURED = "measured"
+
+
+def default_plan(routing: Routing, precision: Precision) -> PlanKind:
+    """The plan of a dynamic model if none is asked for: the one that was the fastest in measurements."""
+    if routing is not Routing.DYNAMIC or precision.is_calibrated:
+        return PlanKind.MAX_SUBNETS
+    return PlanKind.PER_STEP if precision is Precision.INT8 else PlanKind.SLIDING
+
+
+def export_measured(
+    checkpoint: Checkpoint, out: Path, config: ExportConfig, cost: Cost, batch: int, progress: StageProgress
+) -> tuple[Bundle, list[str]]:
+    """Measure what the plan needs, on this machine with `batch` images at a time, then export to the new folder `out`.
+
+    `progress(stage, done, total)` reports the stages "measure" and "export". Returns the bundle, and a line where
+    memory was to be measured and could not be. Raises as `run_profile` and `export` do.
+    """
+    measured: Measured | None = None
+    notes: list[str] = []
+    if cost is Cost.MEASURED or config.memory_budget is not None:
+        progress("measure", 0, 1)
+        measured, notes = _measure(checkpoint, config, cost, batch)
+        progress("measure", 1, 1)
+    return export(checkpoint, out, config, partial(progress, "export"), measured), notes
+
+
+def _measure(checkpoint: Checkpoint, config: ExportConfig, cost: Cost, batch: int) -> tuple[Measured | None, list[str]]:
+    times, memory = cost is Cost.MEASURED, config.memory_budget is not None
+    note = "The memory budget was compared with the size of the weights, not with measured memory"
+    if memory and config.calibration is not None:
+        return None, [f"{note}, as in the calibration"]
+    try:
+        if not times and config.precision is Precision.BF16:
+            raise BackendError("onnxruntime on the CPU does not run bf16")
+        return run_profile(checkpoint, config, ProfileConfig(batch=batch), times, memory), []
+    except BackendError as error:
+        if times:
+            raise
+        return None, [f"{note}: {error}"]
