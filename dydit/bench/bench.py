@@ -9,14 +9,11 @@ side that has a reference is compared with it, so that nothing is timed that com
 from __future__ import annotations
 
 import base64
-import json
 import os
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -27,7 +24,8 @@ from pydantic import Field
 from dydit.bench.timing import Decided, Job, Latents, Loaded, Round
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.manifest import SamplingEntry
-from dydit.errors import BackendError, ConfigError, DeviationError, UnavailableError
+from dydit.child_process import ChildDiedError, ChildProcess
+from dydit.errors import BackendError, ConfigError, DeviationError, DyditError, UnavailableError
 from dydit.files import write_json
 from dydit.models.config import ModelConfig, Strict
 from dydit.parity.comparison import relative_l2
@@ -288,74 +286,35 @@ def _side_result(worker: _Worker, rounds: list[Round], deviation: float | None, 
 
 
 class _Worker:
-    """A side's process, loaded; as a context manager it ends with the block."""
+    """The process of a task, loaded; as a context manager it ends with the block."""
 
     def __init__(self, job: Job):
         self.job = job
-        self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115  (closed in _end)
-        self._process = subprocess.Popen(
-            [sys.executable, job.side.path] if job.side.kind is SideKind.SCRIPT else WORKER,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            text=True,
-            encoding="utf-8",
-            # On a busy machine OpenMP's spinning barriers make PyTorch many times slower than it is.
-            env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "OMP_NUM_THREADS": str(job.threads)},
-        )
+        command = [sys.executable, job.side.path] if job.side.kind is SideKind.SCRIPT else WORKER
+        self._process = ChildProcess(command, f"runs {job.side.name!r}", job.threads)
 
     def __enter__(self) -> Self:
-        try:
+        with ExitStack() as stack:
+            stack.enter_context(self._process)
             self.loaded = Loaded.model_validate(self.ask(self.job.model_dump_json()))
-        except BaseException:
-            self._end()
-            raise
+            self._stack = stack.pop_all()
         return self
 
     def ask(self, line: str) -> dict[str, Any]:
         """Send a line and wait for the answer."""
-        assert self._process.stdin is not None and self._process.stdout is not None
         try:
-            self._process.stdin.write(line + "\n")
-            self._process.stdin.flush()
-            answer = self._process.stdout.readline()
-        except BrokenPipeError:
-            answer = ""
-        if not answer:
-            raise BackendError(f"the process that runs {self.job.side.name!r} ended: {self._last_words()}")
-        values: dict[str, Any] = json.loads(answer)
-        if "unavailable" in values:
-            raise UnavailableError(values["unavailable"])
-        if "error" in values:
-            raise BackendError(f"{self.job.side.name}: {values['error']}")
-        return values
+            return self._process.ask(line)
+        except (ChildDiedError, UnavailableError):
+            raise
+        except DyditError as error:
+            raise BackendError(f"{self.job.side.name}: {error}") from error
 
     def check(self) -> np.ndarray:
         """What the model contributes to one step, f32 [B, C, S, S]."""
         answer = self.ask("check")
         return np.frombuffer(base64.b64decode(answer["values"]), "<f4").reshape(answer["shape"])
 
-    def _last_words(self) -> str:
-        code = self._process.wait()
-        self._errors.seek(0)
-        lines = [line.strip() for line in self._errors.read().splitlines() if line.strip()]
-        return f"{lines[-1] if lines else 'it said nothing'} (exit code {code})"
-
-    def _end(self) -> None:
-        for stream in (self._process.stdin, self._process.stdout):
-            if stream is not None:
-                with suppress(BrokenPipeError):  # what is left to send to a process that has ended
-                    stream.close()
-        try:
-            self._process.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._errors.close()
-
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is not None:
-            self._process.kill()
-        self._end()
+        self._stack.__exit__(kind, error, trace)

@@ -1,24 +1,21 @@
-"""One side of a benchmark in a process of its own: `python -m dydit.bench.bench_worker`, spoken to by `bench`.
+"""One task of a benchmark in a process of its own: `python -m dydit.bench.bench_worker`, spoken to by `bench`.
 
-Lines of JSON on standard input and output. First comes the job; the worker loads and answers. Then each command is a
-word, answered by a line: `check` (an array: its shape, and its float32 values in base64), `round`, `memory` (bytes),
-`decided`. It ends when its input ends. A `DyditError` is answered as {"error": message}, an `UnavailableError` as
-{"unavailable": message}. Whatever else writes to standard output goes to standard error.
+The first line is the job; the worker loads what it describes. Then each line is a word: `check` (an array: its shape,
+and its float32 values in base64), `round`, `memory` (bytes), `decided`. How lines are answered:
+`dydit.child_process.serve`.
 
-A script of a user's own is a side too: `sys.exit(serve(Mine))`, where `Mine` is a `Measured`.
+A script of a user's own can be timed too: `sys.exit(serve(Mine))`, where `Mine` is a `Measured`.
 """
 
 from __future__ import annotations
 
 import base64
-import json
-import os
 import sys
 from collections.abc import Callable
-from typing import TextIO
+from typing import Any
 
+from dydit import child_process
 from dydit.bench.timing import Job, Measured, open_side, peak_bytes, settled_bytes
-from dydit.errors import DyditError, UnavailableError, one_line
 
 
 def main() -> int:
@@ -27,28 +24,19 @@ def main() -> int:
 
 
 def serve(open_side: Callable[[Job], Measured]) -> int:
-    """Serve one job with the side that `open_side` makes of it; returns the exit code."""
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    try:
-        return _serve(answers, open_side)
-    except UnavailableError as error:
-        _answer(answers, {"unavailable": one_line(error)})
-        return 2
-    except DyditError as error:
-        _answer(answers, {"error": one_line(error)})
-        return 2
+    """Serve one job with what `open_side` makes of it; returns the exit code."""
+    sides: list[Measured] = []
+
+    def answer(line: str) -> dict[str, Any]:
+        if sides:
+            return _command(sides[0], line)
+        sides.append(open_side(Job.model_validate_json(line)))
+        return sides[0].load().model_dump(mode="json")
+
+    return child_process.serve(answer)
 
 
-def _serve(answers: TextIO, open_side: Callable[[Job], Measured]) -> int:
-    side = open_side(Job.model_validate_json(sys.stdin.readline()))
-    _answer(answers, side.load().model_dump(mode="json"))
-    for line in sys.stdin:
-        _answer(answers, _command(side, line.strip()))
-    return 0
-
-
-def _command(side: Measured, command: str) -> dict[str, object]:
+def _command(side: Measured, command: str) -> dict[str, Any]:
     if command == "check":
         array = side.check()
         return {"shape": array.shape, "values": base64.b64encode(array.astype("<f4").tobytes()).decode()}
@@ -59,11 +47,6 @@ def _command(side: Measured, command: str) -> dict[str, object]:
     if command == "decided":
         return side.decided().model_dump(mode="json")
     raise ValueError(f"unknown command {command!r}")
-
-
-def _answer(answers: TextIO, value: dict[str, object]) -> None:
-    answers.write(json.dumps(value, allow_nan=False) + "\n")
-    answers.flush()
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ import importlib
 import resource
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,11 +21,10 @@ from dydit.engines.network import Messages, Network, Parsed, parse_graph, read_n
 from dydit.engines.profiles import Extent, Profile, shape_profile
 from dydit.errors import BackendError, one_line
 from dydit.files import write_atomic
-from dydit.models.config import ModelConfig
+from dydit.models.config import ModelConfig, Strict
 
 
-@dataclass(frozen=True)
-class Job:
+class Job(Strict):
     """One engine to build, for a graph of a bundle of `model`.
 
     `inputs`: the graph's inputs as described; None for a graph whose own declaration is all that there is, such as a
@@ -45,8 +43,7 @@ class Job:
     inspect: bool = True
 
 
-@dataclass(frozen=True)
-class Built:
+class Built(Strict):
     """What became of a job.
 
     `peak_memory`: bytes, of the process since it started. `activation_bytes`: device memory that the engine works in
@@ -89,9 +86,16 @@ def build_engine(job: Job) -> Built:
     finally:
         _log(job.log, f"{job.engine.name} from {job.graph.name}: {outcome}", messages)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    warnings = sum(messages.warnings.values())
-    size, modified, layers = status.st_size, status.st_mtime_ns, len(network.layers)
-    return Built(digest, size, modified, seconds, peak, layers, warnings, messages.activation_bytes)
+    return Built(
+        sha256=digest,
+        bytes=status.st_size,
+        modified_ns=status.st_mtime_ns,
+        seconds=seconds,
+        peak_memory=peak,
+        layers=len(network.layers),
+        warnings=sum(messages.warnings.values()),
+        activation_bytes=messages.activation_bytes,
+    )
 
 
 def _plan(trt: Any, parsed: Parsed, job: Job, profile: Profile, messages: Messages) -> Any:

@@ -240,15 +240,26 @@ def _build(
         name = f"{graph.stem}.engine"
         engine = store.folder / (f"{graph.stem}-{fingerprint[:8]}.engine" if name in taken else name)
         todo[engine.name] = group
-        settings = (request, store.bundle.manifest.model, first.inputs, first.ranges)
-        work.append(Job(graph, engine, *settings, store.build_log, timing_cache, inspect))
+        work.append(
+            Job(
+                graph=graph,
+                engine=engine,
+                request=request,
+                model=store.bundle.manifest.model,
+                inputs=first.inputs,
+                ranges=first.ranges,
+                log=store.build_log,
+                timing_cache=timing_cache,
+                inspect=inspect,
+            )
+        )
     new: list[Built] = []
 
     def done(job: Job, built: Built) -> None:
         new.append(built)
         for each in todo[job.engine.name]:
             entries[each.graph] = EngineEntry(
-                file=job.engine.name, key=each.key, fingerprint=each.key.fingerprint(request), **asdict(built)
+                file=job.engine.name, key=each.key, fingerprint=each.key.fingerprint(request), **built.model_dump()
             )
         store.write(request, entries)
         if progress:

@@ -7,9 +7,6 @@ least squares (`dydit.planning.profile_fit`).
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 import sys
 import tempfile
 from itertools import groupby
@@ -19,7 +16,8 @@ from pydantic import Field
 
 from dydit.bundle.measurements import Measured
 from dydit.checkpoints.checkpoint import Checkpoint
-from dydit.errors import BackendError, ConfigError
+from dydit.child_process import ChildProcess
+from dydit.errors import ConfigError
 from dydit.export.exporter import ExportConfig
 from dydit.models.config import Strict
 from dydit.planning.profile_fit import fit_residency, fit_times
@@ -75,33 +73,15 @@ def run_profile(
             timed=tuple(index for index, point in enumerate(points) if times and point.timed),
             **config.model_dump(include={"backend", "batch", "rounds", "seconds"}),
         )
-        found = _ask(job)
+        with ChildProcess(WORKER, "measures", threads) as process:
+            findings = Findings.model_validate(process.ask(job.model_dump_json()))
     settings = {"backend": config.backend, "rows": 2 * config.batch}
     residency, fitted = None, None
     if memory:
-        residency = fit_residency(points, model, export.precision, found.settled, found.workspace, settings)
+        residency = fit_residency(points, model, export.precision, findings.settled, findings.workspace, settings)
     if times:
         timed = [point for point in points if point.timed]
         fitted = fit_times(
-            timed, [group.name for group in groups], found.ms, {**settings, "threads": threads, "token_share": share}
+            timed, [group.name for group in groups], findings.ms, {**settings, "threads": threads, "token_share": share}
         )
     return Measured(times=fitted, residency=residency)
-
-
-def _ask(job: ProfileJob) -> Findings:
-    done = subprocess.run(
-        WORKER,
-        input=job.model_dump_json(),
-        capture_output=True,
-        text=True,
-        check=False,
-        env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "OMP_NUM_THREADS": str(job.threads)},
-    )
-    try:
-        values = json.loads(done.stdout)
-    except ValueError as error:
-        words = done.stderr.strip().splitlines() or ["it said nothing"]
-        raise BackendError(f"the process that measures ended: {words[-1]} (exit code {done.returncode})") from error
-    if "error" in values:
-        raise BackendError(values["error"])
-    return Findings.model_validate(values)

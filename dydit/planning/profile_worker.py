@@ -1,14 +1,11 @@
 """The process that a profile measures in: `python -m dydit.planning.profile_worker`. No PyTorch.
 
-One job in JSON on standard input, one `Findings`, or {"error": message}, on standard output; whatever else is written
-goes to standard error. The process is fresh, so that its memory is that of what it loads.
+It answers one `ProfileJob` with one `Findings`. The process is fresh, so that its memory is that of what it loads.
 """
 
 from __future__ import annotations
 
 import ctypes
-import json
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -19,8 +16,9 @@ from pydantic import Field
 
 from dydit.bench.timing import peak_bytes, settled_bytes
 from dydit.bundle.bundle import Bundle
+from dydit.child_process import serve
 from dydit.diffusion.noise import INITIAL_DRAW, image_noise
-from dydit.errors import BackendError, DyditError, one_line
+from dydit.errors import BackendError
 from dydit.models.config import Strict
 from dydit.runtime.backends.base import Arrays, BackendOptions, Subnet
 from dydit.runtime.backends.registry import open_backend
@@ -162,18 +160,7 @@ def _timed(step: Step) -> float:
 
 def main() -> int:
     """Serve one job."""
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    try:
-        found = profile(ProfileJob.model_validate_json(sys.stdin.read()))
-    except DyditError as error:
-        answers.write(json.dumps({"error": one_line(error)}))
-        return 2
-    finally:
-        answers.flush()
-    answers.write(found.model_dump_json())
-    answers.close()
-    return 0
+    return serve(lambda line: profile(ProfileJob.model_validate_json(line)).model_dump(mode="json"))
 
 
 if __name__ == "__main__":

@@ -119,10 +119,8 @@ def test_multiply_adds_are_those_that_the_bundle_computes(kind, make_bundle, sma
     again, expected = kind == "overflowing", []
     for k, step in enumerate((0, 5, 11)):
         segment = next(each for each in manifest.plan.segments if step in each.steps)
-        heads, groups = (
-            bundle.masks[segment.first : segment.first + segment.count, :, part].any(axis=0).sum(axis=-1)
-            for part in (0, 1)
-        )
+        union = bundle.masks[segment.first : segment.first + segment.count].any(axis=0)
+        heads, groups = small_config.units.counts(union).reshape(small_config.depth, 2).T
         if manifest.routing is Routing.DYNAMIC:
             if kind == "merged":
                 expected.append(None)  # needs the share of each block

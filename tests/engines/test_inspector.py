@@ -159,7 +159,16 @@ def test_an_engine_whose_kernels_are_wrong_is_refused_and_not_kept(
     request = make_request(bundle.manifest, Flavour.TENSORRT_RTX, rtx.__version__, None)
     ranges = symbol_ranges(bundle.manifest, request.opt_batch, request.max_batch)
     graph, engine, log = bundle.path / "conditioning.onnx", tmp_path / "x.engine", tmp_path / "build.log"
-    job = Job(graph, engine, request, bundle.manifest.model, conditioning_inputs(), ranges, log, inspect=inspect)
+    job = Job(
+        graph=graph,
+        engine=engine,
+        request=request,
+        model=bundle.manifest.model,
+        inputs=conditioning_inputs(),
+        ranges=ranges,
+        log=log,
+        inspect=inspect,
+    )
     if not inspect:
         assert build_engine(job).bytes == engine.stat().st_size
         return

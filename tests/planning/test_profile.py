@@ -176,8 +176,8 @@ def test_every_point_is_measured_in_some_rounds(digits, monkeypatch):
     is for the fit to say, which refuses them where they do not."""
     seen = {}
 
-    def fit(points, ms, settings):
-        seen.update(points=points, ms=ms, settings=settings)
+    def fit(points, groups, ms, settings):
+        seen.update(points=points, groups=groups, ms=ms, settings=settings)
         return GIVEN.times
 
     def fit_memory(points, model, precision, settled, workspace, settings):
@@ -189,6 +189,7 @@ def test_every_point_is_measured_in_some_rounds(digits, monkeypatch):
     memory = settled_bytes() is not None
     found = run_profile(digits, ExportConfig(), ProfileConfig(threads=1, seconds=0.1), memory=memory)
     assert found.times == GIVEN.times and seen["settings"]["threads"] == 1
+    assert seen["groups"] == ["heads", "groups"]
     points = profile_points([digits.config.num_heads] * 2)
     assert len(seen["ms"]) == len(seen["points"]) == sum(point.timed for point in points)
     assert all(5 <= len(rounds) <= 41 and min(rounds) > 0 for rounds in seen["ms"])
