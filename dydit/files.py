@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO
 
 from dydit.errors import OutputError
-from dydit.locks import only_process
+from dydit.locks import FileLock
 
 _CHUNK = 1 << 22
 _LONG_NAME = 200
@@ -166,7 +166,7 @@ def claimed(path: Path) -> Iterator[None]:
     whoever finishes first wins.
     """
     busy = f"another process is writing {path}; wait for it, or choose another output"
-    with only_process(_beside(path, "lock"), busy) as is_held:
+    with FileLock(_beside(path, "lock"), temporary=True).require(busy) as is_held:
         if is_held:
             _remove_parts(path)
         yield

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -19,8 +18,9 @@ from dydit.engines.builder import Built, Job
 from dydit.engines.fingerprint import EngineKey, EngineRequest, stale_key_reasons, stale_reasons
 from dydit.engines.profiles import Extent, shape_profile, symbol_ranges, width_ranges
 from dydit.engines.store import EngineEntry, EngineStore, stores, weights_of
-from dydit.errors import BundleError, ConfigError, OutputError
+from dydit.errors import BundleError, ConfigError
 from dydit.files import explained, sha256_of
+from dydit.locks import FileLock
 
 DECODED_AT_ONCE = 4
 """Most images that the VAE decoder's engine takes: its activations are large."""
@@ -178,11 +178,8 @@ def _wanted(bundle: Bundle, request: EngineRequest) -> list[_Wanted]:
 @contextlib.contextmanager
 def _only_one(store: EngineStore) -> Iterator[None]:
     """Hold the folder's lock, which goes with the process; clear away what killed builds left."""
-    with explained(store.folder), open(store.folder / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise OutputError(f"another build is at work in {store.folder}; wait for it, then run again") from error
+    busy = f"another build is at work in {store.folder}; wait for it, then run again"
+    with explained(store.folder), FileLock(store.folder / ".lock").require(busy):
         for part in store.folder.glob(".*.part"):
             part.unlink()
         yield

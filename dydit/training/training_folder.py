@@ -13,7 +13,7 @@ from typing import Any
 
 from dydit.errors import CheckpointError, ConfigError, OutputError
 from dydit.files import explained, sha256_of
-from dydit.locks import only_process
+from dydit.locks import FileLock
 from dydit.training.recipe import Recipe
 from dydit.training.state import MODEL, RECIPE, SUMMARY
 
@@ -32,7 +32,7 @@ def held_folder(out: Path) -> Iterator[None]:
         with contextlib.ExitStack() as held:
             with explained(out):
                 out.mkdir(parents=True, exist_ok=True)
-                held.enter_context(only_process(out / LOCK, busy))
+                held.enter_context(FileLock(out / LOCK, temporary=True).require(busy))
             yield
     finally:
         for folder in missing:  # the innermost first; one that holds something stays, and so do those above it

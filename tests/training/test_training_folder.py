@@ -13,7 +13,7 @@ import pytest
 
 from dydit.errors import CheckpointError, ConfigError, OutputError
 from dydit.files import write_json
-from dydit.locks import only_process
+from dydit.locks import FileLock
 from dydit.models.config import ModelConfig
 from dydit.training.recipe import Recipe
 from dydit.training.training_folder import check_folder, finished_summary, held_folder, identity
@@ -113,8 +113,8 @@ def test_folders_that_were_made_go_where_nothing_is_put_in(tmp_path: Path) -> No
 HOLD = """
 import sys, time
 from pathlib import Path
-from dydit.locks import only_process
-with only_process(Path(sys.argv[1]), "busy"):
+from dydit.locks import FileLock
+with FileLock(Path(sys.argv[1]), temporary=True).require("busy"):
     print("held", flush=True)
     time.sleep(3600)
 """
@@ -127,12 +127,12 @@ def test_a_lock_goes_with_its_process(tmp_path: Path) -> None:
         [sys.executable, "-c", HOLD, str(lock)], stdout=subprocess.PIPE, text=True, env=environment
     )
     assert other.stdout is not None and other.stdout.readline() == "held\n"
-    with pytest.raises(OutputError, match="they are busy"), only_process(lock, "they are busy"):
+    with pytest.raises(OutputError, match="they are busy"), FileLock(lock).require("they are busy"):
         pytest.fail("two hold it")
     with pytest.raises(OutputError, match="another process is training in"), held_folder(tmp_path):
         pytest.fail("two hold it")
     other.send_signal(signal.SIGKILL)
     other.communicate()
-    with only_process(lock, "busy"):
+    with FileLock(lock, temporary=True).require("busy"):
         assert lock.is_file()
     assert not lock.exists()

@@ -17,8 +17,6 @@ with the process that holds them. Machines need a file system that they share, l
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import io
 import json
 import os
@@ -32,6 +30,7 @@ import numpy as np
 
 from dydit.errors import OutputError
 from dydit.files import explained, parents, write_atomic, write_json
+from dydit.locks import FileLock
 from dydit.runtime.bulk.workers import Worker
 from dydit.runtime.images.image_files import kept_arrays
 from dydit.runtime.request import Batch
@@ -97,7 +96,7 @@ class RunFolder:
         with explained(self.out), contextlib.ExitStack() as held:
             try:
                 self.work.mkdir(exist_ok=True)
-                free = held.enter_context(_lock(self.work / "finish.lock"))
+                free = held.enter_context(FileLock(self.work / "finish.lock").attempt())
             except FileNotFoundError:  # another process repaired it in this moment
                 free = False
             yield free
@@ -106,20 +105,20 @@ class RunFolder:
         if self._finished:
             return
         self.work.mkdir(parents=True, exist_ok=True)
-        with _lock(self.work / "lock", wait=True):
+        with FileLock(self.work / "lock").attempt(wait=True):
             if self._finished:
                 return
             for file in sorted(self.work.glob("worker-*.lock")):
                 other = Worker(*map(int, re.findall(r"\d+", file.name)))
                 if other.count != worker.count:
-                    with _lock(file) as free:
+                    with FileLock(file).attempt() as free:
                         if not free:
                             raise OutputError(
                                 f"worker {other} is sampling into {self.out} and this is worker {worker}; wait until "
                                 "it ends, or give all the same number of workers"
                             )
             file = self.work / f"worker-{worker.number}-of-{worker.count}.lock"
-            if not held.enter_context(_lock(file)):
+            if not held.enter_context(FileLock(file).attempt()):
                 raise OutputError(
                     f"another process is sampling into {self.out}; wait for it"
                     if worker.count == 1
@@ -137,7 +136,7 @@ class RunFolder:
         """
         with contextlib.ExitStack() as held:
             try:
-                free = held.enter_context(_lock(self.work / "finish.lock"))
+                free = held.enter_context(FileLock(self.work / "finish.lock").attempt())
             except FileNotFoundError:  # another worker finished the run
                 free = False
             yield free and not self._finished
@@ -250,25 +249,6 @@ class ShareStore:
     def save(self, batch: int, segments: int, latents: np.ndarray, repeated: int) -> None:
         """Keep the latents after `segments` segments; the last of them repeated `repeated` steps."""
         self._store.save(self._share[batch], segments, latents, repeated)
-
-
-@contextlib.contextmanager
-def _lock(path: Path, wait: bool = False) -> Iterator[bool]:
-    """Hold a file's lock; False where another process does, unless it is to be waited for."""
-    with open(path, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            free = True
-        except BlockingIOError:
-            free = False
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-                raise
-            raise OutputError(
-                f"the file system of {path} has no locks ({error.strerror}), without which processes could not share "
-                "it; choose a folder elsewhere"
-            ) from error
-        yield free
 
 
 def _read_json(file: Path) -> dict[str, Any] | None:
