@@ -15,8 +15,8 @@ from urllib.parse import unquote, urlsplit
 from dydit.errors import BackendError
 
 EXTRAS = {
-    **dict.fromkeys(("torch", "onnx", "onnx_ir", "safetensors"), "export"),
-    **dict.fromkeys(("accelerate", "scipy", "sklearn"), "train"),
+    **dict.fromkeys(("torch", "onnx", "onnx_ir", "safetensors", "scipy"), "export"),
+    **dict.fromkeys(("accelerate", "sklearn"), "train"),
     **dict.fromkeys(("jinja2", "matplotlib"), "report"),
     **dict.fromkeys(("diffusers", "onnxscript"), "vae"),
     "onnxruntime": "cpu",
@@ -26,6 +26,8 @@ CHECKPOINTS = ("torch", "safetensors")
 """What reading and writing checkpoints needs."""
 GRAPHS = ("onnx", "onnx_ir")
 """What writing graphs needs."""
+FITS = ("scipy",)
+"""What fitting measured costs needs."""
 REPORTS = ("jinja2", "matplotlib")
 """What pictures and HTML reports need."""
 VAES = ("diffusers", "onnxscript")

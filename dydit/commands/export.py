@@ -31,7 +31,7 @@ from dydit.commands.suggestions import after_export, reading_words
 from dydit.commands.vae_options import space_lines, space_option, vae_options
 from dydit.diffusion.schedule import Sampler
 from dydit.errors import BackendError
-from dydit.extras import CHECKPOINTS, GRAPHS, VAES, require
+from dydit.extras import CHECKPOINTS, FITS, GRAPHS, VAES, require
 from dydit.words import counted
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ def export_command(
             "--calibration does not go with --cost measured: a calibration holds for one plan, and measured plans vary"
         )
     needed = [*CHECKPOINTS, *GRAPHS, *(VAES if settings["vae"] else ())]
-    require("dydit export", [*needed, *(["onnxruntime"] if cost == Cost.MEASURED else [])])
+    require("dydit export", [*needed, *(["onnxruntime", *FITS] if cost == Cost.MEASURED else [])])
     from dydit.checkpoints.checkpoint import load_checkpoint
     from dydit.export.capacities import keeps_every_token
     from dydit.export.exporter import ExportConfig, export

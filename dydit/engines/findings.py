@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from dydit.bundle.stored_weights import Precision, half_name, stored_type
+from dydit.dtypes import FLOATS
 from dydit.engines.network import Layer, Network
 from dydit.errors import BackendError
 from dydit.models.config import ModelConfig
@@ -24,7 +25,6 @@ _HEAVY = PRODUCTS | ATTENTION
 # These hand values on as they are; a cast on their far side is still at the edge of what comes next.
 _MOVING = frozenset({"shuffle", "slice", "gather", "concatenation", "unsqueeze", "squeeze", "identity", "select"})
 _MADE_UP = frozenset({"constant", "fill"})
-_FLOATS = frozenset({"float16", "bfloat16", "float32", "float64"})
 _SHOWN = 3
 
 
@@ -87,7 +87,7 @@ class _Check:
         )
 
     def layer(self, layer: Layer) -> Iterator[Finding]:
-        types = {self.network.dtypes[name] for name in layer.inputs} & _FLOATS
+        types = {self.network.dtypes[name] for name in layer.inputs} & FLOATS
         if strange := types - {"float32", self.low}:
             yield Finding(str(layer), Kind.CAST, f"works in {strange.pop()}, which {self.low} graphs do not use")
         elif layer.kind in PRODUCTS:
@@ -141,7 +141,7 @@ class _Check:
         names = []
         for name in self._back(operand, lambda layer: layer.kind in _MOVING or layer.kind == "cast"):
             producer = self.network.producers.get(name)
-            if self.network.dtypes[name] not in _FLOATS:
+            if self.network.dtypes[name] not in FLOATS:
                 continue
             if producer is None and name in inputs and "." in name:
                 names.append(name)  # a weight that is an input of the graph
@@ -154,7 +154,7 @@ class _Check:
     def _cast(self, layer: Layer) -> Iterator[Finding]:
         (source, *_), (made, *_) = layer.inputs, layer.outputs
         before, after = self.network.dtypes[source], self.network.dtypes[made]
-        if before not in _FLOATS or after not in _FLOATS or before == after or self._is_made_up(source):
+        if before not in FLOATS or after not in FLOATS or before == after or self._is_made_up(source):
             return
         if after not in ("float32", self.low):
             yield Finding(str(layer), Kind.CAST, f"casts {before} to {after}, which {self.low} graphs do not use")
@@ -212,7 +212,7 @@ class _Check:
         """Whether a value comes from constants alone: a cast of it happens once, when the engine is built."""
         passed = _MOVING | {"cast"}
         reached = self._back(name, lambda layer: layer.kind in passed)
-        producers = [self.network.producers.get(each) for each in reached if self.network.dtypes[each] in _FLOATS]
+        producers = [self.network.producers.get(each) for each in reached if self.network.dtypes[each] in FLOATS]
         return all(each is not None and each.kind in _MADE_UP | passed for each in producers)
 
     def _back(self, name: str, onward: Callable[[Layer], bool]) -> list[str]:

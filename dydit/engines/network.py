@@ -14,12 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from dydit.bundle.io_spec import TensorSpec
+from dydit.dtypes import DTYPES
 from dydit.errors import BackendError
 
-_DTYPES = {
-    **{"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "DOUBLE": "float64"},
-    **{"INT64": "int64", "INT32": "int32", "BOOL": "bool", "INT8": "int8", "FP8": "float8_e4m3fn"},
-}
+_DTYPES = {dtype.tensorrt: name for name, dtype in DTYPES.items()}
 _FUNCTION = re.compile(r"\((\w+)\)\]\s*$")
 _ACTIVATION_WORDS = "Total Activation Memory: "
 _ACTIVATION = re.compile(_ACTIVATION_WORDS + r"(\d+) bytes")

@@ -19,6 +19,7 @@ from dydit.checkpoints.checkpoint import Checkpoint
 from dydit.child_process import ChildProcess
 from dydit.errors import ConfigError
 from dydit.export.exporter import ExportConfig
+from dydit.extras import FITS, require
 from dydit.models.config import Strict
 from dydit.planning.profile_fit import fit_residency, fit_times
 from dydit.planning.profile_points import profile_points, token_share, write_profile_bundle
@@ -49,8 +50,10 @@ def run_profile(
     """Measure what `export` would make of a checkpoint: `times` of a step, `memory` of loaded subnetworks.
 
     Raises `ConfigError` for a batch beyond the export's, for a model of one head, and for times from which no cost of a
-    head or a group can be told; `BackendError` where the backend cannot run such bundles, or memory cannot be measured.
+    head or a group can be told; `BackendError` where SciPy is missing, the backend cannot run such bundles, or memory
+    cannot be measured.
     """
+    require("measuring costs", FITS)
     model = checkpoint.config
     if config.batch > export.max_batch:
         raise ConfigError(f"a batch of {config.batch} to measure with: the export is for {export.max_batch} at most")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import combinations, groupby
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -23,23 +23,15 @@ RESIDENCY_TERMS = ("subnet", "block", "mapped", "joined", "shared")
 
 
 def non_negative(columns: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """The least squares solution, no coefficient below 0: the best of all choices of those that are 0.
+    """The least-squares solution of `columns @ terms = values` among those without a negative term.
 
-    `columns` [points, terms] with few terms, `values` [points]; returns [terms].
+    `columns` [points, terms], `values` [points]; returns [terms]. Columns may differ by many orders of magnitude.
     """
-    terms = columns.shape[1]
-    best, least = np.zeros(terms), float(values @ values)
+    from scipy.optimize import nnls
+
     scale = np.maximum(np.abs(columns).max(axis=0), 1e-300)
-    for count in range(1, terms + 1):
-        for kept in map(list, combinations(range(terms), count)):
-            found, _, rank, _ = np.linalg.lstsq(columns[:, kept] / scale[kept], values, rcond=None)
-            if rank < count or (found < 0).any():
-                continue
-            rest = values - columns[:, kept] @ (found / scale[kept])
-            if rest @ rest < least * (1 - 1e-9):
-                best, least = np.zeros(terms), float(rest @ rest)
-                best[kept] = found / scale[kept]
-    return best
+    terms, _ = nnls(columns / scale, values)
+    return np.asarray(terms / scale)
 
 
 def fit_times(

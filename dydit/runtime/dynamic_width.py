@@ -23,7 +23,7 @@ import numpy as np
 
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.manifest import SubnetEntry
-from dydit.bundle.stored_weights import STORAGE
+from dydit.dtypes import DTYPES
 from dydit.models.architecture import Part, Slots, UnitAxis
 
 T = TypeVar("T")
@@ -133,6 +133,6 @@ class SlidingWeights:
         mapped = {}
         for name in (part.stored(tensor) for part in self._axis.parts for tensor in part.group.unit_tensors):
             entry = entries[name]
-            flat = np.asarray(raw[entry.offset : entry.offset + entry.nbytes]).view(STORAGE[entry.dtype])
+            flat = np.asarray(raw[entry.offset : entry.offset + entry.nbytes]).view(DTYPES[entry.dtype].storage)
             mapped[name] = flat.reshape(entry.shape)
         self._units, self._arrangement = mapped, Arrangement(self._axis)

@@ -24,11 +24,11 @@ import numpy as np
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.io_spec import unit_inputs
 from dydit.bundle.manifest import Routing
+from dydit.dtypes import DTYPES
 from dydit.errors import BackendError, one_line
 from dydit.runtime.backends.base import BackendOptions
 from dydit.runtime.backends.onnxruntime import OnnxRuntimeBackend
-from dydit.runtime.backends.session import CUDA_OPTIONS, PROVIDERS, base_options, error_types, runtime
-from dydit.runtime.backends.sessions import open_session
+from dydit.runtime.backends.session import base_options, error_types, open_session, require_provider, runtime
 from dydit.runtime.device.cuda import CudaMemory, pycuda_driver
 from dydit.runtime.device.execute import Executor, Tensor
 from dydit.runtime.device.launches import EngineMemory
@@ -39,9 +39,6 @@ from dydit.runtime.device.whole_runs import DeviceSampler, close_whatever_state
 from dydit.runtime.loop import LatentStore, Progress, RunStats, default_residency
 from dydit.runtime.noise_source import NoiseSource
 from dydit.runtime.request import Batch
-
-_BFLOAT16 = 16
-"""ONNX's number for the type that NumPy lacks."""
 
 
 class HostMemory:
@@ -110,27 +107,22 @@ class _BoundEngine:
     def __init__(self, file: Path, device: str, options: BackendOptions, stream: int, graphs: bool):
         ort = runtime()
         self._ort, self._device, self._errors = ort, device, error_types(ort)
-        settings = base_options(ort, options)
         self._graphs = graphs and device == "cuda"
         try:
-            self._session = self._open(file, settings, stream)
-        except self._errors as error:
+            self._session = self._open(file, options, stream)
+        except BackendError as error:
             if not self._graphs:
-                raise BackendError(f"onnxruntime {ort.__version__} cannot load {file}: {one_line(error)}") from error
+                raise
             warnings.warn(f"{file.name} runs without CUDA graphs: {one_line(error)}", stacklevel=2)
             self._graphs = False
-            self._session = self._open(file, settings, stream)
-        if PROVIDERS[device] not in self._session.get_providers():
-            raise BackendError(
-                f"onnxruntime {ort.__version__} could not start its {PROVIDERS[device]} (driver, CUDA or cuDNN "
-                "missing?); pip install 'dydit[gpu]', or use device='cpu' (--device cpu)"
-            )
+            self._session = self._open(file, options, stream)
+        require_provider(ort, self._session, device)
         self._captured: dict[tuple[Tensor, ...], int] = {}  # by shapes and addresses
 
-    def _open(self, file: Path, settings: Any, stream: int) -> Any:
+    def _open(self, file: Path, options: BackendOptions, stream: int) -> Any:
         values = {"user_compute_stream": str(stream), "enable_cuda_graph": str(int(self._graphs))}
-        options = {**CUDA_OPTIONS, **values} if self._device == "cuda" else {}
-        session, self._weights = open_session(self._ort, file, settings, [(PROVIDERS[self._device], options)])
+        settings = base_options(self._ort, options)
+        session, self._weights = open_session(self._ort, file, self._device, settings, values)
         return session
 
     def launch(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor], what: str) -> None:
@@ -138,7 +130,7 @@ class _BoundEngine:
         binding = self._session.io_binding()
         for bind, tensors in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
             for each in tensors:
-                dtype = _BFLOAT16 if each.dtype == "bfloat16" else np.dtype(each.dtype)
+                dtype = DTYPES[each.dtype].onnx if each.dtype == "bfloat16" else np.dtype(each.dtype)
                 bind(each.name, self._device, 0, dtype, list(each.shape), each.address)
         options = self._ort.RunOptions()
         options.add_run_config_entry("disable_synchronize_execution_providers", "1")

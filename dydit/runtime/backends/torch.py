@@ -14,8 +14,6 @@ from dydit.errors import BackendError
 from dydit.models.dit.sliced import SlicedDiT, conditioning
 from dydit.runtime.backends.base import Arrays, Backend, BackendOptions, StepResult, Subnet
 
-_TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
 
 class TorchSubnet(Subnet):
     """A subnetwork as sliced matrices; consecutive slots are views of the shared weights."""
@@ -112,5 +110,5 @@ def mapped_weights(bundle: Bundle, device: torch.device) -> dict[str, Tensor]:
     weights = {}
     for name, entry in bundle.manifest.weights.items():
         flat = torch.from_numpy(raw[entry.offset : entry.offset + entry.nbytes])
-        weights[name] = flat.view(_TYPES[entry.dtype]).view(entry.shape).to(device)
+        weights[name] = flat.view(getattr(torch, entry.dtype)).view(entry.shape).to(device)
     return weights

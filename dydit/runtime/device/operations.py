@@ -10,9 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import numpy as np
-
-from dydit.bundle.stored_weights import STORAGE
+from dydit.dtypes import DTYPES
 
 COMPUTE, COPY = "compute", "copy"
 ALIGNMENT = 256  # bytes; what TensorRT asks of device memory
@@ -78,7 +76,7 @@ class Binding:
     @property
     def nbytes(self) -> int:
         """Bytes of the array."""
-        return np.dtype(STORAGE.get(self.dtype, self.dtype)).itemsize * math.prod(self.shape)
+        return DTYPES[self.dtype].bytes * math.prod(self.shape)
 
 
 @dataclass(frozen=True)
