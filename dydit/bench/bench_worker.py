@@ -1,10 +1,9 @@
-"""One task of a benchmark in a process of its own: `python -m dydit.bench.bench_worker`, spoken to by `bench`.
+"""One contender of a benchmark in a process of its own: `python -m dydit.bench.bench_worker`, started by `bench`.
 
-The first line is the job; the worker loads what it describes. Then each line is a word: `check` (an array: its shape,
-and its float32 values in base64), `round`, `memory` (bytes), `decided`. How lines are answered:
-`dydit.child_process.serve`.
+The first line is the job; the worker loads the contender. Then each line is a word: `check` (an array: its shape, and
+its float32 values in base64), `round`, `memory` (bytes), `decided`. `dydit.child_process.serve` answers each.
 
-A script of a user's own can be timed too: `sys.exit(serve(Mine))`, where `Mine` is a `Measured`.
+A user's own script can be a contender, too: `sys.exit(serve(Mine))`, where `Mine` is a subclass of `Measured`.
 """
 
 from __future__ import annotations
@@ -19,12 +18,12 @@ from dydit.bench.timing import Job, Measured, open_side, peak_bytes, settled_byt
 
 
 def main() -> int:
-    """Serve one job for any kind of side but a script."""
+    """Serve one job for a bundle or a checkpoint."""
     return serve(open_side)
 
 
 def serve(open_side: Callable[[Job], Measured]) -> int:
-    """Serve one job with what `open_side` makes of it; returns the exit code."""
+    """Serve one job with the contender that `open_side` opens for it; returns the exit code."""
     sides: list[Measured] = []
 
     def answer(line: str) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""What the profile runs: small models with the shapes of the one that is exported, at chosen widths.
+"""The small models that a profile runs: they have the shapes of the exported model, at chosen widths.
 
-They have one block and three, so that what a block costs parts from what a step costs; random weights, as time does not
-depend on them; and token routers that let exactly the wanted share of tokens through, whatever the widths.
+They have one block or three, so that the cost of a block can be told from that of a step. Their weights are random,
+because time does not depend on them. Their token routers select exactly the given share of tokens, whatever the widths.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from dydit.planning.plan import Plan
 
 SHALLOW, DEEP = 1, 3
 RUN_STEPS, SHARE_STEPS = 250, 4
-_FAR, _LIMIT = 8.0, 4.0  # what routed and other tokens have in channel 0, up and down, and the router's threshold
+_FAR, _LIMIT = 8.0, 4.0  # channel 0 of routed tokens (and its negative for others), and the router's threshold
 
 
 @dataclass(frozen=True)
 class Point:
-    """A subnetwork all of whose blocks hold as many units of each unit group, gated or not.
+    """A subnetwork whose blocks all have the same number of units, gated or not.
 
-    `counts`: units of each group. `holes`: they do not stand side by side, as far as so many can be spread among all.
+    `counts`: units of each unit group. `holes`: units are spread over all slots instead of standing side by side.
     """
 
     depth: int
@@ -47,19 +47,19 @@ class Point:
 
     @property
     def timed(self) -> bool:
-        """Whether its time counts: neither gates nor holes change it by more than noise."""
+        """Whether it is timed: gates and holes change the time by no more than noise."""
         return not (self.gated or self.holes)
 
     def masks(self, model: ModelConfig) -> np.ndarray:
-        """The steps that share it, bool [1 or 2, U] of `of_depth`: two where it is gated, which differ in a unit."""
+        """The masks of the steps that share it, bool [1 or 2, U] of `of_depth`: two if gated, differing in a unit."""
         axis = of_depth(model, self.depth).units
         masks = np.zeros((1 + self.gated, axis.size), bool)
         for part in axis.parts:
             count, units = self.counts[part.index], part.group.count
-            places = np.linspace(0, units - 1, count).astype(int) if self.holes else np.arange(count)
-            masks[:, part.start + places] = True
+            on = np.linspace(0, units - 1, count).astype(int) if self.holes else np.arange(count)
+            masks[:, part.start + on] = True
             if self.gated:
-                masks[1, part.start + places[-1]] = False
+                masks[1, part.start + on[-1]] = False
         return masks
 
 
@@ -69,7 +69,7 @@ def of_depth(model: ModelConfig, depth: int) -> ModelConfig:
 
 
 def profile_points(units: Sequence[int]) -> list[Point]:
-    """The points for blocks of so many `units` in each group, at least 2."""
+    """The points for blocks of `units` units in each unit group, at least 2."""
     full = tuple(units)
     none, one = (0,) * len(full), (1,) * len(full)
     half = tuple((count + 1) // 2 for count in full)
@@ -90,7 +90,7 @@ def profile_points(units: Sequence[int]) -> list[Point]:
 def write_profile_bundle(
     folder: Path, points: list[Point], model: ModelConfig, config: ExportConfig, token_share: float
 ) -> Bundle:
-    """A bundle whose subnetworks are the points, all of one depth, in their order, made as `config` says."""
+    """Export a bundle whose subnetworks are the points, which all have the same depth, with the settings `config`."""
     depth = points[0].depth
     checkpoint = _checkpoint(model, depth, token_share)
     masks = np.concatenate([point.masks(model) for point in points])
@@ -119,8 +119,10 @@ def _checkpoint(model: ModelConfig, depth: int, token_share: float) -> Checkpoin
 
 
 def _route_share(state: dict[str, Tensor], config: ModelConfig, share: float) -> None:
-    """Let routers go by channel 0 of the residual stream, which is far up for the first tokens and far down for others,
-    and which nothing else writes to."""
+    """Make routers decide by channel 0 of the residual stream: high for the first tokens, negative for the others.
+
+    No other layer writes to that channel.
+    """
     routed = round(share * config.tokens)
     state["pos_embed"][0, :routed, 0], state["pos_embed"][0, routed:, 0] = _FAR, -_FAR
     for block in range(config.depth):
@@ -143,7 +145,7 @@ def _blank(state: dict[str, Tensor], layer: str) -> None:
 def token_share(checkpoint: Checkpoint) -> float:
     """The share of tokens that enter the MLPs, mean over the blocks, in a short DDIM run of one image with PyTorch.
 
-    1 for a static model, and never less than one token.
+    1 for a static model, and at least one token.
     """
     config = checkpoint.config
     if not config.dynamic:

@@ -32,10 +32,10 @@ Step = Callable[[], object]
 
 
 class ProfileJob(Strict):
-    """What to measure on segments of bundles, all numbered in that order, on as many `threads`.
+    """What to measure on the segments of bundles, which are numbered in order, with `threads` threads.
 
-    `memory`: of all, loaded in turn. `timed`: whose times. `seconds`: about how long timing takes, in at least 5 rounds
-    and at most `rounds`.
+    `memory`: whether to measure memory, loading all in turn. `timed`: the segments to time. `seconds`: about how long
+    timing takes, in at least 5 rounds and at most `rounds`.
     """
 
     bundles: tuple[str, ...] = Field(min_length=1)
@@ -49,10 +49,10 @@ class ProfileJob(Strict):
 
 
 class Findings(Strict):
-    """What was measured: memory for each segment, times for each of `timed`.
+    """The measurements: memory for each segment, times for each of `timed`.
 
-    `settled`: bytes of the process once the segment's subnetwork was loaded and run, those before it still loaded;
-    `workspace`: bytes that a step takes while it runs, or leaves behind, the most of all. `ms`: milliseconds of a step,
+    `settled`: bytes of the process after the segment's subnetwork was loaded and run, with those before it still
+    loaded; `workspace`: the most bytes that a step takes while it runs, or leaves behind. `ms`: milliseconds of a step,
     by round.
     """
 
@@ -61,8 +61,8 @@ class Findings(Strict):
     ms: tuple[tuple[float, ...], ...] = ()
 
 
-class _Side:
-    """One of the bundles: how its segments are loaded and run."""
+class _Bundle:
+    """One of the bundles, with its inputs: loads and runs its segments."""
 
     def __init__(self, path: str, job: ProfileJob):
         # The process that started this one has just written it.
@@ -78,7 +78,7 @@ class _Side:
         self._feeds: list[Arrays] = [runner.feeds(s.first, self._x, self._x, self._labels) for s in self._segments]
 
     def steps(self) -> list[Step]:
-        """A call for each segment that runs its first step, loading its subnetwork where it is not."""
+        """A function for each segment that runs its first step; it loads the subnetwork if it is not loaded."""
 
         def make(index: int, feeds: Arrays) -> Step:
             def step() -> object:
@@ -91,8 +91,8 @@ class _Side:
 
 
 def profile(job: ProfileJob) -> Findings:
-    """Measure."""
-    steps = [step for path in job.bundles for step in _Side(path, job).steps()]
+    """Measure memory and times."""
+    steps = [step for path in job.bundles for step in _Bundle(path, job).steps()]
     settled, workspace = _memory(steps) if job.memory else ((), 0)
     return Findings(settled=settled, workspace=workspace, ms=_times([steps[index] for index in job.timed], job))
 
@@ -117,14 +117,14 @@ def _settled() -> int:
 
 
 def _give_back_heap() -> None:
-    """Let the C library return what is freed, where it can: what stays serves the next subnetwork that is loaded."""
+    """Let the C library return freed memory to the system; else it would serve the next subnetwork that is loaded."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
 
 
 def _peak_of(step: Step) -> int:
-    """Bytes by which the resident size rises at most while a step runs; 0 where that cannot be told."""
+    """The most bytes by which the resident size rises while a step runs; 0 if that cannot be measured."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -135,9 +135,9 @@ def _peak_of(step: Step) -> int:
 
 
 def _times(steps: list[Step], job: ProfileJob) -> tuple[tuple[float, ...], ...]:
-    """Rounds in which all take turns, in an order that changes, so that whatever slows the machine slows all of them.
+    """Times in rounds; in each, all steps run once in a random order, so that other load slows all of them.
 
-    A short step is timed after another on the same subnetwork, as steps mostly are in a run.
+    A short step is run once more just before it is timed: in a run, steps mostly follow one on the same subnetwork.
     """
     first = [_timed(step) for step in steps for _ in range(2)][1::2]
     ms: list[list[float]] = [[] for _ in steps]

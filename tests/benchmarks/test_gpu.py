@@ -189,7 +189,7 @@ class TestDryRun:
         settings, work = gpu.settings.dry_settings(), gpu.settings.Work(dry.work)
         outcome = gpu.run.run_child("way", {"way": "rtx", "precision": "fp16"}, settings, work, "engines", SECONDS)
         assert outcome["parts"] == {"built": True} and outcome["status"] == "failed"
-        assert outcome["reason"].startswith("TensorRT engines run on an NVIDIA GPU, and there is no driver or GPU here")
+        assert outcome["reason"].startswith("TensorRT engines need an NVIDIA GPU, but no driver or GPU was found here")
         assert len(list(work.small("fp16", "small-rtx").glob("engines/*/*.engine"))) == 5
 
     def test_tables_and_picture_are_written(self, dry):

@@ -65,7 +65,7 @@ def check_built(bundle: Bundle, report: BuildReport) -> None:
     assert all(f"{each.file} from {each.graph}: built in" in log for each in report.built)
     inspected = "its kernels inspected" if present_gpu() else "its kernels not inspected"
     assert log.count(inspected) == len(report.built)
-    assert f"{report.warnings} warnings of the builder are in" in report.text()[-1]
+    assert f"{report.warnings} builder warnings are in" in report.text()[-1]
     assert report.peak_memory > 0
 
 
@@ -178,7 +178,7 @@ def test_wrong_types_fail_the_build_before_it_and_are_logged(small) -> None:
     with pytest.raises(BackendError) as caught:
         build_engines(bundle, request)
     message = str(caught.value)
-    assert "conditioning.onnx is not as fp16 should be: layer " in message
+    assert "conditioning.onnx has types that fp16 does not allow: layer " in message
     assert "the product with adaln.weight takes float32, expected float16" in message
     folder = EngineStore.of(bundle, request).folder
     assert not list(folder.glob("*.engine"))

@@ -51,16 +51,24 @@ def test_another_recipe_is_refused_naming_what_differs(
     with pytest.raises(ConfigError) as caught:
         check_folder(tmp_path / "run", other, resume=True)
     text = str(caught.value)
-    assert "seed (0 there, 5 asked for)" in text and "model.routers (none there, first-on asked for)" in text
+    assert (
+        "seed (0 in the folder, 5 requested)" in text
+        and "model.routers (none in the folder, first-on requested)" in text
+    )
     assert "iterations" not in text
 
 
 def test_a_run_may_get_longer_and_nothing_else(tmp_path: Path, small_recipe: Make) -> None:
     begun(tmp_path / "run", small_recipe(iterations=12))
     check_folder(tmp_path / "run", small_recipe(iterations=13), resume=True)
-    with pytest.raises(ConfigError, match="is a run of 12 iterations, 11 asked for: a run can be made longer, not"):
+    with pytest.raises(
+        ConfigError, match="holds a run of 12 iterations, but 11 are requested; a run can be made longer, not"
+    ):
         check_folder(tmp_path / "run", small_recipe(iterations=11), resume=True)
-    with pytest.raises(ConfigError, match=r"differs in iterations \(12 there, 13 asked for\), seed \(0 there, 1 asked"):
+    with pytest.raises(
+        ConfigError,
+        match=r"differs in iterations \(12 in the folder, 13 requested\), seed \(0 in the folder, 1 requested",
+    ):
         check_folder(tmp_path / "run", small_recipe(iterations=13, seed=1), resume=True)
 
 
@@ -71,7 +79,7 @@ def test_a_start_is_known_by_its_content(tmp_path: Path, small_recipe: Make) -> 
     check_folder(tmp_path / "run", small_recipe(init=str(tmp_path / "b")), resume=True)
     with pytest.raises(ConfigError, match="init"):
         check_folder(tmp_path / "run", small_recipe(init=str(tmp_path / "c")), resume=True)
-    with pytest.raises(CheckpointError, match=r"gone is not there, so it cannot be told whether the run in .* started"):
+    with pytest.raises(CheckpointError, match=r"gone does not exist, so it is unknown whether the run in .* started"):
         check_folder(tmp_path / "run", small_recipe(init=str(tmp_path / "gone")), resume=True)
 
 
@@ -84,7 +92,7 @@ def test_a_folder_of_something_else_is_not_resumed(tmp_path: Path, small_recipe:
         (tmp_path / name).write_bytes(content.encode("utf-8", "surrogateescape"))
     with pytest.raises(OutputError, match=r"recipe\.json is damaged .*; start again in another folder"):
         check_folder(tmp_path, small_recipe(), resume=True)
-    with pytest.raises(OutputError, match=r"train\.json is damaged .*; remove it, and --resume writes it again"):
+    with pytest.raises(OutputError, match=r"train\.json is damaged .*; remove it and use --resume to write it again"):
         finished_summary(tmp_path, small_recipe())
 
 

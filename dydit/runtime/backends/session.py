@@ -46,8 +46,8 @@ _ERRORS = (
 def runtime() -> Any:
     """The module onnxruntime.
 
-    Its builds for Linux report usage to their vendor unless a variable of the environment says no before the import;
-    it is set here, unless the user set it to something. Raises `BackendError` with what to install where onnxruntime is
+    Its Linux builds report usage to their vendor unless an environment variable forbids it before the import. The
+    variable is set here, unless the user has set it. Raises `BackendError`, saying what to install, if onnxruntime is
     missing or too old for the graphs of a bundle.
     """
     os.environ.setdefault(TELEMETRY, "1")
@@ -64,11 +64,11 @@ def runtime() -> Any:
 
 @dataclass(frozen=True)
 class SessionSettings:
-    """How a session is made, beside `BackendOptions`.
+    """How a session is opened, besides `BackendOptions`.
 
-    `graph` replaces the file's content; `left_out` are optimisers not to run. `lazy`: fp16 weights stay as they are
-    until they are multiplied, instead of all being widened when the session is made; only few optimisers leave them.
-    `arena`: keep a pool of memory for activations. `gives`: an output that the graph must have.
+    `graph` replaces the file's content; `left_out` are optimizers not to run. `lazy`: widen fp16 weights when they are
+    multiplied, instead of all when the session is opened; this turns most optimizers off. `arena`: keep a pool of
+    memory for activations. `gives`: an output that the graph must have.
     """
 
     graph: bytes | None = None
@@ -79,10 +79,10 @@ class SessionSettings:
 
 
 class Session:
-    """An InferenceSession on a file, whose errors are one line; in a forked child it is opened again.
+    """An InferenceSession on a file. Its errors are one line; in a forked child it is opened again.
 
-    A session's own threads do not survive `fork`: running it would wait for them for ever, and so would freeing it, so
-    a child lets its copy be and opens another one when it is first needed.
+    A session's threads do not survive `fork`: running or freeing it in the child would wait for them forever. So a
+    child leaves its copy alone and opens another session when it first needs one.
     """
 
     def __init__(self, file: Path, options: BackendOptions, settings: SessionSettings | None = None):
@@ -107,7 +107,7 @@ class Session:
             raise BackendError(f"onnxruntime failed in {what}: {one_line(error)}") from error
 
     def after_fork(self) -> None:
-        """Leave the parent's session alone, for good."""
+        """Leave the parent's session alone, without freeing it."""
         if self._session is not None:
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._session))  # or it would be freed
             self._session = None
@@ -115,17 +115,22 @@ class Session:
     def _open(self, ort: Any) -> Any:
         settings = self._settings
         session, self._weights = open_session(
-            ort, self._file, self._options.device, self._made(ort), graph=settings.graph, left_out=settings.left_out
+            ort,
+            self._file,
+            self._options.device,
+            self._session_options(ort),
+            graph=settings.graph,
+            left_out=settings.left_out,
         )
         require_provider(ort, session, self._options.device)
         return session
 
-    def _made(self, ort: Any) -> Any:
-        settings, made = self._settings, base_options(ort, self._options)
-        made.enable_cpu_mem_arena = settings.arena
+    def _session_options(self, ort: Any) -> Any:
+        settings, options = self._settings, base_options(ort, self._options)
+        options.enable_cpu_mem_arena = settings.arena
         if settings.lazy:
-            made.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
-        return made
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        return options
 
 
 def open_session(
@@ -182,23 +187,23 @@ def _weights_in_memory(file: Path, weights: Path) -> np.ndarray | None:
 
 
 def base_options(ort: Any, options: BackendOptions) -> Any:
-    """Session options that all sessions have: quiet, threads as asked for that do not spin, weights packed or not."""
-    made = ort.SessionOptions()
-    made.log_severity_level = 3
-    made.intra_op_num_threads = thread_count(options.threads)
-    made.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    """Options of every session: no log output, the requested threads, which do not spin, weights packed or not."""
+    session_options = ort.SessionOptions()
+    session_options.log_severity_level = 3
+    session_options.intra_op_num_threads = thread_count(options.threads)
+    session_options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if not options.packed:
-        made.add_session_config_entry("session.disable_prepacking", "1")
-    return made
+        session_options.add_session_config_entry("session.disable_prepacking", "1")
+    return session_options
 
 
 def error_types(ort: Any) -> tuple[type[Exception], ...]:
-    """What onnxruntime raises; it has no base class for that. ValueError is of inputs that a graph does not have."""
+    """The exceptions of onnxruntime, which have no base class. ValueError: for inputs that a graph does not have."""
     state = ort.capi.onnxruntime_pybind11_state
     return (RuntimeError, ValueError, *(getattr(state, name) for name in _ERRORS if hasattr(state, name)))
 
 
 def load_cuda_libraries(ort: Any) -> None:
-    """Load CUDA and cuDNN from where pip put them: the loader of shared libraries does not look there by itself."""
+    """Load CUDA and cuDNN from where pip installed them: the dynamic linker does not look there by itself."""
     if hasattr(ort, "preload_dlls"):  # since 1.21
         ort.preload_dlls()

@@ -1,10 +1,10 @@
 """An NVIDIA GPU as a `Device`: PyCUDA for context, memory, streams and events, TensorRT for engines.
 
-The device's primary context is used, the one that PyTorch and ONNX Runtime use, so that all live in one process; it is
-current in a thread only inside `activate`. Streams do not wait for the legacy default stream. PyCUDA (2026.1) has no
-graphs, so the six driver functions that capture and replay them are called directly.
+It uses the device's primary context, as PyTorch and ONNX Runtime do, so that all of them work in one process. The
+context is current in a thread only inside `activate`. Streams do not wait for the legacy default stream. PyCUDA
+(2026.1) has no CUDA graphs, so the six driver functions that capture and replay them are called directly.
 
-This layer has no logic of its own that could be tested without a GPU; see `dydit.runtime.device.execute`.
+The logic is in `dydit.runtime.device.execute`, which is tested without a GPU.
 """
 
 from __future__ import annotations
@@ -69,19 +69,19 @@ class CudaMemory:
         return int(self._streams[COMPUTE].handle)
 
     def allocate(self, nbytes: int) -> int:
-        """Memory, 256-byte aligned, as all of the driver's is."""
+        """Allocate memory; the driver aligns it to 256 bytes."""
         with self._explained(f"allocate {nbytes / _MIB:.0f} MiB (use a smaller batch size, or free memory)"):
             allocation = self._cuda.mem_alloc(nbytes)
         self._memory[int(allocation)] = allocation
         return int(allocation)
 
     def free(self, address: int) -> None:
-        """Give memory back."""
+        """Free memory."""
         with self._explained("free memory"):
             self._memory.pop(address).free()
 
     def upload(self, to: int, data: np.ndarray, stream: str) -> None:
-        """Copy contiguous host data. Of pageable memory the driver makes its own copy before it returns."""
+        """Copy contiguous host data. The driver copies pageable memory before it returns."""
         with self._explained("receive data"):
             self._cuda.memcpy_htod_async(to, data, self._streams[stream])
 
@@ -104,24 +104,24 @@ class CudaMemory:
             self._cuda.memset_d8_async(to, 0, nbytes, self._streams[COMPUTE])
 
     def record(self, event: str, stream: str) -> None:
-        """Mark the end of a stream."""
+        """Record an event at the end of a stream."""
         with self._explained("record an event"):
             if event not in self._events:
                 self._events[event] = self._cuda.Event(self._cuda.event_flags.DISABLE_TIMING)
             self._events[event].record(self._streams[stream])
 
     def wait(self, stream: str, event: str) -> None:
-        """Let a stream wait for a mark."""
+        """Make a stream wait for an event."""
         with self._explained("wait for an event"):
             self._streams[stream].wait_for_event(self._events[event])
 
     def synchronize(self, event: str) -> None:
-        """Let the host wait for a mark."""
+        """Make the host wait for an event."""
         with self._explained("finish its work"):
             self._events[event].synchronize()
 
     def idle(self) -> None:
-        """Let the host wait for everything."""
+        """Make the host wait for all queued work."""
         with self._explained("finish its work"):
             for stream in self._streams.values():
                 stream.synchronize()
@@ -169,7 +169,7 @@ class CudaDevice(CudaMemory):
         return self._graphs.end(self.stream)
 
     def replay(self, graph: Any) -> None:
-        """Do what a graph holds, on the compute stream."""
+        """Run a graph, on the compute stream."""
         self._graphs.launch(graph, self.stream)
 
     def drop(self, graph: Any) -> None:
@@ -215,8 +215,8 @@ class _DriverGraphs:
         if code := getattr(self._library, function)(*arguments):
             text = ctypes.c_char_p()
             self._library.cuGetErrorString(code, ctypes.byref(text))
-            said = (text.value or b"unknown").decode(errors="replace")
-            raise CaptureError(f"CUDA graphs do not work here: {function} failed ({code}, {said})")
+            reason = (text.value or b"unknown").decode(errors="replace")
+            raise CaptureError(f"CUDA graphs do not work here: {function} failed ({code}, {reason})")
 
 
 def pycuda_driver() -> Any:
@@ -225,6 +225,6 @@ def pycuda_driver() -> Any:
         return importlib.import_module("pycuda.driver")
     except (ImportError, OSError) as error:
         raise BackendError(
-            f"pycuda cannot be imported ({one_line(error)}); pip install 'dydit[gpu]' (it is built on this machine and "
+            f"pycuda cannot be imported ({one_line(error)}); pip install 'dydit[gpu]' (pip compiles it here, which "
             "needs the CUDA headers)"
         ) from error
