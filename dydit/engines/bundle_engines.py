@@ -202,9 +202,9 @@ def _stale_graphs(
             entries[each.graph] = entry.model_copy(update={"modified_ns": modified})
     for graph in entries.keys() - {each.graph for each in wanted}:
         del entries[graph]
-    kept = {entry.fingerprint: entry for entry in entries.values()}
+    current = {entry.fingerprint: entry for entry in entries.values()}
     for each, _ in stale:
-        if equal := kept.get(each.key.fingerprint(request)):
+        if equal := current.get(each.key.fingerprint(request)):
             entries[each.graph] = equal
     return [(each, reasons) for each, reasons in stale if each.graph not in entries]
 

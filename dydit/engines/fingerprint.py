@@ -234,10 +234,10 @@ def _require_ahead_of_time(request: EngineRequest) -> None:
 
 
 def _tools() -> Mapping[str, str]:
-    found = {}
+    versions = {}
     for package in ("dydit", "polygraphy"):
         try:
-            found[package] = version(package)
+            versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return versions

@@ -37,8 +37,8 @@ class Layer:
     @property
     def function(self) -> str:
         """The local function that the layer is part of; empty for the main graph."""
-        found = _FUNCTION.search(self.origin)
-        return found[1] if found else ""
+        match = _FUNCTION.search(self.origin)
+        return match[1] if match else ""
 
     def __str__(self) -> str:
         return f"{self.name} ({self.function})" if self.function else self.name
@@ -102,8 +102,8 @@ def make_logger(trt: Any, messages: Messages) -> Any:
         def log(self, severity: Any, message: str) -> None:
             level = int(severity)
             if level > warning:
-                if _ACTIVATION_WORDS in message and (found := _ACTIVATION.search(message)):
-                    messages.activation_bytes = int(found[1])
+                if _ACTIVATION_WORDS in message and (match := _ACTIVATION.search(message)):
+                    messages.activation_bytes = int(match[1])
             elif level < warning:
                 messages.errors.append(message)
             else:
@@ -199,7 +199,7 @@ def _dtype(tensor: Any) -> str:
 
 
 def _shape(tensor: Any) -> tuple[int | str, ...]:
-    """Numbers, and the symbols that ONNX gave to the others."""
+    """The dimensions: numbers, and the symbols that ONNX has for the dynamic ones."""
     return tuple(
         (tensor.get_dimension_name(axis) or f"axis {axis} of {tensor.name}") if size < 0 else size
         for axis, size in enumerate(tensor.shape)
@@ -207,12 +207,12 @@ def _shape(tensor: Any) -> tuple[int | str, ...]:
 
 
 def require_inputs(network: Network, specs: Sequence[TensorSpec], what: str) -> None:
-    """Hold a parsed network's inputs against their description. Raises `BackendError` naming the first that differs."""
-    found, expected = {spec.name: spec for spec in network.inputs}, {spec.name: spec for spec in specs}
-    for name in sorted(found.keys() | expected.keys()):
-        if found.get(name) != expected.get(name):
+    """Compare a parsed network's inputs with their description. Raises `BackendError` for the first that differs."""
+    parsed, expected = {spec.name: spec for spec in network.inputs}, {spec.name: spec for spec in specs}
+    for name in sorted(parsed.keys() | expected.keys()):
+        if parsed.get(name) != expected.get(name):
             raise BackendError(
-                f"{what}: input {name!r} is {_describe(found.get(name))}, expected {_describe(expected.get(name))}; "
+                f"{what}: input {name!r} is {_describe(parsed.get(name))}, expected {_describe(expected.get(name))}; "
                 "export the bundle again"
             )
 

@@ -86,7 +86,7 @@ class DynamicWidthWeights:
 
     The caller holds the backend's lock. From the first exchange until the step that reads the weights has ended, they
     count as unsettled. An interrupted step leaves them unsettled: they may be half exchanged, or threads may still read
-    them. The next step then maps the file anew, and nothing is ever written to the old map again.
+    them. The next step then maps the file again, and nothing is ever written to the old map again.
     """
 
     def __init__(self, bundle: Bundle):

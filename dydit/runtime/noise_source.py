@@ -41,11 +41,9 @@ class SeededNoise:
     shape: tuple[int, ...]
 
     def initial(self, batch: Batch) -> np.ndarray:
-        """The starting latents x_T."""
         return image_noise(self.seed, batch.images, INITIAL_DRAW, self.shape)
 
     def step(self, batch: Batch, step: int) -> np.ndarray:
-        """The noise that execution step `step` adds."""
         return image_noise(self.seed, batch.images, step_draw(step), self.shape)
 
 
@@ -81,11 +79,9 @@ class NoiseFile:
         return cls(path, sha256_of(path), x_t, noise, tuple(arrays["labels"].tolist()))
 
     def initial(self, batch: Batch) -> np.ndarray:
-        """The starting latents x_T."""
         return self.x_T[batch.first : batch.first + len(batch.images)]
 
     def step(self, batch: Batch, step: int) -> np.ndarray:
-        """The noise that execution step `step` adds."""
         return self.noise[step, batch.first : batch.first + len(batch.images)]
 
 

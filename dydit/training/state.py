@@ -150,5 +150,5 @@ def truncate_log(out: Path, iteration: int, log_every: int = 1) -> None:
     A line that is no multiple of `log_every` is removed, too: it was the end of a run that is now made longer.
     """
     entries = read_log(out)
-    kept = [each for each in entries if each["iteration"] <= iteration and each["iteration"] % log_every == 0]
-    write_atomic(out / LOG, "".join(json.dumps(entry, allow_nan=False) + "\n" for entry in kept).encode())
+    remaining = [each for each in entries if each["iteration"] <= iteration and each["iteration"] % log_every == 0]
+    write_atomic(out / LOG, "".join(json.dumps(entry, allow_nan=False) + "\n" for entry in remaining).encode())

@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -24,22 +23,12 @@ from dydit.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from dydit.errors import CheckpointError, ConfigError, TrainingError
 from dydit.files import sha256_of, user_path, write_json
 from dydit.models.dit.model import DiT, initialize, initialize_routers
-from dydit.models.routers import Masked, Recording, Static
 from dydit.training.curves import draw_curves
 from dydit.training.data import open_data
-from dydit.training.draws import Batch, BatchSource, Purpose, stream
+from dydit.training.draws import BatchSource, Purpose, stream
 from dydit.training.importance import rank_and_permute
-from dydit.training.losses import (
-    AnnealedGumbelSigmoid,
-    Process,
-    achieved_ratio,
-    add_noise,
-    detail_loss,
-    diffusion_loss,
-    flops_loss,
-    relative_detail,
-    token_loss,
-)
+from dydit.training.losses import Process
+from dydit.training.objective import Objective, probe, tensors
 from dydit.training.processes import agreed, stopped_by_sigterm
 from dydit.training.recipe import LearningRateSchedule, Precision, Recipe, Stage
 from dydit.training.state import (
@@ -75,47 +64,6 @@ class TrainResult:
     model: Path
     summary: dict[str, Any]
     note: str = field(default="", compare=False)
-
-
-class Objective(nn.Module):
-    """The model together with its losses, as one module: one forward is one synchronized step in all processes."""
-
-    def __init__(self, model: DiT, recipe: Recipe, process: Process):
-        super().__init__()
-        self.model, self.recipe, self.process = model, recipe, process
-
-    def forward(
-        self, x0: Tensor, t: Tensor, y: Tensor, noise: Tensor, gate_seed: int, iteration: int
-    ) -> dict[str, Tensor]:
-        """Scalars: `loss`, to be minimised, and its parts. x0, noise [b, C, S, S], t and y [b]."""
-        x_t = add_noise(self.process, x0, t, noise)
-        if self.recipe.stage is Stage.STATIC:
-            mse, vb = (
-                part.mean() for part in diffusion_loss(self.process, self.model(x_t, t, y, Static()), x0, x_t, t, noise)
-            )
-            return {"loss": mse + vb, "mse": mse, "vb": vb}
-        generator = torch.Generator(x0.device).manual_seed(gate_seed)
-        gumbel = AnnealedGumbelSigmoid(generator, self.recipe.temperature, self.recipe.gate_noise(iteration))
-        gating = Recording(gumbel, self.model.config)
-        mse, vb = (
-            part.mean() for part in diffusion_loss(self.process, self.model(x_t, t, y, gating), x0, x_t, t, noise)
-        )
-        ratio = achieved_ratio(self.model.config, gating.decisions())
-        flops = flops_loss(ratio, self.recipe.target(iteration), self.recipe.flops_weight)
-        parts = {"loss": mse + vb + flops, "mse": mse, "vb": vb, "flops": flops, "ratio": ratio.mean()}
-        if self.recipe.token_weight:
-            parts["token"] = self._token_loss(gating.decisions().tokens, x0)
-            parts["loss"] = parts["loss"] + parts["token"]
-        if iteration < self.recipe.warmup_iterations:
-            whole = diffusion_loss(self.process, self.model(x_t, t, y, Static()), x0, x_t, t, noise)
-            parts["complete"] = (whole[0] + whole[1]).mean()
-            parts["loss"] = parts["loss"] + parts["complete"]
-        return parts
-
-    def _token_loss(self, tokens: Tensor, x0: Tensor) -> Tensor:
-        target, weight, spread = self.recipe.token_target, self.recipe.token_weight, self.recipe.token_spread
-        loss = token_loss(tokens, target, weight)
-        return loss + detail_loss(tokens, relative_detail(x0), target, spread, weight) if spread else loss
 
 
 def starting_model(recipe: Recipe) -> DiT:
@@ -292,7 +240,7 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["multiple"]
         batch = self.source.batch(iteration)
-        x0, t, y, noise = _tensors(batch, self.accelerator.device)
+        x0, t, y, noise = tensors(batch, self.accelerator.device)
         parts = self.objective(x0, t, y, noise, batch.gate_seed, iteration)
         self.accelerator.backward(parts["loss"])
         limit = recipe.grad_norm_limit or math.inf
@@ -374,28 +322,3 @@ class _Run:
             write_json(out / SUMMARY, summary)
         self.accelerator.wait_for_everyone()
         return TrainResult(out / MODEL, summary, recipe.made_longer(counters.made_longer_at))
-
-
-def _tensors(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    arrays = (batch.x0, batch.timesteps, batch.labels, batch.noise)
-    x0, t, y, noise = (torch.from_numpy(np.ascontiguousarray(array)).to(device) for array in arrays)
-    return x0, t, y, noise
-
-
-@torch.no_grad()
-def probe(model: DiT, batch: Batch, process: Process) -> dict[str, float]:
-    """Evaluate the model without gate noise on a fixed batch: mean squared error, FLOPs ratio, token ratio."""
-    x0, t, y, noise = _tensors(batch, process.sqrt_alpha.device)
-    gating = Recording(Masked() if model.config.dynamic else Static(), model.config)
-    output = model(add_noise(process, x0, t, noise), t, y, gating)
-    out = {"probe_mse": float((output[:, : x0.shape[1]] - noise).square().mean())}
-    if model.config.dynamic:
-        decisions = gating.decisions()
-        per_image = decisions.tokens.mean((0, 2))
-        out |= {
-            "probe_ratio": float(achieved_ratio(model.config, decisions).mean()),
-            **{f"probe_{name}": share for name, share in model.config.units.shares(decisions.units.numpy()).items()},
-            "probe_tokens": float(per_image.mean()),
-            "probe_tokens_std": float(per_image.std()),
-        }
-    return out

@@ -97,9 +97,10 @@ def test_dynamic_routing_is_refused_before_anything_is_written(run, make_bundle)
     code, _, errors = run(path, "--flavour", "tensorrt-rtx")
     assert code == 2
     assert errors == (
-        "dydit: error: tensorrt-rtx has no NonZero, which dynamic routing needs; export a bundle with a fixed token "
-        "capacity: `dydit calibrate CHECKPOINT --steps 12 --max-subnets 4 --out CAL.json`, then `dydit export CHECKPOINT "
-        "--steps 12 --max-subnets 4 --routing capacity --calibration CAL.json --out BUNDLE`, then `dydit build BUNDLE`"
+        "dydit: error: tensorrt-rtx has no NonZero, which dynamic routing needs; export a bundle with a fixed "
+        "token capacity: `dydit calibrate CHECKPOINT --steps 12 --max-subnets 4 --out CAL.json`, then `dydit export "
+        "CHECKPOINT --steps 12 --max-subnets 4 --routing capacity --calibration CAL.json --out BUNDLE`, then `dydit "
+        "build BUNDLE`"
         "; or build with --flavour tensorrt on the machine with the GPU\n"
     )
     assert not (path / "engines").exists()

@@ -127,8 +127,8 @@ REFUSALS: list[tuple[Flavour, Gpu | None, dict[str, Any], str]] = [
         Flavour.TENSORRT_RTX,
         None,
         {"hardware_compatibility": HardwareCompatibility.AMPERE_PLUS},
-        "--hardware-compatibility is for tensorrt; engines of tensorrt-rtx run on all GPUs of compute capability 8.0 and "
-        "later, unless",
+        "--hardware-compatibility is for tensorrt; engines of tensorrt-rtx run on all GPUs of compute capability "
+        "8.0 and later, unless",
     ),
     (Flavour.TENSORRT_RTX, None, {"version_compatible": True}, "run only with the version that built them"),
 ]

@@ -175,8 +175,9 @@ def test_an_engine_whose_kernels_are_wrong_is_refused_and_not_kept(
     with pytest.raises(BackendError) as caught:
         build_engine(job)
     assert str(caught.value) == (
-        f"tensorrt-rtx {rtx.__version__} built conditioning.onnx with types that fp16 does not allow: layer fc2_myl0_4: "
-        "the product takes float32, expected float16; try another version of it, or keep such engines with --no-inspect"
+        f"tensorrt-rtx {rtx.__version__} built conditioning.onnx with types that fp16 does not allow: layer "
+        "fc2_myl0_4: the product takes float32, expected float16; try another version of it, or keep such engines "
+        "with --no-inspect"
     )
     assert not engine.exists()
     assert "x.engine from conditioning.onnx: failed" in log.read_text()

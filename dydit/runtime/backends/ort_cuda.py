@@ -49,38 +49,30 @@ class HostMemory:
         self._arrays: dict[int, np.ndarray] = {}
 
     def activate(self) -> contextlib.AbstractContextManager[None]:
-        """Nothing to do."""
         return contextlib.nullcontext()
 
     def free_memory(self) -> int:
-        """More than any run needs."""
         return 1 << 50
 
     def allocate(self, nbytes: int) -> int:
-        """Allocate memory, aligned as on a device."""
         array = np.empty(nbytes + ALIGNMENT, np.uint8)
         address = -(-array.ctypes.data // ALIGNMENT) * ALIGNMENT
         self._arrays[address] = array
         return address
 
     def free(self, address: int) -> None:
-        """Free memory."""
         del self._arrays[address]
 
     def upload(self, to: int, data: np.ndarray, stream: str) -> None:
-        """Copy data in."""
         _bytes_at(to, data.nbytes)[:] = data.reshape(-1).view(np.uint8)
 
     def download(self, source: int, nbytes: int) -> np.ndarray:
-        """Copy bytes out."""
         return _bytes_at(source, nbytes).copy()
 
     def copy(self, to: int, source: int, nbytes: int) -> None:
-        """Copy within."""
         _bytes_at(to, nbytes)[:] = _bytes_at(source, nbytes)
 
     def clear(self, to: int, nbytes: int) -> None:
-        """Zero bytes."""
         _bytes_at(to, nbytes)[:] = 0
 
     def record(self, event: str, stream: str) -> None:
@@ -154,7 +146,6 @@ class _Sessions:
         self._engines: dict[EngineId, _BoundEngine] = {}
 
     def load(self, engine: EngineId) -> None:
-        """Open a session."""
         manifest = self._bundle.manifest
         # Conditioning has other addresses each time, and repetitions run once: a graph would not be replayed.
         fixed = manifest.routing is not Routing.DYNAMIC and engine.subnet is not None and not engine.full
@@ -163,37 +154,29 @@ class _Sessions:
         self._engines[engine] = _BoundEngine(file, self.kind, self._options, self.stream, graphs)
 
     def unload(self, engine: EngineId) -> None:
-        """Close a session."""
         del self._engines[engine]
 
     def memory(self, engine: EngineId) -> EngineMemory:
-        """What a session holds."""
         return session_memory(self._bundle, engine)
 
     def longest(self, engine: EngineId, name: str) -> tuple[int, ...]:
-        """No limit."""
         return (1 << 30,)
 
     def launch(
         self, engine: EngineId, inputs: Sequence[Tensor], outputs: Sequence[Tensor], workspace: tuple[int, int]
     ) -> None:
-        """Run a session on the compute stream."""
         self._engines[engine].launch(inputs, outputs, str(engine))
 
     def begin_capture(self) -> None:
-        """Never called: the provider captures by itself."""
         raise NotImplementedError
 
     def end_capture(self) -> Any:
-        """As `begin_capture`."""
         raise NotImplementedError
 
     def replay(self, graph: Any) -> None:
-        """As `begin_capture`."""
         raise NotImplementedError
 
     def drop(self, graph: Any) -> None:
-        """As `begin_capture`."""
         raise NotImplementedError
 
 

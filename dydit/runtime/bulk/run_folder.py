@@ -196,18 +196,15 @@ class FolderStore:
         return sum(self._state(batch)[1] for batch in batches)
 
     def done(self, batch: int) -> int:
-        """How many segments the batch has passed."""
         return self._state(batch)[0]
 
     def load(self, batch: int) -> np.ndarray:
-        """The batch's latents after those segments, f32 [B, C, S, S]."""
         state = self._read(batch)
         if state is None:
             raise OutputError(f"{self._file(batch)} was damaged during the run; run again")
         return state["latents"]
 
     def save(self, batch: int, segments: int, latents: np.ndarray, repeated: int) -> None:
-        """Store the latents after `segments` segments; the last segment repeated `repeated` steps."""
         total = repeated + (self._state(batch)[1] if segments > 1 else 0)
         data = io.BytesIO()
         np.savez(data, segments=np.int64(segments), repeated=np.int64(total), latents=latents.astype(np.float32))
@@ -241,15 +238,12 @@ class ShareStore:
             store.done(batch)
 
     def done(self, batch: int) -> int:
-        """How many segments the batch has passed."""
         return self._store.done(self._share[batch])
 
     def load(self, batch: int) -> np.ndarray:
-        """The batch's latents after those segments, f32 [B, C, S, S]."""
         return self._store.load(self._share[batch])
 
     def save(self, batch: int, segments: int, latents: np.ndarray, repeated: int) -> None:
-        """Store the latents after `segments` segments; the last segment repeated `repeated` steps."""
         self._store.save(self._share[batch], segments, latents, repeated)
 
 

@@ -115,7 +115,6 @@ class _DecoderPixels:
         self._decoder = decoder
 
     def __call__(self, samples: np.ndarray) -> np.ndarray:
-        """Samples f32 [B, C, S, S] to pixels f32 [B, 3, side, side], nominally in [-1, 1]."""
         return require_finite(self._decoder.decode(samples, self.at_once))
 
 

@@ -74,7 +74,6 @@ class ToPixels:
             runtime()
 
     def __call__(self, samples: np.ndarray) -> np.ndarray:
-        """Samples f32 [B, C, S, S] to pixels f32 [B, channels, side, side], nominally in [-1, 1]."""
         if self._vae is None:
             return samples
         if self._own is not None:
