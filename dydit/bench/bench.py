@@ -179,11 +179,15 @@ def no_bound(side: SideResult, other: SideResult) -> str:
         ("backends", _runs_on(side.side), _runs_on(other.side)),
         ("precisions", side.precision, other.precision),
         ("forms of the model", side.side.kind.value, other.side.kind.value),
-        ("layouts of weights", *("packed" if each.side.packed else "as stored" for each in (side, other))),
+        ("layouts of weights", _weight_layout(side.side), _weight_layout(other.side)),
     ):
         if first != second:
             return f"their {what} differ: {first} and {second}"
     return "" if side.macs > 0 else f"{side.side.name} computes no multiply-adds in its blocks"
+
+
+def _weight_layout(side: Side) -> str:
+    return "packed" if side.packed else "as stored"
 
 
 def _runs_on(side: Side) -> str:

@@ -130,7 +130,8 @@ class _Context:
         """Queue one execution."""
         self._runtime.messages.clear()
         if self._workspace != workspace:
-            self._context.set_device_memory(*workspace)
+            address, nbytes = workspace
+            self._context.set_device_memory(address, nbytes)
             self._workspace = workspace
         for tensor in tensors:
             if self._addresses.get(tensor.name) != tensor.address:
