@@ -35,7 +35,7 @@ class SampleRequest(Strict):
     @model_validator(mode="after")
     def _consistent(self) -> SampleRequest:
         if not self.labels and self.noise_from is None:
-            raise ValueError("give at least one label (labels, --labels 0-9), or a noise file that holds labels")
+            raise ValueError("give at least one label (--labels 0-9), or a noise file that holds labels")
         if self.first_image + self.images > UINT64:
             raise ValueError("image indices must be at most 2^64-1")
         return self
