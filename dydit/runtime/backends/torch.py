@@ -1,4 +1,4 @@
-"""The PyTorch backend: the sliced form (`dydit.models.dit.sliced`) on a bundle's weights. The yardstick of others."""
+"""The PyTorch backend: the sliced form (`dydit.models.dit.sliced`) on a bundle's weights. The reference for others."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ class TorchSubnet(Subnet):
 
 
 class TorchBackend(Backend):
-    """Weights are mapped from the bundle, once (on `cuda`: copied to the device, once); any width is cut from them.
+    """Weights are mapped from the bundle once (on `cuda`: copied to the device once); every width is a slice of them.
 
-    `threads` is PyTorch's number for the calling thread, and for those that start later: PyTorch knows no other way. In
-    a forked child it is 1, for OpenMP's threads do not survive `fork`.
+    `threads` sets PyTorch's number for the calling thread and for threads that start later; PyTorch has no other way.
+    In a forked child it is 1, because OpenMP's threads do not survive `fork`.
     """
 
     name = "torch"
@@ -82,8 +82,8 @@ class TorchBackend(Backend):
 
     @contextlib.contextmanager
     def settings(self) -> Iterator[None]:
-        """What the calling thread may have set otherwise and would change what is computed: threads, autocast, the
-        default device.
+        """Reset what the calling thread may have changed and would affect the results: threads, autocast, the default
+        device.
         """
         if self._threads and torch.get_num_threads() != self._threads:
             torch.set_num_threads(self._threads)
@@ -98,7 +98,7 @@ class TorchBackend(Backend):
         self._weights = {}
 
     def after_fork(self) -> None:
-        """As every backend; and OpenMP would wait for threads that are not there."""
+        """As every backend; and use one thread, because OpenMP would wait for threads that are gone."""
         super().after_fork()
         self._threads = 1
 
