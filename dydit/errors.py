@@ -1,4 +1,4 @@
-"""The one family of exceptions that `dydit` raises on purpose.
+"""The exceptions that `dydit` raises on purpose.
 
 The command line turns a `DyditError` into one line on standard error and exit code 2. Anything else that escapes is a
 bug and keeps its traceback. A message says what happened, what was expected, and what to do.
@@ -16,35 +16,35 @@ class ConfigError(DyditError):
 
 
 class CheckpointError(DyditError):
-    """A checkpoint cannot be read, or does not describe a model that we know."""
+    """A checkpoint cannot be read, or does not describe a supported model."""
 
 
 class BundleError(DyditError):
-    """A bundle is missing, damaged, tampered with, or does not fit the request."""
+    """A bundle is missing, damaged or changed, or does not fit the request."""
 
 
 class BackendError(DyditError):
-    """A backend is not installed here, or cannot run what it is asked to run."""
+    """A backend is not installed, or cannot run what is requested."""
 
 
 class CalibrationError(DyditError):
-    """There is nothing to calibrate on, or a calibration is of something else."""
+    """There is nothing to calibrate on, or a calibration belongs to something else."""
 
 
 class TrainingError(DyditError):
-    """A training run cannot go on: what it computes is not finite, or does not get better."""
+    """A training run cannot continue: its values are not finite, or it does not improve."""
 
 
 class UnavailableError(BackendError):
-    """What is asked for needs something that this machine lacks, so it is left out where others can go on."""
+    """This machine lacks something that is needed. Callers with alternatives skip it."""
 
 
 class DeviationError(BackendError):
-    """What is to be measured does not compute what its reference computes."""
+    """What should be measured does not compute what its reference computes."""
 
 
 class OutputError(DyditError):
-    """A result cannot be written where it was asked to go."""
+    """A result cannot be written to its destination."""
 
 
 def one_line(error: BaseException) -> str:

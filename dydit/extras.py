@@ -1,4 +1,4 @@
-"""Optional packages: which extra of `dydit` brings each, and how to install what is missing."""
+"""Optional packages: which extra of `dydit` installs each, and the command for what is missing."""
 
 from __future__ import annotations
 
@@ -15,17 +15,19 @@ from urllib.parse import unquote, urlsplit
 from dydit.errors import BackendError
 
 EXTRAS = {
-    **dict.fromkeys(("torch", "onnx", "onnx_ir", "safetensors"), "export"),
-    **dict.fromkeys(("accelerate", "scipy", "sklearn"), "train"),
+    **dict.fromkeys(("torch", "onnx", "onnx_ir", "safetensors", "scipy"), "export"),
+    **dict.fromkeys(("accelerate", "sklearn"), "train"),
     **dict.fromkeys(("jinja2", "matplotlib"), "report"),
     **dict.fromkeys(("diffusers", "onnxscript"), "vae"),
     "onnxruntime": "cpu",
 }
-"""The extra that brings a module. (The tables of `pyproject.toml` say which packages these are.)"""
+"""The extra that installs a module. `pyproject.toml` lists the packages of each extra."""
 CHECKPOINTS = ("torch", "safetensors")
 """What reading and writing checkpoints needs."""
 GRAPHS = ("onnx", "onnx_ir")
 """What writing graphs needs."""
+FITS = ("scipy",)
+"""What fitting measured costs needs."""
 REPORTS = ("jinja2", "matplotlib")
 """What pictures and HTML reports need."""
 VAES = ("diffusers", "onnxscript")
@@ -33,23 +35,24 @@ VAES = ("diffusers", "onnxscript")
 TORCH_CPU = "pip install torch --index-url https://download.pytorch.org/whl/cpu"
 """Installs the build of PyTorch without CUDA, which is gigabytes smaller."""
 PACKAGES = {"onnx_ir": "onnx-ir", "sklearn": "scikit-learn"}
-"""Packages whose name is not their module's."""
+"""Packages whose name differs from their module's name."""
 
 
 def backend_modules(backend: str) -> list[str]:
-    """What running a bundle on a backend needs; of TensorRT nothing, whose packages say themselves what they lack."""
+    """The modules that a backend needs; none for TensorRT, which reports missing packages itself."""
     return [backend] if backend in EXTRAS else []
 
 
 def missing(modules: Iterable[str]) -> list[str]:
-    """Those of the modules that are not installed. They are looked up, not imported."""
+    """Those of the modules that are not installed. No module is imported."""
     return [module for module in modules if not _is_installed(module)]
 
 
 def require(what: str, modules: Iterable[str], brought_by: str | None = None) -> None:
-    """Raise `BackendError` where modules are missing: one line that names all, and the command that installs them.
+    """Raise `BackendError` if modules are missing: one line with all of them, and the command that installs them.
 
-    `what` needs them, e.g. "dydit quickstart". `brought_by`: the one extra that brings all of them, where there is one.
+    `what`: what needs them, for example "dydit quickstart". `brought_by`: the extra that installs all of them, if one
+    does.
     """
     absent = missing(modules)
     if absent:
@@ -66,9 +69,9 @@ def install_command(extras: Iterable[str]) -> str:
 
 
 def as_installed(text: str) -> str:
-    """A message whose commands install from the folder that dydit was installed from, where that was a checkout.
+    """A message whose commands install from the checkout that dydit was installed from, if it was.
 
-    Messages say `pip install 'dydit[cpu]'`, which pip would look for on an index.
+    Messages say `pip install 'dydit[cpu]'`, which pip would look up on an index.
     """
     source, editable = _source()
     if source == "dydit":
@@ -77,7 +80,7 @@ def as_installed(text: str) -> str:
 
 
 def _source() -> tuple[str, bool]:
-    """What `pip install` takes to install dydit once more (a checkout's folder, or its name), and whether with `-e`."""
+    """The argument of `pip install` that installs dydit again (a checkout's folder, or its name), and if with -e."""
     try:
         text = importlib.metadata.distribution("dydit").read_text("direct_url.json")
         origin = json.loads(text or "{}")
@@ -92,7 +95,7 @@ def _source() -> tuple[str, bool]:
 
 def _is_installed(module: str) -> bool:
     if module in sys.modules:
-        return sys.modules[module] is not None  # None: an import that is forbidden
+        return sys.modules[module] is not None  # None: importing it is forbidden
     try:
         return find_spec(module) is not None
     except (ImportError, ValueError):

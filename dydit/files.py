@@ -1,11 +1,11 @@
-"""Writing results so that a killed process leaves either the old state or the new one, never a half of either.
+"""Writes results so that a killed process leaves either the old state or the new one, never half of it.
 
-`atomic_file` replaces a file. `new_file` and `new_folder` make one that must not exist, and hold a claim on it while
-they work: of two processes that write one output, the second is told so at once, and neither replaces the other's
-result. Modes of files and folders are those that the umask gives.
+`atomic_file` replaces a file. `new_file` and `new_folder` create one that must not exist, and lock it while they work:
+if two processes write one output, the second fails at once, and neither replaces the other's result. The umask decides
+the modes of files and folders.
 
-Beside an output `NAME`, while it is written: `.NAME.<host and random>.part`, which becomes `NAME` at the end, and
-`.NAME.lock`.
+While an output `NAME` is written, these lie beside it: `.NAME.<host and random>.part`, which becomes `NAME` at the end,
+and `.NAME.lock`.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO
 
 from dydit.errors import OutputError
-from dydit.locks import only_process
+from dydit.locks import FileLock
 
 _CHUNK = 1 << 22
 _LONG_NAME = 200
 _NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM, errno.EBADF, errno.EISDIR, errno.ENOSYS}
-"""What file systems say that cannot flush a folder, or a file that was opened to be read: CIFS, some of FUSE."""
+"""Errors of file systems that cannot flush a folder, or a file opened for reading: CIFS, some of FUSE."""
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV, errno.EACCES, errno.EINVAL}
 _NO_RENAMES = {errno.EXDEV, errno.ENOSYS, errno.ENOTSUP, errno.EMFILE, errno.EBUSY}
-"""What a rename gives where old and new name count as different devices, or where folders cannot be renamed at all."""
+"""Errors of a rename where the names count as different devices, or where folders cannot be renamed at all."""
 
 
 def sha256_of(path: Path) -> str:
@@ -45,11 +45,11 @@ def sha256_of(path: Path) -> str:
 
 
 def user_path(path: Path | str) -> Path:
-    """A path as a user wrote it, its leading `~` replaced by the home folder where there is one."""
+    """A path as a user wrote it, with a leading `~` replaced by the home folder."""
     path = Path(path)
     try:
         return path.expanduser()
-    except RuntimeError:  # a user whom nobody knows: then it is a name like any other
+    except RuntimeError:  # an unknown user: `~` is then part of a name
         return path
 
 
@@ -80,9 +80,9 @@ def _fsync_file(file: IO[bytes]) -> None:
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Yield a file to write; on success it becomes `path` by a rename, on failure nothing is left of it.
+    """Yield a file to write. On success it is renamed to `path`; on failure it is removed.
 
-    Raises `OutputError` where the disk is full or the folder cannot be written.
+    Raises `OutputError` if the disk is full or the folder cannot be written.
     """
     path = Path(path)
     with explained(path), parents(path), _part_file(path) as (file, part):
@@ -93,10 +93,10 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def new_file(path: Path, same_is_fine: bool = False) -> Iterator[BinaryIO]:
-    """As `atomic_file`, of a path that must not exist: nothing that is there is ever replaced.
+    """As `atomic_file`, for a path that must not exist: an existing file is never replaced.
 
-    `same_is_fine`: a file with the same bytes may be there. Raises `OutputError` for another one, at the start and at
-    the end, and where another process is writing it.
+    `same_is_fine`: a file with the same bytes may exist. Raises `OutputError` if another file exists, at the start or
+    at the end, or if another process is writing it.
     """
     path = Path(path)
     if not same_is_fine:
@@ -114,7 +114,7 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 def write_new(path: Path, data: bytes) -> None:
-    """Write `data` to `path`, which must not exist. To be called while `path` is `claimed`. Raises `OutputError`."""
+    """Write `data` to `path`, which must not exist. Call it while `path` is `claimed`. Raises `OutputError`."""
     with explained(path), parents(path), _part_file(path) as (file, part):
         file.write(data)
         _close_durably(file)
@@ -127,7 +127,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def require_absent(path: Path) -> None:
-    """Raise `OutputError` if `path` exists: results are never written over something that was there."""
+    """Raise `OutputError` if `path` exists: results never replace anything."""
     if os.path.lexists(path):
         raise OutputError(f"{path} exists already; choose another output or remove it first")
 
@@ -136,9 +136,9 @@ def require_absent(path: Path) -> None:
 def new_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary sibling of `path`; rename it to `path` on success, remove it on failure.
 
-    The rename is the last thing that happens, so `path` is complete or absent whenever the process dies. (Where folders
-    cannot be renamed, their content is moved, and this does not hold.) Raises `OutputError` where `path` exists, at the
-    start and at the end, and where another process is writing it.
+    The rename comes last, so `path` is complete or absent whenever the process dies. (Where folders cannot be renamed,
+    their content is moved, and this does not hold.) Raises `OutputError` if `path` exists, at the start or at the end,
+    or if another process is writing it.
     """
     path = Path(path)
     require_absent(path)
@@ -160,20 +160,20 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def claimed(path: Path) -> Iterator[None]:
-    """Hold `path` as this process's output; what killed processes left of it is removed.
+    """Lock `path` as this process's output, and remove what killed processes left of it.
 
-    Raises `OutputError` where another process holds it. Where the file system has no locks it is held by nobody; then
-    whoever finishes first wins.
+    Raises `OutputError` if another process has locked it. If the file system has no locks, nothing is locked, and the
+    first process to finish wins.
     """
     busy = f"another process is writing {path}; wait for it, or choose another output"
-    with only_process(_beside(path, "lock"), busy) as is_held:
+    with FileLock(_beside(path, "lock"), temporary=True).require(busy) as is_held:
         if is_held:
             _remove_parts(path)
         yield
 
 
 def _remove_parts(path: Path) -> None:
-    """Remove what killed processes of this machine left of `path`; those of others may live."""
+    """Remove what killed processes of this machine left of `path`; processes of other machines may be alive."""
     pattern = re.compile(re.escape(_beside(path, _host()).name) + r"[0-9a-f]{8}\.part")
     for entry in path.parent.iterdir():
         if pattern.fullmatch(entry.name):
@@ -189,7 +189,7 @@ def _host() -> str:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, or a folder with all that is in it, as far as that goes."""
+    """Remove a file, or a folder with its content. Errors are ignored."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -198,7 +198,7 @@ def remove(path: Path) -> None:
 
 
 def _beside(path: Path, ending: str) -> Path:
-    """A hidden name beside `path`, of it and an ending; no longer than file systems allow."""
+    """A hidden name beside `path`, made of its name and an ending; no longer than file systems allow."""
     name = path.name
     if len(os.fsencode(name)) > _LONG_NAME:
         name = hashlib.sha256(os.fsencode(name)).hexdigest()
@@ -207,13 +207,13 @@ def _beside(path: Path, ending: str) -> Path:
 
 @contextlib.contextmanager
 def parents(path: Path) -> Iterator[None]:
-    """Make the folders above `path` for the block; where it fails, those that were not there go again."""
+    """Create the folders above `path` for the block. If the block fails, new ones are removed again."""
     missing = [folder for folder in path.parents if not folder.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield
     except BaseException:
-        for folder in missing:  # the innermost first; one that holds something stays, and so do those above
+        for folder in missing:  # the innermost first; a folder that is not empty stays, and so do those above it
             with contextlib.suppress(OSError):
                 folder.rmdir()
         raise
@@ -221,7 +221,7 @@ def parents(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _part_file(path: Path) -> Iterator[tuple[BinaryIO, Path]]:
-    """A file beside `path`, open for writing; whatever happens, it is gone afterwards."""
+    """A file beside `path`, open for writing. It is always removed afterwards."""
     part = _part_of(path)
     try:
         with open(part, "xb") as file:
@@ -237,7 +237,7 @@ def _close_durably(file: BinaryIO) -> None:
 
 
 def _replace(part: Path, path: Path) -> None:
-    """Rename `part` to `path`, or, where names cannot be exchanged there, write its bytes into it."""
+    """Rename `part` to `path`; if the file system cannot, copy its bytes."""
     try:
         os.replace(part, path)
     except OSError as error:
@@ -249,14 +249,14 @@ def _replace(part: Path, path: Path) -> None:
 
 
 def _publish(part: Path, path: Path, same_is_fine: bool) -> None:
-    """Give `part` the name `path` unless something has it, in one step."""
+    """Give `part` the name `path` unless it exists, in one step."""
     try:
         try:
             os.link(part, path)
         except OSError as error:
             if error.errno not in _NO_LINKS:
                 raise
-            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))  # takes the name
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))  # reserves the name
             _replace(part, path)
     except FileExistsError:
         if not (same_is_fine and path.is_file() and sha256_of(path) == sha256_of(part)):
@@ -271,7 +271,7 @@ def _move_folder(part: Path, path: Path) -> None:
     except OSError as error:
         if error.errno not in _NO_RENAMES:
             raise
-        path.mkdir()  # takes the name
+        path.mkdir()  # reserves the name
         for entry in sorted(part.iterdir()):
             shutil.move(entry, path / entry.name)
         part.rmdir()
@@ -279,9 +279,9 @@ def _move_folder(part: Path, path: Path) -> None:
 
 @contextlib.contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """Turn the operating system's refusals to write `path` into an `OutputError` that says what to do.
+    """Turn the operating system's errors in writing `path` into an `OutputError` that says what to do.
 
-    Refusals that name a file elsewhere, which was read, say, stay what they are.
+    Errors that name a file elsewhere, such as one that was read, are not changed.
     """
     try:
         yield
@@ -293,7 +293,7 @@ def explained(path: Path) -> Iterator[None]:
 
 def _reason(error: OSError, path: Path) -> str | None:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"no space left on the disk that holds {path}; free some and run again"
+        return f"no space left on the disk that holds {path}; free some space and run again"
     if error.errno == errno.EFBIG:
         return (
             f"cannot write {path}: {error.strerror} for its file system or for `ulimit -f`; raise the limit, or choose "
@@ -307,12 +307,12 @@ def _reason(error: OSError, path: Path) -> str | None:
 
 
 def _elsewhere(error: OSError, path: Path) -> bool:
-    """Whether the error names a file, and it is neither `path`, nor in it or above it, nor one of its parts."""
+    """Whether the error names a file that is not `path`, nor in it or above it, nor one of its parts."""
     path = Path(os.path.abspath(path))
     names = [Path(os.path.abspath(name)) for name in (error.filename, error.filename2) if isinstance(name, str | Path)]
-    ours = (path.name, f".{path.name}.", _beside(path, "").name)
+    own_names = (path.name, f".{path.name}.", _beside(path, "").name)
     return bool(names) and not any(
         path.is_relative_to(name)
-        or (name.is_relative_to(path.parent) and name.relative_to(path.parent).parts[0].startswith(ours))
+        or (name.is_relative_to(path.parent) and name.relative_to(path.parent).parts[0].startswith(own_names))
         for name in names
     )

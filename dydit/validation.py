@@ -1,4 +1,4 @@
-"""What pydantic finds wrong with a configuration, in plain words: which field, what it must be, and what was given."""
+"""Validation errors of pydantic in plain words: which field, what it must be, and what was given."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _REQUIREMENTS: Mapping[str, str] = {
     **dict.fromkeys(("int_type", "int_parsing", "int_from_float", "int_parsing_size"), "must be a whole number"),
     **dict.fromkeys(("float_type", "float_parsing"), "must be a number"),
     **dict.fromkeys(("bool_type", "bool_parsing"), "must be true or false"),
-    **dict.fromkeys(("string_type", "string_sub_type"), "must be a text"),
+    **dict.fromkeys(("string_type", "string_sub_type"), "must be text"),
     **dict.fromkeys(("enum", "literal_error"), "must be {expected}"),
     **dict.fromkeys(("list_type", "tuple_type"), "must be a list"),
     **dict.fromkeys(("dict_type", "model_type", "model_attributes_type", "dataclass_type"), "must be an object"),
@@ -39,7 +39,7 @@ _WITHOUT_VALUE: Mapping[str, str] = {"missing": "is missing", "extra_forbidden":
 
 @dataclass(frozen=True)
 class Problem:
-    """One fault: `path` leads to the field (empty: of the whole), `words` say what is wrong with it.
+    """One problem. `path`: of the field (empty: of the whole configuration); `words`: what is wrong with it.
 
     `words` continue the field's name as a sentence ("must be at least 0, not -1") unless they are `whole` sentences.
     """
@@ -49,14 +49,14 @@ class Problem:
     whole: bool = False
 
     def text(self, name: str | None = None) -> str:
-        """The fault as a sentence, the field called by `name` or by its path."""
+        """The problem as a sentence, with `name` or the path as the field's name."""
         name = name or ".".join(map(str, self.path))
         text = f"{name}{':' if self.whole else ''} {self.words}" if name else self.words
-        return " ".join(text.split())  # a field of a file may be called anything
+        return " ".join(text.split())  # names of fields come from a file and may hold line breaks
 
 
 class SettingsError(ConfigError):
-    """A configuration is not valid; `problems` say where and why, for callers that call the fields something else."""
+    """A configuration is not valid. `problems`: where and why, for callers that have other names for the fields."""
 
     def __init__(self, problems: tuple[Problem, ...], where: str = ""):
         super().__init__(f"{where}: " * bool(where) + "; ".join(problem.text() for problem in problems))
@@ -64,12 +64,12 @@ class SettingsError(ConfigError):
 
 
 def problems_of(error: ValidationError) -> tuple[Problem, ...]:
-    """The faults that pydantic lists, in its order."""
+    """The problems that pydantic lists, in its order."""
     items = error.errors(include_url=False)
     paths = [item["loc"] for item in items]
 
     def follows(item: Mapping[str, Any]) -> bool:
-        """Whether it is a consequence: a list counts as too short without the entry that is not valid."""
+        """Whether a problem follows from another: a list is too short without its invalid entry."""
         own = item["loc"]
         return item["type"] == "too_short" and any(path[: len(own)] == own and path != own for path in paths)
 
@@ -77,12 +77,12 @@ def problems_of(error: ValidationError) -> tuple[Problem, ...]:
 
 
 def first_problem(error: ValidationError) -> str:
-    """The first fault as a sentence: of a file with one mistake the others are its consequences."""
+    """The first problem as a sentence: in a file with one mistake, the others follow from it."""
     return problems_of(error)[0].text()
 
 
 def value_text(value: Any) -> str:
-    """A value as it would be written on a command line or in a file, cut where it is long."""
+    """A value as it would be written on a command line or in a file, cut if it is long."""
     text = repr(value) if isinstance(value, str) else str(value)
     text = text.removesuffix(".0") if isinstance(value, float) else text
     return text if len(text) <= LONGEST_VALUE else text[: LONGEST_VALUE - 3] + "..."
@@ -91,7 +91,7 @@ def value_text(value: Any) -> str:
 def _problem(item: Mapping[str, Any]) -> Problem:
     path, kind, context = tuple(item["loc"]), item["type"], item.get("ctx", {})
     if kind in ("value_error", "assertion_error"):
-        return Problem(path, str(context["error"]), whole=True)  # raised by a validator of ours, with words of ours
+        return Problem(path, str(context["error"]), whole=True)  # raised by our own validator, with its own message
     if kind in _WITHOUT_VALUE:
         return Problem(path, _WITHOUT_VALUE[kind])
     context = {name: value_text(value) if isinstance(value, float) else value for name, value in context.items()}
@@ -105,6 +105,6 @@ def _problem(item: Mapping[str, Any]) -> Problem:
 
 
 def _reworded(message: str) -> str:
-    """A message that has no words of ours: as a continuation of the field's name."""
+    """A message of pydantic, as a continuation of the field's name."""
     reworded = re.sub(r"^\w+ should ", "must ", message)
     return reworded if reworded != message else f"is not valid: {message[:1].lower()}{message[1:]}"

@@ -56,8 +56,8 @@ def test_write_atomic_that_fails_keeps_the_old_state(tmp_path, monkeypatch, step
 @pytest.mark.parametrize(
     ("code", "message"),
     [
-        (errno.ENOSPC, "no space left on the disk that holds {path}; free some and run again"),
-        (errno.EDQUOT, "no space left on the disk that holds {path}; free some and run again"),
+        (errno.ENOSPC, "no space left on the disk that holds {path}; free some space and run again"),
+        (errno.EDQUOT, "no space left on the disk that holds {path}; free some space and run again"),
         (errno.EROFS, "cannot write {path}: Read-only file system; choose a folder that can be written"),
         (errno.EACCES, "cannot write {path}: Permission denied; choose a folder that can be written"),
         (errno.ENAMETOOLONG, "cannot write {path}: File name too long; choose another output"),

@@ -31,7 +31,8 @@ HEAVY += ("matplotlib", "jinja2")
 # These run a bundle, or say what one is: without PyTorch, ONNX and whatever else is heavy.
 LIGHT_ROOMS = ("bundle", "commands", "diffusion", "runtime")
 LIGHT = {
-    *("dydit", "dydit.cli", "dydit.errors", "dydit.extras", "dydit.files", "dydit.validation", "dydit.words"),
+    *("dydit", "dydit.child_process", "dydit.cli", "dydit.dtypes", "dydit.errors", "dydit.extras", "dydit.files"),
+    *("dydit.locks", "dydit.validation", "dydit.words"),
     *("dydit.models.architecture", "dydit.models.config", "dydit.models.registry", "dydit.models.macs"),
     *("dydit.models.dit", "dydit.models.dit.config", "dydit.models.dit.units"),
     *("dydit.planning.costs", "dydit.planning.plan", "dydit.planning.profile_worker", "dydit.planning.sizes"),

@@ -1,22 +1,19 @@
-"""`dydit bench`: how long a step takes, side against side, in one run.
+"""`dydit bench`: measures how long a step takes with several contenders (bundles, checkpoints, scripts).
 
-Each side runs in a process of its own and they take turns, round by round: whatever else slows the machine slows all of
-them, and no side's idle threads disturb another's (sessions that shared a process made a 75 ms step take 104 ms). The
-first `warmup` rounds are not counted. What a round is: `dydit.bench.timing`. Before the first round, a step of each
-side that has a reference is compared with it, so that nothing is timed that computes something else.
+Each contender runs in a process of its own, and they take turns, round by round: other load on the machine slows all of
+them, and no contender's idle threads disturb another (sessions that shared a process made a 75 ms step take 104 ms).
+The first `warmup` rounds are not counted. `dydit.bench.timing` says what a round is. Before the first round, one step
+of each contender with a reference is compared with it, so that nothing is timed that computes something else.
 """
 
 from __future__ import annotations
 
 import base64
-import json
 import os
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -27,7 +24,8 @@ from pydantic import Field
 from dydit.bench.timing import Decided, Job, Latents, Loaded, Round
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.manifest import SamplingEntry
-from dydit.errors import BackendError, ConfigError, DeviationError, UnavailableError
+from dydit.child_process import ChildDiedError, ChildProcess
+from dydit.errors import BackendError, ConfigError, DeviationError, DyditError, UnavailableError
 from dydit.files import new_folder, require_absent, write_json
 from dydit.models.config import ModelConfig, Strict
 from dydit.parity.comparison import relative_l2
@@ -38,17 +36,17 @@ from dydit.reports.results import Machine, measured
 from dydit.reports.text import exponent
 
 REPORT = "bench.json"
-MASKED, STATIC = "pytorch-masked", "pytorch-static"  # names of a checkpoint's side
+MASKED, STATIC = "pytorch-masked", "pytorch-static"  # names of a checkpoint as a contender
 WORKER = [sys.executable, "-m", "dydit.bench.bench_worker"]
-SETTLE_SECONDS = 0.05  # for the threads of the side that had its turn
+SETTLE_SECONDS = 0.05  # pause for the threads of the contender before
 Progress = Callable[[int, int], None]
 
 
 class BenchConfig(Strict):
-    """What to time: a batch of one image per label; `cfg_scale` 1 is no guidance.
+    """What to time: a batch of one image per label; `cfg_scale` 1 disables guidance.
 
-    `steps_measured`: sampling steps of a round, spread evenly over the run (all, where it has fewer). `threads`: cores
-    for each side (0: all).
+    `steps_measured`: sampling steps of a round, spread evenly over the run (all, if it has fewer). `threads`: cores for
+    each contender (0: all).
     """
 
     labels: tuple[int, ...] = Field(default=(0,), min_length=1)
@@ -65,7 +63,7 @@ class BenchConfig(Strict):
 def sides_of(
     bundle: Bundle, versus: Bundle | None = None, checkpoint: Path | None = None, backend: str = "onnxruntime"
 ) -> list[Side]:
-    """The usual sides: a bundle, another one, and a checkpoint in PyTorch: masked, or static where it has no routers.
+    """The usual contenders: a bundle, another bundle, and a checkpoint in PyTorch: masked, or static without routers.
 
     Raises `CheckpointError` as `load_checkpoint` does.
     """
@@ -112,12 +110,12 @@ def run_bench(
     progress: Progress | None = None,
     run_of: Bundle | None = None,
 ) -> BenchReport:
-    """Time all sides, the first of which is compared with each other one; with `out`, write `out/bench.json`.
+    """Time all contenders and compare the first with each other one; with `out`, write `out/bench.json`.
 
-    `run_of` says what a run is (sampling steps, guided channels), by default the first bundle. `progress(done, total)`
-    counts rounds. A side whose script says that this machine lacks something is left out and listed in `not_run`.
-    Raises `ConfigError` for sides that cannot be compared, `BackendError` where a side cannot run, and its
-    `DeviationError` where one departs from its reference by more than the bar.
+    `run_of` defines the run (sampling steps, guided channels), by default the first bundle. `progress(done, total)`
+    counts rounds. A contender whose script says that this machine lacks something is skipped and listed in `not_run`.
+    Raises `ConfigError` for contenders that cannot be compared, `BackendError` if one cannot run, and
+    `DeviationError` if one deviates from its reference by more than the tolerance.
     """
     start, load_before = time.perf_counter(), os.getloadavg()[0]
     model, sampling, most = _common_run(sides, run_of)
@@ -164,13 +162,13 @@ def run_bench(
 
 
 def spread_steps(steps: int, count: int) -> tuple[int, ...]:
-    """`count` of the steps 0..steps-1, evenly spread, with the first and the last."""
+    """`count` of the steps 0..steps-1, evenly spread, including the first and the last."""
     return tuple(int(step) for step in np.unique(np.linspace(0, steps - 1, min(count, steps)).round()))
 
 
 def compare_sides(side: SideResult, other: SideResult) -> Comparison:
-    """A side against another, pair by pair of rounds; with a bound where multiply-adds set one."""
-    ratios = [theirs / ours for ours, theirs in zip(side.round_ms, other.round_ms, strict=True)]
+    """Compare a contender with another, round by round; with a bound if multiply-adds set one."""
+    ratios = [second / first for first, second in zip(side.round_ms, other.round_ms, strict=True)]
     median, reason = float(np.median(ratios)), no_bound(side, other)
     allowed = None if reason else other.macs / side.macs
     return Comparison(
@@ -187,19 +185,25 @@ def compare_sides(side: SideResult, other: SideResult) -> Comparison:
 
 
 def no_bound(side: SideResult, other: SideResult) -> str:
-    """Why the multiply-adds of two sides say nothing about their times: what makes one itself costs another time for
-    each side. Empty where they do."""
+    """Why the multiply-adds of two contenders set no bound on their times; empty if they do.
+
+    Where their backends, precisions, forms or layouts differ, a multiply-add costs each of them another time.
+    """
     if SideKind.SCRIPT in (side.side.kind, other.side.kind):
-        return "a script's multiply-adds are not known"
-    for what, ours, theirs in (
+        return "the multiply-adds of a script are unknown"
+    for what, first, second in (
         ("backends", _runs_on(side.side), _runs_on(other.side)),
         ("precisions", side.precision, other.precision),
         ("forms of the model", side.side.kind.value, other.side.kind.value),
-        ("layouts of weights", *("packed" if each.side.packed else "as stored" for each in (side, other))),
+        ("layouts of weights", _weight_layout(side.side), _weight_layout(other.side)),
     ):
-        if ours != theirs:
-            return f"their {what} differ: {ours} and {theirs}"
+        if first != second:
+            return f"their {what} differ: {first} and {second}"
     return "" if side.macs > 0 else f"{side.side.name} computes no multiply-adds in its blocks"
+
+
+def _weight_layout(side: Side) -> str:
+    return "packed" if side.packed else "as stored"
 
 
 def _runs_on(side: Side) -> str:
@@ -207,13 +211,13 @@ def _runs_on(side: Side) -> str:
 
 
 def _common_run(sides: Sequence[Side], run_of: Bundle | None) -> tuple[ModelConfig, SamplingEntry, int]:
-    """The model, the run and the largest batch that all sides have in common; bundles are verified here, once."""
+    """The model, the run and the largest batch that all contenders have in common. Verifies each bundle once."""
     if len({side.name for side in sides}) != len(sides):
-        raise ConfigError(f"sides need different names: {', '.join(side.name for side in sides)}")
+        raise ConfigError(f"contenders need different names, not {', '.join(side.name for side in sides)}")
     bundles = [Bundle.open(side.path) for side in sides if side.kind is SideKind.BUNDLE]
     manifests = [bundle.manifest for bundle in ([run_of] if run_of else []) + bundles]
     if not manifests:
-        raise ConfigError("nothing to time: give at least one bundle")
+        raise ConfigError("there is nothing to time; give at least one bundle")
     first = manifests[0]
     for other in manifests[1:]:
         for what, ours, theirs in (
@@ -239,7 +243,7 @@ def _job(side: Side, config: BenchConfig, model: ModelConfig, sampling: Sampling
 
 
 def _start(jobs: Sequence[Job], stack: ExitStack) -> tuple[list[_Worker], list[NotRun]]:
-    """A process for each job that can run here, all loaded, which end with `stack`; and what cannot."""
+    """A loaded process for each job that can run here, which ends with `stack`; and the jobs that cannot."""
     workers, not_run = [], []
     for job in jobs:
         try:
@@ -247,12 +251,14 @@ def _start(jobs: Sequence[Job], stack: ExitStack) -> tuple[list[_Worker], list[N
         except UnavailableError as error:
             not_run.append(NotRun(name=job.side.name, reason=str(error)))
     if not workers:
-        raise UnavailableError(f"no side runs here: {'; '.join(f'{each.name}: {each.reason}' for each in not_run)}")
+        raise UnavailableError(
+            f"no contender runs here: {'; '.join(f'{each.name}: {each.reason}' for each in not_run)}"
+        )
     return workers, not_run
 
 
 def _deviations(workers: Sequence[_Worker]) -> list[float | None]:
-    """Of each side, relative L2 from its reference, which has a process of its own for that one step."""
+    """The relative L2 of each contender from its reference, which runs in a process of its own for this step."""
     expected: dict[tuple[SideKind, str], np.ndarray] = {}
     return [_deviation(worker, worker.job.side.reference, expected) for worker in workers]
 
@@ -269,11 +275,11 @@ def _deviation(
             expected[key] = other.check()
     value = float(relative_l2(worker.check(), expected[key]).max())
     if measured(value) is None or (reference.bar is not None and value > reference.bar):
-        bar = "a finite number" if reference.bar is None else f"at most {exponent(reference.bar)}"
-        found = exponent(value) if np.isfinite(value) else "not finite"
+        expected_value = "a finite number" if reference.bar is None else f"at most {exponent(reference.bar)}"
+        actual = exponent(value) if np.isfinite(value) else "not finite"
         raise DeviationError(
             f"{worker.job.side.name} does not compute what PyTorch ({reference.kind}) computes: the relative L2 of one "
-            f"step is {found}, expected {bar}; nothing was timed"
+            f"step is {actual}, expected {expected_value}; nothing was timed"
         )
     return value
 
@@ -304,74 +310,35 @@ def _side_result(worker: _Worker, rounds: list[Round], deviation: float | None, 
 
 
 class _Worker:
-    """A side's process, loaded; as a context manager it ends with the block."""
+    """The process of a contender. As a context manager it loads at the start of the block and ends with it."""
 
     def __init__(self, job: Job):
         self.job = job
-        self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115  (closed in _end)
-        self._process = subprocess.Popen(
-            [sys.executable, job.side.path] if job.side.kind is SideKind.SCRIPT else WORKER,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            text=True,
-            encoding="utf-8",
-            # On a busy machine OpenMP's spinning barriers make PyTorch many times slower than it is.
-            env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "OMP_NUM_THREADS": str(job.threads)},
-        )
+        command = [sys.executable, job.side.path] if job.side.kind is SideKind.SCRIPT else WORKER
+        self._process = ChildProcess(command, f"runs {job.side.name!r}", job.threads)
 
     def __enter__(self) -> Self:
-        try:
+        with ExitStack() as stack:
+            stack.enter_context(self._process)
             self.loaded = Loaded.model_validate(self.ask(self.job.model_dump_json()))
-        except BaseException:
-            self._end()
-            raise
+            self._stack = stack.pop_all()
         return self
 
     def ask(self, line: str) -> dict[str, Any]:
         """Send a line and wait for the answer."""
-        assert self._process.stdin is not None and self._process.stdout is not None
         try:
-            self._process.stdin.write(line + "\n")
-            self._process.stdin.flush()
-            answer = self._process.stdout.readline()
-        except BrokenPipeError:
-            answer = ""
-        if not answer:
-            raise BackendError(f"the process that runs {self.job.side.name!r} ended: {self._last_words()}")
-        values: dict[str, Any] = json.loads(answer)
-        if "unavailable" in values:
-            raise UnavailableError(values["unavailable"])
-        if "error" in values:
-            raise BackendError(f"{self.job.side.name}: {values['error']}")
-        return values
+            return self._process.ask(line)
+        except (ChildDiedError, UnavailableError):
+            raise
+        except DyditError as error:
+            raise BackendError(f"{self.job.side.name}: {error}") from error
 
     def check(self) -> np.ndarray:
         """What the model contributes to one step, f32 [B, C, S, S]."""
         answer = self.ask("check")
         return np.frombuffer(base64.b64decode(answer["values"]), "<f4").reshape(answer["shape"])
 
-    def _last_words(self) -> str:
-        code = self._process.wait()
-        self._errors.seek(0)
-        lines = [line.strip() for line in self._errors.read().splitlines() if line.strip()]
-        return f"{lines[-1] if lines else 'it said nothing'} (exit code {code})"
-
-    def _end(self) -> None:
-        for stream in (self._process.stdin, self._process.stdout):
-            if stream is not None:
-                with suppress(BrokenPipeError):  # what is left to send to a process that has ended
-                    stream.close()
-        try:
-            self._process.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._errors.close()
-
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is not None:
-            self._process.kill()
-        self._end()
+        self._stack.__exit__(kind, error, trace)

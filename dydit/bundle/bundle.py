@@ -12,7 +12,8 @@ from typing import Literal
 import numpy as np
 
 from dydit.bundle.manifest import MANIFEST, FileEntry, Manifest, parse_manifest
-from dydit.bundle.stored_weights import STORAGE, WEIGHTS
+from dydit.bundle.stored_weights import WEIGHTS
+from dydit.dtypes import DTYPES
 from dydit.errors import BackendError, BundleError, one_line
 from dydit.files import sha256_of, user_path
 
@@ -86,10 +87,10 @@ class Bundle:
         return self.masks[step].astype(np.float32)
 
     def weight(self, name: str) -> np.ndarray:
-        """A stored tensor, memory-mapped read-only, of the type that `STORAGE` gives; see `dydit.models.dit.layout`."""
+        """A stored tensor, memory-mapped read-only, of the type `Dtype.storage`; see `dydit.models.dit.layout`."""
         entry = self.manifest.weights[name]
         raw = self.mapped_weights()[entry.offset : entry.offset + entry.nbytes]
-        return raw.view(STORAGE[entry.dtype]).reshape(entry.shape)
+        return raw.view(DTYPES[entry.dtype].storage).reshape(entry.shape)
 
     def mapped_weights(self, mode: Literal["r", "c"] = "r") -> np.ndarray:
         """`weights.bin`, uint8, as `mapped_file` has it."""

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from dydit.bundle.stored_weights import ITEM_BYTES, Precision, WeightEntry, half_name, stored_type
+from dydit.bundle.stored_weights import Precision, WeightEntry, half_name, stored_type
 from dydit.models.architecture import Slots
 from dydit.models.config import ModelConfig
 
@@ -24,7 +24,7 @@ def weights_trouble(weights: Mapping[str, WeightEntry], model: ModelConfig, prec
             entry, expected = weights[copy], "float16" if copy != name else stored_type(model, name, precision)
             if entry.shape != shape or entry.dtype != expected:
                 return f"weight {copy} is {entry.dtype} {list(entry.shape)}, expected {expected} {list(shape)}"
-    odd = [name for name, entry in weights.items() if entry.offset % ITEM_BYTES[entry.dtype]]
+    odd = [name for name, entry in weights.items() if entry.offset % entry.item_bytes]
     return f"weight {odd[0]} starts in the middle of a number" if odd else None
 
 

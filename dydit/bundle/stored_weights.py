@@ -8,6 +8,7 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeInt
 
+from dydit.dtypes import DTYPES
 from dydit.models.config import ModelConfig, Strict
 
 WEIGHTS = "weights.bin"
@@ -74,15 +75,6 @@ _VALUES: dict[Precision, StoredType] = {
     Precision.FP16: "float16",
     Precision.BF16: "bfloat16",
 }
-ITEM_BYTES: dict[StoredType, int] = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "float8_e4m3fn": 1}
-STORAGE = {
-    "float32": "float32",
-    "float16": "float16",
-    "bfloat16": "uint16",
-    "int8": "int8",
-    "float8_e4m3fn": "uint8",
-}
-"""NumPy's type for each stored type; it has no bfloat16 and no float8, whose bits are read as integers."""
 
 
 def half_name(name: str) -> str:
@@ -110,7 +102,7 @@ class WeightEntry(Strict):
     @property
     def item_bytes(self) -> int:
         """Bytes of one number."""
-        return ITEM_BYTES[self.dtype]
+        return DTYPES[self.dtype].bytes
 
     @property
     def nbytes(self) -> int:

@@ -27,7 +27,7 @@ from dydit.commands.output import print_json, say, warn
 from dydit.commands.progress import show_progress
 from dydit.commands.suggestions import after_export, reading_words
 from dydit.commands.vae_options import decoder_line, vae_options
-from dydit.extras import CHECKPOINTS, GRAPHS, VAES, require
+from dydit.extras import CHECKPOINTS, FITS, GRAPHS, VAES, require
 from dydit.words import counted
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ def command(
             "that result from measured times vary"
         )
     needed = [*CHECKPOINTS, *GRAPHS, *(VAES if settings["vae"] else ())]
-    require("dydit export", [*needed, *(["onnxruntime"] if cost == MEASURED else [])])
+    require("dydit export", [*needed, *(["onnxruntime", *FITS] if cost == MEASURED else [])])
     from dydit.checkpoints.checkpoint import load_checkpoint
     from dydit.export.capacities import keeps_every_token
     from dydit.export.settings import ExportConfig

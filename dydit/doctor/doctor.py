@@ -23,9 +23,9 @@ BUILDERS: dict[str, tuple[str, ...]] = {"tensorrt": ("driver",), "tensorrt-rtx":
 RUNNING = {"driver": NO_GPU, "pycuda": "PyCUDA"}
 # Each extra: (its purpose, its modules). The modules are looked up, not imported.
 EXTRAS = {
-    "export": ("read checkpoints, write bundles", ("onnx", "onnx_ir", "safetensors", "torch")),
+    "export": ("read checkpoints, write bundles", ("onnx", "onnx_ir", "safetensors", "scipy", "torch")),
     "report": ("pictures and HTML reports", ("jinja2", "matplotlib")),
-    "train": ("train models", ("accelerate", "sklearn", "scipy")),
+    "train": ("train models", ("accelerate", "sklearn")),
     "vae": ("put a VAE decoder into a bundle", ("diffusers", "onnxscript")),
 }
 

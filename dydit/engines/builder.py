@@ -1,4 +1,4 @@
-"""Building one engine: parse, check types, build, write. In a process of its own (`dydit.engines.build_workers`)."""
+"""Builds one engine: parse, check types, build, write. Runs in a process of its own (`dydit.engines.build_workers`)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import importlib
 import resource
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,16 +21,15 @@ from dydit.engines.network import Messages, Network, Parsed, parse_graph, read_n
 from dydit.engines.profiles import Extent, Profile, shape_profile
 from dydit.errors import BackendError, one_line
 from dydit.files import write_atomic
-from dydit.models.config import ModelConfig
+from dydit.models.config import ModelConfig, Strict
 
 
-@dataclass(frozen=True)
-class Job:
+class Job(Strict):
     """One engine to build, for a graph of a bundle of `model`.
 
-    `inputs`: the graph's inputs as described; None for a graph whose own declaration is all that there is, such as a
-    VAE decoder's, whose types are not held against the recipe either. `inspect`: also hold the kernels that were
-    chosen against it, where there is a GPU to load the engine on.
+    `inputs`: the graph's inputs according to `io_spec`; None for a graph that it does not describe, such as a VAE
+    decoder, whose types are not checked against the precision either. `ranges`: the extent of every symbol of the
+    inputs. `inspect`: also check the types of the kernels that were chosen, if there is a GPU to load the engine on.
     """
 
     graph: Path
@@ -45,12 +43,11 @@ class Job:
     inspect: bool = True
 
 
-@dataclass(frozen=True)
-class Built:
-    """What became of a job.
+class Built(Strict):
+    """The result of a job.
 
-    `peak_memory`: bytes, of the process since it started. `activation_bytes`: device memory that the engine works in
-    at its largest shapes, where the builder told.
+    `peak_memory`: bytes, of the process since it started. `activation_bytes`: device memory for the engine's
+    activations at its largest shapes, if the builder reported it.
     """
 
     sha256: str
@@ -64,10 +61,10 @@ class Built:
 
 
 def build_engine(job: Job) -> Built:
-    """Build and write one engine; what the builder said goes to the log.
+    """Build and write one engine; the builder's messages go to the log.
 
-    Raises `BackendError`, naming the graph, where it cannot be parsed, its types or the kernels chosen for it are not
-    the recipe's, or the builder fails.
+    Raises `BackendError`, naming the graph, if it cannot be parsed, if its types or the kernels chosen for it do not
+    have the bundle's precision, or if the builder fails.
     """
     started, messages = time.perf_counter(), Messages()
     outcome = "failed"
@@ -89,13 +86,20 @@ def build_engine(job: Job) -> Built:
     finally:
         _log(job.log, f"{job.engine.name} from {job.graph.name}: {outcome}", messages)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    warnings = sum(messages.warnings.values())
-    size, modified, layers = status.st_size, status.st_mtime_ns, len(network.layers)
-    return Built(digest, size, modified, seconds, peak, layers, warnings, messages.activation_bytes)
+    return Built(
+        sha256=digest,
+        bytes=status.st_size,
+        modified_ns=status.st_mtime_ns,
+        seconds=seconds,
+        peak_memory=peak,
+        layers=len(network.layers),
+        warnings=sum(messages.warnings.values()),
+        activation_bytes=messages.activation_bytes,
+    )
 
 
 def _plan(trt: Any, parsed: Parsed, job: Job, profile: Profile, messages: Messages) -> Any:
-    """The serialised engine, a buffer."""
+    """The serialized engine, a buffer."""
     polygraphy = load_polygraphy(job.request.flavour)
     config = builder_config(trt, polygraphy, job, profile)(parsed.builder, parsed.network)
     set_flags(trt, config, job.request.flavour)
@@ -106,30 +110,30 @@ def _plan(trt: Any, parsed: Parsed, job: Job, profile: Profile, messages: Messag
     )
     try:
         return loader()
-    except Exception as error:  # Polygraphy's own, which says less than the builder did
+    except Exception as error:  # Polygraphy's own, which says less than the builder's messages
         reason = messages.reason() if messages.errors else one_line(error)
         raise BackendError(f"{job.request.flavour} cannot build {job.graph.name}: {reason}; see {job.log}") from error
 
 
 def _require_kernels(trt: Any, plan: Any, network: Network, job: Job) -> bool:
-    """Whether the engine's kernels could be inspected here. Raises `BackendError` where they are not the recipe's."""
+    """Whether the engine's kernels could be inspected here. Raises `BackendError` if their types are wrong."""
     findings = inspect_engine(trt, plan, network, job.request.precision, job.model)
     if findings:
         raise BackendError(
-            f"{job.request.flavour} {trt.__version__} built {job.graph.name} not as {job.request.precision} should be: "
-            f"{shown(findings)}; try another version of it, or keep such engines with --no-inspect"
+            f"{job.request.flavour} {trt.__version__} built {job.graph.name} with types that {job.request.precision} "
+            f"does not allow: {shown(findings)}; try another version of it, or keep such engines with --no-inspect"
         )
     return findings is not None
 
 
 def set_flags(trt: Any, config: Any, flavour: Flavour) -> None:
-    """Set the flags that every engine of a flavour is built with, where this version has them."""
-    with contextlib.suppress(AttributeError):  # a version that has no such flag has no such rounding
-        # On by default; it would let fp32 products, on which routing decisions hang, round to 10 bits.
+    """Set the flags that every engine of a flavour is built with, if this version has them."""
+    with contextlib.suppress(AttributeError):  # a version without the flag does not round so
+        # On by default. It would round fp32 products to 10 bits, and routing decisions depend on them.
         config.clear_flag(trt.BuilderFlag.TF32)
     if flavour is Flavour.TENSORRT_RTX:
         with contextlib.suppress(AttributeError):
-            # Without it an engine may allocate memory of its own while it runs, and then cannot be captured.
+            # Without it an engine may allocate memory while it runs, and cannot be captured in a CUDA graph.
             config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
 
 
@@ -166,8 +170,11 @@ def _hardware_level(trt: Any, wanted: HardwareCompatibility) -> Any:
 
 
 def _log(path: Path, title: str, messages: Messages) -> None:
-    """Append to the build log in one write, so that several processes do not mix their lines, as far as that goes."""
+    """Append to the build log in one write, so that the lines of several processes rarely mix."""
     stamp = datetime.now(UTC).isoformat(timespec="seconds")
     text = f"{stamp} {title}\n{messages.text()}".encode()
-    with contextlib.suppress(OSError), open(path, "ab", buffering=0) as file:  # a full disk fails at the engine
+    with (
+        contextlib.suppress(OSError),
+        open(path, "ab", buffering=0) as file,
+    ):  # a full disk is reported when the engine is written
         file.write(text)

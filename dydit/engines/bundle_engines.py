@@ -1,9 +1,8 @@
-"""`dydit build`: engines for every graph of a bundle; those that are there and still right stay as they are."""
+"""`dydit build`: engines for every graph of a bundle. Engines that are up to date are kept."""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -19,17 +18,18 @@ from dydit.engines.builder import Built, Job
 from dydit.engines.fingerprint import EngineKey, EngineRequest, stale_key_reasons, stale_reasons
 from dydit.engines.profiles import Extent, shape_profile, symbol_ranges, width_ranges
 from dydit.engines.store import EngineEntry, EngineStore, stores, weights_of
-from dydit.errors import BundleError, ConfigError, OutputError
+from dydit.errors import BundleError, ConfigError
 from dydit.files import explained, sha256_of
+from dydit.locks import FileLock
 
 DECODED_AT_ONCE = 4
-"""Most images that the VAE decoder's engine takes: its activations are large."""
+"""The largest batch of the VAE decoder's engine: its activations are large."""
 Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class BuiltEngine:
-    """An engine that was built now: its graph, file, size in bytes, seconds, and why it was built."""
+    """An engine that this call built: its graph, file, size in bytes, seconds, and why it was built."""
 
     graph: str
     file: str
@@ -42,8 +42,9 @@ class BuiltEngine:
 class BuildReport:
     """What a build did.
 
-    `reasons`: why these settings are new to the bundle. `kept`: engines that were there. `bytes`: of all engines.
-    `peak_memory`: the most bytes that one building process had; `jobs` of them ran at a time. `warnings`: in `log`.
+    `reasons`: why engines of other settings do not serve. `kept`: engines that were up to date. `bytes`: of all
+    engines. `peak_memory`: the most bytes that a building process used; `jobs` of them ran at a time. `warnings`: their
+    number, in `log`.
     """
 
     folder: Path
@@ -64,7 +65,7 @@ class BuildReport:
         return values | {"request": self.request.model_dump(mode="json")}
 
     def text(self) -> list[str]:
-        """The report in lines: why, what, where."""
+        """The report as lines for a terminal."""
         lines = list(self.reasons)
         lines += [f"{each.graph}: {'; '.join(each.reasons)}" for each in self.built if each.reasons]
         name = f"{self.request.flavour} {self.request.version}"
@@ -72,12 +73,12 @@ class BuildReport:
             return [*lines, f"{self.folder}: all {self.kept} engines for {name} are up to date; nothing was built"]
         kept = f", {self.kept} up to date" if self.kept else ""
         lines.append(f"{self.folder}: {len(self.built)} engines built by {name}{kept}")
-        return [*lines, f"{self.warnings} warnings of the builder are in {self.log}"] if self.warnings else lines
+        return [*lines, f"{self.warnings} builder warnings are in {self.log}"] if self.warnings else lines
 
 
 @dataclass(frozen=True)
 class _Wanted:
-    """A graph of the bundle: its description and what its engine depends on."""
+    """A graph of the bundle: its inputs, their ranges, and what its engine depends on."""
 
     graph: str
     inputs: tuple[TensorSpec, ...] | None
@@ -90,9 +91,9 @@ def build_engines(
 ) -> BuildReport:
     """Build what is missing or stale, `jobs` engines at a time; `progress(done, total)` counts those to be built.
 
-    `request` as `make_request` gives it, `inspect` as `Job` has it. Finished engines are kept whatever happens to the
-    others. Raises `BackendError` where a graph cannot be built, `BundleError` where the bundle was changed,
-    `OutputError` where another build is at work or the folder cannot be written.
+    `request`: from `make_request`; `inspect`: as in `Job`. Finished engines are kept whatever happens to the others.
+    Raises `BackendError` if a graph cannot be built, `BundleError` if the bundle was changed, `OutputError` if another
+    build is running or the folder cannot be written.
     """
     if jobs < 1:
         raise ConfigError(f"{jobs} jobs: expected at least 1")
@@ -105,7 +106,7 @@ def build_engines(
     with _only_one(store):
         index = store.read()
         entries = dict(index.engines) if index else {}
-        stale = _sort_out(store, request, wanted, entries)
+        stale = _stale_graphs(store, request, wanted, entries)
         new = _build(store, request, stale, entries, jobs, progress, inspect)
         _remove_unused(store, entries)
         if index is None or entries != index.engines:
@@ -130,19 +131,19 @@ def build_engines(
 
 
 def _settings_reasons(store: EngineStore, request: EngineRequest) -> list[str]:
-    """Why the engines that the bundle has for other settings of this flavour do not serve."""
+    """Why the bundle's engines for other settings of this flavour do not serve."""
     if store.read() is not None:
         return []
     for other in stores(store.bundle):
         index = other.read()
         if index is not None and index.request.flavour is request.flavour:
             changes = "; ".join(stale_reasons(index.request, request))
-            return [f"{other.folder} does not serve (it stays; remove it when it is not needed): {changes}"]
+            return [f"{other.folder} does not serve (it is kept; remove it if you do not need it): {changes}"]
     return []
 
 
 def _wanted(bundle: Bundle, request: EngineRequest) -> list[_Wanted]:
-    """Every graph, the conditioning first. Raises `BundleError` where one is not what the manifest says."""
+    """Every graph, the conditioning first. Raises `BundleError` if one differs from the manifest."""
     manifest = bundle.manifest
     ranges = symbol_ranges(manifest, request.opt_batch, request.max_batch)
     described: dict[str, tuple[TensorSpec, ...] | None] = {CONDITIONING: conditioning_inputs()}
@@ -177,21 +178,18 @@ def _wanted(bundle: Bundle, request: EngineRequest) -> list[_Wanted]:
 
 @contextlib.contextmanager
 def _only_one(store: EngineStore) -> Iterator[None]:
-    """Hold the folder's lock, which goes with the process; clear away what killed builds left."""
-    with explained(store.folder), open(store.folder / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise OutputError(f"another build is at work in {store.folder}; wait for it, then run again") from error
+    """Hold the folder's lock, and remove what killed builds left."""
+    busy = f"another build is running in {store.folder}; wait for it, then run again"
+    with explained(store.folder), FileLock(store.folder / ".lock").require(busy):
         for part in store.folder.glob(".*.part"):
             part.unlink()
         yield
 
 
-def _sort_out(
+def _stale_graphs(
     store: EngineStore, request: EngineRequest, wanted: list[_Wanted], entries: dict[str, EngineEntry]
 ) -> list[tuple[_Wanted, tuple[str, ...]]]:
-    """The graphs to build and why; `entries` keeps those whose engine is there and right."""
+    """The graphs to build, and why. Entries whose engine is missing or stale are removed from `entries`."""
     stale = []
     for each in wanted:
         entry = entries.get(each.graph)
@@ -204,9 +202,9 @@ def _sort_out(
             entries[each.graph] = entry.model_copy(update={"modified_ns": modified})
     for graph in entries.keys() - {each.graph for each in wanted}:
         del entries[graph]
-    kept = {entry.fingerprint: entry for entry in entries.values()}
+    current = {entry.fingerprint: entry for entry in entries.values()}
     for each, _ in stale:
-        if equal := kept.get(each.key.fingerprint(request)):
+        if equal := current.get(each.key.fingerprint(request)):
             entries[each.graph] = equal
     return [(each, reasons) for each, reasons in stale if each.graph not in entries]
 
@@ -228,7 +226,7 @@ def _build(
     progress: Progress | None,
     inspect: bool,
 ) -> list[Built]:
-    """Build the stale graphs, equal ones once, and enter each in the index as it is finished."""
+    """Build the stale graphs, equal ones once, and add each to the index when it is finished."""
     groups: dict[str, list[_Wanted]] = {}
     for each, _ in stale:
         groups.setdefault(each.key.fingerprint(request), []).append(each)
@@ -240,15 +238,26 @@ def _build(
         name = f"{graph.stem}.engine"
         engine = store.folder / (f"{graph.stem}-{fingerprint[:8]}.engine" if name in taken else name)
         todo[engine.name] = group
-        settings = (request, store.bundle.manifest.model, first.inputs, first.ranges)
-        work.append(Job(graph, engine, *settings, store.build_log, timing_cache, inspect))
+        work.append(
+            Job(
+                graph=graph,
+                engine=engine,
+                request=request,
+                model=store.bundle.manifest.model,
+                inputs=first.inputs,
+                ranges=first.ranges,
+                log=store.build_log,
+                timing_cache=timing_cache,
+                inspect=inspect,
+            )
+        )
     new: list[Built] = []
 
     def done(job: Job, built: Built) -> None:
         new.append(built)
         for each in todo[job.engine.name]:
             entries[each.graph] = EngineEntry(
-                file=job.engine.name, key=each.key, fingerprint=each.key.fingerprint(request), **asdict(built)
+                file=job.engine.name, key=each.key, fingerprint=each.key.fingerprint(request), **built.model_dump()
             )
         store.write(request, entries)
         if progress:
@@ -262,7 +271,7 @@ def _build(
 
 
 def _remove_unused(store: EngineStore, entries: dict[str, EngineEntry]) -> None:
-    """Remove engines that no graph has any more: they are large."""
+    """Remove engines that no graph uses any more: they are large."""
     used = {entry.file for entry in entries.values()}
     for path in store.folder.glob("*.engine"):
         if path.name not in used:

@@ -1,9 +1,9 @@
-"""What is wrong with the types of a network, layer by layer, before anything is built (DESIGN, decision 9).
+"""Finds wrong types in a network, layer by layer, before anything is built.
 
-The recipe: below fp32, matrix products and attention in the lower type, attention as the fused operator, casts only at
-their edges; the residual stream, modulation, routers, embedding, final layer and the sampler's formula in fp32. With
-calibrated 8 bits both sides of a block's linear layers come from a dequantisation, attention is fp16, adaLN fp32; that
-a layer is to stay in 16 bits is said by its weight, a copy in fp16 under a name of its own.
+The rules: below fp32, matrix products and attention are in the lower type, attention is the fused operator, and casts
+are only at their edges. The residual stream, modulation, routers, embedding, final layer and the sampler's formula are
+fp32. With calibrated 8 bits, both inputs of a block's linear layers are dequantized, attention is fp16, and adaLN is
+fp32. A layer that stays fp16 is known by its weight, which is stored in fp16 under a name of its own.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from dydit.bundle.stored_weights import Precision, half_name, stored_type
+from dydit.dtypes import FLOATS
 from dydit.engines.network import Layer, Network
 from dydit.errors import BackendError
 from dydit.models.config import ModelConfig
@@ -21,15 +22,14 @@ from dydit.models.config import ModelConfig
 PRODUCTS = frozenset({"matrix_multiply", "einsum", "convolution", "deconvolution"})
 ATTENTION = frozenset({"attention_input", "attention_output"})
 _HEAVY = PRODUCTS | ATTENTION
-# These hand values on as they are; a cast on their far side is still at the edge of what comes next.
+# These pass values on unchanged, so a cast on their far side is still at the edge of what follows.
 _MOVING = frozenset({"shuffle", "slice", "gather", "concatenation", "unsqueeze", "squeeze", "identity", "select"})
-_MADE_UP = frozenset({"constant", "fill"})
-_FLOATS = frozenset({"float16", "bfloat16", "float32", "float64"})
+_GENERATED = frozenset({"constant", "fill"})
 _SHOWN = 3
 
 
 class Kind(StrEnum):
-    """What a finding is about."""
+    """The kind of a finding."""
 
     PRODUCT = "product"  # a matrix product of the wrong type
     ATTENTION = "attention"  # attention that no compiler will fuse
@@ -39,7 +39,7 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True)
 class Finding:
-    """A layer whose types are wrong: its name, what kind of fault, and what it is and should be."""
+    """A layer whose types are wrong: its name, the kind of fault, and what it is and should be."""
 
     layer: str
     kind: Kind
@@ -50,17 +50,17 @@ class Finding:
 
 
 def type_findings(network: Network, precision: Precision, model: ModelConfig) -> list[Finding]:
-    """All faults in the types of a subnetwork or the conditioning of `model`, in the order of its layers."""
+    """All wrong types of a subnetwork or the conditioning of `model`, in the order of its layers."""
     check = _Check(network, precision, model)
     return [finding for layer in network.layers for finding in check.layer(layer)]
 
 
 def require_types(network: Network, precision: Precision, model: ModelConfig, what: str) -> None:
-    """Raise `BackendError`, naming the layers, where `type_findings` finds anything."""
+    """Raise `BackendError`, naming the layers, if `type_findings` finds anything."""
     if findings := type_findings(network, precision, model):
         raise BackendError(
-            f"{what} is not as {precision} should be: {shown(findings)}; export the bundle again with --precision "
-            f"{precision}"
+            f"{what} has types that {precision} does not allow: {shown(findings)}; export the bundle again "
+            f"with --precision {precision}"
         )
 
 
@@ -71,7 +71,7 @@ def shown(findings: Sequence[Finding]) -> str:
 
 
 def fp32_products(network: Network, precision: Precision, model: ModelConfig) -> frozenset[str]:
-    """The ONNX nodes, as layers name them, whose products a bundle of `precision` has in fp32 though others are not."""
+    """The ONNX nodes, as layers name them, whose products stay fp32 in a bundle of `precision`."""
     check = _Check(network, precision, model)
     return frozenset(layer.origin for layer in network.layers if layer.kind in PRODUCTS and check.is_exempt(layer))
 
@@ -79,15 +79,18 @@ def fp32_products(network: Network, precision: Precision, model: ModelConfig) ->
 class _Check:
     def __init__(self, network: Network, precision: Precision, model: ModelConfig):
         self.network, self.low = network, precision.attention.dtype
-        self.is_fp32, self.eighth = precision is Precision.FP32, precision.weight_dtype if precision.in_8_bits else None
-        self._in_16_bits = frozenset(map(half_name, model.units.weights)) if self.eighth else frozenset()
-        followers = () if self.is_fp32 else model.low_precision  # these are fp32 where the precision's own type is
+        self.is_fp32, self.quantized = (
+            precision is Precision.FP32,
+            precision.weight_dtype if precision.in_8_bits else None,
+        )
+        self._fp16_weights = frozenset(map(half_name, model.units.weights)) if self.quantized else frozenset()
+        followers = () if self.is_fp32 else model.low_precision  # fp32 if the precision's own type is
         self._exempt = model.fp32_products.union(
             name for name in followers if stored_type(model, name, precision) == "float32"
         )
 
     def layer(self, layer: Layer) -> Iterator[Finding]:
-        types = {self.network.dtypes[name] for name in layer.inputs} & _FLOATS
+        types = {self.network.dtypes[name] for name in layer.inputs} & FLOATS
         if strange := types - {"float32", self.low}:
             yield Finding(str(layer), Kind.CAST, f"works in {strange.pop()}, which {self.low} graphs do not use")
         elif layer.kind in PRODUCTS:
@@ -96,11 +99,11 @@ class _Check:
             yield Finding(str(layer), Kind.ATTENTION, f"attention takes {_words(types)}, expected {self.low}")
         elif layer.kind == "softmax" and not self.is_fp32:
             text = (
-                f"attention is written as products and a softmax, which is not fused; expected Attention in {self.low}"
+                f"attention is written as products and a softmax, which are not fused; expected Attention in {self.low}"
             )
             yield Finding(str(layer), Kind.ATTENTION, text)
         elif layer.kind == "normalization" and types - {"float32"}:
-            yield Finding(str(layer), Kind.NORM, f"normalises {_words(types)}, expected a residual stream in float32")
+            yield Finding(str(layer), Kind.NORM, f"normalizes {_words(types)}, expected a residual stream in float32")
         elif layer.kind == "cast":
             yield from self._cast(layer)
 
@@ -113,9 +116,9 @@ class _Check:
             if types - {"float32"}:
                 text = f"the product {named} takes {_words(types)}, expected float32 in every precision"
                 yield Finding(str(layer), Kind.PRODUCT, text)
-        elif self.eighth and self._in_16_bits.isdisjoint(weights):
+        elif self.quantized and self._fp16_weights.isdisjoint(weights):
             if not all(self._was_stored_in_8_bits(operand) for operand in layer.inputs):
-                text = f"the product {named} takes {_words(types)}, expected {self.eighth} on both sides"
+                text = f"the product {named} takes {_words(types)}, expected {self.quantized} on both sides"
                 yield Finding(str(layer), Kind.PRODUCT, text)
         elif not weights:
             text = f"a product of two activations in {_words(types)} is attention that is not fused; expected Attention"
@@ -124,51 +127,53 @@ class _Check:
             yield Finding(str(layer), Kind.PRODUCT, f"the product {named} takes float32, expected {self.low}")
 
     def is_exempt(self, product: Layer) -> bool:
-        """Whether a product is with one of the weights that stay fp32."""
+        """Whether a product has one of the weights that stay fp32."""
         return not self._exempt.isdisjoint(name for operand in product.inputs for name in self._weights(operand))
 
     def _was_stored_in_8_bits(self, operand: str) -> bool:
-        """Whether an operand comes, only moved on the way, from a dequantisation of the right type."""
+        """Whether an operand comes, through layers that only move values, from a dequantization of the right type."""
         for name in self._back(operand, lambda layer: layer.kind in _MOVING):
             producer = self.network.producers.get(name)
             if producer is not None and producer.kind == "dequantize":
-                return self.network.dtypes[producer.inputs[0]] == self.eighth
+                return self.network.dtypes[producer.inputs[0]] == self.quantized
         return False
 
     def _weights(self, operand: str) -> list[str]:
-        """The stored weights that an operand is made of; empty for an activation."""
+        """The stored weights that an operand comes from; empty for an activation."""
         inputs = {spec.name for spec in self.network.inputs}
         names = []
         for name in self._back(operand, lambda layer: layer.kind in _MOVING or layer.kind == "cast"):
             producer = self.network.producers.get(name)
-            if self.network.dtypes[name] not in _FLOATS:
+            if self.network.dtypes[name] not in FLOATS:
                 continue
             if producer is None and name in inputs and "." in name:
                 names.append(name)  # a weight that is an input of the graph
-            elif producer is None or producer.kind not in _MOVING | _MADE_UP | {"cast"}:
+            elif producer is None or producer.kind not in _MOVING | _GENERATED | {"cast"}:
                 return []
             elif producer.kind == "constant":
                 names.append(producer.name)
         return [re.sub(r"\[\d+:\d+\]$", "", name) for name in names]
 
     def _cast(self, layer: Layer) -> Iterator[Finding]:
-        (source, *_), (made, *_) = layer.inputs, layer.outputs
-        before, after = self.network.dtypes[source], self.network.dtypes[made]
-        if before not in _FLOATS or after not in _FLOATS or before == after or self._is_made_up(source):
+        (source, *_), (result, *_) = layer.inputs, layer.outputs
+        before, after = self.network.dtypes[source], self.network.dtypes[result]
+        if before not in FLOATS or after not in FLOATS or before == after or self._is_constant(source):
             return
         if after not in ("float32", self.low):
             yield Finding(str(layer), Kind.CAST, f"casts {before} to {after}, which {self.low} graphs do not use")
         elif after == "float32":
             if not self._comes_from_product(source):
-                yield Finding(str(layer), Kind.CAST, f"casts {before} to float32, but not what a product gave")
-        elif not self._feeds_product(made):
+                yield Finding(
+                    str(layer), Kind.CAST, f"casts {before} to float32, but its input is not the output of a product"
+                )
+        elif not self._feeds_product(result):
             yield Finding(str(layer), Kind.CAST, f"casts float32 to {after}, but not at the edge of a product")
         elif self._is_island(source):
-            text = f"casts back to {after} what was {after} before: float32 in the midst of a product's values"
+            text = f"casts back to {after} what was {after} before: float32 between two products"
             yield Finding(str(layer), Kind.CAST, text)
 
     def _feeds_product(self, name: str) -> bool:
-        """Whether a value just cast down goes, only moved on the way, into products, or gates their results."""
+        """Whether a value just cast down goes into products, through layers that move it, or gates their results."""
         for reached in self._forward(name):
             if reached in self.network.outputs:
                 return False
@@ -176,7 +181,7 @@ class _Check:
                 if consumer.kind in _HEAVY or consumer.kind in _MOVING or consumer.kind in ("shape", "scatter"):
                     continue
                 others = [other for other in consumer.inputs if other != reached]
-                if consumer.kind == "elementwise" and all(map(self._is_made_up, others)):  # attention scales its input
+                if consumer.kind == "elementwise" and all(map(self._is_constant, others)):  # attention scales its input
                     if all(map(self._feeds_product, consumer.outputs)):
                         continue
                     return False
@@ -185,7 +190,7 @@ class _Check:
         return True
 
     def _comes_from_product(self, name: str) -> bool:
-        """Whether a value in the lower type was made by a product or attention, or by what directly follows one."""
+        """Whether a value in the lower type comes from a product or attention, or from what directly follows one."""
 
         def onward(layer: Layer) -> bool:
             return layer.kind not in _HEAVY and layer.kind not in ("cast", "normalization", "shape")
@@ -196,7 +201,7 @@ class _Check:
         )
 
     def _is_island(self, name: str) -> bool:
-        """Whether a float32 value was in the lower type before, with no normalisation in between."""
+        """Whether a float32 value was in the lower type before, with no normalization in between."""
 
         def onward(layer: Layer) -> bool:
             ends = layer.kind in _HEAVY or layer.kind in ("normalization", "shape")
@@ -208,15 +213,15 @@ class _Check:
     def _casts_up(self, layer: Layer) -> bool:
         return layer.kind == "cast" and self.network.dtypes[layer.inputs[0]] == self.low
 
-    def _is_made_up(self, name: str) -> bool:
-        """Whether a value comes from constants alone: a cast of it happens once, when the engine is built."""
+    def _is_constant(self, name: str) -> bool:
+        """Whether a value comes from constants alone: it is cast once, when the engine is built."""
         passed = _MOVING | {"cast"}
         reached = self._back(name, lambda layer: layer.kind in passed)
-        producers = [self.network.producers.get(each) for each in reached if self.network.dtypes[each] in _FLOATS]
-        return all(each is not None and each.kind in _MADE_UP | passed for each in producers)
+        producers = [self.network.producers.get(each) for each in reached if self.network.dtypes[each] in FLOATS]
+        return all(each is not None and each.kind in _GENERATED | passed for each in producers)
 
     def _back(self, name: str, onward: Callable[[Layer], bool]) -> list[str]:
-        """A tensor and all that it is made from, going back through the layers that `onward` lets pass."""
+        """A tensor and all that it comes from, going back through the layers for which `onward` is true."""
         seen, waiting = dict.fromkeys([name]), [name]
         while waiting:
             producer = self.network.producers.get(waiting.pop())
@@ -227,7 +232,7 @@ class _Check:
         return list(seen)
 
     def _forward(self, name: str) -> list[str]:
-        """A tensor and all that layers which only move values make of it."""
+        """A tensor and all values that layers which only move values make of it."""
         seen, waiting = dict.fromkeys([name]), [name]
         while waiting:
             for consumer in self.network.consumers.get(waiting.pop(), []):

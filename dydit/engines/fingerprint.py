@@ -1,6 +1,6 @@
-"""What an engine depends on: the settings of a build, the fingerprint of an engine, and why one is stale.
+"""What an engine depends on: the settings of a build, the fingerprint of an engine, and why an engine is stale.
 
-The fields of `EngineRequest` that change an engine are marked where they are declared; fingerprints and reasons derive
+The fields of `EngineRequest` that change an engine are marked in their declaration; fingerprints and reasons derive
 from the marks. An engine's fingerprint covers those and its graph's bytes, the weights' hash and its shape profile.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any, Final
@@ -24,30 +24,30 @@ from dydit.errors import BackendError
 from dydit.models.config import Strict, parse_config
 
 RECIPE = 2
-"""Counts up whenever this package builds another engine from the same settings."""
+"""Increased whenever this package builds another engine from the same settings."""
 _FOLDER_DIGITS = 16
 
 
 class _ChangesEngine:
-    """The mark of a field on which the engine depends."""
+    """Marks a field on which the engine depends."""
 
 
 CHANGES_ENGINE: Final = _ChangesEngine()
 
 
 class HardwareCompatibility(StrEnum):
-    """Which GPUs an engine of `tensorrt` runs on, besides the one that it is built on."""
+    """On which GPUs an engine of `tensorrt` runs, besides the one that it is built on."""
 
     NONE = "none"
-    SAME_CAPABILITY = "same-capability"  # all of its compute capability
-    AMPERE_PLUS = "ampere+"  # all of compute capability 8.0 and later
+    SAME_CAPABILITY = "same-capability"  # all GPUs of its compute capability
+    AMPERE_PLUS = "ampere+"  # all GPUs of compute capability 8.0 and later
 
 
 class EngineRequest(Strict):
     """The settings of a build.
 
-    `compute_capabilities`: with `tensorrt-rtx` the targets, none of them standing for all of 8.0 and later; with
-    `tensorrt` that of `gpu`, the GPU that it builds on. `tools`: versions of what else took part.
+    `compute_capabilities`: with `tensorrt-rtx` the targets, where none means all from 8.0; with `tensorrt` that of
+    `gpu`, the GPU that it builds on. `tools`: versions of other packages that were used.
     """
 
     flavour: Annotated[Flavour, CHANGES_ENGINE]
@@ -87,7 +87,7 @@ _WORDS = {
     "gpu": "the GPU",
     "hardware_compatibility": "hardware compatibility",
     "version_compatible": "version compatibility",
-    "recipe": "the way that dydit builds",
+    "recipe": "how dydit builds engines",
 }
 
 
@@ -108,7 +108,7 @@ def _digest(values: Any) -> str:
 
 
 def stale_reasons(old: EngineRequest, new: EngineRequest) -> list[str]:
-    """Why engines of the settings `old` do not serve `new`; empty where they do."""
+    """Why engines of the settings `old` do not serve `new`; empty if they do."""
     before, after = old.marked(), new.marked()
     return [
         f"{_WORDS.get(name, f'the {name}')}: {_text(before[name])} became {_text(after[name])}"
@@ -118,7 +118,7 @@ def stale_reasons(old: EngineRequest, new: EngineRequest) -> list[str]:
 
 
 def stale_key_reasons(old: EngineKey, new: EngineKey) -> list[str]:
-    """Why an engine made for `old` does not serve `new`, of the same settings."""
+    """Why an engine for `old` does not serve `new`, of the same settings."""
     reasons = []
     if old.graph_sha256 != new.graph_sha256:
         reasons.append("the graph changed")
@@ -143,18 +143,35 @@ def _shapes(extent: Any) -> str:
 
 
 def make_request(
-    manifest: Manifest, flavour: Flavour, installed: str, gpu: Gpu | None, **settings: Any
+    manifest: Manifest,
+    flavour: Flavour,
+    installed: str,
+    gpu: Gpu | None,
+    *,
+    max_batch: int | None = None,
+    opt_batch: int | None = None,
+    compute_capabilities: Sequence[str] = (),
+    hardware_compatibility: HardwareCompatibility | str = HardwareCompatibility.NONE,
+    version_compatible: bool = False,
 ) -> EngineRequest:
-    """The request for a bundle's engines, held against what flavour, bundle and machine allow.
+    """The request for a bundle's engines, checked against what flavour, bundle and machine allow.
 
-    `settings`: `max_batch` (default: the bundle's), `opt_batch` (default: `max_batch`), `compute_capabilities`,
-    `hardware_compatibility`, `version_compatible`. `installed`: the flavour's version. Raises `ConfigError` for values
-    out of range and `BackendError` for what cannot be built, with the reason and the alternative.
+    `installed`: the flavour's version. `max_batch`: by default the bundle's; `opt_batch`: by default `max_batch`.
+    Raises `ConfigError` for values out of range and `BackendError` for what cannot be built, with the reason and the
+    alternative.
     """
-    given = {name: value for name, value in settings.items() if value is not None}
-    max_batch = given.get("max_batch", manifest.max_batch)
-    values = {"max_batch": max_batch, "opt_batch": max_batch, **given, "flavour": flavour, "version": installed}
-    values |= {"precision": manifest.precision, "tools": _tools()}
+    max_batch = manifest.max_batch if max_batch is None else max_batch
+    values = {
+        "flavour": flavour,
+        "version": installed,
+        "precision": manifest.precision,
+        "max_batch": max_batch,
+        "opt_batch": max_batch if opt_batch is None else opt_batch,
+        "compute_capabilities": tuple(compute_capabilities),
+        "hardware_compatibility": hardware_compatibility,
+        "version_compatible": version_compatible,
+        "tools": _tools(),
+    }
     request = parse_config(EngineRequest, values)
     require_buildable(manifest, request, gpu)
     if not flavour.traits.ahead_of_time and gpu:
@@ -163,16 +180,15 @@ def make_request(
 
 
 def require_buildable(manifest: Manifest, request: EngineRequest, gpu: Gpu | None) -> None:
-    """Raise `BackendError` where a flavour cannot build what is asked, with the reason and the alternative."""
+    """Raise `BackendError` if a flavour cannot build what is requested, with the reason and the alternative."""
     flavour, traits = request.flavour, request.flavour.traits
     if manifest.precision is Precision.INT8:
         raise BackendError(
-            "int8 bundles are for onnxruntime on the CPU, with its own operators; export with --precision fp16 or bf16 "
-            "to build engines"
+            "int8 bundles run only on onnxruntime on the CPU; export with --precision fp16 or bf16 to build engines"
         )
     if manifest.routing is Routing.DYNAMIC and not traits.data_dependent_shapes:
         raise BackendError(
-            f"{flavour} has no NonZero, which dynamic routing needs; make a bundle of fixed token slots: "
+            f"{flavour} has no NonZero, which dynamic routing needs; export a bundle with a fixed token capacity: "
             f"{capacity_chain_of(manifest)}; or build with --flavour tensorrt on the machine with the GPU"
         )
     if traits.ahead_of_time:
@@ -180,13 +196,13 @@ def require_buildable(manifest: Manifest, request: EngineRequest, gpu: Gpu | Non
         return
     if request.compute_capabilities:
         raise BackendError(
-            f"{flavour} builds for the GPU that it builds on, not for others; leave --compute-capability out and use "
+            f"{flavour} builds for the GPU that it builds on, not for others; remove --compute-capability and use "
             f"--hardware-compatibility {HardwareCompatibility.AMPERE_PLUS}, or --flavour tensorrt-rtx"
         )
     if gpu is None:
         raise BackendError(
-            f"{flavour} builds on the GPU that runs the engines, and there is no NVIDIA driver or GPU here; build on "
-            "that machine, or with --flavour tensorrt-rtx, which needs none"
+            f"{flavour} builds on the GPU that runs the engines, but there is no NVIDIA driver or GPU here; build on "
+            "that machine, or use --flavour tensorrt-rtx, which builds without a GPU"
         )
 
 
@@ -195,33 +211,33 @@ def _require_ahead_of_time(request: EngineRequest) -> None:
     for capability in request.compute_capabilities:
         if capability == "7.5":
             raise BackendError(
-                f"{flavour} has no fp32 matrix product for compute capability 7.5, and routers and embedding need it; "
+                f"{flavour} has no fp32 matrix product for compute capability 7.5, which routers and embedding need; "
                 f"choose from {', '.join(targets)}"
             )
         if capability not in targets:
             raise BackendError(
-                f"{flavour} cannot build for compute capability {capability}, only for {', '.join(targets)}; leave "
-                "--compute-capability out for engines of 8.0 and later, or build with --flavour tensorrt on that GPU"
+                f"{flavour} cannot build for compute capability {capability}, only for {', '.join(targets)}; remove "
+                "--compute-capability to build for 8.0 and later, or build with --flavour tensorrt on that GPU"
             )
     if len(set(request.compute_capabilities)) != len(request.compute_capabilities):
-        raise BackendError(f"compute capability named twice: {', '.join(request.compute_capabilities)}")
+        raise BackendError(f"a compute capability is given twice: {', '.join(request.compute_capabilities)}")
     if request.hardware_compatibility is not HardwareCompatibility.NONE:
         raise BackendError(
-            f"--hardware-compatibility is for tensorrt; engines of {flavour} run on all GPUs of 8.0 and later unless "
-            "--compute-capability narrows that"
+            f"--hardware-compatibility is for tensorrt; engines of {flavour} run on all GPUs of compute capability 8.0 "
+            "and later, unless --compute-capability names fewer"
         )
     if request.version_compatible:
         raise BackendError(
-            f"engines of {flavour} run on the version that built them and no other; leave --version-compatible out and "
-            "build again after an upgrade"
+            f"engines of {flavour} run only with the version that built them; remove --version-compatible and build "
+            "again after an upgrade"
         )
 
 
 def _tools() -> Mapping[str, str]:
-    found = {}
+    versions = {}
     for package in ("dydit", "polygraphy"):
         try:
-            found[package] = version(package)
+            versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return versions

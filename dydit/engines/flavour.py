@@ -1,8 +1,8 @@
-"""The two flavours of TensorRT: which package each is, where it can build, and what it cannot.
+"""The two flavours of TensorRT: which package each is, where it can build, and what it cannot do.
 
-`tensorrt` (data-centre) builds on the GPU that will run the engines; `tensorrt-rtx` (RTX GPUs) builds ahead of time,
-with no GPU. Nothing is imported before it is asked for. Polygraphy drives either, but only one of them in a process,
-so that builds run in processes of their own.
+`tensorrt` (data-centre GPUs) builds on the GPU that will run the engines; `tensorrt-rtx` (RTX GPUs) builds without a
+GPU. Neither is imported before it is used. Polygraphy drives either, but only one of them in a process, so builds run
+in processes of their own.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ class Flavour(StrEnum):
 class Traits:
     """What a flavour can do.
 
-    `majors`: the versions that we know. `ahead_of_time`: builds without a GPU. `data_dependent_shapes`: has NonZero.
-    `targets`: the compute capabilities that it can be told to build for. Of tensorrt-rtx 7.5 is left out: it has no
-    fp32 matrix product, and routers, embedding and final layer are fp32 in every precision.
+    `majors`: the supported major versions. `ahead_of_time`: builds without a GPU. `data_dependent_shapes`: has NonZero.
+    `targets`: the compute capabilities that it can build for. 7.5 is missing for tensorrt-rtx: there it has no fp32
+    matrix product, and routers, embedding and final layer are fp32 in every precision.
     """
 
     majors: tuple[int, ...]
@@ -64,7 +64,7 @@ _TRAITS = {
 
 
 def load_flavour(flavour: Flavour) -> Any:
-    """The flavour's module. Raises `BackendError`, saying what to install, where it is missing or too old or new."""
+    """The flavour's module. Raises `BackendError`, saying what to install, if it is missing, too old or too new."""
     install = f"pip install 'dydit[{flavour}]'"
     try:
         module = importlib.import_module(flavour.module)
@@ -90,7 +90,7 @@ def installed_version(flavour: Flavour) -> str:
 def load_polygraphy(flavour: Flavour) -> Any:
     """`polygraphy.backend.trt`, driving this flavour.
 
-    Raises `BackendError` where Polygraphy is missing, or drives the other flavour in this process already.
+    Raises `BackendError` if Polygraphy is missing, or drives the other flavour in this process already.
     """
     load_flavour(flavour)
     rtx = flavour is Flavour.TENSORRT_RTX
@@ -103,26 +103,26 @@ def load_polygraphy(flavour: Flavour) -> Any:
         raise BackendError(f"{error.name} is not installed: pip install 'dydit[{flavour}]'") from error
     if bool(config.USE_TENSORRT_RTX) != rtx:
         raise BackendError(
-            f"Polygraphy drives the other TensorRT in this process already; use {flavour} in a process of its own"
+            f"Polygraphy drives the other TensorRT in this process already; use {flavour} in another process"
         )
-    importlib.import_module("polygraphy.logger").G_LOGGER.module_severity = 1000  # what it says is in our messages
+    importlib.import_module("polygraphy.logger").G_LOGGER.module_severity = 1000  # our messages repeat what matters
     return loaders
 
 
 def is_installed(flavour: Flavour) -> bool:
-    """Whether the module is there; it is not imported."""
+    """Whether the module is installed; it is not imported."""
     return importlib.util.find_spec(flavour.module) is not None
 
 
 def default_flavour() -> Flavour:
-    """The flavour that is installed; of both, `tensorrt` where there is a GPU to build on.
+    """The flavour that is installed; if both are, `tensorrt` where there is a GPU to build on.
 
-    Raises `BackendError` where none is.
+    Raises `BackendError` if none is installed.
     """
     here = [flavour for flavour in Flavour if is_installed(flavour)]
     if not here:
         raise BackendError(
-            "no TensorRT is installed: pip install 'dydit[tensorrt-rtx]' (builds with no GPU, for RTX GPUs) or "
+            "TensorRT is not installed: pip install 'dydit[tensorrt-rtx]' (builds without a GPU, for RTX GPUs) or "
             "'dydit[tensorrt]' (builds on the data-centre GPU that runs the engines)"
         )
     if len(here) == 1:
@@ -142,7 +142,7 @@ class Gpu:
 
 
 def present_gpu() -> Gpu | None:
-    """The GPU that engines would run on, asked of the driver; None without one."""
+    """The GPU that engines would run on, according to the driver; None without one."""
     try:
         cuda = ctypes.CDLL(_CUDA_LIBRARY)
     except OSError:

@@ -1,7 +1,7 @@
-"""What became of a network's types in the built engine, from TensorRT's engine inspector. Needs the engine's GPU.
+"""Checks the types of a built engine's kernels with TensorRT's engine inspector. Needs the engine's GPU.
 
-TensorRT may still split or merge what the network said; here fused attention and the type of each product are read off
-the kernels that were chosen.
+TensorRT may still split or merge layers of the network. Here, fused attention and the type of each product are checked
+on the kernels that were chosen.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _FP32 = re.compile(r"\b(float|float32|fp32)\b", re.IGNORECASE)
 def inspect_engine(
     trt: Any, engine: Any, network: Network, precision: Precision, model: ModelConfig
 ) -> list[Finding] | None:
-    """Hold a built engine (a buffer) of a bundle of `model` against the precision recipe and its network.
+    """Check a built engine (a buffer) of a bundle of `model` against its precision and its network.
 
-    Empty where it is as it should be; None where this machine cannot tell: without a GPU, with another than the
-    engine's, or where the inspector gives no details of the layers.
+    Empty if its types are right; None if this machine cannot tell: without a GPU, with another GPU than the engine's,
+    or if the inspector gives no details of the layers.
     """
     if present_gpu() is None:
         return None
@@ -47,10 +47,10 @@ def inspect_engine(
 def engine_findings(
     layers: Sequence[Mapping[str, Any]], precision: Precision, exempt: frozenset[str], attends: bool
 ) -> list[Finding]:
-    """Faults in the layers of an engine below fp32.
+    """Wrong types in the layers of an engine below fp32.
 
     `exempt`: the ONNX nodes whose products stay fp32 (`fp32_products`). `attends`: whether the network has attention,
-    which then must be in some fused kernel.
+    which must then be in a fused kernel.
     """
     if precision is Precision.FP32:
         return []
@@ -73,7 +73,7 @@ def _is_fused(layer: Mapping[str, Any]) -> bool:
 
 
 def _takes_fp32(layer: Mapping[str, Any]) -> bool:
-    """Whether a matrix among the inputs is fp32; a product's factors alpha and beta are, always."""
+    """Whether a matrix among the inputs is fp32. A product's scalars alpha and beta always are."""
     for tensor in layer.get("Inputs", ()):
         dtype = str(tensor.get("Format/Datatype", tensor.get("Datatype", "")))
         if len(tensor.get("Dimensions", ())) > 1 and _FP32.search(dtype):

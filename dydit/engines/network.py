@@ -1,7 +1,7 @@
-"""A graph as TensorRT parsed it: reading it, and a plain picture of its layers that can be checked without TensorRT.
+"""A graph as TensorRT parsed it, and a plain description of its layers that can be checked without TensorRT.
 
-Parsing needs no GPU. Weights are read from `weights.bin` beside the graph. Networks are strongly typed: precision is
-what the graph says.
+Parsing needs no GPU. Weights are read from `weights.bin` beside the graph. Networks are strongly typed: the graph
+decides the precision.
 """
 
 from __future__ import annotations
@@ -14,12 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from dydit.bundle.io_spec import TensorSpec
+from dydit.dtypes import DTYPES
 from dydit.errors import BackendError
 
-_DTYPES = {
-    **{"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "DOUBLE": "float64"},
-    **{"INT64": "int64", "INT32": "int32", "BOOL": "bool", "INT8": "int8", "FP8": "float8_e4m3fn"},
-}
+_DTYPES = {dtype.tensorrt: name for name, dtype in DTYPES.items()}
 _FUNCTION = re.compile(r"\((\w+)\)\]\s*$")
 _ACTIVATION_WORDS = "Total Activation Memory: "
 _ACTIVATION = re.compile(_ACTIVATION_WORDS + r"(\d+) bytes")
@@ -39,8 +37,8 @@ class Layer:
     @property
     def function(self) -> str:
         """The local function that the layer is part of; empty for the main graph."""
-        found = _FUNCTION.search(self.origin)
-        return found[1] if found else ""
+        match = _FUNCTION.search(self.origin)
+        return match[1] if match else ""
 
     def __str__(self) -> str:
         return f"{self.name} ({self.function})" if self.function else self.name
@@ -57,12 +55,12 @@ class Network:
 
     @cached_property
     def producers(self) -> dict[str, Layer]:
-        """The layer that makes a tensor."""
+        """The layer that outputs a tensor, by the tensor's name."""
         return {name: layer for layer in self.layers for name in layer.outputs}
 
     @cached_property
     def consumers(self) -> dict[str, list[Layer]]:
-        """The layers that take a tensor."""
+        """The layers that read a tensor, by the tensor's name."""
         taken: dict[str, list[Layer]] = {}
         for layer in self.layers:
             for name in dict.fromkeys(layer.inputs):
@@ -72,9 +70,9 @@ class Network:
 
 @dataclass
 class Messages:
-    """What TensorRT said while it worked on one graph: errors, and warnings with how often each came.
+    """TensorRT's messages about one graph: errors, and warnings with their counts.
 
-    `activation_bytes`: device memory that the engine works in, at its largest shapes; None until it is said.
+    `activation_bytes`: device memory for the engine's activations at its largest shapes; None until it is reported.
     """
 
     errors: list[str] = field(default_factory=list)
@@ -86,7 +84,7 @@ class Messages:
         return "; ".join(dict.fromkeys(" ".join(each.split()) for each in self.errors[:_MESSAGES])) or "no reason given"
 
     def text(self) -> str:
-        """All of it, a line each."""
+        """All messages, one a line."""
         lines = [f"  error: {' '.join(each.split())}" for each in self.errors]
         for message, times in self.warnings.items():
             lines.append(f"  warning{f' ({times} times)' if times > 1 else ''}: {' '.join(message.split())}")
@@ -95,7 +93,7 @@ class Messages:
 
 def make_logger(trt: Any, messages: Messages) -> Any:
     """A TensorRT logger that collects errors and warnings in `messages`."""
-    warning = int(trt.ILogger.WARNING)  # errors are below, all else is above: some 12,000 lines for a small engine
+    warning = int(trt.ILogger.WARNING)  # errors are below it; what is above is some 12,000 lines for a small engine
 
     class Collector(trt.ILogger):
         def __init__(self) -> None:
@@ -104,12 +102,12 @@ def make_logger(trt: Any, messages: Messages) -> Any:
         def log(self, severity: Any, message: str) -> None:
             level = int(severity)
             if level > warning:
-                if _ACTIVATION_WORDS in message and (found := _ACTIVATION.search(message)):
-                    messages.activation_bytes = int(found[1])
+                if _ACTIVATION_WORDS in message and (match := _ACTIVATION.search(message)):
+                    messages.activation_bytes = int(match[1])
             elif level < warning:
                 messages.errors.append(message)
             else:
-                # The nodes of a function come back with every call of it.
+                # The nodes of a function are reported again for every call of it.
                 message = re.sub(r"A node named \S+ already", "A node named ... already", message)
                 messages.warnings[message] = messages.warnings.get(message, 0) + 1
 
@@ -131,7 +129,7 @@ def parse_graph(trt: Any, path: Path, messages: Messages) -> Parsed:
     require_distinct_names(path)
     logger = make_logger(trt, messages)
     builder = trt.Builder(logger)
-    # TensorRT 11 knows no other networks, and may drop the flag.
+    # TensorRT 11 has only such networks, and may drop the flag.
     typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     network = builder.create_network(0 if typed is None else 1 << int(typed))
     parser = trt.OnnxParser(network, logger)
@@ -142,9 +140,9 @@ def parse_graph(trt: Any, path: Path, messages: Messages) -> Parsed:
 
 
 def require_distinct_names(path: Path) -> None:
-    """Raise `BackendError` where a function's inner value has the name of one of the main graph's.
+    """Raise `BackendError` if a value inside a function has the name of a value of the main graph.
 
-    TensorRT's parser (tensorrt-rtx 1.7.1) then takes one for the other, and where their shapes agree without a word.
+    TensorRT's parser (tensorrt-rtx 1.7.1) confuses the two, silently if their shapes agree.
     """
     try:
         import onnx
@@ -153,7 +151,7 @@ def require_distinct_names(path: Path) -> None:
     try:
         model = onnx.load(path, load_external_data=False)
     except Exception as error:  # protobuf's DecodeError, which onnx does not wrap
-        raise BackendError(f"{path} is no ONNX graph ({type(error).__name__}); export the bundle again") from error
+        raise BackendError(f"{path} is not an ONNX graph ({type(error).__name__}); export the bundle again") from error
     graph = model.graph
     main = {each.name for each in (*graph.input, *graph.initializer)}
     main.update(name for node in graph.node for name in node.output)
@@ -162,12 +160,12 @@ def require_distinct_names(path: Path) -> None:
         if shared := sorted(inner & main):
             raise BackendError(
                 f"{path.name}: function {function.name!r} and the main graph both have a value {shared[0]!r}, which "
-                "TensorRT's parser takes for one; export the bundle again"
+                "TensorRT's parser confuses; export the bundle again"
             )
 
 
 def read_network(network: Any) -> Network:
-    """The picture of a parsed network."""
+    """The description of a parsed network."""
     layers, dtypes = [], {}
 
     def name_of(tensor: Any) -> str:
@@ -178,14 +176,14 @@ def read_network(network: Any) -> Network:
 
     for index in range(network.num_layers):
         layer = network.get_layer(index)
-        taken = [layer.get_input(place) for place in range(layer.num_inputs)]
-        made = [layer.get_output(place) for place in range(layer.num_outputs)]
+        layer_inputs = [layer.get_input(i) for i in range(layer.num_inputs)]
+        layer_outputs = [layer.get_output(i) for i in range(layer.num_outputs)]
         layers.append(
             Layer(
                 name=layer.name,
                 kind=layer.type.name.lower(),
-                inputs=tuple(name_of(tensor) for tensor in taken if tensor is not None),
-                outputs=tuple(name_of(tensor) for tensor in made),
+                inputs=tuple(name_of(tensor) for tensor in layer_inputs if tensor is not None),
+                outputs=tuple(name_of(tensor) for tensor in layer_outputs),
                 origin=layer.metadata,
             )
         )
@@ -201,7 +199,7 @@ def _dtype(tensor: Any) -> str:
 
 
 def _shape(tensor: Any) -> tuple[int | str, ...]:
-    """Numbers, and the symbols that ONNX gave to the others."""
+    """The dimensions: numbers, and the symbols that ONNX has for the dynamic ones."""
     return tuple(
         (tensor.get_dimension_name(axis) or f"axis {axis} of {tensor.name}") if size < 0 else size
         for axis, size in enumerate(tensor.shape)
@@ -209,12 +207,12 @@ def _shape(tensor: Any) -> tuple[int | str, ...]:
 
 
 def require_inputs(network: Network, specs: Sequence[TensorSpec], what: str) -> None:
-    """Hold a parsed network's inputs against their description. Raises `BackendError` naming the first that differs."""
-    found, expected = {spec.name: spec for spec in network.inputs}, {spec.name: spec for spec in specs}
-    for name in sorted(found.keys() | expected.keys()):
-        if found.get(name) != expected.get(name):
+    """Compare a parsed network's inputs with their description. Raises `BackendError` for the first that differs."""
+    parsed, expected = {spec.name: spec for spec in network.inputs}, {spec.name: spec for spec in specs}
+    for name in sorted(parsed.keys() | expected.keys()):
+        if parsed.get(name) != expected.get(name):
             raise BackendError(
-                f"{what}: input {name!r} is {_describe(found.get(name))}, expected {_describe(expected.get(name))}; "
+                f"{what}: input {name!r} is {_describe(parsed.get(name))}, expected {_describe(expected.get(name))}; "
                 "export the bundle again"
             )
 

@@ -1,4 +1,4 @@
-"""Optimisation profiles: the least, usual and largest shape of every input, from the graphs' one description.
+"""Optimization profiles: the smallest, typical and largest shape of every input, from the graphs' description.
 
 A symbol of `dydit.bundle.io_spec` has a range; an input's three shapes follow from the ranges of its symbols.
 """
@@ -29,12 +29,12 @@ class Extent(Strict):
     @model_validator(mode="after")
     def _ordered(self) -> Extent:
         if not 1 <= self.min <= self.opt <= self.max:
-            raise ValueError(f"{self.min}, {self.opt}, {self.max} is no range: expected 1 <= min <= opt <= max")
+            raise ValueError(f"{self.min}, {self.opt}, {self.max} is not a range: expected 1 <= min <= opt <= max")
         return self
 
 
 class ShapeExtent(Strict):
-    """The least, usual and largest shape of an input."""
+    """The smallest, typical and largest shape of an input."""
 
     min: tuple[int, ...]
     opt: tuple[int, ...]
@@ -48,8 +48,8 @@ Profile = dict[str, ShapeExtent]
 def symbol_ranges(manifest: Manifest, opt_batch: int, max_batch: int) -> dict[str, Extent]:
     """Ranges of the symbols of a bundle's graphs.
 
-    `rows` goes to twice the batch, with guidance, and is tuned for that; so does `labels`, one of which makes a row.
-    `steps`: of the longest segment, as many as `CONDITIONING_ELEMENTS` allow for all labels.
+    `rows` goes up to twice the batch, with guidance, and is tuned for that; so does `labels`, because each makes a row.
+    `steps`: those of the longest segment, but no more than `CONDITIONING_ELEMENTS` allow for all labels.
     """
     counts = [segment.count for segment in manifest.plan.segments]
     rows = Extent(min=1, opt=2 * opt_batch, max=2 * max_batch)

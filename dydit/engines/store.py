@@ -2,12 +2,12 @@
 
     engines.json        the settings, and of every graph: engine file, what it depends on, SHA-256, size, seconds
     subnet-0000.engine, conditioning.engine, ...
-    build.log           what the builder warned of
+    build.log           the builder's warnings
     timing.cache        tensorrt: measured tactics, for the next build
     runtime.cache       tensorrt-rtx: compiled kernels, for the next run; its SHA-256 is in runtime.json
 
-An engine is code. It is loaded from its bundle's own folder only, and only with the hash that was recorded when it was
-built there, on a GPU and version that it was built for.
+An engine is code. It is loaded only from its bundle's own folder, only with the hash that was recorded when it was
+built there, and only with a GPU and version that it was built for.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ _LEAST_RTX = (8, 0)
 
 
 class EngineEntry(Strict):
-    """A built engine: its file, what it depends on, and its build.
+    """A built engine: its file, what it depends on, and facts of its build.
 
-    `modified_ns`: the file's time when its hash was last taken.
+    `modified_ns`: the file's modification time when its hash was last computed.
     """
 
     file: str
@@ -58,7 +58,7 @@ class EngineEntry(Strict):
     peak_memory: int = Field(description="bytes, of the process that built it, since its start")
     layers: int = Field(description="of the parsed network, whose types were checked")
     warnings: int
-    activation_bytes: int | None = Field(description="device memory that it works in, at its largest shapes")
+    activation_bytes: int | None = Field(description="device memory for its activations, at its largest shapes")
 
 
 class EngineIndex(Strict):
@@ -94,16 +94,16 @@ class EngineStore:
 
     @property
     def timing_cache(self) -> Path:
-        """Where tactic timings are kept."""
+        """The file of tactic timings."""
         return self.folder / TIMING_CACHE
 
     @property
     def build_log(self) -> Path:
-        """Where the builder's warnings go."""
+        """The file of the builder's warnings."""
         return self.folder / BUILD_LOG
 
     def read(self) -> EngineIndex | None:
-        """The index; None where nothing was built. Raises `BundleError` where it is damaged or was changed."""
+        """The index; None if nothing was built. Raises `BundleError` if it is damaged or was changed."""
         path = self.folder / INDEX
         remove = f"remove {self.folder} and build again"
         try:
@@ -126,25 +126,25 @@ class EngineStore:
         write_atomic(self.folder / INDEX, index.to_json().encode())
 
     def engine_path(self, entry: EngineEntry) -> Path:
-        """The file of an entry. Raises `BundleError` where it is not a file of this folder."""
+        """The file of an entry. Raises `BundleError` if it is not a file of this folder."""
         path = self.folder / entry.file
         if not _FILE_NAME.fullmatch(entry.file):
             raise BundleError(
-                f"{path} is not a file of the bundle's own engines folder; engines are code and are loaded from "
-                f"nowhere else: remove {self.folder} and build again"
+                f"{path} is not in the bundle's own engines folder; engines are code and are loaded from nowhere "
+                f"else: remove {self.folder} and build again"
             )
         return path
 
     def is_complete(self, entry: EngineEntry) -> bool:
-        """Whether an engine's file is there as it was built, by its hash: a file's time says nothing of damage."""
+        """Whether an engine's file is there as it was built, by its hash: a modification time does not show damage."""
         path = self.engine_path(entry)
         return path.is_file() and path.stat().st_size == entry.bytes and sha256_of(path) == entry.sha256
 
     def load(self, graph: str) -> bytes:
-        """The engine of a graph, the very bytes whose hash was checked.
+        """The engine of a graph: the bytes whose hash was checked.
 
-        Raises `BundleError`, with the command that mends it, where it was not built, is missing, was changed, or was
-        made from another bundle's graph or weights.
+        Raises `BundleError`, with the command to run, if it was not built, is missing, was changed, or was built from
+        another bundle's graph or weights.
         """
         index = self.read()
         entry = index.engines.get(graph) if index else None
@@ -171,7 +171,7 @@ class EngineStore:
         return data
 
     def read_runtime_cache(self) -> bytes | None:
-        """What the last run compiled; None where there is nothing, or not what was written here."""
+        """What the last run compiled; None if there is nothing, or it is not what was written here."""
         try:
             data = (self.folder / RUNTIME_CACHE).read_bytes()
             record = json.loads((self.folder / RUNTIME_RECORD).read_text(encoding="utf-8"))
@@ -181,20 +181,20 @@ class EngineStore:
         return data if known else None
 
     def write_runtime_cache(self, data: bytes) -> None:
-        """Keep what a run compiled."""
+        """Save what a run compiled."""
         record = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
         self.keep(RUNTIME_CACHE, data)
         self.keep(RUNTIME_RECORD, (json.dumps(record) + "\n").encode())
 
     def keep(self, name: str, data: bytes) -> None:
-        """Keep a file beside the engines for the next process, which is faster with it.
+        """Save a file beside the engines, which makes the next process faster.
 
-        Only a warning where that cannot be: a bundle may be read-only, or its disk full, and still run.
+        A failure is only a warning: a bundle may be read-only, or its disk full, and still run.
         """
         try:
             write_atomic(self.folder / name, data)
         except (OSError, DyditError) as error:
-            warnings.warn(f"{name} is not kept for the next process: {one_line(error)}", stacklevel=2)
+            warnings.warn(f"{name} cannot be saved for the next process: {one_line(error)}", stacklevel=2)
 
 
 def weights_of(manifest: Manifest, graph: str) -> str:
@@ -204,16 +204,16 @@ def weights_of(manifest: Manifest, graph: str) -> str:
 
 def stores(bundle: Bundle) -> Iterator[EngineStore]:
     """The folders of engines that a bundle holds, newest index first."""
-    found = [path.parent for path in (bundle.path / ENGINES).glob(f"*/{INDEX}")]
-    for folder in sorted(found, key=lambda each: (each / INDEX).stat().st_mtime_ns, reverse=True):
+    folders = [path.parent for path in (bundle.path / ENGINES).glob(f"*/{INDEX}")]
+    for folder in sorted(folders, key=lambda each: (each / INDEX).stat().st_mtime_ns, reverse=True):
         yield EngineStore(bundle, folder)
 
 
 def open_store(bundle: Bundle, flavour: Flavour, installed: str, gpu: Gpu | None) -> EngineStore:
     """The engines that run here.
 
-    Raises `BundleError`, with the command that mends it, where there are none of this flavour, or only some for
-    another GPU or version.
+    Raises `BundleError`, with the command to run, if there are none of this flavour, or only for another GPU or
+    version.
     """
     refusals = []
     for store in stores(bundle):
@@ -231,11 +231,11 @@ def open_store(bundle: Bundle, flavour: Flavour, installed: str, gpu: Gpu | None
 
 
 def unfit_reason(request: EngineRequest, installed: str, gpu: Gpu | None) -> str | None:
-    """Why engines of a request do not run on a version and GPU; None where they do."""
+    """Why engines of a request do not run with a version and GPU; None if they do."""
     if not _version_fits(request, installed):
         return f"was built by {request.flavour} {request.version}, but {installed} is installed"
     if gpu is None:
-        return "needs an NVIDIA GPU to run, and there is no driver or GPU here"
+        return "needs an NVIDIA GPU to run, but there is no driver or GPU here"
     if not _gpu_fits(request, gpu):
         built_for = " or ".join(request.compute_capabilities) or "8.0 and later"
         name = f" ({request.gpu})" if request.gpu else ""

@@ -8,8 +8,6 @@ as they are.
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import os
 import shutil
 import tempfile
@@ -20,9 +18,10 @@ from pathlib import Path
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.manifest import MANIFEST, FileEntry, Manifest
 from dydit.bundle.vae_entry import VAE_DECODER, VAE_WEIGHTS
-from dydit.errors import ConfigError, OutputError
+from dydit.errors import ConfigError
 from dydit.export.vae_graph import VaeOptions, export_vae
 from dydit.files import explained, fsync_folder, sha256_of, write_atomic
+from dydit.locks import FileLock
 
 PREFIX, SUFFIX = ".decoder.", ".part"  # of the folder, inside the bundle, in which a decoder is made
 
@@ -68,16 +67,7 @@ def _alone(path: Path) -> Iterator[None]:
     if not path.is_dir():  # said in `Bundle.open`'s words
         yield
         return
-    with explained(path):
-        descriptor = os.open(path, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise OutputError(f"another process is adding a decoder to {path}; wait for it") from error
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF):
-                raise
+    with contextlib.ExitStack() as stack:
+        with explained(path):
+            stack.enter_context(FileLock(path).require(f"another process is adding a decoder to {path}; wait for it"))
         yield
-    finally:
-        os.close(descriptor)

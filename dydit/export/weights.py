@@ -13,28 +13,14 @@ from typing import BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from dydit.bundle.stored_weights import (
-    ALIGNMENT,
-    ITEM_BYTES,
-    Precision,
-    StoredType,
-    WeightEntry,
-    half_name,
-    stored_type,
-)
+from dydit.bundle.stored_weights import ALIGNMENT, Precision, StoredType, WeightEntry, half_name, stored_type
+from dydit.dtypes import DTYPES
 from dydit.errors import CheckpointError
 from dydit.models.config import ModelConfig
 from dydit.quantization.quantize import quantize, scale_name
 
 PIECE = 1 << 24
 """Numbers that are converted and written at once: 64 MiB of them."""
-_TYPES: dict[StoredType, torch.dtype] = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "int8": torch.int8,
-    "float8_e4m3fn": torch.float8_e4m3fn,
-}
 _NAMES = {each.dtype: each.value for each in (Precision.FP32, Precision.FP16, Precision.BF16)}
 
 
@@ -50,16 +36,16 @@ def stored_forms(
 ) -> Iterator[tuple[str, Tensor]]:
     """What a bundle of `precision` stores for a tensor of the layout: itself in its type, or the copies of 8 bits."""
     kind = stored_type(model, name, precision)
-    if ITEM_BYTES[kind] == 1:
+    if DTYPES[kind].bytes == 1:
         copies = copies or Copies()
         if copies.eighth:
-            weight, scale = quantize(tensor, model.units.weights[name].out_major, _TYPES[kind])
+            weight, scale = quantize(tensor, model.units.weights[name].out_major, getattr(torch, kind))
             yield name, weight
             yield scale_name(name), scale
         if copies.half:
             yield half_name(name), tensor.detach().to(torch.float16)
     else:
-        yield name, tensor.detach().to(_TYPES[kind])
+        yield name, tensor.detach().to(getattr(torch, kind))
 
 
 def write_weights(
@@ -78,7 +64,7 @@ def write_weights(
     with open(path, "wb") as file:
         for name, tensor in tensors:
             kind = stored_type(model, name, precision)
-            if ITEM_BYTES[kind] == 1:
+            if DTYPES[kind].bytes == 1:
                 _require_finite(name, tensor, "float32")
                 eighth, half = (copies or {}).get(name, Copies())
                 for stored, values in stored_forms(model, name, tensor, precision, Copies(eighth)):
@@ -90,7 +76,7 @@ def write_weights(
             entries[name] = _start(file, tensor, kind)
             for piece in tensor.detach().flatten().split(PIECE):
                 _require_finite(name, piece, kind)
-                file.write(piece.to(_TYPES[kind]).view(torch.uint8).numpy().data)
+                file.write(piece.to(getattr(torch, kind)).view(torch.uint8).numpy().data)
     return entries
 
 
@@ -104,7 +90,7 @@ def _require_finite(name: str, values: Tensor, kind: StoredType) -> None:
     if not values.numel():
         return
     extremes = torch.stack(values.aminmax())  # NaN where any is; rounding keeps the order, so these two tell for all
-    if not torch.isfinite(extremes.to(_TYPES[kind])).all():
+    if not torch.isfinite(extremes.to(getattr(torch, kind))).all():
         trouble = f"is too large for {_NAMES[kind]}; export in another precision"
         if not torch.isfinite(extremes).all():
             trouble = "is NaN or infinite; this checkpoint cannot be exported"

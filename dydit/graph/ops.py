@@ -10,16 +10,10 @@ import onnx_ir as ir
 from onnx_ir import tape
 
 from dydit.bundle.stored_weights import Precision
+from dydit.dtypes import DTYPES
 
 OPSET, IR_VERSION = 23, 11  # the newest that every runtime we target reads
-DATA_TYPES = {
-    "float32": ir.DataType.FLOAT,
-    "float16": ir.DataType.FLOAT16,
-    "bfloat16": ir.DataType.BFLOAT16,
-    "int8": ir.DataType.INT8,
-    "float8_e4m3fn": ir.DataType.FLOAT8E4M3FN,
-    "int64": ir.DataType.INT64,
-}
+DATA_TYPES = {name: ir.DataType(dtype.onnx) for name, dtype in DTYPES.items()}
 DOMAIN = "dydit"
 CONTRIB = "com.microsoft"  # operators of ONNX Runtime's own, for int8
 

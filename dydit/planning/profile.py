@@ -1,15 +1,12 @@
-"""What subnetworks cost here, by a short profile: times for the planner to minimise, memory for its budget to hold.
+"""Measures what subnetworks cost on this machine: times, which the planner minimizes, and memory, for its budget.
 
-Small bundles of the exporter's own making are run in a process of their own (`dydit.planning.profile_points` says
-which, `dydit.planning.profile_worker` how), and two models that are linear in what a subnetwork holds are fitted by
-least squares (`dydit.planning.profile_fit`).
+Small exported bundles (`dydit.planning.profile_points`) are run in a process of their own
+(`dydit.planning.profile_worker`). Least squares (`dydit.planning.profile_fit`) then fits two models that are linear in
+the units of a subnetwork.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 import sys
 import tempfile
 from itertools import groupby
@@ -19,8 +16,10 @@ from pydantic import Field
 
 from dydit.bundle.measurements import Measured
 from dydit.checkpoints.checkpoint import Checkpoint
-from dydit.errors import BackendError, ConfigError
+from dydit.child_process import ChildProcess
+from dydit.errors import ConfigError
 from dydit.export.settings import ExportConfig
+from dydit.extras import FITS, require
 from dydit.models.config import Strict
 from dydit.planning.profile_fit import fit_residency, fit_times
 from dydit.planning.profile_points import profile_points, token_share, write_profile_bundle
@@ -33,8 +32,8 @@ WORKER = [sys.executable, "-m", "dydit.planning.profile_worker"]
 class ProfileConfig(Strict):
     """How to measure: a `batch` of images with guidance, on `threads` cores (0: all).
 
-    `token_share`: of the tokens, how many enter the MLPs, 0..1; by default as many as the model lets through.
-    `seconds`: about how long timing takes; `rounds`: at most.
+    `token_share`: share of the tokens that enter the MLPs, 0..1; by default that of the model. `seconds`: about how
+    long timing takes; `rounds`: the most rounds.
     """
 
     backend: str = "onnxruntime"
@@ -48,17 +47,19 @@ class ProfileConfig(Strict):
 def run_profile(
     checkpoint: Checkpoint, export: ExportConfig, config: ProfileConfig, times: bool = True, memory: bool = True
 ) -> Measured:
-    """Measure what `export` would make of a checkpoint: `times` of a step, `memory` of loaded subnetworks.
+    """Measure what `export` would write for a checkpoint: `times` of a step, `memory` of loaded subnetworks.
 
-    Raises `ConfigError` for a batch beyond the export's, for a model of one head, and for times from which no cost of a
-    head or a group can be told; `BackendError` where the backend cannot run such bundles, or memory cannot be measured.
+    Raises `ConfigError` for a batch larger than the export's, for a model of one head, and if times do not grow with
+    width; `BackendError` where SciPy is missing, the backend cannot run such bundles, or memory
+    cannot be measured.
     """
+    require("measuring costs", FITS)
     model = checkpoint.config
     if config.batch > export.max_batch:
-        raise ConfigError(f"a batch of {config.batch} to measure with: the export is for {export.max_batch} at most")
+        raise ConfigError(f"cannot measure a batch of {config.batch}: the export allows at most {export.max_batch}")
     groups = model.units.blocks[0].groups
     if any(group.count < 2 for group in groups):
-        raise ConfigError("a model of one head leaves no widths to measure; use --cost macs")
+        raise ConfigError("a model with one head has only one width, so costs cannot be measured; use --cost macs")
     share = (config.token_share or token_share(checkpoint)) if model.dynamic else 1.0
     threads = config.threads or Machine.here().cores
     points = profile_points([group.count for group in groups])
@@ -75,33 +76,29 @@ def run_profile(
             timed=tuple(index for index, point in enumerate(points) if times and point.timed),
             **config.model_dump(include={"backend", "batch", "rounds", "seconds"}),
         )
-        found = _ask(job)
-    settings = {"backend": config.backend, "rows": 2 * config.batch}
+        with ChildProcess(WORKER, "measures", threads) as process:
+            findings = Findings.model_validate(process.ask(job.model_dump_json()))
+    rows = 2 * config.batch
     residency, fitted = None, None
     if memory:
-        residency = fit_residency(points, model, export.precision, found.settled, found.workspace, settings)
+        residency = fit_residency(
+            points,
+            model,
+            export.precision,
+            findings.settled,
+            findings.workspace,
+            backend=config.backend,
+            rows=rows,
+        )
     if times:
         timed = [point for point in points if point.timed]
         fitted = fit_times(
-            timed, [group.name for group in groups], found.ms, {**settings, "threads": threads, "token_share": share}
+            timed,
+            [group.name for group in groups],
+            findings.ms,
+            backend=config.backend,
+            rows=rows,
+            threads=threads,
+            token_share=share,
         )
     return Measured(times=fitted, residency=residency)
-
-
-def _ask(job: ProfileJob) -> Findings:
-    done = subprocess.run(
-        WORKER,
-        input=job.model_dump_json(),
-        capture_output=True,
-        text=True,
-        check=False,
-        env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "OMP_NUM_THREADS": str(job.threads)},
-    )
-    try:
-        values = json.loads(done.stdout)
-    except ValueError as error:
-        words = done.stderr.strip().splitlines() or ["it said nothing"]
-        raise BackendError(f"the process that measures ended: {words[-1]} (exit code {done.returncode})") from error
-    if "error" in values:
-        raise BackendError(values["error"])
-    return Findings.model_validate(values)

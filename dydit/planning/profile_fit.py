@@ -1,11 +1,10 @@
-"""Fitting costs to what a profile measured: least squares with no negative coefficients. NumPy alone."""
+"""Fits costs to the measurements of a profile, by least squares without negative coefficients."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from itertools import combinations, groupby
-from typing import Any
+from collections.abc import Sequence
+from itertools import groupby
 
 import numpy as np
 
@@ -18,61 +17,63 @@ from dydit.planning.profile_points import Point, of_depth
 from dydit.planning.sizes import PlanSizes, fixed_bytes, unit_bytes
 
 WORKSPACES, MARGIN = 3, 0.1
-"""Whole models take up to this many times a step's workspace, and more than the fit: the heap keeps what is freed."""
+"""Factor on a step's workspace, and margin on the fit: the heap keeps some of what is freed."""
 RESIDENCY_TERMS = ("subnet", "block", "mapped", "joined", "shared")
 
 
 def non_negative(columns: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """The least squares solution, no coefficient below 0: the best of all choices of those that are 0.
+    """The least-squares solution of `columns @ terms = values` among those without a negative term.
 
-    `columns` [points, terms] with few terms, `values` [points]; returns [terms].
+    `columns` [points, terms], `values` [points]; returns [terms]. Columns may differ by many orders of magnitude.
     """
-    terms = columns.shape[1]
-    best, least = np.zeros(terms), float(values @ values)
+    from scipy.optimize import nnls
+
     scale = np.maximum(np.abs(columns).max(axis=0), 1e-300)
-    for count in range(1, terms + 1):
-        for kept in map(list, combinations(range(terms), count)):
-            found, _, rank, _ = np.linalg.lstsq(columns[:, kept] / scale[kept], values, rcond=None)
-            if rank < count or (found < 0).any():
-                continue
-            rest = values - columns[:, kept] @ (found / scale[kept])
-            if rest @ rest < least * (1 - 1e-9):
-                best, least = np.zeros(terms), float(rest @ rest)
-                best[kept] = found / scale[kept]
-    return best
+    terms, _ = nnls(columns / scale, values)
+    return np.asarray(terms / scale)
 
 
 def fit_times(
-    points: Sequence[Point], groups: Sequence[str], ms: Sequence[Sequence[float]], settings: Mapping[str, Any]
+    points: Sequence[Point],
+    groups: Sequence[str],
+    ms: Sequence[Sequence[float]],
+    *,
+    backend: str,
+    rows: int,
+    threads: int,
+    token_share: float,
 ) -> StepTimes:
-    """Times by the medians of each point's rounds, in milliseconds; relative deviations count.
+    """Fit times to the medians of each point's rounds, in milliseconds. Relative deviations are minimized.
 
-    `groups`: names of the unit groups. `settings`: the other fields of `StepTimes`. Raises `ConfigError` where no cost
-    of a unit can be told.
+    `ms`: of each point, milliseconds by round. `groups`: names of the unit groups. `backend`, `rows`, `threads` and
+    `token_share` say under which conditions the times hold. Raises `ConfigError` where times do not grow with width.
     """
     columns = np.array([_time_terms(point) for point in points], np.float64)
     medians = np.array([np.median(rounds) for rounds in ms])
     terms = non_negative(columns / medians[:, None], np.ones(len(medians)))
     fixed, block, *each = terms.tolist()
     times = {name: {"any": each[2 * index], "unit": each[2 * index + 1]} for index, name in enumerate(groups)}
-    for name, found in times.items():
-        if found["unit"] <= 0:
+    for name, cost in times.items():
+        if cost["unit"] <= 0:
             raise ConfigError(
                 f"the times measured here do not grow with the number of {name} (a busy machine, or a very small "
-                "model), so no plan can go by them; try again, or use --cost macs"
+                "model), so no plan can be based on them; try again, or use --cost macs"
             )
     deviation = float(np.abs(columns @ terms / medians - 1).max())
     return StepTimes(
-        **settings,
+        backend=backend,
+        rows=rows,
+        threads=threads,
+        token_share=token_share,
         fixed=fixed,
         block=block,
-        groups={name: GroupTimes(**found) for name, found in times.items()},
+        groups={name: GroupTimes(**cost) for name, cost in times.items()},
         deviation=deviation,
     )
 
 
 def _time_terms(point: Point) -> list[int]:
-    """1, blocks, and for each unit group of the blocks: whether any unit is there, and how many."""
+    """The terms of a time: 1, blocks, and for each unit group whether any unit is on, and how many."""
     each = [term for count in point.counts for term in (count > 0, count)]
     return [1, point.depth, *(point.depth * term for term in each)]
 
@@ -83,19 +84,31 @@ def fit_residency(
     precision: Precision,
     settled: Sequence[int],
     workspace: int,
-    settings: Mapping[str, Any],
+    *,
+    backend: str,
+    rows: int,
 ) -> Residency:
-    """Memory by what the process grew, in bytes, as the points were loaded one after another, the first one aside.
+    """Fit memory to the growth of the process, in bytes, as the points were loaded in turn; the first is left out.
 
-    `settings`: the other fields of `Residency`.
+    `settled`: bytes of the process after each point. `workspace`: bytes that a step takes while it runs, at most.
     """
     columns = np.diff(_loaded_terms(points, model, precision), axis=0)
     grown = np.diff(np.asarray(settled, np.float64))
-    found = dict(zip(RESIDENCY_TERMS, non_negative(columns, grown).tolist(), strict=True))
-    fitted = columns @ np.array([found[term] for term in RESIDENCY_TERMS])
-    off = np.abs(np.cumsum(fitted - grown)).max() / max(float(np.abs(grown).sum()), 1.0)
-    each = {term: math.ceil(found.pop(term)) for term in ("subnet", "block")}
-    return Residency(**settings, workspace=WORKSPACES * workspace, **each, **found, deviation=float(off), margin=MARGIN)
+    terms = non_negative(columns, grown)
+    off = np.abs(np.cumsum(columns @ terms - grown)).max() / max(float(np.abs(grown).sum()), 1.0)
+    subnet, block, mapped, joined, shared = terms.tolist()
+    return Residency(
+        backend=backend,
+        rows=rows,
+        workspace=WORKSPACES * workspace,
+        subnet=math.ceil(subnet),
+        block=math.ceil(block),
+        mapped=mapped,
+        joined=joined,
+        shared=shared,
+        deviation=float(off),
+        margin=MARGIN,
+    )
 
 
 def _loaded_terms(points: Sequence[Point], model: ModelConfig, precision: Precision) -> np.ndarray:

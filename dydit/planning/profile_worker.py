@@ -1,14 +1,11 @@
-"""The process in which a profile is measured: `python -m dydit.planning.profile_worker`. No PyTorch.
+"""The process that a profile measures in: `python -m dydit.planning.profile_worker`. No PyTorch.
 
-It reads one job in JSON from standard input and writes one `Findings`, or {"error": message}, to standard output. All
-other output goes to standard error. The process is new, so that its memory is that of what it loads.
+It answers one `ProfileJob` with one `Findings`. The process is fresh, so that its memory is that of what it loads.
 """
 
 from __future__ import annotations
 
 import ctypes
-import json
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -19,8 +16,9 @@ from pydantic import Field
 
 from dydit.bench.timing import peak_bytes, settled_bytes
 from dydit.bundle.bundle import Bundle
+from dydit.child_process import serve
 from dydit.diffusion.noise import INITIAL_DRAW, image_noise
-from dydit.errors import BackendError, DyditError, one_line
+from dydit.errors import BackendError
 from dydit.models.config import Strict
 from dydit.runtime.backends.base import Arrays, BackendOptions, Subnet
 from dydit.runtime.backends.registry import open_backend
@@ -34,10 +32,10 @@ Step = Callable[[], object]
 
 
 class ProfileJob(Strict):
-    """What to measure on the segments of some bundles, which are numbered over all bundles, on `threads` threads.
+    """What to measure on the segments of bundles, which are numbered in order, with `threads` threads.
 
-    `memory`: whether to measure the memory of all segments, which are loaded one after another. `timed`: the segments
-    to time. `seconds`: about how long timing takes, in at least 5 and at most `rounds` rounds.
+    `memory`: whether to measure memory, loading all in turn. `timed`: the segments to time. `seconds`: about how long
+    timing takes, in at least 5 rounds and at most `rounds`.
     """
 
     bundles: tuple[str, ...] = Field(min_length=1)
@@ -51,10 +49,10 @@ class ProfileJob(Strict):
 
 
 class Findings(Strict):
-    """The measurements: memory for each segment, and times for each of `timed`.
+    """The measurements: memory for each segment, times for each of `timed`.
 
-    `settled`: bytes of the process after the subnetwork of the segment was loaded and run, with the earlier ones still
-    loaded. `workspace`: the most bytes that a step takes while it runs, or leaves behind. `ms`: milliseconds of a step,
+    `settled`: bytes of the process after the segment's subnetwork was loaded and run, with those before it still
+    loaded; `workspace`: the most bytes that a step takes while it runs, or leaves behind. `ms`: milliseconds of a step,
     by round.
     """
 
@@ -63,8 +61,8 @@ class Findings(Strict):
     ms: tuple[tuple[float, ...], ...] = ()
 
 
-class _ProfiledBundle:
-    """A bundle whose segments are loaded and run."""
+class _Bundle:
+    """One of the bundles, with its inputs: loads and runs its segments."""
 
     def __init__(self, path: str, job: ProfileJob):
         # The process that started this one has just written it.
@@ -80,7 +78,7 @@ class _ProfiledBundle:
         self._feeds: list[Arrays] = [runner.feeds(s.first, self._x, self._x, self._labels) for s in self._segments]
 
     def steps(self) -> list[Step]:
-        """A call for each segment that runs its first step and, if necessary, loads its subnetwork before."""
+        """A function for each segment that runs its first step; it loads the subnetwork if it is not loaded."""
 
         def make(index: int, feeds: Arrays) -> Step:
             def step() -> object:
@@ -93,8 +91,8 @@ class _ProfiledBundle:
 
 
 def profile(job: ProfileJob) -> Findings:
-    """Measure."""
-    steps = [step for path in job.bundles for step in _ProfiledBundle(path, job).steps()]
+    """Measure memory and times."""
+    steps = [step for path in job.bundles for step in _Bundle(path, job).steps()]
     settled, workspace = _memory(steps) if job.memory else ((), 0)
     return Findings(settled=settled, workspace=workspace, ms=_times([steps[index] for index in job.timed], job))
 
@@ -114,12 +112,12 @@ def _memory(steps: list[Step]) -> tuple[tuple[int, ...], int]:
 def _settled() -> int:
     size = settled_bytes()
     if size is None:
-        raise BackendError("memory cannot be measured on this system, which has no /proc/self/smaps_rollup")
+        raise BackendError("memory cannot be measured on this system: it has no /proc/self/smaps_rollup")
     return size
 
 
 def _give_back_heap() -> None:
-    """Let the C library return freed memory to the system, if it can; the next subnetwork would reuse it."""
+    """Let the C library return freed memory to the system; else it would serve the next subnetwork that is loaded."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
@@ -137,10 +135,9 @@ def _peak_of(step: Step) -> int:
 
 
 def _times(steps: list[Step], job: ProfileJob) -> tuple[tuple[float, ...], ...]:
-    """Time all steps in each round, in an order that changes, so that other work on the machine slows all of them.
+    """Times in rounds; in each, all steps run once in a random order, so that other load slows all of them.
 
-    A short step is run once before it is timed, because most steps of a run follow another of the same subnetwork.
-    These are rounds of single steps and not walks over a run, so `run_steps` does not drive them.
+    A short step is run once more just before it is timed: in a run, steps mostly follow one on the same subnetwork.
     """
     first = [_timed(step) for step in steps for _ in range(2)][1::2]
     ms: list[list[float]] = [[] for _ in steps]
@@ -163,18 +160,7 @@ def _timed(step: Step) -> float:
 
 def main() -> int:
     """Serve one job."""
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    try:
-        findings = profile(ProfileJob.model_validate_json(sys.stdin.read()))
-    except DyditError as error:
-        answers.write(json.dumps({"error": one_line(error)}))
-        return 2
-    finally:
-        answers.flush()
-    answers.write(findings.model_dump_json())
-    answers.close()
-    return 0
+    return serve(lambda line: profile(ProfileJob.model_validate_json(line)).model_dump(mode="json"))
 
 
 if __name__ == "__main__":

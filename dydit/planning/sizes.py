@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from dydit.bundle.measurements import Residency
-from dydit.bundle.stored_weights import ITEM_BYTES, Precision, WeightEntry, half_name, stored_type
+from dydit.bundle.stored_weights import Precision, WeightEntry, half_name, stored_type
+from dydit.dtypes import DTYPES
 from dydit.models.architecture import Slots, UnitAxis, UnitLayer
 from dydit.models.config import ModelConfig
 from dydit.planning.plan import Plan
@@ -74,7 +75,7 @@ class PlanSizes:
 
 def unit_bytes(model: ModelConfig, precision: Precision = Precision.FP32) -> np.ndarray:
     """Bytes of each unit's weights, [U] float64."""
-    item, channel = ITEM_BYTES[precision.weight_dtype], _channel_bytes(precision)
+    item, channel = DTYPES[precision.weight_dtype].bytes, _channel_bytes(precision)
 
     def of(layer: UnitLayer) -> int:
         return item * layer.unit_features * layer.features + channel * layer.unit_features * layer.out_major
@@ -106,7 +107,7 @@ def subnet_bytes(
 
 def _channel_bytes(precision: Precision) -> int:
     """Bytes of an output channel's bias, and of its scale with 8 bits."""
-    return ITEM_BYTES[precision.dtype] + (4 if precision.in_8_bits else 0)
+    return DTYPES[precision.dtype].bytes + (4 if precision.in_8_bits else 0)
 
 
 def fixed_bytes(model: ModelConfig, precision: Precision = Precision.FP32) -> int:
@@ -117,6 +118,6 @@ def fixed_bytes(model: ModelConfig, precision: Precision = Precision.FP32) -> in
         if name not in of_units and not model.is_conditioning(name):
             shared = name in model.units.biases
             total += math.prod(shape) * (
-                _channel_bytes(precision) if shared else ITEM_BYTES[stored_type(model, name, precision)]
+                _channel_bytes(precision) if shared else DTYPES[stored_type(model, name, precision)].bytes
             )
     return total

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import io
 import json
 import shutil
@@ -16,6 +15,7 @@ from pydantic import ValidationError
 
 from dydit.errors import OutputError
 from dydit.files import explained, write_atomic, write_json
+from dydit.locks import FileLock
 from dydit.reports.results import Result
 from dydit.runtime.images.image_files import kept_arrays
 
@@ -63,13 +63,10 @@ class QuickstartFolder:
     def open(self, settings: Mapping[str, Any], overwrite: bool) -> Iterator[None]:
         """Lock the folder for this process. `settings` identify the run of an unfinished folder."""
         expected = {"kind": KIND, **json.loads(json.dumps(settings, allow_nan=False))}
+        busy = f"another quickstart is writing {self.out}; wait for it"
         with explained(self.out):
             self.work.mkdir(parents=True, exist_ok=True)
-            with open(self.work / "lock", "w") as lock:
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError as error:
-                    raise OutputError(f"another quickstart is writing {self.out}; wait until it ends") from error
+            with FileLock(self.work / "lock").require(busy):
                 found = read_object(self.work / SETTINGS)
                 if overwrite or found is None:
                     self._clear()

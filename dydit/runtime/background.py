@@ -1,9 +1,9 @@
-"""Work in other threads, waited for in a way that an interrupt (Ctrl-C) cannot break.
+"""Work in other threads that an interrupt (Ctrl-C) cannot leave in a broken state.
 
-`concurrent.futures`, `threading.Thread` and `queue.Queue` lock in Python code, between whose lines an interrupt may
-strike: a lock is then released twice (`RuntimeError` in place of `KeyboardInterrupt`) or never (the next call waits for
-ever). Here the thread that may be interrupted calls only what is written in C, such as a lock's `acquire` or a queue's
-`put`: it has happened or it has not.
+`concurrent.futures`, `threading.Thread` and `queue.Queue` lock in Python code. An interrupt between two of its lines
+releases a lock twice (`RuntimeError` in place of `KeyboardInterrupt`) or never (the next call waits forever). Here the
+thread that may be interrupted calls only functions written in C, such as a lock's `acquire` or a queue's `put`, which
+either have run or have not.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Pending(Generic[T]):
         except BaseException as error:
             self._error = error
         finally:
-            self._task = None  # or what the task holds would live as long as its result
+            self._task = None  # else what the task refers to would live as long as its result
             self._running.release()
 
     @property
@@ -55,7 +55,7 @@ class Pending(Generic[T]):
         return self.done and self._error is not None
 
     def result(self) -> T:
-        """Wait for the task; its value, or raise its error."""
+        """Wait for the task; return its value or raise its error."""
         with self._running:
             pass
         if self._error is not None:
@@ -64,7 +64,7 @@ class Pending(Generic[T]):
 
 
 class Pool:
-    """At most `threads` threads, started when they are first needed, and again in a forked child."""
+    """At most `threads` threads, started when they are first needed; a forked child starts its own."""
 
     def __init__(self, threads: int):
         self._threads = threads
@@ -80,7 +80,7 @@ class Pool:
         return pending
 
     def all(self, tasks: Iterable[Callable[[], T]]) -> list[T]:
-        """Run tasks side by side; their values in order."""
+        """Run tasks in parallel; returns their values in order."""
         return [pending.result() for pending in [self.submit(task) for task in tasks]]
 
     def close(self) -> None:
@@ -95,7 +95,7 @@ class Pool:
 
 
 class _Workers:
-    """The threads of a pool. They hold its queue and not this object, so they end when nobody has it any more."""
+    """The threads of a pool. They refer to its queue, not to this object, so they end when the object is deleted."""
 
     def __init__(self, limit: int):
         self._tasks: SimpleQueue[Pending[Any] | None] = SimpleQueue()
@@ -135,7 +135,7 @@ def _work(
         running.append(ended)
     while (pending := tasks.get()) is not None:
         pending.run()
-        del pending  # or its value would live until the next task comes
+        del pending  # else its value would live until the next task comes
     tasks.put(None)  # for the next thread
     running.remove(ended)
     ended.release()
@@ -143,7 +143,7 @@ def _work(
 
 @atexit.register
 def _end_all() -> None:
-    """Wait for what still runs: native code must not outlive the interpreter."""
+    """Wait for running tasks: native code must not outlive the interpreter."""
     for workers in list(_ALIVE):
         with contextlib.suppress(KeyboardInterrupt):
             workers.close()

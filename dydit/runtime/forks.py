@@ -1,8 +1,8 @@
-"""What a forked child does with objects that hold threads or locks: it makes them anew.
+"""Replaces threads and locks in forked children.
 
-A child of `fork` has none of its parent's other threads. A pool of threads there waits for ever, and so does whoever
-asks for a lock that another thread of the parent held. Objects that own such things are registered here; in a child
-each is told to forget them before anything else runs.
+A child of `fork` has none of its parent's other threads. Thread pools there would wait forever, and so would locks that
+another thread of the parent held. Objects with threads or locks register here. In a child, each replaces them before
+anything else runs.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ class Forgets(Protocol):
     """An object with threads, locks or sessions that do not survive `fork`."""
 
     def after_fork(self) -> None:
-        """Replace them. Runs in the child, right after `fork`; must not wait for anything."""
+        """Replace them. Runs in the child right after `fork`, and must not wait for anything."""
 
 
 _registered: weakref.WeakSet[Forgets] = weakref.WeakSet()
 
 
 def register(owner: Forgets) -> None:
-    """Have `owner.after_fork` called in forked children, as long as `owner` lives."""
+    """Call `owner.after_fork` in forked children, as long as `owner` lives."""
     _registered.add(owner)
 
 

@@ -1,4 +1,4 @@
-"""The sampling loop: segment by segment over all batches, so that a run loads a subnetwork once (DESIGN, decision 10).
+"""The sampling loop: segment by segment over all batches, so that a run loads each subnetwork once.
 
 `StepRunner` makes one step's inputs and runs it, from any latents; `sample` drives it over a run. Between segments,
 latents live in a `LatentStore`: in memory here, on disk in `dydit.runtime.bulk.run`.
@@ -32,7 +32,7 @@ _NOISE = COEFFICIENTS.index("noise")
 
 
 class Conditioner:
-    """What steps take of their timesteps and labels, computed for many steps at once and kept while it serves.
+    """What steps take of their timesteps and labels, computed for many steps at once and kept as long as it is needed.
 
     A table holds as many whole segments as fit in `budget` bytes for all of the run's labels; of a segment that alone
     does not fit, some steps for the labels of one batch. Which of the two depends on the run alone, so a resumed run

@@ -1,7 +1,7 @@
-"""Where a run's noise comes from: drawn for each image (`dydit.diffusion.noise`), or read from a file.
+"""The noise of a run: drawn for each image (`dydit.diffusion.noise`), or read from a file.
 
 A noise file is an `.npz` of `x_T` [B, C, S, S] (the starting latents), `noise` [steps, B, C, S, S] in execution order,
-both floating point and finite, and integers `labels` [B]. It lets another program's run be repeated number by number.
+both floating point and finite, and integers `labels` [B]. With it, the run of another program can be repeated exactly.
 """
 
 from __future__ import annotations
@@ -41,17 +41,15 @@ class SeededNoise:
     shape: tuple[int, ...]
 
     def initial(self, batch: Batch) -> np.ndarray:
-        """The starting latents x_T."""
         return image_noise(self.seed, batch.images, INITIAL_DRAW, self.shape)
 
     def step(self, batch: Batch, step: int) -> np.ndarray:
-        """The noise that execution step `step` adds."""
         return image_noise(self.seed, batch.images, step_draw(step), self.shape)
 
 
 @dataclass(frozen=True)
 class NoiseFile:
-    """The content of a noise file, checked against a bundle; images are taken by their place in the run."""
+    """The content of a noise file, checked against a bundle. Images are found by their position in the run."""
 
     path: Path
     sha256: str
@@ -61,7 +59,7 @@ class NoiseFile:
 
     @classmethod
     def read(cls, path: Path, manifest: Manifest) -> NoiseFile:
-        """Read a file for a bundle. Raises `ConfigError`, in one line, for whatever does not fit."""
+        """Read a file and check it against a bundle. Raises `ConfigError` if anything does not fit."""
         arrays = read_arrays(path, ("x_T", "noise", "labels"), "noise")
         model, steps = manifest.model, manifest.sampling.steps
         image = (model.in_channels, model.input_size, model.input_size)
@@ -81,20 +79,18 @@ class NoiseFile:
         return cls(path, sha256_of(path), x_t, noise, tuple(arrays["labels"].tolist()))
 
     def initial(self, batch: Batch) -> np.ndarray:
-        """The starting latents x_T."""
         return self.x_T[batch.first : batch.first + len(batch.images)]
 
     def step(self, batch: Batch, step: int) -> np.ndarray:
-        """The noise that execution step `step` adds."""
         return self.noise[step, batch.first : batch.first + len(batch.images)]
 
 
 def read_arrays(path: Path, needed: Sequence[str], what: str, optional: Sequence[str] = ()) -> dict[str, np.ndarray]:
-    """Arrays of an `.npz`, by name; `what` is what they are of, for errors. Raises `ConfigError`, in one line."""
+    """Arrays of an `.npz` file, by name. `what`: what they describe, for messages. Raises `ConfigError`."""
     try:
         loaded = np.load(path, allow_pickle=False)
         if not isinstance(loaded, np.lib.npyio.NpzFile):
-            raise ConfigError(f"{path} is a single array, expected an .npz with {', '.join(needed)}")
+            raise ConfigError(f"{path} is a single array, expected an .npz file with {', '.join(needed)}")
         with loaded as file:
             if missing := [name for name in needed if name not in file]:
                 raise ConfigError(f"{path} has no array {missing[0]!r}; expected {', '.join(needed)}")
@@ -102,10 +98,10 @@ def read_arrays(path: Path, needed: Sequence[str], what: str, optional: Sequence
     except OSError as error:
         raise ConfigError(f"cannot read {what} from {path}: {error.strerror or one_line(error)}") from error
     except (ValueError, EOFError, zipfile.BadZipFile, zlib.error, pickle.UnpicklingError) as error:
-        raise ConfigError(f"{path} is not a file of {what}: {one_line(error)}") from error
-    # NumPy hands out a member that does not start like an array as bytes.
+        raise ConfigError(f"{path} is not a {what} file: {one_line(error)}") from error
+    # NumPy returns a member that does not start like an array as bytes.
     if strange := [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]:
-        raise ConfigError(f"{path} is not a file of {what}: {strange[0]} is not an array")
+        raise ConfigError(f"{path} is not a {what} file: {strange[0]} is not an array")
     return arrays
 
 
@@ -113,5 +109,5 @@ def _float32(path: Path, name: str, array: np.ndarray) -> np.ndarray:
     with np.errstate(over="ignore"):
         single = array.astype(np.float32)
     if not np.isfinite(single).all():
-        raise ConfigError(f"{path}: {name} holds values beyond the range of float32")
+        raise ConfigError(f"{path}: {name} holds values outside the range of float32")
     return single

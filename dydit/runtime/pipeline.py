@@ -1,4 +1,4 @@
-"""`DyDiTPipeline`: a bundle as a callable, in the manner of diffusers' `DiTPipeline`; it stays loaded between calls."""
+"""`DyDiTPipeline`: a bundle as a callable, like diffusers' `DiTPipeline`. It stays loaded between calls."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from dydit.runtime.request import DEFAULT_CFG_SCALE, UINT64, check_labels, make_
 from dydit.runtime.resident import ResidentSubnets
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-SEED_BITS = 53  # of a seed that was not given: also what reads JSON numbers as doubles keeps it
+SEED_BITS = 53  # of a random seed: programs that read JSON numbers as doubles keep it exactly
 
 
 @dataclass(frozen=True)
 class PipelineOutput:
-    """`images`: what `output_type` asked for.
+    """`images`: the images in the form of `output_type`.
 
     `pil`: a list of PIL pictures; `np`: an array f32 [B, side, side, 1 or 3] in 0..1; `pt`: a torch tensor f32
     [B, 1 or 3, side, side] in 0..1, on the CPU; `latent`: None. `latents`: f32 [B, C, S, S], what the sampler returned.
@@ -47,20 +47,19 @@ class DyDiTPipeline:
     >>> pipe = DyDiTPipeline.from_bundle("bundle")
     >>> pipe(class_labels=[207, 360], guidance_scale=4.0, seed=0).images[0].save("dog.png")
 
-    Threads may share a pipeline: their calls take turns, each from its beginning to its end, and every call returns
-    what it would return alone, bit for bit. For more speed let a call have more labels. A call may be interrupted at
-    any moment (Ctrl-C, a notebook's stop button); the next one is not affected. A pipeline works in a forked child,
-    which opens its own sessions when it first needs them. `close`, or use as a context manager, frees everything.
+    Threads may share a pipeline: their calls run one after another, and every call returns what it would return alone,
+    bit for bit. Pass more labels in a call for more speed. A call may be interrupted at any moment (Ctrl-C, a
+    notebook's stop button) without affecting the next one. A pipeline works in a forked child, which opens its own
+    sessions when it first needs them. Call `close`, or use it as a context manager, to free everything.
 
-    `backend` is the caller's and is left open by `close`; one that `from_bundle` opened is closed. `resident`: how many
-    subnetworks stay loaded (None: all).
+    `owns_backend`: whether `close` closes the backend, too. `resident`: how many subnetworks stay loaded (None: all).
     """
 
-    def __init__(self, backend: Backend, resident: int | None = None):
+    def __init__(self, backend: Backend, resident: int | None = None, owns_backend: bool = False):
         self.backend = backend
         self._subnets = ResidentSubnets(backend, resident)
         self._to_pixels: ToPixels | None = None
-        self._owns_backend, self._open = False, True
+        self._owns_backend, self._open = owns_backend, True
 
     @classmethod
     def from_bundle(
@@ -68,14 +67,13 @@ class DyDiTPipeline:
     ) -> DyDiTPipeline:
         """Open a bundle and verify its files.
 
-        `device`: "cpu", "cuda", or a `torch.device` of them. `threads`: CPU threads to use; 0 leaves it to the backend.
+        `device`: "cpu", "cuda", or a `torch.device` of these. `threads`: CPU threads to use; 0 lets the backend choose.
         Raises `BundleError`, `BackendError` and `ConfigError`, each saying what to do.
         """
         options = BackendOptions(threads=whole_number(threads, "threads", 0, 1 << 12), device=str(device))
         bundle = Bundle.open(Path(path).expanduser().absolute())  # files are read later, perhaps from another folder
-        pipe = cls(open_backend(backend, bundle, options), default_residency(bundle.manifest))
-        pipe._owns_backend = True
-        return pipe
+        resident = default_residency(bundle.manifest)
+        return cls(open_backend(backend, bundle, options), resident, owns_backend=True)
 
     def __call__(
         self,
@@ -87,13 +85,13 @@ class DyDiTPipeline:
         image_indices: Sequence[int] | np.ndarray | int | None = None,
         progress: Progress | None = None,
     ) -> PipelineOutput:
-        """One image for each label, the same whatever else is in the call, but for the last bits of its numbers.
+        """Sample one image for each label. Up to its last bits, an image does not depend on the others of the call.
 
-        `class_labels`: an integer, or a sequence, array or range of them. `guidance_scale` 1 is no guidance, and 0
-        samples without regard to the labels. `seed`: of the noise; None draws a new one, which the output names.
-        `image_indices`, by default 0, 1, ..., key the images' noise together with `seed`. `num_inference_steps` is
-        fixed in the bundle, and may be given to assert it. `progress(done, total)` counts steps of a batch. Raises
-        `ConfigError` for what the bundle cannot do.
+        `class_labels`: an integer, or a sequence, array or range of integers. `guidance_scale` 1 disables guidance, and
+        0 ignores the labels. `seed`: of the noise; None draws a new one, which the output holds. `image_indices`, by
+        default 0, 1, ..., key the images' noise together with `seed`. `num_inference_steps` is fixed in the bundle; it
+        may be given to assert it. `progress(done, total)` counts steps of a batch. Raises `ConfigError` for what the
+        bundle cannot do.
         """
         self._require_open()
         manifest = self.backend.bundle.manifest
@@ -109,14 +107,14 @@ class DyDiTPipeline:
             if steps != manifest.sampling.steps:
                 raise ConfigError(
                     f"this bundle was exported for {manifest.sampling.steps} steps, not {steps}; "
-                    "export another one for that"
+                    "export another bundle for that"
                 )
         if progress is not None and not callable(progress):
             raise ConfigError(f"progress must be a function of (done, total), not {type(progress).__name__}")
         images = _indices(image_indices, labels)
         with self.backend.lock:
             self._require_open()
-            to_pixels = self._decoder(output_type)  # what it needs is asked for before sampling
+            to_pixels = self._decoder(output_type)  # before sampling: it raises if a package is missing
             latents = self._sample(labels, images, scale, seed, progress)
             return PipelineOutput(_pictures(to_pixels, latents, output_type), latents, seed)
 
@@ -125,8 +123,8 @@ class DyDiTPipeline:
             raise ConfigError(f"output_type {output_type!r} is not one of {', '.join(OUTPUT_TYPES)}")
         if output_type != "latent" and picture_format(self.backend.bundle.manifest) is None:
             raise ConfigError(
-                "this bundle samples latents and has no VAE decoder; ask for output_type='latent', or add a decoder "
-                "with `dydit attach-vae`"
+                "this bundle samples latents and has no VAE decoder; use output_type='latent', or add a decoder with "
+                "`dydit attach-vae`"
             )
         if output_type == "pt":
             require_torch()
@@ -150,7 +148,7 @@ class DyDiTPipeline:
         return np.concatenate([store.load(index) for index in range(len(batches))])
 
     def close(self) -> None:
-        """Free threads, sessions and memory maps, once a call that runs has ended; a second time does nothing."""
+        """Free threads, sessions and memory maps after the current call. A second call does nothing."""
         with self.backend.lock:
             self._open, self._to_pixels = False, None
             self._subnets.close()
@@ -171,7 +169,7 @@ class DyDiTPipeline:
 
 
 def _indices(given: Any, labels: Sequence[int]) -> list[int]:
-    """The index of every image. Raises `ConfigError` where two images would be the same picture."""
+    """The index of every image. Raises `ConfigError` if two images would be identical."""
     if given is None:
         return list(range(len(labels)))
     images = whole_numbers(given, "image index", 0, UINT64 - 1)
@@ -181,8 +179,7 @@ def _indices(given: Any, labels: Sequence[int]) -> list[int]:
     for place, key in enumerate(zip(images, labels, strict=True)):
         if key in seen:
             raise ConfigError(
-                f"images {seen[key]} and {place} would be the same picture: both have label {key[1]} and image index "
-                f"{key[0]}"
+                f"images {seen[key]} and {place} would be identical: both have label {key[1]} and image index {key[0]}"
             )
         seen[key] = place
     return images

@@ -1,4 +1,4 @@
-"""What is asked of a sampling run: which images, from which noise, in which batches."""
+"""The request of a sampling run: which images, from which noise, in which batches."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class SampleRequest(Strict):
     """Images of `labels`, repeated in turn until there are `num` (by default one for each label).
 
     Image i of the run draws its noise from (seed, first_image + i), so a run can be split over machines. `cfg_scale` 1
-    is no guidance, at half the cost. `noise_from`: an `.npz` (see `dydit.runtime.noise_source`) that gives the
-    noise, and the labels where none are asked for.
+    disables guidance and halves the compute. `noise_from`: an `.npz` file (see `dydit.runtime.noise_source`) with the
+    noise, and with the labels if `labels` is empty.
     """
 
     labels: tuple[int, ...] = ()
@@ -35,20 +35,20 @@ class SampleRequest(Strict):
     @model_validator(mode="after")
     def _consistent(self) -> SampleRequest:
         if not self.labels and self.noise_from is None:
-            raise ValueError("give at least one label (labels, --labels 0-9), or noise that names its labels")
+            raise ValueError("give at least one label (--labels 0-9), or a noise file that holds labels")
         if self.first_image + self.images > UINT64:
-            raise ValueError("image indices go beyond 2^64-1")
+            raise ValueError("image indices must be at most 2^64-1")
         return self
 
     @property
     def images(self) -> int:
-        """How many images (0 while only a noise file knows)."""
+        """The number of images (0 if only a noise file tells)."""
         return self.num or len(self.labels)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Images that run together: `first` is the place of the first in the run, `images` are the keys of their noise."""
+    """Images that run together. `first`: position of the first in the run; `images`: indices that key their noise."""
 
     first: int
     images: tuple[int, ...]
@@ -64,18 +64,18 @@ def check_labels(labels: Sequence[int], manifest: Manifest) -> None:
 
 
 def check_guidance(cfg_scale: float, manifest: Manifest) -> None:
-    """Raise `ConfigError` for guidance of a model that has no class that means "no class"."""
+    """Raise `ConfigError` for guidance of a model without a null class."""
     manifest.model.require_guidance(cfg_scale)
 
 
 def check_batch_size(size: int | None, manifest: Manifest, images: int) -> int:
-    """The batch size to use: what is asked for, else the largest that the bundle allows and the images fill."""
+    """The batch size to use: the requested one, else the largest that the bundle allows and the images fill."""
     if size is None:
         return min(manifest.max_batch, images)
     if not 1 <= size <= manifest.max_batch:
         raise ConfigError(
-            f"batch size {size} is outside 1..{manifest.max_batch}, the range that the bundle was exported for; "
-            "a larger one needs `dydit export --max-batch`"
+            f"batch size {size} is outside 1..{manifest.max_batch}, for which the bundle was exported; "
+            "larger ones need `dydit export --max-batch`"
         )
     return size
 

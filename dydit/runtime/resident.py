@@ -1,4 +1,4 @@
-"""Which subnetworks are loaded: the few that are needed, the next one loading while the present one runs."""
+"""Keeps the subnetworks that are needed loaded, and loads the next one while the present one runs."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from dydit.runtime.forks import register
 
 
 class ResidentSubnets:
-    """Loaded subnetworks of one backend, the least recently used making room. Use as a context manager, or `close`.
+    """Loaded subnetworks of one backend; the least recently used are unloaded. Use as a context manager, or `close`.
 
     `limit`: how many stay loaded (None: all; at least 2, the present one and the next). A subnetwork's full-capacity
-    form is loaded when first needed and stays as long as its plain form.
+    form is loaded when it is first needed and stays as long as its plain form.
 
-    Threads may share one: `step` holds the backend's lock, and what makes room holds it too, so a subnetwork is never
-    closed while it runs. Loading happens in a thread of its own, which takes no lock; whoever waits for it may be
-    interrupted at any moment, and finds it done later. `_loaded` holds what is loaded or loading: there is one table,
-    which every change leaves whole.
+    Threads may share one object. `step` and unloading both hold the backend's lock, so a subnetwork is never closed
+    while it runs. Loading happens in a thread of its own, which takes no lock. Whoever waits for it may be interrupted
+    at any moment; the subnetwork is then loaded later all the same. `_loaded` holds what is loaded or loading. It is
+    the only table, so no interrupt can leave two tables that disagree.
     """
 
     def __init__(self, backend: Backend, limit: int | None = None, debug: bool = False):
@@ -35,14 +35,14 @@ class ResidentSubnets:
         register(self)
 
     def step(self, index: int, feeds: Arrays, full_capacity: bool = False) -> StepResult:
-        """Run one step of a subnetwork, loaded now unless it is there or on its way."""
+        """Run one step of a subnetwork; it is loaded now unless it is loaded or loading already."""
         with self._backend.lock:
             return (self.full(index) if full_capacity else self.get(index)).step(feeds)
 
     def get(self, index: int) -> Subnet:
-        """The subnetwork, loaded now unless it is there or on its way.
+        """The subnetwork; it is loaded now unless it is loaded or loading already.
 
-        Another thread may make it go at any time, unless `backend.lock` is held; `step` does that.
+        Another thread may unload it at any time, unless `backend.lock` is held; `step` holds it.
         """
         with self._backend.lock:
             self._require_open()
@@ -52,14 +52,14 @@ class ResidentSubnets:
             try:
                 subnet = pending.result()
             except BaseException:
-                if pending.failed:  # and was not only interrupted while it was waited for
+                if pending.failed:  # otherwise only the wait was interrupted
                     self._loaded.pop(index, None)
                 raise
             self._make_room(index)
             return subnet
 
     def full(self, index: int) -> Subnet:
-        """The form of a loaded subnetwork that has a slot for every token."""
+        """The full-capacity form of a loaded subnetwork, with room for every token."""
         with self._backend.lock:
             self._require_open()
             if index not in self._full:
@@ -67,7 +67,7 @@ class ResidentSubnets:
             return self._full[index]
 
     def prefetch(self, index: int) -> None:
-        """Start loading a subnetwork in the background; errors show when it is asked for."""
+        """Start loading a subnetwork in the background; errors are raised when it is used."""
         with self._backend.lock:
             self._require_open()
             if index not in self._loaded:
@@ -77,7 +77,7 @@ class ResidentSubnets:
                 self._make_room(running)
 
     def close(self) -> None:
-        """Free everything, once a step that runs has ended; a second time does nothing."""
+        """Free everything after the current step. A second call does nothing."""
         with self._backend.lock:
             self._open = False
             self._loader.close()
@@ -96,11 +96,11 @@ class ResidentSubnets:
         self.close()
 
     def after_fork(self) -> None:
-        """In a forked child nothing that was loading will ever be loaded."""
+        """Forget what was loading: a forked child has no loading thread."""
         self._loaded = OrderedDict((index, pending) for index, pending in self._loaded.items() if pending.done)
 
     def _order(self, index: int) -> None:
-        """Have a subnetwork loaded, unless it is there or on its way."""
+        """Order a subnetwork to be loaded, unless it is loaded or loading already."""
         if index not in self._loaded:
             backend, debug = self._backend, self._debug
             self._loaded[index] = self._loader.submit(lambda: backend.subnet(index, debug=debug))
@@ -110,7 +110,7 @@ class ResidentSubnets:
             raise BackendError("the subnetworks were closed; open the bundle again")
 
     def _make_room(self, keep: int) -> None:
-        """Let the least recently used go, but for `keep`, until no more are loaded or loading than may be."""
+        """Unload the least recently used, except `keep`, until at most `limit` are loaded or loading."""
         while self._limit is not None and len(self._loaded) > self._limit:
             self._drop(next(index for index in self._loaded if index != keep))
 
@@ -118,5 +118,5 @@ class ResidentSubnets:
         full, pending = self._full.pop(index, None), self._loaded.pop(index)
         if full is not None:
             full.close()
-        with contextlib.suppress(DyditError):  # one that could not be loaded
+        with contextlib.suppress(DyditError):  # of a subnetwork that could not be loaded
             pending.result().close()

@@ -1,4 +1,4 @@
-"""The picture of a run: its losses, and how its compute followed the target."""
+"""The plot of a run: its losses, and its FLOPs ratio against the target."""
 
 from __future__ import annotations
 
@@ -16,12 +16,15 @@ def draw_curves(log: Sequence[dict[str, Any]], path: Path, title: str) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise DyditError("matplotlib is not installed, but draws the curves: pip install matplotlib") from error
+        raise DyditError(
+            "drawing the curves needs matplotlib, which is not installed: pip install matplotlib"
+        ) from error
     dynamic = any("ratio" in entry for entry in log)
     figure = Figure(figsize=(10 if dynamic else 5.5, 4), layout="constrained")
     axes = figure.subplots(1, 2 if dynamic else 1, squeeze=False)[0]
     for key, label in (("mse", "training"), ("probe_mse", "probe (EMA, no gate noise)")):
-        axes[0].plot(*_series(log, key), label=label)
+        iterations, values = _series(log, key)
+        axes[0].plot(iterations, values, label=label)
     axes[0].set(title=f"{title}: error on the noise", xlabel="iteration", ylabel="mean squared error", yscale="log")
     axes[0].legend()
     if dynamic:
@@ -31,10 +34,12 @@ def draw_curves(log: Sequence[dict[str, Any]], path: Path, title: str) -> None:
             ("probe_ratio", "probe (EMA, no gate noise)", "C1"),
         )
         for key, label, style in styles:
-            axes[1].plot(*_series(log, key), style, label=label)
+            iterations, values = _series(log, key)
+            axes[1].plot(iterations, values, style, label=label)
         parts = (("probe_heads", "heads"), ("probe_groups", "groups"), ("probe_tokens", "tokens"))
         for (key, label), color in zip(parts, ("C2", "C3", "C4"), strict=True):
-            axes[1].plot(*_series(log, key), color, label=f"probe, {label}", linewidth=0.8)
+            iterations, values = _series(log, key)
+            axes[1].plot(iterations, values, color, label=f"probe, {label}", linewidth=0.8)
         axes[1].set(title="FLOPs ratio of the blocks", xlabel="iteration", ylim=(0, 1.02))
         axes[1].legend(fontsize=8)
     picture = io.BytesIO()

@@ -1,7 +1,7 @@
-"""Training data behind one protocol; a new kind of data is a new class here and a line in `_KNOWN`.
+"""Training data behind one protocol. A new kind of data is a new class here and a line in `_KNOWN`.
 
-Images are float32 [n, C, S, S] in [-1, 1] (or scaled latents), labels int64 [n]. What is read is decided by index, so
-the loop alone decides the order and can repeat it.
+Images are float32 [n, C, S, S] in [-1, 1] (or scaled latents), labels int64 [n]. Images are read by index, so the loop
+alone decides the order and can repeat it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Dataset(Protocol):
 class Digits:
     """scikit-learn's 1,797 handwritten digits (UCI "Optical Recognition of Handwritten Digits"), 8x8 enlarged to 16x16.
 
-    Installed with scikit-learn, so nothing is downloaded. Not mirrored: a mirrored 2 is no 2.
+    Installed with scikit-learn, so nothing is downloaded. Not mirrored: a mirrored 2 is not a 2.
     """
 
     shape = (1, 16, 16)
@@ -65,7 +65,7 @@ def _load_digits() -> tuple[np.ndarray, np.ndarray]:
 
 
 def enlarge(values: np.ndarray, axis: int) -> np.ndarray:
-    """Twice as long along `axis` by linear interpolation: output i lies at (i + 1/2)/2 - 1/2, edges repeated."""
+    """Double the length along `axis` by linear interpolation: output i lies at (i + 1/2)/2 - 1/2, edges repeated."""
     moved = np.moveaxis(values, axis, -1)
     padded = np.concatenate([moved[..., :1], moved, moved[..., -1:]], -1)
     left = 0.75 * moved + 0.25 * padded[..., :-2]
@@ -77,7 +77,7 @@ def enlarge(values: np.ndarray, axis: int) -> np.ndarray:
 def digits_pixels(images: np.ndarray) -> np.ndarray:
     """Images [n, 1, 16, 16] in [-1, 1] to 64 features in [0, 1]: clipped means of 2x2 pixels, float64 [n, 64].
 
-    Real and generated images go through this same path.
+    Real and generated images are both converted by this function.
     """
     if images.ndim != 4 or images.shape[1:] != (1, 16, 16):
         raise ConfigError(f"digits are [n, 1, 16, 16]; got {list(images.shape)}")
@@ -89,9 +89,9 @@ _KNOWN: dict[str, Callable[[], Dataset]] = {"digits": Digits}
 
 
 def open_data(name: str, model: ModelConfig) -> Dataset:
-    """The named data, checked against the model that is to learn it.
+    """The named data, checked against the model.
 
-    Raises `ConfigError` for an unknown name, and where image shape or number of classes do not fit the model.
+    Raises `ConfigError` for an unknown name, and if image shape or number of classes do not fit the model.
     """
     if name not in _KNOWN:
         raise ConfigError(f"unknown data {name!r}; known: {', '.join(_KNOWN)}")
@@ -100,5 +100,5 @@ def open_data(name: str, model: ModelConfig) -> Dataset:
     if data.shape != expected:
         raise ConfigError(f"data {name} has images of {data.shape}, but the model takes {expected}")
     if data.num_classes > model.classes.count:
-        raise ConfigError(f"data {name} has {data.num_classes} classes, but the model knows {model.classes.count}")
+        raise ConfigError(f"data {name} has {data.num_classes} classes, but the model has {model.classes.count}")
     return data

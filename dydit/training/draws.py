@@ -1,6 +1,7 @@
-"""All randomness of a run, as a pure function of (seed, iteration, process): nothing to save, so resuming is exact.
+"""All randomness of a run, as a pure function of (seed, iteration, process). There is no state to save for a resume.
 
-Philox generators keyed through NumPy's SeedSequence; draws are made on the CPU, the same for every device.
+Philox generators are keyed through NumPy's SeedSequence. Numbers are drawn on the CPU, so they are equal on every
+device.
 """
 
 from __future__ import annotations
@@ -48,10 +49,10 @@ def _epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
 
 
 def sample_indices(seed: int, first: int, count: int, total: int) -> np.ndarray:
-    """Entries `first .. first+count-1` of the endless sequence that visits `total` images once an epoch, [count]."""
-    places = np.arange(first, first + count)
-    orders = {epoch: _epoch_order(seed, int(epoch), total) for epoch in np.unique(places // total)}
-    return np.array([orders[place // total][place % total] for place in places], np.int64)
+    """Entries `first .. first+count-1` of the endless sequence that visits `total` images once per epoch, [count]."""
+    positions = np.arange(first, first + count)
+    orders = {epoch: _epoch_order(seed, int(epoch), total) for epoch in np.unique(positions // total)}
+    return np.array([orders[position // total][position % total] for position in positions], np.int64)
 
 
 def stratified_timesteps(rng: np.random.Generator, first: int, count: int) -> np.ndarray:
@@ -62,7 +63,7 @@ def stratified_timesteps(rng: np.random.Generator, first: int, count: int) -> np
 
 @dataclass(frozen=True)
 class BatchSource:
-    """Makes the batches of one process. `batch_size` is that of all processes together."""
+    """Draws the batches of one process. `batch_size` is that of all processes together."""
 
     data: Dataset
     seed: int
@@ -82,7 +83,7 @@ class BatchSource:
         )
 
     def probe(self, count: int) -> Batch:
-        """A fixed batch on which a run is watched: the first `count` images, labels kept."""
+        """A fixed batch for monitoring a run: the first `count` images, with all labels."""
         indices = sample_indices(self.seed, 0, count, len(self.data))
         return self._draw(stream(self.seed, Purpose.PROBE), indices, 0, 0.0)
 

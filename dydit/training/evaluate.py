@@ -1,7 +1,7 @@
 """How good the samples of a digits model are, and how dynamic the model is. NumPy and scikit-learn; no PyTorch.
 
-Two measures of quality, both on 64 pixel features (`digits_pixels`): does a classifier trained on the real digits see
-the class that was asked for, and how far is the distribution of the samples from that of the real digits.
+Two measures of quality, both on 64 pixel features (`digits_pixels`): whether a classifier trained on the real digits
+recognizes the requested class, and how far the distribution of the samples is from that of the real digits.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dydit.training.data import Digits, digits_pixels
 class DigitsMetrics:
     """Quality of a sample set."""
 
-    class_consistency: float  # share of images classified as the label asked for, 0..1
+    class_consistency: float  # share of images that are classified as their label, 0..1
     frechet_distance: float  # to the 1,797 real digits, pixels in 0..1
     samples: int
 
@@ -39,14 +39,14 @@ class Dynamics:
 
 
 def evaluate_digits(images: np.ndarray, labels: np.ndarray) -> DigitsMetrics:
-    """Quality of generated digits, float32 [n, 1, 16, 16] in [-1, 1], asked for by `labels`, int [n].
+    """Quality of generated digits, float32 [n, 1, 16, 16] in [-1, 1], sampled for `labels`, int [n].
 
     Raises `ConfigError` for shapes that do not fit, fewer than 65 images (the covariance needs them), or values that
     are not finite.
     """
     images, labels = np.asarray(images), np.asarray(labels)
     if labels.shape != (len(images),):
-        raise ConfigError(f"{len(images)} images need as many labels; got shape {list(labels.shape)}")
+        raise ConfigError(f"{len(images)} images need {len(images)} labels; got shape {list(labels.shape)}")
     if len(images) <= 64:
         raise ConfigError(f"the Fréchet distance of 64 features needs at least 65 images; got {len(images)}")
     if not np.isfinite(images).all():
@@ -66,7 +66,9 @@ def _classifier() -> Any:
     try:
         from sklearn.svm import SVC
     except ImportError as error:
-        raise ConfigError("scikit-learn is not installed, but judges the digits: pip install scikit-learn") from error
+        raise ConfigError(
+            "evaluating digits needs scikit-learn, which is not installed: pip install scikit-learn"
+        ) from error
     data = Digits()
     return SVC(C=10.0, gamma="scale").fit(digits_pixels(data.images), data.labels)
 
@@ -75,7 +77,7 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     """Fréchet distance of the normals fitted to features a [n, F] and b [m, F] (Dowson & Landau 1982; as in the FID).
 
     `|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a^(1/2) S_b S_a^(1/2))^(1/2))`, unbiased covariances, float64. Symmetric
-    square roots by eigendecomposition, so features that never vary do no harm.
+    square roots by eigendecomposition, so constant features cause no errors.
     """
     mean_a, mean_b = a.mean(0), b.mean(0)
     cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
@@ -90,7 +92,7 @@ def _symmetric_root(matrix: np.ndarray) -> np.ndarray:
 
 
 def dynamics(config: ModelConfig, masks: np.ndarray, tokens: np.ndarray) -> Dynamics:
-    """What the decisions of a run amount to: masks of units bool [S, U], tokens bool [S, L, n, N].
+    """Summarize the decisions of a run: masks of units bool [S, U], tokens bool [S, L, n, N].
 
     Raises `ConfigError` for shapes that do not fit the model.
     """

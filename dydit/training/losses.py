@@ -1,4 +1,5 @@
-"""The losses of DiT and DyDiT: pure functions on tensors, with the process' constants from `dydit.diffusion.schedule`.
+"""The losses of DiT and DyDiT: pure functions of tensors. The process' constants are those of
+`dydit.diffusion.schedule`.
 
 Shapes: x0, x_t, noise [B, C, S, S]; t [B] in 0..999; a model's output [B, 2C, S, S] (epsilon, then the raw variance v)
 or [B, C, S, S] without learned variance. All in fp32.
@@ -38,15 +39,22 @@ class Process:
         """The full 1000-step process."""
         schedule = Schedule.training()
         a = schedule.alphas_cumprod
-        arrays = (
-            np.sqrt(a),
-            np.sqrt(1 - a),
-            np.sqrt(1 / a),
-            np.sqrt(1 / a - 1),
-            *schedule.posterior_mean_coefficients,
-            *schedule.log_variance_range,
+        mean_of_x0, mean_of_xt = schedule.posterior_mean_coefficients
+        low, high = schedule.log_variance_range
+
+        def constant(array: np.ndarray) -> Tensor:
+            return torch.tensor(array, dtype=torch.float32, device=device)
+
+        return cls(
+            sqrt_alpha=constant(np.sqrt(a)),
+            sqrt_one_minus_alpha=constant(np.sqrt(1 - a)),
+            x0_of_x=constant(np.sqrt(1 / a)),
+            x0_of_eps=constant(np.sqrt(1 / a - 1)),
+            mean_of_x0=constant(mean_of_x0),
+            mean_of_xt=constant(mean_of_xt),
+            log_variance_low=constant(low),
+            log_variance_high=constant(high),
         )
-        return cls(*(torch.tensor(array, dtype=torch.float32, device=device) for array in arrays))
 
 
 def _at(table: Tensor, t: Tensor) -> Tensor:
@@ -117,12 +125,12 @@ def achieved_ratio(config: ModelConfig, decisions: Decisions) -> Tensor:
 
 
 def flops_loss(ratio: Tensor, target: float, weight: float) -> Tensor:
-    """`weight * (mean over the batch of F_dyn/F_static - target)^2`, a scalar (PAPER, "Training: Loss")."""
+    """`weight * (mean over the batch of F_dyn/F_static - target)^2`, a scalar (DyDiT, section 3.4)."""
     return weight * (ratio.mean() - target).square()
 
 
 class AnnealedGumbelSigmoid(GumbelSigmoid):
-    """`GumbelSigmoid` whose noise is multiplied by `noise`: 1 is the paper's, at 0 the gates are those of inference.
+    """`GumbelSigmoid` whose noise is multiplied by `noise`: 1 as in the paper; at 0 the gates are those of inference.
 
     Noise flips gates whose logits are near 0, so a model that meets its target while noisy may miss it without.
     Annealing the noise at the end of training closes that gap. Gradients stay those of the sigmoid.
@@ -144,9 +152,9 @@ class AnnealedGumbelSigmoid(GumbelSigmoid):
 def token_loss(tokens: Tensor, target: float, weight: float) -> Tensor:
     """`weight * mean over blocks and quarters of (share of tokens - target)^2`, a scalar; tokens [L, B, N].
 
-    Not in the paper, which trains far longer. In a short run the FLOPs loss is met soonest by switching the MLP of
-    whole blocks off for every token; held to a share in each block and quarter of the timesteps (batch element i is of
-    quarter i mod 4), a router can only choose between tokens, of one image and of different ones.
+    Not in the paper, which trains far longer. In a short run, the fastest way to meet the FLOPs loss is to turn the MLP
+    of whole blocks off for every token. This loss aims at a share of tokens for each block and quarter of the timesteps
+    (batch element i belongs to quarter i mod 4), so a router can only choose among tokens, within and between images.
     """
     shares = tokens.mean(-1).unflatten(1, (-1, QUARTERS)).mean(1)  # [L, 4]
     return weight * (shares - target).square().mean()
@@ -155,9 +163,8 @@ def token_loss(tokens: Tensor, target: float, weight: float) -> Tensor:
 def detail_loss(tokens: Tensor, detail: Tensor, target: float, spread: float, weight: float) -> Tensor:
     """`weight * mean over images of (share of tokens - target * (1 + spread * detail))^2`, a scalar.
 
-    tokens [L, B, N], detail [B] as `relative_detail` gives it. Not in the paper either: what an image needs is to
-    decide how many tokens it gets, and in a short run the routers find out where tokens matter, but not for which
-    images more of them do.
+    tokens [L, B, N], detail [B] from `relative_detail`. Not in the paper either. An image with more detail should get
+    more tokens; in a short run the routers learn where tokens matter, but not which images need more of them.
     """
     wanted = target * (1 + spread * detail)
     return weight * (tokens.mean((0, 2)) - wanted).square().mean()

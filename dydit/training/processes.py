@@ -1,4 +1,4 @@
-"""A run and the processes around it: those that train with it, and those that ask it to stop."""
+"""Agreement among the processes of a run, and its end on SIGTERM."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dydit.errors import DyditError
 
 
 def agreed(accelerator: Any, action: Callable[[], Any]) -> Any:
-    """What `action` gives in the main process, in all of them; what is refused there is refused in all."""
+    """Run `action` in the main process; its result is returned, and its `DyditError` raised, in all processes."""
     if accelerator.num_processes == 1:
         return action()
     from accelerate.utils import broadcast_object_list
@@ -31,7 +31,7 @@ def agreed(accelerator: Any, action: Callable[[], Any]) -> Any:
 
 @contextlib.contextmanager
 def stopped_by_sigterm() -> Iterator[None]:
-    """SIGTERM, as schedulers and `kill` send it, stops the block as Ctrl-C does."""
+    """Let SIGTERM, which schedulers and `kill` send, stop the block as Ctrl-C does."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

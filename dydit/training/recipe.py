@@ -1,8 +1,8 @@
-"""Recipes: everything that decides the outcome of a training run, in one frozen configuration.
+"""Recipes: all settings that decide the outcome of a training run, in one frozen configuration.
 
 A named recipe is one run or a sequence of runs (static, dynamic, settle); each later run starts from the weights of the
-one before it. Settings are overridden by `key=value` words; nested ones by `model.depth=12`; in a sequence,
-`static.key`, `dynamic.key` and `settle.key` address one run and a bare key all of them.
+one before it. `key=value` overrides a setting, `model.depth=12` a nested one. In a sequence, `static.key`,
+`dynamic.key` and `settle.key` override the setting of one run, and a bare key that of all runs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Stage(StrEnum):
 
     STATIC = "static"  # a plain DiT, every unit and token on
     DYNAMIC = "dynamic"  # routers and weights together, towards a share of the compute, with noise on the gates
-    SETTLE = "settle"  # the same with the gates as they are at inference: the weights adapt to what was decided
+    SETTLE = "settle"  # the same with the gates of inference: the weights adapt to the decisions
 
 
 class Precision(StrEnum):
@@ -50,19 +50,21 @@ class Recipe(Strict):
     stage: Stage
     model: AnyModel
     data: str
-    init: str | None = Field(default=None, description="checkpoint to start from; fresh weights where absent")
+    init: str | None = Field(default=None, description="checkpoint to start from; new weights if absent")
 
     iterations: int = Field(gt=0)
-    batch_size: int = Field(default=256, gt=0, description="images an iteration, over all processes")
+    batch_size: int = Field(default=256, gt=0, description="images per iteration, over all processes")
     learning_rate: float = Field(default=1e-4, gt=0, le=1e6)
     learning_rate_schedule: LearningRateSchedule = LearningRateSchedule.CONSTANT
     learning_rate_warmup: int = Field(default=0, ge=0, description="iterations of linear warm-up")
     router_learning_rate: float = Field(
-        default=1.0, gt=0, le=1e6, description="the routers' learning rate, as a multiple"
+        default=1.0, gt=0, le=1e6, description="learning rate of the routers, as a multiple of `learning_rate`"
     )
     weight_decay: float = Field(default=0.0, ge=0)
-    clip_norm: float | None = Field(default=None, gt=0, description="scale longer gradients down to this norm")
-    grad_norm_limit: float | None = Field(default=200.0, gt=0, description="skip the step where the norm is above")
+    clip_norm: float | None = Field(
+        default=None, gt=0, description="scale gradients of a larger norm down to this norm"
+    )
+    grad_norm_limit: float | None = Field(default=200.0, gt=0, description="skip steps whose gradient norm is above")
     ema_decay: float = Field(default=0.9999, ge=0, lt=1)
     label_dropout: float = Field(default=0.1, ge=0, le=1)
     precision: Precision = Precision.FP32
@@ -70,21 +72,21 @@ class Recipe(Strict):
 
     lambda_target: float = Field(default=0.5, gt=0, le=1, description="share of the blocks' multiply-adds to keep")
     flops_weight: float = Field(default=2.0, ge=0)
-    token_target: float = Field(default=0.7, gt=0, le=1, description="share of tokens that `token_weight` asks for")
+    token_target: float = Field(default=0.7, gt=0, le=1, description="share of tokens that the token losses aim at")
     token_weight: float = Field(
-        default=0.0, ge=0, description="of the token losses, which are not the paper's: see losses.token_loss"
+        default=0.0, ge=0, description="weight of the token losses, which are not in the paper: see losses.token_loss"
     )
     token_spread: float = Field(
-        default=0.0, ge=0, description="how far an image's share of tokens follows its detail: see losses.detail_loss"
+        default=0.0, ge=0, description="how much an image's share of tokens follows its detail: see losses.detail_loss"
     )
     ramp_iterations: int = Field(
-        default=1000, ge=0, description="the target falls linearly to lambda_target until here"
+        default=1000, ge=0, description="the target falls linearly to lambda_target until this iteration"
     )
     ramp_hold: int = Field(default=100, ge=0, description="the target is 1 before this iteration")
     warmup_iterations: int = Field(default=0, ge=0, description="iterations with the complete model's loss added")
     temperature: float = Field(default=5.0, gt=0)
     noise_anneal: float = Field(
-        default=0.0, ge=0, le=1, description="last share of the run in which gate noise goes to 0"
+        default=0.0, ge=0, le=1, description="last share of the run, over which gate noise goes to 0"
     )
     width_bias: float = 15.0
     token_bias: float = 35.0
@@ -95,15 +97,17 @@ class Recipe(Strict):
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
         if (self.stage is not Stage.STATIC) != self.model.dynamic:
-            raise ValueError(f"stage {self.stage} does not go with model.routers {self.model.routers}")
+            raise ValueError(f"stage {self.stage} does not fit model.routers {self.model.routers}")
         if self.label_dropout and self.model.null_class is None:
-            raise ValueError("label_dropout needs a label for no class (model.null_class_row)")
+            raise ValueError("label_dropout needs a null class (model.null_class_row)")
         if self.batch_size % 4:
-            raise ValueError(f"batch_size {self.batch_size} is not a multiple of 4 (timesteps are drawn by quarters)")
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of 4 (timesteps are drawn from four quarters)"
+            )
         return self
 
     def target(self, iteration: int) -> float:
-        """The FLOPs ratio asked for at `iteration` (from 0): 1 while held, then down the ramp to `lambda_target`."""
+        """The target FLOPs ratio at `iteration` (from 0): 1 until `ramp_hold`, then falling to `lambda_target`."""
         if iteration < self.ramp_hold:
             return 1.0
         if iteration >= self.ramp_iterations:
@@ -111,24 +115,24 @@ class Recipe(Strict):
         return 1 - (1 - self.lambda_target) * iteration / self.ramp_iterations
 
     def made_longer(self, where: Sequence[int]) -> str:
-        """What a run is, and is not, that was made longer at iterations `where`; "" where it was not.
+        """A remark on a run that was made longer at iterations `where`; "" if it was not.
 
-        Settings whose course is laid out over all iterations are others from the start when there are more of them.
+        Schedules that span all iterations would have been different from the start with more iterations.
         """
         if not where:
             return ""
-        laid_out = ["learning_rate_schedule"] if self.learning_rate_schedule is LearningRateSchedule.COSINE else []
-        laid_out += ["noise_anneal"] if self.stage is Stage.DYNAMIC and self.noise_anneal else []
-        said = f"it was made longer at iteration {', then '.join(map(str, where))}"
-        if not laid_out:
-            return f"{said}, and is what {self.iterations} iterations at once give"
+        schedules = ["learning_rate_schedule"] if self.learning_rate_schedule is LearningRateSchedule.COSINE else []
+        schedules += ["noise_anneal"] if self.stage is Stage.DYNAMIC and self.noise_anneal else []
+        fact = f"it was made longer at iteration {', then '.join(map(str, where))}"
+        if not schedules:
+            return f"{fact}, and equals a run of {self.iterations} iterations at once"
         return (
-            f"{said}; {' and '.join(laid_out)} went by the shorter run until there, so it is not quite what "
-            f"{self.iterations} iterations at once give"
+            f"{fact}; {' and '.join(schedules)} followed the shorter run until then, so it differs slightly from a run "
+            f"of {self.iterations} iterations at once"
         )
 
     def gate_noise(self, iteration: int) -> float:
-        """The factor on the gates' noise: 1, going to 0 over the last `noise_anneal` share; 0 to settle."""
+        """The factor on the gates' noise: 1, falling to 0 over the last `noise_anneal` share; 0 in stage settle."""
         if self.stage is Stage.SETTLE:
             return 0.0
         if self.noise_anneal == 0:
@@ -205,7 +209,7 @@ def find_recipes(name: str, overrides: Sequence[str] = ()) -> tuple[Recipe, ...]
     for word in overrides:
         key, equals, text = word.partition("=")
         if not equals:
-            raise ConfigError(f"{word!r} is not of the form key=value")
+            raise ConfigError(f"{word!r} does not have the form key=value")
         chosen = runs
         first, _, rest = key.partition(".")
         if first in tuple(Stage):
@@ -231,7 +235,7 @@ def _set(values: dict[str, Any], path: list[str], value: Any, kind: type[BaseMod
 
 
 def _value(text: str) -> Any:
-    """JSON where it is JSON (numbers, true, null), else the text itself, for pydantic to judge."""
+    """The value of JSON text (numbers, true, null), else the text itself, which pydantic validates."""
     try:
         return json.loads(text)
     except json.JSONDecodeError:

@@ -1,4 +1,4 @@
-"""Runs one after another, each from the weights of the one before, in a folder of folders."""
+"""Sequences of runs, each of which starts from the weights of the one before."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ def train_sequence(
 ) -> list[TrainResult]:
     """Run recipes one after another, each in `out/<stage>`, each starting from the weights of the one before.
 
-    A single recipe runs in `out` itself. With `resume`, finished runs are kept as they are.
+    A single recipe runs in `out` itself. With `resume`, finished runs are kept.
     """
     out = user_path(out)
     folders = [out] if len(recipes) == 1 else [out / recipe.stage.value for recipe in recipes]
     if resume and not any(map(has_run, folders)):
-        raise OutputError(f"{out} holds no run to resume; leave out --resume to begin one there")
+        raise OutputError(f"{out} holds no run to resume; remove --resume to start one there")
     if len(recipes) == 1:
         return [train(recipes[0], out, resume, progress)]
     _check_sequence(recipes, folders, resume)
@@ -35,13 +35,13 @@ def train_sequence(
 
 
 def _check_sequence(recipes: Sequence[Recipe], folders: Sequence[Path], resume: bool) -> None:
-    """See, before the first run begins, that none of them will be refused for what its folder holds."""
+    """Check before the first run starts that no run will be refused because of its folder."""
     longer = None
     for number, (recipe, folder) in enumerate(zip(recipes, folders, strict=True)):
         check_folder(folder, recipe, resume, any_init=number > 0)
         if longer is not None and has_run(folder):
             raise ConfigError(
-                f"{folder} started from the weights of {longer}, which cannot be made longer any more; choose another "
+                f"{folder} started from the weights of {longer}, which therefore cannot be made longer; choose another "
                 "folder for a longer sequence"
             )
         if has_run(folder) and stored_recipe(folder).get("iterations") != recipe.iterations:

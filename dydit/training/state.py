@@ -1,14 +1,14 @@
-"""What a run keeps on disk, so that it can be killed at any moment and resumed to the same bits.
+"""The files of a run. It can be killed at any moment and resumed with the same bits.
 
-    recipe.json              the recipe, its `init` as a hash; a run is resumed only with the same one
+    recipe.json              the recipe, with a hash for `init`; a run can only be resumed with the same recipe
     log.jsonl                one line every `log_every` iterations; nothing in it depends on the clock
-    state-00000500/          weights, EMA and optimiser moments (tensors.safetensors) and the counters (state.json)
+    state-00000500/          weights, EMA and optimizer moments (tensors.safetensors) and the counters (state.json)
     model.safetensors        the EMA weights, at the end
-    train.json, curves.png   the summary, at the end; a run is finished where it is of as many iterations as the recipe
-    .lock                    held by the process that trains, while it does
+    train.json, curves.png   the summary, at the end; a run is finished if it has as many iterations as the recipe
+    .lock                    held by the process that trains
 
-A state is written to a temporary sibling and renamed; the one before it is removed only then. The last one stays, so
-that a finished run can be made longer. A state holds finite values alone.
+A state is written to a temporary sibling and renamed; only then is the previous one removed. The last one stays, so
+that a finished run can be made longer. A state holds only finite values.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from dydit.files import explained, new_folder, sha256_of, write_atomic
 RECIPE, LOG, MODEL, SUMMARY, CURVES = "recipe.json", "log.jsonl", "model.safetensors", "train.json", "curves.png"
 _TENSORS, _COUNTERS = "tensors.safetensors", "state.json"
 FORMAT = 1
-"""Of a state; one without it is of this format, too."""
+"""Format of a state. States without the number have this format, too."""
 
 
 @dataclass
 class Counters:
-    """How far a run has come. `sums` are those of the metrics since the last line of the log, `summed` their number."""
+    """The progress of a run. `sums`: of metrics since the last line of the log; `summed`: of how many iterations."""
 
     iteration: int = 0  # iterations done
-    skipped: int = 0  # of these, steps skipped for their gradient norm
+    skipped: int = 0  # of these, steps that were skipped because of their gradient norm
     skipped_in_a_row: int = 0
     seconds: float = 0.0
     planned: int = 0  # iterations of the recipe when the state was written
@@ -51,8 +51,8 @@ class Counters:
 
 def states(out: Path) -> list[Path]:
     """The complete states in `out`, oldest first."""
-    found = [path for path in out.glob("state-*") if path.name[6:].isdigit() and (path / _COUNTERS).is_file()]
-    return sorted(found, key=lambda path: int(path.name[6:]))
+    complete = [path for path in out.glob("state-*") if path.name[6:].isdigit() and (path / _COUNTERS).is_file()]
+    return sorted(complete, key=lambda path: int(path.name[6:]))
 
 
 def save_state(
@@ -68,7 +68,7 @@ def save_state(
     with new_folder(out / f"state-{counters.iteration:08d}") as part:
         try:
             save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, part / _TENSORS)
-        except SafetensorError as error:  # it has words of its own for what the system says, a full disk among them
+        except SafetensorError as error:  # it wraps what the system reports, such as a full disk
             raise _system_error(error, part / _TENSORS) from error
         values = {"format": FORMAT, "sha256": sha256_of(part / _TENSORS), **asdict(counters)}
         (part / _COUNTERS).write_text(json.dumps(values, allow_nan=False))
@@ -77,18 +77,18 @@ def save_state(
 
 
 def _system_error(error: SafetensorError, path: Path) -> Exception:
-    """The `OSError` behind an error of safetensors, which names it as "(os error 28)"; the error itself without one."""
-    found = re.search(r"os error (\d+)", str(error))
-    return OSError(int(found[1]), os.strerror(int(found[1])), str(path)) if found else error
+    """The `OSError` behind an error of safetensors, which names it as "(os error 28)"; else the error itself."""
+    match = re.search(r"os error (\d+)", str(error))
+    return OSError(int(match[1]), os.strerror(int(match[1])), str(path)) if match else error
 
 
 def load_state(path: Path, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer) -> Counters:
-    """Load the state in `path` into the modules and the optimiser. Raises `CheckpointError` where it is damaged."""
+    """Load the state in `path` into the modules and the optimizer. Raises `CheckpointError` if it is damaged."""
     try:
         values = json.loads((path / _COUNTERS).read_text())
         if values.pop("format", FORMAT) != FORMAT:
             raise CheckpointError(
-                f"the training state {path} was written by another version of dydit; go on with that one"
+                f"the training state {path} was written by another version of dydit; resume with that version"
             )
         digest = values.pop("sha256", None)
         if digest is not None and digest != sha256_of(path / _TENSORS):
@@ -99,8 +99,8 @@ def load_state(path: Path, model: nn.Module, ema: nn.Module, optimizer: torch.op
         ema.load_state_dict(_with_prefix(tensors, "ema."))
     except (SafetensorError, OSError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise CheckpointError(
-            f"the training state {path} cannot be read ({one_line(error)}); restore it from a copy, or remove it: then "
-            "--resume goes on from the state before it, or begins again where there is none"
+            f"the training state {path} cannot be read ({one_line(error)}); restore it from a copy, or remove it: "
+            "--resume then continues from the state before it, or starts again if there is none"
         ) from error
     named = {parameter: name for name, parameter in model.named_parameters()}
     keys = sorted({name.split(".")[1] for name in tensors if name.startswith("optimizer.")})
@@ -108,7 +108,7 @@ def load_state(path: Path, model: nn.Module, ema: nn.Module, optimizer: torch.op
         for parameter in group["params"]:
             names = {key: f"optimizer.{key}.{named[parameter]}" for key in keys}
             entries = {key: tensors[name] for key, name in names.items() if name in tensors}
-            # The step counter stays where AdamW made it; the moments live beside their parameter.
+            # AdamW keeps the step counter on the CPU, and the moments on their parameter's device.
             optimizer.state[parameter] = {
                 key: value if key == "step" else value.to(parameter.device) for key, value in entries.items()
             }
@@ -128,7 +128,7 @@ def append_log(out: Path, entry: dict[str, Any]) -> None:
 
 
 def read_log(out: Path) -> list[dict[str, Any]]:
-    """The log's lines. One that a killed process left unfinished at the end is ignored; others raise `OutputError`."""
+    """The log's entries. An unfinished last line is ignored; other damaged lines raise `OutputError`."""
     if not (out / LOG).is_file():
         return []
     entries = []
@@ -136,7 +136,7 @@ def read_log(out: Path) -> list[dict[str, Any]]:
         try:
             entries.append(json.loads(line))
             if not isinstance(entries[-1]["iteration"], int):
-                raise TypeError("iteration is no whole number")
+                raise TypeError("iteration is not an integer")
         except (ValueError, KeyError, TypeError) as error:
             raise OutputError(
                 f"line {number} of {out / LOG} is damaged ({one_line(error)}); remove that line and run again"
@@ -145,8 +145,10 @@ def read_log(out: Path) -> list[dict[str, Any]]:
 
 
 def truncate_log(out: Path, iteration: int, log_every: int = 1) -> None:
-    """Drop the lines after `iteration`: the resumed run writes them again. So it does with the line of a run's end that
-    is no multiple of `log_every`, should the run become longer."""
+    """Remove the lines after `iteration`: the resumed run writes them again.
+
+    A line that is no multiple of `log_every` is removed, too: it was the end of a run that is now made longer.
+    """
     entries = read_log(out)
-    kept = [each for each in entries if each["iteration"] <= iteration and each["iteration"] % log_every == 0]
-    write_atomic(out / LOG, "".join(json.dumps(entry, allow_nan=False) + "\n" for entry in kept).encode())
+    remaining = [each for each in entries if each["iteration"] <= iteration and each["iteration"] % log_every == 0]
+    write_atomic(out / LOG, "".join(json.dumps(entry, allow_nan=False) + "\n" for entry in remaining).encode())

@@ -111,12 +111,8 @@ def test_multiply_adds_are_those_that_the_bundle_computes(kind, make_bundle, sma
     again, expected = kind == "overflowing", []
     for k, step in enumerate((0, 5, 11)):
         segment = next(each for each in manifest.plan.segments if step in each.steps)
-        heads, groups = (
-            manifest.model.units.of_group(
-                bundle.masks[segment.first : segment.first + segment.count].any(axis=0), name
-            ).sum(axis=-1)
-            for name in ("heads", "groups")
-        )
+        union = bundle.masks[segment.first : segment.first + segment.count].any(axis=0)
+        heads, groups = small_config.units.counts(union).reshape(small_config.depth, 2).T
         if manifest.routing is Routing.DYNAMIC:
             if kind == "merged":
                 expected.append(None)  # needs the share of each block
@@ -149,7 +145,7 @@ def side_result(name="ours", rounds=(1.0, 1.0), macs=50.0, precision="fp32", **s
         ({"precision": "int8"}, "precisions differ: fp32 and int8"),
         ({"precision": "fp32 with 3 layers in 16 bits"}, "precisions differ"),
         ({"kind": SideKind.TORCH_MASKED}, "backends differ: onnxruntime and PyTorch"),
-        ({"kind": SideKind.SCRIPT}, "a script's multiply-adds are not known"),
+        ({"kind": SideKind.SCRIPT}, "the multiply-adds of a script are unknown"),
         ({"packed": True}, "layouts of weights differ: as stored and packed"),
     ],
 )
@@ -352,7 +348,7 @@ class TestScripts:
         report = run_bench([mine("nothing"), *sides], QUICK)
         assert [(each.name, each.reason) for each in report.not_run] == [("mine", "there is nothing to load")]
         assert [side.side for side in report.sides] == sides and report.comparisons == ()
-        with pytest.raises(UnavailableError, match="no side runs here: mine: there is nothing to load"):
+        with pytest.raises(UnavailableError, match="no contender runs here: mine: there is nothing to load"):
             run_bench([mine("nothing")], QUICK, run_of=make_bundle())
 
 

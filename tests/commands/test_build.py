@@ -36,7 +36,7 @@ def test_it_says_what_it_built_and_then_that_nothing_changed(run, bundle: Bundle
     lines = out.splitlines()
     folder = next(path for path in (bundle.path / "engines").iterdir())
     assert lines[0] == f"{folder}: 7 engines built by tensorrt-rtx 1.7.1"
-    assert lines[1] == f"14 warnings of the builder are in {folder / 'build.log'}"
+    assert lines[1] == f"14 builder warnings are in {folder / 'build.log'}"
     assert lines[3] == f"Next: dydit sample {bundle.path} --labels 0 --backend tensorrt-rtx --out SAMPLES"
     assert run(bundle.path, "--flavour", "tensorrt-rtx") == (
         0,
@@ -52,7 +52,7 @@ def test_settings_reach_the_request_and_reasons_are_printed(run, bundle: Bundle)
     code, out, _ = run(bundle.path, "--flavour", "tensorrt-rtx", *words)
     assert code == 0
     assert out.splitlines()[0] == (
-        f"{first} does not serve (it stays; remove it when it is not needed): the batch it is tuned for: 4 became 8; "
+        f"{first} does not serve (it is kept; remove it if you do not need it): the batch it is tuned for: 4 became 8; "
         "the largest batch: 4 became 32; the compute capabilities: any became 8.9 12.0"
     )
 
@@ -79,7 +79,7 @@ def test_json_alone_is_printed(run, bundle: Bundle) -> None:
     [
         (["--compute-capability", "9.0"], "tensorrt-rtx cannot build for compute capability 9.0, only for 8.0, 8.6"),
         (["--opt-batch", "9"], "--opt-batch 9 is larger than --max-batch 4"),
-        (["--version-compatible"], "engines of tensorrt-rtx run on the version that built them and no other"),
+        (["--version-compatible"], "engines of tensorrt-rtx run only with the version that built them"),
         (["--jobs", "0"], "0 is not in the range x>=1"),
     ],
 )
@@ -97,9 +97,10 @@ def test_dynamic_routing_is_refused_before_anything_is_written(run, make_bundle)
     code, _, errors = run(path, "--flavour", "tensorrt-rtx")
     assert code == 2
     assert errors == (
-        "dydit: error: tensorrt-rtx has no NonZero, which dynamic routing needs; make a bundle of fixed token slots: "
-        "`dydit calibrate CHECKPOINT --steps 12 --max-subnets 4 --out CAL.json`, then `dydit export CHECKPOINT "
-        "--steps 12 --max-subnets 4 --routing capacity --calibration CAL.json --out BUNDLE`, then `dydit build BUNDLE`"
+        "dydit: error: tensorrt-rtx has no NonZero, which dynamic routing needs; export a bundle with a fixed "
+        "token capacity: `dydit calibrate CHECKPOINT --steps 12 --max-subnets 4 --out CAL.json`, then `dydit export "
+        "CHECKPOINT --steps 12 --max-subnets 4 --routing capacity --calibration CAL.json --out BUNDLE`, then `dydit "
+        "build BUNDLE`"
         "; or build with --flavour tensorrt on the machine with the GPU\n"
     )
     assert not (path / "engines").exists()

@@ -58,7 +58,7 @@ def test_where_memory_cannot_be_measured_weights_count_and_this_is_said(tmp_path
         (["--cost", "measured", "--dynamic-width"], "--cost measured has no effect with --per-step or --dynamic-width"),
         (["--cost", "measured", "--per-step"], "--cost measured has no effect with --per-step or --dynamic-width"),
         (["--cost", "measured", "--precision", "bf16"], "onnxruntime has no bf16 matrix products on the CPU"),
-        (["--cost", "measured", "--cost-batch", "17"], "a batch of 17 to measure with: the export is for 16 at most"),
+        (["--cost", "measured", "--cost-batch", "17"], "cannot measure a batch of 17: the export allows at most 16"),
         (["--cost", "guessed"], "'guessed' is not one of 'macs', 'measured'"),
         pytest.param(["--memory-budget", "1kB"], "1000 bytes: the smallest plan needs", marks=needs_smaps, id="budget"),
     ],

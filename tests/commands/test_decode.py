@@ -135,7 +135,7 @@ def test_what_is_no_file_of_latents(decode, runs, tmp_path: Path) -> None:
         ({"latents": good[:0]}, "expected floating point [images"),
         ({"latents": good[..., :6]}, "latents are 8x6, expected squares"),
         ({"latents": np.where(good > 2, np.nan, good)}, "hold NaN or infinite values; sample them again"),
-        ({"latents": good, "images": np.array([3, 3])}, "two images have the same number"),
+        ({"latents": good, "images": np.array([3, 3])}, "two images have the same index"),
         ({"latents": good, "images": np.array([-1, 3])}, "images holds -1; expected numbers from 0"),
         ({"latents": good, "labels": np.array([1.0, 2.0])}, "labels is float64 [2], expected integers [2]"),
         ({"latents": good[:, :3]}, "decodes latents of 4 channels, but "),
@@ -143,9 +143,9 @@ def test_what_is_no_file_of_latents(decode, runs, tmp_path: Path) -> None:
         np.savez(file, **arrays)
         refused(decode(file), str(file), words)
     np.save(tmp_path / "one.npy", good)
-    refused(decode(tmp_path / "one.npy"), "is a single array, expected an .npz with latents")
+    refused(decode(tmp_path / "one.npy"), "is a single array, expected an .npz file with latents")
     file.write_bytes(b"text")
-    refused(decode(file), "is not a file of latents")
+    refused(decode(file), "is not a latents file")
     refused(decode(tmp_path / "nowhere.npz"), "cannot read latents from", "No such file")
     refused(decode(runs[0]), "holds no latents.npz", "dydit sample --latents-out FILE.npz")
     refused(decode(runs[1], vae=tmp_path / "nowhere"), "no such file or folder")

@@ -88,7 +88,7 @@ CALLS: dict[str, tuple[list[str], set[str], set[str]]] = {
     ),
     "export --cost measured": (
         ["export", "MODEL", "--cost", "measured", "--out", "OUT"],
-        {"torch", "safetensors", "onnx", "onnx-ir", "onnxruntime"},
+        {"torch", "safetensors", "onnx", "onnx-ir", "onnxruntime", "scipy"},
         {"cpu", "export"},
     ),
     "sample": (["sample", "BUNDLE", "--labels", "0", "--out", "OUT"], {"onnxruntime"}, {"cpu"}),
@@ -178,7 +178,7 @@ def test_doctor_says_how_to_get_what_is_missing(run, monkeypatch) -> None:
     for name in OPTIONAL:
         monkeypatch.setitem(sys.modules, name, None)
     report = doctor.run_doctor(lambda name: Finding(ok=name != "registry", detail="[]"))
-    for extra, names in (("export", "onnx, onnx-ir, safetensors, torch"), ("train", "accelerate, scikit-learn, scipy")):
+    for extra, names in (("export", "onnx, onnx-ir, safetensors, scipy, torch"), ("train", "accelerate, scikit-learn")):
         (row,) = [row for row in report.extras if row.name == extra]
         assert not row.ok and f"{names} missing" in row.detail and f"[{extra}]'" in (row.fix or "")
 

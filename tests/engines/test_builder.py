@@ -25,7 +25,8 @@ def job(flavour: Flavour, cache: Path | None = None, **settings: Any) -> Job:
     request = EngineRequest(
         flavour=flavour, version="1.0", precision=Precision.FP16, opt_batch=2, max_batch=8, **settings
     )
-    return Job(Path("g.onnx"), Path("g.engine"), request, MODEL, None, {}, Path("build.log"), cache)
+    paths = {"graph": Path("g.onnx"), "engine": Path("g.engine"), "log": Path("build.log"), "timing_cache": cache}
+    return Job(**paths, request=request, model=MODEL, inputs=None, ranges={})
 
 
 def configured(polygraphy: Any, wanted: Job, levels: Any = LEVELS) -> Any:

@@ -111,8 +111,8 @@ def test_other_settings_have_a_folder_of_their_own_and_say_why(bundle: Bundle, r
     second = build_engines(bundle, request_for(bundle, version="1.8.0", max_batch=8))
     assert second.folder != first.folder
     assert second.text()[0] == (
-        f"{first.folder} does not serve (it stays; remove it when it is not needed): the version: 1.7.1 became 1.8.0; "
-        "the batch it is tuned for: 4 became 8; the largest batch: 4 became 8"
+        f"{first.folder} does not serve (it is kept; remove it if you do not need it): the version: 1.7.1 became "
+        "1.8.0; the batch it is tuned for: 4 became 8; the largest batch: 4 became 8"
     )
     assert build_engines(bundle, request_for(bundle)).built == ()
 
@@ -173,7 +173,7 @@ def test_two_builds_at_a_time_are_refused(bundle: Bundle, request_for: Requests,
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(OutputError) as caught:
             build_engines(bundle, request_for(bundle))
-    assert str(caught.value) == f"another build is at work in {folder}; wait for it, then run again"
+    assert str(caught.value) == f"another build is running in {folder}; wait for it, then run again"
 
 
 def test_a_graph_that_is_not_the_manifests_is_refused(bundle: Bundle, request_for: Requests, pretence) -> None:

@@ -249,8 +249,8 @@ def half_router(model: onnx.ModelProto) -> None:
 
 SPOILED: list[tuple[Spoil, Kind, str]] = [
     (fp32_product, Kind.PRODUCT, "the product with blocks.0.fc1.weight takes float32, expected float16"),
-    (fp32_gelu, Kind.CAST, "casts back to float16 what was float16 before: float32 in the midst of a product's values"),
-    (unfused_attention, Kind.ATTENTION, "attention is written as products and a softmax, which is not fused"),
+    (fp32_gelu, Kind.CAST, "casts back to float16 what was float16 before: float32 between two products"),
+    (unfused_attention, Kind.ATTENTION, "attention is written as products and a softmax, which are not fused"),
     (half_router, Kind.PRODUCT, "the product with blocks.0.router.0.weight takes float16, expected float32 in every"),
 ]
 
@@ -272,7 +272,9 @@ def test_a_spoiled_graph_is_refused_naming_the_layer(rtx, bundle: Bundle, spoil:
     with pytest.raises(BackendError) as caught:
         require_types(network, Precision.FP16, config, path.name)
     message = str(caught.value)
-    assert message.startswith(f"{path.name} is not as fp16 should be: layer {found[0].layer}: {found[0].text}")
+    assert message.startswith(
+        f"{path.name} has types that fp16 does not allow: layer {found[0].layer}: {found[0].text}"
+    )
     assert message.endswith("export the bundle again with --precision fp16")
 
 

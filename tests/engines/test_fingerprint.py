@@ -34,7 +34,7 @@ OTHERS: dict[str, tuple[Any, str]] = {
     "gpu": ("NVIDIA L4", "the GPU: none became NVIDIA L4"),
     "hardware_compatibility": (HardwareCompatibility.AMPERE_PLUS, "hardware compatibility: none became ampere+"),
     "version_compatible": (True, "version compatibility: off became on"),
-    "recipe": (99, f"the way that dydit builds: {RECIPE} became 99"),
+    "recipe": (99, f"how dydit builds engines: {RECIPE} became 99"),
 }
 
 
@@ -99,7 +99,7 @@ def test_dynamic_routing_is_refused_where_there_is_no_nonzero(make_bundle) -> No
     with pytest.raises(BackendError) as caught:
         make_request(manifest, Flavour.TENSORRT_RTX, "1.7.1", None)
     assert str(caught.value) == (
-        "tensorrt-rtx has no NonZero, which dynamic routing needs; make a bundle of fixed token slots: `dydit "
+        "tensorrt-rtx has no NonZero, which dynamic routing needs; export a bundle with a fixed token capacity: `dydit "
         "calibrate CHECKPOINT --steps 12 --max-subnets 4 --out CAL.json`, then `dydit export CHECKPOINT --steps 12 "
         "--max-subnets 4 --routing capacity --calibration CAL.json --out BUNDLE`, then `dydit build BUNDLE`; or build "
         "with --flavour tensorrt on the machine with the GPU"
@@ -108,23 +108,29 @@ def test_dynamic_routing_is_refused_where_there_is_no_nonzero(make_bundle) -> No
 
 
 REFUSALS: list[tuple[Flavour, Gpu | None, dict[str, Any], str]] = [
-    (Flavour.TENSORRT, None, {}, "tensorrt builds on the GPU that runs the engines, and there is no NVIDIA driver"),
+    (Flavour.TENSORRT, None, {}, "tensorrt builds on the GPU that runs the engines, but there is no NVIDIA driver"),
     (Flavour.TENSORRT, GPU, {"compute_capabilities": ("8.9",)}, "tensorrt builds for the GPU that it builds on"),
     (
         Flavour.TENSORRT_RTX,
         None,
         {"compute_capabilities": ("9.0",)},
-        "cannot build for compute capability 9.0, only for 8.0, 8.6, 8.9, 12.0, 12.1; leave --compute-capability out",
+        "cannot build for compute capability 9.0, only for 8.0, 8.6, 8.9, 12.0, 12.1; remove --compute-capability",
     ),
     (Flavour.TENSORRT_RTX, None, {"compute_capabilities": ("7.5",)}, "has no fp32 matrix product for compute cap"),
-    (Flavour.TENSORRT_RTX, None, {"compute_capabilities": ("8.9", "8.9")}, "compute capability named twice: 8.9, 8.9"),
+    (
+        Flavour.TENSORRT_RTX,
+        None,
+        {"compute_capabilities": ("8.9", "8.9")},
+        "compute capability is given twice: 8.9, 8.9",
+    ),
     (
         Flavour.TENSORRT_RTX,
         None,
         {"hardware_compatibility": HardwareCompatibility.AMPERE_PLUS},
-        "--hardware-compatibility is for tensorrt; engines of tensorrt-rtx run on all GPUs of 8.0 and later unless",
+        "--hardware-compatibility is for tensorrt; engines of tensorrt-rtx run on all GPUs of compute capability "
+        "8.0 and later, unless",
     ),
-    (Flavour.TENSORRT_RTX, None, {"version_compatible": True}, "run on the version that built them and no other"),
+    (Flavour.TENSORRT_RTX, None, {"version_compatible": True}, "run only with the version that built them"),
 ]
 
 

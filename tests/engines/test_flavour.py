@@ -59,7 +59,7 @@ def test_known_versions_are_taken(monkeypatch, flavour: Flavour, version: str) -
 def test_without_any_tensorrt_both_are_offered(monkeypatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
-        BackendError, match=r"no TensorRT is installed: pip install 'dydit\[tensorrt-rtx\]'.*tensorrt\]"
+        BackendError, match=r"TensorRT is not installed: pip install 'dydit\[tensorrt-rtx\]'.*tensorrt\]"
     ):
         default_flavour()
 

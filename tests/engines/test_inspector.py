@@ -159,15 +159,25 @@ def test_an_engine_whose_kernels_are_wrong_is_refused_and_not_kept(
     request = make_request(bundle.manifest, Flavour.TENSORRT_RTX, rtx.__version__, None)
     ranges = symbol_ranges(bundle.manifest, request.opt_batch, request.max_batch)
     graph, engine, log = bundle.path / "conditioning.onnx", tmp_path / "x.engine", tmp_path / "build.log"
-    job = Job(graph, engine, request, bundle.manifest.model, conditioning_inputs(), ranges, log, inspect=inspect)
+    job = Job(
+        graph=graph,
+        engine=engine,
+        request=request,
+        model=bundle.manifest.model,
+        inputs=conditioning_inputs(),
+        ranges=ranges,
+        log=log,
+        inspect=inspect,
+    )
     if not inspect:
         assert build_engine(job).bytes == engine.stat().st_size
         return
     with pytest.raises(BackendError) as caught:
         build_engine(job)
     assert str(caught.value) == (
-        f"tensorrt-rtx {rtx.__version__} built conditioning.onnx not as fp16 should be: layer fc2_myl0_4: the product "
-        "takes float32, expected float16; try another version of it, or keep such engines with --no-inspect"
+        f"tensorrt-rtx {rtx.__version__} built conditioning.onnx with types that fp16 does not allow: layer "
+        "fc2_myl0_4: the product takes float32, expected float16; try another version of it, or keep such engines "
+        "with --no-inspect"
     )
     assert not engine.exists()
     assert "x.engine from conditioning.onnx: failed" in log.read_text()

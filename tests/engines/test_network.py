@@ -34,15 +34,17 @@ def test_a_name_inside_and_outside_a_function_is_refused(tmp_path: Path, shared:
     with pytest.raises(BackendError) as caught:
         require_distinct_names(path)
     assert str(caught.value) == (
-        f"graph.onnx: function 'twice' and the main graph both have a value '{shared}', which TensorRT's parser takes "
-        "for one; export the bundle again"
+        f"graph.onnx: function 'twice' and the main graph both have a value '{shared}', which TensorRT's parser "
+        "confuses; export the bundle again"
     )
 
 
 def test_what_is_no_graph_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "graph.onnx"
     path.write_bytes(b"\xff\xff\xff not a graph")
-    with pytest.raises(BackendError, match=r"graph\.onnx is no ONNX graph \(DecodeError\); export the bundle again"):
+    with pytest.raises(
+        BackendError, match=r"graph\.onnx is not an ONNX graph \(DecodeError\); export the bundle again"
+    ):
         require_distinct_names(path)
 
 

@@ -64,7 +64,7 @@ def test_a_symbol_without_a_range_is_refused() -> None:
 
 @pytest.mark.parametrize("bad", [(0, 1, 2), (2, 1, 3), (1, 3, 2)])
 def test_a_range_is_ordered(bad: tuple[int, int, int]) -> None:
-    with pytest.raises(ValidationError, match="is no range"):
+    with pytest.raises(ValidationError, match="is not a range"):
         Extent(min=bad[0], opt=bad[1], max=bad[2])
 
 

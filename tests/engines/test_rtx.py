@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import shutil
 import signal
@@ -68,7 +67,7 @@ def check_built(bundle: Bundle, report: BuildReport) -> None:
     assert all(f"{each.file} from {each.graph}: built in" in log for each in report.built)
     inspected = "its kernels inspected" if present_gpu() else "its kernels not inspected"
     assert log.count(inspected) == len(report.built)
-    assert f"{report.warnings} warnings of the builder are in" in report.text()[-1]
+    assert f"{report.warnings} builder warnings are in" in report.text()[-1]
     assert report.peak_memory > 0
 
 
@@ -181,7 +180,7 @@ def test_wrong_types_fail_the_build_before_it_and_are_logged(small) -> None:
     with pytest.raises(BackendError) as caught:
         build_engines(bundle, request)
     message = str(caught.value)
-    assert "conditioning.onnx is not as fp16 should be: layer " in message
+    assert "conditioning.onnx has types that fp16 does not allow: layer " in message
     assert "the product with adaln.weight takes float32, expected float16" in message
     folder = EngineStore.of(bundle, request).folder
     assert not list(folder.glob("*.engine"))
@@ -196,7 +195,7 @@ def test_a_graph_that_is_not_as_described_fails_the_build(small, tmp_path: Path)
     ranges = symbol_ranges(manifest, request.opt_batch, request.max_batch)
     engine = tmp_path / "x.engine"
     graph, log = bundle.path / "subnet-0000.onnx", tmp_path / "build.log"
-    job = Job(graph, engine, request, manifest.model, inputs, ranges, log)
+    job = Job(graph=graph, engine=engine, request=request, model=manifest.model, inputs=inputs, ranges=ranges, log=log)
     with pytest.raises(BackendError, match=r"subnet-0000\.onnx: input 'gates' is .*; export the bundle again"):
         build_engine(job)
     assert not engine.exists()
@@ -271,20 +270,28 @@ def test_a_building_process_that_dies_is_reported(small, tmp_path: Path) -> None
     ranges = symbol_ranges(bundle.manifest, request.opt_batch, request.max_batch)
 
     def job(name: str) -> Job:
-        model, engine = bundle.manifest.model, tmp_path / f"{name}.engine"
-        inputs = subnet_inputs(model, bundle.manifest.subnets[0].gated)
-        return Job(bundle.path / name, engine, request, model, inputs, ranges, tmp_path / "build.log")
+        model = bundle.manifest.model
+        return Job(
+            graph=bundle.path / name,
+            engine=tmp_path / f"{name}.engine",
+            request=request,
+            model=model,
+            inputs=subnet_inputs(model, bundle.manifest.subnets[0].gated),
+            ranges=ranges,
+            log=tmp_path / "build.log",
+        )
 
     def kill_all(_: Job, __: Any) -> None:
-        for child in multiprocessing.active_children():
-            if child.name == "dydit-build":
-                os.kill(child.pid, signal.SIGKILL)
+        for child in _children(os.getpid()):
+            if b"dydit.engines.build_workers" in Path(f"/proc/{child}/cmdline").read_bytes():
+                os.kill(child, signal.SIGKILL)
 
     with pytest.raises(BackendError) as caught:
         run_jobs([job("subnet-0000.onnx"), job("subnet-0000.onnx")], 1, kill_all)
     assert str(caught.value) == (
-        "the process that built subnet-0000.onnx was ended by SIGKILL, as when memory runs out: run again, with fewer "
-        "--jobs; what is finished is kept"
+        "cannot build subnet-0000.onnx: the process that builds engines was ended by SIGKILL, as when memory runs out: "
+        "it wrote nothing to standard error; finished engines are kept: run again, with fewer --jobs where memory ran "
+        "out"
     )
 
 

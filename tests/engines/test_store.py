@@ -93,7 +93,7 @@ def edit(store: EngineStore, change: Callable[[dict], None], sign: bool = True) 
 @pytest.mark.parametrize("name", ["../../../elsewhere.engine", "/tmp/elsewhere.engine", "engines.json", ".engine"])
 def test_an_engine_is_loaded_from_the_bundles_own_folder_only(built: EngineStore, name: str) -> None:
     edit(built, lambda values: values["engines"][GRAPH].update(file=name))
-    assert "is not a file of the bundle's own engines folder; engines are code" in refusal(built)
+    assert "is not in the bundle's own engines folder; engines are code" in refusal(built)
 
 
 def test_engines_that_are_links_are_loaded_by_their_content(built: EngineStore, tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ DATA = {"flavour": Flavour.TENSORRT, "version": "11.4.0", "compute_capabilities"
 FIT = [
     (RTX, "1.7.1", ADA, None),
     (RTX, "1.7.1", HOPPER, None),
-    (RTX, "1.7.1", None, "needs an NVIDIA GPU to run, and there is no driver or GPU here"),
+    (RTX, "1.7.1", None, "needs an NVIDIA GPU to run, but there is no driver or GPU here"),
     (RTX, "1.7.0", ADA, "was built by tensorrt-rtx 1.7.1, but 1.7.0 is installed"),
     (RTX, "1.8.0", ADA, "was built by tensorrt-rtx 1.7.1, but 1.8.0 is installed"),
     (

@@ -77,7 +77,7 @@ def test_times_that_are_linear_are_found(heads, groups, numbers):
     terms = dict(zip(TIME_TERMS, numbers, strict=True))
     points = [point for point in profile_points([heads, groups]) if point.timed]
     ms = [[step_ms(point, terms) * factor for factor in (1, 1, 40)] for point in points]
-    found = fit_times(points, GROUPS, ms, TIMES)
+    found = fit_times(points, GROUPS, ms, **TIMES)
     fitted = {"fixed": found.fixed, "block": found.block}
     for name in GROUPS:
         fitted |= {f"any {name}": found.groups[name].any, name: found.groups[name].unit}
@@ -90,7 +90,7 @@ def test_times_that_fall_with_width_are_refused(term):
     terms = dict.fromkeys(TIME_TERMS, 1.0) | {term: -0.05, "fixed": 10.0}
     points = [point for point in profile_points([8, 8]) if point.timed]
     with pytest.raises(ConfigError, match=f"do not grow with the number of {term} .* use --cost macs"):
-        fit_times(points, GROUPS, [[step_ms(point, terms)] for point in points], TIMES)
+        fit_times(points, GROUPS, [[step_ms(point, terms)] for point in points], **TIMES)
 
 
 @pytest.mark.parametrize("precision", [Precision.FP32, Precision.FP16])
@@ -112,7 +112,7 @@ def test_memory_that_is_linear_is_found(small_config, precision):
             sizes = PlanSizes(cut.units, so_far, unit_bytes(cut, precision), fixed_bytes(cut, precision))
             settled.append(10**7 + before + sizes.resident(Plan(tuple(bounds), 0.0), truth))
         before = settled[-1] - 10**7
-    found = fit_residency(points, model, precision, settled, 1000, SETTINGS)
+    found = fit_residency(points, model, precision, settled, 1000, **SETTINGS)
     for name in ("subnet", "block", "mapped", "joined", "shared"):
         assert getattr(found, name) == pytest.approx(getattr(truth, name), rel=1e-3)
     assert found.workspace == WORKSPACES * 1000 and found.margin == MARGIN and found.deviation < 1e-4
@@ -177,11 +177,11 @@ def test_every_point_is_measured_in_some_rounds(digits, monkeypatch):
     is for the fit to say, which refuses them where they do not."""
     seen = {}
 
-    def fit(points, groups, ms, settings):
-        seen.update(points=points, ms=ms, settings=settings)
+    def fit(points, groups, ms, **settings):
+        seen.update(points=points, groups=groups, ms=ms, settings=settings)
         return GIVEN.times
 
-    def fit_memory(points, model, precision, settled, workspace, settings):
+    def fit_memory(points, model, precision, settled, workspace, **settings):
         seen.update(settled=settled, workspace=workspace)
         return GIVEN.residency
 
@@ -190,6 +190,7 @@ def test_every_point_is_measured_in_some_rounds(digits, monkeypatch):
     memory = settled_bytes() is not None
     found = run_profile(digits, ExportConfig(), ProfileConfig(threads=1, seconds=0.1), memory=memory)
     assert found.times == GIVEN.times and seen["settings"]["threads"] == 1
+    assert seen["groups"] == ["heads", "groups"]
     points = profile_points([digits.config.num_heads] * 2)
     assert len(seen["ms"]) == len(seen["points"]) == sum(point.timed for point in points)
     assert all(5 <= len(rounds) <= 41 and min(rounds) > 0 for rounds in seen["ms"])
@@ -276,7 +277,7 @@ def test_a_bundle_of_multiply_adds_says_nothing_of_measurements(make_bundle):
 @pytest.mark.parametrize(
     ("config", "settings", "message"),
     [
-        ({"max_batch": 2}, {"batch": 3}, "a batch of 3 to measure with: the export is for 2 at most"),
+        ({"max_batch": 2}, {"batch": 3}, "cannot measure a batch of 3: the export allows at most 2"),
         ({"precision": "bf16"}, {}, "onnxruntime has no bf16 matrix products on the CPU"),
         ({}, {"backend": "nothing"}, "unknown backend 'nothing'"),
     ],
@@ -288,7 +289,7 @@ def test_what_cannot_be_measured_is_refused(make_checkpoint, config, settings, m
 
 def test_a_model_of_one_head_is_refused(make_checkpoint, small_config):
     single = make_checkpoint(small_config.model_copy(update={"num_heads": 1}))
-    with pytest.raises(ConfigError, match="one head leaves no widths to measure; use --cost macs"):
+    with pytest.raises(ConfigError, match="one head has only one width, so costs cannot be measured; use --cost macs"):
         run_profile(single, ExportConfig(), ProfileConfig())
 
 

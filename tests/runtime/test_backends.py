@@ -197,7 +197,7 @@ def test_unknown_backends_name_those_there_are(make_bundle):
         open_backend("jax", make_bundle())
     with pytest.raises(BackendError, match="unknown device 'tpu'; known: cpu, cuda"):
         open_backend("torch", make_bundle(), BackendOptions(device="tpu"))
-    with pytest.raises(BackendError, match="threads -1 is negative"):
+    with pytest.raises(BackendError, match="threads is -1, but must not be negative"):
         open_backend("torch", make_bundle(), BackendOptions(threads=-1))
 
 

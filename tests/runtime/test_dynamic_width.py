@@ -15,7 +15,7 @@ from dydit.bundle.manifest import PlanKind, Routing
 from dydit.bundle.stored_weights import WEIGHTS, Precision
 from dydit.runtime.backends.base import BackendOptions
 from dydit.runtime.backends.onnxruntime import OnnxRuntimeBackend
-from dydit.runtime.dynamic_width import Arrangement, SlidingWeights, exchanges, front
+from dydit.runtime.dynamic_width import Arrangement, DynamicWidthWeights, exchanges, front
 from dydit.runtime.loop import MemoryStore, StepRunner, sample
 from dydit.runtime.noise_source import SeededNoise
 from dydit.runtime.request import make_batches
@@ -68,7 +68,7 @@ def test_an_arrangement_keeps_account_of_every_place(make_axis, drawn):
         for each in made:
             row = replayed[each.part]
             row[each.first], row[each.second] = row[each.second], row[each.first]
-        assert list(replayed.values()) == arrangement.places
+        assert list(replayed.values()) == arrangement.order
         for part, units in axis.zip(wanted):
             assert sorted(replayed[part][: len(units)]) == list(units)
             assert sorted(replayed[part]) == list(range(part.group.count)), "nothing is lost"
@@ -84,7 +84,7 @@ def sliding_bundle(make_bundle) -> Bundle:
 
 def test_feeds_are_the_rows_of_the_units_that_are_on(sliding_bundle):
     """For every subnetwork, in an order that jumps about: as sets of units, the rows that the stored tensors have."""
-    manifest, weights = sliding_bundle.manifest, SlidingWeights(sliding_bundle)
+    manifest, weights = sliding_bundle.manifest, DynamicWidthWeights(sliding_bundle)
     specs = unit_inputs(manifest.weights, manifest.model)
     before = hashlib.sha256((sliding_bundle.path / WEIGHTS).read_bytes()).hexdigest()
     count = len(manifest.subnets)
@@ -99,7 +99,7 @@ def test_feeds_are_the_rows_of_the_units_that_are_on(sliding_bundle):
             assert fed.shape == (len(units) * stored.shape[1], *stored.shape[2:]) and fed.flags.c_contiguous
             found = {row.tobytes() for row in fed.reshape(len(units), -1)}
             assert found == {np.ascontiguousarray(stored[unit]).tobytes() for unit in units}
-        alone = SlidingWeights(sliding_bundle).run(entry, dict)
+        alone = DynamicWidthWeights(sliding_bundle).run(entry, dict)
         assert all(np.array_equal(fed, alone[name]) for name, fed in feeds.items()), "whatever was before"
     assert hashlib.sha256((sliding_bundle.path / WEIGHTS).read_bytes()).hexdigest() == before, "the file is untouched"
 
@@ -109,7 +109,7 @@ def test_a_part_with_nothing_on_gets_zeros(make_bundle, make_checkpoint, small_c
 
     checkpoint = make_checkpoint(small_config.model_copy(update={"routers": Routers.ALL_ROUTED}), flops_ratio=0.15)
     bundle = make_bundle(checkpoint, plan=PlanKind.SLIDING)
-    weights, empty = SlidingWeights(bundle), 0
+    weights, empty = DynamicWidthWeights(bundle), 0
     for entry in bundle.manifest.subnets:
         feeds = weights.run(entry, dict)
         for block, (heads, _) in enumerate(entry.units):
@@ -158,7 +158,7 @@ def test_a_run_equals_the_per_step_plan(settings, make_bundle, relative):
 
 def test_half_precision_slides_too(make_bundle, relative):
     bundle = make_bundle(plan=PlanKind.SLIDING, precision=Precision.FP16)
-    feeds = SlidingWeights(bundle).run(bundle.manifest.subnets[1], dict)
+    feeds = DynamicWidthWeights(bundle).run(bundle.manifest.subnets[1], dict)
     assert {array.dtype.name for array in feeds.values()} == {"float16"}
     wide = make_bundle(plan=PlanKind.PER_STEP, precision=Precision.FP16)
     rng, model = np.random.default_rng(0), bundle.manifest.model

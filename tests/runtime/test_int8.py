@@ -97,5 +97,5 @@ def test_no_engine_is_built_of_it(bundle):
     from dydit.engines.fingerprint import make_request
     from dydit.engines.flavour import Flavour
 
-    with pytest.raises(BackendError, match="int8 bundles are for onnxruntime on the CPU"):
+    with pytest.raises(BackendError, match="int8 bundles run only on onnxruntime on the CPU"):
         make_request(bundle.manifest, Flavour.TENSORRT_RTX, "1.7.1", None)

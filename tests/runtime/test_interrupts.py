@@ -21,7 +21,7 @@ from dydit.runtime.backends.base import BackendOptions
 from dydit.runtime.backends.ort_cuda import OnnxRuntimeDeviceBackend
 from dydit.runtime.backends.registry import open_backend
 from dydit.runtime.background import Pool
-from dydit.runtime.dynamic_width import SlidingWeights
+from dydit.runtime.dynamic_width import DynamicWidthWeights
 from dydit.runtime.pipeline import DyDiTPipeline
 
 INTERRUPTS = int(os.environ.get("DYDIT_INTERRUPTS", "45"))
@@ -92,8 +92,8 @@ def test_interrupted_at_every_line_of_an_exchange_the_weights_are_right(make_bun
     """An error out of any line of `runtime.sliding`, as a signal handler might raise one."""
     bundle = make_bundle(**SLIDING)
     first, second = bundle.manifest.subnets[0], bundle.manifest.subnets[-1]
-    wanted = {name: array.copy() for name, array in SlidingWeights(bundle).run(second, dict).items()}
-    weights, lines, last = SlidingWeights(bundle), 0, 0
+    wanted = {name: array.copy() for name, array in DynamicWidthWeights(bundle).run(second, dict).items()}
+    weights, lines, last = DynamicWidthWeights(bundle), 0, 0
 
     def trace(frame, event, _):
         nonlocal lines
@@ -124,7 +124,7 @@ def test_what_still_reads_the_weights_of_an_interrupted_step_reads_them_unchange
     """Threads go on with their images when the one that waits for them is interrupted."""
     bundle = make_bundle(**SLIDING)
     first, second = bundle.manifest.subnets[0], bundle.manifest.subnets[-1]
-    weights, held = SlidingWeights(bundle), {}
+    weights, held = DynamicWidthWeights(bundle), {}
 
     def interrupted(fed):
         held.update(fed)

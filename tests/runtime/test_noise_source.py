@@ -66,7 +66,7 @@ def spoiled():
     yield change(labels=lambda a: a.astype(float)), "labels is float64, expected integers"
     yield change(noise=lambda a: a.astype(int)), "noise is int64, expected floating point"
     yield change(noise=with_nan), "noise holds NaN or infinite values"
-    yield change(x_T=lambda a: a.astype(np.float64) * 1e300), "x_T holds values beyond the range of float32"
+    yield change(x_T=lambda a: a.astype(np.float64) * 1e300), "x_T holds values outside the range of float32"
     yield lambda content: content.pop("noise"), "has no array 'noise'; expected x_T, noise, labels"
     yield change(labels=lambda a: np.array([{"x": 1}] * 4, dtype=object)), "allow_pickle=False"
 
@@ -105,13 +105,13 @@ def test_files_that_are_no_noise_are_refused_and_never_executed(manifest, tmp_pa
         archive.writestr("noise.npy", b"")
         archive.writestr("labels.npy", b"")
     for content, message in (
-        (b"", "is not a file of noise"),
-        (b"plain text", "is not a file of noise"),
-        (pickle.dumps(Planted(trap)), "is not a file of noise"),
-        (evil.getvalue(), "is not a file of noise: (x_T|noise)"),
+        (b"", "is not a noise file"),
+        (b"plain text", "is not a noise file"),
+        (pickle.dumps(Planted(trap)), "is not a noise file"),
+        (evil.getvalue(), "is not a noise file: (x_T|noise)"),
         (array.getvalue(), "is a single array, expected an .npz"),
-        (whole.getvalue()[:2000], "is not a file of noise"),
-        (bytes(flipped), "is not a file of noise.*CRC"),
+        (whole.getvalue()[:2000], "is not a noise file"),
+        (bytes(flipped), "is not a noise file.*CRC"),
     ):
         file.write_bytes(content)
         with pytest.raises(ConfigError, match=message) as caught:

@@ -17,12 +17,13 @@ from dydit.runtime.backends.ort_cuda import (
     HostSessions,
     OnnxRuntimeDeviceBackend,
     _BoundEngine,
+    _Sessions,
     session_memory,
 )
 from dydit.runtime.device.execute import Tensor
 from dydit.runtime.device.operations import CONDITIONER, EngineId
 from dydit.runtime.device.residency import engines_of
-from dydit.runtime.device.slots import Slots
+from dydit.runtime.device.unit_weights import UnitWeights
 from dydit.runtime.loop import MemoryStore, StepRunner, sample
 from dydit.runtime.noise_source import SeededNoise
 from dydit.runtime.request import make_batches
@@ -157,7 +158,7 @@ def test_memory_is_that_of_the_weights(make_bundle):
     sliding = make_bundle(plan=PlanKind.SLIDING)
     assert list(engines_of(sliding.manifest)) == [CONDITIONER, EngineId(0)]
     entry, held = sliding.manifest.subnets[0], session_memory(sliding, EngineId(0)).weights
-    units = Slots(sliding.manifest).bindings(0)
+    units = UnitWeights(sliding.manifest).bindings(0)
     assert held == entry.weight_bytes - sum(each.nbytes for each in units), "what has one width only"
 
 
@@ -214,14 +215,8 @@ class TestCudaSessions:
 
     @pytest.mark.parametrize("graphs", [True, False])
     def test_graphs_can_be_left_out(self, graphs, asked, make_bundle):
-        from dydit.runtime.backends.ort_cuda import CudaSessions
-
-        class WithoutGpu(CudaSessions, HostMemory):
-            def __init__(self, bundle, options, graphs):
-                HostMemory.__init__(self)
-                self._open(bundle, options, graphs)
-
-            stream = 0
+        class WithoutGpu(_Sessions, HostMemory):
+            kind, stream = "cuda", 0
 
         device = WithoutGpu(make_bundle(routing=Routing.DENSE), BackendOptions(device="cuda"), graphs)
         with pytest.raises(BackendError, match="could not start"):

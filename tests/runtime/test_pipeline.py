@@ -91,7 +91,7 @@ def test_devices_are_given_as_strings_or_as_torch_has_them(backend, pixel_bundle
         ("tpu", "unknown device 'tpu'; known: cpu, cuda"),
         (torch.device("mps"), "unknown device 'mps'; known: cpu, cuda"),
         (None, "unknown device 'None'"),
-        (torch.device("cuda", 1), "only the first visible GPU is used; set CUDA_VISIBLE_DEVICES=1"),
+        (torch.device("cuda", 1), "only the first visible GPU can be used; set CUDA_VISIBLE_DEVICES=1"),
     ):
         with pytest.raises(BackendError, match=message):
             DyDiTPipeline.from_bundle(pixel_bundle.path, backend, device)
@@ -124,13 +124,16 @@ def test_refusals(pipe, make_bundle):
     for arguments, message in (
         ({"class_labels": [7]}, r"label 7 is outside 0\.\.6"),
         ({"class_labels": []}, "give at least one label"),
-        ({"class_labels": "20"}, "class label '20' is not an integer or a list of integers; give 20 or"),
-        ({"class_labels": [True]}, "class label True is not an integer"),
-        ({"class_labels": [1], "guidance_scale": float("nan")}, "guidance_scale nan is not a finite number"),
-        ({"class_labels": [1], "guidance_scale": -1}, "guidance_scale -1 is not a finite number of at least 0"),
+        ({"class_labels": "20"}, "class label must be an integer or a list of integers, such as 20 or"),
+        ({"class_labels": [True]}, "class label must be an integer such as 1, not True"),
+        (
+            {"class_labels": [1], "guidance_scale": float("nan")},
+            "guidance_scale must be a finite number of at least 0, not nan",
+        ),
+        ({"class_labels": [1], "guidance_scale": -1}, "guidance_scale must be a finite number of at least 0, not -1"),
         ({"class_labels": [1], "guidance_scale": "4"}, "guidance_scale '4' is not a number"),
-        ({"class_labels": [1], "seed": True}, "seed True is not an integer"),
-        ({"class_labels": [1], "seed": 1.0}, "seed 1.0 is not an integer"),
+        ({"class_labels": [1], "seed": True}, "seed must be an integer such as 1, not True"),
+        ({"class_labels": [1], "seed": 1.0}, "seed must be an integer such as 1, not 1.0"),
         ({"class_labels": [1], "seed": -1}, "seed -1 is outside"),
         ({"class_labels": [1], "output_type": "jpg"}, "output_type 'jpg' is not one of pil, np, pt, latent"),
         ({"class_labels": [1], "output_type": ["pil"]}, "is not one of pil, np, pt, latent"),
@@ -138,8 +141,11 @@ def test_refusals(pipe, make_bundle):
         ({"class_labels": [1], "num_inference_steps": 6.0}, "num_inference_steps 6.0 is not an integer"),
         ({"class_labels": [1], "image_indices": [1, 2]}, "2 image indices for 1 labels"),
         ({"class_labels": [1], "image_indices": [-1]}, "image index -1 is outside"),
-        ({"class_labels": [1, 2], "image_indices": "12"}, "image index '12' is not an integer"),
-        ({"class_labels": [1, 2, 1], "image_indices": [5, 5, 5]}, "images 0 and 2 would be the same picture"),
+        (
+            {"class_labels": [1, 2], "image_indices": "12"},
+            "image index must be an integer or a list of integers, such as 20 or [2, 0], not '12'",
+        ),
+        ({"class_labels": [1, 2, 1], "image_indices": [5, 5, 5]}, "images 0 and 2 would be identical"),
         ({"class_labels": [1], "progress": 3}, "progress must be a function"),
     ):
         with pytest.raises(ConfigError, match=message):
@@ -151,10 +157,10 @@ def test_refusals(pipe, make_bundle):
         closed([1])
     latent = make_bundle()
     with DyDiTPipeline.from_bundle(latent.path, "torch") as other:
-        with pytest.raises(ConfigError, match="no VAE decoder; ask for output_type='latent'"):
+        with pytest.raises(ConfigError, match="no VAE decoder; use output_type='latent'"):
             other([1])
         assert other([1], output_type="latent").latents.shape == (1, 4, 8, 8)
-    for threads, message in ((True, "threads True is not an integer"), (-1, "threads -1 is outside")):
+    for threads, message in ((True, "threads must be an integer such as 1, not True"), (-1, "threads -1 is outside")):
         with pytest.raises(ConfigError, match=message):
             DyDiTPipeline.from_bundle(latent.path, threads=threads)
     with pytest.raises(BundleError, match="does not exist"):

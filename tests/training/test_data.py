@@ -68,7 +68,7 @@ def test_pixels_refuse_other_shapes() -> None:
         ("imagenet", {}, "unknown data 'imagenet'; known: digits"),
         ("digits", {"input_size": 32}, r"images of \(1, 16, 16\), but the model takes \(1, 32, 32\)"),
         ("digits", {"in_channels": 3}, "but the model takes"),
-        ("digits", {"num_classes": 9}, "10 classes, but the model knows 9"),
+        ("digits", {"num_classes": 9}, "10 classes, but the model has 9"),
     ],
 )
 def test_data_that_does_not_fit_is_refused(

@@ -68,7 +68,7 @@ def test_the_frechet_distance_agrees_with_a_matrix_square_root() -> None:
 @pytest.mark.parametrize(
     ("images", "labels", "message"),
     [
-        (np.zeros((70, 1, 16, 16)), np.zeros(69), "70 images need as many labels"),
+        (np.zeros((70, 1, 16, 16)), np.zeros(69), "70 images need 70 labels"),
         (np.zeros((64, 1, 16, 16)), np.zeros(64), "at least 65"),
         (np.full((70, 1, 16, 16), np.nan), np.zeros(70), "not finite"),
         (np.zeros((70, 1, 8, 8)), np.zeros(70), r"\[n, 1, 16, 16\]"),

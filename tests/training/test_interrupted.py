@@ -50,7 +50,7 @@ def assert_line(error: BaseException) -> str:
 @pytest.mark.parametrize(
     ("recipe", "overrides", "words"),
     [
-        ("digits-dynamic", [], "starts from a static DiT: give its checkpoint with init=PATH"),
+        ("digits-dynamic", [], "starts from a static DiT; give its checkpoint with init=PATH"),
         ("digits-dynamic", ["init=nothing.safetensors"], "nothing.safetensors"),
         ("digits-dynamic", ["init={init}"], "is a model of other sizes"),
         ("digits-static", ["data=nothing"], "unknown data 'nothing'"),
@@ -58,7 +58,7 @@ def assert_line(error: BaseException) -> str:
         ("digits-static", ["batch_size=3"], "batch_size"),
         ("digits-static", ["nonsense=3"], "unknown setting 'nonsense'"),
         ("digits-static", ["learning_rate=fast"], "learning_rate"),
-        ("digits-static", ["--resume"], "holds no run to resume; leave out --resume"),
+        ("digits-static", ["--resume"], "holds no run to resume; remove --resume"),
     ],
 )
 def test_a_refused_start_leaves_nothing_and_a_right_one_works_after_it(
@@ -181,7 +181,7 @@ def test_a_stopped_run_says_how_to_go_on(tmp_path: Path) -> None:
     (saved,) = states(tmp_path / "run")
     line = said.splitlines()[-1]
     assert said.count("dydit: error: ") == 1 and "Traceback" not in said, said
-    assert "of 100000 iterations; the same command with --resume goes on from its last state, iteration" in line
+    assert "of 100000 iterations; the same command with --resume continues from its last state, iteration" in line
     assert line.endswith(f" {int(saved.name[6:])}") and not (tmp_path / "run" / ".lock").exists()
 
 
@@ -192,7 +192,7 @@ def test_an_interrupted_run_says_how_to_go_on(tmp_path: Path, small_recipe: Make
             raise KeyboardInterrupt
 
     with pytest.raises(
-        KeyboardInterrupt, match=f"interrupted after {at} of 12 iterations; .* --resume goes on {words}"
+        KeyboardInterrupt, match=f"interrupted after {at} of 12 iterations; .* --resume continues {words}"
     ):
         train(small_recipe(), tmp_path / "run", progress=stop)
     before = signal.getsignal(signal.SIGTERM)
@@ -258,7 +258,7 @@ def test_a_finished_run_gets_longer_to_the_bits_of_an_undisturbed_one(
     for name in ("model.safetensors", "log.jsonl", "recipe.json", "state-00000012/tensors.safetensors"):
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
     assert made.summary["made_longer_at"] == [first] and "made_longer_at" not in whole.summary
-    assert made.note == f"it was made longer at iteration {first}, and is what 12 iterations at once give"
+    assert made.note == f"it was made longer at iteration {first}, and equals a run of 12 iterations at once"
     again = train(longer, tmp_path / "run", resume=True, progress=lambda *_: pytest.fail("it ran"))
     assert "finished already" in again.note and again == made
     with pytest.raises(ConfigError, match="can be made longer, not shorter"):
@@ -272,7 +272,10 @@ def test_a_schedule_over_all_iterations_is_said_to_differ(tmp_path: Path, small_
     settings = {"learning_rate_schedule": "cosine"}
     train(small_recipe(iterations=4, **settings), tmp_path / "run")
     made = train(small_recipe(iterations=8, **settings), tmp_path / "run", resume=True)
-    assert "learning_rate_schedule went by the shorter run until there, so it is not quite what 8" in made.note
+    assert (
+        "learning_rate_schedule followed the shorter run until then, so it differs slightly from a run of 8"
+        in made.note
+    )
     whole = train(small_recipe(iterations=8, **settings), tmp_path / "whole")
     assert made.model.read_bytes() != whole.model.read_bytes()
 
@@ -287,7 +290,7 @@ def test_a_finished_run_without_its_state_is_not_begun_again(tmp_path: Path, sma
     assert train(small_recipe(iterations=4), tmp_path / "run", resume=True).model.read_bytes() == kept, "written again"
     shutil.rmtree(states(tmp_path / "run")[-1])
     before = content(tmp_path / "run")
-    with pytest.raises(CheckpointError, match="holds a finished run without its last state, from which it could go on"):
+    with pytest.raises(CheckpointError, match="holds a finished run, but not its last state, so it cannot be resumed"):
         train(small_recipe(iterations=8), tmp_path / "run", resume=True)
     assert content(tmp_path / "run") == before
 
@@ -303,8 +306,8 @@ def test_a_sequence_is_checked_before_its_first_run(tmp_path: Path, small_recipe
     train_sequence(runs(), tmp_path / "out")
     before = content(tmp_path / "out")
     for other, words in (
-        (runs(static=4), "dynamic started from the weights of .*static, which cannot be made longer any more"),
-        (runs(seed=9), "dynamic is a run of another recipe; it differs in seed"),
+        (runs(static=4), "dynamic started from the weights of .*static, which therefore cannot be made longer"),
+        (runs(seed=9), "dynamic holds the run of another recipe; it differs in seed"),
     ):
         with pytest.raises(DyditError, match=words):
             train_sequence(other, tmp_path / "out", resume=True)

@@ -49,7 +49,7 @@ def test_a_text_setting_may_look_like_anything() -> None:
         ("iterations=many", "iterations"),
         ("batch_size=6", "multiple of 4"),
         ("dynamic.seed=1", "has no dynamic run"),
-        ("model.routers=first-on", "does not go with"),
+        ("model.routers=first-on", "does not fit"),
         ("learning_rate=nan", "learning_rate"),
         ("learning_rate=Infinity", "learning_rate"),
     ],

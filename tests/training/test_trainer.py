@@ -21,10 +21,11 @@ from dydit.models.dit.model import DiT
 from dydit.models.routers import Static
 from dydit.training.draws import BatchSource
 from dydit.training.losses import Process
+from dydit.training.objective import Objective, probe
 from dydit.training.recipe import Recipe, Stage
 from dydit.training.sequence import train_sequence
 from dydit.training.state import read_log
-from dydit.training.trainer import Objective, learning_rate, make_optimizer, probe, starting_model, train
+from dydit.training.trainer import learning_rate, make_optimizer, starting_model, train
 
 Make = Callable[..., Recipe]
 Randomised = Callable[..., DiT]

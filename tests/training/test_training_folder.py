@@ -13,7 +13,7 @@ import pytest
 
 from dydit.errors import CheckpointError, ConfigError, OutputError
 from dydit.files import write_json
-from dydit.locks import only_process
+from dydit.locks import FileLock
 from dydit.models.config import ModelConfig
 from dydit.training.recipe import Recipe
 from dydit.training.training_folder import check_folder, finished_summary, held_folder, identity
@@ -51,16 +51,24 @@ def test_another_recipe_is_refused_naming_what_differs(
     with pytest.raises(ConfigError) as caught:
         check_folder(tmp_path / "run", other, resume=True)
     text = str(caught.value)
-    assert "seed (0 there, 5 asked for)" in text and "model.routers (none there, first-on asked for)" in text
+    assert (
+        "seed (0 in the folder, 5 requested)" in text
+        and "model.routers (none in the folder, first-on requested)" in text
+    )
     assert "iterations" not in text
 
 
 def test_a_run_may_get_longer_and_nothing_else(tmp_path: Path, small_recipe: Make) -> None:
     begun(tmp_path / "run", small_recipe(iterations=12))
     check_folder(tmp_path / "run", small_recipe(iterations=13), resume=True)
-    with pytest.raises(ConfigError, match="is a run of 12 iterations, 11 asked for: a run can be made longer, not"):
+    with pytest.raises(
+        ConfigError, match="holds a run of 12 iterations, but 11 are requested; a run can be made longer, not"
+    ):
         check_folder(tmp_path / "run", small_recipe(iterations=11), resume=True)
-    with pytest.raises(ConfigError, match=r"differs in iterations \(12 there, 13 asked for\), seed \(0 there, 1 asked"):
+    with pytest.raises(
+        ConfigError,
+        match=r"differs in iterations \(12 in the folder, 13 requested\), seed \(0 in the folder, 1 requested",
+    ):
         check_folder(tmp_path / "run", small_recipe(iterations=13, seed=1), resume=True)
 
 
@@ -71,7 +79,7 @@ def test_a_start_is_known_by_its_content(tmp_path: Path, small_recipe: Make) -> 
     check_folder(tmp_path / "run", small_recipe(init=str(tmp_path / "b")), resume=True)
     with pytest.raises(ConfigError, match="init"):
         check_folder(tmp_path / "run", small_recipe(init=str(tmp_path / "c")), resume=True)
-    with pytest.raises(CheckpointError, match=r"gone is not there, so it cannot be told whether the run in .* started"):
+    with pytest.raises(CheckpointError, match=r"gone does not exist, so it is unknown whether the run in .* started"):
         check_folder(tmp_path / "run", small_recipe(init=str(tmp_path / "gone")), resume=True)
 
 
@@ -84,7 +92,7 @@ def test_a_folder_of_something_else_is_not_resumed(tmp_path: Path, small_recipe:
         (tmp_path / name).write_bytes(content.encode("utf-8", "surrogateescape"))
     with pytest.raises(OutputError, match=r"recipe\.json is damaged .*; start again in another folder"):
         check_folder(tmp_path, small_recipe(), resume=True)
-    with pytest.raises(OutputError, match=r"train\.json is damaged .*; remove it, and --resume writes it again"):
+    with pytest.raises(OutputError, match=r"train\.json is damaged .*; remove it and use --resume to write it again"):
         finished_summary(tmp_path, small_recipe())
 
 
@@ -113,8 +121,8 @@ def test_folders_that_were_made_go_where_nothing_is_put_in(tmp_path: Path) -> No
 HOLD = """
 import sys, time
 from pathlib import Path
-from dydit.locks import only_process
-with only_process(Path(sys.argv[1]), "busy"):
+from dydit.locks import FileLock
+with FileLock(Path(sys.argv[1]), temporary=True).require("busy"):
     print("held", flush=True)
     time.sleep(3600)
 """
@@ -127,12 +135,12 @@ def test_a_lock_goes_with_its_process(tmp_path: Path) -> None:
         [sys.executable, "-c", HOLD, str(lock)], stdout=subprocess.PIPE, text=True, env=environment
     )
     assert other.stdout is not None and other.stdout.readline() == "held\n"
-    with pytest.raises(OutputError, match="they are busy"), only_process(lock, "they are busy"):
+    with pytest.raises(OutputError, match="they are busy"), FileLock(lock).require("they are busy"):
         pytest.fail("two hold it")
     with pytest.raises(OutputError, match="another process is training in"), held_folder(tmp_path):
         pytest.fail("two hold it")
     other.send_signal(signal.SIGKILL)
     other.communicate()
-    with only_process(lock, "busy"):
+    with FileLock(lock, temporary=True).require("busy"):
         assert lock.is_file()
     assert not lock.exists()

@@ -1,8 +1,8 @@
-"""Ordering heads and MLP channels by importance before the routers are added.
+"""Orders heads and MLP channels by importance before the routers are added.
 
-A DyDiT's unit 0 is always on, so the most important head and channel group must stand first. The
-ranking is by weight magnitude. Heads within a block, and channels of an MLP, may stand in any order as long as both
-sides of them agree, so the model's function does not change.
+A DyDiT's unit 0 is always on, so the most important head and channel group come first. Importance is weight magnitude.
+Heads of a block, and channels of an MLP, may stand in any order as long as the layers before and after them agree, so
+the model computes the same function.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ def channel_importance(fc1: Tensor, fc2: Tensor) -> Tensor:
 def rank_and_permute(state: dict[str, Tensor], config: DiTConfig) -> dict[str, Tensor]:
     """A static DiT's state dict with heads and MLP channels of every block in descending importance.
 
-    The channels are sorted one by one, so group 0 holds the most important. Same function as before. Raises
-    `ConfigError` for a model that has routers: they were trained for the order that it has.
+    Channels are sorted one by one, so group 0 holds the most important ones. The model computes the same function.
+    Raises `ConfigError` for a model with routers: they were trained for its present order.
     """
     if any(".attn_rate." in name or ".mlp_rate." in name for name in state):
-        raise ConfigError("the model has routers already; only a static DiT is reordered by importance")
+        raise ConfigError("the model has routers already; only a static DiT can be reordered by importance")
     out = dict(state)
     for block in range(config.depth):
         prefix = f"blocks.{block}."

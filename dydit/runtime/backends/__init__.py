@@ -1,1 +1,1 @@
-"""What executes a bundle's subnetworks; `registry` knows them by name, `base` is what each must do."""
+"""Backends execute a bundle's subnetworks. `registry` finds them by name; `base` is the contract of each."""

@@ -1,6 +1,6 @@
-"""The contract of a backend: it turns the bundle's graphs into callables. Each subclass only loads and executes.
+"""The contract of a backend, which turns the bundle's graphs into callables. Subclasses only load and execute.
 
-Names, dtypes, shapes and life cycle are checked here, once, for all of them.
+Names, dtypes, shapes and life cycle are checked here, once, for all backends.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ DecodeTile = Callable[[np.ndarray], np.ndarray]
 
 @dataclass(frozen=True)
 class BackendOptions:
-    """How a backend runs; none of it changes which function is computed.
+    """How a backend runs. No option changes which function is computed.
 
-    `threads`: cores to use (0: the backend's own choice). `device`: `cpu` or `cuda`. `packed`: onnxruntime on the CPU
+    `threads`: cores to use (0: the backend chooses). `device`: `cpu` or `cuda`. `packed`: onnxruntime on the CPU
     copies each subnetwork's matrices into its kernels' order: steps 5 to 8 % faster, loading 2.5 times as slow, and
     as much memory for each resident subnetwork as its weights; otherwise all share one map of `weights.bin`. (DiT-S/2
     at a FLOPs ratio of 0.5: 130 against 140 ms for 2x256 tokens on one core, 230 against 100 ms to load, 75 against
-    12 MB.) It pays from about a dozen steps for each loading.
+    12 MB.) It pays off from about a dozen steps per load.
     """
 
     threads: int = 0
@@ -41,9 +41,9 @@ class BackendOptions:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step returns.
+    """The result of one step.
 
-    `x_prev` f32 [B, C, S, S]; `overflow` int64 [L] routed tokens that found no slot (zeros unless routing is by
+    `x_prev` f32 [B, C, S, S]; `overflow` int64 [L] routed tokens above the capacity (zeros unless routing is by
     capacity). From a subnetwork loaded with `debug` also `tokens` bool [L, rows, N], `residuals` f32 [L, rows, N, D].
     """
 
@@ -54,9 +54,9 @@ class StepResult:
 
 
 class Subnet(ABC):
-    """One loaded subnetwork. Use as a context manager, or call `close`.
+    """One loaded subnetwork. Use it as a context manager, or call `close`.
 
-    `backend`: whose lock a step holds, so that steps of several threads take turns, and none is closed while it runs.
+    `backend`: a step holds its lock, so that steps of several threads take turns, and none is closed while it runs.
     """
 
     def __init__(self, bundle: Bundle, index: int, backend: Backend | None = None):
@@ -68,7 +68,7 @@ class Subnet(ABC):
         self._open = True
 
     def step(self, feeds: Arrays) -> StepResult:
-        """Run one step on the inputs of `io_spec.subnet_inputs`. Surplus `gates` are dropped where not taken."""
+        """Run one step on the inputs of `io_spec.subnet_inputs`. `gates` are dropped if the graph has none."""
         with self._lock:
             if self._backend is not None:
                 self._backend.require_open()
@@ -90,13 +90,13 @@ class Subnet(ABC):
         """Execute; feeds have been checked."""
 
     def close(self) -> None:
-        """Free what the subnetwork holds, once a step that runs has ended."""
+        """Free what the subnetwork holds, after the current step."""
         with self._lock:
             self._open = False
             self._free()
 
     def _free(self) -> None:  # noqa: B027
-        """Drop what the subnetwork holds; called again, do nothing."""
+        """Free what the subnetwork holds. A second call does nothing."""
 
     def __enter__(self) -> Self:
         return self
@@ -110,12 +110,12 @@ class Subnet(ABC):
 class Backend(ABC):
     """Loads subnetworks of one bundle and evaluates its conditioning.
 
-    Threads may share a backend. `lock` is what they take turns by: a step, a conditioning and a whole run of
-    `dydit.runtime.loop.sample` each hold it. Loading a subnetwork does not, for it may happen in the background.
+    Threads may share a backend. They take turns by its `lock`: a step, a conditioning and a whole run of
+    `dydit.runtime.loop.sample` each hold it. Loading a subnetwork does not, because it may happen in the background.
 
     Any of them may be interrupted at any moment (`KeyboardInterrupt`, or what another thread or a signal handler
-    raises). So state that an interrupt can leave half-changed carries a mark, set before and taken away after, and
-    whoever finds the mark makes that state anew.
+    raises). So state that an interrupt can leave half-changed carries a mark, which is set before the change and
+    removed after it. Whoever finds the mark builds that state again.
     """
 
     name: str
@@ -144,26 +144,27 @@ class Backend(ABC):
         """Execute; feeds have been checked."""
 
     def expect(self, images: int) -> None:  # noqa: B027
-        """How many images the steps to come have, each: a hint, for a backend that is faster when it knows."""
+        """Announce the batch size of the steps to come: a hint, for backends that are faster when they know it."""
 
     def tile_decoder(self) -> DecodeTile | None:
-        """What turns tiles of latents f32 [B, C, tile, tile] into pixels f32 [B, 3, side, side], of a bundle that has a
-        VAE decoder; None where the backend has nothing of its own for that, and ONNX Runtime does it.
+        """The function that turns tiles of latents f32 [B, C, tile, tile] into pixels f32 [B, 3, side, side].
+
+        For a bundle with a VAE decoder. None if the backend has no decoder of its own; ONNX Runtime then decodes.
         """
         return None
 
     @abstractmethod
     def subnet(self, index: int, full_capacity: bool = False, debug: bool = False) -> Subnet:
-        """Load a subnetwork; `full_capacity`: the form with a slot for every token; `debug`: with the extra outputs."""
+        """Load a subnetwork. `full_capacity`: with room for every token; `debug`: with the additional outputs."""
 
     def close(self) -> None:
-        """Free sessions, maps and threads, once a call that runs has ended; a second time does nothing."""
+        """Free sessions, maps and threads, after the current call. A second call does nothing."""
         with self.lock:
             self._open = False
             self._free()
 
     def _free(self) -> None:  # noqa: B027
-        """Drop what the backend holds; called again, do nothing."""
+        """Free what the backend holds. A second call does nothing."""
 
     def require_open(self) -> None:
         """Raise `BackendError` after `close`."""
@@ -171,7 +172,7 @@ class Backend(ABC):
             raise BackendError("this backend was closed; open the bundle again")
 
     def after_fork(self) -> None:
-        """Another thread of the parent may have held the lock; here nobody does."""
+        """Replace the lock: in the parent, another thread may hold it."""
         self.lock, self.sampling = threading.RLock(), False
 
     def __enter__(self) -> Self:
@@ -184,7 +185,7 @@ class Backend(ABC):
 
 
 def _check_output(array: np.ndarray, shape: tuple[int, ...], what: str) -> None:
-    """Raise `BackendError` where an output is not what the manifest leads to expect: the graph is another one."""
+    """Raise `BackendError` if an output is not what the manifest describes: the graph is another one."""
     if array.shape != shape or array.dtype != np.float32:
         raise BackendError(
             f"{what} gave {array.dtype} {array.shape}, expected float32 {shape}; export the bundle again"

@@ -1,14 +1,14 @@
-"""Batches on a CPU: every thread runs images of its own through the whole graph, a few at a time.
+"""Batch splitting on a CPU: every thread runs images of its own through the whole graph, a few at a time.
 
-    all threads, operator by operator        images shared out
+    all threads on each operator             batch splitting
       1 2 | 1 2 | 1 2 | 1 . | 1 2              thread 1: image 0, image 2
       an operator ends when its last           thread 2: image 1, image 3
-      thread does; some have one only          no thread waits, and values stay in its cache
+      thread does; some use only one           no thread waits, and values stay in its cache
 
-The session is one, and so are its weights, and it has one thread. Then an image's values hardly ever depend on who it
-shares a batch with. (They do where all images of a share have one token between them for a layer: a product with one
-row has a kernel of its own. And threads that share an operator split its products, see `registry.deciding_threads`.)
-Equal bits are promised for equal batches and equal numbers of threads.
+There is one session, with one thread and one copy of the weights, which all threads use. An image's values then hardly
+ever depend on the other images of its batch. (They do where all images of a part have a single token for a layer: a
+product with one row has a kernel of its own. And where threads split an operator, they split its products, see
+`registry.deciding_threads`.) Equal bits are promised for equal batches and equal numbers of threads.
 """
 
 from __future__ import annotations
@@ -26,14 +26,15 @@ from dydit.runtime.backends.base import Arrays
 from dydit.runtime.backends.cores import thread_count
 from dydit.runtime.background import Pool
 
-STREAM_BYTES = 1 << 20  # of an image or more at once: what a core's own cache has room for
+STREAM_BYTES = 1 << 20  # residual stream of the images that a thread runs at once: what fits a core's own cache
 _PER_IMAGE, _PER_ROW = ("x", "noise"), "condition"
 
 
-class Sharing:
-    """How the batches of a backend are shared out among `threads` (0: as many as there are cores to use).
+class BatchSplitting:
+    """How the batches of a backend are split among `threads` (0: one for each available core).
 
-    `expected`: images of the steps to come; with fewer of them than threads, all threads work on one operator.
+    `expected`: images of a batch in the steps to come. If there are fewer than threads, batches are not split and all
+    threads work on one operator.
     """
 
     def __init__(self, model: ModelConfig, threads: int):
@@ -44,11 +45,11 @@ class Sharing:
 
     @property
     def apart(self) -> bool:
-        """Whether threads have images of their own, and sessions one thread each."""
+        """Whether threads have images of their own, and the session one thread."""
         return self.expected >= self._threads
 
-    def shares(self, images: int) -> list[slice]:
-        """Which images go through the graph together: even shares for all threads, no larger than is good."""
+    def parts(self, images: int) -> list[slice]:
+        """Which images run through the graph together: parts of even size, small enough for a core's cache."""
         if not self.apart:
             return [slice(0, images)]
         at_once = max(1, STREAM_BYTES // self._image_bytes)
@@ -57,20 +58,20 @@ class Sharing:
         return [slice(first, end) for first, end in pairwise(bounds)]
 
     def run(self, feeds: Arrays, run: Callable[[Arrays], dict[str, Any]]) -> np.ndarray:
-        """`x_prev` f32 [B, C, S, S] of a step, `run` once for every share of its batch, on all threads."""
-        shares = self.shares(len(feeds["x"]))
-        if len(shares) == 1:
+        """`x_prev` f32 [B, C, S, S] of a step; calls `run` once for every part of its batch, on all threads."""
+        parts = self.parts(len(feeds["x"]))
+        if len(parts) == 1:
             return np.asarray(run(feeds)["x_prev"])
-        made = self._pool.all(partial(run, share_of(feeds, images)) for images in shares)
-        return np.concatenate([each["x_prev"] for each in made])
+        outputs = self._pool.all(partial(run, feeds_of(feeds, images)) for images in parts)
+        return np.concatenate([each["x_prev"] for each in outputs])
 
     def close(self) -> None:
         """End the threads."""
         self._pool.close()
 
 
-def share_of(feeds: Arrays, images: slice) -> Arrays:
-    """A step's inputs for some images of the batch; of modulation, their rows with and without a class."""
+def feeds_of(feeds: Arrays, images: slice) -> Arrays:
+    """A step's inputs for some images of the batch. Of modulation: their conditional and unconditional rows."""
     batch = len(feeds["x"])
     rows = feeds[_PER_ROW].reshape(-1, batch, *feeds[_PER_ROW].shape[1:])[:, images]
     chosen = dict(feeds, **{_PER_ROW: rows.reshape(-1, *rows.shape[2:])})

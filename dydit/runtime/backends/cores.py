@@ -12,23 +12,23 @@ CGROUPS = Path("/sys/fs/cgroup")
 
 
 def thread_count(threads: int) -> int:
-    """What `threads` asks for: 0 stands for as many as there are CPUs to use."""
+    """The number of threads that `threads` asks for: 0 stands for one for each available CPU."""
     return threads or available_cores()
 
 
 def available_cores() -> int:
-    """CPUs that this process may use: those that it may run on, and no more than its share of time pays for."""
+    """CPUs that this process may use: those of its affinity, limited by its CPU quota."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = cpu_quota()
     return cores if quota is None else max(1, min(cores, math.floor(quota)))
 
 
 def cpu_quota(membership: Path = PROC_CGROUP, root: Path = CGROUPS) -> float | None:
-    """CPUs that the process's control group, or one above it, grants; None where there is no limit, or none is known.
+    """CPUs that the process's control group, or one above it, grants; None if no limit is known.
 
     Version 2 has `cpu.max` ("200000 100000": 200 ms of each 100 ms, two CPUs; or "max"), version 1 the two numbers in
     `cpu.cfs_quota_us` (-1: no limit) and `cpu.cfs_period_us`. In a container the group's path is often that of the
-    host and not there; the group's own files then lie at the root.
+    host, which does not exist there; the group's own files then lie at the root.
     """
     quotas = [quota for folder in _folders(membership, root) if (quota := _quota_of(folder)) is not None]
     return min(quotas, default=None)

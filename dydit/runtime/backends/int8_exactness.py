@@ -1,7 +1,7 @@
 """Whether 8-bit products of ONNX Runtime are exact on this CPU.
 
-Without VNNI instructions an x86 CPU adds two products uint8 * int8 in 16 bits, and what does not fit is cut off without
-a word: 255 * 127 + 255 * 127 becomes 32767.
+Without VNNI instructions an x86 CPU adds two products uint8 * int8 in 16 bits, and silently saturates: 255 * 127 +
+255 * 127 becomes 32767.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _LARGEST = np.full((1, 64), 255, np.uint8), np.full((64, 16), 127, np.int8)
 
 @cache
 def products_are_exact(ort: Any) -> bool:
-    """Multiply the largest values with the module onnxruntime, on the CPU."""
+    """Whether ONNX Runtime (the module `ort`) multiplies the largest 8-bit values exactly on this CPU."""
     settings = ort.SessionOptions()
     settings.log_severity_level = 4
     session = ort.InferenceSession(_GRAPH, settings, providers=["CPUExecutionProvider"])
@@ -35,7 +35,7 @@ def products_are_exact(ort: Any) -> bool:
 
 
 def require_exact_products(ort: Any) -> None:
-    """Raise `BackendError` where `products_are_exact` is not."""
+    """Raise `BackendError` if 8-bit products saturate on this CPU."""
     if not products_are_exact(ort):
         raise BackendError(
             f"8-bit products of onnxruntime {ort.__version__} saturate on this CPU, which has no VNNI; use a bundle of "

@@ -2,12 +2,13 @@
 
 Many sessions live in one process, so none may hold what it does not need while idle (figures: DiT-S/2, two cores):
 
-- a batch of as many images as threads is shared out (`dydit.runtime.backends.batch_splitting`);
-- threads do not spin: with other work on the machine spinning made a step twice as slow (310 against 145 ms);
-- no memory arena: each would keep the activations of its largest step (24 MB for one image), to save 1.5 % of time;
-- weights stay one shared map of `weights.bin`, unless `BackendOptions.packed` asks for each session's own copy. The CPU
-  multiplies fp16 as fp32; a layer is widened when its turn comes, not the whole subnetwork when it is loaded: less
-  memory and loading, for somewhat longer steps (`benchmarks/xl.py` measures it).
+- batches are split among threads if they have at least one image for each (`dydit.runtime.backends.batch_splitting`);
+- threads do not spin: with other work on the machine, spinning made a step twice as slow (310 against 145 ms);
+- no memory arena: each session would keep the activations of its largest step (24 MB for one image), to save 1.5 % of
+  the time;
+- all sessions share one map of `weights.bin`, unless `BackendOptions.packed` asks for a copy for each session. The CPU
+  multiplies fp16 as fp32. A layer's weights are widened when it runs, not all of them when the subnetwork is loaded:
+  that takes less memory and loading time, for somewhat longer steps (`benchmarks/xl.py` measures it);
 - conditioning, a third of the weights and seldom needed, has a session only while it is evaluated.
 """
 
@@ -27,36 +28,38 @@ from dydit.bundle.manifest import CONDITIONING, Routing
 from dydit.bundle.stored_weights import Precision
 from dydit.errors import BackendError
 from dydit.runtime.backends.base import Arrays, Backend, BackendOptions, StepResult, Subnet
-from dydit.runtime.backends.batch_splitting import Sharing
+from dydit.runtime.backends.batch_splitting import BatchSplitting
 from dydit.runtime.backends.int8_exactness import require_exact_products
 from dydit.runtime.backends.session import PROVIDERS, Session, SessionSettings, load_cuda_libraries, runtime
-from dydit.runtime.dynamic_width import SlidingWeights
+from dydit.runtime.dynamic_width import DynamicWidthWeights
 
 
 class OnnxRuntimeSubnet(Subnet):
-    """A session on a subnetwork's graph; with a sliding plan, the session of all, and the weights that slide."""
+    """A session on a subnetwork's graph; with dynamic width, the session of all subnetworks, and their weights."""
 
     def __init__(
         self,
         backend: Backend,
         index: int,
         open_session: Callable[[bool], Session],
-        sharing: Sharing | None,
+        splitting: BatchSplitting | None,
         debug: bool,
-        weights: SlidingWeights | None = None,
+        weights: DynamicWidthWeights | None = None,
     ):
         super().__init__(backend.bundle, index, backend)
         self._model, self._debug, self._weights = backend.bundle.manifest.model, debug, weights
-        self._open_session, self._sharing = open_session, sharing
+        self._open_session, self._splitting = open_session, splitting
         self._session: Session | None = None
         self._apart = False
         self._ready()
 
     def _ready(self) -> Session:
-        """The session, of one thread where threads have images of their own; another one when that has changed."""
-        apart = self._sharing is not None and self._sharing.apart
+        """The session, of one thread where batches are split; opened again when that has changed."""
+        apart = self._splitting is not None and self._splitting.apart
         if self._session is None or apart != self._apart:
-            self._session = None  # two would be twice the memory; an interrupt finds none, and never another kind's
+            self._session = (
+                None  # first: two would take twice the memory, and an interrupt must not leave the wrong kind
+            )
             self._apart = apart
             self._session = self._open_session(apart)
         return self._session
@@ -68,8 +71,8 @@ class OnnxRuntimeSubnet(Subnet):
         return self._weights.run(self.entry, lambda weights: self._run(session, {**feeds, **weights}))
 
     def _run(self, session: Session, feeds: Arrays) -> StepResult:
-        if self._sharing is not None:
-            x_prev = self._sharing.run(feeds, lambda each: session.run(each, self.what))
+        if self._splitting is not None:
+            x_prev = self._splitting.run(feeds, lambda each: session.run(each, self.what))
             return StepResult(x_prev, np.zeros(self._model.depth, np.int64))
         out = session.run(feeds, self.what)
         overflow = out.get("token_overflow", np.zeros(self._model.depth, np.int64))
@@ -92,8 +95,8 @@ class OnnxRuntimeBackend(Backend):
     def __init__(self, bundle: Bundle, options: BackendOptions | None = None):
         super().__init__(bundle, options)
         self._sessions: dict[tuple[str, bool, bool], Session] = {}
-        self._sharing = Sharing(bundle.manifest.model, self.options.threads)
-        self._sliding = SlidingWeights(bundle) if bundle.manifest.sliding else None
+        self._splitting = BatchSplitting(bundle.manifest.model, self.options.threads)
+        self._dynamic_width = DynamicWidthWeights(bundle) if bundle.manifest.sliding else None
         self._conditioner: Session | None = None
         self._loading = threading.Lock()  # the next subnetwork is loaded in the background
         provider = PROVIDERS[self.options.device]
@@ -118,42 +121,42 @@ class OnnxRuntimeBackend(Backend):
         return Session(self.bundle.file(CONDITIONING), options, settings)
 
     def expect(self, images: int) -> None:
-        self._sharing.expected = images
+        self._splitting.expected = images
 
     def subnet(self, index: int, full_capacity: bool = False, debug: bool = False) -> Subnet:
         self.require_open()
         entry = self.bundle.manifest.subnets[index]
         file = entry.full_file if full_capacity and entry.full_file else entry.file
-        load = self._load_shared if self._sliding is not None else self._load
-        sharing = None if debug else self._shared_out
-        return OnnxRuntimeSubnet(self, index, partial(load, file, debug), sharing, debug, self._sliding)
+        load = self._load_shared if self._dynamic_width is not None else self._load
+        splitting = None if debug else self._usable_splitting
+        return OnnxRuntimeSubnet(self, index, partial(load, file, debug), splitting, debug, self._dynamic_width)
 
     def _free(self) -> None:
-        self._sharing.close()
+        self._splitting.close()
         self._sessions.clear()
         self._conditioner = None
-        if self._sliding is not None:
-            self._sliding.close()
+        if self._dynamic_width is not None:
+            self._dynamic_width.close()
 
     def after_fork(self) -> None:
-        """As every backend; another thread may have been loading."""
+        """As every backend does; and release the lock of a thread that may have been loading."""
         super().after_fork()
         self._loading = threading.Lock()
 
     @property
     def _lazy(self) -> bool:
-        """Whether fp16 weights are widened when they are multiplied, which only the CPU does."""
+        """Whether fp16 weights are widened when they are multiplied; only the CPU does that."""
         cpu, half = self.options.device == "cpu", self.bundle.manifest.precision is Precision.FP16
         return cpu and half and not self.options.packed
 
     @property
-    def _shared_out(self) -> Sharing | None:
-        """Not where a batch shares its token slots, or every run would widen weights for itself."""
+    def _usable_splitting(self) -> BatchSplitting | None:
+        """None where a batch shares its token capacity, or where every part would widen weights again."""
         by_capacity = self.bundle.manifest.routing is Routing.CAPACITY
-        return None if by_capacity or self._lazy or self.options.device != "cpu" else self._sharing
+        return None if by_capacity or self._lazy or self.options.device != "cpu" else self._splitting
 
     def _load_shared(self, name: str, debug: bool, apart: bool) -> Session:
-        """The one session of a sliding plan."""
+        """The one session of a plan of dynamic width."""
         with self._loading:
             session = self._sessions.get((name, debug, apart))
             if session is None:
@@ -164,7 +167,7 @@ class OnnxRuntimeBackend(Backend):
     def _load(self, name: str, debug: bool, apart: bool) -> Session:
         file = self.bundle.file(name)
         graph = _with_debug_outputs(file, self.bundle.manifest.model.depth) if debug else None
-        # Of 8-bit products this optimiser would make fp32 ones.
+        # This optimizer would turn 8-bit products into fp32 ones.
         left_out = ("MatMulAddFusion",) if self.bundle.manifest.precision.is_calibrated else ()
         options = dataclasses.replace(self.options, threads=1) if apart else self.options
         if self._lazy:
@@ -187,7 +190,7 @@ def _require_precision(precision: Precision, device: str) -> None:
 
 
 def _with_debug_outputs(file: Path, depth: int) -> bytes:
-    """The graph with every block's residual stream, and token decisions where it has them, as further outputs."""
+    """The graph with every block's residual stream, and its token decisions if it has any, as additional outputs."""
     try:
         import onnx
     except ImportError as error:

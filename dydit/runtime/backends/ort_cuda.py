@@ -1,12 +1,12 @@
 """ONNX Runtime's CUDA provider on whole runs: inputs and outputs stay on the GPU, bound by their addresses.
 
-The list of launches is the one that TensorRT runs by (`dydit.runtime.device`); an engine is here an inference session
-that works on our stream. The provider captures its own CUDA graphs, one for each set of shapes and addresses of a
-session, so our list holds none, and steps find their inputs at fixed places. With graphs every node has to run on the
-GPU; where one does not, the session runs without. Releases before microsoft/onnxruntime#28686 let the host wait after
-each replay.
+The launch plan is the one that TensorRT uses (`dydit.runtime.device`); an engine is here an inference session that
+runs on our stream. The provider captures CUDA graphs by itself, one for each set of shapes and addresses of a session.
+So the plan holds none, and steps read their inputs at fixed addresses. With graphs every node has to run on the GPU; if
+one does not, the session runs without graphs. Releases before microsoft/onnxruntime#28686 make the host wait after each
+replay.
 
-Binding works alike on the CPU (`HostSessions`), which is of use for tests only.
+Binding works the same way on the CPU (`HostSessions`), which serves tests only.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import contextlib
 import ctypes
 import warnings
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +23,11 @@ import numpy as np
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.io_spec import unit_inputs
 from dydit.bundle.manifest import Routing
+from dydit.dtypes import DTYPES
 from dydit.errors import BackendError, one_line
 from dydit.runtime.backends.base import BackendOptions
 from dydit.runtime.backends.onnxruntime import OnnxRuntimeBackend
-from dydit.runtime.backends.session import CUDA_OPTIONS, PROVIDERS, base_options, error_types, runtime
-from dydit.runtime.backends.sessions import open_session
+from dydit.runtime.backends.session import base_options, error_types, open_session, require_provider, runtime
 from dydit.runtime.device.cuda import CudaMemory, pycuda_driver
 from dydit.runtime.device.execute import Executor, Tensor
 from dydit.runtime.device.launches import EngineMemory
@@ -40,12 +39,9 @@ from dydit.runtime.loop import LatentStore, Progress, RunStats, default_residenc
 from dydit.runtime.noise_source import NoiseSource
 from dydit.runtime.request import Batch
 
-_BFLOAT16 = 16
-"""ONNX's number for the type that NumPy lacks."""
-
 
 class HostMemory:
-    """Memory of the host as a device that does everything at once."""
+    """Host memory as a device that runs every operation at once."""
 
     stream = 0
 
@@ -53,51 +49,43 @@ class HostMemory:
         self._arrays: dict[int, np.ndarray] = {}
 
     def activate(self) -> contextlib.AbstractContextManager[None]:
-        """Nothing has to be done."""
         return contextlib.nullcontext()
 
     def free_memory(self) -> int:
-        """More than any run takes."""
         return 1 << 50
 
     def allocate(self, nbytes: int) -> int:
-        """Memory, aligned as a device's is."""
         array = np.empty(nbytes + ALIGNMENT, np.uint8)
         address = -(-array.ctypes.data // ALIGNMENT) * ALIGNMENT
         self._arrays[address] = array
         return address
 
     def free(self, address: int) -> None:
-        """Give memory back."""
         del self._arrays[address]
 
     def upload(self, to: int, data: np.ndarray, stream: str) -> None:
-        """Copy data in."""
         _bytes_at(to, data.nbytes)[:] = data.reshape(-1).view(np.uint8)
 
     def download(self, source: int, nbytes: int) -> np.ndarray:
-        """Copy bytes out."""
         return _bytes_at(source, nbytes).copy()
 
     def copy(self, to: int, source: int, nbytes: int) -> None:
-        """Copy within."""
         _bytes_at(to, nbytes)[:] = _bytes_at(source, nbytes)
 
     def clear(self, to: int, nbytes: int) -> None:
-        """Zero bytes."""
         _bytes_at(to, nbytes)[:] = 0
 
     def record(self, event: str, stream: str) -> None:
-        """All is done already."""
+        """Nothing to do: every operation has run."""
 
     def wait(self, stream: str, event: str) -> None:
-        """All is done already."""
+        """Nothing to do: every operation has run."""
 
     def synchronize(self, event: str) -> None:
-        """All is done already."""
+        """Nothing to do: every operation has run."""
 
     def idle(self) -> None:
-        """All is done already."""
+        """Nothing to do: every operation has run."""
 
 
 def _bytes_at(address: int, nbytes: int) -> np.ndarray:
@@ -105,32 +93,27 @@ def _bytes_at(address: int, nbytes: int) -> np.ndarray:
 
 
 class _BoundEngine:
-    """A session on `device` (`cpu` or `cuda`). `graphs`: let the provider capture, where it can."""
+    """A session on `device` (`cpu` or `cuda`). `graphs`: let the provider capture CUDA graphs where it can."""
 
     def __init__(self, file: Path, device: str, options: BackendOptions, stream: int, graphs: bool):
         ort = runtime()
         self._ort, self._device, self._errors = ort, device, error_types(ort)
-        settings = base_options(ort, options)
         self._graphs = graphs and device == "cuda"
         try:
-            self._session = self._open(file, settings, stream)
-        except self._errors as error:
+            self._session = self._open(file, options, stream)
+        except BackendError as error:
             if not self._graphs:
-                raise BackendError(f"onnxruntime {ort.__version__} cannot load {file}: {one_line(error)}") from error
+                raise
             warnings.warn(f"{file.name} runs without CUDA graphs: {one_line(error)}", stacklevel=2)
             self._graphs = False
-            self._session = self._open(file, settings, stream)
-        if PROVIDERS[device] not in self._session.get_providers():
-            raise BackendError(
-                f"onnxruntime {ort.__version__} could not start its {PROVIDERS[device]} (driver, CUDA or cuDNN "
-                "missing?); pip install 'dydit[gpu]', or use device='cpu' (--device cpu)"
-            )
+            self._session = self._open(file, options, stream)
+        require_provider(ort, self._session, device)
         self._captured: dict[tuple[Tensor, ...], int] = {}  # by shapes and addresses
 
-    def _open(self, file: Path, settings: Any, stream: int) -> Any:
+    def _open(self, file: Path, options: BackendOptions, stream: int) -> Any:
         values = {"user_compute_stream": str(stream), "enable_cuda_graph": str(int(self._graphs))}
-        options = {**CUDA_OPTIONS, **values} if self._device == "cuda" else {}
-        session, self._weights = open_session(self._ort, file, settings, [(PROVIDERS[self._device], options)])
+        settings = base_options(self._ort, options)
+        session, self._weights = open_session(self._ort, file, self._device, settings, values)
         return session
 
     def launch(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor], what: str) -> None:
@@ -138,7 +121,7 @@ class _BoundEngine:
         binding = self._session.io_binding()
         for bind, tensors in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
             for each in tensors:
-                dtype = _BFLOAT16 if each.dtype == "bfloat16" else np.dtype(each.dtype)
+                dtype = DTYPES[each.dtype].onnx if each.dtype == "bfloat16" else np.dtype(each.dtype)
                 bind(each.name, self._device, 0, dtype, list(each.shape), each.address)
         options = self._ort.RunOptions()
         options.add_run_config_entry("disable_synchronize_execution_providers", "1")
@@ -152,56 +135,48 @@ class _BoundEngine:
 
 
 class _Sessions:
-    """Sessions as the engines of a `Device` that captures no graphs of its own."""
+    """Sessions as the engines of a `Device` that captures no graphs of its own; the other base class is its memory."""
 
     kind: str
     stream: int
 
-    def _open(self, bundle: Bundle, options: BackendOptions, graphs: bool) -> None:
+    def __init__(self, bundle: Bundle, options: BackendOptions, graphs: bool = True):
+        super().__init__()
         self._bundle, self._options, self._graphs = bundle, options, graphs
         self._engines: dict[EngineId, _BoundEngine] = {}
 
     def load(self, engine: EngineId) -> None:
-        """Open a session."""
         manifest = self._bundle.manifest
-        # Conditioning comes with other addresses each time, repetitions come once.
+        # Conditioning has other addresses each time, and repetitions run once: a graph would not be replayed.
         fixed = manifest.routing is not Routing.DYNAMIC and engine.subnet is not None and not engine.full
         graphs = self._graphs and fixed
         file = self._bundle.file(graph_of(manifest, engine))
         self._engines[engine] = _BoundEngine(file, self.kind, self._options, self.stream, graphs)
 
     def unload(self, engine: EngineId) -> None:
-        """Close a session."""
         del self._engines[engine]
 
     def memory(self, engine: EngineId) -> EngineMemory:
-        """What a session holds."""
         return session_memory(self._bundle, engine)
 
     def longest(self, engine: EngineId, name: str) -> tuple[int, ...]:
-        """No limit."""
         return (1 << 30,)
 
     def launch(
         self, engine: EngineId, inputs: Sequence[Tensor], outputs: Sequence[Tensor], workspace: tuple[int, int]
     ) -> None:
-        """Run a session on the compute stream."""
         self._engines[engine].launch(inputs, outputs, str(engine))
 
     def begin_capture(self) -> None:
-        """Not done here: the provider captures by itself."""
         raise NotImplementedError
 
     def end_capture(self) -> Any:
-        """As `begin_capture`."""
         raise NotImplementedError
 
     def replay(self, graph: Any) -> None:
-        """As `begin_capture`."""
         raise NotImplementedError
 
     def drop(self, graph: Any) -> None:
-        """As `begin_capture`."""
         raise NotImplementedError
 
 
@@ -210,25 +185,17 @@ class HostSessions(_Sessions, HostMemory):
 
     kind = "cpu"
 
-    def __init__(self, bundle: Bundle, options: BackendOptions, graphs: bool = True):
-        HostMemory.__init__(self)
-        self._open(bundle, options, graphs)
-
 
 class CudaSessions(_Sessions, CudaMemory):
     """Sessions of the CUDA provider."""
 
     kind = "cuda"
 
-    def __init__(self, bundle: Bundle, options: BackendOptions, graphs: bool = True):
-        CudaMemory.__init__(self)
-        self._open(bundle, options, graphs)
-
 
 def session_memory(bundle: Bundle, engine: EngineId) -> EngineMemory:
-    """The weights that a session holds, in bytes; its activations are onnxruntime's own affair.
+    """Bytes of the weights that a session holds. Its activations are not counted: onnxruntime allocates them itself.
 
-    With a sliding plan those of units are no session's.
+    With dynamic width, no session holds unit weights.
     """
     manifest = bundle.manifest
     if engine.subnet is not None and not manifest.sliding:
@@ -242,7 +209,7 @@ def session_memory(bundle: Bundle, engine: EngineId) -> EngineMemory:
 
 
 class OnnxRuntimeDeviceBackend(OnnxRuntimeBackend):
-    """The ONNX Runtime backend whose runs stay on the device; single steps are as there.
+    """The ONNX Runtime backend with whole runs on the device; single steps are those of `OnnxRuntimeBackend`.
 
     Needs onnxruntime-gpu and PyCUDA for `device="cuda"`. `graphs`: let the provider capture CUDA graphs where it can.
     """
@@ -253,9 +220,15 @@ class OnnxRuntimeDeviceBackend(OnnxRuntimeBackend):
         if self.options.device == "cuda":
             pycuda_driver()
         self._executor: Executor | None = None
+        self._made_sampler: DeviceSampler | None = None
 
-    @cached_property
+    @property
     def _sampler(self) -> DeviceSampler:
+        if self._made_sampler is None:
+            self._made_sampler = self._make_sampler()
+        return self._made_sampler
+
+    def _make_sampler(self) -> DeviceSampler:
         manifest, kind = self.bundle.manifest, CudaSessions if self.options.device == "cuda" else HostSessions
         self._executor = Executor(kind(self.bundle, self.options, self._graphs))
         memory = {engine: session_memory(self.bundle, engine) for engine in engines_of(manifest)}
@@ -270,7 +243,7 @@ class OnnxRuntimeDeviceBackend(OnnxRuntimeBackend):
         cfg_scale: float,
         progress: Progress | None = None,
     ) -> RunStats:
-        """What `dydit.runtime.loop.sample` does, without coming back to the host."""
+        """What `dydit.runtime.loop.sample` does, without returning to the host between steps."""
         with self.lock:
             self.require_open()
             if self._sampler.unsettled:
@@ -279,8 +252,7 @@ class OnnxRuntimeDeviceBackend(OnnxRuntimeBackend):
 
     def _clear_runs(self) -> None:
         """Free what runs left on the device."""
-        executor, self._executor = self._executor, None
-        self.__dict__.pop("_sampler", None)
+        executor, self._executor, self._made_sampler = self._executor, None, None
         if executor is not None:
             close_whatever_state(executor)
 

@@ -1,4 +1,4 @@
-"""The backends by name, and which of them work here. Each is imported only when it is asked for."""
+"""The backends by name, and which of them work here. Each is imported only when it is used."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dydit.runtime.backends.versions import require_release
 BACKENDS = ("onnxruntime", "torch")
 DEVICES = ("cpu", "cuda")
 ENGINE_BACKENDS = ("tensorrt", "tensorrt-rtx")
-"""These run engines that `dydit build` made, on a GPU; `tensorrt` takes those of either flavour."""
+"""These run engines that `dydit build` made, on a GPU. `tensorrt` runs engines of either flavour."""
 
 OLDEST_TORCH = (2, 6)
 
@@ -23,7 +23,7 @@ OLDEST_TORCH = (2, 6)
 def open_backend(name: str, bundle: Bundle, options: BackendOptions | None = None) -> Backend:
     """The backend `name` on a bundle.
 
-    Raises `BackendError` for a name or device that is not known, and where what the backend needs is not installed.
+    Raises `BackendError` for an unknown name or device, and if a package that the backend needs is not installed.
     """
     require_known(name)
     options = options or BackendOptions()
@@ -32,20 +32,20 @@ def open_backend(name: str, bundle: Bundle, options: BackendOptions | None = Non
         raise BackendError(f"unknown device {options.device!r}; known: {', '.join(DEVICES)}")
     if number and int(number):
         raise BackendError(
-            f"device {options.device!r}: only the first visible GPU is used; set CUDA_VISIBLE_DEVICES={number} before "
-            "the process starts, and give device 'cuda'"
+            f"device {options.device!r}: only the first visible GPU can be used; set CUDA_VISIBLE_DEVICES={number} "
+            "before the process starts, and use device 'cuda'"
         )
     options = dataclasses.replace(options, device=device)
     if options.threads < 0:
-        raise BackendError(f"threads {options.threads} is negative; 0 leaves the choice to the backend")
+        raise BackendError(f"threads is {options.threads}, but must not be negative; 0 lets the backend choose")
     return _OPENERS[name](bundle, options)
 
 
 def deciding_threads(name: str, options: BackendOptions) -> int | None:
-    """The number of CPU threads that the last bits of results depend on; None where they do not run on the CPU.
+    """The number of CPU threads that the last bits of results depend on; None if they are not computed on the CPU.
 
-    Threads that share an operator split its matrix product, and kernels choose by the size of their part how many terms
-    they add up before they round: on ONNX Runtime where a thread gets 64 columns or fewer, or one row.
+    Threads that share an operator split its matrix product. Kernels choose by the size of their part how many terms
+    they add before they round: on ONNX Runtime where a thread gets 64 columns or fewer, or one row.
     """
     if options.device != "cpu" or name not in BACKENDS:
         return None
@@ -58,13 +58,13 @@ def deciding_threads(name: str, options: BackendOptions) -> int | None:
 
 
 def require_known(name: str) -> None:
-    """Raise `BackendError` for a name that is not known, naming those that are."""
+    """Raise `BackendError` for an unknown name; the message lists the known ones."""
     if not isinstance(name, str) or name not in _OPENERS:
         raise BackendError(f"unknown backend {name!r}; available: {', '.join(_OPENERS)}")
 
 
 def backend_status() -> list[tuple[str, bool, str]]:
-    """(name, whether it works here, versions and devices, or what is missing) of every backend."""
+    """(name, whether it works here, versions and devices or what is missing) of every backend."""
     return [_status(name) for name in _OPENERS]
 
 
@@ -106,7 +106,7 @@ def _open_tensorrt_rtx(bundle: Bundle, options: BackendOptions) -> Backend:
 
 
 def require_torch() -> None:
-    """Raise `BackendError` with what to install where PyTorch is missing or too old."""
+    """Raise `BackendError`, saying what to install, if PyTorch is missing or too old."""
     try:
         import torch
     except ImportError as error:

@@ -1,22 +1,30 @@
-"""ONNX Runtime itself: importing it, and one inference session on a file.
+"""ONNX Runtime itself: importing it, and inference sessions on graphs of a bundle.
 
-Every import of onnxruntime in `dydit` goes through `runtime`, which sees to what has to be settled before the import.
+Every import of onnxruntime in `dydit` goes through `runtime`, which sets what has to be set before the import.
+
+The weights of a graph lie in a file beside it, which ONNX Runtime maps by itself. It refuses a file whose real path is
+outside the graph's folder, where links lead (the cache of a hub, git-annex), and it needs a file system that can map
+files. Where it cannot map the file, `open_session` maps or reads it and hands the memory over, to be used in place.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
+import weakref
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dydit.bundle.bundle import mapped_file
+from dydit.bundle.stored_weights import WEIGHTS
+from dydit.bundle.vae_entry import VAE_DECODER, VAE_WEIGHTS
 from dydit.errors import BackendError, one_line
 from dydit.runtime.backends.base import Arrays, BackendOptions
 from dydit.runtime.backends.cores import thread_count
-from dydit.runtime.backends.sessions import open_session
 from dydit.runtime.backends.versions import require_release
 from dydit.runtime.forks import register
 
@@ -26,6 +34,9 @@ CUDA_OPTIONS = {"use_tf32": "0"}
 OLDEST = (1, 24)
 """The first release that is tested here; opset 23 and IR 11, in which bundles are written, need 1.22."""
 TELEMETRY = "ORT_DISABLE_TELEMETRY"
+_FOLDER = "session.model_external_initializers_file_folder_path"
+_IN_PLACE = "session.use_external_initializer_file_buffers_directly"
+_shared: weakref.WeakValueDictionary[Path, np.ndarray] = weakref.WeakValueDictionary()
 _ERRORS = (
     *("Fail", "InvalidArgument", "NoSuchFile", "NoModel", "EngineError", "RuntimeException", "InvalidProtobuf"),
     *("ModelLoaded", "NotImplemented", "InvalidGraph", "EPFail", "ModelLoadCanceled", "ModelRequiresCompilation"),
@@ -35,8 +46,8 @@ _ERRORS = (
 def runtime() -> Any:
     """The module onnxruntime.
 
-    Its builds for Linux report usage to their vendor unless a variable of the environment says no before the import;
-    it is set here, unless the user set it to something. Raises `BackendError` with what to install where onnxruntime is
+    Its Linux builds report usage to their vendor unless an environment variable forbids it before the import. The
+    variable is set here, unless the user has set it. Raises `BackendError`, saying what to install, if onnxruntime is
     missing or too old for the graphs of a bundle.
     """
     os.environ.setdefault(TELEMETRY, "1")
@@ -53,11 +64,11 @@ def runtime() -> Any:
 
 @dataclass(frozen=True)
 class SessionSettings:
-    """How a session is made, beside `BackendOptions`.
+    """How a session is opened, besides `BackendOptions`.
 
-    `graph` replaces the file's content; `left_out` are optimisers not to run. `lazy`: fp16 weights stay as they are
-    until they are multiplied, instead of all being widened when the session is made; only few optimisers leave them.
-    `arena`: keep a pool of memory for activations. `gives`: an output that the graph must have.
+    `graph` replaces the file's content; `left_out` are optimizers not to run. `lazy`: widen fp16 weights when they are
+    multiplied, instead of all when the session is opened; this turns most optimizers off. `arena`: keep a pool of
+    memory for activations. `gives`: an output that the graph must have.
     """
 
     graph: bytes | None = None
@@ -68,16 +79,15 @@ class SessionSettings:
 
 
 class Session:
-    """An InferenceSession on a file, whose errors are one line; in a forked child it is opened again.
+    """An InferenceSession on a file. Its errors are one line; in a forked child it is opened again.
 
-    A session's own threads do not survive `fork`: running it would wait for them for ever, and so would freeing it, so
-    a child lets its copy be and opens another one when it is first needed.
+    A session's threads do not survive `fork`: running or freeing it in the child would wait for them forever. So a
+    child leaves its copy alone and opens another session when it first needs one.
     """
 
     def __init__(self, file: Path, options: BackendOptions, settings: SessionSettings | None = None):
         self._file, self._options, self._settings = file, options, settings or SessionSettings()
         ort = runtime()
-        self._version = ort.__version__
         self._errors = error_types(ort)
         self._session: Any = self._open(ort)
         self._outputs = [output.name for output in self._session.get_outputs()]
@@ -97,53 +107,103 @@ class Session:
             raise BackendError(f"onnxruntime failed in {what}: {one_line(error)}") from error
 
     def after_fork(self) -> None:
-        """Leave the parent's session alone, for good."""
+        """Leave the parent's session alone, without freeing it."""
         if self._session is not None:
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._session))  # or it would be freed
             self._session = None
 
     def _open(self, ort: Any) -> Any:
-        file, device, settings = self._file, self._options.device, self._settings
-        provider = PROVIDERS[device]
-        more = {"disabled_optimizers": list(settings.left_out)} if settings.left_out else {}
-        chosen = [(provider, CUDA_OPTIONS)] if device == "cuda" else [provider]
-        try:
-            session, self._weights = open_session(ort, file, self._made(ort), chosen, settings.graph, **more)
-        except self._errors as error:
-            raise BackendError(f"onnxruntime {ort.__version__} cannot load {file}: {one_line(error)}") from error
-        if provider not in session.get_providers():
-            raise BackendError(
-                f"onnxruntime {ort.__version__} could not start its {provider} (driver, CUDA or cuDNN missing?); "
-                "pip install 'dydit[gpu]', or use device='cpu' (--device cpu)"
-            )
+        settings = self._settings
+        session, self._weights = open_session(
+            ort,
+            self._file,
+            self._options.device,
+            self._session_options(ort),
+            graph=settings.graph,
+            left_out=settings.left_out,
+        )
+        require_provider(ort, session, self._options.device)
         return session
 
-    def _made(self, ort: Any) -> Any:
-        settings, made = self._settings, base_options(ort, self._options)
-        made.enable_cpu_mem_arena = settings.arena
+    def _session_options(self, ort: Any) -> Any:
+        settings, options = self._settings, base_options(ort, self._options)
+        options.enable_cpu_mem_arena = settings.arena
         if settings.lazy:
-            made.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
-        return made
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        return options
+
+
+def open_session(
+    ort: Any,
+    file: Path,
+    device: str,
+    options: Any,
+    provider_options: Mapping[str, str] | None = None,
+    graph: bytes | None = None,
+    left_out: Sequence[str] = (),
+) -> tuple[Any, object]:
+    """An `InferenceSession` on a graph of a bundle, and what must live as long as the session.
+
+    `options`: its `SessionOptions`, which are changed. `provider_options`: for `cuda`, besides `CUDA_OPTIONS`. `graph`
+    replaces the file's content. `left_out`: optimisers not to run. Raises `BackendError` where the graph cannot be
+    loaded, or there is no memory for the weights.
+    """
+    provider = PROVIDERS[device]
+    weights = file.with_name(VAE_WEIGHTS if file.name == VAE_DECODER else WEIGHTS)
+    memory = _weights_in_memory(file, weights) if weights.is_file() else None  # a graph may hold all its weights itself
+    if memory is not None:
+        graph = file.read_bytes() if graph is None else graph
+        options.add_external_initializers_from_files_in_memory([weights.name], [memory], [memory.nbytes])
+        if device == "cpu":
+            options.add_session_config_entry(_IN_PLACE, "1")
+    if graph is not None:
+        options.add_session_config_entry(_FOLDER, str(file.parent))
+    more = {"disabled_optimizers": list(left_out)} if left_out else {}
+    providers = [(provider, {**CUDA_OPTIONS, **(provider_options or {})})] if device == "cuda" else [provider]
+    try:
+        session = ort.InferenceSession(str(file) if graph is None else graph, options, providers=providers, **more)
+    except error_types(ort) as error:
+        raise BackendError(f"onnxruntime {ort.__version__} cannot load {file}: {one_line(error)}") from error
+    return session, memory
+
+
+def require_provider(ort: Any, session: Any, device: str) -> None:
+    """Raise `BackendError` where a session does not run on the device: ONNX Runtime falls back to the CPU silently."""
+    if PROVIDERS[device] not in session.get_providers():
+        raise BackendError(
+            f"onnxruntime {ort.__version__} could not start its {PROVIDERS[device]} (driver, CUDA or cuDNN missing?); "
+            "pip install 'dydit[gpu]', or use device='cpu' (--device cpu)"
+        )
+
+
+def _weights_in_memory(file: Path, weights: Path) -> np.ndarray | None:
+    """The weights, where ONNX Runtime cannot take them from their file."""
+    if not (file.is_symlink() or weights.is_symlink()) and isinstance(mapped_file(weights), np.memmap):
+        return None
+    memory = _shared.get(weights)
+    if memory is None:
+        _shared[weights] = memory = mapped_file(weights)
+    return memory
 
 
 def base_options(ort: Any, options: BackendOptions) -> Any:
-    """Session options that all sessions have: quiet, threads as asked for that do not spin, weights packed or not."""
-    made = ort.SessionOptions()
-    made.log_severity_level = 3
-    made.intra_op_num_threads = thread_count(options.threads)
-    made.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    """Options of every session: no log output, the requested threads, which do not spin, weights packed or not."""
+    session_options = ort.SessionOptions()
+    session_options.log_severity_level = 3
+    session_options.intra_op_num_threads = thread_count(options.threads)
+    session_options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if not options.packed:
-        made.add_session_config_entry("session.disable_prepacking", "1")
-    return made
+        session_options.add_session_config_entry("session.disable_prepacking", "1")
+    return session_options
 
 
 def error_types(ort: Any) -> tuple[type[Exception], ...]:
-    """What onnxruntime raises; it has no base class for that. ValueError is of inputs that a graph does not have."""
+    """The exceptions of onnxruntime, which have no base class. ValueError: for inputs that a graph does not have."""
     state = ort.capi.onnxruntime_pybind11_state
     return (RuntimeError, ValueError, *(getattr(state, name) for name in _ERRORS if hasattr(state, name)))
 
 
 def load_cuda_libraries(ort: Any) -> None:
-    """Load CUDA and cuDNN from where pip put them: the loader of shared libraries does not look there by itself."""
+    """Load CUDA and cuDNN from where pip installed them: the dynamic linker does not look there by itself."""
     if hasattr(ort, "preload_dlls"):  # since 1.21
         ort.preload_dlls()

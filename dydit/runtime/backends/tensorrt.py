@@ -1,7 +1,7 @@
 """The TensorRT backend, for both flavours: engines that `dydit build` put into the bundle, on an NVIDIA GPU.
 
-What it does is in `dydit.runtime.device`; here is what it needs: a flavour of TensorRT, a GPU, PyCUDA, engines. None is
-imported or looked for before a backend is opened, and what is missing is said in one line.
+The work is done in `dydit.runtime.device`. This module provides what that needs: a flavour of TensorRT, a GPU, PyCUDA,
+engines. None is imported or looked for before a backend is opened, and an error says in one line what is missing.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from dydit.runtime.noise_source import NoiseSource
 from dydit.runtime.request import Batch
 
 FIGURES = "memory.json"
-"""Beside the engines: `{sha256: [activation bytes, engine bytes]}`, known once an engine was loaded on this machine."""
+"""Beside the engines: `{sha256: [activation bytes, engine bytes]}`, measured when an engine is first loaded here."""
 
 
 class TensorRTBackend(DeviceBackend):
     """Runs a bundle's engines of one flavour; by default of the one that is installed and has engines in the bundle.
 
-    Raises `BackendError` where a package, the driver or a GPU is missing, `BundleError` where engines are, or are of
-    another GPU or version.
+    Raises `BackendError` if a package, the driver or a GPU is missing, `BundleError` if engines are missing or were
+    built for another GPU or version.
     """
 
     name = "tensorrt"
@@ -50,7 +50,7 @@ class TensorRTBackend(DeviceBackend):
     ):
         trt, self._store = open_engines(bundle, flavour)
         runtime = Runtime(trt, _reader(bundle, self._store), self._store.read_runtime_cache())
-        self._runtime, self._kept = runtime, 0
+        self._runtime, self._saved_contexts = runtime, 0
         known = _known(bundle, self._store)
         super().__init__(bundle, options, lambda: CudaDevice(runtime), known, graphs)
 
@@ -62,25 +62,25 @@ class TensorRTBackend(DeviceBackend):
         cfg_scale: float,
         progress: Progress | None = None,
     ) -> RunStats:
-        """As `DeviceBackend` does; then kernels that were compiled for it are kept for the next process."""
+        """As `DeviceBackend` does; then save the kernels that were compiled for it, for the next process."""
         stats = super().sample_run(batches, noise, store, cfg_scale, progress)
         self._keep_compiled()
         return stats
 
     def tile_decoder(self) -> DecodeTile | None:
-        """The engine of the bundle's VAE decoder, where it was built."""
+        """Decode with the engine of the bundle's VAE decoder; None if it was not built."""
         index = self._store.read()
         return self.decode if index is not None and VAE_DECODER in index.engines else None
 
     def decode(self, tiles: np.ndarray) -> np.ndarray:
-        """As `DeviceBackend` does; then kernels that were compiled for it are kept, too."""
+        """As `DeviceBackend` does; then save the kernels that were compiled for it."""
         pixels = super().decode(tiles)
         self._keep_compiled()
         return pixels
 
     def _keep_compiled(self) -> None:
-        if self._runtime.contexts != self._kept:
-            self._kept = self._runtime.contexts
+        if self._runtime.contexts != self._saved_contexts:
+            self._saved_contexts = self._runtime.contexts
             if (compiled := self._runtime.compiled()) is not None:
                 self._store.write_runtime_cache(compiled)
 
@@ -91,7 +91,7 @@ class TensorRTBackend(DeviceBackend):
 
 
 def open_engines(bundle: Bundle, flavour: Flavour | None) -> tuple[Any, EngineStore]:
-    """A flavour's module, and the bundle's engines of it that run here; what is missing is raised in order of need."""
+    """A flavour's module, and the bundle's engines of it that run here. Raises for the first thing that is missing."""
     modules = {each: load_flavour(each) for each in _flavours(flavour)}
     gpu = _require_gpu()
     refusals: list[DyditError] = []
@@ -120,7 +120,7 @@ def _require_gpu() -> Gpu:
     gpu = present_gpu()
     if gpu is None:
         raise BackendError(
-            "TensorRT engines run on an NVIDIA GPU, and there is no driver or GPU here; use "
+            "TensorRT engines need an NVIDIA GPU, but no driver or GPU was found here; use "
             "backend='onnxruntime' (--backend onnxruntime)"
         )
     pycuda_driver()
@@ -139,7 +139,7 @@ def _hashes(bundle: Bundle, store: EngineStore) -> dict[EngineId, str]:
 
 
 def _known(bundle: Bundle, store: EngineStore) -> dict[EngineId, EngineMemory]:
-    """What earlier processes found out; anything strange is as good as nothing, and is found out again."""
+    """What earlier processes measured. A damaged file counts as missing; its contents are measured again."""
     try:
         values = json.loads((store.folder / FIGURES).read_text(encoding="utf-8"))
         known = {sha256: EngineMemory(int(activation), int(size)) for sha256, (activation, size) in values.items()}

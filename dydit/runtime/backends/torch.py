@@ -1,4 +1,4 @@
-"""The PyTorch backend: the sliced form (`dydit.models.sliced`) on a bundle's weights. The yardstick of others."""
+"""The PyTorch backend: the sliced form (`dydit.models.sliced`) on a bundle's weights. The reference for others."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ from dydit.errors import BackendError
 from dydit.models.registry import architecture_of
 from dydit.models.sliced import SlicedModel
 from dydit.runtime.backends.base import Arrays, Backend, BackendOptions, StepResult, Subnet
-
-_TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 class TorchSubnet(Subnet):
@@ -49,10 +47,10 @@ class TorchSubnet(Subnet):
 
 
 class TorchBackend(Backend):
-    """Weights are mapped from the bundle, once (on `cuda`: copied to the device, once); any width is cut from them.
+    """Weights are mapped from the bundle once (on `cuda`: copied to the device once); every width is a slice of them.
 
-    `threads` is PyTorch's number for the calling thread, and for those that start later: PyTorch knows no other way. In
-    a forked child it is 1, for OpenMP's threads do not survive `fork`.
+    `threads` sets PyTorch's number for the calling thread and for threads that start later; PyTorch has no other way.
+    In a forked child it is 1, because OpenMP's threads do not survive `fork`.
     """
 
     name = "torch"
@@ -86,8 +84,8 @@ class TorchBackend(Backend):
 
     @contextlib.contextmanager
     def settings(self) -> Iterator[None]:
-        """What the calling thread may have set otherwise and would change what is computed: threads, autocast, the
-        default device.
+        """Reset what the calling thread may have changed and would affect the results: threads, autocast, the default
+        device.
         """
         if self._threads and torch.get_num_threads() != self._threads:
             torch.set_num_threads(self._threads)
@@ -102,7 +100,7 @@ class TorchBackend(Backend):
         self._weights = {}
 
     def after_fork(self) -> None:
-        """As every backend; and OpenMP would wait for threads that are not there."""
+        """As every backend; and use one thread, because OpenMP would wait for threads that are gone."""
         super().after_fork()
         self._threads = 1
 
@@ -114,5 +112,5 @@ def mapped_weights(bundle: Bundle, device: torch.device) -> dict[str, Tensor]:
     weights = {}
     for name, entry in bundle.manifest.weights.items():
         flat = torch.from_numpy(raw[entry.offset : entry.offset + entry.nbytes])
-        weights[name] = flat.view(_TYPES[entry.dtype]).view(entry.shape).to(device)
+        weights[name] = flat.view(getattr(torch, entry.dtype)).view(entry.shape).to(device)
     return weights

@@ -9,9 +9,9 @@ from dydit.errors import BackendError
 
 
 def require_release(module: Any, package: str, oldest: tuple[int, int], why: str) -> None:
-    """Raise `BackendError`, with what is needed and what is installed, where a module is older than `oldest`.
+    """Raise `BackendError`, with the version that is needed and the installed one, if a module is older than `oldest`.
 
-    `package`: what pip calls it. `why`: who needs the release, as the message puts it.
+    `package`: its name for pip. `why`: what needs the release, for the message.
     """
     version = str(getattr(module, "__version__", "(of an unknown version)"))
     if tuple(map(int, re.findall(r"\d+", version)[:2])) < oldest:

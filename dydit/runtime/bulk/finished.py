@@ -1,7 +1,7 @@
-"""What a sampling run leaves beside its latents: pictures and results. Writes them, and tells whether they are whole.
+"""The output of a sampling run: pictures and result files. Writes them and finds what is missing or damaged.
 
-`samples.json` has the SHA-256 of every result (`grid.png`, `samples.npz`, `latents.npz`, the file of `latents_out`). A
-picture is told whole by the checksums that PNG has.
+`samples.json` has the SHA-256 of every result file (`grid.png`, `samples.npz`, `latents.npz`, the file of
+`latents_out`). Pictures are verified by the checksums inside PNG.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ GRID, NPZ, LATENTS = "grid.png", "samples.npz", "latents.npz"
 
 @dataclass(frozen=True)
 class Run:
-    """A request held against a bundle: what will be sampled, what it becomes, and what identifies it.
+    """A request checked against a bundle: what will be sampled, what is written, and what identifies the run.
 
-    `shape`: of an image's latents, [C, S, S]. `pictures`: None where the samples stay latents. `noise`: None where
-    latents are given. `npz`, `latents_out`: as `OutputOptions` has them.
+    `shape`: of an image's latents, [C, S, S]. `pictures`: None if the samples stay latents. `noise`: None if the
+    latents are given. `npz`, `latents_out`: as in `OutputOptions`.
     """
 
     shape: tuple[int, int, int]
@@ -62,22 +62,22 @@ class Run:
         return np.concatenate([batch.labels for batch in self.batches])
 
     def results(self, out: Path) -> list[Path]:
-        """The files that are made of all images."""
+        """The result files, each of which holds all images."""
         names = [LATENTS] if self.pictures is None else [GRID, NPZ] if self.npz else [GRID]
         return [*(out / name for name in names), *([] if self.latents_out is None else [self.latents_out])]
 
     def holds_latents(self, file: Path) -> bool:
-        """Whether a result is one of latents."""
+        """Whether a result file holds latents."""
         return file.name == LATENTS or file == self.latents_out
 
 
 def picture_name(image: int) -> str:
-    """The file of an image, by its index."""
+    """The file name of an image, by its index."""
     return f"{image:06d}.png"
 
 
 def has_picture(out: Path, pictures: PictureFormat, image: int) -> bool:
-    """Whether an image's picture is there and whole."""
+    """Whether an image's picture exists and is undamaged."""
     return is_picture(out / picture_name(image), pictures.side, pictures.channels)
 
 
@@ -90,9 +90,9 @@ def write_pictures(
     members: Sequence[int],
     progress: Progress | None = None,
 ) -> None:
-    """One PNG for each image of some `members` of the batches. What an interrupted call wrote is whole and stays.
+    """Write one PNG for each image of the batches `members`. Pictures of an interrupted call are kept.
 
-    Which images are decoded together depends on the run alone, so that a resumed one makes the same pictures.
+    Which images are decoded together depends on the run alone, so a resumed run writes the same pictures.
     `progress(done, total)` counts images of all batches.
     """
     done = sum(len(batch.images) for batch in batches[: members[0]]) if members else 0
@@ -103,8 +103,8 @@ def write_pictures(
             few = slice(first, first + to_pixels.at_once)
             missing = [not has_picture(out, pictures, image) for image in images[few]]
             if any(missing):
-                made = to_uint8(to_pixels(store.load(index)[few]))
-                for image, picture, wanted in zip(images[few], made, missing, strict=True):
+                decoded = to_uint8(to_pixels(store.load(index)[few]))
+                for image, picture, wanted in zip(images[few], decoded, missing, strict=True):
                     if wanted:
                         write_png(out / picture_name(image), picture)
             done += len(missing)
@@ -113,7 +113,7 @@ def write_pictures(
 
 
 def write_result(out: Path, run: Run, store: LatentStore, file: Path) -> None:
-    """Write one of `run.results`. Raises `OutputError` where `latents_out` is taken by something else."""
+    """Write one of `run.results`. Raises `OutputError` if `latents_out` exists and holds something else."""
     pictures = run.pictures
     if run.holds_latents(file):
         arrays = {
@@ -133,7 +133,7 @@ def write_result(out: Path, run: Run, store: LatentStore, file: Path) -> None:
 
 
 def _read_pictures(out: Path, pictures: PictureFormat, images: list[int]) -> Iterator[np.ndarray]:
-    """The pictures that were written, uint8 [S, S, channels]; PNG keeps them as they were."""
+    """The pictures that were written, uint8 [S, S, channels]; PNG is lossless."""
     return (read_png(out / picture_name(image), pictures.side, pictures.channels) for image in images)
 
 
@@ -142,7 +142,7 @@ def _whole(dtype: str, array: np.ndarray) -> Streamed:
 
 
 def facts(out: Path, run: Run, repeated_steps: int) -> dict[str, Any]:
-    """What `samples.json` says of a finished run beside its settings."""
+    """The content of a finished run's `samples.json`, besides its settings."""
     files = run.results(out)
     return {
         "images": len(run.images),
@@ -158,7 +158,7 @@ def _key(run: Run, file: Path) -> str:
 
 @dataclass(frozen=True)
 class Damage:
-    """What is missing of a finished run, or is not whole: images without a picture, and results."""
+    """What is missing or damaged of a finished run: images whose picture is, and result files."""
 
     images: tuple[int, ...]
     results: tuple[Path, ...]
@@ -168,13 +168,13 @@ class Damage:
 
     @property
     def names(self) -> str:
-        """All of it, for a message."""
+        """The names of everything missing or damaged, for a message."""
         names = [*map(picture_name, self.images[:3]), *(file.name for file in self.results)]
         more = len(self.images) - 3
         return ", ".join(names) + (f" and {more} more pictures" if more > 0 else "")
 
     def batches(self, run: Run) -> list[int]:
-        """The batches whose latents are needed to make it good."""
+        """The batches whose latents are needed for the repair."""
         if any(run.holds_latents(file) for file in self.results):
             return list(range(len(run.batches)))
         lost = set(self.images)
@@ -182,9 +182,9 @@ class Damage:
 
 
 def find_damage(out: Path, run: Run, known: dict[str, Any]) -> Damage:
-    """Hold a finished run's files against what `samples.json` says (`known`).
+    """Compare a finished run's files with `known`, the content of `samples.json`.
 
-    Raises `OutputError` where a file outside the folder, `latents_out`, is another one now: it is not ours to replace.
+    Raises `OutputError` if `latents_out`, a file outside the folder, has changed: it may belong to somebody else now.
     """
     hashes = known.get("sha256", {})
     images = () if run.pictures is None else tuple(i for i in run.images if not has_picture(out, run.pictures, i))
@@ -195,7 +195,7 @@ def find_damage(out: Path, run: Run, known: dict[str, Any]) -> Damage:
             continue
         if file == run.latents_out and file.exists():
             raise OutputError(
-                f"{file} is not what this run wrote there; move it away, and the same command writes it again, or "
+                f"{file} has changed since this run wrote it; move it away to have the same command write it again, or "
                 "choose another output"
             )
         lost.append(file)
@@ -203,7 +203,7 @@ def find_damage(out: Path, run: Run, known: dict[str, Any]) -> Damage:
 
 
 def restore_latents(out: Path, run: Run, damage: Damage, store: LatentStore, segments: int) -> bool:
-    """Take latents from a result that holds them and is whole; False where there is none."""
+    """Take latents from an undamaged result file that holds them; returns False if there is none."""
     for file in run.results(out):
         if run.holds_latents(file) and file not in damage.results:
             needed = set(damage.batches(run))

@@ -1,21 +1,21 @@
-"""`dydit sample`: a run of any size into a folder, one image or fifty thousand, resumable at any moment.
+"""`dydit sample`: samples one image or fifty thousand into a folder, and resumes an interrupted run.
 
 The folder then holds `000000.png`, ... (numbered by image index), `grid.png` (the first 100), `samples.json` (settings
-and facts), on demand `samples.npz` (`arr_0` uint8 [N, S, S, 3], what FID evaluators read, and `arr_1` int64 labels).
-Of a latent model without a decoder it holds `latents.npz` (`latents` f32 [N, C, S, S], `labels` int64, `images` uint64)
-and no pictures. Settings decide the content bit for bit, on machines of one kind, however often the run was interrupted
-and however many workers made it. The number of CPU threads is one of them: a matrix product that several threads share
-may add up in another order. So whoever goes on with a run has to use as many threads as who began it.
+and facts), and on request `samples.npz` (`arr_0` uint8 [N, S, S, 3], which FID evaluators read, and `arr_1` int64
+labels). For a latent model without a decoder it holds `latents.npz` (`latents` f32 [N, C, S, S], `labels` int64,
+`images` uint64) and no pictures. On machines of one kind the settings decide the content bit for bit, however often the
+run was interrupted and however many workers took part. The number of CPU threads is one of the settings: a matrix
+product that several threads share may add in another order. So a run must be resumed with the same number of threads.
 
-A run goes chunk by chunk (`dydit.runtime.loop.chunk_size`): some batches are sampled, then their pictures are made, a
-few at a time. Each is whole once it is there, and the rest is read from them. On a finished run, the same command
-checks that everything is there and whole, and makes anew what is not: pictures from latents where a file has them, else
-by sampling their batches again.
+A run goes chunk by chunk (`dydit.runtime.loop.chunk_size`): some batches are sampled, then their pictures are written,
+a few at a time. A picture is written atomically, and the result files are made from the pictures. On a finished run,
+the same command checks that everything is there and undamaged, and repairs the rest: pictures from latents if a file
+has them, else by sampling their batches again.
 
-Workers (`dydit.runtime.bulk.workers`) share the batches of one run; each makes its own batches and their pictures. The
-last worker to finish assembles the result; where two finish at once, a lock decides which. No worker waits for another.
-What a killed worker left is made when it is started again, or by any number of workers once the others ended; results
-that nobody wrote to the end, by any worker started again.
+Workers (`dydit.runtime.bulk.workers`) share the batches of one run; each samples its own batches and writes their
+pictures. The last worker to finish writes the result files; if two finish at once, a lock decides which. No worker
+waits for another. Batches of a killed worker are sampled when it is started again, or by any number of workers once the
+others have ended. Unfinished result files are written by any worker that is started again.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ from dydit.runtime.noise_source import NoiseFile, SeededNoise
 from dydit.runtime.request import Batch, SampleRequest, check_batch_size, check_guidance, check_labels, make_batches
 from dydit.runtime.resident import ResidentSubnets
 
-RESIDENT = 2  # a run passes each subnetwork once
+RESIDENT = 2  # a run uses each subnetwork once per chunk
 PACKED_FROM_STEPS = 12
 
 
 class OutputOptions(Strict):
-    """What to write beside the pictures: `npz` for evaluators, `latents_out` the latents as an `.npz` elsewhere."""
+    """What to write besides the pictures: `npz` for evaluators; `latents_out`: an `.npz` file for the latents."""
 
     npz: bool = False
     latents_out: UserPath | None = None
@@ -68,11 +68,11 @@ class OutputOptions(Strict):
 class SampleSummary:
     """What is in the folder now.
 
-    `files`: all names but those of the single pictures. `finished`: this call wrote the results, or found them; else
-    other workers have something to do yet, `images` and `repeated_steps` are of this worker alone, and `files` is
-    empty. `finished_before`: the run was complete already, all of it whole, and nothing was done. `repeated_steps`:
-    steps run again at full capacity, over the whole run. `seconds`: sampling, in this call; `picture_seconds`: decoding
-    and writing pictures, in this call. `note`: what the reader should know, or empty.
+    `files`: all names except those of single pictures. `finished`: whether the run is complete; if not, other workers
+    are still busy, `images` and `repeated_steps` are of this worker alone, and `files` is empty. `finished_before`:
+    the run was complete and undamaged already, and nothing was done. `repeated_steps`: steps run again at full
+    capacity, over the whole run. `seconds`: sampling, in this call; `picture_seconds`: decoding and writing pictures,
+    in this call. `note`: a remark for the reader, or empty.
     """
 
     out: Path
@@ -89,7 +89,7 @@ class SampleSummary:
 
 @dataclass(frozen=True)
 class _Work:
-    """A run in its folder, what samples it, and who is told about it."""
+    """A run in its folder, the backend that samples it, and the callbacks for progress."""
 
     folder: RunFolder
     run: Run
@@ -105,7 +105,7 @@ class _Work:
         return len(self.engine.bundle.manifest.plan.segments)
 
     def sample(self, store: FolderStore, members: Sequence[int]) -> tuple[float, float]:
-        """Sample some batches of the run, and make their pictures; returns the seconds of both."""
+        """Sample some batches of the run and write their pictures; returns the seconds of both."""
         run, own, picture_seconds = self.run, ShareStore(store, members), 0.0
         batches = [run.batches[index] for index in members]
 
@@ -113,12 +113,11 @@ class _Work:
             nonlocal picture_seconds
             if run.pictures is not None:
                 started = time.perf_counter()
-                arguments = (self.folder.out, run.pictures, batches, own, self.to_pixels, done)
-                write_pictures(*arguments, self.picture_progress)
+                write_pictures(self.folder.out, run.pictures, batches, own, self.to_pixels, done, self.picture_progress)
                 picture_seconds += time.perf_counter() - started
 
         with ResidentSubnets(self.engine, RESIDENT) as subnets:
-            # Of the whole run, too: a share that has only the last, smaller batch must run it as one process would.
+            # The largest batch of the whole run: a worker that has only the last, smaller batch must run it alike.
             most = max(len(batch.images) for batch in run.batches)
             runner = StepRunner(self.engine, subnets, np.unique(run.labels), run.settings["cfg_scale"], most)
             chunk = self._chunk(batches, runner)
@@ -127,7 +126,7 @@ class _Work:
         return stats.seconds, picture_seconds
 
     def _chunk(self, batches: list[Batch], runner: StepRunner) -> int:
-        """How many batches come to their end together; says when to expect pictures where there are several."""
+        """How many batches are sampled to their end together; announces when pictures will appear."""
         run, manifest = self.run, self.engine.bundle.manifest
         size = max((len(batch.images) for batch in run.batches), default=1)
         labels = len(np.unique(run.labels)) + runner.guidance.guided
@@ -154,55 +153,55 @@ def sample_to_folder(
     worker: Worker | None = None,
     announce: Callable[[str], None] | None = None,
 ) -> SampleSummary:
-    """Sample `request` into `out`, or a worker's share of it; called again after a kill, it goes on, and after the end
-    it changes nothing, unless something is missing or damaged: that is made anew.
+    """Sample `request`, or a worker's share of it, into `out`.
 
-    `progress(done, total)` counts steps of a batch, `picture_progress(done, total)` pictures; `announce` gets a line on
-    when pictures will appear. Raises `ConfigError` for a request that does not fit the bundle, `BackendError` as
-    backends do, and `OutputError` where `out` holds something else, cannot be written, or another process has this
-    worker's place.
+    Called again after a kill, it resumes the run. Called on a finished run, it repairs what is missing or damaged, and
+    changes nothing else. `progress(done, total)` counts steps of a batch, `picture_progress(done, total)` pictures;
+    `announce` gets a line that says when pictures will appear. Raises `ConfigError` for a request that does not fit the
+    bundle, `BackendError` as backends do, and `OutputError` if `out` holds something else, cannot be written, or
+    another process has this worker's number.
     """
     outputs, options, worker = outputs or OutputOptions(), options or BackendOptions(), worker or Worker()
     if outputs.npz and picture_format(bundle.manifest) is None:
         raise ConfigError(
             f"--npz needs pictures, but this model samples latents of {bundle.manifest.model.in_channels} channels and "
-            "the bundle has no decoder; give `dydit export` a --vae, or add one with `dydit attach-vae`"
+            "the bundle has no decoder; export again with --vae, or add a decoder with `dydit attach-vae`"
         )
     run = _plan_run(bundle, request, outputs, backend, options)
     state = RunFolder(user_path(out), run.settings)
-    fresh = state.fresh  # asked before the summary: a run that others finish in between is not fresh
+    fresh = state.fresh  # before the summary is read: a run that others finish in between is not fresh
     known = state.summary()
     if known is not None and not find_damage(state.out, run, known):
         summary = _finished_before(state, run, worker, known)
     else:
         if known is None and fresh and outputs.latents_out is not None:
             require_absent(outputs.latents_out)
-        # By the whole run, not by the share: what depends on it must not depend on the number of workers.
+        # Steps of the whole run, not of the share: the result must not depend on the number of workers.
         steps_per_load = len(run.batches) * bundle.manifest.sampling.steps / len(bundle.manifest.plan.segments)
         packed = options.packed or steps_per_load >= PACKED_FROM_STEPS
         engine = open_backend(backend, bundle, dataclasses.replace(options, packed=packed))
         work = _Work(state, run, worker, engine, ToPixels(engine), progress, picture_progress, announce)
         if known is not None:
-            summary = _make_good(work, known)
+            summary = _repair(work, known)
         else:
             with state.open(worker):
-                summary = _make_share(work)
+                summary = _sample_share(work)
     if summary.finished:
         state.clear()
     return summary
 
 
-def _make_share(work: _Work) -> SampleSummary:
-    """Sample a worker's share, make its pictures, and, where all other batches are done, the results."""
+def _sample_share(work: _Work) -> SampleSummary:
+    """Sample a worker's share, write its pictures, and, if all other batches are done, the result files."""
     folder, run, worker = work.folder, work.run, work.worker
     store, share = FolderStore(folder, run.batches, run.shape), worker.share(len(run.batches))
     for index in share:
         store.done(index)
-    # Asked after the batches were looked up: their files go when there is a summary, and not before.
+    # Read after the batches were looked up: their files are removed once there is a summary, and not before.
     if (known := folder.summary()) is not None:
         return _finished_before(folder, run, worker, known)
     seconds, picture_seconds = work.sample(store, share)
-    made = SampleSummary(
+    own = SampleSummary(
         out=folder.out,
         worker=str(worker),
         images=sum(len(run.batches[index].images) for index in share),
@@ -212,20 +211,22 @@ def _make_share(work: _Work) -> SampleSummary:
         repeated_steps=store.repeated_steps(share),
         seconds=seconds,
         picture_seconds=picture_seconds,
-        note=f"images of this worker, {worker}; the run is not finished: the last of its workers writes the results",
+        note=f"these are the images of worker {worker}; the run is not finished: its last worker writes the results",
     )
     if not _others_done(work, store, share):
-        return made
+        return own
     with folder.finishing() as ours:
         if not ours:
-            return dataclasses.replace(made, note=f"images of this worker, {worker}; another one writes the results")
+            return dataclasses.replace(
+                own, note=f"these are the images of worker {worker}; another worker writes the results"
+            )
         started = time.perf_counter()
         for file in run.results(folder.out):
             write_result(folder.out, run, store, file)
         known = facts(folder.out, run, store.repeated_steps(range(len(run.batches))))
         folder.finish(known)
     return dataclasses.replace(
-        made,
+        own,
         images=len(run.images),
         files=tuple(known["files"]),
         finished=True,
@@ -235,13 +236,13 @@ def _make_share(work: _Work) -> SampleSummary:
     )
 
 
-def _make_good(work: _Work, known: dict[str, Any]) -> SampleSummary:
-    """Make anew what is missing or damaged of a finished run, by one process alone."""
+def _repair(work: _Work, known: dict[str, Any]) -> SampleSummary:
+    """Replace what is missing or damaged of a finished run; only one process does so at a time."""
     folder, run = work.folder, work.run
     before = _finished_before(folder, run, work.worker, known)
     with folder.repairing() as ours:
         if not ours:
-            note = "another process makes anew what is missing or damaged of this run"
+            note = "another process is repairing this run"
             return dataclasses.replace(before, files=(), finished=False, finished_before=False, note=note)
         damage = find_damage(folder.out, run, known)
         store, needed = FolderStore(folder, run.batches, run.shape), damage.batches(run)
@@ -251,14 +252,14 @@ def _make_good(work: _Work, known: dict[str, Any]) -> SampleSummary:
             write_result(folder.out, run, store, file)
         folder.finish(facts(folder.out, run, known["repeated_steps"]))
     how = "from the latents" if restored else "by sampling again" if needed else "from the pictures"
-    note = _note(run, f"{damage.names} of this finished run was missing or damaged: made anew {how}")
+    note = _note(run, f"{damage.names} of this finished run was missing or damaged and has been replaced {how}")
     return dataclasses.replace(
         before, finished_before=False, seconds=seconds, picture_seconds=picture_seconds, note=note
     )
 
 
 def _others_done(work: _Work, store: FolderStore, share: range) -> bool:
-    """Whether the batches that are not of the share are through, with their pictures."""
+    """Whether the batches of other workers are done, with their pictures."""
     out, pictures = work.folder.out, work.run.pictures
     return all(
         store.done(index) == work.segments
@@ -310,9 +311,9 @@ def _labels(request: SampleRequest, file: NoiseFile | None) -> list[int]:
     if file is None:
         return [request.labels[i % len(request.labels)] for i in range(request.images)]
     if request.num not in (None, len(file.labels)):
-        raise ConfigError(f"{file.path} holds noise for {len(file.labels)} images, {request.num} are asked for")
+        raise ConfigError(f"{file.path} holds noise for {len(file.labels)} images, but {request.num} are requested")
     if request.labels not in ((), file.labels):
-        raise ConfigError(f"the labels differ from those of {file.path}; leave labels (--labels) out, or give the same")
+        raise ConfigError(f"the labels differ from those of {file.path}; remove labels (--labels), or give the same")
     return list(file.labels)
 
 
@@ -333,5 +334,5 @@ def _finished_before(folder: RunFolder, run: Run, worker: Worker, known: dict[st
 
 
 def _note(run: Run, *notes: str) -> str:
-    latents = f"the bundle has no VAE decoder, so the samples are latents, in {LATENTS}: see `dydit decode`"
+    latents = f"the bundle has no VAE decoder, so the samples are latents, in {LATENTS}; `dydit decode` decodes them"
     return "; ".join([*notes, latents] if run.pictures is None else notes)

@@ -30,11 +30,11 @@ from dydit.runtime.noise_source import NoiseSource
 from dydit.runtime.request import Batch
 
 RESERVE = 512 << 20
-"""Bytes of device memory left alone: execution contexts, and what other libraries take meanwhile."""
+"""Bytes of device memory that are left free, for execution contexts and for other libraries."""
 
 
 class DeviceSubnet(Subnet):
-    """A loaded engine, run step by step; with a sliding plan, that of all subnetworks."""
+    """A loaded engine, run step by step; with dynamic width, the one engine of all subnetworks."""
 
     def __init__(self, backend: Backend, index: int, full: bool, stepper: Stepper):
         bundle = backend.bundle
@@ -58,9 +58,9 @@ class DeviceSubnet(Subnet):
 
 
 class DeviceBackend(Backend):
-    """`make_device` opens the device; single steps and whole runs each have one, with engines of their own.
+    """Single steps and whole runs each open a device with `make_device`, and load their own engines.
 
-    `known`: what engines need, as far as earlier runs found out. `graphs`: capture segments where the routing allows.
+    `known`: memory of the engines that earlier runs measured. `graphs`: capture segments where the routing allows it.
     """
 
     def __init__(
@@ -77,12 +77,13 @@ class DeviceBackend(Backend):
         self._owned: list[Executor | Stepper] = []
         self._making = threading.Lock()
         self._made_stepper: Stepper | None = None
+        self._made_sampler: DeviceSampler | None = None
         self._finalizer = weakref.finalize(self, _close_all, self._owned)
 
     def subnet(self, index: int, full_capacity: bool = False, debug: bool = False) -> Subnet:
         if debug:
             raise BackendError(
-                f"{self.name} shows no values between layers; look inside with backend='onnxruntime' or 'torch' "
+                f"{self.name} cannot return values between layers; use backend='onnxruntime' or 'torch' for that "
                 "(--backend onnxruntime)"
             )
         self.require_open()
@@ -105,7 +106,7 @@ class DeviceBackend(Backend):
     def decode(self, tiles: np.ndarray) -> np.ndarray:
         """Tiles of latents f32 [B, C, tile, tile] to pixels f32 [B, 3, side, side], by the VAE decoder's engine.
 
-        Where that has no room, what whole runs keep on the device goes; the next run brings it back.
+        If there is no memory for it, what whole runs keep on the device is freed; the next run loads it again.
         """
         with self.lock:
             self.require_open()
@@ -133,9 +134,9 @@ class DeviceBackend(Backend):
         return self._stepper.longest(DECODER, "latents")
 
     def _clear_runs(self) -> bool:
-        """Free what whole runs keep; False where there is nothing."""
+        """Free what whole runs keep on the device; returns whether there was anything."""
         executors = [each for each in self._owned if isinstance(each, Executor)]
-        self.__dict__.pop("_sampler", None)
+        self._made_sampler = None
         for executor in executors:
             self._owned.remove(executor)
             close_whatever_state(executor)
@@ -164,10 +165,10 @@ class DeviceBackend(Backend):
         cfg_scale: float,
         progress: Progress | None = None,
     ) -> RunStats:
-        """What `dydit.runtime.loop.sample` does, without coming back to the host.
+        """What `dydit.runtime.loop.sample` does, without returning to the host between steps.
 
-        Where a graph cannot be captured, a warning says so, and the run starts again without graphs. What a run that
-        was interrupted left on the device goes before the next one.
+        If a graph cannot be captured, a warning says so and the run starts again without graphs. What an interrupted
+        run left on the device is freed before the next one.
         """
         with self.lock:
             self.require_open()
@@ -177,12 +178,17 @@ class DeviceBackend(Backend):
             try:
                 return sampler.sample(batches, noise, store, cfg_scale, progress)
             except CaptureError as error:
-                warnings.warn(f"{one_line(error)}; going on without CUDA graphs", stacklevel=2)
+                warnings.warn(f"{one_line(error)}; continuing without CUDA graphs", stacklevel=2)
                 sampler.options = dataclasses.replace(sampler.options, graphs=False)
                 return sampler.sample(batches, noise, store, cfg_scale, progress)
 
-    @cached_property
+    @property
     def _sampler(self) -> DeviceSampler:
+        if self._made_sampler is None:
+            self._made_sampler = self._make_sampler()
+        return self._made_sampler
+
+    def _make_sampler(self) -> DeviceSampler:
         device, manifest = self._make_device(), self.bundle.manifest
         executor = Executor(device)
         self._owned.append(executor)
@@ -197,7 +203,7 @@ class DeviceBackend(Backend):
         def fit(shape: RunShape, wanted: LaunchOptions) -> LaunchOptions:
             if (rows := shape.rows(max(shape.sizes))) > most_rows:
                 raise BackendError(
-                    f"the conditioning's engine takes at most {most_rows} labels at once, and this batch has {rows}; "
+                    f"the conditioning's engine takes at most {most_rows} labels at once, but this batch has {rows}; "
                     "use a smaller batch size, or build engines for larger batches"
                 )
             state = executor.state
@@ -209,7 +215,7 @@ class DeviceBackend(Backend):
         return DeviceSampler(executor, self.bundle, self._memory, options, fit)
 
     def _measure(self, executor: Executor) -> None:
-        """Find out what engines need whose figures no earlier run kept: each is loaded once for that."""
+        """Measure the memory of engines that no earlier run measured, by loading each once."""
         executor.load(CONDITIONER)
         wanted = engines_of(self.bundle.manifest)
         unknown = [engine for engine in wanted if engine not in self._memory]
@@ -223,7 +229,7 @@ class DeviceBackend(Backend):
             self._keep_memory(self._memory)
 
     def _keep_memory(self, memory: Mapping[EngineId, EngineMemory]) -> None:
-        """Keep what engines need for the next process."""
+        """Save the memory of the engines for the next process."""
 
     def _free(self) -> None:
         self._finalizer()

@@ -1,10 +1,10 @@
 """An NVIDIA GPU as a `Device`: PyCUDA for context, memory, streams and events, TensorRT for engines.
 
-The device's primary context is used, the one that PyTorch and ONNX Runtime use, so that all live in one process; it is
-current in a thread only inside `activate`. Streams do not wait for the legacy default stream. PyCUDA (2026.1) has no
-graphs, so the six driver functions that capture and replay them are called directly.
+It uses the device's primary context, as PyTorch and ONNX Runtime do, so that all of them work in one process. The
+context is current in a thread only inside `activate`. Streams do not wait for the legacy default stream. PyCUDA
+(2026.1) has no CUDA graphs, so the six driver functions that capture and replay them are called directly.
 
-This layer has no logic of its own that could be tested without a GPU; see `dydit.runtime.device.execute`.
+The logic is in `dydit.runtime.device.execute`, which is tested without a GPU.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _MIB = 1 << 20
 
 
 class CudaMemory:
-    """The first GPU's memory and streams. Raises `BackendError`, in one line, for whatever the driver refuses."""
+    """The first GPU's memory and streams, as `Device` describes. Raises `BackendError` for errors of the driver."""
 
     def __init__(self) -> None:
         self._cuda = pycuda_driver()
@@ -43,7 +43,6 @@ class CudaMemory:
 
     @contextmanager
     def activate(self) -> Iterator[None]:
-        """Make the GPU usable from this thread."""
         with self._explained("be used"):
             self._context.push()
         try:
@@ -59,7 +58,6 @@ class CudaMemory:
             raise BackendError(f"the GPU cannot {what}: {one_line(error)}") from error
 
     def free_memory(self) -> int:
-        """Bytes of device memory that are free now."""
         with self._explained("say how much memory is free"):
             return int(self._cuda.mem_get_info()[0])
 
@@ -69,24 +67,21 @@ class CudaMemory:
         return int(self._streams[COMPUTE].handle)
 
     def allocate(self, nbytes: int) -> int:
-        """Memory, 256-byte aligned, as all of the driver's is."""
         with self._explained(f"allocate {nbytes / _MIB:.0f} MiB (use a smaller batch size, or free memory)"):
             allocation = self._cuda.mem_alloc(nbytes)
         self._memory[int(allocation)] = allocation
         return int(allocation)
 
     def free(self, address: int) -> None:
-        """Give memory back."""
         with self._explained("free memory"):
             self._memory.pop(address).free()
 
     def upload(self, to: int, data: np.ndarray, stream: str) -> None:
-        """Copy contiguous host data. Of pageable memory the driver makes its own copy before it returns."""
+        """Copy contiguous host data. The driver copies pageable memory before it returns."""
         with self._explained("receive data"):
             self._cuda.memcpy_htod_async(to, data, self._streams[stream])
 
     def download(self, source: int, nbytes: int) -> np.ndarray:
-        """Wait for the compute stream and return bytes, uint8 [nbytes]."""
         data = np.empty(nbytes, np.uint8)
         with self._explained("finish its work"):
             self._streams[COMPUTE].synchronize()
@@ -94,34 +89,28 @@ class CudaMemory:
         return data
 
     def copy(self, to: int, source: int, nbytes: int) -> None:
-        """Copy within the device."""
         with self._explained("copy data"):
             self._cuda.memcpy_dtod_async(to, source, nbytes, self._streams[COMPUTE])
 
     def clear(self, to: int, nbytes: int) -> None:
-        """Zero bytes."""
         with self._explained("clear memory"):
             self._cuda.memset_d8_async(to, 0, nbytes, self._streams[COMPUTE])
 
     def record(self, event: str, stream: str) -> None:
-        """Mark the end of a stream."""
         with self._explained("record an event"):
             if event not in self._events:
                 self._events[event] = self._cuda.Event(self._cuda.event_flags.DISABLE_TIMING)
             self._events[event].record(self._streams[stream])
 
     def wait(self, stream: str, event: str) -> None:
-        """Let a stream wait for a mark."""
         with self._explained("wait for an event"):
             self._streams[stream].wait_for_event(self._events[event])
 
     def synchronize(self, event: str) -> None:
-        """Let the host wait for a mark."""
         with self._explained("finish its work"):
             self._events[event].synchronize()
 
     def idle(self) -> None:
-        """Let the host wait for everything."""
         with self._explained("finish its work"):
             for stream in self._streams.values():
                 stream.synchronize()
@@ -137,43 +126,34 @@ class CudaDevice(CudaMemory):
         self._capturing = False
 
     def load(self, engine: EngineId) -> None:
-        """Load an engine."""
         self._engines[engine] = self._runtime.load(engine)
 
     def unload(self, engine: EngineId) -> None:
-        """Free an engine and its contexts."""
         self._engines.pop(engine).close()
 
     def memory(self, engine: EngineId) -> EngineMemory:
-        """What a loaded engine needs."""
         return self._engines[engine].memory
 
     def longest(self, engine: EngineId, name: str) -> tuple[int, ...]:
-        """The largest shape of an input of a loaded engine."""
         return self._engines[engine].longest(name)
 
     def launch(
         self, engine: EngineId, inputs: Sequence[Tensor], outputs: Sequence[Tensor], workspace: tuple[int, int]
     ) -> None:
-        """Run an engine on the compute stream."""
         self._engines[engine].launch(inputs, outputs, workspace, self.stream, self._capturing)
 
     def begin_capture(self) -> None:
-        """Record what follows on the compute stream."""
         self._graphs.begin(self.stream)
         self._capturing = True
 
     def end_capture(self) -> Any:
-        """What was recorded, ready to run."""
         self._capturing = False
         return self._graphs.end(self.stream)
 
     def replay(self, graph: Any) -> None:
-        """Do what a graph holds, on the compute stream."""
         self._graphs.launch(graph, self.stream)
 
     def drop(self, graph: Any) -> None:
-        """Free a graph."""
         self._graphs.destroy(graph)
 
 
@@ -215,8 +195,8 @@ class _DriverGraphs:
         if code := getattr(self._library, function)(*arguments):
             text = ctypes.c_char_p()
             self._library.cuGetErrorString(code, ctypes.byref(text))
-            said = (text.value or b"unknown").decode(errors="replace")
-            raise CaptureError(f"CUDA graphs do not work here: {function} failed ({code}, {said})")
+            reason = (text.value or b"unknown").decode(errors="replace")
+            raise CaptureError(f"CUDA graphs do not work here: {function} failed ({code}, {reason})")
 
 
 def pycuda_driver() -> Any:
@@ -225,6 +205,6 @@ def pycuda_driver() -> Any:
         return importlib.import_module("pycuda.driver")
     except (ImportError, OSError) as error:
         raise BackendError(
-            f"pycuda cannot be imported ({one_line(error)}); pip install 'dydit[gpu]' (it is built on this machine and "
+            f"pycuda cannot be imported ({one_line(error)}); pip install 'dydit[gpu]' (pip compiles it here, which "
             "needs the CUDA headers)"
         ) from error

@@ -1,10 +1,10 @@
-"""TensorRT's part of a device: engines from bytes, execution contexts, one launch. For both flavours.
+"""TensorRT's part of a device: engines from bytes, execution contexts, launches. For both flavours.
 
-An engine gets one context for each set of input shapes that it is launched with. Its addresses and shapes then stay as
-they are while a graph captured from it lives: a graph holds the state of its context (NVIDIA/TensorRT#3798). All
-contexts work in the same activation memory, which the caller owns, so launches must follow one another on one stream.
+An engine has one context for each set of input shapes that it is launched with. The context's shapes and addresses
+must not change while a graph captured from it lives: a graph holds the state of its context (NVIDIA/TensorRT#3798). All
+contexts share the same activation memory, which the caller owns, so launches must follow one another on one stream.
 
-Nothing here imports TensorRT: the module is handed in (`dydit.engines.flavour.load_flavour`).
+Nothing here imports TensorRT: the module is passed in (`dydit.engines.flavour.load_flavour`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _KEPT_MESSAGES = 3
 
 
 class Runtime:
-    """Deserialises engines of one flavour. `read` gives their bytes, checked; `cache`: what an earlier run compiled."""
+    """Loads engines of one flavour. `read` returns their verified bytes; `cache`: what an earlier run compiled."""
 
     def __init__(self, trt: Any, read: ReadEngine, cache: bytes | None = None):
         self.trt, self._read = trt, read
@@ -30,7 +30,7 @@ class Runtime:
         self._runtime = trt.Runtime(_logger(trt, self.messages))
         self._cache_bytes = cache
         self._cache: Any = None
-        self.contexts = 0  # made so far
+        self.contexts = 0  # number of contexts created
 
     def load(self, engine: EngineId) -> LoadedEngine:
         """An engine on the device. Raises `BundleError` as `read` does, `BackendError` where TensorRT refuses it."""
@@ -38,17 +38,17 @@ class Runtime:
         self.messages.clear()
         loaded = self._runtime.deserialize_cuda_engine(data)
         if loaded is None:
-            raise BackendError(f"{self.trt.__name__} {self.trt.__version__} cannot load {engine}{self.said()}")
+            raise BackendError(f"{self.trt.__name__} {self.trt.__version__} cannot load {engine}{self.last_messages()}")
         return LoadedEngine(self, engine, loaded, len(data))
 
     def context(self, engine: Any) -> Any:
-        """A context without activation memory of its own; None where TensorRT makes none."""
+        """A context without activation memory of its own; None if TensorRT cannot create it."""
         self.contexts += 1
         user_managed = self.trt.ExecutionContextAllocationStrategy.USER_MANAGED
         if not hasattr(self.trt, "DynamicShapesKernelSpecializationStrategy"):
             return engine.create_execution_context(user_managed)
-        # tensorrt-rtx compiles kernels for the shapes at hand: at once, not some time during a run, whose results
-        # would change with it; and graphs are captured here, not inside.
+        # tensorrt-rtx compiles kernels for the actual shapes. EAGER does it at once: done later, during a run, it would
+        # change the run's results. Graphs are captured by the caller, not inside TensorRT.
         config = engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(user_managed)
         config.cuda_graph_strategy = self.trt.CudaGraphStrategy.DISABLED
@@ -60,17 +60,17 @@ class Runtime:
         if self._cache is None:
             self._cache = config.create_runtime_cache()
             if self._cache_bytes:
-                self._cache.deserialize(self._cache_bytes)  # refused, and empty, where it is of another machine
+                self._cache.deserialize(self._cache_bytes)  # stays empty if the cache is another machine's
         return self._cache
 
     def compiled(self) -> bytes | None:
-        """What this run compiled, for the next one; None where there is nothing new."""
+        """What this run compiled, for the next one; None if there is nothing new."""
         if self._cache is None:
             return None
         data = bytes(self._cache.serialize())
         return data if data != self._cache_bytes else None
 
-    def said(self) -> str:
+    def last_messages(self) -> str:
         """TensorRT's last errors and warnings, for a message."""
         return f": {one_line(Exception(' '.join(self.messages[-_KEPT_MESSAGES:])))}" if self.messages else ""
 
@@ -98,7 +98,7 @@ class LoadedEngine:
         """Queue one execution on a CUDA stream."""
         if workspace[1] < self.memory.activation:
             raise BackendError(
-                f"{self._name} needs {self.memory.activation} bytes to work in and was given {workspace[1]}; remove "
+                f"{self._name} needs a workspace of {self.memory.activation} bytes, but got {workspace[1]}; remove "
                 "memory.json from the folder of the engines"
             )
         key = tuple((each.name, each.shape) for each in inputs)
@@ -107,13 +107,13 @@ class LoadedEngine:
         self._contexts[key].launch((*inputs, *outputs), workspace, stream, capturing)
 
     def close(self) -> None:
-        """Free it; contexts before their engine."""
+        """Free the contexts, then the engine."""
         self._contexts.clear()
         self._engine = None
 
 
 class _Context:
-    """An execution context at fixed input shapes. Nothing of it is set again that is as it should be."""
+    """An execution context at fixed input shapes. Only what changed is set again."""
 
     def __init__(self, runtime: Runtime, name: EngineId, engine: Any, inputs: Sequence[Tensor]):
         self._runtime, self._name = runtime, name
@@ -130,7 +130,8 @@ class _Context:
         """Queue one execution."""
         self._runtime.messages.clear()
         if self._workspace != workspace:
-            self._context.set_device_memory(*workspace)
+            address, nbytes = workspace
+            self._context.set_device_memory(address, nbytes)
             self._workspace = workspace
         for tensor in tensors:
             if self._addresses.get(tensor.name) != tensor.address:
@@ -142,16 +143,16 @@ class _Context:
             self._require(capturable, "cannot be captured in a CUDA graph", CaptureError)
         self._require(self._context.execute_async_v3(stream), "failed")
 
-    def _require(self, condition: bool, trouble: str, kind: type[BackendError] = BackendError) -> None:
+    def _require(self, condition: bool, problem: str, kind: type[BackendError] = BackendError) -> None:
         if not condition:
             trt = self._runtime.trt
-            raise kind(f"{trt.__name__} {trt.__version__}: {self._name} {trouble}{self._runtime.said()}")
+            raise kind(f"{trt.__name__} {trt.__version__}: {self._name} {problem}{self._runtime.last_messages()}")
 
 
 def _logger(trt: Any, messages: list[str]) -> Any:
-    """A logger that keeps warnings and errors."""
+    """A logger that collects warnings and errors."""
 
-    class Kept(trt.ILogger):
+    class Collector(trt.ILogger):
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
 
@@ -160,4 +161,4 @@ def _logger(trt: Any, messages: list[str]) -> Any:
                 messages.append(message)
                 del messages[:-_KEPT_MESSAGES]
 
-    return Kept()
+    return Collector()

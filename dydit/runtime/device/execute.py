@@ -1,7 +1,7 @@
-"""Doing what a `LaunchPlan` lists, on anything that has the few abilities of a `Device`.
+"""Runs the operations of a `LaunchPlan` on a `Device`.
 
 This is the only interpreter of the operations: on a GPU (`dydit.runtime.device.cuda`) and, in tests, on a device made
-of NumPy arrays that runs its streams in any order that the events allow.
+of NumPy arrays whose streams run in any order that the events allow.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import numpy as np
 from dydit.errors import BackendError, DyditError
 from dydit.runtime.device import operations as op
 from dydit.runtime.device.launches import WORKSPACE, DeviceState, EngineMemory, LaunchPlan
-from dydit.runtime.device.operations import Address, Binding, EngineId, GraphKey, HostArray, Operation, Places
+from dydit.runtime.device.operations import Address, Binding, EngineId, GraphKey, HostArray, Operation, UnitOrder
 
 
 class CaptureError(BackendError):
-    """Work cannot be captured in a graph here; it can be run without."""
+    """Work cannot be captured in a graph here. It can be run without."""
 
 
 class Tensor(NamedTuple):
@@ -33,16 +33,16 @@ class Tensor(NamedTuple):
 
 
 class Device(Protocol):
-    """What a device does. Addresses are integers; work is queued on named streams unless it says that it waits."""
+    """What a device can do. Addresses are integers. Work is queued on named streams, unless the method waits."""
 
     def activate(self) -> AbstractContextManager[Any]:
         """Make the device usable from this thread."""
 
     def allocate(self, nbytes: int) -> int:
-        """Memory, 256-byte aligned. Raises `BackendError` where there is not enough."""
+        """Allocate memory, 256-byte aligned. Raises `BackendError` if there is not enough."""
 
     def free(self, address: int) -> None:
-        """Give memory back."""
+        """Free memory."""
 
     def upload(self, to: int, data: np.ndarray, stream: str) -> None:
         """Copy contiguous host data to the device; the host may change it as soon as this returns."""
@@ -57,16 +57,16 @@ class Device(Protocol):
         """Zero bytes, on the compute stream."""
 
     def record(self, event: str, stream: str) -> None:
-        """Mark the end of a stream."""
+        """Record an event at the end of a stream."""
 
     def wait(self, stream: str, event: str) -> None:
-        """Let a stream wait for a mark."""
+        """Make a stream wait for an event."""
 
     def synchronize(self, event: str) -> None:
-        """Let the host wait for a mark."""
+        """Make the host wait for an event."""
 
     def idle(self) -> None:
-        """Let the host wait for everything."""
+        """Make the host wait for all queued work."""
 
     def free_memory(self) -> int:
         """Bytes that are free now."""
@@ -89,34 +89,34 @@ class Device(Protocol):
         """Run an engine on the compute stream; `workspace`: address and bytes for its activations."""
 
     def begin_capture(self) -> None:
-        """From here on, record what is queued on the compute stream instead of doing it. May raise `CaptureError`."""
+        """Record what is queued on the compute stream from here on, instead of running it. May raise `CaptureError`."""
 
     def end_capture(self) -> Any:
         """The graph of what was recorded."""
 
     def replay(self, graph: Any) -> None:
-        """Do what a graph holds, on the compute stream."""
+        """Run a graph, on the compute stream."""
 
     def drop(self, graph: Any) -> None:
         """Free a graph that is not running."""
 
 
 class Host(Protocol):
-    """Where data comes from and latents go to."""
+    """Where data comes from."""
 
     def array(self, source: HostArray) -> np.ndarray:
         """Data to upload, contiguous."""
 
 
 Deliver = Callable[[int, int, np.ndarray, int], None]
-"""`deliver(batch, segments, bytes, repeated)`: latents after so many segments; steps repeated since the last time."""
+"""`deliver(batch, segments, bytes, repeated)`: latents after `segments` segments; steps repeated since then."""
 Progress = Callable[[int], None]
-"""`progress(steps)`: so many more steps of a batch were launched."""
+"""`progress(steps)`: this many more steps of a batch were launched."""
 
 
 @dataclass
 class RunCounts:
-    """What a run did: steps of a batch, how many of them were repeated, tokens that had found no slot."""
+    """What a run did: steps of a batch, how many of them were repeated, and tokens above the capacity."""
 
     steps: int = 0
     repeated_steps: int = 0
@@ -131,7 +131,7 @@ class Executor:
         self._buffers: dict[str, tuple[int, int]] = {}
         self._engines: list[EngineId] = []
         self._graphs: dict[GraphKey, tuple[Any, int]] = {}
-        self._places: Places | None = None
+        self._unit_order: UnitOrder | None = None
         self._do: dict[type, Callable[[Any], None]] = {
             op.Allocate: self._allocate,
             op.Free: lambda o: device.free(self._buffers.pop(o.buffer)[0]),
@@ -154,7 +154,7 @@ class Executor:
     def state(self) -> DeviceState:
         """What is on the device now."""
         sizes = {name: nbytes for name, (_, nbytes) in self._buffers.items()}
-        return DeviceState(sizes, tuple(self._engines), frozenset(self._graphs), self._places)
+        return DeviceState(sizes, tuple(self._engines), frozenset(self._graphs), self._unit_order)
 
     def run(self, plan: LaunchPlan, host: Host, deliver: Deliver, progress: Progress | None = None) -> RunCounts:
         """Run a plan made for this executor's `state`. Raises `BackendError` as the device does."""
@@ -182,7 +182,7 @@ class Executor:
         return counts
 
     def do(self, ops: Sequence[Operation], host: Host) -> None:
-        """Do operations apart from a plan."""
+        """Run operations that belong to no plan."""
         with self.device.activate():
             self._perform(ops, host)
 
@@ -192,7 +192,7 @@ class Executor:
             self._load(op.LoadEngine(engine))
 
     def unload(self, engine: EngineId) -> None:
-        """Free an engine that was loaded so."""
+        """Free an engine that `load` loaded."""
         with self.device.activate():
             self._unload(op.UnloadEngine(engine))
 
@@ -204,7 +204,7 @@ class Executor:
             self._all(tuple(op.DropGraph(graph) for graph in self._graphs))
             self._all(tuple(op.UnloadEngine(engine) for engine in self._engines))
             self._all(tuple(op.Free(name) for name in self._buffers))
-            self._places = None
+            self._unit_order = None
 
     def _perform(
         self,
@@ -213,7 +213,7 @@ class Executor:
         counts: RunCounts | None = None,
         progress: Progress | None = None,
     ) -> tuple[int, ...]:
-        """Do operations in order; returns the batches that overflowed."""
+        """Run operations in order; returns the batches that overflowed."""
         overflowed: list[int] = []
         for each in ops:
             if isinstance(each, op.Upload):
@@ -242,7 +242,7 @@ class Executor:
         tokens = data.reshape(len(each.batches), each.steps, -1)[:, :, : each.blocks].sum(axis=(1, 2))
         if each.strict and tokens.any():
             raise BackendError(
-                f"segment {each.segment} drops tokens even at full capacity; export the bundle and build it again"
+                f"segment {each.segment} drops tokens even at full capacity; export the bundle and rebuild its engines"
             )
         if counts is not None:
             counts.overflowed_tokens += int(tokens.sum())
@@ -259,7 +259,7 @@ class Executor:
         self._buffers[each.buffer] = (self.device.allocate(each.nbytes), each.nbytes)
 
     def _arranged(self, each: op.Arranged) -> None:
-        self._places = each.places
+        self._unit_order = each.order
 
     def _load(self, each: op.LoadEngine) -> None:
         self.device.load(each.engine)
@@ -270,11 +270,11 @@ class Executor:
         self._engines.remove(each.engine)
 
     def _launch(self, each: op.Launch) -> None:
-        inputs, outputs = ([self.tensor(one) for one in side] for side in (each.inputs, each.outputs))
+        inputs, outputs = ([self.tensor(binding) for binding in row] for row in (each.inputs, each.outputs))
         self.device.launch(each.engine, inputs, outputs, self._buffers.get(WORKSPACE, (0, 0)))
 
     def tensor(self, binding: Binding) -> Tensor:
-        """A binding at its address."""
+        """A binding with its address on the device."""
         return Tensor(binding.name, binding.dtype, binding.shape, self._at(binding.address))
 
     def _capture(self, each: op.Capture) -> None:

@@ -1,4 +1,4 @@
-"""The numbers that a run on a device needs from the host, in the form in which `layout` wants them."""
+"""The data that a run on a device needs from the host, laid out as `Layout` describes."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class StoredWeights:
 
 
 class HostInputs:
-    """Makes each `HostArray` when it is asked for; nothing large is kept.
+    """Computes each `HostArray` when it is requested; nothing large is kept.
 
-    `load(batch)`: latents of a batch that has segments behind it.
+    `load(batch)`: latents of a batch that has passed some segments already.
     """
 
     def __init__(

@@ -1,17 +1,17 @@
-"""The whole run on a device as a list of operations, worked out in plain Python before anything is launched.
+"""A whole run on a device as a list of operations, computed in plain Python before anything is launched.
 
-Setup makes the buffers and uploads what the whole run needs. Then, segment by segment over all batches:
+Setup allocates the buffers and uploads what the whole run needs. Then, segment by segment over all batches:
 
-    with weights that slide, the units of the segment come to the front (`dydit.runtime.device.slots`)
-    for each batch: noise, labels and latents come to the segment's places; modulation is computed on the device;
-                    the steps run, each reading what the one before wrote; the latents go to their next place
-    meanwhile:      the next segment's engine is loaded, and the next noise uploaded on the copy stream
-    then, by capacity: one read of the overflow counters, and batches that overflowed pass the segment again, whole,
-                    on its form at full capacity, from the latents and noise that they started it with
+    with dynamic width, the unit weights of the segment come to the front (`dydit.runtime.device.unit_weights`)
+    for each batch: noise, labels and latents are copied to the segment's buffers; modulation is computed on the device;
+                    the steps run, each reading what the one before wrote; the latents are copied to the next buffer
+    meanwhile:      the next segment's engine is loaded, and the next noise is uploaded on the copy stream
+    with capacity routing: the overflow counters are read once; batches that overflowed run the whole segment again, at
+                    full capacity, from the latents and noise with which they started it
 
 Nothing inside a segment waits for the host. With graphs, the steps of a segment are captured once for each batch size
-and replayed for every batch after that; their inputs then come to fixed places first, because a graph must not outlive
-a change of the execution context that it was captured from, of addresses too.
+and replayed for every later batch. Their inputs are copied to fixed addresses first: a captured graph is valid only
+while its execution context keeps its shapes and addresses.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ from dydit.runtime.device.operations import (
     Launch,
     LoadEngine,
     Operation,
-    Places,
     ReadOverflow,
     Record,
     Replay,
     Synchronize,
+    UnitOrder,
     UnloadEngine,
     Upload,
     Wait,
@@ -72,12 +72,12 @@ class EngineMemory:
 
 @dataclass(frozen=True)
 class DeviceState:
-    """What earlier runs left on the device: buffers with their bytes, engines, graphs, weights that slide."""
+    """What earlier runs left on the device: buffers with their bytes, engines, graphs, the order of unit weights."""
 
     buffers: Mapping[str, int] = field(default_factory=dict)
     engines: tuple[EngineId, ...] = ()
     graphs: frozenset[GraphKey] = frozenset()
-    places: Places | None = None
+    unit_order: UnitOrder | None = None
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class MemoryTotal:
 class SegmentOps:
     """A segment: what runs; then, where a batch overflowed, `LaunchPlan.repeat`; then what is saved.
 
-    `settle` makes room between `run` and the repetition, when nothing is in work.
+    `settle` frees engines between `run` and the repetition, while nothing runs.
     """
 
     segment: int
@@ -110,7 +110,7 @@ class SegmentOps:
 class LaunchPlan:
     """The operations of a run. `memory`: what each engine that it may load needs (`engines_of` names them).
 
-    Call `setup`, then draw `segments` one after another, calling `repeat` for a segment before the next one is drawn.
+    Call `setup`, then iterate over `segments`, calling `repeat` for a segment before the next one is requested.
     """
 
     def __init__(
@@ -128,10 +128,10 @@ class LaunchPlan:
         self._engines = [self._engine(index) for index in self.layout.visited]
         repeats = any(self._may_overflow(index) for index in self.layout.visited)
         loaded = [key for key in self._state.engines if key != CONDITIONER and not key.full]
-        self._full = {key for key in self._state.engines if key.full}  # one that stays, or what a failed run left
+        self._full = {key for key in self._state.engines if key.full}  # one that stays, or one that a failed run left
         self._residency = plan_residency(self._engines, loaded, self.options.resident, repeats)
         self._captured = set(self._state.graphs)
-        self._places = self._state.places
+        self._unit_order = self._state.unit_order
 
     @cached_property
     def buffers(self) -> dict[str, int]:
@@ -143,14 +143,14 @@ class LaunchPlan:
 
     @property
     def memory(self) -> MemoryTotal:
-        """What the run takes at most."""
+        """The most memory that the run takes."""
         weights = {key: each.weights for key, each in self._memory.items()}
         workspace = self.buffers.get(WORKSPACE, 0)
         engines = weights[CONDITIONER] + self._residency.peak_bytes(weights, repeats=self.layout.capacity)
         return MemoryTotal(sum(self.buffers.values()) - workspace, workspace, engines)
 
     def setup(self) -> tuple[Operation, ...]:
-        """Before the first segment."""
+        """The operations before the first segment."""
         held = self._state.buffers
         changed = [name for name, nbytes in self.buffers.items() if held.get(name) != nbytes]
         ops: list[Operation] = []
@@ -167,13 +167,13 @@ class LaunchPlan:
         if "zeros" in self.buffers:
             ops.append(Clear(Address("zeros"), self.buffers["zeros"]))
         ops += self._uploads()
-        if self.layout.slots is not None and self._places is None:
-            ops += self.layout.slots.fill()
-            self._places = self.layout.slots.stored
+        if self.layout.unit_weights is not None and self._unit_order is None:
+            ops += self.layout.unit_weights.fill()
+            self._unit_order = self.layout.unit_weights.stored
         return (*ops, *self._fetch_noise(self.layout.visited[0], self.layout.waiting(self.layout.visited[0])[0], True))
 
     def segments(self) -> Iterator[SegmentOps]:
-        """Segment after segment. Each is worked out when it is asked for."""
+        """Segment after segment. Each is computed when it is requested."""
         visited = self.layout.visited
         for index, segment in enumerate(visited):
             stop = self._residency.stops[index]
@@ -196,7 +196,7 @@ class LaunchPlan:
             yield SegmentOps(segment, tuple(run), tuple(settle), tuple(save))
 
     def repeat(self, segment: int, batches: Sequence[int]) -> tuple[Operation, ...]:
-        """Pass a segment again with some batches, at full capacity."""
+        """Run a segment again for some batches, at full capacity."""
         engine = self._engine(segment, full=True)
         ops: list[Operation] = [] if engine in self._full else [LoadEngine(engine)]
         for place, batch in enumerate(batches):
@@ -204,17 +204,17 @@ class LaunchPlan:
                 ops.append(Upload(Address("noise"), HostArray("noise", batch, segment), nbytes))
             ops += self._visit(segment, batch, place, engine)
         ops.append(self._read_overflow(segment, batches, strict=True))
-        if self.manifest.sliding:  # it serves any segment that is to come
+        if self.manifest.sliding:  # later segments use the same engine
             self._full.add(engine)
             return tuple(ops)
         return (*ops, UnloadEngine(engine))
 
     def operations(self) -> tuple[Operation, ...]:
-        """Everything, for a run in which no tokens overflow."""
+        """All operations, for a run in which no tokens overflow."""
         return (*self.setup(), *(op for part in self.segments() for op in (*part.run, *part.settle, *part.save)))
 
     def _uploads(self) -> list[Operation]:
-        """What stays for the whole run, and the latents that it starts from."""
+        """Upload what the whole run needs, and the latents that it starts from."""
         kinds = {"coefficients", "cfg_scale", "gates", "timesteps", "labels.all"}
         sizes = self.layout.buffers | {"cfg_scale": 4}
         ops: list[Operation] = [Upload(Address(name), HostArray(name), sizes[name]) for name in sizes if name in kinds]
@@ -229,7 +229,7 @@ class LaunchPlan:
         return len(self.layout.noise_steps(segment)) * self.layout.noise_stride(self.shape.sizes[batch])
 
     def _fetch_noise(self, segment: int, batch: int, first: bool = False) -> list[Operation]:
-        """Bring a batch's noise for a segment while other work runs; its place is free once the last was taken."""
+        """Upload a batch's noise for a segment while other work runs, once the noise before it was copied away."""
         nbytes = self._noise_bytes(segment, batch)
         if not nbytes:
             return []
@@ -245,7 +245,7 @@ class LaunchPlan:
         return [Wait(COMPUTE, NOISE_READY), copy, Record(NOISE_TAKEN, COMPUTE)]
 
     def _run(self, segment: int, stop: Stop, following: int | None) -> list[Operation]:
-        batches, ops = self.layout.waiting(segment), self._slide(segment)
+        batches, ops = self.layout.waiting(segment), self._arrange(segment)
         for place, batch in enumerate(batches):
             ops += self._take_noise(segment, batch)
             ops += self._visit(segment, batch, place, stop.engine)
@@ -259,17 +259,17 @@ class LaunchPlan:
             ops.append(self._read_overflow(segment, batches))
         return ops
 
-    def _slide(self, segment: int) -> list[Operation]:
+    def _arrange(self, segment: int) -> list[Operation]:
         """Bring the segment's units to the front: for all batches, and for those that repeat it."""
-        if self.layout.slots is None:
+        if self.layout.unit_weights is None:
             return []
-        assert self._places is not None, "setup comes first"
+        assert self._unit_order is not None, "setup comes first"
         subnet = self.manifest.plan.segments[segment].subnet
-        ops, self._places = self.layout.slots.enter(self._places, subnet)
+        ops, self._unit_order = self.layout.unit_weights.enter(self._unit_order, subnet)
         return list(ops)
 
     def _visit(self, segment: int, batch: int, place: int, engine: EngineId) -> list[Operation]:
-        """A batch passes a segment; its noise is in place."""
+        """Run a segment for a batch whose noise has been uploaded."""
         layout, size = self.layout, self.shape.sizes[batch]
         count, nbytes = layout.segments[segment].count, size * layout.image_bytes
         labels = Copy(Address("labels"), Address("labels.all", batch * layout.labels_stride), 8 * self.shape.rows(size))
@@ -299,7 +299,7 @@ class LaunchPlan:
         return [*ops, Replay(key)]
 
     def _body(self, segment: int, chunk: range, size: int, engine: EngineId) -> Body:
-        """The steps of a part of a segment; the first step of the segment reads x.0."""
+        """The steps of a part of a segment. The first step of the segment reads x.0."""
         layout, first = self.layout, self.layout.segments[segment].first
         subnet = self.manifest.plan.segments[segment].subnet
         gated = self.manifest.subnets[subnet].gated
@@ -311,7 +311,7 @@ class LaunchPlan:
                 "condition": layout.modulation(chunk, step, size),
                 **({"gates": Address("gates", step * layout.gates_stride)} if gated else {}),
             }
-            places = {
+            addresses = {
                 "x": Address(f"x.{(step - first) % 2}"),
                 "x_prev": Address(f"x.{(step - first + 1) % 2}"),
                 "cfg_scale": Address("cfg_scale"),
@@ -320,11 +320,11 @@ class LaunchPlan:
             }
             if layout.staged:
                 fixed = {name: Address(f"step.{name}") for name in sources}
-                places |= {"x": Address("x.0"), "x_prev": Address("x.1"), **fixed}
-                places["token_overflow"] = Address("step.overflow")
+                addresses |= {"x": Address("x.0"), "x_prev": Address("x.1"), **fixed}
+                addresses["token_overflow"] = Address("step.overflow")
                 if step != first:
                     ops.append(Copy(Address("x.0"), Address("x.1"), size * layout.image_bytes))
-            inputs, outputs = layout.step_bindings(subnet, size, places)
+            inputs, outputs = layout.step_bindings(subnet, size, addresses)
             launch = Launch(engine, step, inputs, outputs)
             if layout.staged:
                 sizes = {each.name: each.nbytes for each in (*inputs, *outputs)}
@@ -332,7 +332,7 @@ class LaunchPlan:
             ops.append(launch)
             if layout.staged and layout.capacity:
                 counters = sizes["token_overflow"]
-                ops.append(Copy(layout.overflow(segment, step), places["token_overflow"], counters))
+                ops.append(Copy(layout.overflow(segment, step), addresses["token_overflow"], counters))
         return tuple(ops)
 
     def _read_overflow(self, segment: int, batches: Sequence[int], strict: bool = False) -> ReadOverflow:
@@ -364,9 +364,9 @@ def fit_resident(
     options: LaunchOptions,
     limit: int,
 ) -> LaunchOptions:
-    """The options with as many resident subnetworks, of those that they allow, as fit in `limit` bytes.
+    """The options with as many resident subnetworks, up to their own limit, as fit in `limit` bytes.
 
-    Raises `BackendError` where not even two do; with a sliding plan, the one that there is.
+    Raises `BackendError` where not even two fit; with dynamic width, where the one engine does not.
     """
 
     def total(resident: int | None) -> int:
@@ -380,7 +380,7 @@ def fit_resident(
         loaded = "its one engine" if manifest.sliding else "two subnetworks"
         raise BackendError(
             f"a batch of {max(shape.sizes)} images needs {least / _GIB:.1f} GiB of device memory with {loaded} "
-            f"loaded, and {limit / _GIB:.1f} GiB are free; use a smaller batch size"
+            f"loaded, but only {limit / _GIB:.1f} GiB are free; use a smaller batch size"
         )
     while low < high:
         middle = (low + high + 1) // 2

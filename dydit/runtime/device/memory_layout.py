@@ -1,18 +1,18 @@
-"""Where a run's data lies in device memory: buffers, their sizes, and the places in them. Derived from `graph_io`.
+"""Where a run's data lies in device memory: buffers, their sizes, and addresses in them. Derived from `io_spec`.
 
-Every place that an engine reads or writes is 256-byte aligned, so rows of a table are padded to that. What a segment
-needs comes to the same places for every batch, so that a captured graph serves all batches of one size.
+Every address that an engine reads or writes is 256-byte aligned, so rows of a table are padded to that. The inputs of
+a segment are at the same addresses for every batch, so that a captured graph serves all batches of one size.
 
-    latents.0, latents.1   every batch between segments: even segments read .0 and write .1, odd ones the other way
-    x.0, x.1               the batch in work: a step reads one and writes the other
-    noise, noise.next      of the segment in work, and of the next, which arrives meanwhile
+    latents.0, latents.1   every batch between segments: even segments read .0 and write .1, odd ones read .1
+    x.0, x.1               the current batch: a step reads one and writes the other
+    noise, noise.next      of the current segment, and of the next, which is uploaded meanwhile
     modulation             of consecutive steps of the segment, computed on the device
-    labels, labels.all     of the rows in work; of all batches
+    labels, labels.all     of the current rows; of all batches
     coefficients, cfg_scale, gates, timesteps    of the whole run
-    overflow, overflow.visit    counters of a segment, of all its batches; of the batch in work
+    overflow, overflow.visit    counters of a segment, for all its batches; for the current batch
     zeros                  noise of steps that add none
-    step.*                 a step's inputs and counters at fixed places, where graphs are captured
-    units, units.scratch   weights of a sliding plan (`dydit.runtime.device.slots`)
+    step.*                 a step's inputs and counters at fixed addresses, where graphs are captured
+    units, units.scratch   unit weights with dynamic width (`dydit.runtime.device.unit_weights`)
     workspace              activations, shared by all engines
 """
 
@@ -39,14 +39,14 @@ from dydit.bundle.manifest import Manifest, Routing
 from dydit.diffusion.coefficients import COEFFICIENTS
 from dydit.errors import ConfigError
 from dydit.runtime.device.operations import ALIGNMENT, Address, Binding, aligned
-from dydit.runtime.device.slots import Slots
+from dydit.runtime.device.unit_weights import UnitWeights
 
 _NOISE = COEFFICIENTS.index("noise")
 
 
 @dataclass(frozen=True)
 class RunShape:
-    """What a run is, apart from its numbers: images per batch, guidance, segments that each batch has behind it."""
+    """The sizes of a run: images per batch, whether it is guided, segments that each batch has already passed."""
 
     sizes: tuple[int, ...]
     guided: bool
@@ -57,18 +57,18 @@ class RunShape:
         return 2 * size if self.guided else size
 
     def behind(self, batch: int) -> int:
-        """How many segments a batch has behind it."""
+        """How many segments a batch has passed already."""
         return self.done[batch] if self.done else 0
 
 
 @dataclass(frozen=True)
 class LaunchOptions:
-    """How to run; none of it changes what is computed.
+    """How to run. No option changes what is computed.
 
     `graphs`: capture segments as CUDA graphs (dynamic routing cannot be captured and runs without). `fixed`: steps read
-    their inputs at fixed places even without graphs. `resident`: how many subnetworks are loaded at a time, at least 2
-    (None: all). `modulation_bytes`: at most so much is computed ahead of its steps, `conditioning_steps` likewise (what
-    the engine's profile allows). `save_segments`: download latents after every segment, not only the last.
+    their inputs at fixed addresses even without graphs. `resident`: subnetworks that are loaded at a time, at least 2
+    (None: all). `modulation_bytes`, `conditioning_steps`: how much modulation is computed ahead, at most; the latter is
+    what the engine's profile allows. `save_segments`: download latents after every segment, not only the last.
     """
 
     graphs: bool = True
@@ -81,19 +81,21 @@ class LaunchOptions:
     def __post_init__(self) -> None:
         if self.resident is not None and self.resident < 2:
             raise ConfigError(
-                f"{self.resident} resident subnetworks are too few: the present one and the next make 2, at least"
+                f"resident is {self.resident}, but at least 2 subnetworks have to be loaded: the present and the next"
             )
 
 
 class Layout:
-    """Buffers of a run and places in them, from a manifest, the run's shape and options."""
+    """Buffers of a run and addresses in them, from a manifest, the run's shape and options."""
 
     def __init__(self, manifest: Manifest, shape: RunShape, options: LaunchOptions):
         self.manifest, self.shape, self.options = manifest, shape, options
         model, self.segments = manifest.model, manifest.plan.segments
-        self.slots = Slots(manifest) if manifest.sliding else None
+        self.unit_weights = UnitWeights(manifest) if manifest.sliding else None
         if not shape.sizes or not 1 <= min(shape.sizes) <= max(shape.sizes) <= manifest.max_batch:
-            raise ConfigError(f"batches of {shape.sizes} images: this bundle was exported for 1..{manifest.max_batch}")
+            raise ConfigError(
+                f"batch sizes {shape.sizes} are outside 1..{manifest.max_batch}, for which the bundle was exported"
+            )
         self.largest = max(shape.sizes)
         self.capacity = manifest.routing is Routing.CAPACITY
         self.capturing = options.graphs and manifest.routing is not Routing.DYNAMIC
@@ -120,13 +122,13 @@ class Layout:
 
     @cached_property
     def staged(self) -> bool:
-        """Whether steps read their inputs at fixed places: for graphs, or because a table cannot be padded."""
+        """Whether steps read their inputs at fixed addresses: for graphs, or because a table cannot be padded."""
         rows = {self.shape.rows(size) for size in self.shape.sizes}
         return self.capturing or self.options.fixed or any(count * self.modulation_row % ALIGNMENT for count in rows)
 
     @cached_property
     def chunk_steps(self) -> int:
-        """For how many steps modulation is computed at once."""
+        """The number of steps whose modulation is computed at once."""
         fits = self.options.modulation_bytes // (self.modulation_row * self.shape.rows(self.largest))
         longest = max(self.segments[index].count for index in self.visited)
         return max(1, min(longest, fits, self.options.conditioning_steps))
@@ -186,8 +188,8 @@ class Layout:
                 "step.gates": gated * 4 * model.units.size,
                 "step.overflow": self.capacity * self.overflow_stride,
             }
-        if self.slots is not None:
-            sizes |= self.slots.buffers
+        if self.unit_weights is not None:
+            sizes |= self.unit_weights.buffers
         return {name: aligned(nbytes) for name, nbytes in sizes.items() if nbytes}
 
     def latents(self, segment: int, batch: int) -> Address:
@@ -216,31 +218,31 @@ class Layout:
         return Address("overflow.visit", (step - self.segments[segment].first) * self.overflow_stride)
 
     def step_bindings(
-        self, subnet: int, size: int, places: Mapping[str, Address]
+        self, subnet: int, size: int, addresses: Mapping[str, Address]
     ) -> tuple[tuple[Binding, ...], tuple[Binding, ...]]:
-        """Inputs and outputs of a subnetwork's engine at the given places; weights that slide are in theirs."""
+        """Inputs and outputs of a subnetwork's engine at the given addresses; with dynamic width, unit weights too."""
         model, entry = self.manifest.model, self.manifest.subnets[subnet]
         symbols = {BATCH: size, ROWS: self.shape.rows(size)}
-        inputs = _bind(subnet_inputs(model, entry.gated), symbols, places)
-        inputs += self.slots.bindings(subnet) if self.slots is not None else ()
-        return inputs, _bind(subnet_outputs(model, self.capacity), symbols, places)
+        inputs = _bind(subnet_inputs(model, entry.gated), symbols, addresses)
+        inputs += self.unit_weights.bindings(subnet) if self.unit_weights is not None else ()
+        return inputs, _bind(subnet_outputs(model, self.capacity), symbols, addresses)
 
     def conditioning_bindings(self, chunk: range, size: int) -> tuple[tuple[Binding, ...], tuple[Binding, ...]]:
         """Inputs and outputs of the conditioning's engine for a part of a segment."""
         symbols = {STEPS: len(chunk), LABELS: self.shape.rows(size)}
-        places = {
+        addresses = {
             "timesteps": self.timesteps(chunk),
             "labels": Address("labels"),
             "condition": Address("condition"),
         }
         model = self.manifest.model
-        return _bind(conditioning_inputs(), symbols, places), _bind(conditioning_outputs(model), symbols, places)
+        return _bind(conditioning_inputs(), symbols, addresses), _bind(conditioning_outputs(model), symbols, addresses)
 
 
 def _bind(
-    specs: tuple[TensorSpec, ...], symbols: Mapping[str, int], places: Mapping[str, Address]
+    specs: tuple[TensorSpec, ...], symbols: Mapping[str, int], addresses: Mapping[str, Address]
 ) -> tuple[Binding, ...]:
-    return tuple(Binding(spec.name, spec.dtype, spec.concrete(symbols), places[spec.name]) for spec in specs)
+    return tuple(Binding(spec.name, spec.dtype, spec.concrete(symbols), addresses[spec.name]) for spec in specs)
 
 
 def _spec(specs: tuple[TensorSpec, ...], name: str) -> TensorSpec:

@@ -1,8 +1,8 @@
-"""The vocabulary of a run on a device: one small frozen dataclass for each thing that is done.
+"""The operations of a run on a device: one small frozen dataclass for each.
 
-Memory is named: an `Address` is a buffer and a byte offset, so that lists of operations can be made, compared and
-tested without a device. Work is queued on one of two streams, `COMPUTE` and `COPY`, and done in order on each; the
-host goes on at once, but for the operations in `HOST_WAITS`.
+Memory is named: an `Address` is a buffer and a byte offset, so lists of operations can be made, compared and tested
+without a device. Work is queued on one of two streams, `COMPUTE` and `COPY`, each of which runs in order. The host does
+not wait, except for the operations in `HOST_WAITS`.
 """
 
 from __future__ import annotations
@@ -10,9 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import numpy as np
-
-from dydit.bundle.stored_weights import STORAGE
+from dydit.dtypes import DTYPES
 
 COMPUTE, COPY = "compute", "copy"
 ALIGNMENT = 256  # bytes; what TensorRT asks of device memory
@@ -28,7 +26,7 @@ class EngineId:
     """An engine of the bundle: a subnetwork (`full`: its form at full capacity), or with None the conditioning, or
     the VAE `decoder`.
 
-    A sliding plan has one engine for all subnetworks, which goes by the first one's number.
+    With dynamic width, one engine serves all subnetworks; it has the number of the first.
     """
 
     subnet: int | None
@@ -60,7 +58,7 @@ class GraphKey:
 
 @dataclass(frozen=True)
 class Address:
-    """A place in device memory."""
+    """An address in device memory: a named buffer and an offset in bytes."""
 
     buffer: str
     offset: int = 0
@@ -78,12 +76,12 @@ class Binding:
     @property
     def nbytes(self) -> int:
         """Bytes of the array."""
-        return np.dtype(STORAGE.get(self.dtype, self.dtype)).itemsize * math.prod(self.shape)
+        return DTYPES[self.dtype].bytes * math.prod(self.shape)
 
 
 @dataclass(frozen=True)
 class Allocate:
-    """Make a buffer; its content is undefined."""
+    """Allocate a buffer; its content is undefined."""
 
     buffer: str
     nbytes: int
@@ -91,7 +89,7 @@ class Allocate:
 
 @dataclass(frozen=True)
 class Free:
-    """Give a buffer back."""
+    """Free a buffer."""
 
     buffer: str
 
@@ -136,15 +134,15 @@ class Copy:
     nbytes: int
 
 
-Places = tuple[tuple[tuple[int, ...], ...], ...]
-"""The unit in each place, by block and part (heads, groups); see `dydit.runtime.device.slots`."""
+UnitOrder = tuple[tuple[tuple[int, ...], ...], ...]
+"""The unit in each storage slot, by block and unit group; see `dydit.runtime.device.unit_weights`."""
 
 
 @dataclass(frozen=True)
 class Arranged:
-    """Note where the units of a sliding plan's weights are. None: not known, while they move."""
+    """Note in which order the unit weights lie. None: unknown, while they move."""
 
-    places: Places | None
+    order: UnitOrder | None
 
 
 @dataclass(frozen=True)
@@ -159,14 +157,14 @@ class Launch:
 
 @dataclass(frozen=True)
 class WarmUp:
-    """Do work whose results are overwritten later: TensorRT wants one launch at the shapes before a capture."""
+    """Run work whose results are overwritten later: TensorRT needs one launch at these shapes before a capture."""
 
     body: tuple[Copy | Launch, ...]
 
 
 @dataclass(frozen=True)
 class Capture:
-    """Record work into a graph, without doing it."""
+    """Record work into a graph, without running it."""
 
     graph: GraphKey
     body: tuple[Copy | Launch, ...]
@@ -174,21 +172,21 @@ class Capture:
 
 @dataclass(frozen=True)
 class Replay:
-    """Do what was captured, on the compute stream."""
+    """Run a captured graph, on the compute stream."""
 
     graph: GraphKey
 
 
 @dataclass(frozen=True)
 class DropGraph:
-    """Forget a captured graph that is not running."""
+    """Free a captured graph that is not running."""
 
     graph: GraphKey
 
 
 @dataclass(frozen=True)
 class LoadEngine:
-    """Load an engine. The host works while the device goes on with what is queued."""
+    """Load an engine. The host is busy meanwhile; the device goes on with what is queued."""
 
     engine: EngineId
 
@@ -202,7 +200,7 @@ class UnloadEngine:
 
 @dataclass(frozen=True)
 class Record:
-    """Mark the present end of a stream."""
+    """Record an event at the present end of a stream."""
 
     event: str
     stream: str
@@ -210,7 +208,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Wait:
-    """Let a stream go on only after the last mark of that name."""
+    """Make a stream wait for the last event of that name."""
 
     stream: str
     event: str
@@ -218,7 +216,7 @@ class Wait:
 
 @dataclass(frozen=True)
 class Synchronize:
-    """Let the host go on only after the last mark of that name."""
+    """Make the host wait for the last event of that name."""
 
     event: str
 
@@ -227,8 +225,7 @@ class Synchronize:
 class ReadOverflow:
     """Read a segment's overflow counters, int64 [blocks] at `source + (i*steps + step)*stride` for `batches[i]`.
 
-    The host waits for it. Where a counter is not zero, the batch has to be repeated at full capacity; with `strict`
-    that is an error.
+    The host waits for it. A batch with a counter above zero is repeated at full capacity; with `strict` it is an error.
     """
 
     source: Address
@@ -247,7 +244,7 @@ class ReadOverflow:
 
 @dataclass(frozen=True)
 class Download:
-    """Bring the latents of a batch to the host, which waits for them; they have `segments` segments behind them."""
+    """Copy the latents of a batch, after `segments` segments, to the host, which waits for them."""
 
     batch: int
     segments: int

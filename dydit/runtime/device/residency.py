@@ -1,6 +1,6 @@
-"""Which engines a run needs, and which of them are loaded when.
+"""Which engines a run needs, and when each is loaded.
 
-The next one loads while the present one runs, and room is made between segments.
+The next engine loads while the present one runs; engines are unloaded between segments.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def engine_of(manifest: Manifest, subnet: int, full: bool = False) -> EngineId:
 
 
 def engines_of(manifest: Manifest, segments: Sequence[int] | None = None) -> tuple[EngineId, ...]:
-    """Every engine that a run over the given segments (by default all) may load."""
+    """Every engine that a run over the given segments may load; by default over all."""
     chosen = range(len(manifest.plan.segments)) if segments is None else segments
     subnets = sorted({manifest.plan.segments[index].subnet for index in chosen})
     plain = [engine_of(manifest, index) for index in subnets]
@@ -41,7 +41,7 @@ def graph_of(manifest: Manifest, engine: EngineId) -> str:
 
 @dataclass(frozen=True)
 class Stop:
-    """One segment: its engine, the engine that is loaded meanwhile, those that go afterwards, those that then stay."""
+    """One segment: its engine, the engine to load meanwhile, the engines to unload afterwards, those that then stay."""
 
     engine: EngineId
     load: EngineId | None
@@ -51,7 +51,7 @@ class Stop:
 
 @dataclass(frozen=True)
 class Residency:
-    """Engines to unload and load before a run, those that are then there, and the run's stops.
+    """Engines to unload and load before a run, those that are loaded then, and the run's segments.
 
     The conditioning's engine is not counted here.
     """
@@ -62,7 +62,7 @@ class Residency:
     stops: tuple[Stop, ...]
 
     def peak_bytes(self, weights: Mapping[EngineId, int], repeats: bool) -> int:
-        """The most that loaded engines hold at any time; with `repeats` also while full forms are loaded for one."""
+        """The most bytes that loaded engines hold at any time; with `repeats` also while a segment is repeated."""
         present, peak = list(self.start), sum(weights[key] for key in self.start)
         for stop in self.stops:
             present += [stop.load] if stop.load else []
@@ -82,7 +82,7 @@ class _Uses:
             self._positions[key].append(position)
 
     def next(self, key: EngineId, position: int) -> int:
-        """The first use at `position` or later; the end where there is none."""
+        """The first use at `position` or later; the end if there is none."""
         positions = self._positions.get(key, [])
         place = bisect_left(positions, position)
         return positions[place] if place < len(positions) else self._end
@@ -93,13 +93,13 @@ def plan_residency(
 ) -> Residency:
     """Loads and unloads for segments that run on `engines`, starting from those that are `loaded`.
 
-    `limit`: most engines at a time (None: all stay), at least 2. Those whose next use lies farthest go first. With
-    `spare` there is room for one more after every segment, for a repetition at full capacity.
+    `limit`: most engines at a time, at least 2 (None: all stay). The engine whose next use lies farthest ahead is
+    unloaded first. With `spare` there is room for one more after every segment, for a repetition at full capacity.
     """
     uses = _Uses(engines)
 
     def make_room(present: list[EngineId], needed: int, position: int, stay: Sequence[EngineId]) -> list[EngineId]:
-        """What has to go so that `needed` more fit."""
+        """The engines to unload so that `needed` more fit."""
         if limit is None:
             return []
         free = sorted((key for key in present if key not in stay), key=lambda key: -uses.next(key, position))

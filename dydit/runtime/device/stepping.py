@@ -1,4 +1,4 @@
-"""One execution of an engine at a time, with feeds and results on the host: for parity and the generic loop."""
+"""Runs engines one step at a time, with inputs and results on the host: for parity and the generic loop."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from dydit.runtime.device.execute import Device, Executor, Tensor
 from dydit.runtime.device.inputs import StoredWeights
 from dydit.runtime.device.launches import WORKSPACE
 from dydit.runtime.device.operations import COMPUTE, Allocate, EngineId
-from dydit.runtime.device.slots import Slots
+from dydit.runtime.device.unit_weights import UnitWeights
 
 
 class Stepper:
     """Runs engines on a device.
 
-    Buffers grow to the largest feeds and stay until `close`. Engines may be loaded in another thread, and more than
-    once; the last `unload` frees one.
+    Buffers grow to the largest feeds and stay until `close`. An engine may be loaded in another thread, and more than
+    once; the last `unload` frees it.
     """
 
     def __init__(self, device: Device, bundle: Bundle):
         self._device, self._bundle = device, bundle
         self._weights = Executor(device)
-        self._slots = Slots(bundle.manifest) if bundle.manifest.sliding else None
+        self._unit_weights = UnitWeights(bundle.manifest) if bundle.manifest.sliding else None
         self._buffers: dict[str, tuple[int, int]] = {}
         self._users: Counter[EngineId] = Counter()
         self._lock = threading.Lock()
 
     def load(self, engine: EngineId) -> None:
-        """Load an engine, unless it is there."""
+        """Load an engine, unless it is loaded already."""
         with self._lock, self._device.activate():
             if not self._users[engine]:
                 self._device.load(engine)
@@ -54,37 +54,37 @@ class Stepper:
         sizes: Mapping[str, int],
         subnet: int | None = None,
     ) -> dict[str, np.ndarray]:
-        """Every output by name; `sizes` are the values of the specs' symbols.
+        """Run an engine; returns every output by name. `sizes` are the values of the specs' symbols.
 
-        `subnet`: the subnetwork that runs, whose weights come to the front with a sliding plan.
+        `subnet`: the subnetwork that runs; with dynamic width its weights are brought to the front first.
         """
         with self._device.activate():
-            inputs = [] if self._slots is None or subnet is None else self._slide(self._slots, subnet)
+            inputs = [] if self._unit_weights is None or subnet is None else self._arrange(self._unit_weights, subnet)
             for name, feed in feeds.items():
                 array = np.asarray(feed, order="C")
                 inputs.append(Tensor(name, array.dtype.name, array.shape, self._buffer(f"in.{name}", array.nbytes)))
                 self._device.upload(inputs[-1].address, array, COMPUTE)
             results = [np.empty(spec.concrete(sizes), spec.dtype) for spec in outputs]
-            places = [
+            destinations = [
                 Tensor(spec.name, spec.dtype, result.shape, self._buffer(f"out.{spec.name}", result.nbytes))
                 for spec, result in zip(outputs, results, strict=True)
             ]
             need = self._device.memory(engine).activation
             workspace = (self._buffer(WORKSPACE, need), self._buffers[WORKSPACE][1]) if need else (0, 0)
-            self._device.launch(engine, inputs, places, workspace)
+            self._device.launch(engine, inputs, destinations, workspace)
             return {
-                place.name: self._device.download(place.address, result.nbytes).view(place.dtype).reshape(place.shape)
-                for place, result in zip(places, results, strict=True)
+                out.name: self._device.download(out.address, result.nbytes).view(out.dtype).reshape(out.shape)
+                for out, result in zip(destinations, results, strict=True)
             }
 
-    def _slide(self, slots: Slots, subnet: int) -> list[Tensor]:
-        """The weight inputs of a subnetwork, moved to where it reads them."""
+    def _arrange(self, weights: UnitWeights, subnet: int) -> list[Tensor]:
+        """Bring the unit weights of a subnetwork to the front; returns them as inputs of the engine."""
         state = self._weights.state
-        ready = [Allocate(name, nbytes) for name, nbytes in slots.buffers.items() if name not in state.buffers]
-        filled = slots.fill() if state.places is None else ()
-        moves, _ = slots.enter(state.places or slots.stored, subnet)
+        ready = [Allocate(name, nbytes) for name, nbytes in weights.buffers.items() if name not in state.buffers]
+        filled = weights.fill() if state.unit_order is None else ()
+        moves, _ = weights.enter(state.unit_order or weights.stored, subnet)
         self._weights.do((*ready, *filled, *moves), StoredWeights(self._bundle))
-        return [self._weights.tensor(binding) for binding in slots.bindings(subnet)]
+        return [self._weights.tensor(binding) for binding in weights.bindings(subnet)]
 
     def longest(self, engine: EngineId, name: str) -> int:
         """The largest first dimension of an input of a loaded engine."""

@@ -22,15 +22,15 @@ from dydit.runtime.noise_source import NoiseSource
 from dydit.runtime.request import Batch
 
 BATCHES = 256
-"""So many batches pass all segments together; more of them would only make the lists longer."""
+"""This many batches run through all segments together; more would only make the lists of operations longer."""
 Fit = Callable[[RunShape, LaunchOptions], LaunchOptions]
 
 
 class DeviceSampler:
     """Runs of one bundle on one device; buffers, engines and graphs stay for the next run.
 
-    `memory`: what each engine needs. `fit`: the options with what the device has room for. `unsettled`: whether a run
-    was interrupted, so that nobody knows what is on the device, and sampler and executor must not be used any more.
+    `memory`: what each engine needs. `fit`: reduces the options to what fits on the device. `unsettled`: whether a run
+    was interrupted. The state of the device is then unknown, and sampler and executor must not be used any more.
     """
 
     def __init__(
@@ -54,13 +54,13 @@ class DeviceSampler:
     ) -> RunStats:
         """Run every batch to its end; `store` then holds the final latents. Starts from where the store is.
 
-        Latents are stored after every segment, but for a `MemoryStore`, which gets the last ones only. Raises
+        Latents are stored after every segment; a `MemoryStore` gets only the last ones. Raises
         `BackendError` as the device does, and where latents are not finite.
         """
         self.unsettled = True
         try:
             stats = self._sample(batches, noise, store, cfg_scale, progress)
-        except DyditError:  # of our own making, between operations
+        except DyditError:  # raised between operations, so the state is known
             self.unsettled = False
             raise
         self.unsettled = False
@@ -97,11 +97,11 @@ class DeviceSampler:
         cfg_scale: float,
         counted: _Counted,
     ) -> RunCounts:
-        """Some batches through the segments that they have before them."""
+        """Run some batches through the segments that are left for them."""
         chosen, model = [batches[b] for b in waiting], self._bundle.manifest.model
         sizes = tuple(len(batch.images) for batch in chosen)
         shape = RunShape(sizes, is_guided(cfg_scale), tuple(store.done(b) for b in waiting))
-        options = dataclasses.replace(self.options, save_segments=type(store) is not MemoryStore)
+        options = dataclasses.replace(self.options, save_segments=not isinstance(store, MemoryStore))
         plan = LaunchPlan(self._bundle.manifest, shape, self._memory, self._fit(shape, options), self._executor.state)
         host = HostInputs(self._bundle, plan.layout, chosen, noise, lambda place: store.load(waiting[place]), cfg_scale)
 
@@ -121,16 +121,16 @@ class _Counted:
         self._progress, self._total, self.done = progress, total, 0
 
     def add(self, steps: int) -> None:
-        """So many more steps are done."""
+        """Count steps that were launched."""
         self.done = min(self.done + steps, self._total)
         if self._progress and steps:
             self._progress(self.done, self._total)
 
 
 def close_whatever_state(executor: Executor) -> None:
-    """Free what an executor knows to be on its device, after an interrupt that may have left it knowing wrong things.
+    """Free what an executor has on its device, even if an interrupt left its records wrong.
 
-    What it then fails to free goes with the device.
+    What cannot be freed is freed together with the device.
     """
     with contextlib.suppress(Exception):
         executor.close()

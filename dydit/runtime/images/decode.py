@@ -1,7 +1,7 @@
-"""`dydit decode`: latents that were sampled before become the pictures that a bundle with that decoder gives.
+"""`dydit decode`: turns saved latents into the pictures that a bundle with that decoder would give.
 
-The folder then holds what `dydit sample` leaves: `000000.png`, ..., `grid.png`, `samples.json`, on demand
-`samples.npz`. A killed call goes on when it is given again.
+The folder then holds the files of `dydit sample`: `000000.png`, ..., `grid.png`, `samples.json`, on request
+`samples.npz`. A killed call is resumed by calling it again.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from dydit.runtime.request import UINT64, make_batches
 class SavedLatents:
     """Latents f32 [N, C, S, S] from a file, as `dydit sample` writes them.
 
-    `labels`: int64 [N], zeros where the file has none. `images`: their numbers, 0, 1, ... where it has none.
-    `batch_size`: that of the run; images of a batch are decoded together, and the same together give the same bits.
+    `labels`: int64 [N], zeros if the file has none. `images`: their indices, 0, 1, ... if the file has none.
+    `batch_size`: that of the run. Images of a batch are decoded together; equal batches give equal bits.
     """
 
     path: Path
@@ -46,11 +46,11 @@ class SavedLatents:
 
     @classmethod
     def read(cls, path: Path) -> SavedLatents:
-        """Read a file, or a run's folder that holds one. Raises `ConfigError`, in one line, for whatever is wrong."""
+        """Read a file, or the one in a run's folder. Raises `ConfigError` if anything is wrong with it."""
         if path.is_dir():
             if not (path / LATENTS).is_file():
                 raise ConfigError(
-                    f"{path} holds no {LATENTS}; a run leaves it where its bundle has no decoder, and otherwise with "
+                    f"{path} holds no {LATENTS}; a run writes it if its bundle has no decoder, and otherwise with "
                     "`dydit sample --latents-out FILE.npz`"
                 )
             path = path / LATENTS
@@ -67,7 +67,7 @@ class SavedLatents:
         images = _numbers(path, "images", arrays.get("images", np.arange(count)), count)
         labels = _numbers(path, "labels", arrays.get("labels", np.zeros(count, np.int64)), count)
         if len(set(images)) < count:
-            raise ConfigError(f"{path}: two images have the same number; expected a number of its own for each")
+            raise ConfigError(f"{path}: two images have the same index; expected different ones")
         if bad := [image for image, each in zip(images, latents, strict=True) if not np.isfinite(each).all()]:
             raise ConfigError(f"{path}: the latents of image {bad[0]} hold NaN or infinite values; sample them again")
         size = _batch_size(path) or count
@@ -77,7 +77,7 @@ class SavedLatents:
 def _numbers(path: Path, name: str, array: np.ndarray, count: int) -> list[int]:
     if not np.issubdtype(array.dtype, np.integer) or array.shape != (count,):
         raise ConfigError(
-            f"{path}: {name} is {array.dtype.name} {list(array.shape)}, expected integers [{count}], one an image"
+            f"{path}: {name} is {array.dtype.name} {list(array.shape)}, expected integers [{count}], one for each image"
         )
     numbers: list[int] = array.tolist()
     if min(numbers) < 0 or max(numbers) >= UINT64:
@@ -96,7 +96,7 @@ def _batch_size(latents: Path) -> int | None:
 
 @dataclass(frozen=True)
 class DecodeSummary:
-    """What is in the folder now. `files`: all names but those of the single pictures; `seconds` of this call."""
+    """What is in the folder now. `files`: all names except those of single pictures; `seconds`: of this call."""
 
     out: Path
     images: int
@@ -107,7 +107,7 @@ class DecodeSummary:
 
 
 class _DecoderPixels:
-    """A decoder alone as what makes pixels."""
+    """A `MakesPixels` from a decoder without a backend."""
 
     at_once = IMAGES_AT_ONCE
 
@@ -115,7 +115,6 @@ class _DecoderPixels:
         self._decoder = decoder
 
     def __call__(self, samples: np.ndarray) -> np.ndarray:
-        """Samples f32 [B, C, S, S] to pixels f32 [B, 3, side, side], meant for [-1, 1]."""
         return require_finite(self._decoder.decode(samples, self.at_once))
 
 
@@ -128,10 +127,10 @@ def decode_to_folder(
     options: BackendOptions | None = None,
     progress: Progress | None = None,
 ) -> DecodeSummary:
-    """Make pictures of latents in `out`; called again after a kill, it goes on, and after the end it changes nothing.
+    """Decode latents into pictures in `out`. A killed call is resumed; a finished folder is left as it is.
 
     `decoder`: the folder with the graph that `entry` describes. `progress(done, total)` counts pictures. Raises
-    `BackendError` as `VaeDecoder` does, `OutputError` where `out` holds something else or cannot be written.
+    `BackendError` as `VaeDecoder` does, `OutputError` if `out` holds something else or cannot be written.
     """
     started, options = time.perf_counter(), options or BackendOptions()
     settings = {
@@ -164,14 +163,14 @@ def decode_to_folder(
         write_pictures(out, pictures, batches, store, to_pixels, range(len(batches)), progress)
         for file in run.results(out):
             write_result(out, run, store, file)
-        made = facts(out, run, 0)
-        folder.finish(made)
+        known = facts(out, run, 0)
+        folder.finish(known)
     folder.clear()
-    return summary(made["files"], False)
+    return summary(known["files"], False)
 
 
 @contextlib.contextmanager
 def _one_decoder(folder: RunFolder) -> Iterator[bool]:
-    """The folder of a run that one process makes; False where another one is at it."""
+    """Reserve the folder of a run for one process; yields False if another process decodes into it."""
     with folder.open(Worker()), folder.finishing() as ours:
         yield ours

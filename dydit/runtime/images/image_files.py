@@ -1,6 +1,6 @@
-"""From samples to files: 8-bit images, a grid, and the `.npz` that evaluators read.
+"""Image files: 8-bit images, a grid, and the `.npz` file that evaluators read.
 
-Samples are pixels here already; `dydit.runtime.images.pixels` makes them of latents.
+Samples are pixels here; `dydit.runtime.images.pixels` decodes latents.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from dydit.files import atomic_file, new_file, write_atomic
 
 GRID_IMAGES = 100
 _DAMAGED = (OSError, ValueError, KeyError, EOFError, NotImplementedError, struct.error, zlib.error, zipfile.BadZipFile)
-_PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
+_PNG_END = b"\0\0\0\0IEND\xaeB`\x82"  # with the checksum of the last chunk, which Pillow does not verify
 
 
 def to_uint8(samples: np.ndarray) -> np.ndarray:
-    """Samples f32 [B, C, S, S] in [-1, 1] to uint8 [B, S, S, C], rounded to nearest; what lies outside is clipped."""
+    """Samples f32 [B, C, S, S] in [-1, 1] to uint8 [B, S, S, C], rounded to nearest; values outside are clipped."""
     levels = np.clip(samples * 127.5 + 128.0, 0, 255).astype(np.uint8)
     return np.ascontiguousarray(levels.transpose(0, 2, 3, 1))
 
@@ -44,16 +44,16 @@ def write_png(path: Path, image: np.ndarray) -> None:
 
 
 def is_picture(path: Path, side: int, channels: int) -> bool:
-    """Whether a file is there and is a whole PNG, by the checksums in it.
+    """Whether a file exists and is an undamaged PNG, by its checksums.
 
-    Raises `OutputError` where it is a whole one of another size: somebody else's, which is not ours to replace.
+    Raises `OutputError` if it is an undamaged PNG of another size: it is not of this run and must not be replaced.
     """
     try:
         data = path.read_bytes()
         with Image.open(io.BytesIO(data), formats=("PNG",)) as picture:
             fits = picture.size == (side, side) and picture.mode == ("L" if channels == 1 else "RGB")
             picture.verify()
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error):  # Pillow's words for damaged files
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error):  # what Pillow raises for damaged files
         return False
     if not data.endswith(_PNG_END):
         return False
@@ -63,11 +63,11 @@ def is_picture(path: Path, side: int, channels: int) -> bool:
 
 
 def read_png(path: Path, side: int, channels: int) -> np.ndarray:
-    """What `write_png` wrote, uint8 [side, side, channels]. Raises `OutputError` where it is something else."""
+    """Read what `write_png` wrote, uint8 [side, side, channels]. Raises `OutputError` if it is something else."""
     try:
         with Image.open(path, formats=("PNG",)) as picture:
             array = np.asarray(picture)
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow's words for damaged files
+    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for damaged files
         raise OutputError(f"{path} cannot be read ({one_line(error)}); remove it and run again") from error
     image = array[..., None] if array.ndim == 2 else array
     if image.shape != (side, side, channels) or image.dtype != np.uint8:
@@ -82,20 +82,20 @@ def make_grid(images: Sequence[np.ndarray], gap: int = 2) -> np.ndarray:
     side, channels = images[0].shape[0], images[0].shape[-1]
     pitch = side + gap
     sheet = np.full((rows * pitch - gap, columns * pitch - gap, channels), 255, np.uint8)
-    for place, image in enumerate(images):
-        top, left = (place // columns) * pitch, (place % columns) * pitch
+    for index, image in enumerate(images):
+        top, left = (index // columns) * pitch, (index % columns) * pitch
         sheet[top : top + side, left : left + side] = image
     return sheet
 
 
 def to_rgb(images: np.ndarray) -> np.ndarray:
-    """Images [B, S, S, 1 or 3] with three channels, which evaluators expect."""
+    """Images [B, S, S, 1 or 3] as three channels, which evaluators expect."""
     return np.repeat(images, 3, axis=-1) if images.shape[-1] == 1 else images
 
 
 @dataclass(frozen=True)
 class Streamed:
-    """An array that comes in pieces along its first axis."""
+    """An array that is written in pieces along its first axis."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -105,12 +105,12 @@ class Streamed:
 def write_npz(path: Path, arrays: dict[str, Streamed], replace: bool = True) -> None:
     """Write an uncompressed `.npz`, piece by piece and atomically; the same arrays give the same bytes.
 
-    Without `replace`, a file that is there stays, and `OutputError` is raised where it is another one.
+    Without `replace`, an existing file is kept, and `OutputError` is raised if its bytes differ.
     """
     opened = atomic_file(path) if replace else new_file(path, same_is_fine=True)
     with opened as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         for name, array in arrays.items():
-            # A ZipInfo made from a name alone is dated 1980: no clock in the file.
+            # A ZipInfo made from a name alone is dated 1980, so the bytes do not depend on the clock.
             with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
                 header = {"descr": np.dtype(array.dtype).str, "fortran_order": False, "shape": array.shape}
                 np.lib.format.write_array_header_1_0(member, header)
@@ -122,18 +122,18 @@ def write_npz(path: Path, arrays: dict[str, Streamed], replace: bool = True) -> 
 
 
 def kept_arrays(path: Path, *names: str) -> list[np.ndarray] | None:
-    """Arrays of an `.npz` that was kept for later, by its checksums whole; None where it is missing or damaged."""
+    """Arrays of an `.npz` file; None if it is missing, or damaged by its checksums."""
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = [file[name] for name in names]
     except _DAMAGED:
         return None
-    # NumPy hands out a member that does not start like an array as bytes.
+    # NumPy returns a member that does not start like an array as bytes.
     return arrays if all(isinstance(array, np.ndarray) for array in arrays) else None
 
 
 def read_npz(path: Path, name: str, counts: Sequence[int]) -> Iterator[np.ndarray]:
-    """An array that `write_npz` wrote, in pieces of so many rows."""
+    """Read an array that `write_npz` wrote, in pieces with `counts` rows."""
     with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as member:
         np.lib.format.read_magic(member)
         shape, _, dtype = np.lib.format.read_array_header_1_0(member)

@@ -1,9 +1,9 @@
-"""Whether a bundle gives pictures, and how what it samples becomes pixels: the one place that knows.
+"""Whether a bundle gives pictures, and how its samples become pixels. No other module decides that.
 
-`ModelConfig.samples_pixels` says whether a model samples pixels itself. Latents go through the bundle's VAE decoder;
-without one they stay latents. The decoder runs where the backend has it (`Backend.tile_decoder`: TensorRT, with an
-engine that `dydit build` made), else on ONNX Runtime: on the GPU where the device is `cuda` and this ONNX Runtime can,
-or on the CPU.
+`ModelConfig.samples_pixels` says whether a model samples pixels. Latents go through the bundle's VAE decoder; without
+one they stay latents. The decoder runs on the backend if that has one (`Backend.tile_decoder`: TensorRT, with an engine
+that `dydit build` made), else on ONNX Runtime: on the GPU if the device is `cuda` and this ONNX Runtime supports it, or
+on the CPU.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class PictureFormat:
 
 
 def picture_format(manifest: Manifest) -> PictureFormat | None:
-    """What pictures a bundle gives; None where it samples latents and has no decoder."""
+    """The format of a bundle's pictures; None if it samples latents and has no decoder."""
     model, vae = manifest.model, manifest.vae
     if vae is not None:
         return PictureFormat(3, model.input_size * vae.upscale, True)
@@ -39,29 +39,29 @@ def picture_format(manifest: Manifest) -> PictureFormat | None:
 
 
 class MakesPixels(Protocol):
-    """Makes pixels f32 [B, channels, side, side] of samples f32 [B, C, S, S].
+    """Turns samples f32 [B, C, S, S] into pixels f32 [B, channels, side, side].
 
-    `at_once`: samples to hand over in one call, so that memory is bounded; the same ones in a call give the same bits.
+    `at_once`: samples to pass in one call, which bounds the memory. Equal samples in a call give equal bits.
     """
 
     at_once: int
 
     def __call__(self, samples: np.ndarray) -> np.ndarray:
-        """Pixels, meant for [-1, 1]."""
+        """Pixels, nominally in [-1, 1]."""
 
 
 def require_finite(pixels: np.ndarray) -> np.ndarray:
-    """Pixels from a decoder, as they are. Raises `BackendError` for NaN, which would become black without a word."""
+    """Return a decoder's pixels. Raises `BackendError` for NaN and infinities, which would silently become black."""
     if not np.isfinite(pixels).all():
         raise BackendError("the VAE decoder returns NaN or infinite pixels; use another VAE")
     return pixels
 
 
 class ToPixels:
-    """Makes pixels of what a backend sampled; the decoder is loaded when it is first needed.
+    """Turns the samples of a backend into pixels. The decoder is loaded when it is first needed.
 
-    Raises `BackendError` where onnxruntime is needed and missing. `at_once`: images to hand over in one call, so that
-    memory is bounded; the same images in one call give the same bits.
+    Raises `BackendError` if onnxruntime is needed and missing. `at_once`: images to pass in one call, which bounds the
+    memory. Equal images in a call give equal bits.
     """
 
     at_once = IMAGES_AT_ONCE
@@ -74,7 +74,6 @@ class ToPixels:
             runtime()
 
     def __call__(self, samples: np.ndarray) -> np.ndarray:
-        """Samples f32 [B, C, S, S] to pixels f32 [B, channels, side, side], meant for [-1, 1]."""
         if self._vae is None:
             return samples
         if self._own is not None:

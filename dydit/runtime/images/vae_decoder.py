@@ -1,7 +1,7 @@
-"""From latents to pixels: a bundle's VAE decoder on ONNX Runtime, in overlapping tiles where latents are larger.
+"""A bundle's VAE decoder on ONNX Runtime. Latents larger than its graph are decoded in overlapping tiles.
 
-Tiles overlap by a quarter of their side and are blended linearly there, since a decoder sees no further than its tile
-and would leave seams.
+Tiles overlap by a quarter of their side and are blended linearly there: a decoder sees only its own tile, and hard
+edges would show as seams.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ OVERLAP = 0.25
 class VaeDecoder:
     """Decodes latents of the graph's own size and larger. `folder`: the bundle's; `entry`: its manifest's `vae`.
 
-    With `cuda` as its device it runs on the CPU where this onnxruntime has no CUDA provider: the backend that sampled
-    may need none.
+    With device `cuda` it runs on the CPU if this onnxruntime has no CUDA provider: the backend that sampled may not
+    need one.
     """
 
     def __init__(self, folder: Path, entry: VaeEntry, options: BackendOptions | None = None):
@@ -39,8 +39,8 @@ class VaeDecoder:
     def decode(self, latents: np.ndarray, at_once: int = IMAGES_AT_ONCE) -> np.ndarray:
         """Latents f32 [B, C, H, W], as the sampler returned them, to pixels f32 [B, 3, H*upscale, W*upscale].
 
-        `at_once` tiles or images are decoded together, which bounds the memory. Pixels are meant for [-1, 1]; some lie
-        slightly outside.
+        `at_once` tiles or images are decoded together, which bounds the memory. Pixels are nominally in [-1, 1]; some
+        lie slightly outside.
         """
         return decode_tiled(latents, self.entry, self._decode, at_once)
 
@@ -62,21 +62,25 @@ def _check(feeds: dict[str, np.ndarray], entry: VaeEntry) -> None:
 
 
 def decode_tiled(latents: np.ndarray, entry: VaeEntry, decode: DecodeTile, at_once: int) -> np.ndarray:
-    """Cut latents [B, C, H, W] into tiles, decode `at_once` at a time, blend. Raises `BackendError` below one tile."""
+    """Cut latents [B, C, H, W] into tiles, decode `at_once` tiles at a time, and blend them.
+
+    Raises `BackendError` for latents smaller than a tile.
+    """
     count, _, *sides = latents.shape
     if min(sides) < entry.tile:
         raise BackendError(
-            f"VAE decoder: latents of {sides[0]}x{sides[1]} are smaller than the {entry.tile}x{entry.tile} that it was "
-            "exported for"
+            f"VAE decoder: latents of {sides[0]}x{sides[1]} are smaller than {entry.tile}x{entry.tile}, the size "
+            "that it was exported for"
         )
     tops, lefts = (tile_starts(side, entry.tile) for side in sides)
-    places = [(image, top, left) for image in range(count) for top in tops for left in lefts]
+    tiles_at = [(image, top, left) for image in range(count) for top in tops for left in lefts]
     up, tile = entry.upscale, entry.tile
-    weight = np.outer(*(ramp(tile * up, max(1, int(tile * OVERLAP)) * up) for _ in range(2)))
+    side = ramp(tile * up, max(1, int(tile * OVERLAP)) * up)
+    weight = np.outer(side, side)
     pixels = np.zeros((count, 3, sides[0] * up, sides[1] * up), np.float32)
     weights = np.zeros(pixels.shape[2:], np.float32)
-    for first in range(0, len(places), at_once):
-        part = places[first : first + at_once]
+    for first in range(0, len(tiles_at), at_once):
+        part = tiles_at[first : first + at_once]
         tiles = np.stack([latents[i, :, top : top + tile, left : left + tile] for i, top, left in part])
         for (image, top, left), decoded in zip(part, decode(tiles), strict=True):
             window = (slice(top * up, (top + tile) * up), slice(left * up, (left + tile) * up))
@@ -87,12 +91,12 @@ def decode_tiled(latents: np.ndarray, entry: VaeEntry, decode: DecodeTile, at_on
 
 
 def tile_starts(side: int, tile: int) -> list[int]:
-    """Where tiles begin so that they cover `side`, each overlapping the next by a quarter or more."""
+    """Where tiles begin so that they cover `side` and each overlaps the next by a quarter or more."""
     stride = max(1, tile - max(1, int(tile * OVERLAP)))
     return [*range(0, side - tile, stride), side - tile]
 
 
 def ramp(side: int, overlap: int) -> np.ndarray:
-    """Weights of a tile along one side: rising over `overlap` pixels, 1 inside, falling; never 0. f32 [side]."""
+    """Blending weights of a tile along one side, f32 [side]: rising over `overlap` pixels, 1, falling; never 0."""
     rising = np.minimum(1, (np.arange(side) + 1) / (overlap + 1))
     return np.minimum(rising, rising[::-1]).astype(np.float32)

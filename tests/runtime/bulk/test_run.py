@@ -114,7 +114,7 @@ def test_what_is_damaged_of_a_finished_run_is_made_anew(finished, pixel_bundle, 
     arguments = (pixel_bundle, REQUEST, out, OutputOptions(npz=True))
     done = sample_to_folder(*arguments, progress=lambda *now: steps.append(now))
     assert done.finished and not done.finished_before and content(out) == content(finished)
-    assert f"{name} of this finished run was missing or damaged: made anew" in done.note
+    assert f"{name} of this finished run was missing or damaged and has been replaced" in done.note
     if name.startswith("0"):
         assert "by sampling again" in done.note and steps[-1] == (6, 6), "its batch alone"
     else:
@@ -141,12 +141,12 @@ def test_pictures_come_back_from_latents_where_a_file_has_them(pixel_bundle, tmp
     done = sample_to_folder(pixel_bundle, REQUEST, out, outputs, progress=lambda *_: pytest.fail("nothing to sample"))
     assert content(out) == before
     assert done.note.startswith("000000.png, 000001.png, 000002.png and 2 more pictures of this finished run")
-    assert done.note.endswith("made anew from the latents")
+    assert done.note.endswith("has been replaced from the latents")
     (tmp_path / "latents.npz").unlink()
     assert "by sampling again" in sample_to_folder(pixel_bundle, REQUEST, out, outputs).note
     assert (tmp_path / "latents.npz").read_bytes() == latents and content(out) == before
     (tmp_path / "latents.npz").write_bytes(b"of another run")
-    with pytest.raises(OutputError, match=r"latents\.npz is not what this run wrote there; move it away"):
+    with pytest.raises(OutputError, match=r"latents\.npz has changed since this run wrote it; move it away"):
         sample_to_folder(pixel_bundle, REQUEST, out, outputs)
     assert (tmp_path / "latents.npz").read_bytes() == b"of another run" and content(out) == before
 
@@ -158,7 +158,7 @@ def test_latents_that_are_damaged_come_back(make_bundle, tmp_path):
     before = content(tmp_path / "run")
     flipped(tmp_path / "run" / "latents.npz")
     done = sample_to_folder(bundle, request, tmp_path / "run", outputs)
-    assert "latents.npz of this finished run was missing or damaged: made anew from the latents" in done.note
+    assert "latents.npz of this finished run was missing or damaged and has been replaced from the latents" in done.note
     assert "no VAE decoder" in done.note and content(tmp_path / "run") == before
 
 
@@ -186,7 +186,7 @@ def test_one_process_alone_repairs(finished, pixel_bundle, tmp_path):
     with run_folder.RunFolder(out, settings).repairing() as ours:
         assert ours
         done = sample_to_folder(pixel_bundle, REQUEST, out, OutputOptions(npz=True))
-        assert not done.finished and "another process makes anew" in done.note
+        assert not done.finished and "another process is repairing" in done.note
         shutil.rmtree(out / ".work")
         assert content(out) == before
 
@@ -364,7 +364,7 @@ def test_two_processes_do_not_share_a_folder(pixel_bundle, tmp_path):
 
 def test_folders_that_are_no_run_are_refused(pixel_bundle, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(OutputError, match="holds no sampling run"):
+    with pytest.raises(OutputError, match="is not the folder of a sampling run"):
         sample_to_folder(pixel_bundle, REQUEST, tmp_path)
     with pytest.raises(OutputError, match="is not a folder"):
         sample_to_folder(pixel_bundle, REQUEST, tmp_path / "notes.txt")
@@ -372,7 +372,7 @@ def test_folders_that_are_no_run_are_refused(pixel_bundle, tmp_path):
         sample_to_folder(pixel_bundle, REQUEST, tmp_path / "notes.txt" / "run")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "samples.json").write_text("{}")
-    with pytest.raises(OutputError, match="holds no sampling run"):
+    with pytest.raises(OutputError, match="is not the folder of a sampling run"):
         sample_to_folder(pixel_bundle, REQUEST, tmp_path / "other")
     (tmp_path / "other" / "samples.json").write_text("{")
     with pytest.raises(OutputError, match="cannot be read"):
@@ -434,7 +434,7 @@ def test_noise_from_a_file_is_used(pixel_bundle, tmp_path):
     sample_to_folder(pixel_bundle, SampleRequest(labels=(3, 1, 3), seed=2, batch_size=3), tmp_path / "b", seeded)
     assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
     for request, message in (
-        ({"num": 4}, "holds noise for 3 images, 4 are asked for"),
+        ({"num": 4}, "holds noise for 3 images, but 4 are requested"),
         ({"labels": (3, 1)}, "the labels differ from those of"),
     ):
         with pytest.raises(ConfigError, match=message):

@@ -72,7 +72,7 @@ def test_the_last_worker_writes_the_results(alone, pixel_bundle, tmp_path, order
     for number in order[:-1]:
         done, pictures = make(pixel_bundle, out, number, 3), {0: {0, 1, 6}, 1: {2, 3}, 2: {4, 5}}[number]
         assert (done.worker, done.finished, done.files, done.images) == (f"{number}/3", False, (), len(pictures))
-        assert f"images of this worker, {number}/3; the run is not finished" in done.note
+        assert f"these are the images of worker {number}/3; the run is not finished" in done.note
         assert all((out / f"{image:06d}.png").is_file() for image in pictures)
         assert not {"grid.png", "samples.npz", "samples.json"} & set(content(out))
     done = make(pixel_bundle, out, order[-1], 3)
@@ -141,7 +141,7 @@ def test_one_alone_writes_the_results(alone, pixel_bundle, tmp_path):
     with RunFolder(out, settings).finishing() as ours:
         assert ours
         done = make(pixel_bundle, out, 1, 2)
-        assert not done.finished and "another one writes the results" in done.note
+        assert not done.finished and "another worker writes the results" in done.note
         assert "samples.json" not in content(out)
     assert make(pixel_bundle, out, 0, 2).finished and content(out) == content(alone / "run")
     with RunFolder(out, settings).finishing() as ours:
@@ -240,7 +240,7 @@ def test_what_launchers_say():
     assert launched_worker({"LOCAL_RANK": "1"}) == Worker(0, 1)
     assert launched_worker({"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1"}) == Worker(9, 16, local=1)
     assert parse_worker(" 2/8 ") == Worker(2, 8) and str(parse_worker("02/08")) == "2/8"
-    with pytest.raises(ConfigError, match=r"there is no worker 8/8: 8 workers are 0/8 and so on"):
+    with pytest.raises(ConfigError, match=r"there is no worker 8/8: 8 workers are numbered from 0/8"):
         parse_worker("8/8")
 
 
@@ -276,7 +276,7 @@ def test_workers_of_one_run_use_the_same_number_of_threads(pixel_bundle, tmp_pat
     out, cores = tmp_path / "run", thread_count(0)
     assert not make(pixel_bundle, out, 0, 2, options=BackendOptions(threads=cores)).finished
     before = content(out)
-    with pytest.raises(OutputError, match=rf"holds a run of {cores} threads, .* give threads={cores} \(--threads"):
+    with pytest.raises(OutputError, match=rf"holds a run with {cores} threads, .* use threads={cores} \(--threads"):
         make(pixel_bundle, out, 1, 2, options=BackendOptions(threads=cores + 1))
     assert content(out) == before
     assert make(pixel_bundle, out, 1, 2).finished

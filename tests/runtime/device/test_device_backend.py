@@ -23,8 +23,16 @@ LABELS, IMAGES = [3, 1, 3, 0, 6], [0, 1, 2, 40, 41]
 OVERFLOWING = {"routing": Routing.CAPACITY, "capacities": (12, 14, 14), "plan": PlanKind.PER_STEP}
 
 
-class Kept(MemoryStore):
-    """A store that is not memory's, so that every segment is stored."""
+class EverySegment:
+    """A store other than `MemoryStore`, so that every segment is stored."""
+
+    def __init__(self):
+        self.memory = MemoryStore()
+        self.latents, self.segments = self.memory.latents, self.memory.segments
+        self.done, self.load = self.memory.done, self.memory.load
+
+    def save(self, batch, segments, latents, repeated):
+        self.memory.save(batch, segments, latents, repeated)
 
 
 class Fixture:
@@ -111,7 +119,7 @@ def test_a_whole_run_is_the_loop(kind, make_bundle, fake_device, expected):
     fixture = Fixture(make_bundle(**kind), fake_device)
     wanted, theirs = expected(fixture)
     seen = []
-    for store in (MemoryStore(), Kept()):
+    for store in (MemoryStore(), EverySegment()):
         seen.clear()
         latents, stats = fixture.run(store=store, progress=lambda *now: seen.append(now))
         assert same(latents, wanted)
@@ -130,11 +138,11 @@ def test_a_run_goes_on_from_where_its_store_is(make_bundle, fake_device, expecte
     class Stop(Exception):
         pass
 
-    class Stopping(Kept):
+    class Stopping(EverySegment):
         stop = True
 
         def save(self, batch, segments, latents, repeated):
-            super().save(batch, segments, latents, repeated)
+            self.memory.save(batch, segments, latents, repeated)
             if self.stop and (batch, segments) == (1, 3):
                 self.stop = False
                 raise Stop
@@ -164,7 +172,7 @@ def test_where_graphs_cannot_be_captured_it_runs_without(make_bundle, fake_devic
             super().launch(*arguments)
 
     fixture = Fixture(make_bundle(routing=Routing.DENSE), Refusing)
-    with pytest.warns(UserWarning, match="cannot be captured; going on without CUDA graphs"):
+    with pytest.warns(UserWarning, match="cannot be captured; continuing without CUDA graphs"):
         latents, _ = fixture.run()
     assert same(latents, expected(fixture)[0])
     fixture.run()
@@ -211,13 +219,13 @@ def test_residency_follows_the_memory_that_is_free(make_bundle, fake_device, exp
     small = Fixture(bundle, fake_device, known)
     small.backend._sampler  # noqa: B018
     small.devices[0].free_bytes = RESERVE + (1 << 30)
-    with pytest.raises(BackendError, match=r"needs 3.0 GiB .* with two subnetworks loaded, and 2.0 GiB are free"):
+    with pytest.raises(BackendError, match=r"needs 3.0 GiB .* with two subnetworks loaded, but only 2.0 GiB are free"):
         small.run()
 
 
 def test_a_batch_that_the_conditioning_cannot_take_is_refused(make_bundle, fake_device):
     fixture = Fixture(make_bundle(), fake_device, longest=(3, 3))
-    with pytest.raises(BackendError, match=r"at most 3 labels at once, and this batch has 4; use a smaller batch size"):
+    with pytest.raises(BackendError, match=r"at most 3 labels at once, but this batch has 4; use a smaller batch size"):
         fixture.run()
     assert len(fixture.run(scale=1.0)[0]) == 3
 
@@ -237,11 +245,11 @@ def test_latents_that_are_not_finite_are_refused(make_bundle, fake_device):
         fixture.run()
     segment = next(i for i, s in enumerate(fixture.bundle.manifest.plan.segments) if 5 in s.steps)
     with pytest.raises(BackendError, match=f"image 1 hold NaN or infinite values after {segment + 1} segments"):
-        fixture.run(store=Kept())
+        fixture.run(store=EverySegment())
 
 
 def test_debug_is_refused(make_bundle, fake_device):
-    with pytest.raises(BackendError, match="shows no values between layers; look inside with backend='onnxruntime'"):
+    with pytest.raises(BackendError, match="cannot return values between layers; use backend='onnxruntime'"):
         Fixture(make_bundle(), fake_device).backend.subnet(0, debug=True)
 
 

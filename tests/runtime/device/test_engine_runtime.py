@@ -176,7 +176,7 @@ def test_an_engine_that_cannot_be_loaded_says_why():
 
 def test_too_little_memory_to_work_in_is_noticed():
     _, engine = loaded(StandIn())
-    with pytest.raises(BackendError, match=r"needs 500 bytes to work in and was given 400; remove memory.json"):
+    with pytest.raises(BackendError, match=r"needs a workspace of 500 bytes, but got 400; remove memory.json"):
         engine.launch([X], [OUT], (4096, 400), 1, capturing=False)
 
 

@@ -216,7 +216,7 @@ def test_full_capacity_that_overflows_is_an_error(make_bundle, fake_device, figu
     plain = run.device.backend.subnet
     run.device.backend.subnet = lambda index, full_capacity=False: plain(index)
     with pytest.raises(
-        BackendError, match=r"segment \d drops tokens even at full capacity; export the bundle and build"
+        BackendError, match=r"segment \d drops tokens even at full capacity; export the bundle and rebuild"
     ):
         run(2)
     run.device.backend.subnet = plain

@@ -469,10 +469,10 @@ def test_residency_is_fitted_to_the_device():
 
 def test_refusals():
     manifest = find(manifests(), lambda m: True)
-    with pytest.raises(ConfigError, match="1 resident subnetworks are too few"):
+    with pytest.raises(ConfigError, match="resident is 1, but at least 2 subnetworks have to be loaded"):
         LaunchOptions(resident=1)
     for sizes in ((), (0,), (5,)):
-        with pytest.raises(ConfigError, match=r"exported for 1\.\.4"):
+        with pytest.raises(ConfigError, match=r"are outside 1\.\.4"):
             LaunchPlan(manifest, RunShape(sizes, True), memory_of(manifest))
 
 

@@ -103,7 +103,7 @@ def test_without_tensorrt(bundle, monkeypatch):
         monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.setattr("dydit.engines.flavour.is_installed", lambda flavour: False)
     monkeypatch.setattr(backend, "is_installed", lambda flavour: False)
-    assert "no TensorRT is installed: pip install 'dydit[tensorrt-rtx]'" in refusal(bundle)
+    assert "TensorRT is not installed: pip install 'dydit[tensorrt-rtx]'" in refusal(bundle)
     assert "tensorrt_rtx is not installed: pip install 'dydit[tensorrt-rtx]'" in refusal(
         bundle, "tensorrt-rtx"
     ).replace("cannot be imported (import of tensorrt_rtx halted; None in sys.modules)", "is not installed")
@@ -113,7 +113,7 @@ def test_without_tensorrt(bundle, monkeypatch):
 
 def test_without_a_gpu(bundle, machine):
     machine(gpu=None)
-    wanted = "TensorRT engines run on an NVIDIA GPU, and there is no driver or GPU here; use backend='onnxruntime' "
+    wanted = "TensorRT engines need an NVIDIA GPU, but no driver or GPU was found here; use backend='onnxruntime' "
     wanted += "(--backend onnxruntime)"
     assert refusal(bundle) == refusal(bundle, "tensorrt-rtx") == wanted
     assert dict((n, d) for n, _, d in backend_status())["tensorrt"] == wanted
@@ -127,7 +127,7 @@ def test_without_pycuda(bundle, machine, monkeypatch):
     monkeypatch.setitem(sys.modules, "pycuda.driver", None)
     monkeypatch.setitem(sys.modules, "pycuda", None)
     assert refusal(bundle).startswith("pycuda cannot be imported (")
-    assert refusal(bundle).endswith("pip install 'dydit[gpu]' (it is built on this machine and needs the CUDA headers)")
+    assert refusal(bundle).endswith("pip install 'dydit[gpu]' (pip compiles it here, which needs the CUDA headers)")
 
 
 def test_without_engines(bundle, machine):
@@ -305,7 +305,7 @@ def test_a_bundle_that_cannot_be_written_to_runs(bundle, opened, monkeypatch, co
     opening = builtins.open
     monkeypatch.setattr(builtins, "open", refuse)
     store = MemoryStore()
-    with pytest.warns(UserWarning, match=r"(runtime\.cache|memory\.json) is not kept for the next process"):
+    with pytest.warns(UserWarning, match=r"(runtime\.cache|memory\.json) cannot be saved for the next process"):
         facts.backend.sample_run(make_batches([1], [0], 1), SeededNoise(0, (4, 8, 8)), store, 1.0)
     assert np.isfinite(store.load(0)).all()
     assert sorted(path.name for path in facts.store.folder.iterdir()) == before

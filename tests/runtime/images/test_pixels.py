@@ -79,7 +79,7 @@ def test_latents_are_those_of_the_bundle_without_a_decoder(finished, make_bundle
     summary = sample_to_folder(plain, REQUEST, tmp_path / "plain")
     assert summary.files == ("latents.npz",) and "no VAE decoder" in summary.note
     assert (tmp_path / "plain" / "latents.npz").read_bytes() == finished.with_suffix(".npz").read_bytes()
-    with pytest.raises(ConfigError, match=r"--npz needs pictures, .* 4 channels and the bundle has no decoder; give"):
+    with pytest.raises(ConfigError, match=r"--npz needs pictures, .* 4 channels and the bundle has no decoder; export"):
         sample_to_folder(plain, REQUEST, tmp_path / "no", OutputOptions(npz=True))
 
 

@@ -109,7 +109,7 @@ def test_a_graph_decodes_whole_and_in_tiles(decoder):
 
 
 def test_latents_that_do_not_fit_are_refused(decoder):
-    with pytest.raises(BackendError, match=r"latents of 7x12 are smaller than the 8x8 that it was exported for"):
+    with pytest.raises(BackendError, match=r"latents of 7x12 are smaller than 8x8, the size that it was exported for"):
         decoder.decode(random_latents(1, 4, 7, 12))
     with pytest.raises(
         BackendError, match=r"latents are float32 \(1, 3, 8, 8\), expected float32 \('batch', 4, 8, 8\)"

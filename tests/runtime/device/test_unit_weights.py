@@ -22,7 +22,7 @@ from dydit.runtime.device.launches import LaunchPlan, fit_resident
 from dydit.runtime.device.memory_layout import LaunchOptions, RunShape
 from dydit.runtime.device.operations import CONDITIONER, EngineId
 from dydit.runtime.device.residency import engines_of
-from dydit.runtime.device.slots import SCRATCH, UNITS, Slots
+from dydit.runtime.device.unit_weights import SCRATCH, UNITS, UnitWeights
 from dydit.runtime.device.whole_runs import DeviceSampler
 from dydit.runtime.dynamic_width import Arrangement
 from dydit.runtime.loop import MemoryStore, StepRunner, sample
@@ -58,16 +58,20 @@ def sliding(make_bundle, make_checkpoint, small_config):
     return make
 
 
-class Kept(MemoryStore):
-    """A store that is not memory's, so that every segment is stored; it keeps all that it was given."""
+class EverySegment:
+    """A store other than `MemoryStore`, so that every segment is stored; it lists all that it was given."""
 
     def __init__(self):
-        super().__init__()
-        self.saved = []
+        self.saved, self.memory = [], MemoryStore()
+        self.done, self.load = self.memory.done, self.memory.load
+
+    @property
+    def latents(self):
+        return self.memory.latents
 
     def save(self, batch, segments, latents, repeated):
         self.saved.append((batch, segments, latents.copy()))
-        super().save(batch, segments, latents, repeated)
+        self.memory.save(batch, segments, latents, repeated)
 
 
 class Pair:
@@ -137,7 +141,7 @@ def test_segments_of_several_steps_and_masks_that_come_back(graphs, sliding, fak
 @pytest.mark.parametrize("empty", [False, True])
 def test_a_resumed_run_starts_from_the_stored_order(empty, sliding, fake_device, figures, pairwise):
     bundle = sliding(empty, **KINDS["overflowing"])
-    first = Kept()
+    first = EverySegment()
     Pair(bundle, fake_device, figures, pairwise).on_device(2, store=first)
     last, pair = len(bundle.manifest.plan.segments), Pair(bundle, fake_device, figures, pairwise)
     results = []
@@ -239,7 +243,7 @@ def test_where_moving_failed_the_weights_are_read_again(at, sliding, fake_device
     pair.device.copy = failing
     with pytest.raises(BackendError, match="fell off"):
         pair.on_device(2)
-    assert pair.executor.state.places is None
+    assert pair.executor.state.unit_order is None
     pair.device.copy = copy
     pair.same(2)
 
@@ -290,7 +294,7 @@ def test_single_steps_slide_too(kind, empty, sliding, fake_device, pairwise):
     assert not device.arena and not device.engines
 
 
-# Slots alone, on bytes.
+# UnitWeights alone, on bytes.
 
 
 @st.composite
@@ -324,9 +328,9 @@ def test_inputs_are_the_units_that_are_on(make_axis, drawn, visits, dtype):
         name: rng.integers(1, 256, (each.shape[0], each.nbytes // each.shape[0]), np.uint8)
         for name, each in weights.items()
     }
-    slots = Slots(manifest)
+    slots = UnitWeights(manifest)
     memory = {name: rng.integers(1, 256, nbytes, np.uint8) for name, nbytes in slots.buffers.items()}
-    noted: list[op.Places | None] = []
+    noted: list[op.UnitOrder | None] = []
 
     def at(place, nbytes):
         assert place.offset + nbytes <= len(memory[place.buffer])
@@ -336,7 +340,7 @@ def test_inputs_are_the_units_that_are_on(make_axis, drawn, visits, dtype):
         copies = 0
         for each in ops:
             if isinstance(each, op.Arranged):
-                noted.append(each.places)
+                noted.append(each.order)
                 continue
             to = at(each.to, each.nbytes)
             if isinstance(each, op.Upload):

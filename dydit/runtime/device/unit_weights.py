@@ -1,17 +1,17 @@
-"""The unit weights of a sliding plan on a device: one copy, of which every step reads prefixes (`runtime.sliding`).
+"""Dynamic width on a device: one copy of the unit weights, of which every step reads prefixes.
 
-They are uploaded once, tensor after tensor, as they are stored. Entering a segment exchanges the units that toggle, and
-those that fill their places, by copies within the device: three for each tensor of the two units, through a scratch
-buffer, on the compute stream and so in order with the launches. Nothing comes from the host, so no second stream has to
-refill weights while a step runs, and nothing can overtake anything.
+The idea is that of `dydit.runtime.dynamic_width`. The weights are uploaded once, as they are stored. At the start of a
+segment, units whose state changes, and units that fill their slots, are exchanged by copies within the device: three
+copies for each tensor of the two units, through a scratch buffer. The copies run on the compute stream, in order with
+the launches, and nothing comes from the host.
 
-    units            every tensor of units, 256-byte aligned: places 0 .. H-1, those of the units that are on in front;
-                     and place H, with zeros, where a segment has nothing on
-    units.scratch    one unit of a tensor, on its way
+    units            every tensor of units, 256-byte aligned: slots 0 .. H-1, with the units that are on in front;
+                     and slot H, with zeros, where some segment has no unit on
+    units.scratch    one unit of a tensor, during an exchange
 
-A part with nothing on reads the unit of zeros (some operators take no empty input): it changes places with the unit in
-front, and back before anything else moves. So an input has one address for ever, and equal shapes mean equal bindings:
-what the execution contexts that segments share, and the graphs captured from them, depend on.
+A part with no unit on reads the unit of zeros, because some operators accept no empty input. It is exchanged with the
+unit in front, and back before anything else moves. So an input always has the same address, and equal shapes mean equal
+bindings. Execution contexts that segments share, and graphs captured from them, depend on that.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from dydit.runtime.device.operations import (
     Copy,
     HostArray,
     Operation,
-    Places,
+    UnitOrder,
     Upload,
     aligned,
 )
@@ -39,7 +39,7 @@ UNITS, SCRATCH = "units", "units.scratch"
 
 @dataclass(frozen=True)
 class _Tensor:
-    """A tensor of units: where place 0 is in `units`; bytes and shape of one unit."""
+    """A tensor of units: the offset of slot 0 in `units`; bytes and shape of one unit."""
 
     name: str
     dtype: str
@@ -47,12 +47,12 @@ class _Tensor:
     unit_bytes: int
     unit_shape: tuple[int, ...]
 
-    def place(self, place: int) -> Address:
-        return Address(UNITS, self.offset + place * self.unit_bytes)
+    def slot(self, number: int) -> Address:
+        return Address(UNITS, self.offset + number * self.unit_bytes)
 
 
-class Slots:
-    """Where the unit weights of a bundle lie, and the operations that bring a subnetwork's to the front."""
+class UnitWeights:
+    """Where a bundle's unit weights lie on the device, and the operations that bring a subnetwork's to the front."""
 
     def __init__(self, manifest: Manifest):
         self._axis, self._subnets = manifest.model.units, manifest.subnets
@@ -73,58 +73,58 @@ class Slots:
         return (tensor for tensors in self._tensors.values() for tensor in tensors)
 
     @property
-    def stored(self) -> Places:
-        """The order in which units are stored; the zeros, numbered after the last unit, come last."""
+    def stored(self) -> UnitOrder:
+        """The order in which units are stored; the unit of zeros, numbered after the last unit, comes last."""
         return self._axis.nested([tuple(range(part.group.count + 1)) for part in self._axis.parts])
 
     def fill(self) -> tuple[Operation, ...]:
-        """Upload everything as it is stored."""
+        """Upload all unit weights as they are stored."""
         ops: list[Operation] = []
         for part in self._axis.parts:
             units = part.group.count
             for tensor in self._tensors[part.start]:
                 source = HostArray("weights", name=tensor.name)
-                ops.append(Upload(tensor.place(0), source, units * tensor.unit_bytes))
+                ops.append(Upload(tensor.slot(0), source, units * tensor.unit_bytes))
                 if part.start in self._zeros:
-                    ops.append(Clear(tensor.place(units), tensor.unit_bytes))
+                    ops.append(Clear(tensor.slot(units), tensor.unit_bytes))
         return (*ops, Arranged(self.stored))
 
-    def enter(self, places: Places, subnet: int) -> tuple[tuple[Operation, ...], Places]:
-        """What brings a subnetwork's units to the front, with the units at `places`; and their places then."""
-        made, after = self._exchanges(places, self._subnets[subnet])
-        if not made:
-            return (), places
-        copies = [copy for exchange in made for copy in self._copies(exchange)]
+    def enter(self, order: UnitOrder, subnet: int) -> tuple[tuple[Operation, ...], UnitOrder]:
+        """The operations that bring a subnetwork's units to the front from `order`, and the order afterwards."""
+        exchanges_to_make, after = self._exchanges(order, self._subnets[subnet])
+        if not exchanges_to_make:
+            return (), order
+        copies = [copy for exchange in exchanges_to_make for copy in self._copies(exchange)]
         return (Arranged(None), *copies, Arranged(after)), after
 
-    def _exchanges(self, places: Places, subnet: SubnetEntry) -> tuple[list[Exchange], Places]:
-        made: list[Exchange] = []
-        rows = [list(row) for _, row in self._axis.zip(places)]
+    def _exchanges(self, order: UnitOrder, subnet: SubnetEntry) -> tuple[list[Exchange], UnitOrder]:
+        done: list[Exchange] = []
+        rows = [list(row) for _, row in self._axis.zip(order)]
         for row, (part, wanted) in zip(rows, self._axis.zip(subnet.units), strict=True):
             zeros = part.group.count
-            if (row[0] == zeros) == bool(wanted):  # the zeros come to the front, or go
+            if (row[0] == zeros) == bool(wanted):  # the zeros come to the front, or leave it
                 _swap(row, 0, zeros)
-                made.append(Exchange(part, 0, zeros))
+                done.append(Exchange(part, 0, zeros))
             for first, second in exchanges(row, wanted):
                 _swap(row, first, second)
-                made.append(Exchange(part, first, second))
-        return made, self._axis.nested([tuple(row) for row in rows])
+                done.append(Exchange(part, first, second))
+        return done, self._axis.nested([tuple(row) for row in rows])
 
     def _copies(self, exchange: Exchange) -> Iterator[Copy]:
         for tensor in self._tensors[exchange.part.start]:
-            first, second = tensor.place(exchange.first), tensor.place(exchange.second)
+            first, second = tensor.slot(exchange.first), tensor.slot(exchange.second)
             for to, source in ((Address(SCRATCH), first), (first, second), (second, Address(SCRATCH))):
                 yield Copy(to, source, tensor.unit_bytes)
 
     def bindings(self, subnet: int) -> tuple[Binding, ...]:
-        """The weight inputs of a subnetwork whose units are in front, in the order of `graph_io.unit_inputs`."""
-        made = []
+        """The weight inputs of a subnetwork whose units are in front, in the order of `io_spec.unit_inputs`."""
+        bindings = []
         for part, wanted in self._axis.zip(self._subnets[subnet].units):
             for tensor in self._tensors[part.start]:
                 rows, *rest = tensor.unit_shape
                 shape = (max(1, len(wanted)) * rows, *rest)
-                made.append(Binding(tensor.name, tensor.dtype, shape, tensor.place(0)))
-        return tuple(made)
+                bindings.append(Binding(tensor.name, tensor.dtype, shape, tensor.slot(0)))
+        return tuple(bindings)
 
 
 def _swap(row: list[int], first: int, second: int) -> None:

@@ -12,7 +12,7 @@ from dydit.bundle.stored_weights import Precision
 from dydit.models.config import ModelConfig
 from dydit.models.dit.config import DiTConfig
 from dydit.runtime.backends.base import BackendOptions
-from dydit.runtime.backends.batch_splitting import STREAM_BYTES, Sharing, share_of
+from dydit.runtime.backends.batch_splitting import STREAM_BYTES, BatchSplitting, feeds_of
 from dydit.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from dydit.runtime.loop import MemoryStore, StepRunner, sample
 from dydit.runtime.noise_source import SeededNoise
@@ -27,11 +27,11 @@ def model(hidden: int, side: int = 32) -> ModelConfig:
 
 
 @given(st.integers(1, 40), st.integers(1, 9), st.integers(1, 40), st.sampled_from([16, 384, 1152]))
-def test_every_image_is_in_one_share_and_shares_are_even(images, threads, expected, hidden):
-    sharing = Sharing(model(hidden), threads)
-    sharing.expected = expected
-    sizes = [share.stop - share.start for share in sharing.shares(images)]
-    numbers = [number for share in sharing.shares(images) for number in range(share.start, share.stop)]
+def test_every_image_is_in_one_part_and_parts_are_even(images, threads, expected, hidden):
+    splitting = BatchSplitting(model(hidden), threads)
+    splitting.expected = expected
+    sizes = [part.stop - part.start for part in splitting.parts(images)]
+    numbers = [number for part in splitting.parts(images) for number in range(part.start, part.stop)]
     assert numbers == list(range(images)) and max(sizes) - min(sizes) <= 1
     if expected < threads:
         assert sizes == [images], "all threads work on one operator"
@@ -49,11 +49,11 @@ def test_a_share_has_the_rows_of_its_images():
         "condition": np.arange(20.0).reshape(10, 1, 2),
         "gates": np.ones((2, 3)),
     }
-    share = share_of(feeds, slice(1, 3))
+    share = feeds_of(feeds, slice(1, 3))
     assert share["x"].ravel().tolist() == [1, 2] and share["noise"].ravel().tolist() == [11, 12]
     assert share["condition"][:, 0, 0].tolist() == [2, 4, 12, 14]
     assert share["gates"] is feeds["gates"]
-    unguided = share_of(feeds | {"condition": feeds["condition"][:5]}, slice(1, 3))
+    unguided = feeds_of(feeds | {"condition": feeds["condition"][:5]}, slice(1, 3))
     assert unguided["condition"][:, 0, 0].tolist() == [2, 4]
 
 
