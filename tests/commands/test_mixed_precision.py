@@ -47,7 +47,7 @@ def test_a_target_then_a_bundle_of_8_and_16_bits(
     call = ["calibrate", checkpoint, *SMALL, *SEARCH, "--precision", precision, *more]
     done = run(*call, "--target-psnr", 1, "--out", tmp_path / "low.json", "--json")
     assert done.code == 0
-    assert re.fullmatch(r"Search for layers: at most \d+ runs of .* at most; .*\n", done.err), done.err
+    assert re.fullmatch(r"Search for layers: at most \d+ runs of .* at most about .*; .*\n", done.err), done.err
     curve = json.loads(done.out)["sensitivity"]["curve"]
     target = round((curve[0]["quality"]["psnr_least"] + curve[-1]["quality"]["psnr_least"]) / 2, 3)
     done = run(*call, "--target-psnr", target, "--out", file)

@@ -142,7 +142,7 @@ def test_a_finished_folder_is_refused_in_one_line(finished, config):
 def test_a_strangers_folder_is_refused_and_left_alone(tmp_path, config):
     (tmp_path / "thesis.tex").write_text("years of work")
     for overwrite in (False, True):
-        with pytest.raises(OutputError, match="not a quickstart's"):
+        with pytest.raises(OutputError, match="do not belong to a quickstart"):
             run_quickstart(tmp_path, config, overwrite=overwrite)
     assert [entry.name for entry in tmp_path.iterdir()] == ["thesis.tex"]
     with pytest.raises(OutputError, match="not a folder"):
