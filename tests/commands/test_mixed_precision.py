@@ -77,7 +77,7 @@ def test_a_target_then_a_bundle_of_8_and_16_bits(
     assert "weights" in parity.out and "all " in parity.out, "every stored copy is the checkpoint's"
     other = {"int8-static": "fp8", "fp8": "int8-static"}[precision]
     words[words.index("--precision") + 1], words[-1] = other, str(tmp_path / "other")
-    assert_refused(run(*words), f"searched for {precision}, not {other}", f"--precision {other}")
+    assert_refused(run(*words), f"searched for {precision}, not for {other}", f"--precision {other}")
 
 
 def test_a_ratio_of_frechet_distances(run, checkpoint: Path, tmp_path: Path) -> None:
