@@ -47,7 +47,7 @@ def test_a_target_then_a_bundle_of_8_and_16_bits(
     call = ["calibrate", checkpoint, *SMALL, *SEARCH, "--precision", precision, *more]
     done = run(*call, "--target-psnr", 1, "--out", tmp_path / "low.json", "--json")
     assert done.code == 0
-    assert re.fullmatch(r"Search for layers: at most \d+ runs of .* at most; .*\n", done.err), done.err
+    assert re.fullmatch(r"Search for layers: at most \d+ runs of .* at most about .*; .*\n", done.err), done.err
     curve = json.loads(done.out)["sensitivity"]["curve"]
     target = round((curve[0]["quality"]["psnr_least"] + curve[-1]["quality"]["psnr_least"]) / 2, 3)
     done = run(*call, "--target-psnr", target, "--out", file)
@@ -77,7 +77,7 @@ def test_a_target_then_a_bundle_of_8_and_16_bits(
     assert "weights" in parity.out and "all " in parity.out, "every stored copy is the checkpoint's"
     other = {"int8-static": "fp8", "fp8": "int8-static"}[precision]
     words[words.index("--precision") + 1], words[-1] = other, str(tmp_path / "other")
-    assert_refused(run(*words), f"searched for {precision}, not {other}", f"--precision {other}")
+    assert_refused(run(*words), f"searched for {precision}, not for {other}", f"--precision {other}")
 
 
 def test_a_ratio_of_frechet_distances(run, checkpoint: Path, tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def test_token_slots_are_shown_by_segment(make_bundle):
     assert all(segment.slots == (3, 5, 9) for segment in found.facts.segments)
     lines = found.text().splitlines()
     (routing,) = (line for line in lines if line.startswith("routing"))
-    assert "slots for 3 to 9 of 16 tokens, 35.4% of them over the run" in routing
+    assert "3 to 9 slots for 16 tokens, on average 35.4% of the tokens" in routing
     (head,) = (index for index, line in enumerate(lines) if line.endswith("slots: min  mean  max  of the tokens"))
     assert lines[head + 1].split()[-4:] == ["3", "5.7", "9", "35.4%"]
     every = inspect_bundle(make_bundle(routing=Routing.CAPACITY).path)

@@ -95,7 +95,7 @@ def test_a_table_without_the_row_is_named_when_it_is_read(tmp_path: Path, run: C
     assumed = run("inspect", tmp_path / "a.pt")
     assert "10 classes" in assumed.out and "assumed from 11 rows; --num-classes 11 says that all are" in assumed.out
     told = run("inspect", tmp_path / "a.pt", "--num-classes", 11)
-    assert "11 classes, none for no class" in told.out and "assumed" not in told.out
+    assert "11 classes, no null class" in told.out and "assumed" not in told.out
     exported = run("export", tmp_path / "a.pt", "--steps", 2, "--out", tmp_path / "b")
     assert "assumed from 11 rows" in exported.out
     wrong = run("export", tmp_path / "a.pt", "--num-classes", 5, "--out", tmp_path / "c")

@@ -142,7 +142,7 @@ def test_a_finished_folder_is_refused_in_one_line(finished, config):
 def test_a_strangers_folder_is_refused_and_left_alone(tmp_path, config):
     (tmp_path / "thesis.tex").write_text("years of work")
     for overwrite in (False, True):
-        with pytest.raises(OutputError, match="not a quickstart's"):
+        with pytest.raises(OutputError, match="do not belong to a quickstart"):
             run_quickstart(tmp_path, config, overwrite=overwrite)
     assert [entry.name for entry in tmp_path.iterdir()] == ["thesis.tex"]
     with pytest.raises(OutputError, match="not a folder"):
@@ -177,7 +177,7 @@ def test_a_stage_whose_result_is_damaged_is_run_again(tmp_path, text):
 
 
 def test_checkpoints_must_be_there_and_fit(tmp_path, config, monkeypatch):
-    with pytest.raises(CheckpointError, match="is not there"):
+    with pytest.raises(CheckpointError, match="does not exist"):
         run_quickstart(tmp_path / "out", config.model_copy(update={"dit": tmp_path / "nothing"}))
     swapped = config.model_copy(update={"dydit": config.dit, "dit": config.dydit})
     with pytest.raises(CheckpointError, match="are not a DyDiT and a static DiT"):
