@@ -21,7 +21,7 @@ import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import Any, BinaryIO
 
 from dydit.errors import OutputError
 from dydit.locks import FileLock
@@ -53,26 +53,20 @@ def user_path(path: Path | str) -> Path:
         return path
 
 
-def fsync_folder(folder: Path) -> None:
-    """Make renames inside `folder` durable, as far as its file system can."""
-    _fsync_path(folder)
-
-
-def _fsync_path(path: Path) -> None:
-    try:
+def fsync_path(path: Path) -> None:
+    """Make a file, or renames inside a folder, durable, as far as its file system can."""
+    with _as_far_as_possible():
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-    except OSError as error:
-        if error.errno not in _NO_SYNC:
-            raise
 
 
-def _fsync_file(file: IO[bytes]) -> None:
+@contextlib.contextmanager
+def _as_far_as_possible() -> Iterator[None]:
     try:
-        os.fsync(file.fileno())
+        yield
     except OSError as error:
         if error.errno not in _NO_SYNC:
             raise
@@ -148,14 +142,14 @@ def new_folder(path: Path) -> Iterator[Path]:
         try:
             yield part
             for entry in part.rglob("*"):
-                _fsync_path(entry)
-            fsync_folder(part)
+                fsync_path(entry)
+            fsync_path(part)
             require_absent(path)
             _move_folder(part, path)
         except BaseException:
             shutil.rmtree(part, ignore_errors=True)
             raise
-        fsync_folder(path.parent)
+        fsync_path(path.parent)
 
 
 @contextlib.contextmanager
@@ -232,7 +226,8 @@ def _part_file(path: Path) -> Iterator[tuple[BinaryIO, Path]]:
 
 def _close_durably(file: BinaryIO) -> None:
     file.flush()
-    _fsync_file(file)
+    with _as_far_as_possible():
+        os.fsync(file.fileno())
     file.close()
 
 
@@ -244,8 +239,8 @@ def _replace(part: Path, path: Path) -> None:
         if error.errno not in _NO_RENAMES:
             raise
         shutil.copyfile(part, path)
-        _fsync_path(path)
-    fsync_folder(path.parent)
+        fsync_path(path)
+    fsync_path(path.parent)
 
 
 def _publish(part: Path, path: Path, same_is_fine: bool) -> None:
@@ -262,7 +257,7 @@ def _publish(part: Path, path: Path, same_is_fine: bool) -> None:
         if not (same_is_fine and path.is_file() and sha256_of(path) == sha256_of(part)):
             require_absent(path)
             raise
-    fsync_folder(path.parent)
+    fsync_path(path.parent)
 
 
 def _move_folder(part: Path, path: Path) -> None:

@@ -23,7 +23,7 @@ from dydit import files, locks
 from dydit.bundle import bundle as bundles
 from dydit.bundle.bundle import Bundle, mapped_file
 from dydit.errors import BackendError, OutputError
-from dydit.files import atomic_file, claimed, fsync_folder, new_file, new_folder, user_path, write_atomic
+from dydit.files import atomic_file, claimed, fsync_path, new_file, new_folder, user_path, write_atomic
 from dydit.runtime.pipeline import DyDiTPipeline
 
 EVERYTHING = {
@@ -155,7 +155,7 @@ def test_without_locks_the_first_to_finish_wins(tmp_path, monkeypatch) -> None:
 def test_other_troubles_of_flushing_are_not_passed_over(tmp_path, monkeypatch) -> None:
     no_flush_of_folders(monkeypatch, errno.EIO)
     with pytest.raises(OSError, match="Input/output error"):
-        fsync_folder(tmp_path)
+        fsync_path(tmp_path)
 
 
 @pytest.fixture(params=[0o077, 0o002], ids=oct)

@@ -12,11 +12,10 @@ import base64
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from pydantic import Field
@@ -29,7 +28,7 @@ from dydit.errors import BackendError, ConfigError, DeviationError, DyditError, 
 from dydit.files import new_folder, require_absent, write_json
 from dydit.models.config import ModelConfig, Strict
 from dydit.parity.comparison import relative_l2
-from dydit.reports.bench_report import BenchReport, Comparison, NotRun, Reference, Side, SideKind, SideResult
+from dydit.reports.bench_report import BenchReport, Comparison, NotRun, Side, SideKind, SideResult
 from dydit.reports.plot_style import write_picture
 from dydit.reports.plots import latency_png
 from dydit.reports.results import Machine, measured
@@ -130,7 +129,8 @@ def run_bench(
     turns = config.warmup + config.repeats
     with ExitStack() as stack:
         workers, not_run = _start([_job(side, config, model, sampling, steps) for side in sides], stack)
-        deviations = _deviations(workers)
+        expected: dict[tuple[SideKind, str], np.ndarray] = {}
+        deviations = [_deviation(worker, expected) for worker in workers]
         rounds: list[list[Round]] = [[] for _ in workers]
         for turn in range(turns):
             for index, worker in enumerate(workers):
@@ -191,23 +191,20 @@ def no_bound(side: SideResult, other: SideResult) -> str:
     """
     if SideKind.SCRIPT in (side.side.kind, other.side.kind):
         return "the multiply-adds of a script are unknown"
-    for what, first, second in (
-        ("backends", _runs_on(side.side), _runs_on(other.side)),
-        ("precisions", side.precision, other.precision),
-        ("forms of the model", side.side.kind.value, other.side.kind.value),
-        ("layouts of weights", _weight_layout(side.side), _weight_layout(other.side)),
-    ):
-        if first != second:
-            return f"their {what} differ: {first} and {second}"
+
+    def facts(of: SideResult) -> dict[str, str | None]:
+        return {
+            "backends": of.side.backend if of.side.kind is SideKind.BUNDLE else "PyTorch",
+            "precisions": of.precision,
+            "forms of the model": of.side.kind.value,
+            "layouts of weights": "packed" if of.side.packed else "as stored",
+        }
+
+    theirs = facts(other)
+    for what, ours in facts(side).items():
+        if ours != theirs[what]:
+            return f"their {what} differ: {ours} and {theirs[what]}"
     return "" if side.macs > 0 else f"{side.side.name} computes no multiply-adds in its blocks"
-
-
-def _weight_layout(side: Side) -> str:
-    return "packed" if side.packed else "as stored"
-
-
-def _runs_on(side: Side) -> str:
-    return side.backend if side.kind is SideKind.BUNDLE else "PyTorch"
 
 
 def _common_run(sides: Sequence[Side], run_of: Bundle | None) -> tuple[ModelConfig, SamplingEntry, int]:
@@ -247,7 +244,7 @@ def _start(jobs: Sequence[Job], stack: ExitStack) -> tuple[list[_Worker], list[N
     workers, not_run = [], []
     for job in jobs:
         try:
-            workers.append(stack.enter_context(_Worker(job)))
+            workers.append(stack.enter_context(_started(job)))
         except UnavailableError as error:
             not_run.append(NotRun(name=job.side.name, reason=str(error)))
     if not workers:
@@ -257,21 +254,18 @@ def _start(jobs: Sequence[Job], stack: ExitStack) -> tuple[list[_Worker], list[N
     return workers, not_run
 
 
-def _deviations(workers: Sequence[_Worker]) -> list[float | None]:
-    """The relative L2 of each contender from its reference, which runs in a process of its own for this step."""
-    expected: dict[tuple[SideKind, str], np.ndarray] = {}
-    return [_deviation(worker, worker.job.side.reference, expected) for worker in workers]
+def _deviation(worker: _Worker, expected: dict[tuple[SideKind, str], np.ndarray]) -> float | None:
+    """The relative L2 of a contender from its reference, which runs in a process of its own for this step.
 
-
-def _deviation(
-    worker: _Worker, reference: Reference | None, expected: dict[tuple[SideKind, str], np.ndarray]
-) -> float | None:
+    `expected`: what references computed, by kind and checkpoint; filled here.
+    """
+    reference = worker.job.side.reference
     if reference is None:
         return None
     key = reference.kind, reference.checkpoint
     if key not in expected:
         side = Side(name=f"reference, {reference.kind}", kind=reference.kind, path=reference.checkpoint)
-        with _Worker(worker.job.model_copy(update={"side": side})) as other:
+        with _started(worker.job.model_copy(update={"side": side})) as other:
             expected[key] = other.check()
     value = float(relative_l2(worker.check(), expected[key]).max())
     if measured(value) is None or (reference.bar is not None and value > reference.bar):
@@ -309,20 +303,20 @@ def _side_result(worker: _Worker, rounds: list[Round], deviation: float | None, 
     )
 
 
+@contextmanager
+def _started(job: Job) -> Iterator[_Worker]:
+    """The loaded process of a contender, which ends with the block."""
+    command = [sys.executable, job.side.path] if job.side.kind is SideKind.SCRIPT else WORKER
+    with ChildProcess(command, f"runs {job.side.name!r}", job.threads) as process:
+        yield _Worker(job, process)
+
+
 class _Worker:
-    """The process of a contender. As a context manager it loads at the start of the block and ends with it."""
+    """The process of a contender; it loads when this object is made."""
 
-    def __init__(self, job: Job):
-        self.job = job
-        command = [sys.executable, job.side.path] if job.side.kind is SideKind.SCRIPT else WORKER
-        self._process = ChildProcess(command, f"runs {job.side.name!r}", job.threads)
-
-    def __enter__(self) -> Self:
-        with ExitStack() as stack:
-            stack.enter_context(self._process)
-            self.loaded = Loaded.model_validate(self.ask(self.job.model_dump_json()))
-            self._stack = stack.pop_all()
-        return self
+    def __init__(self, job: Job, process: ChildProcess):
+        self.job, self._process = job, process
+        self.loaded = Loaded.model_validate(self.ask(job.model_dump_json()))
 
     def ask(self, line: str) -> dict[str, Any]:
         """Send a line and wait for the answer."""
@@ -337,8 +331,3 @@ class _Worker:
         """What the model contributes to one step, f32 [B, C, S, S]."""
         answer = self.ask("check")
         return np.frombuffer(base64.b64decode(answer["values"]), "<f4").reshape(answer["shape"])
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stack.__exit__(kind, error, trace)

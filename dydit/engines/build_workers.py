@@ -12,7 +12,8 @@ from contextlib import ExitStack
 from typing import Any
 
 from dydit.child_process import ChildDiedError, ChildProcess, answered, serve
-from dydit.engines.builder import Built, Job, build_engine
+from dydit.engines.builder import Job, build_engine
+from dydit.engines.store import Built
 from dydit.errors import BackendError, DyditError, one_line
 
 WORKER = [sys.executable, "-m", "dydit.engines.build_workers"]

@@ -7,7 +7,6 @@ import hashlib
 import importlib
 import resource
 import time
-from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from dydit.engines.flavour import Flavour, load_flavour, load_polygraphy
 from dydit.engines.inspector import inspect_engine
 from dydit.engines.network import Messages, Network, Parsed, parse_graph, read_network, require_inputs
 from dydit.engines.profiles import Extent, Profile, shape_profile
+from dydit.engines.store import Built
 from dydit.errors import BackendError, one_line
 from dydit.files import write_atomic
 from dydit.models.config import ModelConfig, Strict
@@ -41,23 +41,6 @@ class Job(Strict):
     log: Path
     timing_cache: Path | None = None
     inspect: bool = True
-
-
-class Built(Strict):
-    """The result of a job.
-
-    `peak_memory`: bytes, of the process since it started. `activation_bytes`: device memory for the engine's
-    activations at its largest shapes, if the builder reported it.
-    """
-
-    sha256: str
-    bytes: int
-    modified_ns: int
-    seconds: float
-    peak_memory: int
-    layers: int
-    warnings: int
-    activation_bytes: int | None
 
 
 def build_engine(job: Job) -> Built:
@@ -159,11 +142,8 @@ def builder_config(trt: Any, polygraphy: Any, job: Job, profile: Profile) -> Any
 def _hardware_level(trt: Any, wanted: HardwareCompatibility) -> Any:
     if wanted is HardwareCompatibility.NONE:
         return None
-    names: Mapping[HardwareCompatibility, str] = {
-        HardwareCompatibility.SAME_CAPABILITY: "SAME_COMPUTE_CAPABILITY",
-        HardwareCompatibility.AMPERE_PLUS: "AMPERE_PLUS",
-    }
-    level = getattr(trt.HardwareCompatibilityLevel, names[wanted], None)
+    same = wanted is HardwareCompatibility.SAME_CAPABILITY
+    level = getattr(trt.HardwareCompatibilityLevel, "SAME_COMPUTE_CAPABILITY" if same else "AMPERE_PLUS", None)
     if level is None:
         raise BackendError(f"{trt.__name__} {trt.__version__} has no hardware compatibility {wanted.value!r}")
     return level

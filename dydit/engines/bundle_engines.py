@@ -14,10 +14,10 @@ from dydit.bundle.io_spec import BATCH, TensorSpec, conditioning_inputs, subnet_
 from dydit.bundle.manifest import CONDITIONING
 from dydit.bundle.vae_entry import VAE_DECODER, vae_inputs
 from dydit.engines.build_workers import run_jobs
-from dydit.engines.builder import Built, Job
+from dydit.engines.builder import Job
 from dydit.engines.fingerprint import EngineKey, EngineRequest, stale_key_reasons, stale_reasons
 from dydit.engines.profiles import Extent, shape_profile, symbol_ranges, width_ranges
-from dydit.engines.store import EngineEntry, EngineStore, stores, weights_of
+from dydit.engines.store import Built, EngineEntry, EngineStore, stores, weights_of
 from dydit.errors import BundleError, ConfigError
 from dydit.files import explained, sha256_of
 from dydit.locks import FileLock

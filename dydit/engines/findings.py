@@ -132,9 +132,8 @@ class _Check:
 
     def _was_stored_in_8_bits(self, operand: str) -> bool:
         """Whether an operand comes, through layers that only move values, from a dequantization of the right type."""
-        for name in self._back(operand, lambda layer: layer.kind in _MOVING):
-            producer = self.network.producers.get(name)
-            if producer is not None and producer.kind == "dequantize":
+        for producer in self._producers(operand, lambda layer: layer.kind in _MOVING):
+            if producer.kind == "dequantize":
                 return self.network.dtypes[producer.inputs[0]] == self.quantized
         return False
 
@@ -195,10 +194,7 @@ class _Check:
         def onward(layer: Layer) -> bool:
             return layer.kind not in _HEAVY and layer.kind not in ("cast", "normalization", "shape")
 
-        return any(
-            producer is not None and producer.kind in _HEAVY
-            for producer in (self.network.producers.get(each) for each in self._back(name, onward))
-        )
+        return any(producer.kind in _HEAVY for producer in self._producers(name, onward))
 
     def _is_island(self, name: str) -> bool:
         """Whether a float32 value was in the lower type before, with no normalization in between."""
@@ -207,8 +203,7 @@ class _Check:
             ends = layer.kind in _HEAVY or layer.kind in ("normalization", "shape")
             return not ends and not self._casts_up(layer)
 
-        producers = (self.network.producers.get(each) for each in self._back(name, onward))
-        return any(producer is not None and self._casts_up(producer) for producer in producers)
+        return any(map(self._casts_up, self._producers(name, onward)))
 
     def _casts_up(self, layer: Layer) -> bool:
         return layer.kind == "cast" and self.network.dtypes[layer.inputs[0]] == self.low
@@ -222,25 +217,36 @@ class _Check:
 
     def _back(self, name: str, onward: Callable[[Layer], bool]) -> list[str]:
         """A tensor and all that it comes from, going back through the layers for which `onward` is true."""
-        seen, waiting = dict.fromkeys([name]), [name]
-        while waiting:
-            producer = self.network.producers.get(waiting.pop())
-            if producer is not None and onward(producer):
-                fresh = [each for each in producer.inputs if each not in seen]
-                seen.update(dict.fromkeys(fresh))
-                waiting.extend(fresh)
-        return list(seen)
+
+        def sources(each: str) -> Sequence[str]:
+            producer = self.network.producers.get(each)
+            return producer.inputs if producer is not None and onward(producer) else ()
+
+        return _reachable(name, sources)
+
+    def _producers(self, name: str, onward: Callable[[Layer], bool]) -> list[Layer]:
+        """The layers that output the tensors of `_back`."""
+        producers = self.network.producers
+        return [producers[each] for each in self._back(name, onward) if each in producers]
 
     def _forward(self, name: str) -> list[str]:
         """A tensor and all values that layers which only move values make of it."""
-        seen, waiting = dict.fromkeys([name]), [name]
-        while waiting:
-            for consumer in self.network.consumers.get(waiting.pop(), []):
-                if consumer.kind in _MOVING:
-                    fresh = [each for each in consumer.outputs if each not in seen]
-                    seen.update(dict.fromkeys(fresh))
-                    waiting.extend(fresh)
-        return list(seen)
+
+        def moved(each: str) -> list[str]:
+            consumers = self.network.consumers.get(each, [])
+            return [output for consumer in consumers if consumer.kind in _MOVING for output in consumer.outputs]
+
+        return _reachable(name, moved)
+
+
+def _reachable(name: str, following: Callable[[str], Sequence[str]]) -> list[str]:
+    """A tensor and all that one comes to from it, going from each to those `following` it."""
+    seen, waiting = dict.fromkeys([name]), [name]
+    while waiting:
+        fresh = [each for each in following(waiting.pop()) if each not in seen]
+        seen.update(dict.fromkeys(fresh))
+        waiting.extend(fresh)
+    return list(seen)
 
 
 def _words(types: set[str]) -> str:

@@ -76,7 +76,7 @@ class EngineRequest(Strict):
     @property
     def folder(self) -> str:
         """The name of the folder below `engines/` for engines of these settings."""
-        return _digest(self.marked())[:_FOLDER_DIGITS]
+        return digest_of(self.marked())[:_FOLDER_DIGITS]
 
 
 MARKED = tuple(name for name, field in EngineRequest.model_fields.items() if CHANGES_ENGINE in field.metadata)
@@ -100,10 +100,11 @@ class EngineKey(Strict):
 
     def fingerprint(self, request: EngineRequest) -> str:
         """SHA-256 over everything that the engine depends on."""
-        return _digest({"request": request.marked(), "key": self.model_dump(mode="json")})
+        return digest_of({"request": request.marked(), "key": self.model_dump(mode="json")})
 
 
-def _digest(values: Any) -> str:
+def digest_of(values: Any) -> str:
+    """SHA-256 over the canonical JSON of values."""
     return hashlib.sha256(json.dumps(values, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 

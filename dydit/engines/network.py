@@ -16,6 +16,7 @@ from typing import Any
 from dydit.bundle.io_spec import TensorSpec
 from dydit.dtypes import DTYPES
 from dydit.errors import BackendError
+from dydit.extras import require
 
 _DTYPES = {dtype.tensorrt: name for name, dtype in DTYPES.items()}
 _FUNCTION = re.compile(r"\((\w+)\)\]\s*$")
@@ -144,10 +145,9 @@ def require_distinct_names(path: Path) -> None:
 
     TensorRT's parser (tensorrt-rtx 1.7.1) confuses the two, silently if their shapes agree.
     """
-    try:
-        import onnx
-    except ImportError as error:
-        raise BackendError("onnx is not installed: pip install 'dydit[export]'") from error
+    require("building engines", ["onnx"])
+    import onnx
+
     try:
         model = onnx.load(path, load_external_data=False)
     except Exception as error:  # protobuf's DecodeError, which onnx does not wrap

@@ -28,7 +28,7 @@ from dydit.bundle.bundle import Bundle
 from dydit.bundle.manifest import Manifest
 from dydit.bundle.stored_weights import WEIGHTS
 from dydit.bundle.vae_entry import VAE_DECODER, VAE_WEIGHTS
-from dydit.engines.fingerprint import EngineKey, EngineRequest, HardwareCompatibility
+from dydit.engines.fingerprint import EngineKey, EngineRequest, HardwareCompatibility, digest_of
 from dydit.engines.flavour import Flavour, Gpu
 from dydit.errors import BundleError, DyditError, one_line
 from dydit.files import sha256_of, write_atomic
@@ -42,15 +42,9 @@ _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*\.engine")
 _LEAST_RTX = (8, 0)
 
 
-class EngineEntry(Strict):
-    """A built engine: its file, what it depends on, and facts of its build.
+class Built(Strict):
+    """Facts of an engine's build. `modified_ns`: the file's modification time when its hash was last computed."""
 
-    `modified_ns`: the file's modification time when its hash was last computed.
-    """
-
-    file: str
-    key: EngineKey
-    fingerprint: str
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
     bytes: int = Field(ge=1)
     modified_ns: int
@@ -58,7 +52,17 @@ class EngineEntry(Strict):
     peak_memory: int = Field(description="bytes, of the process that built it, since its start")
     layers: int = Field(description="of the parsed network, whose types were checked")
     warnings: int
-    activation_bytes: int | None = Field(description="device memory for its activations, at its largest shapes")
+    activation_bytes: int | None = Field(
+        description="device memory for its activations at its largest shapes, if the builder reported it"
+    )
+
+
+class EngineEntry(Built):
+    """A built engine: its file, what it depends on, and facts of its build."""
+
+    file: str
+    key: EngineKey
+    fingerprint: str
 
 
 class EngineIndex(Strict):
@@ -71,12 +75,11 @@ class EngineIndex(Strict):
 
     def compute_digest(self) -> str:
         """SHA-256 over the canonical JSON of every field but `digest`."""
-        values = self.model_dump(mode="json", exclude={"digest"})
-        return hashlib.sha256(json.dumps(values, sort_keys=True, allow_nan=False).encode()).hexdigest()
+        return digest_of(self.model_dump(mode="json", exclude={"digest"}))
 
     def to_json(self) -> str:
         """The text of `engines.json`, with the digest filled in."""
-        values = self.model_dump(mode="json", exclude={"digest"}) | {"digest": self.compute_digest()}
+        values = self.model_dump(mode="json") | {"digest": self.compute_digest()}
         return json.dumps(values, indent=1, allow_nan=False) + "\n"
 
 

@@ -20,7 +20,7 @@ from dydit.bundle.manifest import MANIFEST, FileEntry, Manifest
 from dydit.bundle.vae_entry import VAE_DECODER, VAE_WEIGHTS
 from dydit.errors import ConfigError
 from dydit.export.vae_graph import VaeOptions, export_vae
-from dydit.files import explained, fsync_folder, sha256_of, write_atomic
+from dydit.files import explained, fsync_path, sha256_of, write_atomic
 from dydit.locks import FileLock
 
 PREFIX, SUFFIX = ".decoder.", ".part"  # of the folder, inside the bundle, in which a decoder is made
@@ -56,7 +56,7 @@ def attach_vae(path: Path, source: str, options: VaeOptions | None = None) -> Bu
                 with open(folder / name, "rb") as file:
                     os.fsync(file.fileno())
                 os.replace(folder / name, path / name)
-        fsync_folder(path)
+        fsync_path(path)
         write_atomic(path / MANIFEST, changed.to_json().encode())
     return Bundle.open(path, verify=False)
 

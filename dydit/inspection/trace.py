@@ -20,7 +20,7 @@ from dydit.runtime.backends.base import BackendOptions, StepResult
 from dydit.runtime.backends.registry import open_backend
 from dydit.runtime.loop import StepRunner
 from dydit.runtime.noise_source import SeededNoise
-from dydit.runtime.request import check_batch_size, check_guidance, check_labels, make_batches
+from dydit.runtime.request import check_batch_size, check_labels, make_batches
 from dydit.runtime.resident import ResidentSubnets
 
 Progress = Callable[[int, int], None]
@@ -55,7 +55,7 @@ def trace_tokens(
     """
     manifest, model = bundle.manifest, bundle.manifest.model
     check_labels(labels, manifest)
-    check_guidance(cfg_scale, manifest)
+    model.require_guidance(cfg_scale)
     check_batch_size(len(labels), manifest, len(labels))
     (batch,) = make_batches(labels, range(len(labels)), len(labels))
     noise = SeededNoise(seed, (model.in_channels, model.input_size, model.input_size))

@@ -16,7 +16,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from dydit.bundle.io_spec import CONDITION
-from dydit.bundle.manifest import Manifest, PlanKind, SegmentEntry
+from dydit.bundle.manifest import Manifest, PlanKind
 from dydit.diffusion.coefficients import COEFFICIENTS
 from dydit.diffusion.guidance import Guidance
 from dydit.diffusion.steps import run_steps
@@ -172,15 +172,12 @@ class MemoryStore:
     segments: dict[int, int] = field(default_factory=dict)
 
     def done(self, batch: int) -> int:
-        """How many segments the batch has behind it."""
         return self.segments.get(batch, 0)
 
     def load(self, batch: int) -> np.ndarray:
-        """Its latents then, f32 [B, C, S, S]."""
         return self.latents[batch]
 
     def save(self, batch: int, segments: int, latents: np.ndarray, repeated: int) -> None:
-        """Keep the latents after `segments` segments."""
         self.latents[batch], self.segments[batch] = latents, segments
 
 
@@ -281,7 +278,8 @@ def _sample_by_steps(
 
                 x = noise.initial(batches[b]) if index == 0 else store.load(b)
                 x = run_steps(runner.steps_of(batches[b], noise), x, segment.steps, count)
-                _require_finite(x, batches[b], index, segment)
+                steps_of_segment = f"steps {segment.first} to {segment.steps[-1]}, subnetwork {segment.subnet}"
+                require_finite(x, batches[b], f"segment {index} ({steps_of_segment})")
                 store.save(b, index + 1, x, again)
                 repeated += again
         seconds += time.perf_counter() - start
@@ -310,10 +308,11 @@ def default_residency(manifest: Manifest) -> int | None:
     return 2 if manifest.plan.kind is PlanKind.PER_STEP else None
 
 
-def _require_finite(x: np.ndarray, batch: Batch, index: int, segment: SegmentEntry) -> None:
+def require_finite(x: np.ndarray, batch: Batch, passed: str) -> None:
+    """Raise `BackendError`, naming an image, if latents f32 [B, C, S, S] are not finite after the steps `passed`."""
     bad = [image for image, latents in zip(batch.images, x, strict=True) if not np.isfinite(latents).all()]
     if bad:
         raise BackendError(
-            f"the latents of image {bad[0]} hold NaN or infinite values after segment {index} (steps {segment.first} "
-            f"to {segment.steps[-1]}, subnetwork {segment.subnet}); compare bundle and checkpoint with `dydit parity`"
+            f"the latents of image {bad[0]} hold NaN or infinite values after {passed}; compare bundle and checkpoint "
+            "with `dydit parity`"
         )

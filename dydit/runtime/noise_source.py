@@ -7,6 +7,7 @@ both floating point and finite, and integers `labels` [B]. With it, the run of a
 from __future__ import annotations
 
 import pickle
+import struct
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -21,6 +22,16 @@ from dydit.diffusion.noise import INITIAL_DRAW, image_noise, step_draw
 from dydit.errors import ConfigError, one_line
 from dydit.files import sha256_of
 from dydit.runtime.request import Batch
+
+_DAMAGED = (
+    ValueError,
+    EOFError,
+    NotImplementedError,
+    struct.error,
+    zlib.error,
+    zipfile.BadZipFile,
+    pickle.UnpicklingError,
+)
 
 
 class NoiseSource(Protocol):
@@ -97,7 +108,7 @@ def read_arrays(path: Path, needed: Sequence[str], what: str, optional: Sequence
             arrays = {name: file[name] for name in (*needed, *optional) if name in file}
     except OSError as error:
         raise ConfigError(f"cannot read {what} from {path}: {error.strerror or one_line(error)}") from error
-    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error, pickle.UnpicklingError) as error:
+    except _DAMAGED as error:
         raise ConfigError(f"{path} is not a {what} file: {one_line(error)}") from error
     # NumPy returns a member that does not start like an array as bytes.
     if strange := [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]:

@@ -6,7 +6,6 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
@@ -18,6 +17,7 @@ from dydit.runtime.backends.base import Backend, BackendOptions
 from dydit.runtime.backends.registry import open_backend, require_torch
 from dydit.runtime.images.image_files import to_pil, to_uint8
 from dydit.runtime.images.pixels import ToPixels, picture_format
+from dydit.runtime.images.vae_decoder import IMAGES_AT_ONCE
 from dydit.runtime.loop import MemoryStore, Progress, StepRunner, default_residency, sample
 from dydit.runtime.noise_source import SeededNoise
 from dydit.runtime.request import DEFAULT_CFG_SCALE, UINT64, check_labels, make_batches
@@ -162,9 +162,7 @@ class DyDiTPipeline:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 
@@ -188,8 +186,8 @@ def _indices(given: Any, labels: Sequence[int]) -> list[int]:
 def _pictures(to_pixels: ToPixels | None, latents: np.ndarray, output_type: str) -> Any:
     if to_pixels is None:
         return None
-    few = to_pixels.at_once
-    pixels = np.concatenate([to_pixels(latents[i : i + few]) for i in range(0, len(latents), few)])
+    parts = [latents[i : i + IMAGES_AT_ONCE] for i in range(0, len(latents), IMAGES_AT_ONCE)]
+    pixels = np.concatenate([to_pixels(part) for part in parts])
     if output_type == "pil":
         return [to_pil(image) for image in to_uint8(pixels)]
     levels = np.clip(pixels / 2 + 0.5, 0, 1)

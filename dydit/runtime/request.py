@@ -63,11 +63,6 @@ def check_labels(labels: Sequence[int], manifest: Manifest) -> None:
             raise ConfigError(f"label {label} is outside 0..{classes - 1}, the classes of this model")
 
 
-def check_guidance(cfg_scale: float, manifest: Manifest) -> None:
-    """Raise `ConfigError` for guidance of a model without a null class."""
-    manifest.model.require_guidance(cfg_scale)
-
-
 def check_batch_size(size: int | None, manifest: Manifest, images: int) -> int:
     """The batch size to use: the requested one, else the largest that the bundle allows and the images fill."""
     if size is None:

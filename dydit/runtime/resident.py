@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections import OrderedDict
-from types import TracebackType
 from typing import Self
 
 from dydit.errors import BackendError, DyditError
@@ -90,9 +89,7 @@ class ResidentSubnets:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def after_fork(self) -> None:

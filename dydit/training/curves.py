@@ -7,18 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dydit.errors import DyditError
+from dydit.extras import require
 from dydit.files import write_atomic
 
 
 def draw_curves(log: Sequence[dict[str, Any]], path: Path, title: str) -> None:
     """Draw the log's losses and, for a dynamic run, FLOPs ratio against target, as a PNG at `path`."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise DyditError(
-            "drawing the curves needs matplotlib, which is not installed: pip install matplotlib"
-        ) from error
+    require("drawing the curves", ["matplotlib"])
+    from matplotlib.figure import Figure
+
     dynamic = any("ratio" in entry for entry in log)
     figure = Figure(figsize=(10 if dynamic else 5.5, 4), layout="constrained")
     axes = figure.subplots(1, 2 if dynamic else 1, squeeze=False)[0]

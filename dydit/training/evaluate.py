@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from dydit.errors import ConfigError
+from dydit.extras import require
 from dydit.models.config import ModelConfig
 from dydit.models.macs import flops_ratio
 from dydit.training.data import Digits, digits_pixels
@@ -63,12 +64,9 @@ def evaluate_digits(images: np.ndarray, labels: np.ndarray) -> DigitsMetrics:
 @lru_cache(maxsize=1)
 def _classifier() -> Any:
     """A support vector classifier (RBF kernel) trained on all real digits' features."""
-    try:
-        from sklearn.svm import SVC
-    except ImportError as error:
-        raise ConfigError(
-            "evaluating digits needs scikit-learn, which is not installed: pip install scikit-learn"
-        ) from error
+    require("evaluating digits", ["sklearn"])
+    from sklearn.svm import SVC
+
     data = Digits()
     return SVC(C=10.0, gamma="scale").fit(digits_pixels(data.images), data.labels)
 

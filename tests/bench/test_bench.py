@@ -10,7 +10,16 @@ import sys
 import numpy as np
 import pytest
 
-from dydit.bench.bench import REPORT, BenchConfig, _deviation, _Worker, compare_sides, run_bench, sides_of, spread_steps
+from dydit.bench.bench import (
+    REPORT,
+    BenchConfig,
+    _deviation,
+    _started,
+    compare_sides,
+    run_bench,
+    sides_of,
+    spread_steps,
+)
 from dydit.bench.bench_worker import open_side
 from dydit.bench.timing import Job, Latents, chained_coefficients, settled_bytes
 from dydit.bundle.manifest import PlanKind, Routing
@@ -339,9 +348,9 @@ class TestScripts:
         known = {(reference.kind, reference.checkpoint): np.ones((1, 4, 8, 8), np.float32)}
         with (
             pytest.raises(DeviationError, match="is not finite, expected a finite number"),
-            _Worker(job(make_bundle(), mine("nan"))) as worker,
+            _started(job(make_bundle(), mine("nan", reference))) as worker,
         ):
-            _deviation(worker, reference, known)
+            _deviation(worker, known)
 
     def test_a_script_that_lacks_something_is_left_out(self, mine, make_bundle):
         sides = sides_of(make_bundle())

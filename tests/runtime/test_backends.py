@@ -14,7 +14,7 @@ from dydit.bundle.stored_weights import Precision
 from dydit.errors import BackendError
 from dydit.models.config import Routers
 from dydit.runtime.backends.base import BackendOptions
-from dydit.runtime.backends.registry import BACKENDS, ENGINE_BACKENDS, backend_status, open_backend
+from dydit.runtime.backends.registry import BACKENDS, backend_status, open_backend
 from dydit.runtime.loop import StepRunner
 from dydit.runtime.resident import ResidentSubnets
 
@@ -204,7 +204,7 @@ def test_unknown_backends_name_those_there_are(make_bundle):
 def test_status_lists_what_works():
     status = {name: (works, detail) for name, works, detail in backend_status()}
     assert all(status[name][0] and "devices: cpu" in status[name][1] for name in BACKENDS)
-    for name in ENGINE_BACKENDS:
+    for name in ("tensorrt", "tensorrt-rtx"):
         works, detail = status[name]
         assert works or "pip install" in detail or "no driver or GPU here" in detail
 
@@ -224,7 +224,7 @@ def test_missing_packages_say_what_to_install(make_bundle, monkeypatch):
 def test_debug_without_onnx_says_what_to_install(make_bundle, monkeypatch):
     backend = open_backend("onnxruntime", make_bundle(), OPTIONS)
     monkeypatch.setitem(sys.modules, "onnx", None)
-    with pytest.raises(BackendError, match=r"needs the package onnx; pip install 'dydit\[export\]'"):
+    with pytest.raises(BackendError, match=r"needs onnx, which is not installed: pip install 'dydit\[export\]'"):
         backend.subnet(0, debug=True)
 
 

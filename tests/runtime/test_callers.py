@@ -12,13 +12,13 @@ import pytest
 from dydit.bundle.manifest import PlanKind, Routing
 from dydit.errors import BackendError, BundleError
 from dydit.runtime.backends.base import BackendOptions
-from dydit.runtime.backends.ort_cuda import OnnxRuntimeDeviceBackend
 from dydit.runtime.backends.registry import open_backend
 from dydit.runtime.loop import MemoryStore, StepRunner, sample
 from dydit.runtime.noise_source import SeededNoise
 from dydit.runtime.pipeline import DyDiTPipeline
 from dydit.runtime.request import make_batches
 from dydit.runtime.resident import ResidentSubnets
+from tests.fixtures.host_device import HostDeviceBackend
 
 CALLS = 8
 PLANS = {
@@ -30,7 +30,7 @@ PLANS = {
 OPENERS = {
     "onnxruntime": lambda bundle: open_backend("onnxruntime", bundle, BackendOptions(threads=2)),
     "torch": lambda bundle: open_backend("torch", bundle, BackendOptions(threads=1)),
-    "device": lambda bundle: OnnxRuntimeDeviceBackend(bundle, BackendOptions(threads=1)),
+    "device": lambda bundle: HostDeviceBackend(bundle, BackendOptions(threads=1)),
 }
 
 

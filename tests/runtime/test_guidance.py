@@ -9,15 +9,15 @@ from dydit.bundle.manifest import PlanKind, Routing
 from dydit.diffusion.guidance import Guidance
 from dydit.errors import ConfigError
 from dydit.runtime.backends.base import BackendOptions
-from dydit.runtime.backends.ort_cuda import OnnxRuntimeDeviceBackend
 from dydit.runtime.backends.registry import open_backend
 from dydit.runtime.pipeline import DyDiTPipeline
+from tests.fixtures.host_device import HostDeviceBackend
 
 OPTIONS = BackendOptions(threads=1)
 OPENERS = {
     "onnxruntime": lambda bundle: open_backend("onnxruntime", bundle, OPTIONS),
     "torch": lambda bundle: open_backend("torch", bundle, OPTIONS),
-    "device": lambda bundle: OnnxRuntimeDeviceBackend(bundle, OPTIONS),
+    "device": lambda bundle: HostDeviceBackend(bundle, OPTIONS),
 }
 
 

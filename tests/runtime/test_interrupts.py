@@ -18,11 +18,11 @@ import pytest
 from dydit.bundle.manifest import PlanKind
 from dydit.runtime import dynamic_width as sliding
 from dydit.runtime.backends.base import BackendOptions
-from dydit.runtime.backends.ort_cuda import OnnxRuntimeDeviceBackend
 from dydit.runtime.backends.registry import open_backend
 from dydit.runtime.background import Pool
 from dydit.runtime.dynamic_width import DynamicWidthWeights
 from dydit.runtime.pipeline import DyDiTPipeline
+from tests.fixtures.host_device import HostDeviceBackend
 
 INTERRUPTS = int(os.environ.get("DYDIT_INTERRUPTS", "45"))
 SLIDING, PER_STEP = {"plan": PlanKind.SLIDING, "steps": 3}, {"plan": PlanKind.PER_STEP, "steps": 3}
@@ -31,7 +31,7 @@ WAYS = {
     "onnxruntime, per step": (PER_STEP, lambda bundle: open_backend("onnxruntime", bundle, BackendOptions(2))),
     "torch, per step": (PER_STEP, lambda bundle: open_backend("torch", bundle, BackendOptions(1))),
     "torch, dynamic width": (SLIDING, lambda bundle: open_backend("torch", bundle, BackendOptions(1))),
-    "device, dynamic width": (SLIDING, lambda bundle: OnnxRuntimeDeviceBackend(bundle, BackendOptions(1))),
+    "device, dynamic width": (SLIDING, lambda bundle: HostDeviceBackend(bundle, BackendOptions(1))),
 }
 
 

@@ -12,14 +12,7 @@ from dydit.bundle.manifest import PlanKind, Routing
 from dydit.errors import BackendError
 from dydit.runtime.backends.base import BackendOptions
 from dydit.runtime.backends.onnxruntime import OnnxRuntimeBackend
-from dydit.runtime.backends.ort_cuda import (
-    HostMemory,
-    HostSessions,
-    OnnxRuntimeDeviceBackend,
-    _BoundEngine,
-    _Sessions,
-    session_memory,
-)
+from dydit.runtime.backends.ort_cuda import OnnxRuntimeDeviceBackend, _BoundEngine, _Sessions, session_memory
 from dydit.runtime.device.execute import Tensor
 from dydit.runtime.device.operations import CONDITIONER, EngineId
 from dydit.runtime.device.residency import engines_of
@@ -28,6 +21,7 @@ from dydit.runtime.loop import MemoryStore, StepRunner, sample
 from dydit.runtime.noise_source import SeededNoise
 from dydit.runtime.request import make_batches
 from dydit.runtime.resident import ResidentSubnets
+from tests.fixtures.host_device import HostDeviceBackend, HostMemory, HostSessions
 
 LABELS, IMAGES = [3, 1, 3, 0, 6], [0, 1, 2, 40, 41]
 OPTIONS = BackendOptions(threads=1)
@@ -60,7 +54,7 @@ def near(a, b) -> bool:
 )
 def test_whole_runs_are_the_loop(settings, make_bundle):
     bundle = make_bundle(**settings)
-    backend = OnnxRuntimeDeviceBackend(bundle, OPTIONS)
+    backend = HostDeviceBackend(bundle, OPTIONS)
     for seed, scale in ((5, 4.0), (6, 1.0)):
         latents, stats = run(backend, seed, scale)
         expected, theirs = run(OnnxRuntimeBackend(bundle, OPTIONS), seed, scale)
@@ -85,7 +79,7 @@ def test_steps_find_their_inputs_at_the_same_places(make_bundle):
             seen.setdefault((engine, shapes), set()).add(tuple(each.address for each in (*inputs, *outputs)))
             super().launch(engine, inputs, outputs, workspace)
 
-    backend = OnnxRuntimeDeviceBackend(make_bundle(routing=Routing.DENSE), OPTIONS)
+    backend = HostDeviceBackend(make_bundle(routing=Routing.DENSE), OPTIONS)
     sampler = backend._sampler
     sampler._executor.device.__class__ = Noting
     run(backend), run(backend, seed=8)

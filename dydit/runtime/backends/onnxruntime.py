@@ -27,6 +27,7 @@ from dydit.bundle.io_spec import residual_name, token_mask_name
 from dydit.bundle.manifest import CONDITIONING, Routing
 from dydit.bundle.stored_weights import Precision
 from dydit.errors import BackendError
+from dydit.extras import require
 from dydit.runtime.backends.base import Arrays, Backend, BackendOptions, StepResult, Subnet
 from dydit.runtime.backends.batch_splitting import BatchSplitting
 from dydit.runtime.backends.int8_exactness import require_exact_products
@@ -191,10 +192,9 @@ def _require_precision(precision: Precision, device: str) -> None:
 
 def _with_debug_outputs(file: Path, depth: int) -> bytes:
     """The graph with every block's residual stream, and its token decisions if it has any, as additional outputs."""
-    try:
-        import onnx
-    except ImportError as error:
-        raise BackendError("comparing inside a graph needs the package onnx; pip install 'dydit[export]'") from error
+    require("comparing inside a graph", ["onnx"])
+    import onnx
+
     model = onnx.load(file, load_external_data=False)
     values = {name for node in model.graph.node for name in node.output}
     for block in range(depth):

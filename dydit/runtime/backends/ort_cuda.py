@@ -5,14 +5,10 @@ runs on our stream. The provider captures CUDA graphs by itself, one for each se
 So the plan holds none, and steps read their inputs at fixed addresses. With graphs every node has to run on the GPU; if
 one does not, the session runs without graphs. Releases before microsoft/onnxruntime#28686 make the host wait after each
 replay.
-
-Binding works the same way on the CPU (`HostSessions`), which serves tests only.
 """
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,64 +28,10 @@ from dydit.runtime.device.cuda import CudaMemory, pycuda_driver
 from dydit.runtime.device.execute import Executor, Tensor
 from dydit.runtime.device.launches import EngineMemory
 from dydit.runtime.device.memory_layout import LaunchOptions
-from dydit.runtime.device.operations import ALIGNMENT, EngineId
+from dydit.runtime.device.operations import EngineId
 from dydit.runtime.device.residency import engines_of, graph_of
-from dydit.runtime.device.whole_runs import DeviceSampler, close_whatever_state
-from dydit.runtime.loop import LatentStore, Progress, RunStats, default_residency
-from dydit.runtime.noise_source import NoiseSource
-from dydit.runtime.request import Batch
-
-
-class HostMemory:
-    """Host memory as a device that runs every operation at once."""
-
-    stream = 0
-
-    def __init__(self) -> None:
-        self._arrays: dict[int, np.ndarray] = {}
-
-    def activate(self) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext()
-
-    def free_memory(self) -> int:
-        return 1 << 50
-
-    def allocate(self, nbytes: int) -> int:
-        array = np.empty(nbytes + ALIGNMENT, np.uint8)
-        address = -(-array.ctypes.data // ALIGNMENT) * ALIGNMENT
-        self._arrays[address] = array
-        return address
-
-    def free(self, address: int) -> None:
-        del self._arrays[address]
-
-    def upload(self, to: int, data: np.ndarray, stream: str) -> None:
-        _bytes_at(to, data.nbytes)[:] = data.reshape(-1).view(np.uint8)
-
-    def download(self, source: int, nbytes: int) -> np.ndarray:
-        return _bytes_at(source, nbytes).copy()
-
-    def copy(self, to: int, source: int, nbytes: int) -> None:
-        _bytes_at(to, nbytes)[:] = _bytes_at(source, nbytes)
-
-    def clear(self, to: int, nbytes: int) -> None:
-        _bytes_at(to, nbytes)[:] = 0
-
-    def record(self, event: str, stream: str) -> None:
-        """Nothing to do: every operation has run."""
-
-    def wait(self, stream: str, event: str) -> None:
-        """Nothing to do: every operation has run."""
-
-    def synchronize(self, event: str) -> None:
-        """Nothing to do: every operation has run."""
-
-    def idle(self) -> None:
-        """Nothing to do: every operation has run."""
-
-
-def _bytes_at(address: int, nbytes: int) -> np.ndarray:
-    return np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(address))
+from dydit.runtime.device.whole_runs import DeviceSampler, WholeRunsBackend, close_whatever_state
+from dydit.runtime.loop import default_residency
 
 
 class _BoundEngine:
@@ -180,12 +122,6 @@ class _Sessions:
         raise NotImplementedError
 
 
-class HostSessions(_Sessions, HostMemory):
-    """Sessions of the CPU provider."""
-
-    kind = "cpu"
-
-
 class CudaSessions(_Sessions, CudaMemory):
     """Sessions of the CUDA provider."""
 
@@ -208,53 +144,34 @@ def session_memory(bundle: Bundle, engine: EngineId) -> EngineMemory:
     return EngineMemory(0, sum(sizes.values()) - conditioning - units)
 
 
-class OnnxRuntimeDeviceBackend(OnnxRuntimeBackend):
+class OnnxRuntimeDeviceBackend(WholeRunsBackend, OnnxRuntimeBackend):
     """The ONNX Runtime backend with whole runs on the device; single steps are those of `OnnxRuntimeBackend`.
 
-    Needs onnxruntime-gpu and PyCUDA for `device="cuda"`. `graphs`: let the provider capture CUDA graphs where it can.
+    Needs onnxruntime-gpu and PyCUDA. `graphs`: let the provider capture CUDA graphs where it can. `sessions`: the
+    device of whole runs.
     """
+
+    sessions: type[CudaSessions] = CudaSessions
 
     def __init__(self, bundle: Bundle, options: BackendOptions | None = None, graphs: bool = True):
         super().__init__(bundle, options)
         self._graphs = graphs
-        if self.options.device == "cuda":
+        if self.sessions is CudaSessions:
             pycuda_driver()
         self._executor: Executor | None = None
-        self._made_sampler: DeviceSampler | None = None
-
-    @property
-    def _sampler(self) -> DeviceSampler:
-        if self._made_sampler is None:
-            self._made_sampler = self._make_sampler()
-        return self._made_sampler
 
     def _make_sampler(self) -> DeviceSampler:
-        manifest, kind = self.bundle.manifest, CudaSessions if self.options.device == "cuda" else HostSessions
-        self._executor = Executor(kind(self.bundle, self.options, self._graphs))
+        manifest = self.bundle.manifest
+        self._executor = Executor(self.sessions(self.bundle, self.options, self._graphs))
         memory = {engine: session_memory(self.bundle, engine) for engine in engines_of(manifest)}
         options = LaunchOptions(graphs=False, fixed=True, resident=default_residency(manifest))
         return DeviceSampler(self._executor, self.bundle, memory, options)
 
-    def sample_run(
-        self,
-        batches: Sequence[Batch],
-        noise: NoiseSource,
-        store: LatentStore,
-        cfg_scale: float,
-        progress: Progress | None = None,
-    ) -> RunStats:
-        """What `dydit.runtime.loop.sample` does, without returning to the host between steps."""
-        with self.lock:
-            self.require_open()
-            if self._sampler.unsettled:
-                self._clear_runs()
-            return self._sampler.sample(batches, noise, store, cfg_scale, progress)
-
-    def _clear_runs(self) -> None:
-        """Free what runs left on the device."""
+    def _clear_runs(self) -> bool:
         executor, self._executor, self._made_sampler = self._executor, None, None
         if executor is not None:
             close_whatever_state(executor)
+        return executor is not None
 
     def _free(self) -> None:
         super()._free()

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 from collections.abc import Callable
+from functools import partial
 
 from dydit.bundle.bundle import Bundle
+from dydit.engines.flavour import Flavour
 from dydit.errors import BackendError, one_line
 from dydit.runtime.backends.base import Backend, BackendOptions
 from dydit.runtime.backends.cores import thread_count
@@ -14,9 +16,6 @@ from dydit.runtime.backends.versions import require_release
 
 BACKENDS = ("onnxruntime", "torch")
 DEVICES = ("cpu", "cuda")
-ENGINE_BACKENDS = ("tensorrt", "tensorrt-rtx")
-"""These run engines that `dydit build` made, on a GPU. `tensorrt` runs engines of either flavour."""
-
 OLDEST_TORCH = (2, 6)
 
 
@@ -92,17 +91,10 @@ def _open_torch(bundle: Bundle, options: BackendOptions) -> Backend:
     return TorchBackend(bundle, options)
 
 
-def _open_tensorrt(bundle: Bundle, options: BackendOptions) -> Backend:
+def _open_tensorrt(bundle: Bundle, options: BackendOptions, flavour: Flavour | None = None) -> Backend:
     from dydit.runtime.backends.tensorrt import TensorRTBackend
 
-    return TensorRTBackend(bundle, options)
-
-
-def _open_tensorrt_rtx(bundle: Bundle, options: BackendOptions) -> Backend:
-    from dydit.engines.flavour import Flavour
-    from dydit.runtime.backends.tensorrt import TensorRTBackend
-
-    return TensorRTBackend(bundle, options, Flavour.TENSORRT_RTX)
+    return TensorRTBackend(bundle, options, flavour)
 
 
 def require_torch() -> None:
@@ -129,28 +121,22 @@ def _probe_torch() -> str:
     return f"torch {torch.__version__}, devices: {'cpu, cuda' if torch.cuda.is_available() else 'cpu'}"
 
 
-def _probe_tensorrt() -> str:
+def _probe_tensorrt(flavour: Flavour | None = None) -> str:
     from dydit.runtime.backends.tensorrt import describe
 
-    return describe()
+    return describe(flavour)
 
 
-def _probe_tensorrt_rtx() -> str:
-    from dydit.engines.flavour import Flavour
-    from dydit.runtime.backends.tensorrt import describe
-
-    return describe(Flavour.TENSORRT_RTX)
-
-
+# `tensorrt` runs engines of either flavour that `dydit build` made.
 _OPENERS: dict[str, Callable[[Bundle, BackendOptions], Backend]] = {
     "onnxruntime": _open_onnxruntime,
     "torch": _open_torch,
     "tensorrt": _open_tensorrt,
-    "tensorrt-rtx": _open_tensorrt_rtx,
+    "tensorrt-rtx": partial(_open_tensorrt, flavour=Flavour.TENSORRT_RTX),
 }
 _PROBES: dict[str, Callable[[], str]] = {
     "onnxruntime": _probe_onnxruntime,
     "torch": _probe_torch,
     "tensorrt": _probe_tensorrt,
-    "tensorrt-rtx": _probe_tensorrt_rtx,
+    "tensorrt-rtx": partial(_probe_tensorrt, Flavour.TENSORRT_RTX),
 }

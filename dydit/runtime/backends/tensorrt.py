@@ -7,10 +7,8 @@ engines. None is imported or looked for before a backend is opened, and an error
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
-
-import numpy as np
 
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.vae_entry import VAE_DECODER
@@ -24,9 +22,6 @@ from dydit.runtime.device.engine_runtime import Runtime
 from dydit.runtime.device.launches import EngineMemory
 from dydit.runtime.device.operations import EngineId
 from dydit.runtime.device.residency import engines_of, graph_of
-from dydit.runtime.loop import LatentStore, Progress, RunStats
-from dydit.runtime.noise_source import NoiseSource
-from dydit.runtime.request import Batch
 
 FIGURES = "memory.json"
 """Beside the engines: `{sha256: [activation bytes, engine bytes]}`, measured when an engine is first loaded here."""
@@ -49,36 +44,19 @@ class TensorRTBackend(DeviceBackend):
         graphs: bool = True,
     ):
         trt, self._store = open_engines(bundle, flavour)
-        runtime = Runtime(trt, _reader(bundle, self._store), self._store.read_runtime_cache())
+        store = self._store
+        runtime = Runtime(trt, lambda engine: store.load(graph_of(bundle.manifest, engine)), store.read_runtime_cache())
         self._runtime, self._saved_contexts = runtime, 0
         known = _known(bundle, self._store)
         super().__init__(bundle, options, lambda: CudaDevice(runtime), known, graphs)
-
-    def sample_run(
-        self,
-        batches: Sequence[Batch],
-        noise: NoiseSource,
-        store: LatentStore,
-        cfg_scale: float,
-        progress: Progress | None = None,
-    ) -> RunStats:
-        """As `DeviceBackend` does; then save the kernels that were compiled for it, for the next process."""
-        stats = super().sample_run(batches, noise, store, cfg_scale, progress)
-        self._keep_compiled()
-        return stats
 
     def tile_decoder(self) -> DecodeTile | None:
         """Decode with the engine of the bundle's VAE decoder; None if it was not built."""
         index = self._store.read()
         return self.decode if index is not None and VAE_DECODER in index.engines else None
 
-    def decode(self, tiles: np.ndarray) -> np.ndarray:
-        """As `DeviceBackend` does; then save the kernels that were compiled for it."""
-        pixels = super().decode(tiles)
-        self._keep_compiled()
-        return pixels
-
-    def _keep_compiled(self) -> None:
+    def _after_run(self) -> None:
+        """Save the kernels that were compiled for the run, for the next process."""
         if self._runtime.contexts != self._saved_contexts:
             self._saved_contexts = self._runtime.contexts
             if (compiled := self._runtime.compiled()) is not None:
@@ -125,10 +103,6 @@ def _require_gpu() -> Gpu:
         )
     pycuda_driver()
     return gpu
-
-
-def _reader(bundle: Bundle, store: EngineStore) -> Callable[[EngineId], bytes]:
-    return lambda engine: store.load(graph_of(bundle.manifest, engine))
 
 
 def _hashes(bundle: Bundle, store: EngineStore) -> dict[EngineId, str]:

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,8 @@ from dydit.runtime.images.image_files import (
     write_npz,
     write_png,
 )
-from dydit.runtime.images.pixels import MakesPixels, PictureFormat
+from dydit.runtime.images.pixels import PictureFormat
+from dydit.runtime.images.vae_decoder import IMAGES_AT_ONCE
 from dydit.runtime.loop import LatentStore, Progress
 from dydit.runtime.noise_source import NoiseSource
 from dydit.runtime.request import Batch
@@ -86,7 +87,7 @@ def write_pictures(
     pictures: PictureFormat,
     batches: Sequence[Batch],
     store: LatentStore,
-    to_pixels: MakesPixels,
+    to_pixels: Callable[[np.ndarray], np.ndarray],
     members: Sequence[int],
     progress: Progress | None = None,
 ) -> None:
@@ -99,8 +100,8 @@ def write_pictures(
     total = sum(len(batch.images) for batch in batches)
     for index in members:
         images = batches[index].images
-        for first in range(0, len(images), to_pixels.at_once):
-            few = slice(first, first + to_pixels.at_once)
+        for first in range(0, len(images), IMAGES_AT_ONCE):
+            few = slice(first, first + IMAGES_AT_ONCE)
             missing = [not has_picture(out, pictures, image) for image in images[few]]
             if any(missing):
                 decoded = to_uint8(to_pixels(store.load(index)[few]))

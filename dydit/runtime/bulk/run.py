@@ -50,7 +50,7 @@ from dydit.runtime.bulk.workers import Worker
 from dydit.runtime.images.pixels import ToPixels, picture_format
 from dydit.runtime.loop import Progress, StepRunner, WholeRuns, chunk_size, sample
 from dydit.runtime.noise_source import NoiseFile, SeededNoise
-from dydit.runtime.request import Batch, SampleRequest, check_batch_size, check_guidance, check_labels, make_batches
+from dydit.runtime.request import Batch, SampleRequest, check_batch_size, check_labels, make_batches
 from dydit.runtime.resident import ResidentSubnets
 
 RESIDENT = 2  # a run uses each subnetwork once per chunk
@@ -240,7 +240,7 @@ def _repair(work: _Work, known: dict[str, Any]) -> SampleSummary:
     """Replace what is missing or damaged of a finished run; only one process does so at a time."""
     folder, run = work.folder, work.run
     before = _finished_before(folder, run, work.worker, known)
-    with folder.repairing() as ours:
+    with folder.finishing(repair=True) as ours:
         if not ours:
             note = "another process is repairing this run"
             return dataclasses.replace(before, files=(), finished=False, finished_before=False, note=note)
@@ -276,7 +276,7 @@ def _plan_run(
     file = None if request.noise_from is None else NoiseFile.read(request.noise_from, manifest)
     labels = _labels(request, file)
     check_labels(sorted(set(labels)), manifest)
-    check_guidance(request.cfg_scale, manifest)
+    model.require_guidance(request.cfg_scale)
     size = check_batch_size(request.batch_size, manifest, len(labels))
     images = range(request.first_image, request.first_image + len(labels))
     shape = (model.in_channels, model.input_size, model.input_size)

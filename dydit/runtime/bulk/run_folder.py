@@ -92,17 +92,6 @@ class RunFolder:
                     shutil.rmtree(self.work, ignore_errors=True)
                 raise
 
-    @contextlib.contextmanager
-    def repairing(self) -> Iterator[bool]:
-        """Reserve the repair of a finished run for the time of the block; yields False if another process has it."""
-        with explained(self.out), contextlib.ExitStack() as held:
-            try:
-                self.work.mkdir(exist_ok=True)
-                free = held.enter_context(FileLock(self.work / "finish.lock").attempt())
-            except FileNotFoundError:  # another process repaired it in this moment
-                free = False
-            yield free
-
     def _enter(self, worker: Worker, held: contextlib.ExitStack) -> None:
         if self._finished:
             return
@@ -131,17 +120,20 @@ class RunFolder:
                 write_json(self.work / RUN, {"settings": self._settings})
 
     @contextlib.contextmanager
-    def finishing(self) -> Iterator[bool]:
+    def finishing(self, repair: bool = False) -> Iterator[bool]:
         """Reserve writing the results for the time of the block; yields False if another process writes or wrote them.
 
-        Call it when all batches are done. A process that gets False has nothing left to do.
+        Call it when all batches are done, or, with `repair`, on a finished run. A process that gets False has nothing
+        left to do.
         """
-        with contextlib.ExitStack() as held:
+        with explained(self.out), contextlib.ExitStack() as held:
             try:
+                if repair:
+                    self.work.mkdir(exist_ok=True)
                 free = held.enter_context(FileLock(self.work / "finish.lock").attempt())
-            except FileNotFoundError:  # another worker finished the run
+            except FileNotFoundError:  # another process finished or repaired the run in this moment
                 free = False
-            yield free and not self._finished
+            yield free and (repair or not self._finished)
 
     @property
     def fresh(self) -> bool:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import threading
-import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import cast
 
@@ -16,18 +14,16 @@ from dydit.bundle.bundle import Bundle
 from dydit.bundle.io_spec import BATCH, LABELS, ROWS, STEPS, conditioning_outputs, subnet_outputs
 from dydit.bundle.manifest import Routing
 from dydit.bundle.vae_entry import vae_outputs
-from dydit.errors import BackendError, one_line
+from dydit.errors import BackendError
 from dydit.runtime.backends.base import Arrays, Backend, BackendOptions, StepResult, Subnet
-from dydit.runtime.device.execute import CaptureError, Device, Executor
+from dydit.runtime.device.execute import Device, Executor
 from dydit.runtime.device.launches import EngineMemory, fit_resident
 from dydit.runtime.device.memory_layout import LaunchOptions, RunShape
 from dydit.runtime.device.operations import CONDITIONER, DECODER, EngineId
 from dydit.runtime.device.residency import engine_of, engines_of
 from dydit.runtime.device.stepping import Stepper
-from dydit.runtime.device.whole_runs import DeviceSampler, close_whatever_state
-from dydit.runtime.loop import LatentStore, Progress, RunStats, default_residency
-from dydit.runtime.noise_source import NoiseSource
-from dydit.runtime.request import Batch
+from dydit.runtime.device.whole_runs import DeviceSampler, WholeRunsBackend, close_whatever_state
+from dydit.runtime.loop import default_residency
 
 RESERVE = 512 << 20
 """Bytes of device memory that are left free, for execution contexts and for other libraries."""
@@ -57,7 +53,7 @@ class DeviceSubnet(Subnet):
             stepper.unload(self._engine)
 
 
-class DeviceBackend(Backend):
+class DeviceBackend(WholeRunsBackend):
     """Single steps and whole runs each open a device with `make_device`, and load their own engines.
 
     `known`: memory of the engines that earlier runs measured. `graphs`: capture segments where the routing allows it.
@@ -77,7 +73,6 @@ class DeviceBackend(Backend):
         self._owned: list[Executor | Stepper] = []
         self._making = threading.Lock()
         self._made_stepper: Stepper | None = None
-        self._made_sampler: DeviceSampler | None = None
         self._finalizer = weakref.finalize(self, _close_all, self._owned)
 
     def subnet(self, index: int, full_capacity: bool = False, debug: bool = False) -> Subnet:
@@ -111,11 +106,13 @@ class DeviceBackend(Backend):
         with self.lock:
             self.require_open()
             try:
-                return self._decode(tiles)
+                pixels = self._decode(tiles)
             except BackendError:
                 if not self._clear_runs():
                     raise
-            return self._decode(tiles)
+                pixels = self._decode(tiles)
+            self._after_run()
+            return pixels
 
     def _decode(self, tiles: np.ndarray) -> np.ndarray:
         vae = self.bundle.manifest.vae
@@ -134,7 +131,6 @@ class DeviceBackend(Backend):
         return self._stepper.longest(DECODER, "latents")
 
     def _clear_runs(self) -> bool:
-        """Free what whole runs keep on the device; returns whether there was anything."""
         executors = [each for each in self._owned if isinstance(each, Executor)]
         self._made_sampler = None
         for executor in executors:
@@ -156,37 +152,6 @@ class DeviceBackend(Backend):
         """The most timesteps and labels that the conditioning's engine takes at once."""
         self._stepper.load(CONDITIONER)
         return self._stepper.longest(CONDITIONER, "timesteps"), self._stepper.longest(CONDITIONER, "labels")
-
-    def sample_run(
-        self,
-        batches: Sequence[Batch],
-        noise: NoiseSource,
-        store: LatentStore,
-        cfg_scale: float,
-        progress: Progress | None = None,
-    ) -> RunStats:
-        """What `dydit.runtime.loop.sample` does, without returning to the host between steps.
-
-        If a graph cannot be captured, a warning says so and the run starts again without graphs. What an interrupted
-        run left on the device is freed before the next one.
-        """
-        with self.lock:
-            self.require_open()
-            if self._sampler.unsettled:
-                self._clear_runs()
-            sampler = self._sampler
-            try:
-                return sampler.sample(batches, noise, store, cfg_scale, progress)
-            except CaptureError as error:
-                warnings.warn(f"{one_line(error)}; continuing without CUDA graphs", stacklevel=2)
-                sampler.options = dataclasses.replace(sampler.options, graphs=False)
-                return sampler.sample(batches, noise, store, cfg_scale, progress)
-
-    @property
-    def _sampler(self) -> DeviceSampler:
-        if self._made_sampler is None:
-            self._made_sampler = self._make_sampler()
-        return self._made_sampler
 
     def _make_sampler(self) -> DeviceSampler:
         device, manifest = self._make_device(), self.bundle.manifest

@@ -101,13 +101,8 @@ class Device(Protocol):
         """Free a graph that is not running."""
 
 
-class Host(Protocol):
-    """Where data comes from."""
-
-    def array(self, source: HostArray) -> np.ndarray:
-        """Data to upload, contiguous."""
-
-
+Host = Callable[[HostArray], np.ndarray]
+"""Returns data to upload, contiguous."""
 Deliver = Callable[[int, int, np.ndarray, int], None]
 """`deliver(batch, segments, bytes, repeated)`: latents after `segments` segments; steps repeated since then."""
 Progress = Callable[[int], None]
@@ -217,7 +212,7 @@ class Executor:
         overflowed: list[int] = []
         for each in ops:
             if isinstance(each, op.Upload):
-                data = host.array(each.source)
+                data = host(each.source)
                 assert data.nbytes == each.nbytes, each
                 self.device.upload(self._at(each.to), data, each.stream)
             elif isinstance(each, op.ReadOverflow):

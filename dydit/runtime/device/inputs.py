@@ -14,18 +14,6 @@ from dydit.runtime.noise_source import NoiseSource
 from dydit.runtime.request import Batch
 
 
-class StoredWeights:
-    """The tensors of `weights.bin`, as they are stored."""
-
-    def __init__(self, bundle: Bundle):
-        self._bundle = bundle
-
-    def array(self, source: HostArray) -> np.ndarray:
-        """A tensor: a map of the file."""
-        assert source.kind == "weights" and source.name is not None, source
-        return self._bundle.weight(source.name)
-
-
 class HostInputs:
     """Computes each `HostArray` when it is requested; nothing large is kept.
 
@@ -43,7 +31,7 @@ class HostInputs:
     ):
         assert tuple(len(batch.images) for batch in batches) == layout.shape.sizes
         self._bundle, self._layout, self._batches = bundle, layout, batches
-        self._noise, self._load, self._weights = noise, load, StoredWeights(bundle)
+        self._noise, self._load = noise, load
         self._guidance = Guidance(cfg_scale, bundle.manifest.model.null_class)
         self._tables: dict[str, Callable[[], np.ndarray]] = {
             "coefficients": self._coefficients,
@@ -58,7 +46,8 @@ class HostInputs:
         if source.kind in self._tables:
             return self._tables[source.kind]()
         if source.kind == "weights":
-            return self._weights.array(source)
+            assert source.name is not None
+            return self._bundle.weight(source.name)
         assert source.batch is not None and source.segment is not None
         if source.kind == "latents":
             batch = self._batches[source.batch]

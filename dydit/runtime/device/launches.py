@@ -23,6 +23,7 @@ from functools import cached_property
 
 from dydit.bundle.manifest import Manifest
 from dydit.errors import BackendError
+from dydit.runtime.device import operations as op
 from dydit.runtime.device.memory_layout import LaunchOptions, Layout, RunShape
 from dydit.runtime.device.operations import (
     ALIGNMENT,
@@ -30,29 +31,13 @@ from dydit.runtime.device.operations import (
     CONDITIONER,
     COPY,
     Address,
-    Allocate,
     Body,
-    Capture,
-    Clear,
-    Copy,
-    Download,
-    DropGraph,
     EngineId,
-    Free,
     GraphKey,
     HostArray,
-    Launch,
-    LoadEngine,
     Operation,
-    ReadOverflow,
-    Record,
-    Replay,
-    Synchronize,
     UnitOrder,
-    UnloadEngine,
-    Upload,
-    Wait,
-    WarmUp,
+    aligned,
 )
 from dydit.runtime.device.residency import Stop, engine_of, engines_of, plan_residency
 
@@ -137,7 +122,7 @@ class LaunchPlan:
     def buffers(self) -> dict[str, int]:
         """Bytes of every buffer during the run; those of earlier runs stay where they are large enough."""
         need = max(self._memory[key].activation for key in engines_of(self.manifest, self.layout.visited))
-        required = {**self.layout.buffers, WORKSPACE: -(-need // ALIGNMENT) * ALIGNMENT}
+        required = {**self.layout.buffers, WORKSPACE: aligned(need)}
         held = dict(self._state.buffers)
         return held | {name: max(nbytes, held.get(name, 0)) for name, nbytes in required.items() if nbytes}
 
@@ -160,12 +145,12 @@ class LaunchPlan:
         if not self.manifest.sliding:
             ops += self._unload(sorted(self._full, key=str))
             self._full.clear()
-        ops += [Free(name) for name in changed if name in held]
-        ops += [Allocate(name, self.buffers[name]) for name in changed]
+        ops += [op.Free(name) for name in changed if name in held]
+        ops += [op.Allocate(name, self.buffers[name]) for name in changed]
         engines = [key for key in (CONDITIONER,) if key not in self._state.engines]
-        ops += [LoadEngine(key) for key in (*engines, *self._residency.load)]
+        ops += [op.LoadEngine(key) for key in (*engines, *self._residency.load)]
         if "zeros" in self.buffers:
-            ops.append(Clear(Address("zeros"), self.buffers["zeros"]))
+            ops.append(op.Clear(Address("zeros"), self.buffers["zeros"]))
         ops += self._uploads()
         if self.layout.unit_weights is not None and self._unit_order is None:
             ops += self.layout.unit_weights.fill()
@@ -181,10 +166,10 @@ class LaunchPlan:
             run = self._run(segment, stop, following)
             settle: list[Operation] = []
             if stop.unload:
-                settle = [Record(SEGMENT_DONE, COMPUTE), Synchronize(SEGMENT_DONE), *self._unload(stop.unload)]
+                settle = [op.Record(SEGMENT_DONE, COMPUTE), op.Synchronize(SEGMENT_DONE), *self._unload(stop.unload)]
             last = following is None
             save = [
-                Download(
+                op.Download(
                     batch,
                     segment + 1,
                     self.layout.latents(segment + 1, batch),
@@ -198,31 +183,33 @@ class LaunchPlan:
     def repeat(self, segment: int, batches: Sequence[int]) -> tuple[Operation, ...]:
         """Run a segment again for some batches, at full capacity."""
         engine = self._engine(segment, full=True)
-        ops: list[Operation] = [] if engine in self._full else [LoadEngine(engine)]
+        ops: list[Operation] = [] if engine in self._full else [op.LoadEngine(engine)]
         for place, batch in enumerate(batches):
             if nbytes := self._noise_bytes(segment, batch):
-                ops.append(Upload(Address("noise"), HostArray("noise", batch, segment), nbytes))
+                ops.append(op.Upload(Address("noise"), HostArray("noise", batch, segment), nbytes))
             ops += self._visit(segment, batch, place, engine)
         ops.append(self._read_overflow(segment, batches, strict=True))
         if self.manifest.sliding:  # later segments use the same engine
             self._full.add(engine)
             return tuple(ops)
-        return (*ops, UnloadEngine(engine))
+        return (*ops, op.UnloadEngine(engine))
 
     def operations(self) -> tuple[Operation, ...]:
         """All operations, for a run in which no tokens overflow."""
-        return (*self.setup(), *(op for part in self.segments() for op in (*part.run, *part.settle, *part.save)))
+        return (*self.setup(), *(each for part in self.segments() for each in (*part.run, *part.settle, *part.save)))
 
     def _uploads(self) -> list[Operation]:
         """Upload what the whole run needs, and the latents that it starts from."""
         kinds = {"coefficients", "cfg_scale", "gates", "timesteps", "labels.all"}
         sizes = self.layout.buffers | {"cfg_scale": 4}
-        ops: list[Operation] = [Upload(Address(name), HostArray(name), sizes[name]) for name in sizes if name in kinds]
+        ops: list[Operation] = [
+            op.Upload(Address(name), HostArray(name), sizes[name]) for name in sizes if name in kinds
+        ]
         for batch, size in enumerate(self.shape.sizes):
             behind = self.shape.behind(batch)
             if behind < len(self.layout.segments):
                 source = HostArray("latents", batch, behind)
-                ops.append(Upload(self.layout.latents(behind, batch), source, size * self.layout.image_bytes))
+                ops.append(op.Upload(self.layout.latents(behind, batch), source, size * self.layout.image_bytes))
         return ops
 
     def _noise_bytes(self, segment: int, batch: int) -> int:
@@ -233,16 +220,16 @@ class LaunchPlan:
         nbytes = self._noise_bytes(segment, batch)
         if not nbytes:
             return []
-        upload = Upload(Address("noise.next"), HostArray("noise", batch, segment), nbytes, COPY)
-        wait: list[Operation] = [] if first else [Wait(COPY, NOISE_TAKEN)]
-        return [*wait, upload, Record(NOISE_READY, COPY)]
+        upload = op.Upload(Address("noise.next"), HostArray("noise", batch, segment), nbytes, COPY)
+        wait: list[Operation] = [] if first else [op.Wait(COPY, NOISE_TAKEN)]
+        return [*wait, upload, op.Record(NOISE_READY, COPY)]
 
     def _take_noise(self, segment: int, batch: int) -> list[Operation]:
         nbytes = self._noise_bytes(segment, batch)
         if not nbytes:
             return []
-        copy = Copy(Address("noise"), Address("noise.next"), nbytes)
-        return [Wait(COMPUTE, NOISE_READY), copy, Record(NOISE_TAKEN, COMPUTE)]
+        copy = op.Copy(Address("noise"), Address("noise.next"), nbytes)
+        return [op.Wait(COMPUTE, NOISE_READY), copy, op.Record(NOISE_TAKEN, COMPUTE)]
 
     def _run(self, segment: int, stop: Stop, following: int | None) -> list[Operation]:
         batches, ops = self.layout.waiting(segment), self._arrange(segment)
@@ -250,7 +237,7 @@ class LaunchPlan:
             ops += self._take_noise(segment, batch)
             ops += self._visit(segment, batch, place, stop.engine)
             if place == 0 and stop.load:
-                ops.append(LoadEngine(stop.load))
+                ops.append(op.LoadEngine(stop.load))
             if place + 1 < len(batches):
                 ops += self._fetch_noise(segment, batches[place + 1])
             elif following is not None:
@@ -272,19 +259,21 @@ class LaunchPlan:
         """Run a segment for a batch whose noise has been uploaded."""
         layout, size = self.layout, self.shape.sizes[batch]
         count, nbytes = layout.segments[segment].count, size * layout.image_bytes
-        labels = Copy(Address("labels"), Address("labels.all", batch * layout.labels_stride), 8 * self.shape.rows(size))
-        ops: list[Operation] = [labels, Copy(Address("x.0"), layout.latents(segment, batch), nbytes)]
+        labels = op.Copy(
+            Address("labels"), Address("labels.all", batch * layout.labels_stride), 8 * self.shape.rows(size)
+        )
+        ops: list[Operation] = [labels, op.Copy(Address("x.0"), layout.latents(segment, batch), nbytes)]
         for chunk in layout.chunks(segment):
             inputs, outputs = layout.conditioning_bindings(chunk, size)
-            ops.append(Launch(CONDITIONER, None, inputs, outputs))
+            ops.append(op.Launch(CONDITIONER, None, inputs, outputs))
             body = self._body(segment, chunk, size, engine)
             capturing = layout.capturing and not engine.full
             ops += self._captured_body(segment, chunk, size, body) if capturing else body
         result = Address("x.1" if layout.staged else f"x.{count % 2}")
-        ops.append(Copy(layout.latents(segment + 1, batch), result, nbytes))
+        ops.append(op.Copy(layout.latents(segment + 1, batch), result, nbytes))
         if self._may_overflow(segment):
             counters = count * layout.overflow_stride
-            ops.append(Copy(Address("overflow", place * counters), Address("overflow.visit"), counters))
+            ops.append(op.Copy(Address("overflow", place * counters), Address("overflow.visit"), counters))
         return ops
 
     def _captured_body(self, segment: int, chunk: range, size: int, body: Body) -> list[Operation]:
@@ -293,17 +282,17 @@ class LaunchPlan:
         if key not in self._captured:
             self._captured.add(key)
             if chunk.start == self.layout.segments[segment].first:
-                launch = next(i for i, op in enumerate(body) if isinstance(op, Launch))
-                ops.append(WarmUp(body[: launch + 1]))
-            ops.append(Capture(key, body))
-        return [*ops, Replay(key)]
+                launch = next(i for i, each in enumerate(body) if isinstance(each, op.Launch))
+                ops.append(op.WarmUp(body[: launch + 1]))
+            ops.append(op.Capture(key, body))
+        return [*ops, op.Replay(key)]
 
     def _body(self, segment: int, chunk: range, size: int, engine: EngineId) -> Body:
         """The steps of a part of a segment. The first step of the segment reads x.0."""
         layout, first = self.layout, self.layout.segments[segment].first
         subnet = self.manifest.plan.segments[segment].subnet
         gated = self.manifest.subnets[subnet].gated
-        ops: list[Copy | Launch] = []
+        ops: list[op.Copy | op.Launch] = []
         for step in chunk:
             sources = {
                 "noise": layout.noise(segment, step, size),
@@ -323,22 +312,22 @@ class LaunchPlan:
                 addresses |= {"x": Address("x.0"), "x_prev": Address("x.1"), **fixed}
                 addresses["token_overflow"] = Address("step.overflow")
                 if step != first:
-                    ops.append(Copy(Address("x.0"), Address("x.1"), size * layout.image_bytes))
+                    ops.append(op.Copy(Address("x.0"), Address("x.1"), size * layout.image_bytes))
             inputs, outputs = layout.step_bindings(subnet, size, addresses)
-            launch = Launch(engine, step, inputs, outputs)
+            launch = op.Launch(engine, step, inputs, outputs)
             if layout.staged:
                 sizes = {each.name: each.nbytes for each in (*inputs, *outputs)}
-                ops += [Copy(fixed[name], source, sizes[name]) for name, source in sources.items()]
+                ops += [op.Copy(fixed[name], source, sizes[name]) for name, source in sources.items()]
             ops.append(launch)
             if layout.staged and layout.capacity:
                 counters = sizes["token_overflow"]
-                ops.append(Copy(layout.overflow(segment, step), addresses["token_overflow"], counters))
+                ops.append(op.Copy(layout.overflow(segment, step), addresses["token_overflow"], counters))
         return tuple(ops)
 
-    def _read_overflow(self, segment: int, batches: Sequence[int], strict: bool = False) -> ReadOverflow:
+    def _read_overflow(self, segment: int, batches: Sequence[int], strict: bool = False) -> op.ReadOverflow:
         count, blocks = self.layout.segments[segment].count, self.manifest.model.depth
         stride = self.layout.overflow_stride
-        return ReadOverflow(Address("overflow"), segment, tuple(batches), count, stride, blocks, strict)
+        return op.ReadOverflow(Address("overflow"), segment, tuple(batches), count, stride, blocks, strict)
 
     def _engine(self, segment: int, full: bool = False) -> EngineId:
         return engine_of(self.manifest, self.manifest.plan.segments[segment].subnet, full)
@@ -349,10 +338,10 @@ class LaunchPlan:
     def _unload(self, engines: Sequence[EngineId]) -> list[Operation]:
         """Unload engines, and before them the graphs that were captured from them."""
         graphs = [graph for graph in self._captured if self._engine(graph.segment) in engines]
-        return [*self._drop(graphs), *(UnloadEngine(key) for key in engines)]
+        return [*self._drop(graphs), *(op.UnloadEngine(key) for key in engines)]
 
     def _drop(self, graphs: Sequence[GraphKey] | set[GraphKey]) -> list[Operation]:
-        ops: list[Operation] = [DropGraph(graph) for graph in sorted(graphs, key=dataclasses.astuple)]
+        ops: list[Operation] = [op.DropGraph(graph) for graph in sorted(graphs, key=dataclasses.astuple)]
         self._captured.difference_update(tuple(graphs))
         return ops
 

@@ -6,7 +6,7 @@ a segment are at the same addresses for every batch, so that a captured graph se
     latents.0, latents.1   every batch between segments: even segments read .0 and write .1, odd ones read .1
     x.0, x.1               the current batch: a step reads one and writes the other
     noise, noise.next      of the current segment, and of the next, which is uploaded meanwhile
-    modulation             of consecutive steps of the segment, computed on the device
+    condition              modulation of consecutive steps of the segment, computed on the device
     labels, labels.all     of the current rows; of all batches
     coefficients, cfg_scale, gates, timesteps    of the whole run
     overflow, overflow.visit    counters of a segment, for all its batches; for the current batch
@@ -22,7 +22,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
 
 from dydit.bundle.io_spec import (
     BATCH,
@@ -100,7 +99,7 @@ class Layout:
         self.capacity = manifest.routing is Routing.CAPACITY
         self.capturing = options.graphs and manifest.routing is not Routing.DYNAMIC
         self.image_bytes = 4 * model.in_channels * model.input_size**2
-        self.modulation_row = 4 * math.prod(_numbers(_spec(subnet_inputs(model, False), "condition")))
+        self.modulation_row = 4 * math.prod(model.condition_shape)
         self.gates_stride = aligned(4 * model.units.size)
         self.overflow_stride = aligned(8 * model.depth)
         self.labels_stride = aligned(8 * shape.rows(self.largest))
@@ -184,7 +183,7 @@ class Layout:
             sizes |= {
                 "step.noise": batch_bytes,
                 "step.coefficients": ALIGNMENT,
-                "step.modulation": rows * self.modulation_row,
+                "step.condition": rows * self.modulation_row,
                 "step.gates": gated * 4 * model.units.size,
                 "step.overflow": self.capacity * self.overflow_stride,
             }
@@ -194,11 +193,7 @@ class Layout:
 
     def latents(self, segment: int, batch: int) -> Address:
         """A batch's latents before a segment."""
-        return Address(f"latents.{segment % 2}", self._first_image[batch] * self.image_bytes)
-
-    @cached_property
-    def _first_image(self) -> list[int]:
-        return list(accumulate(self.shape.sizes, initial=0))
+        return Address(f"latents.{segment % 2}", sum(self.shape.sizes[:batch]) * self.image_bytes)
 
     def timesteps(self, chunk: range) -> Address:
         """The timesteps of a part of a segment."""
@@ -243,11 +238,3 @@ def _bind(
     specs: tuple[TensorSpec, ...], symbols: Mapping[str, int], addresses: Mapping[str, Address]
 ) -> tuple[Binding, ...]:
     return tuple(Binding(spec.name, spec.dtype, spec.concrete(symbols), addresses[spec.name]) for spec in specs)
-
-
-def _spec(specs: tuple[TensorSpec, ...], name: str) -> TensorSpec:
-    return next(spec for spec in specs if spec.name == name)
-
-
-def _numbers(spec: TensorSpec) -> list[int]:
-    return [dim for dim in spec.shape if isinstance(dim, int)]

@@ -2,7 +2,7 @@
 
 Memory is named: an `Address` is a buffer and a byte offset, so lists of operations can be made, compared and tested
 without a device. Work is queued on one of two streams, `COMPUTE` and `COPY`, each of which runs in order. The host does
-not wait, except for the operations in `HOST_WAITS`.
+not wait, except in `Synchronize`, `ReadOverflow` and `Download`.
 """
 
 from __future__ import annotations
@@ -273,4 +273,3 @@ Operation = (
     | ReadOverflow
     | Download
 )
-HOST_WAITS = (Synchronize, ReadOverflow, Download)

@@ -72,22 +72,6 @@ class Residency:
         return peak
 
 
-class _Uses:
-    """When each engine is used next."""
-
-    def __init__(self, engines: Sequence[EngineId]):
-        self._positions: dict[EngineId, list[int]] = defaultdict(list)
-        self._end = len(engines)
-        for position, key in enumerate(engines):
-            self._positions[key].append(position)
-
-    def next(self, key: EngineId, position: int) -> int:
-        """The first use at `position` or later; the end if there is none."""
-        positions = self._positions.get(key, [])
-        place = bisect_left(positions, position)
-        return positions[place] if place < len(positions) else self._end
-
-
 def plan_residency(
     engines: Sequence[EngineId], loaded: Sequence[EngineId], limit: int | None, spare: bool
 ) -> Residency:
@@ -96,13 +80,18 @@ def plan_residency(
     `limit`: most engines at a time, at least 2 (None: all stay). The engine whose next use lies farthest ahead is
     unloaded first. With `spare` there is room for one more after every segment, for a repetition at full capacity.
     """
-    uses = _Uses(engines)
+    uses: dict[EngineId, list[int]] = defaultdict(list)
+    for position, key in enumerate(engines):
+        uses[key].append(position)
+
+    def next_use(key: EngineId, position: int) -> int:
+        return next(iter(uses[key][bisect_left(uses[key], position) :]), len(engines))
 
     def make_room(present: list[EngineId], needed: int, position: int, stay: Sequence[EngineId]) -> list[EngineId]:
         """The engines to unload so that `needed` more fit."""
         if limit is None:
             return []
-        free = sorted((key for key in present if key not in stay), key=lambda key: -uses.next(key, position))
+        free = sorted((key for key in present if key not in stay), key=lambda key: -next_use(key, position))
         return free[: max(0, len(present) + needed - limit)]
 
     wanted = list(dict.fromkeys(engines[:2]))

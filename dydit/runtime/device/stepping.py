@@ -11,7 +11,6 @@ import numpy as np
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.io_spec import TensorSpec
 from dydit.runtime.device.execute import Device, Executor, Tensor
-from dydit.runtime.device.inputs import StoredWeights
 from dydit.runtime.device.launches import WORKSPACE
 from dydit.runtime.device.operations import COMPUTE, Allocate, EngineId
 from dydit.runtime.device.unit_weights import UnitWeights
@@ -83,7 +82,7 @@ class Stepper:
         ready = [Allocate(name, nbytes) for name, nbytes in weights.buffers.items() if name not in state.buffers]
         filled = weights.fill() if state.unit_order is None else ()
         moves, _ = weights.enter(state.unit_order or weights.stored, subnet)
-        self._weights.do((*ready, *filled, *moves), StoredWeights(self._bundle))
+        self._weights.do((*ready, *filled, *moves), lambda source: self._bundle.weight(str(source.name)))
         return [self._weights.tensor(binding) for binding in weights.bindings(subnet)]
 
     def longest(self, engine: EngineId, name: str) -> int:

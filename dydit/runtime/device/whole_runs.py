@@ -5,19 +5,22 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
+import warnings
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from dydit.bundle.bundle import Bundle
 from dydit.diffusion.guidance import is_guided
-from dydit.errors import BackendError, DyditError
-from dydit.runtime.device.execute import Executor, RunCounts
+from dydit.errors import DyditError, one_line
+from dydit.runtime.backends.base import Backend
+from dydit.runtime.device.execute import CaptureError, Executor, RunCounts
 from dydit.runtime.device.inputs import HostInputs
 from dydit.runtime.device.launches import EngineMemory, LaunchPlan
 from dydit.runtime.device.memory_layout import LaunchOptions, RunShape
 from dydit.runtime.device.operations import EngineId
-from dydit.runtime.loop import LatentStore, MemoryStore, Progress, RunStats
+from dydit.runtime.loop import LatentStore, MemoryStore, Progress, RunStats, require_finite
 from dydit.runtime.noise_source import NoiseSource
 from dydit.runtime.request import Batch
 
@@ -57,36 +60,29 @@ class DeviceSampler:
         Latents are stored after every segment; a `MemoryStore` gets only the last ones. Raises
         `BackendError` as the device does, and where latents are not finite.
         """
+        start, segments = time.perf_counter(), self._bundle.manifest.plan.segments
+        done, total = 0, len(batches) * self._bundle.manifest.sampling.steps
+
+        def count(steps: int) -> None:
+            nonlocal done
+            done = min(done + steps, total)
+            if progress and steps:
+                progress(done, total)
+
+        steps = repeated = 0
         self.unsettled = True
         try:
-            stats = self._sample(batches, noise, store, cfg_scale, progress)
+            count(sum(segments[index].count for b in range(len(batches)) for index in range(store.done(b))))
+            for first in range(0, len(batches), BATCHES):
+                part = range(first, min(first + BATCHES, len(batches)))
+                if waiting := [b for b in part if store.done(b) < len(segments)]:
+                    counts = self._pass(batches, waiting, noise, store, cfg_scale, count)
+                    steps, repeated = steps + counts.steps, repeated + counts.repeated_steps
         except DyditError:  # raised between operations, so the state is known
             self.unsettled = False
             raise
         self.unsettled = False
-        return stats
-
-    def _sample(
-        self,
-        batches: Sequence[Batch],
-        noise: NoiseSource,
-        store: LatentStore,
-        cfg_scale: float,
-        progress: Progress | None,
-    ) -> RunStats:
-        start, segments = time.perf_counter(), self._bundle.manifest.plan.segments
-        counted = _Counted(progress, len(batches) * self._bundle.manifest.sampling.steps)
-        counted.add(sum(segments[index].count for b in range(len(batches)) for index in range(store.done(b))))
-        counts = RunCounts()
-        for first in range(0, len(batches), BATCHES):
-            part = range(first, min(first + BATCHES, len(batches)))
-            waiting = [b for b in part if store.done(b) < len(segments)]
-            if waiting:
-                done = self._pass(batches, waiting, noise, store, cfg_scale, counted)
-                counts.steps += done.steps
-                counts.repeated_steps += done.repeated_steps
-        images = sum(len(batch.images) for batch in batches)
-        return RunStats(images, counts.steps, counts.repeated_steps, time.perf_counter() - start)
+        return RunStats(sum(len(batch.images) for batch in batches), steps, repeated, time.perf_counter() - start)
 
     def _pass(
         self,
@@ -95,7 +91,7 @@ class DeviceSampler:
         noise: NoiseSource,
         store: LatentStore,
         cfg_scale: float,
-        counted: _Counted,
+        count: Callable[[int], None],
     ) -> RunCounts:
         """Run some batches through the segments that are left for them."""
         chosen, model = [batches[b] for b in waiting], self._bundle.manifest.model
@@ -108,23 +104,60 @@ class DeviceSampler:
         def deliver(place: int, segments: int, data: np.ndarray, repeated: int) -> None:
             size = (len(chosen[place].images), model.in_channels, model.input_size, model.input_size)
             latents = data.view(np.float32).reshape(size)
-            _require_finite(latents, chosen[place], segments)
+            require_finite(latents, chosen[place], f"{segments} segments")
             store.save(waiting[place], segments, latents, repeated)
 
-        return self._executor.run(plan, host, deliver, counted.add)
+        return self._executor.run(plan, host.array, deliver, count)
 
 
-class _Counted:
-    """Progress of a run, from steps as they are launched."""
+class WholeRunsBackend(Backend):
+    """A backend whose whole runs stay on a device, on a sampler that is made for the first of them."""
 
-    def __init__(self, progress: Progress | None, total: int):
-        self._progress, self._total, self.done = progress, total, 0
+    _made_sampler: DeviceSampler | None = None
 
-    def add(self, steps: int) -> None:
-        """Count steps that were launched."""
-        self.done = min(self.done + steps, self._total)
-        if self._progress and steps:
-            self._progress(self.done, self._total)
+    def sample_run(
+        self,
+        batches: Sequence[Batch],
+        noise: NoiseSource,
+        store: LatentStore,
+        cfg_scale: float,
+        progress: Progress | None = None,
+    ) -> RunStats:
+        """What `dydit.runtime.loop.sample` does, without returning to the host between steps.
+
+        If a graph cannot be captured, a warning says so and the run starts again without graphs. What an interrupted
+        run left on the device is freed before the next one.
+        """
+        with self.lock:
+            self.require_open()
+            if self._sampler.unsettled:
+                self._clear_runs()
+            sampler = self._sampler
+            try:
+                stats = sampler.sample(batches, noise, store, cfg_scale, progress)
+            except CaptureError as error:
+                warnings.warn(f"{one_line(error)}; continuing without CUDA graphs", stacklevel=2)
+                sampler.options = dataclasses.replace(sampler.options, graphs=False)
+                stats = sampler.sample(batches, noise, store, cfg_scale, progress)
+            self._after_run()
+            return stats
+
+    @property
+    def _sampler(self) -> DeviceSampler:
+        if self._made_sampler is None:
+            self._made_sampler = self._make_sampler()
+        return self._made_sampler
+
+    def _after_run(self) -> None:
+        """What follows a run that succeeded."""
+
+    @abstractmethod
+    def _make_sampler(self) -> DeviceSampler:
+        """A sampler on a newly opened device."""
+
+    @abstractmethod
+    def _clear_runs(self) -> bool:
+        """Free what whole runs hold on the device; returns whether there was anything."""
 
 
 def close_whatever_state(executor: Executor) -> None:
@@ -134,12 +167,3 @@ def close_whatever_state(executor: Executor) -> None:
     """
     with contextlib.suppress(Exception):
         executor.close()
-
-
-def _require_finite(latents: np.ndarray, batch: Batch, segments: int) -> None:
-    bad = [image for image, x in zip(batch.images, latents, strict=True) if not np.isfinite(x).all()]
-    if bad:
-        raise BackendError(
-            f"the latents of image {bad[0]} hold NaN or infinite values after {segments} segments; compare bundle and "
-            "checkpoint with `dydit parity`"
-        )

@@ -23,7 +23,7 @@ from dydit.runtime.bulk.finished import LATENTS, Run, facts, find_damage, write_
 from dydit.runtime.bulk.run_folder import SUMMARY, RunFolder
 from dydit.runtime.bulk.workers import Worker
 from dydit.runtime.images.pixels import PictureFormat, require_finite
-from dydit.runtime.images.vae_decoder import IMAGES_AT_ONCE, VaeDecoder
+from dydit.runtime.images.vae_decoder import VaeDecoder
 from dydit.runtime.loop import MemoryStore, Progress
 from dydit.runtime.noise_source import read_arrays
 from dydit.runtime.request import UINT64, make_batches
@@ -106,18 +106,6 @@ class DecodeSummary:
     seconds: float
 
 
-class _DecoderPixels:
-    """A `MakesPixels` from a decoder without a backend."""
-
-    at_once = IMAGES_AT_ONCE
-
-    def __init__(self, decoder: VaeDecoder):
-        self._decoder = decoder
-
-    def __call__(self, samples: np.ndarray) -> np.ndarray:
-        return require_finite(self._decoder.decode(samples, self.at_once))
-
-
 def decode_to_folder(
     saved: SavedLatents,
     decoder: Path,
@@ -154,13 +142,21 @@ def decode_to_folder(
     if known is not None and not find_damage(out, run, known):
         folder.clear()
         return summary(known["files"], True)
-    to_pixels = _DecoderPixels(VaeDecoder(decoder, entry, options))
+    vae = VaeDecoder(decoder, entry, options)
     latents = {i: saved.latents[each.first : each.first + len(each.images)] for i, each in enumerate(batches)}
     store = MemoryStore(latents)
-    with folder.repairing() if known is not None else _one_decoder(folder) as ours:
+    with folder.finishing(repair=True) if known is not None else _one_decoder(folder) as ours:
         if not ours:
             raise OutputError(f"another process is decoding into {out}; wait for it")
-        write_pictures(out, pictures, batches, store, to_pixels, range(len(batches)), progress)
+        write_pictures(
+            out,
+            pictures,
+            batches,
+            store,
+            lambda samples: require_finite(vae.decode(samples)),
+            range(len(batches)),
+            progress,
+        )
         for file in run.results(out):
             write_result(out, run, store, file)
         known = facts(out, run, 0)

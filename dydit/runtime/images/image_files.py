@@ -9,7 +9,6 @@ import io
 import math
 import struct
 import zipfile
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +16,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dydit.errors import OutputError, one_line
+from dydit.errors import ConfigError, OutputError, one_line
 from dydit.files import atomic_file, new_file, write_atomic
+from dydit.runtime.noise_source import read_arrays
 
 GRID_IMAGES = 100
-_DAMAGED = (OSError, ValueError, KeyError, EOFError, NotImplementedError, struct.error, zlib.error, zipfile.BadZipFile)
 _PNG_END = b"\0\0\0\0IEND\xaeB`\x82"  # with the checksum of the last chunk, which Pillow does not verify
 
 
@@ -124,12 +123,9 @@ def write_npz(path: Path, arrays: dict[str, Streamed], replace: bool = True) -> 
 def kept_arrays(path: Path, *names: str) -> list[np.ndarray] | None:
     """Arrays of an `.npz` file; None if it is missing, or damaged by its checksums."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = [file[name] for name in names]
-    except _DAMAGED:
+        return list(read_arrays(path, names, "array").values())
+    except ConfigError:
         return None
-    # NumPy returns a member that does not start like an array as bytes.
-    return arrays if all(isinstance(array, np.ndarray) for array in arrays) else None
 
 
 def read_npz(path: Path, name: str, counts: Sequence[int]) -> Iterator[np.ndarray]:

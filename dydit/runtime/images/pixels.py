@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
 
 import numpy as np
 
@@ -38,18 +37,6 @@ def picture_format(manifest: Manifest) -> PictureFormat | None:
     return PictureFormat(model.in_channels, model.input_size, False) if model.samples_pixels else None
 
 
-class MakesPixels(Protocol):
-    """Turns samples f32 [B, C, S, S] into pixels f32 [B, channels, side, side].
-
-    `at_once`: samples to pass in one call, which bounds the memory. Equal samples in a call give equal bits.
-    """
-
-    at_once: int
-
-    def __call__(self, samples: np.ndarray) -> np.ndarray:
-        """Pixels, nominally in [-1, 1]."""
-
-
 def require_finite(pixels: np.ndarray) -> np.ndarray:
     """Return a decoder's pixels. Raises `BackendError` for NaN and infinities, which would silently become black."""
     if not np.isfinite(pixels).all():
@@ -60,11 +47,9 @@ def require_finite(pixels: np.ndarray) -> np.ndarray:
 class ToPixels:
     """Turns the samples of a backend into pixels. The decoder is loaded when it is first needed.
 
-    Raises `BackendError` if onnxruntime is needed and missing. `at_once`: images to pass in one call, which bounds the
-    memory. Equal images in a call give equal bits.
+    Raises `BackendError` if onnxruntime is needed and missing. Pass at most `IMAGES_AT_ONCE` in one call, which bounds
+    the memory. Equal images in a call give equal bits.
     """
-
-    at_once = IMAGES_AT_ONCE
 
     def __init__(self, backend: Backend):
         self._bundle, self._options = backend.bundle, backend.options
@@ -74,12 +59,13 @@ class ToPixels:
             runtime()
 
     def __call__(self, samples: np.ndarray) -> np.ndarray:
+        """Samples f32 [B, C, S, S] to pixels f32 [B, channels, side, side], nominally in [-1, 1]."""
         if self._vae is None:
             return samples
         if self._own is not None:
-            pixels = decode_tiled(samples, self._vae, self._own, self.at_once)
+            pixels = decode_tiled(samples, self._vae, self._own, IMAGES_AT_ONCE)
         else:
-            pixels = self._decoder.decode(samples, self.at_once)
+            pixels = self._decoder.decode(samples)
         return require_finite(pixels)
 
     @cached_property

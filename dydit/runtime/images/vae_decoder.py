@@ -36,29 +36,21 @@ class VaeDecoder:
         options = dataclasses.replace(options, packed=True)
         self._session = Session(folder / VAE_DECODER, options, SessionSettings(arena=True))
 
-    def decode(self, latents: np.ndarray, at_once: int = IMAGES_AT_ONCE) -> np.ndarray:
+    def decode(self, latents: np.ndarray) -> np.ndarray:
         """Latents f32 [B, C, H, W], as the sampler returned them, to pixels f32 [B, 3, H*upscale, W*upscale].
 
-        `at_once` tiles or images are decoded together, which bounds the memory. Pixels are nominally in [-1, 1]; some
-        lie slightly outside.
+        Pixels are nominally in [-1, 1]; some lie slightly outside.
         """
-        return decode_tiled(latents, self.entry, self._decode, at_once)
+        return decode_tiled(latents, self.entry, self._decode, IMAGES_AT_ONCE)
 
     def _decode(self, tiles: np.ndarray) -> np.ndarray:
-        feeds = {"latents": tiles}
-        _check(feeds, self.entry)
-        (images,) = self._session.run(feeds, "the VAE decoder").values()
+        (spec,) = vae_inputs(self.entry)
+        if tiles.dtype != np.float32 or tiles.shape != spec.concrete({BATCH: len(tiles)}):
+            raise BackendError(
+                f"VAE decoder: latents are {tiles.dtype.name} {tiles.shape}, expected float32 {spec.shape}"
+            )
+        (images,) = self._session.run({"latents": tiles}, "the VAE decoder").values()
         return images
-
-
-def _check(feeds: dict[str, np.ndarray], entry: VaeEntry) -> None:
-    specs = vae_inputs(entry)
-    array = feeds["latents"]
-    fits = array.ndim == 4 and array.shape[1:] == specs[0].concrete({BATCH: 1})[1:]
-    if array.dtype != np.float32 or not fits:
-        raise BackendError(
-            f"VAE decoder: latents are {array.dtype.name} {array.shape}, expected float32 {specs[0].shape}"
-        )
 
 
 def decode_tiled(latents: np.ndarray, entry: VaeEntry, decode: DecodeTile, at_once: int) -> np.ndarray:

@@ -183,7 +183,7 @@ def test_one_process_alone_repairs(finished, pixel_bundle, tmp_path):
     (out / "000004.png").unlink()
     before = content(out)
     settings = json.loads((out / "samples.json").read_text())["settings"]
-    with run_folder.RunFolder(out, settings).repairing() as ours:
+    with run_folder.RunFolder(out, settings).finishing(repair=True) as ours:
         assert ours
         done = sample_to_folder(pixel_bundle, REQUEST, out, OutputOptions(npz=True))
         assert not done.finished and "another process is repairing" in done.note

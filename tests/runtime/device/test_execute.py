@@ -77,7 +77,7 @@ class Run:
             latents = data.view(np.float32).reshape(-1, model.in_channels, model.input_size, model.input_size)
             store.save(batch, segments, latents, repeated)
 
-        counts = self.executor.run(plan, host, deliver, progress)
+        counts = self.executor.run(plan, host.array, deliver, progress)
         return [store.load(b) for b in range(len(batches))], counts
 
 

@@ -325,7 +325,8 @@ def run(machine: Machine, plan: LaunchPlan, repeats=lambda segment: ()) -> None:
     for part in plan.segments():
         segment = layout.segments[part.segment]
         starts = [i for i, each in enumerate(part.run) if _runs_steps(each)]
-        waits = [i for i, each in enumerate(part.run) if isinstance(each, op.HOST_WAITS)]
+        waiting = (op.Synchronize, op.ReadOverflow, op.Download)
+        waits = [i for i, each in enumerate(part.run) if isinstance(each, waiting)]
         assert all(i > starts[-1] for i in waits), "the host waits inside a segment"
         loads = [i for i, each in enumerate(part.run) if isinstance(each, op.LoadEngine)]
         assert all(starts[0] < i and (not waits or i < waits[0]) for i in loads), "the load overlaps no work"

@@ -224,7 +224,7 @@ def test_one_engine_and_the_weights_are_what_memory_is_counted_for(sliding, figu
         assert plan.memory.buffers > plan.buffers[UNITS] > 0
         total = plan.memory.total
         assert fit_resident(manifest, shape, memory, LaunchOptions(), total).resident is None
-        with pytest.raises(BackendError, match=r"a batch of 2 images needs .* GiB .* with its one engine loaded, and"):
+        with pytest.raises(BackendError, match=r"a batch of 2 images needs .* GiB .* with its one engine loaded, but"):
             fit_resident(manifest, shape, memory, LaunchOptions(), total - 1)
 
 

@@ -195,7 +195,7 @@ def test_what_is_missing_is_said_before_sampling(vae_bundle, tmp_path, monkeypat
 
 
 def test_pixels_that_are_not_finite_are_refused(vae_bundle, monkeypatch):
-    monkeypatch.setattr(VaeDecoder, "decode", lambda self, latents, at_once: np.full((1, 3, 16, 16), np.nan))
+    monkeypatch.setattr(VaeDecoder, "decode", lambda self, latents: np.full((1, 3, 16, 16), np.nan))
     with pytest.raises(BackendError, match="the VAE decoder returns NaN or infinite pixels"):
         ToPixels(open_backend("onnxruntime", vae_bundle))(np.zeros((1, 4, 8, 8), np.float32))
 
