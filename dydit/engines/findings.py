@@ -9,7 +9,7 @@ fp32. A layer that stays fp16 is known by its weight, which is stored in fp16 un
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -52,7 +52,8 @@ class Finding:
 def type_findings(network: Network, precision: Precision, model: ModelConfig) -> list[Finding]:
     """All wrong types of a subnetwork or the conditioning of `model`, in the order of its layers."""
     check = _Check(network, precision, model)
-    return [finding for layer in network.layers for finding in check.layer(layer)]
+    problems = ((str(layer), check.problem(layer)) for layer in network.layers)
+    return [Finding(name, *problem) for name, problem in problems if problem is not None]
 
 
 def require_types(network: Network, precision: Precision, model: ModelConfig, what: str) -> None:
@@ -89,42 +90,41 @@ class _Check:
             name for name in followers if stored_type(model, name, precision) == "float32"
         )
 
-    def layer(self, layer: Layer) -> Iterator[Finding]:
+    def problem(self, layer: Layer) -> tuple[Kind, str] | None:
+        """What is wrong with a layer's types; None if they are right."""
         types = {self.network.dtypes[name] for name in layer.inputs} & FLOATS
         if strange := types - {"float32", self.low}:
-            yield Finding(str(layer), Kind.CAST, f"works in {strange.pop()}, which {self.low} graphs do not use")
-        elif layer.kind in PRODUCTS:
-            yield from self._product(layer, types)
-        elif layer.kind in ATTENTION and types - {self.low}:
-            yield Finding(str(layer), Kind.ATTENTION, f"attention takes {_words(types)}, expected {self.low}")
-        elif layer.kind == "softmax" and not self.is_fp32:
-            text = (
+            return Kind.CAST, f"works in {strange.pop()}, which {self.low} graphs do not use"
+        if layer.kind in PRODUCTS:
+            return self._product(layer, types)
+        if layer.kind in ATTENTION and types - {self.low}:
+            return Kind.ATTENTION, f"attention takes {_words(types)}, expected {self.low}"
+        if layer.kind == "softmax" and not self.is_fp32:
+            return Kind.ATTENTION, (
                 f"attention is written as products and a softmax, which are not fused; expected Attention in {self.low}"
             )
-            yield Finding(str(layer), Kind.ATTENTION, text)
-        elif layer.kind == "normalization" and types - {"float32"}:
-            yield Finding(str(layer), Kind.NORM, f"normalizes {_words(types)}, expected a residual stream in float32")
-        elif layer.kind == "cast":
-            yield from self._cast(layer)
+        if layer.kind == "normalization" and types - {"float32"}:
+            return Kind.NORM, f"normalizes {_words(types)}, expected a residual stream in float32"
+        return self._cast(layer) if layer.kind == "cast" else None
 
-    def _product(self, layer: Layer, types: set[str]) -> Iterator[Finding]:
+    def _product(self, layer: Layer, types: set[str]) -> tuple[Kind, str] | None:
         if self.is_fp32:
-            return
+            return None
         weights = [name for operand in layer.inputs for name in self._weights(operand)]
         named = f"with {weights[0]}" if weights else "of two activations"
+        taken = f"the product {named} takes {_words(types)}, expected"
         if self.is_exempt(layer):
-            if types - {"float32"}:
-                text = f"the product {named} takes {_words(types)}, expected float32 in every precision"
-                yield Finding(str(layer), Kind.PRODUCT, text)
-        elif self.quantized and self._fp16_weights.isdisjoint(weights):
-            if not all(self._was_stored_in_8_bits(operand) for operand in layer.inputs):
-                text = f"the product {named} takes {_words(types)}, expected {self.quantized} on both sides"
-                yield Finding(str(layer), Kind.PRODUCT, text)
-        elif not weights:
-            text = f"a product of two activations in {_words(types)} is attention that is not fused; expected Attention"
-            yield Finding(str(layer), Kind.ATTENTION, text)
-        elif "float32" in types:
-            yield Finding(str(layer), Kind.PRODUCT, f"the product {named} takes float32, expected {self.low}")
+            return (Kind.PRODUCT, f"{taken} float32 in every precision") if types - {"float32"} else None
+        if self.quantized and self._fp16_weights.isdisjoint(weights):
+            right = all(self._was_stored_in_8_bits(operand) for operand in layer.inputs)
+            return None if right else (Kind.PRODUCT, f"{taken} {self.quantized} on both sides")
+        if not weights:
+            return Kind.ATTENTION, (
+                f"a product of two activations in {_words(types)} is attention that is not fused; expected Attention"
+            )
+        if "float32" in types:
+            return Kind.PRODUCT, f"the product {named} takes float32, expected {self.low}"
+        return None
 
     def is_exempt(self, product: Layer) -> bool:
         """Whether a product has one of the weights that stay fp32."""
@@ -153,23 +153,22 @@ class _Check:
                 names.append(producer.name)
         return [re.sub(r"\[\d+:\d+\]$", "", name) for name in names]
 
-    def _cast(self, layer: Layer) -> Iterator[Finding]:
+    def _cast(self, layer: Layer) -> tuple[Kind, str] | None:
         (source, *_), (result, *_) = layer.inputs, layer.outputs
         before, after = self.network.dtypes[source], self.network.dtypes[result]
         if before not in FLOATS or after not in FLOATS or before == after or self._is_constant(source):
-            return
+            return None
         if after not in ("float32", self.low):
-            yield Finding(str(layer), Kind.CAST, f"casts {before} to {after}, which {self.low} graphs do not use")
-        elif after == "float32":
-            if not self._comes_from_product(source):
-                yield Finding(
-                    str(layer), Kind.CAST, f"casts {before} to float32, but its input is not the output of a product"
-                )
-        elif not self._feeds_product(result):
-            yield Finding(str(layer), Kind.CAST, f"casts float32 to {after}, but not at the edge of a product")
-        elif self._is_island(source):
-            text = f"casts back to {after} what was {after} before: float32 between two products"
-            yield Finding(str(layer), Kind.CAST, text)
+            return Kind.CAST, f"casts {before} to {after}, which {self.low} graphs do not use"
+        if after == "float32":
+            from_product = self._comes_from_product(source)
+            text = f"casts {before} to float32, but its input is not the output of a product"
+            return None if from_product else (Kind.CAST, text)
+        if not self._feeds_product(result):
+            return Kind.CAST, f"casts float32 to {after}, but not at the edge of a product"
+        if self._is_island(source):
+            return Kind.CAST, f"casts back to {after} what was {after} before: float32 between two products"
+        return None
 
     def _feeds_product(self, name: str) -> bool:
         """Whether a value just cast down goes into products, through layers that move it, or gates their results."""

@@ -68,12 +68,10 @@ def load_flavour(flavour: Flavour) -> Any:
     install = f"pip install 'dydit[{flavour}]'"
     try:
         module = importlib.import_module(flavour.module)
-    except ModuleNotFoundError as error:
-        if error.name != flavour.module:
-            raise BackendError(f"{flavour.module} cannot be imported ({one_line(error)}): {install}") from error
-        raise BackendError(f"{flavour.module} is not installed: {install}") from error
     except (ImportError, OSError) as error:
-        raise BackendError(f"{flavour.module} cannot be imported ({one_line(error)}): {install}") from error
+        is_missing = isinstance(error, ModuleNotFoundError) and error.name == flavour.module
+        what = "is not installed" if is_missing else f"cannot be imported ({one_line(error)})"
+        raise BackendError(f"{flavour.module} {what}: {install}") from error
     major = module.__version__.partition(".")[0]
     if not (major.isdigit() and int(major) in flavour.traits.majors):
         known = " or ".join(f"{each}.x" for each in flavour.traits.majors)

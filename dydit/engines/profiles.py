@@ -63,14 +63,14 @@ def symbol_ranges(manifest: Manifest, opt_batch: int, max_batch: int) -> dict[st
     }
 
 
-def width_ranges(model: ModelConfig, opt_share: float = 0.5) -> dict[str, Extent]:
+def width_ranges(model: ModelConfig) -> dict[str, Extent]:
     """Ranges of the widths of a graph whose block weights are inputs (`WeightInputs` of `dydit.graph.sources`).
 
-    A dimension `heads_3*216` is 216 rows for each head that block 3 has on: 1 to all of them, tuned for `opt_share`.
+    A dimension `heads_3*216` is 216 rows for each head that block 3 has on: 1 to all of them, tuned for half.
     """
     ranges = {}
     for part in model.units.parts:
-        most, opt = part.group.count, max(1, round(opt_share * part.group.count))
+        most, opt = part.group.count, max(1, round(part.group.count / 2))
         for rows in {layer.unit_features for layer in part.group.layers}:
             ranges[width_symbol(part, rows)] = Extent(min=rows, opt=opt * rows, max=most * rows)
     return ranges

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dydit.models.dynamic import DynamicModel
-from dydit.models.routers import Masked, Recording, Static
+from dydit.models.routers import Gating, Masked, Recording, Static
 from dydit.training.draws import Batch
 from dydit.training.losses import (
     AnnealedGumbelSigmoid,
@@ -35,17 +35,17 @@ class Objective(nn.Module):
     ) -> dict[str, Tensor]:
         """Scalars: `loss`, to be minimised, and its parts. x0, noise [b, C, S, S], t and y [b]."""
         x_t = add_noise(self.process, x0, t, noise)
+
+        def diffusion(gating: Gating) -> tuple[Tensor, Tensor]:
+            return diffusion_loss(self.process, self.model(x_t, t, y, gating), x0, x_t, t, noise)
+
         if self.recipe.stage is Stage.STATIC:
-            mse, vb = (
-                part.mean() for part in diffusion_loss(self.process, self.model(x_t, t, y, Static()), x0, x_t, t, noise)
-            )
+            mse, vb = (part.mean() for part in diffusion(Static()))
             return {"loss": mse + vb, "mse": mse, "vb": vb}
         generator = torch.Generator(x0.device).manual_seed(gate_seed)
         gumbel = AnnealedGumbelSigmoid(generator, self.recipe.temperature, self.recipe.gate_noise(iteration))
         gating = Recording(gumbel, self.model.config)
-        mse, vb = (
-            part.mean() for part in diffusion_loss(self.process, self.model(x_t, t, y, gating), x0, x_t, t, noise)
-        )
+        mse, vb = (part.mean() for part in diffusion(gating))
         ratio = achieved_ratio(self.model.config, gating.decisions())
         flops = flops_loss(ratio, self.recipe.target(iteration), self.recipe.flops_weight)
         parts = {"loss": mse + vb + flops, "mse": mse, "vb": vb, "flops": flops, "ratio": ratio.mean()}
@@ -53,7 +53,7 @@ class Objective(nn.Module):
             parts["token"] = self._token_loss(gating.decisions().tokens, x0)
             parts["loss"] = parts["loss"] + parts["token"]
         if iteration < self.recipe.warmup_iterations:
-            whole = diffusion_loss(self.process, self.model(x_t, t, y, Static()), x0, x_t, t, noise)
+            whole = diffusion(Static())
             parts["complete"] = (whole[0] + whole[1]).mean()
             parts["loss"] = parts["loss"] + parts["complete"]
         return parts

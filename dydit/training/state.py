@@ -144,7 +144,7 @@ def read_log(out: Path) -> list[dict[str, Any]]:
     return entries
 
 
-def truncate_log(out: Path, iteration: int, log_every: int = 1) -> None:
+def truncate_log(out: Path, iteration: int, log_every: int) -> None:
     """Remove the lines after `iteration`: the resumed run writes them again.
 
     A line that is no multiple of `log_every` is removed, too: it was the end of a run that is now made longer.

@@ -223,7 +223,7 @@ class LoggedBackend(Backend):
         self.threads[index] = threading.current_thread().name
         self.open.add((index, full_capacity))
         self.peak = max(self.peak, len(self.open))
-        return Logged(self.bundle, index)
+        return Logged(self, index)
 
 
 def test_few_subnetworks_are_resident_and_the_next_loads_in_the_background(make_bundle):

@@ -112,7 +112,7 @@ def test_the_log_is_cut_where_the_state_stands(tmp_path: Path) -> None:
     with open(tmp_path / "log.jsonl", "a") as file:
         file.write('{"iteration": 12, "lo')  # killed while writing
     assert [entry["iteration"] for entry in read_log(tmp_path)] == [3, 6, 9]
-    truncate_log(tmp_path, 8)
+    truncate_log(tmp_path, 8, 1)
     assert (tmp_path / "log.jsonl").read_text() == "".join(whole.splitlines(keepends=True)[:2])
     append_log(tmp_path, json.loads(whole.splitlines()[2]))
     assert (tmp_path / "log.jsonl").read_text() == whole

@@ -58,19 +58,17 @@ class Subnet(ABC):
     `backend`: a step holds its lock, so that steps of several threads take turns, and none is closed while it runs.
     """
 
-    def __init__(self, bundle: Bundle, index: int, backend: Backend | None = None):
-        self._backend = backend
-        self._own_lock = threading.RLock()
-        self.entry = bundle.manifest.subnets[index]
-        self.specs = subnet_inputs(bundle.manifest.model, self.entry.gated)
+    def __init__(self, backend: Backend, index: int):
+        self._backend, manifest = backend, backend.bundle.manifest
+        self.entry = manifest.subnets[index]
+        self.specs = subnet_inputs(manifest.model, self.entry.gated)
         self.what = f"subnetwork {index}"
         self._open = True
 
     def step(self, feeds: Arrays) -> StepResult:
         """Run one step on the inputs of `io_spec.subnet_inputs`. `gates` are dropped if the graph has none."""
-        with self._lock:
-            if self._backend is not None:
-                self._backend.require_open()
+        with self._backend.lock:
+            self._backend.require_open()
             if not self._open:
                 raise BackendError(f"{self.what} was closed")
             if not self.entry.gated:
@@ -80,17 +78,13 @@ class Subnet(ABC):
             _check_output(result.x_prev, feeds["x"].shape, self.what)
             return result
 
-    @property
-    def _lock(self) -> threading.RLock:
-        return self._own_lock if self._backend is None else self._backend.lock
-
     @abstractmethod
     def _step(self, feeds: Arrays) -> StepResult:
         """Execute; feeds have been checked."""
 
     def close(self) -> None:
         """Free what the subnetwork holds, after the current step."""
-        with self._lock:
+        with self._backend.lock:
             self._open = False
             self._free()
 

@@ -47,7 +47,7 @@ class OnnxRuntimeSubnet(Subnet):
         debug: bool,
         weights: DynamicWidthWeights | None = None,
     ):
-        super().__init__(backend.bundle, index, backend)
+        super().__init__(backend, index)
         self._model, self._debug, self._weights = backend.bundle.manifest.model, debug, weights
         self._open_session, self._splitting = open_session, splitting
         self._session: Session | None = None

@@ -20,7 +20,7 @@ class TorchSubnet(Subnet):
     """A subnetwork as sliced matrices; consecutive slots are views of the shared weights."""
 
     def __init__(self, backend: TorchBackend, index: int, weights: dict[str, Tensor], full_capacity: bool, debug: bool):
-        super().__init__(backend.bundle, index, backend)
+        super().__init__(backend, index)
         manifest, entry = backend.bundle.manifest, self.entry
         self._settings = backend.settings
         self._device, self._debug = torch.device(backend.options.device), debug

@@ -6,7 +6,6 @@ import threading
 import weakref
 from collections.abc import Callable, Mapping
 from functools import cached_property
-from typing import cast
 
 import numpy as np
 
@@ -33,10 +32,10 @@ class DeviceSubnet(Subnet):
     """A loaded engine, run step by step; with dynamic width, the one engine of all subnetworks."""
 
     def __init__(self, backend: Backend, index: int, full: bool, stepper: Stepper):
-        bundle = backend.bundle
-        super().__init__(bundle, index, backend)
-        self._manifest, self._index, self._stepper = bundle.manifest, index, cast(Stepper | None, stepper)
-        self._engine = engine_of(bundle.manifest, index, full)
+        super().__init__(backend, index)
+        self._manifest, self._index = backend.bundle.manifest, index
+        self._stepper: Stepper | None = stepper
+        self._engine = engine_of(self._manifest, index, full)
         stepper.load(self._engine)
 
     def _step(self, feeds: Arrays) -> StepResult:

@@ -17,6 +17,7 @@ while its execution context keeps its shapes and addresses.
 from __future__ import annotations
 
 import dataclasses
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -364,14 +365,11 @@ def fit_resident(
 
     if total(options.resident) <= limit:
         return options
-    low, high = 2, options.resident or len(manifest.subnets)
-    if (least := total(low)) > limit:
+    if (least := total(2)) > limit:
         loaded = "its one engine" if manifest.sliding else "two subnetworks"
         raise BackendError(
             f"a batch of {max(shape.sizes)} images needs {least / _GIB:.1f} GiB of device memory with {loaded} "
             f"loaded, but only {limit / _GIB:.1f} GiB are free; use a smaller batch size"
         )
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if total(middle) <= limit else (low, middle - 1)
-    return dataclasses.replace(options, resident=low)
+    more = range(3, (options.resident or len(manifest.subnets)) + 1)
+    return dataclasses.replace(options, resident=2 + bisect_right(more, limit, key=total))

@@ -74,11 +74,12 @@ def read_png(path: Path, side: int, channels: int) -> np.ndarray:
     return image
 
 
-def make_grid(images: Sequence[np.ndarray], gap: int = 2) -> np.ndarray:
-    """Images [S, S, C] in reading order on a nearly square white sheet, `gap` pixels apart."""
+def make_grid(images: Sequence[np.ndarray]) -> np.ndarray:
+    """Images [S, S, C] in reading order on a nearly square white sheet, two pixels apart."""
     columns = math.ceil(math.sqrt(len(images)))
     rows = math.ceil(len(images) / columns)
     side, channels = images[0].shape[0], images[0].shape[-1]
+    gap = 2
     pitch = side + gap
     sheet = np.full((rows * pitch - gap, columns * pitch - gap, channels), 255, np.uint8)
     for index, image in enumerate(images):
