@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from dydit.errors import ConfigError
-from dydit.models.config import AnyModel, Strict, parse_config
+from dydit.models.config import ModelConfig, Strict, parse_config, parse_model
 from dydit.models.dit.config import preset
 
 
@@ -48,7 +48,7 @@ class Recipe(Strict):
 
     name: str
     stage: Stage
-    model: AnyModel
+    model: ModelConfig
     data: str
     init: str | None = Field(default=None, description="checkpoint to start from; new weights if absent")
 
@@ -222,6 +222,8 @@ def _set(values: dict[str, Any], path: list[str], value: Any, kind: type[BaseMod
     nested = known[path[0]].annotation
     if not (isinstance(nested, type) and issubclass(nested, BaseModel)):
         raise ConfigError(f"{word!r}: {path[0]} has no settings of its own")
+    if nested is ModelConfig:
+        nested = type(parse_model(values[path[0]]))
     _set(values[path[0]], path[1:], value, nested, word)
 
 

@@ -73,10 +73,10 @@ def test_other_settings_are_refused_by_name(finished, pixel_bundle):
     before = content(finished)
     other = SampleRequest(labels=(3, 1), num=7, batch_size=4, seed=5)
     with pytest.raises(
-        OutputError, match="batch_size: 3 there, 4 asked; npz: true there, false asked; seed: 2 there, 5"
+        OutputError, match="batch_size: 3 there, 4 requested; npz: true there, false requested; seed: 2 there, 5"
     ):
         sample_to_folder(pixel_bundle, other, finished)
-    with pytest.raises(OutputError, match='backend: "onnxruntime" there, "torch" asked'):
+    with pytest.raises(OutputError, match='backend: "onnxruntime" there, "torch" requested'):
         sample_to_folder(pixel_bundle, REQUEST, finished, OutputOptions(npz=True), backend="torch")
     assert content(finished) == before
 
@@ -347,7 +347,7 @@ def test_an_unfinished_run_with_other_settings_is_refused(pixel_bundle, tmp_path
     out = tmp_path / "run"
     stopped_run(pixel_bundle, out, 4)
     before = content(out)
-    with pytest.raises(OutputError, match=r"cfg_scale: 4\.0 there, 2\.0 asked"):
+    with pytest.raises(OutputError, match=r"cfg_scale: 4\.0 there, 2\.0 requested"):
         sample_to_folder(pixel_bundle, REQUEST.model_copy(update={"cfg_scale": 2.0}), out)
     assert content(out) == before
 

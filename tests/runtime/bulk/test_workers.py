@@ -129,7 +129,7 @@ def test_a_worker_is_refused_beside_itself_and_beside_another_count(alone, pixel
 def test_a_worker_with_other_settings_is_refused(pixel_bundle, tmp_path):
     make(pixel_bundle, tmp_path / "run", 0, 2)
     other = REQUEST.model_copy(update={"seed": 3})
-    with pytest.raises(OutputError, match="seed: 2 there, 3 asked"):
+    with pytest.raises(OutputError, match="seed: 2 there, 3 requested"):
         sample_to_folder(pixel_bundle, other, tmp_path / "run", NPZ, worker=Worker(1, 2))
 
 
