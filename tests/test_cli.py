@@ -231,7 +231,7 @@ def test_convert(run, pixel_checkpoint: Path, tmp_path: Path) -> None:
     done = run("convert", pixel_checkpoint, "--out", tmp_path / "model.safetensors")
     assert done.code == 0 and done.err == ""
     first, *others = done.out.splitlines()
-    assert first.startswith(f"{tmp_path}/model.safetensors: dynamic DiT with 3 blocks of 64 channels and 4 heads")
+    assert first.startswith(f"{tmp_path}/model.safetensors: dynamic DiT (hidden 64, 3 blocks, 4 heads, patch 2)")
     assert len(others) == 2 and all(each.startswith("Next: dydit ") for each in others)
     from dydit.checkpoints.checkpoint import load_checkpoint
 

@@ -224,3 +224,29 @@ def test_a_built_package_has_one_version() -> None:
     assert re.fullmatch(r"\d+\.\d+\.\d+", dydit.__version__)
     assert dydit.__version__ in (ROOT / "CHANGELOG.md").read_text()
     assert any("--version" in option.opts for option in cli.params)
+
+
+# What only an architecture may know: names of its tensors, how many vectors modulate a block, sizes of its heads. The
+# checkpoint formats, which translate other programs' names, may know names, too.
+OF_AN_ARCHITECTURE = re.compile(
+    r"\b(qkv|fc1|fc2|adaln|adaLN\w*|[xty]_embedder|final_layer|attn_rate|mlp_rate|token_selection|head_dim|null_class_row)\b"
+    r"|6 ?\* ?(\w+\.)*depth|(?<!READING = )\bclass_rows\b"
+)
+KNOWS_ARCHITECTURES = ("dydit.models.registry", "dydit.checkpoints.")
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in MODULES if not re.match(r"dydit\.models\.(dit|uvit|pixart)\b", name)]
+)
+def test_no_room_knows_what_an_architecture_is_made_of(name: str) -> None:
+    text = MODULES[name].read_text()
+    if not name.startswith(KNOWS_ARCHITECTURES):
+        found = OF_AN_ARCHITECTURE.search(text)
+        assert found is None, f"{name} names {found[0]!r}, which is an architecture's; ask dydit.models.registry"
+
+
+def test_the_search_for_what_is_an_architectures_finds_it() -> None:
+    for text in ('state["blocks.0.attn.qkv.weight"]', "rows = 6 * config.depth + 2", "model.t_embedder(t)"):
+        assert OF_AN_ARCHITECTURE.search(text)
+    known = [name for name in MODULES if OF_AN_ARCHITECTURE.search(MODULES[name].read_text())]
+    assert "dydit.models.dit.layout" in known

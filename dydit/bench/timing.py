@@ -22,7 +22,7 @@ from dydit.diffusion.coefficients import COEFFICIENTS, step_coefficients
 from dydit.diffusion.noise import INITIAL_DRAW, image_noise, step_draw
 from dydit.diffusion.schedule import Sampler, Schedule
 from dydit.diffusion.steps import LatentsOnly, run_steps
-from dydit.models.config import AnyModel, ModelConfig, Strict
+from dydit.models.config import ModelConfig, Strict
 from dydit.models.macs import flops_ratio, static_macs
 from dydit.planning.executed import computed_ratio, layers_in_16_bits
 from dydit.reports.bench_report import Side
@@ -47,7 +47,7 @@ class Job(Strict):
     model."""
 
     side: Side
-    sizes: AnyModel
+    sizes: ModelConfig
     steps: tuple[int, ...]
     of: int
     labels: tuple[int, ...]

@@ -87,7 +87,7 @@ class Bundle:
         return self.masks[step].astype(np.float32)
 
     def weight(self, name: str) -> np.ndarray:
-        """A stored tensor, memory-mapped read-only, of the type `Dtype.storage`; see `dydit.models.dit.layout`."""
+        """A stored tensor, memory-mapped read-only, of the type `Dtype.storage`."""
         entry = self.manifest.weights[name]
         raw = self.mapped_weights()[entry.offset : entry.offset + entry.nbytes]
         return raw.view(DTYPES[entry.dtype].storage).reshape(entry.shape)

@@ -26,7 +26,7 @@ from dydit.diffusion.coefficients import COEFFICIENTS
 from dydit.diffusion.schedule import Sampler
 from dydit.errors import BundleError, one_line
 from dydit.models.architecture import Slots
-from dydit.models.config import AnyModel, Strict
+from dydit.models.config import ModelConfig, Strict
 from dydit.quantization.smoothing import Smoothing
 from dydit.validation import first_problem
 
@@ -125,7 +125,7 @@ class Manifest(Strict):
     """A bundle's description. `digest` covers all other fields, so that an edited manifest is noticed."""
 
     schema_version: Literal[2]
-    model: AnyModel
+    model: ModelConfig
     sampling: SamplingEntry
     plan: PlanEntry
     subnets: tuple[SubnetEntry, ...]

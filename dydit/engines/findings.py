@@ -2,8 +2,8 @@
 
 The rules: below fp32, matrix products and attention are in the lower type, attention is the fused operator, and casts
 are only at their edges. The residual stream, modulation, routers, embedding, final layer and the sampler's formula are
-fp32. With calibrated 8 bits, both inputs of a block's linear layers are dequantized, attention is fp16, and adaLN is
-fp32. A layer that stays fp16 is known by its weight, which is stored in fp16 under a name of its own.
+fp32. With calibrated 8 bits, both inputs of a block's linear layers are dequantized, attention is fp16, and
+conditioning is fp32. A layer that stays fp16 is known by its weight, which is stored in fp16 under a name of its own.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """`weights.bin`: every weight once, laid out so that a subnetwork's slice is a run of rows (DESIGN, decision 2).
 
-The layout itself (names, rows in the order of units) is `dydit.models.dit.layout`; here are the file and its windows.
+Names and shapes are those of the architecture (`ModelConfig.stored_shapes`); here is the file.
 Each tensor starts on a 4096-byte boundary, so that runtimes can map it.
 """
 

@@ -20,14 +20,13 @@ from pydantic import (
     ConfigDict,
     Field,
     ModelWrapValidatorHandler,
-    SerializeAsAny,
-    SerializerFunctionWrapHandler,
     ValidationError,
     model_serializer,
     model_validator,
 )
 
 from dydit.diffusion.guidance import Guidance
+from dydit.errors import ConfigError
 from dydit.files import user_path
 from dydit.models.architecture import BlockSpec, UnitAxis
 from dydit.models.registry import DEFAULT, architecture
@@ -104,13 +103,21 @@ class ModelConfig(Strict):
         if cls is not ModelConfig or isinstance(values, ModelConfig):
             return handler(values)
         named = values.get("architecture", DEFAULT) if isinstance(values, dict) else DEFAULT
-        kind: Any = architecture(named).config
+        if not isinstance(named, str):
+            raise ValueError(f"architecture must be a name, not {named!r:.40}")
+        try:
+            kind: Any = architecture(named).config
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
         return kind.model_validate(values)
 
-    @model_serializer(mode="wrap")
-    def _without_unstated(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out what has its default and is in no file that was written before there was a choice."""
-        values: dict[str, Any] = handler(self)
+    @model_serializer
+    def _stated(self) -> dict[str, Any]:
+        """All fields of the subclass, without those that have their default and are in no older file.
+
+        (pydantic would write the fields of `ModelConfig` alone where a field of another configuration is declared so.)
+        """
+        values = {name: getattr(self, name) for name in type(self).model_fields}
         return {name: value for name, value in values.items() if value != self.UNSTATED.get(name, ...)}
 
     @model_validator(mode="after")
@@ -258,10 +265,6 @@ class ModelConfig(Strict):
 @lru_cache(64)
 def _unit_axis(config: ModelConfig) -> UnitAxis:
     return UnitAxis(config.block_specs())
-
-
-AnyModel = SerializeAsAny[ModelConfig]
-"""A field of a configuration that holds a model of any architecture."""
 
 
 def parse_model(values: dict[str, Any], where: str = "") -> ModelConfig:

@@ -12,7 +12,7 @@ LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 
 
 def scale_name(name: str) -> str:
-    """The name of the scales of a weight: `blocks.0.qkv.scale` for `blocks.0.qkv.weight`."""
+    """The name of the scales of a weight: `layer.scale` for `layer.weight`."""
     return f"{name.removesuffix('weight')}scale"
 
 

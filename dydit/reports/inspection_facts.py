@@ -9,7 +9,7 @@ from pydantic import Field
 
 from dydit.bundle.manifest import PlanKind, Routing
 from dydit.bundle.measurements import MeasuredPlan
-from dydit.models.config import AnyModel
+from dydit.models.config import ModelConfig
 from dydit.reports.results import Result
 from dydit.reports.text import aligned, bytes_text, count_text, measured_lines
 from dydit.words import counted
@@ -47,7 +47,7 @@ class PlanRow(Result):
 class ModelFacts(Result):
     """Sizes and cost of a model: multiply-adds of one image and step with all units on."""
 
-    config: AnyModel
+    config: ModelConfig
     tokens: int
     parameters: int
     router_parameters: int

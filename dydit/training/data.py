@@ -20,7 +20,7 @@ class Dataset(Protocol):
     """Labelled images or latents that can be read by index."""
 
     shape: tuple[int, int, int]  # (C, S, S)
-    num_classes: int
+    classes: int
     flip: bool  # whether mirrored images are as good as the images
 
     def __len__(self) -> int:
@@ -39,7 +39,7 @@ class Digits:
     """
 
     shape = (1, 16, 16)
-    num_classes = 10
+    classes = 10
     flip = False
 
     def __init__(self) -> None:
@@ -99,6 +99,6 @@ def open_data(name: str, model: ModelConfig) -> Dataset:
     expected = (model.in_channels, model.input_size, model.input_size)
     if data.shape != expected:
         raise ConfigError(f"data {name} has images of {data.shape}, but the model takes {expected}")
-    if data.num_classes > model.classes.count:
-        raise ConfigError(f"data {name} has {data.num_classes} classes, but the model has {model.classes.count}")
+    if data.classes > model.classes.count:
+        raise ConfigError(f"data {name} has {data.classes} classes, but the model has {model.classes.count}")
     return data

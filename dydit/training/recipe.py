@@ -15,8 +15,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from dydit.errors import ConfigError
-from dydit.models.config import AnyModel, Routers, Strict, parse_config
-from dydit.models.dit.config import DiTConfig
+from dydit.models.config import ModelConfig, Strict, parse_config, parse_model
+from dydit.models.dit.config import preset
 
 
 class Stage(StrEnum):
@@ -48,7 +48,7 @@ class Recipe(Strict):
 
     name: str
     stage: Stage
-    model: AnyModel
+    model: ModelConfig
     data: str
     init: str | None = Field(default=None, description="checkpoint to start from; new weights if absent")
 
@@ -99,7 +99,7 @@ class Recipe(Strict):
         if (self.stage is not Stage.STATIC) != self.model.dynamic:
             raise ValueError(f"stage {self.stage} does not fit model.routers {self.model.routers}")
         if self.label_dropout and self.model.null_class is None:
-            raise ValueError("label_dropout needs a null class (model.null_class_row)")
+            raise ValueError("label_dropout needs a model with a null class")
         if self.batch_size % 4:
             raise ValueError(
                 f"batch_size {self.batch_size} is not a multiple of 4 (timesteps are drawn from four quarters)"
@@ -141,16 +141,7 @@ class Recipe(Strict):
         return min(1.0, left / (self.noise_anneal * self.iterations))
 
 
-_DIGITS = DiTConfig(
-    hidden_size=128,
-    depth=6,
-    num_heads=8,
-    patch_size=2,
-    input_size=16,
-    in_channels=1,
-    num_classes=10,
-    routers=Routers.NONE,
-)
+_DIGITS = preset("digits")
 _DIGITS_STATIC = {
     "name": "digits-static",
     "stage": "static",
@@ -231,6 +222,8 @@ def _set(values: dict[str, Any], path: list[str], value: Any, kind: type[BaseMod
     nested = known[path[0]].annotation
     if not (isinstance(nested, type) and issubclass(nested, BaseModel)):
         raise ConfigError(f"{word!r}: {path[0]} has no settings of its own")
+    if nested is ModelConfig:
+        nested = type(parse_model(values[path[0]]))
     _set(values[path[0]], path[1:], value, nested, word)
 
 

@@ -99,10 +99,10 @@ def make_optimizer(model: DynamicModel, recipe: Recipe) -> torch.optim.AdamW:
     """AdamW with two parameter groups. `multiple` in a group scales its learning rate; the routers have their own."""
     routers: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
+    is_router = architecture_of(recipe.model).is_router
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            routed = any(part in name for part in (".attn_rate.", ".mlp_rate.", ".token_selection."))
-            (routers if routed else rest).append(parameter)
+            (routers if is_router(name) else rest).append(parameter)
     groups: list[dict[str, Any]] = [{"params": rest, "multiple": 1.0}]
     if routers:
         groups.append({"params": routers, "multiple": recipe.router_learning_rate})

@@ -282,7 +282,7 @@ def spoil(bundle: Path, how: str) -> None:
         values["sampling"]["cfg_channels"] = 1
         manifest.write_text(json.dumps(values))
     elif how == "manifest of the future":
-        manifest.write_text(json.dumps(values | {"schema_version": 2}))
+        manifest.write_text(json.dumps(values | {"schema_version": 3}))
     elif how == "manifest of another kind":
         manifest.write_text("[1, 2]")
     elif how == "manifest in no encoding":
@@ -307,7 +307,7 @@ SPOILT = {
     "another graph": "subnet-0000.onnx",
     "truncated manifest": "not JSON",
     "edited manifest": "was changed",
-    "manifest of the future": "schema version 2",
+    "manifest of the future": "schema version 3",
     "manifest of another kind": "manifest.json",
     "manifest in no encoding": "manifest.json",
     "path upwards": "leaves the bundle",

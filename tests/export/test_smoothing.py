@@ -141,9 +141,9 @@ def test_a_smoothing_of_another_model_is_refused(make_bundle, make_smoothing, sm
     with pytest.raises(CalibrationError, match=r"block 0, qkv, is for 128 channels, but the model has 64"):
         make_bundle(precision="fp8", max_subnets=2, activations=ranges_with(other))
     unknown = Smoothing(blocks=({}, {"fc3": "0" * 64}, {}))
-    with pytest.raises(CalibrationError, match="the smoothing names 'fc3', which is no layer of the model's blocks"):
+    with pytest.raises(CalibrationError, match="the layer 'fc3', which the model's blocks do not have"):
         make_bundle(precision="fp8", max_subnets=2, activations=ranges_with(unknown))
-    with pytest.raises(ValueError, match="the smoothing is not of the same blocks"):
+    with pytest.raises(ValueError, match="the smoothing and the thresholds have different numbers of blocks"):
         ranges_with(other, depth=2)
 
 

@@ -284,7 +284,7 @@ def test_it_is_exported_sampled_and_held_to_pytorch(
     assert done.code == 0 and len(list(out.glob("0*.png"))) == 3, done.err
     done = run("parity", bundle, "--against", checkpoint, "--labels", "0,2", "--out", tmp_path / "p", "--json")
     assert done.code == 0, done.out + done.err
-    checks = json.loads(done.out)["checks"]
+    checks = json.loads(done.out)["hops"]
     assert checks and {check["status"] for check in checks} == {"passed"}, checks
     assert "Toy" in run("inspect", bundle).out
 

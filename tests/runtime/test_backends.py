@@ -206,7 +206,7 @@ def test_status_lists_what_works():
     assert all(status[name][0] and "devices: cpu" in status[name][1] for name in BACKENDS)
     for name in ("tensorrt", "tensorrt-rtx"):
         works, detail = status[name]
-        assert works or "pip install" in detail or "no driver or GPU here" in detail
+        assert works or "pip install" in detail or "no driver or GPU was found here" in detail
 
 
 def test_missing_packages_say_what_to_install(make_bundle, monkeypatch):

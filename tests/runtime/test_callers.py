@@ -144,7 +144,7 @@ def test_what_another_run_expects_does_not_matter(make_bundle):
         seen, store = [], MemoryStore()
 
         def disturb(done, total):
-            seen.append(backend._sharing.expected)
+            seen.append(backend._splitting.expected)
             backend.expect(1)
 
         sample(StepRunner(backend, subnets, labels, 4.0), batches, noise, store, disturb)

@@ -42,7 +42,7 @@ def test_a_text_setting_may_look_like_anything() -> None:
     ("word", "message"),
     [
         ("iteration=5", "known: name, stage.*iterations"),
-        ("model.deep=5", "known: hidden_size, depth"),
+        ("model.deep=5", "known: architecture, hidden_size, depth"),
         ("seed.x=5", "no settings of its own"),
         ("iterations", "key=value"),
         ("iterations=0", "iterations"),

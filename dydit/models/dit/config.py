@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from dydit.errors import ConfigError
 from dydit.models.architecture import BlockSpec
-from dydit.models.config import ClassLabels, ModelConfig, parse_config
+from dydit.models.config import ClassLabels, ModelConfig, Routers, parse_config
 from dydit.models.dit import units
 from dydit.words import counted
 
@@ -118,14 +118,27 @@ class DiTConfig(ModelConfig):
         return f"hidden {self.hidden_size}, {counted(self.depth, 'block')}, {heads}, patch {self.patch_size}"
 
 
+_DIGITS = {
+    "hidden_size": 128,
+    "depth": 6,
+    "num_heads": 8,
+    "patch_size": 2,
+    "input_size": 16,
+    "in_channels": 1,
+    "num_classes": 10,
+    "routers": Routers.NONE,
+}
 _SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
 
 
 def preset(name: str, input_size: int = 32, **changes: Any) -> DiTConfig:
-    """The published sizes by name: `S/2`, `B/4`, `XL/2`, ... for a latent of `input_size` (32 at 256 px, 64 at 512 px).
+    """The published sizes by name: `S/2`, `B/4`, `XL/2`, ... for a latent of `input_size` (32 at 256 px, 64 at 512 px);
+    or `digits`, the static model of handwritten digits that comes with dydit.
 
     Raises `ConfigError` for a name that is not a preset, naming those that are.
     """
+    if name == "digits":
+        return parse_config(DiTConfig, {**_DIGITS, **changes})
     size, _, patch = name.removeprefix("DiT-").removeprefix("DyDiT-").partition("/")
     if size not in _SIZES or patch not in ("2", "4", "8"):
         known = ", ".join(f"{s}/{p}" for s in _SIZES for p in (2, 4, 8))

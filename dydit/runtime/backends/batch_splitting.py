@@ -71,7 +71,7 @@ class BatchSplitting:
 
 
 def feeds_of(feeds: Arrays, images: slice) -> Arrays:
-    """A step's inputs for some images of the batch. Of modulation: their conditional and unconditional rows."""
+    """A step's inputs for some images of the batch. Of the condition: their conditional and unconditional rows."""
     batch = len(feeds["x"])
     rows = feeds[_PER_ROW].reshape(-1, batch, *feeds[_PER_ROW].shape[1:])[:, images]
     chosen = dict(feeds, **{_PER_ROW: rows.reshape(-1, *rows.shape[2:])})

@@ -3,7 +3,7 @@
 Setup allocates the buffers and uploads what the whole run needs. Then, segment by segment over all batches:
 
     with dynamic width, the unit weights of the segment come to the front (`dydit.runtime.device.unit_weights`)
-    for each batch: noise, labels and latents are copied to the segment's buffers; modulation is computed on the device;
+    for each batch: noise, labels and latents are copied to the segment's buffers; condition is computed on the device;
                     the steps run, each reading what the one before wrote; the latents are copied to the next buffer
     meanwhile:      the next segment's engine is loaded, and the next noise is uploaded on the copy stream
     with capacity routing: the overflow counters are read once; batches that overflowed run the whole segment again, at
@@ -298,7 +298,7 @@ class LaunchPlan:
             sources = {
                 "noise": layout.noise(segment, step, size),
                 "coefficients": Address("coefficients", step * ALIGNMENT),
-                "condition": layout.modulation(chunk, step, size),
+                "condition": layout.condition(chunk, step, size),
                 **({"gates": Address("gates", step * layout.gates_stride)} if gated else {}),
             }
             addresses = {

@@ -6,7 +6,7 @@ a segment are at the same addresses for every batch, so that a captured graph se
     latents.0, latents.1   every batch between segments: even segments read .0 and write .1, odd ones read .1
     x.0, x.1               the current batch: a step reads one and writes the other
     noise, noise.next      of the current segment, and of the next, which is uploaded meanwhile
-    condition              modulation of consecutive steps of the segment, computed on the device
+    condition              of consecutive steps of the segment, computed on the device
     labels, labels.all     of the current rows; of all batches
     coefficients, cfg_scale, gates, timesteps    of the whole run
     overflow, overflow.visit    counters of a segment, for all its batches; for the current batch
@@ -52,7 +52,7 @@ class RunShape:
     done: tuple[int, ...] = ()
 
     def rows(self, size: int) -> int:
-        """Rows of modulation of a batch of `size` images."""
+        """Rows of the condition of a batch of `size` images."""
         return 2 * size if self.guided else size
 
     def behind(self, batch: int) -> int:
@@ -66,14 +66,14 @@ class LaunchOptions:
 
     `graphs`: capture segments as CUDA graphs (dynamic routing cannot be captured and runs without). `fixed`: steps read
     their inputs at fixed addresses even without graphs. `resident`: subnetworks that are loaded at a time, at least 2
-    (None: all). `modulation_bytes`, `conditioning_steps`: how much modulation is computed ahead, at most; the latter is
+    (None: all). `condition_bytes`, `conditioning_steps`: how much condition is computed ahead, at most; the latter is
     what the engine's profile allows. `save_segments`: download latents after every segment, not only the last.
     """
 
     graphs: bool = True
     fixed: bool = False
     resident: int | None = None
-    modulation_bytes: int = 1 << 30
+    condition_bytes: int = 1 << 30
     conditioning_steps: int = 1 << 30
     save_segments: bool = False
 
@@ -99,7 +99,7 @@ class Layout:
         self.capacity = manifest.routing is Routing.CAPACITY
         self.capturing = options.graphs and manifest.routing is not Routing.DYNAMIC
         self.image_bytes = 4 * model.in_channels * model.input_size**2
-        self.modulation_row = 4 * math.prod(model.condition_shape)
+        self.condition_row = 4 * math.prod(model.condition_shape)
         self.gates_stride = aligned(4 * model.units.size)
         self.overflow_stride = aligned(8 * model.depth)
         self.labels_stride = aligned(8 * shape.rows(self.largest))
@@ -123,17 +123,17 @@ class Layout:
     def staged(self) -> bool:
         """Whether steps read their inputs at fixed addresses: for graphs, or because a table cannot be padded."""
         rows = {self.shape.rows(size) for size in self.shape.sizes}
-        return self.capturing or self.options.fixed or any(count * self.modulation_row % ALIGNMENT for count in rows)
+        return self.capturing or self.options.fixed or any(count * self.condition_row % ALIGNMENT for count in rows)
 
     @cached_property
     def chunk_steps(self) -> int:
-        """The number of steps whose modulation is computed at once."""
-        fits = self.options.modulation_bytes // (self.modulation_row * self.shape.rows(self.largest))
+        """The number of steps whose condition is computed at once."""
+        fits = self.options.condition_bytes // (self.condition_row * self.shape.rows(self.largest))
         longest = max(self.segments[index].count for index in self.visited)
         return max(1, min(longest, fits, self.options.conditioning_steps))
 
     def chunks(self, segment: int) -> tuple[range, ...]:
-        """The segment's steps, in parts whose modulation is computed at once."""
+        """The segment's steps, in parts whose condition is computed at once."""
         steps = self.segments[segment].steps
         return tuple(steps[i : i + self.chunk_steps] for i in range(0, len(steps), self.chunk_steps))
 
@@ -169,7 +169,7 @@ class Layout:
             "noise": most_noise * self.noise_stride(self.largest),
             "noise.next": most_noise * self.noise_stride(self.largest),
             "zeros": batch_bytes * silent,
-            "condition": self.chunk_steps * rows * self.modulation_row,
+            "condition": self.chunk_steps * rows * self.condition_row,
             "labels": 8 * rows,
             "labels.all": batches * self.labels_stride,
             "coefficients": steps * ALIGNMENT,
@@ -183,7 +183,7 @@ class Layout:
             sizes |= {
                 "step.noise": batch_bytes,
                 "step.coefficients": ALIGNMENT,
-                "step.condition": rows * self.modulation_row,
+                "step.condition": rows * self.condition_row,
                 "step.gates": gated * 4 * model.units.size,
                 "step.overflow": self.capacity * self.overflow_stride,
             }
@@ -199,9 +199,9 @@ class Layout:
         """The timesteps of a part of a segment."""
         return Address("timesteps", self.all_chunks.index(chunk) * self.timesteps_stride)
 
-    def modulation(self, chunk: range, step: int, size: int) -> Address:
-        """One step's modulation."""
-        return Address("condition", (step - chunk.start) * self.shape.rows(size) * self.modulation_row)
+    def condition(self, chunk: range, step: int, size: int) -> Address:
+        """One step's condition."""
+        return Address("condition", (step - chunk.start) * self.shape.rows(size) * self.condition_row)
 
     def noise(self, segment: int, step: int, size: int) -> Address:
         """One step's noise."""

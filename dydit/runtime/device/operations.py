@@ -47,7 +47,7 @@ DECODER = EngineId(None, decoder=True)
 
 @dataclass(frozen=True)
 class GraphKey:
-    """A captured graph: consecutive steps of a segment, at one batch size and number of modulation rows."""
+    """A captured graph: consecutive steps of a segment, at one batch size and number of the condition rows."""
 
     segment: int
     first: int

@@ -98,8 +98,8 @@ KINDS = {
     [
         *((kind, {"graphs": True, "resident": 2}) for kind in KINDS),
         *((kind, {"graphs": False}) for kind in ("merged", "per-step", "overflowing")),
-        ("one", {"modulation_bytes": 3 * 4 * 20 * 64 * 4}),
-        ("one", {"modulation_bytes": 4 * 4 * 20 * 64 * 4, "graphs": False}),
+        ("one", {"condition_bytes": 3 * 4 * 20 * 64 * 4}),
+        ("one", {"condition_bytes": 4 * 4 * 20 * 64 * 4, "graphs": False}),
         ("overflowing", {"conditioning_steps": 2}),
     ],
 )

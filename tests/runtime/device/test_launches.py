@@ -75,7 +75,7 @@ options = st.builds(
     LaunchOptions,
     graphs=st.booleans(),
     resident=st.sampled_from([None, 2, 3]),
-    modulation_bytes=st.sampled_from([1, 30_000, 1 << 30]),
+    condition_bytes=st.sampled_from([1, 30_000, 1 << 30]),
     conditioning_steps=st.sampled_from([2, 100]),
     save_segments=st.booleans(),
 )
@@ -241,8 +241,8 @@ class Machine:
             out = places["condition"]
             self._erase(out.address, out.nbytes)
             for i, step in enumerate(chunk):
-                place = op.Address("condition", i * rows * layout.modulation_row)
-                self._put(place, rows * layout.modulation_row, "condition", batch, step)
+                place = op.Address("condition", i * rows * layout.condition_row)
+                self._put(place, rows * layout.condition_row, "condition", batch, step)
             return
         step = each.step
         segment = next(s for s in layout.segments if step in s.steps)
@@ -258,7 +258,7 @@ class Machine:
             assert found[0] == "zeros" and found[1] >= noise.nbytes
         self._read(places["coefficients"].address, 20, "coefficients", step)
         self._read(places["cfg_scale"].address, 4, "cfg_scale")
-        self._read(places["condition"].address, rows * layout.modulation_row, "condition", batch, step)
+        self._read(places["condition"].address, rows * layout.condition_row, "condition", batch, step)
         assert ("gates" in places) == layout.manifest.subnets[segment.subnet].gated
         if "gates" in places:
             self._read(places["gates"].address, places["gates"].nbytes, "gates", step)
