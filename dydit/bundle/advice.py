@@ -62,7 +62,7 @@ def capacity_chain(
 def capacity_chain_of(manifest: Manifest) -> str:
     """The same for the run, plan and precision of a bundle, whose checkpoint is not known."""
     plan: dict[str, Any] = {"max_subnets": len(manifest.plan.segments)}
-    if manifest.plan.kind in (PlanKind.PER_STEP, PlanKind.SLIDING):
+    if manifest.plan.kind in (PlanKind.PER_STEP, PlanKind.DYNAMIC_WIDTH):
         plan = {"plan": manifest.plan.kind.value}
     run = run_options(plan, manifest.sampling.steps, manifest.sampling.sampler)
     return capacity_chain("CHECKPOINT", "CAL.json", "BUNDLE", run, manifest.precision)

@@ -32,8 +32,8 @@ from dydit.validation import first_problem
 
 SCHEMA_VERSION: Literal[2] = 2
 MANIFEST, CONDITIONING = "manifest.json", "conditioning.onnx"
-SLIDING, SLIDING_FULL = "sliding.onnx", "sliding-full.onnx"
-"""The graph of a sliding plan, and the same with a slot for every token."""
+DYNAMIC_WIDTH_GRAPH, DYNAMIC_WIDTH_FULL_GRAPH = "sliding.onnx", "sliding-full.onnx"
+"""The graph of dynamic width, and the same graph with a slot for every token."""
 _LEFT_OUT_WHILE_NONE = ("vae", "migration")  # fields that older bundles, and so their digests, do not have
 
 
@@ -51,7 +51,7 @@ class PlanKind(StrEnum):
     PER_STEP = "per-step"
     MAX_SUBNETS = "max-subnets"
     MEMORY_BUDGET = "memory-budget"
-    SLIDING = "sliding"  # per-step widths on one graph, whose block weights are inputs (DESIGN, decision 12)
+    DYNAMIC_WIDTH = "sliding"  # one graph that takes block weights as inputs, at the width of each step
 
 
 class FileEntry(Strict):
@@ -84,7 +84,7 @@ class SamplingEntry(Strict):
 
 
 class SubnetEntry(Strict):
-    """One subnetwork: its slots by block and unit group, ascending. With a sliding plan all have one `file`."""
+    """One subnetwork: its slots by block and unit group, ascending. With dynamic width, all have the same `file`."""
 
     file: str
     units: Slots
@@ -201,9 +201,9 @@ class Manifest(Strict):
         return None
 
     @property
-    def sliding(self) -> bool:
-        """Whether one graph serves every width, its block weights being inputs."""
-        return self.plan.kind is PlanKind.SLIDING
+    def dynamic_width(self) -> bool:
+        """Whether one graph serves every width. It takes the block weights as inputs."""
+        return self.plan.kind is PlanKind.DYNAMIC_WIDTH
 
     def step_masks(self) -> np.ndarray:
         """Masks of all steps by slot, bool [S, U]."""

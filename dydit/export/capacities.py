@@ -34,7 +34,7 @@ def segment_capacities(
 ) -> tuple[Capacities, ...] | None:
     """Capacities of each segment of a plan over the masks bool [S, U], by slot; None without capacity routing.
 
-    Those of the calibration, where there is one, else the same for all. With a sliding plan, whose one graph has one
+    Those of the calibration, where there is one, else the same for all. With dynamic width, whose one graph has one
     capacity for each block, every segment gets the calibration's largest. Raises `ConfigError` for wrong capacities,
     and `CalibrationError`, naming what differs, for a calibration of another checkpoint, run or plan.
     """
@@ -59,4 +59,4 @@ def segment_capacities(
             f"the calibration has capacities of (segments, blocks, tokens) {found}, expected {expected}: it was "
             "changed after it was written; calibrate again"
         )
-    return (tokens.largest,) * count if config.plan is PlanKind.SLIDING else tokens.capacities
+    return (tokens.largest,) * count if config.plan is PlanKind.DYNAMIC_WIDTH else tokens.capacities

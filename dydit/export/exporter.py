@@ -14,10 +14,10 @@ import numpy as np
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.manifest import (
     CONDITIONING,
+    DYNAMIC_WIDTH_FULL_GRAPH,
+    DYNAMIC_WIDTH_GRAPH,
     MANIFEST,
     SCHEMA_VERSION,
-    SLIDING,
-    SLIDING_FULL,
     FileEntry,
     Manifest,
     PlanEntry,
@@ -156,7 +156,7 @@ def _make_job(
         masks=masks,
         plan=plan,
         measured=measured,
-        dynamic_width=config.plan is PlanKind.SLIDING,
+        dynamic_width=config.plan is PlanKind.DYNAMIC_WIDTH,
         routing=config.routing if model.dynamic else None,
         capacities=segment_capacities(checkpoint, config, masks, plan),
         cfg_channels=guided_channels(model, config.cfg_channels),
@@ -168,7 +168,7 @@ def _make_job(
 
 def _make_plan(config: ExportConfig, model: ModelConfig, masks: np.ndarray, measured: Measured) -> Plan:
     costs = macs_costs(model) if measured.times is None else time_costs(measured.times, model)
-    if config.plan in (PlanKind.PER_STEP, PlanKind.SLIDING):
+    if config.plan in (PlanKind.PER_STEP, PlanKind.DYNAMIC_WIDTH):
         return per_step_plan(masks, costs)
     if config.plan is PlanKind.MAX_SUBNETS:
         return merged_plan(masks, costs, config.max_subnets)
@@ -240,7 +240,8 @@ def _write_dynamic_width(
     """Write the graph that serves every width."""
     capacities = None if job.capacities is None else job.capacities[0]  # those of all segments
     spec = SubnetSpec(job.model.units.every_unit, frozenset(), job.routing, capacities)
-    return _write_graphs(folder, (SLIDING, SLIDING_FULL), spec, job, library, lambda: WeightInputs(weights))
+    names = DYNAMIC_WIDTH_GRAPH, DYNAMIC_WIDTH_FULL_GRAPH
+    return _write_graphs(folder, names, spec, job, library, lambda: WeightInputs(weights))
 
 
 def _write_graphs(

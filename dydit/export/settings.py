@@ -62,9 +62,10 @@ class ExportConfig(Strict):
             raise ValueError("a calibration goes with capacity routing, and with the precisions int8-static and fp8")
         if self.calibration is not None and self.capacities is not None:
             raise ValueError("capacities come from a calibration or are given, not both")
-        if self.precision.in_8_bits and self.plan is PlanKind.SLIDING:
+        if self.precision.in_8_bits and self.plan is PlanKind.DYNAMIC_WIDTH:
             raise ValueError(
-                f"a sliding plan has its weights as inputs, which are not packed for {self.precision}; use another plan"
+                f"dynamic width does not support {self.precision}: its weights are inputs of the graph, in fp32, fp16 "
+                "or bf16; use another plan"
             )
         if self.precision.is_calibrated and self.activations is None and self.calibration is None:
             raise ValueError(f"{self.precision} needs a calibration: `dydit calibrate --activations minmax` makes it")

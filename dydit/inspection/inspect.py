@@ -145,7 +145,7 @@ def inspect_bundle(path: Path | str) -> Inspection:
         masks, config, PlanSizes(config.units, masks, unit_sizes, fixed), measured.times if measured else None
     )
     dense = int(unit_sizes.sum()) + fixed
-    loaded = dense if manifest.sliding else sum(entry.weight_bytes for entry in manifest.subnets)
+    loaded = dense if manifest.dynamic_width else sum(entry.weight_bytes for entry in manifest.subnets)
     chosen = PlanRow(
         segments=len(manifest.plan.segments),
         subnets=len(manifest.subnets),

@@ -31,7 +31,7 @@ def default_plan(routing: Routing, precision: Precision) -> PlanKind:
     """The plan of a dynamic model if none is asked for: the one that was the fastest in measurements."""
     if routing is not Routing.DYNAMIC or precision.is_calibrated:
         return PlanKind.MAX_SUBNETS
-    return PlanKind.PER_STEP if precision is Precision.INT8 else PlanKind.SLIDING
+    return PlanKind.PER_STEP if precision is Precision.INT8 else PlanKind.DYNAMIC_WIDTH
 
 
 def export_measured(

@@ -113,7 +113,7 @@ def test_targets_that_are_none(run, checkpoint: Path, tmp_path: Path, options: l
     assert names(tmp_path) == [], "nothing is sampled first"
 
 
-def test_a_sliding_plan_has_no_8_bits(run, checkpoint: Path, tmp_path: Path) -> None:
+def test_dynamic_width_has_no_8_bits(run, checkpoint: Path, tmp_path: Path) -> None:
     call = ["calibrate", checkpoint, "--out", tmp_path / "c.json", *SEARCH, "--target-psnr", 30, "--dynamic-width"]
     sampling = ["--steps", STEPS, "--samples", 4, "--held-out", 4, "--batch-size", 2, "--quantile", 0.9]
     assert_refused(run(*call, *sampling), "a plan of dynamic width has no layers in 8 bits")

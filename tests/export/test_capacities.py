@@ -75,7 +75,7 @@ def test_equal_units_with_other_slots_are_other_subnetworks(make_checkpoint, tmp
 
 
 def test_one_graph_gets_the_most_that_a_segment_needs(make_checkpoint, tmp_path):
-    checkpoint, plan = make_checkpoint(), {"steps": STEPS, "plan": PlanKind.SLIDING}
+    checkpoint, plan = make_checkpoint(), {"steps": STEPS, "plan": PlanKind.DYNAMIC_WIDTH}
     calibration = calibrated(checkpoint, ExportConfig(**plan))
     manifest = export(checkpoint, tmp_path / "out", by_capacity(checkpoint, calibration, **plan)).manifest
     assert {entry.capacities for entry in manifest.subnets} == {calibration.tokens.largest}

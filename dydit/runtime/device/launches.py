@@ -157,7 +157,7 @@ class LaunchPlan:
         if any(name not in _OUTSIDE_GRAPHS for name in changed):
             ops += self._drop(self._captured)
         ops += self._unload(self._residency.unload)
-        if not self.manifest.sliding:
+        if not self.manifest.dynamic_width:
             ops += self._unload(sorted(self._full, key=str))
             self._full.clear()
         ops += [Free(name) for name in changed if name in held]
@@ -204,7 +204,7 @@ class LaunchPlan:
                 ops.append(Upload(Address("noise"), HostArray("noise", batch, segment), nbytes))
             ops += self._visit(segment, batch, place, engine)
         ops.append(self._read_overflow(segment, batches, strict=True))
-        if self.manifest.sliding:  # later segments use the same engine
+        if self.manifest.dynamic_width:  # later segments use the same engine
             self._full.add(engine)
             return tuple(ops)
         return (*ops, UnloadEngine(engine))
@@ -377,7 +377,7 @@ def fit_resident(
         return options
     low, high = 2, options.resident or len(manifest.subnets)
     if (least := total(low)) > limit:
-        loaded = "its one engine" if manifest.sliding else "two subnetworks"
+        loaded = "its one engine" if manifest.dynamic_width else "two subnetworks"
         raise BackendError(
             f"a batch of {max(shape.sizes)} images needs {least / _GIB:.1f} GiB of device memory with {loaded} "
             f"loaded, but only {limit / _GIB:.1f} GiB are free; use a smaller batch size"
