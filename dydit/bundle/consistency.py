@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from dydit.bundle.stored_weights import Precision, WeightEntry, half_name, stored_type
+from dydit.bundle.stored_weights import Precision, WeightEntry, fp16_name, stored_type
 from dydit.models.architecture import Slots
 from dydit.models.config import ModelConfig
 
@@ -17,7 +17,7 @@ from dydit.models.config import ModelConfig
 def weights_trouble(weights: Mapping[str, WeightEntry], model: ModelConfig, precision: Precision) -> str | None:
     """What is wrong with the stored tensors; None where they are those of the model."""
     for name, shape in model.stored_shapes().items():
-        copies = [each for each in (name, half_name(name)) if each in weights]
+        copies = [each for each in (name, fp16_name(name)) if each in weights]
         if not copies:
             return f"weight {name} is not listed"
         for copy in copies:

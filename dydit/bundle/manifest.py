@@ -92,8 +92,11 @@ class SubnetEntry(Strict):
     capacities: tuple[int, ...] | None = Field(default=None, description="MLP token slots per image, per block")
     full_file: str | None = Field(default=None, description="the same at full capacity, for steps that overflow")
     weight_bytes: int = Field(ge=0, description="bytes of weights.bin that it reads")
-    in_16_bits: tuple[tuple[str, ...], ...] | None = Field(
-        default=None, description="with calibrated 8 bits: the layers that are not in them, per block"
+    fp16_layers: tuple[tuple[str, ...], ...] | None = Field(
+        default=None,
+        validation_alias=AliasChoices("fp16_layers", "in_16_bits"),
+        serialization_alias="in_16_bits",  # the key in the file, which the digests of older bundles cover
+        description="in a bundle of calibrated 8 bits: the layers that stay in fp16, by block",
     )
 
 

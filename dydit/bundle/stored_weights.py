@@ -77,8 +77,8 @@ _VALUES: dict[Precision, StoredType] = {
 }
 
 
-def half_name(name: str) -> str:
-    """The name of a weight's copy in fp16, where others are in 8 bits: `name16` for `name`."""
+def fp16_name(name: str) -> str:
+    """The name of a weight's copy in fp16, in bundles whose other weights have 8 bits: `name16` for `name`."""
     return f"{name}16"
 
 

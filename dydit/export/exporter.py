@@ -265,15 +265,15 @@ def _write_graphs(
 def _subnet_entry(
     files: tuple[str, str | None], spec: SubnetSpec, job: _Job, weights: dict[str, WeightEntry]
 ) -> SubnetEntry:
-    in_16_bits = spec.in_16_bits(job.model.units.layer_names)
+    fp16_layers = spec.fp16_layers(job.model.units.layer_names)
     return SubnetEntry(
         file=files[0],
         full_file=files[1],
         units=spec.units,
         gated=bool(spec.gated),
         capacities=spec.capacities,
-        weight_bytes=subnet_bytes(job.model, job.precision, weights, spec.units, in_16_bits),
-        in_16_bits=in_16_bits,
+        weight_bytes=subnet_bytes(job.model, job.precision, weights, spec.units, fp16_layers),
+        fp16_layers=fp16_layers,
     )
 
 

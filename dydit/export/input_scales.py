@@ -3,6 +3,7 @@ bits, by segment; a smoothing."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -47,7 +48,7 @@ def segment_scales(
     scales = ranges.input_scales(LARGEST[config.precision])
     return tuple(
         tuple(
-            tuple(None if kept else scale for scale, kept in zip(*block, strict=True))
+            tuple(None if in_fp16 else scale for scale, in_fp16 in zip(*block, strict=True))
             for block in zip(*segment, strict=True)
         )
         for segment in zip(scales, ranges.fp16_layers.tolist(), strict=True)
@@ -55,16 +56,16 @@ def segment_scales(
 
 
 def weight_copies(axis: UnitAxis, masks: np.ndarray, plan: Plan, scales: Sequence[Scales] | None) -> dict[str, Copies]:
-    """Which stored copies of each layer's weight a plan over the masks bool [S, U] uses; nothing that none uses."""
+    """Which stored copies of each layer's weight a plan uses, by name of the weight. `masks`: bool [S, U], by slot."""
     if scales is None:
         return {}
     copies = {}
     for part in axis.parts:
-        there = [masks[first:end, part.units].any() for first, end in plan.segments]
+        used = [masks[first:end, part.units].any() for first, end in plan.segments]
         for layer in part.group.layers:
-            place = axis.layer_names.index(layer.name)
-            kept = [each[part.block][place] is None for each, used in zip(scales, there, strict=True) if used]
-            copies[part.stored(layer.weight)] = Copies(not all(kept) or not kept, any(kept))
+            index = axis.layer_names.index(layer.name)
+            in_fp16 = [segment[part.block][index] is None for segment in itertools.compress(scales, used)]
+            copies[part.stored(layer.weight)] = Copies(quantized=not all(in_fp16) or not in_fp16, fp16=any(in_fp16))
     return copies
 
 

@@ -13,7 +13,7 @@ from typing import BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from dydit.bundle.stored_weights import ALIGNMENT, Precision, StoredType, WeightEntry, half_name, stored_type
+from dydit.bundle.stored_weights import ALIGNMENT, Precision, StoredType, WeightEntry, fp16_name, stored_type
 from dydit.dtypes import DTYPES
 from dydit.errors import CheckpointError
 from dydit.models.config import ModelConfig
@@ -25,10 +25,13 @@ _NAMES = {each.dtype: each.value for each in (Precision.FP32, Precision.FP16, Pr
 
 
 class Copies(NamedTuple):
-    """What a bundle in calibrated 8 bits stores of a layer's weight, at least one: in 8 bits with scales, in fp16."""
+    """Which copies of a layer's weight a bundle of calibrated 8 bits stores; at least one.
 
-    eighth: bool = True
-    half: bool = False
+    `quantized`: in 8 bits, with scales. `fp16`: in fp16.
+    """
+
+    quantized: bool = True
+    fp16: bool = False
 
 
 def stored_forms(
@@ -38,12 +41,12 @@ def stored_forms(
     kind = stored_type(model, name, precision)
     if DTYPES[kind].bytes == 1:
         copies = copies or Copies()
-        if copies.eighth:
+        if copies.quantized:
             weight, scale = quantize(tensor, model.units.weights[name].out_major, getattr(torch, kind))
             yield name, weight
             yield scale_name(name), scale
-        if copies.half:
-            yield half_name(name), tensor.detach().to(torch.float16)
+        if copies.fp16:
+            yield fp16_name(name), tensor.detach().to(torch.float16)
     else:
         yield name, tensor.detach().to(getattr(torch, kind))
 
@@ -66,13 +69,13 @@ def write_weights(
             kind = stored_type(model, name, precision)
             if DTYPES[kind].bytes == 1:
                 _require_finite(name, tensor, "float32")
-                eighth, half = (copies or {}).get(name, Copies())
-                for stored, values in stored_forms(model, name, tensor, precision, Copies(eighth)):
+                quantized, fp16 = (copies or {}).get(name, Copies())
+                for stored, values in stored_forms(model, name, tensor, precision, Copies(quantized)):
                     entries[stored] = _start(file, values, kind if stored == name else "float32")
                     file.write(values.contiguous().view(torch.uint8).numpy().data)
-                if not half:
+                if not fp16:
                     continue
-                name, kind = half_name(name), "float16"
+                name, kind = fp16_name(name), "float16"
             entries[name] = _start(file, tensor, kind)
             for piece in tensor.detach().flatten().split(PIECE):
                 _require_finite(name, piece, kind)

@@ -39,9 +39,9 @@ def weight_parts(precision: Precision) -> tuple[str, ...]:
     return ("weight", "scale", "bias") if precision.in_8_bits else ("weight", "bias")
 
 
-def layer_precision(precision: Precision, layer: str, kept: Collection[str]) -> Precision:
-    """The precision of a layer, where those of `kept` stay in 16 bits."""
-    return precision.attention if layer in kept else precision
+def layer_precision(precision: Precision, layer: str, fp16_layers: Collection[str]) -> Precision:
+    """The precision of a layer, where the layers `fp16_layers` stay in fp16."""
+    return precision.attention if layer in fp16_layers else precision
 
 
 def weight_names(layer: str, precision: Precision) -> tuple[str, ...]:

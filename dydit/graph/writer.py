@@ -15,10 +15,10 @@ import onnx_ir as ir
 
 from dydit.bundle.io_spec import subnet_inputs, subnet_outputs
 from dydit.bundle.manifest import Routing
-from dydit.bundle.stored_weights import half_name
+from dydit.bundle.stored_weights import fp16_name
 from dydit.graph.library import FunctionLibrary
 from dydit.graph.ops import CONTRIB, DOMAIN, IR_VERSION, OPSET, Ops
-from dydit.graph.products import layer_precision, weight_parts
+from dydit.graph.products import weight_parts
 from dydit.graph.sampler_step import sampler_function
 from dydit.graph.sources import WeightSource, graph_value
 from dydit.models.architecture import Part, Slots, UnitLayer
@@ -41,13 +41,13 @@ class SubnetSpec:
     capacities: tuple[int, ...] | None = None
     input_scales: tuple[tuple[float | None, ...], ...] | None = None
 
-    def in_16_bits(self, layers: Sequence[str]) -> tuple[tuple[str, ...], ...] | None:
-        """By block, those of its `layers` that stay in 16 bits; None where there are none."""
-        kept = [
+    def fp16_layers(self, layers: Sequence[str]) -> tuple[tuple[str, ...], ...] | None:
+        """The layers that stay in fp16, by block; None if there are none. `layers`: the names of a block's layers."""
+        in_fp16 = [
             tuple(layer for layer, scale in zip(layers, block, strict=True) if scale is None)
             for block in self.input_scales or ()
         ]
-        return tuple(kept) if any(kept) else None
+        return tuple(in_fp16) if any(in_fp16) else None
 
 
 class GraphWriter:
@@ -60,7 +60,7 @@ class GraphWriter:
         self.functions: dict[str, ir.Function] = {}
         self.inputs = {each.name: graph_value(each) for each in subnet_inputs(config, bool(spec.gated))}
         self._parts = {(part.block, part.index): part for part in config.units.parts}
-        self._in_16_bits = spec.in_16_bits(config.units.layer_names)
+        self._fp16_layers = spec.fp16_layers(config.units.layer_names)
 
     def call(self, target: ir.Function, inputs: Sequence[ir.Value], names: Sequence[str]) -> Sequence[ir.Value]:
         """Call a local function and name its outputs."""
@@ -89,33 +89,34 @@ class GraphWriter:
     def factors(self, part: Part, slots: Sequence[int]) -> list[ir.Value]:
         """The factors of smoothed inputs of a part's layers, [channels of the slots], where they are stored."""
         names = [f"{layer.name}.factor" for layer in part.group.layers if layer.scaled_inputs]
-        there = [name for name in names if self.weights.has(part.stored(name))]
-        return [self.weights.units(self.ops, part, name, slots) for name in there]
+        return [
+            self.weights.units(self.ops, part, name, slots) for name in names if self.weights.has(part.stored(name))
+        ]
 
-    def in_16_bits(self, part: Part) -> tuple[str, ...]:
-        """Those of a part's layers that stay in 16 bits where others are in 8."""
-        kept = () if self._in_16_bits is None else self._in_16_bits[part.block]
-        return tuple(layer.name for layer in part.group.layers if layer.name in kept)
+    def fp16_layers(self, part: Part) -> tuple[str, ...]:
+        """The layers of a part that stay in fp16, while the others have 8 bits."""
+        in_fp16 = () if self._fp16_layers is None else self._fp16_layers[part.block]
+        return tuple(layer.name for layer in part.group.layers if layer.name in in_fp16)
 
     def _layer(self, part: Part, layer: UnitLayer, slots: Sequence[int]) -> list[ir.Value]:
-        """A linear layer's weights: of the given slots, whatever has an axis of units."""
-        kept = layer.name in self.in_16_bits(part)
-        precision = layer_precision(self.library.precision, layer.name, (layer.name,) if kept else ())
-        made = []
+        """What a linear layer's function takes; of tensors with an axis of units, the given slots."""
+        in_fp16 = layer.name in self.fp16_layers(part)
+        precision = self.library.precision.attention if in_fp16 else self.library.precision
+        values = []
         for piece in weight_parts(precision):
-            stored = half_name(layer.weight) if kept and piece == "weight" else f"{layer.name}.{piece}"
+            stored = fp16_name(layer.weight) if in_fp16 and piece == "weight" else f"{layer.name}.{piece}"
             if layer.out_major or piece == "weight":
                 value = self.weights.units(self.ops, part, stored, slots)
             else:
                 value = self.weights.whole(part.stored(stored))
-            # Only the weight has a copy in 16 bits: a bias is small.
-            made.append(self.ops.to_precision(value, precision) if kept and piece == "bias" else value)
+            # Only the weight has a stored copy in fp16. A bias is small, so the graph converts it.
+            values.append(self.ops.to_precision(value, precision) if in_fp16 and piece == "bias" else value)
         if precision.is_calibrated:
             assert self.spec.input_scales is not None
-            place = self.config.units.layer_names.index(layer.name)
-            scale = np.asarray(self.spec.input_scales[part.block][place], np.float32)
-            made.append(self.weights.local(part.stored(f"{layer.name}.input_scale"), scale))
-        return made
+            index = self.config.units.layer_names.index(layer.name)
+            scale = np.asarray(self.spec.input_scales[part.block][index], np.float32)
+            values.append(self.weights.local(part.stored(f"{layer.name}.input_scale"), scale))
+        return values
 
 
 def subnet_graph(config: ModelConfig, spec: SubnetSpec, library: FunctionLibrary, weights: WeightSource) -> ir.Model:

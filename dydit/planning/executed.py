@@ -42,4 +42,4 @@ def layers_in_16_bits(manifest: Manifest) -> tuple[int, int]:
     entries = [manifest.subnets[segment.subnet] for segment in manifest.plan.segments]
     parts = ((part, units) for entry in entries for part, units in manifest.model.units.zip(entry.units))
     layers = sum(len(part.group.layers) for part, units in parts if units)
-    return layers, sum(len(block) for entry in entries for block in entry.in_16_bits or ())
+    return layers, sum(len(block) for entry in entries for block in entry.fp16_layers or ())

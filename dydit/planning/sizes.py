@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dydit.bundle.measurements import Residency
-from dydit.bundle.stored_weights import Precision, WeightEntry, half_name, stored_type
+from dydit.bundle.stored_weights import Precision, WeightEntry, fp16_name, stored_type
 from dydit.dtypes import DTYPES
 from dydit.models.architecture import Slots, UnitAxis, UnitLayer
 from dydit.models.config import ModelConfig
@@ -88,20 +88,21 @@ def subnet_bytes(
     precision: Precision,
     weights: Mapping[str, WeightEntry],
     slots: Slots,
-    in_16_bits: Sequence[Sequence[str]] | None,
+    fp16_layers: Sequence[Sequence[str]] | None,
 ) -> int:
     """Bytes of stored weights that a subnetwork of these slots reads."""
     total = fixed_bytes(model, precision)
     for part, units in model.units.zip(slots):
-        kept = in_16_bits[part.block] if in_16_bits else ()
+        in_fp16 = fp16_layers[part.block] if fp16_layers else ()
         for tensor in part.group.all_unit_tensors:
-            layer, _, what = tensor.partition(".")
-            half, name = layer in kept, part.stored(tensor)
-            stored = weights.get(half_name(name) if half and what == "weight" else name)
-            if stored is not None and not (half and what == "scale"):  # scales are there with 8 bits only
+            layer, _, piece = tensor.partition(".")
+            name = part.stored(tensor)
+            stored = weights.get(fp16_name(name) if layer in in_fp16 and piece == "weight" else name)
+            if stored is not None and not (layer in in_fp16 and piece == "scale"):  # a layer in fp16 reads no scales
                 total += stored.nbytes // part.group.count * len(units)
-        whole = [layer for layer in part.group.layers if layer.name in kept and not layer.out_major]
-        total -= sum(4 * layer.features for layer in whole)  # their scales, which are not read
+        # The scales of inner-major layers belong to no unit, so `fixed_bytes` counted them.
+        in_major = [layer for layer in part.group.layers if layer.name in in_fp16 and not layer.out_major]
+        total -= sum(4 * layer.features for layer in in_major)
     return total
 
 

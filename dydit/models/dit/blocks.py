@@ -40,13 +40,14 @@ def flat(ops: Ops, x: ir.Value) -> ir.Value:
 
 
 def attention_function(
-    config: DiTConfig, precision: Precision, heads: int | None, gated: bool, kept: Sequence[str] = ()
+    config: DiTConfig, precision: Precision, heads: int | None, gated: bool, fp16_layers: Sequence[str] = ()
 ) -> ir.Function:
     """x + gate * proj(gates * attention(modulated x)), for so many heads, or for any number (None).
 
-    Weights: qkv [h*3*hd, D] head-major, proj [h*hd, D]; `gates` [h]. `kept`: layers that stay in 16 bits.
+    Weights: qkv [h*3*hd, D] head-major, proj [h*hd, D]; `gates` [h].
+    `fp16_layers`: layers that stay in fp16, while the others have 8 bits.
     """
-    qkv, proj = (layer_precision(precision, layer, kept) for layer in ("qkv", "proj"))
+    qkv, proj = (layer_precision(precision, layer, fp16_layers) for layer in ("qkv", "proj"))
     qkv_names, proj_names = weight_names("qkv", qkv), weight_names("proj", proj)
     inputs = ["x", "ones", *_VECTORS, *qkv_names, *proj_names, *(["gates"] if gated else [])]
 
@@ -64,12 +65,12 @@ def attention_function(
         return (ops.Add(x, ops.Mul(of["gate"], ops.Reshape(out, ops.Shape(x)))),)
 
     count = "" if heads is None else f"_{heads}"
-    return function(f"attention{count}{'_gated' if gated else ''}{_kept_name(kept)}", inputs, body)
+    return function(f"attention{count}{'_gated' if gated else ''}{_fp16_suffix(fp16_layers)}", inputs, body)
 
 
-def _kept_name(kept: Sequence[str]) -> str:
-    """What tells a function with layers in 16 bits from the others."""
-    return "".join(f"_{layer}16" for layer in kept)
+def _fp16_suffix(fp16_layers: Sequence[str]) -> str:
+    """The part of a function's name that lists its layers in fp16."""
+    return "".join(f"_{layer}16" for layer in fp16_layers)
 
 
 def _attend(
@@ -177,15 +178,16 @@ def mlp_function(
     routing: Routing | None,
     gated: bool,
     factored: bool = False,
-    kept: Sequence[str] = (),
+    fp16_layers: Sequence[str] = (),
 ) -> ir.Function:
     """x + token_mask * gate * fc2(gates * GELU(fc1(modulated x))), with tokens routed as asked (None: no routing).
 
     Weights: fc1 [g*gs, D], fc2 [g*gs, D] group-major; `gates` [g]; `factor` [g*gs], where fc2's inputs are smoothed: a
     factor of each, beside the gates; `capacity`: token slots per image. Outputs: x, then with routing the token mask
-    bool [T], then with capacity the overflow int64 [1]. `kept`: layers that stay in 16 bits.
+    bool [T], then with capacity the overflow int64 [1].
+    `fp16_layers`: layers that stay in fp16, while the others have 8 bits.
     """
-    fc1, fc2 = (layer_precision(precision, layer, kept) for layer in ("fc1", "fc2"))
+    fc1, fc2 = (layer_precision(precision, layer, fp16_layers) for layer in ("fc1", "fc2"))
     inputs = ["x", "ones", *_VECTORS, *weight_names("fc1", fc1), *weight_names("fc2", fc2)]
     inputs += _ROUTER if routing else ()
     inputs += ["capacity"] if routing is Routing.CAPACITY else []
@@ -194,15 +196,15 @@ def mlp_function(
 
     def body(ops: Ops, *arguments: ir.Value) -> Values:
         of = dict(zip(inputs, arguments, strict=True))
-        half = _Mlp(ops, config, fc1, fc2, of)
+        mlp = _Mlp(ops, config, fc1, fc2, of)
         if routing is None:
-            return (half.joined(half.forward(half.hidden())),)
+            return (mlp.joined(mlp.forward(mlp.hidden())),)
         mask = _token_mask(ops, flat(ops, of["x"]), *(of[name] for name in _ROUTER))
-        x, extra = _ROUTED[routing](half, mask)
+        x, extra = _ROUTED[routing](mlp, mask)
         return (x, mask, *extra)
 
     kind = [*([routing.value] if routing else []), *(["gated"] if gated else []), *(["factored"] if factored else [])]
-    return function(f"{'_'.join(['mlp', *kind])}{_kept_name(kept)}", inputs, body)
+    return function(f"{'_'.join(['mlp', *kind])}{_fp16_suffix(fp16_layers)}", inputs, body)
 
 
 def mlp_none_function(config: DiTConfig, precision: Precision, routed: bool) -> ir.Function:
@@ -228,36 +230,36 @@ def _token_mask(ops: Ops, tokens: ir.Value, w0: ir.Value, b0: ir.Value, w2: ir.V
     return ops.Reshape(ops.Greater(logits, ops.constant(0, np.float32)), ops.constant([-1]))
 
 
-def _dense(half: _Mlp, mask: ir.Value) -> Routed:
+def _dense(mlp: _Mlp, mask: ir.Value) -> Routed:
     """Compute all, multiply by the mask."""
-    return half.joined(half.where(mask, half.forward(half.hidden()))), []
+    return mlp.joined(mlp.where(mask, mlp.forward(mlp.hidden()))), []
 
 
-def _dynamic(half: _Mlp, mask: ir.Value) -> Routed:
+def _dynamic(mlp: _Mlp, mask: ir.Value) -> Routed:
     """NonZero gives the ids of routed tokens. These leave the stream, go through all that follows, and come back."""
-    ops, of = half.ops, half.of
+    ops, of = mlp.ops, mlp.of
     ids = ops.Reshape(ops.NonZero(mask), ops.constant([-1]))
-    rows = ops.Div(ids, ops.constant([half.config.tokens]))
+    rows = ops.Div(ids, ops.constant([mlp.config.tokens]))
     stream = flat(ops, of["x"])
     entering = ops.Gather(stream, ids, axis=0)  # [n, D]
     vectors = (ops.Gather(ops.Squeeze(of[name], ops.constant([1])), rows, axis=0) for name in _VECTORS)
     shift, scale, gate = vectors
-    branch = half.forward(modulate(ops, entering, of["ones"], shift, scale))
-    left = ops.Add(entering, ops.Mul(gate, ops.to_fp32(branch, half.fc2)))
+    branch = mlp.forward(modulate(ops, entering, of["ones"], shift, scale))
+    left = ops.Add(entering, ops.Mul(gate, ops.to_fp32(branch, mlp.fc2)))
     stream = ops.ScatterND(stream, ops.Unsqueeze(ids, ops.constant([1])), left)
     return ops.Reshape(stream, ops.Shape(of["x"])), []
 
 
-def _capacity(half: _Mlp, mask: ir.Value) -> Routed:
+def _capacity(mlp: _Mlp, mask: ir.Value) -> Routed:
     """Prefix-sum compaction into `slots = rows * capacity` rows, static shapes throughout.
 
     slot = CumSum(mask) - 1 numbers the routed tokens. Token ids are scattered into their slots; tokens that are not
     routed go to one spare slot at the end. The way back is a gather: y[slot] where the token fits.
     """
-    ops = half.ops
+    ops = mlp.ops
     total = ops.Shape(mask)  # [1], T
-    rows = ops.Div(total, ops.constant([half.config.tokens]))
-    slots = ops.Mul(rows, half.of["capacity"])
+    rows = ops.Div(total, ops.constant([mlp.config.tokens]))
+    slots = ops.Mul(rows, mlp.of["capacity"])
     count = ops.Cast(mask, to=ir.DataType.INT64)
     slot = ops.Sub(ops.CumSum(count, ops.constant(0)), ops.constant([1]))
     fits = ops.And(mask, ops.Less(slot, slots))
@@ -265,11 +267,11 @@ def _capacity(half: _Mlp, mask: ir.Value) -> Routed:
     target = ops.Where(fits, slot, total)
     ids = ops.Range(ops.constant(0), ops.Squeeze(total), ops.constant(1))
     table = ops.Slice(ops.ScatterElements(empty, target, ids, axis=0), ops.constant([0]), slots, ops.constant([0]))
-    out = half.forward(ops.Gather(half.hidden(), table, axis=0))
+    out = mlp.forward(ops.Gather(mlp.hidden(), table, axis=0))
     home = ops.Where(fits, slot, ops.constant([0]))
     routed = ops.ReduceSum(count, keepdims=1)
     overflow = ops.Max(ops.Sub(routed, slots), ops.constant([0]))
-    return half.joined(half.where(fits, ops.Gather(out, home, axis=0))), [overflow]
+    return mlp.joined(mlp.where(fits, ops.Gather(out, home, axis=0))), [overflow]
 
 
 _ROUTED: dict[Routing, Callable[[_Mlp, ir.Value], Routed]] = {

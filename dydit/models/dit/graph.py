@@ -45,7 +45,7 @@ def _attention(writer: GraphWriter, block: int, x: ir.Value, ones: ir.Value, vec
         bias = writer.weights.whole(part.stored("proj.bias"))
         return writer.call(writer.library.get(blocks.attention_none_function), [x, vectors[2], bias], names)[0]
     gates = writer.gates(part, slots)
-    function = writer.library.get(blocks.attention_function, writer.count(slots), bool(gates), writer.in_16_bits(part))
+    function = writer.library.get(blocks.attention_function, writer.count(slots), bool(gates), writer.fp16_layers(part))
     return writer.call(function, [x, ones, *vectors, *writer.layers(part, slots), *gates], names)[0]
 
 
@@ -71,7 +71,7 @@ def _mlp(writer: GraphWriter, block: int, x: ir.Value, ones: ir.Value, vectors: 
         arguments.append(writer.ops.constant([writer.spec.capacities[block]]))
         names.append(stored_name(block, "overflow"))
     factors = writer.factors(part, slots)
-    function = writer.library.get(blocks.mlp_function, routing, bool(gates), bool(factors), writer.in_16_bits(part))
+    function = writer.library.get(blocks.mlp_function, routing, bool(gates), bool(factors), writer.fp16_layers(part))
     x, *extra = writer.call(function, [*arguments, *gates, *factors], names)
     return [x, *(extra[1:] if capacity else [])]
 
