@@ -1,5 +1,4 @@
-"""What calibrated precisions have of activations: scales of what enters linear layers, and which of these stay in 16
-bits, by segment; a smoothing."""
+"""What calibrated precisions take from a calibration: scales of inputs, layers that stay in fp16, the smoothing."""
 
 from __future__ import annotations
 
@@ -22,13 +21,13 @@ from dydit.quantization.smoothing import Smoothing
 
 LARGEST = {Precision.INT8_STATIC: 127.0, Precision.FP8: 448.0}
 Scales = tuple[tuple[float | None, ...], ...]
-"""By block, of what enters its layers (`UnitAxis.layers`); None: the layer stays in 16 bits."""
+"""Scales of the inputs of layers, by block and layer (`UnitAxis.layers`); None: the layer stays in fp16."""
 
 
 def segment_scales(
     checkpoint: Checkpoint, config: ExportConfig, masks: np.ndarray, plan: Plan
 ) -> tuple[Scales, ...] | None:
-    """Scales of each segment of a plan over the masks bool [S, U], by slot; None where nothing is calibrated.
+    """Scales of each segment of a plan; None if the precision is not calibrated. `masks`: bool [S, U], by slot.
 
     Raises `CalibrationError` for a calibration without ranges, or of another checkpoint, run or plan.
     """
@@ -70,9 +69,9 @@ def weight_copies(axis: UnitAxis, masks: np.ndarray, plan: Plan, scales: Sequenc
 
 
 def planned_smoothing(model: ModelConfig, config: ExportConfig) -> Smoothing | None:
-    """The smoothing that the ranges of a calibrated precision go with, where there is one.
+    """The smoothing that the calibrated ranges were measured with; None if there is none.
 
-    Raises `CalibrationError` for one of another model's channels.
+    Raises `CalibrationError` if it does not fit the channels of the model.
     """
     ranges = _ranges(config) if config.precision.is_calibrated else None
     if ranges is None or ranges.smoothing is None:

@@ -1,7 +1,7 @@
-"""`weights.bin`: every weight once, laid out so that a subnetwork's slice is a run of rows (DESIGN, decision 2).
+"""Writes `weights.bin`: every weight once, with rows in the order of slots, so that subnetworks read runs of rows.
 
-The layout itself (names, rows in the order of units) is `dydit.models.dit.layout`; here are the file and its windows.
-Each tensor starts on a 4096-byte boundary, so that runtimes can map it.
+The architecture says which tensors there are (for example `dydit.models.dit.layout`). Each tensor starts at a multiple
+of 4096 bytes, so that runtimes can map it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dydit.models.config import ModelConfig
 from dydit.quantization.quantize import quantize, scale_name
 
 PIECE = 1 << 24
-"""Numbers that are converted and written at once: 64 MiB of them."""
+"""How many numbers are converted and written at once: 64 MiB in fp32."""
 _NAMES = {each.dtype: each.value for each in (Precision.FP32, Precision.FP16, Precision.BF16)}
 
 
@@ -37,7 +37,7 @@ class Copies(NamedTuple):
 def stored_forms(
     model: ModelConfig, name: str, tensor: Tensor, precision: Precision, copies: Copies | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """What a bundle of `precision` stores for a tensor of the layout: itself in its type, or the copies of 8 bits."""
+    """(name, tensor) of what a bundle of `precision` stores for one tensor. `copies`: of a weight with 8 bits."""
     kind = stored_type(model, name, precision)
     if DTYPES[kind].bytes == 1:
         copies = copies or Copies()
@@ -58,10 +58,10 @@ def write_weights(
     precision: Precision = Precision.FP32,
     copies: Mapping[str, Copies] | None = None,
 ) -> dict[str, WeightEntry]:
-    """Write tensors one after another, aligned; returns where each lies. `copies`: of weights in 8 bits, by name.
+    """Write tensors one after another, aligned; returns their entries. `copies`: of weights with 8 bits, by name.
 
-    Only one tensor is in memory at a time, and of its conversion a piece. Raises `CheckpointError` for a value that is
-    not finite, or is not any more in the bundle's precision.
+    Only one tensor at a time is in memory, and it is converted in pieces. Raises `CheckpointError` for a value that is
+    not finite, or not finite in the bundle's precision.
     """
     entries: dict[str, WeightEntry] = {}
     with open(path, "wb") as file:
@@ -84,7 +84,7 @@ def write_weights(
 
 
 def _start(file: BinaryIO, tensor: Tensor, kind: StoredType) -> WeightEntry:
-    """Fill up to where a tensor may start, and say what starts there."""
+    """Pad the file to the next aligned offset; returns the entry of the tensor that starts there."""
     file.write(b"\0" * (-file.tell() % ALIGNMENT))
     return WeightEntry(offset=file.tell(), shape=tuple(tensor.shape), dtype=kind)
 
@@ -92,9 +92,10 @@ def _start(file: BinaryIO, tensor: Tensor, kind: StoredType) -> WeightEntry:
 def _require_finite(name: str, values: Tensor, kind: StoredType) -> None:
     if not values.numel():
         return
-    extremes = torch.stack(values.aminmax())  # NaN where any is; rounding keeps the order, so these two tell for all
+    # NaN if any value is NaN. Rounding keeps the order, so the smallest and largest value tell for all.
+    extremes = torch.stack(values.aminmax())
     if not torch.isfinite(extremes.to(getattr(torch, kind))).all():
-        trouble = f"is too large for {_NAMES[kind]}; export in another precision"
+        problem = f"is too large for {_NAMES[kind]}; export in another precision"
         if not torch.isfinite(extremes).all():
-            trouble = "is NaN or infinite; this checkpoint cannot be exported"
-        raise CheckpointError(f"a value of weight {name} {trouble}")
+            problem = "is NaN or infinite; this checkpoint cannot be exported"
+        raise CheckpointError(f"a value of weight {name} {problem}")

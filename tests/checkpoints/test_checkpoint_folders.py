@@ -285,7 +285,7 @@ def test_a_bundle_is_called_a_bundle_and_a_checkpoint_a_checkpoint(
 
     assert refusal(make_bundle().path).startswith("is a bundle, not a checkpoint: give the checkpoint")
     for path in (make_checkpoint().path, whole(tmp_path / "f"), pipeline(tmp_path / "p")):
-        with pytest.raises(BundleError, match="is a checkpoint, not a bundle: compile it with `dydit export"):
+        with pytest.raises(BundleError, match="is a checkpoint, not a bundle; export it with `dydit export"):
             Bundle.open(path)
     torch.save(published(), tmp_path / "a.pt")
     with pytest.raises(BundleError, match="is a checkpoint, not a bundle"):
