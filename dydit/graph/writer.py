@@ -1,7 +1,7 @@
-"""Writing the graph of one sampling step on one subnetwork.
+"""Writes the graph of one sampling step on one subnetwork.
 
-What belongs to every model is here: inputs, the weights of the units that a subnetwork holds, gates, the sampler's
-step, outputs. How a model's blocks are written, its architecture says (`Architecture.write_step`).
+This module writes the parts that all models share: inputs, weights of the subnetwork's units, gates, the sampler's step
+and outputs. The architecture writes the blocks (`Architecture.write_step`).
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ from dydit.models.registry import architecture_of
 
 @dataclass(frozen=True)
 class SubnetSpec:
-    """What a subnetwork holds: its slots, which (block, unit group) is gated, and how tokens are routed.
+    """The description of a subnetwork: its slots, its gated unit groups, and how it routes tokens.
 
-    `units`: ascending slots by block and unit group. `gated`: the unit groups that are not all on in every step that
-    the subnetwork serves. `capacities`: token slots per image and block, with `Routing.CAPACITY`. `input_scales`: by
-    block, of what enters each of its layers, with calibrated precisions; None where a layer stays in 16 bits.
+    `units`: ascending slots by block and unit group. `gated`: (block, unit group) of groups that are not completely on
+    in every step of the subnetwork. `capacities`: token slots per row, by block, with `Routing.CAPACITY`.
+    `input_scales`: scales of the inputs of layers, by block, with calibrated precisions; None for a layer that stays in
+    fp16.
     """
 
     units: Slots
@@ -51,7 +52,7 @@ class SubnetSpec:
 
 
 class GraphWriter:
-    """The main graph while it is written, and what an architecture writes it with."""
+    """The main graph while it is written, with methods that an architecture uses to write its blocks."""
 
     def __init__(self, config: ModelConfig, spec: SubnetSpec, library: FunctionLibrary, weights: WeightSource):
         self.config: Any = config
@@ -68,26 +69,26 @@ class GraphWriter:
         return self.ops.call(target.domain, target.name, inputs, names)
 
     def part(self, block: int, group: int) -> tuple[Part, tuple[int, ...]]:
-        """A unit group of a block, and the slots of it that the subnetwork holds."""
+        """The part of a block's unit group, and the slots of it that the subnetwork has."""
         return self._parts[block, group], self.spec.units[block][group]
 
     def count(self, slots: Sequence[int]) -> int | None:
-        """How many units that are; None where the graph serves any number."""
+        """The number of units in `slots`; None if the graph serves any number."""
         return None if self.weights.any_width else len(slots)
 
     def gates(self, part: Part, slots: Sequence[int]) -> list[ir.Value]:
-        """The gates of a part's slots, [units], where it is gated."""
+        """The gates of a part's slots, [units]; an empty list if the part is not gated."""
         if (part.block, part.index) not in self.spec.gated:
             return []
         index = self.ops.constant(np.asarray(slots, np.int64) + part.start)
         return [self.ops.Gather(self.inputs["gates"], index, axis=0)]
 
     def layers(self, part: Part, slots: Sequence[int]) -> list[ir.Value]:
-        """The weights of all of a part's layers as functions take them."""
+        """The weights of a part's layers, in the order in which functions take them."""
         return [value for layer in part.group.layers for value in self._layer(part, layer, slots)]
 
     def factors(self, part: Part, slots: Sequence[int]) -> list[ir.Value]:
-        """The factors of smoothed inputs of a part's layers, [channels of the slots], where they are stored."""
+        """The stored factors of smoothed inputs of a part's layers, each [channels of the slots]."""
         names = [f"{layer.name}.factor" for layer in part.group.layers if layer.scaled_inputs]
         return [
             self.weights.units(self.ops, part, name, slots) for name in names if self.weights.has(part.stored(name))
@@ -99,7 +100,7 @@ class GraphWriter:
         return tuple(layer.name for layer in part.group.layers if layer.name in in_fp16)
 
     def _layer(self, part: Part, layer: UnitLayer, slots: Sequence[int]) -> list[ir.Value]:
-        """What a linear layer's function takes; of tensors with an axis of units, the given slots."""
+        """A linear layer's weights, with the given slots of those tensors that have an axis of units."""
         in_fp16 = layer.name in self.fp16_layers(part)
         precision = self.library.precision.attention if in_fp16 else self.library.precision
         values = []
@@ -122,7 +123,7 @@ class GraphWriter:
 def subnet_graph(config: ModelConfig, spec: SubnetSpec, library: FunctionLibrary, weights: WeightSource) -> ir.Model:
     """The graph of one sampling step on one subnetwork; inputs and outputs as `dydit.bundle.io_spec` describes them.
 
-    Each block's residual stream and token mask are values of the main graph, under the names that `io_spec` gives.
+    Each block's residual stream and token mask are values of the main graph, named as in `io_spec`.
     """
     writer = GraphWriter(config, spec, library, weights)
     out, overflow = architecture_of(config).write_step(writer)
@@ -138,13 +139,13 @@ def subnet_graph(config: ModelConfig, spec: SubnetSpec, library: FunctionLibrary
 
 
 def typed(value: ir.Value, like: ir.Value) -> ir.Value:
-    """`value` with the shape and type of a declared output."""
+    """Give `value` the shape and type of a declared output."""
     value.shape, value.type = like.shape, like.type
     return value
 
 
 def graph_model(name: str, inputs: Sequence[ir.Value], outputs: Sequence[ir.Value], writer: GraphWriter) -> ir.Model:
-    """A model of the main graph and the functions that it calls."""
+    """An ONNX model with the main graph and the functions that it calls."""
     functions = writer.functions.values()
     opsets = {CONTRIB: 1} if any(CONTRIB in each.opset_imports for each in functions) else {}
     graph = ir.Graph(
@@ -161,7 +162,7 @@ def graph_model(name: str, inputs: Sequence[ir.Value], outputs: Sequence[ir.Valu
 def conditioning_model(
     inputs: Sequence[ir.Value], outputs: Sequence[ir.Value], ops: Ops, weights: WeightSource
 ) -> ir.Model:
-    """A model of a conditioning graph, which calls no functions."""
+    """An ONNX model with a conditioning graph, which calls no functions."""
     graph = ir.Graph(
         inputs,
         outputs,
