@@ -227,7 +227,7 @@ def test_a_model_of_pixels_has_no_decoder(make_bundle, make_checkpoint, small_co
     for name in files:
         shutil.copy(vae_bundle.path / name, folder / name)
     rewrite(folder, lambda m: (m.update(vae=vae_bundle.manifest.vae.model_dump()), m["files"].update(files)))
-    assert "the model samples pixels of 3 channels itself" in refusal(folder)
+    assert "the model samples pixels of 3 channels" in refusal(folder)
 
 
 def test_a_damaged_decoder_is_noticed(vae_bundle, tmp_path):

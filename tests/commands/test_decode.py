@@ -223,9 +223,7 @@ def test_where_nothing_can_be_attached(
     refused(run("attach-vae", tmp_path, "--vae", autoencoder.folder), "is not a bundle")
     three = make_checkpoint(small_config.model_copy(update={"in_channels": 3}))
     pixels = make_bundle(three, steps=2, space="pixels")
-    refused(
-        run("attach-vae", pixels.path, "--vae", autoencoder.folder), "the model samples pixels of 3 channels itself"
-    )
+    refused(run("attach-vae", pixels.path, "--vae", autoencoder.folder), "the model samples pixels of 3 channels")
     descriptor = os.open(bundle, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
