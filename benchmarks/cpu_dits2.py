@@ -41,7 +41,7 @@ def prepare(folder: Path, flops_ratio: float, routing: Routing, plans: bool, pac
     }
     if plans:
         exports["onnxruntime 16 merged"] = dynamic, ExportConfig(max_subnets=16, routing=routing)
-        exports["onnxruntime sliding"] = dynamic, ExportConfig(plan=PlanKind.SLIDING, routing=routing)
+        exports["onnxruntime sliding"] = dynamic, ExportConfig(plan=PlanKind.DYNAMIC_WIDTH, routing=routing)
     sides = []
     for name, (checkpoint, config) in exports.items():
         bundle = export(checkpoint, folder / name.replace(" ", "-"), config)

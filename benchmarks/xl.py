@@ -47,8 +47,8 @@ from dydit.runtime.backends.registry import open_backend
 from dydit.runtime.loop import StepRunner
 from dydit.runtime.resident import ResidentSubnets
 
-PER_STEP, SLIDING, MERGED = "per-step", "sliding", "merged"
-PLANS = {PER_STEP: ["--per-step"], SLIDING: ["--dynamic-width"], MERGED: ["--max-subnets", "16"]}
+PER_STEP, DYNAMIC, MERGED = "per-step", "sliding", "merged"
+PLANS = {PER_STEP: ["--per-step"], DYNAMIC: ["--dynamic-width"], MERGED: ["--max-subnets", "16"]}
 LABEL, EVERY = 207, 25
 Part = dict[str, Any]
 LIMITS: tuple[tuple[str, Callable[[Part], float], float], ...] = (
@@ -57,7 +57,7 @@ LIMITS: tuple[tuple[str, Callable[[Part], float], float], ...] = (
     ("export: bundle, dense fp16 models", lambda p: p["export"][PER_STEP]["bundle_of_dense"], 1.1),
     ("plan: seconds for every K", lambda p: p["plan"]["seconds"], 10),
     ("sample, per-step: peak memory, GB", lambda p: p["sample"][PER_STEP]["peak_bytes"] / 1e9, 4),
-    ("sample, sliding: peak memory, dense fp16 models", lambda p: p["sample"][SLIDING]["peak_of_dense"], 1.4),
+    ("sample, sliding: peak memory, dense fp16 models", lambda p: p["sample"][DYNAMIC]["peak_of_dense"], 1.4),
     ("exact: relative L2, sliding against per-step", lambda p: p["exact"]["worst"], 1e-4),
     ("load: sliding, of 16 merged subnetworks", lambda p: p["load"]["ratio"], 0.2),
     ("step: sliding, of per-step", lambda p: p["step"]["ratio"], 1.05),
@@ -113,7 +113,7 @@ def measure_sample(work: Path, done: Part) -> Part:
     """One image through every segment, on both bundles, and how far apart the images are."""
     part: Part = {}
     latents = {}
-    for plan in (PER_STEP, SLIDING):
+    for plan in (PER_STEP, DYNAMIC):
         out, file = work / f"sample-{plan}", work / f"latents-{plan}.npz"
         shutil.rmtree(out, ignore_errors=True)  # a part is measured whole
         file.unlink(missing_ok=True)
@@ -135,7 +135,7 @@ def measure_sample(work: Path, done: Part) -> Part:
 def compare_steps(work: Path) -> Part:
     """Steps of both plans from the same latents: the worst relative L2 where all decisions agree."""
     rng, labels = np.random.default_rng(0), np.array([LABEL])
-    backends = [open_backend("onnxruntime", Bundle.open(work / plan, verify=False)) for plan in (PER_STEP, SLIDING)]
+    backends = [open_backend("onnxruntime", Bundle.open(work / plan, verify=False)) for plan in (PER_STEP, DYNAMIC)]
     runners = [StepRunner(each, ResidentSubnets(each, 2, debug=True), labels, 4.0) for each in backends]
     steps, values, flips, decisions = [*range(0, 250, EVERY), 249], [], 0, 0
     for step in steps:
@@ -152,7 +152,7 @@ def compare_steps(work: Path) -> Part:
 def load_plan(work: Path, plan: str) -> Part:
     """Load all that a plan keeps resident, then make one step."""
     bundle, labels = Bundle.open(work / plan, verify=False), np.array([LABEL])
-    count = 1 if plan == SLIDING else len(bundle.manifest.subnets)
+    count = 1 if plan == DYNAMIC else len(bundle.manifest.subnets)
     start = time.perf_counter()
     backend = open_backend("onnxruntime", bundle)
     subnets = ResidentSubnets(backend)
@@ -168,13 +168,13 @@ def load_plan(work: Path, plan: str) -> Part:
 
 def measure_load(work: Path, done: Part) -> Part:
     """The merged subnetworks, then the graph of dynamic width."""
-    part = {plan: in_child(work, "load", plan) for plan in (MERGED, SLIDING)}
-    return {**part, "ratio": part[SLIDING]["seconds"] / part[MERGED]["seconds"]}
+    part = {plan: in_child(work, "load", plan) for plan in (MERGED, DYNAMIC)}
+    return {**part, "ratio": part[DYNAMIC]["seconds"] / part[MERGED]["seconds"]}
 
 
 def measure_step(work: Path, done: Part) -> Part:
     """A step of either plan, taking turns."""
-    sides = [Side(name=plan, kind=SideKind.BUNDLE, path=str(work / plan)) for plan in (SLIDING, PER_STEP)]
+    sides = [Side(name=plan, kind=SideKind.BUNDLE, path=str(work / plan)) for plan in (DYNAMIC, PER_STEP)]
     config = BenchConfig(labels=(LABEL,), steps_measured=4, repeats=5, latents=Latents.NOISE)
     report = run_bench(sides, config)
     return {"ratio": 1 / report.comparison(PER_STEP).median, "report": report.to_json()}

@@ -105,6 +105,6 @@ def _problem(item: Mapping[str, Any]) -> Problem:
 
 
 def _reworded(message: str) -> str:
-    """A message of pydantic, as a continuation of the field's name."""
+    """A message of pydantic, changed to continue the field's name."""
     reworded = re.sub(r"^\w+ should ", "must ", message)
     return reworded if reworded != message else f"is not valid: {message[:1].lower()}{message[1:]}"

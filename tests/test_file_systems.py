@@ -211,7 +211,7 @@ def test_a_home_folder_is_found(run, exported, make_checkpoint, tmp_path, monkey
 def test_too_little_memory_is_not_called_damage(exported, tmp_path, monkeypatch) -> None:
     """Neither by a map nor by reading in its place."""
     no_maps(monkeypatch, errno.ENOMEM)
-    with pytest.raises(BackendError, match=r"not enough memory, .* for the \d+ bytes of .*weights\.bin; free some"):
+    with pytest.raises(BackendError, match=r"not enough memory .* for the \d+ bytes of .*weights\.bin; free some"):
         exported.mapped_weights()
     no_maps(monkeypatch, errno.ENODEV)
     monkeypatch.setattr(bundles.np, "fromfile", lambda *_: (_ for _ in ()).throw(MemoryError()))

@@ -20,11 +20,11 @@ from dydit.quickstart.quickstart import ASSETS
 
 MODELS = ("digits", "S/2", "XL/2")
 PRECISIONS = ("fp16", "bf16", "fp32")
-DENSE, MERGED, SLIDING = "dense", "merged-16", "sliding"
+DENSE, MERGED, DYNAMIC_WIDTH = "dense", "merged-16", "sliding"
 PLANS: dict[str, dict[str, Any]] = {
     DENSE: {},
     MERGED: {"max_subnets": 16},
-    SLIDING: {"plan": PlanKind.SLIDING},
+    DYNAMIC_WIDTH: {"plan": PlanKind.DYNAMIC_WIDTH},
 }
 """Export settings of the bundles that are timed."""
 STATIC, MASKED, COMPILED = "eager static", "eager masked", "compiled static"

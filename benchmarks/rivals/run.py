@@ -85,7 +85,7 @@ BASELINES = (
 # The plot draws the bound of the first dynamic one.
 BUNDLES = (
     Ours(FP32, ExportConfig(plan=PlanKind.PER_STEP)),
-    Ours("dydit sliding", ExportConfig(plan=PlanKind.SLIDING)),
+    Ours("dydit sliding", ExportConfig(plan=PlanKind.DYNAMIC_WIDTH)),
     Ours(INT8, ExportConfig(plan=PlanKind.PER_STEP, precision=Precision.INT8)),
     Ours(STATIC, ExportConfig(), dynamic=False),
 )

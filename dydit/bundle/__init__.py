@@ -1,1 +1,1 @@
-"""The bundle: one folder that any backend runs. Its manifest, its graphs' inputs and outputs."""
+"""The bundle: one folder that any backend runs. Its manifest, and the inputs and outputs of its graphs."""

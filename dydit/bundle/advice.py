@@ -1,4 +1,4 @@
-"""Advice that several messages give: the commands that lead to a bundle with as many token slots as it needs."""
+"""Advice that several messages give: the commands that make a bundle with enough token slots."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from dydit.diffusion.schedule import Sampler
 
 
 def quoted(path: Path | str) -> str:
-    """A path as a shell takes it."""
+    """A path, quoted for a shell."""
     return shlex.quote(str(path))
 
 
 def options_text(words: Sequence[str]) -> str:
-    """Words of a command line as a shell takes them, each with a space before it."""
+    """Words of a command line, quoted for a shell, each with a space before it."""
     return "".join(f" {shlex.quote(word)}" for word in words)
 
 
 def run_options(plan: dict[str, Any], steps: int, sampler: str) -> str:
-    """The options of calibration and export that make a run and its plan, where they are not the defaults.
+    """The options of `dydit calibrate` and `dydit export` for a run and its plan, without those that are the default.
 
-    Each has a space before it.
+    Each option has a space before it.
     """
     words = [] if steps == 250 else [f"--steps {steps}"]
     words += [] if sampler == Sampler.DDPM else [f"--sampler {sampler}"]
@@ -43,9 +43,9 @@ def capacity_chain(
     precision: Precision = Precision.FP32,
     more: str = "",
 ) -> str:
-    """The commands that calibrate token slots, export a bundle that has them, and build its engines where it has any.
+    """The commands that calibrate token slots, export a bundle with them, and build engines if the precision has any.
 
-    `run`: options that calibration and export have to agree on, `more`: of the export alone; each option has a space
+    `run`: options that calibration and export must share. `more`: options of the export only. Each option has a space
     before it.
     """
     source, slots, target = quoted(checkpoint), quoted(calibration), quoted(bundle)
@@ -60,9 +60,9 @@ def capacity_chain(
 
 
 def capacity_chain_of(manifest: Manifest) -> str:
-    """The same for the run, plan and precision of a bundle, whose checkpoint is not known."""
+    """`capacity_chain` for the run, plan and precision of a bundle, with names in place of paths."""
     plan: dict[str, Any] = {"max_subnets": len(manifest.plan.segments)}
-    if manifest.plan.kind in (PlanKind.PER_STEP, PlanKind.SLIDING):
+    if manifest.plan.kind in (PlanKind.PER_STEP, PlanKind.DYNAMIC_WIDTH):
         plan = {"plan": manifest.plan.kind.value}
     run = run_options(plan, manifest.sampling.steps, manifest.sampling.sampler)
     return capacity_chain("CHECKPOINT", "CAL.json", "BUNDLE", run, manifest.precision)

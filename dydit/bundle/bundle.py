@@ -1,4 +1,4 @@
-"""Opening a bundle: the folder that any backend runs (DESIGN, section 2). Needs neither PyTorch nor ONNX."""
+"""Opening a bundle, the folder that any backend runs. This module needs neither PyTorch nor ONNX."""
 
 from __future__ import annotations
 
@@ -26,8 +26,9 @@ Stamp = tuple[int, int, int] | None
 class Bundle:
     """A verified bundle: its folder and its manifest.
 
-    Files are read when they are needed, perhaps long after they were verified. `stamps` tell whether one was replaced
-    meanwhile: inode, size and time of change of each file, as `open` found them (empty where it was not `open`).
+    Files are read when they are needed, perhaps long after they were verified. `stamps` tell whether a file was
+    replaced since then: inode, size and modification time of each file, as `open` read them. They are empty if the
+    bundle was not made by `open`.
     """
 
     path: Path
@@ -36,15 +37,15 @@ class Bundle:
 
     @classmethod
     def open(cls, path: Path | str, verify: bool = True) -> Bundle:
-        """Read the manifest and hold every listed file against its size and, with `verify`, its SHA-256.
+        """Read the manifest and check the size of every listed file and, with `verify`, its SHA-256.
 
-        Files may be links, as in the cache of a hub: what counts is their content. Raises `BundleError`, in one line,
-        for whatever is missing, truncated or changed, and for names that lead out of the folder.
+        Files may be links, as in the cache of a hub: only their content is checked. Raises `BundleError`, in one line,
+        for a file that is missing, truncated or changed, and for a file name that leads out of the folder.
         """
         folder = user_path(path)
         if not folder.exists():
             command = shlex.join(["dydit", "export", "CHECKPOINT", "--out", str(folder)])
-            raise BundleError(f"{folder} does not exist; make a bundle with `{command}`")
+            raise BundleError(f"{folder} does not exist; export a bundle with `{command}`")
         manifest = parse_manifest(folder / MANIFEST)
         stamps: dict[str, Stamp] = {}
         for name, entry in manifest.files.items():
@@ -64,12 +65,12 @@ class Bundle:
                 raise BundleError(f"{self.path}: weight {name} lies outside {WEIGHTS}; export the bundle again")
 
     def file(self, name: str) -> Path:
-        """The path of a listed file. Raises `BundleError` where it was replaced after the bundle was opened."""
+        """The path of a listed file. Raises `BundleError` if the file was replaced after the bundle was opened."""
         if name not in self.manifest.files:
             raise BundleError(f"{self.path}: the manifest lists no file {name!r}")
         file = self.path / name
         if name in self.stamps and (stamp := _stamp(file)) != self.stamps[name]:
-            # Copied back, or only touched: what counts is what is in it.
+            # The file may only have been touched or copied back, so its content decides.
             if stamp is None or sha256_of(file) != self.manifest.files[name].sha256:
                 raise BundleError(
                     f"{self.path}: {name} was changed or removed after the bundle was opened; open the bundle again"
@@ -87,28 +88,31 @@ class Bundle:
         return self.masks[step].astype(np.float32)
 
     def weight(self, name: str) -> np.ndarray:
-        """A stored tensor, memory-mapped read-only, of the type `Dtype.storage`."""
+        """A stored tensor, memory-mapped read-only, of the type `Dtype.storage`.
+
+        The architecture describes names and layouts, for example `dydit.models.dit.layout`.
+        """
         entry = self.manifest.weights[name]
         raw = self.mapped_weights()[entry.offset : entry.offset + entry.nbytes]
         return raw.view(DTYPES[entry.dtype].storage).reshape(entry.shape)
 
     def mapped_weights(self, mode: Literal["r", "c"] = "r") -> np.ndarray:
-        """`weights.bin`, uint8, as `mapped_file` has it."""
+        """`weights.bin` as uint8, mapped by `mapped_file`."""
         return mapped_file(self.file(WEIGHTS), mode)
 
 
 def _stamp(file: Path) -> Stamp:
     try:
-        facts = file.stat()
+        status = file.stat()
     except FileNotFoundError:
         return None
-    return facts.st_ino, facts.st_size, facts.st_mtime_ns
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def mapped_file(path: Path, mode: Literal["r", "c"] = "r") -> np.ndarray:
-    """A file as uint8, memory-mapped: `r` read-only; `c` writable, but what is written stays in this process.
+    """A file as uint8, memory-mapped. Mode `r` is read-only; with `c`, changes stay in this process.
 
-    Where the file system maps no files it is read. Raises `BackendError` where there is too little memory for it.
+    The file is read if the file system does not support mapping. Raises `BackendError` if there is too little memory.
     """
     size = 0
     try:
@@ -127,8 +131,8 @@ def mapped_file(path: Path, mode: Literal["r", "c"] = "r") -> np.ndarray:
         if isinstance(error, OSError) and error.errno != errno.ENOMEM:
             raise
         raise BackendError(
-            f"not enough memory, or address space (see `ulimit -v`), for the {size} bytes of {path}; free some, or "
-            "use a bundle of fewer bits"
+            f"not enough memory or address space (see `ulimit -v`) for the {size} bytes of {path}; free some memory, "
+            "or use a bundle of a lower precision"
         ) from error
 
 
@@ -138,7 +142,7 @@ def _check_file(folder: Path, name: str, entry: FileEntry, verify: bool) -> None
         raise BundleError(f"{folder}: {name} is missing; export the bundle again")
     if file.stat().st_size != entry.bytes:
         raise BundleError(
-            f"{folder}: {name} has {file.stat().st_size} bytes, the manifest says {entry.bytes} "
+            f"{folder}: {name} has {file.stat().st_size} bytes, but the manifest says {entry.bytes} "
             "(truncated or replaced); export the bundle again"
         )
     if verify and sha256_of(file) != entry.sha256:

@@ -1,9 +1,9 @@
 """The one description of every graph's inputs and outputs.
 
-The writer declares them from here, backends check feeds against it, and shape profiles for compilers derive from it.
-A dimension is a number or the name of a symbol: `batch` images, `rows` of modulation (equal to `batch`, or twice that
-with classifier-free guidance: first the conditional rows, then the unconditional ones), `steps`, `labels`; and, where
-block weights are inputs, the widths of `unit_input`.
+The graph writer declares inputs and outputs from it, backends check feeds against it, and shape profiles for compilers
+are derived from it. A dimension is a number or a symbol: `batch` images; `rows` of the condition (`batch` rows, or
+twice that with classifier-free guidance: first the conditional rows, then the unconditional ones); `steps`; `labels`;
+and the widths of `unit_input`, in a graph that takes block weights as inputs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from dydit.models.config import ModelConfig
 Dim = int | str
 BATCH, ROWS, STEPS, LABELS = "batch", "rows", "steps", "labels"
 CONDITION = "condition"
-"""What a step takes of its timestep and label, a row for each row of the model; the conditioning graph's output."""
+"""The input of a step that carries its timestep and label, one row for each row of the model. The conditioning graph
+computes it."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class TensorSpec:
 
 
 def subnet_inputs(model: ModelConfig, gated: bool) -> tuple[TensorSpec, ...]:
-    """Inputs of a subnetwork's graph, without weights. `gates` holds 0/1 for every unit, by slot."""
+    """Inputs of a subnetwork's graph, without weights. `gates`: 0 or 1 for every unit, by slot."""
     image: tuple[Dim, ...] = (BATCH, model.in_channels, model.input_size, model.input_size)
     specs = (
         TensorSpec("x", "float32", image),
@@ -52,17 +53,17 @@ def subnet_inputs(model: ModelConfig, gated: bool) -> tuple[TensorSpec, ...]:
 
 
 def width_symbol(part: Part, rows: int) -> str:
-    """The symbol of a dimension of `rows` rows for each unit that a part has on: `heads_3*216`, `groups_3*288`."""
+    """The symbol of a dimension that has `rows` rows for each active unit of a part: `heads_3*216`, `groups_3*288`."""
     return f"{part.group.name}_{part.block}*{rows}"
 
 
 def unit_input(part: Part, tensor: str, weight: WeightEntry) -> TensorSpec:
-    """One of a part's stored tensors of units as an input of a graph of any width."""
+    """A stored tensor of a part's units, as an input of the graph of dynamic width."""
     return TensorSpec(part.stored(tensor), weight.dtype, (width_symbol(part, weight.shape[1]), *weight.shape[2:]))
 
 
 def unit_inputs(weights: Mapping[str, WeightEntry], model: ModelConfig) -> tuple[TensorSpec, ...]:
-    """The weight inputs of a graph of any width, in its order: those of block 0, then of block 1, ..."""
+    """The weight inputs of the graph of dynamic width, in its order: those of block 0, then of block 1, ..."""
     parts = model.units.parts
     return tuple(
         unit_input(part, name, weights[part.stored(name)]) for part in parts for name in part.group.unit_tensors
@@ -70,13 +71,13 @@ def unit_inputs(weights: Mapping[str, WeightEntry], model: ModelConfig) -> tuple
 
 
 def subnet_outputs(model: ModelConfig, capacity: bool) -> tuple[TensorSpec, ...]:
-    """Outputs of a subnetwork's graph. `token_overflow` [L]: routed tokens of each block that found no slot."""
+    """Outputs of a subnetwork's graph. `token_overflow` [L]: routed tokens of each block without a slot."""
     x_prev = TensorSpec("x_prev", "float32", subnet_inputs(model, False)[0].shape)
     return (x_prev, TensorSpec("token_overflow", "int64", (model.depth,))) if capacity else (x_prev,)
 
 
 def conditioning_inputs() -> tuple[TensorSpec, ...]:
-    """Inputs of the conditioning graph: original timesteps and labels, every pair of which is evaluated."""
+    """Inputs of the conditioning graph: training timesteps and labels. The graph evaluates every pair of them."""
     return (TensorSpec("timesteps", "int64", (STEPS,)), TensorSpec("labels", "int64", (LABELS,)))
 
 
@@ -86,19 +87,19 @@ def conditioning_outputs(model: ModelConfig) -> tuple[TensorSpec, ...]:
 
 
 def token_mask_name(block: int) -> str:
-    """The value inside a routed graph that holds a block's token decisions, bool [rows*N]."""
+    """The name of the value in a graph with token routing that holds a block's token mask, bool [rows*N]."""
     return f"blocks.{block}.tokens"
 
 
 def residual_name(block: int) -> str:
-    """The value inside a graph that holds the residual stream after a block, f32 [rows, N, D]."""
+    """The name of the value in a graph that holds the residual stream after a block, f32 [rows, N, D]."""
     return f"blocks.{block}.x"
 
 
 def check_feeds(specs: tuple[TensorSpec, ...], feeds: Mapping[str, np.ndarray], what: str) -> dict[str, int]:
-    """Hold feeds against their specs: names, then dtypes, then ranks and sizes. Returns the value of each symbol.
+    """Check feeds against their specs: names, then dtypes, then shapes. Returns the value of each symbol.
 
-    Raises `BackendError` naming the first input that differs, with what came and what was expected.
+    Raises `BackendError`, which names the first input that differs, what it was and what was expected.
     """
     expected = {spec.name for spec in specs}
     if missing := sorted(expected - feeds.keys()):
@@ -121,6 +122,6 @@ def check_feeds(specs: tuple[TensorSpec, ...], feeds: Mapping[str, np.ndarray], 
     if batch is not None and (batch < 1 or symbols[ROWS] not in (batch, 2 * batch)):
         raise BackendError(
             f"{what}: {CONDITION} has {symbols[ROWS]} rows for {batch} images; "
-            "expected as many, or twice that with guidance"
+            "expected one row for each image, or two with guidance"
         )
     return symbols

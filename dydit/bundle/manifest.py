@@ -1,8 +1,8 @@
 """`manifest.json`: everything about a bundle that is not a weight or a graph.
 
-Units (heads, groups) are numbered by *slot*: their place in `weights.bin`. `unit_order` says which unit of the
-checkpoint stands in each slot, by block and unit group. A step's mask is a row of bits, one for each unit of
-`ModelConfig.units`, packed and written as hex.
+Units (heads, channel groups) are numbered by *slot*, their position in `weights.bin`. `unit_order` says which unit of
+the checkpoint is in each slot, by block and unit group. A step's mask has one bit for each unit of `ModelConfig.units`,
+packed and written as hex.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from dydit.validation import first_problem
 
 SCHEMA_VERSION: Literal[2] = 2
 MANIFEST, CONDITIONING = "manifest.json", "conditioning.onnx"
-SLIDING, SLIDING_FULL = "sliding.onnx", "sliding-full.onnx"
-"""The graph of a sliding plan, and the same with a slot for every token."""
+DYNAMIC_WIDTH_GRAPH, DYNAMIC_WIDTH_FULL_GRAPH = "sliding.onnx", "sliding-full.onnx"
+"""The graph of dynamic width, and the same graph with a slot for every token."""
 _LEFT_OUT_WHILE_NONE = ("vae", "migration")  # fields that older bundles, and so their digests, do not have
 
 
 class Routing(StrEnum):
-    """How routed tokens reach the MLP (DESIGN, decision 6)."""
+    """How routed tokens reach the MLP."""
 
-    DYNAMIC = "dynamic"  # NonZero, Gather, MLP, ScatterND: least compute, data-dependent shapes
-    CAPACITY = "capacity"  # static shapes: prefix-sum compaction into a fixed number of slots
-    DENSE = "dense"  # every token, multiplied by the mask: the yardstick
+    DYNAMIC = "dynamic"  # NonZero, Gather, MLP, ScatterND: the least compute, but data-dependent shapes
+    CAPACITY = "capacity"  # prefix-sum compaction into a fixed number of slots: static shapes
+    DENSE = "dense"  # the MLP computes every token, and the mask multiplies the result: the baseline
 
 
 class PlanKind(StrEnum):
@@ -51,7 +51,7 @@ class PlanKind(StrEnum):
     PER_STEP = "per-step"
     MAX_SUBNETS = "max-subnets"
     MEMORY_BUDGET = "memory-budget"
-    SLIDING = "sliding"  # per-step widths on one graph, whose block weights are inputs (DESIGN, decision 12)
+    DYNAMIC_WIDTH = "sliding"  # one graph that takes block weights as inputs, at the width of each step
 
 
 class FileEntry(Strict):
@@ -62,7 +62,7 @@ class FileEntry(Strict):
 
 
 class SamplingEntry(Strict):
-    """The run that the bundle was made for; lists are in execution order (noisiest step first)."""
+    """The sampling run that the bundle was exported for. Lists are in execution order, the noisiest step first."""
 
     sampler: Sampler
     timesteps: tuple[int, ...]
@@ -74,7 +74,7 @@ class SamplingEntry(Strict):
         if not self.timesteps or len(self.coefficients) != len(self.timesteps):
             raise ValueError("timesteps and coefficients differ in length")
         if any(len(row) != len(COEFFICIENTS) for row in self.coefficients):
-            raise ValueError(f"a step has {len(COEFFICIENTS)} coefficients")
+            raise ValueError(f"a step does not have {len(COEFFICIENTS)} coefficients")
         return self
 
     @property
@@ -84,16 +84,19 @@ class SamplingEntry(Strict):
 
 
 class SubnetEntry(Strict):
-    """One subnetwork: its slots by block and unit group, ascending. With a sliding plan all have one `file`."""
+    """One subnetwork. `units`: its slots by block and unit group, ascending. With dynamic width, all share `file`."""
 
     file: str
     units: Slots
-    gated: bool = Field(description="takes the `gates` input, because the steps it serves differ in their masks")
+    gated: bool = Field(description="takes the `gates` input, because the masks of its steps differ")
     capacities: tuple[int, ...] | None = Field(default=None, description="MLP token slots per image, per block")
-    full_file: str | None = Field(default=None, description="the same at full capacity, for steps that overflow")
-    weight_bytes: int = Field(ge=0, description="bytes of weights.bin that it reads")
-    in_16_bits: tuple[tuple[str, ...], ...] | None = Field(
-        default=None, description="with calibrated 8 bits: the layers that are not in them, per block"
+    full_file: str | None = Field(default=None, description="the same with a slot for each token, if steps overflow")
+    weight_bytes: int = Field(ge=0, description="bytes of weights.bin that the subnetwork reads")
+    fp16_layers: tuple[tuple[str, ...], ...] | None = Field(
+        default=None,
+        validation_alias=AliasChoices("fp16_layers", "in_16_bits"),
+        serialization_alias="in_16_bits",  # the key in the file, which the digests of older bundles cover
+        description="in a bundle of calibrated 8 bits: the layers that stay in fp16, by block",
     )
 
 
@@ -111,18 +114,21 @@ class SegmentEntry(Strict):
 
 
 class PlanEntry(Strict):
-    """The segments, and their cost beside the exact masks' (multiply-adds of an image's blocks, whole run)."""
+    """The segments, and what a run costs: multiply-adds of the blocks, for one image.
+
+    `macs`: of this plan. `per_step_macs`: of the exact masks. `static_macs`: with everything on.
+    """
 
     kind: PlanKind
     segments: tuple[SegmentEntry, ...]
     macs: FiniteFloat
     per_step_macs: FiniteFloat
     static_macs: FiniteFloat
-    measured: MeasuredPlan | None = Field(default=None, description="where more than multiply-adds made the plan")
+    measured: MeasuredPlan | None = Field(default=None, description="what was measured to choose the plan")
 
 
 class Manifest(Strict):
-    """A bundle's description. `digest` covers all other fields, so that an edited manifest is noticed."""
+    """The description of a bundle. `digest` covers all other fields, so that an edited manifest is detected."""
 
     schema_version: Literal[2]
     model: ModelConfig
@@ -131,19 +137,19 @@ class Manifest(Strict):
     subnets: tuple[SubnetEntry, ...]
     masks: tuple[str, ...]
     unit_order: Slots
-    routing: Routing | None = Field(description="null: a static model, whose tokens all enter the MLP")
+    routing: Routing | None = Field(description="null: a static model, all of whose tokens enter the MLP")
     precision: Precision
     max_batch: int = Field(ge=1)
     weights: dict[str, WeightEntry]
     files: dict[str, FileEntry]
     checkpoint_sha256: str
     tools: dict[str, str]
-    vae: VaeEntry | None = Field(default=None, description="the decoder; without one, latents stay latents")
+    vae: VaeEntry | None = Field(default=None, description="the decoder; null: samples of latents are not decoded")
     smoothing: Smoothing | None = Field(
         default=None,
         validation_alias=AliasChoices("smoothing", "migration"),
         serialization_alias="migration",  # the key in the file, which the digests of older bundles cover
-        description="the range that block weights took over from their inputs",
+        description="the factors by which inputs of layers are divided and weights multiplied",
     )
     digest: str = ""
 
@@ -153,9 +159,9 @@ class Manifest(Strict):
         for name in files:
             path = PurePosixPath(name)
             if path.is_absolute() or ".." in path.parts or "\\" in name or not path.parts:
-                raise ValueError(f"path {name!r} leaves the bundle")
+                raise ValueError(f"path {name!r} leads out of the bundle")
             if not name.isprintable():
-                raise ValueError(f"path {name!r} is no file name")
+                raise ValueError(f"path {name!r} is not a file name")
         return files
 
     @model_validator(mode="after")
@@ -165,9 +171,9 @@ class Manifest(Strict):
         if [segment.first for segment in self.plan.segments] != ends[:-1] or ends[-1] != steps:
             raise ValueError("the plan's segments do not cover the sampling steps once each, in order")
         if any(segment.subnet >= len(self.subnets) for segment in self.plan.segments):
-            raise ValueError("the plan names a subnetwork that is not there")
+            raise ValueError("the plan names a subnetwork that does not exist")
         if len(self.masks) != steps:
-            raise ValueError("there is not one mask per sampling step")
+            raise ValueError("the number of masks is not the number of sampling steps")
         if trouble := order_trouble(self.unit_order, self.model):
             raise ValueError(trouble)
         decoder = () if self.vae is None else (VAE_DECODER, VAE_WEIGHTS)
@@ -182,16 +188,16 @@ class Manifest(Strict):
         return self
 
     def _trouble(self) -> str | None:
-        """The first of what does not agree with the model, or with each other; None where all does."""
+        """How weights, subnetworks or masks disagree with the model or each other; None if all agree."""
         if self.sampling.cfg_channels > self.model.in_channels:
-            return f"guidance acts on {self.sampling.cfg_channels} of {self.model.in_channels} channels"
+            return f"guidance acts on {self.sampling.cfg_channels} channels, but the model has {self.model.in_channels}"
         if trouble := weights_trouble(self.weights, self.model, self.precision):
             return trouble
         for subnet in self.subnets:
             if trouble := slots_trouble(subnet.units, self.model):
                 return trouble
             if subnet.capacities is not None and len(subnet.capacities) != self.model.depth:
-                return "a subnetwork has not one capacity per block"
+                return "a subnetwork does not have one capacity per block"
         masks = self.step_masks()
         for segment in self.plan.segments:
             subnet = self.subnets[segment.subnet]
@@ -201,16 +207,16 @@ class Manifest(Strict):
         return None
 
     @property
-    def sliding(self) -> bool:
-        """Whether one graph serves every width, its block weights being inputs."""
-        return self.plan.kind is PlanKind.SLIDING
+    def dynamic_width(self) -> bool:
+        """Whether one graph serves every width. It takes the block weights as inputs."""
+        return self.plan.kind is PlanKind.DYNAMIC_WIDTH
 
     def step_masks(self) -> np.ndarray:
         """Masks of all steps by slot, bool [S, U]."""
         return np.stack([unpack_mask(text, self.model.units.size) for text in self.masks])
 
     def checkpoint_masks(self) -> np.ndarray:
-        """The same by unit of the checkpoint, bool [S, U]."""
+        """Masks of all steps by unit of the checkpoint, bool [S, U]."""
         slots = self.step_masks()
         units = np.empty_like(slots)
         for part, order in self.model.units.zip(self.unit_order):
@@ -218,7 +224,7 @@ class Manifest(Strict):
         return units
 
     def executed_masks(self) -> np.ndarray:
-        """What each step computes, by slot, bool [S, U]: the units of its subnetwork."""
+        """The units that each step computes, those of its subnetwork, by slot, bool [S, U]."""
         subnets = [self.model.units.mask(subnet.units) for subnet in self.subnets]
         return np.stack([subnets[segment.subnet] for segment in self.plan.segments for _ in segment.steps])
 
@@ -233,21 +239,22 @@ class Manifest(Strict):
 
     def _values(self) -> dict[str, Any]:
         values = self.model_dump(mode="json", exclude={"digest"}, by_alias=True)
-        if self.plan.measured is None:  # older bundles, and so their digests, do not have it
+        # Older bundles, and so their digests, do not have these keys.
+        if self.plan.measured is None:
             del values["plan"]["measured"]
         for subnet in values["subnets"]:
-            if subnet["in_16_bits"] is None:  # nor this
+            if subnet["in_16_bits"] is None:
                 del subnet["in_16_bits"]
         return {name: value for name, value in values.items() if value is not None or name not in _LEFT_OUT_WHILE_NONE}
 
 
 def pack_mask(mask: np.ndarray) -> str:
-    """A mask bool [U] as hex, its bits packed big-endian."""
+    """A mask bool [U] as hexadecimal text; the first unit is the highest bit."""
     return np.packbits(mask).tobytes().hex()
 
 
 def unpack_mask(text: str, count: int) -> np.ndarray:
-    """The inverse of `pack_mask`. Raises `BundleError` where the text does not hold that many bits."""
+    """The inverse of `pack_mask`, bool [count]. Raises `BundleError` if the text does not have that many bits."""
     try:
         raw = bytes.fromhex(text)
     except ValueError as error:
@@ -261,7 +268,7 @@ def parse_manifest(path: Path) -> Manifest:
     """Read and check `manifest.json`. Raises `BundleError` with one line that says what is wrong."""
     if not path.is_file() and looks_like_checkpoint(path.parent):
         raise BundleError(
-            f"{path.parent} is a checkpoint, not a bundle: compile it with `dydit export {path.parent} --out BUNDLE`"
+            f"{path.parent} is a checkpoint, not a bundle; export it with `dydit export {path.parent} --out BUNDLE`"
         )
     try:
         text = path.read_text(encoding="utf-8")
@@ -269,14 +276,16 @@ def parse_manifest(path: Path) -> Manifest:
     except FileNotFoundError as error:
         raise BundleError(f"{path.parent} is not a bundle: it has no {MANIFEST}") from error
     except NotADirectoryError as error:
-        raise BundleError(f"{path.parent} is not a bundle: a bundle is a folder, made by `dydit export`") from error
+        raise BundleError(f"{path.parent} is not a bundle: a bundle is a folder, written by `dydit export`") from error
     except OSError as error:
         raise BundleError(f"{path} cannot be read: {error.strerror}; check its permissions and the disk") from error
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, a number of thousands of digits, too deep
         raise BundleError(f"{path} is damaged: not JSON ({one_line(error)}); export the bundle again") from error
     version = values.get("schema_version") if isinstance(values, dict) else None
     if version != SCHEMA_VERSION:
-        raise BundleError(f"{path}: schema version {version!r}, this program reads {SCHEMA_VERSION}; export again")
+        raise BundleError(
+            f"{path}: schema version {version!r}, but this dydit reads {SCHEMA_VERSION}; export the bundle again"
+        )
     try:
         manifest = Manifest.model_validate(values)
     except ValidationError as error:

@@ -1,7 +1,7 @@
-"""Measured costs of a model's subnetworks on a backend: what the planner may minimise and must keep to.
+"""Measured costs of subnetworks on a backend: times, which the planner minimizes, and memory, for its budget.
 
-Both are fits over a short profile (`dydit.planning.profile`), linear in what a subnetwork holds; a bundle's manifest
-keeps those that made its plan. The blocks of a model have one shape, so one block's figures serve all.
+Both are fits to a short profile (`dydit.planning.profile`), linear in the units of a subnetwork. A bundle's manifest
+keeps the fits that its plan is based on. The blocks of a model have the same shape, so one block's costs hold for all.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dydit.models.config import Strict
 
 
 class GroupTimes(Strict):
-    """Milliseconds that a unit group of a block adds: where any of its units is on, and for each of them."""
+    """Milliseconds that a unit group adds to a block: `any` if a unit is on, and `unit` for each unit that is on."""
 
     any: FiniteFloat = Field(ge=0)
     unit: FiniteFloat = Field(gt=0)
@@ -23,9 +23,9 @@ class StepTimes(Strict):
 
         fixed + blocks * block + sum over blocks and their unit groups g of  [any unit on] * g.any + units on * g.unit
 
-    `rows`: images of the batch, twice with guidance. `token_share`: of the tokens, how many entered the MLPs, 0..1.
-    `deviation`: the largest of the fit from a measured median, relative to it. The gates of a merged segment are not
-    in it: they took 0 to 4 % of a block's time, which a short profile cannot tell from noise.
+    `rows`: images of the batch, twice with guidance. `token_share`: share of the tokens that entered the MLPs, 0..1.
+    `deviation`: the largest relative deviation of the fit from a measured median. Gates of merged segments are left
+    out: they took 0 to 4 % of a block's time, which a short profile cannot tell from noise.
     """
 
     backend: str
@@ -34,20 +34,20 @@ class StepTimes(Strict):
     token_share: float = Field(gt=0, le=1)
     fixed: FiniteFloat = Field(ge=0)
     block: FiniteFloat = Field(ge=0)
-    groups: dict[str, GroupTimes] = Field(description="by name of the unit group")
+    groups: dict[str, GroupTimes] = Field(description="by name of unit group")
     deviation: FiniteFloat = Field(ge=0)
 
 
 class Residency(Strict):
-    """Bytes of memory of a process that has subnetworks loaded, beyond those of the process itself.
+    """Bytes of memory that loaded subnetworks add to a process.
 
         (1 + margin) * (workspace + shared * (weights that any subnetwork maps, each once) + sum over subnetworks of
             (subnet + block * blocks + mapped * units' weights that it maps + joined * units' weights that it joins))
 
-    A subnetwork maps the units of a block that stand side by side in `weights.bin`; those with holes between are joined
-    into a copy of its own. `workspace`: what steps of `rows` rows need while they run, and leave behind in the heap.
-    `deviation`: the largest of the fit from what was measured, relative to all of it. `margin`: for what the heap keeps
-    besides, which differs from run to run.
+    A subnetwork maps the units of a block if they lie side by side in `weights.bin`. If there are gaps between them, it
+    joins them into its own copy. `workspace`: what steps of `rows` rows need while they run, and leave in the heap.
+    `deviation`: the largest deviation of the fit from the measured memory, relative to all of that memory. `margin`:
+    for other memory that the heap keeps, which differs from run to run.
     """
 
     backend: str
@@ -63,17 +63,17 @@ class Residency(Strict):
 
 
 class Measured(Strict):
-    """What was measured for a plan: times, where it was to be the fastest, and memory, where it has a budget."""
+    """What was measured for a plan: times, if it minimizes measured time, and memory, if it has a budget."""
 
     times: StepTimes | None = None
     residency: Residency | None = None
 
 
 class MeasuredPlan(Measured):
-    """The same in a manifest, with what the plan comes to.
+    """`Measured` in a manifest, with the fitted costs of the plan.
 
-    `ms`, `per_step_ms`, `static_ms`: milliseconds of a run of the batch by the fit: of the plan, of the exact masks,
-    and with everything on. `resident_bytes`: with all subnetworks loaded, by the fit.
+    Milliseconds of a run of the batch: `ms` with the plan, `per_step_ms` with the exact masks, `static_ms` with
+    everything on. `resident_bytes`: memory with all subnetworks loaded.
     """
 
     ms: FiniteFloat | None = Field(default=None, gt=0)
@@ -84,7 +84,7 @@ class MeasuredPlan(Measured):
     @model_validator(mode="after")
     def _complete(self) -> MeasuredPlan:
         if any((value is None) != (self.times is None) for value in (self.ms, self.per_step_ms, self.static_ms)):
-            raise ValueError("milliseconds of a run go with measured times, all three of them")
+            raise ValueError("ms, per_step_ms and static_ms must be given together with times, and only with them")
         if (self.resident_bytes is None) != (self.residency is None):
-            raise ValueError("resident bytes go with a measured residency")
+            raise ValueError("resident_bytes must be given together with residency, and only with it")
         return self

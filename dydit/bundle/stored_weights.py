@@ -1,4 +1,4 @@
-"""`weights.bin`: in which precision tensors are stored, and where each lies. The architecture says which."""
+"""`weights.bin`: the precision and position of each stored tensor. The architecture says which tensors there are."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from dydit.models.config import ModelConfig, Strict
 
 WEIGHTS = "weights.bin"
 ALIGNMENT = 4096
-"""Every tensor of `weights.bin` starts at a multiple of this, so that runtimes can map it."""
+"""Every tensor of `weights.bin` starts at a multiple of this many bytes, so that runtimes can map it."""
 StoredType = Literal["float32", "float16", "bfloat16", "int8", "float8_e4m3fn"]
 
 
 class Precision(StrEnum):
-    """The type of matrix products and attention, and of their weights; all else is fp32 (DESIGN, decision 9).
+    """The type of matrix products and attention, and of their weights. Everything else is fp32.
 
-    8 bits are of a block's linear layers alone: of their weights, and of what enters them. What they give is fp32, and
-    so is all else but attention. int8: each token has its own scale, found as it comes; for ONNX Runtime on the CPU.
-    int8-static, fp8 (E4M3): scales are calibrated, for each segment of the plan and each layer, and written as
+    8 bits apply only to the linear layers of blocks: to their weights and inputs. Their outputs are fp32, and so is
+    everything else but attention. int8 (for ONNX Runtime on the CPU): each token has its own scale, computed at run
+    time. int8-static and fp8 (E4M3): scales are calibrated for each segment of the plan and each layer, and written as
     QuantizeLinear and DequantizeLinear, which compilers read; attention is fp16.
     """
 
@@ -35,7 +35,7 @@ class Precision(StrEnum):
 
     @property
     def dtype(self) -> StoredType:
-        """The type of what products take and give, and of biases, as `WeightEntry` names it."""
+        """The type of inputs and outputs of products, and of biases. `WeightEntry` has the same names."""
         return _VALUES[self]
 
     @property
@@ -45,12 +45,12 @@ class Precision(StrEnum):
 
     @property
     def weight_dtype(self) -> StoredType:
-        """The type of a block's weight matrices."""
+        """The type of the weights of a block's linear layers."""
         return _EIGHT_BITS.get(self, self.dtype)
 
     @property
     def in_8_bits(self) -> bool:
-        """Whether linear layers are."""
+        """Whether linear layers of blocks have 8 bits."""
         return self in _EIGHT_BITS
 
     @property
@@ -60,7 +60,7 @@ class Precision(StrEnum):
 
     @property
     def attention(self) -> Precision:
-        """The type of attention: that of all products, and fp16 where these are calibrated 8 bits."""
+        """The precision of attention: that of products, or fp16 if these have calibrated 8 bits."""
         return Precision.FP16 if self.is_calibrated else self
 
 
@@ -77,15 +77,15 @@ _VALUES: dict[Precision, StoredType] = {
 }
 
 
-def half_name(name: str) -> str:
-    """The name of a weight's copy in fp16, where others are in 8 bits: `name16` for `name`."""
+def fp16_name(name: str) -> str:
+    """The name of a weight's copy in fp16, in bundles whose other weights have 8 bits: `name16` for `name`."""
     return f"{name}16"
 
 
 def stored_type(model: ModelConfig, name: str, precision: Precision) -> StoredType:
-    """The type of a stored tensor: weights and biases of products follow the bundle's precision, all else is fp32.
+    """The type of a stored tensor. Weights and biases of products have the bundle's precision; all others are fp32.
 
-    In 8 bits are the weights of layers that units own, and no others.
+    Only weights of layers that units own are stored in 8 bits.
     """
     if name in model.units.weights:
         return precision.weight_dtype
@@ -93,7 +93,7 @@ def stored_type(model: ModelConfig, name: str, precision: Precision) -> StoredTy
 
 
 class WeightEntry(Strict):
-    """Where a stored tensor lies in `weights.bin`: byte offset, shape, type."""
+    """The position of a stored tensor in `weights.bin` (byte offset), its shape and its type."""
 
     offset: int = Field(ge=0)
     shape: tuple[NonNegativeInt, ...]

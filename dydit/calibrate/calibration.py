@@ -128,7 +128,7 @@ def run_calibration(
     counts, held_out = counter.run(config.seed, config.samples), counter.run(config.seed + 1, config.held_out)
     groups = drawn_for(counts, config.capacity, config.seed)
     capacities = capacity.choose_capacities(groups, plan.bounds, config.capacity, checkpoint.config.tokens)
-    if exported.plan is PlanKind.SLIDING:  # one graph has one capacity for each block
+    if exported.plan is PlanKind.DYNAMIC_WIDTH:  # one graph has one capacity for each block
         capacities[:] = capacities.max(axis=0)
     token_ratio = np.mean([each.mean for each in counts], axis=0) / checkpoint.config.tokens
     unions = [np.tile(masks[first:end].any(axis=0), (end - first, 1)) for first, end in plan.segments]
@@ -215,7 +215,7 @@ def _search_reference(
     impossible."""
     if config.search is None:
         return None
-    if exported.plan is PlanKind.SLIDING:
+    if exported.plan is PlanKind.DYNAMIC_WIDTH:
         raise CalibrationError(
             "a plan of dynamic width has no layers in 8 bits, so there is nothing to search; use --max-subnets or "
             "--per-step"
@@ -278,7 +278,7 @@ def _sampling_bundle(checkpoint: Checkpoint, exported: ExportConfig, work: Path)
     config = ExportConfig(
         steps=exported.steps,
         sampler=exported.sampler,
-        plan=PlanKind.SLIDING,
+        plan=PlanKind.DYNAMIC_WIDTH,
         max_batch=_at_once(checkpoint.config),
         cfg_channels=exported.cfg_channels,
     )

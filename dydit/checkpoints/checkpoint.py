@@ -1,10 +1,10 @@
-"""Reading and writing checkpoints: weights with the configuration of the model that they belong to.
+"""Reads and writes checkpoints: weights with the configuration of their model.
 
-Read: what the architectures recognise (published files, training files, diffusers folders), and our own format.
-Written: our own, one safetensors file of fp32 tensors under the published names, whose metadata holds `format` =
-"dydit", `version` = "1", `config` = the `ModelConfig` as JSON, and whatever text the writer adds. The same weights and
-metadata give the same bytes. (The safetensors library puts metadata in an order that changes from run to run, so the
-file is written here; the format is a length, JSON, and the data.)
+It reads the formats that the architectures recognise (published files, training files, diffusers folders), and our own
+format. It writes our own format: one safetensors file of fp32 tensors under the published names, with the metadata
+`format` = "dydit", `version` = "1", `config` = the `ModelConfig` as JSON, and any text that the caller adds. The same
+weights and metadata give the same bytes. (The safetensors library writes metadata in an order that changes from run to
+run, so this module writes the file: a length, JSON, and the data.)
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ class Checkpoint:
     """The weights of a model under the published names, in the dtype of the file, and what is known about them.
 
     `source`: "dit" (official, static), "dydit" (with routers), "diffusers" or "dydit-safetensors". `sha256`: of the
-    file, and of the name of the entry where that is not the default one; for a folder, of its weight files. `metadata`:
-    what the writer of our own format added, or for a training file `weights`, the entry used ("ema", "model", ...).
-    `notes`: what was assumed or chosen, for the user to read. The tensors of `state` may be mapped from the file, and
-    may share memory: do not write to them.
+    file, together with the name of the entry if that is not the default one; for a folder, of its weight files.
+    `metadata`: the added text of our own format, or for a training file `weights`, the entry that was read ("ema",
+    "model", ...). `notes`: assumptions and choices, for the user. The tensors of `state` may be mapped from the file,
+    and may share memory: do not write to them.
     """
 
     config: ModelConfig
@@ -55,15 +55,15 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
 
     def model(self) -> DynamicModel:
-        """A new model with these weights, fp32, in eval mode; it shares no memory with `state`."""
+        """A new model with these weights, in fp32 and eval mode. It shares no memory with `state`."""
         model = self._filled(self.state)
         assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
         return model
 
     def width_routers(self) -> DynamicModel:
-        """The same model with weights for its timestep embedder and width routers alone; the others take no memory.
+        """The model with weights only for its timestep embedder and width routers. Other weights take no memory.
 
-        Enough to decide units at any timestep, at a hundredth of the model's size.
+        This is enough to compute the width masks of timesteps, at about a hundredth of the model's size.
         """
         needed = architecture_of(self.config).is_width_router
         return self._filled({name: tensor for name, tensor in self.state.items() if needed(name)})
@@ -89,20 +89,26 @@ def load_checkpoint(
     num_classes: int | None = None,
     input_size: int | None = None,
 ) -> Checkpoint:
-    """Read a checkpoint of any of the known formats, told apart by content; every tensor is checked.
+    """Read a checkpoint of any known format, which is recognised by content. Every tensor is checked.
 
-    `num_heads`, `num_classes` (without that of no class) and `input_size` (the side of the latents): for a file that
-    does not tell them. `weights`: which of several to take, "ema", "model" or the name of an entry or a variant; by
-    default the moving average, where there is one. Raises `CheckpointError`, in one line that names `path`, for
-    anything that is not a complete and finite DiT, or was trained in a way that we do not sample; nothing in the file
-    is executed.
+    `num_heads`, `num_classes` (without "no class") and `input_size` (the side of the latents): for a file that does not
+    show them. `weights`: which of several weights to read: "ema", "model" or the name of an entry or variant; by
+    default the moving average, if there is one. Raises `CheckpointError`, in one line that names `path`, for anything
+    that is not a complete and finite model, or was trained in a way that we cannot sample. No code in the file is
+    executed.
     """
     path, given = user_path(path), Given(num_heads, weights, num_classes, input_size)
     try:
         if path.is_dir():
             folder = read_folder(path, given)
             return Checkpoint(
-                *(folder.config, folder.state, "diffusers", path, folder.sha256, folder.metadata, folder.notes)
+                config=folder.config,
+                state=folder.state,
+                source="diffusers",
+                path=path,
+                sha256=folder.sha256,
+                metadata=folder.metadata,
+                notes=folder.notes,
             )
         if not path.is_file():
             raise CheckpointError("is not a regular file" if path.exists() else "does not exist")
@@ -111,7 +117,7 @@ def load_checkpoint(
         raise CheckpointError(f"{path}: {error}") from error
     except MemoryError as error:
         raise CheckpointError(
-            f"{path}: cannot be read: there is too little memory for it ({one_line(error)}); the file is not damaged"
+            f"{path}: cannot be read: not enough memory ({one_line(error)}); the file is not damaged"
         ) from error
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
@@ -139,7 +145,7 @@ def _load_file(path: Path, given: Given) -> Checkpoint:
     metadata = {"weights": unpacked.entry} if unpacked.entry else {}
     notes = (*unpacked.notes, *inferred.notes, *require_trained(state, config, unpacked.entry))
     sha256 = sha256_of(path)
-    if not unpacked.by_default:  # what is made of one of a file's models must not pass for being made of another
+    if not unpacked.by_default:  # bundles of different entries of a file must have different hashes
         sha256 = hashlib.sha256(f"{sha256} {unpacked.entry}".encode()).hexdigest()
     return Checkpoint(config, state, "dydit" if config.dynamic else known.name, path, sha256, metadata, notes)
 
@@ -151,11 +157,10 @@ def _load_own(path: Path, tensors: dict[str, Tensor], header: dict[str, str], gi
     config = parse_model(json_object(header.get("config", ""), "configuration"))
     given.require_same(config)
     metadata = {key: value for key, value in header.items() if key not in RESERVED}
-    kept = metadata.get("weights", "")
-    if given.weights is not None and given.weights not in (kept, EMA if is_average(kept) else MODEL):
+    entry = metadata.get("weights", "")
+    if given.weights is not None and given.weights not in (entry, EMA if is_average(entry) else MODEL):
         raise CheckpointError(
-            f"holds no weights {shown(given.weights)}: those it has are {shown(kept) or MODEL}; leave --weights "
-            "(weights=) out"
+            f"holds no weights {shown(given.weights)}, only {shown(entry) or MODEL}; remove --weights (weights=)"
         )
     state = plain_tensors(tensors, path.stat().st_size)
     require_fit(state, expected_shapes(config))
@@ -170,10 +175,10 @@ def save_checkpoint(
     metadata: Mapping[str, str] | None = None,
     replace: bool = True,
 ) -> None:
-    """Write our own format (see the module), atomically; tensors go out one by one. `replace`: `path` may exist.
+    """Write our own format, atomically, one tensor at a time. `replace`: whether `path` may exist.
 
-    Raises `CheckpointError` where the weights do not fit `config` or are not finite, and where `metadata` is not text
-    or uses a reserved key; `OutputError` where `path` cannot be written.
+    Raises `CheckpointError` if the weights do not fit `config` or are not finite, or if `metadata` is not text or uses
+    a reserved key; `OutputError` if `path` cannot be written.
     """
     path = user_path(path)
     if isinstance(model_or_state, DynamicModel) and model_or_state.config != config:
@@ -195,7 +200,7 @@ def _header(config: ModelConfig, metadata: Mapping[str, str]) -> bytes:
     """The safetensors header: its length (8 bytes, little-endian), JSON padded with blanks to a multiple of 8."""
     for key, value in metadata.items():
         if key in RESERVED or not isinstance(key, str) or not isinstance(value, str):
-            raise CheckpointError(f"has metadata {shown(str(key))} that is reserved or not text")
+            raise CheckpointError(f"has metadata {shown(str(key))}, which is a reserved key or not text")
     own = {"format": FORMAT, "version": VERSION, "config": config.model_dump_json()}
     entries: dict[str, object] = {"__metadata__": {**own, **dict(sorted(metadata.items()))}}
     offset = 0
@@ -222,10 +227,10 @@ def convert(
 ) -> Checkpoint:
     """Read `source` in any known format, write `target` in ours, and return it as read back from there.
 
-    `space`: what the model samples, where the source does not state it or is wrong. The other options are those of
-    `load_checkpoint`. The origin goes into the metadata: `source` (its format), `source_sha256`, and `assumed`, the
-    notes of reading it, which the result also has. Raises `OutputError` if `target`
-    exists and `CheckpointError` as `load_checkpoint` does.
+    `space`: what the model samples, if the source does not state it or states it wrongly. The other options are those
+    of `load_checkpoint`. The metadata record the origin: `source` (its format), `source_sha256`, and `assumed`, the
+    notes of reading it, which the result also has. Raises `OutputError` if `target` exists, and what `load_checkpoint`
+    raises.
     """
     source, target = user_path(source), user_path(target)
     require_absent(target)
@@ -233,7 +238,7 @@ def convert(
     origin = {"source": checkpoint.source, "source_sha256": checkpoint.sha256}
     if checkpoint.notes:
         origin["assumed"] = "; ".join(checkpoint.notes)
-    # A copy of our own format keeps the origin that it names.
+    # A copy of a file in our own format keeps the origin in its metadata.
     config = checkpoint.config.stating(space, decoded=False)
     save_checkpoint(target, checkpoint.state, config, {**origin, **checkpoint.metadata}, replace=False)
     return dataclasses.replace(load_checkpoint(target), notes=checkpoint.notes)

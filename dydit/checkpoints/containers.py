@@ -1,6 +1,6 @@
-"""How a file stores its tensors, told from its first bytes. No PyTorch here.
+"""Recognises the container format of a checkpoint from its first bytes. No PyTorch here.
 
-This module knows files, not models. Its errors say what is wrong with the file but do not name it: the caller does.
+Errors say what is wrong with the file but do not name it: the caller does.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dydit.errors import CheckpointError
 
-_LEGACY_MAGIC = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # a pickled number, by which torch.save began until 1.6
+_LEGACY_MAGIC = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # a pickled number, the start of torch.save files until 1.6
 _NO_CHECKPOINTS = (
     (b"version https://git", "is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`"),
     (b"<", "is a web page or XML, not a checkpoint; download the file itself"),
@@ -21,10 +21,10 @@ _NO_CHECKPOINTS = (
 
 
 class Container(StrEnum):
-    """How a file stores its tensors; found from its first bytes, never from its name."""
+    """How a file stores its tensors. The name of the file does not matter."""
 
     TORCH_ZIP = "a torch.save file"
-    TORCH_LEGACY = "a torch.save file of before PyTorch 1.6"
+    TORCH_LEGACY = "a torch.save file from before PyTorch 1.6"
     SAFETENSORS = "a safetensors file"
 
 
@@ -34,14 +34,14 @@ def container_of(path: Path) -> Container:
         start = file.read(20)
     if not start:
         raise CheckpointError("is empty; copy or download it again")
-    if start[8:9] == b"{":  # after the length of the header, which can begin with any byte
+    if start[8:9] == b"{":  # it follows the length of the header, whose bytes are arbitrary
         return Container.SAFETENSORS
     if start.startswith(b"PK\x03\x04"):
         return Container.TORCH_ZIP
     if start[:1] == b"\x80" and start[2:15] == _LEGACY_MAGIC:
         return Container.TORCH_LEGACY
     if start[:1] == b"\x80" and start[1:2] in (b"\2", b"\3", b"\4", b"\5"):
-        raise CheckpointError("is a plain pickle, which can run code when it is opened; use torch.save instead")
+        raise CheckpointError("is a plain pickle, which can run code when it is read; use torch.save instead")
     for begins, message in _NO_CHECKPOINTS:
         if start.startswith(begins):
             raise CheckpointError(message)

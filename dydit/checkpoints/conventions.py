@@ -1,10 +1,10 @@
-"""What a file says about how its model was trained, and which of that we can run.
+"""Reads how a model was trained from its file, and refuses training that we cannot sample.
 
-The names and shapes of a DiT's tensors do not tell what its output means. Training arguments, the metadata of a
-safetensors file, and the scheduler of a diffusers pipeline often do. What is said there is honoured or refused here,
-never ignored: a model that predicts a velocity, or was trained on other betas, would be sampled into noise without a
-word. Supported is what DiT does: epsilon, over 1,000 steps of linear betas from 0.0001 to 0.02. A file that says
-nothing is taken for that. No PyTorch here; errors do not name the file: the caller does.
+The names and shapes of a DiT's tensors do not show what its output means. Training arguments, the metadata of a
+safetensors file, and the scheduler of a diffusers pipeline often do. This module uses or refuses them, and never
+ignores them: a model that predicts a velocity, or was trained on other betas, would produce noise without an error. We
+support what DiT does: epsilon, over 1,000 steps of linear betas from 0.0001 to 0.02. This is assumed of a file that
+states nothing. No PyTorch here. Errors do not name the file: the caller does.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from dydit.diffusion.schedule import TRAIN_STEPS, linear_betas
 from dydit.errors import CheckpointError
 
 Stated = Mapping[str, Any]
-"""Settings by their last name, in lower case with underscores; values are text, numbers and truth values."""
+"""Settings by the last part of their name, in lower case with underscores. Values are text, numbers and booleans."""
 
 BETA_START, BETA_END = (float(each) for each in linear_betas()[[0, -1]])
 SUPPORTED = (
     f"dydit samples models that predict epsilon over {TRAIN_STEPS:,} steps of linear betas from {BETA_START} to "
-    f"{BETA_END}, as DiT does, and would sample this one wrongly"
+    f"{BETA_END}, as DiT does, so samples of this one would be wrong"
 )
 _ENTRIES = (
     "args",
@@ -39,7 +39,7 @@ _ENTRIES = (
     "settings",
 )
 _DEEPEST, _MOST = 6, 10_000
-_LARGEST = 1 << 62  # of an integer setting that is taken for one
+_LARGEST = 1 << 62  # larger integers are not read as numbers
 
 _EPSILON = ("epsilon", "eps", "noise", "pred_noise", "pred_epsilon", "modelmeantype.epsilon")
 _PREDICTIONS = (
@@ -56,7 +56,7 @@ _OTHER_TRAINING = (
 )
 _OTHER_BLOCKS = ("use_rope", "use_qknorm", "qk_norm", "use_swiglu", "swiglu", "use_rmsnorm", "rmsnorm")
 
-# Schedulers of diffusers that sample what DDPM trains, and the betas that each has where its file names none.
+# Schedulers of diffusers for models that DDPM trains, and the default betas of each.
 _DDPM_BETAS, _KARRAS_BETAS = (BETA_START, BETA_END), (0.00085, 0.012)
 _SCHEDULERS = {
     **dict.fromkeys(("DDPM", "DDPMParallel", "DDIM", "DDIMParallel", "PNDM", "LMSDiscrete"), _DDPM_BETAS),
@@ -67,8 +67,8 @@ _SCHEDULERS = {
 
 
 def stated_by(loaded: Any, metadata: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """The settings in the known entries of what `torch.save` wrote, or beside its entries, and in `metadata`."""
-    found: dict[str, Any] = {}
+    """The settings in the known entries of a `torch.save` file, at its top level, and in `metadata`."""
+    settings: dict[str, Any] = {}
     sources: list[Any] = []
     if isinstance(loaded, Mapping):
         sources = [loaded[name] for name in _ENTRIES if name in loaded]
@@ -76,8 +76,8 @@ def stated_by(loaded: Any, metadata: Mapping[str, str] | None = None) -> dict[st
     sources.append({key: _from_text(value) for key, value in (metadata or {}).items()})
     for source in sources:
         for name, value in _settings_of(source):
-            found.setdefault(name, value)
-    return found
+            settings.setdefault(name, value)
+    return settings
 
 
 def _from_text(text: str) -> Any:
@@ -88,7 +88,7 @@ def _from_text(text: str) -> Any:
 
 
 def _settings_of(source: Any) -> Iterator[tuple[str, Any]]:
-    """(name, value) of all plain settings in nested ones, the outermost first."""
+    """(name, value) of all plain settings in nested containers, the outermost first."""
     level: list[Any] = [source]
     seen = 0
     for _ in range(_DEEPEST):
@@ -112,15 +112,15 @@ def _settings_of(source: Any) -> Iterator[tuple[str, Any]]:
 
 
 def require_supported(stated: Stated, where: str = "training arguments") -> None:
-    """Raise `CheckpointError` where settings say that a model was trained otherwise than we sample it."""
+    """Raise `CheckpointError` if settings show that a model was trained in a way that we cannot sample."""
     model, path = stated.get("model"), stated.get("path_type")
     if path is not None or (isinstance(model, str) and model.lower().startswith("sit")):
-        said = f"path_type {path}" if path is not None else f"model {model}"
-        raise CheckpointError(f"is a flow-matching model (SiT): its {where} say {_short(said)}; {SUPPORTED}")
+        setting = f"path_type {path}" if path is not None else f"model {model}"
+        raise CheckpointError(f"is a flow-matching model (SiT): its {where} say {_short(setting)}; {SUPPORTED}")
     for name in (*_PREDICTIONS, *_BETAS, *_LENGTHS, *_STARTS, *_ENDS, *_FLOWS, *_OTHER_TRAINING):
         value = stated.get(name)
         if value is not None and not _as_dit(name, value):
-            raise CheckpointError(f"is a model of another kind: its {where} say {name} {_short(value)}; {SUPPORTED}")
+            raise CheckpointError(f"was trained in another way: its {where} say {name} {_short(value)}; {SUPPORTED}")
     for name in _OTHER_BLOCKS:
         if stated.get(name) not in (None, False, 0, "", "none", "None"):
             raise CheckpointError(
@@ -156,31 +156,31 @@ def _short(value: Any) -> str:
 
 
 def require_sigma(stated: Stated, learn_sigma: bool) -> None:
-    """Raise `CheckpointError` where training arguments contradict the number of output channels."""
-    said = stated.get("learn_sigma")
-    if isinstance(said, bool) and said != learn_sigma:
+    """Raise `CheckpointError` if training arguments contradict the number of output channels."""
+    value = stated.get("learn_sigma")
+    if isinstance(value, bool) and value != learn_sigma:
         raise CheckpointError(
-            f"contradicts itself: its training arguments say learn_sigma {said}, but its final layer "
+            f"contradicts itself: its training arguments say learn_sigma {value}, but its final layer "
             f"{'has' if learn_sigma else 'lacks'} the rows of a variance"
         )
 
 
 def require_side(stated: Stated, input_size: int) -> None:
-    """Raise `CheckpointError` where `image_size` (pixels) is not a power of two times the side of the latents."""
+    """Raise `CheckpointError` if `image_size` (pixels) is not the side of the latents times a power of two."""
     size = stated.get("image_size")
     if isinstance(size, int) and not isinstance(size, bool) and size > 0:
         factor, rest = divmod(size, input_size)
         if rest or factor & (factor - 1) or not factor:
             raise CheckpointError(
-                f"contradicts itself: its training arguments say image_size {size}, but its pos_embed is of inputs "
+                f"contradicts itself: its training arguments say image_size {size}, but its pos_embed is for inputs "
                 f"with a side of {input_size}"
             )
 
 
 def require_scheduler(values: Stated) -> None:
-    """Raise `CheckpointError` unless the `scheduler_config.json` of a diffusers pipeline is of a DiT as we sample it.
+    """Raise `CheckpointError` if a diffusers `scheduler_config.json` is of a model that we cannot sample.
 
-    How it steps does not matter, since a bundle has its own sampler; what the model was trained on does.
+    The sampler of the scheduler does not matter, because a bundle has its own. How the model was trained does.
     """
     kind = values.get("_class_name")
     betas = _SCHEDULERS.get(str(kind).removesuffix("Scheduler")) if str(kind).endswith("Scheduler") else None

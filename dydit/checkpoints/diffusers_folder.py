@@ -1,9 +1,9 @@
-"""Reading the folder of a diffusers DiT: `transformer/` of a pipeline, or a pipeline with that in it.
+"""Reads the folder of a diffusers DiT: a pipeline's `transformer/`, or the pipeline with that folder.
 
-`config.json` describes the model. The weights are `diffusion_pytorch_model.safetensors` or `.bin`; with a variant
-before the ending (`.fp16.safetensors`); or in shards that an index file (`.safetensors.index.json`, with a variant also
-`.safetensors.index.fp16.json`) lists by tensor. The `scheduler/scheduler_config.json` of the pipeline tells what the
-model was trained to predict. Errors do not name the folder: the caller does.
+`config.json` describes the model. The weights are `diffusion_pytorch_model.safetensors` or `.bin`; or they have a
+variant in the name (`.fp16.safetensors`); or they are shards, which an index file (`.safetensors.index.json`, with a
+variant also `.safetensors.index.fp16.json`) lists by tensor. The pipeline's `scheduler/scheduler_config.json` says what
+the model was trained to predict. Errors do not name the folder: the caller does.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _SHARD = re.compile(r"-\d{5}-of-\d{5}")
 
 @dataclass(frozen=True)
 class Folder:
-    """The model in a folder: its weights under the published names, and the SHA-256 of what they were read from."""
+    """The model in a folder: its weights under the published names, and the SHA-256 of their files."""
 
     config: ModelConfig
     state: dict[str, Tensor]
@@ -51,7 +51,7 @@ class Folder:
 
 
 def read_folder(path: Path, given: Given) -> Folder:
-    """Read a diffusers DiT. Raises `CheckpointError` for what is none, incomplete, or trained in another way."""
+    """Read a diffusers DiT. Raises `CheckpointError` if it is none, is incomplete, or was trained in another way."""
     folder = _model_folder(path, given.weights)
     values = read_json(folder / CONFIG, CONFIG)
     known = _architecture(values)
@@ -62,10 +62,12 @@ def read_folder(path: Path, given: Given) -> Folder:
     files = _shards(weights) if weights.suffix == ".json" else {weights: None}
     tensors: dict[str, Tensor] = {}
     for file, names in files.items():
-        found = _read(file, whole=names is None)
-        if names is not None and (odd := sorted(names ^ {str(name) for name in found})):
-            raise CheckpointError(f"has an index that does not list what is in {shown(file.name)} ({listed(odd)})")
-        tensors.update(found)
+        part = _read(file, whole=names is None)
+        if names is not None and (differing := sorted(names ^ {str(name) for name in part})):
+            raise CheckpointError(
+                f"has an index that does not match the tensors in {shown(file.name)} ({listed(differing)})"
+            )
+        tensors.update(part)
     size = sum(file.stat().st_size for file in files)
     state = known.from_diffusers(plain_tensors(tensors, size), config, size)
     metadata = {"weights": variant} if variant else {}
@@ -74,20 +76,20 @@ def read_folder(path: Path, given: Given) -> Folder:
 
 
 def _architecture(values: dict[str, Any]) -> Architecture:
-    """The architecture that a `config.json` is of, by its class."""
+    """The architecture of a `config.json`, by its class."""
     kind = values.get("_class_name")
     return next((each for each in architectures() if kind in each.diffusers_classes), architecture(DEFAULT))
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
-    """The JSON object in a file; `what` names it in errors."""
+    """The JSON object in a file. `what` names the file in errors."""
     if path.stat().st_size > _LARGEST_JSON:
-        raise CheckpointError(f"has a {what} of {path.stat().st_size} bytes, too large to be one")
+        raise CheckpointError(f"has a {what} of {path.stat().st_size} bytes, which is too large")
     return json_object(path.read_bytes(), what)
 
 
 def json_object(text: str | bytes, what: str) -> dict[str, Any]:
-    """The JSON object that `text` holds. Raises `CheckpointError` for what is none."""
+    """The JSON object in `text`. Raises `CheckpointError` if it is none."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -100,7 +102,7 @@ def json_object(text: str | bytes, what: str) -> dict[str, Any]:
 def _model_folder(path: Path, wanted: str | None) -> Path:
     if (path / BUNDLE_MANIFEST).is_file():
         raise CheckpointError(
-            "is a bundle, not a checkpoint: give the checkpoint that it was exported from, or use the bundle with "
+            "is a bundle, not a checkpoint; give the checkpoint that it was exported from, or use the bundle with "
             "`dydit sample`, `inspect` or `bench` (which compares two bundles with --versus)"
         )
     averaged = path / "transformer_ema"
@@ -112,7 +114,7 @@ def _model_folder(path: Path, wanted: str | None) -> Path:
     files = [
         file.name for file in sorted(path.iterdir()) if file.suffix in (".pt", ".pth", ".ckpt", ".safetensors", ".bin")
     ]
-    hint = f"; if it is one of the files in it, give that: {listed(files)}" if files else ""
+    hint = f"; if the checkpoint is one of its files, give that: {listed(files)}" if files else ""
     raise CheckpointError(
         f"is not a diffusers DiT folder: expected {CONFIG} and {STEM}.safetensors in it or in its transformer/ "
         f"folder{hint}"
@@ -120,53 +122,53 @@ def _model_folder(path: Path, wanted: str | None) -> Path:
 
 
 def _check_scheduler(folder: Path) -> None:
-    """Refuse what the scheduler of the pipeline says, if the model lies in a pipeline."""
+    """Check the scheduler of the pipeline, if the model is in a pipeline."""
     folder = folder.absolute()
     files = [folder / SCHEDULER, folder / "scheduler" / SCHEDULER]
     index = folder.parent / "model_index.json"
     if folder.name.startswith("transformer") or index.is_file():
         files.append(folder.parent / "scheduler" / SCHEDULER)
-    there = [file for file in files if file.is_file()]
-    for file in there:
+    existing = [file for file in files if file.is_file()]
+    for file in existing:
         require_scheduler(read_json(file, SCHEDULER))
-    named = read_json(index, index.name).get("scheduler") if index.is_file() and not there else None
+    named = read_json(index, index.name).get("scheduler") if index.is_file() and not existing else None
     if isinstance(named, list) and len(named) == 2 and isinstance(named[1], str):
         require_scheduler({"_class_name": named[1]})
 
 
 def _choose(folder: Path, wanted: str | None) -> tuple[str, Path, tuple[str, ...]]:
-    """(variant, weight file or index, notes): without a variant before with one, safetensors before pickles."""
-    found: dict[str, list[Path]] = {}
+    """(variant, weight file or index, notes). Files without a variant come first, then safetensors before pickles."""
+    variants: dict[str, list[Path]] = {}
     for file in sorted(folder.iterdir()):
         match = _WEIGHTS.fullmatch(file.name)
         if match and not _SHARD.search(file.name) and file.is_file():
             parts = match.groupdict()
             variant = parts["variant"] or parts["before"] or parts["between"] or parts["after"] or ""
-            found.setdefault(variant, []).append(file)
-    if not found:
+            variants.setdefault(variant, []).append(file)
+    if not variants:
         shards = [file.name for file in folder.iterdir() if file.name.startswith(STEM) and _SHARD.search(file.name)]
         hint = f"; it has shards ({listed(sorted(shards))}), but no index file that lists them" if shards else ""
         raise CheckpointError(f"is not a diffusers DiT folder: expected {STEM}.safetensors beside its {CONFIG}{hint}")
     if folder.name == "transformer_ema" and wanted == EMA:
         wanted = None
-    if wanted == MODEL and wanted not in found:
-        wanted = "non_ema" if "non_ema" in found else None
-    names = ", ".join(shown(each) for each in sorted(found) if each) or "none"
-    if wanted is not None and wanted not in found:
+    if wanted == MODEL and wanted not in variants:
+        wanted = "non_ema" if "non_ema" in variants else None
+    names = ", ".join(shown(each) for each in sorted(variants) if each) or "none"
+    if wanted is not None and wanted not in variants:
         raise CheckpointError(
-            f"holds no weights {shown(wanted)}; variants in it: {names}; leave --weights (weights=) out"
+            f"holds no weights {shown(wanted)}; its variants are: {names}; remove --weights (weights=)"
         )
-    if wanted is None and "" not in found and len(found) > 1:
-        raise CheckpointError(f"holds its weights in several variants ({names}); name one with --weights (weights=)")
-    variant = wanted if wanted is not None else "" if "" in found else next(iter(found))
-    best = min(found[variant], key=lambda file: (".safetensors" not in file.name, file.suffix == ".json"))
-    others = [each or "no variant" for each in sorted(found) if each != variant]
+    if wanted is None and "" not in variants and len(variants) > 1:
+        raise CheckpointError(f"holds its weights in several variants ({names}); choose one with --weights (weights=)")
+    variant = wanted if wanted is not None else "" if "" in variants else next(iter(variants))
+    best = min(variants[variant], key=lambda file: (".safetensors" not in file.name, file.suffix == ".json"))
+    others = [each or "no variant" for each in sorted(variants) if each != variant]
     note = f"weights: {variant or 'no variant'}; the folder also holds {listed(others)} (see --weights)"
     return variant, best, (note,) if others else ()
 
 
 def _shards(index: Path) -> dict[Path, set[str] | None]:
-    """The shards that an index names, with the tensors that are to be in each; all lie beside the index."""
+    """The shards that an index names, with the names of their tensors. All shards are in the folder of the index."""
     weight_map = read_json(index, index.name).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"has an index without a weight_map ({index.name}); download it again")
@@ -174,7 +176,7 @@ def _shards(index: Path) -> dict[Path, set[str] | None]:
     for tensor, name in sorted(weight_map.items()):
         if not isinstance(name, str) or not name or name in (".", "..") or "/" in name or "\\" in name or "\0" in name:
             raise CheckpointError(
-                f"has an index that names {shown(str(name))}, which is no file beside it; do not use it"
+                f"has an index that names {shown(str(name))}, which is not in the same folder; do not use it"
             )
         file = index.parent / name
         names = shards.setdefault(file, set())
@@ -186,7 +188,7 @@ def _shards(index: Path) -> dict[Path, set[str] | None]:
 
 
 def _read(file: Path, whole: bool) -> dict[str, Any]:
-    """The tensors of a file: of the `whole` model, or of a shard, whose names are taken as they are."""
+    """The tensors of a file. `whole`: whether it has the whole model; otherwise it is a shard."""
     container = container_of(file)
     if container is Container.SAFETENSORS:
         tensors, metadata = read_safetensors(file)
@@ -201,7 +203,7 @@ def _read(file: Path, whole: bool) -> dict[str, Any]:
 
 
 def _hash(files: list[Path]) -> str:
-    """SHA-256 of the one file, or of the hashes of all in the order of their names."""
+    """SHA-256 of a single file, or of the hashes of several files, in the order of their names."""
     if len(files) == 1:
         return sha256_of(files[0])
     lines = [f"{sha256_of(file)}  {file.name}\n" for file in sorted(files)]

@@ -1,6 +1,6 @@
-"""Holding a state dict against what a model has, and what is known of a model besides its tensors.
+"""Checks a state dict against the tensors of a model, and combines what is known about a model besides its tensors.
 
-Which names and shapes these are, the architecture says. Errors do not name the file: the caller does.
+The architecture says which tensors a model has. Errors do not name the file: the caller does.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from dydit.models.registry import architecture_of
 
 Shapes = dict[str, tuple[int, ...]]
 IMAGENET = 1000
-# Far above any model that can be run. The configuration in a damaged or hostile file could claim anything, and the time
-# that checking it takes grows with these.
+# Far above any model that can be run. The configuration in a damaged or malicious file could state any size, and the
+# time to check it grows with these sizes.
 LIMITS = {
     "depth": 10_000,
     "hidden_size": 1 << 16,
@@ -45,7 +45,7 @@ def expected_shapes(config: ModelConfig) -> Shapes:
 def require_fit(state: Mapping[str, Tensor], expected: Shapes) -> None:
     """Raise `CheckpointError` unless `state` has exactly the `expected` tensors, with their shapes and finite values.
 
-    Values are checked tensor by tensor, so a memory-mapped state is read but not held.
+    Values are checked one tensor at a time, so a memory-mapped state is read but does not stay in memory.
     """
     faults = []
     if missing := [name for name in expected if name not in state]:
@@ -62,22 +62,22 @@ def require_fit(state: Mapping[str, Tensor], expected: Shapes) -> None:
             f"expected {list(expected[name])}"
         )
     if bad := [name for name in expected if not _finite(state[name])]:
-        raise CheckpointError(f"has NaN or infinite values in {_tensors(bad)}; use an earlier save")
+        raise CheckpointError(f"has NaN or infinite values in {_tensors(bad)}; use an earlier checkpoint")
 
 
 def require_trained(state: Mapping[str, Tensor], config: ModelConfig, entry: str) -> tuple[str, ...]:
-    """Raise `CheckpointError` where all matrices of all blocks are zeros; `entry`: where the weights lay in the file.
+    """Raise `CheckpointError` if all matrices of all blocks are zeros. `entry`: the entry of the weights in the file.
 
-    That is what an average holds that was set up and never updated. (One of a single block may be pruned.) Returns what
-    the user should know: an output layer of zeros is that of a model before its training, whose output is zero.
+    A moving average that was created but never updated is all zeros. (A single block may be pruned.) Returns notes for
+    the user: with an output layer of zeros, as before training, the output of the model is zero.
     """
     architecture = architecture_of(config)
     if not any(bool(state[name].any()) for name in state if architecture.is_block_matrix(name)):
-        hint = f" under `{shown(entry)}`; take others with --weights (weights=), such as model" if entry else ""
-        raise CheckpointError(f"holds only zeros in the weights of its blocks{hint}: it is no trained model")
+        hint = f" under `{shown(entry)}`; read others with --weights (weights=), such as model" if entry else ""
+        raise CheckpointError(f"holds only zeros in the weights of its blocks{hint}: it is not a trained model")
     last = architecture.output_layer
     if last is not None and not bool(state[last].any()):
-        return ("its final layer is all zeros, as before any training: it predicts nothing",)
+        return ("its final layer is all zeros, as before training, so its output is always zero",)
     return ()
 
 
@@ -86,13 +86,13 @@ def _tensors(names: list[str]) -> str:
 
 
 def _finite(tensor: Tensor) -> bool:
-    """Whether every value is finite as fp32; `aminmax` propagates NaN and needs no temporary of the tensor's size."""
+    """Whether every value is finite as fp32. `aminmax` propagates NaN and allocates no copy of the tensor."""
     return tensor.numel() == 0 or all(math.isfinite(bound.float()) for bound in tensor.aminmax())
 
 
 @dataclass(frozen=True)
 class Given:
-    """What the user says of a file, which counts before what the file says or leaves open."""
+    """What the user states about a file. It takes precedence over what the file says."""
 
     num_heads: int | None = None
     weights: str | None = None
@@ -100,21 +100,16 @@ class Given:
     input_size: int | None = None
 
     def require_same(self, config: ModelConfig) -> None:
-        """Raise `CheckpointError` where it contradicts the configuration that a file has."""
+        """Raise `CheckpointError` if it contradicts the configuration in a file."""
         for option in ("num_heads", "num_classes", "input_size"):
             value, own = getattr(self, option), getattr(config, option, None)
             if value is not None and value != own:
-                what = {"num_heads": "heads", "num_classes": "classes", "input_size": "as the side of its inputs"}[
-                    option
-                ]
-                raise CheckpointError(
-                    f"says that it has {own} {what}, not {value}; remove --{option.replace('_', '-')}"
-                )
+                raise CheckpointError(f"states {option} {own}, not {value}; remove --{option.replace('_', '-')}")
 
 
 @dataclass(frozen=True)
 class Inferred:
-    """A configuration, and what was assumed to come to it, in sentences for the user."""
+    """A configuration, and the assumptions behind it, in sentences for the user."""
 
     config: ModelConfig
     notes: tuple[str, ...] = ()
@@ -122,7 +117,7 @@ class Inferred:
 
 @dataclass(frozen=True)
 class ClassTable:
-    """How the rows of a class table are read: `count` classes, and whether a row for "no class" follows them."""
+    """How to read the rows of a class table: `count` classes, and whether a row for "no class" follows them."""
 
     count: int
     null_row: bool
@@ -130,20 +125,20 @@ class ClassTable:
 
 
 def class_table(rows: int, stated: Stated, given: int | None = None) -> ClassTable:
-    """The classes of a table of `rows`: a DiT has one more row, for "no class", if labels were dropped in training.
+    """The classes of a table of `rows`. A DiT has one more row, for "no class", if training dropped labels.
 
-    In this order: `given` by the user; the training arguments; ImageNet's count; one row, which can only be a class;
-    else the last row is taken for "no class", and the note says so. Raises `CheckpointError` for counts that do not
-    go with the rows.
+    The number of classes is, in this order: `given` by the user; stated by the training arguments; 1 for one row;
+    ImageNet's. Otherwise the last row is assumed to be "no class", which a note says. Raises `CheckpointError` for a
+    number that does not fit the rows.
     """
-    said, dropped = stated.get("num_classes"), _dropout(stated)
-    count = given if given is not None else said if type(said) is int else None
+    stated_count, dropped = stated.get("num_classes"), _dropout(stated)
+    count = given if given is not None else stated_count if type(stated_count) is int else None
     if count is not None:
         if rows not in (count, count + 1) or count < 1:
             source = "--num-classes says" if given is not None else "its training arguments say"
             raise CheckpointError(
-                f"has a class table of {rows} rows, which is not of the {count} classes that {source}: expected "
-                f"{count}, or {count + 1} with the row for no class; --num-classes (num_classes=) says what is so"
+                f"has a class table of {rows} rows, but {source} {count} classes: expected {count} rows, or "
+                f"{count + 1} with a row for no class; give the right number with --num-classes (num_classes=)"
             )
         if given is None and rows == count and dropped:
             raise CheckpointError(
@@ -151,18 +146,18 @@ def class_table(rows: int, stated: Stated, given: int | None = None) -> ClassTab
                 f"({dropped:g}), but its class table of {rows} rows has none for no class; give --num-classes"
             )
         if rows == count + 1 and dropped == 0:
-            note = f"its training dropped no labels, so row {count} of its class table was never trained: left out"
+            note = f"row {count} of its class table, for no class, was removed: its training dropped no labels"
             return ClassTable(count, False, (note,))
         return ClassTable(count, rows == count + 1)
     if dropped == 0 or rows == 1:
         return ClassTable(rows, False)
     if rows == IMAGENET:
-        note = f"{rows} classes, without a row for no class, so that guidance is not possible: assumed from the count"
-        return ClassTable(rows, False, (f"{note}; --num-classes {rows - 1} says otherwise",))
+        note = f"assumed {rows} classes without a row for no class, so guidance is not possible"
+        return ClassTable(rows, False, (f"{note}; if the last row is for no class, give --num-classes {rows - 1}",))
     if rows == IMAGENET + 1 or dropped:
         return ClassTable(rows - 1, True)
-    note = f"{rows - 1} classes, and a last row for no class, which guidance needs: assumed from {rows} rows"
-    return ClassTable(rows - 1, True, (f"{note}; --num-classes {rows} says that all are classes",))
+    note = f"assumed {rows - 1} classes, with the last of the {rows} rows of the class table for no class"
+    return ClassTable(rows - 1, True, (f"{note}; if all of them are classes, give --num-classes {rows}",))
 
 
 def _dropout(stated: Stated) -> float | None:

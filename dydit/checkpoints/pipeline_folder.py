@@ -1,4 +1,4 @@
-"""What the folder around a diffusers model says of it: a pipeline with an autoencoder samples latents."""
+"""Whether a diffusers model samples latents, which the autoencoder in its pipeline's folder shows."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 
 from dydit.models.config import Space
 
-_AUTOENCODERS = ("vae", "vqvae")  # a pipeline's part, and its folder
+_AUTOENCODERS = ("vae", "vqvae")  # names in `model_index.json`, and of folders
 
 
 def space_of_folder(folder: Path) -> Space | None:
-    """Latents where `folder`, or the pipeline that holds it, has an autoencoder; else None, as nothing tells."""
+    """Latents if `folder`, or the pipeline around it, has an autoencoder. Otherwise None, because it is not known."""
     folder = folder.resolve()
     pipeline = folder.parent if folder.name == "transformer" else folder
     if any((pipeline / name / "config.json").is_file() for name in _AUTOENCODERS):
@@ -20,10 +20,10 @@ def space_of_folder(folder: Path) -> Space | None:
         index = json.loads((pipeline / "model_index.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
-    named = isinstance(index, dict) and any(_is_there(index.get(name)) for name in _AUTOENCODERS)
+    named = isinstance(index, dict) and any(_is_present(index.get(name)) for name in _AUTOENCODERS)
     return Space.LATENTS if named else None
 
 
-def _is_there(part: object) -> bool:
-    """Whether an entry of `model_index.json`, [library, class], names a part; [null, null] says that it is left out."""
+def _is_present(part: object) -> bool:
+    """Whether an entry of `model_index.json`, [library, class], names a component. An absent one is [null, null]."""
     return isinstance(part, list) and any(part)

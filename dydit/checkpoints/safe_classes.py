@@ -1,9 +1,9 @@
-"""Stand-ins for harmless classes that training scripts leave in their checkpoints, beside the weights.
+"""Stand-ins for harmless classes that training scripts save in their checkpoints together with the weights.
 
-A pickle names classes and functions, and calls them. PyTorch's safe loading lets a file call only what is allowed by
-name. None of the real classes is allowed here: each name below leads to a stand-in of this module, which keeps its
+A pickle names classes and functions, and calls them. PyTorch's safe loading lets a file call only names that are
+allowed. We allow none of the real classes: each name below leads to a stand-in in this module, which keeps its
 arguments as plain data and does nothing else. So whatever a file passes to them, no code of the file runs, nothing is
-opened, and no memory is allocated beyond what the file itself holds.
+opened, and no more memory is allocated than the file has bytes for.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ _NUMBER = re.compile(r"[biuf][1248]")
 
 
 class Inert:
-    """An object of an allowed class as plain data: its `arguments` and its `state`. Its attributes mean nothing."""
+    """An object of an allowed class as plain data: its `arguments` and its `state`. Its attributes have no meaning."""
 
     def __new__(cls, *arguments: Any) -> Inert:
-        made = object.__new__(cls)
-        made.arguments, made.state = arguments, None
-        return made
+        instance = object.__new__(cls)
+        instance.arguments, instance.state = arguments, None
+        return instance
 
     def __init__(self, *arguments: Any):
         self.arguments: tuple[Any, ...] = arguments
@@ -39,12 +39,12 @@ class Inert:
 
 
 def _path(*parts: Any) -> Any:
-    """Text of a `pathlib` path of any system."""
+    """The text of a `pathlib` path of any operating system."""
     return str(PurePosixPath(*parts)) if all(isinstance(part, str) for part in parts) else Inert(*parts)
 
 
 def _numpy_scalar(*arguments: Any) -> Any:
-    """The Python number of a NumPy scalar, which is pickled as a dtype and bytes."""
+    """The Python number for a NumPy scalar, which is pickled as a dtype and bytes."""
     if len(arguments) == 2 and isinstance(arguments[0], Inert) and isinstance(arguments[1], bytes):
         (kind, *_), raw, state = arguments[0].arguments or ("",), arguments[1], arguments[0].state
         order = state[1] if isinstance(state, tuple) and len(state) > 1 and state[1] in ("<", ">") else "="
@@ -80,4 +80,4 @@ _STAND_INS: dict[Callable[..., Any], tuple[str, ...]] = {
     ),
 }
 ALLOWED: list[Any] = [(stand_in, name) for stand_in, names in _STAND_INS.items() for name in names]
-"""What `torch.serialization.safe_globals` takes: a stand-in, and the name in the file that leads to it."""
+"""For `torch.serialization.safe_globals`: pairs of a stand-in and the name in the file that leads to it."""

@@ -1,11 +1,11 @@
-"""Reading tensors from files that nobody vouches for: `torch.save` files and safetensors.
+"""Reads tensors from files of unknown origin: `torch.save` files and safetensors.
 
-Nothing is unpickled but tensors, containers of them, and a few classes of settings, for which `safe_classes` has
-stand-ins; nothing is decompressed, and nothing is copied before its size was judged. Weights stay in the file, mapped
-into memory, where its format and the file system allow; so a file must not be rewritten in place while they are in use
-(replacing it by a rename is fine).
+Only tensors, containers of them, and a few classes of settings, for which `safe_classes` has stand-ins, are unpickled.
+Nothing is decompressed, and nothing is copied before its size was checked. Weights are mapped from the file if its
+format and the file system allow it. Such a file must not be rewritten in place while the weights are in use; replacing
+it by a rename is fine.
 
-This module knows files, not models. Its errors say what is wrong with the file but do not name it: the caller does.
+Errors say what is wrong with the file but do not name it: the caller does.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from dydit.errors import CheckpointError, one_line
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 EXPANSION_LIMIT = 4 << 30
-"""Bytes that a model may take beyond what its file could hold: more than the zeros and shared tensors of any real one,
-and less than would fill a machine's memory."""
+"""Bytes that a model may take beyond the size of its file. Real models need less, even with zeros and shared tensors,
+and it is too little to fill a machine's memory."""
 
 _ADVICE = (
-    "ask its author for the weights alone, saved with torch.save(model.state_dict(), PATH) or as safetensors; settings "
-    "beside them may be numbers, text, lists, dictionaries, paths and NumPy scalars"
+    "ask its author for the weights alone, saved with torch.save(model.state_dict(), PATH) or as safetensors; other "
+    "entries may be numbers, text, lists, dictionaries, paths and NumPy scalars"
 )
 _UNSAFE = re.compile(r"GLOBAL ([\w.]+)")
 _DAMAGED = "is damaged or incomplete: it cannot be read as {}; copy or download it again"
@@ -46,17 +46,17 @@ _NO_MAP = re.compile(r"unable to mmap|mmapping|mmap failed|memory.?map", re.IGNO
 _ASKED = re.compile(r"tried to allocate (\d+) bytes")
 _WIDTHS = {"Double": 8, "Float": 4, "Half": 2, "BFloat16": 2, "Long": 8, "Int": 4, "Short": 2, "Char": 1, "Byte": 1}
 _WIDTHS |= {"Bool": 1, "Untyped": 1, "ComplexFloat": 8, "ComplexDouble": 16}
-_LOADING = threading.Lock()  # what is allowed by name is allowed for the whole process while a file is read
+_LOADING = threading.Lock()  # allowed names are allowed for the whole process while a file is read
 
 
 def read_torch(path: Path, container: Container) -> Any:
-    """What `torch.save` wrote to `path`, on the CPU, memory-mapped where the format and the file system allow.
+    """The object that `torch.save` wrote to `path`, on the CPU, memory-mapped if format and file system allow it.
 
-    Raises `CheckpointError` for a damaged file, and for one that holds anything but tensors, plain containers and the
-    classes of `safe_classes`: such a file could run code, so nothing of it is used. Raises it, too, and `OSError`,
-    where the file is fine and this machine cannot read it.
+    Raises `CheckpointError` for a damaged file, and for a file with anything but tensors, plain containers and the
+    classes of `safe_classes`: such a file could run code, so nothing of it is used. Raises `OSError` or `MemoryError`
+    if the file is valid but this machine cannot read it.
     """
-    if path.name.endswith(".safetensors"):  # torch.load goes by the name
+    if path.name.endswith(".safetensors"):  # torch.load depends on the name
         raise CheckpointError(f"is {container.value}, not safetensors; rename it to .pt")
     zipped = container is Container.TORCH_ZIP
     if zipped:
@@ -71,14 +71,12 @@ def read_torch(path: Path, container: Container) -> Any:
         return _mapped_or_read(lambda: read(zipped), (lambda: read(False)) if zipped else None)
     except (OSError, MemoryError):
         raise
-    except (
-        Exception
-    ) as error:  # bytes of unknown origin can make the parser raise anything; all of it is the file's fault
+    except Exception as error:  # bytes of unknown origin can make the parser raise anything
         raise _fault_of_pickle(error, path, zipped) from error
 
 
 def _mapped_or_read(mapped: Callable[[], Any], read: Callable[[], Any] | None) -> Any:
-    """The result of `mapped`; where mapping a file fails, which some file systems do not offer, that of `read`."""
+    """The result of `mapped`, or of `read` if the file cannot be mapped, which some file systems do not support."""
     try:
         return mapped()
     except Exception as error:
@@ -93,12 +91,12 @@ def _short_of_memory(error: BaseException) -> bool:
 
 
 def _fault_of_pickle(error: Exception, path: Path, verified: bool) -> Exception:
-    """What to raise instead of `error`; `verified`: the checksums of the file were right, so it is not damaged."""
+    """The error to raise instead of `error`. `verified`: the checksums of the file are right, so it is not damaged."""
     unsafe, asked = _UNSAFE.search(str(error)), _ASKED.search(str(error))
     if unsafe:
         return CheckpointError(
             f"holds more than tensors ({shown(unsafe[1])}); such a file can run code when it is opened, so it was "
-            f"refused; {_ADVICE}"
+            f"not read; {_ADVICE}"
         )
     size = path.stat().st_size
     if _short_of_memory(error) and (asked is None or int(asked[1]) <= size):
@@ -112,10 +110,10 @@ def _fault_of_pickle(error: Exception, path: Path, verified: bool) -> Exception:
 
 
 def _check_archive(path: Path) -> None:
-    """Refuse what `torch.save` never writes, and records whose checksum is wrong, which PyTorch does not look at.
+    """Refuse archives that `torch.save` never writes, and records with a wrong checksum, which PyTorch does not check.
 
-    A compressed file could grow a thousandfold in memory. A checksum of 0 is none: `set_crc32_options(False)`. A record
-    that has not the size of its storage would be read with what follows it in the file.
+    A compressed file could become a thousand times larger in memory. A checksum of 0 means that there is none:
+    `set_crc32_options(False)`. If the size of a record is not that of its storage, PyTorch reads beyond the record.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -140,16 +138,16 @@ def _check_archive(path: Path) -> None:
 
 
 def _record(path: Path, item: zipfile.ZipInfo) -> bytes:
-    """The bytes of a record, whatever its checksum is; it is not compressed."""
+    """The bytes of an uncompressed record. Its checksum is not checked."""
     with open(path, "rb") as file:
         file.seek(item.header_offset)
-        header = file.read(30)  # ends with the lengths of the name and of the extra field, which follow
+        header = file.read(30)  # it ends with the lengths of the name and the extra field, which follow
         file.seek(int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little"), 1)
         return file.read(item.file_size)
 
 
 def _storages(data: bytes) -> dict[str, int]:
-    """The storages that the pickle of a `torch.save` archive refers to, and the bytes that it says each has.
+    """The storages that the pickle of a `torch.save` archive refers to, and their stated sizes in bytes.
 
     A reference is a tuple of "storage", its type, its key, its device and its number of elements.
     """
@@ -173,9 +171,9 @@ def _storages(data: bytes) -> dict[str, int]:
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors (CPU, memory-mapped) and the metadata of a safetensors file; `CheckpointError` if it is damaged.
+    """The tensors (CPU, memory-mapped) and the metadata of a safetensors file.
 
-    Raises `OSError` and `MemoryError` where the file is fine and this machine cannot read it.
+    Raises `CheckpointError` if it is damaged; `OSError` or `MemoryError` if this machine cannot read a valid file.
     """
     from safetensors import safe_open
     from safetensors.torch import load
@@ -190,8 +188,8 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         return load(data), dict(json.loads(data[8 : 8 + length]).get("__metadata__") or {})
 
     try:
-        found: tuple[dict[str, Tensor], dict[str, str]] = _mapped_or_read(mapped, read)
-        return found
+        contents: tuple[dict[str, Tensor], dict[str, str]] = _mapped_or_read(mapped, read)
+        return contents
     except (OSError, MemoryError):
         raise
     except Exception as error:  # as in read_torch
@@ -203,17 +201,17 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def plain_tensors(state: Mapping[Any, Any], size: int) -> dict[str, Tensor]:
     """`state` as a dictionary of dense CPU float tensors, without gradients and without copying.
 
-    They may share storage, be windows into a larger one, or repeat one value by strides of zero. `size`: of the file,
-    in bytes; see `require_sane`. Raises `CheckpointError` for a key that is no text, and for a value that is no dense
+    They may share storage, be parts of a larger storage, or repeat one value by strides of zero. `size`: bytes of the
+    file, see `require_sane`. Raises `CheckpointError` for a key that is not text, and for a value that is not a dense
     float tensor.
     """
     plain, total = {}, 0
     for name, value in state.items():
         if not isinstance(name, str):
             key = shown(repr(name)) if isinstance(name, int | float) else type(name).__name__
-            raise CheckpointError(f"has a state dict with a key that is no text: {key}")
+            raise CheckpointError(f"has a state dict with a key that is not text: {key}")
         if not isinstance(value, Tensor):
-            raise CheckpointError(f"has a state dict whose {shown(name)} is no tensor but {type(value).__name__}")
+            raise CheckpointError(f"has a state dict whose {shown(name)} is not a tensor but {type(value).__name__}")
         if type(value) not in (Tensor, torch.nn.Parameter) or value.layout is not torch.strided or value.is_meta:
             raise CheckpointError(f"has a state dict whose {shown(name)} is not a dense tensor")
         if value.dtype not in DTYPES:
@@ -227,37 +225,37 @@ def plain_tensors(state: Mapping[Any, Any], size: int) -> dict[str, Tensor]:
 
 
 def require_sane(numbers: int, size: int) -> None:
-    """Raise `CheckpointError` where copies of `numbers` values in fp32 would be far beyond a file of `size` bytes.
+    """Raise `CheckpointError` if `numbers` values in fp32 would take far more than the `size` bytes of their file.
 
-    A file of a few bytes can describe a tensor of any size, by strides of zero or one storage used over and over. Half
-    precision doubles when it is copied; on top of that, `EXPANSION_LIMIT`.
+    A small file can describe a tensor of any size, by strides of zero or by repeated use of one storage. The limit is
+    twice the file, because fp16 doubles in fp32, plus `EXPANSION_LIMIT`.
     """
     if 4 * numbers > 2 * size + EXPANSION_LIMIT:
         raise CheckpointError(
-            f"describes {4 * numbers} bytes of weights in a file of {size} bytes, more than any model that repeats "
-            "some of them; it is no checkpoint, or a hostile one"
+            f"describes {4 * numbers} bytes of weights in a file of {size} bytes, which no real model does; the file "
+            "is not a checkpoint, or is malicious"
         )
 
 
 @contextlib.contextmanager
 def explained_memory(path: Path) -> Iterator[None]:
-    """Raise `CheckpointError` where the weights of `path` do not fit into memory; PyTorch raises a RuntimeError."""
+    """Raise `CheckpointError` if the weights of `path` do not fit into memory. PyTorch raises a RuntimeError."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not _short_of_memory(error):
             raise
-        raise CheckpointError(f"{path}: there is too little memory for its weights in fp32") from error
+        raise CheckpointError(f"{path}: not enough memory for its weights in fp32") from error
 
 
 def shown(name: str) -> str:
-    """`name` from a file, fit for a one-line message: at most 80 printable characters."""
+    """`name` from a file, for a one-line message: at most 80 printable characters."""
     short = name if len(name) <= 80 else name[:77] + "..."
     return short if short.isprintable() else ascii(short)
 
 
 def listed(names: Iterable[str]) -> str:
-    """At most three of `names`, and how many more there are."""
+    """The first three of `names`, and the number of the others."""
     names = list(names)
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(shown(name) for name in names[:3]) + more

@@ -126,7 +126,7 @@ def command(
     with ONNX Runtime and PyTorch on the CPU, and --per-step for int8. It is --max-subnets 32 with --routing capacity or
     dense, and for int8-static and fp8.
     """
-    if cost == MEASURED and plan.get("plan") in (PlanKind.PER_STEP, PlanKind.SLIDING):
+    if cost == MEASURED and plan.get("plan") in (PlanKind.PER_STEP, PlanKind.DYNAMIC_WIDTH):
         raise click.UsageError("--cost measured has no effect with --per-step or --dynamic-width; remove one of them")
     if cost == MEASURED and settings["calibration"] is not None:
         raise click.UsageError(
@@ -211,7 +211,7 @@ def _bundle_line(manifest: Manifest, out: Path) -> str:
     from dydit.reports.text import bytes_text
 
     count = len(manifest.subnets)
-    graphs = f"one graph with {counted(count, 'width')}" if manifest.sliding else counted(count, "subnetwork")
+    graphs = f"one graph with {counted(count, 'width')}" if manifest.dynamic_width else counted(count, "subnetwork")
     line = f"{out}: {counted(manifest.sampling.steps, 'step')}, {graphs}, {bytes_text(_size(manifest))}"
     if not manifest.model.dynamic:
         return f"{line}. The model is static: every step runs all of it"

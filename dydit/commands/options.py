@@ -240,7 +240,7 @@ def plan_options(command: Command) -> Command:
             raise click.UsageError("give only one of --per-step, --max-subnets, --memory-budget and --dynamic-width")
         plan: dict[str, Any] = {}
         if dynamic_width:
-            plan = {"plan": PlanKind.SLIDING}
+            plan = {"plan": PlanKind.DYNAMIC_WIDTH}
         elif per_step:
             plan = {"plan": PlanKind.PER_STEP}
         elif memory_budget is not None:

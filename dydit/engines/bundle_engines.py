@@ -148,7 +148,7 @@ def _wanted(bundle: Bundle, request: EngineRequest) -> list[_Wanted]:
     ranges = symbol_ranges(manifest, request.opt_batch, request.max_batch)
     described: dict[str, tuple[TensorSpec, ...] | None] = {CONDITIONING: conditioning_inputs()}
     units: tuple[TensorSpec, ...] = ()
-    if manifest.sliding:
+    if manifest.dynamic_width:
         units = unit_inputs(manifest.weights, manifest.model)
         ranges |= width_ranges(manifest.model)
     for subnet in manifest.subnets:

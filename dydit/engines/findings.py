@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from dydit.bundle.stored_weights import Precision, half_name, stored_type
+from dydit.bundle.stored_weights import Precision, fp16_name, stored_type
 from dydit.dtypes import FLOATS
 from dydit.engines.network import Layer, Network
 from dydit.errors import BackendError
@@ -84,7 +84,7 @@ class _Check:
             precision is Precision.FP32,
             precision.weight_dtype if precision.in_8_bits else None,
         )
-        self._fp16_weights = frozenset(map(half_name, model.units.weights)) if self.quantized else frozenset()
+        self._fp16_weights = frozenset(map(fp16_name, model.units.weights)) if self.quantized else frozenset()
         followers = () if self.is_fp32 else model.low_precision  # fp32 if the precision's own type is
         self._exempt = model.fp32_products.union(
             name for name in followers if stored_type(model, name, precision) == "float32"

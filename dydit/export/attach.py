@@ -1,8 +1,8 @@
-"""Giving a bundle of latents a decoder afterwards, without exporting its checkpoint again.
+"""Adds a decoder to an existing bundle of latents, without exporting its checkpoint again.
 
-The manifest is replaced last, by a rename: until then the bundle is the old one, which lists no decoder, and files that
-a killed call left beside it are not read, and are replaced by the next one. Subnetworks, weights and built engines stay
-as they are.
+The manifest is replaced last, by a rename. Until then the bundle is the old one, which lists no decoder. Files that a
+killed call left in the folder are never read, and the next call replaces them. Subnetworks, weights and built engines
+do not change.
 """
 
 from __future__ import annotations
@@ -23,21 +23,24 @@ from dydit.export.vae_graph import VaeOptions, export_vae
 from dydit.files import explained, fsync_path, sha256_of, write_atomic
 from dydit.locks import FileLock
 
-PREFIX, SUFFIX = ".decoder.", ".part"  # of the folder, inside the bundle, in which a decoder is made
+PREFIX, SUFFIX = ".decoder.", ".part"  # name of the folder, inside the bundle, in which a decoder is written
 
 
 def attach_vae(path: Path, source: str, options: VaeOptions | None = None) -> Bundle:
     """Add the decoder of the autoencoder `source` to the bundle at `path`, and return the bundle.
 
-    The bundle's digest changes, as its pictures do. Raises `ConfigError` where it has a decoder already or states that
-    it samples pixels, `OutputError` where it cannot be written or another process is at it, and what `export_vae` does.
+    The bundle's digest changes, because its images do. Raises `ConfigError` if the bundle already has a decoder or
+    states that it samples pixels, `OutputError` if it cannot be written or another process adds a decoder to it, and
+    what `export_vae` raises.
     """
     with _alone(path):
         manifest = Bundle.open(path, verify=False).manifest
         if manifest.vae is not None:
-            raise ConfigError(f"{path} has a decoder already, from {manifest.vae.source}; export again for another one")
+            raise ConfigError(
+                f"{path} already has a decoder, from {manifest.vae.source}; export the checkpoint again for another one"
+            )
         model = manifest.model.stating(None, decoded=True)
-        for part in path.glob(f"{PREFIX}*{SUFFIX}"):  # of a killed call
+        for part in path.glob(f"{PREFIX}*{SUFFIX}"):  # left by a killed call
             shutil.rmtree(part, ignore_errors=True)
         with explained(path), tempfile.TemporaryDirectory(prefix=PREFIX, suffix=SUFFIX, dir=path) as name:
             folder = Path(name)
@@ -63,8 +66,8 @@ def attach_vae(path: Path, source: str, options: VaeOptions | None = None) -> Bu
 
 @contextlib.contextmanager
 def _alone(path: Path) -> Iterator[None]:
-    """Hold a bundle's folder against another process that attaches to it; without locks there, hold nothing."""
-    if not path.is_dir():  # said in `Bundle.open`'s words
+    """Lock a bundle's folder, so that only one process adds a decoder. No lock if the file system has none."""
+    if not path.is_dir():  # `Bundle.open` reports this
         yield
         return
     with contextlib.ExitStack() as stack:

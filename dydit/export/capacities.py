@@ -1,4 +1,4 @@
-"""Token slots of each segment of a plan: those of a calibration, once it is known to be of this very export."""
+"""Token slots of each segment of a plan, from a calibration that is checked to belong to this export."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from dydit.export.settings import ExportConfig
 from dydit.planning.plan import Plan
 
 Capacities = tuple[int, ...]
-"""MLP token slots of a row, by block."""
+"""MLP token slots per row, by block."""
 
 
 def keeps_every_token(manifest: Manifest) -> bool:
-    """Whether capacity routing has a slot for every token wherever there is an MLP, so that it computes all of them."""
+    """Whether capacity routing has a slot for every token in every block that has MLP units, so it drops no token."""
     if manifest.routing is not Routing.CAPACITY:
         return False
     axis = manifest.model.units
@@ -32,31 +32,29 @@ def keeps_every_token(manifest: Manifest) -> bool:
 def segment_capacities(
     checkpoint: Checkpoint, config: ExportConfig, masks: np.ndarray, plan: Plan
 ) -> tuple[Capacities, ...] | None:
-    """Capacities of each segment of a plan over the masks bool [S, U], by slot; None without capacity routing.
+    """Capacities of each segment of a plan; None without capacity routing. `masks`: bool [S, U], by slot.
 
-    Those of the calibration, where there is one, else the same for all. With a sliding plan, whose one graph has one
-    capacity for each block, every segment gets the calibration's largest. Raises `ConfigError` for wrong capacities,
-    and `CalibrationError`, naming what differs, for a calibration of another checkpoint, run or plan.
+    They come from the calibration if there is one; otherwise all segments have the same. With dynamic width, whose one
+    graph has one capacity per block, every segment gets the calibration's largest. Raises `ConfigError` for wrong
+    capacities, and `CalibrationError`, naming what differs, for a calibration of another checkpoint, run or plan.
     """
     model, count = checkpoint.config, len(plan.segments)
     if config.calibration is not None and not model.dynamic:
-        raise CalibrationError(f"{checkpoint.path} is a static model: it has no tokens to route by a calibration")
+        raise CalibrationError(f"{checkpoint.path} is a static model: it routes no tokens, so it takes no calibration")
     if config.routing is not Routing.CAPACITY or not model.dynamic:
         return None
     if config.calibration is None:
-        same = config.capacities or (model.tokens,) * model.depth
-        if len(same) != model.depth or not all(1 <= c <= model.tokens for c in same):
-            raise ConfigError(f"capacities {same}: expected {model.depth} numbers in 1..{model.tokens}")
-        return (same,) * count
+        capacities = config.capacities or (model.tokens,) * model.depth
+        if len(capacities) != model.depth or not all(1 <= c <= model.tokens for c in capacities):
+            raise ConfigError(f"capacities {capacities}: expected {model.depth} numbers in 1..{model.tokens}")
+        return (capacities,) * count
     config.calibration.require(checkpoint.sha256, config.steps, config.sampler, plan_sha256(plan.bounds, masks))
     tokens = config.calibration.tokens
-    found, expected = (
-        (len(tokens.capacities), len(tokens.largest), tokens.tokens),
-        (count, model.depth, model.tokens),
-    )
-    if found != expected:
+    sizes = len(tokens.capacities), len(tokens.largest), tokens.tokens
+    expected = count, model.depth, model.tokens
+    if sizes != expected:
         raise CalibrationError(
-            f"the calibration has capacities of (segments, blocks, tokens) {found}, expected {expected}: it was "
+            f"the calibration has capacities for (segments, blocks, tokens) {sizes}, expected {expected}: it was "
             "changed after it was written; calibrate again"
         )
-    return (tokens.largest,) * count if config.plan is PlanKind.SLIDING else tokens.capacities
+    return (tokens.largest,) * count if config.plan is PlanKind.DYNAMIC_WIDTH else tokens.capacities

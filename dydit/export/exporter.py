@@ -1,4 +1,4 @@
-"""`dydit export`: a checkpoint becomes a bundle. Masks, then plan, weights, graphs, manifest, into one new folder."""
+"""`dydit export`: writes the bundle of a checkpoint. Masks, then plan, weights, graphs, manifest, in a new folder."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ import numpy as np
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.manifest import (
     CONDITIONING,
+    DYNAMIC_WIDTH_FULL_GRAPH,
+    DYNAMIC_WIDTH_GRAPH,
     MANIFEST,
     SCHEMA_VERSION,
-    SLIDING,
-    SLIDING_FULL,
     FileEntry,
     Manifest,
     PlanEntry,
@@ -63,12 +63,12 @@ def export(
     progress: Progress | None = None,
     measured: Measured | None = None,
 ) -> Bundle:
-    """Write a bundle to the new folder `out`, complete or not at all; `progress(done, total)` counts graphs.
+    """Write a bundle to the new folder `out`, complete or not at all. `progress(done, total)` counts segments.
 
-    `measured`, by `dydit.planning.profile`: with times, the plan is the fastest, else that of the fewest multiply-adds;
-    with a residency, a memory budget counts memory, else bytes of weights. Raises `ConfigError` for settings that do
-    not fit the model, `CalibrationError` for a calibration of something else, `OutputError` where `out` exists or
-    cannot be written, and for a VAE decoder what `export_vae` does.
+    `measured` (`dydit.planning.profile`): with times, the plan minimizes time, otherwise multiply-adds; with a
+    residency, the memory budget limits memory, otherwise bytes of weights. Raises `ConfigError` for settings that do
+    not fit the model, `CalibrationError` for a calibration of something else, `OutputError` if `out` exists or cannot
+    be written, and for a VAE decoder what `export_vae` raises.
     """
     out = user_path(out)
     require_absent(out)
@@ -87,10 +87,10 @@ def export_planned(
     progress: Progress | None = None,
     measured: Measured | None = None,
 ) -> Bundle:
-    """`export` of given masks, bool [S, U] by slot, and plan.
+    """`export` with given `masks`, bool [S, U] by slot, and `plan`.
 
-    `order`: the checkpoint's unit in each slot, by default the same number. What there is in `config`
-    about the kind of plan goes into the manifest alone.
+    `order`: the checkpoint's unit in each slot; by default, unit i is in slot i. The kind of plan in `config` is only
+    written to the manifest.
     """
     require_absent(out)
     job = _make_job(checkpoint, config, masks, plan, order, measured or Measured())
@@ -110,7 +110,7 @@ def export_planned(
 
 
 def planned_steps(checkpoint: Checkpoint, config: ExportConfig) -> tuple[np.ndarray, Plan]:
-    """What an export runs, unless it is measured: the masks bool [S, U] of its steps, by slot, and its plan."""
+    """The masks of an export's steps, bool [S, U] by slot, and its plan, if nothing is measured for it."""
     masks, _ = _masks_and_order(checkpoint, config)
     return masks, _make_plan(config, checkpoint.config, masks, Measured())
 
@@ -123,7 +123,7 @@ def _masks_and_order(checkpoint: Checkpoint, config: ExportConfig) -> tuple[np.n
 
 @dataclass(frozen=True, kw_only=True)
 class _Job:
-    """What the settings come to for one model, before anything is written."""
+    """Everything that follows from the settings for one model, before anything is written."""
 
     model: ModelConfig
     schedule: Schedule
@@ -156,7 +156,7 @@ def _make_job(
         masks=masks,
         plan=plan,
         measured=measured,
-        dynamic_width=config.plan is PlanKind.SLIDING,
+        dynamic_width=config.plan is PlanKind.DYNAMIC_WIDTH,
         routing=config.routing if model.dynamic else None,
         capacities=segment_capacities(checkpoint, config, masks, plan),
         cfg_channels=guided_channels(model, config.cfg_channels),
@@ -168,7 +168,7 @@ def _make_job(
 
 def _make_plan(config: ExportConfig, model: ModelConfig, masks: np.ndarray, measured: Measured) -> Plan:
     costs = macs_costs(model) if measured.times is None else time_costs(measured.times, model)
-    if config.plan in (PlanKind.PER_STEP, PlanKind.SLIDING):
+    if config.plan in (PlanKind.PER_STEP, PlanKind.DYNAMIC_WIDTH):
         return per_step_plan(masks, costs)
     if config.plan is PlanKind.MAX_SUBNETS:
         return merged_plan(masks, costs, config.max_subnets)
@@ -188,7 +188,7 @@ def _plan_sizes(model: ModelConfig, precision: Precision, masks: np.ndarray) -> 
 def _write_subnets(
     folder: Path, job: _Job, weights: dict[str, WeightEntry], progress: Progress | None
 ) -> tuple[list[SubnetEntry], list[SegmentEntry]]:
-    """Write a graph for every distinct subnetwork, or one for all; segments with the same one share it."""
+    """Write a graph for every distinct subnetwork, or one graph of dynamic width for all of them."""
     library = FunctionLibrary(job.model, job.cfg_channels, job.precision)
     entries: list[SubnetEntry] = []
     segments: list[SegmentEntry] = []
@@ -199,7 +199,7 @@ def _write_subnets(
     def source() -> WeightSource:
         return SolidWindows(weights, gathered) if job.precision.is_calibrated else Windows(weights)
 
-    gc.freeze()  # graphs are cyclic garbage; without this, collecting them walks all of PyTorch's objects each time
+    gc.freeze()  # graphs are cyclic garbage; without this, each collection walks over all objects of PyTorch
     try:
         for done, (first, end) in enumerate(job.plan.segments):
             capacities = None if job.capacities is None else job.capacities[done]
@@ -227,7 +227,7 @@ def segment_spec(
     capacities: tuple[int, ...] | None,
     input_scales: Scales | None = None,
 ) -> SubnetSpec:
-    """The subnetwork for the union of the masks [steps, U]; parts that the steps do not share are gated."""
+    """The subnetwork for the union of the `masks`, bool [steps, U]. Parts in which the steps differ are gated."""
     union = np.asarray(masks.any(axis=0))
     differs = axis.any((masks != union).any(axis=0))  # [P]
     gated = frozenset((part.block, part.index) for part, each in zip(axis.parts, differs, strict=True) if each)
@@ -238,9 +238,10 @@ def _write_dynamic_width(
     folder: Path, job: _Job, library: FunctionLibrary, weights: dict[str, WeightEntry]
 ) -> tuple[str, str | None]:
     """Write the graph that serves every width."""
-    capacities = None if job.capacities is None else job.capacities[0]  # those of all segments
+    capacities = None if job.capacities is None else job.capacities[0]  # all segments have the same
     spec = SubnetSpec(job.model.units.every_unit, frozenset(), job.routing, capacities)
-    return _write_graphs(folder, (SLIDING, SLIDING_FULL), spec, job, library, lambda: WeightInputs(weights))
+    names = DYNAMIC_WIDTH_GRAPH, DYNAMIC_WIDTH_FULL_GRAPH
+    return _write_graphs(folder, names, spec, job, library, lambda: WeightInputs(weights))
 
 
 def _write_graphs(
@@ -251,7 +252,7 @@ def _write_graphs(
     library: FunctionLibrary,
     weights: Callable[[], WeightSource],
 ) -> tuple[str, str | None]:
-    """Write a subnetwork's graph under the first name and, where tokens may not fit, its full form under the second."""
+    """Write a subnetwork's graph under the first name. If tokens can overflow, write its full form under the second."""
     save_graph(subnet_graph(job.model, spec, library, weights()), folder / names[0])
     everything = (job.model.tokens,) * job.model.depth
     if spec.capacities in (None, everything):
@@ -264,15 +265,15 @@ def _write_graphs(
 def _subnet_entry(
     files: tuple[str, str | None], spec: SubnetSpec, job: _Job, weights: dict[str, WeightEntry]
 ) -> SubnetEntry:
-    in_16_bits = spec.in_16_bits(job.model.units.layer_names)
+    fp16_layers = spec.fp16_layers(job.model.units.layer_names)
     return SubnetEntry(
         file=files[0],
         full_file=files[1],
         units=spec.units,
         gated=bool(spec.gated),
         capacities=spec.capacities,
-        weight_bytes=subnet_bytes(job.model, job.precision, weights, spec.units, in_16_bits),
-        in_16_bits=in_16_bits,
+        weight_bytes=subnet_bytes(job.model, job.precision, weights, spec.units, fp16_layers),
+        fp16_layers=fp16_layers,
     )
 
 
@@ -327,10 +328,10 @@ def _manifest(
 
 
 def stale_reasons(manifest: Manifest, checkpoint: Checkpoint) -> list[str]:
-    """Why a bundle no longer stands for a checkpoint; empty where it does."""
+    """Why a bundle is stale, that is, not an export of this checkpoint; empty if it is not stale."""
     reasons = []
     if manifest.checkpoint_sha256 != checkpoint.sha256:
-        reasons.append(f"the weights changed: {checkpoint.path} is not the file that the bundle was exported from")
+        reasons.append(f"the weights changed: the bundle was not exported from {checkpoint.path} as it is now")
     if manifest.model.sizes != checkpoint.config.sizes:
         reasons.append("the architecture differs")
     return reasons

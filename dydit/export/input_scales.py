@@ -1,8 +1,8 @@
-"""What calibrated precisions have of activations: scales of what enters linear layers, and which of these stay in 16
-bits, by segment; a smoothing."""
+"""What calibrated precisions take from a calibration: scales of inputs, layers that stay in fp16, the smoothing."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -21,13 +21,13 @@ from dydit.quantization.smoothing import Smoothing
 
 LARGEST = {Precision.INT8_STATIC: 127.0, Precision.FP8: 448.0}
 Scales = tuple[tuple[float | None, ...], ...]
-"""By block, of what enters its layers (`UnitAxis.layers`); None: the layer stays in 16 bits."""
+"""Scales of the inputs of layers, by block and layer (`UnitAxis.layers`); None: the layer stays in fp16."""
 
 
 def segment_scales(
     checkpoint: Checkpoint, config: ExportConfig, masks: np.ndarray, plan: Plan
 ) -> tuple[Scales, ...] | None:
-    """Scales of each segment of a plan over the masks bool [S, U], by slot; None where nothing is calibrated.
+    """Scales of each segment of a plan; None if the precision is not calibrated. `masks`: bool [S, U], by slot.
 
     Raises `CalibrationError` for a calibration without ranges, or of another checkpoint, run or plan.
     """
@@ -47,7 +47,7 @@ def segment_scales(
     scales = ranges.input_scales(LARGEST[config.precision])
     return tuple(
         tuple(
-            tuple(None if kept else scale for scale, kept in zip(*block, strict=True))
+            tuple(None if in_fp16 else scale for scale, in_fp16 in zip(*block, strict=True))
             for block in zip(*segment, strict=True)
         )
         for segment in zip(scales, ranges.fp16_layers.tolist(), strict=True)
@@ -55,23 +55,23 @@ def segment_scales(
 
 
 def weight_copies(axis: UnitAxis, masks: np.ndarray, plan: Plan, scales: Sequence[Scales] | None) -> dict[str, Copies]:
-    """Which stored copies of each layer's weight a plan over the masks bool [S, U] uses; nothing that none uses."""
+    """Which stored copies of each layer's weight a plan uses, by name of the weight. `masks`: bool [S, U], by slot."""
     if scales is None:
         return {}
     copies = {}
     for part in axis.parts:
-        there = [masks[first:end, part.units].any() for first, end in plan.segments]
+        used = [masks[first:end, part.units].any() for first, end in plan.segments]
         for layer in part.group.layers:
-            place = axis.layer_names.index(layer.name)
-            kept = [each[part.block][place] is None for each, used in zip(scales, there, strict=True) if used]
-            copies[part.stored(layer.weight)] = Copies(not all(kept) or not kept, any(kept))
+            index = axis.layer_names.index(layer.name)
+            in_fp16 = [segment[part.block][index] is None for segment in itertools.compress(scales, used)]
+            copies[part.stored(layer.weight)] = Copies(quantized=not all(in_fp16) or not in_fp16, fp16=any(in_fp16))
     return copies
 
 
 def planned_smoothing(model: ModelConfig, config: ExportConfig) -> Smoothing | None:
-    """The smoothing that the ranges of a calibrated precision go with, where there is one.
+    """The smoothing that the calibrated ranges were measured with; None if there is none.
 
-    Raises `CalibrationError` for one of another model's channels.
+    Raises `CalibrationError` if it does not fit the channels of the model.
     """
     ranges = _ranges(config) if config.precision.is_calibrated else None
     if ranges is None or ranges.smoothing is None:

@@ -1,4 +1,4 @@
-"""What an export is asked for."""
+"""The settings of an export."""
 
 from __future__ import annotations
 
@@ -13,25 +13,26 @@ from dydit.errors import ConfigError
 from dydit.models.config import ModelConfig, Space, Strict
 
 GUIDED_CHANNELS = 3
-"""Latent channels that guidance acts on by default, as in the public code of DiT."""
+"""The number of channels that guidance acts on by default, as in the public code of DiT."""
 
 
 def guided_channels(model: ModelConfig, asked: int | None) -> int:
-    """How many latent channels guidance acts on. Raises `ConfigError` where more are asked for than the model has."""
+    """The number of channels that guidance acts on. Raises `ConfigError` if more are `asked` for than the model has."""
     if asked is not None and asked > model.in_channels:
-        raise ConfigError(f"guidance on {asked} channels, but the model has {model.in_channels}")
+        raise ConfigError(f"guidance on {asked} channels: the model has only {model.in_channels}")
     return min(GUIDED_CHANNELS, model.in_channels) if asked is None else asked
 
 
 class ExportConfig(Strict):
-    """What to make of a checkpoint.
+    """How to export a checkpoint.
 
-    `max_subnets` counts for `PlanKind.MAX_SUBNETS`, `memory_budget` (bytes) for `PlanKind.MEMORY_BUDGET`.
-    `cfg_channels`: latent channels that guidance acts on, by default the first 3. For capacity routing, `capacities`:
-    MLP token slots of a row, by block, or `calibration`, which has those of each segment; all tokens by default.
-    `activations`: of this plan's segments, the ranges of what enters linear layers, which int8-static and fp8 need.
-    `vae`, `vae_tile`, `vae_scale`, `vae_shift`: the decoder to add, as `dydit.export.vae_graph.export_vae` takes them.
-    `space`: what the model samples, pixels or latents, where its checkpoint does not state it or is wrong.
+    `max_subnets` applies to `PlanKind.MAX_SUBNETS`, `memory_budget` (bytes) to `PlanKind.MEMORY_BUDGET`.
+    `cfg_channels`: the number of channels that guidance acts on, by default the first 3. Capacity routing takes
+    `capacities`, MLP token slots per row, by block, or a `calibration`, which has them for each segment; by default
+    there is a slot for every token. `activations`: ranges of the inputs of linear layers for this plan's segments,
+    which int8-static and fp8 need. `vae`, `vae_tile`, `vae_scale`, `vae_shift`: the decoder to add, see
+    `dydit.export.vae_graph.export_vae`. `space`: what the model samples, pixels or latents, if its checkpoint does not
+    state it or states it wrongly.
     """
 
     steps: int = Field(default=250, ge=1, le=TRAIN_STEPS)
@@ -55,23 +56,24 @@ class ExportConfig(Strict):
     @model_validator(mode="after")
     def _consistent(self) -> ExportConfig:
         if (self.plan is PlanKind.MEMORY_BUDGET) != (self.memory_budget is not None):
-            raise ValueError("a memory budget goes with the memory-budget plan, and only with it")
+            raise ValueError("the plan memory-budget needs a memory budget, and no other plan takes one")
         if self.capacities is not None and self.routing is not Routing.CAPACITY:
-            raise ValueError("capacities go with capacity routing only")
+            raise ValueError("capacities can only be given with capacity routing")
         if self.calibration is not None and self.routing is not Routing.CAPACITY and not self.precision.is_calibrated:
-            raise ValueError("a calibration goes with capacity routing, and with the precisions int8-static and fp8")
+            raise ValueError("a calibration can only be given with capacity routing or precision int8-static or fp8")
         if self.calibration is not None and self.capacities is not None:
-            raise ValueError("capacities come from a calibration or are given, not both")
-        if self.precision.in_8_bits and self.plan is PlanKind.SLIDING:
+            raise ValueError("give either capacities or a calibration, not both")
+        if self.precision.in_8_bits and self.plan is PlanKind.DYNAMIC_WIDTH:
             raise ValueError(
-                f"a sliding plan has its weights as inputs, which are not packed for {self.precision}; use another plan"
+                f"dynamic width does not support {self.precision}: its weights are inputs of the graph, in fp32, fp16 "
+                "or bf16; use another plan"
             )
         if self.precision.is_calibrated and self.activations is None and self.calibration is None:
-            raise ValueError(f"{self.precision} needs a calibration: `dydit calibrate --activations minmax` makes it")
+            raise ValueError(f"{self.precision} needs a calibration, of `dydit calibrate --activations minmax`")
         if self.activations is not None and not self.precision.is_calibrated:
-            raise ValueError(f"calibrated activations go with int8-static and fp8, not with {self.precision}")
+            raise ValueError(f"{self.precision} takes no calibrated activations; only int8-static and fp8 do")
         if self.vae is None and not (self.vae_tile is self.vae_scale is self.vae_shift is None):
-            raise ValueError("a tile, a scale or a shift goes with a VAE decoder only; give --vae")
+            raise ValueError("a tile, scale or shift can only be given with a VAE decoder; give --vae")
         if self.vae is not None and self.space is Space.PIXELS:
-            raise ValueError("a model of pixels has no latents to decode; remove the VAE")
+            raise ValueError("a model that samples pixels has no latents to decode; remove the VAE")
         return self

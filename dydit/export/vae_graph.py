@@ -1,8 +1,8 @@
 """The decoder of diffusers' `AutoencoderKL` or `VQModel` as a graph: `vae_decoder.onnx`, weights in `vae_weights.bin`.
 
-Traced, not written: it is one graph, exported once. Scaling of latents is inside, in fp32 like everything else, because
-these autoencoders overflow in fp16. Attention is written out as products and a softmax, whose single wide head no
-compiler fuses. Every convention that the autoencoder's configuration can state is followed or refused.
+The graph is traced, not written, because there is only one. It scales the latents, and everything is fp32, because
+these autoencoders overflow in fp16. Attention is written out as products and a softmax, because no compiler fuses its
+single wide head. Every convention that the autoencoder's configuration can state is followed or refused.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from dydit.graph.ops import IR_VERSION, OPSET
 from dydit.models.config import ModelConfig, Strict, parse_config
 
 LARGEST_TILE = 64
-"""Side of latents that are decoded whole: 512 pixels with the usual autoencoders."""
+"""The largest side of latents that are decoded without tiles: 512 pixels with the usual autoencoders."""
 KINDS = ("AutoencoderKL", "VQModel")
 _DECODER_PARTS = ("decoder.", "post_quant_conv.", "quantize.")
 
 
 class VaeOptions(Strict):
-    """What to make of an autoencoder; see `VaeEntry` for how the factors are used.
+    """How to export an autoencoder's decoder; `VaeEntry` says how the factors are used.
 
-    `tile`: side of the latents that are decoded at once, by default all of them up to 64. `scale`, `shift`: instead of
-    what the autoencoder's configuration states, or for a file of weights, which comes without one.
+    `tile`: side of the latents that are decoded at once; by default the side of the model's latents, at most 64.
+    `scale`, `shift`: replace those of the autoencoder's configuration, which a file of weights does not have.
     """
 
     tile: int | None = None
@@ -52,8 +52,8 @@ class VaeOptions(Strict):
 class LoadedVae:
     """A diffusers autoencoder whose decoder has its weights.
 
-    `config`: its settings, defaults included. `stated`: those that its configuration file names; None where there is
-    no such file, and the settings come from the shapes of weights.
+    `config`: its settings, with defaults. `stated`: names of the settings in its configuration file; None if there is
+    no such file and the settings come from the shapes of weights.
     """
 
     module: Any
@@ -62,20 +62,20 @@ class LoadedVae:
 
     @property
     def quantised(self) -> bool:
-        """Whether latents go through a codebook."""
+        """Whether latents are replaced by vectors of a codebook."""
         return "num_vq_embeddings" in self.config
 
     @property
     def latent_channels(self) -> int:
-        """Channels of the latents that are decoded; with a codebook, of its vectors."""
+        """Channels of the latents; with a codebook, channels of its vectors."""
         width: int = self.config.get("vq_embed_dim") or self.config["latent_channels"]
         return width
 
     def scaling_factor(self) -> tuple[float | None, bool]:
-        """The scaling factor, and whether it is diffusers' default; None where nothing can be assumed.
+        """The scaling factor, and whether it is diffusers' default; None if it is not known.
 
-        The autoencoders of Stable Diffusion 1 do not state it, and theirs became diffusers' default. It is assumed of
-        nothing else: later ones, and those with a codebook, are scaled otherwise.
+        The autoencoders of Stable Diffusion 1 do not state it, and theirs became diffusers' default. The default is
+        assumed only for them: later autoencoders, and those with a codebook, have other factors.
         """
         stated = self.stated or frozenset()
         if "scaling_factor" in stated:
@@ -86,9 +86,11 @@ class LoadedVae:
 
 
 def export_vae(source: str, folder: Path, model: ModelConfig, options: VaeOptions | None = None) -> VaeEntry:
-    """Write the decoder for a model's latents into `folder`; otherwise as `export_decoder`."""
+    """Write the decoder for a model's latents into `folder`. Raises what `export_decoder` raises."""
     if model.samples_pixels:
-        raise ConfigError(f"the model samples pixels of {model.in_channels} channels itself; leave the VAE away")
+        raise ConfigError(
+            f"the model samples pixels of {model.in_channels} channels and has no latents to decode; remove the VAE"
+        )
     return export_decoder(source, folder, model.in_channels, model.input_size, options)
 
 
@@ -97,9 +99,9 @@ def export_decoder(
 ) -> VaeEntry:
     """Write the decoder for latents [channels, side, side] into `folder`.
 
-    `source`: whatever `find_vae` finds, such as a folder that diffusers saved or `stabilityai/sd-vae-ft-mse`. `whose`
-    begins what an error says of the channels. Raises `BackendError` where diffusers is missing, `CheckpointError` for
-    what is no such autoencoder, `ConfigError` where it does not fit.
+    `source`: a source for `find_vae`, such as a folder that diffusers saved or `stabilityai/sd-vae-ft-mse`. `whose`:
+    see `VaeEntry.unfit_latents`. Raises `BackendError` if diffusers is not installed, `CheckpointError` if the source
+    is not a supported autoencoder, `ConfigError` if it does not fit the latents.
     """
     options = options or VaeOptions()
     vae = load_vae(source)
@@ -117,8 +119,8 @@ def _entry(source: str, vae: LoadedVae, options: VaeOptions, tile: int) -> VaeEn
     scale, assumed = vae.scaling_factor() if options.scale is None else (options.scale, False)
     if scale is None:
         raise ConfigError(
-            f"{source} states no scaling factor, without which the pictures would be wrong; give --vae-scale (0.18215 "
-            "for Stable Diffusion 1 and 2, 0.13025 for XL, 1 for most with a codebook)"
+            f"{source} states no scaling factor, which decoding needs; give --vae-scale (0.18215 "
+            "for Stable Diffusion 1 and 2, 0.13025 for XL, 1 for most autoencoders with a codebook)"
         )
     values = {
         "latent_channels": vae.latent_channels,
@@ -139,14 +141,14 @@ def _entry(source: str, vae: LoadedVae, options: VaeOptions, tile: int) -> VaeEn
 
 
 def require_source(source: str) -> None:
-    """Check at once, without a download, that `source` can be what `export_vae` needs; raises as that does."""
+    """Check without a download that `source` can be what `export_vae` needs. Raises what `export_vae` raises."""
     require_packages()
     with _named(source):
         vae_source.require_source(source)
 
 
 def load_vae(source: str) -> LoadedVae:
-    """An autoencoder's decoder in fp32, attention written out; the encoder takes no memory."""
+    """An autoencoder's decoder in fp32, with attention written out. The encoder takes no memory."""
     require_packages()
     with _named(source):
         return _load(find_vae(source))
@@ -154,7 +156,7 @@ def load_vae(source: str) -> LoadedVae:
 
 @contextlib.contextmanager
 def _named(source: str) -> Iterator[None]:
-    """Errors about the files of a source, with its name."""
+    """Put the name of a source before errors about its files."""
     try:
         yield
     except CheckpointError as error:
@@ -165,7 +167,7 @@ def _named(source: str) -> Iterator[None]:
 
 def _load(files: VaeFiles) -> LoadedVae:
     values = None if files.config is None else read_json(files.config)
-    module = None if values is None else _build(values)  # what is of another class says so before its weights are read
+    module = None if values is None else _build(values)  # refuses another class before its weights are read
     state = read_decoder(files.weights)
     if module is None or values is None:
         values = infer_config(state)
@@ -177,7 +179,7 @@ def _load(files: VaeFiles) -> LoadedVae:
 
 
 def _build(values: Mapping[str, Any]) -> Any:
-    """The module of a configuration, without memory for its weights."""
+    """The module that a configuration describes, without memory for its weights."""
     import diffusers
     from diffusers.models.attention_processor import Attention, AttnProcessor
 
@@ -196,7 +198,7 @@ def _build(values: Mapping[str, Any]) -> Any:
     try:
         with torch.device("meta"), _quiet():
             module = build(**{name: value for name, value in settings.items() if name in known})
-    except Exception as error:  # numbers of unknown origin can make the constructors raise anything
+    except Exception as error:  # settings from a file can make the constructors raise anything
         raise CheckpointError(f"has a configuration that {kind} refuses: {one_line(error)[:300]}") from error
     for part in module.modules():
         if isinstance(part, Attention):
@@ -205,14 +207,15 @@ def _build(values: Mapping[str, Any]) -> Any:
 
 
 class _Decoder(nn.Module):
-    """Latents as the sampler returns them to pixels in [-1, 1]."""
+    """Decodes latents, as the sampler returns them, to pixels in [-1, 1]."""
 
     def __init__(self, vae: LoadedVae, entry: VaeEntry):
         super().__init__()
         self.decoder, self.post_quant = vae.module.decoder, vae.module.post_quant_conv
         self.scale, self.shift = entry.scaling_factor, entry.shift_factor
         self.codes = vae.module.quantize.embedding if entry.codebook else None
-        self.spatial = vae.config.get("norm_type") == "spatial"  # normalised by what was looked up, too
+        # Its normalization layers also take the vectors of the codebook.
+        self.spatial = vae.config.get("norm_type") == "spatial"
         self.each: tuple[Tensor, Tensor] | None = None
         if entry.latents_mean is not None and entry.latents_std is not None:
             mean, std = (torch.tensor(each)[:, None, None] for each in (entry.latents_mean, entry.latents_std))
@@ -224,17 +227,18 @@ class _Decoder(nn.Module):
         else:
             mean, std = self.each
             hidden = latents * std / self.scale + mean
-        found = hidden = hidden if self.codes is None else self._nearest(hidden, self.codes.weight)
+        quantized = hidden = hidden if self.codes is None else self._nearest(hidden, self.codes.weight)
         if self.post_quant is not None:
             hidden = self.post_quant(hidden)
-        images: Tensor = self.decoder(hidden, found) if self.spatial else self.decoder(hidden)
+        images: Tensor = self.decoder(hidden, quantized) if self.spatial else self.decoder(hidden)
         return images
 
     @staticmethod
     def _nearest(latents: Tensor, codes: Tensor) -> Tensor:
-        """Latents [B, C, H, W], each vector replaced by the nearest of the codes [K, C]."""
+        """Latents [B, C, H, W] with each vector replaced by the nearest of the codes [K, C]."""
         vectors = latents.permute(0, 2, 3, 1)
-        distances = (codes * codes).sum(1) - 2 * (vectors @ codes.T)  # but for |vector|^2, which is the same for all
+        # Without |vector|^2, which is the same for all codes.
+        distances = (codes * codes).sum(1) - 2 * (vectors @ codes.T)
         return nn.functional.embedding(distances.argmin(-1), codes).permute(0, 3, 1, 2)
 
 
@@ -242,12 +246,12 @@ def _trace(decoder: _Decoder, entry: VaeEntry) -> ir.Model:
     (latents,), (images,) = vae_inputs(entry), vae_outputs(entry)
     example = torch.zeros(latents.concrete({BATCH: 2}))
     with torch.no_grad(), _quiet():
-        found = decoder.eval()(torch.randn(example.shape, generator=torch.Generator().manual_seed(0)))
-        if tuple(found.shape) != images.concrete({BATCH: 2}):
+        decoded = decoder.eval()(torch.randn(example.shape, generator=torch.Generator().manual_seed(0)))
+        if tuple(decoded.shape) != images.concrete({BATCH: 2}):
             raise ConfigError(
-                f"{entry.source} decodes {list(example.shape)} to {list(found.shape)}, expected {list(images.shape)}"
+                f"{entry.source} decodes {list(example.shape)} to {list(decoded.shape)}; expected {list(images.shape)}"
             )
-        if not found.isfinite().all():
+        if not decoded.isfinite().all():
             raise ConfigError(f"{entry.source} decodes random latents to NaN or infinite pixels; use another VAE")
         program = torch.onnx.export(
             decoder,
@@ -262,7 +266,7 @@ def _trace(decoder: _Decoder, entry: VaeEntry) -> ir.Model:
     assert program is not None
     model: ir.Model = program.model
     model.ir_version, model.producer_name = IR_VERSION, "dydit"
-    for node in model.graph.all_nodes():  # where in whose files each came from
+    for node in model.graph.all_nodes():  # they name source files of this machine
         node.metadata_props.clear()
     return model
 
@@ -273,7 +277,7 @@ def _save(model: ir.Model, folder: Path) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporter's remarks on packages that are not needed."""
+    """Hide the exporter's messages about packages that are not needed."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

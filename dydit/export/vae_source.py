@@ -1,8 +1,8 @@
-"""Where an autoencoder's files are: in a folder, in a pipeline's folder, in one file, or on the Hugging Face hub.
+"""Finds an autoencoder's files: in a folder, in a pipeline's folder, in one file, or on the Hugging Face hub.
 
-A source is a name on the hub only where it looks like one, OWNER/NAME, and nothing here goes by that name; so a
-mistyped path is called that at once. From the hub only the files that are needed are downloaded, and with
-HF_HUB_OFFLINE, or where the hub cannot be reached, those of an earlier download are used.
+A source is taken as a name on the hub only if it has the form OWNER/NAME and there is no file or folder of that name,
+so a mistyped path is reported at once. Only the necessary files are downloaded. With HF_HUB_OFFLINE, or if the hub
+cannot be reached, the files of an earlier download are used.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dydit.errors import BackendError, CheckpointError, one_line
 
 CONFIG, PIPELINE, WEIGHT_SUFFIXES = "config.json", "model_index.json", (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 HUB_SECONDS = 10
-_FOLDERS = ("", "vae/", "vqvae/")  # of a pipeline, where its autoencoder is
+_FOLDERS = ("", "vae/", "vqvae/")  # where a pipeline has its autoencoder
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _WHOLE = re.compile(r"diffusion_pytorch_model(\.(?P<variant>\w[\w-]*))?\.(?P<kind>safetensors|bin)")
 _SHARD = re.compile(r".*-\d{5}-of-\d{5}\.(safetensors|bin)")
@@ -27,24 +27,24 @@ _INDEX = re.compile(r"diffusion_pytorch_model\.(?P<kind>safetensors|bin)\.index(
 
 @dataclass(frozen=True)
 class VaeFiles:
-    """The files of an autoencoder. `config` is None for a file of weights alone; `weights` are several for shards."""
+    """The files of an autoencoder. `config`: None for a single file of weights. `weights`: several files for shards."""
 
     config: Path | None
     weights: tuple[Path, ...]
 
 
 def require_packages() -> None:
-    """Ask for what a decoder's export needs. Raises `BackendError` with the command that installs it."""
+    """Raise `BackendError`, which names the command to install it, if a package for the export is missing."""
     try:
         import diffusers  # noqa: F401
-        import onnxscript  # noqa: F401  (PyTorch's exporter needs it; better said now than after a download)
+        import onnxscript  # noqa: F401  (PyTorch's exporter needs it)
     except ImportError as error:
         package = (error.name or "diffusers").partition(".")[0]
         raise BackendError(f"{package} cannot be imported ({one_line(error)}): pip install 'dydit[vae]'") from error
 
 
 def require_source(source: str) -> None:
-    """Check at once, without a download, what `find_vae` needs. Raises `CheckpointError` as it does."""
+    """Check without a download that `source` can be what `find_vae` needs. Raises what `find_vae` raises."""
     path = Path(source).expanduser()
     if path.is_dir():
         _in_folder(path)
@@ -53,7 +53,7 @@ def require_source(source: str) -> None:
 
 
 def find_vae(source: str) -> VaeFiles:
-    """The files of the autoencoder that `source` names. Raises `CheckpointError`, which does not repeat `source`."""
+    """The files of the autoencoder that `source` names. Raises `CheckpointError`, which does not name it."""
     path = Path(source).expanduser()
     if path.is_dir():
         return _in_folder(path)
@@ -66,7 +66,7 @@ def find_vae(source: str) -> VaeFiles:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises `CheckpointError` where it is something else."""
+    """The JSON object in a file. Raises `CheckpointError` if it is something else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -84,53 +84,53 @@ def _require_hub_name(source: str) -> None:
 
 def _in_folder(folder: Path) -> VaeFiles:
     inside = [folder, *(folder / name for name in _FOLDERS if name and (folder / name).is_dir())]
-    names = [file.relative_to(folder).as_posix() for place in inside for file in place.iterdir() if file.is_file()]
+    names = [file.relative_to(folder).as_posix() for holder in inside for file in holder.iterdir() if file.is_file()]
     if "manifest.json" in names and CONFIG not in names:
-        raise CheckpointError("is a bundle of dydit; give the autoencoder that its decoder was made of")
+        raise CheckpointError("is a bundle of dydit; give the autoencoder that its decoder was exported from")
     return _choose(names, lambda name: folder / name)
 
 
 def _choose(names: Iterable[str], fetch: Callable[[str], Path]) -> VaeFiles:
-    """The configuration and weights among `names`, paths with slashes; `fetch` makes a file of a name."""
+    """The configuration and weights among `names`, which are paths with slashes. `fetch`: gets the file of a name."""
     known = set(names)
     order = [*_FOLDERS[1:], _FOLDERS[0]] if PIPELINE in known else _FOLDERS
-    place = next((place for place in order if place + CONFIG in known), None)
-    if place is None:
+    prefix = next((prefix for prefix in order if prefix + CONFIG in known), None)
+    if prefix is None:
         raise CheckpointError(f"holds no autoencoder: expected {CONFIG} in it, or in its vae/ or vqvae/ folder")
-    config = fetch(place + CONFIG)
-    weights = main_weights([name.removeprefix(place) for name in known if name.startswith(place)])
+    config = fetch(prefix + CONFIG)
+    weights = main_weights([name.removeprefix(prefix) for name in known if name.startswith(prefix)])
     if weights is None:
-        raise CheckpointError(f"has a {place}{CONFIG} without weights: expected diffusion_pytorch_model.safetensors")
-    path = fetch(place + weights)
-    return VaeFiles(config, _shards(path, lambda name: fetch(place + name)) if weights.endswith(".json") else (path,))
+        raise CheckpointError(f"has a {prefix}{CONFIG} without weights: expected diffusion_pytorch_model.safetensors")
+    path = fetch(prefix + weights)
+    return VaeFiles(config, _shards(path, lambda name: fetch(prefix + name)) if weights.endswith(".json") else (path,))
 
 
 def main_weights(names: Iterable[str]) -> str | None:
-    """The file of weights, or the index of their shards, among the names of one folder; None where there is none.
+    """The file of weights, or the index of their shards, among the names of one folder; None if there is none.
 
-    Weights of full precision come before variants (`fp16`), safetensors before `.bin`, and one file before shards.
-    Raises `CheckpointError` where only several variants are there.
+    Weights without a variant (such as `fp16`) come first, then safetensors before `.bin`, then one file before shards.
+    Raises `CheckpointError` if there are only several variants.
     """
-    found = []
+    candidates = []
     for name in names:
         match = _INDEX.fullmatch(name) or (None if _SHARD.fullmatch(name) else _WHOLE.fullmatch(name))
         if match:
             variant, is_bin = match["variant"] or "", match["kind"] == "bin"
-            found.append(((variant != "", is_bin, name.endswith(".json")), variant, name))
-    variants = sorted({variant for _, variant, _ in found})
+            candidates.append(((variant != "", is_bin, name.endswith(".json")), variant, name))
+    variants = sorted({variant for _, variant, _ in candidates})
     if len(variants) > 1 and "" not in variants:
         raise CheckpointError(f"holds weights in the variants {', '.join(variants)}; give the file of one of them")
-    return min(found)[2] if found else None
+    return min(candidates)[2] if candidates else None
 
 
 def _shards(index: Path, fetch: Callable[[str], Path]) -> tuple[Path, ...]:
-    places = read_json(index).get("weight_map")
-    names = sorted({str(name) for name in places.values()}) if isinstance(places, dict) else []
+    weight_map = read_json(index).get("weight_map")
+    names = sorted({str(name) for name in weight_map.values()}) if isinstance(weight_map, dict) else []
     if not names or any(PurePosixPath(name).name != name or "\\" in name for name in names):
-        raise CheckpointError(f"has a {index.name} that names no files beside it")
+        raise CheckpointError(f"has a {index.name} that does not list files in the same folder")
     paths = tuple(fetch(name) for name in names)
     if missing := [path.name for path in paths if not path.is_file()]:
-        raise CheckpointError(f"has no {missing[0]}, one of its {len(paths)} files of weights")
+        raise CheckpointError(f"lacks {missing[0]}, one of its {len(paths)} files of weights")
     return paths
 
 
@@ -138,7 +138,7 @@ def _from_hub(source: str) -> VaeFiles:
     from huggingface_hub import HfApi, constants, hf_hub_download
     from huggingface_hub.errors import RepositoryNotFoundError
 
-    trouble = "HF_HUB_OFFLINE is set"
+    reason = "HF_HUB_OFFLINE is set"
     if not constants.HF_HUB_OFFLINE:
         try:
             info = HfApi().model_info(source, timeout=HUB_SECONDS)
@@ -147,13 +147,13 @@ def _from_hub(source: str) -> VaeFiles:
         except CheckpointError:
             raise
         except RepositoryNotFoundError as error:
-            raise CheckpointError("no such folder here, and no such model on the hub, or it needs a login") from error
-        except Exception as error:  # several HTTP libraries are below, without a common base class
-            trouble = f"the hub cannot be reached ({one_line(error)[:200]})"
-    for place in _FOLDERS:
+            raise CheckpointError("no such file or folder, and no such model on the hub without a login") from error
+        except Exception as error:  # the HTTP libraries in use share no base class
+            reason = f"the hub cannot be reached ({one_line(error)[:200]})"
+    for prefix in _FOLDERS:
         try:
-            config = hf_hub_download(source, place + CONFIG, local_files_only=True)
+            config = hf_hub_download(source, prefix + CONFIG, local_files_only=True)
         except (OSError, ValueError):
             continue
         return _in_folder(Path(config).parent)
-    raise CheckpointError(f"no such folder here, {trouble}, and it was not downloaded before")
+    raise CheckpointError(f"no such file or folder; {reason}, and the model was not downloaded before")

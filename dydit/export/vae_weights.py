@@ -1,7 +1,7 @@
-"""The weights of an autoencoder's decoder, under the names that diffusers gives them.
+"""Reads the weights of an autoencoder's decoder, under the names that diffusers gives them.
 
-Read: diffusers' files, those with the names that its first releases gave to attention, and original files of latent
-diffusion (`kl-f8`, `vq-f4`), also inside a checkpoint of the whole model. The encoder is left out. Nothing in a file is
+Supported are diffusers' files, also with the names of attention in its first releases, and original files of latent
+diffusion (`kl-f8`, `vq-f4`), also inside a checkpoint of the whole model. The encoder is not read. No code in a file is
 executed. Errors do not name the file.
 """
 
@@ -19,7 +19,7 @@ from dydit.checkpoints.containers import Container, container_of
 from dydit.checkpoints.safe_load import listed, read_safetensors, read_torch, shown
 from dydit.errors import CheckpointError
 
-ANCHOR = "decoder.conv_in.weight"  # in every form
+ANCHOR = "decoder.conv_in.weight"  # in every supported file
 CODEBOOK = "quantize.embedding.weight"
 _PARTS = ("decoder.", "post_quant_conv.", CODEBOOK)
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -29,12 +29,12 @@ _UP_BLOCK = re.compile(r"decoder\.up_blocks\.(\d{1,3})\.resnets\.(\d{1,3})\.conv
 
 
 def read_decoder(files: Sequence[Path]) -> dict[str, Tensor]:
-    """The decoder's tensors in fp32 and diffusers' names: `decoder.*`, `post_quant_conv.*` and the codebook."""
+    """The decoder's tensors in fp32, under diffusers' names: `decoder.*`, `post_quant_conv.*` and the codebook."""
     state: dict[Any, Any] = {}
     for path in files:
         state |= _read(path)
-    found = [name.removesuffix(ANCHOR) for name in state if isinstance(name, str) and name.endswith(ANCHOR)]
-    prefixes = [prefix for prefix in found if not prefix or prefix.endswith(".")]
+    starts = [name.removesuffix(ANCHOR) for name in state if isinstance(name, str) and name.endswith(ANCHOR)]
+    prefixes = [prefix for prefix in starts if not prefix or prefix.endswith(".")]
     if not prefixes:
         raise CheckpointError(f"holds no decoder of an autoencoder: no {ANCHOR}; it holds {listed(map(str, state))}")
     if len(prefixes) > 1 and "" not in prefixes:
@@ -48,14 +48,15 @@ def read_decoder(files: Sequence[Path]) -> dict[str, Tensor]:
 
 
 def infer_config(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What diffusers' `config.json` would say, from the shapes of `read_decoder`.
+    """The settings of diffusers' `config.json`, from the shapes of the tensors that `read_decoder` returns.
 
-    Groups of normalisation cannot be seen; they are 32, as in every release of latent diffusion and diffusers' own.
+    Shapes do not show the groups of normalization. They are taken to be 32, as in every release of latent diffusion
+    and as diffusers' default.
     """
     blocks = {int(match[1]): state[match[0]].shape[0] for match in map(_UP_BLOCK.fullmatch, state) if match}
     layers = {int(match[2]) for match in map(_UP_BLOCK.fullmatch, state) if match}
     if not blocks or sorted(blocks) != list(range(len(blocks))) or "decoder.conv_out.weight" not in state:
-        raise CheckpointError("holds a decoder of an unknown kind; give the folder with its config.json")
+        raise CheckpointError("holds an unknown kind of decoder; give the folder with its config.json")
     count = len(blocks)
     attends = [f"decoder.up_blocks.{block}.attentions.0.to_q.weight" in state for block in range(count)]
     values: dict[str, Any] = {
@@ -89,7 +90,7 @@ def _read(path: Path) -> Mapping[Any, Any]:
 
 def _fp32(name: str, value: Any) -> Tensor:
     if not isinstance(value, Tensor) or value.layout is not torch.strided or not value.is_floating_point():
-        raise CheckpointError(f"has {shown(name)} that is not a dense tensor of floating point")
+        raise CheckpointError(f"has {shown(name)}, which is not a dense floating-point tensor")
     return value.detach().to(torch.float32)
 
 
@@ -100,14 +101,16 @@ def _diffusers_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
         new = _from_ldm(name, max(levels)) if levels else name
         if ".attentions." in new:
             new = _renamed_part(new, _OLD_ATTENTION)
-            if ".to_" in new and tensor.ndim == 4 and tensor.shape[2:] == (1, 1):  # a linear layer, as a convolution
+            if (
+                ".to_" in new and tensor.ndim == 4 and tensor.shape[2:] == (1, 1)
+            ):  # a linear layer, stored as a convolution
                 tensor = tensor[:, :, 0, 0]
         renamed[new] = tensor
     return renamed
 
 
 def _from_ldm(name: str, last: int) -> str:
-    """A name of latent diffusion's decoder, whose levels count from the finest, in diffusers' words."""
+    """diffusers' name for a tensor of latent diffusion's decoder, which numbers its levels from the finest one."""
     name = re.sub(r"\.mid\.block_([12])\.", lambda match: f".mid_block.resnets.{int(match[1]) - 1}.", name)
     name = name.replace(".mid.attn_1.", ".mid_block.attentions.0.").replace(".upsample.", ".upsamplers.0.")
     name = _LDM_LEVEL.sub(lambda match: f"decoder.up_blocks.{last - int(match[1])}.", name)
@@ -118,6 +121,6 @@ def _from_ldm(name: str, last: int) -> str:
 
 
 def _renamed_part(name: str, parts: Mapping[str, str]) -> str:
-    """`name` with the part before its last one, `weight` or `bias`, renamed."""
+    """`name` with the part before the final `weight` or `bias` renamed."""
     head, part, kind = name.rsplit(".", 2)
     return f"{head}.{parts.get(part, part)}.{kind}"

@@ -1,4 +1,4 @@
-"""The local functions of one model in one precision: each is made when first asked for, and shared by all graphs."""
+"""The ONNX local functions of one model in one precision. Each is made when first needed, and all graphs share it."""
 
 from __future__ import annotations
 
@@ -15,15 +15,18 @@ Make = Callable[Concatenate[Any, Precision, P], ir.Function]
 
 
 class FunctionLibrary:
-    """Functions by what made them. `cfg_channels`: how many channels guidance acts on."""
+    """Local functions by the Python function and arguments that make them.
+
+    `cfg_channels`: the number of channels that guidance acts on.
+    """
 
     def __init__(self, config: ModelConfig, cfg_channels: int, precision: Precision = Precision.FP32):
         self.config, self.cfg_channels, self.precision = config, cfg_channels, precision
-        self._made: dict[Hashable, ir.Function] = {}
+        self._functions: dict[Hashable, ir.Function] = {}
 
     def get(self, make: Make[P], *arguments: P.args, **options: P.kwargs) -> ir.Function:
-        """`make(config, precision, *arguments)`, made once; arguments must be hashable."""
+        """`make(config, precision, *arguments)`, called once for the same arguments, which must be hashable."""
         key = (make, arguments, tuple(options.items()))
-        if key not in self._made:
-            self._made[key] = make(self.config, self.precision, *arguments, **options)
-        return self._made[key]
+        if key not in self._functions:
+            self._functions[key] = make(self.config, self.precision, *arguments, **options)
+        return self._functions[key]

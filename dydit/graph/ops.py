@@ -1,4 +1,4 @@
-"""Writing ONNX nodes: the tape of `onnx_ir` with operators as methods and names that TensorRT reads."""
+"""Writes ONNX nodes: the tape of `onnx_ir` with operators as methods, and value names that TensorRT accepts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ CONTRIB = "com.microsoft"  # operators of ONNX Runtime's own, for int8
 class Ops(tape.Tape):
     """Collects the nodes of one graph or function, in order. `ops.MatMul(a, b)` adds a node and returns its output.
 
-    Values are named after `scope`: TensorRT's parser takes values of one name in a function and outside it for one.
+    Names of values start with `scope`, because TensorRT's parser confuses values of the same name inside and outside of
+    a function.
     """
 
     def __init__(self, scope: str = "main") -> None:
@@ -45,7 +46,7 @@ class Ops(tape.Tape):
         outputs: int | Sequence[str],
         attributes: dict[str, Any] | None = None,
     ) -> Sequence[ir.Value]:
-        """Add a node with several outputs, or with names for them."""
+        """Add a node. `outputs`: their number, or their names."""
         count = outputs if isinstance(outputs, int) else len(outputs)
         if isinstance(outputs, int):
             outputs = [f"{self.scope}.{operator}_{len(self._nodes)}_{index}" for index in range(count)]
@@ -59,19 +60,19 @@ class Ops(tape.Tape):
         return self.call("", "Constant", (), 1, {"value": ir.tensor(np.asarray(value, dtype))})[0]
 
     def to_precision(self, value: ir.Value, precision: Precision) -> ir.Value:
-        """An fp32 (or bool) value in the type of matrix products; nothing is added where that is what it is."""
+        """An fp32 or bool value, cast to the type of matrix products. Nothing is added if that type is fp32."""
         return value if precision.is_fp32 else self.Cast(value, to=DATA_TYPES[precision.dtype])
 
     def to_fp32(self, value: ir.Value, precision: Precision) -> ir.Value:
-        """The way back."""
+        """A value in the type of matrix products, cast to fp32."""
         return value if precision.is_fp32 else self.Cast(value, to=ir.DataType.FLOAT)
 
-    def between(self, value: ir.Value, made: Precision, wanted: Precision) -> ir.Value:
-        """What products of one precision gave, fp32 or fp16, for those of another."""
-        return value if made.dtype == wanted.dtype else self.Cast(value, to=DATA_TYPES[wanted.dtype])
+    def between(self, value: ir.Value, source: Precision, target: Precision) -> ir.Value:
+        """The output of a product of `source` precision, cast to the input type of one of `target` precision."""
+        return value if source.dtype == target.dtype else self.Cast(value, to=DATA_TYPES[target.dtype])
 
     def split(self, value: ir.Value, axis: int, count: int) -> Sequence[ir.Value]:
-        """Equal parts along an axis."""
+        """Split a value into `count` equal parts along an axis."""
         return self.call("", "Split", (value,), count, {"axis": axis, "num_outputs": count})
 
 

@@ -1,4 +1,4 @@
-"""Guidance and the sampler's step as an ONNX local function, in fp32 in every precision."""
+"""Guidance and the sampler's step as an ONNX local function. It is fp32 in every precision."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from dydit.models.config import ModelConfig
 def sampler_function(config: ModelConfig, precision: Precision, cfg_channels: int) -> ir.Function:
     """Classifier-free guidance and the sampler's formula (`dydit.diffusion.coefficients`).
 
-    The first B rows of the output are conditional, the last B unconditional; without guidance these are the same rows
-    and the guided prediction is the conditional one, whatever the scale.
+    The first B rows of the model's output are conditional and the last B unconditional. Without guidance these are the
+    same rows, so the guided prediction is the conditional one at any scale.
     """
 
     def body(

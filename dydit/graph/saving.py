@@ -1,4 +1,4 @@
-"""Saving graphs in the form that runtimes and compilers read."""
+"""Saves graphs in the form that runtimes and compilers read."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from onnx.inliner import inline_local_functions
 
 
 def save_graph(model: ir.Model, path: Path) -> None:
-    """Serialise a graph; external weights stay references to `weights.bin` beside it."""
+    """Write a graph to a file. External weights stay references to `weights.bin` in the same folder."""
     proto: onnx.ModelProto = ir.to_proto(model)
     if any(node.op_type == "QuantizeLinear" for function in proto.functions for node in function.node):
-        # TensorRT's parser takes no second such layer of one name, and every call of a function would make one.
+        # TensorRT's parser refuses two such layers of the same name, and every call of a function would add one.
         proto = inline_local_functions(proto)
         for node in proto.graph.node:
             node.name = ""

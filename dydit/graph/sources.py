@@ -1,7 +1,7 @@
 """Where a graph's weights come from: windows on `weights.bin`, or inputs of the graph.
 
-With windows a subnetwork is static, and a runtime can specialise it. With inputs of symbolic widths one graph serves
-every width.
+With windows a subnetwork is static, and a runtime can optimize it for its width. With inputs of symbolic width, one
+graph serves every width.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dydit.models.architecture import Part
 
 
 class WeightSource(ABC):
-    """Gives the values that functions take as weights, and keeps what the graph must declare for them."""
+    """Provides the values that functions take as weights, and collects the initializers and inputs of the graph."""
 
     def __init__(self) -> None:
         self.initializers: dict[str, ir.Value] = {}
@@ -35,7 +35,7 @@ class WeightSource(ABC):
 
     @abstractmethod
     def whole(self, name: str) -> ir.Value:
-        """A stored tensor, complete."""
+        """A whole stored tensor."""
 
     @abstractmethod
     def has(self, name: str) -> bool:
@@ -43,16 +43,16 @@ class WeightSource(ABC):
 
     @abstractmethod
     def units(self, ops: Ops, part: Part, tensor: str, slots: Sequence[int]) -> ir.Value:
-        """The rows of the given slots of a part's tensor, the unit axis merged with the next."""
+        """The rows of the given slots of a part's tensor, with the axis of units merged into the next axis."""
 
     @property
     def any_width(self) -> bool:
-        """Whether the graph does not know how many units a part has."""
+        """Whether the graph serves any number of units."""
         return False
 
 
 class Windows(WeightSource):
-    """Weights as external data: (offset, length) windows on `weights.bin`; a concatenation where slots have holes."""
+    """Weights as external data: windows on `weights.bin`, concatenated if slots are not consecutive."""
 
     def __init__(self, entries: Mapping[str, WeightEntry]):
         super().__init__()
@@ -83,7 +83,7 @@ class Windows(WeightSource):
     def _external(
         self, name: str, entry: WeightEntry, first: int = 0, shape: tuple[int, ...] | None = None
     ) -> ir.Value:
-        """The window of `shape` that starts at unit `first` of a stored tensor; all of it by default."""
+        """The window of `shape` from row `first` of a stored tensor on; by default the whole tensor."""
         if name not in self.initializers:
             shape = entry.shape if shape is None else shape
             offset = entry.offset + first * entry.item_bytes * math.prod(entry.shape[1:])
@@ -96,16 +96,16 @@ class Windows(WeightSource):
 
 
 class GatheredUnits:
-    """Copies of units that have holes between them, side by side at the end of `weights.bin`; each set of them once."""
+    """Copies of units that are not consecutive, at the end of `weights.bin`. Each set of units has one copy."""
 
     def __init__(self, file: Path):
         self.file = file
-        self._made: dict[tuple[str, tuple[int, ...]], WeightEntry] = {}
+        self._copies: dict[tuple[str, tuple[int, ...]], WeightEntry] = {}
 
     def entry(self, name: str, entry: WeightEntry, slots: Sequence[int]) -> WeightEntry:
-        """Where the units `slots` of a stored tensor lie as one, [units, ...]."""
+        """The entry of a consecutive copy of the units `slots` of a stored tensor, [units, ...]."""
         key = name, tuple(slots)
-        if key not in self._made:
+        if key not in self._copies:
             unit = entry.nbytes // entry.shape[0]
             with open(self.file, "r+b") as file:
                 pieces = []
@@ -115,12 +115,12 @@ class GatheredUnits:
                 end = file.seek(0, 2)
                 file.write(b"\0" * (-end % ALIGNMENT) + b"".join(pieces))
             shape = (len(slots), *entry.shape[1:])
-            self._made[key] = WeightEntry(offset=end + -end % ALIGNMENT, shape=shape, dtype=entry.dtype)
-        return self._made[key]
+            self._copies[key] = WeightEntry(offset=end + -end % ALIGNMENT, shape=shape, dtype=entry.dtype)
+        return self._copies[key]
 
 
 class SolidWindows(Windows):
-    """Windows for compilers, which take a constant in 8 bits as it is or not at all: where slots have holes, a copy."""
+    """Windows for compilers, which refuse concatenations of 8-bit constants. Units with gaps are copied instead."""
 
     def __init__(self, entries: Mapping[str, WeightEntry], gathered: GatheredUnits):
         super().__init__(entries)
@@ -137,7 +137,7 @@ class SolidWindows(Windows):
 
 
 class WeightInputs(Windows):
-    """Block weights as graph inputs whose first dimension is a symbol; what has one width only stays a constant."""
+    """Weights of units as graph inputs whose first dimension is a symbol. Tensors of fixed width stay constants."""
 
     any_width = True
 
@@ -154,12 +154,12 @@ def _initializer(name: str, tensor: ir.TensorProtocol) -> ir.Value:
 
 
 def graph_value(spec: TensorSpec) -> ir.Value:
-    """An input or output of a graph."""
+    """The value of a graph's input or output."""
     return ir.Value(name=spec.name, shape=ir.Shape(spec.shape), type=ir.TensorType(DATA_TYPES[spec.dtype]))
 
 
 def runs(slots: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Ascending slots as (first, count) runs of neighbours: a prefix is one run."""
+    """Runs of consecutive numbers in ascending slots, as (first, count). A prefix is one run."""
     if not slots:
         return
     first = previous = slots[0]

@@ -1,7 +1,7 @@
-"""Writing the graph of one sampling step on one subnetwork.
+"""Writes the graph of one sampling step on one subnetwork.
 
-What belongs to every model is here: inputs, the weights of the units that a subnetwork holds, gates, the sampler's
-step, outputs. How a model's blocks are written, its architecture says (`Architecture.write_step`).
+This module writes the parts that all models share: inputs, weights of the subnetwork's units, gates, the sampler's step
+and outputs. The architecture writes the blocks (`Architecture.write_step`).
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import onnx_ir as ir
 
 from dydit.bundle.io_spec import subnet_inputs, subnet_outputs
 from dydit.bundle.manifest import Routing
-from dydit.bundle.stored_weights import half_name
+from dydit.bundle.stored_weights import fp16_name
 from dydit.graph.library import FunctionLibrary
 from dydit.graph.ops import CONTRIB, DOMAIN, IR_VERSION, OPSET, Ops
-from dydit.graph.products import layer_precision, weight_parts
+from dydit.graph.products import weight_parts
 from dydit.graph.sampler_step import sampler_function
 from dydit.graph.sources import WeightSource, graph_value
 from dydit.models.architecture import Part, Slots, UnitLayer
@@ -28,11 +28,12 @@ from dydit.models.registry import architecture_of
 
 @dataclass(frozen=True)
 class SubnetSpec:
-    """What a subnetwork holds: its slots, which (block, unit group) is gated, and how tokens are routed.
+    """The description of a subnetwork: its slots, its gated unit groups, and how it routes tokens.
 
-    `units`: ascending slots by block and unit group. `gated`: the unit groups that are not all on in every step that
-    the subnetwork serves. `capacities`: token slots per image and block, with `Routing.CAPACITY`. `input_scales`: by
-    block, of what enters each of its layers, with calibrated precisions; None where a layer stays in 16 bits.
+    `units`: ascending slots by block and unit group. `gated`: (block, unit group) of groups that are not completely on
+    in every step of the subnetwork. `capacities`: token slots per row, by block, with `Routing.CAPACITY`.
+    `input_scales`: scales of the inputs of layers, by block, with calibrated precisions; None for a layer that stays in
+    fp16.
     """
 
     units: Slots
@@ -41,17 +42,17 @@ class SubnetSpec:
     capacities: tuple[int, ...] | None = None
     input_scales: tuple[tuple[float | None, ...], ...] | None = None
 
-    def in_16_bits(self, layers: Sequence[str]) -> tuple[tuple[str, ...], ...] | None:
-        """By block, those of its `layers` that stay in 16 bits; None where there are none."""
-        kept = [
+    def fp16_layers(self, layers: Sequence[str]) -> tuple[tuple[str, ...], ...] | None:
+        """The layers that stay in fp16, by block; None if there are none. `layers`: the names of a block's layers."""
+        in_fp16 = [
             tuple(layer for layer, scale in zip(layers, block, strict=True) if scale is None)
             for block in self.input_scales or ()
         ]
-        return tuple(kept) if any(kept) else None
+        return tuple(in_fp16) if any(in_fp16) else None
 
 
 class GraphWriter:
-    """The main graph while it is written, and what an architecture writes it with."""
+    """The main graph while it is written, with methods that an architecture uses to write its blocks."""
 
     def __init__(self, config: ModelConfig, spec: SubnetSpec, library: FunctionLibrary, weights: WeightSource):
         self.config: Any = config
@@ -60,7 +61,7 @@ class GraphWriter:
         self.functions: dict[str, ir.Function] = {}
         self.inputs = {each.name: graph_value(each) for each in subnet_inputs(config, bool(spec.gated))}
         self._parts = {(part.block, part.index): part for part in config.units.parts}
-        self._in_16_bits = spec.in_16_bits(config.units.layer_names)
+        self._fp16_layers = spec.fp16_layers(config.units.layer_names)
 
     def call(self, target: ir.Function, inputs: Sequence[ir.Value], names: Sequence[str]) -> Sequence[ir.Value]:
         """Call a local function and name its outputs."""
@@ -68,60 +69,61 @@ class GraphWriter:
         return self.ops.call(target.domain, target.name, inputs, names)
 
     def part(self, block: int, group: int) -> tuple[Part, tuple[int, ...]]:
-        """A unit group of a block, and the slots of it that the subnetwork holds."""
+        """The part of a block's unit group, and the slots of it that the subnetwork has."""
         return self._parts[block, group], self.spec.units[block][group]
 
     def count(self, slots: Sequence[int]) -> int | None:
-        """How many units that are; None where the graph serves any number."""
+        """The number of units in `slots`; None if the graph serves any number."""
         return None if self.weights.any_width else len(slots)
 
     def gates(self, part: Part, slots: Sequence[int]) -> list[ir.Value]:
-        """The gates of a part's slots, [units], where it is gated."""
+        """The gates of a part's slots, [units]; an empty list if the part is not gated."""
         if (part.block, part.index) not in self.spec.gated:
             return []
         index = self.ops.constant(np.asarray(slots, np.int64) + part.start)
         return [self.ops.Gather(self.inputs["gates"], index, axis=0)]
 
     def layers(self, part: Part, slots: Sequence[int]) -> list[ir.Value]:
-        """The weights of all of a part's layers as functions take them."""
+        """The weights of a part's layers, in the order in which functions take them."""
         return [value for layer in part.group.layers for value in self._layer(part, layer, slots)]
 
     def factors(self, part: Part, slots: Sequence[int]) -> list[ir.Value]:
-        """The factors of smoothed inputs of a part's layers, [channels of the slots], where they are stored."""
+        """The stored factors of smoothed inputs of a part's layers, each [channels of the slots]."""
         names = [f"{layer.name}.factor" for layer in part.group.layers if layer.scaled_inputs]
-        there = [name for name in names if self.weights.has(part.stored(name))]
-        return [self.weights.units(self.ops, part, name, slots) for name in there]
+        return [
+            self.weights.units(self.ops, part, name, slots) for name in names if self.weights.has(part.stored(name))
+        ]
 
-    def in_16_bits(self, part: Part) -> tuple[str, ...]:
-        """Those of a part's layers that stay in 16 bits where others are in 8."""
-        kept = () if self._in_16_bits is None else self._in_16_bits[part.block]
-        return tuple(layer.name for layer in part.group.layers if layer.name in kept)
+    def fp16_layers(self, part: Part) -> tuple[str, ...]:
+        """The layers of a part that stay in fp16, while the others have 8 bits."""
+        in_fp16 = () if self._fp16_layers is None else self._fp16_layers[part.block]
+        return tuple(layer.name for layer in part.group.layers if layer.name in in_fp16)
 
     def _layer(self, part: Part, layer: UnitLayer, slots: Sequence[int]) -> list[ir.Value]:
-        """A linear layer's weights: of the given slots, whatever has an axis of units."""
-        kept = layer.name in self.in_16_bits(part)
-        precision = layer_precision(self.library.precision, layer.name, (layer.name,) if kept else ())
-        made = []
+        """A linear layer's weights, with the given slots of those tensors that have an axis of units."""
+        in_fp16 = layer.name in self.fp16_layers(part)
+        precision = self.library.precision.attention if in_fp16 else self.library.precision
+        values = []
         for piece in weight_parts(precision):
-            stored = half_name(layer.weight) if kept and piece == "weight" else f"{layer.name}.{piece}"
+            stored = fp16_name(layer.weight) if in_fp16 and piece == "weight" else f"{layer.name}.{piece}"
             if layer.out_major or piece == "weight":
                 value = self.weights.units(self.ops, part, stored, slots)
             else:
                 value = self.weights.whole(part.stored(stored))
-            # Only the weight has a copy in 16 bits: a bias is small.
-            made.append(self.ops.to_precision(value, precision) if kept and piece == "bias" else value)
+            # Only the weight has a stored copy in fp16. A bias is small, so the graph converts it.
+            values.append(self.ops.to_precision(value, precision) if in_fp16 and piece == "bias" else value)
         if precision.is_calibrated:
             assert self.spec.input_scales is not None
-            place = self.config.units.layer_names.index(layer.name)
-            scale = np.asarray(self.spec.input_scales[part.block][place], np.float32)
-            made.append(self.weights.local(part.stored(f"{layer.name}.input_scale"), scale))
-        return made
+            index = self.config.units.layer_names.index(layer.name)
+            scale = np.asarray(self.spec.input_scales[part.block][index], np.float32)
+            values.append(self.weights.local(part.stored(f"{layer.name}.input_scale"), scale))
+        return values
 
 
 def subnet_graph(config: ModelConfig, spec: SubnetSpec, library: FunctionLibrary, weights: WeightSource) -> ir.Model:
     """The graph of one sampling step on one subnetwork; inputs and outputs as `dydit.bundle.io_spec` describes them.
 
-    Each block's residual stream and token mask are values of the main graph, under the names that `io_spec` gives.
+    Each block's residual stream and token mask are values of the main graph, named as in `io_spec`.
     """
     writer = GraphWriter(config, spec, library, weights)
     out, overflow = architecture_of(config).write_step(writer)
@@ -137,13 +139,13 @@ def subnet_graph(config: ModelConfig, spec: SubnetSpec, library: FunctionLibrary
 
 
 def typed(value: ir.Value, like: ir.Value) -> ir.Value:
-    """`value` with the shape and type of a declared output."""
+    """Give `value` the shape and type of a declared output."""
     value.shape, value.type = like.shape, like.type
     return value
 
 
 def graph_model(name: str, inputs: Sequence[ir.Value], outputs: Sequence[ir.Value], writer: GraphWriter) -> ir.Model:
-    """A model of the main graph and the functions that it calls."""
+    """An ONNX model with the main graph and the functions that it calls."""
     functions = writer.functions.values()
     opsets = {CONTRIB: 1} if any(CONTRIB in each.opset_imports for each in functions) else {}
     graph = ir.Graph(
@@ -160,7 +162,7 @@ def graph_model(name: str, inputs: Sequence[ir.Value], outputs: Sequence[ir.Valu
 def conditioning_model(
     inputs: Sequence[ir.Value], outputs: Sequence[ir.Value], ops: Ops, weights: WeightSource
 ) -> ir.Model:
-    """A model of a conditioning graph, which calls no functions."""
+    """An ONNX model with a conditioning graph, which calls no functions."""
     graph = ir.Graph(
         inputs,
         outputs,

@@ -16,7 +16,7 @@ import numpy as np
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.manifest import MANIFEST, Manifest, Routing
 from dydit.bundle.measurements import StepTimes
-from dydit.bundle.stored_weights import half_name
+from dydit.bundle.stored_weights import fp16_name
 from dydit.bundle.vae_entry import VAE_DECODER, VAE_WEIGHTS
 from dydit.diffusion.schedule import Schedule
 from dydit.errors import CheckpointError
@@ -145,7 +145,7 @@ def inspect_bundle(path: Path | str) -> Inspection:
         masks, config, PlanSizes(config.units, masks, unit_sizes, fixed), measured.times if measured else None
     )
     dense = int(unit_sizes.sum()) + fixed
-    loaded = dense if manifest.sliding else sum(entry.weight_bytes for entry in manifest.subnets)
+    loaded = dense if manifest.dynamic_width else sum(entry.weight_bytes for entry in manifest.subnets)
     chosen = PlanRow(
         segments=len(manifest.plan.segments),
         subnets=len(manifest.subnets),
@@ -239,7 +239,7 @@ def _unit_bytes(manifest: Manifest) -> np.ndarray:
     axis, sizes = manifest.model.units, []
     for part in axis.parts:
         names = map(part.stored, part.group.all_unit_tensors)
-        stored = (manifest.weights.get(name) or manifest.weights.get(half_name(name)) for name in names)
+        stored = (manifest.weights.get(name) or manifest.weights.get(fp16_name(name)) for name in names)
         sizes.append(sum(entry.nbytes for entry in stored if entry) / part.group.count)
     return axis.spread(np.array(sizes, np.float64))
 
@@ -247,7 +247,7 @@ def _unit_bytes(manifest: Manifest) -> np.ndarray:
 def _stored_model_facts(manifest: Manifest) -> ModelFacts:
     """Facts of the stored weights. They do not contain the width routers, whose decisions are frozen into the plan."""
     counts = {name: math.prod(entry.shape) for name, entry in manifest.weights.items()}
-    for copy in [half_name(name) for name in counts]:
+    for copy in [fp16_name(name) for name in counts]:
         counts.pop(copy, None)
     for name in manifest.model.derived:
         del counts[name]

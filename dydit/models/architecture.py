@@ -1,15 +1,15 @@
-"""What the rest of dydit knows of a model's structure: its blocks, their unit groups, and the layers that units own.
+"""The structure of a model for the rest of dydit: its blocks, their unit groups, and the layers that units own.
 
-A *unit* is what a width router switches: an attention head, or a group of MLP channels. Units of one kind in one block
-form a *unit group*. All units of a model lie on one axis, [U]; masks, gates and unit costs are arrays along it:
+A *unit* is what a width router turns on or off: an attention head, or a group of MLP channels. The units of one kind in
+a block form a *unit group*. All units of a model are on one axis, [U]. Masks, gates and unit costs are arrays along it:
 
     block 0: heads 0..H-1 | block 0: MLP groups 0..H-1 | block 1: heads 0..H-1 | ...
     \\_____ a part _____/   \\_______ a part ________/
 
-A *part* is one group of one block; there are P of them, in the same order. Within a part, units are numbered by
-checkpoint (as the model was trained) or by *slot* (as they are stored in a bundle: most often used first).
+A *part* is one unit group of one block. There are P parts, in the same order. The units of a part are numbered as in
+the checkpoint, or by *slot*, their storage order in a bundle: the most often active units come first.
 
-No PyTorch and no ONNX here: running a bundle needs this module and neither of them.
+This module imports neither PyTorch nor ONNX, because running a bundle needs it but neither of them.
 """
 
 from __future__ import annotations
@@ -26,19 +26,20 @@ Slots = tuple[tuple[tuple[int, ...], ...], ...]
 
 
 class Side(StrEnum):
-    """Which side of a linear layer units share out."""
+    """The side of a linear layer that is divided among units."""
 
-    OUTPUT = "output"  # a unit owns outputs, and their biases
-    INPUT = "input"  # a unit owns inputs; the bias is everybody's
+    OUTPUT = "output"  # a unit owns outputs and their biases
+    INPUT = "input"  # a unit owns inputs; the bias belongs to no unit
 
 
 @dataclass(frozen=True)
 class UnitLayer:
-    """A linear layer of a block whose width follows its units, and which may be quantized.
+    """A linear layer of a block whose width depends on its active units, and which may be quantized.
 
-    A bundle stores its weight as [units, unit_features, features], so that the rows of a unit lie together:
-    `unit_features` on the side that units share out, `features` on the other one. `scaled_inputs`: where inputs are
-    smoothed for 8 bits, their factors are stored beside the weight, because no layer before it can take them over.
+    A bundle stores its weight as [units, unit_features, features], so the rows of a unit are contiguous.
+    `unit_features`: channels per unit, on the side that is divided among units. `features`: channels on the other side.
+    `scaled_inputs`: whether the factors of smoothed inputs are stored with the weight, because no layer before it can
+    absorb them.
     """
 
     name: str
@@ -59,36 +60,36 @@ class UnitLayer:
 
     @property
     def out_major(self) -> bool:
-        """Whether stored rows are outputs: [out, in], as PyTorch has them; else they are inputs: [in, out]."""
+        """Whether the stored rows are outputs, [out, in], as in PyTorch. Otherwise they are inputs, [in, out]."""
         return self.side is Side.OUTPUT
 
     @property
     def unit_tensors(self) -> tuple[str, ...]:
-        """Stored tensors whose first axis is the unit's slot, in every precision."""
+        """Stored tensors whose first axis is the slot of the unit, in every precision."""
         return (self.weight, self.bias) if self.out_major else (self.weight,)
 
     @property
     def quantized_unit_tensors(self) -> tuple[str, ...]:
-        """Those that 8 bits may add: scales of output channels, factors of smoothed inputs."""
+        """Such tensors that only 8 bits have: scales of output channels, factors of smoothed inputs."""
         scales = (f"{self.name}.scale",) if self.out_major else ()
         return (*scales, f"{self.name}.factor") if self.scaled_inputs else scales
 
     def in_features(self, units: int) -> int:
-        """Input channels with so many units."""
+        """Input channels with the given number of active units."""
         return self.features if self.out_major else units * self.unit_features
 
     def out_features(self, units: int) -> int:
-        """Output channels with so many units."""
+        """Output channels with the given number of active units."""
         return units * self.unit_features if self.out_major else self.features
 
 
 @dataclass(frozen=True)
 class UnitGroup:
-    """Units of one kind in a block: `count` of them, and the layers that become narrower with each that is off.
+    """The `count` units of one kind in a block, and the layers that are narrower if some of the units are off.
 
-    `macs`: multiply-adds that one unit adds to a step for one image, all tokens counted. `routed`: only the tokens that
-    the block's token router selects pass through its layers. `attention`: between its layers stands attention, which
-    calibrated 8 bits leave in fp16. `title`: its units, for a person.
+    `macs`: multiply-adds that one unit adds to a step for one image, with all tokens. `routed`: whether only the tokens
+    that the block's token router selects pass through its layers. `attention`: whether attention, which stays in fp16
+    with calibrated 8 bits, is between its layers. `title`: the name of its units in reports.
     """
 
     name: str
@@ -101,18 +102,18 @@ class UnitGroup:
 
     @property
     def unit_tensors(self) -> tuple[str, ...]:
-        """Stored tensors whose first axis is the unit's slot, in every precision: inputs of a graph of any width."""
+        """Stored tensors whose first axis is the unit's slot: the weight inputs of the graph of dynamic width."""
         return tuple(name for layer in self.layers for name in layer.unit_tensors)
 
     @property
     def all_unit_tensors(self) -> tuple[str, ...]:
-        """The same with those that 8 bits may add."""
+        """`unit_tensors`, and those that may be stored with 8 bits."""
         return (*self.unit_tensors, *(name for layer in self.layers for name in layer.quantized_unit_tensors))
 
 
 @dataclass(frozen=True)
 class BlockSpec:
-    """A block as far as width is concerned: its unit groups, in the order of execution."""
+    """The unit groups of a block, in the order of execution."""
 
     groups: tuple[UnitGroup, ...]
 
@@ -128,7 +129,7 @@ class BlockSpec:
 
 @dataclass(frozen=True)
 class Part:
-    """One unit group of one block: where its units lie on the axis, [start, stop)."""
+    """One unit group of one block. Its units are [start, stop) on the axis."""
 
     block: int
     index: int
@@ -137,16 +138,16 @@ class Part:
 
     @property
     def stop(self) -> int:
-        """One past its last unit."""
+        """The index after its last unit."""
         return self.start + self.group.count
 
     @property
     def units(self) -> slice:
-        """Its place on the axis."""
+        """Its units as a slice of the axis."""
         return slice(self.start, self.stop)
 
     def stored(self, tensor: str) -> str:
-        """The full name of one of its stored tensors: `blocks.3.layer.weight`."""
+        """The full stored name of one of its tensors: `blocks.3.layer.weight`."""
         return stored_name(self.block, tensor)
 
 
@@ -156,7 +157,7 @@ def stored_name(block: int, tensor: str) -> str:
 
 
 class UnitAxis:
-    """The axis of all units of a model, and how arrays along it are taken apart and put together."""
+    """The axis of all units of a model, with methods for arrays along it."""
 
     def __init__(self, blocks: Sequence[BlockSpec]):
         self.blocks = tuple(blocks)
@@ -167,35 +168,35 @@ class UnitAxis:
         self.parts = tuple(parts)
         self.size = parts[-1].stop if parts else 0
         if any(spec.layers != self.blocks[0].layers for spec in self.blocks):
-            raise ValueError("the blocks of a model hold the same layers")
+            raise ValueError("the blocks of a model must have the same layers")
         if any(part.group.count < 1 for part in parts):
-            raise ValueError("every unit group of a model has at least one unit")
+            raise ValueError("every unit group of a model must have at least one unit")
         self.layers = self.blocks[0].layers
-        """The layers of a block whose width follows its units; every block has them."""
+        """The layers of a block that units own. All blocks have the same."""
         self.layer_names = tuple(layer.name for layer in self.layers)
         self.weights = {part.stored(layer.weight): layer for part in parts for layer in part.group.layers}
-        """The layer of every stored weight that units own: those that may be quantized."""
+        """The layers that units own, by stored name of the weight. Only these weights may be quantized."""
         self.biases = frozenset(part.stored(layer.bias) for part in parts for layer in part.group.layers)
         self._starts = np.array([part.start for part in parts], np.int64)
 
     def counts(self, masks: np.ndarray) -> np.ndarray:
-        """How many units of each part are on: [..., U] -> int64 [..., P]."""
+        """The number of active units of each part: [..., U] -> int64 [..., P]."""
         return np.add.reduceat(masks, self._starts, axis=-1, dtype=np.int64)
 
     def any(self, masks: np.ndarray) -> np.ndarray:
-        """Whether any unit of each part is on: bool [..., U] -> bool [..., P]."""
+        """Whether each part has any active unit: bool [..., U] -> bool [..., P]."""
         return np.logical_or.reduceat(masks, self._starts, axis=-1)
 
     def spread(self, values: np.ndarray) -> np.ndarray:
-        """One value for each part, for each of its units: [..., P] -> [..., U]."""
+        """Repeat the value of each part for all of its units: [..., P] -> [..., U]."""
         return np.repeat(values, [part.group.count for part in self.parts], axis=-1)
 
     def per_unit(self) -> np.ndarray:
-        """Multiply-adds that each unit adds to a step for one image, all tokens counted, f64 [U]."""
+        """Multiply-adds that each unit adds to a step for one image, with all tokens, f64 [U]."""
         return self.spread(np.array([part.group.macs for part in self.parts], np.float64))
 
     def routed_macs(self, masks: np.ndarray) -> np.ndarray:
-        """Multiply-adds of the units that are on and routed, all tokens counted: [..., U] -> [..., L]."""
+        """Multiply-adds of the active units in routed groups, with all tokens: [..., U] -> [..., L]."""
         out = np.zeros((*masks.shape[:-1], len(self.blocks)))
         for part in self.parts:
             if part.group.routed:
@@ -203,7 +204,7 @@ class UnitAxis:
         return out
 
     def of_group(self, values: np.ndarray, name: str) -> np.ndarray:
-        """The units of one group of every block, of blocks that all have as many: [..., U] -> [..., L, units]."""
+        """The units of one group of every block, if all have the same number: [..., U] -> [..., L, units]."""
         columns = [values[..., part.units] for part in self.parts if part.group.name == name]
         return np.stack(columns, axis=-2)
 
@@ -213,11 +214,11 @@ class UnitAxis:
         return tuple(self._units_of_groups())
 
     def shares(self, masks: np.ndarray) -> dict[str, float]:
-        """Mean share of units that are on, [..., U], by name of the unit group."""
+        """The mean share of active units in masks [..., U], by name of the unit group."""
         return {name: float(masks[..., units].mean()) for name, units in self._units_of_groups().items()}
 
     def total_counts(self, mask: np.ndarray | None = None) -> dict[str, int]:
-        """How many units of each group are on over all blocks, by name; by default all of them."""
+        """The number of active units by name of the unit group. `mask`: bool [U], by default all on."""
         on = np.ones(self.size, bool) if mask is None else mask
         return {name: int(on[units].sum()) for name, units in self._units_of_groups().items()}
 
@@ -228,28 +229,28 @@ class UnitAxis:
         return units
 
     def slots(self, mask: np.ndarray) -> Slots:
-        """The units that a mask bool [U] has on."""
+        """The active units of a mask, bool [U]."""
         return self.nested([tuple(map(int, np.flatnonzero(mask[part.units]))) for part in self.parts])
 
     def mask(self, slots: Iterable[Iterable[Iterable[int]]]) -> np.ndarray:
-        """The mask bool [U] that has these units on: the inverse of `slots`. Raises `ValueError` for others' units."""
+        """The mask, bool [U], with these active units: the inverse of `slots`. `ValueError` for unknown units."""
         mask = np.zeros(self.size, bool)
         for part, units in self.zip(slots):
             units = list(units)
             if not all(0 <= unit < part.group.count for unit in units):
-                raise ValueError(f"block {part.block} has {part.group.count} {part.group.name}, not units {units}")
+                raise ValueError(f"block {part.block} has {part.group.count} {part.group.name}, not slots {units}")
             mask[[part.start + unit for unit in units]] = True
         return mask
 
     def nested(self, values: Sequence[Any]) -> tuple[tuple[Any, ...], ...]:
-        """One value for each part, by block and unit group. Raises `ValueError` where there are more or fewer."""
+        """Values of all parts, nested by block and unit group. Raises `ValueError` for another number of values."""
         if len(values) != len(self.parts):
             raise ValueError(f"{len(values)} values for {len(self.parts)} unit groups")
         each = iter(values)
         return tuple(tuple(next(each) for _ in block.groups) for block in self.blocks)
 
     def zip(self, nested: Iterable[Iterable[Any]]) -> Iterator[tuple[Part, Any]]:
-        """(part, its value) of values by block and unit group. Raises `ValueError` where they are not of this axis."""
+        """(part, value) of values nested by block and unit group. Raises `ValueError` for another number of values."""
         values = [value for block in nested for value in block]
         yield from zip(self.parts, values, strict=True)
 

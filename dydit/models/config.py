@@ -1,4 +1,4 @@
-"""What every architecture's configuration states, so that other rooms can ask it. No PyTorch here.
+"""The configuration that every architecture has, for the rest of dydit. No PyTorch here.
 
 Each architecture adds its sizes in a subclass (`dydit.models.dit.config`). A configuration that is read from a file
 names its `architecture`, and so its subclass (`dydit.models.registry`).
@@ -34,24 +34,24 @@ from dydit.validation import SettingsError, problems_of
 
 T = TypeVar("T", bound=BaseModel)
 PICTURE_CHANNELS = (1, 3)
-"""Channels that a picture has: grey, or RGB."""
+"""Channels of an image: grey, or RGB."""
 UserPath = Annotated[Path, AfterValidator(user_path)]
 """A path in a configuration; `~` is the home folder."""
 
 
 class Routers(StrEnum):
-    """Which routers a checkpoint carries. A width router gives a logit for each unit of its group."""
+    """Which routers a checkpoint has, and for which units its width routers compute logits."""
 
     NONE = "none"  # a static model
-    FIRST_ON = "first-on"  # none for unit 0, which is always on
-    ALL_ROUTED = "all-routed"  # one for every unit, as in an older release; every unit may be off
+    FIRST_ON = "first-on"  # no logit for unit 0, which is always on
+    ALL_ROUTED = "all-routed"  # a logit for every unit, as in an older release; every unit may be off
 
 
 class Space(StrEnum):
-    """What a model was trained on, and so what it samples."""
+    """What a model was trained on, and therefore samples."""
 
     PIXELS = "pixels"  # grey or RGB, in [-1, 1]
-    LATENTS = "latents"  # of an autoencoder, whose decoder makes pixels of them
+    LATENTS = "latents"  # of an autoencoder, whose decoder turns them into pixels
 
 
 class Strict(BaseModel):
@@ -72,17 +72,17 @@ class ClassLabels:
 
     @property
     def rows(self) -> int:
-        """Labels that the network takes, `null` among them: they are below this number."""
+        """The number of labels that the network takes, with `null`. Labels are below this number."""
         return self.count + (self.null is not None)
 
 
 class ModelConfig(Strict):
-    """What every architecture states of a model; a subclass adds its own sizes and says how they make the rest.
+    """The configuration of a model. Each architecture has a subclass with its own sizes.
 
-    `hidden_size`: channels D of the residual stream. `depth`: blocks. `input_size`: the side of the latent (or pixel)
-    square, of `in_channels` channels. `learn_sigma`: the output has as many channels again, for the variance.
-    `space`: what the model was trained on. No weight tells, so it is None unless the checkpoint, the folder that it
-    lies in, or the user states it; `samples_pixels` then goes by the number of channels.
+    `hidden_size`: channels D of the residual stream. `depth`: the number of blocks L. `input_size`: the side of the
+    square of latents or pixels, which has `in_channels` channels. `learn_sigma`: whether the output has as many further
+    channels, for the variance. `space`: what the model was trained on. Weights do not show it, so it is None unless the
+    checkpoint, its folder or the user states it; `samples_pixels` then depends on the number of channels.
     """
 
     UNSTATED: ClassVar[dict[str, Any]] = {"space": None}
@@ -99,7 +99,7 @@ class ModelConfig(Strict):
     @model_validator(mode="wrap")
     @classmethod
     def _of_its_architecture(cls, values: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
-        """Values that are read as a `ModelConfig` become one of the architecture that they name."""
+        """Validate values for a `ModelConfig` as the subclass of the architecture that they name."""
         if cls is not ModelConfig or isinstance(values, ModelConfig):
             return handler(values)
         named = values.get("architecture", DEFAULT) if isinstance(values, dict) else DEFAULT
@@ -124,26 +124,26 @@ class ModelConfig(Strict):
     def _pixels_have_colours(self) -> Self:
         if self.space is Space.PIXELS and self.in_channels not in PICTURE_CHANNELS:
             raise ValueError(
-                f"{self.in_channels} channels cannot be pixels; expected 1 (grey) or 3 (RGB). State latents instead"
+                f"{self.in_channels} channels cannot be pixels; expected 1 (grey) or 3 (RGB); state latents instead"
             )
         return self
 
-    # What an architecture says of its models.
+    # What an architecture says about its models.
 
     @property
     @abstractmethod
     def tokens(self) -> int:
-        """N, tokens per image that a token router decides on."""
+        """N, the number of tokens per image."""
 
     @property
     @abstractmethod
     def classes(self) -> ClassLabels:
-        """The class labels that it takes."""
+        """The class labels that the model takes."""
 
     @property
     @abstractmethod
     def condition_shape(self) -> tuple[int, ...]:
-        """Shape of what a step takes of its timestep and label: one row of the conditioning graph's output."""
+        """Shape of the condition of one row: what the conditioning graph computes for a timestep and label."""
 
     @abstractmethod
     def block_specs(self) -> Sequence[BlockSpec]:
@@ -156,7 +156,7 @@ class ModelConfig(Strict):
     @property
     @abstractmethod
     def low_precision(self) -> tuple[str, ...]:
-        """Stored tensors, besides those of units' layers, whose type follows a bundle's precision; others are fp32."""
+        """Stored tensors in a bundle's precision, besides those of units' layers. All others are fp32."""
 
     @property
     @abstractmethod
@@ -165,17 +165,17 @@ class ModelConfig(Strict):
 
     @property
     def title(self) -> str:
-        """What the model is, for a person: "DiT"."""
+        """The name of the kind of model in reports, such as "DiT"."""
         return f"{'dynamic ' if self.dynamic else ''}{architecture(self.architecture).title}"
 
     @property
     def derived(self) -> frozenset[str]:
-        """Stored tensors that are computed and no parameters."""
+        """Stored tensors that are computed and are not parameters."""
         return frozenset()
 
     @abstractmethod
     def is_conditioning(self, tensor: str) -> bool:
-        """Whether the conditioning graph reads a stored tensor, and no other graph does."""
+        """Whether only the conditioning graph reads a stored tensor."""
 
     @property
     @abstractmethod
@@ -185,7 +185,7 @@ class ModelConfig(Strict):
     @property
     @abstractmethod
     def summary(self) -> str:
-        """Its sizes for a person: "hidden 384, 12 blocks, 6 heads, patch 2"."""
+        """Its sizes in words: "hidden 384, 12 blocks, 6 heads, patch 2"."""
 
     @property
     def token_router_hidden(self) -> int:
@@ -194,15 +194,15 @@ class ModelConfig(Strict):
 
     @property
     def out_channels(self) -> int:
-        """Output channels: epsilon, and the variance where it is learned."""
+        """Output channels: epsilon, and the variance if it is learned."""
         return self.in_channels * (2 if self.learn_sigma else 1)
 
     @property
     def samples_pixels(self) -> bool:
         """Whether samples are pixels, grey or RGB, and not latents that a decoder turns into pixels.
 
-        Where `space` does not state it, models of 1 or 3 channels are taken to sample pixels. Latents of 3 channels
-        exist (VQ-f4), so callers say that this is an assumption: see `space_is_assumed`.
+        If `space` does not state it, models of 1 or 3 channels are assumed to sample pixels. Latents of 3 channels
+        exist (VQ-f4), so callers report the assumption: see `space_is_assumed`.
         """
         if self.space is not None:
             return self.space is Space.PIXELS
@@ -210,51 +210,51 @@ class ModelConfig(Strict):
 
     @property
     def space_is_open(self) -> bool:
-        """Whether nothing states what samples are, and their channels could be those of pictures."""
+        """Whether `space` is not stated and the number of channels could be that of pixels."""
         return self.space is None and self.in_channels in PICTURE_CHANNELS
 
     @property
     def space_is_assumed(self) -> bool:
-        """Whether samples are taken to be pixels although latents of so many channels are common."""
+        """Whether samples are assumed to be pixels although latents with that many channels are common."""
         return self.space is None and self.in_channels == 3
 
     @property
     def space_words(self) -> str:
-        """What samples are, for a person."""
+        """What samples are, in words."""
         if not self.samples_pixels:
             return "latents"
         kind = "grey" if self.in_channels == 1 else "RGB"
-        assumed = "; assumed of 3 channels: if they are latents (VQ-f4), state --space latents"
+        assumed = "; assumed because of 3 channels: if they are latents (VQ-f4), give --space latents"
         return f"pixels, {kind}{assumed if self.space_is_assumed else ''}"
 
     @property
     def sizes(self) -> Self:
-        """The same without `space`, which changes no weight and no graph: to be compared."""
+        """The configuration without `space`, which affects no weight and no graph; for comparisons."""
         return self.model_copy(update={"space": None})
 
     @property
     def null_class(self) -> int | None:
-        """The label that means "no class" in classifier-free guidance; None: there is none."""
+        """The label for "no class" in classifier-free guidance; None if there is none."""
         return self.classes.null
 
     def require_guidance(self, cfg_scale: float) -> None:
-        """Raise `ConfigError` where `cfg_scale` asks for guidance and the model has no row for "no class"."""
+        """Raise `ConfigError` if `cfg_scale` needs guidance and the model has no row for "no class"."""
         Guidance(cfg_scale, self.null_class)
 
     @property
     def dynamic(self) -> bool:
-        """Whether the model carries routers."""
+        """Whether the model has routers."""
         return self.routers is not Routers.NONE
 
     def stating(self, space: Space | None, decoded: bool) -> Self:
-        """The model with what it samples stated: `space`, or latents for one that gets a decoder and leaves it open."""
+        """The model with `space` stated. If that is None, a model with an open space and a decoder samples latents."""
         if space is None and decoded and self.space_is_open:
             space = Space.LATENTS
         return self if space is None else parse_config(type(self), {**self.model_dump(), "space": space})
 
     @property
     def units(self) -> UnitAxis:
-        """The units of all blocks, on one axis."""
+        """The axis of the units of all blocks."""
         return _unit_axis(self)
 
     def without_routers(self) -> Self:
@@ -268,7 +268,7 @@ def _unit_axis(config: ModelConfig) -> UnitAxis:
 
 
 def parse_model(values: dict[str, Any], where: str = "") -> ModelConfig:
-    """The model that values of a file describe, of the architecture that they name; as `parse_config`."""
+    """The model that values of a file describe. They may name its architecture. Raises what `parse_config` raises."""
     kind: Any = ModelConfig
     model: ModelConfig = parse_config(kind, values, where)
     return model
@@ -277,7 +277,7 @@ def parse_model(values: dict[str, Any], where: str = "") -> ModelConfig:
 def parse_config(kind: type[T], values: dict[str, Any], where: str = "") -> T:
     """Build a configuration. Raises `SettingsError`, a `ConfigError` that names each bad field in one line.
 
-    `where` is the file that the values come from, if they do; the line starts with it.
+    `where`: the file that the values come from, if there is one. The line starts with it.
     """
     try:
         return kind.model_validate(values)

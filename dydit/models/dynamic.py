@@ -1,4 +1,4 @@
-"""The masked form of a model: dense, its gates multiply. What every architecture's PyTorch model has."""
+"""The masked form of a model, in which gates multiply dense results: the PyTorch interface of every architecture."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ class DynamicModel(nn.Module):
 
     @abstractmethod
     def embed_timestep(self, t: Tensor) -> Tensor:
-        """What width routers read: timesteps [B] -> [B, D]."""
+        """The input of width routers: timesteps [B] -> [B, D]."""
 
     @abstractmethod
     def width_routers(self) -> Sequence[WidthRouter]:
         """The width routers of all parts, in the order of the axis of units (`UnitAxis.parts`)."""
 
     def inference_gating(self) -> Gating:
-        """The routers' own decisions, or everything on where there are none."""
+        """The gating at inference: the routers' decisions, or everything on if there are no routers."""
         return Masked() if self.config.dynamic else Static()
 
     def set_derived(self) -> None:
-        """Set the buffers that are computed and in no state dict; called after the weights of a file were assigned."""
+        """Set the computed buffers, which are in no state dict. Called after weights were loaded."""

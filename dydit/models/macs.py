@@ -1,7 +1,7 @@
-"""Multiply-adds of a model. One place, used by the training loss, the planner and the reports. No PyTorch here.
+"""Multiply-adds of a model, for the training loss, the planner and the reports. No PyTorch here.
 
-A unit's share of its block stands in the architecture's description (`UnitGroup.macs`). It counts fully in each step
-that has the unit on, and where its group is routed, by the share of tokens that the block's router selects.
+The architecture says how many multiply-adds a unit has (`UnitGroup.macs`). They count in each step in which the unit is
+on. If its group is routed, they are multiplied by the share of tokens that the block's router selects.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def flops_ratio(config: ModelConfig, counts: Any, tokens: Any) -> Any:
 def unit_costs(config: ModelConfig, token_ratio: np.ndarray | None = None) -> np.ndarray:
     """Multiply-adds that one active unit adds to a step, [U] float64.
 
-    `token_ratio`: share of tokens that enter each block's MLP, [L]; all of them where it is not given.
+    `token_ratio`: share of tokens that enter each block's MLP, [L]; by default 1.
     """
     axis = config.units
     if token_ratio is None:

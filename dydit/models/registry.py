@@ -1,8 +1,8 @@
-"""The architectures that dydit knows, by name, and what each one has to say of itself.
+"""The architectures that dydit knows, by name, and the interface that each one implements.
 
-A new architecture is a folder beside `dit/`, a line in `_FOLDERS`, and its tests. Every other room asks the
-`Architecture` of a model and reads no meaning out of the names of tensors. What runs PyTorch or writes ONNX is imported
-when it is asked for, so that a bundle runs with neither.
+A new architecture is a folder beside `dit/`, a line in `_FOLDERS`, and its tests. All other code asks the
+`Architecture` of a model, and reads no meaning out of the names of tensors. PyTorch and ONNX are imported only by the
+methods that need them, because running a bundle needs neither.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ if TYPE_CHECKING:
     from dydit.quantization.smoothing import Smoothing
 
 DEFAULT = "dit"
-"""What a file means that names no architecture: those of before there was a choice."""
+"""The architecture of a file that names none, because it is older than the choice."""
 
 
 class Architecture(ABC):
-    """One architecture: its configuration, and the forms that a model of it takes.
+    """One architecture: its configuration, and the forms of its models.
 
-    The *masked* form is trained, and is what others are held to: dense, its gates multiply. The *sliced* form is one
-    subnetwork in PyTorch, really narrow, on stored weights. The ONNX form is the same as a graph.
+    The *masked* form is trained, and is the reference for the others: gates multiply dense results. The *sliced* form
+    is one subnetwork in PyTorch with narrow matrices, on stored weights. The ONNX form is the same as a graph.
     """
 
     name: ClassVar[str]
@@ -50,7 +50,7 @@ class Architecture(ABC):
 
     @abstractmethod
     def masked(self, config: Any) -> DynamicModel:
-        """A masked model, its weights not yet set."""
+        """A masked model with uninitialized weights."""
 
     @abstractmethod
     def sliced(
@@ -62,13 +62,13 @@ class Architecture(ABC):
         capacities: Sequence[int] | None = None,
         linear: Linear | None = None,
     ) -> SlicedModel:
-        """The subnetwork of some slots over stored weights; see `SlicedModel`."""
+        """The subnetwork with the given slots, on stored weights; see `SlicedModel`."""
 
     @abstractmethod
     def conditioning(self, config: Any, weights: Mapping[str, Tensor], timesteps: Tensor, labels: Tensor) -> Tensor:
-        """What steps take of every (timestep, label) pair: int64 [T], int64 [R] -> [T, R, *condition_shape]."""
+        """The conditions of all (timestep, label) pairs: int64 [T], int64 [R] -> [T, R, *condition_shape]."""
 
-    # From weights as they are trained to weights as they are stored.
+    # From the weights of a checkpoint to the weights of a bundle.
 
     @abstractmethod
     def stored_tensors(
@@ -80,20 +80,19 @@ class Architecture(ABC):
     ) -> Iterator[tuple[str, Tensor]]:
         """(name, f32 tensor) of everything that a bundle stores, one after another, in the order of the file.
 
-        `order`: the model's unit in each slot, by block and unit group; by default the same number. With `smoothing`,
-        weights have taken over their inputs' range, and factors of inputs are stored beside them where a layer has
-        `scaled_inputs`.
+        `order`: the model's unit in each slot, by block and unit group; by default, unit i is in slot i. `smoothing`:
+        applied to the weights; layers with `scaled_inputs` also get a tensor of factors.
         """
 
     def condition_factors(self, config: Any, smoothing: Smoothing | None) -> np.ndarray | None:
-        """What smoothing multiplies a row of `conditioning` by, f32 of `condition_shape`; None: nothing changes."""
+        """The factors of smoothing on a row of `conditioning`, f32 of `condition_shape`; None if there are none."""
         return None
 
     # As ONNX.
 
     @abstractmethod
     def write_step(self, writer: GraphWriter) -> tuple[ir.Value, list[ir.Value]]:
-        """Write a model from latents to its output; return that, and each block's count of tokens without a slot."""
+        """Write the model into a graph. Returns its output, and each block's number of tokens without a slot."""
 
     @abstractmethod
     def conditioning_graph(
@@ -101,34 +100,34 @@ class Architecture(ABC):
     ) -> ir.Model:
         """(timesteps [T], labels [R]) -> condition f32 [T, R, *condition_shape]."""
 
-    # Reading checkpoints. What is not said here makes checkpoints of dydit's own format alone readable.
+    # Reading checkpoints. Without these, only checkpoints in dydit's own format can be read.
 
     anchors: ClassVar[tuple[str, ...]] = ()
     top_level: ClassVar[tuple[str, ...]] = ()
     diffusers_classes: ClassVar[tuple[str, ...]] = ()
     output_layer: ClassVar[str | None] = None
-    """`anchors`: published names of which every model has one, by which its state dict is found in a file, and
-    recognised. `top_level`: how published names start. `diffusers_classes`: what `config.json` calls it.
-    `output_layer`: the weight whose zeros make an output of zeros."""
+    """`anchors`: published names, one of which every model has. They identify a state dict in a file. `top_level`: the
+    first parts of published names. `diffusers_classes`: the classes in `config.json`. `output_layer`: the weight that
+    is all zeros before training."""
 
     def recognises(self, state: Mapping[str, Tensor]) -> bool:
-        """Whether published names are those of this architecture."""
+        """Whether a state dict is of this architecture, by its published names."""
         return any(anchor in state for anchor in self.anchors)
 
     def infer_config(self, state: Mapping[str, Tensor], stated: Stated, given: Given) -> Inferred:
         """The configuration that the shapes of a recognised state dict describe.
 
-        `stated`: by the training run; `given`: by the user. Raises `CheckpointError` where these contradict each other,
-        or leave something open.
+        `stated`: by the training run. `given`: by the user. Raises `CheckpointError` if these contradict each other, or
+        if something remains unknown.
         """
-        raise self._unable("files of other programs are not recognised")
+        raise self._unable("only checkpoints in dydit's own format can be read")
 
     def complete(self, state: dict[str, Tensor], config: Any, size: int) -> None:
-        """Check that a recognised `state` is all of a model, and add what can be computed. `size`: bytes of the file.
+        """Check that a recognised `state` is a complete model, and add computed tensors. `size`: bytes of the file.
 
-        Raises `CheckpointError` for what is missing, unknown, misshapen or not finite.
+        Raises `CheckpointError` for tensors that are missing, unknown, of the wrong shape or not finite.
         """
-        raise self._unable("files of other programs are not recognised")
+        raise self._unable("only checkpoints in dydit's own format can be read")
 
     def state_shapes(self, config: Any) -> Shapes:
         """Published name -> shape of every tensor of a model."""
@@ -138,46 +137,46 @@ class Architecture(ABC):
             return {name: tuple(tensor.shape) for name, tensor in self.masked(config).state_dict().items()}
 
     def is_block_matrix(self, name: str) -> bool:
-        """Whether a published name is of a block's matrix that training starts from something else than zero."""
+        """Whether a published name is of a block's matrix that is not zero before training."""
         return name.startswith("blocks.") and name.endswith(".weight")
 
     def is_width_router(self, name: str) -> bool:
-        """Whether the weights of a published name are needed to decide units at any timestep."""
+        """Whether a tensor, by its published name, is needed to compute the masks of timesteps."""
         return True
 
     def is_router(self, name: str) -> bool:
-        """Whether a published name is of a router."""
+        """Whether a tensor, by its published name, belongs to a router."""
         return False
 
     def diffusers_config(self, values: dict[str, Any]) -> ModelConfig:
-        """What a diffusers `config.json` describes."""
-        raise self._unable("folders of diffusers are not read")
+        """The configuration that a diffusers `config.json` describes."""
+        raise self._unable("folders of diffusers cannot be read")
 
     def from_diffusers(self, state: Mapping[str, Tensor], config: Any, size: int) -> dict[str, Tensor]:
         """The tensors of a diffusers model under the published names."""
-        raise self._unable("folders of diffusers are not read")
+        raise self._unable("folders of diffusers cannot be read")
 
-    # Models that are not loaded.
+    # New models.
 
     def initialize(self, model: Any, generator: torch.Generator) -> None:
-        """Fresh weights to train from, and routers that start with everything on."""
+        """Initialize weights for training, with routers that start with everything on."""
         raise self._unable("it cannot be trained")
 
     def initialize_routers(self, model: Any, generator: torch.Generator, token_bias: float, width_bias: float) -> None:
-        """Fresh router weights, and biases that open every gate."""
+        """Initialize router weights, with biases that open every gate."""
         raise self._unable("it cannot be trained")
 
     def ordered_by_importance(self, state: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
-        """A static model's state dict with its units in descending importance; the same function."""
-        raise self._unable("its units have no order of importance")
+        """A static model's state dict with its units in descending importance. The model computes the same function."""
+        raise self._unable("its units cannot be ordered by importance")
 
     def synthetic(self, config: Any, seed: int, flops_ratio: float) -> DynamicModel:
         """Random weights that behave like trained ones (`dydit.models.synthetic`)."""
-        raise self._unable("there are no synthetic models of it")
+        raise self._unable("there are no synthetic models of this architecture")
 
     def route_share(self, state: dict[str, Tensor], config: Any, share: float) -> None:
         """Change a synthetic model's weights so that its token routers select exactly `share` of all tokens."""
-        raise self._unable("there are no synthetic models of it")
+        raise self._unable("there are no synthetic models of this architecture")
 
     def _unable(self, reason: str) -> ConfigError:
         return ConfigError(f"{self.title}: {reason}")
@@ -188,22 +187,22 @@ _known: dict[str, Architecture] = {}
 
 
 def register(new: Architecture) -> None:
-    """Make an architecture known by its name, in this process; for one that is not part of dydit."""
+    """Register an architecture in this process. For architectures that are not part of dydit."""
     _known[new.name] = new
 
 
 def architecture(name: str) -> Architecture:
-    """The architecture of a name. Raises `ConfigError`, naming those that there are, for another name."""
+    """The architecture with a name. Raises `ConfigError`, which lists the known names, for any other name."""
     if name not in _known:
         if name not in _FOLDERS:
             known = ", ".join(sorted({*_FOLDERS, *_known}))
-            raise ConfigError(f"unknown architecture {name!r}; known: {known}. A newer dydit may know it")
+            raise ConfigError(f"unknown architecture {name!r}; expected one of: {known}. A newer dydit may have it")
         register(import_module(_FOLDERS[name]).ARCHITECTURE)
     return _known[name]
 
 
 def architectures() -> list[Architecture]:
-    """All of them."""
+    """All known architectures."""
     return [architecture(name) for name in sorted({*_FOLDERS, *_known})]
 
 

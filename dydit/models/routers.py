@@ -1,8 +1,8 @@
-"""The routers of DyDiT (section 3), and the named ways of turning their logits into gates.
+"""The routers of DyDiT (section 3 of the paper), and classes that turn their logits into gates.
 
-TDW (timestep-based dynamic width) decides heads and channel groups from the timestep embedding; SDT (spatial-wise
-dynamic token) decides, from the residual stream, which tokens enter the MLP. A `Gating` turns logits into gates; the
-model calls it and knows nothing of how.
+TDW (timestep-wise dynamic width) decides heads and channel groups from the timestep embedding. SDT (spatial-wise
+dynamic token) decides, from the residual stream, which tokens enter the MLP. A `Gating` turns logits into gates, so the
+model does not depend on how that is done.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ TOKEN_ROUTER = ("router.0.weight", "router.0.bias", "router.2.weight", "router.2
 
 
 class WidthRouter(nn.Module):
-    """TDW: one logit per unit of a group from what `DynamicModel.embed_timestep` gives: [B, D] -> [B, units].
+    """TDW: one logit per unit of a group, from the output of `DynamicModel.embed_timestep`: [B, D] -> [B, units].
 
-    `Linear(D, units)`; with `Routers.FIRST_ON` `Linear(D, units - 1)`, and +inf for unit 0.
+    `Linear(D, units)`. With `Routers.FIRST_ON`, `Linear(D, units - 1)`, and the logit of unit 0 is +inf.
     """
 
     def __init__(self, config: ModelConfig, units: int):
@@ -36,7 +36,7 @@ class WidthRouter(nn.Module):
 
 
 class TokenRouter(nn.Module):
-    """SDT: `Linear(D, D/16), ReLU, Linear(D/16, 1)` on tokens [B, N, D]; gives logits [B, N]."""
+    """SDT: `Linear(D, D/16), ReLU, Linear(D/16, 1)` on tokens: [B, N, D] -> logits [B, N]."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -48,10 +48,10 @@ class TokenRouter(nn.Module):
 
 
 class Gating:
-    """How gates are made. Each method returns a float gate, or None for "everything on, multiply nothing"."""
+    """Turns logits into gates. Each method returns float gates, or None: everything is on, nothing is multiplied."""
 
     def units(self, block: int, group: int, router: WidthRouter | None, t_emb: Tensor) -> Tensor | None:
-        """Gates of a block's unit group (`dydit.models.architecture`), by its index: [B, units]."""
+        """Gates of a block's unit group (`dydit.models.architecture`), by index of the group: [B, units]."""
         return None if router is None else self.gate(router(t_emb))
 
     def tokens(self, block: int, router: TokenRouter | None, x: Tensor) -> Tensor | None:
@@ -64,7 +64,7 @@ class Gating:
 
 
 class Static(Gating):
-    """The complete model: routers are ignored."""
+    """The complete model. Routers are ignored."""
 
     def units(self, block: int, group: int, router: WidthRouter | None, t_emb: Tensor) -> None:
         return None
@@ -74,16 +74,16 @@ class Static(Gating):
 
 
 class Masked(Gating):
-    """Inference: exactly 1 where the logit is above 0, else exactly 0. Decided in fp32 on the logit."""
+    """Inference: exactly 1 if the logit, in fp32, is above 0, otherwise exactly 0."""
 
     def gate(self, logits: Tensor) -> Tensor:
         return (logits.float() > 0).to(logits.dtype)
 
 
 class GumbelSigmoid(Gating):
-    """Training: 1 where sigmoid((logit + G1 - G2)/tau) > 0.5, G Gumbel(0, 1); the gradient is the sigmoid's.
+    """Training: 1 if sigmoid((logit + G1 - G2)/tau) > 0.5, otherwise 0, with G ~ Gumbel(0, 1).
 
-    `generator` makes the noise, so that a run can be repeated bit for bit.
+    The gradient is that of the sigmoid. `generator` draws the noise, so that a run can be repeated bit for bit.
     """
 
     def __init__(self, generator: torch.Generator, temperature: float = 5.0):
@@ -99,7 +99,7 @@ class GumbelSigmoid(Gating):
 
 @dataclass
 class Decisions:
-    """The gates that one forward pass used: of units [B, U], of tokens by block [L, B, N]."""
+    """The gates of one forward pass: of units [B, U], and of tokens [L, B, N]."""
 
     units: Tensor
     tokens: Tensor
@@ -107,7 +107,7 @@ class Decisions:
 
 @dataclass
 class Recording(Gating):
-    """Wraps a gating and keeps what it decided, for `decisions()` after the pass; what was not gated counts as 1."""
+    """Wraps a gating and records its gates, for `decisions()` after the pass. Without a gate, 1 is recorded."""
 
     inner: Gating
     config: ModelConfig
@@ -125,7 +125,7 @@ class Recording(Gating):
         return gates
 
     def decisions(self) -> Decisions:
-        """The recorded gates; gradients flow through them."""
+        """The recorded gates. Gradients flow through them."""
         parts = self.config.units.parts
         units = [self._or_ones(self._units.get((part.block, part.index)), part.group.count) for part in parts]
         tokens = [self._or_ones(self._tokens.get(block), self.config.tokens) for block in range(self.config.depth)]

@@ -1,7 +1,7 @@
-"""The sliced form: one subnetwork with really narrow matrices and tokens routed by gather, computing a sampler step.
+"""The sliced form: one subnetwork with narrow matrices and tokens routed by gather. It computes a sampler step.
 
-It is the PyTorch twin of a subnetwork's graph: the same inputs (`dydit.bundle.io_spec`) and outputs, on the stored
-weights. It saves on the clock what the masked form only saves on paper, and equals it.
+It is the PyTorch form of a subnetwork's graph: it has the same inputs (`dydit.bundle.io_spec`) and outputs, and uses
+the stored weights. It computes the same values as the masked form, with fewer multiply-adds.
 
 Shapes: B images; rows R = B, or 2B with classifier-free guidance (conditional rows, then those of the null class);
 N tokens of hidden size D; L blocks; U units.
@@ -36,10 +36,10 @@ class SlicedOutput:
 
 @dataclass(frozen=True)
 class SlicedBlock:
-    """A block's weights, cut to its slots. Consecutive slots are views of the stored tensors.
+    """A block's weights for its slots. With consecutive slots, they are views of the stored tensors.
 
-    `layers`: weight and bias of each layer that units own, by name; the weight [rows of all slots, features] as
-    `UnitLayer` says. `slots`: int64 slots of each unit group. `router`: the token router, if it has one.
+    `layers`: weight and bias of each layer that units own, by name. The weight is [rows of all slots, features], see
+    `UnitLayer`. `slots`: slots of each unit group, int64. `router`: the token router, if the block has one.
     """
 
     index: int
@@ -53,23 +53,23 @@ class SlicedBlock:
 
 
 Linear = Callable[[SlicedBlock, UnitLayer, Tensor], Tensor]
-"""How a layer that units own is computed: (block, layer, x [..., in]) -> [..., out]."""
+"""A function that computes a layer that units own: (block, layer, x [..., in]) -> [..., out]."""
 
 
 def plain_linear(block: SlicedBlock, layer: UnitLayer, x: Tensor) -> Tensor:
-    """The layer on x, in the type of its weight."""
+    """Compute a layer on x, in the type of its weight."""
     weight, bias = block.layers[layer.name]
     x = x.to(weight.dtype)
     return F.linear(x, weight, bias) if layer.out_major else x @ weight + bias
 
 
 class SlicedModel(ABC):
-    """One subnetwork over stored weights.
+    """One subnetwork on stored weights.
 
-    `slots`: the slots of each unit group that each block holds, ascending; `capacities`: routed tokens per row that
-    each block has room for (all, where not given); `cfg_channels`: how many channels guidance acts on; `linear`: how
-    layers that units own are computed, for those that watch or round what enters them. Works on the weights' device
-    and in their dtype; where only the layers that units own are of a lower precision, these products alone are.
+    `slots`: ascending slots by block and unit group. `capacities`: slots for routed tokens per row, by block; by
+    default, one for every token. `cfg_channels`: the number of channels that guidance acts on. `linear`: computes
+    layers that units own, for callers that observe or quantize their inputs. The model runs on the weights' device and
+    in their dtype. If only the layers that units own have a lower precision, only their products do.
     """
 
     def __init__(
@@ -92,11 +92,11 @@ class SlicedModel(ABC):
 
     @abstractmethod
     def _take(self, weights: Mapping[str, Tensor]) -> None:
-        """Keep what is needed of the stored weights outside of the blocks' units."""
+        """Keep the stored weights that no unit owns and that are needed."""
 
     @abstractmethod
     def _output(self, x: Tensor, condition: Tensor, gates: Sequence[Tensor] | None) -> Tensor:
-        """The model's output [R, C or 2C, S, S]: x [B, C, S, S], condition [R, ...], gates [units] of each part.
+        """The model's output [R, C or 2C, S, S] for x [B, C, S, S], condition [R, ...] and gates [units] of each part.
 
         Calls `linear`, `route` and `finish_block` for each block.
         """
@@ -114,8 +114,8 @@ class SlicedModel(ABC):
     ) -> SlicedOutput:
         """One sampler step on the inputs of a subnetwork's graph.
 
-        x, noise [B, C, S, S]; coefficients [5]; cfg_scale []; condition [R, *condition_shape]; gates [U] of 0/1 by
-        slot. With capacities, a block's routed tokens beyond `capacity * R` keep their residual and count in
+        x, noise [B, C, S, S]; coefficients [5]; cfg_scale []; condition [R, *condition_shape]; gates [U] of 0 or 1, by
+        slot. With capacities, a block's routed tokens beyond `capacity * R` keep their residual and are counted in
         `overflow`.
         """
         self._overflow = torch.zeros(self.config.depth, dtype=torch.int64)
@@ -128,16 +128,16 @@ class SlicedModel(ABC):
         return SlicedOutput(x_prev, self._overflow, torch.stack(self._tokens), torch.stack(self._residuals))
 
     def linear(self, block: SlicedBlock, layer: str, x: Tensor) -> Tensor:
-        """One of the layers that a block's units own, by its name, on x [..., in]."""
+        """Compute a layer that a block's units own, by its name, on x [..., in]."""
         return self._linear(block, self._units[layer], x)
 
     def route(
         self, block: SlicedBlock, x: Tensor, branch: Callable[[Tensor, Tensor], Tensor], has_units: bool
     ) -> Tensor:
-        """The residual stream [R, N, D] after a branch that only the tokens pass which the block's router selects.
+        """The residual stream [R, N, D] after a branch through which only the routed tokens pass.
 
-        `branch(tokens [T, D], rows int64 [T])` gives what is added to these tokens. `has_units`: whether it is more
-        than a bias, for which capacities have no slots.
+        `branch(tokens [T, D], rows int64 [T])` returns what is added to these tokens. `has_units`: whether the branch
+        has active units. Without them it is only a bias, which needs no token slots.
         """
         assert block.router is not None
         first, first_bias, last, last_bias = block.router
@@ -152,16 +152,16 @@ class SlicedModel(ABC):
         return flat.index_copy(0, chosen, entering + branch(entering, chosen // x.shape[1])).view_as(x)
 
     def keep_every_token(self, x: Tensor) -> None:
-        """Note that every token of a block [R, N, D] passes, because it has no router."""
+        """Record that all tokens of a block [R, N, D] pass, because it has no router."""
         self._tokens.append(torch.ones_like(x[..., 0], dtype=torch.bool))
 
     def finish_block(self, x: Tensor) -> None:
-        """Note the residual stream [R, N, D] after a block."""
+        """Record the residual stream [R, N, D] after a block."""
         self._residuals.append(x)
 
 
 def _rows(stored: Tensor, slots: Sequence[int]) -> Tensor:
-    """The rows of some slots, merged: [units, a, ...] -> [len(slots)*a, ...]; a view where they are consecutive."""
+    """The rows of slots, merged: [units, a, ...] -> [len(slots)*a, ...]; a view if the slots are consecutive."""
     first, count = (slots[0], len(slots)) if slots else (0, 0)
     consecutive = list(slots) == list(range(first, first + count))
     chosen = stored[first : first + count] if consecutive else stored[list(slots)]
@@ -179,5 +179,5 @@ def _cut(config: ModelConfig, weights: Mapping[str, Tensor], index: int, slots: 
             layers[layer.name] = _rows(of(layer.weight), units), bias
     router = tuple(map(of, TOKEN_ROUTER)) if config.dynamic else None
     device = next(iter(weights.values())).device
-    held = tuple(torch.tensor(list(units), dtype=torch.int64, device=device) for units in slots)
-    return SlicedBlock(index, layers, held, router)
+    slot_tensors = tuple(torch.tensor(list(units), dtype=torch.int64, device=device) for units in slots)
+    return SlicedBlock(index, layers, slot_tensors, router)

@@ -24,7 +24,7 @@ from pydantic import Field
 
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.manifest import Manifest
-from dydit.bundle.stored_weights import half_name
+from dydit.bundle.stored_weights import fp16_name
 from dydit.checkpoints.checkpoint import Checkpoint, load_checkpoint
 from dydit.diffusion.steps import run_steps
 from dydit.errors import ConfigError
@@ -319,8 +319,8 @@ def compare_weights(bundle: Bundle, checkpoint: Checkpoint) -> Check:
     )
 
     def copies(name: str) -> Copies:
-        half = half_name(name) in manifest.weights
-        return Copies(name in manifest.weights or not half, half)
+        fp16 = fp16_name(name) in manifest.weights
+        return Copies(quantized=name in manifest.weights or not fp16, fp16=fp16)
 
     forms = (
         form for each in tensors for form in stored_forms(manifest.model, *each, manifest.precision, copies(each[0]))

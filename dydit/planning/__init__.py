@@ -1,1 +1,1 @@
-"""Which subnetworks a run has: masks over the steps, plans, their costs and sizes, and costs measured here."""
+"""Decides which subnetworks a run has: masks of the steps, plans, their costs and sizes, and measured costs."""

@@ -1,4 +1,4 @@
-"""What a subnetwork's step costs, for the planner: multiply-adds by formula, milliseconds by a measured fit."""
+"""What a step on a subnetwork costs, for the planner: multiply-adds by formula, or milliseconds by a measured fit."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from dydit.planning.sizes import PlanSizes
 
 
 def macs_costs(config: ModelConfig) -> PlanCosts:
-    """Multiply-adds of an image's blocks, every token counted."""
+    """Multiply-adds of the blocks for one image, with all tokens."""
     return PlanCosts(config.units, unit_costs(config))
 
 
 def time_costs(times: StepTimes, config: ModelConfig) -> PlanCosts:
-    """Milliseconds of a batch, as `StepTimes` describes."""
+    """Milliseconds of a step of a whole batch, by the formula of `StepTimes`."""
     axis = config.units
     groups = [times.groups[part.group.name] for part in axis.parts]
     return PlanCosts(
@@ -31,7 +31,7 @@ def time_costs(times: StepTimes, config: ModelConfig) -> PlanCosts:
 def measured_plan(
     plan: Plan, masks: np.ndarray, config: ModelConfig, sizes: PlanSizes, measured: Measured
 ) -> MeasuredPlan | None:
-    """What a plan comes to by what was measured for it; None where nothing was."""
+    """The costs of a plan by the fits that were measured for it; None if nothing was measured."""
     times, residency = measured.times, measured.residency
     values: dict[str, float | int] = {}
     if times is not None:

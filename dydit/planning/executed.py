@@ -1,4 +1,4 @@
-"""What a bundle's steps compute, in multiply-adds: the subnetworks as they are compiled, not the masks they serve."""
+"""Multiply-adds of a bundle's steps, counted on the compiled subnetworks rather than on the masks of the steps."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from dydit.models.macs import flops_ratio
 
 
 def subnet_of_steps(manifest: Manifest) -> list[SubnetEntry]:
-    """The subnetwork that each sampling step runs on, [S]."""
+    """The subnetwork of each sampling step, [S]."""
     return [manifest.subnets[segment.subnet] for segment in manifest.plan.segments for _ in segment.steps]
 
 
 def computed_ratio(
     manifest: Manifest, steps: Sequence[int], routed: np.ndarray, repeated: np.ndarray | None = None
 ) -> np.ndarray:
-    """Multiply-adds that each of `steps` computes, over those of the static model's blocks, [K].
+    """Multiply-adds of each of the K `steps`, divided by those of the static model's blocks, [K].
 
-    A merged plan computes the union of its steps' masks. Dynamic routing computes the tokens that were routed, of which
-    `routed` [K, L] is the share; capacity routing its slots, and every token once more in the steps that were
-    `repeated`, bool [K]; dense routing and static models every token.
+    A merged plan computes the union of its steps' masks. Dynamic routing computes the routed tokens, a share `routed`
+    [K, L] of all. Capacity routing computes its slots, and all tokens again in steps that were `repeated`, bool [K].
+    Dense routing and static models compute all tokens.
     """
     config, entries = manifest.model, [subnet_of_steps(manifest)[step] for step in steps]
     counts = config.units.counts(manifest.executed_masks()[list(steps)])
@@ -38,8 +38,8 @@ def computed_ratio(
 
 
 def layers_in_16_bits(manifest: Manifest) -> tuple[int, int]:
-    """Linear layers of blocks, of all segments, and how many of them stay in 16 bits where the others are in 8."""
+    """The number of linear layers in the blocks of all segments, and how many of them stay in fp16."""
     entries = [manifest.subnets[segment.subnet] for segment in manifest.plan.segments]
     parts = ((part, units) for entry in entries for part, units in manifest.model.units.zip(entry.units))
     layers = sum(len(part.group.layers) for part, units in parts if units)
-    return layers, sum(len(block) for entry in entries for block in entry.in_16_bits or ())
+    return layers, sum(len(block) for entry in entries for block in entry.fp16_layers or ())

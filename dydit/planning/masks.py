@@ -1,6 +1,6 @@
-"""Freezing the width routers: at inference they depend on the timestep alone, so their decisions are a table.
+"""Freezes the width routers: at inference they depend only on the timestep, so their decisions are a table.
 
-Also the order in which units are stored: most often on first, so that the masks of a run are mostly prefixes.
+Also chooses the order in which units are stored, the most often active ones first, so that most masks are prefixes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dydit.models.routers import Masked
 def freeze_masks(model: DynamicModel, timesteps: np.ndarray) -> np.ndarray:
     """The width masks of the given timesteps [S], bool [S, U], by checkpoint unit.
 
-    The decisions are those of the model itself: the same routers on the same embedding, thresholded by the same gating.
+    The model's own routers and gating decide, on the model's own timestep embedding.
     """
     config = model.config
     masks = np.ones((len(timesteps), config.units.size), bool)
@@ -25,8 +25,7 @@ def freeze_masks(model: DynamicModel, timesteps: np.ndarray) -> np.ndarray:
         return masks
     gating = Masked()
     routers = model.width_routers()
-    # One timestep at a time: a matrix product's rounding may depend on the batch, and the sampler evaluates one t a
-    # step.
+    # One timestep at a time, as in the sampler, because the rounding of a matrix product may depend on the batch.
     for step, timestep in enumerate(timesteps):
         t_emb = model.embed_timestep(torch.tensor([int(timestep)]))
         for part, router in zip(config.units.parts, routers, strict=True):
@@ -35,9 +34,9 @@ def freeze_masks(model: DynamicModel, timesteps: np.ndarray) -> np.ndarray:
 
 
 def activity_order(masks: np.ndarray, axis: UnitAxis) -> Slots:
-    """The unit of each slot, so that units on in more of the steps [S, U] come first; ties keep the checkpoint's order.
+    """The unit of each slot: units that are on in more steps first. `masks`: [S, U]; ties keep the checkpoint's order.
 
-    Where the masks of a block are nested, as sets, every step's mask is then a prefix of the slots.
+    If the masks of a block are nested sets, every step's mask is then a prefix of the slots.
     """
     steps = masks.sum(axis=0, dtype=np.int64)
     order = [np.argsort(-steps[part.units], kind="stable") for part in axis.parts]
@@ -45,5 +44,5 @@ def activity_order(masks: np.ndarray, axis: UnitAxis) -> Slots:
 
 
 def by_slot(masks: np.ndarray, axis: UnitAxis, order: Slots) -> np.ndarray:
-    """Masks [S, U] by checkpoint unit, rearranged by slot."""
+    """Masks [S, U] by slot, from masks by checkpoint unit."""
     return np.ascontiguousarray(masks[:, [part.start + unit for part, units in axis.zip(order) for unit in units]])

@@ -1,4 +1,4 @@
-"""Exports whose plan depends on more than the checkpoint: the default plan, and plans from what is measured here."""
+"""Chooses the default plan, and exports with plans that are based on measurements on this machine."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class Cost(StrEnum):
 
 
 def default_plan(routing: Routing, precision: Precision) -> PlanKind:
-    """The plan of a dynamic model if none is asked for: the one that was the fastest in measurements."""
+    """The plan of a dynamic model if the user chooses none: the fastest one in our measurements."""
     if routing is not Routing.DYNAMIC or precision.is_calibrated:
         return PlanKind.MAX_SUBNETS
-    return PlanKind.PER_STEP if precision is Precision.INT8 else PlanKind.SLIDING
+    return PlanKind.PER_STEP if precision is Precision.INT8 else PlanKind.DYNAMIC_WIDTH
 
 
 def export_measured(
@@ -39,8 +39,8 @@ def export_measured(
 ) -> tuple[Bundle, list[str]]:
     """Measure what the plan needs, on this machine with `batch` images at a time, then export to the new folder `out`.
 
-    `progress(stage, done, total)` reports the stages "measure" and "export". Returns the bundle, and a line where
-    memory was to be measured and could not be. Raises as `run_profile` and `export` do.
+    `progress(stage, done, total)` reports the stages "measure" and "export". Returns the bundle, and a note if memory
+    could not be measured for a memory budget. Raises what `run_profile` and `export` raise.
     """
     measured: Measured | None = None
     notes: list[str] = []
@@ -55,7 +55,7 @@ def _measure(checkpoint: Checkpoint, config: ExportConfig, cost: Cost, batch: in
     times, memory = cost is Cost.MEASURED, config.memory_budget is not None
     note = "The memory budget was compared with the size of the weights, not with measured memory"
     if memory and config.calibration is not None:
-        return None, [f"{note}, as in the calibration"]
+        return None, [f"{note}, because the calibration did the same"]
     try:
         if not times and config.precision is Precision.BF16:
             raise BackendError("onnxruntime on the CPU does not run bf16")

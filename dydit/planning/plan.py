@@ -1,15 +1,15 @@
-"""Grouping the sampling steps into few subnetworks at the least cost (DESIGN, decision 3). NumPy, no graphs.
+"""Groups the sampling steps into few subnetworks at the least cost. NumPy only.
 
 A segment of consecutive steps runs on the subnetwork of the *union* of its masks. Its cost is
 
     cost(i, j) = (j - i) * step(union of the masks of i..j-1)
 
 where `PlanCosts` says what a step costs, in multiply-adds or milliseconds. The best plan with k segments follows from
-the best plans with k-1:
+the best plans with k-1 segments:
 
     best[k, j] = min over i < j of best[k-1, i] + cost(i, j)
 
-so one table holds the optimum for every k.
+so one table contains the optimum for every k.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from dydit.models.architecture import UnitAxis
 
 @dataclass(frozen=True, eq=False)
 class PlanCosts:
-    """What a step costs, in multiply-adds or milliseconds; nothing of it is negative.
+    """What a step costs, in multiply-adds or milliseconds. No cost is negative.
 
-    `units` [U]: what each unit of the subnetwork adds. `parts` [P]: what a unit group of a block adds where any of its
-    units is there. `fixed`: every step.
+    `units` [U]: the cost of each unit of the subnetwork. `parts` [P]: the cost of each unit group of a block that has
+    any unit in the subnetwork. `fixed`: the cost of every step.
     """
 
     axis: UnitAxis
@@ -38,11 +38,11 @@ class PlanCosts:
 
     @property
     def static(self) -> float:
-        """A step with everything on."""
+        """The cost of a step with everything on."""
         return float(self.of(np.ones((1, self.units.size), bool))[0])
 
     def of(self, unions: np.ndarray) -> np.ndarray:
-        """Steps [n] on subnetworks of the units `unions`, bool [n, U]."""
+        """The cost [n] of a step on each of n subnetworks, whose units are `unions`, bool [n, U]."""
         costs: np.ndarray = self.fixed + unions @ self.units
         if self.parts is not None:
             costs += self.axis.any(unions) @ self.parts
@@ -51,19 +51,19 @@ class PlanCosts:
 
 @dataclass(frozen=True)
 class Plan:
-    """Segment boundaries (0 = b_0 < b_1 < ... < b_k = S) and what the run costs, in the unit of the `PlanCosts`."""
+    """Segment bounds (0 = b_0 < b_1 < ... < b_k = S), and the cost of the run, in the unit of the `PlanCosts`."""
 
     bounds: tuple[int, ...]
     cost: float
 
     @property
     def segments(self) -> list[tuple[int, int]]:
-        """Half-open ranges of steps."""
+        """The segments as half-open ranges of steps."""
         return list(zip(self.bounds[:-1], self.bounds[1:], strict=True))
 
 
 def segment_costs(masks: np.ndarray, costs: PlanCosts) -> np.ndarray:
-    """cost[i, j] for 0 <= i < j <= S, float64 [S, S+1], infinite elsewhere; `masks` bool [S, U]."""
+    """cost[i, j] of the segment i..j-1, float64 [S, S+1], infinite unless i < j. `masks`: bool [S, U]."""
     steps = len(masks)
     table = np.full((steps, steps + 1), np.inf)
     for first in range(steps):
@@ -73,7 +73,7 @@ def segment_costs(masks: np.ndarray, costs: PlanCosts) -> np.ndarray:
 
 
 def plan_cost(plan: Plan, masks: np.ndarray, costs: PlanCosts) -> float:
-    """What a run on a plan's segments costs, by other costs than those that made it."""
+    """The cost of a run on a plan's segments, by other costs than those that the plan was chosen by."""
     unions = [np.logical_or.reduce(masks[i:j], axis=0, keepdims=True) for i, j in plan.segments]
     return float(sum(costs.of(union)[0] * (j - i) for union, (i, j) in zip(unions, plan.segments, strict=True)))
 
@@ -100,29 +100,30 @@ def _trace(origin: Sequence[np.ndarray], last: int, steps: int) -> tuple[int, ..
 
 
 def per_step_plan(masks: np.ndarray, costs: PlanCosts) -> Plan:
-    """A new segment wherever the mask changes: every step runs exactly its own units."""
+    """The plan with a new segment at every change of the mask: every step runs exactly its own units."""
     changes = np.flatnonzero((masks[1:] != masks[:-1]).any(axis=1)) + 1
     return Plan((0, *map(int, changes), len(masks)), float(costs.of(masks).sum()))
 
 
 def merged_plan(masks: np.ndarray, costs: PlanCosts, most: int) -> Plan:
-    """The cheapest plan with at most `most` segments; fewer where more would gain nothing.
+    """The cheapest plan with at most `most` segments, and among equally cheap plans the one with the fewest.
 
     Raises `ConfigError` for `most` < 1.
     """
     if most < 1:
-        raise ConfigError(f"at most {most} subnetworks: a plan needs at least 1")
+        raise ConfigError(f"the largest number of subnetworks is {most}; expected at least 1")
     exact = per_step_plan(masks, costs)
     if len(exact.segments) <= most:
         return exact
-    return min(optimal_plans(masks, costs, most), key=lambda plan: plan.cost)  # the first, so the fewest segments
+    # Of equally cheap plans, `min` returns the first, which has the fewest segments.
+    return min(optimal_plans(masks, costs, most), key=lambda plan: plan.cost)
 
 
 def budget_plan(masks: np.ndarray, costs: PlanCosts, needed: Callable[[Plan], int], budget: int) -> Plan:
-    """The cheapest of the optimal plans that needs no more than `budget` bytes.
+    """The cheapest of the optimal plans that need no more than `budget` bytes.
 
-    `needed`: bytes of memory with all of a plan's subnetworks loaded; see `dydit.planning.sizes`. Raises `ConfigError`
-    naming the smallest budget that any of the plans would need.
+    `needed`: bytes of memory with all of a plan's subnetworks loaded; see `dydit.planning.sizes`. Raises `ConfigError`,
+    which names the smallest budget that any of the plans would fit.
     """
     exact = per_step_plan(masks, costs)
     plans = [*optimal_plans(masks, costs, len(exact.segments)), exact]

@@ -1,6 +1,6 @@
-"""Measures what subnetworks cost on this machine: times, which the planner minimizes, and memory, for its budget.
+"""Measures subnetworks on this machine: their times, which the planner minimizes, and their memory, for its budget.
 
-Small exported bundles (`dydit.planning.profile_points`) are run in a process of their own
+Small exported bundles (`dydit.planning.profile_points`) run in a separate process
 (`dydit.planning.profile_worker`). Least squares (`dydit.planning.profile_fit`) then fits two models that are linear in
 the units of a subnetwork.
 """
@@ -32,8 +32,8 @@ WORKER = [sys.executable, "-m", "dydit.planning.profile_worker"]
 class ProfileConfig(Strict):
     """How to measure: a `batch` of images with guidance, on `threads` cores (0: all).
 
-    `token_share`: share of the tokens that enter the MLPs, 0..1; by default that of the model. `seconds`: about how
-    long timing takes; `rounds`: the most rounds.
+    `token_share`: share of the tokens that enter the MLPs, 0..1; by default that of the model. `seconds`: the
+    approximate duration of timing. `rounds`: the largest number of rounds.
     """
 
     backend: str = "onnxruntime"
@@ -50,8 +50,7 @@ def run_profile(
     """Measure what `export` would write for a checkpoint: `times` of a step, `memory` of loaded subnetworks.
 
     Raises `ConfigError` for a batch larger than the export's, for a model of one head, and if times do not grow with
-    width; `BackendError` where SciPy is missing, the backend cannot run such bundles, or memory
-    cannot be measured.
+    width; `BackendError` if SciPy is missing, the backend cannot run such bundles, or memory cannot be measured.
     """
     require("measuring costs", FITS)
     model = checkpoint.config

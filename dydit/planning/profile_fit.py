@@ -1,4 +1,4 @@
-"""Fits costs to the measurements of a profile, by least squares without negative coefficients."""
+"""Fits costs to the measurements of a profile, by least squares with non-negative coefficients."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dydit.planning.profile_points import Point, of_depth
 from dydit.planning.sizes import PlanSizes, fixed_bytes, unit_bytes
 
 WORKSPACES, MARGIN = 3, 0.1
-"""Factor on a step's workspace, and margin on the fit: the heap keeps some of what is freed."""
+"""A factor on the workspace of a step, and a margin on the fit, because the heap keeps some of the freed memory."""
 RESIDENCY_TERMS = ("subnet", "block", "mapped", "joined", "shared")
 
 
@@ -45,8 +45,8 @@ def fit_times(
 ) -> StepTimes:
     """Fit times to the medians of each point's rounds, in milliseconds. Relative deviations are minimized.
 
-    `ms`: of each point, milliseconds by round. `groups`: names of the unit groups. `backend`, `rows`, `threads` and
-    `token_share` say under which conditions the times hold. Raises `ConfigError` where times do not grow with width.
+    `ms`: milliseconds of each point, by round. `groups`: names of the unit groups. `backend`, `rows`, `threads` and
+    `token_share`: the conditions of the measurement. Raises `ConfigError` if times do not grow with width.
     """
     columns = np.array([_time_terms(point) for point in points], np.float64)
     medians = np.array([np.median(rounds) for rounds in ms])
@@ -73,7 +73,7 @@ def fit_times(
 
 
 def _time_terms(point: Point) -> list[int]:
-    """The terms of a time: 1, blocks, and for each unit group whether any unit is on, and how many."""
+    """The terms of a time: 1, the blocks, and for each unit group whether any unit is on and how many are."""
     each = [term for count in point.counts for term in (count > 0, count)]
     return [1, point.depth, *(point.depth * term for term in each)]
 
@@ -88,14 +88,14 @@ def fit_residency(
     backend: str,
     rows: int,
 ) -> Residency:
-    """Fit memory to the growth of the process, in bytes, as the points were loaded in turn; the first is left out.
+    """Fit memory to the growth of the process, in bytes, while the points were loaded in turn. The first is left out.
 
-    `settled`: bytes of the process after each point. `workspace`: bytes that a step takes while it runs, at most.
+    `settled`: bytes of the process after each point. `workspace`: the most bytes that a step takes while it runs.
     """
     columns = np.diff(_loaded_terms(points, model, precision), axis=0)
     grown = np.diff(np.asarray(settled, np.float64))
     terms = non_negative(columns, grown)
-    off = np.abs(np.cumsum(columns @ terms - grown)).max() / max(float(np.abs(grown).sum()), 1.0)
+    deviation = np.abs(np.cumsum(columns @ terms - grown)).max() / max(float(np.abs(grown).sum()), 1.0)
     subnet, block, mapped, joined, shared = terms.tolist()
     return Residency(
         backend=backend,
@@ -106,13 +106,13 @@ def fit_residency(
         mapped=mapped,
         joined=joined,
         shared=shared,
-        deviation=float(off),
+        deviation=float(deviation),
         margin=MARGIN,
     )
 
 
 def _loaded_terms(points: Sequence[Point], model: ModelConfig, precision: Precision) -> np.ndarray:
-    """What is loaded after each point, [points, terms]: subnetworks, their blocks, bytes mapped, joined and shared."""
+    """What is loaded after each point, [points, terms]: subnetworks, blocks, bytes mapped, joined and shared."""
     rows, before = [], np.zeros(len(RESIDENCY_TERMS))
     for depth, group in groupby(points, key=lambda point: point.depth):
         cut = of_depth(model, depth)

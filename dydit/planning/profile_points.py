@@ -1,7 +1,7 @@
-"""What the profile runs: small models with the shapes of the one that is exported, at chosen widths.
+"""The subnetworks that a profile runs: small models with the layer shapes of the exported one, at chosen widths.
 
-They have one block and three, so that what a block costs parts from what a step costs; random weights, as time does not
-depend on them; and token routers that let exactly the wanted share of tokens through, whatever the widths.
+The models have one or three blocks, which separates the cost of a block from the cost of a step. Their weights are
+random, because times do not depend on them. Their token routers select exactly the wanted share of tokens at any width.
 """
 
 from __future__ import annotations
@@ -37,9 +37,10 @@ RUN_STEPS, SHARE_STEPS = 250, 4
 
 @dataclass(frozen=True)
 class Point:
-    """A subnetwork all of whose blocks hold as many units of each unit group, gated or not.
+    """A subnetwork whose blocks all have the same number of units of each unit group.
 
-    `counts`: units of each group. `holes`: they do not stand side by side, as far as so many can be spread among all.
+    `counts`: active units of each group. `gated`: whether it takes gates. `holes`: whether the units are spread with
+    gaps between them, as far as their number allows.
     """
 
     depth: int
@@ -49,19 +50,19 @@ class Point:
 
     @property
     def timed(self) -> bool:
-        """Whether its time counts: neither gates nor holes change it by more than noise."""
+        """Whether its time is measured. Gates and holes change times by less than noise, so they are not timed."""
         return not (self.gated or self.holes)
 
     def masks(self, model: ModelConfig) -> np.ndarray:
-        """The steps that share it, bool [1 or 2, U] of `of_depth`: two where it is gated, which differ in a unit."""
+        """The masks of its steps, bool [1 or 2, U], for `of_depth`. A gated point has two, which differ in one unit."""
         axis = of_depth(model, self.depth).units
         masks = np.zeros((1 + self.gated, axis.size), bool)
         for part in axis.parts:
             count, units = self.counts[part.index], part.group.count
-            places = np.linspace(0, units - 1, count).astype(int) if self.holes else np.arange(count)
-            masks[:, part.start + places] = True
+            slots = np.linspace(0, units - 1, count).astype(int) if self.holes else np.arange(count)
+            masks[:, part.start + slots] = True
             if self.gated:
-                masks[1, part.start + places[-1]] = False
+                masks[1, part.start + slots[-1]] = False
         return masks
 
 
@@ -71,7 +72,7 @@ def of_depth(model: ModelConfig, depth: int) -> ModelConfig:
 
 
 def profile_points(units: Sequence[int]) -> list[Point]:
-    """The points for blocks of so many `units` in each group, at least 2."""
+    """The points for blocks with the given number of `units` in each group, at least 2."""
     full = tuple(units)
     none, one = (0,) * len(full), (1,) * len(full)
     half = tuple((count + 1) // 2 for count in full)
@@ -92,7 +93,7 @@ def profile_points(units: Sequence[int]) -> list[Point]:
 def write_profile_bundle(
     folder: Path, points: list[Point], model: ModelConfig, config: ExportConfig, token_share: float
 ) -> Bundle:
-    """A bundle whose subnetworks are the points, all of one depth, in their order, made as `config` says."""
+    """Write a bundle whose subnetworks are the points, in their order. All points must have the same depth."""
     depth = points[0].depth
     checkpoint = _checkpoint(model, depth, token_share)
     masks = np.concatenate([point.masks(model) for point in points])
@@ -122,9 +123,9 @@ def _checkpoint(model: ModelConfig, depth: int, token_share: float) -> Checkpoin
 
 @torch.no_grad()
 def token_share(checkpoint: Checkpoint) -> float:
-    """The share of tokens that enter the MLPs, mean over the blocks, in a short DDIM run of one image with PyTorch.
+    """The share of tokens that enter the MLPs, averaged over the blocks of a short DDIM run of one image in PyTorch.
 
-    1 for a static model, and never less than one token.
+    A static model has 1. The share is never less than one token.
     """
     config = checkpoint.config
     if not config.dynamic:

@@ -1,6 +1,6 @@
 """The process that a profile measures in: `python -m dydit.planning.profile_worker`. No PyTorch.
 
-It answers one `ProfileJob` with one `Findings`. The process is fresh, so that its memory is that of what it loads.
+It answers one `ProfileJob` with one `Findings`. The process is new, so its memory is that of what it loads.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ Step = Callable[[], object]
 class ProfileJob(Strict):
     """What to measure on the segments of bundles, which are numbered in order, with `threads` threads.
 
-    `memory`: whether to measure memory, loading all in turn. `timed`: the segments to time. `seconds`: about how long
-    timing takes, in at least 5 rounds and at most `rounds`.
+    `memory`: whether to load all segments in turn and measure memory. `timed`: the segments to time. `seconds`: the
+    approximate duration of timing, which has at least 5 rounds and at most `rounds`.
     """
 
     bundles: tuple[str, ...] = Field(min_length=1)
@@ -49,11 +49,11 @@ class ProfileJob(Strict):
 
 
 class Findings(Strict):
-    """The measurements: memory for each segment, times for each of `timed`.
+    """The measurements: memory of each segment, and times of each segment in `timed`.
 
-    `settled`: bytes of the process after the segment's subnetwork was loaded and run, with those before it still
-    loaded; `workspace`: the most bytes that a step takes while it runs, or leaves behind. `ms`: milliseconds of a step,
-    by round.
+    `settled`: bytes of the process after the segment's subnetwork was loaded and run, with the earlier subnetworks
+    still loaded. `workspace`: the most bytes that a step takes while it runs, or leaves behind. `ms`: milliseconds of
+    a step, by round.
     """
 
     settled: tuple[int, ...] = ()
@@ -62,10 +62,10 @@ class Findings(Strict):
 
 
 class _Bundle:
-    """One of the bundles, with its inputs: loads and runs its segments."""
+    """Loads one of the bundles and runs its segments on fixed inputs."""
 
     def __init__(self, path: str, job: ProfileJob):
-        # The process that started this one has just written it.
+        # The parent process has just written it, so it needs no verification.
         bundle = Bundle.open(path, verify=False)
         self._segments, model = bundle.manifest.plan.segments, bundle.manifest.model
         backend = open_backend(job.backend, bundle, BackendOptions(threads=job.threads))
@@ -117,7 +117,7 @@ def _settled() -> int:
 
 
 def _give_back_heap() -> None:
-    """Let the C library return freed memory to the system; else it would serve the next subnetwork that is loaded."""
+    """Let the C library return freed memory to the system. Otherwise the next loaded subnetwork would reuse it."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
@@ -135,9 +135,9 @@ def _peak_of(step: Step) -> int:
 
 
 def _times(steps: list[Step], job: ProfileJob) -> tuple[tuple[float, ...], ...]:
-    """Times in rounds; in each, all steps run once in a random order, so that other load slows all of them.
+    """Time all steps in rounds. In each round they run once, in random order, so that other load slows all of them.
 
-    A short step is run once more just before it is timed: in a run, steps mostly follow one on the same subnetwork.
+    A short step runs once more just before it is timed, because in a run most steps follow one on the same subnetwork.
     """
     first = [_timed(step) for step in steps for _ in range(2)][1::2]
     ms: list[list[float]] = [[] for _ in steps]

@@ -1,4 +1,4 @@
-"""How much memory a plan's subnetworks take when all of them are loaded. NumPy, no graphs."""
+"""The memory that a plan's subnetworks take when all of them are loaded. NumPy only."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dydit.bundle.measurements import Residency
-from dydit.bundle.stored_weights import Precision, WeightEntry, half_name, stored_type
+from dydit.bundle.stored_weights import Precision, WeightEntry, fp16_name, stored_type
 from dydit.dtypes import DTYPES
 from dydit.models.architecture import Slots, UnitAxis, UnitLayer
 from dydit.models.config import ModelConfig
@@ -18,7 +18,10 @@ from dydit.planning.plan import Plan
 
 @dataclass(frozen=True, eq=False)
 class SubnetSize:
-    """A subnetwork: what tells it from others, the units that it maps, bool [U], and bytes of units' weights."""
+    """The size of a subnetwork. `key`: equal for equal subnetworks. `mapped_units`: the units that it maps, bool [U].
+
+    `mapped` and `joined`: bytes of the weights of units that it maps, and of units that it joins into its own copy.
+    """
 
     key: tuple[bytes, bytes]
     mapped_units: np.ndarray
@@ -27,10 +30,10 @@ class SubnetSize:
 
 
 class PlanSizes:
-    """Sizes of the plans of one model; what was found for a segment serves all plans that have it.
+    """Sizes of the plans of one model. The size of a segment is computed once for all plans that have it.
 
-    `masks` bool [S, U] by slot, `unit_bytes` [U] bytes of a unit's weights, `fixed` bytes that every subnetwork reads
-    besides.
+    `masks`: bool [S, U], by slot. `unit_bytes`: bytes of each unit's weights, [U]. `fixed`: bytes of the other weights
+    that every subnetwork reads.
     """
 
     def __init__(self, axis: UnitAxis, masks: np.ndarray, unit_bytes: np.ndarray, fixed: int):
@@ -38,16 +41,16 @@ class PlanSizes:
         self._known: dict[tuple[int, int], SubnetSize] = {}
 
     def subnets(self, plan: Plan) -> list[SubnetSize]:
-        """A plan's distinct subnetworks: the same units with and without gates are two, as the exporter writes them."""
+        """A plan's distinct subnetworks. As in the exporter, the same units with and without gates count as two."""
         each = (self._segment(*segment) for segment in plan.segments)
         return list({subnet.key: subnet for subnet in each}.values())
 
     def weights(self, plan: Plan) -> int:
-        """Bytes of the weights of a plan's subnetworks, each with its own copy: as engines hold them."""
+        """Bytes of the weights of a plan's subnetworks if each has its own copy, as engines do."""
         return sum(subnet.mapped + subnet.joined + self._fixed for subnet in self.subnets(plan))
 
     def resident(self, plan: Plan, residency: Residency) -> int:
-        """Bytes of memory with all of a plan's subnetworks loaded, as `Residency` describes."""
+        """Bytes of memory with all of a plan's subnetworks loaded, by the formula of `Residency`."""
         subnets, depth = self.subnets(plan), len(self._axis.blocks)
         mapped = np.logical_or.reduce([subnet.mapped_units for subnet in subnets])
         shared = float((mapped * self._unit_bytes).sum()) + self._fixed
@@ -62,12 +65,12 @@ class PlanSizes:
             union = np.asarray(masks.any(axis=0))
             gated = self._axis.any((masks != union).any(axis=0))
             mapped = union & self._axis.spread(self._side_by_side(union))
-            size, all_of_it = int((mapped * self._unit_bytes).sum()), int((union * self._unit_bytes).sum())
-            self._known[first, end] = SubnetSize((union.tobytes(), gated.tobytes()), mapped, size, all_of_it - size)
+            size, total = (int((units * self._unit_bytes).sum()) for units in (mapped, union))
+            self._known[first, end] = SubnetSize((union.tobytes(), gated.tobytes()), mapped, size, total - size)
         return self._known[first, end]
 
     def _side_by_side(self, union: np.ndarray) -> np.ndarray:
-        """Which parts' units have no holes between them, bool [P]."""
+        """Whether the units of each part have no gaps between them, bool [P]."""
         starts = union & ~np.concatenate([[False], union[:-1]])
         starts[[part.start for part in self._axis.parts]] = union[[part.start for part in self._axis.parts]]
         return self._axis.counts(starts) <= 1
@@ -88,30 +91,31 @@ def subnet_bytes(
     precision: Precision,
     weights: Mapping[str, WeightEntry],
     slots: Slots,
-    in_16_bits: Sequence[Sequence[str]] | None,
+    fp16_layers: Sequence[Sequence[str]] | None,
 ) -> int:
-    """Bytes of stored weights that a subnetwork of these slots reads."""
+    """Bytes of stored weights that a subnetwork with these slots reads. `fp16_layers`: by block."""
     total = fixed_bytes(model, precision)
     for part, units in model.units.zip(slots):
-        kept = in_16_bits[part.block] if in_16_bits else ()
+        in_fp16 = fp16_layers[part.block] if fp16_layers else ()
         for tensor in part.group.all_unit_tensors:
-            layer, _, what = tensor.partition(".")
-            half, name = layer in kept, part.stored(tensor)
-            stored = weights.get(half_name(name) if half and what == "weight" else name)
-            if stored is not None and not (half and what == "scale"):  # scales are there with 8 bits only
+            layer, _, piece = tensor.partition(".")
+            name = part.stored(tensor)
+            stored = weights.get(fp16_name(name) if layer in in_fp16 and piece == "weight" else name)
+            if stored is not None and not (layer in in_fp16 and piece == "scale"):  # a layer in fp16 reads no scales
                 total += stored.nbytes // part.group.count * len(units)
-        whole = [layer for layer in part.group.layers if layer.name in kept and not layer.out_major]
-        total -= sum(4 * layer.features for layer in whole)  # their scales, which are not read
+        # The scales of inner-major layers belong to no unit, so `fixed_bytes` counted them.
+        in_major = [layer for layer in part.group.layers if layer.name in in_fp16 and not layer.out_major]
+        total -= sum(4 * layer.features for layer in in_major)
     return total
 
 
 def _channel_bytes(precision: Precision) -> int:
-    """Bytes of an output channel's bias, and of its scale with 8 bits."""
+    """Bytes of the bias of an output channel and, with 8 bits, of its scale."""
     return DTYPES[precision.dtype].bytes + (4 if precision.in_8_bits else 0)
 
 
 def fixed_bytes(model: ModelConfig, precision: Precision = Precision.FP32) -> int:
-    """Bytes of the weights that every subnetwork reads at any width: of no unit, and not of conditioning."""
+    """Bytes of the weights that every subnetwork reads at any width, without units' weights and conditioning."""
     of_units = {part.stored(name) for part in model.units.parts for name in part.group.unit_tensors}
     total = 0
     for name, shape in model.stored_shapes().items():

@@ -1,1 +1,1 @@
-"""How numbers are represented in 8 bits: scales, rounding, smoothing, and fake quantization in PyTorch."""
+"""How numbers are represented in 8 bits: scales, rounding and smoothing."""

@@ -12,15 +12,15 @@ LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 
 
 def scale_name(name: str) -> str:
-    """The name of the scales of a weight: `layer.scale` for `layer.weight`."""
+    """The name of the scales of a weight: `blocks.0.layer.scale` for `blocks.0.layer.weight`."""
     return f"{name.removesuffix('weight')}scale"
 
 
 def quantize(weight: Tensor, out_major: bool, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Tensor]:
-    """The weight in 8 bits, in its own shape, and its f32 scales: [units, out of a unit], or [out] if units are inputs.
+    """Quantize a weight to 8 bits. Returns it in its own shape, and the f32 scales of its output channels.
 
-    `weight`: [units, out of a unit, in] if it is stored `out_major`, else [units, in of a unit, out]; finite values.
-    The scale of a channel of zeros is 1.
+    `weight`: [units, outputs per unit, inputs] if it is stored `out_major`, else [units, inputs per unit, outputs]; its
+    values are finite. Scales: [units, outputs per unit], or [outputs]. The scale of a channel of zeros is 1.
     """
     inputs = (2,) if out_major else (0, 1)
     largest = LARGEST[dtype]

@@ -234,7 +234,7 @@ def _decoder_lines(facts: BundleFacts) -> list[tuple[str, str]]:
 
 def _plan_line(facts: BundleFacts) -> str:
     served = counted(facts.chosen.subnets, "subnetwork")
-    if facts.plan_kind == PlanKind.SLIDING:
+    if facts.plan_kind == PlanKind.DYNAMIC_WIDTH:
         served = f"one graph of {counted(facts.chosen.subnets, 'width')}"
     sizes = f"{served} in {counted(facts.chosen.segments, 'segment')}"
     if not facts.model.config.dynamic:

@@ -299,7 +299,7 @@ def chunk_size(manifest: Manifest, batch: int, labels: int, device: str) -> int:
     """
     steps, segments = manifest.sampling.steps, len(manifest.plan.segments)
     image_steps, batch_steps = (100, 24) if device == "cpu" else (20_000, 24)  # for each loading
-    loads = 0.0 if manifest.sliding else segments / steps * max(image_steps / batch, batch_steps)
+    loads = 0.0 if manifest.dynamic_width else segments / steps * max(image_steps / batch, batch_steps)
     return max(1, math.ceil(loads), math.ceil(25 * labels / (manifest.model.tokens * batch)))
 
 

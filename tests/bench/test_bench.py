@@ -104,10 +104,10 @@ def test_comparisons_are_pair_by_pair(report):
 
 KINDS = {
     "exact masks": {"plan": PlanKind.PER_STEP},
-    "sliding": {"plan": PlanKind.SLIDING},
+    "sliding": {"plan": PlanKind.DYNAMIC_WIDTH},
     "merged": {"max_subnets": 1},
     "a slot for every token": {"max_subnets": 2, "routing": Routing.CAPACITY},
-    "overflowing": {"plan": PlanKind.SLIDING, "routing": Routing.CAPACITY, "capacities": (1, 16, 16)},
+    "overflowing": {"plan": PlanKind.DYNAMIC_WIDTH, "routing": Routing.CAPACITY, "capacities": (1, 16, 16)},
     "dense": {"max_subnets": 2, "routing": Routing.DENSE},
 }
 

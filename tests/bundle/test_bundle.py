@@ -83,12 +83,12 @@ def test_reads_weights_masks_and_files(make_bundle, make_checkpoint):
 
 def test_not_a_bundle(tmp_path, folder):
     assert refusal(tmp_path / "nowhere").endswith(
-        f"make a bundle with `dydit export CHECKPOINT --out {tmp_path}/nowhere`"
+        f"export a bundle with `dydit export CHECKPOINT --out {tmp_path}/nowhere`"
     )
     (tmp_path / "empty").mkdir()
     assert refusal(tmp_path / "empty") == f"{tmp_path}/empty is not a bundle: it has no manifest.json"
     message = refusal(folder / "weights.bin")
-    assert message.endswith("is not a bundle: a bundle is a folder, made by `dydit export`")
+    assert message.endswith("is not a bundle: a bundle is a folder, written by `dydit export`")
     (folder / "manifest.json").unlink()
     (folder / "manifest.json").mkdir()
     assert "manifest.json cannot be read: Is a directory" in refusal(folder)
@@ -108,7 +108,7 @@ def test_manifest_that_is_not_json(folder, text):
 @pytest.mark.parametrize("text", ["[]", "3", '"x"', "null", "{}", '{"schema_version": 1}', '{"schema_version": "2"}'])
 def test_other_schema_versions(folder, text):
     (folder / "manifest.json").write_text(text)
-    assert "this program reads 2; export again" in refusal(folder)
+    assert "but this dydit reads 2; export the bundle again" in refusal(folder)
 
 
 @pytest.mark.parametrize("size", [0.3, 0.99])
@@ -150,18 +150,24 @@ def test_edited_manifest_is_noticed(folder, edit):
         (lambda m: m["files"]["weights.bin"].update(sha256="../../x"), "files.weights.bin.sha256 must match"),
         (lambda m: m["model"].update(num_heads=5), "hidden_size 64 is not a multiple of num_heads 5"),
         (lambda m: m["sampling"]["timesteps"].pop(), "timesteps and coefficients differ in length"),
-        (lambda m: m["sampling"]["coefficients"][2].pop(), "sampling: a step has 5 coefficients"),
-        (lambda m: m["masks"].pop(), "is not valid: there is not one mask per sampling step"),
-        (lambda m: m["unit_order"][0][0].__setitem__(0, m["unit_order"][0][0][1]), "a unit order is not a permutation"),
-        (lambda m: m["unit_order"][2][1].pop(), "a unit order is not a permutation"),
-        (lambda m: m["unit_order"].pop(), "units are not listed for the blocks and unit groups of the model"),
-        (lambda m: m["unit_order"][1].pop(), "units are not listed for the blocks and unit groups of the model"),
-        (lambda m: m["subnets"][0]["units"].pop(), "units are not listed for the blocks and unit groups of the model"),
-        (lambda m: m["subnets"][0]["units"][1].append([]), "units are not listed for the blocks and unit groups"),
-        (lambda m: m["subnets"][0]["units"][0][0].append(4), "a subnetwork's slots are not ascending units"),
-        (lambda m: m["subnets"][0]["units"][2][1].insert(0, -1), "a subnetwork's slots are not ascending units"),
-        (lambda m: m["subnets"][0]["units"][1].__setitem__(0, [1, 0]), "a subnetwork's slots are not ascending units"),
-        (lambda m: m["subnets"][0]["units"][1].__setitem__(1, [0, 0]), "a subnetwork's slots are not ascending units"),
+        (lambda m: m["sampling"]["coefficients"][2].pop(), "sampling: a step does not have 5 coefficients"),
+        (lambda m: m["masks"].pop(), "is not valid: the number of masks is not the number of sampling steps"),
+        (lambda m: m["unit_order"][0][0].__setitem__(0, m["unit_order"][0][0][1]), "unit_order is not a permutation"),
+        (lambda m: m["unit_order"][2][1].pop(), "unit_order is not a permutation"),
+        (lambda m: m["unit_order"].pop(), "the lists of units do not match the blocks and unit groups"),
+        (lambda m: m["unit_order"][1].pop(), "the lists of units do not match the blocks and unit groups"),
+        (
+            lambda m: m["subnets"][0]["units"].pop(),
+            "the lists of units do not match the blocks and unit groups",
+        ),
+        (
+            lambda m: m["subnets"][0]["units"][1].append([]),
+            "the lists of units do not match the blocks and unit groups",
+        ),
+        (lambda m: m["subnets"][0]["units"][0][0].append(4), "a subnetwork's units are not ascending slots"),
+        (lambda m: m["subnets"][0]["units"][2][1].insert(0, -1), "a subnetwork's units are not ascending slots"),
+        (lambda m: m["subnets"][0]["units"][1].__setitem__(0, [1, 0]), "a subnetwork's units are not ascending slots"),
+        (lambda m: m["subnets"][0]["units"][1].__setitem__(1, [0, 0]), "a subnetwork's units are not ascending slots"),
         (
             lambda m: m["plan"]["segments"].pop(),
             "the plan's segments do not cover the sampling steps once each, in order",
@@ -171,7 +177,7 @@ def test_edited_manifest_is_noticed(folder, edit):
             "the plan's segments do not cover the sampling steps",
         ),
         (lambda m: m["plan"]["segments"].reverse(), "the plan's segments do not cover the sampling steps"),
-        (lambda m: m["plan"]["segments"][0].update(subnet=99), "the plan names a subnetwork that is not there"),
+        (lambda m: m["plan"]["segments"][0].update(subnet=99), "the plan names a subnetwork that does not exist"),
         (lambda m: m["files"].pop("conditioning.onnx"), "file 'conditioning.onnx' is used but not listed"),
         (lambda m: m["subnets"][0].update(file="other.onnx"), "file 'other.onnx' is used but not listed"),
         (lambda m: m["subnets"][0].update(full_file="full.onnx"), "file 'full.onnx' is used but not listed"),
@@ -199,7 +205,10 @@ def test_inconsistent_manifest_is_refused_even_when_signed(folder, change, where
         (lambda m: m["files"].pop("vae_decoder.onnx"), "file 'vae_decoder.onnx' is used but not listed"),
         (lambda m: m["files"].pop("vae_weights.bin"), "file 'vae_weights.bin' is used but not listed"),
         (lambda m: m["vae"].update(latent_channels=8), "decodes latents of 8 channels, but the model has 4"),
-        (lambda m: m["vae"].update(tile=9), "tiles of 9 latents: expected 1..8, the side of the model's latents"),
+        (
+            lambda m: m["vae"].update(tile=9),
+            "the tile has a side of 9 latents; expected 1..8, the side",
+        ),
         (lambda m: m["vae"].update(upscale=0), "vae.upscale must be at least 1, not 0"),
         (lambda m: m["vae"].update(scaling_factor=float("inf")), "vae.scaling_factor must be"),
         (lambda m: m["vae"].pop("source"), "vae.source is missing"),
@@ -218,7 +227,7 @@ def test_a_model_of_pixels_has_no_decoder(make_bundle, make_checkpoint, small_co
     for name in files:
         shutil.copy(vae_bundle.path / name, folder / name)
     rewrite(folder, lambda m: (m.update(vae=vae_bundle.manifest.vae.model_dump()), m["files"].update(files)))
-    assert "the model samples pixels of 3 channels itself" in refusal(folder)
+    assert "the model samples pixels of 3 channels" in refusal(folder)
 
 
 def test_a_damaged_decoder_is_noticed(vae_bundle, tmp_path):
@@ -233,13 +242,13 @@ def test_paths_that_leave_the_bundle(folder, name):
     entry = {"bytes": 0, "sha256": hashlib.sha256(b"").hexdigest()}
     rewrite(folder, lambda m: m["files"].update({name: entry}))
     message = refusal(folder)
-    assert f"path {name!r} leaves the bundle" in message
+    assert f"path {name!r} leads out of the bundle" in message
 
 
 @pytest.mark.parametrize("name", ["two\nlines", "nul\0", "escape\x1b[2J"])
 def test_names_that_no_exporter_writes(folder, name):
     rewrite(folder, lambda m: m["files"].update({name: {"bytes": 0, "sha256": "0" * 64}}))
-    assert f"path {name!r} is no file name" in refusal(folder)
+    assert f"path {name!r} is not a file name" in refusal(folder)
     rewrite(folder, lambda m: m["files"].update({name: {"bytes": -1, "sha256": "0" * 64}}))
     refusal(folder)
 
@@ -282,7 +291,7 @@ def test_damaged_files(folder, name):
         for verify in (True, False):
             message = refusal(folder, verify=verify)
             assert message.endswith(
-                f"{name} has {len(data)} bytes, the manifest says {len(original)} (truncated or replaced); {AGAIN}"
+                f"{name} has {len(data)} bytes, but the manifest says {len(original)} (truncated or replaced); {AGAIN}"
             )
     path.unlink()
     assert refusal(folder).endswith(f"{name} is missing; {AGAIN}")

@@ -62,7 +62,7 @@ def test_fitting_feeds_give_their_symbols(small_config, batch, rows):
         ({"gates": np.zeros(23, np.float32)}, "it: input 'gates' has shape (23,), expected (24,)"),
         (
             {"condition": np.zeros((3, 20, 64), np.float32)},
-            "it: condition has 3 rows for 2 images; expected as many, or twice",
+            "it: condition has 3 rows for 2 images; expected one row for each image, or two",
         ),
     ],
 )

@@ -103,7 +103,7 @@ def test_work_belongs_to_what_is_sampled(make_checkpoint):
     assert work_name(make_checkpoint(), ExportConfig(steps=STEPS, sampler="ddim"), settings()) != name
 
 
-@pytest.mark.parametrize("plan", [{"max_subnets": 1}, {"plan": PlanKind.PER_STEP}, {"plan": PlanKind.SLIDING}])
+@pytest.mark.parametrize("plan", [{"max_subnets": 1}, {"plan": PlanKind.PER_STEP}, {"plan": PlanKind.DYNAMIC_WIDTH}])
 def test_every_kind_of_plan(calibrated, make_checkpoint, plan):
     """The counts are there; only what is chosen from them depends on the plan."""
     exported = ExportConfig(steps=STEPS, **plan)
@@ -113,7 +113,7 @@ def test_every_kind_of_plan(calibrated, make_checkpoint, plan):
         assert made.capacities == (calibrated[0].calibration.tokens.largest,)
     else:
         assert len(made.capacities) == STEPS
-        assert (made.capacities == (made.largest,) * STEPS) == (exported.plan is PlanKind.SLIDING)
+        assert (made.capacities == (made.largest,) * STEPS) == (exported.plan is PlanKind.DYNAMIC_WIDTH)
 
 
 def latents(bundle, images: int, seed: int, cfg_scale: float) -> tuple[np.ndarray, int]:

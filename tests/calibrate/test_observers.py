@@ -106,11 +106,9 @@ def test_refusals(seen, make_bundle, make_checkpoint):
     ranges = seen.choose(Method.MINMAX, len(LABELS))
     with pytest.raises(CalibrationError, match="has 4 segments, 3 blocks and 4 layers per block, but this plan has 2"):
         make_bundle(max_subnets=2, precision=Precision.INT8_STATIC, activations=ranges)
-    with pytest.raises(
-        ConfigError, match="int8-static needs a calibration: `dydit calibrate --activations minmax` makes it"
-    ):
+    with pytest.raises(ConfigError, match="int8-static needs a calibration, of `dydit calibrate --activations minmax`"):
         parse_config(ExportConfig, {"precision": "int8-static"})
-    with pytest.raises(ConfigError, match="calibrated activations go with int8-static and fp8, not with fp16"):
+    with pytest.raises(ConfigError, match="fp16 takes no calibrated activations; only int8-static and fp8 do"):
         parse_config(ExportConfig, {"precision": "fp16", "activations": ranges})
     with pytest.raises(ConfigError, match="at least one label"):
         observe(make_checkpoint(), ObservedRun([(0, STEPS)], [], [SCALE], STEPS))

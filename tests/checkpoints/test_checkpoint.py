@@ -269,7 +269,7 @@ def test_convert_keeps_the_model_and_names_the_origin(tmp_path: Path) -> None:
     assert converted.path == target and converted.source == "dydit-safetensors"
     assumed = converted.metadata.pop("assumed")
     assert converted.metadata == {"weights": "ema", "source": "dydit", "source_sha256": sha256_of(source)}
-    assert "also holds model" in assumed and "assumed from 11 rows" in assumed and len(converted.notes) == 2
+    assert "also holds model" in assumed and "the last of the 11 rows" in assumed and len(converted.notes) == 2
     assert_same_model(converted, ema)
     copied = convert(target, tmp_path / "copy.safetensors")
     assert copied.sha256 == converted.sha256
@@ -293,8 +293,8 @@ def test_convert_with_a_head_count(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        ({"format": "x"}, "metadata format that is reserved or not text"),
-        ({"step": 7}, "metadata step that is reserved or not text"),
+        ({"format": "x"}, "metadata format, which is a reserved key or not text"),
+        ({"step": 7}, "metadata step, which is a reserved key or not text"),
         ({"note": "\ud800"}, "not valid text"),
     ],
 )

@@ -95,13 +95,15 @@ def test_weights_saved_as_a_variant(tmp_path: Path, name: str) -> None:
 def test_which_variant(tmp_path: Path) -> None:
     folder = whole(tmp_path / "f", f"{STEM}.fp16.safetensors", 1)
     whole(folder, f"{STEM}.non_ema.safetensors", 2)
-    assert refusal(folder).startswith("holds its weights in several variants (fp16, non_ema); name one with --weights")
+    assert refusal(folder).startswith(
+        "holds its weights in several variants (fp16, non_ema); choose one with --weights"
+    )
     assert_whole(folder, 1, weights="fp16")
     assert_whole(folder, 2, weights="model")
     whole(folder, f"{STEM}.bin", 3)
     assert_whole(folder, 3)
     assert "also holds fp16, non_ema" in load_checkpoint(folder).notes[0]
-    assert "holds no weights int4; variants in it: fp16, non_ema" in refusal(folder, weights="int4")
+    assert "holds no weights int4; its variants are: fp16, non_ema" in refusal(folder, weights="int4")
     assert refusal(folder, weights="ema").startswith("holds no weights ema")
 
 
@@ -151,7 +153,7 @@ def test_an_index_cannot_name_files_elsewhere(tmp_path: Path, name: object) -> N
     values = json.loads(index.read_text())
     values["weight_map"]["proj_out_1.weight"] = name
     index.write_text(json.dumps(values))
-    assert "which is no file beside it" in refusal(folder)
+    assert "which is not in the same folder" in refusal(folder)
 
 
 def test_an_index_that_is_not_of_its_shards(tmp_path: Path) -> None:
@@ -161,7 +163,7 @@ def test_an_index_that_is_not_of_its_shards(tmp_path: Path) -> None:
     name, file = next(iter(values["weight_map"].items()))
     del values["weight_map"][name]
     index.write_text(json.dumps(values))
-    assert f"does not list what is in {file} ({name})" in refusal(folder)
+    assert f"does not match the tensors in {file} ({name})" in refusal(folder)
     index.write_text("[1]")
     assert "that is not a JSON object" in refusal(folder)
 
@@ -283,9 +285,9 @@ def test_a_bundle_is_called_a_bundle_and_a_checkpoint_a_checkpoint(
 ) -> None:
     from dydit.bundle.bundle import Bundle
 
-    assert refusal(make_bundle().path).startswith("is a bundle, not a checkpoint: give the checkpoint")
+    assert refusal(make_bundle().path).startswith("is a bundle, not a checkpoint; give the checkpoint")
     for path in (make_checkpoint().path, whole(tmp_path / "f"), pipeline(tmp_path / "p")):
-        with pytest.raises(BundleError, match="is a checkpoint, not a bundle: compile it with `dydit export"):
+        with pytest.raises(BundleError, match="is a checkpoint, not a bundle; export it with `dydit export"):
             Bundle.open(path)
     torch.save(published(), tmp_path / "a.pt")
     with pytest.raises(BundleError, match="is a checkpoint, not a bundle"):
@@ -294,4 +296,4 @@ def test_a_bundle_is_called_a_bundle_and_a_checkpoint_a_checkpoint(
 
 def test_a_folder_with_a_file_of_another_kind_says_which(tmp_path: Path) -> None:
     torch.save(published(), tmp_path / "0400000.pt")
-    assert "if it is one of the files in it, give that: 0400000.pt" in refusal(tmp_path)
+    assert "if the checkpoint is one of its files, give that: 0400000.pt" in refusal(tmp_path)

@@ -123,8 +123,8 @@ def test_another_architecture(tmp_path: Path) -> None:
         ({}, "it holds nothing"),
         (torch.ones(3), "holds Tensor, not a state dict"),
         ([torch.ones(3)], "holds list, not a state dict"),
-        ({0: torch.ones(3)}, "a key that is no text: 0"),
-        ({"ema": {"a": 1}}, "whose a is no tensor but int"),
+        ({0: torch.ones(3)}, "a key that is not text: 0"),
+        ({"ema": {"a": 1}}, "whose a is not a tensor but int"),
     ],
 )
 def test_files_without_a_state_dict(tmp_path: Path, content: object, expected: str) -> None:
@@ -252,7 +252,7 @@ def test_diffusers_folder_in_pieces(tmp_path: Path) -> None:
 def test_head_count_of_a_plain_dit_is_asked_for(tmp_path: Path) -> None:
     config, state = model_state(Routers.NONE)
     torch.save(state, tmp_path / "plain.pt")
-    assert refusal(tmp_path / "plain.pt").startswith("does not tell its number of heads; give it with --num-heads")
+    assert refusal(tmp_path / "plain.pt").startswith("does not show its number of heads; give it with --num-heads")
     assert load_checkpoint(tmp_path / "plain.pt", num_heads=4).config == config
     assert "cannot have 5 heads" in refusal(tmp_path / "plain.pt", num_heads=5)
 
@@ -261,7 +261,7 @@ def test_ambiguous_head_count_is_asked_for_or_taken_from_the_arguments(tmp_path:
     config, state = model_state(hidden_size=48)  # three rows: three heads or four, and both divide 48
     path = tmp_path / "dydit.pt"
     torch.save({"ema": state, "args": argparse.Namespace(model="DiT-S/2")}, path)
-    assert refusal(path).startswith("does not tell its number of heads (3 or 4); give it with --num-heads")
+    assert refusal(path).startswith("does not show its number of heads (3 or 4); give it with --num-heads")
     assert load_checkpoint(path, num_heads=4).config == config
     assert load_checkpoint(path, num_heads=3).config.routers is Routers.ALL_ROUTED
     assert "cannot have 6 heads: its hidden size 48 and its routers allow 4 or 3" in refusal(path, num_heads=6)
@@ -273,8 +273,8 @@ def test_a_head_count_that_contradicts_the_file(tmp_path: Path) -> None:
     config, state = model_state()
     save_checkpoint(tmp_path / "m.safetensors", state, config)
     assert load_checkpoint(tmp_path / "m.safetensors", num_heads=4).config == config
-    assert refusal(tmp_path / "m.safetensors", num_heads=8).startswith("says that it has 4 heads, not 8")
-    assert refusal(diffusers_folder(tmp_path / "f"), num_heads=8).startswith("says that it has 4 heads, not 8")
+    assert refusal(tmp_path / "m.safetensors", num_heads=8).startswith("states num_heads 4, not 8")
+    assert refusal(diffusers_folder(tmp_path / "f"), num_heads=8).startswith("states num_heads 4, not 8")
 
 
 def test_head_counts_of_the_published_sizes() -> None:

@@ -69,14 +69,14 @@ def test_arguments_of_a_dit_are_accepted(tmp_path: Path) -> None:
         ({"learn_sigma": False}, "contradicts itself: its training arguments say learn_sigma False"),
         (
             {"image_size": 96},
-            "its training arguments say image_size 96, but its pos_embed is of inputs with a side of 8",
+            "its training arguments say image_size 96, but its pos_embed is for inputs with a side of 8",
         ),
         (
             {"num_classes": 1000},
-            "a class table of 11 rows, which is not of the 1000 classes that its training arguments",
+            "a class table of 11 rows, but its training arguments say 1000 classes",
         ),
         ({"num_classes": 11, "class_dropout_prob": 0.1}, "that labels were dropped (0.1), but its class table of 11"),
-        ({"num_heads": 7}, "contradicts itself: its training arguments say 7 heads, its tensors allow 4"),
+        ({"num_heads": 7}, "contradicts itself: its training arguments say 7 heads, but its tensors allow 4"),
     ],
 )
 def test_arguments_of_another_model_are_refused(tmp_path: Path, change: dict[str, object], expected: str) -> None:
@@ -148,7 +148,7 @@ def test_how_a_class_table_is_read(
 
 @pytest.mark.parametrize(("rows", "given"), [(11, 12), (11, 9), (1, 2)])
 def test_counts_that_do_not_go_with_the_rows(rows: int, given: int) -> None:
-    with pytest.raises(CheckpointError, match=f"a class table of {rows} rows, which is not of the {given} classes"):
+    with pytest.raises(CheckpointError, match=f"a class table of {rows} rows, but --num-classes says {given} classes"):
         class_table(rows, {}, given)
 
 
@@ -156,4 +156,4 @@ def test_a_row_that_was_never_trained_is_left_out(tmp_path: Path) -> None:
     checkpoint = load_checkpoint(saved(tmp_path / "a.pt", num_classes=10, class_dropout_prob=0.0))
     assert checkpoint.config == CONFIG.model_copy(update={"null_class_row": False})
     assert checkpoint.state["y_embedder.embedding_table.weight"].shape == (10, 32)
-    assert "row 10 of its class table was never trained: left out" in checkpoint.notes[0]
+    assert "row 10 of its class table, for no class, was removed" in checkpoint.notes[0]

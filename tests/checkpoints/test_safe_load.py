@@ -150,7 +150,7 @@ def test_damaged_files_load_or_are_refused(
         (b"\x80\x02}q\x00.", "is a plain pickle, which can run code"),
         (b"\x80\xff}q", "is neither a torch.save file nor a safetensors file"),
         (b"\x80", "is neither a torch.save file nor a safetensors file"),
-        (CONTENTS["legacy"][:15] + b"\x80\x02.", "cannot be read as a torch.save file of before PyTorch 1.6"),
+        (CONTENTS["legacy"][:15] + b"\x80\x02.", "cannot be read as a torch.save file from before PyTorch 1.6"),
     ],
 )
 def test_files_of_other_kinds(tmp_path: Path, start: bytes, expected: str) -> None:

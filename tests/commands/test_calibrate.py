@@ -227,6 +227,6 @@ def test_8_bits_without_their_ranges(run, checkpoint: Path, tmp_path: Path) -> N
     assert run("calibrate", checkpoint, "--out", file, *SMALL).code == 0
     kept = names(tmp_path)
     export = ["export", checkpoint, *plan, "--precision", "int8-static", "--out", tmp_path / "bundle"]
-    assert_refused(run(*export), "int8-static needs a calibration: `dydit calibrate --activations minmax` makes it")
+    assert_refused(run(*export), "int8-static needs a calibration, of `dydit calibrate --activations minmax`")
     assert_refused(run(*export, "--calibration", file), "the calibration has no ranges of activations")
     assert names(tmp_path) == kept

@@ -149,7 +149,7 @@ def test_what_is_no_file_of_latents(decode, runs, tmp_path: Path) -> None:
     refused(decode(tmp_path / "nowhere.npz"), "cannot read latents from", "No such file")
     refused(decode(runs[0]), "holds no latents.npz", "dydit sample --latents-out FILE.npz")
     refused(decode(runs[1], vae=tmp_path / "nowhere"), "no such file or folder")
-    refused(decode(runs[1], "--vae-tile", 9), "tiles of 9 latents: expected 1..8")
+    refused(decode(runs[1], "--vae-tile", 9), "the tile has a side of 9 latents; expected 1..8")
 
 
 @pytest.mark.parametrize("package", ["diffusers", "onnxscript"])
@@ -172,7 +172,7 @@ def test_an_attached_decoder_makes_the_bundle_that_an_export_makes(run, bundle, 
     assert opened.manifest == vae_bundle.manifest
     assert content(bundle) == content(vae_bundle.path)
     before = content(bundle)
-    refused(run("attach-vae", bundle, "--vae", autoencoder.folder), "has a decoder already, from ")
+    refused(run("attach-vae", bundle, "--vae", autoencoder.folder), "already has a decoder, from ")
     assert content(bundle) == before
 
 
@@ -216,15 +216,14 @@ def test_where_nothing_can_be_attached(
     before = content(bundle)
     refused(run("attach-vae", bundle, "--vae", tmp_path / "nowhere"), "no such file or folder")
     refused(
-        run("attach-vae", bundle, "--vae", autoencoder.folder, "--vae-tile", 9), "tiles of 9 latents: expected 1..8"
+        run("attach-vae", bundle, "--vae", autoencoder.folder, "--vae-tile", 9),
+        "the tile has a side of 9 latents; expected 1..8",
     )
     refused(run("attach-vae", tmp_path / "no", "--vae", autoencoder.folder), "does not exist")
     refused(run("attach-vae", tmp_path, "--vae", autoencoder.folder), "is not a bundle")
     three = make_checkpoint(small_config.model_copy(update={"in_channels": 3}))
     pixels = make_bundle(three, steps=2, space="pixels")
-    refused(
-        run("attach-vae", pixels.path, "--vae", autoencoder.folder), "the model samples pixels of 3 channels itself"
-    )
+    refused(run("attach-vae", pixels.path, "--vae", autoencoder.folder), "the model samples pixels of 3 channels")
     descriptor = os.open(bundle, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)

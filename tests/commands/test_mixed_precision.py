@@ -66,7 +66,7 @@ def test_a_target_then_a_bundle_of_8_and_16_bits(
     assert words[words.index("--precision") + 1] == precision
     assert run(*words).code == 0
     manifest = Bundle.open(bundle).manifest
-    kept = [manifest.subnets[segment.subnet].in_16_bits or () for segment in manifest.plan.segments]
+    kept = [manifest.subnets[segment.subnet].fp16_layers or () for segment in manifest.plan.segments]
     assert sum(len(block) for each in kept for block in each) == stay
     assert f"{precision}, of {found.sensitivity.layers} linear layers {stay} in 16 bits" in run("inspect", bundle).out
     assert json.loads(run("inspect", bundle, "--json").out)["layers_in_16_bits"] == stay
@@ -113,7 +113,7 @@ def test_targets_that_are_none(run, checkpoint: Path, tmp_path: Path, options: l
     assert names(tmp_path) == [], "nothing is sampled first"
 
 
-def test_a_sliding_plan_has_no_8_bits(run, checkpoint: Path, tmp_path: Path) -> None:
+def test_dynamic_width_has_no_8_bits(run, checkpoint: Path, tmp_path: Path) -> None:
     call = ["calibrate", checkpoint, "--out", tmp_path / "c.json", *SEARCH, "--target-psnr", 30, "--dynamic-width"]
     sampling = ["--steps", STEPS, "--samples", 4, "--held-out", 4, "--batch-size", 2, "--quantile", 0.9]
     assert_refused(run(*call, *sampling), "a plan of dynamic width has no layers in 8 bits")

@@ -310,8 +310,8 @@ SPOILT = {
     "manifest of the future": "schema version 3",
     "manifest of another kind": "manifest.json",
     "manifest in no encoding": "manifest.json",
-    "path upwards": "leaves the bundle",
-    "absolute path": "leaves the bundle",
+    "path upwards": "leads out of the bundle",
+    "absolute path": "leads out of the bundle",
     "link to another file": "was changed",
 }
 

@@ -53,7 +53,7 @@ def sizes(**changes: Any) -> dict[str, Any]:
     [
         (1, None, True, False, "pixels, grey"),
         (2, None, False, False, "latents"),
-        (3, None, True, True, "pixels, RGB; assumed of 3 channels"),
+        (3, None, True, True, "pixels, RGB; assumed because of 3 channels"),
         (3, "pixels", True, False, "pixels, RGB"),
         (3, "latents", False, False, "latents"),
         (1, "latents", False, False, "latents"),
@@ -89,7 +89,7 @@ def test_nothing_stated_is_said(run, three: Path, tmp_path: Path) -> None:
         in done.out
     )
     for path in (three, tmp_path / "bundle"):
-        assert "pixels, RGB; assumed of 3 channels" in inspected(run, path)
+        assert "pixels, RGB; assumed because of 3 channels" in inspected(run, path)
     assert "space" not in json.loads((tmp_path / "bundle" / "manifest.json").read_text())["model"]
 
 

@@ -90,13 +90,13 @@ def test_a_vae_that_does_not_fit(export, autoencoder, make_checkpoint, small_con
     wide, three = (make_checkpoint(small_config.model_copy(update={"in_channels": count})).path for count in (8, 3))
     refused(export("--vae", folder, source=wide), f"{folder} decodes latents of 4 channels, but the model has 8")
     refused(export("--vae", folder, source=three), f"{folder} decodes latents of 4 channels, but the model has 3")
-    refused(export("--vae", folder, "--space", "pixels"), "a model of pixels has no latents to decode")
+    refused(export("--vae", folder, "--space", "pixels"), "a model that samples pixels has no latents to decode")
     refused(export("--space", "pixels"), "4 channels cannot be pixels; expected 1 (grey) or 3 (RGB)")
-    refused(export("--vae", folder, "--vae-tile", 9), "tiles of 9 latents: expected 1..8")
+    refused(export("--vae", folder, "--vae-tile", 9), "the tile has a side of 9 latents; expected 1..8")
     refused(export("--vae", folder, "--vae-tile", 0), "--vae-tile")
     refused(export("--vae", folder, "--vae-scale", 0), "--vae-scale")
     for option in ("--vae-tile", "--vae-scale", "--vae-shift"):
-        refused(export(option, 4), "a tile, a scale or a shift goes with a VAE decoder only; give --vae")
+        refused(export(option, 4), "a tile, scale or shift can only be given with a VAE decoder; give --vae")
 
 
 def test_what_is_no_vae(export, autoencoder, checkpoint: Path, vae_bundle, tmp_path: Path) -> None:

@@ -309,7 +309,7 @@ def test_layers_that_stay_in_16_bits_are_asked_for(rtx, mixed_bundle, precision:
     for subnet in bundle.manifest.subnets:
         network = parsed(rtx, bundle.path / subnet.file)
         assert type_findings(network, precision, bundle.manifest.model) == []
-        kept = {f"blocks.{block}.{layer}" for block, layers in enumerate(subnet.in_16_bits) for layer in layers}
+        kept = {f"blocks.{block}.{layer}" for block, layers in enumerate(subnet.fp16_layers) for layer in layers}
         halves = {each.name for each in network.layers if each.kind == "constant" and ".weight16" in each.name}
         assert {name.partition(".weight16")[0] for name in halves} == kept
         stored = sum(layer.kind == "dequantize" for layer in network.layers)

@@ -151,7 +151,7 @@ def test_a_wide_model_builds(rtx, even_ranges, make_checkpoint, make_bundle, tmp
     assert report.built[1].bytes > bundle.manifest.subnets[0].weight_bytes, "a static subnetwork holds its weights"
 
 
-def test_a_sliding_bundle_builds_into_one_engine_for_every_width(
+def test_a_bundle_of_dynamic_width_builds_into_one_engine_for_every_width(
     rtx, capacity_bundle: Callable[..., Bundle], digits_like: ModelConfig, tmp_path: Path
 ) -> None:
     """And its form at full capacity; neither plan holds a block's weights."""

@@ -39,8 +39,8 @@ np.save(out, sample(Path(bundle), int(label), float(scale), lambda draw: draws[d
     [
         ({"plan": PlanKind.MAX_SUBNETS, "max_subnets": 3}, 2.0),
         ({"plan": PlanKind.PER_STEP}, 1.0),
-        ({"plan": PlanKind.SLIDING}, 2.0),
-        ({"plan": PlanKind.SLIDING}, 0.0),
+        ({"plan": PlanKind.DYNAMIC_WIDTH}, 2.0),
+        ({"plan": PlanKind.DYNAMIC_WIDTH}, 0.0),
         # One slot a token and block: steps overflow, and are repeated.
         ({"plan": PlanKind.PER_STEP, "routing": Routing.CAPACITY, "capacities": (1, 1, 1)}, 2.0),
     ],

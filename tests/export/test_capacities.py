@@ -75,7 +75,7 @@ def test_equal_units_with_other_slots_are_other_subnetworks(make_checkpoint, tmp
 
 
 def test_one_graph_gets_the_most_that_a_segment_needs(make_checkpoint, tmp_path):
-    checkpoint, plan = make_checkpoint(), {"steps": STEPS, "plan": PlanKind.SLIDING}
+    checkpoint, plan = make_checkpoint(), {"steps": STEPS, "plan": PlanKind.DYNAMIC_WIDTH}
     calibration = calibrated(checkpoint, ExportConfig(**plan))
     manifest = export(checkpoint, tmp_path / "out", by_capacity(checkpoint, calibration, **plan)).manifest
     assert {entry.capacities for entry in manifest.subnets} == {calibration.tokens.largest}
@@ -112,7 +112,7 @@ def test_a_calibration_of_another_or_a_static_checkpoint(make_checkpoint, small_
     calibration = calibrated(make_checkpoint(), ExportConfig(**plan))
     for checkpoint, words in (
         (make_checkpoint(seed=1), "another checkpoint"),
-        (make_checkpoint(small_config.without_routers()), "is a static model: it has no tokens to route"),
+        (make_checkpoint(small_config.without_routers()), "is a static model: it routes no tokens"),
     ):
         with pytest.raises(CalibrationError, match=words):
             export(checkpoint, tmp_path / "out", by_capacity(checkpoint, calibration, **plan))
@@ -131,9 +131,9 @@ def test_a_calibration_that_was_changed(make_checkpoint, tmp_path):
     [
         (
             {"routing": "dynamic"},
-            "a calibration goes with capacity routing, and with the precisions int8-static and fp8",
+            "a calibration can only be given with capacity routing or precision int8-static or fp8",
         ),
-        ({"routing": "capacity", "capacities": (4, 4, 4)}, "come from a calibration or are given, not both"),
+        ({"routing": "capacity", "capacities": (4, 4, 4)}, "give either capacities or a calibration, not both"),
     ],
 )
 def test_settings_that_contradict(make_checkpoint, settings, message):

@@ -242,9 +242,9 @@ class TestCapacity:
         ({"steps": 0}, "steps must be at least 1"),
         ({"steps": 1001}, "steps must be at most 1000"),
         ({"max_subnets": 0}, "max_subnets must be at least 1, not 0"),
-        ({"plan": "memory-budget"}, "a memory budget goes with the memory-budget plan, and only with it"),
-        ({"memory_budget": 10}, "a memory budget goes with the memory-budget plan, and only with it"),
-        ({"capacities": (1,)}, "capacities go with capacity routing only"),
+        ({"plan": "memory-budget"}, "the plan memory-budget needs a memory budget, and no other plan takes one"),
+        ({"memory_budget": 10}, "the plan memory-budget needs a memory budget, and no other plan takes one"),
+        ({"capacities": (1,)}, "capacities can only be given with capacity routing"),
         ({"routing": "sparse"}, "routing must be 'dynamic', 'capacity' or 'dense'"),
         ({"sampler": "euler"}, "sampler must be 'ddpm' or 'ddim'"),
         ({"max_batch": 0}, "max_batch must be at least 1, not 0"),
@@ -258,7 +258,7 @@ def test_settings_that_make_no_sense(settings, message):
 
 
 def test_guidance_on_channels_that_are_not_there(make_checkpoint, tmp_path):
-    with pytest.raises(ConfigError, match=r"^guidance on 5 channels, but the model has 4$"):
+    with pytest.raises(ConfigError, match=r"^guidance on 5 channels: the model has only 4$"):
         export(make_checkpoint(), tmp_path / "out", ExportConfig(steps=3, cfg_channels=5))
 
 
@@ -306,14 +306,14 @@ def test_stale_reasons(make_bundle, make_checkpoint, small_config):
     assert stale_reasons(manifest, make_checkpoint()) == []
     other = make_checkpoint(seed=1)
     assert stale_reasons(manifest, other) == [
-        f"the weights changed: {other.path} is not the file that the bundle was exported from"
+        f"the weights changed: the bundle was not exported from {other.path} as it is now"
     ]
     wider = make_checkpoint(DiTConfig.model_validate({**small_config.model_dump(), "depth": 2}))
     assert stale_reasons(manifest, wider)[1:] == ["the architecture differs"]
 
 
 def test_a_tile_without_a_decoder_is_refused():
-    with pytest.raises(ConfigError, match="a tile, a scale or a shift goes with a VAE decoder only"):
+    with pytest.raises(ConfigError, match="a tile, scale or shift can only be given with a VAE decoder"):
         parse_config(ExportConfig, {"vae_tile": 8})
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 import pytest
 
-from dydit.bundle.stored_weights import Precision, half_name
+from dydit.bundle.stored_weights import Precision, fp16_name
 from dydit.calibrate.activation_ranges import ActivationRanges
 from dydit.export.exporter import planned_steps
 from dydit.export.settings import ExportConfig
@@ -27,41 +27,43 @@ def there(make_checkpoint) -> np.ndarray:
     return np.repeat(parts.reshape(SEGMENTS, DEPTH, 2), 2, axis=2)
 
 
-def ranges(kept: np.ndarray) -> ActivationRanges:
+def ranges(in_fp16: np.ndarray) -> ActivationRanges:
     fours, none = (((value,) * 4,) * DEPTH for value in (4.0, 0.0))
-    rows = tuple(tuple(map(tuple, blocks)) for blocks in kept.tolist())
+    rows = tuple(tuple(map(tuple, blocks)) for blocks in in_fp16.tolist())
     return ActivationRanges(
         method="minmax", images=1, thresholds=(fours,) * SEGMENTS, clipped=(none,) * SEGMENTS, in_16_bits=rows
     )
 
 
 def choice(which: str) -> np.ndarray:
-    kept = np.zeros((SEGMENTS, DEPTH, len(LAYERS)), bool)
+    in_fp16 = np.zeros((SEGMENTS, DEPTH, len(LAYERS)), bool)
     if which == "one segment":
-        kept[0] = True
+        in_fp16[0] = True
     elif which == "one layer":
-        kept[:, 1, LAYERS.index("fc2")] = True
+        in_fp16[:, 1, LAYERS.index("fc2")] = True
     elif which == "by chance":
-        kept = np.random.default_rng(1).random(kept.shape) < 0.5
-    return kept
+        in_fp16 = np.random.default_rng(1).random(in_fp16.shape) < 0.5
+    return in_fp16
 
 
 @pytest.mark.parametrize("precision", [Precision.INT8_STATIC, Precision.FP8])
 @pytest.mark.parametrize("which", ["nothing", "one segment", "one layer", "by chance"])
 def test_no_copy_is_stored_that_no_segment_reads(which, precision, there, make_bundle, make_checkpoint) -> None:
-    kept = choice(which)
-    bundle = make_bundle(precision=precision, activations=ranges(kept), **SETTINGS)
+    in_fp16 = choice(which)
+    bundle = make_bundle(precision=precision, activations=ranges(in_fp16), **SETTINGS)
     weights = bundle.manifest.weights
     for block, layer in np.ndindex(DEPTH, len(LAYERS)):
         name, used = f"blocks.{block}.{LAYERS[layer]}.weight", there[:, block, layer]
-        half, eighth = (kept[:, block, layer] & used).any(), (~kept[:, block, layer] & used).any()
-        assert (half_name(name) in weights) == half
-        assert (name in weights) == (f"blocks.{block}.{LAYERS[layer]}.scale" in weights) == (eighth or not half)
+        fp16, quantized = (in_fp16[:, block, layer] & used).any(), (~in_fp16[:, block, layer] & used).any()
+        assert (fp16_name(name) in weights) == fp16
+        assert (name in weights) == (f"blocks.{block}.{LAYERS[layer]}.scale" in weights) == (quantized or not fp16)
+    text = (bundle.path / "manifest.json").read_text()
+    assert ("in_16_bits" in text) == in_fp16.any() and "fp16_layers" not in text, "the key of older bundles"
     read: set[int] = set()
     for segment, subnet in ((each, bundle.manifest.subnets[each.subnet]) for each in bundle.manifest.plan.segments):
-        stay = {(block, layer) for block, layers in enumerate(subnet.in_16_bits or ()) for layer in layers}
+        stay = {(block, layer) for block, layers in enumerate(subnet.fp16_layers or ()) for layer in layers}
         index = bundle.manifest.plan.segments.index(segment)
-        assert stay == {(block, LAYERS[layer]) for block, layer in np.argwhere(kept[index])}
+        assert stay == {(block, LAYERS[layer]) for block, layer in np.argwhere(in_fp16[index])}
         graph = onnx.load(bundle.file(subnet.file), load_external_data=False).graph
         size = 0
         for tensor in graph.initializer:
@@ -70,9 +72,9 @@ def test_no_copy_is_stored_that_no_segment_reads(which, precision, there, make_b
                 # A block without units reads no scales, which `weight_bytes` does not tell apart.
                 size += place["length"]
         assert 0.9 * subnet.weight_bytes <= size <= subnet.weight_bytes
-    halves = [entry for name, entry in weights.items() if name.endswith("weight16")]
-    assert bool(halves) == kept.any() and all(entry.dtype == "float16" for entry in halves)
-    for entry in halves:
+    fp16_entries = [entry for name, entry in weights.items() if name.endswith("weight16")]
+    assert bool(fp16_entries) == in_fp16.any() and all(entry.dtype == "float16" for entry in fp16_entries)
+    for entry in fp16_entries:
         assert any(entry.offset <= place < entry.offset + entry.nbytes for place in read)
     assert compare_weights(bundle, make_checkpoint()).detail.startswith("all ")
 

@@ -77,7 +77,7 @@ def test_what_does_not_fit_is_refused(autoencoder, tmp_path):
     source = str(autoencoder.folder)
     with pytest.raises(ConfigError, match="decodes latents of 4 channels, but the model has 8"):
         export_vae(source, tmp_path, model_of(in_channels=8))
-    with pytest.raises(ConfigError, match="samples pixels of 3 channels itself; leave the VAE away"):
+    with pytest.raises(ConfigError, match="samples pixels of 3 channels and has no latents to decode; remove the VAE"):
         export_vae(source, tmp_path, model_of(in_channels=3))
     with pytest.raises(ConfigError, match=r"tiles of 9 latents: expected 1\.\.8"):
         export_vae(source, tmp_path, model_of(), VaeOptions(tile=9))
@@ -110,11 +110,14 @@ def respoiled(autoencoder, folder: Path, change) -> str:
         ({"scaling_factor": 0}, "scaling_factor must be greater than 0"),
         ({"scaling_factor": None}, "scaling_factor must be a|states no scaling factor"),
         ({"shift_factor": float("nan")}, "shift_factor must be a finite number"),
-        ({"latents_mean": [0.0] * 4}, "latents_mean and latents_std go together, but only one of them is stated"),
-        ({"latents_std": [1.0] * 4}, "latents_mean and latents_std go together"),
+        (
+            {"latents_mean": [0.0] * 4},
+            "latents_mean and latents_std must be given together, but only one of them is stated",
+        ),
+        ({"latents_std": [1.0] * 4}, "latents_mean and latents_std must be given together"),
         ({"latents_mean": [0.0] * 4, "latents_std": [1.0] * 3}, "expected 4, one for each latent channel"),
         ({"latents_mean": [0.0] * 4, "latents_std": [0.0] * 4}, r"latents_std holds 0\.0; expected numbers above 0"),
-        ({"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4, "shift_factor": 0.1}, "two ways to shift latents"),
+        ({"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4, "shift_factor": 0.1}, "both shift latents"),
         ({"flip_latents": True}, "states flip_latents, which AutoencoderKL of diffusers .* does not know"),
         ({"norm_num_groups": 0}, "has a configuration that AutoencoderKL refuses"),
         ({"block_out_channels": []}, "has a configuration that AutoencoderKL refuses"),
@@ -193,7 +196,7 @@ def test_a_scale_that_is_not_stated_is_assumed_for_the_first_autoencoders_alone(
     later = diffusers.AutoencoderKL(block_out_channels=(4, 4), down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=16, norm_num_groups=2)  # fmt: skip
     source = saved(later, tmp_path / "later", scaling_factor=None)
-    with pytest.raises(ConfigError, match="states no scaling factor, without which the pictures would be wrong; give"):
+    with pytest.raises(ConfigError, match="states no scaling factor, which decoding needs; give"):
         decoded(tmp_path / "b", source, random_latents(16))
 
 

@@ -97,14 +97,13 @@ def test_blocks_without_an_mlp_need_no_slots(make_bundle):
     assert routing_text(facts.model_copy(update={"segments": (nothing,)})) == "capacity: no block has an MLP"
 
 
-def test_a_sliding_bundle_holds_one_model_for_all_widths(make_bundle):
-    facts = inspect_bundle(make_bundle(plan=PlanKind.SLIDING).path).facts
+def test_a_bundle_of_dynamic_width_holds_one_model_for_all_widths(make_bundle):
+    facts = inspect_bundle(make_bundle(plan=PlanKind.DYNAMIC_WIDTH).path).facts
     exact = inspect_bundle(make_bundle(plan=PlanKind.PER_STEP).path).facts
     assert facts.chosen.versus_exact == 1 and facts.chosen.subnets == exact.chosen.subnets > 4
     assert facts.chosen.weight_bytes == facts.dense_bytes < exact.chosen.weight_bytes
-    assert (
-        f"one graph of {facts.chosen.subnets} widths" in inspect_bundle(make_bundle(plan=PlanKind.SLIDING).path).text()
-    )
+    text = inspect_bundle(make_bundle(plan=PlanKind.DYNAMIC_WIDTH).path).text()
+    assert f"one graph of {facts.chosen.subnets} widths" in text
 
 
 def test_half_precision_is_half_the_bytes_of_the_units(make_bundle):

@@ -295,4 +295,4 @@ def test_a_checkpoint_of_an_architecture_that_is_not_known_is_refused(
     assert load_checkpoint(checkpoint).config.architecture == "toy"
     monkeypatch.setattr(registry, "_known", {})
     done = run("inspect", checkpoint)
-    assert done.code == 2 and "unknown architecture 'toy'; known: dit" in done.err, done.err
+    assert done.code == 2 and "unknown architecture 'toy'; expected one of: dit" in done.err, done.err

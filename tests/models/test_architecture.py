@@ -147,7 +147,7 @@ def test_units_that_a_part_does_not_have_are_refused(make_axis: MakeAxis, case: 
     units = [[list(group) for group in block] for block in case.units[0]]
     part = data.draw(st.sampled_from(axis.parts))
     units[part.block][part.index].append(data.draw(st.sampled_from([-1, part.group.count, part.group.count + 3])))
-    with pytest.raises(ValueError, match=f"block {part.block} has {part.group.count} {part.group.name}, not units"):
+    with pytest.raises(ValueError, match=f"block {part.block} has {part.group.count} {part.group.name}, not slots"):
         axis.mask(units)
 
 

@@ -39,7 +39,7 @@ def test_preset_at_512_pixels_and_with_changes():
 
 @pytest.mark.parametrize("name", ["", "XL", "XL/3", "M/2", "xl/2", "S/2/2", "S/"])
 def test_unknown_presets_name_the_known(name):
-    with pytest.raises(ConfigError, match=r"^unknown preset .*; known: S/2, S/4, S/8, B/2"):
+    with pytest.raises(ConfigError, match=r"^unknown preset .*; expected one of: S/2, S/4, S/8, B/2"):
         preset(name)
 
 

@@ -93,13 +93,13 @@ def test_a_table_without_the_row_is_named_when_it_is_read(tmp_path: Path, run: C
     config = DiTConfig(hidden_size=32, depth=1, num_heads=4, patch_size=2, input_size=4, num_classes=10)
     torch.save(synthetic_model(config).state_dict(), tmp_path / "a.pt")
     assumed = run("inspect", tmp_path / "a.pt")
-    assert "10 classes" in assumed.out and "assumed from 11 rows; --num-classes 11 says that all are" in assumed.out
+    assert "10 classes" in assumed.out and "if all of them are classes, give --num-classes 11" in assumed.out
     told = run("inspect", tmp_path / "a.pt", "--num-classes", 11)
     assert "11 classes, no null class" in told.out and "assumed" not in told.out
     exported = run("export", tmp_path / "a.pt", "--steps", 2, "--out", tmp_path / "b")
-    assert "assumed from 11 rows" in exported.out
+    assert "the last of the 11 rows" in exported.out
     wrong = run("export", tmp_path / "a.pt", "--num-classes", 5, "--out", tmp_path / "c")
-    assert wrong.code == 2 and "a class table of 11 rows, which is not of the 5 classes that --num-classes" in wrong.err
+    assert wrong.code == 2 and "a class table of 11 rows, but --num-classes says 5 classes" in wrong.err
 
 
 def test_files_and_bundles_of_before_are_read_and_written_as_they_were(small_config: ModelConfig) -> None:

@@ -54,7 +54,7 @@ def exports(draw, model: ModelConfig, routing: Routing):
     return ExportConfig(
         steps=steps,
         sampler=draw(st.sampled_from(Sampler)),
-        plan=draw(st.sampled_from([PlanKind.MAX_SUBNETS, PlanKind.PER_STEP, PlanKind.SLIDING])),
+        plan=draw(st.sampled_from([PlanKind.MAX_SUBNETS, PlanKind.PER_STEP, PlanKind.DYNAMIC_WIDTH])),
         max_subnets=draw(st.integers(1, steps)),
         routing=routing,
         max_batch=MAX_BATCH,
@@ -114,7 +114,7 @@ def test_every_hop_holds(routing, routers):
             assert report.ok, report.summary
             masks = bundle.masks
             seen["examples"] += 1
-            seen["sliding"] += bundle.manifest.sliding
+            seen["sliding"] += bundle.manifest.dynamic_width
             seen["gated"] += any(subnet.gated for subnet in bundle.manifest.subnets)
             seen["holes"] += has_holes(model.units, masks)
             seen["closed"] += not masks.all()

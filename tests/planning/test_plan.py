@@ -212,5 +212,5 @@ def test_masks_that_never_change_need_one_segment(make_axis):
 
 def test_at_least_one_subnetwork(make_axis):
     masks, costs = one_part(make_axis, [[1, 1]] * 2)
-    with pytest.raises(ConfigError, match="at most 0 subnetworks: a plan needs at least 1"):
+    with pytest.raises(ConfigError, match="the largest number of subnetworks is 0; expected at least 1"):
         merged_plan(masks, costs, 0)

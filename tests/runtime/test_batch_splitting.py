@@ -61,7 +61,7 @@ KINDS = {
     "merged": {},
     "dense": {"routing": Routing.DENSE},
     "per step": {"plan": PlanKind.PER_STEP},
-    "sliding": {"plan": PlanKind.SLIDING},
+    "sliding": {"plan": PlanKind.DYNAMIC_WIDTH},
     "capacity": {"routing": Routing.CAPACITY},
     "fp16": {"precision": Precision.FP16},
 }

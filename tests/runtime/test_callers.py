@@ -24,8 +24,8 @@ CALLS = 8
 PLANS = {
     "per-step": {"plan": PlanKind.PER_STEP},
     "merged": {"max_subnets": 2},
-    "dynamic-width": {"plan": PlanKind.SLIDING},
-    "overflowing": {"plan": PlanKind.SLIDING, "routing": Routing.CAPACITY, "capacities": (2, 16, 5)},
+    "dynamic-width": {"plan": PlanKind.DYNAMIC_WIDTH},
+    "overflowing": {"plan": PlanKind.DYNAMIC_WIDTH, "routing": Routing.CAPACITY, "capacities": (2, 16, 5)},
 }
 OPENERS = {
     "onnxruntime": lambda bundle: open_backend("onnxruntime", bundle, BackendOptions(threads=2)),
@@ -126,7 +126,7 @@ def test_closing_waits_for_the_call_and_ends_those_to_come(make_bundle):
 @pytest.mark.parametrize("name", OPENERS)
 def test_a_run_cannot_be_started_from_within_another(name, make_bundle):
     """Weights, engines and buffers are in use; afterwards all is well."""
-    bundle = make_bundle(steps=4, plan=PlanKind.SLIDING)
+    bundle = make_bundle(steps=4, plan=PlanKind.DYNAMIC_WIDTH)
     with OPENERS[name](bundle) as backend:
         pipe = DyDiTPipeline(backend)
         wanted = pipe([1, 2], seed=3, output_type="latent").latents

@@ -78,15 +78,15 @@ def test_an_arrangement_keeps_account_of_every_place(make_axis, drawn):
 
 
 @pytest.fixture
-def sliding_bundle(make_bundle) -> Bundle:
-    return make_bundle(plan=PlanKind.SLIDING)
+def width_bundle(make_bundle) -> Bundle:
+    return make_bundle(plan=PlanKind.DYNAMIC_WIDTH)
 
 
-def test_feeds_are_the_rows_of_the_units_that_are_on(sliding_bundle):
+def test_feeds_are_the_rows_of_the_units_that_are_on(width_bundle):
     """For every subnetwork, in an order that jumps about: as sets of units, the rows that the stored tensors have."""
-    manifest, weights = sliding_bundle.manifest, DynamicWidthWeights(sliding_bundle)
+    manifest, weights = width_bundle.manifest, DynamicWidthWeights(width_bundle)
     specs = unit_inputs(manifest.weights, manifest.model)
-    before = hashlib.sha256((sliding_bundle.path / WEIGHTS).read_bytes()).hexdigest()
+    before = hashlib.sha256((width_bundle.path / WEIGHTS).read_bytes()).hexdigest()
     count = len(manifest.subnets)
     assert count > 4
     for index in [*range(count), 0, count - 1, count // 2, *reversed(range(count))]:
@@ -94,21 +94,21 @@ def test_feeds_are_the_rows_of_the_units_that_are_on(sliding_bundle):
         feeds = weights.run(entry, dict)
         assert list(feeds) == [spec.name for spec in specs]
         for name, fed in feeds.items():
-            stored, (_, block, part) = sliding_bundle.weight(name), name.split(".", 2)
+            stored, (_, block, part) = width_bundle.weight(name), name.split(".", 2)
             units = entry.units[int(block)][not part.startswith(("qkv", "proj"))]
             assert fed.shape == (len(units) * stored.shape[1], *stored.shape[2:]) and fed.flags.c_contiguous
             found = {row.tobytes() for row in fed.reshape(len(units), -1)}
             assert found == {np.ascontiguousarray(stored[unit]).tobytes() for unit in units}
-        alone = DynamicWidthWeights(sliding_bundle).run(entry, dict)
+        alone = DynamicWidthWeights(width_bundle).run(entry, dict)
         assert all(np.array_equal(fed, alone[name]) for name, fed in feeds.items()), "whatever was before"
-    assert hashlib.sha256((sliding_bundle.path / WEIGHTS).read_bytes()).hexdigest() == before, "the file is untouched"
+    assert hashlib.sha256((width_bundle.path / WEIGHTS).read_bytes()).hexdigest() == before, "the file is untouched"
 
 
 def test_a_part_with_nothing_on_gets_zeros(make_bundle, make_checkpoint, small_config):
     from dydit.models.config import Routers
 
     checkpoint = make_checkpoint(small_config.model_copy(update={"routers": Routers.ALL_ROUTED}), flops_ratio=0.15)
-    bundle = make_bundle(checkpoint, plan=PlanKind.SLIDING)
+    bundle = make_bundle(checkpoint, plan=PlanKind.DYNAMIC_WIDTH)
     weights, empty = DynamicWidthWeights(bundle), 0
     for entry in bundle.manifest.subnets:
         feeds = weights.run(entry, dict)
@@ -120,30 +120,30 @@ def test_a_part_with_nothing_on_gets_zeros(make_bundle, make_checkpoint, small_c
     assert empty, "some block of some step has no head on"
 
 
-def test_one_graph_one_session_for_every_width(sliding_bundle, make_bundle):
-    names = {entry.file for entry in sliding_bundle.manifest.subnets}
-    assert names == {"sliding.onnx"} and len(sliding_bundle.manifest.subnets) > 4
-    assert sorted(path.suffix for path in sliding_bundle.path.iterdir() if path.is_file()) == [
+def test_one_graph_one_session_for_every_width(width_bundle, make_bundle):
+    names = {entry.file for entry in width_bundle.manifest.subnets}
+    assert names == {"sliding.onnx"} and len(width_bundle.manifest.subnets) > 4
+    assert sorted(path.suffix for path in width_bundle.path.iterdir() if path.is_file()) == [
         ".bin",
         ".json",
         ".onnx",
         ".onnx",
     ]
-    backend = OnnxRuntimeBackend(sliding_bundle, BackendOptions(threads=1))
+    backend = OnnxRuntimeBackend(width_bundle, BackendOptions(threads=1))
     assert len({id(backend.subnet(index)._session) for index in range(3)}) == 1
     exact = make_bundle(plan=PlanKind.PER_STEP).manifest
-    assert sliding_bundle.manifest.plan.macs == exact.plan.macs == exact.plan.per_step_macs
-    assert [s.units for s in sliding_bundle.manifest.subnets] == [s.units for s in exact.subnets]
+    assert width_bundle.manifest.plan.macs == exact.plan.macs == exact.plan.per_step_macs
+    assert [s.units for s in width_bundle.manifest.subnets] == [s.units for s in exact.subnets]
 
 
 @pytest.mark.parametrize("settings", [{}, {"routing": Routing.CAPACITY, "capacities": (2, 16, 5)}])
 def test_a_run_equals_the_per_step_plan(settings, make_bundle, relative):
     latents = {}
-    for plan in (PlanKind.SLIDING, PlanKind.PER_STEP):
+    for plan in (PlanKind.DYNAMIC_WIDTH, PlanKind.PER_STEP):
         bundle = make_bundle(plan=plan, **settings)
         if settings:
             assert bundle.manifest.subnets[0].full_file == (
-                "sliding-full.onnx" if plan is PlanKind.SLIDING else "subnet-0000-full.onnx"
+                "sliding-full.onnx" if plan is PlanKind.DYNAMIC_WIDTH else "subnet-0000-full.onnx"
             )
         model = bundle.manifest.model
         backend = OnnxRuntimeBackend(bundle, BackendOptions(threads=1))
@@ -153,11 +153,11 @@ def test_a_run_equals_the_per_step_plan(settings, make_bundle, relative):
             stats = sample(StepRunner(backend, subnets, [0, 1, 2], 4.0), batches, noise, store)
         assert not settings or stats.repeated_steps > 0
         latents[plan] = np.concatenate([store.load(index) for index in range(2)])
-    assert relative(latents[PlanKind.SLIDING], latents[PlanKind.PER_STEP]) < 1e-4
+    assert relative(latents[PlanKind.DYNAMIC_WIDTH], latents[PlanKind.PER_STEP]) < 1e-4
 
 
 def test_half_precision_slides_too(make_bundle, relative):
-    bundle = make_bundle(plan=PlanKind.SLIDING, precision=Precision.FP16)
+    bundle = make_bundle(plan=PlanKind.DYNAMIC_WIDTH, precision=Precision.FP16)
     feeds = DynamicWidthWeights(bundle).run(bundle.manifest.subnets[1], dict)
     assert {array.dtype.name for array in feeds.values()} == {"float16"}
     wide = make_bundle(plan=PlanKind.PER_STEP, precision=Precision.FP16)

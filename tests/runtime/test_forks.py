@@ -24,7 +24,7 @@ from dydit.runtime.pipeline import DyDiTPipeline
 from dydit.runtime.resident import ResidentSubnets
 
 PATIENCE = 240  # seconds, of a machine with much else to do; what hangs hangs for ever
-PLANS = {"dynamic width": {"plan": PlanKind.SLIDING}, "per step": {"plan": PlanKind.PER_STEP}}
+PLANS = {"dynamic width": {"plan": PlanKind.DYNAMIC_WIDTH}, "per step": {"plan": PlanKind.PER_STEP}}
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 
@@ -70,7 +70,7 @@ def test_a_child_samples_what_its_parent_does(name, plan, make_bundle, tmp_path)
 
 def test_forked_while_another_thread_is_in_a_call(make_bundle, tmp_path):
     """The thread and what it holds are not in the child: neither the lock nor half-moved weights stop it."""
-    bundle = make_bundle(steps=3, plan=PlanKind.SLIDING)
+    bundle = make_bundle(steps=3, plan=PlanKind.DYNAMIC_WIDTH)
     with DyDiTPipeline.from_bundle(bundle.path, threads=2) as pipe:
 
         def call(progress=None):

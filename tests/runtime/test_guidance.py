@@ -38,7 +38,7 @@ def test_which_rows_a_step_computes():
             Guidance(scale, None)
 
 
-@pytest.mark.parametrize("kind", [{"plan": PlanKind.SLIDING}, {"cfg_channels": 1, "routing": Routing.DENSE}])
+@pytest.mark.parametrize("kind", [{"plan": PlanKind.DYNAMIC_WIDTH}, {"cfg_channels": 1, "routing": Routing.DENSE}])
 @pytest.mark.parametrize("name", OPENERS)
 def test_labels_do_not_matter_at_0(name, kind, make_bundle):
     with OPENERS[name](make_bundle(steps=3, **kind)) as backend:

@@ -86,10 +86,10 @@ def test_the_probe_sees_what_is_cut_off(monkeypatch):
     assert not int8.products_are_exact(Saturating())
 
 
-def test_a_sliding_plan_is_refused():
+def test_dynamic_width_is_refused():
     from dydit.export.settings import ExportConfig
 
-    with pytest.raises(ConfigError, match="a sliding plan has its weights as inputs, which are not packed for int8"):
+    with pytest.raises(ConfigError, match="dynamic width does not support int8: its weights are inputs"):
         parse_config(ExportConfig, {"plan": "sliding", "precision": "int8"})
 
 

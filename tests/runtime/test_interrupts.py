@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from dydit.bundle.manifest import PlanKind
-from dydit.runtime import dynamic_width as sliding
+from dydit.runtime import dynamic_width
 from dydit.runtime.backends.base import BackendOptions
 from dydit.runtime.backends.registry import open_backend
 from dydit.runtime.background import Pool
@@ -25,13 +25,16 @@ from dydit.runtime.pipeline import DyDiTPipeline
 from tests.fixtures.host_device import HostDeviceBackend
 
 INTERRUPTS = int(os.environ.get("DYDIT_INTERRUPTS", "45"))
-SLIDING, PER_STEP = {"plan": PlanKind.SLIDING, "steps": 3}, {"plan": PlanKind.PER_STEP, "steps": 3}
+DYNAMIC, PER_STEP = {"plan": PlanKind.DYNAMIC_WIDTH, "steps": 3}, {"plan": PlanKind.PER_STEP, "steps": 3}
 WAYS = {
-    "onnxruntime, dynamic width": (SLIDING, lambda bundle: open_backend("onnxruntime", bundle, BackendOptions(2))),
+    "onnxruntime, dynamic width": (
+        DYNAMIC,
+        lambda bundle: open_backend("onnxruntime", bundle, BackendOptions(2)),
+    ),
     "onnxruntime, per step": (PER_STEP, lambda bundle: open_backend("onnxruntime", bundle, BackendOptions(2))),
     "torch, per step": (PER_STEP, lambda bundle: open_backend("torch", bundle, BackendOptions(1))),
-    "torch, dynamic width": (SLIDING, lambda bundle: open_backend("torch", bundle, BackendOptions(1))),
-    "device, dynamic width": (SLIDING, lambda bundle: HostDeviceBackend(bundle, BackendOptions(1))),
+    "torch, dynamic width": (DYNAMIC, lambda bundle: open_backend("torch", bundle, BackendOptions(1))),
+    "device, dynamic width": (DYNAMIC, lambda bundle: HostDeviceBackend(bundle, BackendOptions(1))),
 }
 
 
@@ -89,15 +92,15 @@ def test_after_an_interrupt_the_next_call_is_right(way, make_bundle):
 
 
 def test_interrupted_at_every_line_of_an_exchange_the_weights_are_right(make_bundle):
-    """An error out of any line of `runtime.sliding`, as a signal handler might raise one."""
-    bundle = make_bundle(**SLIDING)
+    """An error out of any line of `runtime.dynamic_width`, as a signal handler might raise one."""
+    bundle = make_bundle(**DYNAMIC)
     first, second = bundle.manifest.subnets[0], bundle.manifest.subnets[-1]
     wanted = {name: array.copy() for name, array in DynamicWidthWeights(bundle).run(second, dict).items()}
     weights, lines, last = DynamicWidthWeights(bundle), 0, 0
 
     def trace(frame, event, _):
         nonlocal lines
-        if frame.f_code.co_filename != sliding.__file__:
+        if frame.f_code.co_filename != dynamic_width.__file__:
             return None
         if event == "line":
             lines += 1
@@ -122,7 +125,7 @@ def test_interrupted_at_every_line_of_an_exchange_the_weights_are_right(make_bun
 
 def test_what_still_reads_the_weights_of_an_interrupted_step_reads_them_unchanged(make_bundle):
     """Threads go on with their images when the one that waits for them is interrupted."""
-    bundle = make_bundle(**SLIDING)
+    bundle = make_bundle(**DYNAMIC)
     first, second = bundle.manifest.subnets[0], bundle.manifest.subnets[-1]
     weights, held = DynamicWidthWeights(bundle), {}
 

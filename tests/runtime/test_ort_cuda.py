@@ -47,8 +47,8 @@ def near(a, b) -> bool:
         {"routing": Routing.DENSE},
         {"routing": Routing.DYNAMIC, "plan": PlanKind.PER_STEP},
         {"routing": Routing.CAPACITY, "capacities": (12, 14, 14), "plan": PlanKind.PER_STEP},
-        {"routing": Routing.DYNAMIC, "plan": PlanKind.SLIDING},
-        {"routing": Routing.CAPACITY, "capacities": (12, 14, 14), "plan": PlanKind.SLIDING},
+        {"routing": Routing.DYNAMIC, "plan": PlanKind.DYNAMIC_WIDTH},
+        {"routing": Routing.CAPACITY, "capacities": (12, 14, 14), "plan": PlanKind.DYNAMIC_WIDTH},
     ],
     ids=["dense", "dynamic", "overflowing", "sliding", "sliding and overflowing"],
 )
@@ -149,7 +149,7 @@ def test_memory_is_that_of_the_weights(make_bundle):
     figures = {engine: session_memory(bundle, engine).weights for engine in engines_of(bundle.manifest)}
     assert all(0 < weights < total for weights in figures.values())
     assert figures[EngineId(0)] == figures[EngineId(0, True)] == bundle.manifest.subnets[0].weight_bytes
-    sliding = make_bundle(plan=PlanKind.SLIDING)
+    sliding = make_bundle(plan=PlanKind.DYNAMIC_WIDTH)
     assert list(engines_of(sliding.manifest)) == [CONDITIONER, EngineId(0)]
     entry, held = sliding.manifest.subnets[0], session_memory(sliding, EngineId(0)).weights
     units = UnitWeights(sliding.manifest).bindings(0)

@@ -1,4 +1,4 @@
-"""DiT (Peebles & Xie 2023) with DyDiT's routers: its configuration, model, stored layout, sliced form and graphs."""
+"""DiT (Peebles & Xie 2023) with DyDiT's routers: configuration, model, stored layout, sliced form and graphs."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 
 
 class DiTArchitecture(Architecture):
-    """What a DiT is; each method says where it is written."""
+    """The DiT architecture. Its methods lead to the modules of this package."""
 
     name, title, config = "dit", "DiT", DiTConfig
-    anchors = ("x_embedder.proj.weight", "pos_embed.proj.weight")  # the patch embedder: as published, and in diffusers
+    anchors = ("x_embedder.proj.weight", "pos_embed.proj.weight")  # the patch embedder, as published and in diffusers
     top_level = ("x_embedder", "t_embedder", "y_embedder", "pos_embed", "blocks", "transformer_blocks", "final_layer")
     diffusers_classes = ("DiTTransformer2DModel", "Transformer2DModel")
     output_layer = "final_layer.linear.weight"

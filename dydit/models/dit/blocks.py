@@ -1,10 +1,10 @@
-"""A block's two halves as ONNX local functions, one per kind of block; the main graph only calls them.
+"""Attention and MLP of a block as ONNX local functions, one for each kind of block, which the main graph calls.
 
-Shapes: x [rows, N, D]; modulation vectors [rows, 1, D]; T = rows*N tokens, flattened over the batch before routing. A
-function's weights are inputs, so it does not know whether they are constants or graph inputs. The arithmetic is that of
-`dydit.models.dit.model`, in the order that rounds alike. Below fp32, only matrix products and attention work in the
-lower type: values are cast at their edges, and the residual stream, modulation, routers and the sampler's formula stay
-in fp32.
+Shapes: x [rows, N, D]; modulation vectors [rows, 1, D]; T = rows*N tokens, flattened over the batch before routing. The
+weights of a function are inputs, so it does not depend on whether they are constants or graph inputs. The operations
+and their order are those of `dydit.models.dit.model`, so that rounding agrees. Below fp32, only matrix products and
+attention use the lower type, with casts before and after. The residual stream, modulation, routers and the sampler's
+step stay in fp32.
 """
 
 from __future__ import annotations
@@ -29,24 +29,25 @@ _ROUTER = ("router0_w", "router0_b", "router2_w", "router2_b")
 
 
 def modulate(ops: Ops, x: ir.Value, ones: ir.Value, shift: ir.Value, scale: ir.Value) -> ir.Value:
-    """LN(x) * scale + shift, where `scale` has its 1 already."""
+    """LN(x) * scale + shift. `scale` already contains the 1 of adaLN."""
     normed = ops.LayerNormalization(x, ones, axis=-1, epsilon=NORM_EPS)
     return ops.Add(ops.Mul(normed, scale), shift)
 
 
 def flat(ops: Ops, x: ir.Value) -> ir.Value:
-    """[rows, N, ...] to [T, ...product]."""
+    """Reshape [rows, N, a, b, ...] to [T, a*b*...]."""
     return ops.Flatten(x, axis=2)
 
 
 def attention_function(
-    config: DiTConfig, precision: Precision, heads: int | None, gated: bool, kept: Sequence[str] = ()
+    config: DiTConfig, precision: Precision, heads: int | None, gated: bool, fp16_layers: Sequence[str] = ()
 ) -> ir.Function:
-    """x + gate * proj(gates * attention(modulated x)), for so many heads, or for any number (None).
+    """x + gate * proj(gates * attention(modulated x)), for the given number of heads, or for any number (None).
 
-    Weights: qkv [h*3*hd, D] head-major, proj [h*hd, D]; `gates` [h]. `kept`: layers that stay in 16 bits.
+    Weights: qkv [h*3*hd, D] head-major, proj [h*hd, D]; `gates` [h].
+    `fp16_layers`: layers that stay in fp16, while the others have 8 bits.
     """
-    qkv, proj = (layer_precision(precision, layer, kept) for layer in ("qkv", "proj"))
+    qkv, proj = (layer_precision(precision, layer, fp16_layers) for layer in ("qkv", "proj"))
     qkv_names, proj_names = weight_names("qkv", qkv), weight_names("proj", proj)
     inputs = ["x", "ones", *_VECTORS, *qkv_names, *proj_names, *(["gates"] if gated else [])]
 
@@ -64,12 +65,12 @@ def attention_function(
         return (ops.Add(x, ops.Mul(of["gate"], ops.Reshape(out, ops.Shape(x)))),)
 
     count = "" if heads is None else f"_{heads}"
-    return function(f"attention{count}{'_gated' if gated else ''}{_kept_name(kept)}", inputs, body)
+    return function(f"attention{count}{'_gated' if gated else ''}{_fp16_suffix(fp16_layers)}", inputs, body)
 
 
-def _kept_name(kept: Sequence[str]) -> str:
-    """What tells a function with layers in 16 bits from the others."""
-    return "".join(f"_{layer}16" for layer in kept)
+def _fp16_suffix(fp16_layers: Sequence[str]) -> str:
+    """The part of a function's name that lists its layers in fp16."""
+    return "".join(f"_{layer}16" for layer in fp16_layers)
 
 
 def _attend(
@@ -79,13 +80,13 @@ def _attend(
     x: ir.Value,
     heads: int | None,
     precision: Precision,
-    wanted: Precision,
+    target: Precision,
 ) -> ir.Value:
-    """Queries, keys and values [T, h*3*hd] of the tokens of x, as `precision` gave them, to mixed values [T, h*hd], as
-    `wanted` takes them.
+    """Attention: queries, keys and values [T, h*3*hd] of the tokens of x -> mixed values [T, h*hd].
 
-    The operator Attention below fp32, so that compilers fuse it, and three operators in fp32, which TensorRT for RTX
-    fuses for no symbolic batch. int8 is for ONNX Runtime alone, and has its fused operator.
+    `precision`: of the product that computed the input. `target`: of the product that takes the result. Below fp32,
+    the operator Attention is used, which compilers fuse. In fp32 there are three operators, because TensorRT for RTX
+    does not fuse Attention with a symbolic batch. int8 runs only on ONNX Runtime, so it uses its fused operator.
     """
     hd, scale = config.head_dim, config.head_dim**-0.5
     if precision is Precision.INT8:
@@ -106,12 +107,12 @@ def _attend(
     else:
         kind = precision.attention
         q, k, v = (ops.between(part, precision, kind) for part in (q, k, v))
-        mixed = ops.between(ops.Attention(q, k, v, scale=scale), kind, wanted)
+        mixed = ops.between(ops.Attention(q, k, v, scale=scale), kind, target)
     return flat(ops, ops.Transpose(mixed, perm=[0, 2, 1, 3]))
 
 
 def attention_none_function(config: DiTConfig, precision: Precision) -> ir.Function:
-    """Attention with no head on: only the projection's bias is left."""
+    """Attention without active heads: only the bias of the projection is added."""
 
     def body(ops: Ops, x: ir.Value, gate: ir.Value, bias: ir.Value) -> Values:
         return (ops.Add(x, ops.Mul(gate, ops.to_fp32(bias, precision))),)
@@ -120,16 +121,16 @@ def attention_none_function(config: DiTConfig, precision: Precision) -> ir.Funct
 
 
 def _per_channel(ops: Ops, gates: ir.Value, channels: int) -> ir.Value:
-    """Gates of units [u] to gates of their channels [u*channels]."""
+    """Gates of units [u] -> gates of their channels [u*channels]."""
     wide = ops.Expand(ops.Unsqueeze(gates, ops.constant([1])), ops.constant([1, channels]))
     return ops.Reshape(wide, ops.constant([-1]))
 
 
 @dataclass(frozen=True)
 class _Mlp:
-    """The MLP's half of a block while its function is written: the inputs by name, and what follows from them.
+    """Writes the parts of an MLP function. `of`: the function's inputs, by name.
 
-    `fc1`, `fc2`: the precisions of these layers; what the MLP gives is in fc2's.
+    `fc1`, `fc2`: the precisions of these layers. The output of the MLP has the precision of fc2.
     """
 
     ops: Ops
@@ -139,7 +140,7 @@ class _Mlp:
     of: Mapping[str, ir.Value]
 
     def forward(self, hidden: ir.Value) -> ir.Value:
-        """Modulated tokens [n, D], fp32, to fc2's output, in the type of products."""
+        """Modulated tokens [n, D], fp32 -> the output of fc2 [n, D], in its precision."""
         ops, of = self.ops, self.of
         gates = None
         if "gates" in of:
@@ -163,12 +164,12 @@ class _Mlp:
         return ops.Add(x, ops.Mul(self.of["gate"], branch))
 
     def where(self, mask: ir.Value, rows: ir.Value) -> ir.Value:
-        """Rows [T, D] where the mask [T] is on, else 0. A choice, not a product: 0 * inf would be NaN."""
+        """Rows [T, D] where the mask [T] is on, else 0. Where, not Mul, because 0 * inf is NaN."""
         zero = self.ops.to_precision(self.ops.constant(0, np.float32), self.fc2)
         return self.ops.Where(self.ops.Unsqueeze(mask, self.ops.constant([1])), rows, zero)
 
 
-Routed = tuple[ir.Value, list[ir.Value]]  # x after the block, and the overflow where there can be one
+Routed = tuple[ir.Value, list[ir.Value]]  # x after the block, and with capacity the overflow
 
 
 def mlp_function(
@@ -177,15 +178,16 @@ def mlp_function(
     routing: Routing | None,
     gated: bool,
     factored: bool = False,
-    kept: Sequence[str] = (),
+    fp16_layers: Sequence[str] = (),
 ) -> ir.Function:
-    """x + token_mask * gate * fc2(gates * GELU(fc1(modulated x))), with tokens routed as asked (None: no routing).
+    """x + token_mask * gate * fc2(gates * GELU(fc1(modulated x))), with the given token routing (None: no routing).
 
-    Weights: fc1 [g*gs, D], fc2 [g*gs, D] group-major; `gates` [g]; `factor` [g*gs], where fc2's inputs are smoothed: a
-    factor of each, beside the gates; `capacity`: token slots per image. Outputs: x, then with routing the token mask
-    bool [T], then with capacity the overflow int64 [1]. `kept`: layers that stay in 16 bits.
+    Weights: fc1 [g*gs, D], fc2 [g*gs, D] group-major; `gates` [g]; `factor` [g*gs], factors of fc2's smoothed inputs;
+    `capacity`: token slots per row. Outputs: x, then with routing the token mask bool [T], then with capacity the
+    overflow int64 [1].
+    `fp16_layers`: layers that stay in fp16, while the others have 8 bits.
     """
-    fc1, fc2 = (layer_precision(precision, layer, kept) for layer in ("fc1", "fc2"))
+    fc1, fc2 = (layer_precision(precision, layer, fp16_layers) for layer in ("fc1", "fc2"))
     inputs = ["x", "ones", *_VECTORS, *weight_names("fc1", fc1), *weight_names("fc2", fc2)]
     inputs += _ROUTER if routing else ()
     inputs += ["capacity"] if routing is Routing.CAPACITY else []
@@ -194,19 +196,19 @@ def mlp_function(
 
     def body(ops: Ops, *arguments: ir.Value) -> Values:
         of = dict(zip(inputs, arguments, strict=True))
-        half = _Mlp(ops, config, fc1, fc2, of)
+        mlp = _Mlp(ops, config, fc1, fc2, of)
         if routing is None:
-            return (half.joined(half.forward(half.hidden())),)
+            return (mlp.joined(mlp.forward(mlp.hidden())),)
         mask = _token_mask(ops, flat(ops, of["x"]), *(of[name] for name in _ROUTER))
-        x, extra = _ROUTED[routing](half, mask)
+        x, extra = _ROUTED[routing](mlp, mask)
         return (x, mask, *extra)
 
     kind = [*([routing.value] if routing else []), *(["gated"] if gated else []), *(["factored"] if factored else [])]
-    return function(f"{'_'.join(['mlp', *kind])}{_kept_name(kept)}", inputs, body)
+    return function(f"{'_'.join(['mlp', *kind])}{_fp16_suffix(fp16_layers)}", inputs, body)
 
 
 def mlp_none_function(config: DiTConfig, precision: Precision, routed: bool) -> ir.Function:
-    """The MLP with no group on: fc2's bias on the routed tokens."""
+    """The MLP without active groups: the bias of fc2 is added to the routed tokens."""
     inputs = ["x", "gate", "fc2_bias", *(_ROUTER if routed else ())]
 
     def body(ops: Ops, x: ir.Value, gate: ir.Value, bias: ir.Value, *router: ir.Value) -> Values:
@@ -223,41 +225,41 @@ def mlp_none_function(config: DiTConfig, precision: Precision, routed: bool) -> 
 
 
 def _token_mask(ops: Ops, tokens: ir.Value, w0: ir.Value, b0: ir.Value, w2: ir.Value, b2: ir.Value) -> ir.Value:
-    """Which of the T tokens enter the MLP, bool [T]: router logit above 0, decided in fp32."""
+    """Whether each of the T tokens enters the MLP, bool [T]: whether its router logit, in fp32, is above 0."""
     logits = ops.Gemm(ops.Relu(ops.Gemm(tokens, w0, b0, transB=1)), w2, b2, transB=1)
     return ops.Reshape(ops.Greater(logits, ops.constant(0, np.float32)), ops.constant([-1]))
 
 
-def _dense(half: _Mlp, mask: ir.Value) -> Routed:
-    """Compute all, multiply by the mask."""
-    return half.joined(half.where(mask, half.forward(half.hidden()))), []
+def _dense(mlp: _Mlp, mask: ir.Value) -> Routed:
+    """Compute all tokens; those that are not routed get 0."""
+    return mlp.joined(mlp.where(mask, mlp.forward(mlp.hidden()))), []
 
 
-def _dynamic(half: _Mlp, mask: ir.Value) -> Routed:
-    """NonZero gives the ids of routed tokens. These leave the stream, go through all that follows, and come back."""
-    ops, of = half.ops, half.of
+def _dynamic(mlp: _Mlp, mask: ir.Value) -> Routed:
+    """NonZero returns the ids of routed tokens. They are gathered, computed, and scattered back into the stream."""
+    ops, of = mlp.ops, mlp.of
     ids = ops.Reshape(ops.NonZero(mask), ops.constant([-1]))
-    rows = ops.Div(ids, ops.constant([half.config.tokens]))
+    rows = ops.Div(ids, ops.constant([mlp.config.tokens]))
     stream = flat(ops, of["x"])
     entering = ops.Gather(stream, ids, axis=0)  # [n, D]
     vectors = (ops.Gather(ops.Squeeze(of[name], ops.constant([1])), rows, axis=0) for name in _VECTORS)
     shift, scale, gate = vectors
-    branch = half.forward(modulate(ops, entering, of["ones"], shift, scale))
-    left = ops.Add(entering, ops.Mul(gate, ops.to_fp32(branch, half.fc2)))
-    stream = ops.ScatterND(stream, ops.Unsqueeze(ids, ops.constant([1])), left)
+    branch = mlp.forward(modulate(ops, entering, of["ones"], shift, scale))
+    leaving = ops.Add(entering, ops.Mul(gate, ops.to_fp32(branch, mlp.fc2)))
+    stream = ops.ScatterND(stream, ops.Unsqueeze(ids, ops.constant([1])), leaving)
     return ops.Reshape(stream, ops.Shape(of["x"])), []
 
 
-def _capacity(half: _Mlp, mask: ir.Value) -> Routed:
-    """Prefix-sum compaction into `slots = rows * capacity` rows, static shapes throughout.
+def _capacity(mlp: _Mlp, mask: ir.Value) -> Routed:
+    """Prefix-sum compaction into `slots = rows * capacity` rows. All shapes are static.
 
-    slot = CumSum(mask) - 1 numbers the routed tokens. Token ids are scattered into their slots; tokens that are not
-    routed go to one spare slot at the end. The way back is a gather: y[slot] where the token fits.
+    slot = CumSum(mask) - 1 numbers the routed tokens. Token ids are scattered into their slots, and those of tokens
+    that are not routed into one spare slot at the end. Results are gathered: y[slot] for tokens that have a slot.
     """
-    ops = half.ops
+    ops = mlp.ops
     total = ops.Shape(mask)  # [1], T
-    rows = ops.Div(total, ops.constant([half.config.tokens]))
-    slots = ops.Mul(rows, half.of["capacity"])
+    rows = ops.Div(total, ops.constant([mlp.config.tokens]))
+    slots = ops.Mul(rows, mlp.of["capacity"])
     count = ops.Cast(mask, to=ir.DataType.INT64)
     slot = ops.Sub(ops.CumSum(count, ops.constant(0)), ops.constant([1]))
     fits = ops.And(mask, ops.Less(slot, slots))
@@ -265,11 +267,11 @@ def _capacity(half: _Mlp, mask: ir.Value) -> Routed:
     target = ops.Where(fits, slot, total)
     ids = ops.Range(ops.constant(0), ops.Squeeze(total), ops.constant(1))
     table = ops.Slice(ops.ScatterElements(empty, target, ids, axis=0), ops.constant([0]), slots, ops.constant([0]))
-    out = half.forward(ops.Gather(half.hidden(), table, axis=0))
-    home = ops.Where(fits, slot, ops.constant([0]))
+    out = mlp.forward(ops.Gather(mlp.hidden(), table, axis=0))
+    source = ops.Where(fits, slot, ops.constant([0]))
     routed = ops.ReduceSum(count, keepdims=1)
     overflow = ops.Max(ops.Sub(routed, slots), ops.constant([0]))
-    return half.joined(half.where(fits, ops.Gather(out, home, axis=0))), [overflow]
+    return mlp.joined(mlp.where(fits, ops.Gather(out, source, axis=0))), [overflow]
 
 
 _ROUTED: dict[Routing, Callable[[_Mlp, ir.Value], Routed]] = {

@@ -1,4 +1,4 @@
-"""The sizes of a DiT, its published presets, and what they say to other rooms. NumPy only."""
+"""The configuration of a DiT, and its published presets. NumPy only."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from dydit.words import counted
 class DiTConfig(ModelConfig):
     """Sizes of a DiT (Peebles & Xie 2023) and the layout of its DyDiT routers.
 
-    A model sees N = (input_size/patch_size)**2 tokens. A block has `num_heads` heads, and as many groups of MLP
-    channels.     `null_class_row`: whether the class table has a row for "no class" after those of the classes.
+    There are N = (input_size/patch_size)**2 tokens. A block has `num_heads` heads and as many groups of MLP channels.
+    `null_class_row`: whether the class table has a row for "no class" after the rows of the classes.
     """
 
     UNSTATED: ClassVar[dict[str, Any]] = {"null_class_row": True, "space": None}
@@ -55,7 +55,7 @@ class DiTConfig(ModelConfig):
 
     @property
     def group_dim(self) -> int:
-        """MLP hidden channels per group; there are as many groups as heads."""
+        """Hidden channels of the MLP per group. There are as many groups as heads."""
         return self.mlp_hidden // self.num_heads
 
     @property
@@ -64,10 +64,10 @@ class DiTConfig(ModelConfig):
 
     @property
     def vectors(self) -> int:
-        """Vectors of modulation, 6L+2.
+        """The number of modulation vectors, 6L+2.
 
-        Block l owns 6l..6l+5: shift1, 1+scale1, gate1, shift2, 1+scale2, gate2; the last two are the final layer's
-        shift and 1+scale. The 1 is added where they are made, once, rather than in every step.
+        Block l has 6l..6l+5: shift1, 1+scale1, gate1, shift2, 1+scale2, gate2. The last two are the final layer's shift
+        and 1+scale. The conditioning graph adds the 1 once, so that steps need not.
         """
         return 6 * self.depth + 2
 
@@ -135,14 +135,14 @@ def preset(name: str, input_size: int = 32, **changes: Any) -> DiTConfig:
     """The published sizes by name: `S/2`, `B/4`, `XL/2`, ... for a latent of `input_size` (32 at 256 px, 64 at 512 px);
     or `digits`, the static model of handwritten digits that comes with dydit.
 
-    Raises `ConfigError` for a name that is not a preset, naming those that are.
+    Raises `ConfigError`, which lists the presets, for a name that is not one of them.
     """
     if name == "digits":
         return parse_config(DiTConfig, {**_DIGITS, **changes})
     size, _, patch = name.removeprefix("DiT-").removeprefix("DyDiT-").partition("/")
     if size not in _SIZES or patch not in ("2", "4", "8"):
         known = ", ".join(f"{s}/{p}" for s in _SIZES for p in (2, 4, 8))
-        raise ConfigError(f"unknown preset {name!r}; known: {known}")
+        raise ConfigError(f"unknown preset {name!r}; expected one of: {known}")
     hidden, depth, heads = _SIZES[size]
     fields = {"hidden_size": hidden, "depth": depth, "num_heads": heads, "patch_size": int(patch)}
     return parse_config(DiTConfig, {**fields, "input_size": input_size, **changes})

@@ -1,11 +1,11 @@
-"""From the names that diffusers gives to a DiT's tensors to the published ones, and from its configuration to ours.
+"""Converts a diffusers DiT: its tensor names to the published ones, and its configuration to ours.
 
 diffusers renames the tensors, splits q, k and v, and gives every block a copy of the embedders. Errors do not name the
 file.
 
-diffusers (0.42) computes two things otherwise than the DiT whose weights it carries: the sinusoid divides by 127
-instead of 128, and the second LayerNorm of a block has `norm_eps` (1e-5 by default) instead of 1e-6. We run the weights
-as they were trained, so our outputs agree with the original DiT and not, to the last digits, with diffusers.
+diffusers (0.42) differs from the original DiT in two ways: the sinusoid divides by 127 instead of 128, and the second
+LayerNorm of a block has `norm_eps` (1e-5 by default) instead of 1e-6. We run the weights as they were trained, so our
+outputs agree exactly with the original DiT, and only approximately with diffusers.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from dydit.models.config import Routers, parse_config
 from dydit.models.dit.config import DiTConfig
 from dydit.models.dit.model import NORM_EPS, sine_position_embedding
 
-DIFFUSERS_EPS = 1e-5  # what diffusers writes whether or not it is so; see above
+DIFFUSERS_EPS = 1e-5  # diffusers always writes this; see the text above
 POSITIONS = "pos_embed.pos_embed"
 
 
 class DiffusersConfig(BaseModel):
-    """What we need of diffusers' `config.json`; the literals are what makes it a DiT.
+    """The fields of diffusers' `config.json` that we need. The literals are the values that a DiT has.
 
-    Other keys are ignored: they do not change what the model computes (`dropout`, `norm_num_groups`,
-    `upcast_attention`), or not without tensors that a DiT does not have.
+    Other keys are ignored: they do not affect the output (`dropout`, `norm_num_groups`, `upcast_attention`), or only
+    with tensors that a DiT does not have.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -63,7 +63,7 @@ class DiffusersConfig(BaseModel):
     quantization_config: None = None
 
     def model(self) -> DiTConfig:
-        """The same in our terms; `CheckpointError` where the output is neither epsilon nor epsilon and variance."""
+        """Our configuration of the model. Raises `CheckpointError` for numbers that a DiT cannot have."""
         if self.norm_eps not in (NORM_EPS, DIFFUSERS_EPS):
             raise CheckpointError(f"has norm_eps {self.norm_eps:g}; a DiT has {NORM_EPS:g}")
         out = self.in_channels if self.out_channels is None else self.out_channels
@@ -86,7 +86,7 @@ class DiffusersConfig(BaseModel):
 
 
 def read_config(values: dict[str, Any]) -> DiTConfig:
-    """The model that a `config.json` describes. Raises `ConfigError` naming what makes it no DiT."""
+    """The model that a `config.json` describes. Raises `ConfigError`, which names the field, if it is not a DiT."""
     return parse_config(DiffusersConfig, values).model()
 
 
@@ -110,7 +110,7 @@ _TOP_PARTS = {
 
 
 def diffusers_names(published: str, depth: int) -> list[str]:
-    """The diffusers names of a published tensor: its pieces in row order, or for an embedder its copy in each block."""
+    """The diffusers names of a published tensor: its pieces in order of rows, or an embedder's copies in all blocks."""
     if published == "pos_embed":
         return [POSITIONS]
     part, _, kind = published.rpartition(".")
@@ -123,11 +123,11 @@ def diffusers_names(published: str, depth: int) -> list[str]:
 
 
 def from_diffusers(state: Mapping[str, Tensor], config: DiTConfig, size: int) -> dict[str, Tensor]:
-    """The tensors of a diffusers DiT under the published names; q, k and v are joined, nothing else is copied.
+    """The tensors of a diffusers DiT under the published names. Only q, k and v, which are joined, are copied.
 
-    The position embedding, which diffusers does not always store, is computed where it is absent. `size`: bytes of the
-    file or files. Raises `CheckpointError` where tensors are missing, unknown, misshapen or not finite, and where the
-    blocks' copies of the timestep or label embedder differ: a published DiT has one of each.
+    The position embedding, which diffusers does not always store, is computed if it is absent. `size`: bytes of the
+    file or files. Raises `CheckpointError` for tensors that are missing, unknown, of the wrong shape or not finite, and
+    if the blocks' copies of the timestep or label embedder differ, because a published DiT has one of each.
     """
     shapes = expected_shapes(config)
     require_fit(state, _diffusers_shapes(shapes, config.depth, POSITIONS in state))
@@ -139,9 +139,9 @@ def from_diffusers(state: Mapping[str, Tensor], config: DiTConfig, size: int) ->
             published[name] = sine_position_embedding(config)
         elif name.rpartition(".")[0] in _SHARED_PARTS:
             first = state[sources[0]]
-            if odd := [source for source in sources if not torch.equal(state[source], first)]:
+            if different := [source for source in sources if not torch.equal(state[source], first)]:
                 raise CheckpointError(
-                    f"has blocks whose embedders differ ({listed(odd)}); expected one for all of them"
+                    f"has blocks whose embedders differ ({listed(different)}); expected the same in all blocks"
                 )
             published[name] = first
         else:

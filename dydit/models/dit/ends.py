@@ -1,6 +1,6 @@
-"""The ends of a subnetwork as ONNX local functions: latents to tokens, and tokens to latents.
+"""The first and last part of a subnetwork as ONNX local functions: latents to tokens, and tokens to the output.
 
-All in fp32, in every precision. Shapes as in `dydit.models.dit.blocks`.
+Both are fp32 in every precision. Shapes as in `dydit.models.dit.blocks`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dydit.models.dit.config import DiTConfig
 
 
 def embed_function(config: DiTConfig, precision: Precision) -> ir.Function:
-    """Latents [B, C, S, S] to tokens [rows, N, D]: patches, projection, position; repeated where rows = 2B."""
+    """Latents [B, C, S, S] to tokens [rows, N, D]: patches, projection, position. Repeated if rows = 2B."""
     side, p, c = config.input_size // config.patch_size, config.patch_size, config.in_channels
 
     def body(
@@ -24,7 +24,7 @@ def embed_function(config: DiTConfig, precision: Precision) -> ir.Function:
         patches = ops.Transpose(patches, perm=[0, 2, 4, 1, 3, 5])  # [B, side, side, C, p, p]
         tokens = ops.Gemm(ops.Reshape(patches, ops.constant([-1, c * p * p])), weight, bias)
         tokens = ops.Add(ops.Reshape(tokens, ops.constant([-1, config.tokens, config.hidden_size])), position)
-        # Two copies, then as many rows as wanted: with Tile by a computed count TensorRT loses the bound on the size.
+        # Two copies, cut to the number of rows. With Tile by a computed count, TensorRT loses the bound on the size.
         rows = ops.Shape(modulation, start=0, end=1)
         return (ops.Slice(ops.Concat(tokens, tokens, axis=0), ops.constant([0]), rows, ops.constant([0])),)
 

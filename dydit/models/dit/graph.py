@@ -21,7 +21,7 @@ from dydit.quantization.smoothing import Smoothing
 
 
 def write_step(writer: GraphWriter) -> tuple[ir.Value, list[ir.Value]]:
-    """Write a DiT from latents to its output; returns that, and each block's token overflow."""
+    """Write a DiT into a graph. Returns its output, and each block's token overflow."""
     inputs, weights, library = writer.inputs, writer.weights, writer.library
     ones = weights.local("ones", np.ones(writer.config.hidden_size, np.float32))
     vectors = writer.ops.split(inputs[CONDITION], 1, writer.config.vectors)  # [rows, 1, D] each
@@ -45,7 +45,7 @@ def _attention(writer: GraphWriter, block: int, x: ir.Value, ones: ir.Value, vec
         bias = writer.weights.whole(part.stored("proj.bias"))
         return writer.call(writer.library.get(blocks.attention_none_function), [x, vectors[2], bias], names)[0]
     gates = writer.gates(part, slots)
-    function = writer.library.get(blocks.attention_function, writer.count(slots), bool(gates), writer.in_16_bits(part))
+    function = writer.library.get(blocks.attention_function, writer.count(slots), bool(gates), writer.fp16_layers(part))
     return writer.call(function, [x, ones, *vectors, *writer.layers(part, slots), *gates], names)[0]
 
 
@@ -71,7 +71,7 @@ def _mlp(writer: GraphWriter, block: int, x: ir.Value, ones: ir.Value, vectors: 
         arguments.append(writer.ops.constant([writer.spec.capacities[block]]))
         names.append(stored_name(block, "overflow"))
     factors = writer.factors(part, slots)
-    function = writer.library.get(blocks.mlp_function, routing, bool(gates), bool(factors), writer.in_16_bits(part))
+    function = writer.library.get(blocks.mlp_function, routing, bool(gates), bool(factors), writer.fp16_layers(part))
     x, *extra = writer.call(function, [*arguments, *gates, *factors], names)
     return [x, *(extra[1:] if capacity else [])]
 
@@ -79,7 +79,7 @@ def _mlp(writer: GraphWriter, block: int, x: ir.Value, ones: ir.Value, vectors: 
 def conditioning_graph(
     config: DiTConfig, weights: Windows, precision: Precision, smoothing: Smoothing | None = None
 ) -> ir.Model:
-    """(timesteps [T], labels [R]) -> modulation [T, R, 6L+2, D] of every pair at once, smoothed where it is."""
+    """(timesteps [T], labels [R]) -> modulation [T, R, 6L+2, D] of all pairs, with the factors of smoothing."""
     ops, d, vectors = Ops(), config.hidden_size, config.vectors
     timesteps, labels = (graph_value(spec) for spec in conditioning_inputs())
     angles = ops.Mul(
@@ -92,7 +92,7 @@ def conditioning_graph(
     c = ops.Add(ops.Unsqueeze(t_emb, ops.constant([1])), y_emb)  # [T, R, D]
     flat = _silu(ops, ops.Reshape(c, ops.constant([-1, d])))
     flat = ops.to_precision(flat, precision)
-    # A product for each layer, so that a runtime that widens weights has to hold one layer's at a time.
+    # A product for each layer, so that a runtime that casts weights to fp32 holds only one layer's at a time.
     bounds = [*range(0, vectors * d, 6 * d), vectors * d]
     layers = []
     for first, end in itertools.pairwise(bounds):

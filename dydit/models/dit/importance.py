@@ -1,8 +1,8 @@
 """Orders heads and MLP channels by importance before the routers are added.
 
-A DyDiT's unit 0 is always on, so the most important head and channel group come first. Importance is weight magnitude.
-Heads of a block, and channels of an MLP, may stand in any order as long as the layers before and after them agree, so
-the model computes the same function.
+Unit 0 of a DyDiT is always on, so the most important head and channel group come first. Importance is the magnitude of
+weights. The order of heads and MLP channels does not affect what the model computes, if the layers before and after
+them have the same order.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ def rank_and_permute(state: dict[str, Tensor], config: DiTConfig) -> dict[str, T
     """A static DiT's state dict with heads and MLP channels of every block in descending importance.
 
     Channels are sorted one by one, so group 0 holds the most important ones. The model computes the same function.
-    Raises `ConfigError` for a model with routers: they were trained for its present order.
+    Raises `ConfigError` for a model with routers, because they were trained for its order.
     """
     if any(".attn_rate." in name or ".mlp_rate." in name for name in state):
-        raise ConfigError("the model has routers already; only a static DiT can be reordered by importance")
+        raise ConfigError("the model already has routers; only a static DiT can be reordered by importance")
     out = dict(state)
     for block in range(config.depth):
         prefix = f"blocks.{block}."

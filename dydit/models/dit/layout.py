@@ -1,9 +1,9 @@
 """The layout of stored weights: how a DiT's state dict becomes the tensors of a bundle's `weights.bin`.
 
-Heads and groups are stored *slot-major*: `order[l][g][slot]` is the checkpoint's unit that stands in that slot of block
-l's heads (g = 0) or groups (g = 1), and all that a unit needs is one contiguous row of a tensor's first axis, so a set
-of units is a set of rows. All f32, with D hidden channels, H heads and groups, hd channels per head, gs per group, L
-blocks, patches of p*p, N tokens:
+Heads and groups are stored by slot: `order[l][g][slot]` is the checkpoint's unit in a slot of block l's heads (g = 0)
+or groups (g = 1). The values of a unit are one contiguous row of a tensor's first axis, so a set of units is a set of
+rows. All tensors are f32. D hidden channels, H heads and groups, hd channels per head, gs per group, L blocks, patches
+of p*p, N tokens:
 
     embed.weight [C*p*p, D] (in, out; inputs ordered channel, y, x), embed.bias [D], pos_embed [N, D]
     blocks.{l}.qkv.weight [H, 3*hd, D] (out, in; per head its q rows, k rows, v rows), blocks.{l}.qkv.bias [H, 3*hd]
@@ -32,8 +32,8 @@ def stored_tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield (name, tensor) in storage order, one contiguous f32 tensor at a time, so that a writer can stream them.
 
-    `state` has the published names; `order` is by default the checkpoint's own. The width routers are not
-    stored: their decisions are frozen into the plan.
+    `state`: tensors by published name. `order`: by default that of the checkpoint. The width routers are not stored,
+    because their decisions are in the plan.
     """
     yield "embed.weight", _packed(state["x_embedder.proj.weight"].flatten(1).T)
     yield "embed.bias", _packed(state["x_embedder.proj.bias"])

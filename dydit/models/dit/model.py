@@ -1,8 +1,8 @@
 """The DiT of Peebles & Xie (2023) with DyDiT's routers (Zhao et al. 2025), under the published state-dict names.
 
-Shapes: x [B, C, S, S] latents, t [B] timesteps in 0..999, y [B] labels (num_classes is the null class,
-where there is one); N tokens of hidden size D, H heads. The output is [B, 2C, S, S]: epsilon, then the variance, where
-sigma is learned.
+Shapes: x [B, C, S, S] latents, t [B] timesteps in 0..999, y [B] labels (num_classes is the null class, if there is
+one); N tokens of hidden size D, H heads. The output is epsilon, [B, C, S, S], or epsilon and the variance,
+[B, 2C, S, S], if sigma is learned.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ def timestep_frequencies() -> Tensor:
 
 
 def sine_position_embedding(config: DiTConfig) -> Tensor:
-    """The frozen 2-D sine-cosine position embedding, [1, N, D] float32: half from the column, half from the row."""
+    """The frozen 2-D sine-cosine position embedding, [1, N, D] float32: the first half of the channels
+    from the column, the second from the row."""
     side, quarter = config.input_size // config.patch_size, config.hidden_size // 4
     omega = 1 / 10000 ** (torch.arange(quarter, dtype=torch.float64) / quarter)
     angles = torch.arange(side, dtype=torch.float64)[:, None] * omega
@@ -157,7 +158,7 @@ class FinalLayer(nn.Module):
 
 
 class DiT(DynamicModel):
-    """A (Dynamic) Diffusion Transformer. `forward` runs it with the gating it is given, by default as at inference."""
+    """A (Dynamic) Diffusion Transformer. `forward` takes a gating, by default that of inference."""
 
     def __init__(self, config: DiTConfig):
         super().__init__(config)
@@ -196,7 +197,7 @@ def unpatchify(x: Tensor, config: DiTConfig) -> Tensor:
 
 
 def initialize(model: DiT, generator: torch.Generator, token_bias: float = 35.0, width_bias: float = 15.0) -> None:
-    """Fresh weights: DiT's initialisation (zero adaLN and output layers), and routers that start with everything on."""
+    """Initialize as in DiT, with zero adaLN and output layers, and with routers that start with everything on."""
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
             nn.init.xavier_uniform_(module.weight.view(module.weight.shape[0], -1), generator=generator)

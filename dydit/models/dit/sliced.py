@@ -1,6 +1,6 @@
 """The sliced form of a DiT (`dydit.models.sliced`), on the stored layout of `dydit.models.dit.layout`.
 
-h and g are the slots of heads and of channel groups that a block holds.
+h and g are the numbers of active heads and channel groups of a block.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dydit.models.sliced import SlicedBlock, SlicedModel
 
 
 class SlicedDiT(SlicedModel):
-    """One subnetwork of a DiT; its condition is modulation [R, 6L+2, D]."""
+    """One subnetwork of a DiT. Its condition is the modulation [R, 6L+2, D]."""
 
     def _take(self, weights: Mapping[str, Tensor]) -> None:
         self._embed = weights["embed.weight"].T.contiguous(), weights["embed.bias"]
@@ -75,7 +75,7 @@ class SlicedDiT(SlicedModel):
 def conditioning(config: DiTConfig, weights: Mapping[str, Tensor], timesteps: Tensor, labels: Tensor) -> Tensor:
     """Modulation of every (timestep, label) pair: int64 [T], int64 [R] -> [T, R, 6L+2, D].
 
-    Vectors stand as `DiTConfig.vectors` says; the 1 of each `1+scale` is added here.
+    `DiTConfig.vectors` describes the order of vectors. The 1 of each `1+scale` is added here.
     """
     angles = timesteps[:, None].float() * weights["time.frequencies"]
     sinusoid = torch.cat([angles.cos(), angles.sin()], -1).to(weights["time.0.weight"].dtype)

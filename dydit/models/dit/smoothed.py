@@ -1,12 +1,12 @@
-"""Where a smoothing (`dydit.quantization.smoothing`) goes in a bundle: s W into the weights, x / s to where x is made.
+"""How a DiT's bundle applies smoothing (`dydit.quantization.smoothing`): s W in the weights, x / s where x is computed.
 
-    qkv, fc1   into the modulation that the conditioning graph gives: LN(x)*(1+scale)/s + shift/s, nothing in a step
-    proj       into the rows of values of qkv: attention mixes tokens, and each channel with itself alone
-    fc2        a product with 1/s after GELU, `blocks.{l}.fc2.factor` f32 [H, gs]; of gates, where there are any, one
-               with these
+    qkv, fc1   in the modulation that the conditioning graph computes: LN(x)*(1+scale)/s + shift/s, so steps do not
+               change
+    proj       in the rows of qkv that compute values: attention mixes tokens, but no channels of values
+    fc2        as a product with 1/s after GELU, `blocks.{l}.fc2.factor` f32 [H, gs]; gates are multiplied with it first
 
-Modulation is multiplied after its 1 has been added, rather than adaLN's weights and their 1 before: exact either way,
-and done once for a run, not in its steps. Token routers see x before all of this.
+The modulation is multiplied after its 1 was added. Multiplying adaLN's weights instead would be equally exact. Token
+routers read x before all of this.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from dydit.quantization.smoothing import Smoothing
 
 FACTOR = "fc2.factor"
 _LAYER = re.compile(r"blocks\.(\d+)\.(?:attn|mlp)\.(qkv|proj|fc1|fc2)\.(weight|bias)")
-_SCALED = {"qkv": (0, 1), "fc1": (3, 4)}  # a layer's shift and scale among its block's vectors
+_SCALED = {"qkv": (0, 1), "fc1": (3, 4)}  # the indices of a layer's shift and scale among its block's vectors
 
 
 class SmoothedState(Mapping[str, Tensor]):
-    """A state dict of published names whose block weights are smoothed, each when it is asked for."""
+    """A state dict of published names with smoothed block weights, each of which is computed on access."""
 
     def __init__(self, state: Mapping[str, Tensor], smoothing: Smoothing):
         self._state, self._smoothing = state, smoothing
@@ -41,10 +41,10 @@ class SmoothedState(Mapping[str, Tensor]):
         return len(self._state)
 
     def __getitem__(self, name: str) -> Tensor:
-        tensor, place = self._state[name], _LAYER.fullmatch(name)
-        if place is None:
+        tensor, match = self._state[name], _LAYER.fullmatch(name)
+        if match is None:
             return tensor
-        block, layer, part = int(place[1]), place[2], place[3]
+        block, layer, part = int(match[1]), match[2], match[3]
         divisor = self._smoothing.divisor(block, layer)
         if part == "weight" and divisor is not None:
             tensor = tensor.to(torch.float32) * torch.from_numpy(divisor)
@@ -59,7 +59,7 @@ class SmoothedState(Mapping[str, Tensor]):
 def smoothed_tensors(
     state: Mapping[str, Tensor], model: DiTConfig, smoothing: Smoothing | None, order: Slots | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """`stored_tensors` of a smoothed model, and then the factors of fc2's inputs; plainly those without a smoothing."""
+    """`stored_tensors` of a smoothed model, then the factors of fc2's inputs. Without smoothing, `stored_tensors`."""
     if smoothing is None:
         yield from stored_tensors(state, model, order)
         return
@@ -72,7 +72,7 @@ def smoothed_tensors(
 
 
 def modulation_factors(model: DiTConfig, smoothing: Smoothing | None) -> np.ndarray | None:
-    """1/s of every vector of modulation, f32 [6L+2, D]; None where none of them changes."""
+    """1/s for every modulation vector, f32 [6L+2, D]; None if all of them are 1."""
     factors = np.ones((model.vectors, model.hidden_size), np.float32)
     if smoothing is not None:
         for block in range(model.depth):

@@ -1,6 +1,6 @@
-"""Which DiT a state dict under the published names describes.
+"""The configuration of a DiT from a state dict with the published names.
 
-Sizes are read from the shapes of the tensors. The head count is not in them: it comes from the routers, a published
+Sizes are read from the shapes of tensors. These do not show the number of heads: it comes from the routers, a published
 preset, the training arguments or the user, and is never guessed. Errors do not name the file: the caller does.
 """
 
@@ -24,7 +24,7 @@ from dydit.models.dit.model import DiT, sine_position_embedding
 
 POSITIONS, LABELS = "pos_embed", "y_embedder.embedding_table.weight"
 ANCHORS = ("x_embedder.proj.weight", "pos_embed.proj.weight")
-"""The patch embedder, as published and in diffusers: where it is, there is a DiT."""
+"""The patch embedder, as published and in diffusers. Every DiT has one of them."""
 TOP_LEVEL = ("x_embedder", "t_embedder", "y_embedder", "pos_embed", "blocks", "transformer_blocks", "final_layer")
 """The first parts of a DiT's names, as published and in diffusers."""
 OUTPUT = "final_layer.linear.weight"
@@ -47,12 +47,12 @@ def state_shapes(config: DiTConfig) -> Shapes:
 
 
 def is_block_matrix(name: str) -> bool:
-    """Whether a published name is of a block's matrix that does not start from zero, as those of adaLN do."""
+    """Whether a published name is of a block's matrix that is not zero before training, unlike those of adaLN."""
     return bool(_MATRIX.match(name))
 
 
 def is_width_router(name: str) -> bool:
-    """Whether a tensor is needed to decide heads and groups at any timestep."""
+    """Whether a tensor is needed to compute the masks of timesteps."""
     return any(part in name for part in ("t_embedder.", ".attn_rate.", ".mlp_rate."))
 
 
@@ -62,9 +62,9 @@ def is_router(name: str) -> bool:
 
 
 def complete(state: dict[str, Tensor], config: DiTConfig, size: int) -> None:
-    """Check that `state` is all of a model, and add what can be computed: a position embedding that was not saved.
+    """Check that `state` is a complete model, and compute the position embedding if it was not saved.
 
-    A row for no class that was never trained is taken off the class table. `size`: bytes of the file.
+    An untrained row for "no class" is removed from the class table. `size`: bytes of the file.
     """
     shapes = expected_shapes(config)
     if LABELS in state and len(state[LABELS]) == config.classes.rows + 1:
@@ -88,10 +88,11 @@ def infer_config(state: Mapping[str, Tensor], stated: Stated | None = None, give
     depth = _depth(state)
     rows = _shape(state, "blocks.0.attn_rate.router.weight", 2)[0] if any(map(_ROUTER.match, state)) else None
     heads, routers = choose_heads(hidden, depth, rows, given.num_heads, _heads_from(stated, hidden))
-    said = stated.get("num_heads")
-    if type(said) is int and given.num_heads is None and said != heads:
+    stated_heads = stated.get("num_heads")
+    if type(stated_heads) is int and given.num_heads is None and stated_heads != heads:
         raise CheckpointError(
-            f"contradicts itself: its training arguments say {said} heads, its tensors allow {heads}; give --num-heads"
+            f"contradicts itself: its training arguments say {stated_heads} heads, but its tensors allow {heads}; "
+            "give --num-heads"
         )
     learn_sigma = _learns_sigma(_shape(state, "final_layer.linear.weight", 2)[0], patch_size, channels)
     require_sigma(stated, learn_sigma)
@@ -115,7 +116,7 @@ def infer_config(state: Mapping[str, Tensor], stated: Stated | None = None, give
 def _input_size(
     state: Mapping[str, Tensor], patch_size: int, stated: Stated, given: int | None
 ) -> tuple[int, tuple[str, ...]]:
-    """The side of the inputs, from the position embedding; without one, which can be computed, as told."""
+    """The side of the inputs, from the position embedding, the user or the training arguments, and notes."""
     if POSITIONS in state:
         tokens = _shape(state, POSITIONS, 3)[1]
         side = math.isqrt(tokens)
@@ -134,19 +135,19 @@ def _input_size(
             f"input size {pixels // 8}: its training arguments say images of {pixels} pixels and a VAE",
         )
     raise CheckpointError(
-        "does not tell the side of its inputs, for it has no pos_embed; give it with --input-size (input_size=): 32 "
-        "for a latent DiT at 256 pixels, 64 at 512"
+        "does not show the side of its inputs, because it has no pos_embed; give it with --input-size (input_size=): "
+        "32 for a latent DiT at 256 pixels, 64 at 512"
     )
 
 
 def choose_heads(
     hidden: int, depth: int, rows: int | None, given: int | None = None, hint: int | None = None
 ) -> tuple[int, Routers]:
-    """The head count H, and the router layout that goes with it.
+    """The head count H, and the router layout for it.
 
-    `rows`: those of the width routers, which are H-1 or H, None for a static DiT. In this order:
-    `given` by the user; the `hint` of the training arguments; a preset of this hidden size and depth; for routers, the
-    only one of the two counts that divides `hidden`. Raises `CheckpointError` where that leaves it open.
+    `rows`: rows of the width routers, which are H-1 or H; None for a static DiT. The first of these that is possible is
+    taken: `given` by the user; the `hint` of the training arguments; a preset of this hidden size and depth; for
+    routers, the only one of the two counts that divides `hidden`. Raises `CheckpointError` if there is none.
     """
     if rows is None:
         layouts = {heads: Routers.NONE for heads in range(1, hidden + 1) if hidden % heads == 0}
@@ -168,7 +169,7 @@ def choose_heads(
         )
     options = "" if rows is None else f" ({' or '.join(map(str, sorted(layouts)))})"
     raise CheckpointError(
-        f"does not tell its number of heads{options}; give it with --num-heads (num_heads=), here or to dydit convert"
+        f"does not show its number of heads{options}; give it with --num-heads (num_heads=), here or to dydit convert"
     )
 
 
@@ -200,7 +201,7 @@ def _shape(state: Mapping[str, Tensor], name: str, dimensions: int) -> tuple[int
 
 def _depth(state: Mapping[str, Tensor]) -> int:
     numbers = {int(match[1]) for match in map(_BLOCK.match, state) if match}
-    # A few gaps are reported as missing tensors, by name; a wild number would only make a long list of them.
+    # A few gaps are reported as missing tensors, by name. A very large number would make a very long list.
     if not numbers or max(numbers) >= 2 * len(numbers):
         raise CheckpointError("is not a checkpoint of a DiT: its blocks are not numbered from 0 on")
     return max(numbers) + 1

@@ -1,4 +1,4 @@
-"""Random DiTs that behave like trained ones (`dydit.models.synthetic`), and routers set to a share of tokens."""
+"""Random DiTs that behave like trained ones (`dydit.models.synthetic`), and routers that select a share of tokens."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from dydit.models.dit.units import attention_macs, mlp_macs
 from dydit.models.routers import Masked, TokenRouter
 
 PROBE_STEPS = 50
-_FAR, _LIMIT = 8.0, 4.0  # what routed and other tokens have in channel 0, up and down, and the router's threshold
+_FAR, _LIMIT = 8.0, 4.0  # channel 0 of routed (+) and other tokens (-), and the threshold of the router
 
 
 @torch.no_grad()
 def synthetic_model(config: DiTConfig, seed: int, flops_ratio: float) -> DiT:
-    """Heads and groups share one density, tokens another; both solve `p*(attn + q*mlp) = ratio*(attn + mlp)`, q = p."""
+    """A synthetic DiT. A share p of units and of tokens is on, with `p*(attn + p*mlp) = flops_ratio*(attn + mlp)`."""
     generator = torch.Generator().manual_seed(seed)
     model = DiT(config).eval()
     for module in model.modules():
@@ -43,7 +43,7 @@ def _density(config: DiTConfig, ratio: float) -> float:
 
 
 def _set_width_routers(model: DiT, density: float, generator: torch.Generator) -> None:
-    """Standardise each unit's logit over the timesteps, then shift all so that a share `density` of all is above 0."""
+    """Standardize each unit's logit over timesteps, then shift all so that a share `density` of them is above 0."""
     config = model.config
     t_emb = model.t_embedder(torch.linspace(0, 999, PROBE_STEPS).round())
     always = 1 if config.routers is Routers.FIRST_ON else 0
@@ -57,8 +57,8 @@ def _set_width_routers(model: DiT, density: float, generator: torch.Generator) -
             spread = logits.std(0) + 1e-6
             router.weight.div_(spread[:, None])
             logits = logits / spread
-            # Half of the spread between units is their own, so that some are nearly always on and others rarely; which
-            # ones is drawn, because in a trained model the busiest units do not come first.
+            # Each unit gets its own offset, so that some are nearly always on and others rarely. The offsets are in
+            # random order, because in a trained model the most active units do not come first.
             own = torch.linspace(1.5, -1.5, routed)[torch.randperm(routed, generator=generator)]
             centred = logits - logits.mean(0) + own
             router.bias.copy_(own - logits.mean(0) - _quantile(centred, 1 - share))
@@ -72,7 +72,7 @@ def _set_token_routers(model: DiT, density: float, generator: torch.Generator) -
 
 
 class _Calibrating(Masked):
-    """Sets each token router's bias when its logits are first seen, then gates by it."""
+    """Sets the bias of each token router from the logits of the probe, then gates with it."""
 
     def __init__(self, density: float):
         self.density = density
@@ -94,8 +94,10 @@ def _quantile(values: Tensor, share: float) -> Tensor:
 
 
 def route_share(state: dict[str, Tensor], config: DiTConfig, share: float) -> None:
-    """Let routers go by channel 0 of the residual stream, which is far up for the first tokens and far down for others,
-    and which nothing else writes to."""
+    """Let token routers read only channel 0 of the residual stream, which no layer writes to.
+
+    It is far above the threshold for the first tokens, and far below it for the others.
+    """
     routed = round(share * config.tokens)
     state["pos_embed"][0, :routed, 0], state["pos_embed"][0, routed:, 0] = _FAR, -_FAR
     for block in range(config.depth):

@@ -1,4 +1,4 @@
-"""What a DiT's block holds: attention heads, and as many groups of MLP channels. NumPy only."""
+"""The units of a DiT's block, attention heads and as many groups of MLP channels, and its stored shapes. NumPy only."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ if TYPE_CHECKING:
 HEADS, GROUPS = "heads", "groups"
 QKV, PROJ, FC1, FC2 = "qkv", "proj", "fc1", "fc2"
 CONDITIONING_PRODUCT = ("adaln.weight", "adaln.bias")
-"""The stored tensors outside of blocks that are of the lower precision where a bundle has one."""
+"""The stored tensors outside of blocks that have the precision of the bundle."""
 CONDITIONING = ("time.", "label.", "adaln.")
-"""How the names of the stored tensors that the conditioning graph reads start; no other graph reads them."""
+"""Prefixes of the stored tensors that only the conditioning graph reads."""
 
 
 def stored_shapes(config: DiTConfig) -> dict[str, tuple[int, ...]]:
@@ -71,7 +71,7 @@ def fp32_products(config: DiTConfig) -> frozenset[str]:
 
 
 def block_spec(config: DiTConfig) -> BlockSpec:
-    """A block of this model; all of its blocks are alike."""
+    """The block of a model, all of whose blocks are alike."""
     d, units, head, group = config.hidden_size, config.num_heads, config.head_dim, config.group_dim
     attention = (UnitLayer(QKV, Side.OUTPUT, 3 * head, d), UnitLayer(PROJ, Side.INPUT, head, d))
     mlp = (UnitLayer(FC1, Side.OUTPUT, group, d), UnitLayer(FC2, Side.INPUT, group, d, scaled_inputs=True))

@@ -97,7 +97,7 @@ class OnnxRuntimeBackend(Backend):
         super().__init__(bundle, options)
         self._sessions: dict[tuple[str, bool, bool], Session] = {}
         self._splitting = BatchSplitting(bundle.manifest.model, self.options.threads)
-        self._dynamic_width = DynamicWidthWeights(bundle) if bundle.manifest.sliding else None
+        self._dynamic_width = DynamicWidthWeights(bundle) if bundle.manifest.dynamic_width else None
         self._conditioner: Session | None = None
         self._loading = threading.Lock()  # the next subnetwork is loaded in the background
         provider = PROVIDERS[self.options.device]

@@ -134,7 +134,7 @@ def session_memory(bundle: Bundle, engine: EngineId) -> EngineMemory:
     With dynamic width, no session holds unit weights.
     """
     manifest = bundle.manifest
-    if engine.subnet is not None and not manifest.sliding:
+    if engine.subnet is not None and not manifest.dynamic_width:
         return EngineMemory(0, manifest.subnets[engine.subnet].weight_bytes)
     sizes = {name: each.nbytes for name, each in manifest.weights.items()}
     conditioning = sum(nbytes for name, nbytes in sizes.items() if manifest.model.is_conditioning(name))

@@ -143,7 +143,7 @@ class LaunchPlan:
         if any(name not in _OUTSIDE_GRAPHS for name in changed):
             ops += self._drop(self._captured)
         ops += self._unload(self._residency.unload)
-        if not self.manifest.sliding:
+        if not self.manifest.dynamic_width:
             ops += self._unload(sorted(self._full, key=str))
             self._full.clear()
         ops += [op.Free(name) for name in changed if name in held]
@@ -190,7 +190,7 @@ class LaunchPlan:
                 ops.append(op.Upload(Address("noise"), HostArray("noise", batch, segment), nbytes))
             ops += self._visit(segment, batch, place, engine)
         ops.append(self._read_overflow(segment, batches, strict=True))
-        if self.manifest.sliding:  # later segments use the same engine
+        if self.manifest.dynamic_width:  # later segments use the same engine
             self._full.add(engine)
             return tuple(ops)
         return (*ops, op.UnloadEngine(engine))
@@ -366,7 +366,7 @@ def fit_resident(
     if total(options.resident) <= limit:
         return options
     if (least := total(2)) > limit:
-        loaded = "its one engine" if manifest.sliding else "two subnetworks"
+        loaded = "its one engine" if manifest.dynamic_width else "two subnetworks"
         raise BackendError(
             f"a batch of {max(shape.sizes)} images needs {least / _GIB:.1f} GiB of device memory with {loaded} "
             f"loaded, but only {limit / _GIB:.1f} GiB are free; use a smaller batch size"

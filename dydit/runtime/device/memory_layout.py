@@ -90,7 +90,7 @@ class Layout:
     def __init__(self, manifest: Manifest, shape: RunShape, options: LaunchOptions):
         self.manifest, self.shape, self.options = manifest, shape, options
         model, self.segments = manifest.model, manifest.plan.segments
-        self.unit_weights = UnitWeights(manifest) if manifest.sliding else None
+        self.unit_weights = UnitWeights(manifest) if manifest.dynamic_width else None
         if not shape.sizes or not 1 <= min(shape.sizes) <= max(shape.sizes) <= manifest.max_batch:
             raise ConfigError(
                 f"batch sizes {shape.sizes} are outside 1..{manifest.max_batch}, for which the bundle was exported"

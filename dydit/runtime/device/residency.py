@@ -17,7 +17,7 @@ from dydit.runtime.device.operations import CONDITIONER, EngineId
 
 def engine_of(manifest: Manifest, subnet: int, full: bool = False) -> EngineId:
     """The engine that a subnetwork runs on; `full`: at full capacity."""
-    return EngineId(0 if manifest.sliding else subnet, full)
+    return EngineId(0 if manifest.dynamic_width else subnet, full)
 
 
 def engines_of(manifest: Manifest, segments: Sequence[int] | None = None) -> tuple[EngineId, ...]:

@@ -26,7 +26,7 @@ class Stepper:
     def __init__(self, device: Device, bundle: Bundle):
         self._device, self._bundle = device, bundle
         self._weights = Executor(device)
-        self._unit_weights = UnitWeights(bundle.manifest) if bundle.manifest.sliding else None
+        self._unit_weights = UnitWeights(bundle.manifest) if bundle.manifest.dynamic_width else None
         self._buffers: dict[str, tuple[int, int]] = {}
         self._users: Counter[EngineId] = Counter()
         self._lock = threading.Lock()

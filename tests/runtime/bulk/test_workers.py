@@ -282,7 +282,7 @@ def test_workers_of_one_run_use_the_same_number_of_threads(pixel_bundle, tmp_pat
     assert make(pixel_bundle, out, 1, 2).finished
 
 
-@pytest.mark.parametrize("kind", [{}, {"plan": PlanKind.SLIDING}, {"routing": Routing.CAPACITY}])
+@pytest.mark.parametrize("kind", [{}, {"plan": PlanKind.DYNAMIC_WIDTH}, {"routing": Routing.CAPACITY}])
 def test_any_split_into_workers_gives_the_same_bits(kind, make_bundle, tmp_path):
     bundle = make_bundle(steps=3, **kind)
     for threads, size in ((1, 2), (3, 4), (2, 1)):

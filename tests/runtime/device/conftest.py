@@ -194,7 +194,7 @@ class FakeDevice:
             assert len(feeds["timesteps"]) <= self.extents["timesteps"]
             assert len(feeds["labels"]) <= self.extents["labels"]
             return [self.backend.conditioning(feeds["timesteps"], feeds["labels"])]
-        if self.bundle.manifest.sliding:  # the engine's session on the device's weights, not the host's
+        if self.bundle.manifest.dynamic_width:  # the engine's session on the device's weights, not the host's
             manifest = self.bundle.manifest
             specs = (
                 *subnet_inputs(manifest.model, False),

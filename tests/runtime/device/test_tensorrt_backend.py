@@ -214,7 +214,7 @@ def opener(bundle, monkeypatch, fake_device):
     return make
 
 
-@pytest.mark.parametrize("bundle", [PlanKind.MAX_SUBNETS, PlanKind.SLIDING], indirect=True)
+@pytest.mark.parametrize("bundle", [PlanKind.MAX_SUBNETS, PlanKind.DYNAMIC_WIDTH], indirect=True)
 def test_sampling_goes_through_whole_runs(bundle, opened):
     facts = opened()
     batches = make_batches([1, 2, 3], [0, 1, 2], 3)
@@ -230,7 +230,7 @@ def test_sampling_goes_through_whole_runs(bundle, opened):
     assert results[0][1] == results[1][1]
     assert np.linalg.norm(results[0][0] - results[1][0]) < 1e-5 * np.linalg.norm(results[1][0])
     (device,) = facts.devices
-    assert device.replays and any(engine.full for engine in device.engines) == bundle.manifest.sliding
+    assert device.replays and any(engine.full for engine in device.engines) == bundle.manifest.dynamic_width
     assert set(facts.read) == {f"engine of {graph_of(bundle.manifest, e)}" for e in engines_of(bundle.manifest)}
 
 

@@ -50,7 +50,7 @@ def sliding(make_bundle, make_checkpoint, small_config):
             chosen["capacities"] = (9, 9, 9)  # fewer of its tokens are routed
         all_routed = small_config.model_copy(update={"routers": Routers.ALL_ROUTED})
         checkpoint = make_checkpoint(all_routed, flops_ratio=0.15) if empty else None
-        bundle = make_bundle(checkpoint, plan=PlanKind.SLIDING, **chosen)
+        bundle = make_bundle(checkpoint, plan=PlanKind.DYNAMIC_WIDTH, **chosen)
         parts = [units for entry in bundle.manifest.subnets for block in entry.units for units in block]
         assert any(not units for units in parts) == empty and len(bundle.manifest.subnets) > 4
         return bundle
