@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import Field, FiniteFloat, ValidationError, model_validator
 
-from dydit.calibrate.activation_ranges import ActivationRanges
+from dydit.calibrate.activation_ranges import ActivationRanges, lengths_of
 from dydit.calibrate.capacity import CapacityConfig
 from dydit.calibrate.mixed_precision import Sensitivity
 from dydit.diffusion.schedule import Sampler
@@ -91,11 +91,10 @@ class Calibration(Strict):
             raise ValueError("expected one row of token ratios for each step")
         if self.seed == self.held_out_seed:
             raise ValueError("held_out_seed must differ from seed")
-        if self.sensitivity is not None and self.activations is None:
-            raise ValueError("there is a sensitivity, but there are no activation ranges")
-        if self.sensitivity is not None and self.activations is not None:
-            losses, thresholds = self.sensitivity.losses, self.activations.thresholds
-            if [[len(each) for each in blocks] for blocks in losses] != [[len(each) for each in b] for b in thresholds]:
+        if self.sensitivity is not None:
+            if self.activations is None:
+                raise ValueError("there is a sensitivity, but there are no activation ranges")
+            if lengths_of(self.sensitivity.losses) != lengths_of(self.activations.thresholds):
                 raise ValueError("losses and activation ranges have different shapes")
         return self
 

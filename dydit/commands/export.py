@@ -28,6 +28,7 @@ from dydit.commands.progress import show_progress
 from dydit.commands.suggestions import after_export, reading_words
 from dydit.commands.vae_options import decoder_line, vae_options
 from dydit.extras import CHECKPOINTS, FITS, GRAPHS, VAES, require
+from dydit.reports.text import bytes_text, measured_lines
 from dydit.words import counted
 
 if TYPE_CHECKING:
@@ -162,7 +163,7 @@ def command(
         return
     say(
         _bundle_line(manifest, out),
-        *_measured_lines(manifest),
+        *measured_lines(manifest.plan.measured),
         *notes,
         *model.notes,
         *_space_lines(manifest),
@@ -208,8 +209,6 @@ def _slots_warning(checkpoint: Path, out: Path, config: ExportConfig, run: str) 
 
 
 def _bundle_line(manifest: Manifest, out: Path) -> str:
-    from dydit.reports.text import bytes_text
-
     count = len(manifest.subnets)
     graphs = f"one graph with {counted(count, 'width')}" if manifest.sliding else counted(count, "subnetwork")
     line = f"{out}: {counted(manifest.sampling.steps, 'step')}, {graphs}, {bytes_text(_size(manifest))}"
@@ -239,9 +238,3 @@ def _space_lines(manifest: Manifest) -> list[str]:
             "--space latents"
         ]
     return []
-
-
-def _measured_lines(manifest: Manifest) -> list[str]:
-    from dydit.reports.text import measured_lines
-
-    return measured_lines(manifest.plan.measured)
