@@ -200,12 +200,9 @@ def _rates(
     """The overflow of some images at `capacities` [segments, L]; `routed` [S, L]: multiply-adds of routed layers."""
     over = capacity.overflow_of(groups, capacities, plan.bounds)
     return OverflowRates(
+        **over.model_dump(),
         images=sum(len(each.images) for each in counts),
-        trials=over.trials,
-        rate=over.rate,
-        upper=over.upper,
-        repeated_steps=over.repeated,
-        mlp_ratio=capacity.mlp_ratio(counts, routed, capacities, plan.bounds, over.repeated),
+        mlp_ratio=capacity.mlp_ratio(counts, routed, capacities, plan.bounds, over.repeated_steps),
     )
 
 
