@@ -32,11 +32,12 @@ from dydit.calibrate.calibration import CalibrationConfig, run_calibration, work
 from dydit.calibrate.capacity import CapacityConfig
 from dydit.calibrate.plots_calibration import calibration_png
 from dydit.checkpoints.checkpoint import load_checkpoint
+from dydit.diffusion.steps import run_steps
 from dydit.export.exporter import export
 from dydit.export.settings import ExportConfig
 from dydit.files import write_atomic
 from dydit.quickstart.quickstart import ASSETS
-from dydit.runtime.backends.base import BackendOptions
+from dydit.runtime.backends.base import BackendOptions, StepResult
 from dydit.runtime.backends.registry import open_backend
 from dydit.runtime.loop import StepRunner
 from dydit.runtime.noise_source import SeededNoise
@@ -61,12 +62,13 @@ def sampled(
     overflow = np.zeros((len(batches), steps, model.depth), np.int64)
     with ResidentSubnets(engine) as subnets:
         for index, batch in enumerate(batches):
-            runner, x = StepRunner(engine, subnets, batch.labels, cfg_scale), noise.initial(batch)
-            for step in range(steps):
-                result = runner.run(step, x, noise.step(batch, step), batch.labels)
-                x, overflow[index, step] = result.x_prev, result.overflow
+
+            def keep(step: int, result: StepResult, index: int = index) -> None:
+                overflow[index, step] = result.overflow
                 show(index * steps + step + 1, len(batches) * steps)
-            images.append(x)
+
+            run = StepRunner(engine, subnets, batch.labels, cfg_scale).steps_of(batch, noise)
+            images.append(run_steps(run, noise.initial(batch), range(steps), keep))
     return np.concatenate(images), overflow, time.perf_counter() - start
 
 

@@ -29,7 +29,7 @@ from dydit.bundle.manifest import PlanKind
 from dydit.bundle.stored_weights import Precision
 from dydit.calibrate.activation_ranges import ActivationRanges, Observations, repeat
 from dydit.calibrate.observers import ObservedRun, observe
-from dydit.calibrate.precision_search import PIXEL_SPAN, psnr
+from dydit.calibrate.precision_search import psnr
 from dydit.calibrate.range_methods import Method
 from dydit.calibrate.smoothing_search import FoundSmoothing, find_smoothing
 from dydit.checkpoints.checkpoint import Checkpoint, load_checkpoint
@@ -37,6 +37,7 @@ from dydit.export.exporter import export, planned_steps
 from dydit.export.settings import ExportConfig
 from dydit.files import write_atomic
 from dydit.inspection.trace import trace_tokens
+from dydit.parity.comparison import PIXEL_SPAN
 from dydit.quickstart.quickstart import ASSETS
 from dydit.runtime.request import SampleRequest
 from dydit.training.evaluate import evaluate_digits

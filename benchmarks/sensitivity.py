@@ -34,14 +34,15 @@ from dydit.bundle.bundle import Bundle
 from dydit.bundle.stored_weights import Precision
 from dydit.calibrate.activation_ranges import ActivationRanges
 from dydit.calibrate.mixed_precision import Sensitivity, Target
-from dydit.calibrate.observers import observe
-from dydit.calibrate.precision_search import PIXEL_SPAN, SearchConfig, psnr, search
+from dydit.calibrate.observers import ObservedRun, observe
+from dydit.calibrate.precision_search import SearchConfig, SearchInputs, psnr, search
 from dydit.calibrate.range_methods import Method
 from dydit.calibrate.tokens import spread_labels
 from dydit.checkpoints.checkpoint import Checkpoint, load_checkpoint
 from dydit.export.exporter import export, planned_steps
 from dydit.export.settings import ExportConfig
 from dydit.inspection.trace import trace_tokens
+from dydit.parity.comparison import PIXEL_SPAN
 from dydit.quickstart.quickstart import ASSETS
 from dydit.reports.bench_report import Side, SideKind
 from dydit.runtime.request import SampleRequest
@@ -70,10 +71,10 @@ def quality(decibels: np.ndarray, target: float | None) -> dict[str, float]:
 def described(sensitivity: Sensitivity, ranges: ActivationRanges) -> dict[str, Any]:
     """The result of a search, with the number of layers that stay in 16 bits, in all and by kind."""
     fields = {"precision", "target_psnr", "layers", "chosen", "held_out", "held_out_holds", "curve"}
-    by_kind = ranges.kept.sum(axis=(0, 1)).tolist()
+    by_kind = ranges.fp16_layers.sum(axis=(0, 1)).tolist()
     return {
         **sensitivity.model_dump(include=fields),
-        "stay": int(ranges.kept.sum()),
+        "stay": sum(by_kind),
         "stay_by_layer": dict(zip(("qkv", "proj", "fc1", "fc2"), by_kind, strict=True)),
     }
 
@@ -84,10 +85,8 @@ def searched(
     """The result of each search, by the name of its bundle, and the export settings of all bundles."""
     segments = planned_steps(checkpoint, plain)[1].segments
     labels, scales = [index % CLASSES for index in range(RANGES_IMAGES)], [options.cfg_scale]
-    seen = observe(
-        checkpoint, segments, labels, scales, options.steps, seed=RANGES_SEED, progress=progress("activations")
-    )
-    ranges = seen.choose(Method.MINMAX, RANGES_IMAGES)
+    run = ObservedRun(segments, labels, scales, options.steps, seed=RANGES_SEED)
+    ranges = observe(checkpoint, run, progress=progress("activations")).choose(Method.MINMAX, RANGES_IMAGES)
     configs = {"fp32": plain, "fp16": plain.model_copy(update={"precision": Precision.FP16})}
     # Tokens that the fp32 bundle routes over a run of 20 images; only the order of the layers depends on them.
     with tempfile.TemporaryDirectory(dir=work) as folder:
@@ -99,20 +98,20 @@ def searched(
         configs[precision.value] = in_8_bits
         for target in options.targets:
             name = f"{precision.value}-{target:g}dB"
-            chosen, sensitivity = search(
-                checkpoint,
-                plain,
-                segments,
-                ranges,
-                token_ratio,
-                SearchConfig(
+            inputs = SearchInputs(
+                checkpoint=checkpoint,
+                exported=plain,
+                segments=segments,
+                ranges=ranges,
+                token_ratio=token_ratio,
+                config=SearchConfig(
                     target=Target(psnr=target), precision=precision, images=options.images, steps=options.search_steps
                 ),
-                scales,
+                cfg_scales=scales,
                 seed=0,
                 work=work / "searches",
-                progress=progress(name),
             )
+            chosen, sensitivity = search(inputs, progress(name))
             results[name] = described(sensitivity, chosen)
             configs[name] = in_8_bits.model_copy(update={"activations": chosen})
     return results, configs

@@ -25,6 +25,7 @@ from dydit.bundle.bundle import Bundle
 from dydit.bundle.manifest import Routing
 from dydit.bundle.stored_weights import Precision
 from dydit.diffusion.schedule import Schedule
+from dydit.diffusion.steps import run_steps
 from dydit.errors import BackendError
 from dydit.files import new_folder
 from dydit.models.macs import flops_ratio, static_macs
@@ -145,9 +146,8 @@ def small(settings: Settings, work: Work, emit: Emit) -> None:
     batch, noise = small_images()
     latents = [noise.initial(batch)]
     with ResidentSubnets(backend, 2) as subnets:
-        runner = StepRunner(backend, subnets, SMALL_LABELS, CFG_SCALE)
-        for step in range(SMALL_STEPS):
-            latents.append(runner.run(step, latents[-1], noise.step(batch, step), batch.labels).x_prev)
+        step = StepRunner(backend, subnets, SMALL_LABELS, CFG_SCALE).steps_of(batch, noise)
+        run_steps(step, latents[0], range(SMALL_STEPS), lambda _, result: latents.append(result.x_prev))
     np.savez(work.reference, latents=np.stack(latents))
     emit("images", len(SMALL_LABELS))
 

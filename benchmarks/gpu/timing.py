@@ -17,6 +17,7 @@ from dydit.errors import BackendError, UnavailableError, one_line
 from dydit.reports.bench_report import Side, SideKind
 from dydit.runtime.backends.base import Backend, BackendOptions
 from dydit.runtime.backends.cores import available_cores
+from dydit.runtime.backends.registry import open_backend
 from dydit.runtime.loop import MemoryStore
 from dydit.runtime.noise_source import SeededNoise
 from dydit.runtime.request import make_batches
@@ -58,13 +59,11 @@ def open_configuration(configuration: Configuration, bundle: Bundle, device: str
         from dydit.runtime.backends.ort_cuda import OnnxRuntimeDeviceBackend
 
         return OnnxRuntimeDeviceBackend(bundle, options, configuration.graphs)
-    if configuration.backend == "onnxruntime":
+    if configuration.backend == "onnxruntime":  # `open_backend` would choose the one whose loop is on the device
         from dydit.runtime.backends.onnxruntime import OnnxRuntimeBackend
 
         return OnnxRuntimeBackend(bundle, options)
-    from dydit.runtime.backends.torch import TorchBackend
-
-    return TorchBackend(bundle, options)
+    return open_backend(configuration.backend, bundle, options)
 
 
 class WholeRun:
@@ -176,12 +175,8 @@ def time_contenders(
             opened[name] = contender, time.monotonic() - loaded
             after = device_memory(settings)
             memory = None if before is None or after is None else max(0, after - before)
-            figures[name] = {
-                "load_seconds": loaded - start,
-                "memory_bytes": memory,
-                "round_ms": [],
-                "repeated_steps": 0,
-            }
+            loading = {"load_seconds": loaded - start, "memory_bytes": memory}
+            figures[name] = {**loading, "round_ms": [], "repeated_steps": 0}
     for _ in range(settings.repeats):
         for name, (contender, round_seconds) in list(opened.items()):
             if time.monotonic() + round_seconds > deadline:

@@ -6,7 +6,7 @@ histograms.
 
 from __future__ import annotations
 
-import math
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +21,11 @@ from dydit.quantization.smoothing import Smoothing
 from dydit.words import counted
 
 _ABSENT_WHILE_NONE = ("in_16_bits", "smoothing", "migration")  # left out of the file while they are None
+
+
+def lengths_of(values: Sequence[Sequence[Sequence[Any]]]) -> list[list[int]]:
+    """The lengths of the innermost sequences."""
+    return [[len(block) for block in blocks] for blocks in values]
 
 
 class ActivationRanges(Strict):
@@ -54,9 +59,7 @@ class ActivationRanges(Strict):
         layers = {len(block) for blocks in self.thresholds for block in blocks}
         if len(depths) != 1 or len(layers) != 1 or 0 in layers:
             raise ValueError("every segment must have the same blocks, each with a value for the same layers")
-        if [[len(block) for block in blocks] for blocks in self.clipped] != [
-            [len(block) for block in blocks] for blocks in self.thresholds
-        ]:
+        if lengths_of(self.clipped) != lengths_of(self.thresholds):
             raise ValueError("thresholds and clipped shares have different shapes")
         if any(value < 0 for blocks in self.thresholds for block in blocks for value in block):
             raise ValueError("a threshold is negative")
@@ -103,23 +106,16 @@ class Observations:
         except CalibrationError as error:
             raise CalibrationError(f"segment {segment}, block {block}, {layer}: {error}") from error
 
-    def merge(self, other: Observations) -> None:
-        """Add the counts of other observations of the same plan."""
-        for ours, theirs in zip(self.flat(), other.flat(), strict=True):
-            ours.merge(theirs)
-
     def flat(self) -> list[Histogram]:
         """All histograms, by segment, block and layer."""
-        return [each for blocks in self.histograms for block in blocks for each in block]
+        return [each for blocks in self.histograms for each in itertools.chain(*blocks)]
 
     def together(self) -> Observations:
         """The observations with all segments as one, from which a single global scale is chosen."""
-        depth = len(self.histograms[0])
-        one = Observations(1, depth, self.layers)
+        one = Observations(1, len(self.histograms[0]), self.layers)
         for blocks in self.histograms:
-            for block, layers in enumerate(blocks):
-                for layer, histogram in enumerate(layers):
-                    one.histograms[0][block][layer].merge(histogram)
+            for histogram, part in zip(one.flat(), itertools.chain(*blocks), strict=True):
+                histogram.merge(part)
         return one
 
     def choose(self, method: Method, images: int, percentile: float | None = None) -> ActivationRanges:
@@ -147,15 +143,6 @@ def _of(histogram: Histogram, method: Method, percentile: float) -> Threshold:
     if not histogram.most > 0:
         return Threshold(0.0, 0.0, 0.0)
     return choose(histogram, method, percentile)
-
-
-def spread(ranges: ActivationRanges) -> np.ndarray:
-    """How much the ranges of a layer vary over the segments: largest / smallest threshold, f64 [L, layers]; 1:
-    unused."""
-    values = np.asarray(ranges.thresholds)
-    used = values > 0
-    least = np.where(used, values, math.inf).min(0)
-    return np.where(used.any(0), values.max(0) / np.where(np.isfinite(least), least, 1), 1.0)
 
 
 def repeat(ranges: ActivationRanges, segments: int) -> ActivationRanges:

@@ -28,6 +28,7 @@ from dydit.calibrate.capacity import CapacityConfig, Groups, drawn_for, require_
 from dydit.calibrate.observers import ObservedRun, observe
 from dydit.calibrate.precision_search import Announce, SearchConfig, SearchInputs, search
 from dydit.calibrate.range_methods import Method
+from dydit.calibrate.sliced_sampler import spread_batches
 from dydit.calibrate.smoothing_search import FoundSmoothing, find_smoothing
 from dydit.calibrate.tokens import TokenCounter, TokenCounts, merge, spread_labels, spread_scales
 from dydit.checkpoints.checkpoint import Checkpoint
@@ -44,7 +45,7 @@ from dydit.runtime.backends.registry import open_backend
 from dydit.runtime.images.image_files import kept_arrays
 from dydit.runtime.loop import StepRunner
 from dydit.runtime.noise_source import SeededNoise
-from dydit.runtime.request import DEFAULT_CFG_SCALE, UINT64, Batch, make_batches
+from dydit.runtime.request import DEFAULT_CFG_SCALE, UINT64, Batch
 from dydit.runtime.resident import ResidentSubnets
 
 Progress = Callable[[int, int], None]
@@ -199,12 +200,9 @@ def _rates(
     """The overflow of some images at `capacities` [segments, L]; `routed` [S, L]: multiply-adds of routed layers."""
     over = capacity.overflow_of(groups, capacities, plan.bounds)
     return OverflowRates(
+        **over.model_dump(),
         images=sum(len(each.images) for each in counts),
-        trials=over.trials,
-        rate=over.rate,
-        upper=over.upper,
-        repeated_steps=over.repeated,
-        mlp_ratio=capacity.mlp_ratio(counts, routed, capacities, plan.bounds, over.repeated),
+        mlp_ratio=capacity.mlp_ratio(counts, routed, capacities, plan.bounds, over.repeated_steps),
     )
 
 
@@ -311,14 +309,9 @@ class _Counter:
             steps * len(batches) for n in (config.samples, config.held_out) for _, batches in self._batches(n)
         )
 
-    def _batches(self, images: int) -> Iterator[tuple[float, list[Batch]]]:
-        """The batches of each guidance scale. Images are numbered over all scales; each scale has all classes
-        evenly."""
-        first, size = 0, self._bundle.manifest.max_batch
-        for scale, count in spread_scales(images, self._scales):
-            labels = spread_labels(count, self._bundle.manifest.model.classes.count)
-            yield scale, make_batches(labels, range(first, first + count), size)
-            first += count
+    def _batches(self, images: int) -> list[tuple[float, list[Batch]]]:
+        manifest = self._bundle.manifest
+        return spread_batches(images, manifest.model.classes.count, self._scales, manifest.max_batch)
 
     def run(self, seed: int, images: int) -> list[TokenCounts]:
         """The counts of `images` images of a seed, for each guidance scale."""

@@ -17,8 +17,8 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import Field, FiniteFloat, ValidationError, model_validator
 
-from dydit.calibrate.activation_ranges import ActivationRanges
-from dydit.calibrate.capacity import CapacityConfig
+from dydit.calibrate.activation_ranges import ActivationRanges, lengths_of
+from dydit.calibrate.capacity import CapacityConfig, Overflow, Share
 from dydit.calibrate.mixed_precision import Sensitivity
 from dydit.diffusion.schedule import Sampler
 from dydit.errors import CalibrationError, one_line
@@ -26,22 +26,16 @@ from dydit.models.config import Strict
 from dydit.validation import first_problem
 
 SCHEMA_VERSION: Literal[1] = 1
-Share = Annotated[FiniteFloat, Field(ge=0, le=1)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
-class OverflowRates(Strict):
+class OverflowRates(Overflow):
     """How often batches overflow, and what it costs.
 
-    `rate`: share of step-blocks that overflow; `upper`: its upper bound (95 %). `repeated_steps`: share of steps that
-    run again. `mlp_ratio`: MLP multiply-adds with capacities, repeated steps included, over those of dynamic routing.
+    `mlp_ratio`: MLP multiply-adds with capacities, repeated steps included, over those of dynamic routing.
     """
 
     images: int = Field(ge=1, description="images of all guidance scales")
-    trials: int = Field(ge=1, description="step-blocks of all groups")
-    rate: Share
-    upper: Share
-    repeated_steps: Share
     mlp_ratio: FiniteFloat = Field(gt=0)
 
 
@@ -91,11 +85,10 @@ class Calibration(Strict):
             raise ValueError("expected one row of token ratios for each step")
         if self.seed == self.held_out_seed:
             raise ValueError("held_out_seed must differ from seed")
-        if self.sensitivity is not None and self.activations is None:
-            raise ValueError("there is a sensitivity, but there are no activation ranges")
-        if self.sensitivity is not None and self.activations is not None:
-            losses, thresholds = self.sensitivity.losses, self.activations.thresholds
-            if [[len(each) for each in blocks] for blocks in losses] != [[len(each) for each in b] for b in thresholds]:
+        if self.sensitivity is not None:
+            if self.activations is None:
+                raise ValueError("there is a sensitivity, but there are no activation ranges")
+            if lengths_of(self.sensitivity.losses) != lengths_of(self.activations.thresholds):
                 raise ValueError("losses and activation ranges have different shapes")
         return self
 

@@ -27,13 +27,14 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import numpy as np
-from pydantic import Field, field_validator
+from pydantic import Field, FiniteFloat, field_validator
 
 from dydit.calibrate.tokens import TokenCounts
 from dydit.errors import CalibrationError
 from dydit.models.config import Strict
 from dydit.words import counted
 
+Share = Annotated[FiniteFloat, Field(ge=0, le=1)]
 GROUPS, MOST_GROUPS = 1000, 10_000
 CONFIDENCE = 0.95
 _Z = 1.6448536269514722  # the standard normal's quantile of CONFIDENCE
@@ -170,19 +171,17 @@ def by_step(capacities: np.ndarray, bounds: Sequence[int]) -> np.ndarray:
     return np.repeat(capacities, np.diff(bounds), axis=0)
 
 
-@dataclass(frozen=True)
-class Overflow:
-    """How often the tokens of groups do not fit. Rates are shares in 0..1.
+class Overflow(Strict):
+    """How often the tokens of groups do not fit.
 
     `rate`: share of step-blocks (group, step, block) in which some token has no slot. `upper`: upper bound of the true
-    rate with 95 % confidence. `repeated`: share of steps with such a block, which run again at full capacity. `trials`:
-    number of step-blocks.
+    rate with 95 % confidence. `repeated_steps`: share of steps with such a block, which run again at full capacity.
     """
 
-    rate: float
-    upper: float
-    repeated: float
-    trials: int
+    rate: Share
+    upper: Share
+    repeated_steps: Share
+    trials: int = Field(ge=1, description="step-blocks of all groups")
 
 
 def overflow_of(groups: Sequence[Groups], capacities: np.ndarray, bounds: Sequence[int]) -> Overflow:
@@ -206,7 +205,7 @@ def overflow_of(groups: Sequence[Groups], capacities: np.ndarray, bounds: Sequen
     variance = float(np.concatenate([each.mean(axis=(1, 2)) for each in over]).var())
     if variance > 0:
         independent = min(independent, disjoint * rate * (1 - rate) / variance)
-    return Overflow(rate, wilson_upper(rate, independent), repeated, trials)
+    return Overflow(rate=rate, upper=wilson_upper(rate, independent), repeated_steps=repeated, trials=trials)
 
 
 def wilson_upper(rate: float, trials: float) -> float:

@@ -18,23 +18,17 @@ from torch import Tensor
 
 from dydit.bundle.stored_weights import Precision
 from dydit.calibrate.activation_ranges import ActivationRanges
-from dydit.calibrate.tokens import spread_labels, spread_scales
+from dydit.calibrate.sliced_sampler import SlicedSampler, spread_batches
 from dydit.checkpoints.checkpoint import Checkpoint
-from dydit.diffusion.coefficients import step_coefficients
-from dydit.diffusion.guidance import Guidance
-from dydit.diffusion.schedule import Sampler, Schedule
+from dydit.diffusion.schedule import Sampler
 from dydit.diffusion.steps import LatentsOnly, run_steps
 from dydit.errors import CalibrationError
 from dydit.export.input_scales import LARGEST
-from dydit.export.settings import guided_channels
 from dydit.models.architecture import UnitLayer, stored_name
 from dydit.models.config import ModelConfig
-from dydit.models.registry import architecture_of
 from dydit.models.sliced import SlicedBlock, SlicedModel, plain_linear
-from dydit.planning.masks import freeze_masks
 from dydit.quantization.quantize import quantize
 from dydit.runtime.noise_source import SeededNoise
-from dydit.runtime.request import Batch, make_batches
 
 TYPES = {Precision.INT8_STATIC: torch.int8, Precision.FP8: torch.float8_e4m3fn}
 Quantized = Mapping[str, tuple[Tensor, Tensor]]
@@ -80,7 +74,7 @@ class FakeQuantizedLayers(SmoothedLayers):
     """The layers of a subnetwork in 8 bits, except for those in `fp16_layers`, bool [L, layers].
 
     `quantized`: weights in 8 bits and their scales, by name. `scales`: scales of the inputs of each layer, by block.
-    `fp16_layers` may be set again before each step.
+    `fp16_layers` may be changed before each step.
     """
 
     def __init__(
@@ -129,8 +123,8 @@ class FakeQuantizedLayers(SmoothedLayers):
         return (values * (scale[slots][..., None] if layer.out_major else scale)).flatten(0, 1)
 
 
-class FakeQuantizedSampler:
-    """Samples a checkpoint step by step, without quantization or with any choice of layers in 8 bits. On the CPU.
+class FakeQuantizedSampler(SlicedSampler):
+    """Samples a checkpoint step by step, without quantization or with any choice of layers in 8 bits.
 
     `segments`: half-open ranges of the steps, to which the `ranges` of activations belong.
     """
@@ -145,62 +139,22 @@ class FakeQuantizedSampler:
         sampler: Sampler,
         cfg_channels: int | None = None,
     ):
-        config, schedule = checkpoint.config, Schedule.respaced(steps)
-        self.config, self.precision = config, precision
-        self.timesteps = schedule.timesteps[::-1]
-        self.masks = freeze_masks(checkpoint.width_routers(), self.timesteps)
+        super().__init__(checkpoint, steps, sampler, cfg_channels, ranges.smoothing)
+        self.precision = precision
         self.segment_of = [index for index, (first, end) in enumerate(segments) for _ in range(first, end)]
-        self._architecture = architecture_of(config)
-        self._weights = dict(self._architecture.stored_tensors(checkpoint.state, config, smoothing=ranges.smoothing))
-        self._factors = self._architecture.condition_factors(config, ranges.smoothing)
         self._quantized = {
-            name: quantize(self._weights[name], layer.out_major, TYPES[precision])
-            for name, layer in config.units.weights.items()
+            name: quantize(self.weights[name], layer.out_major, TYPES[precision])
+            for name, layer in self.config.units.weights.items()
         }
         self._scales = ranges.input_scales(LARGEST[precision])
-        self._coefficients = torch.from_numpy(
-            step_coefficients(schedule, sampler, config.learn_sigma).astype(np.float32)
-        )
-        self._channels = guided_channels(config, cfg_channels)
 
-    def plain(self, step: int) -> SlicedModel:
-        """The subnetwork of a step, without quantization."""
-        return self.with_layers(step, SmoothedLayers(self.config, self._weights))
-
-    def subnet(self, step: int, fp16_layers: np.ndarray) -> SlicedModel:
-        """The subnetwork of a step with `fp16_layers`, bool [L, layers], in 16 bits and the other layers in 8 bits."""
-        return self.with_layers(step, self.layers(step, fp16_layers))
-
-    def layers(self, step: int, fp16_layers: np.ndarray) -> FakeQuantizedLayers:
-        """The layers of such a subnetwork."""
+    def layers(self, step: int, fp16_layers: np.ndarray | None) -> SmoothedLayers:
+        """The layers of a step's subnetwork: those in `fp16_layers`, bool [L, layers], in 16 bits and the others in
+        8 bits; None: without quantization."""
+        if fp16_layers is None:
+            return SmoothedLayers(self.config, self.weights)
         scales = self._scales[self.segment_of[step]]
-        return FakeQuantizedLayers(self.config, self._weights, self._quantized, scales, fp16_layers)
-
-    def with_layers(self, step: int, layers: SmoothedLayers) -> SlicedModel:
-        """The subnetwork of a step with these layers."""
-        slots = self.config.units.slots(self.masks[step])
-        return self._architecture.sliced(self.config, self._weights, slots, self._channels, linear=layers)
-
-    def condition(self, step: int, labels: np.ndarray, cfg_scale: float) -> Tensor:
-        """What a step takes for labels [B] and, with guidance, for as many null classes after them."""
-        rows = Guidance(cfg_scale, self.config.null_class).rows(labels)
-        time = torch.tensor([int(self.timesteps[step])])
-        labels_of_rows = torch.from_numpy(rows)
-        condition = self._architecture.conditioning(self.config, self._weights, time, labels_of_rows)[0]
-        return condition if self._factors is None else condition * torch.from_numpy(self._factors)
-
-    def step(
-        self, subnet: SlicedModel, step: int, x: np.ndarray, noise: np.ndarray, condition: Tensor, cfg_scale: float
-    ) -> np.ndarray:
-        """x_prev f32 [B, C, S, S] from `x`, with the subnetwork and the condition of this step."""
-        out = subnet.step(
-            torch.from_numpy(x),
-            torch.from_numpy(noise),
-            self._coefficients[step],
-            torch.tensor(float(cfg_scale)),
-            condition,
-        )
-        return out.x_prev.numpy()
+        return FakeQuantizedLayers(self.config, self.weights, self._quantized, scales, fp16_layers)
 
 
 class FakeQuantizedImages:
@@ -210,12 +164,8 @@ class FakeQuantizedImages:
         config = sampler.config
         self.sampler, self.steps = sampler, len(sampler.timesteps)
         self._noise = SeededNoise(seed, (config.in_channels, config.input_size, config.input_size))
-        self.batches: list[tuple[float, Batch]] = []
-        first = 0
-        for scale, count in spread_scales(images, cfg_scales):
-            labels = spread_labels(count, config.classes.count) if count else []
-            self.batches += [(scale, each) for each in make_batches(labels, range(first, first + count), BATCH)]
-            first += count
+        spread = spread_batches(images, config.classes.count, cfg_scales, BATCH)
+        self.batches = [(scale, batch) for scale, batches in spread for batch in batches]
         self.tick: Callable[[int], None] = lambda steps: None
         self._step, self._drawn, self._conditions = -1, [np.empty(0)], [None]
 
@@ -247,9 +197,8 @@ class FakeQuantizedImages:
         latents, sampler = [x], self.sampler
 
         def step(index: int, x: np.ndarray) -> LatentsOnly[np.ndarray]:
-            if fp16_layers is None:
-                return LatentsOnly(self.step(sampler.plain(index), index, x))
-            subnet = sampler.subnet(index, fp16_layers[sampler.segment_of[index]])
+            chosen = None if fp16_layers is None else fp16_layers[sampler.segment_of[index]]
+            subnet = sampler.subnet(index, sampler.layers(index, chosen))
             return LatentsOnly(self.step(subnet, index, x))
 
         def keep(index: int, outcome: LatentsOnly[np.ndarray]) -> None:
@@ -257,7 +206,7 @@ class FakeQuantizedImages:
 
         x = run_steps(step, x, range(first, self.steps), keep if all_steps else None)
         if not np.isfinite(x).all():
-            kind = "without quantization" if fp16_layers is None else f"in {self.sampler.precision}"
+            kind = "without quantization" if fp16_layers is None else f"in {sampler.precision}"
             raise CalibrationError(
                 f"images {kind} are NaN or infinite and cannot be compared; check the checkpoint, or "
                 "use another precision"

@@ -8,7 +8,6 @@ exactly to that of the whole, in any order, over steps, batches and processes.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Self
 
 import numpy as np
 
@@ -63,13 +62,6 @@ class Histogram:
         """Add the counts of another histogram."""
         self.counts += other.counts
         self.least, self.largest = min(self.least, other.least), max(self.largest, other.largest)
-
-    @classmethod
-    def of(cls, values: np.ndarray) -> Self:
-        """The histogram of some values."""
-        histogram = cls()
-        histogram.add(values)
-        return histogram
 
     def points(self) -> tuple[np.ndarray, np.ndarray]:
         """(magnitudes, counts) of the bins that are not empty, ascending. Magnitudes are the middles of the bins,

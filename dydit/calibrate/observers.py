@@ -14,18 +14,14 @@ import torch
 from torch import Tensor
 
 from dydit.calibrate.activation_ranges import Observations
+from dydit.calibrate.sliced_sampler import SlicedSampler
 from dydit.checkpoints.checkpoint import Checkpoint
-from dydit.diffusion.coefficients import step_coefficients
-from dydit.diffusion.guidance import Guidance
-from dydit.diffusion.schedule import Sampler, Schedule
+from dydit.diffusion.schedule import Sampler
 from dydit.diffusion.steps import LatentsOnly, run_steps
 from dydit.errors import ConfigError
-from dydit.export.settings import guided_channels
 from dydit.models.architecture import UnitLayer
 from dydit.models.config import ModelConfig
-from dydit.models.registry import architecture_of
 from dydit.models.sliced import SlicedBlock, plain_linear
-from dydit.planning.masks import freeze_masks
 from dydit.quantization.smoothing import Smoothing
 from dydit.runtime.noise_source import SeededNoise
 from dydit.runtime.request import make_batches
@@ -95,36 +91,28 @@ def sample_watched(watch: Watch, checkpoint: Checkpoint, run: ObservedRun, progr
     """
     if not run.labels or not run.cfg_scales:
         raise ConfigError("calibration needs at least one label and one guidance scale")
-    config, schedule = checkpoint.config, Schedule.respaced(run.steps)
+    config = checkpoint.config
     for scale in run.cfg_scales:
         config.require_guidance(scale)
-    timesteps = schedule.timesteps[::-1]
-    masks = freeze_masks(checkpoint.width_routers(), timesteps)
-    architecture = architecture_of(config)
-    weights = dict(architecture.stored_tensors(checkpoint.state, config))
-    coefficients = torch.from_numpy(step_coefficients(schedule, run.sampler, config.learn_sigma).astype(np.float32))
-    channels = guided_channels(config, run.cfg_channels)
+    sampler = SlicedSampler(checkpoint, run.steps, run.sampler, run.cfg_channels)
     noise = SeededNoise(run.seed, (config.in_channels, config.input_size, config.input_size))
     batches = make_batches(run.labels, range(len(run.labels)), run.batch)
     segment_of = [index for index, (first, end) in enumerate(run.segments) for _ in range(first, end)]
 
-    def step(index: int, latents: list[Tensor]) -> LatentsOnly[list[Tensor]]:
+    def step(index: int, latents: list[np.ndarray]) -> LatentsOnly[list[np.ndarray]]:
         """One step of all batches, on the subnetwork of this step."""
 
         def layer(block: SlicedBlock, layer: UnitLayer, x: Tensor) -> Tensor:
             watch(segment_of[index], block, layer.name, x.numpy())
             return plain_linear(block, layer, x)
 
-        model = architecture.sliced(config, weights, config.units.slots(masks[index]), channels, linear=layer)
-        time, after = torch.tensor([int(timesteps[index])]), []
+        subnet, after = sampler.subnet(index, layer), []
         for number, (batch, x) in enumerate(zip(batches, latents, strict=True)):
-            scale = float(run.cfg_scales[number % len(run.cfg_scales)])
-            rows = torch.from_numpy(Guidance(scale, config.null_class).rows(batch.labels))
-            condition = architecture.conditioning(config, weights, time, rows)[0]
-            drawn = torch.from_numpy(noise.step(batch, index))
-            after.append(model.step(x, drawn, coefficients[index], torch.tensor(scale), condition).x_prev)
+            scale = run.cfg_scales[number % len(run.cfg_scales)]
+            condition = sampler.condition(index, batch.labels, scale)
+            after.append(sampler.step(subnet, index, x, noise.step(batch, index), condition, scale))
             if progress:
                 progress(index * len(batches) + number + 1, run.steps * len(batches))
         return LatentsOnly(after)
 
-    run_steps(step, [torch.from_numpy(noise.initial(batch)) for batch in batches], range(run.steps))
+    run_steps(step, [noise.initial(batch) for batch in batches], range(run.steps))

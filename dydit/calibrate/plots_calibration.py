@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from dydit.calibrate.calibration import CalibrationResult
-from dydit.reports.plot_style import ACCENT, ACCENT_LIGHT, MUTED, OFF, SECOND, drawing, headline, png, timestep_ticks
+from dydit.reports.plot_style import ACCENT_LIGHT, MUTED, SECOND, drawing, headline, png, ramp, timestep_ticks
 from dydit.reports.text import extra_text
 from dydit.words import counted
 
@@ -46,12 +46,10 @@ def _pairs(segments: int, depth: int) -> list[tuple[int, int]]:
 
 
 def _ratio_map(figure: Any, ratio: np.ndarray, timesteps: Sequence[int]) -> None:
-    from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
     axis = figure.subplots()
-    colours = LinearSegmentedColormap.from_list("tokens", [OFF, ACCENT_LIGHT, ACCENT, "#0c2f4f"])
-    drawn = axis.imshow(ratio.T, cmap=colours, aspect="auto", interpolation="nearest", vmin=0, vmax=1)
+    drawn = axis.imshow(ratio.T, cmap=ramp(), aspect="auto", interpolation="nearest", vmin=0, vmax=1)
     axis.set_xticks(*timestep_ticks(timesteps))
     axis.yaxis.set_major_locator(MaxNLocator(8, integer=True))
     axis.tick_params(left=False)

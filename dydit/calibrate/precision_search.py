@@ -24,33 +24,18 @@ from dydit.bench.bench import spread_steps
 from dydit.bundle.stored_weights import Precision
 from dydit.calibrate.activation_ranges import ActivationRanges
 from dydit.calibrate.fake_quantization import FakeQuantizedImages, FakeQuantizedSampler
-from dydit.calibrate.mixed_precision import (
-    CURVE_POINTS,
-    MOST_DECIBELS,
-    CurvePoint,
-    Quality,
-    Sensitivity,
-    Target,
-    bound_on_speed,
-    fp16_layers_after,
-    int8_order,
-    layer_macs,
-    most_questions,
-    most_that_holds,
-    predicted_losses,
-    share_in_8_bits,
-    spread_counts,
-)
-from dydit.calibrate.search_progress import Progress, Ticks, estimate_text
+from dydit.calibrate.mixed_precision import CURVE_POINTS, MOST_DECIBELS, CurvePoint, Quality, Sensitivity, Target, bound_on_speed, fp16_layers_after, int8_order, layer_macs, most_questions, most_that_holds, predicted_losses, share_in_8_bits, spread_counts
 from dydit.checkpoints.checkpoint import Checkpoint
 from dydit.errors import CalibrationError
 from dydit.export.settings import ExportConfig
 from dydit.files import atomic_file
 from dydit.models.config import Strict, UserPath
-from dydit.parity.comparison import picture_error
+from dydit.parity.comparison import PIXEL_SPAN, picture_error
 from dydit.parity.frechet import LEAST_IMAGES, FrechetReference, pictures
 from dydit.runtime.images.image_files import kept_arrays
+from dydit.words import counted, duration
 
+Progress = Callable[[int, int], None]
 Announce = Callable[[str], None]
 MEASURED_STEPS = 3
 """The number of steps from whose median time the duration of a search is estimated."""
@@ -58,7 +43,6 @@ OTHERS_RUNS = 2
 """The number of runs of the held-out images: without quantization, and with the chosen layers."""
 MOST_GAINS = 16
 """The largest number of segments whose errors are measured in the image; others are interpolated."""
-PIXEL_SPAN = 2.0
 
 
 class SearchConfig(Strict):
@@ -109,6 +93,27 @@ class SearchInputs:
     reference: FrechetReference | None = None
 
 
+class _Ticks:
+    """Counts steps of batches."""
+
+    def __init__(self, progress: Progress | None, total: int):
+        self._progress, self._done, self._total = progress, 0, total
+
+    def __call__(self, steps: int) -> None:
+        self._done += steps
+        if self._progress:
+            self._progress(min(self._done, self._total), self._total)
+
+    def remain(self, steps: int) -> None:
+        """Set the number of steps that are left: the bisection may have needed fewer than it could."""
+        self._total = self._done + steps
+
+    def finish(self) -> None:
+        """Report that nothing is left."""
+        if self._progress and self._done < self._total:
+            self._progress(self._total, self._total)
+
+
 def search(
     inputs: SearchInputs, progress: Progress | None = None, announce: Announce | None = None
 ) -> tuple[ActivationRanges, Sensitivity]:
@@ -156,7 +161,7 @@ class _Search:
     def run(self, progress: Progress | None, announce: Announce | None) -> tuple[ActivationRanges, Sensitivity]:
         if announce:
             announce(self.estimate())
-        ticks = Ticks(progress, self._total())
+        ticks = _Ticks(progress, self._total())
         self.images.tick = self.others.tick = ticks
         self.ticks = ticks
         target, plain = self.config.target, self._plain(self.images, "")
@@ -225,11 +230,11 @@ class _Search:
         chosen = self._steps(index)
         errors = np.zeros(self.macs.shape[1:])
         for step in chosen:
-            layers = self.sampler.layers(step, np.ones(errors.shape, bool))
-            subnet = self.sampler.with_layers(step, layers)
+            fp16_layers = np.ones(errors.shape, bool)
+            subnet = self.sampler.subnet(step, self.sampler.layers(step, fp16_layers))
             for block, layer in self._layers(step):
-                layers.fp16_layers = np.ones(errors.shape, bool)
-                layers.fp16_layers[block, layer] = False
+                fp16_layers[:] = True
+                fp16_layers[block, layer] = False
                 x_prev = self.images.step(subnet, step, path[step])
                 errors[block, layer] += np.square(x_prev.astype(np.float64) - path[step + 1]).mean()
         return errors * ((end - first) / len(chosen))
@@ -288,10 +293,16 @@ class _Search:
         in_8_bits, seconds = np.zeros(self.macs.shape[1:], bool), []
         for step in (self.images.steps // 2, *spread_steps(self.images.steps, MEASURED_STEPS)):
             start = time.perf_counter()
-            self.images.step(self.sampler.subnet(step, in_8_bits), step, x)
+            self.images.step(self.sampler.subnet(step, self.sampler.layers(step, in_8_bits)), step, x)
             seconds.append((time.perf_counter() - start) / len(self.images.batches))
         each = float(np.median(seconds[1:]))  # the first also does what only a first call does
-        return estimate_text(self._most_runs, self.images.steps, self.config.images, self._total(), each)
+        total = self._total()
+        return (
+            f"Search for layers: at most {counted(self._most_runs, 'run')} of {counted(self.images.steps, 'step')} "
+            f"with {counted(self.config.images, 'image')} each, and measurements of single layers: "
+            f"{counted(total, 'step')} of a batch at {each:.2g} s each, so at most about {duration(each * total)}; an "
+            "interrupted search continues"
+        )
 
     def _plain(self, images: FakeQuantizedImages, name: str) -> np.ndarray:
         """The images of the model without quantization."""

@@ -66,14 +66,19 @@ def find_smoothing(checkpoint: Checkpoint, run: ObservedRun, progress: Progress 
         seen.add(segment, block.index, layer, values, entering(config, block, layer))
 
     sample_watched(watch, checkpoint, run, progress)
-    weights = _Weights(checkpoint)
+    layers = config.units.weights
+    stored = architecture_of(config).stored_tensors(checkpoint.state, config)
+    tensors = {name: tensor for name, tensor in stored if name in layers}
+
+    def weight_of(block: int, layer: str) -> np.ndarray:
+        name = stored_name(block, f"{layer}.weight")
+        rows = tensors[name].flatten(0, 1).numpy()
+        return np.ascontiguousarray(rows.T if layers[name].out_major else rows)  # [in, out]
+
     return FoundSmoothing(
         tuple(
-            {
-                layer: choose_smoothing(inputs, weights[stored_name(block, layer)], stored_in_int8)
-                for layer, inputs in layers.items()
-            }
-            for block, layers in enumerate(seen.of)
+            {layer: choose_smoothing(inputs, weight_of(block, layer), stored_in_int8) for layer, inputs in each.items()}
+            for block, each in enumerate(seen.of)
         )
     )
 
@@ -82,20 +87,3 @@ def stored_in_int8(weight: np.ndarray) -> np.ndarray:
     """The value of a weight f32 [in, out] after a bundle has stored it in int8."""
     stored, scale = quantize(torch.from_numpy(weight)[None], out_major=False)
     return np.asarray((stored[0].to(torch.float32) * scale).numpy())
-
-
-class _Weights:
-    """The weights of the layers of a checkpoint, f32 [in, out], in its own order of units."""
-
-    def __init__(self, checkpoint: Checkpoint):
-        self._layers = checkpoint.config.units.weights
-        self._tensors = {
-            name: tensor
-            for name, tensor in architecture_of(checkpoint.config).stored_tensors(checkpoint.state, checkpoint.config)
-            if name in self._layers
-        }
-
-    def __getitem__(self, layer: str) -> np.ndarray:
-        name = f"{layer}.weight"
-        rows = self._tensors[name].flatten(0, 1).numpy()
-        return np.ascontiguousarray(rows.T if self._layers[name].out_major else rows)

@@ -8,8 +8,8 @@ segment, for each strength and without smoothing. The best strength is used if i
 product by `LEAST_GAIN` or more. (E4M3 rounds relative to the value, so that smoothing chosen for int8 hardly changes
 it.)
 
-Both statistics take constant memory for any number of rows, and those of parts can be merged in any order: maxima by
-their nature, and rows because the rows with the smallest hashes of their bits are kept.
+Both statistics take constant memory for any number of rows, and do not depend on the order of rows: of these, the ones
+with the smallest hashes of their bits are kept.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ Stored = Callable[[np.ndarray], np.ndarray]
 class LayerInputs:
     """Statistics of the inputs of a layer with `channels` input channels, over the segments of a plan.
 
-    `maxima` f32 [segments, in]. At most `limit` rows, chosen by their hashes: `keys` uint64 [n], `segments` int64 [n]
+    `maxima` f32 [segments, in]. At most `ROWS` rows, chosen by their hashes: `keys` uint64 [n], `segments` int64 [n]
     and `rows` f32 [n, in].
     """
 
-    def __init__(self, segments: int, channels: int, limit: int = ROWS):
+    def __init__(self, segments: int, channels: int):
         self.maxima = np.zeros((segments, channels), np.float32)
         self.keys, self.segments = np.empty(0, np.uint64), np.empty(0, np.int64)
-        self.rows, self._limit = np.empty((0, channels), np.float32), limit
+        self.rows = np.empty((0, channels), np.float32)
         self._odd = np.random.Philox(key=np.array([channels, 0], np.uint64)).random_raw(channels) | np.uint64(1)
 
     def add(self, segment: int, values: np.ndarray, channels: np.ndarray | None = None) -> None:
@@ -59,20 +59,13 @@ class LayerInputs:
             raise CalibrationError("a value to calibrate on is NaN or infinite; check the checkpoint")
         self.maxima[segment, place] = np.maximum(self.maxima[segment, place], largest)
         keys = _mixed(rows.view(np.uint32).astype(np.uint64) @ self._odd[place])
-        least = keys <= self.keys[-1] if len(self.keys) == self._limit else np.ones(len(keys), bool)
+        least = keys <= self.keys[-1] if len(self.keys) == ROWS else np.ones(len(keys), bool)
         wide = np.zeros((int(least.sum()), self.rows.shape[1]), np.float32)
         wide[:, place] = rows[least]
-        self._keep(keys[least], np.full(len(wide), segment), wide)
-
-    def merge(self, other: LayerInputs) -> None:
-        """Add the statistics of other inputs of the same plan."""
-        np.maximum(self.maxima, other.maxima, out=self.maxima)
-        self._keep(other.keys, other.segments, other.rows)
-
-    def _keep(self, keys: np.ndarray, segments: np.ndarray, rows: np.ndarray) -> None:
-        keys, segments = np.concatenate([self.keys, keys]), np.concatenate([self.segments, segments])
-        order = np.lexsort((segments, keys))[: self._limit]
-        self.rows = np.concatenate([self.rows, rows])[order]
+        keys = np.concatenate([self.keys, keys[least]])
+        segments = np.concatenate([self.segments, np.full(len(wide), segment)])
+        order = np.lexsort((segments, keys))[:ROWS]
+        self.rows = np.concatenate([self.rows, wide])[order]
         self.keys, self.segments = keys[order], segments[order]
 
 

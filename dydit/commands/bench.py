@@ -8,15 +8,7 @@ from typing import Any
 import click
 
 from dydit.commands.group import Command
-from dydit.commands.options import (
-    PATH,
-    backend_options,
-    cfg_scale_option,
-    json_option,
-    labels_option,
-    parse_options,
-    seed_option,
-)
+from dydit.commands.options import PATH, backend_options, cfg_scale_option, json_option, labels_option, parse_options, seed_option
 from dydit.commands.output import print_json, say_files
 from dydit.commands.progress import show_progress
 from dydit.extras import CHECKPOINTS, backend_modules, require

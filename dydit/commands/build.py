@@ -15,6 +15,7 @@ from dydit.commands.suggestions import next_line
 from dydit.engines.fingerprint import HardwareCompatibility
 from dydit.engines.flavour import Flavour, default_flavour, installed_version, present_gpu
 from dydit.extras import require
+from dydit.reports.text import bytes_text
 from dydit.words import duration
 
 
@@ -76,7 +77,6 @@ def command(bundle: Path, flavour: str | None, jobs: int, inspect: bool, as_json
     from dydit.bundle.bundle import Bundle
     from dydit.engines.bundle_engines import build_engines
     from dydit.engines.fingerprint import make_request
-    from dydit.reports.text import bytes_text
 
     opened = Bundle.open(bundle)
     with option_names():

@@ -12,21 +12,12 @@ from dydit.bundle.advice import run_options
 from dydit.bundle.stored_weights import Precision
 from dydit.calibrate.range_methods import Method
 from dydit.commands.group import Command
-from dydit.commands.options import (
-    PATH,
-    backend_options,
-    checkpoint_options,
-    json_option,
-    parse_options,
-    plan_options,
-    renamed,
-    sampler_option,
-    steps_option,
-)
+from dydit.commands.options import PATH, backend_options, checkpoint_options, json_option, parse_options, plan_options, renamed, sampler_option, steps_option
 from dydit.commands.output import print_json, say
 from dydit.commands.progress import show_progress
 from dydit.commands.suggestions import next_line, reading_words
 from dydit.extras import CHECKPOINTS, GRAPHS, backend_modules, require
+from dydit.reports.text import extra_text
 from dydit.words import counted
 
 if TYPE_CHECKING:
@@ -166,11 +157,6 @@ def command(
     steps: int,
     sampler: str,
     plan: dict[str, Any],
-    quantile: float,
-    margin: float,
-    tile: int,
-    batch_sizes: tuple[int, ...],
-    smooth: bool,
     reading: dict[str, Any],
     backend: str,
     device: str,
@@ -180,8 +166,6 @@ def command(
     target_fd_ratio: float | None,
     reference: Path | None,
     precision: str,
-    search_images: int,
-    search_steps: int,
     **settings: Any,
 ) -> None:
     """Choose token capacities, and on request activation ranges, for `dydit export --calibration`.
@@ -201,9 +185,9 @@ def command(
     target = {"psnr": target_psnr, "fd_ratio": target_fd_ratio}
     if None not in target.values():
         raise click.UsageError("give only one of --target-psnr and --target-fd-ratio")
+    search = {name: settings.pop(f"search_{name}") for name in ("images", "steps")}
     if any(value is not None for value in target.values()):
-        searched = {"images": search_images, "steps": search_steps, "reference": reference}
-        settings["search"] = {"target": target, "precision": precision, **searched}
+        settings["search"] = {"target": target, "precision": precision, "reference": reference, **search}
     elif reference is not None:
         raise click.UsageError("--reference needs --target-psnr or --target-fd-ratio; give one of them as well")
     require("dydit calibrate", [*CHECKPOINTS, *GRAPHS, *backend_modules(backend)])
@@ -213,8 +197,8 @@ def command(
     from dydit.export.settings import ExportConfig
     from dydit.runtime.backends.base import BackendOptions
 
-    capacity = {"quantile": quantile, "margin": margin, "tile": tile, "batch_sizes": batch_sizes}
-    config = parse_options(CalibrationConfig, {**settings, "smooth": smooth, "capacity": capacity})
+    capacity = {name: settings.pop(name) for name in ("quantile", "margin", "tile", "batch_sizes")}
+    config = parse_options(CalibrationConfig, {**settings, "capacity": capacity})
     exported = parse_options(ExportConfig, {"steps": steps, "sampler": sampler, **plan})
     require_free(out, config)
     model = load_checkpoint(checkpoint, **reading)
@@ -254,7 +238,6 @@ def _facts(result: CalibrationResult, out: Path) -> dict[str, Any]:
 def _result_lines(result: CalibrationResult, out: Path) -> list[str]:
     """What was chosen, and how it does on the held-out images."""
     from dydit.calibrate.plots_precision import search_words
-    from dydit.reports.text import extra_text
 
     tokens, search = result.calibration.tokens, result.calibration.sensitivity
     held = tokens.held_out

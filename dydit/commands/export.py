@@ -13,21 +13,13 @@ from dydit.bundle.manifest import Manifest, PlanKind, Routing
 from dydit.bundle.stored_weights import Precision
 from dydit.calibrate.calibration_file import Calibration, read_calibration
 from dydit.commands.group import Command
-from dydit.commands.options import (
-    PATH,
-    checkpoint_options,
-    json_option,
-    parse_options,
-    plan_options,
-    sampler_option,
-    space_option,
-    steps_option,
-)
+from dydit.commands.options import PATH, checkpoint_options, json_option, parse_options, plan_options, sampler_option, space_option, steps_option
 from dydit.commands.output import print_json, say, warn
 from dydit.commands.progress import show_progress
 from dydit.commands.suggestions import after_export, reading_words
 from dydit.commands.vae_options import decoder_line, vae_options
 from dydit.extras import CHECKPOINTS, FITS, GRAPHS, VAES, require
+from dydit.reports.text import bytes_text, measured_lines
 from dydit.words import counted
 
 if TYPE_CHECKING:
@@ -162,7 +154,7 @@ def command(
         return
     say(
         _bundle_line(manifest, out),
-        *_measured_lines(manifest),
+        *measured_lines(manifest.plan.measured),
         *notes,
         *model.notes,
         *_space_lines(manifest),
@@ -208,8 +200,6 @@ def _slots_warning(checkpoint: Path, out: Path, config: ExportConfig, run: str) 
 
 
 def _bundle_line(manifest: Manifest, out: Path) -> str:
-    from dydit.reports.text import bytes_text
-
     count = len(manifest.subnets)
     graphs = f"one graph with {counted(count, 'width')}" if manifest.dynamic_width else counted(count, "subnetwork")
     line = f"{out}: {counted(manifest.sampling.steps, 'step')}, {graphs}, {bytes_text(_size(manifest))}"
@@ -239,9 +229,3 @@ def _space_lines(manifest: Manifest) -> list[str]:
             "--space latents"
         ]
     return []
-
-
-def _measured_lines(manifest: Manifest) -> list[str]:
-    from dydit.reports.text import measured_lines
-
-    return measured_lines(manifest.plan.measured)

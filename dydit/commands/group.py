@@ -23,30 +23,20 @@ class Settings:
     quiet: bool = False
 
 
-def _set_debug(context: click.Context, _: click.Parameter, value: bool) -> None:
-    context.ensure_object(Settings).debug |= value
-
-
-def _set_quiet(context: click.Context, _: click.Parameter, value: bool) -> None:
-    context.ensure_object(Settings).quiet |= value
+def _set(context: click.Context, option: click.Parameter, value: bool) -> None:
+    if value:
+        setattr(context.ensure_object(Settings), str(option.name), True)
 
 
 def common_options() -> list[click.Parameter]:
     """`--quiet` and `--debug`, which `dydit` and every command of it accept."""
-    settings: dict[str, Any] = {"is_flag": True, "is_eager": True, "expose_value": False}
+    helps = {
+        ("-q", "--quiet"): "Print no progress and no summary. Errors and the output of --json are still printed.",
+        ("--debug",): "Also print the traceback of an error. DYDIT_DEBUG=1 does the same.",
+    }
     return [
-        click.Option(
-            ["-q", "--quiet"],
-            callback=_set_quiet,
-            help="Print no progress and no summary. Errors and the output of --json are still printed.",
-            **settings,
-        ),
-        click.Option(
-            ["--debug"],
-            callback=_set_debug,
-            help="Also print the traceback of an error. DYDIT_DEBUG=1 does the same.",
-            **settings,
-        ),
+        click.Option(names, is_flag=True, is_eager=True, expose_value=False, callback=_set, help=text)
+        for names, text in helps.items()
     ]
 
 

@@ -110,6 +110,17 @@ def parse_options(kind: type[T], values: dict[str, Any]) -> T:
         return parse_config(kind, values)
 
 
+def all_of(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """Several options as one decorator, in the order of the help."""
+
+    def decorate(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
 # Options of most commands
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, and nothing else.")
@@ -183,18 +194,11 @@ def checkpoint_options(command: Command) -> Command:
         return command(reading={name: settings.pop(name) for name in READING}, **settings)
 
     count = click.IntRange(min=1)
-    for option in (
+    options = all_of(
         click.option(
-            "--input-size",
+            "--num-heads",
             type=count,
-            help="Height and width of the latents, or of the images of a pixel model. Needed only if the checkpoint "
-            "does not contain it.",
-        ),
-        click.option(
-            "--num-classes",
-            type=count,
-            help='Number of classes, not counting the "no class" that guidance uses. Needed only if the checkpoint '
-            "does not contain it.",
+            help="Number of attention heads. Needed only if the checkpoint does not contain it.",
         ),
         click.option(
             "--weights",
@@ -203,13 +207,19 @@ def checkpoint_options(command: Command) -> Command:
             "variant.  [default: ema if the file has it]",
         ),
         click.option(
-            "--num-heads",
+            "--num-classes",
             type=count,
-            help="Number of attention heads. Needed only if the checkpoint does not contain it.",
+            help='Number of classes, not counting the "no class" that guidance uses. Needed only if the checkpoint '
+            "does not contain it.",
         ),
-    ):
-        with_reading = option(with_reading)
-    return with_reading
+        click.option(
+            "--input-size",
+            type=count,
+            help="Height and width of the latents, or of the images of a pixel model. Needed only if the checkpoint "
+            "does not contain it.",
+        ),
+    )
+    return options(with_reading)
 
 
 # Options about the plan of an export

@@ -9,20 +9,12 @@ import click
 
 from dydit.commands.exit_codes import CHECK_FAILED, OK
 from dydit.commands.group import Command
-from dydit.commands.options import (
-    PATH,
-    backend_options,
-    cfg_scale_option,
-    checkpoint_options,
-    json_option,
-    labels_option,
-    parse_options,
-    seed_option,
-)
+from dydit.commands.options import PATH, backend_options, cfg_scale_option, checkpoint_options, json_option, labels_option, parse_options, seed_option
 from dydit.commands.output import print_json, say, say_files
 from dydit.commands.progress import show_progress
 from dydit.commands.suggestions import backend_words, next_line
 from dydit.extras import CHECKPOINTS, GRAPHS, backend_modules, require
+from dydit.reports.text import aligned
 
 if TYPE_CHECKING:
     from dydit.reports.parity_report import ParityReport
@@ -61,7 +53,8 @@ def command(bundle: Path, against: Path, out: Path, reading: dict[str, Any], as_
     if as_json:
         print_json(report.to_json())
     else:
-        click.echo("\n".join([_table(report), *notes, *_stale_reasons(report), report.summary]))
+        reasons = [reason for reason in report.stale_reasons if reason not in report.summary]
+        click.echo("\n".join([_table(report), *notes, *reasons, report.summary]))
         say_files(out)
         picture = out / "parity.png"
         if report.ok:
@@ -73,8 +66,6 @@ def command(bundle: Path, against: Path, out: Path, reading: dict[str, Any], as_
 
 def _table(report: ParityReport) -> str:
     """The checks, one a line. What was skipped for one reason is one line."""
-    from dydit.reports.text import aligned
-
     rows: list[list[str]] = []
     for check in report.checks:
         if rows and rows[-1][0] == check.status.value == "skipped" and rows[-1][2] == check.detail:
@@ -82,8 +73,3 @@ def _table(report: ParityReport) -> str:
         else:
             rows.append([check.status.value, check.name, check.detail])
     return aligned(rows)
-
-
-def _stale_reasons(report: ParityReport) -> list[str]:
-    """Why the bundle does not fit the checkpoint, without what the summary says, too."""
-    return [reason for reason in report.stale_reasons if reason not in report.summary]

@@ -12,15 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dydit.commands.group import Command
-from dydit.commands.options import (
-    PATH,
-    backend_options,
-    cfg_scale_option,
-    json_option,
-    labels_option,
-    npz_option,
-    parse_options,
-)
+from dydit.commands.options import PATH, backend_options, cfg_scale_option, json_option, labels_option, npz_option, parse_options
 from dydit.commands.output import print_json, say
 from dydit.commands.progress import Progress, show_progress
 from dydit.errors import ConfigError

@@ -12,14 +12,9 @@ from dydit.bundle.stored_weights import Precision
 from dydit.commands.options import DEFAULT_BACKEND
 
 
-def command_line(*words: object) -> str:
-    """A `dydit` command that a user can paste into a shell. Paths must be of the type `Path`."""
-    return shlex.join(["dydit", *map(_word, words)])
-
-
 def next_line(*words: object) -> str:
-    """A closing line that suggests a command."""
-    return f"Next: {command_line(*words)}"
+    """A closing line that suggests a `dydit` command, to be pasted into a shell. Paths must be of the type `Path`."""
+    return f"Next: {shlex.join(['dydit', *map(_word, words)])}"
 
 
 def after_export(manifest: Manifest, bundle: Path, checkpoint: Path, reading: Mapping[str, Any]) -> list[str]:

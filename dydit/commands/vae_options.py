@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from dydit.bundle.vae_entry import VaeEntry
-from dydit.commands.options import Command
+from dydit.commands.options import Command, all_of
 
 if TYPE_CHECKING:
     from dydit.export.vae_graph import VaeOptions
@@ -18,10 +19,10 @@ def _expand_home(_: click.Context, __: click.Parameter, value: str | None) -> st
     return None if value is None else os.path.expanduser(value)
 
 
-def vae_options(*, required: bool) -> Any:
+def vae_options(*, required: bool) -> Callable[[Command], Command]:
     """`--vae`, how to decode with it, and its scaling where its configuration does not state it."""
     what = "The VAE to decode with" if required else "For a latent model: include the decoder of this VAE in the bundle"
-    options = (
+    return all_of(
         click.option(
             "--vae",
             metavar="SOURCE",
@@ -53,13 +54,6 @@ def vae_options(*, required: bool) -> Any:
             "VAE states, otherwise 0]",
         ),
     )
-
-    def decorate(command: Command) -> Command:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return decorate
 
 
 def parse_vae_options(options: dict[str, Any]) -> VaeOptions:

@@ -23,23 +23,22 @@ class Sampler(StrEnum):
     DDIM = "ddim"  # deterministic (eta = 0)
 
 
-def linear_betas(steps: int = TRAIN_STEPS, start: float = 1e-4, end: float = 0.02) -> np.ndarray:
-    """Betas of DDPM's linear schedule, [steps] float64, scaled by 1000/steps (Ho et al. 2020)."""
-    scale = 1000 / steps
-    return np.linspace(scale * start, scale * end, steps, dtype=np.float64)
+def linear_betas() -> np.ndarray:
+    """Betas of DDPM's linear schedule, [1000] float64 (Ho et al. 2020)."""
+    return np.linspace(1e-4, 0.02, TRAIN_STEPS)
 
 
-def respaced_timesteps(count: int, train_steps: int = TRAIN_STEPS) -> np.ndarray:
-    """The original timesteps that a `count`-step run visits, ascending: `round(i * (train_steps-1) / (count-1))`.
+def respaced_timesteps(count: int) -> np.ndarray:
+    """The original timesteps that a `count`-step run visits, ascending: `round(i * 999 / (count-1))`.
 
-    Returns int64 [count], distinct, from 0 to train_steps-1 (only 0 where count is 1). Raises `ConfigError` for a count
-    outside 1..train_steps.
+    Returns int64 [count], distinct, from 0 to 999 (only 0 if count is 1). Raises `ConfigError` for a count outside
+    1..1000.
     """
-    if not 1 <= count <= train_steps:
-        raise ConfigError(f"sampling steps {count} is outside 1..{train_steps}")
+    if not 1 <= count <= TRAIN_STEPS:
+        raise ConfigError(f"sampling steps {count} is outside 1..{TRAIN_STEPS}")
     if count == 1:
         return np.zeros(1, np.int64)
-    return np.rint(np.arange(count) * ((train_steps - 1) / (count - 1))).astype(np.int64)
+    return np.rint(np.arange(count) * ((TRAIN_STEPS - 1) / (count - 1))).astype(np.int64)
 
 
 @dataclass(frozen=True)

@@ -30,13 +30,10 @@ EXTRAS = {
 }
 
 
-class Row(Result):
+class Row(Finding):
     """One line of the report."""
 
     name: str
-    ok: bool
-    detail: str
-    fix: str | None = None
 
 
 class DoctorReport(Result):
@@ -132,7 +129,7 @@ def _after_driver(row: Row) -> Row:
 
 
 def _row(name: str, finding: Finding) -> Row:
-    return Row(name=name, ok=finding.ok, detail=finding.detail, fix=finding.fix)
+    return Row(name=name, **finding.to_json())
 
 
 def _extra(name: str) -> Row:

@@ -28,19 +28,8 @@ from dydit.planning.costs import macs_costs, time_costs
 from dydit.planning.executed import layers_in_16_bits
 from dydit.planning.plan import Plan, optimal_plans, per_step_plan, segment_costs
 from dydit.planning.sizes import PlanSizes, fixed_bytes
-from dydit.reports.inspection_facts import (
-    BundleFacts,
-    CheckpointFacts,
-    DecoderFacts,
-    ModelFacts,
-    PlanRow,
-    SegmentFacts,
-    SubnetFacts,
-    WidthFacts,
-    bundle_text,
-    checkpoint_text,
-)
-from dydit.reports.plots import PlanPoint, plan_png
+from dydit.reports.inspection_facts import BundleFacts, CheckpointFacts, DecoderFacts, ModelFacts, PlanRow, SegmentFacts, SubnetFacts, WidthFacts, bundle_text, checkpoint_text
+from dydit.reports.plots import plan_png
 from dydit.reports.plots_masks import masks_png
 
 DEFAULT_STEPS = 250
@@ -62,13 +51,10 @@ class Inspection:
         if isinstance(self.facts, BundleFacts):
             measured, rows, chosen = self.facts.measured, self.facts.plans, self.facts.chosen
             if measured is not None and measured.per_step_ms and measured.static_ms:
-                curve = [_point(row, row.ms) for row in (*rows, chosen)]
-                bounds, what = (measured.per_step_ms, measured.static_ms), "time"
+                pictures["plan.png"] = plan_png(rows, chosen, measured.per_step_ms, measured.static_ms, timed=True)
             else:
-                curve = [_point(row, row.macs) for row in (*rows, chosen)]
                 static = self.facts.model.block_macs * float(self.facts.width.steps)
-                bounds, what = (self.facts.width.flops_ratio * static, static), "multiply-adds"
-            pictures["plan.png"] = plan_png(curve[:-1], curve[-1], *bounds, what)
+                pictures["plan.png"] = plan_png(rows, chosen, self.facts.width.flops_ratio * static, static)
         return pictures
 
     def text(self) -> str:
@@ -309,8 +295,3 @@ def _segment_facts(manifest: Manifest, masks: np.ndarray) -> tuple[SegmentFacts,
             )
         )
     return tuple(facts)
-
-
-def _point(row: PlanRow, cost: float | None) -> PlanPoint:
-    assert cost is not None
-    return PlanPoint(row.segments, row.subnets, cost, row.weight_bytes)

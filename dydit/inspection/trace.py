@@ -45,13 +45,13 @@ def trace_tokens(
     labels: Sequence[int],
     cfg_scale: float,
     seed: int = 0,
-    backend: str = "onnxruntime",
     options: BackendOptions | None = None,
     progress: Progress | None = None,
 ) -> Trace:
-    """Sample an image for each label in one batch and keep every token decision. `progress(done, total)` counts steps.
+    """Sample an image for each label in one batch on ONNX Runtime and keep every token decision.
 
-    Raises `ConfigError` for labels that the bundle does not accept, and `BackendError` as backends do.
+    `progress(done, total)` counts steps. Raises `ConfigError` for labels that the bundle does not accept, and
+    `BackendError` as backends do.
     """
     manifest, model = bundle.manifest, bundle.manifest.model
     check_labels(labels, manifest)
@@ -59,7 +59,7 @@ def trace_tokens(
     check_batch_size(len(labels), manifest, len(labels))
     (batch,) = make_batches(labels, range(len(labels)), len(labels))
     noise = SeededNoise(seed, (model.in_channels, model.input_size, model.input_size))
-    engine, steps = open_backend(backend, bundle, options), manifest.sampling.steps
+    engine, steps = open_backend("onnxruntime", bundle, options), manifest.sampling.steps
     tokens = []
 
     def keep(step: int, result: StepResult) -> None:

@@ -227,8 +227,7 @@ def locate(verdict: Verdict, ours: StepValues, reference: StepValues, timestep: 
         if flips.any() and (block is None or np.argmax(flips) <= block):
             block = int(np.argmax(flips))
             what = f"block {block}: a token is routed differently"
-    where = f"step {step} (timestep {timestep}), image {image}, {what}"
-    return check.model_copy(update={"departure": Departure(step=step, timestep=timestep, block=block, where=where)})
+    return _departing(check, step, timestep, image, block, what)
 
 
 def locate_in_run(verdict: Verdict, timesteps: np.ndarray) -> Check:
@@ -239,7 +238,10 @@ def locate_in_run(verdict: Verdict, timesteps: np.ndarray) -> Check:
     flip = next((each for each in check.flipped_images if (each.image, each.step) == (image, step)), None)
     block = flip.block if flip else None
     what = f"block {block}: a token is routed differently" if flip else "its latents exceed the tolerance"
-    timestep = int(timesteps[step])
+    return _departing(check, step, int(timesteps[step]), image, block, what)
+
+
+def _departing(check: Check, step: int, timestep: int, image: int | None, block: int | None, what: str) -> Check:
     where = f"step {step} (timestep {timestep}), image {image}, {what}"
     return check.model_copy(update={"departure": Departure(step=step, timestep=timestep, block=block, where=where)})
 

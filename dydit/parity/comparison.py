@@ -25,10 +25,14 @@ def relative_l2(value: np.ndarray, reference: np.ndarray) -> np.ndarray:
     return np.where(np.isfinite(ratio), ratio, np.inf)
 
 
+PIXEL_SPAN = 2.0
+"""The range of values of pixels, which are in [-1, 1]."""
+
+
 def picture_error(value: np.ndarray, reference: np.ndarray, span: float | None) -> np.ndarray:
     """Root mean square difference of each entry of the first axis, in units of `span`, float64; PSNR = -20 log10 of it.
 
-    `span`: the range of values, which is 2 for pixels in [-1, 1]; None: the range of the reference's entry. The result
+    `span`: the range of values, `PIXEL_SPAN` for pixels; None: the range of the reference's entry. The result
     is infinite where `value` is not finite.
     """
     a, b = (array.reshape(len(array), -1).astype(np.float64) for array in (value, reference))

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ from dydit.models.config import ModelConfig, Strict
 from dydit.models.macs import flops_ratio
 from dydit.models.registry import architecture_of
 from dydit.parity.checks import Verdict, exact_check, judge, locate, locate_in_run, skipped
-from dydit.parity.comparison import Measure, StepComparison, StepValues, compare_step, picture_error, relative_l2
+from dydit.parity.comparison import PIXEL_SPAN, Measure, StepComparison, StepValues, compare_step, picture_error, relative_l2
 from dydit.parity.reference import Images, Reference, Trajectory
 from dydit.parity.tolerances import DERIVED_WEIGHTS, of_latents, tolerances
 from dydit.reports.parity_report import Check, Departure, ParityReport
@@ -50,7 +49,6 @@ from dydit.runtime.resident import ResidentSubnets
 from dydit.words import counted
 
 REPORT = "parity.json"
-PIXEL_SPAN = 2.0  # pixels are in [-1, 1]
 Progress = Callable[[int, int], None]
 
 
@@ -156,18 +154,6 @@ def _other_architecture(manifest: Manifest, reference: ModelConfig) -> list[Chec
     return [failed, *(skipped(each, "the architecture differs") for each in rest)]
 
 
-@dataclass
-class _Counter:
-    progress: Progress | None
-    total: int
-    done: int = 0
-
-    def __call__(self) -> None:
-        self.done += 1
-        if self.progress:
-            self.progress(self.done, self.total)
-
-
 class _Parity:
     """One comparison: what its checks share."""
 
@@ -188,7 +174,13 @@ class _Parity:
         if picture_format(bundle.manifest) is None:
             self.tolerances["run"] = of_latents(self.tolerances["run"])
         self.evaluations = self.repeated = 0
-        self.tick = _Counter(progress, 2 * sampling.steps + 2 * len(compared))
+        self._progress, self._done, self._total = progress, 0, 2 * sampling.steps + 2 * len(compared)
+
+    def tick(self) -> None:
+        """Report that one more evaluation of the model is done."""
+        self._done += 1
+        if self._progress:
+            self._progress(self._done, self._total)
 
     def checks(self) -> tuple[list[Check], Trajectory]:
         """All checks, in order, and the reference's run."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dydit.diffusion.coefficients import step_coefficients
-from dydit.diffusion.guidance import Guidance, is_guided
+from dydit.diffusion.guidance import Guidance
 from dydit.diffusion.noise import INITIAL_DRAW, image_noise, step_draw
 from dydit.diffusion.sampler_step import sampler_step
 from dydit.diffusion.schedule import Sampler, Schedule
@@ -40,11 +40,6 @@ class Images:
     def batch(self) -> int:
         """The number of images."""
         return len(self.labels)
-
-    @property
-    def rows(self) -> int:
-        """The number of rows that the model computes: twice the images with guidance."""
-        return self.batch * (2 if is_guided(self.cfg_scale) else 1)
 
     def row_labels(self, config: ModelConfig) -> np.ndarray:
         """Labels of all rows, int64 [rows]. Raises `ConfigError` for a label outside the class table, and for guidance
@@ -101,14 +96,13 @@ class _Watched(Masked):
 
 
 class Reference:
-    """The masked model of a checkpoint and a sampler with `steps` steps. `static` ignores the routers."""
+    """The masked model of a checkpoint and a sampler with `steps` steps."""
 
-    def __init__(self, model: DynamicModel, steps: int, sampler: Sampler, cfg_channels: int, static: bool = False):
+    def __init__(self, model: DynamicModel, steps: int, sampler: Sampler, cfg_channels: int):
         self.model, self.config, self.cfg_channels = model.eval(), model.config, cfg_channels
         self.schedule = Schedule.respaced(steps)
         self.timesteps = self.schedule.timesteps[::-1].copy()
         self.coefficients = step_coefficients(self.schedule, sampler, self.config.learn_sigma)
-        self.static = static or not self.config.dynamic
 
     @torch.inference_mode()
     def x_prev(self, step: int, x: Tensor, noise: Tensor, labels: Tensor, cfg_scale: float, gating: Gating) -> Tensor:
@@ -123,7 +117,7 @@ class Reference:
     def step(self, images: Images, step: int, x: np.ndarray, residuals: bool = False) -> ReferenceStep:
         """One step from the latents `x` f32 [B, C, S, S], with its routing decisions."""
         watched = _Watched()
-        recording = Recording(Static() if self.static else watched, self.config)
+        recording = Recording(watched if self.config.dynamic else Static(), self.config)
         labels = torch.from_numpy(images.row_labels(self.config))
         noise = torch.from_numpy(images.noise(self.config, step))
         with _after_blocks(self.model, residuals) as streams:
@@ -147,14 +141,9 @@ class Reference:
 
         initial = images.noise(self.config, None)
         run_steps(partial(self.step, images), initial, range(len(self.timesteps)), keep)
-        logits = None if self.static else np.stack([_present(each.logits) for each in steps])
+        logits = [each.logits for each in steps if each.logits is not None]
         latents = np.stack([initial, *(each.x_prev for each in steps)])
-        return Trajectory(latents, np.stack([each.masks for each in steps]), logits)
-
-
-def _present(array: np.ndarray | None) -> np.ndarray:
-    assert array is not None
-    return array
+        return Trajectory(latents, np.stack([each.masks for each in steps]), np.stack(logits) if logits else None)
 
 
 @contextlib.contextmanager

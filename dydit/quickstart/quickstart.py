@@ -28,18 +28,19 @@ from pydantic import Field
 from dydit import __version__ as dydit_version
 from dydit.bundle.bundle import Bundle
 from dydit.errors import BundleError, CheckpointError
-from dydit.files import user_path
+from dydit.files import atomic_file, user_path
 from dydit.inspection.trace import Trace, trace_tokens
 from dydit.models.config import Strict, UserPath
 from dydit.quickstart.quickstart_folder import QuickstartFolder
-from dydit.quickstart.quickstart_report import STATIC, Line, Sampled, StageResults, lines_of, write_results
+from dydit.quickstart.quickstart_report import STATIC, Sampled, StageResults, lines_of, write_results
 from dydit.reports.bench_report import BenchReport, Side, SideKind
 from dydit.reports.parity_report import ParityReport
-from dydit.reports.results import Result
+from dydit.reports.results import Line, Result
 from dydit.reports.text import aligned
 from dydit.runtime.backends.base import BackendOptions
 from dydit.runtime.bulk.finished import has_picture, picture_name
 from dydit.runtime.bulk.run import sample_to_folder
+from dydit.runtime.images.image_files import kept_arrays
 from dydit.runtime.images.pixels import picture_format
 from dydit.runtime.request import SampleRequest
 
@@ -203,13 +204,15 @@ def _sample(job: _Job, bundle: Bundle) -> Sampled:
 
 def _trace(job: _Job, bundle: Bundle) -> Trace:
     """The first image of each class again, with its token decisions."""
-    if (saved := job.folder.load_arrays("trace.npz", "latents", "tokens")) is not None:
+    file = job.folder.work / "trace.npz"
+    if (saved := kept_arrays(file, "latents", "tokens")) is not None:
         return Trace(*saved)
     labels = range(min(bundle.manifest.model.classes.count, job.config.batch))
     trace = trace_tokens(
         bundle, labels, job.config.cfg_scale, job.config.seed, options=job.config.options, progress=job.tick(STAGES[2])
     )
-    job.folder.save_arrays("trace.npz", latents=trace.latents, tokens=trace.tokens)
+    with atomic_file(file) as opened:
+        np.savez_compressed(opened, latents=trace.latents, tokens=trace.tokens)
     return trace
 
 

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 from pydantic import ValidationError
 
 from dydit.errors import OutputError
-from dydit.files import explained, write_atomic, write_json
+from dydit.files import explained, write_json
 from dydit.locks import FileLock
 from dydit.reports.results import Result
-from dydit.runtime.images.image_files import kept_arrays
 
 R = TypeVar("R", bound=Result)
 KIND = "dydit-quickstart"
@@ -91,16 +88,6 @@ class QuickstartFolder:
     def save(self, name: str, values: Mapping[str, Any]) -> None:
         """Save the result of a stage until the run is finished."""
         write_json(self.work / name, dict(values))
-
-    def save_arrays(self, name: str, **arrays: np.ndarray) -> None:
-        """Save the arrays of a stage until the run is finished."""
-        data = io.BytesIO()
-        np.savez_compressed(data, allow_pickle=False, **arrays)
-        write_atomic(self.work / name, data.getvalue())
-
-    def load_arrays(self, name: str, *arrays: str) -> list[np.ndarray] | None:
-        """The saved arrays in this order; None if they do not exist or are damaged."""
-        return kept_arrays(self.work / name, *arrays)
 
     def load(self, name: str, kind: type[R]) -> R | None:
         """The result of a stage, from the work files or the folder itself; None if it does not exist or is damaged."""

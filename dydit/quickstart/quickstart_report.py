@@ -14,26 +14,18 @@ from dydit.files import write_atomic
 from dydit.inspection.inspect import Inspection, inspect_bundle
 from dydit.inspection.trace import Trace, decided_ratio, executed_ratio
 from dydit.reports.bench_report import BUSY, BenchReport, bound_text, busy, repeats_text
-from dydit.reports.html_report import Headline, ReportContent, write_report
+from dydit.reports.html_report import ReportContent, write_report
 from dydit.reports.inspection_facts import BundleFacts
 from dydit.reports.parity_report import ParityReport
 from dydit.reports.plots import latency_png, parity_png
 from dydit.reports.plots_masks import samples_png, tokens_png
-from dydit.reports.results import Machine, Result
+from dydit.reports.results import Line, Machine, Result
 from dydit.reports.text import decisions_text, exponent, guidance_text
 from dydit.words import counted
 
 STATIC = "static DiT"
 SHOWN_TIMESTEPS = (980, 750, 500, 250, 50, 0)
 SHOWN_ROWS = 6
-
-
-class Line(Result):
-    """One of the final lines: `value` is the figure, `note` says what it was measured on."""
-
-    label: str
-    value: str
-    note: str
 
 
 class Sampled(Result):
@@ -178,7 +170,7 @@ def _content(
             f"or a token does not need, then compiled to {counted(len(manifest.subnets), 'static subnetwork')} that "
             "ONNX Runtime executes."
         ),
-        headlines=[Headline(line.label, line.value, line.note) for line in (*numbers, where)],
+        headlines=(*numbers, where),
         machine=Machine.here(),
         pictures={name.removesuffix(".png"): data for name, data in pictures.items()},
         samples_note=(

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, computed_field
 
 from dydit.reports.results import Machine, Measured, Result
 from dydit.words import counted
@@ -149,39 +149,27 @@ class BenchReport(Result):
 
     @property
     def lines(self) -> list[str]:
-        """The findings, a sentence each."""
-        return bench_lines(self)
+        """Times and the measured share of the run; speed-ups; repeated steps; contenders that did not run."""
+        first, *others = self.sides
+        return [
+            f"{first.side.name}: {first.median_ms:.1f} ms a step (steps measured: {len(self.steps_measured)} of "
+            f"{self.steps})",
+            *(f"{side.side.name}: {side.median_ms:.1f} ms a step" for side in others),
+            *(
+                f"{speed_up_text(pair)}, median of pairs of rounds, {pair.min:.2f} to {pair.max:.2f} "
+                f"({bound_text(pair)})"
+                for pair in self.comparisons
+            ),
+            *[BUSY.capitalize()] * busy(self),
+            *(f"{side.side.name}: {repeats_text(side)}" for side in self.sides if side.overflows),
+            *(f"{each.name} was not run: {each.reason}" for each in self.not_run),
+        ]
 
+    @computed_field  # type: ignore[prop-decorator]  # mypy does not know decorated properties
     @property
     def summary(self) -> str:
         """All of it in one line."""
         return "; ".join(self.lines)
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data, with the summary."""
-        return super().to_json() | {"summary": self.summary}
-
-    @classmethod
-    def parse(cls, values: dict[str, Any]) -> BenchReport:
-        """The inverse of `to_json`."""
-        return cls.model_validate({k: v for k, v in values.items() if k != "summary"})
-
-
-def bench_lines(report: BenchReport) -> list[str]:
-    """Times and the measured share of the run; speed-ups; repeated steps; contenders that did not run."""
-    first, *others = report.sides
-    return [
-        f"{first.side.name}: {first.median_ms:.1f} ms a step (steps measured: {len(report.steps_measured)} of "
-        f"{report.steps})",
-        *(f"{side.side.name}: {side.median_ms:.1f} ms a step" for side in others),
-        *(
-            f"{speed_up_text(pair)}, median of pairs of rounds, {pair.min:.2f} to {pair.max:.2f} ({bound_text(pair)})"
-            for pair in report.comparisons
-        ),
-        *[BUSY.capitalize()] * busy(report),
-        *(f"{side.side.name}: {repeats_text(side)}" for side in report.sides if side.overflows),
-        *(f"{each.name} was not run: {each.reason}" for each in report.not_run),
-    ]
 
 
 def bound_text(pair: Comparison) -> str:
@@ -197,9 +185,7 @@ def speed_up_text(pair: Comparison) -> str:
 
 
 def repeats_text(side: SideResult) -> str:
-    """The number of steps that ran twice because their tokens overflowed; empty if none did."""
-    if not side.overflows:
-        return ""
+    """The number of steps that ran twice because their tokens overflowed."""
     return f"{side.overflows:,} of {counted(side.steps_timed, 'timed step')} ran again at full capacity"
 
 

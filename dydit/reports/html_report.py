@@ -18,7 +18,7 @@ from dydit.reports.bench_report import BenchReport, bound_text, busy, repeats_te
 from dydit.reports.inspection_facts import BundleFacts, routing_text
 from dydit.reports.parity_report import ParityReport
 from dydit.reports.plot_style import DPI
-from dydit.reports.results import Machine
+from dydit.reports.results import Line, Machine
 from dydit.reports.text import bytes_text, count_text, exponent, guidance_text
 from dydit.words import counted
 
@@ -36,28 +36,20 @@ CSS_DPI = 100  # pictures are drawn at DPI and shown at this many pixels an inch
 
 
 @dataclass(frozen=True)
-class Headline:
-    """One of the findings at the top: `value` in large type, `label` above it, `note` below it."""
-
-    label: str
-    value: str
-    note: str
-
-
-@dataclass(frozen=True)
 class ReportContent:
-    """The content of a report. `pictures`: PNG bytes by the names in `PICTURES`. `facts`: rows of the last table."""
+    """The content of a report. `headlines`: the findings at the top, values in large type. `pictures`: PNG bytes by the
+    names in `PICTURES`. `facts`: rows of the last table."""
 
     title: str
     subtitle: str
-    headlines: Sequence[Headline]
+    headlines: Sequence[Line]
     machine: Machine
     pictures: Mapping[str, bytes] = field(default_factory=dict)
     samples_note: str = ""
     parity: ParityReport | None = None
     bench: BenchReport | None = None
     bundle: BundleFacts | None = None
-    facts: Sequence[tuple[str, str]] = field(default=())
+    facts: Sequence[tuple[str, str]] = ()
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar
 
 from pydantic import Field
 
@@ -15,7 +14,6 @@ from dydit.reports.text import aligned, bytes_text, count_text, measured_lines
 from dydit.words import counted
 
 ROWS_SHOWN = 12
-Row = TypeVar("Row")
 
 
 class WidthFacts(Result):
@@ -249,15 +247,10 @@ def _model_lines(model: ModelFacts) -> list[tuple[str, str]]:
     shape = f"{c.in_channels}x{c.input_size}x{c.input_size}"
     guidance = "" if c.null_class is not None else ", no null class, so no guidance"
     routers = f", including routers {model.router_parameters:,}" if model.router_parameters else ""
+    classes = counted(c.classes.count, "class", "classes")
     return [
-        (
-            "model",
-            f"{kind}; {c.summary}",
-        ),
-        (
-            "input",
-            f"{shape}, {counted(model.tokens, 'token')}, {counted(c.classes.count, 'class', 'classes')}{guidance}",
-        ),
+        ("model", f"{kind}; {c.summary}"),
+        ("input", f"{shape}, {counted(model.tokens, 'token')}, {classes}{guidance}"),
         ("samples", c.space_words),
         ("parameters", f"{model.parameters:,}{routers}"),
         (
@@ -290,45 +283,39 @@ def _plan_table(plans: Sequence[PlanRow], chosen: PlanRow | None) -> str:
     shown = {row.segments: row for row in plans if row.segments.bit_count() == 1 or row is plans[-1]}
     shown |= {chosen.segments: chosen} if chosen else {}
     timed = any(row.ms is not None for row in shown.values())
-    rows = [["segments", "subnetworks", "x exact masks", "x static", "weights", *(["s a run"] if timed else []), ""]]
-    for count in sorted(shown):
-        row = shown[count]
-        mark = "<- chosen" if row is chosen else ""
-        rows.append(
-            [
-                str(count),
-                str(row.subnets),
-                f"{row.versus_exact:.3f}",
-                f"{row.versus_static:.3f}",
-                bytes_text(row.weight_bytes),
-                *([] if not timed else ["" if row.ms is None else f"{row.ms / 1e3:.3g}"]),
-                mark,
-            ]
-        )
-    return aligned(rows, right=range(6 if timed else 5))
+    head = ["segments", "subnetworks", "x exact masks", "x static", "weights", *(["s a run"] if timed else []), ""]
+    rows = [
+        [
+            str(count),
+            str(row.subnets),
+            f"{row.versus_exact:.3f}",
+            f"{row.versus_static:.3f}",
+            bytes_text(row.weight_bytes),
+            *([] if not timed else ["" if row.ms is None else f"{row.ms / 1e3:.3g}"]),
+            "<- chosen" if row is chosen else "",
+        ]
+        for count, row in sorted(shown.items())
+    ]
+    return aligned([head, *rows], right=range(len(head) - 1))
 
 
 def _segment_table(facts: BundleFacts) -> str:
-    groups = _group_heads(facts.model)
     slots = any(segment.slots for segment in facts.segments)
-    rows = [["steps", "subnetwork", *groups, "gated", "of the cost", "weights"]]
-    rows[0] += ["slots: min", "mean", "max", "of the tokens"] if slots else []
-    for segment in _abbreviated(facts.segments):
-        if segment is None:
-            rows.append([f"... {len(facts.segments) - ROWS_SHOWN - 2} more"])
-            continue
-        rows.append(
-            [
-                f"{segment.first}" + (f"-{segment.first + segment.steps - 1}" if segment.steps > 1 else ""),
-                str(segment.subnet),
-                *map(str, segment.units.values()),
-                "yes" if segment.gated else "no",
-                f"{segment.cost_share:.1%}",
-                bytes_text(segment.weight_bytes),
-                *(_slot_cells(segment.computed_slots, facts.model.tokens) if slots else []),
-            ]
-        )
-    return aligned(rows, right=range(9 + len(groups)))
+    head = ["steps", "subnetwork", *_group_heads(facts.model), "gated", "of the cost", "weights"]
+    head += ["slots: min", "mean", "max", "of the tokens"] if slots else []
+    rows = [
+        [
+            f"{segment.first}" + (f"-{segment.first + segment.steps - 1}" if segment.steps > 1 else ""),
+            str(segment.subnet),
+            *map(str, segment.units.values()),
+            "yes" if segment.gated else "no",
+            f"{segment.cost_share:.1%}",
+            bytes_text(segment.weight_bytes),
+            *(_slot_cells(segment.computed_slots, facts.model.tokens) if slots else []),
+        ]
+        for segment in facts.segments
+    ]
+    return _abbreviated(head, rows)
 
 
 def _group_heads(model: ModelFacts) -> list[str]:
@@ -345,26 +332,24 @@ def _slot_cells(slots: Sequence[int], tokens: int) -> list[str]:
 
 
 def _subnet_table(facts: BundleFacts) -> str:
-    groups = _group_heads(facts.model)
-    rows = [["subnetwork", "steps", *groups, "gated", "weights", "x dense", "graph"]]
-    for subnet in _abbreviated(facts.subnets):
-        if subnet is None:
-            rows.append([f"... {len(facts.subnets) - ROWS_SHOWN - 2} more"])
-            continue
-        rows.append(
-            [
-                str(subnet.index),
-                str(subnet.steps),
-                *map(str, subnet.units.values()),
-                "yes" if subnet.gated else "no",
-                bytes_text(subnet.weight_bytes),
-                f"{subnet.weight_bytes / facts.dense_bytes:.2f}",
-                bytes_text(subnet.graph_bytes),
-            ]
-        )
-    return aligned(rows, right=range(6 + len(groups)))
+    head = ["subnetwork", "steps", *_group_heads(facts.model), "gated", "weights", "x dense", "graph"]
+    rows = [
+        [
+            str(subnet.index),
+            str(subnet.steps),
+            *map(str, subnet.units.values()),
+            "yes" if subnet.gated else "no",
+            bytes_text(subnet.weight_bytes),
+            f"{subnet.weight_bytes / facts.dense_bytes:.2f}",
+            bytes_text(subnet.graph_bytes),
+        ]
+        for subnet in facts.subnets
+    ]
+    return _abbreviated(head, rows)
 
 
-def _abbreviated(rows: Sequence[Row]) -> list[Row | None]:
-    """All rows, or the first and the last of many rows, with None for those between."""
-    return list(rows) if len(rows) <= 2 * ROWS_SHOWN else [*rows[:ROWS_SHOWN], None, *rows[-2:]]
+def _abbreviated(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of all rows, or of the first and the last of many rows."""
+    if len(rows) > 2 * ROWS_SHOWN:
+        rows = [*rows[:ROWS_SHOWN], [f"... {len(rows) - ROWS_SHOWN - 2} more"], *rows[-2:]]
+    return aligned([head, *rows], right=range(len(head)))

@@ -6,9 +6,8 @@ Steps are execution indices (0 is the noisiest).
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Any
 
-from pydantic import AliasChoices, Field
+from pydantic import AliasChoices, Field, computed_field, field_serializer
 
 from dydit.bundle.stored_weights import Precision
 from dydit.reports.results import Machine, Measured, Result
@@ -86,11 +85,6 @@ class Check(Result):
     decibels: bool = Field(default=False, description="whether the values are errors of pictures, 10^(-PSNR/20)")
     sets_aside: bool = Field(default=True, description="whether images with a flipped token are left out of the values")
 
-    @property
-    def agreement(self) -> float:
-        """Share of the token routing decisions that agree; 1 where there are none."""
-        return 1 - self.flips / self.decisions if self.decisions else 1.0
-
 
 class ParityReport(Result):
     """The checks from the reference model to what a backend runs."""
@@ -118,57 +112,42 @@ class ParityReport(Result):
     machine: Machine
     seconds: float
 
+    @computed_field  # type: ignore[prop-decorator]  # mypy does not know decorated properties
     @property
     def ok(self) -> bool:
         """Whether every check passed."""
-        return all(check.status is Status.PASSED for check in self.checks)
+        return self.first_failure is None
 
+    @computed_field  # type: ignore[prop-decorator]
     @property
     def first_failure(self) -> Check | None:
-        """The first check that did not pass."""
+        """The first check that did not pass. In JSON it is the check's name."""
         return next((check for check in self.checks if check.status is not Status.PASSED), None)
+
+    @field_serializer("first_failure")
+    def _name_of(self, failed: Check | None) -> str | None:
+        return None if failed is None else failed.name
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def summary(self) -> str:
+        """The verdict; the measured quality of a bundle below fp32 that passed; and the steps that were repeated."""
+        failed, run = self.first_failure, _pictures_of_run(self)
+        if failed is not None:
+            at = f": {failed.departure.where}" if failed.departure else ""
+            lines = [f"parity fails at {failed.name}: {failed.detail}{at}"]
+        else:
+            within = f" within the tolerances of {self.precision}" if _rounded(self) and self.precision else ""
+            lines = [f"parity holds{within}: {', '.join(check.name for check in self.checks)}"]
+            lines += [] if run is None else [f"{psnr_text(run)} against fp32, {_flips_text(self)}"]
+        if self.repeated_steps:
+            steps = counted(self.evaluations, "evaluated step")
+            lines.append(f"{self.repeated_steps:,} of {steps} ran again at full capacity")
+        return "; ".join(lines)
 
     def check(self, name: str) -> Check:
         """A check by name."""
         return next(check for check in self.checks if check.name == name)
-
-    @property
-    def summary(self) -> str:
-        """The verdict, in one line."""
-        return "; ".join(parity_lines(self))
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data, with the verdict."""
-        failed = self.first_failure
-        return super().to_json() | {
-            "ok": self.ok,
-            "first_failure": failed.name if failed else None,
-            "summary": self.summary,
-        }
-
-    @classmethod
-    def parse(cls, values: dict[str, Any]) -> ParityReport:
-        """The inverse of `to_json`. The verdict is derived again."""
-        return cls.model_validate({k: v for k, v in values.items() if k not in ("ok", "first_failure", "summary")})
-
-
-def parity_lines(parity: ParityReport) -> list[str]:
-    """The verdict; the measured quality of a bundle below fp32 that passed; and the steps that were repeated."""
-    failed, run = parity.first_failure, next((check for check in parity.checks if check.name == "run"), None)
-    lines = []
-    if failed is not None:
-        at = f": {failed.departure.where}" if failed.departure else ""
-        lines.append(f"parity fails at {failed.name}: {failed.detail}{at}")
-    else:
-        within = f" within the tolerances of {parity.precision}" if _rounded(parity) and parity.precision else ""
-        lines.append(f"parity holds{within}: {', '.join(check.name for check in parity.checks)}")
-        if run is not None and run.decibels and run.worst is not None:
-            lines.append(f"{psnr_text(run.worst)} against fp32, {flips_text(parity)}")
-    if parity.repeated_steps:
-        lines.append(
-            f"{parity.repeated_steps:,} of {counted(parity.evaluations, 'evaluated step')} ran again at full capacity"
-        )
-    return lines
 
 
 def parity_headline(parity: ParityReport) -> tuple[str, str]:
@@ -176,13 +155,13 @@ def parity_headline(parity: ParityReport) -> tuple[str, str]:
     failed = parity.first_failure
     if failed is not None:
         return f"Parity fails at \u201c{failed.title}\u201d", failed.detail
-    run = next((check for check in parity.checks if check.name == "run"), None)
+    run = _pictures_of_run(parity)
     flips = sum(check.flips for check in parity.checks)
     if parity.precision is None:
         title = f"{parity.backend} is within its tolerances of PyTorch"
     elif _rounded(parity):
-        kept = psnr_text(run.worst) if run and run.decibels and run.worst is not None else "within its tolerances"
-        title = f"{parity.precision} on {parity.backend}: {kept} against fp32 in PyTorch"
+        quality = "within its tolerances" if run is None else psnr_text(run)
+        title = f"{parity.precision} on {parity.backend}: {quality} against fp32 in PyTorch"
     elif flips:
         decisions = counted(flips, "token decision")
         title = f"{parity.backend} computes what PyTorch computes, except for {decisions} at a near-tie"
@@ -196,13 +175,18 @@ def parity_headline(parity: ParityReport) -> tuple[str, str]:
     details = [
         f"{counted(len(parity.labels), 'image')}, {counted(parity.steps, 'step')}",
         *([f"worst: {', '.join(worst)}"] if worst else []),
-        flips_text(parity),
+        _flips_text(parity),
         *([f"{parity.repeated_steps:,} steps ran again at full capacity"] if parity.repeated_steps else []),
     ]
     return title, "; ".join(details)
 
 
-def flips_text(parity: ParityReport) -> str:
+def _pictures_of_run(parity: ParityReport) -> float | None:
+    """The worst error of the pictures of a whole run; None if pictures were not compared."""
+    return next((check.worst for check in parity.checks if check.name == "run" and check.decibels), None)
+
+
+def _flips_text(parity: ParityReport) -> str:
     """`decisions_text` of all checks."""
     return decisions_text(sum(check.flips for check in parity.checks), sum(check.decisions for check in parity.checks))
 

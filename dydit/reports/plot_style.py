@@ -127,9 +127,16 @@ def wrapped(figure: Any, text: str, how: dict[str, Any]) -> list[str]:
     return lines
 
 
-def shortened(name: str, most: int = 28) -> str:
-    """A name, or the beginning and the end of a long name."""
-    return name if len(name) <= most else f"{name[: most // 2 - 1]}\u2026{name[-(most // 2) :]}"
+def ramp() -> Any:
+    """A colour map from nearly white to navy, with even steps of lightness."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    return LinearSegmentedColormap.from_list("compute", [OFF, ACCENT_LIGHT, ACCENT, "#0c2f4f"])
+
+
+def shortened(name: str) -> str:
+    """A name, or the beginning and the end of a name of more than 28 characters."""
+    return name if len(name) <= 28 else f"{name[:13]}\u2026{name[-14:]}"
 
 
 def png(figure: Any) -> bytes:
@@ -139,13 +146,13 @@ def png(figure: Any) -> bytes:
     return buffer.getvalue()
 
 
-def timestep_ticks(timesteps: Sequence[int], most: int = 6) -> tuple[list[float], list[str]]:
+def timestep_ticks(timesteps: Sequence[int]) -> tuple[list[float], list[str]]:
     """The positions of round timesteps on an axis of step indices 0..S-1 (noisiest first), and their labels."""
     times = np.asarray(timesteps, np.float64)
     first, last = int(times[0]), int(times[-1])
-    stride = next((s for s in (1, 2, 5, 10, 20, 50, 100, 200, 250, 500) if (first - last) / s <= most - 1), 1000)
-    values = [t for t in range(first - first % stride, last - 1, -stride) if first - t > stride / 3]
-    values = [first, *values]
+    stride = next((s for s in (1, 2, 5, 10, 20, 50, 100, 200, 250, 500) if (first - last) / s <= 5), 1000)
+    round_times = range(first - first % stride, last - 1, -stride)
+    values = [first, *(t for t in round_times if first - t > stride / 3)]
     return list(np.interp(values, times[::-1], np.arange(len(times))[::-1])), [str(value) for value in values]
 
 

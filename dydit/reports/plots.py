@@ -6,59 +6,30 @@ Each function returns the bytes of a PNG. The pictures of masks and tokens are i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from dydit.reports.bench_report import (
-    BenchReport,
-    Comparison,
-    SideKind,
-    SideResult,
-    bound_text,
-    repeats_text,
-    speed_up_text,
-)
+from dydit.reports.bench_report import BenchReport, Comparison, SideKind, SideResult, bound_text, repeats_text, speed_up_text
+from dydit.reports.inspection_facts import PlanRow
 from dydit.reports.parity_report import Check, ParityReport, parity_headline
-from dydit.reports.plot_style import (
-    ACCENT,
-    ACCENT_LIGHT,
-    INK,
-    MUTED,
-    SECOND,
-    drawing,
-    headline,
-    png,
-    shortened,
-    timestep_ticks,
-)
+from dydit.reports.plot_style import ACCENT, ACCENT_LIGHT, INK, MUTED, SECOND, drawing, headline, png, shortened, timestep_ticks
 from dydit.reports.text import bytes_text, exponent, guidance_text
 from dydit.words import counted
 
 
-@dataclass(frozen=True)
-class PlanPoint:
-    """A plan: its number of segments and of distinct subnetworks, the cost of a run in multiply-adds or milliseconds,
-    and the bytes of the weights of all its subnetworks."""
-
-    segments: int
-    subnets: int
-    cost: float
-    weight_bytes: int
-
-
-def plan_png(
-    curve: Sequence[PlanPoint], chosen: PlanPoint, exact: float, static: float, what: str = "multiply-adds"
-) -> bytes:
+def plan_png(curve: Sequence[PlanRow], chosen: PlanRow, exact: float, static: float, timed: bool = False) -> bytes:
     """Cost and memory of the cheapest plans of K segments, and the plan that was chosen.
 
     `curve` ascends in K and ends with the plan of the exact masks. `exact`, `static`: cost of a run with the per-step
-    masks and with all units on. `what`: the unit of the cost.
+    masks and with all units on. The cost is in multiply-adds, or with `timed` in the milliseconds of every plan.
     """
+    what = "time" if timed else "multiply-adds"
+    costs = [point.ms if timed else point.macs for point in (*curve, chosen)]
+    *relative, of_chosen = (cost / exact for cost in costs if cost is not None)
     ks = [point.segments for point in curve]
     sizes = [point.weight_bytes / 2**20 for point in curve]
-    count, extra = chosen.segments, chosen.cost / exact - 1
+    count, extra = chosen.segments, of_chosen - 1
     with drawing(7.2, 4.6) as figure:
         cost = f"{extra:.1%} more {what}" if extra > 5e-4 else "no more"
         exact_size = bytes_text(curve[-1].weight_bytes)
@@ -71,7 +42,7 @@ def plan_png(
         headline(figure, f"{counted(chosen.subnets, 'subnetwork')} {verb} {cost} than the exact masks", detail)
         upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(1.5, 1))
         everything = static / exact
-        upper.plot(ks, [point.cost / exact for point in curve], color=ACCENT)
+        upper.plot(ks, relative, color=ACCENT)
         upper.axhline(everything, color=MUTED, lw=1, ls=(0, (4, 3)))
         _note(upper, f"all units on: {everything:.2f}", (ks[-1], everything), (0, 3), MUTED, ha="right")
         upper.set_ylim(1 - 0.05 * (everything - 1) - 1e-3, everything + 0.13 * (everything - 1) + 1e-3)
@@ -80,13 +51,13 @@ def plan_png(
         lower.set_ylim(0, 1.08 * max(sizes))
         lower.set_ylabel("weights, MiB")
         lower.set_xlabel("segments K (cheapest plan of each K)")
-        for axis, value in ((upper, chosen.cost / exact), (lower, chosen.weight_bytes / 2**20)):
+        for axis, value in ((upper, of_chosen), (lower, chosen.weight_bytes / 2**20)):
             axis.axvline(count, color=SECOND, lw=0.9, alpha=0.6)
             axis.plot([count], [value], "o", ms=6, color=SECOND, mec="white", mew=1.2, zorder=5)
             axis.grid(axis="y")
         late = len(ks) > 1 and count > ks[-1] ** 0.8
         place = {"offset": (-7, 7), "ha": "right"} if late else {"offset": (7, 7)}
-        _note(upper, f"chosen: K = {count}", (count, chosen.cost / exact), colour=SECOND, **place)
+        _note(upper, f"chosen: K = {count}", (count, of_chosen), colour=SECOND, **place)
         if len(ks) > 1:
             _doubling_axis(lower, ks[-1])
         else:
@@ -120,29 +91,19 @@ def latency_png(bench: BenchReport) -> bytes:
     """Milliseconds a step of each configuration, and the time of the first one if only its multiply-adds counted."""
     sides, pair = bench.sides, bound_of(bench)
     with drawing(7.2, 1.55 + 0.52 * len(sides)) as figure:
-        first = sides[0]
-        finding = f"{first.side.name} takes {_ms(first.median_ms)} a step"
+        name = sides[0].side.name
+        finding = f"{name} takes {_ms(sides[0].median_ms)} a step"
         if pair is not None:
-            finding = f"{first.side.name}: {speed_up_text(pair)}; {bound_text(pair)}"
+            finding = f"{name}: {speed_up_text(pair)}; {bound_text(pair)}"
         headline(figure, finding, _setting(bench))
-        axis = figure.subplots()
-        places = np.arange(len(sides))[::-1]
-        bound = 0.0
-        if pair is not None and pair.allowed is not None:
-            bound = bench.side(pair.other).median_ms / pair.allowed
-        most = _room(bench, bound)
-        colours = [ACCENT, *[ACCENT_LIGHT] * (len(sides) - 1)]
-        _bars(axis, places, sides, colours, [bound, *[0.0] * (len(sides) - 1)])
+        others, bound = len(sides) - 1, _bound_ms(bench, pair)
+        axis, most = _bars(figure, bench, sides, [ACCENT, *[ACCENT_LIGHT] * others], bound, [bound, *[0.0] * others])
         if bound:
-            _bound_mark(axis, places[0], bound, most)
-        axis.set_xlim(0, most)
+            axis.plot([bound, bound], [others - 0.36, others + 0.36], color=SECOND, lw=1.8)
+            align = "left" if bound < 0.3 * most else "right" if bound > 0.7 * most else "center"
+            _note(axis, f"by multiply-adds alone: {_ms(bound)}", (bound, others + 0.36), (0, 3), SECOND, ha=align)
         axis.set_ylim(-0.5, len(sides) - 0.18)
         return png(figure)
-
-
-def _room(bench: BenchReport, bound: float) -> float:
-    """The end of an axis of milliseconds that leaves room for the times beside the bars."""
-    return 1.2 * max(bound, *(side.max_ms for side in bench.sides))
 
 
 def ranking_png(bench: BenchReport, pair: Comparison | None = None) -> bytes:
@@ -158,22 +119,21 @@ def ranking_png(bench: BenchReport, pair: Comparison | None = None) -> bytes:
         if pair is not None:
             finding = f"{pair.side}: {speed_up_text(pair)}"
         headline(figure, finding, _setting(bench))
-        axis = figure.subplots()
-        places = np.arange(len(sides))[::-1]
         colours = [ACCENT if side.side.kind is SideKind.BUNDLE else ACCENT_LIGHT for side in sides]
-        bound = 0.0
-        if pair is not None and pair.allowed is not None:
-            bound = bench.side(pair.other).median_ms / pair.allowed
-        most = _room(bench, bound)
-        _bars(axis, places, sides, colours, [0.0] * len(sides))
+        bound = _bound_ms(bench, pair)
+        axis, most = _bars(figure, bench, sides, colours, bound, [0.0] * len(sides))
         if pair is not None and pair.allowed is not None:
             axis.axvline(bound, color=SECOND, lw=1.2, ls=(0, (4, 3)))
             text = f"by multiply-adds alone ({pair.allowed:.2f}\u00d7): {_ms(bound)}"
             offset, side = ((-4, -1), "right") if bound > 0.45 * most else ((4, -1), "left")
             _note(axis, text, (bound, len(sides) - 0.5), offset, SECOND, ha=side, va="center")
-        axis.set_xlim(0, most)
         axis.set_ylim(-0.5, len(sides) - 0.2)
         return png(figure)
+
+
+def _bound_ms(bench: BenchReport, pair: Comparison | None) -> float:
+    """The time of a step of the first configuration of a pair if only multiply-adds counted; 0 without a bound."""
+    return 0.0 if pair is None or pair.allowed is None else bench.side(pair.other).median_ms / pair.allowed
 
 
 def _ms(value: float) -> str:
@@ -196,9 +156,17 @@ def _setting(bench: BenchReport) -> str:
 
 
 def _bars(
-    axis: Any, places: np.ndarray, sides: Sequence[SideResult], colours: Sequence[str], clear: Sequence[float]
-) -> None:
-    """A bar for each configuration with its time beside it, at least right of `clear`."""
+    figure: Any,
+    bench: BenchReport,
+    sides: Sequence[SideResult],
+    colours: Sequence[str],
+    bound: float,
+    clear: Sequence[float],
+) -> tuple[Any, float]:
+    """A bar for each configuration with its time beside it, at least right of `clear`. Returns the axis of milliseconds
+    and its end, which leaves room for the times and for `bound`."""
+    axis, places = figure.subplots(), np.arange(len(sides))[::-1]
+    most = 1.2 * max(bound, *(side.max_ms for side in bench.sides))
     axis.barh(places, [side.median_ms for side in sides], height=0.56, color=colours)
     for place, side, least in zip(places, sides, clear, strict=True):
         axis.plot([side.min_ms, side.max_ms], [place, place], color=INK, lw=1.1)
@@ -208,21 +176,15 @@ def _bars(
     axis.spines["left"].set_visible(False)
     axis.grid(axis="x")
     axis.set_xlabel("milliseconds a step, whole batch")
+    axis.set_xlim(0, most)
+    return axis, most
 
 
-def _bound_mark(axis: Any, place: float, bound: float, most: float) -> None:
-    axis.plot([bound, bound], [place - 0.36, place + 0.36], color=SECOND, lw=1.8)
-    text = f"by multiply-adds alone: {_ms(bound)}"
-    side = "left" if bound < 0.3 * most else "right" if bound > 0.7 * most else "center"
-    _note(axis, text, (bound, place + 0.36), (0, 3), SECOND, ha=side)
-
-
-_CURVES = {
-    "sliced": (ACCENT_LIGHT, "sliced form, one step"),
-    "step": (ACCENT, "backend, one step"),
-    "run": (INK, "backend, whole run"),
+_CURVES = {  # the colour and the label of a check, and the name of its tolerance
+    "sliced": (ACCENT_LIGHT, "sliced form, one step", "sliced form"),
+    "step": (ACCENT, "backend, one step", "one step"),
+    "run": (INK, "backend, whole run", "whole run"),
 }
-_TOLERANCES = {"sliced": "sliced form", "step": "one step", "run": "whole run"}
 _LOWEST = 1e-9  # where exact agreement is drawn on a logarithmic axis
 
 
@@ -242,7 +204,7 @@ def parity_png(parity: ParityReport) -> bytes:
             _curve(axis, check, parity)
         tolerances = sorted({check.tolerance for check in checks})
         for value in tolerances:
-            names = [_TOLERANCES[check.name] for check in checks if check.tolerance == value]
+            names = [_CURVES[check.name][2] for check in checks if check.tolerance == value]
             _tolerance_line(axis, value, names, value == tolerances[-1])
         _flips(axis, checks, parity)
         axis.set_xticks(*timestep_ticks(parity.timesteps))
@@ -263,7 +225,7 @@ def _steps_of(check: Check, parity: ParityReport) -> Sequence[int]:
 
 
 def _curve(axis: Any, check: Check, parity: ParityReport) -> None:
-    colour, label = _CURVES[check.name]
+    colour, label, _ = _CURVES[check.name]
     steps = _steps_of(check, parity)
     if check.decibels:
         label += f": {check.measure.partition(',')[0]}"

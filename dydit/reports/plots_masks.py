@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from dydit.models.architecture import UnitAxis
-from dydit.reports.plot_style import ACCENT, ACCENT_LIGHT, OFF, SECOND, drawing, headline, png, timestep_ticks
+from dydit.reports.plot_style import ACCENT, OFF, SECOND, drawing, headline, png, ramp, timestep_ticks
 from dydit.words import counted
 
 
@@ -121,11 +121,10 @@ def tokens_png(
 
 
 def _count_colours(depth: int) -> Any:
-    """A colour for each count 0..L, from nearly white to navy, with even steps of lightness."""
-    from matplotlib.colors import LinearSegmentedColormap, ListedColormap
+    """A colour for each count 0..L."""
+    from matplotlib.colors import ListedColormap
 
-    ramp = LinearSegmentedColormap.from_list("compute", [OFF, ACCENT_LIGHT, ACCENT, "#0c2f4f"])
-    return ListedColormap(ramp(np.linspace(0, 1, depth + 1)))
+    return ListedColormap(ramp()(np.linspace(0, 1, depth + 1)))
 
 
 def _picture_cell(axis: Any, image: np.ndarray) -> None:

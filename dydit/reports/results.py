@@ -47,8 +47,18 @@ class Result(Strict):
 
     @classmethod
     def parse(cls, values: dict[str, Any]) -> Self:
-        """The inverse of `to_json`."""
-        return cls.model_validate(values)
+        """The inverse of `to_json`. Computed fields are derived again."""
+        return cls.model_validate(
+            {name: value for name, value in values.items() if name not in cls.model_computed_fields}
+        )
+
+
+class Line(Result):
+    """A finding in one line: `value` is the figure, `note` says what it was measured on."""
+
+    label: str
+    value: str
+    note: str
 
 
 class Machine(Result):

@@ -37,14 +37,14 @@ def exponent(value: float) -> str:
     return f"{mantissa.removesuffix('.0')}e{int(power)}"
 
 
-def aligned(rows: Sequence[Sequence[str]], right: Sequence[int] = (), gap: str = "  ", indent: str = "") -> str:
+def aligned(rows: Sequence[Sequence[str]], right: Sequence[int] = (), indent: str = "") -> str:
     """Rows in columns of equal width; the columns in `right` are aligned right. Rows may have fewer columns."""
     columns = max(map(len, rows), default=0)
     widths = [max((len(row[c]) for row in rows if c < len(row)), default=0) for c in range(columns)]
     lines = []
     for row in rows:
         cells = [text.rjust(widths[c]) if c in right else text.ljust(widths[c]) for c, text in enumerate(row)]
-        lines.append((indent + gap.join(cells)).rstrip())
+        lines.append((indent + "  ".join(cells)).rstrip())
     return "\n".join(lines)
 
 

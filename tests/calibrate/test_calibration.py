@@ -148,7 +148,7 @@ def test_the_digits_model_gives_the_images_of_dynamic_routing(tmp_path, quantile
 
 def test_texts_of_the_picture_are_apart_and_inside(calibrated, layout):
     calibration_png(calibrated[0])
-    assert any("held-out" in text for text in layout)
+    assert any("held-out image" in text for text in layout)
 
 
 def test_the_picture_is_one_and_repeats(calibrated):

@@ -9,17 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dydit.calibrate.capacity import (
-    CapacityConfig,
-    Groups,
-    choose_capacities,
-    draw_groups,
-    drawn_for,
-    groups_for,
-    mlp_ratio,
-    overflow_of,
-    wilson_upper,
-)
+from dydit.calibrate.capacity import CapacityConfig, Groups, choose_capacities, draw_groups, drawn_for, groups_for, mlp_ratio, overflow_of, wilson_upper
 from dydit.calibrate.tokens import TokenCounts, merge
 from dydit.errors import CalibrationError, ConfigError
 from dydit.models.config import parse_config
@@ -51,7 +41,7 @@ def test_every_group_fits_at_quantile_one(make_counts, seed, batch, rows, margin
     assert overflow_of(drawn, capacities, BOUNDS).rate == 0
     if margin == 0 and tile == 1 and capacities.min() > 1:
         one_less = overflow_of(drawn, capacities - 1, BOUNDS)
-        assert one_less.rate > 0 and one_less.repeated > 0, "no capacity is larger than it has to be"
+        assert one_less.rate > 0 and one_less.repeated_steps > 0, "no capacity is larger than it has to be"
 
 
 @given(st.tuples(QUANTILES, QUANTILES), st.tuples(MARGINS, MARGINS), st.integers(0, 20))
@@ -133,7 +123,7 @@ def test_quantile_of_known_numbers():
 def test_rates_of_known_groups():
     totals = np.array([[[4, 4], [4, 9]], [[4, 5], [9, 9]]])  # [group, step, block]; 2 rows, so capacity 2 holds 4
     rates = overflow_of([Groups(totals, 1, 2, 2)], np.array([[2, 2], [2, 4]]), (0, 1, 2))
-    assert (rates.rate, rates.repeated, rates.trials) == (4 / 8, 3 / 4, 8)
+    assert (rates.rate, rates.repeated_steps, rates.trials) == (4 / 8, 3 / 4, 8)
     # The groups' own rates are 1/4 and 3/4, so s^2 = 1/16, and two disjoint groups are 2 * (1/4) / (1/16) = 8 trials.
     assert rates.upper == wilson_upper(0.5, 8)
 

@@ -85,10 +85,10 @@ def test_it_is_what_the_exported_bundle_computes(
         runner = StepRunner(engine, subnets, labels, SCALE)
         for step in range(STEPS - 1):  # nothing is on in the last one
             drawn, modulation = noise.step(batch, step), sampler.condition(step, labels, SCALE)
-            subnet, nothing = sampler.subnet(step, kept[sampler.segment_of[step]]), np.zeros((3, len(LAYERS)), bool)
+            chosen, nothing = kept[sampler.segment_of[step]], np.zeros((3, len(LAYERS)), bool)
             ours, eighth, plain = (
-                sampler.step(each, step, x, drawn, modulation, SCALE)
-                for each in (subnet, sampler.subnet(step, nothing), sampler.plain(step))
+                sampler.step(sampler.subnet(step, sampler.layers(step, each)), step, x, drawn, modulation, SCALE)
+                for each in (chosen, nothing, None)
             )
             theirs = runner.run(step, x, drawn, labels).x_prev
             ratios.append(relative_l2(ours, theirs) / relative_l2(eighth, plain))
@@ -123,9 +123,12 @@ def test_it_is_what_a_smoothed_bundle_computes(
         for step in range(STEPS - 1):
             drawn, choice = noise.step(batch, step), kept[sampler.segment_of[step]]
             modulation, unmoved = (each.condition(step, labels, SCALE) for each in (sampler, same))
-            ours = sampler.step(sampler.subnet(step, choice), step, x, drawn, modulation, SCALE)
-            plain = sampler.step(sampler.plain(step), step, x, drawn, modulation, SCALE)
-            np.testing.assert_array_equal(plain, same.step(same.plain(step), step, x, drawn, unmoved, SCALE))
+            ours, plain = (
+                sampler.step(sampler.subnet(step, sampler.layers(step, each)), step, x, drawn, modulation, SCALE)
+                for each in (choice, None)
+            )
+            unsmoothed = same.subnet(step, same.layers(step, None))
+            np.testing.assert_array_equal(plain, same.step(unsmoothed, step, x, drawn, unmoved, SCALE))
             theirs = runner.run(step, x, drawn, labels).x_prev
             ratios.append(relative_l2(ours, theirs) / relative_l2(ours, plain))
             x = plain

@@ -16,6 +16,12 @@ FLOATS = st.floats(-1e6, 1e6, width=32).filter(lambda x: x == 0 or abs(x) > 1e-6
 VALUES = arrays(np.float32, st.integers(1, 60), elements=FLOATS).filter(lambda x: np.abs(x).max() > 0)
 
 
+def histogram_of(values: np.ndarray) -> Histogram:
+    histogram = Histogram()
+    histogram.add(values)
+    return histogram
+
+
 def rounded(values: np.ndarray, threshold: float) -> np.ndarray:
     step = threshold / LEVELS
     return np.clip(np.rint(values / step), -LEVELS, LEVELS) * step
@@ -23,7 +29,7 @@ def rounded(values: np.ndarray, threshold: float) -> np.ndarray:
 
 @given(VALUES, st.sampled_from(Method))
 def test_a_threshold_is_within_the_values(values, method):
-    chosen = choose(Histogram.of(values), method, 0.9 if len(values) >= 10 else 1.0)
+    chosen = choose(histogram_of(values), method, 0.9 if len(values) >= 10 else 1.0)
     assert 0 < chosen.value <= np.abs(values).max() * (1 + 1e-12)
     assert 0 <= chosen.clipped <= 1
     assert (np.abs(rounded(values.astype(np.float64), chosen.value)) <= chosen.value * (1 + 1e-12)).all()
@@ -31,13 +37,13 @@ def test_a_threshold_is_within_the_values(values, method):
 
 @given(VALUES)
 def test_minmax_clips_nothing(values):
-    chosen = choose(Histogram.of(values), Method.MINMAX)
+    chosen = choose(histogram_of(values), Method.MINMAX)
     assert chosen.value == np.abs(values).max() and chosen.clipped == 0
 
 
 @given(VALUES)
 def test_mse_is_no_worse_than_minmax_on_the_same_data(values):
-    histogram = Histogram.of(values)
+    histogram = histogram_of(values)
     assert choose(histogram, Method.MSE).error <= choose(histogram, Method.MINMAX).error * (1 + 1e-12)
 
 
@@ -46,7 +52,7 @@ def test_mse_is_no_worse_than_minmax_when_really_rounded(outliers):
     """The estimate of the error is good enough to choose by."""
     values = np.random.default_rng(0).normal(size=200_000).astype(np.float32)
     values[:outliers] = 60
-    histogram = Histogram.of(values)
+    histogram = histogram_of(values)
     errors = {
         method: float(((rounded(values, choose(histogram, method).value) - values) ** 2).mean()) for method in Method
     }
@@ -58,7 +64,7 @@ def test_mse_is_no_worse_than_minmax_when_really_rounded(outliers):
 
 @given(VALUES.filter(lambda x: len(x) >= 20), st.sampled_from([0.5, 0.9, 0.95]))
 def test_percentile_leaves_no_more_outside_than_asked(values, share):
-    chosen = choose(Histogram.of(values), Method.PERCENTILE, share)
+    chosen = choose(histogram_of(values), Method.PERCENTILE, share)
     # A bin is 3.1 % wide, and its middle stands for all of its values.
     assert (np.abs(values) > chosen.value * (1 + 1 / 32)).mean() <= 1 - share + 1e-9
 
@@ -68,24 +74,24 @@ def test_scale_of_the_data_is_scale_of_the_threshold(values, method):
     """A power of two moves every bin by the same number of bins."""
     values = values[np.abs(values) > 1e-5] if (np.abs(values) > 1e-5).any() else np.ones(1, np.float32)
     share = 0.9 if len(values) >= 10 else 1.0
-    once, twice = (choose(Histogram.of(each), method, share) for each in (values, 4 * values))
+    once, twice = (choose(histogram_of(each), method, share) for each in (values, 4 * values))
     assert twice.value == pytest.approx(4 * once.value, rel=1e-9)
 
 
 def test_entropy_lies_between_the_bulk_and_the_outliers():
     values = np.random.default_rng(1).normal(size=100_000).astype(np.float32)
     values[:5] = 100
-    assert 2 < choose(Histogram.of(values), Method.ENTROPY).value < 60
+    assert 2 < choose(histogram_of(values), Method.ENTROPY).value < 60
 
 
 def test_refusals():
     with pytest.raises(CalibrationError, match="all values to calibrate on are 0"):
-        choose(Histogram.of(np.zeros(5)), Method.MSE)
+        choose(histogram_of(np.zeros(5)), Method.MSE)
     with pytest.raises(CalibrationError, match="there are no values"):
         choose(Histogram(), Method.MINMAX)
     with pytest.raises(CalibrationError, match=r"percentile 1\.5 is outside"):
-        choose(Histogram.of(np.ones(5)), Method.PERCENTILE, 1.5)
+        choose(histogram_of(np.ones(5)), Method.PERCENTILE, 1.5)
     with pytest.raises(
         CalibrationError, match=r"5 values are too few for a percentile of 0\.999: at least 1000 are needed"
     ):
-        choose(Histogram.of(np.ones(5)), Method.PERCENTILE, 0.999)
+        choose(histogram_of(np.ones(5)), Method.PERCENTILE, 0.999)

@@ -20,7 +20,7 @@ from dydit import extras
 from dydit.bundle.stored_weights import Precision
 from dydit.cli import cli
 from dydit.commands.options import PATH
-from dydit.commands.suggestions import after_export, command_line
+from dydit.commands.suggestions import after_export, next_line
 
 DIGITS = Path(dydit.__file__).parent / "assets" / "digits" / "dydit.safetensors"
 OPTIONAL = ("torch", "onnx", "onnx_ir", "onnxruntime", "safetensors", "accelerate", "sklearn", "scipy", "matplotlib")
@@ -321,7 +321,7 @@ def test_a_latent_model_without_a_decoder_is_said_to_give_latents(run, old_check
     ],
 )
 def test_commands_are_quoted(words: tuple[object, ...], text: str) -> None:
-    assert command_line(*words) == text
+    assert next_line(*words) == f"Next: {text}"
 
 
 @pytest.mark.parametrize("precision", list(Precision))

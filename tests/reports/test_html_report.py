@@ -16,11 +16,11 @@ from dydit.errors import DyditError
 from dydit.inspection.inspect import inspect
 from dydit.parity.parity import ParityConfig, run_parity
 from dydit.reports.bench_report import BenchReport, Comparison, Side, SideKind, SideResult
-from dydit.reports.html_report import Headline, ReportContent, render_report, write_report
+from dydit.reports.html_report import ReportContent, render_report, write_report
 from dydit.reports.parity_report import FlippedImage, Status
 from dydit.reports.plots import latency_png, parity_png
 from dydit.reports.plots_masks import samples_png, tokens_png
-from dydit.reports.results import Machine
+from dydit.reports.results import Line, Machine
 
 SECTIONS = ("samples", "masks", "tokens", "parity", "latency", "plan", "machine")
 
@@ -93,7 +93,10 @@ def content(make_bundle, parity, bench):
     return ReportContent(
         title="A <b>title</b> & more",
         subtitle="what it is about",
-        headlines=[Headline("speed-up", "1.75\u00d7", "on this machine"), Headline("results", "/a/long/path/x", "all")],
+        headlines=[
+            Line(label="speed-up", value="1.75\u00d7", note="on this machine"),
+            Line(label="results", value="/a/long/path/x", note="all"),
+        ],
         machine=Machine.here(),
         pictures={
             **drawn,

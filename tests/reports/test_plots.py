@@ -16,10 +16,11 @@ from dydit.diffusion.schedule import respaced_timesteps
 from dydit.errors import DyditError
 from dydit.models.dit.config import DiTConfig
 from dydit.reports import plots, plots_masks
-from dydit.reports.bench_report import BUSY, BenchReport, NotRun, Side, SideKind, SideResult, bench_lines, busy
+from dydit.reports.bench_report import BUSY, BenchReport, NotRun, Side, SideKind, SideResult, busy
+from dydit.reports.inspection_facts import PlanRow
 from dydit.reports.parity_report import Check, FlippedImage, ParityReport, Status
 from dydit.reports.plot_style import ACCENT, ACCENT_LIGHT, OFF, SECOND, timestep_ticks
-from dydit.reports.plots import PlanPoint, bound_of, latency_png, parity_png, plan_png, ranking_png
+from dydit.reports.plots import bound_of, latency_png, parity_png, plan_png, ranking_png
 from dydit.reports.plots_masks import masks_png, samples_png, tokens_png
 from dydit.reports.results import Machine
 
@@ -52,6 +53,11 @@ def titles(monkeypatch):
             module, "headline", lambda figure, *words, _real=original: (said.append(words), _real(figure, *words))
         )
     return said
+
+
+def plan_row(segments, subnets, cost, size):
+    facts = {"versus_exact": 1.0, "versus_static": 1.0, "weight_bytes": size}
+    return PlanRow(segments=segments, subnets=subnets, macs=cost, ms=cost, **facts)
 
 
 def times(steps):
@@ -120,7 +126,7 @@ def test_samples_stand_in_the_column_of_their_class():
 
 
 def test_the_plan_marks_its_choice_and_says_what_it_costs(titles):
-    curve = [PlanPoint(k, k, 100 + 50 / k, 2**20 * k) for k in (1, 2, 4, 8, 16)]
+    curve = [plan_row(k, k, 100 + 50 / k, 2**20 * k) for k in (1, 2, 4, 8, 16)]
     array = pixels(plan_png(curve, curve[2], 100.0, 160.0))
     assert count(array, SECOND) > 100
     finding, detail = titles[0]
@@ -129,7 +135,7 @@ def test_the_plan_marks_its_choice_and_says_what_it_costs(titles):
     assert detail == f"4 segments of steps; {held}; the 16 of the exact masks would hold 16.0 MiB"
     pixels(plan_png(curve[:1], curve[0], 150.0, 150.0))
     assert titles[1][0] == "1 subnetwork costs no more than the exact masks"
-    pixels(plan_png(curve, PlanPoint(4, 3, 100.0, 2**20), 100.0, 160.0))
+    pixels(plan_png(curve, plan_row(4, 3, 100.0, 2**20), 100.0, 160.0))
     assert titles[2] == (
         "3 subnetworks cost no more than the exact masks",
         "4 segments of steps; the subnetworks hold 1.00 MiB of weights",
@@ -183,8 +189,8 @@ def test_latency_draws_the_bound_of_the_other_bundle(titles):
     assert titles[1][0] == "dynamic takes 10.00 ms a step"
     assert not busy(report)
     loaded = report.model_copy(update={"load_average": (0.1, 2.1 * report.machine.cores)})
-    assert busy(loaded) and set(bench_lines(loaded)) - set(bench_lines(report)) == {BUSY.capitalize()}
-    assert "speed-up over static, median of pairs of rounds, " in bench_lines(report)[-1]
+    assert busy(loaded) and set(loaded.lines) - set(report.lines) == {BUSY.capitalize()}
+    assert "speed-up over static, median of pairs of rounds, " in report.lines[-1]
 
 
 def test_the_ranking_has_the_bound_across_and_bundles_in_their_colour(titles):

@@ -10,14 +10,20 @@ from dydit.diffusion.schedule import respaced_timesteps
 from dydit.models.dit.config import DiTConfig
 from dydit.parity.tolerances import of_latents, tolerances
 from dydit.reports.bench_report import BenchReport, NotRun, Side, SideKind, SideResult
+from dydit.reports.inspection_facts import PlanRow
 from dydit.reports.parity_report import Check, FlippedImage, ParityReport, Status
-from dydit.reports.plots import PlanPoint, latency_png, parity_png, plan_png, ranking_png
+from dydit.reports.plots import latency_png, parity_png, plan_png, ranking_png
 from dydit.reports.plots_masks import masks_png, samples_png, tokens_png
 from dydit.reports.results import Machine
 
 pytestmark = pytest.mark.usefixtures("layout")
 RNG = np.random.default_rng(3)
 LONG = "a/very/long/path/to/where/somebody/keeps/bundles-of-many-kinds/dynamic-250-steps-32-subnetworks-$x$"
+
+
+def plan_row(segments, subnets, cost, size):
+    facts = {"versus_exact": 1.0, "versus_static": 1.0, "weight_bytes": size}
+    return PlanRow(segments=segments, subnets=subnets, macs=cost, ms=cost, **facts)
 
 
 def times(steps: int) -> list[int]:
@@ -118,8 +124,8 @@ def test_latency(sides):
 
 @pytest.mark.parametrize(("most", "static", "at"), [(1, 1.0, 0), (1, 3.0, 0), (2, 1.02, 0), (9, 3.0, 4), (70, 3.0, -1)])
 def test_plans(most, static, at):
-    curve = [PlanPoint(k, k, 1 + (static - 1) * (most - k) / (most * k), 2**28 * k) for k in range(1, most + 1)]
-    plan_png(curve, curve[at], curve[-1].cost, static, "time")
+    curve = [plan_row(k, k, 1 + (static - 1) * (most - k) / (most * k), 2**28 * k) for k in range(1, most + 1)]
+    plan_png(curve, curve[at], curve[-1].macs, static, timed=True)
 
 
 @pytest.mark.parametrize(("steps", "depth", "units", "density"), [(1, 2, 3, 0), (2, 1, 1, 1), (250, 28, 16, 1)])
