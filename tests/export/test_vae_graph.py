@@ -79,7 +79,7 @@ def test_what_does_not_fit_is_refused(autoencoder, tmp_path):
         export_vae(source, tmp_path, model_of(in_channels=8))
     with pytest.raises(ConfigError, match="samples pixels of 3 channels and has no latents to decode; remove the VAE"):
         export_vae(source, tmp_path, model_of(in_channels=3))
-    with pytest.raises(ConfigError, match=r"tiles of 9 latents: expected 1\.\.8"):
+    with pytest.raises(ConfigError, match=r"the tile has a side of 9 latents; expected 1\.\.8"):
         export_vae(source, tmp_path, model_of(), VaeOptions(tile=9))
     with pytest.raises(CheckpointError, match="no such file or folder"):
         export_vae(str(tmp_path / "nowhere"), tmp_path, model_of())
