@@ -26,7 +26,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dydit.bench.bench import BenchConfig, run_bench
-from dydit.bench.scripts import bench_table, compare, progress, random_checkpoint, script_parser, show_limits, static_checkpoint
+from dydit.bench.scripts import (
+    bench_table,
+    compare,
+    progress,
+    random_checkpoint,
+    script_parser,
+    show_limits,
+    static_checkpoint,
+)
 from dydit.bench.timing import Latents
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.manifest import PlanKind, Routing

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dydit.calibrate.calibration import CalibrationConfig, CalibrationResult, Progress, kept_if_begun, run_calibration, work_name
+from dydit.calibrate.calibration import (
+    CalibrationConfig,
+    CalibrationResult,
+    Progress,
+    kept_if_begun,
+    run_calibration,
+    work_name,
+)
 from dydit.calibrate.plots_calibration import calibration_png
 from dydit.calibrate.plots_precision import sensitivity_png
 from dydit.calibrate.precision_search import Announce

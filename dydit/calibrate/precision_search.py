@@ -24,7 +24,23 @@ from dydit.bench.bench import spread_steps
 from dydit.bundle.stored_weights import Precision
 from dydit.calibrate.activation_ranges import ActivationRanges
 from dydit.calibrate.fake_quantization import FakeQuantizedImages, FakeQuantizedSampler
-from dydit.calibrate.mixed_precision import CURVE_POINTS, MOST_DECIBELS, CurvePoint, Quality, Sensitivity, Target, bound_on_speed, fp16_layers_after, int8_order, layer_macs, most_questions, most_that_holds, predicted_losses, share_in_8_bits, spread_counts
+from dydit.calibrate.mixed_precision import (
+    CURVE_POINTS,
+    MOST_DECIBELS,
+    CurvePoint,
+    Quality,
+    Sensitivity,
+    Target,
+    bound_on_speed,
+    fp16_layers_after,
+    int8_order,
+    layer_macs,
+    most_questions,
+    most_that_holds,
+    predicted_losses,
+    share_in_8_bits,
+    spread_counts,
+)
 from dydit.checkpoints.checkpoint import Checkpoint
 from dydit.errors import CalibrationError
 from dydit.export.settings import ExportConfig

@@ -8,7 +8,15 @@ from typing import Any
 import click
 
 from dydit.commands.group import Command
-from dydit.commands.options import PATH, backend_options, cfg_scale_option, json_option, labels_option, parse_options, seed_option
+from dydit.commands.options import (
+    PATH,
+    backend_options,
+    cfg_scale_option,
+    json_option,
+    labels_option,
+    parse_options,
+    seed_option,
+)
 from dydit.commands.output import print_json, say_files
 from dydit.commands.progress import show_progress
 from dydit.extras import CHECKPOINTS, backend_modules, require
@@ -37,7 +45,10 @@ from dydit.extras import CHECKPOINTS, backend_modules, require
     "--repeats", type=click.IntRange(min=1), default=7, help="Number of timed rounds. The result is their median."
 )
 @click.option(
-    "--warmup", type=click.IntRange(min=1), default=1, help="Number of rounds before these, which are not counted."
+    "--warmup",
+    type=click.IntRange(min=1),
+    default=1,
+    help="Number of warm-up rounds. They run before the timed rounds and are not counted.",
 )
 @backend_options
 @json_option

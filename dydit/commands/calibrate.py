@@ -12,7 +12,17 @@ from dydit.bundle.advice import run_options
 from dydit.bundle.stored_weights import Precision
 from dydit.calibrate.range_methods import Method
 from dydit.commands.group import Command
-from dydit.commands.options import PATH, backend_options, checkpoint_options, json_option, parse_options, plan_options, renamed, sampler_option, steps_option
+from dydit.commands.options import (
+    PATH,
+    backend_options,
+    checkpoint_options,
+    json_option,
+    parse_options,
+    plan_options,
+    renamed,
+    sampler_option,
+    steps_option,
+)
 from dydit.commands.output import print_json, say
 from dydit.commands.progress import show_progress
 from dydit.commands.suggestions import next_line, reading_words
@@ -58,8 +68,8 @@ if TYPE_CHECKING:
     "--quantile",
     type=float,
     default=0.998,
-    help="Share of the steps and batches of a segment whose tokens must fit into the slots, from 0.5 to 1. 1: all that "
-    "were observed.",
+    help="Share of the observed steps and batches of a segment whose tokens must fit into the token slots, at least "
+    "0.5 and at most 1.",
 )
 @click.option(
     "--margin",
@@ -117,8 +127,8 @@ if TYPE_CHECKING:
     "--target-fd-ratio",
     type=float,
     metavar="R",
-    help="Instead of --target-psnr: choose these layers so that the Fréchet distance to the images in --reference is "
-    "at most R times that of the model before quantization.",
+    help="Instead of --target-psnr: choose the layers that stay in 16 bits so that the Fréchet distance to the images "
+    "in --reference is at most R times the distance of the model before quantization.",
 )
 @click.option(
     "--reference",
@@ -138,15 +148,15 @@ if TYPE_CHECKING:
     "--search-images",
     type=click.IntRange(min=1),
     default=16,
-    help="With a target: number of images that are sampled to judge a choice of layers. As many held-out images are "
-    "sampled to check the final choice.",
+    help="With --target-psnr or --target-fd-ratio: number of images that are sampled to judge a choice of layers. The "
+    "final choice is checked on the same number of held-out images.",
 )
 @click.option(
     "--search-steps",
     type=click.IntRange(min=1),
     default=4,
-    help="With a target: number of steps per segment, evenly spaced, at which the loss of each layer in 8 bits is "
-    "measured.",
+    help="With --target-psnr or --target-fd-ratio: number of steps per segment, evenly spaced, at which the error of "
+    "each layer in 8 bits is measured.",
 )
 @checkpoint_options
 @backend_options
@@ -170,15 +180,17 @@ def command(
 ) -> None:
     """Choose token capacities, and on request activation ranges, for `dydit export --calibration`.
 
-    Samples the dynamic model CHECKPOINT and counts the tokens that its routers send through each MLP. From the counts
-    it chooses the number of token slots for each block, in each segment of the plan that will be exported (consecutive
-    steps that share a subnetwork), and checks the choice on other images. If the tokens of a step do not fit at run
-    time, the step is repeated with a slot for every token, so the images are always those of dynamic routing. A plot is
-    saved next to --out. The default plan is --max-subnets 32. Here, --memory-budget counts the size of the weights. Run
-    the same command again to resume an interrupted run.
+    Samples the dynamic model CHECKPOINT and counts the tokens that its routers send through each MLP. A plan divides
+    the run into segments: consecutive steps that share a subnetwork. For each segment and block, the command chooses a
+    capacity: the number of token slots, one for each token that the MLP can compute. It then checks the capacities on
+    held-out images. If the tokens of a step do not fit at run time, the step is repeated with a slot for every token,
+    so the images are always those of dynamic routing. A plot is saved next to --out. The default plan is --max-subnets
+    32. In this command, --memory-budget always limits the size of the weights, not measured memory. Run the same
+    command again to resume an interrupted run.
 
-    With --target-psnr or --target-fd-ratio, the loss of each linear layer in 8 bits is measured for each segment and
-    block. Then whole runs are sampled in PyTorch to find the largest set of layers that can be in 8 bits. The
+    With --target-psnr or --target-fd-ratio, the command measures the error that each linear layer causes in 8 bits,
+    for each segment and block. Then it samples whole runs in PyTorch to find the largest set of layers that can be
+    in 8 bits while the target is reached. The
     calibration file lists the layers that stay in 16 bits, and the export follows it. A second plot, whose name ends in
     -search.png, shows speed against quality.
     """

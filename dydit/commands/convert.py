@@ -28,7 +28,8 @@ def command(checkpoint: Path, out: Path, space: str | None, reading: dict[str, A
 
     CHECKPOINT is a DiT or DyDiT state dict, a training file that contains one, a diffusers DiT folder, or a file
     written by dydit. No code in it is run. A file that does not say how its model was trained is read as a DiT, which
-    predicts epsilon. A SiT, which predicts velocity, has weights of the same names and shapes, and is read wrongly.
+    predicts epsilon. Do not convert a SiT: it predicts velocity, which dydit does not support, and a file with only its
+    weights cannot be told from a DiT.
     """
     require("dydit convert", CHECKPOINTS)
     from dydit.checkpoints.checkpoint import convert

@@ -35,9 +35,10 @@ def command(
 ) -> None:
     """Decode sampled latents into images, the same images that a bundle with this decoder would give.
 
-    LATENTS.npz contains the array `latents`, [images, channels, side, side], as the sampler returned them, and
-    optionally `labels` and `images`, the index of each image. `dydit sample` writes such a file, latents.npz, for a
-    bundle without a decoder. Writes numbered PNG files, grid.png and samples.json.
+    LATENTS.npz contains the array `latents` of shape [images, channels, height, width], and optionally the arrays
+    `labels` (the class of each image) and `images` (the index of each image). `dydit sample` writes such a file,
+    latents.npz, for a bundle without a decoder; RUN_FOLDER is the folder that contains it. Writes numbered PNG files,
+    grid.png and samples.json.
     """
     require("dydit decode", ("torch", *GRAPHS, *VAES, "onnxruntime"))
     from dydit.export.vae_graph import export_decoder, require_source

@@ -13,7 +13,16 @@ from dydit.bundle.manifest import Manifest, PlanKind, Routing
 from dydit.bundle.stored_weights import Precision
 from dydit.calibrate.calibration_file import Calibration, read_calibration
 from dydit.commands.group import Command
-from dydit.commands.options import PATH, checkpoint_options, json_option, parse_options, plan_options, sampler_option, space_option, steps_option
+from dydit.commands.options import (
+    PATH,
+    checkpoint_options,
+    json_option,
+    parse_options,
+    plan_options,
+    sampler_option,
+    space_option,
+    steps_option,
+)
 from dydit.commands.output import print_json, say, warn
 from dydit.commands.progress import show_progress
 from dydit.commands.suggestions import after_export, reading_words
@@ -66,9 +75,10 @@ def _read_calibration(_: click.Context, __: click.Parameter, path: Path | None) 
     "--routing",
     type=click.Choice([each.value for each in Routing]),
     default=Routing.DYNAMIC.value,
-    help="How tokens skip the MLP. dynamic: only routed tokens are computed, in shapes that depend on the data; the "
-    "lowest compute, not supported by TensorRT for RTX. capacity: fixed shapes, with the number of token slots that "
-    "--calibration contains; without --calibration there is a slot for every token, which saves nothing. dense: every "
+    help="How tokens skip the MLP. dynamic: only routed tokens are computed. This has the lowest compute, but shapes "
+    "depend on the data, which tensorrt-rtx does not support. capacity: shapes are "
+    "fixed. Each MLP computes the number of tokens (token slots) that --calibration "
+    "gives. Without --calibration it computes every token, which saves nothing. dense: every "
     "token is computed, then masked.",
 )
 @click.option(
@@ -114,9 +124,10 @@ def command(
     """Compile a checkpoint into a bundle, a folder that every backend can run.
 
     CHECKPOINT is any file or folder that `dydit convert` reads. Give at most one of --per-step, --max-subnets,
-    --memory-budget and --dynamic-width. The default is the plan that was the fastest in measurements: --dynamic-width
-    with ONNX Runtime and PyTorch on the CPU, and --per-step for int8. It is --max-subnets 32 with --routing capacity or
-    dense, and for int8-static and fp8.
+    --memory-budget and --dynamic-width. If none of them is given, --routing and --precision decide: --max-subnets
+    32 for --routing capacity or dense and for int8-static and fp8, --per-step for int8, and --dynamic-width in all
+    other cases. These plans were the fastest in measurements. With --cost measured, the default is --max-subnets
+    32.
     """
     if cost == MEASURED and plan.get("plan") in (PlanKind.PER_STEP, PlanKind.DYNAMIC_WIDTH):
         raise click.UsageError("--cost measured has no effect with --per-step or --dynamic-width; remove one of them")
@@ -221,7 +232,7 @@ def _space_lines(manifest: Manifest) -> list[str]:
         return [
             "This bundle has no VAE decoder, so `dydit sample` writes latents instead of images. `dydit attach-vae` "
             "adds a decoder, `dydit decode` decodes latents, and `dydit export --vae` includes a decoder from the "
-            "start. For models of Stable Diffusion's latents, a VAE is stabilityai/sd-vae-ft-ema"
+            "start. If the model samples latents of Stable Diffusion 1 or 2, use --vae stabilityai/sd-vae-ft-ema"
         ]
     if manifest.model.space_is_assumed:
         return [

@@ -9,7 +9,16 @@ import click
 
 from dydit.commands.exit_codes import CHECK_FAILED, OK
 from dydit.commands.group import Command
-from dydit.commands.options import PATH, backend_options, cfg_scale_option, checkpoint_options, json_option, labels_option, parse_options, seed_option
+from dydit.commands.options import (
+    PATH,
+    backend_options,
+    cfg_scale_option,
+    checkpoint_options,
+    json_option,
+    labels_option,
+    parse_options,
+    seed_option,
+)
 from dydit.commands.output import print_json, say, say_files
 from dydit.commands.progress import show_progress
 from dydit.commands.suggestions import backend_words, next_line
@@ -40,7 +49,10 @@ if TYPE_CHECKING:
 @backend_options
 @json_option
 def command(bundle: Path, against: Path, out: Path, reading: dict[str, Any], as_json: bool, **settings: Any) -> int:
-    """Compare a bundle with its checkpoint: masks, weights, the sliced model, single steps, and the whole run.
+    """Compare a bundle with its checkpoint.
+
+    The checks are masks, weights, sliced (the subnetworks in PyTorch), step (single steps with the backend), and run (a
+    whole run with the backend).
 
     Exits with 1 if a check exceeds its tolerance, and names the first step and block where it does.
     """

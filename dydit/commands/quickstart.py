@@ -30,7 +30,9 @@ from dydit.extras import CHECKPOINTS, GRAPHS, REPORTS, require
 @click.option("--threads", type=click.IntRange(min=0), default=0, help="Number of CPU threads. 0: one per core.")
 @json_option
 def command(out: Path, overwrite: bool, as_json: bool, **settings: Any) -> int:
-    """Export, sample, check and time the small models that come with dydit. Takes a minute on a CPU, no downloads.
+    """Export, sample, check and time the small models that come with dydit.
+
+    This takes about a minute on a CPU and downloads nothing.
 
     Exports a dynamic and a static model of handwritten digits, samples the dynamic one, compares its images with
     PyTorch's, times both models, and writes report.html. Run the same command again to resume an interrupted run.

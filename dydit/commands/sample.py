@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dydit.commands.group import Command
-from dydit.commands.options import PATH, backend_options, cfg_scale_option, json_option, labels_option, npz_option, parse_options
+from dydit.commands.options import (
+    PATH,
+    backend_options,
+    cfg_scale_option,
+    json_option,
+    labels_option,
+    npz_option,
+    parse_options,
+)
 from dydit.commands.output import print_json, say
 from dydit.commands.progress import Progress, show_progress
 from dydit.errors import ConfigError
@@ -72,7 +80,8 @@ def _parse_worker(_: click.Context, __: click.Parameter, value: str | None) -> W
     "--noise-from",
     type=PATH,
     metavar="FILE.npz",
-    help="Use the noise in this file, arrays x_T and noise, and its labels, instead of noise from --seed.",
+    help="Read the noise and the class numbers from the arrays x_T, noise and labels of this file. --seed is then not "
+    "used.",
 )
 @click.option("--latents-out", type=PATH, metavar="FILE.npz", help="Also write the latents to this file.")
 @click.option(

@@ -46,10 +46,12 @@ def recipe_settings() -> str:
     help="Continue the run in --out from its last saved state. A larger iterations=N makes the run longer.",
 )
 def command(overrides: tuple[str, ...], recipe: str, out: Path, resume: bool) -> None:
-    """Train a model with a recipe, on the processors of this machine.
+    """Train a model with a recipe, on the CPU or the GPUs of this machine. KEY=VALUE changes a setting, for example
 
-    KEY=VALUE changes a setting: iterations=100, model.depth=4. In a recipe of several runs, static.KEY, dynamic.KEY
-    or settle.KEY changes one of them. Writes model.safetensors, train.json, log.jsonl and curves.png.
+    iterations=100 or model.depth=4. For a recipe of several runs, static.KEY=VALUE, dynamic.KEY=VALUE or
+
+    settle.KEY=VALUE changes the setting in one run only. Writes model.safetensors, train.json, log.jsonl and
+    curves.png.
     """
     require("dydit train", [*CHECKPOINTS, "accelerate", "sklearn", "matplotlib"])
     from dydit.training.recipe import find_recipes

@@ -53,8 +53,8 @@ def _receive(worker: ChildProcess, job: Job) -> Built:
         return Built.model_validate(worker.receive())
     except ChildDiedError as error:
         raise BackendError(
-            f"cannot build {job.graph.name}: {error}; finished engines are kept: run again, with fewer --jobs where "
-            "memory ran out"
+            f"cannot build {job.graph.name}: {error}; finished engines are kept; run the same command again, with "
+            "fewer --jobs if memory ran out"
         ) from error
 
 

@@ -12,7 +12,22 @@ from pathlib import Path
 import numpy as np
 
 from dydit.bundle.bundle import Bundle
-from dydit.bundle.manifest import CONDITIONING, DYNAMIC_WIDTH_FULL_GRAPH, DYNAMIC_WIDTH_GRAPH, MANIFEST, SCHEMA_VERSION, FileEntry, Manifest, PlanEntry, PlanKind, Routing, SamplingEntry, SegmentEntry, SubnetEntry, pack_mask
+from dydit.bundle.manifest import (
+    CONDITIONING,
+    DYNAMIC_WIDTH_FULL_GRAPH,
+    DYNAMIC_WIDTH_GRAPH,
+    MANIFEST,
+    SCHEMA_VERSION,
+    FileEntry,
+    Manifest,
+    PlanEntry,
+    PlanKind,
+    Routing,
+    SamplingEntry,
+    SegmentEntry,
+    SubnetEntry,
+    pack_mask,
+)
 from dydit.bundle.measurements import Measured
 from dydit.bundle.stored_weights import WEIGHTS, Precision, WeightEntry
 from dydit.bundle.vae_entry import VaeEntry

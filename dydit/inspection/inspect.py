@@ -28,7 +28,18 @@ from dydit.planning.costs import macs_costs, time_costs
 from dydit.planning.executed import layers_in_16_bits
 from dydit.planning.plan import Plan, optimal_plans, per_step_plan, segment_costs
 from dydit.planning.sizes import PlanSizes, fixed_bytes
-from dydit.reports.inspection_facts import BundleFacts, CheckpointFacts, DecoderFacts, ModelFacts, PlanRow, SegmentFacts, SubnetFacts, WidthFacts, bundle_text, checkpoint_text
+from dydit.reports.inspection_facts import (
+    BundleFacts,
+    CheckpointFacts,
+    DecoderFacts,
+    ModelFacts,
+    PlanRow,
+    SegmentFacts,
+    SubnetFacts,
+    WidthFacts,
+    bundle_text,
+    checkpoint_text,
+)
 from dydit.reports.plots import plan_png
 from dydit.reports.plots_masks import masks_png
 

@@ -158,7 +158,7 @@ def _summary(evidence: _Evidence, flipped: list[FlippedImage]) -> str:
     """What a check that passed came to."""
     judged, tolerance = evidence.judged, evidence.tolerance
     if np.isnan(judged).all():
-        worst = "every image routes a token differently"
+        worst = "every image has a token that is routed differently, so no value was compared with the tolerance"
     else:
         worst = f"{_noun(tolerance)} at most {_value_text(tolerance, measured(np.nanmax(judged)))}"
     if tolerance.near_tie is None:

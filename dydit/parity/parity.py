@@ -34,7 +34,15 @@ from dydit.models.config import ModelConfig, Strict
 from dydit.models.macs import flops_ratio
 from dydit.models.registry import architecture_of
 from dydit.parity.checks import Verdict, exact_check, judge, locate, locate_in_run, skipped
-from dydit.parity.comparison import PIXEL_SPAN, Measure, StepComparison, StepValues, compare_step, picture_error, relative_l2
+from dydit.parity.comparison import (
+    PIXEL_SPAN,
+    Measure,
+    StepComparison,
+    StepValues,
+    compare_step,
+    picture_error,
+    relative_l2,
+)
 from dydit.parity.reference import Images, Reference, Trajectory
 from dydit.parity.tolerances import DERIVED_WEIGHTS, of_latents, tolerances
 from dydit.reports.parity_report import Check, Departure, ParityReport

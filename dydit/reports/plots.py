@@ -10,10 +10,29 @@ from typing import Any
 
 import numpy as np
 
-from dydit.reports.bench_report import BenchReport, Comparison, SideKind, SideResult, bound_text, repeats_text, speed_up_text
+from dydit.reports.bench_report import (
+    BenchReport,
+    Comparison,
+    SideKind,
+    SideResult,
+    bound_text,
+    repeats_text,
+    speed_up_text,
+)
 from dydit.reports.inspection_facts import PlanRow
 from dydit.reports.parity_report import Check, ParityReport, parity_headline
-from dydit.reports.plot_style import ACCENT, ACCENT_LIGHT, INK, MUTED, SECOND, drawing, headline, png, shortened, timestep_ticks
+from dydit.reports.plot_style import (
+    ACCENT,
+    ACCENT_LIGHT,
+    INK,
+    MUTED,
+    SECOND,
+    drawing,
+    headline,
+    png,
+    shortened,
+    timestep_ticks,
+)
 from dydit.reports.text import bytes_text, exponent, guidance_text
 from dydit.words import counted
 

@@ -9,7 +9,17 @@ from torch import Tensor, nn
 from dydit.models.dynamic import DynamicModel
 from dydit.models.routers import Gating, Masked, Recording, Static
 from dydit.training.draws import Batch
-from dydit.training.losses import AnnealedGumbelSigmoid, Process, achieved_ratio, add_noise, detail_loss, diffusion_loss, flops_loss, relative_detail, token_loss
+from dydit.training.losses import (
+    AnnealedGumbelSigmoid,
+    Process,
+    achieved_ratio,
+    add_noise,
+    detail_loss,
+    diffusion_loss,
+    flops_loss,
+    relative_detail,
+    token_loss,
+)
 from dydit.training.recipe import Recipe, Stage
 
 

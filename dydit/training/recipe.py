@@ -64,7 +64,9 @@ class Recipe(Strict):
     clip_norm: float | None = Field(
         default=None, gt=0, description="scale gradients of a larger norm down to this norm"
     )
-    grad_norm_limit: float | None = Field(default=200.0, gt=0, description="skip steps whose gradient norm is above")
+    grad_norm_limit: float | None = Field(
+        default=200.0, gt=0, description="skip steps whose gradient norm is above this value"
+    )
     ema_decay: float = Field(default=0.9999, ge=0, lt=1)
     label_dropout: float = Field(default=0.1, ge=0, le=1)
     precision: Precision = Precision.FP32
@@ -77,10 +79,15 @@ class Recipe(Strict):
         default=0.0, ge=0, description="weight of the token losses, which are not in the paper: see losses.token_loss"
     )
     token_spread: float = Field(
-        default=0.0, ge=0, description="how much an image's share of tokens follows its detail: see losses.detail_loss"
+        default=0.0,
+        ge=0,
+        description="how much the target share of tokens increases with the detail of an image (0: not at all): see "
+        "dydit/training/losses.py",
     )
     ramp_iterations: int = Field(
-        default=1000, ge=0, description="the target falls linearly to lambda_target until this iteration"
+        default=1000,
+        ge=0,
+        description="iteration at which the target share of multiply-adds, which falls linearly, reaches lambda_target",
     )
     ramp_hold: int = Field(default=100, ge=0, description="the target is 1 before this iteration")
     warmup_iterations: int = Field(default=0, ge=0, description="iterations with the complete model's loss added")

@@ -31,7 +31,19 @@ from dydit.training.losses import Process
 from dydit.training.objective import Objective, probe, tensors
 from dydit.training.processes import agreed, stopped_by_sigterm
 from dydit.training.recipe import LearningRateSchedule, Precision, Recipe, Stage
-from dydit.training.state import CURVES, MODEL, RECIPE, SUMMARY, Counters, append_log, load_state, read_log, save_state, states, truncate_log
+from dydit.training.state import (
+    CURVES,
+    MODEL,
+    RECIPE,
+    SUMMARY,
+    Counters,
+    append_log,
+    load_state,
+    read_log,
+    save_state,
+    states,
+    truncate_log,
+)
 from dydit.training.training_folder import check_folder, finished_summary, held_folder, identity
 
 PROBE_IMAGES = 64

@@ -10,7 +10,16 @@ import sys
 import numpy as np
 import pytest
 
-from dydit.bench.bench import REPORT, BenchConfig, _deviation, _started, compare_sides, run_bench, sides_of, spread_steps
+from dydit.bench.bench import (
+    REPORT,
+    BenchConfig,
+    _deviation,
+    _started,
+    compare_sides,
+    run_bench,
+    sides_of,
+    spread_steps,
+)
 from dydit.bench.bench_worker import open_side
 from dydit.bench.timing import Job, Latents, chained_coefficients, settled_bytes
 from dydit.bundle.manifest import PlanKind, Routing

@@ -5,7 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dydit.bundle.io_spec import TensorSpec, check_feeds, conditioning_inputs, conditioning_outputs, subnet_inputs, subnet_outputs
+from dydit.bundle.io_spec import (
+    TensorSpec,
+    check_feeds,
+    conditioning_inputs,
+    conditioning_outputs,
+    subnet_inputs,
+    subnet_outputs,
+)
 from dydit.errors import BackendError
 
 

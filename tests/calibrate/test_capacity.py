@@ -9,7 +9,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dydit.calibrate.capacity import CapacityConfig, Groups, choose_capacities, draw_groups, drawn_for, groups_for, mlp_ratio, overflow_of, wilson_upper
+from dydit.calibrate.capacity import (
+    CapacityConfig,
+    Groups,
+    choose_capacities,
+    draw_groups,
+    drawn_for,
+    groups_for,
+    mlp_ratio,
+    overflow_of,
+    wilson_upper,
+)
 from dydit.calibrate.tokens import TokenCounts, merge
 from dydit.errors import CalibrationError, ConfigError
 from dydit.models.config import parse_config

@@ -8,7 +8,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from dydit.calibrate.mixed_precision import Quality, Target, bound_on_speed, fp16_layers_after, int8_order, layer_macs, most_questions, most_that_holds, predicted_losses, share_in_8_bits, spread_counts
+from dydit.calibrate.mixed_precision import (
+    Quality,
+    Target,
+    bound_on_speed,
+    fp16_layers_after,
+    int8_order,
+    layer_macs,
+    most_questions,
+    most_that_holds,
+    predicted_losses,
+    share_in_8_bits,
+    spread_counts,
+)
 from dydit.errors import CalibrationError, ConfigError
 from dydit.models.config import parse_config
 

@@ -9,7 +9,17 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from dydit.calibrate import smoothing_strength
-from dydit.calibrate.smoothing_strength import LEAST_GAIN, STRENGTHS, Choice, InputStatistics, LayerInputs, as_smoothing, choose_smoothing, exponents_for, product_error
+from dydit.calibrate.smoothing_strength import (
+    LEAST_GAIN,
+    STRENGTHS,
+    Choice,
+    InputStatistics,
+    LayerInputs,
+    as_smoothing,
+    choose_smoothing,
+    exponents_for,
+    product_error,
+)
 from dydit.errors import CalibrationError
 from dydit.quantization.smoothing import MOST
 

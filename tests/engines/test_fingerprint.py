@@ -5,7 +5,17 @@ from typing import Any
 import pytest
 
 from dydit.bundle.stored_weights import Precision
-from dydit.engines.fingerprint import MARKED, RECIPE, EngineKey, EngineRequest, HardwareCompatibility, make_request, require_buildable, stale_key_reasons, stale_reasons
+from dydit.engines.fingerprint import (
+    MARKED,
+    RECIPE,
+    EngineKey,
+    EngineRequest,
+    HardwareCompatibility,
+    make_request,
+    require_buildable,
+    stale_key_reasons,
+    stale_reasons,
+)
 from dydit.engines.flavour import Flavour, Gpu
 from dydit.engines.profiles import ShapeExtent
 from dydit.errors import BackendError, ConfigError

@@ -11,7 +11,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dydit.bundle.io_spec import conditioning_inputs, conditioning_outputs, residual_name, subnet_inputs, subnet_outputs, token_mask_name
+from dydit.bundle.io_spec import (
+    conditioning_inputs,
+    conditioning_outputs,
+    residual_name,
+    subnet_inputs,
+    subnet_outputs,
+    token_mask_name,
+)
 from dydit.bundle.manifest import Routing
 from dydit.bundle.stored_weights import Precision, stored_type
 from dydit.graph.saving import save_graph

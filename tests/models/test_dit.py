@@ -11,7 +11,14 @@ import torch
 
 from dydit.models.config import ModelConfig, Routers
 from dydit.models.dit.config import DiTConfig, preset
-from dydit.models.dit.model import DiT, initialize, initialize_routers, sine_position_embedding, timestep_frequencies, unpatchify
+from dydit.models.dit.model import (
+    DiT,
+    initialize,
+    initialize_routers,
+    sine_position_embedding,
+    timestep_frequencies,
+    unpatchify,
+)
 from dydit.models.routers import GumbelSigmoid, Masked, Recording, Static
 
 pytestmark = pytest.mark.numerics

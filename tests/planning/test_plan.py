@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 from dydit.errors import ConfigError
 from dydit.export.exporter import segment_spec
 from dydit.models.dit.config import preset
-from dydit.planning.plan import PlanCosts, budget_plan, merged_plan, optimal_plans, per_step_plan, plan_cost, segment_costs
+from dydit.planning.plan import (
+    PlanCosts,
+    budget_plan,
+    merged_plan,
+    optimal_plans,
+    per_step_plan,
+    plan_cost,
+    segment_costs,
+)
 from dydit.planning.sizes import PlanSizes
 
 LAW = settings(max_examples=25, deadline=None)

@@ -14,7 +14,19 @@ from dydit.models.config import ModelConfig
 from dydit.models.dit.model import DiT
 from dydit.models.dit.units import attention_macs, mlp_macs
 from dydit.models.routers import Decisions, GumbelSigmoid, Masked, Recording
-from dydit.training.losses import AnnealedGumbelSigmoid, Process, achieved_ratio, add_noise, detail_loss, diffusion_loss, discretized_normal_log_likelihood, flops_loss, normal_kl, relative_detail, token_loss
+from dydit.training.losses import (
+    AnnealedGumbelSigmoid,
+    Process,
+    achieved_ratio,
+    add_noise,
+    detail_loss,
+    diffusion_loss,
+    discretized_normal_log_likelihood,
+    flops_loss,
+    normal_kl,
+    relative_detail,
+    token_loss,
+)
 
 pytestmark = pytest.mark.numerics
 

@@ -15,7 +15,18 @@ import numpy as np
 
 from dydit.errors import OutputError
 from dydit.files import sha256_of
-from dydit.runtime.images.image_files import GRID_IMAGES, Streamed, is_picture, make_grid, read_npz, read_png, to_rgb, to_uint8, write_npz, write_png
+from dydit.runtime.images.image_files import (
+    GRID_IMAGES,
+    Streamed,
+    is_picture,
+    make_grid,
+    read_npz,
+    read_png,
+    to_rgb,
+    to_uint8,
+    write_npz,
+    write_png,
+)
 from dydit.runtime.images.pixels import PictureFormat
 from dydit.runtime.images.vae_decoder import IMAGES_AT_ONCE
 from dydit.runtime.loop import LatentStore, Progress

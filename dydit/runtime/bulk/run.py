@@ -35,7 +35,16 @@ from dydit.files import require_absent, user_path
 from dydit.models.config import Strict, UserPath
 from dydit.runtime.backends.base import Backend, BackendOptions
 from dydit.runtime.backends.registry import deciding_threads, open_backend
-from dydit.runtime.bulk.finished import LATENTS, Run, facts, find_damage, has_picture, restore_latents, write_pictures, write_result
+from dydit.runtime.bulk.finished import (
+    LATENTS,
+    Run,
+    facts,
+    find_damage,
+    has_picture,
+    restore_latents,
+    write_pictures,
+    write_result,
+)
 from dydit.runtime.bulk.run_folder import FolderStore, RunFolder, ShareStore
 from dydit.runtime.bulk.workers import Worker
 from dydit.runtime.images.pixels import ToPixels, picture_format

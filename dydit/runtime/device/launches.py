@@ -26,7 +26,20 @@ from dydit.bundle.manifest import Manifest
 from dydit.errors import BackendError
 from dydit.runtime.device import operations as op
 from dydit.runtime.device.memory_layout import LaunchOptions, Layout, RunShape
-from dydit.runtime.device.operations import ALIGNMENT, COMPUTE, CONDITIONER, COPY, Address, Body, EngineId, GraphKey, HostArray, Operation, UnitOrder, aligned
+from dydit.runtime.device.operations import (
+    ALIGNMENT,
+    COMPUTE,
+    CONDITIONER,
+    COPY,
+    Address,
+    Body,
+    EngineId,
+    GraphKey,
+    HostArray,
+    Operation,
+    UnitOrder,
+    aligned,
+)
 from dydit.runtime.device.residency import Stop, engine_of, engines_of, plan_residency
 
 WORKSPACE = "workspace"

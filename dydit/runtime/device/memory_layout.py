@@ -23,7 +23,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from dydit.bundle.io_spec import BATCH, LABELS, ROWS, STEPS, TensorSpec, conditioning_inputs, conditioning_outputs, subnet_inputs, subnet_outputs
+from dydit.bundle.io_spec import (
+    BATCH,
+    LABELS,
+    ROWS,
+    STEPS,
+    TensorSpec,
+    conditioning_inputs,
+    conditioning_outputs,
+    subnet_inputs,
+    subnet_outputs,
+)
 from dydit.bundle.manifest import Manifest, Routing
 from dydit.diffusion.coefficients import COEFFICIENTS
 from dydit.errors import ConfigError

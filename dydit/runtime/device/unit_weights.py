@@ -20,7 +20,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dydit.bundle.manifest import Manifest, SubnetEntry
-from dydit.runtime.device.operations import Address, Arranged, Binding, Clear, Copy, HostArray, Operation, UnitOrder, Upload, aligned
+from dydit.runtime.device.operations import (
+    Address,
+    Arranged,
+    Binding,
+    Clear,
+    Copy,
+    HostArray,
+    Operation,
+    UnitOrder,
+    Upload,
+    aligned,
+)
 from dydit.runtime.dynamic_width import Exchange, exchanges
 
 UNITS, SCRATCH = "units", "units.scratch"
