@@ -72,24 +72,24 @@ def linear(
 def mlp(
     ops: Ops,
     x: ir.Value,
-    fc1: Sequence[ir.Value],
-    fc2: Sequence[ir.Value],
+    entering: Sequence[ir.Value],
+    leaving: Sequence[ir.Value],
     channel_gates: ir.Value | None,
     precision: Precision,
     last: Precision | None = None,
 ) -> ir.Value:
-    """fc2(gates * GELU(fc1(x))), with the tanh form of GELU; x [T, D], `channel_gates` [active channels] or None.
+    """leaving(gates * GELU(entering(x))), GELU in its tanh form; x [T, D], `channel_gates` [active channels] or None.
 
-    `fc1`, `fc2`: the inputs of each layer. `precision`: of fc1, x and the gates. `last`: of fc2 and the result; by
-    default the same.
+    `entering`, `leaving`: what the two layers take (`weight_names`). `precision`: that of the entering layer, x and the
+    gates. `last`: that of the leaving layer and the result, by default the same.
     """
     if precision is not Precision.INT8:
         last = last or precision
-        inner = _gated(ops, ops.Gelu(linear(ops, x, fc1, True, precision), approximate="tanh"), channel_gates)
-        return linear(ops, ops.between(inner, precision, last), fc2, False, last)
-    weight, scale, added = fc2
-    # One operator adds the bias of fc1 and computes GELU.
-    inner = ops.call(CONTRIB, "FastGelu", (linear(ops, x, fc1, True, precision, bias=False), fc1[-1]), 1)[0]
+        inner = _gated(ops, ops.Gelu(linear(ops, x, entering, True, precision), approximate="tanh"), channel_gates)
+        return linear(ops, ops.between(inner, precision, last), leaving, False, last)
+    weight, scale, added = leaving
+    # One operator adds the bias of the entering layer and computes GELU.
+    inner = ops.call(CONTRIB, "FastGelu", (linear(ops, x, entering, True, precision, bias=False), entering[-1]), 1)[0]
     inner = _gated(ops, inner, channel_gates)
     return ops.Add(_integer_product(ops, inner, weight, scale, False, *_after_gelu(ops, inner)), added)
 

@@ -329,6 +329,7 @@ def test_digest_covers_every_field(make_bundle):
     assert manifest.digest == manifest.compute_digest()
     other = {"tools": {}, "max_batch": 99, "checkpoint_sha256": "x", "routing": None, "masks": ()}
     other["plan"] = manifest.plan.model_copy(update={"macs": 1.0})
+    other["model"] = manifest.model.model_copy(update={"depth": 99})
     for field in Manifest.model_fields.keys() - {"digest"}:
         changed = manifest.model_copy(update={field: other.get(field, {})})
         assert changed.compute_digest() != manifest.digest, field

@@ -45,8 +45,8 @@ def models(draw, routers: tuple[Routers, ...]):
 
 
 @st.composite
-def exports(draw, model: ModelConfig, routing: Routing):
-    """Any plan from one subnetwork to the exact one, and capacities from far too few slots to enough."""
+def exports(draw, model: ModelConfig, routing: Routing, plan: PlanKind):
+    """Merged plans from one subnetwork to the exact one, and capacities from far too few slots to enough."""
     steps = draw(st.integers(6, 10))
     capacities = None
     if routing is Routing.CAPACITY and model.dynamic and draw(st.sampled_from([True, True, False])):
@@ -54,7 +54,7 @@ def exports(draw, model: ModelConfig, routing: Routing):
     return ExportConfig(
         steps=steps,
         sampler=draw(st.sampled_from(Sampler)),
-        plan=draw(st.sampled_from([PlanKind.MAX_SUBNETS, PlanKind.PER_STEP, PlanKind.DYNAMIC_WIDTH])),
+        plan=plan,
         max_subnets=draw(st.integers(1, steps)),
         routing=routing,
         max_batch=MAX_BATCH,
@@ -80,6 +80,7 @@ def has_holes(axis: UnitAxis, masks: np.ndarray) -> bool:
     return any((~masks[:, part.units][:, :-1] & masks[:, part.units][:, 1:]).any() for part in axis.parts)
 
 
+PLANS = (PlanKind.MAX_SUBNETS, PlanKind.PER_STEP, PlanKind.DYNAMIC_WIDTH)
 CASES = [
     (Routing.DYNAMIC, (Routers.FIRST_ON, Routers.ALL_ROUTED)),
     (Routing.CAPACITY, (Routers.FIRST_ON, Routers.ALL_ROUTED)),
@@ -103,7 +104,9 @@ def test_every_hop_holds(routing, routers):
     @given(st.data())
     def holds(data):
         model = data.draw(models(routers))
-        config, request = data.draw(exports(model, routing)), data.draw(requests())
+        plan = PLANS[seen["started"] % len(PLANS)]  # in turn, so that a few examples have them all
+        seen["started"] += 1
+        config, request = data.draw(exports(model, routing, plan)), data.draw(requests())
         seed, ratio = data.draw(st.integers(0, 1000)), data.draw(st.sampled_from([0.5, 0.25, 0.75]))
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
@@ -114,7 +117,7 @@ def test_every_hop_holds(routing, routers):
             assert report.ok, report.summary
             masks = bundle.masks
             seen["examples"] += 1
-            seen["sliding"] += bundle.manifest.dynamic_width
+            seen["dynamic width"] += bundle.manifest.dynamic_width
             seen["gated"] += any(subnet.gated for subnet in bundle.manifest.subnets)
             seen["holes"] += has_holes(model.units, masks)
             seen["closed"] += not masks.all()
@@ -128,7 +131,7 @@ def test_every_hop_holds(routing, routers):
     holds()
     wanted = ["examples", "guided", "odd heads", "routed tokens"]
     if routers != (Routers.NONE,):
-        wanted += ["sliding", "gated", "holes", "closed", "skipped tokens"]
+        wanted += ["dynamic width", "gated", "holes", "closed", "skipped tokens"]
     if routing is Routing.CAPACITY:
         wanted += ["overflow"]
     assert not (missing := [what for what in wanted if not seen[what]]), (missing, seen)
