@@ -51,6 +51,7 @@ def need_compiler():
         pytest.skip(f"torch.compile needs a C++ compiler, but there is no {compiler}")
 
 
+@pytest.mark.release
 def test_every_side_computes_what_the_reference_computes(run, make_checkpoint, tmp_path, capsys):
     need("onnxscript")
     path = make_checkpoint().path
@@ -77,6 +78,7 @@ def test_every_side_computes_what_the_reference_computes(run, make_checkpoint, t
     assert all(f"\n{name}  " in said for name in names)
 
 
+@pytest.mark.release
 @pytest.mark.parametrize(
     ("name", "depth", "needs"), [(DIFFUSERS, 3, lambda: need("diffusers")), (COMPILED, 1, need_compiler)]
 )

@@ -172,6 +172,7 @@ def test_losses_are_of_the_step_that_a_layer_is_in(find, plan, model):
     assert (losses > 0).sum() > found.layers / 2
 
 
+@pytest.mark.release
 @pytest.mark.parametrize("precision", [Precision.INT8_STATIC, Precision.FP8])
 def test_an_exported_bundle_of_digits_keeps_the_target_on_the_images_searched_on(precision, make_bundle, tmp_path):
     """On ONNX Runtime against fp32 there, where all layers in 8 bits would miss it.
@@ -209,6 +210,7 @@ def test_an_exported_bundle_of_digits_keeps_the_target_on_the_images_searched_on
     assert np.median(without) == pytest.approx(found.curve[-1].quality.psnr_median, abs=ANOTHER_ROUNDING)
 
 
+@pytest.mark.release
 def test_a_ratio_of_frechet_distances(find, ends, model, tmp_path):
     random = np.random.default_rng(0)
     np.savez(tmp_path / "reference.npz", images=random.normal(0, 1, (80, 4, 8, 8)))

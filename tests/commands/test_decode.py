@@ -101,6 +101,7 @@ main(sys.argv[2:])
 """
 
 
+@pytest.mark.release
 def test_a_killed_decode_goes_on(run, runs, autoencoder, tmp_path: Path) -> None:
     call = ["decode", runs[1], "--vae", autoencoder.folder, "--npz", "--out", tmp_path / "out"]
     words = [sys.executable, "-c", DYING, "5", *map(str, call)]

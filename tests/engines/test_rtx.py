@@ -93,7 +93,7 @@ def test_every_subnetwork_of_a_digits_like_bundle_builds_in_fp16(built_once: Bun
 
 
 @pytest.mark.parametrize(
-    ("precision", "subnets"), [("fp32", 4), ("fp16", 1), ("bf16", 1), ("int8-static", 4), ("fp8", 4)]
+    ("precision", "subnets"), [("fp32", 4), ("fp16", 1), ("bf16", 1), ("int8-static", 2), ("fp8", 1)]
 )
 def test_the_shipped_digits_model_builds(rtx, even_ranges, tmp_path: Path, precision: str, subnets: int) -> None:
     checkpoint, kind = load_checkpoint(ASSETS / "dydit.safetensors"), Precision(precision)

@@ -147,7 +147,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(tmp_path: Path, dynamic_recipe: 
     (tmp_path / "recipe.json").write_text(recipe.model_dump_json())
     whole = train(recipe, tmp_path / "whole")
     chance, killed_at, out = random.Random(0), [], tmp_path / "killed"
-    for least in (1, 8, 17, 26):
+    for least in (8, 26):
         run = spawn(tmp_path / "recipe.json", out)
         assert run.stdout is not None
         done = next((int(line) for line in run.stdout if int(line) >= least), None)
@@ -157,7 +157,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(tmp_path: Path, dynamic_recipe: 
         killed_at.append((done, run.returncode))
     # Where this process gets its turn late, the last one may have ended by itself.
     assert all(done is not None for done, _ in killed_at)
-    assert [code for _, code in killed_at[:3]] == [-signal.SIGKILL] * 3 and killed_at[3][1] in (0, -signal.SIGKILL)
+    assert [code for _, code in killed_at[:1]] == [-signal.SIGKILL] and killed_at[1][1] in (0, -signal.SIGKILL)
     last = spawn(tmp_path / "recipe.json", out)
     printed, errors = last.communicate(timeout=600)
     assert last.returncode == 0, errors
