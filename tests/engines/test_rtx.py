@@ -290,8 +290,8 @@ def test_a_building_process_that_dies_is_reported(small, tmp_path: Path) -> None
         run_jobs([job("subnet-0000.onnx"), job("subnet-0000.onnx")], 1, kill_all)
     assert str(caught.value) == (
         "cannot build subnet-0000.onnx: the process that builds engines was ended by SIGKILL, as when memory runs out: "
-        "it wrote nothing to standard error; finished engines are kept: run again, with fewer --jobs where memory ran "
-        "out"
+        "it wrote nothing to standard error; finished engines are kept; run the same command again, with "
+        "fewer --jobs if memory ran out"
     )
 
 
