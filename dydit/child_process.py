@@ -90,7 +90,7 @@ class ChildProcess:
         last = text.splitlines()[-1].strip() if text else "it wrote nothing to standard error"
         how = f"ended: {last} (exit code {code})"
         if code < 0:
-            how = f"was ended by {signal.Signals(-code).name}, as when memory runs out: {last}"
+            how = f"was ended by {signal.Signals(-code).name}, which can mean that memory ran out: {last}"
         died = ChildDiedError(f"the process that {self._task} {how}")
         died.add_note(text)
         return died

@@ -45,8 +45,8 @@ class FileLock:
         with self._locked(0 if wait else fcntl.LOCK_NB) as refusal:
             if refusal is not None and not isinstance(refusal, BlockingIOError):
                 raise OutputError(
-                    f"the file system of {self._path} has no locks ({refusal.strerror}), without which processes could "
-                    "not share it; choose a folder elsewhere"
+                    f"the file system of {self._path} does not support file locks ({refusal.strerror}), which several "
+                    "processes need to share the folder; choose a folder on another file system"
                 ) from refusal
             yield refusal is None
 

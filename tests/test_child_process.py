@@ -58,7 +58,7 @@ def test_an_error_keeps_its_class() -> None:
     ("line", "message"),
     [
         ("crash", r"the process that works ended: ValueError: a bug \(exit code 1\)"),
-        ("kill", "the process that works was ended by SIGKILL, as when memory runs out: noise"),
+        ("kill", "the process that works was ended by SIGKILL, which can mean that memory ran out: noise"),
     ],
 )
 def test_a_death_is_told_with_the_last_words(line: str, message: str) -> None:

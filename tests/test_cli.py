@@ -285,7 +285,9 @@ def test_the_progress_and_the_closing_words_of_workers(run, bundle: Path, tmp_pa
     done = run(*call, "--worker", "0/3")
     assert re.search(r"\rsample \(worker 0/3\): 100 %\|█+\| 12/12 ", done.err)
     assert re.search(r"\rimages \(worker 0/3\): 100 %\|█+\| 2/2 ", done.err)
-    assert "out: 2 images in" in done.out and "these are the images of worker 0/3; the run is not finished" in done.out
+    assert (
+        "out: 2 images in" in done.out and "worker 0/3 has sampled its images, but the run is not finished" in done.out
+    )
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     for rank, shows in ((1, False), (2, True)):
         for name, value in (("RANK", rank), ("WORLD_SIZE", 3), ("LOCAL_RANK", rank % 2)):

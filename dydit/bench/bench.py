@@ -203,14 +203,14 @@ def no_bound(side: SideResult, other: SideResult) -> str:
     theirs = facts(other)
     for what, ours in facts(side).items():
         if ours != theirs[what]:
-            return f"their {what} differ: {ours} and {theirs[what]}"
+            return f"the {what} differ: {ours} and {theirs[what]}"
     return "" if side.macs > 0 else f"{side.side.name} computes no multiply-adds in its blocks"
 
 
 def _common_run(sides: Sequence[Side], run_of: Bundle | None) -> tuple[ModelConfig, SamplingEntry, int]:
     """The model, the run and the largest batch that all contenders have in common. Verifies each bundle once."""
     if len({side.name for side in sides}) != len(sides):
-        raise ConfigError(f"contenders need different names, not {', '.join(side.name for side in sides)}")
+        raise ConfigError(f"configurations need different names, not {', '.join(side.name for side in sides)}")
     bundles = [Bundle.open(side.path) for side in sides if side.kind is SideKind.BUNDLE]
     manifests = [bundle.manifest for bundle in ([run_of] if run_of else []) + bundles]
     if not manifests:
@@ -249,7 +249,7 @@ def _start(jobs: Sequence[Job], stack: ExitStack) -> tuple[list[_Worker], list[N
             not_run.append(NotRun(name=job.side.name, reason=str(error)))
     if not workers:
         raise UnavailableError(
-            f"no contender runs here: {'; '.join(f'{each.name}: {each.reason}' for each in not_run)}"
+            f"no configuration runs on this machine: {'; '.join(f'{each.name}: {each.reason}' for each in not_run)}"
         )
     return workers, not_run
 

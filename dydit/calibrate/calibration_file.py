@@ -111,7 +111,7 @@ class Calibration(Strict):
         else:
             return
         raise CalibrationError(
-            f"the calibration belongs to {differs}; run `dydit calibrate` with the checkpoint and options of the export"
+            f"the calibration is for {differs}; run `dydit calibrate` with the checkpoint and options of the export"
         )
 
     def require_searched(self, precision: str) -> None:

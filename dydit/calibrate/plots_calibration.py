@@ -25,9 +25,9 @@ def calibration_png(result: CalibrationResult) -> bytes:
         headline(
             figure,
             f"{ratio.mean():.0%} of the tokens enter an MLP; with these capacities the MLPs compute "
-            f"{extra_text(held.mlp_ratio)}",
-            f"on {counted(held.images, 'held-out image')}, {held.rate:.3%} of step-blocks overflow (below "
-            f"{held.upper:.2%} with 95 % confidence), so {held.repeated_steps:.2%} of the steps run twice",
+            f"{extra_text(held.mlp_ratio)} than with dynamic routing",
+            f"on {counted(held.images, 'held-out image')}, the tokens overflow in {held.rate:.3%} of the blocks of all "
+            f"steps (below {held.upper:.2%} with 95 % confidence), so {held.repeated_steps:.2%} of the steps run twice",
         )
         upper, lower = figure.subfigures(2, 1, height_ratios=(1.15, 1))
         _ratio_map(upper, ratio, result.timesteps)
@@ -35,7 +35,7 @@ def calibration_png(result: CalibrationResult) -> bytes:
         for axis, (segment, block) in zip(axes, _pairs(len(tokens.capacities), ratio.shape[1]), strict=True):
             _need(axis, result, segment, block)
         axes[0].set_ylabel("share of steps and batches")
-        lower.supxlabel("tokens of a row", fontsize=9)
+        lower.supxlabel("tokens per batch row that enter the MLP", fontsize=9)
         return png(figure)
 
 

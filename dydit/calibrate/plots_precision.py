@@ -25,8 +25,8 @@ def sensitivity_png(result: CalibrationResult) -> bytes:
         headline(
             figure,
             f"{found.chosen.share:.0%} of the linear layers' multiply-adds in {found.precision}, {target_words(found)}",
-            f"{stay} of {counted(found.layers, 'layer')} stay in 16 bits; of {counted(found.images, 'held-out image')} "
-            f"{quality_words(found, found.held_out)}{missed}",
+            f"{stay} of {counted(found.layers, 'layer')} stay in 16 bits; on "
+            f"{counted(found.images, 'held-out image')}, {quality_words(found, found.held_out)}{missed}",
         )
         left, right = figure.subfigures(1, 2, width_ratios=(1, 1.15))
         _curve(left.subplots(), found)
@@ -39,10 +39,11 @@ def search_words(found: Sensitivity) -> str:
     stay, chosen = found.layers - found.chosen.layers, found.chosen
     held = "which reaches the target" if found.held_out_holds else "which MISSES the target"
     return (
-        f"{found.precision}, {target_words(found)}: {stay} of {counted(found.layers, 'linear layer')} stay in 16 bits, "
-        f"{chosen.share:.1%} of the multiply-adds are in 8 bits (computed bound: {chosen.bound:.2f} times the speed of "
-        f"all layers in 16 bits); of {counted(found.images, 'image')} {quality_words(found, chosen.quality)}; of as "
-        f"many held-out images {quality_words(found, found.held_out)}, {held}"
+        f"{found.precision}, target {target_words(found)}: {stay} of {counted(found.layers, 'linear layer')} stay in "
+        f"16 bits, and {chosen.share:.1%} of the multiply-adds are in 8 bits. By multiply-adds, the linear layers can "
+        f"be at most {chosen.bound:.2f} times as fast as with all of them in 16 bits. On "
+        f"{counted(found.images, 'image')}, {quality_words(found, chosen.quality)}. On as many "
+        f"held-out images, {quality_words(found, found.held_out)}, {held}"
     )
 
 
@@ -50,13 +51,13 @@ def target_words(found: Sensitivity) -> str:
     """The target in words."""
     if found.target_psnr is not None:
         return f"at least {found.target_psnr:g} dB"
-    return f"at most {found.target_fd_ratio:g} times the Fréchet distance"
+    return f"at most {found.target_fd_ratio:g} times the Fréchet distance of the model before quantization"
 
 
 def quality_words(found: Sensitivity, quality: Any) -> str:
     """A quality in the measure of the target."""
     if found.target_psnr is not None:
-        return f"the worst has {quality.psnr_least:.1f} dB"
+        return f"the lowest PSNR is {quality.psnr_least:.1f} dB"
     return f"the Fréchet distance is {quality.fd_ratio:.3f} times the model's"
 
 

@@ -314,10 +314,10 @@ class _Search:
         each = float(np.median(seconds[1:]))  # the first also does what only a first call does
         total = self._total()
         return (
-            f"Search for layers: at most {counted(self._most_runs, 'run')} of {counted(self.images.steps, 'step')} "
-            f"with {counted(self.config.images, 'image')} each, and measurements of single layers: "
-            f"{counted(total, 'step')} of a batch at {each:.2g} s each, so at most about {duration(each * total)}; an "
-            "interrupted search continues"
+            f"The search for layers takes at most about {duration(each * total)}: {counted(total, 'step')} of a batch "
+            f"at {each:.2g} s each. They are at most {counted(self._most_runs, 'run')} of "
+            f"{counted(self.images.steps, 'step')} with {counted(self.config.images, 'image')} each, and measurements "
+            "of single layers. Run the same command again to resume an interrupted search"
         )
 
     def _plain(self, images: FakeQuantizedImages, name: str) -> np.ndarray:

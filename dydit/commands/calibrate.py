@@ -142,7 +142,7 @@ if TYPE_CHECKING:
     "--precision",
     type=click.Choice([each.value for each in Precision if each.is_calibrated]),
     default=Precision.INT8_STATIC.value,
-    help="With a target: the 8-bit precision of the layers that do not stay in 16 bits.",
+    help="With --target-psnr or --target-fd-ratio: the precision of the layers that are in 8 bits.",
 )
 @click.option(
     "--search-images",
@@ -190,9 +190,8 @@ def command(
 
     With --target-psnr or --target-fd-ratio, the command measures the error that each linear layer causes in 8 bits,
     for each segment and block. Then it samples whole runs in PyTorch to find the largest set of layers that can be
-    in 8 bits while the target is reached. The
-    calibration file lists the layers that stay in 16 bits, and the export follows it. A second plot, whose name ends in
-    -search.png, shows speed against quality.
+    in 8 bits while the target is reached. The calibration file lists the layers that stay in 16 bits, and the export
+    follows it. A second plot, whose name ends in -search.png, shows speed against quality.
     """
     target = {"psnr": target_psnr, "fd_ratio": target_fd_ratio}
     if None not in target.values():

@@ -76,10 +76,9 @@ def _read_calibration(_: click.Context, __: click.Parameter, path: Path | None) 
     type=click.Choice([each.value for each in Routing]),
     default=Routing.DYNAMIC.value,
     help="How tokens skip the MLP. dynamic: only routed tokens are computed. This has the lowest compute, but shapes "
-    "depend on the data, which tensorrt-rtx does not support. capacity: shapes are "
-    "fixed. Each MLP computes the number of tokens (token slots) that --calibration "
-    "gives. Without --calibration it computes every token, which saves nothing. dense: every "
-    "token is computed, then masked.",
+    "depend on the data, which tensorrt-rtx does not support. capacity: shapes are fixed. Each MLP computes the number "
+    "of tokens (token slots) that --calibration gives. Without --calibration it computes every token, which saves "
+    "nothing. dense: every token is computed, then masked.",
 )
 @click.option(
     "--calibration",
@@ -206,7 +205,7 @@ def _slots_warning(checkpoint: Path, out: Path, config: ExportConfig, run: str) 
     )
     return (
         "without --calibration, --routing capacity keeps a slot for every token, so token routing saves nothing. To "
-        f"calibrate the number of slots: {capacity_chain(checkpoint, slots, bundle, run, config.precision, more)}"
+        f"calibrate the number of slots, run {capacity_chain(checkpoint, slots, bundle, run, config.precision, more)}"
     )
 
 

@@ -209,14 +209,14 @@ def checkpoint_options(command: Command) -> Command:
         click.option(
             "--num-classes",
             type=count,
-            help='Number of classes, not counting the "no class" that guidance uses. Needed only if the checkpoint '
-            "does not contain it.",
+            help="Number of classes, without the null class that guidance uses. Needed only if the checkpoint does not "
+            "contain this number.",
         ),
         click.option(
             "--input-size",
             type=count,
-            help="Height and width of the latents, or of the images of a pixel model. Needed only if the checkpoint "
-            "does not contain it.",
+            help="Height and width of the latents or, for a model of pixels, of the images. Needed only if the "
+            "checkpoint does not contain this size.",
         ),
     )
     return options(with_reading)

@@ -80,8 +80,8 @@ def _parse_worker(_: click.Context, __: click.Parameter, value: str | None) -> W
     "--noise-from",
     type=PATH,
     metavar="FILE.npz",
-    help="Read the noise and the class numbers from the arrays x_T, noise and labels of this file. --seed is then not "
-    "used.",
+    help="Read the noise and the class numbers from the arrays x_T, noise and labels of this file. --seed is not used "
+    "then.",
 )
 @click.option("--latents-out", type=PATH, metavar="FILE.npz", help="Also write the latents to this file.")
 @click.option(
@@ -109,7 +109,8 @@ def command(
 
     Writes numbered PNG files, grid.png and samples.json. For a latent model without a VAE decoder it writes latents.npz
     instead of images. To share a run between several processes, start them with torchrun or accelerate launch
-    (`torchrun --nproc-per-node 2 -m -- dydit sample ...`), or give each a --worker.
+    (`torchrun --nproc-per-node 2 -m -- dydit sample ...`), or start each process with its own
+    --worker I/N.
     """
     require("dydit sample", backend_modules(backend))
     from dydit.bundle.bundle import Bundle

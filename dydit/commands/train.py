@@ -35,7 +35,8 @@ def recipe_settings() -> str:
     type=click.Choice(tuple(RECIPES)),
     required=True,
     help="What to train. digits consists of three runs: a static model, a dynamic model that starts from its weights, "
-    "and a last run whose gates decide as they do at inference.",
+    "and a last run whose gates decide as they do at inference. digits-static, digits-dynamic and digits-settle are "
+    "these runs one by one.",
 )
 @click.option(
     "--out", type=PATH, required=True, help="Folder for the run. Must be empty or absent, unless --resume is given."
@@ -46,12 +47,11 @@ def recipe_settings() -> str:
     help="Continue the run in --out from its last saved state. A larger iterations=N makes the run longer.",
 )
 def command(overrides: tuple[str, ...], recipe: str, out: Path, resume: bool) -> None:
-    """Train a model with a recipe, on the CPU or the GPUs of this machine. KEY=VALUE changes a setting, for example
+    """Train a model with a recipe, on the CPU or the GPUs of this machine.
 
-    iterations=100 or model.depth=4. For a recipe of several runs, static.KEY=VALUE, dynamic.KEY=VALUE or
-
-    settle.KEY=VALUE changes the setting in one run only. Writes model.safetensors, train.json, log.jsonl and
-    curves.png.
+    KEY=VALUE changes a setting, for example iterations=100 or model.depth=4. For a recipe of several runs,
+    static.KEY=VALUE, dynamic.KEY=VALUE or settle.KEY=VALUE changes the setting in one run only. Writes
+    model.safetensors, train.json, log.jsonl and curves.png.
     """
     require("dydit train", [*CHECKPOINTS, "accelerate", "sklearn", "matplotlib"])
     from dydit.training.recipe import find_recipes

@@ -74,10 +74,13 @@ class DoctorReport(Result):
         if not builders:
             rtx = rows["tensorrt-rtx"]
             fix = f"  ->  {rtx.fix}" if rtx.fix else ""
-            return f"no engines can be built here; tensorrt-rtx, which builds without a GPU: {rtx.detail}{fix}"
+            return (
+                "TensorRT engines cannot be built here; tensorrt-rtx, which builds without a GPU, is not available: "
+                f"{rtx.detail}{fix}"
+            )
         missing = [what for name, what in RUNNING.items() if not rows[name].ok]
-        needs = f"; running them here needs {' and '.join(missing)}" if missing else ", which also run here"
-        return f"engines can be built here by: {', '.join(builders)}{needs}"
+        needs = f"; running them here needs {' and '.join(missing)}" if missing else "; they can also be run here"
+        return f"TensorRT engines can be built here by: {', '.join(builders)}{needs}"
 
 
 def _line(row: Row) -> list[str]:

@@ -138,7 +138,10 @@ def _settings_reasons(store: EngineStore, request: EngineRequest) -> list[str]:
         index = other.read()
         if index is not None and index.request.flavour is request.flavour:
             changes = "; ".join(stale_reasons(index.request, request))
-            return [f"{other.folder} does not serve (it is kept; remove it if you do not need it): {changes}"]
+            return [
+                f"the engines in {other.folder} were built with other settings and are not used ({changes}); the "
+                "folder is kept, remove it if you do not need it"
+            ]
     return []
 
 

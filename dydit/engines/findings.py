@@ -101,7 +101,8 @@ class _Check:
             return Kind.ATTENTION, f"attention takes {_words(types)}, expected {self.low}"
         if layer.kind == "softmax" and not self.is_fp32:
             return Kind.ATTENTION, (
-                f"attention is written as products and a softmax, which are not fused; expected Attention in {self.low}"
+                "attention consists of separate matrix products and a softmax, which TensorRT does not fuse; expected "
+                f"one Attention operator in {self.low}"
             )
         if layer.kind == "normalization" and types - {"float32"}:
             return Kind.NORM, f"normalizes {_words(types)}, expected a residual stream in float32"
@@ -112,18 +113,19 @@ class _Check:
             return None
         weights = [name for operand in layer.inputs for name in self._weights(operand)]
         named = f"with {weights[0]}" if weights else "of two activations"
-        taken = f"the product {named} takes {_words(types)}, expected"
+        taken = f"the matrix product {named} takes {_words(types)}, expected"
         if self.is_exempt(layer):
             return (Kind.PRODUCT, f"{taken} float32 in every precision") if types - {"float32"} else None
         if self.quantized and self._fp16_weights.isdisjoint(weights):
             right = all(self._was_stored_in_8_bits(operand) for operand in layer.inputs)
-            return None if right else (Kind.PRODUCT, f"{taken} {self.quantized} on both sides")
+            return None if right else (Kind.PRODUCT, f"{taken} {self.quantized} for both operands")
         if not weights:
             return Kind.ATTENTION, (
-                f"a product of two activations in {_words(types)} is attention that is not fused; expected Attention"
+                f"a matrix product of two activations in {_words(types)} is attention that is not fused; expected one "
+                "Attention operator"
             )
         if "float32" in types:
-            return Kind.PRODUCT, f"the product {named} takes float32, expected {self.low}"
+            return Kind.PRODUCT, f"the matrix product {named} takes float32, expected {self.low}"
         return None
 
     def is_exempt(self, product: Layer) -> bool:
@@ -162,12 +164,12 @@ class _Check:
             return Kind.CAST, f"casts {before} to {after}, which {self.low} graphs do not use"
         if after == "float32":
             from_product = self._comes_from_product(source)
-            text = f"casts {before} to float32, but its input is not the output of a product"
+            text = f"casts {before} to float32, but its input is not the output of a matrix product"
             return None if from_product else (Kind.CAST, text)
         if not self._feeds_product(result):
             return Kind.CAST, f"casts float32 to {after}, but not at the edge of a product"
         if self._is_island(source):
-            return Kind.CAST, f"casts back to {after} what was {after} before: float32 between two products"
+            return Kind.CAST, f"casts a value from {after} to float32 and back to {after} between two matrix products"
         return None
 
     def _feeds_product(self, name: str) -> bool:

@@ -101,7 +101,7 @@ def load_polygraphy(flavour: Flavour) -> Any:
         raise BackendError(f"{error.name} is not installed: pip install 'dydit[{flavour}]'") from error
     if bool(config.USE_TENSORRT_RTX) != rtx:
         raise BackendError(
-            f"Polygraphy drives the other TensorRT in this process already; use {flavour} in another process"
+            f"Polygraphy already uses the other TensorRT flavour in this process; use {flavour} in a new process"
         )
     importlib.import_module("polygraphy.logger").G_LOGGER.module_severity = 1000  # our messages repeat what matters
     return loaders

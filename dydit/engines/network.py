@@ -159,8 +159,8 @@ def require_distinct_names(path: Path) -> None:
         inner = {name for node in function.node for name in node.output}
         if shared := sorted(inner & main):
             raise BackendError(
-                f"{path.name}: function {function.name!r} and the main graph both have a value {shared[0]!r}, which "
-                "TensorRT's parser confuses; export the bundle again"
+                f"{path.name}: function {function.name!r} and the main graph both have a value named "
+                f"{shared[0]!r}, and TensorRT's parser does not distinguish them; export the bundle again"
             )
 
 

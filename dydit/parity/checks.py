@@ -142,11 +142,15 @@ def _faults(evidence: _Evidence, flipped: list[FlippedImage]) -> list[str]:
     faulty = [each for each in flipped if not each.tie]
     if faulty:
         first = min(faulty, key=lambda each: each.step)
-        logit = "not finite" if first.margin is None else f"{first.margin:.2g} of the root mean square"
+        logit = (
+            "not finite"
+            if first.margin is None
+            else f"{first.margin:.2g} times the root mean square of the block's logits"
+        )
         faults.append(
             f"{len(faulty)} of {counted(evidence.values.shape[1], 'image')} route{'s' if len(faulty) == 1 else ''} a "
-            f"token differently that is not a near-tie (image {first.image}, step {first.step}, block {first.block}: "
-            f"its logit is {logit}, a near-tie is at most {tolerance.near_tie:g})"
+            f"token differently, and the decision is not a near-tie (image {first.image}, step {first.step}, block "
+            f"{first.block}: the router's logit is {logit}; a near-tie is at most {tolerance.near_tie:g} times)"
         )
     flips = int(evidence.flips.sum())
     if evidence.decisions >= AGREEMENT_FROM and flips > (1 - tolerance.agreement) * evidence.decisions:
@@ -168,7 +172,8 @@ def _summary(evidence: _Evidence, flipped: list[FlippedImage]) -> str:
         return worst
     jumps = [each.value for each in flipped]
     largest = "not finite" if None in jumps else _shown(max(value for value in jumps if value is not None))
-    return f"{worst}; {counted(len(flipped), 'image')} flipped a token at a near-tie (there at most {largest})"
+    ties = f"{counted(len(flipped), 'image')} flipped a token at a near-tie"
+    return f"{worst}; {ties} (largest value of these images: {largest})"
 
 
 def _noun(tolerance: Tolerance) -> str:

@@ -108,7 +108,8 @@ def tolerances(precision: Precision) -> dict[str, Tolerance]:
         },
         "step": {
             "limit": limit,
-            "reason": f"products and attention round to {precision}; this may flip a token whose logit is near 0",
+            "reason": f"matrix products and attention round to {precision}; this can change the routing of a token "
+            "whose logit is near 0",
         },
         "run": {
             "measure": "root mean square difference of the picture, relative to its range of values",

@@ -105,9 +105,9 @@ def _deviation(parity: ParityReport) -> Line:
     note = f"largest relative L2 in {counted(parity.steps, 'step')}; {decisions_text(run.flips, run.decisions)}"
     if jumps:
         others = (
-            "every image routes a token differently"
+            "every image has a token that is routed differently, so no value was compared with the tolerance"
             if run.worst is None
-            else f"{exponent(run.worst)} for images where none does"
+            else f"{exponent(run.worst)} for images whose token decisions all agree"
         )
         note += f"; {others}"
     note += f" (tolerance {exponent(run.tolerance)})" if parity.ok else f"; PARITY FAILS: {parity.summary}"

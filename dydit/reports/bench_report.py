@@ -131,7 +131,7 @@ class BenchReport(Result):
     steps_measured: tuple[int, ...]
     timesteps: tuple[int, ...]
     sides: tuple[SideResult, ...]
-    comparisons: tuple[Comparison, ...] = Field(description="the first contender against each other one")
+    comparisons: tuple[Comparison, ...] = Field(description="the first configuration compared with each of the others")
     not_run: tuple[NotRun, ...] = ()
     load_average: tuple[float, float] = Field(
         description="one-minute load average of the machine before and after, which shows other work"

@@ -158,9 +158,9 @@ def parity_headline(parity: ParityReport) -> tuple[str, str]:
     run = _pictures_of_run(parity)
     flips = sum(check.flips for check in parity.checks)
     if parity.precision is None:
-        title = f"{parity.backend} is within its tolerances of PyTorch"
+        title = f"{parity.backend} agrees with PyTorch within the tolerances"
     elif _rounded(parity):
-        quality = "within its tolerances" if run is None else psnr_text(run)
+        quality = "within the tolerances" if run is None else psnr_text(run)
         title = f"{parity.precision} on {parity.backend}: {quality} against fp32 in PyTorch"
     elif flips:
         decisions = counted(flips, "token decision")

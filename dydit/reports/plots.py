@@ -56,7 +56,7 @@ def plan_png(curve: Sequence[PlanRow], chosen: PlanRow, exact: float, static: fl
             f"{counted(count, 'segment')} of steps; the subnetworks hold {bytes_text(chosen.weight_bytes)} of weights"
         )
         if extra > 5e-4:
-            detail += f"; the {curve[-1].subnets} of the exact masks would hold {exact_size}"
+            detail += f"; the {curve[-1].subnets} subnetworks of the exact masks would hold {exact_size}"
         verb = "costs" if chosen.subnets == 1 else "cost"
         headline(figure, f"{counted(chosen.subnets, 'subnetwork')} {verb} {cost} than the exact masks", detail)
         upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(1.5, 1))
@@ -161,7 +161,7 @@ def _ms(value: float) -> str:
 
 def _setting(bench: BenchReport) -> str:
     threads = counted(bench.threads, "thread") if bench.threads else "all threads"
-    rounds = f"median of {counted(bench.repeats, 'round')} in turn, line: fastest to slowest"
+    rounds = f"bars: median of {counted(bench.repeats, 'round')}; lines: fastest to slowest round"
     if bench.repeats == 1:
         rounds = "one round"
     left_out = ", ".join(each.name for each in bench.not_run)

@@ -103,8 +103,8 @@ def tokens_png(
         headline(
             figure,
             f"{average:.0%} of the tokens enter the MLPs" + ("; the others skip them" if average < 1 else ""),
-            f"in the shown {'step' if shown == 1 else 'steps'}: {by_image} of the tokens of an image; the share over "
-            "all images is above each column",
+            f"in the shown {'step' if shown == 1 else 'steps'}, {by_image} of the tokens of an image enter the MLPs; "
+            "the share over all images is above each column",
         )
         axes = figure.subplots(rows, shown + 1, squeeze=False)
         for row in range(rows):

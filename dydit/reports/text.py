@@ -49,17 +49,19 @@ def aligned(rows: Sequence[Sequence[str]], right: Sequence[int] = (), indent: st
 
 
 def measured_lines(measured: MeasuredPlan | None) -> list[str]:
-    """The time and memory of a plan by its profile, a sentence each."""
+    """The time and memory of a plan by its profile, a line each."""
     lines = []
     if measured is not None and measured.times is not None:
         assert measured.ms is not None and measured.per_step_ms is not None and measured.static_ms is not None
         times = measured.times
         cores = counted(times.threads, "thread")
-        setting = f"{cores}, {counted(times.rows, 'row')}, {times.token_share:.0%} of the tokens in the MLPs"
+        batch = f"batch of {counted(times.rows, 'row')} (two per image with guidance)"
+        setting = f"{cores}, {batch}, {times.token_share:.0%} of the tokens in the MLPs"
         lines.append(
-            f"According to a profile on {times.backend} ({setting}; fit within {times.deviation:.1%}), a run takes "
-            f"{measured.ms / 1e3:.3g} s: {measured.ms / measured.static_ms:.1%} of the time with all heads and groups "
-            f"({measured.per_step_ms / measured.static_ms:.1%} with a subnetwork for every step)"
+            f"According to a profile on {times.backend} ({setting}; largest error of the fit: {times.deviation:.1%}), "
+            f"a run takes {measured.ms / 1e3:.3g} s. This is {measured.ms / measured.static_ms:.1%} of the time with "
+            f"all heads and groups; a subnetwork for every step would take "
+            f"{measured.per_step_ms / measured.static_ms:.1%}"
         )
         if times.deviation > ROUGH:
             lines.append("That fit is rough, which is typical of a busy machine: export again on an idle one")

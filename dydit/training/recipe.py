@@ -76,7 +76,9 @@ class Recipe(Strict):
     flops_weight: float = Field(default=2.0, ge=0)
     token_target: float = Field(default=0.7, gt=0, le=1, description="share of tokens that the token losses aim at")
     token_weight: float = Field(
-        default=0.0, ge=0, description="weight of the token losses, which are not in the paper: see losses.token_loss"
+        default=0.0,
+        ge=0,
+        description="weight of the token losses, which are not in the paper: see dydit/training/losses.py",
     )
     token_spread: float = Field(
         default=0.0,
@@ -89,11 +91,16 @@ class Recipe(Strict):
         ge=0,
         description="iteration at which the target share of multiply-adds, which falls linearly, reaches lambda_target",
     )
-    ramp_hold: int = Field(default=100, ge=0, description="the target is 1 before this iteration")
+    ramp_hold: int = Field(
+        default=100, ge=0, description="the target share of multiply-adds is 1 before this iteration"
+    )
     warmup_iterations: int = Field(default=0, ge=0, description="iterations with the complete model's loss added")
     temperature: float = Field(default=5.0, gt=0)
     noise_anneal: float = Field(
-        default=0.0, ge=0, le=1, description="last share of the run, over which gate noise goes to 0"
+        default=0.0,
+        ge=0,
+        le=1,
+        description="share of the iterations, at the end of the run, over which the noise of the gates falls to 0",
     )
     width_bias: float = 15.0
     token_bias: float = 35.0
@@ -104,7 +111,10 @@ class Recipe(Strict):
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
         if (self.stage is not Stage.STATIC) != self.model.dynamic:
-            raise ValueError(f"stage {self.stage} does not fit model.routers {self.model.routers}")
+            raise ValueError(
+                f"stage {self.stage} does not fit model.routers {self.model.routers}; stage static needs model.routers "
+                "none, and the other stages need a model with routers"
+            )
         if self.label_dropout and self.model.null_class is None:
             raise ValueError("label_dropout needs a model with a null class")
         if self.batch_size % 4:
@@ -130,12 +140,12 @@ class Recipe(Strict):
             return ""
         schedules = ["learning_rate_schedule"] if self.learning_rate_schedule is LearningRateSchedule.COSINE else []
         schedules += ["noise_anneal"] if self.stage is Stage.DYNAMIC and self.noise_anneal else []
-        fact = f"it was made longer at iteration {', then '.join(map(str, where))}"
+        fact = f"the run was made longer at iteration {', then '.join(map(str, where))}"
         if not schedules:
-            return f"{fact}, and equals a run of {self.iterations} iterations at once"
+            return f"{fact}; its result equals that of a single run of {self.iterations} iterations"
         return (
-            f"{fact}; {' and '.join(schedules)} followed the shorter run until then, so it differs slightly from a run "
-            f"of {self.iterations} iterations at once"
+            f"{fact}; {' and '.join(schedules)} followed the shorter run until then, so its result differs slightly "
+            f"from that of a single run of {self.iterations} iterations"
         )
 
     def gate_noise(self, iteration: int) -> float:

@@ -228,7 +228,7 @@ class _Run:
     def failure(self, reason: str) -> TrainingError:
         """The error that ends a run; resuming would only repeat it."""
         saved = states(self.out)
-        state = f"its last good state is {saved[-1]}" if saved else "no state was saved before"
+        state = f"the last good state of the run is {saved[-1]}" if saved else "no state was saved before"
         return TrainingError(
             f"{reason}; {state}, and no weights were written. Resuming would repeat the failure: start again in "
             f"another folder, with learning_rate below {self.recipe.learning_rate:g} or with a lower clip_norm"
@@ -256,8 +256,8 @@ class _Run:
                 self.require_finite()
             if counters.skipped_in_a_row >= HOPELESS:
                 raise self.failure(
-                    f"{HOPELESS} steps in a row were skipped, the last at iteration {iteration}: the gradient norm "
-                    f"({norm:.3g}) stays above grad_norm_limit ({limit:g}), which could also be raised"
+                    f"{HOPELESS} steps in a row were skipped, the last at iteration {iteration}, because the gradient "
+                    f"norm ({norm:.3g}) stays above grad_norm_limit ({limit:g}; a higher limit may help)"
                 )
         self.optimizer.zero_grad()
         with torch.no_grad():

@@ -357,7 +357,9 @@ class TestScripts:
         report = run_bench([mine("nothing"), *sides], QUICK)
         assert [(each.name, each.reason) for each in report.not_run] == [("mine", "there is nothing to load")]
         assert [side.side for side in report.sides] == sides and report.comparisons == ()
-        with pytest.raises(UnavailableError, match="no contender runs here: mine: there is nothing to load"):
+        with pytest.raises(
+            UnavailableError, match="no configuration runs on this machine: mine: there is nothing to load"
+        ):
             run_bench([mine("nothing")], QUICK, run_of=make_bundle())
 
 

@@ -69,7 +69,7 @@ def test_it_comes_back_as_written(tmp_path, activations):
     ],
 )
 def test_what_differs_is_named(of, words):
-    with pytest.raises(CalibrationError, match=f"^the calibration belongs to {words}; run `dydit calibrate` with"):
+    with pytest.raises(CalibrationError, match=f"^the calibration is for {words}; run `dydit calibrate` with"):
         calibration().require(*of)
     calibration().require(CHECKPOINT, 3, Sampler.DDPM, PLAN)
 

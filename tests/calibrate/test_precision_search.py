@@ -142,8 +142,9 @@ def test_a_search_says_how_long_it_may_take_before_it_starts_and_its_total_is_ho
     find(tmp_path, lambda *now: events.append(now), announce=events.append)
     line, *progress = events
     assert re.fullmatch(
-        r"Search for layers: at most \d+ runs of 6 steps with 5 images each, and measurements of single layers: "
-        r"[\d,]+ steps of a batch at \S+ s each, so at most about .*; an interrupted search continues",
+        r"The search for layers takes at most about .*: [\d,]+ steps of a batch at \S+ s each. They are at most \d+ "
+        r"runs of 6 steps with 5 images each, and measurements of single layers. Run the same command again to resume "
+        r"an interrupted search",
         line,
     )
     totals = [total for _, total in progress]

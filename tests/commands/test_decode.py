@@ -131,7 +131,10 @@ def test_what_is_no_file_of_latents(decode, runs, tmp_path: Path) -> None:
     file = tmp_path / "latents.npz"
     for arrays, words in (
         ({"arr_0": good}, "has no array 'latents'; expected latents"),
-        ({"latents": good[0]}, "latents are float32 [4, 8, 8], expected floating point [images, channels, side, side]"),
+        (
+            {"latents": good[0]},
+            "latents are float32 [4, 8, 8], expected floating point [images, channels, height, width]",
+        ),
         ({"latents": good.astype(int)}, "latents are int64 [2, 4, 8, 8], expected floating point"),
         ({"latents": good[:0]}, "expected floating point [images"),
         ({"latents": good[..., :6]}, "latents are 8x6, expected squares"),
@@ -148,7 +151,7 @@ def test_what_is_no_file_of_latents(decode, runs, tmp_path: Path) -> None:
     file.write_bytes(b"text")
     refused(decode(file), "is not a latents file")
     refused(decode(tmp_path / "nowhere.npz"), "cannot read latents from", "No such file")
-    refused(decode(runs[0]), "holds no latents.npz", "dydit sample --latents-out FILE.npz")
+    refused(decode(runs[0]), "holds no latents.npz", "sample with --latents-out FILE.npz and decode FILE.npz")
     refused(decode(runs[1], vae=tmp_path / "nowhere"), "no such file or folder")
     refused(decode(runs[1], "--vae-tile", 9), "the tile has a side of 9 latents; expected 1..8")
 

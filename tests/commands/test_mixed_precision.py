@@ -47,7 +47,8 @@ def test_a_target_then_a_bundle_of_8_and_16_bits(
     call = ["calibrate", checkpoint, *SMALL, *SEARCH, "--precision", precision, *more]
     done = run(*call, "--target-psnr", 1, "--out", tmp_path / "low.json", "--json")
     assert done.code == 0
-    assert re.fullmatch(r"Search for layers: at most \d+ runs of .* at most about .*; .*\n", done.err), done.err
+    said = r"The search for layers takes at most about .* They are at most \d+ runs of .*\n"
+    assert re.fullmatch(said, done.err), done.err
     curve = json.loads(done.out)["sensitivity"]["curve"]
     target = round((curve[0]["quality"]["psnr_least"] + curve[-1]["quality"]["psnr_least"]) / 2, 3)
     done = run(*call, "--target-psnr", target, "--out", file)
@@ -57,7 +58,8 @@ def test_a_target_then_a_bundle_of_8_and_16_bits(
     assert found.activations is not None and found.sensitivity is not None
     stay = int(found.activations.fp16_layers.sum())
     assert 0 < stay < found.sensitivity.layers and found.sensitivity.chosen.quality.psnr_least >= target
-    assert f"{precision}, at least {target:g} dB: {stay} of {found.sensitivity.layers} linear layers stay" in done.out
+    words = f"{precision}, target at least {target:g} dB: {stay} of {found.sensitivity.layers} linear layers stay"
+    assert words in done.out
     assert ("MISSES the target" in done.out) == (not found.sensitivity.held_out_holds)
     assert run(*call, "--target-psnr", target, "--out", tmp_path / "again.json", "-q") == (0, "", "")
     assert (tmp_path / "again.json").read_bytes() == file.read_bytes()
@@ -85,7 +87,9 @@ def test_a_ratio_of_frechet_distances(run, checkpoint: Path, tmp_path: Path) -> 
     np.savez(reference, latents=np.random.default_rng(0).normal(0, 1, (70, 4, 8, 8)).astype(np.float32))
     call = ["calibrate", checkpoint, *SMALL, *SEARCH, "--search-images", 64, "--reference", reference, "--out", file]
     done = run(*call, "--target-fd-ratio", 1.5)
-    assert done.code == 0 and done.err.startswith("Search for layers: ") and done.err.count("\n") == 1, done.err
+    assert done.code == 0 and done.err.startswith("The search for layers takes ") and done.err.count("\n") == 1, (
+        done.err
+    )
     found = read_calibration(file).sensitivity
     assert found is not None and found.target_fd_ratio == 1.5
     assert found.chosen.quality.fd_ratio is not None and found.chosen.quality.fd_ratio <= 1.5

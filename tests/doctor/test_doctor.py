@@ -142,9 +142,11 @@ def test_without_a_driver_packages_are_not_enough():
 
 def test_what_builds_engines_and_what_is_missing_to_run_them_is_said():
     gone = Finding(ok=False, detail="no driver")
-    assert run_doctor(fake()).engines == "engines can be built here by: tensorrt, tensorrt-rtx, which also run here"
+    both = "TensorRT engines can be built here by: tensorrt, tensorrt-rtx; they can also be run here"
+    assert run_doctor(fake()).engines == both
     no_gpu = run_doctor(fake(driver=gone, pycuda=Finding(ok=False, detail="no pycuda")))
-    said = "engines can be built here by: tensorrt-rtx; running them here needs an NVIDIA GPU and its driver and PyCUDA"
+    needs = "running them here needs an NVIDIA GPU and its driver and PyCUDA"
+    said = f"TensorRT engines can be built here by: tensorrt-rtx; {needs}"
     assert no_gpu.engines == said, "tensorrt builds on the GPU alone"
     assert f"\n\n{said}\nbackends that run bundles here:" in no_gpu.text()
     assert run_doctor(fake(pycuda=gone)).engines.endswith("tensorrt-rtx; running them here needs PyCUDA")
@@ -155,8 +157,8 @@ def test_where_nothing_builds_engines_the_flavour_that_needs_no_gpu_is_named():
     rtx = Finding(ok=False, detail="tensorrt_rtx cannot be imported", fix="pip install rtx")
     report = run_doctor(fake(driver=gone, tensorrt_rtx=rtx))
     assert report.engines == (
-        "no engines can be built here; tensorrt-rtx, which builds without a GPU: tensorrt_rtx cannot be imported  ->  "
-        "pip install rtx"
+        "TensorRT engines cannot be built here; tensorrt-rtx, which builds without a GPU, is not available: "
+        "tensorrt_rtx cannot be imported  ->  pip install rtx"
     )
 
 

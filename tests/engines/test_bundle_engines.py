@@ -111,8 +111,9 @@ def test_other_settings_have_a_folder_of_their_own_and_say_why(bundle: Bundle, r
     second = build_engines(bundle, request_for(bundle, version="1.8.0", max_batch=8))
     assert second.folder != first.folder
     assert second.text()[0] == (
-        f"{first.folder} does not serve (it is kept; remove it if you do not need it): the version: 1.7.1 became "
-        "1.8.0; the batch it is tuned for: 4 became 8; the largest batch: 4 became 8"
+        f"the engines in {first.folder} were built with other settings and are not used (the version: 1.7.1 became "
+        "1.8.0; the batch it is tuned for: 4 became 8; the largest batch: 4 became 8); the folder is kept, remove it "
+        "if you do not need it"
     )
     assert build_engines(bundle, request_for(bundle)).built == ()
 

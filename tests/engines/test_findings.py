@@ -248,10 +248,18 @@ def half_router(model: onnx.ModelProto) -> None:
 
 
 SPOILED: list[tuple[Spoil, Kind, str]] = [
-    (fp32_product, Kind.PRODUCT, "the product with blocks.0.fc1.weight takes float32, expected float16"),
-    (fp32_gelu, Kind.CAST, "casts back to float16 what was float16 before: float32 between two products"),
-    (unfused_attention, Kind.ATTENTION, "attention is written as products and a softmax, which are not fused"),
-    (half_router, Kind.PRODUCT, "the product with blocks.0.router.0.weight takes float16, expected float32 in every"),
+    (fp32_product, Kind.PRODUCT, "the matrix product with blocks.0.fc1.weight takes float32, expected float16"),
+    (fp32_gelu, Kind.CAST, "casts a value from float16 to float32 and back to float16 between two matrix products"),
+    (
+        unfused_attention,
+        Kind.ATTENTION,
+        "attention consists of separate matrix products and a softmax, which TensorRT does not",
+    ),
+    (
+        half_router,
+        Kind.PRODUCT,
+        "the matrix product with blocks.0.router.0.weight takes float16, expected float32 in every",
+    ),
 ]
 
 

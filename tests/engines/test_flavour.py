@@ -87,5 +87,5 @@ def test_no_driver_is_no_gpu(monkeypatch) -> None:
 def test_polygraphy_drives_one_flavour_in_a_process(monkeypatch, rtx) -> None:
     load_polygraphy(Flavour.TENSORRT_RTX)
     pretend(monkeypatch, "tensorrt", "11.4.0")
-    with pytest.raises(BackendError, match="drives the other TensorRT in this process already"):
+    with pytest.raises(BackendError, match="already uses the other TensorRT flavour in this process"):
         load_polygraphy(Flavour.TENSORRT)

@@ -34,8 +34,8 @@ def test_a_name_inside_and_outside_a_function_is_refused(tmp_path: Path, shared:
     with pytest.raises(BackendError) as caught:
         require_distinct_names(path)
     assert str(caught.value) == (
-        f"graph.onnx: function 'twice' and the main graph both have a value '{shared}', which TensorRT's parser "
-        "confuses; export the bundle again"
+        f"graph.onnx: function 'twice' and the main graph both have a value named '{shared}', and TensorRT's "
+        "parser does not distinguish them; export the bundle again"
     )
 
 

@@ -181,7 +181,7 @@ def test_wrong_types_fail_the_build_before_it_and_are_logged(small) -> None:
         build_engines(bundle, request)
     message = str(caught.value)
     assert "conditioning.onnx has types that fp16 does not allow: layer " in message
-    assert "the product with adaln.weight takes float32, expected float16" in message
+    assert "the matrix product with adaln.weight takes float32, expected float16" in message
     folder = EngineStore.of(bundle, request).folder
     assert not list(folder.glob("*.engine"))
     assert "conditioning.engine from conditioning.onnx: failed" in (folder / "build.log").read_text()
@@ -289,9 +289,9 @@ def test_a_building_process_that_dies_is_reported(small, tmp_path: Path) -> None
     with pytest.raises(BackendError) as caught:
         run_jobs([job("subnet-0000.onnx"), job("subnet-0000.onnx")], 1, kill_all)
     assert str(caught.value) == (
-        "cannot build subnet-0000.onnx: the process that builds engines was ended by SIGKILL, as when memory runs out: "
-        "it wrote nothing to standard error; finished engines are kept; run the same command again, with "
-        "fewer --jobs if memory ran out"
+        "cannot build subnet-0000.onnx: the process that builds engines was ended by SIGKILL, which can mean that "
+        "memory ran out: it wrote nothing to standard error; finished engines are kept; run the same command again, "
+        "with fewer --jobs if memory ran out"
     )
 
 

@@ -199,7 +199,8 @@ def test_a_plan_by_measured_times_is_shown_by_them(make_checkpoint, tmp_path):
     costs = [row.ms for row in facts.plans]
     assert costs == sorted(costs, reverse=True) and costs[-1] == pytest.approx(facts.measured.per_step_ms)
     assert sum(each.cost_share for each in facts.segments) == pytest.approx(1)
-    assert "According to a profile on onnxruntime (1 thread, 2 rows, 50% of the tokens" in found.text()
+    setting = "1 thread, batch of 2 rows (two per image with guidance), 50% of the tokens in the MLPs"
+    assert f"According to a profile on onnxruntime ({setting}; largest error of the fit: " in found.text()
     assert "s a run" in found.text() and BundleFacts.parse(json.loads(json.dumps(found.to_json()))) == facts
     assert set(found.pictures()) == {"masks.png", "plan.png"}
 

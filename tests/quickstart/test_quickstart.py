@@ -122,10 +122,10 @@ def test_the_largest_deviation_counts_images_that_flipped_a_token(finished):
     jumped = line(flips=1, flipped_images=(image,))
     assert (
         jumped.value == "2.5e-2"
-        and "1 of 5,000 token decisions differs; 1e-7 for images where none does" in jumped.note
+        and "1 of 5,000 token decisions differs; 1e-7 for images whose token decisions all agree" in jumped.note
     )
     alone = line(flips=1, flipped_images=(image,), worst=None)
-    assert alone.value == "2.5e-2" and "every image routes a token differently" in alone.note
+    assert alone.value == "2.5e-2" and "every image has a token that is routed differently" in alone.note
     failed = line(flips=0, status=Status.FAILED, worst=None)
     assert failed.value == "not finite" and "PARITY FAILS: parity fails at run" in failed.note
 

@@ -132,7 +132,7 @@ def test_the_plan_marks_its_choice_and_says_what_it_costs(titles):
     finding, detail = titles[0]
     assert finding == "4 subnetworks cost 12.5% more multiply-adds than the exact masks"
     held = "the subnetworks hold 4.00 MiB of weights"
-    assert detail == f"4 segments of steps; {held}; the 16 of the exact masks would hold 16.0 MiB"
+    assert detail == f"4 segments of steps; {held}; the 16 subnetworks of the exact masks would hold 16.0 MiB"
     pixels(plan_png(curve[:1], curve[0], 150.0, 150.0))
     assert titles[1][0] == "1 subnetwork costs no more than the exact masks"
     pixels(plan_png(curve, plan_row(4, 3, 100.0, 2**20), 100.0, 160.0))
@@ -202,7 +202,7 @@ def test_the_ranking_has_the_bound_across_and_bundles_in_their_colour(titles):
     assert count(array, ACCENT_LIGHT) > 1.5 * count(array, ACCENT) > 1000, "60 ms of theirs, 31 of ours"
     assert titles[0] == (
         "dynamic: 1.82\u00d7 speed-up over static",
-        "batch 4, guidance 2, 2 threads; median of 3 rounds in turn, line: fastest to slowest",
+        "batch 4, guidance 2, 2 threads; bars: median of 3 rounds; lines: fastest to slowest round",
     )
     less = report.model_copy(update={"not_run": (NotRun(name="compiled", reason="no compiler"),)})
     assert count(pixels(ranking_png(less)), SECOND) == 0
@@ -219,7 +219,7 @@ def test_repeated_steps_stand_in_the_picture(titles):
 def test_without_a_bound_the_picture_says_why(titles):
     report = bench(side("dynamic", 10.0), side("eager", 28.4, SideKind.TORCH_MASKED))
     assert count(pixels(latency_png(report)), SECOND) == 0
-    why = "no bound by multiply-adds, because their backends differ: onnxruntime and PyTorch"
+    why = "no bound by multiply-adds, because the backends differ: onnxruntime and PyTorch"
     assert titles[0][0] == f"dynamic: 2.84\u00d7 speed-up over eager; {why}"
 
 
@@ -273,7 +273,7 @@ def test_below_fp32_the_title_claims_what_was_measured(titles, precision):
     finding, detail = titles[0]
     assert "rounding" not in finding and "305 of 1,200 token decisions differ" in detail
     if precision is None:
-        assert finding == "onnxruntime is within its tolerances of PyTorch"
+        assert finding == "onnxruntime agrees with PyTorch within the tolerances"
         assert "within the tolerances of" not in report.summary
     else:
         assert finding == f"{precision} on onnxruntime: PSNR at least 40.0 dB against fp32 in PyTorch"

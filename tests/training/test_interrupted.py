@@ -129,7 +129,7 @@ def test_weights_that_are_not_finite_end_a_run_and_are_never_written(
     last = 4 * (at // 4)  # iterations of the state before
     assert "the run diverged: " in text and "not finite" in text and "learning_rate" in text
     assert (
-        f"its last good state is {tmp_path / 'run' / f'state-{last:08d}'}" if last else "no state was saved"
+        f"the last good state of the run is {tmp_path / 'run' / f'state-{last:08d}'}" if last else "no state was saved"
     ) in text
     saved = states(tmp_path / "run")
     assert [int(path.name[6:]) for path in saved] == ([last] if last else [])
@@ -258,7 +258,8 @@ def test_a_finished_run_gets_longer_to_the_bits_of_an_undisturbed_one(
     for name in ("model.safetensors", "log.jsonl", "recipe.json", "state-00000012/tensors.safetensors"):
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
     assert made.summary["made_longer_at"] == [first] and "made_longer_at" not in whole.summary
-    assert made.note == f"it was made longer at iteration {first}, and equals a run of 12 iterations at once"
+    equal = "its result equals that of a single run of 12 iterations"
+    assert made.note == f"the run was made longer at iteration {first}; {equal}"
     again = train(longer, tmp_path / "run", resume=True, progress=lambda *_: pytest.fail("it ran"))
     assert "finished already" in again.note and again == made
     with pytest.raises(ConfigError, match="can be made longer, not shorter"):

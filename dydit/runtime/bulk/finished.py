@@ -196,8 +196,8 @@ def find_damage(out: Path, run: Run, known: dict[str, Any]) -> Damage:
             continue
         if file == run.latents_out and file.exists():
             raise OutputError(
-                f"{file} has changed since this run wrote it; move it away to have the same command write it again, or "
-                "choose another output"
+                f"{file} has changed since this run wrote it; move the file to another place and run the same command "
+                "again, or choose another output"
             )
         lost.append(file)
     return Damage(images, tuple(lost))

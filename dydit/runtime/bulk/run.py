@@ -211,14 +211,15 @@ def _sample_share(work: _Work) -> SampleSummary:
         repeated_steps=store.repeated_steps(share),
         seconds=seconds,
         picture_seconds=picture_seconds,
-        note=f"these are the images of worker {worker}; the run is not finished: its last worker writes the results",
+        note=f"worker {worker} has sampled its images, but the run is not finished; the worker that finishes last "
+        "writes the results",
     )
     if not _others_done(work, store, share):
         return own
     with folder.finishing() as ours:
         if not ours:
             return dataclasses.replace(
-                own, note=f"these are the images of worker {worker}; another worker writes the results"
+                own, note=f"worker {worker} has sampled its images; another worker writes the results"
             )
         started = time.perf_counter()
         for file in run.results(folder.out):
@@ -252,7 +253,8 @@ def _repair(work: _Work, known: dict[str, Any]) -> SampleSummary:
             write_result(folder.out, run, store, file)
         folder.finish(facts(folder.out, run, known["repeated_steps"]))
     how = "from the latents" if restored else "by sampling again" if needed else "from the pictures"
-    note = _note(run, f"{damage.names} of this finished run was missing or damaged and has been replaced {how}")
+    again = f"these files of the finished run were missing or damaged and have been written again {how}"
+    note = _note(run, f"{again}: {damage.names}")
     return dataclasses.replace(
         before, finished_before=False, seconds=seconds, picture_seconds=picture_seconds, note=note
     )

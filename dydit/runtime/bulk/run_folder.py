@@ -105,8 +105,8 @@ class RunFolder:
                     with FileLock(file).attempt() as free:
                         if not free:
                             raise OutputError(
-                                f"worker {other} is sampling into {self.out}, and this is worker {worker}; wait until "
-                                "it ends, or start all workers with the same number of workers"
+                                f"worker {other} is sampling into {self.out}, but this is worker {worker}; wait until "
+                                f"worker {other} ends, or start all workers with the same N in --worker I/N"
                             )
             file = self.work / f"worker-{worker.number}-of-{worker.count}.lock"
             if not held.enter_context(FileLock(file).attempt()):
@@ -168,7 +168,7 @@ class RunFolder:
             names = [name for name in names if name != "batch_size"]
         if names:
             listed = "; ".join(
-                f"{n}: {_short(stored.get(n))} there, {_short(self._settings.get(n))} requested" for n in names
+                f"{n}: {_short(stored.get(n))} in the folder, {_short(self._settings.get(n))} requested" for n in names
             )
             raise OutputError(f"{self.out} holds a run with other settings ({listed}); choose another output")
 

@@ -50,8 +50,8 @@ class SavedLatents:
         if path.is_dir():
             if not (path / LATENTS).is_file():
                 raise ConfigError(
-                    f"{path} holds no {LATENTS}; a run writes it if its bundle has no decoder, and otherwise with "
-                    "`dydit sample --latents-out FILE.npz`"
+                    f"{path} holds no {LATENTS}, which `dydit sample` writes only for a bundle without a decoder; for "
+                    "other bundles, sample with --latents-out FILE.npz and decode FILE.npz"
                 )
             path = path / LATENTS
         arrays = read_arrays(path, ("latents",), "latents", ("labels", "images"))
@@ -59,7 +59,7 @@ class SavedLatents:
         if latents.ndim != 4 or not np.issubdtype(latents.dtype, np.floating) or 0 in latents.shape:
             raise ConfigError(
                 f"{path}: latents are {latents.dtype.name} {list(latents.shape)}, expected floating point "
-                "[images, channels, side, side]"
+                "[images, channels, height, width]"
             )
         if latents.shape[2] != latents.shape[3]:
             raise ConfigError(f"{path}: latents are {latents.shape[2]}x{latents.shape[3]}, expected squares")

@@ -73,10 +73,12 @@ def test_other_settings_are_refused_by_name(finished, pixel_bundle):
     before = content(finished)
     other = SampleRequest(labels=(3, 1), num=7, batch_size=4, seed=5)
     with pytest.raises(
-        OutputError, match="batch_size: 3 there, 4 requested; npz: true there, false requested; seed: 2 there, 5"
+        OutputError,
+        match="batch_size: 3 in the folder, 4 requested; npz: true in the folder, false requested; seed: 2 in the "
+        "folder, 5",
     ):
         sample_to_folder(pixel_bundle, other, finished)
-    with pytest.raises(OutputError, match='backend: "onnxruntime" there, "torch" requested'):
+    with pytest.raises(OutputError, match='backend: "onnxruntime" in the folder, "torch" requested'):
         sample_to_folder(pixel_bundle, REQUEST, finished, OutputOptions(npz=True), backend="torch")
     assert content(finished) == before
 
@@ -114,7 +116,8 @@ def test_what_is_damaged_of_a_finished_run_is_made_anew(finished, pixel_bundle, 
     arguments = (pixel_bundle, REQUEST, out, OutputOptions(npz=True))
     done = sample_to_folder(*arguments, progress=lambda *now: steps.append(now))
     assert done.finished and not done.finished_before and content(out) == content(finished)
-    assert f"{name} of this finished run was missing or damaged and has been replaced" in done.note
+    assert "these files of the finished run were missing or damaged and have been written again" in done.note
+    assert done.note.endswith(f": {name}")
     if name.startswith("0"):
         assert "by sampling again" in done.note and steps[-1] == (6, 6), "its batch alone"
     else:
@@ -140,13 +143,13 @@ def test_pictures_come_back_from_latents_where_a_file_has_them(pixel_bundle, tmp
         (out / f"{image:06d}.png").write_bytes(b"")
     done = sample_to_folder(pixel_bundle, REQUEST, out, outputs, progress=lambda *_: pytest.fail("nothing to sample"))
     assert content(out) == before
-    assert done.note.startswith("000000.png, 000001.png, 000002.png and 2 more pictures of this finished run")
-    assert done.note.endswith("has been replaced from the latents")
+    assert done.note.startswith("these files of the finished run were missing or damaged and have been written again")
+    assert done.note.endswith(" from the latents: 000000.png, 000001.png, 000002.png and 2 more pictures")
     (tmp_path / "latents.npz").unlink()
     assert "by sampling again" in sample_to_folder(pixel_bundle, REQUEST, out, outputs).note
     assert (tmp_path / "latents.npz").read_bytes() == latents and content(out) == before
     (tmp_path / "latents.npz").write_bytes(b"of another run")
-    with pytest.raises(OutputError, match=r"latents\.npz has changed since this run wrote it; move it away"):
+    with pytest.raises(OutputError, match=r"latents\.npz has changed since this run wrote it; move the file"):
         sample_to_folder(pixel_bundle, REQUEST, out, outputs)
     assert (tmp_path / "latents.npz").read_bytes() == b"of another run" and content(out) == before
 
@@ -158,7 +161,7 @@ def test_latents_that_are_damaged_come_back(make_bundle, tmp_path):
     before = content(tmp_path / "run")
     flipped(tmp_path / "run" / "latents.npz")
     done = sample_to_folder(bundle, request, tmp_path / "run", outputs)
-    assert "latents.npz of this finished run was missing or damaged and has been replaced from the latents" in done.note
+    assert "missing or damaged and have been written again from the latents: latents.npz" in done.note
     assert "no VAE decoder" in done.note and content(tmp_path / "run") == before
 
 
@@ -347,7 +350,7 @@ def test_an_unfinished_run_with_other_settings_is_refused(pixel_bundle, tmp_path
     out = tmp_path / "run"
     stopped_run(pixel_bundle, out, 4)
     before = content(out)
-    with pytest.raises(OutputError, match=r"cfg_scale: 4\.0 there, 2\.0 requested"):
+    with pytest.raises(OutputError, match=r"cfg_scale: 4\.0 in the folder, 2\.0 requested"):
         sample_to_folder(pixel_bundle, REQUEST.model_copy(update={"cfg_scale": 2.0}), out)
     assert content(out) == before
 

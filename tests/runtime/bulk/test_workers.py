@@ -72,7 +72,7 @@ def test_the_last_worker_writes_the_results(alone, pixel_bundle, tmp_path, order
     for number in order[:-1]:
         done, pictures = make(pixel_bundle, out, number, 3), {0: {0, 1, 6}, 1: {2, 3}, 2: {4, 5}}[number]
         assert (done.worker, done.finished, done.files, done.images) == (f"{number}/3", False, (), len(pictures))
-        assert f"these are the images of worker {number}/3; the run is not finished" in done.note
+        assert f"worker {number}/3 has sampled its images, but the run is not finished" in done.note
         assert all((out / f"{image:06d}.png").is_file() for image in pictures)
         assert not {"grid.png", "samples.npz", "samples.json"} & set(content(out))
     done = make(pixel_bundle, out, order[-1], 3)
@@ -116,7 +116,7 @@ def test_a_worker_is_refused_beside_itself_and_beside_another_count(alone, pixel
             make(pixel_bundle, out, 0, 2)
         for number, count in ((0, 3), (1, 4), (0, 1)):
             with pytest.raises(
-                OutputError, match=f"worker 0/2 is sampling into .* and this is worker {number}/{count}"
+                OutputError, match=f"worker 0/2 is sampling into .* but this is worker {number}/{count}"
             ):
                 make(pixel_bundle, out, number, count)
         assert not make(pixel_bundle, out, 1, 2).finished, "a worker of the same count comes and goes"
@@ -129,7 +129,7 @@ def test_a_worker_is_refused_beside_itself_and_beside_another_count(alone, pixel
 def test_a_worker_with_other_settings_is_refused(pixel_bundle, tmp_path):
     make(pixel_bundle, tmp_path / "run", 0, 2)
     other = REQUEST.model_copy(update={"seed": 3})
-    with pytest.raises(OutputError, match="seed: 2 there, 3 requested"):
+    with pytest.raises(OutputError, match="seed: 2 in the folder, 3 requested"):
         sample_to_folder(pixel_bundle, other, tmp_path / "run", NPZ, worker=Worker(1, 2))
 
 
