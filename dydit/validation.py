@@ -1,4 +1,4 @@
-"""Validation errors of pydantic in plain words: which field, what it must be, and what was given."""
+"""The base of all configurations, and its errors in plain words: which field, what it must be, what was given."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dydit.errors import ConfigError
 
@@ -35,6 +35,12 @@ _REQUIREMENTS: Mapping[str, str] = {
     "too_long": "must have at most {max_length} entries",
 }
 _WITHOUT_VALUE: Mapping[str, str] = {"missing": "is missing", "extra_forbidden": "is not a known setting"}
+
+
+class Strict(BaseModel):
+    """Base of all our configurations: immutable, and unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 @dataclass(frozen=True)

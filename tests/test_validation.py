@@ -13,9 +13,9 @@ from pydantic import BaseModel, Field, ValidationError
 
 import dydit
 from dydit.errors import ConfigError
-from dydit.models.config import Strict, parse_config
+from dydit.models.config import parse_config
 from dydit.models.dit.config import DiTConfig
-from dydit.validation import SettingsError, first_problem, problems_of
+from dydit.validation import SettingsError, Strict, first_problem, problems_of
 
 JUNK: tuple[Any, ...] = (
     "x",

@@ -14,9 +14,10 @@ from typing import Any, Literal
 from pydantic import Field
 
 from dydit.bundle.manifest import PlanKind
-from dydit.models.config import ModelConfig, Strict
+from dydit.models.config import ModelConfig
 from dydit.models.dit.config import DiTConfig, preset
 from dydit.quickstart.quickstart import ASSETS
+from dydit.validation import Strict
 
 MODELS = ("digits", "S/2", "XL/2")
 PRECISIONS = ("fp16", "bf16", "fp32")

@@ -26,13 +26,14 @@ from dydit.bundle.manifest import SamplingEntry
 from dydit.child_process import ChildDiedError, ChildProcess
 from dydit.errors import BackendError, ConfigError, DeviationError, DyditError, UnavailableError
 from dydit.files import new_folder, require_absent, write_json
-from dydit.models.config import ModelConfig, Strict
+from dydit.models.config import ModelConfig
 from dydit.parity.comparison import relative_l2
 from dydit.reports.bench_report import BenchReport, Comparison, NotRun, Side, SideKind, SideResult
 from dydit.reports.plot_style import write_picture
 from dydit.reports.plots import latency_png
 from dydit.reports.results import Machine, measured
 from dydit.reports.text import exponent
+from dydit.validation import Strict
 
 REPORT = "bench.json"
 MASKED, STATIC = "pytorch-masked", "pytorch-static"  # names of a checkpoint as a contender
@@ -233,7 +234,8 @@ def _job(side: Side, config: BenchConfig, model: ModelConfig, sampling: Sampling
         side=side,
         sizes=model.without_routers(),
         steps=steps,
-        of=sampling.steps,
+        run=sampling.config,
+        process=model.diffusion,
         cfg_channels=sampling.cfg_channels,
         **shared,
     )

@@ -8,9 +8,10 @@ sampling. A subnetwork that has to be loaded again is run once before it is time
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from pathlib import Path
 
@@ -18,11 +19,12 @@ import numpy as np
 from pydantic import Field
 
 from dydit.bundle.bundle import Bundle
-from dydit.diffusion.coefficients import COEFFICIENTS, step_coefficients
+from dydit.diffusion.coefficients import SamplingRun, step_coefficients
 from dydit.diffusion.noise import INITIAL_DRAW, image_noise, step_draw
-from dydit.diffusion.schedule import Sampler, Schedule
-from dydit.diffusion.steps import LatentsOnly, run_steps
-from dydit.models.config import ModelConfig, Strict
+from dydit.diffusion.process import Process
+from dydit.diffusion.samplers import Sampler, SamplerConfig
+from dydit.diffusion.steps import State, StateOnly, run_steps
+from dydit.models.config import ModelConfig
 from dydit.models.macs import flops_ratio, static_macs
 from dydit.planning.executed import computed_ratio, layers_in_16_bits
 from dydit.reports.bench_report import Side
@@ -30,9 +32,8 @@ from dydit.runtime.backends.base import Arrays, Backend, BackendOptions, StepRes
 from dydit.runtime.backends.registry import open_backend
 from dydit.runtime.loop import StepRunner, default_residency
 from dydit.runtime.resident import ResidentSubnets
+from dydit.validation import Strict
 from dydit.words import counted
-
-_X = COEFFICIENTS.index("x")
 
 
 class Latents(StrEnum):
@@ -43,13 +44,14 @@ class Latents(StrEnum):
 
 
 class Job(Strict):
-    """What a worker has to time. `steps`: execution indices of a run of `of` steps; `sizes`: those of the static
-    model."""
+    """What a worker has to time. `steps`: execution indices of a `run`; `process`: of the model; `sizes`: those of the
+    static model."""
 
     side: Side
     sizes: ModelConfig
     steps: tuple[int, ...]
-    of: int
+    run: SamplerConfig
+    process: Process
     labels: tuple[int, ...]
     seed: int
     cfg_scale: float
@@ -82,14 +84,11 @@ class Loaded(Strict):
     precision: str | None = None
 
 
-def chained_coefficients(steps: tuple[int, ...], of: int, learn_sigma: bool) -> np.ndarray:
-    """DDIM coefficients of a run that visits only `steps` of a run of `of` steps, f32 [len(steps), 5]."""
-    full = Schedule.respaced(of)
-    visited = np.sort(of - 1 - np.asarray(steps))  # indices by ascending t
-    cumulative = full.alphas_cumprod[visited]
-    previous = np.concatenate([[1.0], cumulative[:-1]])
-    schedule = Schedule(1 - cumulative / previous, full.timesteps[visited])
-    return step_coefficients(schedule, Sampler.DDIM, learn_sigma).astype(np.float32)
+def chained_run(process: Process, run: SamplerConfig, steps: Sequence[int], learn_sigma: bool) -> SamplingRun:
+    """A deterministic run (DDIM, or Euler for a flow) that visits only `steps` of a run."""
+    times = run.times(process)[list(steps)]
+    sampler = SamplerConfig(sampler=Sampler.EULER if process.flow else Sampler.DDIM)
+    return SamplingRun(times.astype(np.float32), step_coefficients(process, sampler, times, learn_sigma))
 
 
 class Measured(ABC):
@@ -100,7 +99,8 @@ class Measured(ABC):
 
     def __init__(self, job: Job, config: ModelConfig):
         self.job, self.config = job, config
-        self.coefficients = chained_coefficients(job.steps, job.of, config.learn_sigma)
+        run = chained_run(job.process, job.run, job.steps, config.learn_sigma)
+        self.timesteps, self.coefficients = run.times, run.coefficients.astype(np.float32)
         shape = (config.in_channels, config.input_size, config.input_size)
         images = range(len(job.labels))
         self.labels = np.asarray(job.labels, np.int64)
@@ -120,7 +120,7 @@ class Measured(ABC):
     def check(self) -> np.ndarray:
         """The model's part of the middle step from the initial noise: x_prev - c_x*x, f32 [B, C, S, S]."""
         k = len(self.job.steps) // 2
-        return self.step(k, self.initial) - self.coefficients[k][_X] * self.initial
+        return self.step(k, self.initial) - self.coefficients[k][0] * self.initial
 
     def round(self) -> Round:
         """Time one round."""
@@ -144,11 +144,11 @@ class Measured(ABC):
     def _over_round(self, step: Callable[[int, np.ndarray], np.ndarray]) -> None:
         """Call `step(k, x) -> x_prev` for each measured step k with the latents x that it starts from."""
 
-        def latents(k: int, x: np.ndarray) -> LatentsOnly[np.ndarray]:
-            after = step(k, x)
-            return LatentsOnly(after if self.job.latents is Latents.RUN else self.noise[k])
+        def latents(k: int, state: State[np.ndarray]) -> StateOnly[np.ndarray]:
+            after = step(k, state.x)
+            return StateOnly(State(after if self.job.latents is Latents.RUN else self.noise[k]))
 
-        run_steps(latents, self.initial, range(len(self.job.steps)))
+        run_steps(latents, State(self.initial), range(len(self.job.steps)))
 
     def _count(self, masks: np.ndarray, tokens: np.ndarray, computed: np.ndarray) -> Decided:
         """The decisions of K steps from `masks` bool [K, U], the share of routed tokens [K, L], and the share of the
@@ -167,7 +167,7 @@ class _Timed(Backend):
     def __init__(self, inner: Backend):
         super().__init__(inner.bundle, inner.options)
         self.inner, self.name = inner, inner.name
-        self.shares: dict[int, float] = {}
+        self.shares: dict[float, float] = {}
         self.spent = 0.0
 
     def _conditioning(self, feeds: Arrays) -> np.ndarray:
@@ -204,7 +204,7 @@ class MeasuredBundle(Measured):
 
     def load(self) -> Loaded:
         start = time.perf_counter()
-        self.backend.conditioning(np.asarray([0], np.int64), self.labels[:1])
+        self.backend.conditioning(np.asarray([0], np.float32), self.labels[:1])
         for index in self.needed:
             self.subnets.get(index)
         manifest = self.bundle.manifest
@@ -213,13 +213,13 @@ class MeasuredBundle(Measured):
         return Loaded(seconds=time.perf_counter() - start, subnets=len(self.needed), precision=precision)
 
     def _feeds(self, runner: StepRunner, k: int, x: np.ndarray) -> dict[str, np.ndarray]:
-        feeds = runner.feeds(self.job.steps[k], x, self.noise[k], self.labels)
+        feeds = runner.feeds(self.job.steps[k], State(x), self.noise[k], self.labels)
         return {**feeds, "coefficients": self.coefficients[k]}
 
     def _step(self, index: int, feeds: dict[str, np.ndarray]) -> StepResult:
         result = self.subnets.get(index).step(feeds)
         if result.overflow.any():
-            return StepResult(self.subnets.full(index).step(feeds).x_prev, result.overflow)
+            return dataclasses.replace(self.subnets.full(index).step(feeds), overflow=result.overflow)
         return result
 
     def step(self, k: int, x: np.ndarray) -> np.ndarray:

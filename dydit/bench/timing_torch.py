@@ -16,7 +16,6 @@ from dydit.bench.timing import Decided, Job, Loaded, Measured
 from dydit.checkpoints.checkpoint import load_checkpoint
 from dydit.diffusion.guidance import Guidance
 from dydit.diffusion.sampler_step import sampler_step
-from dydit.diffusion.schedule import Schedule
 from dydit.errors import ConfigError
 from dydit.models.config import ModelConfig
 from dydit.models.routers import Gating, Masked, Recording, Static
@@ -40,7 +39,6 @@ class MeasuredTorch(Measured):
         self.gating: Gating = Masked() if masked else Static()
         rows = Guidance(job.cfg_scale, config.null_class).rows(self.labels)
         self.rows = torch.from_numpy(rows).to(self.device)
-        self.timesteps = Schedule.respaced(job.of).timesteps[::-1]
 
     def build(self, job: Job) -> tuple[Callable[..., torch.Tensor], ModelConfig]:
         """The model on the job's device, called with (x, t, y, gating), and its configuration.
@@ -56,10 +54,11 @@ class MeasuredTorch(Measured):
     @torch.inference_mode()
     def _step(self, k: int, latents: np.ndarray, gating: Gating) -> np.ndarray:
         x, noise = (torch.from_numpy(each).to(self.device) for each in (latents, self.noise[k]))
-        timesteps = torch.full((len(self.rows),), int(self.timesteps[self.job.steps[k]]), device=self.device)
+        timesteps = torch.full((len(self.rows),), float(self.timesteps[k]), device=self.device)
         out = self.model(x.repeat(len(self.rows) // len(x), 1, 1, 1), timesteps, self.rows, gating)
         row = torch.from_numpy(self.coefficients[k])
-        x_prev = sampler_step(x, out, noise, row, self.job.cfg_scale, self.job.cfg_channels)
+        history = torch.zeros_like(x)
+        x_prev, _ = sampler_step(x, history, out, noise, row, self.job.cfg_scale, self.job.cfg_channels)
         array: np.ndarray = x_prev.cpu().numpy()  # waits for the device
         return array
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from dydit.bundle.manifest import Manifest, PlanKind
 from dydit.bundle.stored_weights import Precision
-from dydit.diffusion.schedule import Sampler
+from dydit.diffusion.samplers import DEFAULT_STEPS, Sampler, SamplerConfig
 
 
 def quoted(path: Path | str) -> str:
@@ -22,13 +22,20 @@ def options_text(words: Sequence[str]) -> str:
     return "".join(f" {shlex.quote(word)}" for word in words)
 
 
-def run_options(plan: dict[str, Any], steps: int, sampler: str) -> str:
+def sampler_options(sampling: SamplerConfig) -> list[str]:
+    """The options of a sampler, without those that are the default."""
+    words = [] if sampling.steps == DEFAULT_STEPS else [f"--steps {sampling.steps}"]
+    words += [] if sampling.sampler is Sampler.DDPM else [f"--sampler {sampling.sampler}"]
+    words += [] if sampling.spacing is None else [f"--timestep-spacing {sampling.spacing}"]
+    return words + ([f"--eta {sampling.eta:g}"] if sampling.eta else [])
+
+
+def run_options(plan: dict[str, Any], sampling: SamplerConfig) -> str:
     """The options of `dydit calibrate` and `dydit export` for a run and its plan, without those that are the default.
 
     Each option has a space before it.
     """
-    words = [] if steps == 250 else [f"--steps {steps}"]
-    words += [] if sampler == Sampler.DDPM else [f"--sampler {sampler}"]
+    words = sampler_options(sampling)
     words += {"per-step": ["--per-step"], "sliding": ["--dynamic-width"]}.get(plan.get("plan", ""), [])
     words += [f"--max-subnets {plan['max_subnets']}"] if "max_subnets" in plan else []
     words += [f"--memory-budget {plan['memory_budget']}B"] if "memory_budget" in plan else []
@@ -64,5 +71,5 @@ def capacity_chain_of(manifest: Manifest) -> str:
     plan: dict[str, Any] = {"max_subnets": len(manifest.plan.segments)}
     if manifest.plan.kind in (PlanKind.PER_STEP, PlanKind.DYNAMIC_WIDTH):
         plan = {"plan": manifest.plan.kind.value}
-    run = run_options(plan, manifest.sampling.steps, manifest.sampling.sampler)
+    run = run_options(plan, manifest.sampling.config)
     return capacity_chain("CHECKPOINT", "CAL.json", "BUNDLE", run, manifest.precision)

@@ -40,10 +40,14 @@ class TensorSpec:
 
 
 def subnet_inputs(model: ModelConfig, gated: bool) -> tuple[TensorSpec, ...]:
-    """Inputs of a subnetwork's graph, without weights. `gates`: 0 or 1 for every unit, by slot."""
+    """Inputs of a subnetwork's graph, without weights. `gates`: 0 or 1 for every unit, by slot.
+
+    `history`: what the step before gave as `next_history`; zeros in the first step.
+    """
     image: tuple[Dim, ...] = (BATCH, model.in_channels, model.input_size, model.input_size)
     specs = (
         TensorSpec("x", "float32", image),
+        TensorSpec("history", "float32", image),
         TensorSpec("noise", "float32", image),
         TensorSpec("coefficients", "float32", (len(COEFFICIENTS),)),
         TensorSpec("cfg_scale", "float32", ()),
@@ -72,13 +76,14 @@ def unit_inputs(weights: Mapping[str, WeightEntry], model: ModelConfig) -> tuple
 
 def subnet_outputs(model: ModelConfig, capacity: bool) -> tuple[TensorSpec, ...]:
     """Outputs of a subnetwork's graph. `token_overflow` [L]: routed tokens of each block without a slot."""
-    x_prev = TensorSpec("x_prev", "float32", subnet_inputs(model, False)[0].shape)
-    return (x_prev, TensorSpec("token_overflow", "int64", (model.depth,))) if capacity else (x_prev,)
+    image = subnet_inputs(model, False)[0].shape
+    state = (TensorSpec("x_prev", "float32", image), TensorSpec("next_history", "float32", image))
+    return (*state, TensorSpec("token_overflow", "int64", (model.depth,))) if capacity else state
 
 
 def conditioning_inputs() -> tuple[TensorSpec, ...]:
-    """Inputs of the conditioning graph: training timesteps and labels. The graph evaluates every pair of them."""
-    return (TensorSpec("timesteps", "int64", (STEPS,)), TensorSpec("labels", "int64", (LABELS,)))
+    """Inputs of the conditioning graph: the model's own times and labels. The graph evaluates every pair of them."""
+    return (TensorSpec("timesteps", "float32", (STEPS,)), TensorSpec("labels", "int64", (LABELS,)))
 
 
 def conditioning_outputs(model: ModelConfig) -> tuple[TensorSpec, ...]:

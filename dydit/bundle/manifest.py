@@ -22,15 +22,15 @@ from dydit.bundle.measurements import MeasuredPlan
 from dydit.bundle.stored_weights import WEIGHTS, Precision, WeightEntry
 from dydit.bundle.vae_entry import VAE_DECODER, VAE_WEIGHTS, VaeEntry
 from dydit.checkpoints.containers import looks_like_checkpoint
-from dydit.diffusion.coefficients import COEFFICIENTS
-from dydit.diffusion.schedule import Sampler
+from dydit.diffusion.coefficients import COEFFICIENTS, HISTORY, SamplingRun
+from dydit.diffusion.samplers import Sampler, SamplerConfig, Spacing
 from dydit.errors import BundleError, one_line
 from dydit.models.architecture import Slots
-from dydit.models.config import ModelConfig, Strict
+from dydit.models.config import ModelConfig
 from dydit.quantization.smoothing import Smoothing
-from dydit.validation import first_problem
+from dydit.validation import Strict, first_problem
 
-SCHEMA_VERSION: Literal[2] = 2
+SCHEMA_VERSION: Literal[3] = 3
 MANIFEST, CONDITIONING = "manifest.json", "conditioning.onnx"
 DYNAMIC_WIDTH_GRAPH, DYNAMIC_WIDTH_FULL_GRAPH = "sliding.onnx", "sliding-full.onnx"
 """The graph of dynamic width, and the same graph with a slot for every token."""
@@ -62,10 +62,16 @@ class FileEntry(Strict):
 
 
 class SamplingEntry(Strict):
-    """The sampling run that the bundle was exported for. Lists are in execution order, the noisiest step first."""
+    """A sampling run of the bundle. Lists are in execution order, the noisiest step first.
+
+    `timesteps`: the model's own times (`dydit.diffusion.process`). Rows of `coefficients` are those of
+    `dydit.diffusion.coefficients`.
+    """
 
     sampler: Sampler
-    timesteps: tuple[int, ...]
+    spacing: Spacing | None = None
+    eta: FiniteFloat = 0.0
+    timesteps: tuple[FiniteFloat, ...]
     coefficients: tuple[tuple[FiniteFloat, ...], ...]
     cfg_channels: int = Field(ge=1, description="how many latent channels guidance acts on")
 
@@ -77,10 +83,32 @@ class SamplingEntry(Strict):
             raise ValueError(f"a step does not have {len(COEFFICIENTS)} coefficients")
         return self
 
+    @classmethod
+    def of(cls, config: SamplerConfig, run: SamplingRun, cfg_channels: int) -> SamplingEntry:
+        """The entry of a run that was computed from the settings of a sampler."""
+        return cls(
+            sampler=config.sampler,
+            spacing=config.spacing,
+            eta=config.eta,
+            timesteps=tuple(run.times.tolist()),
+            coefficients=tuple(tuple(row) for row in run.coefficients.astype(np.float32).tolist()),
+            cfg_channels=cfg_channels,
+        )
+
     @property
     def steps(self) -> int:
         """Number of sampling steps S."""
         return len(self.timesteps)
+
+    @property
+    def config(self) -> SamplerConfig:
+        """The sampler and its settings, from which times and coefficients were computed."""
+        return SamplerConfig(sampler=self.sampler, steps=self.steps, spacing=self.spacing, eta=self.eta)
+
+    @property
+    def multistep(self) -> bool:
+        """Whether a step reads what the steps before it left as history."""
+        return any(row[HISTORY] != 0 for row in self.coefficients)
 
 
 class SubnetEntry(Strict):
@@ -130,7 +158,7 @@ class PlanEntry(Strict):
 class Manifest(Strict):
     """The description of a bundle. `digest` covers all other fields, so that an edited manifest is detected."""
 
-    schema_version: Literal[2]
+    schema_version: Literal[3]
     model: ModelConfig
     sampling: SamplingEntry
     plan: PlanEntry

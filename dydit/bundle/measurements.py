@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pydantic import Field, FiniteFloat, model_validator
 
-from dydit.models.config import Strict
+from dydit.validation import Strict
 
 
 class GroupTimes(Strict):

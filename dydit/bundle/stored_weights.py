@@ -9,7 +9,8 @@ from typing import Literal
 from pydantic import Field, NonNegativeInt
 
 from dydit.dtypes import DTYPES
-from dydit.models.config import ModelConfig, Strict
+from dydit.models.config import ModelConfig
+from dydit.validation import Strict
 
 WEIGHTS = "weights.bin"
 ALIGNMENT = 4096

@@ -7,7 +7,8 @@ from typing import Any, Literal
 from pydantic import Field, FiniteFloat, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from dydit.bundle.io_spec import BATCH, TensorSpec
-from dydit.models.config import ModelConfig, Strict
+from dydit.models.config import ModelConfig
+from dydit.validation import Strict
 
 VAE_DECODER: Literal["vae_decoder.onnx"] = "vae_decoder.onnx"
 VAE_WEIGHTS: Literal["vae_weights.bin"] = "vae_weights.bin"

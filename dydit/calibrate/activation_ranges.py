@@ -16,8 +16,9 @@ from pydantic import AliasChoices, Field, FiniteFloat, SerializerFunctionWrapHan
 from dydit.calibrate.histogram import Histogram
 from dydit.calibrate.range_methods import Method, Threshold, choose
 from dydit.errors import CalibrationError
-from dydit.models.config import ModelConfig, Strict
+from dydit.models.config import ModelConfig
 from dydit.quantization.smoothing import Smoothing
+from dydit.validation import Strict
 from dydit.words import counted
 
 _ABSENT_WHILE_NONE = ("in_16_bits", "smoothing", "migration")  # left out of the file while they are None

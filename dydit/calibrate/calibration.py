@@ -32,12 +32,12 @@ from dydit.calibrate.sliced_sampler import spread_batches
 from dydit.calibrate.smoothing_search import FoundSmoothing, find_smoothing
 from dydit.calibrate.tokens import TokenCounter, TokenCounts, merge, spread_labels, spread_scales
 from dydit.checkpoints.checkpoint import Checkpoint
-from dydit.diffusion.steps import run_steps
+from dydit.diffusion.steps import State, run_steps
 from dydit.errors import BundleError, CalibrationError
 from dydit.export.exporter import export, planned_steps
 from dydit.export.settings import ExportConfig
 from dydit.files import atomic_file, remove
-from dydit.models.config import ModelConfig, Strict
+from dydit.models.config import ModelConfig
 from dydit.parity.frechet import FrechetReference
 from dydit.planning.plan import Plan
 from dydit.runtime.backends.base import BackendOptions, StepResult
@@ -47,6 +47,7 @@ from dydit.runtime.loop import StepRunner
 from dydit.runtime.noise_source import SeededNoise
 from dydit.runtime.request import DEFAULT_CFG_SCALE, UINT64, Batch
 from dydit.runtime.resident import ResidentSubnets
+from dydit.validation import Strict
 
 Progress = Callable[[int, int], None]
 MOST_AT_ONCE = 32
@@ -97,7 +98,7 @@ class CalibrationResult:
     block, and the groups of calibration images; and the smoothing, if there is one."""
 
     calibration: Calibration
-    timesteps: tuple[int, ...]
+    timesteps: tuple[float, ...]
     bounds: tuple[int, ...]
     layers: tuple[str, ...]
     groups: tuple[Groups, ...]
@@ -160,8 +161,7 @@ def run_calibration(
         ranges, sensitivity = search(inputs, progress, announce)
     calibration = Calibration(
         checkpoint_sha256=checkpoint.sha256,
-        steps=exported.steps,
-        sampler=exported.sampler,
+        **dict(exported.sampling(checkpoint.config.diffusion)),
         plan_sha256=plan_sha256(plan.bounds, masks),
         cfg_scales=config.cfg_scales,
         seed=config.seed,
@@ -232,8 +232,7 @@ def _ranges(
         segments=plan.segments,
         labels=spread_labels(config.activation_images, checkpoint.config.classes.count),
         cfg_scales=config.cfg_scales,
-        steps=exported.steps,
-        sampler=exported.sampler,
+        sampling=exported.sampling(checkpoint.config.diffusion),
         seed=config.seed,
         cfg_channels=exported.cfg_channels,
     )
@@ -261,7 +260,7 @@ def work_name(checkpoint: Checkpoint, exported: ExportConfig, config: Calibratio
     counts."""
     identity = {
         "checkpoint": checkpoint.sha256,
-        "run": [exported.steps, exported.sampler],
+        "run": exported.sampling(checkpoint.config.diffusion).model_dump(mode="json"),
         "images": config.model_dump(mode="json", include={"samples", "held_out", "seed", "cfg_scales"}),
     }
     return f"{hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]}.work"
@@ -274,8 +273,7 @@ def _sampling_bundle(checkpoint: Checkpoint, exported: ExportConfig, work: Path)
         return Bundle.open(folder)
     remove(folder)
     config = ExportConfig(
-        steps=exported.steps,
-        sampler=exported.sampler,
+        **dict(exported.sampling(checkpoint.config.diffusion)),
         plan=PlanKind.DYNAMIC_WIDTH,
         max_batch=_at_once(checkpoint.config),
         cfg_channels=exported.cfg_channels,
@@ -343,7 +341,7 @@ class _Counter:
 
         with ResidentSubnets(self._engine, 2, debug=True) as subnets:
             runner = StepRunner(self._engine, subnets, batch.labels, scale)
-            x = run_steps(runner.steps_of(batch, noise), noise.initial(batch), range(steps), count)
+            x = run_steps(runner.steps_of(batch, noise), State(noise.initial(batch)), range(steps), count).x
         if not np.isfinite(x).all():
             raise CalibrationError(
                 f"latents of images {batch.images[0]} to {batch.images[-1]} are NaN or infinite, so their tokens "

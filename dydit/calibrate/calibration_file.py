@@ -20,10 +20,9 @@ from pydantic import Field, FiniteFloat, ValidationError, model_validator
 from dydit.calibrate.activation_ranges import ActivationRanges, lengths_of
 from dydit.calibrate.capacity import CapacityConfig, Overflow, Share
 from dydit.calibrate.mixed_precision import Sensitivity
-from dydit.diffusion.schedule import Sampler
+from dydit.diffusion.samplers import Sampler, SamplerConfig, Spacing
 from dydit.errors import CalibrationError, one_line
-from dydit.models.config import Strict
-from dydit.validation import first_problem
+from dydit.validation import Strict, first_problem
 
 SCHEMA_VERSION: Literal[1] = 1
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
@@ -71,6 +70,8 @@ class Calibration(Strict):
     checkpoint_sha256: Sha256
     steps: int = Field(ge=1)
     sampler: Sampler
+    spacing: Spacing | None = None
+    eta: FiniteFloat = 0.0
     plan_sha256: Sha256
     cfg_scales: tuple[FiniteFloat, ...] = Field(min_length=1)
     seed: int = Field(ge=0)
@@ -98,14 +99,17 @@ class Calibration(Strict):
         values = self.model_dump(mode="json", exclude=absent, by_alias=True)
         return json.dumps(values, indent=1, sort_keys=True, allow_nan=False) + "\n"
 
-    def require(self, checkpoint_sha256: str, steps: int, sampler: Sampler, plan_sha256: str) -> None:
+    @property
+    def sampling(self) -> SamplerConfig:
+        """The sampler and its settings."""
+        return SamplerConfig(sampler=self.sampler, steps=self.steps, spacing=self.spacing, eta=self.eta)
+
+    def require(self, checkpoint_sha256: str, sampling: SamplerConfig, plan_sha256: str) -> None:
         """Raise `CalibrationError`, naming the difference, if this belongs to another checkpoint, run or plan."""
         if self.checkpoint_sha256 != checkpoint_sha256:
             differs = "another checkpoint (its SHA-256 differs)"
-        elif self.steps != steps:
-            differs = f"{self.steps} sampling steps, not {steps}"
-        elif self.sampler is not sampler:
-            differs = f"the sampler {self.sampler}, not {sampler}"
+        elif self.sampling != sampling:
+            differs = f"{self.sampling.words}, not {sampling.words}"
         elif self.plan_sha256 != plan_sha256:
             differs = "another plan (its segments or masks differ)"
         else:

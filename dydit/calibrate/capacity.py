@@ -31,7 +31,7 @@ from pydantic import Field, FiniteFloat, field_validator
 
 from dydit.calibrate.tokens import TokenCounts
 from dydit.errors import CalibrationError
-from dydit.models.config import Strict
+from dydit.validation import Strict
 from dydit.words import counted
 
 Share = Annotated[FiniteFloat, Field(ge=0, le=1)]

@@ -20,8 +20,8 @@ from dydit.bundle.stored_weights import Precision
 from dydit.calibrate.activation_ranges import ActivationRanges
 from dydit.calibrate.sliced_sampler import SlicedSampler, spread_batches
 from dydit.checkpoints.checkpoint import Checkpoint
-from dydit.diffusion.schedule import Sampler
-from dydit.diffusion.steps import LatentsOnly, run_steps
+from dydit.diffusion.samplers import SamplerConfig
+from dydit.diffusion.steps import State, StateOnly, run_steps
 from dydit.errors import CalibrationError
 from dydit.export.input_scales import LARGEST
 from dydit.models.architecture import UnitLayer, stored_name
@@ -135,11 +135,10 @@ class FakeQuantizedSampler(SlicedSampler):
         ranges: ActivationRanges,
         segments: Sequence[tuple[int, int]],
         precision: Precision,
-        steps: int,
-        sampler: Sampler,
+        sampling: SamplerConfig,
         cfg_channels: int | None = None,
     ):
-        super().__init__(checkpoint, steps, sampler, cfg_channels, ranges.smoothing)
+        super().__init__(checkpoint, sampling, cfg_channels, ranges.smoothing)
         self.precision = precision
         self.segment_of = [index for index, (first, end) in enumerate(segments) for _ in range(first, end)]
         self._quantized = {
@@ -169,46 +168,52 @@ class FakeQuantizedImages:
         self.tick: Callable[[int], None] = lambda steps: None
         self._step, self._drawn, self._conditions = -1, [np.empty(0)], [None]
 
-    def initial(self) -> np.ndarray:
-        """The noise that all images start from [n, C, S, S]."""
-        return np.concatenate([self._noise.initial(batch) for _, batch in self.batches])
+    def initial(self) -> State[np.ndarray]:
+        """The state that all images start from, with x [n, C, S, S]."""
+        return State(np.concatenate([self._noise.initial(batch) for _, batch in self.batches]))
 
-    def step(self, subnet: SlicedModel, step: int, x: np.ndarray) -> np.ndarray:
-        """One step of all images: x_prev [n, C, S, S] from x."""
+    def step(self, subnet: SlicedModel, step: int, state: State[np.ndarray]) -> State[np.ndarray]:
+        """One step of all images: the state after it from that before it."""
         if step != self._step:
             self._step = step
             self._drawn = [self._noise.step(batch, step) for _, batch in self.batches]
             self._conditions = [self.sampler.condition(step, batch.labels, scale) for scale, batch in self.batches]
         parts, first = [], 0
+        history = np.zeros_like(state.x) if state.history is None else state.history
         for (scale, batch), drawn, condition in zip(self.batches, self._drawn, self._conditions, strict=True):
-            part = x[first : first + len(batch.images)]
+            own = slice(first, first + len(batch.images))
+            part = State(state.x[own], history[own])
             parts.append(self.sampler.step(subnet, step, part, drawn, condition, scale))
-            first += len(part)
+            first = own.stop
             self.tick(1)
-        return np.concatenate(parts)
+        return State(np.concatenate([each.x for each in parts]), np.concatenate([each.history for each in parts]))
 
     def run(
-        self, fp16_layers: np.ndarray | None, first: int = 0, x: np.ndarray | None = None, all_steps: bool = False
+        self,
+        fp16_layers: np.ndarray | None,
+        first: int = 0,
+        state: State[np.ndarray] | None = None,
+        on_step: Callable[[State[np.ndarray]], None] | None = None,
     ) -> np.ndarray:
-        """The images of a run from the latents `x` before step `first`, with the layers `fp16_layers` [segments, L,
-        layers] in 16 bits (None: without quantization). `all_steps`: all latents of the run instead, [S+1, n, C, S, S].
+        """The images of a run from the `state` before step `first`, with the layers `fp16_layers` [segments, L, layers]
+        in 16 bits (None: without quantization). `on_step` gets the state after every step.
         """
-        x = self.initial() if x is None else x
-        latents, sampler = [x], self.sampler
+        sampler = self.sampler
 
-        def step(index: int, x: np.ndarray) -> LatentsOnly[np.ndarray]:
+        def step(index: int, state: State[np.ndarray]) -> StateOnly[np.ndarray]:
             chosen = None if fp16_layers is None else fp16_layers[sampler.segment_of[index]]
             subnet = sampler.subnet(index, sampler.layers(index, chosen))
-            return LatentsOnly(self.step(subnet, index, x))
+            return StateOnly(self.step(subnet, index, state))
 
-        def keep(index: int, outcome: LatentsOnly[np.ndarray]) -> None:
-            latents.append(outcome.x_prev)
+        def observe(_: int, outcome: StateOnly[np.ndarray]) -> None:
+            if on_step is not None:
+                on_step(outcome.state)
 
-        x = run_steps(step, x, range(first, self.steps), keep if all_steps else None)
+        x = run_steps(step, state or self.initial(), range(first, self.steps), observe).x
         if not np.isfinite(x).all():
             kind = "without quantization" if fp16_layers is None else f"in {sampler.precision}"
             raise CalibrationError(
                 f"images {kind} are NaN or infinite and cannot be compared; check the checkpoint, or "
                 "use another precision"
             )
-        return np.stack(latents) if all_steps else x
+        return x

@@ -16,7 +16,8 @@ import numpy as np
 from pydantic import Field, FiniteFloat, model_validator
 
 from dydit.errors import CalibrationError
-from dydit.models.config import ModelConfig, Strict
+from dydit.models.config import ModelConfig
+from dydit.validation import Strict
 
 CURVE_POINTS = 6
 """Candidates that are measured for the curve, evenly spaced in multiply-adds from none to all in 8 bits."""

@@ -16,8 +16,8 @@ from torch import Tensor
 from dydit.calibrate.activation_ranges import Observations
 from dydit.calibrate.sliced_sampler import SlicedSampler
 from dydit.checkpoints.checkpoint import Checkpoint
-from dydit.diffusion.schedule import Sampler
-from dydit.diffusion.steps import LatentsOnly, run_steps
+from dydit.diffusion.samplers import SamplerConfig
+from dydit.diffusion.steps import State, StateOnly, run_steps
 from dydit.errors import ConfigError
 from dydit.models.architecture import UnitLayer
 from dydit.models.config import ModelConfig
@@ -43,8 +43,7 @@ class ObservedRun:
     segments: Sequence[tuple[int, int]]
     labels: Sequence[int]
     cfg_scales: Sequence[float]
-    steps: int
-    sampler: Sampler = Sampler.DDPM
+    sampling: SamplerConfig
     seed: int = 0
     batch: int = 16
     cfg_channels: int | None = None
@@ -94,12 +93,12 @@ def sample_watched(watch: Watch, checkpoint: Checkpoint, run: ObservedRun, progr
     config = checkpoint.config
     for scale in run.cfg_scales:
         config.require_guidance(scale)
-    sampler = SlicedSampler(checkpoint, run.steps, run.sampler, run.cfg_channels)
+    sampler = SlicedSampler(checkpoint, run.sampling, run.cfg_channels)
     noise = SeededNoise(run.seed, (config.in_channels, config.input_size, config.input_size))
     batches = make_batches(run.labels, range(len(run.labels)), run.batch)
     segment_of = [index for index, (first, end) in enumerate(run.segments) for _ in range(first, end)]
 
-    def step(index: int, latents: list[np.ndarray]) -> LatentsOnly[list[np.ndarray]]:
+    def step(index: int, states: State[list[State[np.ndarray]]]) -> StateOnly[list[State[np.ndarray]]]:
         """One step of all batches, on the subnetwork of this step."""
 
         def layer(block: SlicedBlock, layer: UnitLayer, x: Tensor) -> Tensor:
@@ -107,12 +106,12 @@ def sample_watched(watch: Watch, checkpoint: Checkpoint, run: ObservedRun, progr
             return plain_linear(block, layer, x)
 
         subnet, after = sampler.subnet(index, layer), []
-        for number, (batch, x) in enumerate(zip(batches, latents, strict=True)):
+        for number, (batch, state) in enumerate(zip(batches, states.x, strict=True)):
             scale = run.cfg_scales[number % len(run.cfg_scales)]
             condition = sampler.condition(index, batch.labels, scale)
-            after.append(sampler.step(subnet, index, x, noise.step(batch, index), condition, scale))
+            after.append(sampler.step(subnet, index, state, noise.step(batch, index), condition, scale))
             if progress:
-                progress(index * len(batches) + number + 1, run.steps * len(batches))
-        return LatentsOnly(after)
+                progress(index * len(batches) + number + 1, run.sampling.steps * len(batches))
+        return StateOnly(State(after))
 
-    run_steps(step, [noise.initial(batch) for batch in batches], range(run.steps))
+    run_steps(step, State([State(noise.initial(batch)) for batch in batches]), range(run.sampling.steps))

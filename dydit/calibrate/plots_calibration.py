@@ -45,7 +45,7 @@ def _pairs(segments: int, depth: int) -> list[tuple[int, int]]:
     return [(round(float(at) * (segments - 1)), round(float(at) * (depth - 1))) for at in places]
 
 
-def _ratio_map(figure: Any, ratio: np.ndarray, timesteps: Sequence[int]) -> None:
+def _ratio_map(figure: Any, ratio: np.ndarray, timesteps: Sequence[float]) -> None:
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
     axis = figure.subplots()

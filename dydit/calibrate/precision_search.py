@@ -42,13 +42,15 @@ from dydit.calibrate.mixed_precision import (
     spread_counts,
 )
 from dydit.checkpoints.checkpoint import Checkpoint
+from dydit.diffusion.steps import State
 from dydit.errors import CalibrationError
 from dydit.export.settings import ExportConfig
 from dydit.files import atomic_file
-from dydit.models.config import Strict, UserPath
+from dydit.models.config import UserPath
 from dydit.parity.comparison import PIXEL_SPAN, picture_error
 from dydit.parity.frechet import LEAST_IMAGES, FrechetReference, pictures
 from dydit.runtime.images.image_files import kept_arrays
+from dydit.validation import Strict
 from dydit.words import counted, duration
 
 Progress = Callable[[int, int], None]
@@ -151,8 +153,7 @@ class _Search:
             inputs.ranges,
             inputs.segments,
             inputs.config.precision,
-            steps=inputs.exported.steps,
-            sampler=inputs.exported.sampler,
+            sampling=inputs.exported.sampling(self.model.diffusion),
             cfg_channels=inputs.exported.cfg_channels,
         )
         self.images, self.others = (
@@ -181,7 +182,7 @@ class _Search:
         self.images.tick = self.others.tick = ticks
         self.ticks = ticks
         target, plain = self.config.target, self._plain(self.images, "")
-        path = self._saved("trajectory", self._run_cost, lambda: self.images.run(self.everything, all_steps=True))
+        path = self._saved("trajectory", self._run_cost, self._trajectory)
         losses = self._losses(path)
         order = int8_order(losses, self.macs)
         shape = self.macs.shape
@@ -190,7 +191,9 @@ class _Search:
             if count not in self.measured:
                 fp16_layers = fp16_layers_after(order, count, shape)
                 name = f"point-{count}"
-                images = self._saved(name, self._run_cost, lambda: self.images.run(fp16_layers)) if count else path[-1]
+                images = (
+                    self._saved(name, self._run_cost, lambda: self.images.run(fp16_layers)) if count else path[-1, 0]
+                )
                 self.measured[count] = self._quality(images, plain)
             return self.measured[count]
 
@@ -251,8 +254,8 @@ class _Search:
             for block, layer in self._layers(step):
                 fp16_layers[:] = True
                 fp16_layers[block, layer] = False
-                x_prev = self.images.step(subnet, step, path[step])
-                errors[block, layer] += np.square(x_prev.astype(np.float64) - path[step + 1]).mean()
+                after = self.images.step(subnet, step, State(*path[step]))
+                errors[block, layer] += np.square(after.x.astype(np.float64) - path[step + 1, 0]).mean()
         return errors * ((end - first) / len(chosen))
 
     def _grown(self, index: int, path: np.ndarray) -> np.ndarray:
@@ -262,7 +265,7 @@ class _Search:
         first = self.segments[index][0]
         images, plain = (
             pictures(each, self.model).astype(np.float64)
-            for each in (self.images.run(fp16_layers, first, path[first]), path[-1])
+            for each in (self.images.run(fp16_layers, first, State(*path[first])), path[-1, 0])
         )
         return np.asarray(np.square(images - plain).mean())
 
@@ -348,6 +351,19 @@ class _Search:
             f"no choice of layers reaches {target.fd_ratio:g} times the model's Fréchet distance: with every layer in "
             f"16 bits it is {quality.fd_ratio:.4f} times; set a higher ratio, or use more images"
         )
+
+    def _trajectory(self) -> np.ndarray:
+        """The states of a run with all layers in 16 bits, [S+1, 2, n, C, S, S]: latents and history before each step,
+        and those of the images.
+        """
+        path: list[np.ndarray] = []
+
+        def keep(state: State[np.ndarray]) -> None:
+            path.append(np.stack([state.x, np.zeros_like(state.x) if state.history is None else state.history]))
+
+        keep(self.images.initial())
+        self.images.run(self.everything, on_step=keep)
+        return np.stack(path)
 
     def _saved(self, name: str, cost: int, make: Callable[[], np.ndarray]) -> np.ndarray:
         """An array from the work folder, or else from `make` and then saved there; `cost` in steps of batches."""

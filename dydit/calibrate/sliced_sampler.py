@@ -10,9 +10,10 @@ from torch import Tensor
 
 from dydit.calibrate.tokens import spread_labels, spread_scales
 from dydit.checkpoints.checkpoint import Checkpoint
-from dydit.diffusion.coefficients import step_coefficients
+from dydit.diffusion.coefficients import sampling_run
 from dydit.diffusion.guidance import Guidance
-from dydit.diffusion.schedule import Sampler, Schedule
+from dydit.diffusion.samplers import SamplerConfig
+from dydit.diffusion.steps import State
 from dydit.export.settings import guided_channels
 from dydit.models.registry import architecture_of
 from dydit.models.sliced import Linear, SlicedModel
@@ -27,19 +28,18 @@ class SlicedSampler:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        steps: int,
-        sampler: Sampler,
+        sampling: SamplerConfig,
         cfg_channels: int | None = None,
         smoothing: Smoothing | None = None,
     ):
-        config, schedule = checkpoint.config, Schedule.respaced(steps)
-        self.config, self.timesteps = config, schedule.timesteps[::-1]
+        config = checkpoint.config
+        run = sampling_run(config.diffusion, sampling, config.learn_sigma)
+        self.config, self.timesteps = config, run.times
         self.masks = freeze_masks(checkpoint.width_routers(), self.timesteps)
         self._architecture = architecture_of(config)
         self.weights = dict(self._architecture.stored_tensors(checkpoint.state, config, smoothing=smoothing))
         self._factors = self._architecture.condition_factors(config, smoothing)
-        coefficients = step_coefficients(schedule, sampler, config.learn_sigma).astype(np.float32)
-        self._coefficients = torch.from_numpy(coefficients)
+        self._coefficients = torch.from_numpy(run.coefficients.astype(np.float32))
         self._channels = guided_channels(config, cfg_channels)
 
     def subnet(self, step: int, linear: Linear) -> SlicedModel:
@@ -50,16 +50,25 @@ class SlicedSampler:
     def condition(self, step: int, labels: np.ndarray, cfg_scale: float) -> Tensor:
         """What a step takes for labels [B] and, with guidance, for as many null classes after them."""
         rows = torch.from_numpy(Guidance(cfg_scale, self.config.null_class).rows(labels))
-        time = torch.tensor([int(self.timesteps[step])])
+        time = torch.from_numpy(self.timesteps[step : step + 1])
         condition = self._architecture.conditioning(self.config, self.weights, time, rows)[0]
         return condition if self._factors is None else condition * torch.from_numpy(self._factors)
 
     def step(
-        self, subnet: SlicedModel, step: int, x: np.ndarray, noise: np.ndarray, condition: Tensor, cfg_scale: float
-    ) -> np.ndarray:
-        """x_prev f32 [B, C, S, S] from `x`, with the subnetwork and the condition of this step."""
-        latents, drawn, scale = torch.from_numpy(x), torch.from_numpy(noise), torch.tensor(float(cfg_scale))
-        return subnet.step(latents, drawn, self._coefficients[step], scale, condition).x_prev.numpy()
+        self,
+        subnet: SlicedModel,
+        step: int,
+        state: State[np.ndarray],
+        noise: np.ndarray,
+        condition: Tensor,
+        cfg_scale: float,
+    ) -> State[np.ndarray]:
+        """The state after a step, f32 [B, C, S, S] each, with the subnetwork and the condition of this step."""
+        history = np.zeros_like(state.x) if state.history is None else state.history
+        x, before, drawn = map(torch.from_numpy, (state.x, history, noise))
+        scale = torch.tensor(float(cfg_scale))
+        out = subnet.step(x, before, drawn, self._coefficients[step], scale, condition)
+        return State(out.x_prev.numpy(), out.next_history.numpy())
 
 
 def spread_batches(images: int, classes: int, scales: Sequence[float], size: int) -> list[tuple[float, list[Batch]]]:

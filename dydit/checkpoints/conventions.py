@@ -16,13 +16,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dydit.checkpoints.safe_classes import Inert
-from dydit.diffusion.schedule import TRAIN_STEPS, linear_betas
+from dydit.diffusion.process import TRAIN_STEPS, Process
 from dydit.errors import CheckpointError
 
 Stated = Mapping[str, Any]
 """Settings by the last part of their name, in lower case with underscores. Values are text, numbers and booleans."""
 
-BETA_START, BETA_END = (float(each) for each in linear_betas()[[0, -1]])
+BETA_START, BETA_END = Process().beta_range
 SUPPORTED = (
     f"dydit samples models that predict epsilon over {TRAIN_STEPS:,} steps of linear betas from {BETA_START} to "
     f"{BETA_END}, as DiT does, so samples of this one would be wrong"

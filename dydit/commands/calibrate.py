@@ -20,12 +20,12 @@ from dydit.commands.options import (
     parse_options,
     plan_options,
     renamed,
-    sampler_option,
-    steps_option,
+    sampler_options,
 )
 from dydit.commands.output import print_json, say
 from dydit.commands.progress import show_progress
 from dydit.commands.suggestions import next_line, reading_words
+from dydit.diffusion.samplers import DEFAULT_STEPS
 from dydit.extras import CHECKPOINTS, GRAPHS, backend_modules, require
 from dydit.reports.text import extra_text
 from dydit.words import counted
@@ -37,8 +37,7 @@ if TYPE_CHECKING:
 @click.command(cls=Command)
 @click.argument("checkpoint", type=PATH)
 @click.option("--out", type=PATH, required=True, help="Calibration file to write (JSON). Must not exist.")
-@steps_option("Number of sampling steps, as in the export.")
-@sampler_option("Sampler, as in the export.")
+@sampler_options(DEFAULT_STEPS)
 @plan_options
 @click.option(
     "--samples",
@@ -165,7 +164,9 @@ def command(
     checkpoint: Path,
     out: Path,
     steps: int,
-    sampler: str,
+    sampler: str | None,
+    spacing: str | None,
+    eta: float,
     plan: dict[str, Any],
     reading: dict[str, Any],
     backend: str,
@@ -210,7 +211,7 @@ def command(
 
     capacity = {name: settings.pop(name) for name in ("quantile", "margin", "tile", "batch_sizes")}
     config = parse_options(CalibrationConfig, {**settings, "capacity": capacity})
-    exported = parse_options(ExportConfig, {"steps": steps, "sampler": sampler, **plan})
+    exported = parse_options(ExportConfig, {"steps": steps, "sampler": sampler, "spacing": spacing, "eta": eta, **plan})
     require_free(out, config)
     model = load_checkpoint(checkpoint, **reading)
     options = BackendOptions(threads=threads, device=device)
@@ -219,7 +220,7 @@ def command(
     if as_json:
         print_json(_facts(result, out))
         return
-    words = [*shlex.split(run_options(plan, steps, sampler)), *reading_words(reading)]
+    words = [*shlex.split(run_options(plan, exported.sampling(model.config.diffusion))), *reading_words(reading)]
     words += ["--precision", precision] if result.calibration.activations else []
     say(
         *_result_lines(result, out),

@@ -19,14 +19,14 @@ from dydit.commands.options import (
     json_option,
     parse_options,
     plan_options,
-    sampler_option,
+    sampler_options,
     space_option,
-    steps_option,
 )
 from dydit.commands.output import print_json, say, warn
 from dydit.commands.progress import show_progress
 from dydit.commands.suggestions import after_export, reading_words
 from dydit.commands.vae_options import decoder_line, vae_options
+from dydit.diffusion.samplers import DEFAULT_STEPS
 from dydit.extras import CHECKPOINTS, FITS, GRAPHS, VAES, require
 from dydit.reports.text import bytes_text, measured_lines
 from dydit.words import counted
@@ -53,8 +53,7 @@ def _read_calibration(_: click.Context, __: click.Parameter, path: Path | None) 
 @click.command(cls=Command)
 @click.argument("checkpoint", type=PATH)
 @click.option("--out", type=PATH, required=True, help="Folder for the bundle. Must not exist.")
-@steps_option("Number of sampling steps.")
-@sampler_option("ddpm: ancestral sampling, with new noise in every step. ddim: deterministic sampling.")
+@sampler_options(DEFAULT_STEPS)
 @plan_options
 @click.option(
     "--cost",
@@ -157,7 +156,7 @@ def command(
         bundle, notes = export_measured(model, out, config, Cost(cost), cost_batch, progress.stage)
     manifest = bundle.manifest
     if keeps_every_token(manifest):
-        run = run_options(plan, config.steps, config.sampler) + options_text(reading_words(reading))
+        run = run_options(plan, config.sampling(model.config.diffusion)) + options_text(reading_words(reading))
         warn(_slots_warning(checkpoint, out, config, run))
     if as_json:
         print_json(_facts(manifest, out))

@@ -16,7 +16,8 @@ from pydantic import BaseModel
 
 from dydit.bundle.manifest import PlanKind
 from dydit.commands.output import warn
-from dydit.diffusion.schedule import Sampler
+from dydit.diffusion.process import TRAIN_STEPS
+from dydit.diffusion.samplers import Sampler, Spacing
 from dydit.errors import BackendError, ConfigError
 from dydit.files import user_path
 from dydit.models.config import Space, parse_config
@@ -225,15 +226,35 @@ def checkpoint_options(command: Command) -> Command:
 # Options about the plan of an export
 
 
-def steps_option(help: str) -> Callable[[Command], Command]:
-    """`--steps` of an export."""
-    return click.option("--steps", type=click.IntRange(1, 1000), default=250, help=help)
-
-
-def sampler_option(help: str) -> Callable[[Command], Command]:
-    """`--sampler` of an export."""
-    samplers = [each.value for each in Sampler]
-    return click.option("--sampler", type=click.Choice(samplers), default=Sampler.DDPM.value, help=help)
+def sampler_options(steps: int | None, remark: str = "") -> Callable[[Command], Command]:
+    """`--steps`, `--sampler`, `--timestep-spacing` and `--eta`. `steps`: their default number."""
+    shown = f"  [{remark}]" if remark else ""
+    return all_of(
+        click.option(
+            "--steps", type=click.IntRange(1, TRAIN_STEPS), default=steps, help=f"Number of sampling steps.{shown}"
+        ),
+        click.option(
+            "--sampler",
+            type=click.Choice([each.value for each in Sampler]),
+            help="ddpm: ancestral sampling, with new noise in every step. ddim: deterministic, unless --eta is given. "
+            "dpm-solver++: second order, for 10 to 25 steps. euler: for flow-matching models, deterministic. "
+            "euler-maruyama: with new noise in every step, for flow matching and continuous time."
+            + (shown or "  [default: ddpm; for a flow, euler-maruyama]"),
+        ),
+        click.option(
+            "--timestep-spacing",
+            "spacing",
+            type=click.Choice([each.value for each in Spacing]),
+            help="Which of the training timesteps are visited, as diffusers computes them."
+            + (shown or "  [default: linspace; for a flow, trailing]"),
+        ),
+        click.option(
+            "--eta",
+            type=click.FloatRange(0, 1),
+            default=None if remark else 0.0,
+            help="With --sampler ddim: amount of new noise, from 0 (none) to 1 (as much as ddpm)." + shown,
+        ),
+    )
 
 
 def plan_options(command: Command) -> Command:

@@ -1,44 +1,13 @@
-"""The diffusion process and its respacing to fewer sampling steps. NumPy, float64.
-
-Steps are executed from the noisy end: execution index 0 starts from pure noise, and the last one returns the sample.
-"""
+"""The posterior of a diffusion process at given timesteps: what DDPM and training need. NumPy, float64."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import StrEnum
 from functools import cached_property
 
 import numpy as np
 
-from dydit.errors import ConfigError
-
-TRAIN_STEPS = 1000
-
-
-class Sampler(StrEnum):
-    """How a step computes x_{t-1} from the output of the model."""
-
-    DDPM = "ddpm"  # ancestral sampling with the learned-range variance
-    DDIM = "ddim"  # deterministic (eta = 0)
-
-
-def linear_betas() -> np.ndarray:
-    """Betas of DDPM's linear schedule, [1000] float64 (Ho et al. 2020)."""
-    return np.linspace(1e-4, 0.02, TRAIN_STEPS)
-
-
-def respaced_timesteps(count: int) -> np.ndarray:
-    """The original timesteps that a `count`-step run visits, ascending: `round(i * 999 / (count-1))`.
-
-    Returns int64 [count], distinct, from 0 to 999 (only 0 if count is 1). Raises `ConfigError` for a count outside
-    1..1000.
-    """
-    if not 1 <= count <= TRAIN_STEPS:
-        raise ConfigError(f"sampling steps {count} is outside 1..{TRAIN_STEPS}")
-    if count == 1:
-        return np.zeros(1, np.int64)
-    return np.rint(np.arange(count) * ((TRAIN_STEPS - 1) / (count - 1))).astype(np.int64)
+from dydit.diffusion.process import TRAIN_STEPS, Process
 
 
 @dataclass(frozen=True)
@@ -46,18 +15,17 @@ class Schedule:
     """Gaussian diffusion with a set of betas and the original timestep of each. Arrays are in ascending order of t."""
 
     betas: np.ndarray  # [S] float64
-    timesteps: np.ndarray  # [S] int64, the input of the model
+    timesteps: np.ndarray  # [S] float64, the input of the model
 
     @classmethod
-    def training(cls) -> Schedule:
-        """All 1000 steps."""
-        return cls(linear_betas(), np.arange(TRAIN_STEPS))
+    def training(cls, process: Process) -> Schedule:
+        """All 1000 steps of a discrete process."""
+        return cls(process.training_betas(), np.arange(TRAIN_STEPS, dtype=np.float64))
 
     @classmethod
-    def respaced(cls, count: int) -> Schedule:
-        """`count` steps whose marginals q(x_t | x_0) are those of the full process at the visited timesteps."""
-        timesteps = respaced_timesteps(count)
-        cumulative = np.cumprod(1 - linear_betas())[timesteps]
+    def visiting(cls, process: Process, timesteps: np.ndarray) -> Schedule:
+        """The steps that have the full process' marginals q(x_t | x_0) at `timesteps`, ascending [S]."""
+        cumulative = process.alphas_cumprod(timesteps)
         previous = np.concatenate([[1.0], cumulative[:-1]])
         return cls(1 - cumulative / previous, timesteps)
 

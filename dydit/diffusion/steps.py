@@ -9,39 +9,52 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
-X = TypeVar("X")
 X_co = TypeVar("X_co", covariant=True)
 
 
+@dataclass(frozen=True)
+class State(Generic[X_co]):
+    """What one step hands to the next: the latents `x` [B, C, S, S], and a multistep solver's `history`, alike.
+
+    `history` None: the first step, or a sampler without history. It counts as zeros.
+    """
+
+    x: X_co
+    history: X_co | None = None
+
+
 class StepOutcome(Protocol[X_co]):
-    """What a step returns: the latents after it, and whatever else an observer may want to see."""
+    """What a step returns: the state after it, and whatever else an observer may want to see."""
 
     @property
-    def x_prev(self) -> X_co:
-        """The latents after the step, from which the next one starts."""
+    def state(self) -> State[X_co]:
+        """The state from which the next step starts."""
 
 
 R = TypeVar("R", bound=StepOutcome[Any])
 
 
 @dataclass(frozen=True)
-class LatentsOnly(Generic[X]):
-    """The outcome of a step that has nothing to show but the latents after it."""
+class StateOnly(Generic[X_co]):
+    """The outcome of a step that has nothing to show but the state after it."""
 
-    x_prev: X
+    state: State[X_co]
 
 
 def run_steps(
-    step: Callable[[int, X], R], x: X, steps: Iterable[int], on_step: Callable[[int, R], None] | None = None
-) -> X:
-    """Run sampling steps one after another, each from the latents after the one before; returns the last latents.
+    step: Callable[[int, State[Any]], R],
+    state: State[Any],
+    steps: Iterable[int],
+    on_step: Callable[[int, R], None] | None = None,
+) -> State[Any]:
+    """Run sampling steps one after another, each from the state after the one before; returns the last state.
 
-    `steps`: execution indices (0 is the noisiest), in the order in which they run. `step(index, x)` runs one of them
-    from the latents `x`. `on_step(index, outcome)` is called after each step with what it returned.
+    `steps`: execution indices (0 is the noisiest), in the order in which they run. `step(index, state)` runs one of
+    them. `on_step(index, outcome)` is called after each step with what it returned.
     """
     for index in steps:
-        outcome = step(index, x)
-        x = outcome.x_prev
+        outcome = step(index, state)
+        state = outcome.state
         if on_step is not None:
             on_step(index, outcome)
-    return x
+    return state

@@ -21,7 +21,8 @@ from dydit.engines.profiles import Extent, Profile, shape_profile
 from dydit.engines.store import Built
 from dydit.errors import BackendError, one_line
 from dydit.files import write_atomic
-from dydit.models.config import ModelConfig, Strict
+from dydit.models.config import ModelConfig
+from dydit.validation import Strict
 
 
 class Job(Strict):

@@ -21,7 +21,8 @@ from dydit.bundle.stored_weights import Precision
 from dydit.engines.flavour import Flavour, Gpu
 from dydit.engines.profiles import Profile
 from dydit.errors import BackendError
-from dydit.models.config import Strict, parse_config
+from dydit.models.config import parse_config
+from dydit.validation import Strict
 
 RECIPE = 2
 """Increased whenever this package builds another engine from the same settings."""

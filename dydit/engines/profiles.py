@@ -13,7 +13,8 @@ from pydantic import model_validator
 from dydit.bundle.io_spec import BATCH, LABELS, ROWS, STEPS, TensorSpec, width_symbol
 from dydit.bundle.manifest import Manifest
 from dydit.errors import BackendError
-from dydit.models.config import ModelConfig, Strict
+from dydit.models.config import ModelConfig
+from dydit.validation import Strict
 
 CONDITIONING_ELEMENTS = 1 << 28
 """The most numbers that one evaluation of the conditioning engine returns: 1 GiB, far below TensorRT's 2**31."""

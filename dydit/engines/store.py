@@ -32,8 +32,7 @@ from dydit.engines.fingerprint import EngineKey, EngineRequest, HardwareCompatib
 from dydit.engines.flavour import Flavour, Gpu
 from dydit.errors import BundleError, DyditError, one_line
 from dydit.files import sha256_of, write_atomic
-from dydit.models.config import Strict
-from dydit.validation import first_problem
+from dydit.validation import Strict, first_problem
 
 ENGINES, INDEX, BUILD_LOG, TIMING_CACHE = "engines", "engines.json", "build.log", "timing.cache"
 RUNTIME_CACHE, RUNTIME_RECORD = "runtime.cache", "runtime.json"

@@ -48,7 +48,8 @@ def segment_capacities(
         if len(capacities) != model.depth or not all(1 <= c <= model.tokens for c in capacities):
             raise ConfigError(f"capacities {capacities}: expected {model.depth} numbers in 1..{model.tokens}")
         return (capacities,) * count
-    config.calibration.require(checkpoint.sha256, config.steps, config.sampler, plan_sha256(plan.bounds, masks))
+    sampling = config.sampling(checkpoint.config.diffusion)
+    config.calibration.require(checkpoint.sha256, sampling, plan_sha256(plan.bounds, masks))
     tokens = config.calibration.tokens
     sizes = len(tokens.capacities), len(tokens.largest), tokens.tokens
     expected = count, model.depth, model.tokens

@@ -32,8 +32,8 @@ from dydit.bundle.measurements import Measured
 from dydit.bundle.stored_weights import WEIGHTS, Precision, WeightEntry
 from dydit.bundle.vae_entry import VaeEntry
 from dydit.checkpoints.checkpoint import Checkpoint
-from dydit.diffusion.coefficients import step_coefficients
-from dydit.diffusion.schedule import Schedule
+from dydit.diffusion.coefficients import SamplingRun, sampling_run
+from dydit.diffusion.samplers import SamplerConfig
 from dydit.export.capacities import Capacities, segment_capacities
 from dydit.export.input_scales import Scales, planned_smoothing, segment_scales, weight_copies
 from dydit.export.settings import ExportConfig, guided_channels
@@ -116,9 +116,11 @@ def planned_steps(checkpoint: Checkpoint, config: ExportConfig) -> tuple[np.ndar
 
 
 def _masks_and_order(checkpoint: Checkpoint, config: ExportConfig) -> tuple[np.ndarray, Slots]:
-    masks = freeze_masks(checkpoint.width_routers(), Schedule.respaced(config.steps).timesteps[::-1])
-    order = activity_order(masks, checkpoint.config.units)
-    return by_slot(masks, checkpoint.config.units, order), order
+    model = checkpoint.config
+    run = sampling_run(model.diffusion, config.sampling(model.diffusion), model.learn_sigma)
+    masks = freeze_masks(checkpoint.width_routers(), run.times)
+    order = activity_order(masks, model.units)
+    return by_slot(masks, model.units, order), order
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +128,8 @@ class _Job:
     """Everything that follows from the settings for one model, before anything is written."""
 
     model: ModelConfig
-    schedule: Schedule
+    sampling: SamplerConfig
+    run: SamplingRun
     order: Slots  # the checkpoint's unit in each slot
     masks: np.ndarray  # bool [S, U] by slot, in the order of execution
     plan: Plan
@@ -149,9 +152,11 @@ def _make_job(
     measured: Measured,
 ) -> _Job:
     model = checkpoint.config.stating(config.space, config.vae is not None)
+    sampling = config.sampling(model.diffusion)
     return _Job(
         model=model,
-        schedule=Schedule.respaced(config.steps),
+        sampling=sampling,
+        run=sampling_run(model.diffusion, sampling, model.learn_sigma),
         order=model.units.every_unit if order is None else order,
         masks=masks,
         plan=plan,
@@ -299,18 +304,12 @@ def _manifest(
     vae: VaeEntry | None,
 ) -> Manifest:
     subnets, segments = written
-    coefficients = step_coefficients(job.schedule, config.sampler, job.model.learn_sigma).astype(np.float32)
     files = sorted(file for file in folder.iterdir() if file.is_file())
     packages = ("dydit", "numpy", "onnx", "onnx-ir", "torch", *(() if vae is None else ("diffusers",)))
     return Manifest(
         schema_version=SCHEMA_VERSION,
         model=job.model,
-        sampling=SamplingEntry(
-            sampler=config.sampler,
-            timesteps=tuple(job.schedule.timesteps[::-1].tolist()),
-            coefficients=tuple(tuple(row) for row in coefficients.tolist()),
-            cfg_channels=job.cfg_channels,
-        ),
+        sampling=SamplingEntry.of(job.sampling, job.run, job.cfg_channels),
         plan=_plan_entry(config.plan, job, segments),
         subnets=tuple(subnets),
         masks=tuple(pack_mask(mask) for mask in job.masks),

@@ -35,7 +35,8 @@ def segment_scales(
         return None
     if config.activations is None:
         assert config.calibration is not None
-        config.calibration.require(checkpoint.sha256, config.steps, config.sampler, plan_sha256(plan.bounds, masks))
+        sampling = config.sampling(checkpoint.config.diffusion)
+        config.calibration.require(checkpoint.sha256, sampling, plan_sha256(plan.bounds, masks))
         config.calibration.require_searched(config.precision)
     ranges = _ranges(config)
     if ranges is None:

@@ -8,9 +8,11 @@ from dydit.bundle.manifest import PlanKind, Routing
 from dydit.bundle.stored_weights import Precision
 from dydit.calibrate.activation_ranges import ActivationRanges
 from dydit.calibrate.calibration_file import Calibration
-from dydit.diffusion.schedule import TRAIN_STEPS, Sampler
+from dydit.diffusion.process import TRAIN_STEPS, Process
+from dydit.diffusion.samplers import DEFAULT_STEPS, Sampler, SamplerConfig, Spacing, default_sampler
 from dydit.errors import ConfigError
-from dydit.models.config import ModelConfig, Space, Strict
+from dydit.models.config import ModelConfig, Space
+from dydit.validation import Strict
 
 GUIDED_CHANNELS = 3
 """The number of channels that guidance acts on by default, as in the public code of DiT."""
@@ -26,8 +28,10 @@ def guided_channels(model: ModelConfig, asked: int | None) -> int:
 class ExportConfig(Strict):
     """How to export a checkpoint.
 
-    `max_subnets` applies to `PlanKind.MAX_SUBNETS`, `memory_budget` (bytes) to `PlanKind.MEMORY_BUDGET`.
-    `cfg_channels`: the number of channels that guidance acts on, by default the first 3. Capacity routing takes
+    `steps`, `sampler`, `spacing`, `eta`: of the sampling run, see `SamplerConfig`. By default the sampler depends on
+    how the model was trained. `max_subnets` applies to `PlanKind.MAX_SUBNETS`, `memory_budget` (bytes) to
+    `PlanKind.MEMORY_BUDGET`. `cfg_channels`: the number of channels that guidance acts on, by default the first 3.
+    Capacity routing takes
     `capacities`, MLP token slots per row, by block, or a `calibration`, which has them for each segment; by default
     there is a slot for every token. `activations`: ranges of the inputs of linear layers for this plan's segments,
     which int8-static and fp8 need. `vae`, `vae_tile`, `vae_scale`, `vae_shift`: the decoder to add, see
@@ -35,8 +39,10 @@ class ExportConfig(Strict):
     state it or states it wrongly.
     """
 
-    steps: int = Field(default=250, ge=1, le=TRAIN_STEPS)
-    sampler: Sampler = Sampler.DDPM
+    steps: int = Field(default=DEFAULT_STEPS, ge=1, le=TRAIN_STEPS)
+    sampler: Sampler | None = None
+    spacing: Spacing | None = None
+    eta: FiniteFloat = Field(default=0.0, ge=0, le=1)
     plan: PlanKind = PlanKind.MAX_SUBNETS
     max_subnets: int = Field(default=32, ge=1)
     memory_budget: int | None = Field(default=None, gt=0)
@@ -77,3 +83,9 @@ class ExportConfig(Strict):
         if self.vae is not None and self.space is Space.PIXELS:
             raise ValueError("a model that samples pixels has no latents to decode; remove the VAE")
         return self
+
+    def sampling(self, process: Process) -> SamplerConfig:
+        """The sampler and its settings for a model of this process."""
+        return SamplerConfig(
+            sampler=self.sampler or default_sampler(process), steps=self.steps, spacing=self.spacing, eta=self.eta
+        )

@@ -28,7 +28,8 @@ from dydit.export import vae_source
 from dydit.export.vae_source import VaeFiles, find_vae, read_json, require_packages
 from dydit.export.vae_weights import infer_config, read_decoder
 from dydit.graph.ops import IR_VERSION, OPSET
-from dydit.models.config import ModelConfig, Strict, parse_config
+from dydit.models.config import ModelConfig, parse_config
+from dydit.validation import Strict
 
 LARGEST_TILE = 64
 """The largest side of latents that are decoded without tiles: 512 pixels with the usual autoencoders."""

@@ -127,14 +127,14 @@ def subnet_graph(config: ModelConfig, spec: SubnetSpec, library: FunctionLibrary
     """
     writer = GraphWriter(config, spec, library, weights)
     out, overflow = architecture_of(config).write_step(writer)
-    step = [writer.inputs[name] for name in ("x", "noise", "coefficients", "cfg_scale")]
+    step = [writer.inputs[name] for name in ("x", "history", "noise", "coefficients", "cfg_scale")]
     capacity = spec.routing is Routing.CAPACITY
     outputs = [graph_value(each) for each in subnet_outputs(config, capacity)]
     sampler = library.get(sampler_function, library.cfg_channels)
-    outputs[:1] = [typed(value, outputs[0]) for value in writer.call(sampler, [*step, out], ["x_prev"])]
+    values = list(writer.call(sampler, [*step, out], ["x_prev", "next_history"]))
     if capacity:
-        (total,) = writer.ops.call("", "Concat", overflow, ["token_overflow"], {"axis": 0})
-        outputs[1] = typed(total, outputs[1])
+        values += writer.ops.call("", "Concat", overflow, ["token_overflow"], {"axis": 0})
+    outputs = [typed(value, output) for value, output in zip(values, outputs, strict=True)]
     return graph_model("subnetwork", [*writer.inputs.values(), *map(graph_value, weights.inputs)], outputs, writer)
 
 

@@ -18,7 +18,7 @@ from dydit.bundle.manifest import MANIFEST, Manifest, Routing
 from dydit.bundle.measurements import StepTimes
 from dydit.bundle.stored_weights import fp16_name
 from dydit.bundle.vae_entry import VAE_DECODER, VAE_WEIGHTS
-from dydit.diffusion.schedule import Schedule
+from dydit.diffusion.samplers import DEFAULT_STEPS, SamplerConfig, default_sampler
 from dydit.errors import CheckpointError
 from dydit.files import user_path, write_atomic
 from dydit.models.config import ModelConfig
@@ -43,8 +43,6 @@ from dydit.reports.inspection_facts import (
 from dydit.reports.plots import plan_png
 from dydit.reports.plots_masks import masks_png
 
-DEFAULT_STEPS = 250
-
 
 @dataclass(frozen=True)
 class Inspection:
@@ -52,7 +50,7 @@ class Inspection:
 
     facts: CheckpointFacts | BundleFacts
     masks: np.ndarray
-    timesteps: tuple[int, ...]
+    timesteps: tuple[float, ...]
 
     def pictures(self) -> dict[str, bytes]:
         """PNG files by name. A static model has none."""
@@ -106,7 +104,8 @@ def inspect_checkpoint(path: Path | str, steps: int = DEFAULT_STEPS, **reading: 
         raise CheckpointError(f"reading a checkpoint needs {error.name}: pip install 'dydit[export]'") from error
     checkpoint = load_checkpoint(path, **reading)
     config = checkpoint.config
-    timesteps = Schedule.respaced(steps).timesteps[::-1]
+    process = config.diffusion
+    timesteps = SamplerConfig(sampler=default_sampler(process), steps=steps).times(process)
     masks = freeze_masks(checkpoint.width_routers(), timesteps)
     is_router = architecture_of(config).is_router
     parameters = {name: tensor.numel() for name, tensor in checkpoint.state.items()}

@@ -13,7 +13,7 @@ import numpy as np
 
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.manifest import Manifest
-from dydit.diffusion.steps import run_steps
+from dydit.diffusion.steps import State, run_steps
 from dydit.models.macs import flops_ratio
 from dydit.planning.executed import computed_ratio
 from dydit.runtime.backends.base import BackendOptions, StepResult
@@ -70,7 +70,7 @@ def trace_tokens(
 
     with ResidentSubnets(engine, 2, debug=True) as subnets:
         runner = StepRunner(engine, subnets, batch.labels, cfg_scale)
-        x = run_steps(runner.steps_of(batch, noise), noise.initial(batch), range(steps), keep)
+        x = run_steps(runner.steps_of(batch, noise), State(noise.initial(batch)), range(steps), keep).x
     return Trace(x, np.stack(tokens))
 
 

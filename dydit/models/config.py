@@ -17,7 +17,6 @@ from typing import Annotated, Any, ClassVar, Self, TypeVar
 from pydantic import (
     AfterValidator,
     BaseModel,
-    ConfigDict,
     Field,
     ModelWrapValidatorHandler,
     ValidationError,
@@ -26,11 +25,12 @@ from pydantic import (
 )
 
 from dydit.diffusion.guidance import Guidance
+from dydit.diffusion.process import Process
 from dydit.errors import ConfigError
 from dydit.files import user_path
 from dydit.models.architecture import BlockSpec, UnitAxis
 from dydit.models.registry import DEFAULT, architecture
-from dydit.validation import SettingsError, problems_of
+from dydit.validation import SettingsError, Strict, problems_of
 
 T = TypeVar("T", bound=BaseModel)
 PICTURE_CHANNELS = (1, 3)
@@ -52,12 +52,6 @@ class Space(StrEnum):
 
     PIXELS = "pixels"  # grey or RGB, in [-1, 1]
     LATENTS = "latents"  # of an autoencoder, whose decoder turns them into pixels
-
-
-class Strict(BaseModel):
-    """Base of all our configurations: immutable, and unknown keys are refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 @dataclass(frozen=True)
@@ -82,10 +76,11 @@ class ModelConfig(Strict):
     `hidden_size`: channels D of the residual stream. `depth`: the number of blocks L. `input_size`: the side of the
     square of latents or pixels, which has `in_channels` channels. `learn_sigma`: whether the output has as many further
     channels, for the variance. `space`: what the model was trained on. Weights do not show it, so it is None unless the
-    checkpoint, its folder or the user states it; `samples_pixels` then depends on the number of channels.
+    checkpoint, its folder or the user states it; `samples_pixels` then depends on the number of channels. `process`:
+    how noise was added in training, and what the output predicts; None if nothing states it, which counts as DiT's.
     """
 
-    UNSTATED: ClassVar[dict[str, Any]] = {"space": None}
+    UNSTATED: ClassVar[dict[str, Any]] = {"space": None, "process": None}
 
     architecture: str
     hidden_size: int = Field(gt=0)
@@ -95,6 +90,7 @@ class ModelConfig(Strict):
     learn_sigma: bool = True
     routers: Routers = Routers.FIRST_ON
     space: Space | None = None
+    process: Process | None = None
 
     @model_validator(mode="wrap")
     @classmethod
@@ -198,6 +194,11 @@ class ModelConfig(Strict):
         return self.in_channels * (2 if self.learn_sigma else 1)
 
     @property
+    def diffusion(self) -> Process:
+        """The process of training, DiT's if none is stated."""
+        return self.process or Process()
+
+    @property
     def samples_pixels(self) -> bool:
         """Whether samples are pixels, grey or RGB, and not latents that a decoder turns into pixels.
 
@@ -229,8 +230,8 @@ class ModelConfig(Strict):
 
     @property
     def sizes(self) -> Self:
-        """The configuration without `space`, which affects no weight and no graph; for comparisons."""
-        return self.model_copy(update={"space": None})
+        """The configuration without `space` and `process`, which affect no weight; for comparisons."""
+        return self.model_copy(update={"space": None, "process": None})
 
     @property
     def null_class(self) -> int | None:

@@ -26,9 +26,12 @@ from dydit.models.routers import TOKEN_ROUTER
 
 @dataclass(frozen=True)
 class SlicedOutput:
-    """`x_prev` [B, C, S, S]; `overflow` int64 [L]; with debug `tokens` bool [L, R, N] and `residuals` [L, R, N, D]."""
+    """`x_prev`, `next_history` [B, C, S, S]; `overflow` int64 [L]; with debug `tokens` bool [L, R, N] and `residuals`
+    [L, R, N, D].
+    """
 
     x_prev: Tensor
+    next_history: Tensor
     overflow: Tensor
     tokens: Tensor | None = None
     residuals: Tensor | None = None
@@ -105,6 +108,7 @@ class SlicedModel(ABC):
     def step(
         self,
         x: Tensor,
+        history: Tensor,
         noise: Tensor,
         coefficients: Tensor,
         cfg_scale: Tensor,
@@ -114,18 +118,18 @@ class SlicedModel(ABC):
     ) -> SlicedOutput:
         """One sampler step on the inputs of a subnetwork's graph.
 
-        x, noise [B, C, S, S]; coefficients [5]; cfg_scale []; condition [R, *condition_shape]; gates [U] of 0 or 1, by
-        slot. With capacities, a block's routed tokens beyond `capacity * R` keep their residual and are counted in
-        `overflow`.
+        x, history, noise [B, C, S, S]; coefficients [8]; cfg_scale []; condition [R, *condition_shape]; gates [U] of
+        0 or 1, by slot. With capacities, a block's routed tokens beyond `capacity * R` keep their residual and are
+        counted in `overflow`.
         """
         self._overflow = torch.zeros(self.config.depth, dtype=torch.int64)
         self._tokens, self._residuals = [], []
         parts = None if gates is None else gates.split([part.group.count for part in self.config.units.parts])
         output = self._output(x, condition, parts)
-        x_prev = sampler_step(x, output, noise, coefficients, cfg_scale, self.cfg_channels)
+        state = sampler_step(x, history, output, noise, coefficients, cfg_scale, self.cfg_channels)
         if not debug:
-            return SlicedOutput(x_prev, self._overflow)
-        return SlicedOutput(x_prev, self._overflow, torch.stack(self._tokens), torch.stack(self._residuals))
+            return SlicedOutput(*state, self._overflow)
+        return SlicedOutput(*state, self._overflow, torch.stack(self._tokens), torch.stack(self._residuals))
 
     def linear(self, block: SlicedBlock, layer: str, x: Tensor) -> Tensor:
         """Compute a layer that a block's units own, by its name, on x [..., in]."""

@@ -121,7 +121,7 @@ def _flipped_images(evidence: _Evidence) -> list[FlippedImage]:
             FlippedImage(
                 image=image,
                 step=evidence.steps[k],
-                timestep=int(evidence.timesteps[evidence.steps[k]]),
+                timestep=float(evidence.timesteps[evidence.steps[k]]),
                 block=first_blocks[k],
                 margin=measured(margins[k]),
                 tie=margins[k] <= near_tie,
@@ -211,7 +211,7 @@ def _row_maxima(values: np.ndarray) -> tuple[Measured, ...]:
     return measured_all(np.nanmax(row) if not np.isnan(row).all() else np.nan for row in values)
 
 
-def locate(verdict: Verdict, ours: StepValues, reference: StepValues, timestep: int) -> Check:
+def locate(verdict: Verdict, ours: StepValues, reference: StepValues, timestep: float) -> Check:
     """The check with `per_block`; if it failed, also with the block at which its image departs in its step.
 
     `ours` and `reference`: that step, run with residuals.
@@ -243,11 +243,11 @@ def locate_in_run(verdict: Verdict, timesteps: np.ndarray) -> Check:
     flip = next((each for each in check.flipped_images if (each.image, each.step) == (image, step)), None)
     block = flip.block if flip else None
     what = f"block {block}: a token is routed differently" if flip else "its latents exceed the tolerance"
-    return _departing(check, step, int(timesteps[step]), image, block, what)
+    return _departing(check, step, float(timesteps[step]), image, block, what)
 
 
-def _departing(check: Check, step: int, timestep: int, image: int | None, block: int | None, what: str) -> Check:
-    where = f"step {step} (timestep {timestep}), image {image}, {what}"
+def _departing(check: Check, step: int, timestep: float, image: int | None, block: int | None, what: str) -> Check:
+    where = f"step {step} (timestep {timestep:g}), image {image}, {what}"
     return check.model_copy(update={"departure": Departure(step=step, timestep=timestep, block=block, where=where)})
 
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dydit.diffusion.steps import State
+
 
 def relative_l2(value: np.ndarray, reference: np.ndarray) -> np.ndarray:
     """||value - reference|| / ||reference|| of each entry of the first axis, float64.
@@ -67,12 +69,19 @@ class StepComparison:
 @dataclass(frozen=True)
 class StepValues:
     """One step of one form of the model: `x` before it and `x_prev` after it, f32 [B, C, S, S]; `tokens` bool
-    [L, rows, N], None if the model does not route tokens; `residuals` f32 [L, rows, N, D] if they were requested."""
+    [L, rows, N], None if the model does not route tokens; `residuals` f32 [L, rows, N, D] if they were requested;
+    `next_history` as `x_prev`, if the sampler has one."""
 
     x: np.ndarray
     x_prev: np.ndarray
     tokens: np.ndarray | None
     residuals: np.ndarray | None = None
+    next_history: np.ndarray | None = None
+
+    @property
+    def state(self) -> State[np.ndarray]:
+        """The state from which the next step starts."""
+        return State(self.x_prev, self.next_history)
 
 
 def compare_step(

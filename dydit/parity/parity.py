@@ -25,12 +25,12 @@ from dydit.bundle.bundle import Bundle
 from dydit.bundle.manifest import Manifest
 from dydit.bundle.stored_weights import fp16_name
 from dydit.checkpoints.checkpoint import Checkpoint, load_checkpoint
-from dydit.diffusion.steps import run_steps
+from dydit.diffusion.steps import State, run_steps
 from dydit.errors import ConfigError
 from dydit.export.exporter import stale_reasons
 from dydit.export.weights import Copies, stored_forms
 from dydit.files import new_folder, require_absent, write_json
-from dydit.models.config import ModelConfig, Strict
+from dydit.models.config import ModelConfig
 from dydit.models.macs import flops_ratio
 from dydit.models.registry import architecture_of
 from dydit.parity.checks import Verdict, exact_check, judge, locate, locate_in_run, skipped
@@ -54,6 +54,7 @@ from dydit.runtime.backends.registry import open_backend
 from dydit.runtime.images.pixels import ToPixels, picture_format
 from dydit.runtime.loop import StepRunner
 from dydit.runtime.resident import ResidentSubnets
+from dydit.validation import Strict
 from dydit.words import counted
 
 REPORT = "parity.json"
@@ -176,7 +177,7 @@ class _Parity:
         self.bundle, self.checkpoint, self.config, self.compared = bundle, checkpoint, config, compared
         self.model, sampling = bundle.manifest.model, bundle.manifest.sampling
         self.images = Images(config.labels, config.seed, config.cfg_scale)
-        self.reference = Reference(checkpoint.model(), sampling.steps, sampling.sampler, sampling.cfg_channels)
+        self.reference = Reference(checkpoint.model(), sampling.config, sampling.cfg_channels)
         self.timesteps = self.reference.timesteps
         self.tolerances = tolerances(bundle.manifest.precision)
         if picture_format(bundle.manifest) is None:
@@ -219,9 +220,9 @@ class _Parity:
         if verdict.step is None:
             return verdict.check
         expected, step = self._expected(verdict.step), verdict.step
-        again = self.reference.step(self.images, step, expected.x, residuals=True)
+        again = self.reference.step(self.images, step, self.trajectory.state(step), residuals=True)
         reference = StepValues(expected.x, expected.x_prev, expected.tokens, again.residuals)
-        return locate(verdict, ours(step), reference, int(self.timesteps[step]))
+        return locate(verdict, ours(step), reference, float(self.timesteps[step]))
 
     def _sliced(self) -> Check:
         known = architecture_of(self.model)
@@ -231,10 +232,11 @@ class _Parity:
         def run(step: int) -> StepValues:
             slots = self.model.units.slots(self.trajectory.masks[step, 0])
             sliced = known.sliced(self.model, weights, slots, self.reference.cfg_channels)
-            x = self.trajectory.latents[step]
-            condition = known.conditioning(self.model, weights, torch.tensor([int(self.timesteps[step])]), labels)[0]
+            x, time = self.trajectory.latents[step], torch.from_numpy(self.timesteps[step : step + 1])
+            condition = known.conditioning(self.model, weights, time, labels)[0]
             out = sliced.step(
                 torch.from_numpy(x),
+                torch.from_numpy(self.trajectory.history[step]),
                 torch.from_numpy(self.images.noise(self.model, step)),
                 torch.from_numpy(self.reference.coefficients[step].astype(np.float32)),
                 torch.tensor(self.config.cfg_scale),
@@ -256,17 +258,18 @@ class _Parity:
         backend = open_backend(
             config.backend, self.bundle, BackendOptions(threads=config.threads, device=config.device)
         )
-        labels, latents = self.images.row_labels(self.model), self.trajectory.latents
+        labels, state = self.images.row_labels(self.model), self.trajectory.state
         # Values come from the graphs that sampling uses; decisions come from the same graphs with more outputs.
         with ResidentSubnets(backend, 2) as plain, ResidentSubnets(backend, 2, debug=True) as with_debug:
             runner, watched = (StepRunner(backend, each, labels, config.cfg_scale) for each in (plain, with_debug))
 
-            def run(step: int, x: np.ndarray, residuals: bool = False) -> StepValues:
-                feeds = (step, x, self.images.noise(self.model, step), labels[: self.images.batch])
+            def run(step: int, before: State[np.ndarray], residuals: bool = False) -> StepValues:
+                feeds = (step, before, self.images.noise(self.model, step), labels[: self.images.batch])
                 observed, result = watched.run(*feeds), runner.run(*feeds)
                 self.evaluations += 1
                 self.repeated += bool(result.overflow.any())
-                return StepValues(x, result.x_prev, observed.tokens, observed.residuals if residuals else None)
+                streams = observed.residuals if residuals else None
+                return StepValues(before.x, result.x_prev, observed.tokens, streams, result.next_history)
 
             alone, together, to_pixels = [], [], ToPixels(backend)
 
@@ -274,12 +277,12 @@ class _Parity:
                 together.append(self._compare(step, ours, self._run_measure(step, to_pixels)))
                 self.tick()
                 if step in self.compared:
-                    alone.append(self._compare(step, run(step, latents[step])))
+                    alone.append(self._compare(step, run(step, state(step))))
                     self.tick()
 
-            run_steps(run, latents[0], range(len(self.timesteps)), compare)
+            run_steps(run, state(0), range(len(self.timesteps)), compare)
             single = self._located(
-                judge(self.tolerances["step"], alone, self.timesteps), lambda step: run(step, latents[step], True)
+                judge(self.tolerances["step"], alone, self.timesteps), lambda step: run(step, state(step), True)
             )
         return [single, locate_in_run(judge(self.tolerances["run"], together, self.timesteps), self.timesteps)]
 
@@ -291,20 +294,23 @@ def compare_masks(bundle: Bundle, timesteps: np.ndarray, masks: np.ndarray) -> C
     """
     tolerance, frozen = tolerances(bundle.manifest.precision)["masks"], bundle.manifest.checkpoint_masks()
     wrong = (masks != frozen[:, None]).any(axis=1)  # [S, U]
-    late = np.asarray(bundle.manifest.sampling.timesteps) != timesteps
+    late = np.asarray(bundle.manifest.sampling.timesteps, np.float32) != timesteps
     per_step = wrong.sum(axis=1) + late
     if not per_step.any():
         detail = f"all {wrong.size:,} gates of {counted(len(timesteps), 'step')} are equal"
         return exact_check(tolerance, 0, detail, None, per_step)
     step = int(np.argmax(per_step > 0))
-    block, where = None, f"step {step} is at timestep {bundle.manifest.sampling.timesteps[step]}, not {timesteps[step]}"
+    block, where = (
+        None,
+        f"step {step} is at timestep {bundle.manifest.sampling.timesteps[step]:g}, not {timesteps[step]:g}",
+    )
     if not late[step]:
         place = int(np.argmax(wrong[step]))
         part = next(part for part in bundle.manifest.model.units.parts if place < part.stop)
         block, frozen_as = part.block, "on" if frozen[step, place] else "off"
         unit_name = f"{part.group.name.removesuffix('s')} {place - part.start}"
-        where = f"step {step} (timestep {timesteps[step]}), block {block}: {unit_name} is frozen as {frozen_as}"
-    departure = Departure(step=step, timestep=int(timesteps[step]), block=block, where=where)
+        where = f"step {step} (timestep {timesteps[step]:g}), block {block}: {unit_name} is frozen as {frozen_as}"
+    departure = Departure(step=step, timestep=float(timesteps[step]), block=block, where=where)
     total = int(per_step.sum())
     detail = f"{total:,} of {wrong.size + len(late):,} gates and timesteps differ"
     return exact_check(tolerance, total, detail, departure, per_step)

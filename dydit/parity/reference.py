@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dydit.diffusion.coefficients import step_coefficients
+from dydit.diffusion.coefficients import sampling_run
 from dydit.diffusion.guidance import Guidance
 from dydit.diffusion.noise import INITIAL_DRAW, image_noise, step_draw
 from dydit.diffusion.sampler_step import sampler_step
-from dydit.diffusion.schedule import Sampler, Schedule
-from dydit.diffusion.steps import run_steps
+from dydit.diffusion.samplers import SamplerConfig
+from dydit.diffusion.steps import State, run_steps
 from dydit.errors import ConfigError
 from dydit.models.config import ModelConfig
 from dydit.models.dynamic import DynamicModel
@@ -57,10 +57,10 @@ class Images:
 
 @dataclass(frozen=True)
 class ReferenceStep:
-    """One step: `x_prev` f32 [B, C, S, S]; `masks` bool [R, U], the gates of units; `logits` f32 [L, R, N] of the token
-    routers (None for a static model); `residuals` f32 [L, R, N, D], if they were requested."""
+    """One step: the `state` after it, f32 [B, C, S, S] each; `masks` bool [R, U], the gates of units; `logits` f32
+    [L, R, N] of the token routers (None for a static model); `residuals` f32 [L, R, N, D], if they were requested."""
 
-    x_prev: np.ndarray
+    state: State[np.ndarray]
     masks: np.ndarray
     logits: np.ndarray | None
     residuals: np.ndarray | None = None
@@ -68,12 +68,17 @@ class ReferenceStep:
 
 @dataclass(frozen=True)
 class Trajectory:
-    """A whole run: `latents` f32 [S+1, B, C, S, S], of which entry s is what step s starts from; the others are those
-    of `ReferenceStep`, stacked over the steps."""
+    """A whole run: `latents` and `history` f32 [S+1, B, C, S, S], of which entry s is what step s starts from; the
+    others are those of `ReferenceStep`, stacked over the steps."""
 
     latents: np.ndarray
+    history: np.ndarray
     masks: np.ndarray
     logits: np.ndarray | None
+
+    def state(self, step: int) -> State[np.ndarray]:
+        """What a step starts from."""
+        return State(self.latents[step], self.history[step])
 
     @property
     def tokens(self) -> np.ndarray | None:
@@ -96,35 +101,40 @@ class _Watched(Masked):
 
 
 class Reference:
-    """The masked model of a checkpoint and a sampler with `steps` steps."""
+    """The masked model of a checkpoint, and the steps of a sampler."""
 
-    def __init__(self, model: DynamicModel, steps: int, sampler: Sampler, cfg_channels: int):
+    def __init__(self, model: DynamicModel, sampling: SamplerConfig, cfg_channels: int):
         self.model, self.config, self.cfg_channels = model.eval(), model.config, cfg_channels
-        self.schedule = Schedule.respaced(steps)
-        self.timesteps = self.schedule.timesteps[::-1].copy()
-        self.coefficients = step_coefficients(self.schedule, sampler, self.config.learn_sigma)
+        run = sampling_run(self.config.diffusion, sampling, self.config.learn_sigma)
+        self.timesteps, self.coefficients = run.times, run.coefficients
 
     @torch.inference_mode()
-    def x_prev(self, step: int, x: Tensor, noise: Tensor, labels: Tensor, cfg_scale: float, gating: Gating) -> Tensor:
-        """The latents after a step: x, noise [B, C, S, S], labels [rows]."""
-        rows = len(labels)
-        timesteps = torch.full((rows,), int(self.timesteps[step]))
+    def after(
+        self, step: int, state: State[Tensor], noise: Tensor, labels: Tensor, cfg_scale: float, gating: Gating
+    ) -> State[Tensor]:
+        """The state after a step: x, history, noise [B, C, S, S], labels [rows]."""
+        x, rows = state.x, len(labels)
+        timesteps = torch.full((rows,), float(self.timesteps[step]))
         out = self.model(x.repeat(rows // len(x), 1, 1, 1), timesteps, labels, gating)
         row = torch.from_numpy(self.coefficients[step])
-        return sampler_step(x, out, noise, row, cfg_scale, self.cfg_channels)
+        history = torch.zeros_like(x) if state.history is None else state.history
+        return State(*sampler_step(x, history, out, noise, row, cfg_scale, self.cfg_channels))
 
     @torch.inference_mode()
-    def step(self, images: Images, step: int, x: np.ndarray, residuals: bool = False) -> ReferenceStep:
-        """One step from the latents `x` f32 [B, C, S, S], with its routing decisions."""
+    def step(self, images: Images, step: int, state: State[np.ndarray], residuals: bool = False) -> ReferenceStep:
+        """One step from a state f32 [B, C, S, S] each, with its routing decisions."""
         watched = _Watched()
         recording = Recording(watched if self.config.dynamic else Static(), self.config)
         labels = torch.from_numpy(images.row_labels(self.config))
         noise = torch.from_numpy(images.noise(self.config, step))
         with _after_blocks(self.model, residuals) as streams:
-            out = self.x_prev(step, torch.from_numpy(x), noise, labels, images.cfg_scale, recording)
+            history = None if state.history is None else torch.from_numpy(state.history)
+            before = State(torch.from_numpy(state.x), history)
+            after = self.after(step, before, noise, labels, images.cfg_scale, recording)
+            assert after.history is not None
         decisions = recording.decisions()
         return ReferenceStep(
-            out.numpy(),
+            State(after.x.numpy(), after.history.numpy()),
             (decisions.units > 0).numpy(),
             torch.stack(watched.logits).numpy() if watched.logits else None,
             torch.stack(streams).numpy() if residuals else None,
@@ -140,10 +150,13 @@ class Reference:
                 progress()
 
         initial = images.noise(self.config, None)
-        run_steps(partial(self.step, images), initial, range(len(self.timesteps)), keep)
+        run_steps(partial(self.step, images), State(initial), range(len(self.timesteps)), keep)
         logits = [each.logits for each in steps if each.logits is not None]
-        latents = np.stack([initial, *(each.x_prev for each in steps)])
-        return Trajectory(latents, np.stack([each.masks for each in steps]), np.stack(logits) if logits else None)
+        states = [State(initial, np.zeros_like(initial)), *(each.state for each in steps)]
+        latents, history = (np.stack(each) for each in zip(*((s.x, s.history) for s in states), strict=True))
+        return Trajectory(
+            latents, history, np.stack([each.masks for each in steps]), np.stack(logits) if logits else None
+        )
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from dydit.models.routers import Masked
 
 @torch.no_grad()
 def freeze_masks(model: DynamicModel, timesteps: np.ndarray) -> np.ndarray:
-    """The width masks of the given timesteps [S], bool [S, U], by checkpoint unit.
+    """The width masks of the given timesteps f32 [S], bool [S, U], by checkpoint unit.
 
     The model's own routers and gating decide, on the model's own timestep embedding.
     """
@@ -27,7 +27,7 @@ def freeze_masks(model: DynamicModel, timesteps: np.ndarray) -> np.ndarray:
     routers = model.width_routers()
     # One timestep at a time, as in the sampler, because the rounding of a matrix product may depend on the batch.
     for step, timestep in enumerate(timesteps):
-        t_emb = model.embed_timestep(torch.tensor([int(timestep)]))
+        t_emb = model.embed_timestep(torch.tensor([timestep], dtype=torch.float32))
         for part, router in zip(config.units.parts, routers, strict=True):
             masks[step, part.units] = gating.gate(router(t_emb))[0].numpy() > 0
     return masks

@@ -20,11 +20,11 @@ from dydit.child_process import ChildProcess
 from dydit.errors import ConfigError
 from dydit.export.settings import ExportConfig
 from dydit.extras import FITS, require
-from dydit.models.config import Strict
 from dydit.planning.profile_fit import fit_residency, fit_times
 from dydit.planning.profile_points import profile_points, token_share, write_profile_bundle
 from dydit.planning.profile_worker import Findings, ProfileJob
 from dydit.reports.results import Machine
+from dydit.validation import Strict
 
 WORKER = [sys.executable, "-m", "dydit.planning.profile_worker"]
 

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from dydit.bench.bench import spread_steps
-from dydit.bench.timing import chained_coefficients
+from dydit.bench.timing import chained_run
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.manifest import PlanKind, Routing
 from dydit.checkpoints.checkpoint import Checkpoint
 from dydit.diffusion.noise import INITIAL_DRAW, image_noise
 from dydit.diffusion.sampler_step import sampler_step
-from dydit.diffusion.schedule import Schedule
-from dydit.diffusion.steps import LatentsOnly, run_steps
+from dydit.diffusion.samplers import SamplerConfig, default_sampler
+from dydit.diffusion.steps import State, StateOnly, run_steps
 from dydit.export.exporter import export_planned
 from dydit.export.settings import ExportConfig
 from dydit.models.config import ModelConfig
@@ -131,17 +131,18 @@ def token_share(checkpoint: Checkpoint) -> float:
     if not config.dynamic:
         return 1.0
     model, steps = checkpoint.model(), spread_steps(RUN_STEPS, SHARE_STEPS + 1)[:-1]
-    coefficients = chained_coefficients(steps, RUN_STEPS, config.learn_sigma)
-    timesteps = Schedule.respaced(RUN_STEPS).timesteps[::-1]
+    process = config.diffusion
+    sampling = SamplerConfig(sampler=default_sampler(process), steps=RUN_STEPS)
+    run = chained_run(process, sampling, steps, config.learn_sigma)
     shares = []
 
-    def step(index: int, x: Tensor) -> LatentsOnly[Tensor]:
-        recording = Recording(Masked(), config)
-        out = model(x, torch.tensor([int(timesteps[steps[index]])]), torch.tensor([0]), recording)
+    def step(index: int, state: State[Tensor]) -> StateOnly[Tensor]:
+        x, recording = state.x, Recording(Masked(), config)
+        out = model(x, torch.tensor(run.times[index : index + 1]), torch.tensor([0]), recording)
         shares.append(float(recording.decisions().tokens.mean()))
-        row = torch.from_numpy(coefficients[index])
-        return LatentsOnly(sampler_step(x, out, torch.zeros_like(x), row, cfg_scale=1.0, guided_channels=0))
+        row, zeros = torch.tensor(run.coefficients[index], dtype=torch.float32), torch.zeros_like(x)
+        return StateOnly(State(*sampler_step(x, zeros, out, zeros, row, cfg_scale=1.0, guided_channels=0)))
 
     shape = (config.in_channels, config.input_size, config.input_size)
-    run_steps(step, torch.from_numpy(image_noise(0, range(1), INITIAL_DRAW, shape)), range(len(steps)))
+    run_steps(step, State(torch.from_numpy(image_noise(0, range(1), INITIAL_DRAW, shape))), range(len(steps)))
     return max(float(np.mean(shares)), 1 / config.tokens)

@@ -18,12 +18,13 @@ from dydit.bench.timing import peak_bytes, settled_bytes
 from dydit.bundle.bundle import Bundle
 from dydit.child_process import serve
 from dydit.diffusion.noise import INITIAL_DRAW, image_noise
+from dydit.diffusion.steps import State
 from dydit.errors import BackendError
-from dydit.models.config import Strict
 from dydit.runtime.backends.base import Arrays, BackendOptions, Subnet
 from dydit.runtime.backends.registry import open_backend
 from dydit.runtime.loop import StepRunner
 from dydit.runtime.resident import ResidentSubnets
+from dydit.validation import Strict
 
 GUIDANCE = 4.0
 FEWEST_ROUNDS = 5
@@ -75,7 +76,9 @@ class _Bundle:
         runner = StepRunner(backend, self._subnets, self._labels, GUIDANCE)
         shape = (model.in_channels, model.input_size, model.input_size)
         self._x = image_noise(0, range(job.batch), INITIAL_DRAW, shape)
-        self._feeds: list[Arrays] = [runner.feeds(s.first, self._x, self._x, self._labels) for s in self._segments]
+        self._feeds: list[Arrays] = [
+            runner.feeds(s.first, State(self._x), self._x, self._labels) for s in self._segments
+        ]
 
     def steps(self) -> list[Step]:
         """A function for each segment that runs its first step; it loads the subnetwork if it is not loaded."""

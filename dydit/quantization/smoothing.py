@@ -16,7 +16,8 @@ import numpy as np
 from pydantic import Field
 
 from dydit.errors import CalibrationError
-from dydit.models.config import ModelConfig, Strict
+from dydit.models.config import ModelConfig
+from dydit.validation import Strict
 from dydit.words import counted
 
 MOST = 10

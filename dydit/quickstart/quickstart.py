@@ -30,7 +30,7 @@ from dydit.bundle.bundle import Bundle
 from dydit.errors import BundleError, CheckpointError
 from dydit.files import atomic_file, user_path
 from dydit.inspection.trace import Trace, trace_tokens
-from dydit.models.config import Strict, UserPath
+from dydit.models.config import UserPath
 from dydit.quickstart.quickstart_folder import QuickstartFolder
 from dydit.quickstart.quickstart_report import STATIC, Sampled, StageResults, lines_of, write_results
 from dydit.reports.bench_report import BenchReport, Side, SideKind
@@ -43,6 +43,7 @@ from dydit.runtime.bulk.run import sample_to_folder
 from dydit.runtime.images.image_files import kept_arrays
 from dydit.runtime.images.pixels import picture_format
 from dydit.runtime.request import SampleRequest
+from dydit.validation import Strict
 
 if TYPE_CHECKING:
     from dydit.checkpoints.checkpoint import Checkpoint

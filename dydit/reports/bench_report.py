@@ -129,7 +129,7 @@ class BenchReport(Result):
     seed: int
     steps: int = Field(description="sampling steps of a whole run")
     steps_measured: tuple[int, ...]
-    timesteps: tuple[int, ...]
+    timesteps: tuple[float, ...]
     sides: tuple[SideResult, ...]
     comparisons: tuple[Comparison, ...] = Field(description="the first configuration compared with each of the others")
     not_run: tuple[NotRun, ...] = ()

@@ -27,7 +27,7 @@ class Departure(Result):
     """Where the two forms of a check first differ. A field is None if it does not apply."""
 
     step: int | None = None
-    timestep: int | None = None
+    timestep: float | None = None
     block: int | None = None
     where: str = Field(description="the weight, router, or part of the step, in words")
 
@@ -43,7 +43,7 @@ class FlippedImage(Result):
 
     image: int
     step: int
-    timestep: int
+    timestep: float
     block: int
     margin: Measured
     tie: bool
@@ -102,7 +102,7 @@ class ParityReport(Result):
     routing: str | None
     precision: str | None = Field(default=None, description="of the bundle; null in reports of older versions")
     steps_compared: tuple[int, ...]
-    timesteps: tuple[int, ...]
+    timesteps: tuple[float, ...]
     stale_reasons: tuple[str, ...]
     checks: tuple[Check, ...] = Field(validation_alias=AliasChoices("checks", "hops"), serialization_alias="hops")
     evaluations: int = Field(default=0, description="number of steps that the backend evaluated")

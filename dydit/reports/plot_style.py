@@ -146,7 +146,7 @@ def png(figure: Any) -> bytes:
     return buffer.getvalue()
 
 
-def timestep_ticks(timesteps: Sequence[int]) -> tuple[list[float], list[str]]:
+def timestep_ticks(timesteps: Sequence[float]) -> tuple[list[float], list[str]]:
     """The positions of round timesteps on an axis of step indices 0..S-1 (noisiest first), and their labels."""
     times = np.asarray(timesteps, np.float64)
     first, last = int(times[0]), int(times[-1])

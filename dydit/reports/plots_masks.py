@@ -15,7 +15,7 @@ from dydit.reports.plot_style import ACCENT, OFF, SECOND, drawing, headline, png
 from dydit.words import counted
 
 
-def masks_png(masks: np.ndarray, axis: UnitAxis, timesteps: Sequence[int]) -> bytes:
+def masks_png(masks: np.ndarray, axis: UnitAxis, timesteps: Sequence[float]) -> bytes:
     """The units that are on in each sampling step, with a column of plots for each unit group.
 
     `masks` bool [S, U] by checkpoint unit, steps in execution order (noisiest first); `timesteps` [S].
@@ -63,7 +63,7 @@ def _share_line(axis: Any, masks: np.ndarray, name: str) -> None:
     )
 
 
-def _mask_map(axis: Any, masks: np.ndarray, timesteps: Sequence[int]) -> None:
+def _mask_map(axis: Any, masks: np.ndarray, timesteps: Sequence[float]) -> None:
     from matplotlib.colors import ListedColormap
 
     steps, depth, units = masks.shape
@@ -83,7 +83,11 @@ def _mask_map(axis: Any, masks: np.ndarray, timesteps: Sequence[int]) -> None:
 
 
 def tokens_png(
-    images: np.ndarray, tokens: np.ndarray, timesteps: Sequence[int], labels: Sequence[str], share: float | None = None
+    images: np.ndarray,
+    tokens: np.ndarray,
+    timesteps: Sequence[float],
+    labels: Sequence[str],
+    share: float | None = None,
 ) -> bytes:
     """Where in the image compute is spent: for each image and step, the number of blocks whose MLP each token enters.
 
@@ -114,7 +118,7 @@ def tokens_png(
                 drawn = _heat_cell(axes[row, column + 1], counts[column, row], images[row], heat)
         axes[0, 0].set_title("image", loc="center", fontsize=8.5)
         for column, timestep in enumerate(timesteps):
-            title = f"t = {int(timestep)}\n{per_step[column]:.0%}"
+            title = f"t = {timestep:.3g}\n{per_step[column]:.0%}"
             axes[0, column + 1].set_title(title, loc="center", fontsize=8.5, linespacing=1.35)
         _count_bar(figure, axes, drawn, depth)
         return png(figure)

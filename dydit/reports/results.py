@@ -16,8 +16,8 @@ from typing import Any, Self
 
 from pydantic import Field
 
-from dydit.models.config import Strict
 from dydit.runtime.backends.cores import available_cores
+from dydit.validation import Strict
 
 PACKAGES = (
     *("diffusers", "dydit", "numpy", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "onnxscript", "polygraphy"),

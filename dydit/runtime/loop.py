@@ -17,9 +17,9 @@ import numpy as np
 
 from dydit.bundle.io_spec import CONDITION
 from dydit.bundle.manifest import Manifest, PlanKind
-from dydit.diffusion.coefficients import COEFFICIENTS
+from dydit.diffusion.coefficients import NOISE
 from dydit.diffusion.guidance import Guidance
-from dydit.diffusion.steps import run_steps
+from dydit.diffusion.steps import State, run_steps
 from dydit.errors import BackendError
 from dydit.runtime.backends.base import Backend, StepResult
 from dydit.runtime.noise_source import NoiseSource
@@ -28,7 +28,6 @@ from dydit.runtime.resident import ResidentSubnets
 
 Progress = Callable[[int, int], None]
 CONDITIONING_BYTES = 64 << 20
-_NOISE = COEFFICIENTS.index("noise")
 
 
 class Conditioner:
@@ -58,7 +57,7 @@ class Conditioner:
             first = step - (step - segment.first) % steps
             last = min(first + steps, segment.first + segment.count)
         if self._key != (first, known.tobytes()):
-            timesteps = np.asarray(self._backend.bundle.manifest.sampling.timesteps[first:last], np.int64)
+            timesteps = np.asarray(self._backend.bundle.manifest.sampling.timesteps[first:last], np.float32)
             self._key, self._table = None, np.empty(0, np.float32)  # two tables would be the most memory of a run
             self._table = self._backend.conditioning(timesteps, known)
             self._key = (first, known.tobytes())
@@ -106,14 +105,18 @@ class StepRunner:
         self.guidance = Guidance(cfg_scale, manifest.model.null_class)
         self._conditioner = Conditioner(backend, self.guidance.rows(np.asarray(labels, np.int64)))
         self._coefficients = np.asarray(manifest.sampling.coefficients, np.float32)
+        self._multistep = manifest.sampling.multistep
         self._subnet_of = {step: s.subnet for s in manifest.plan.segments for step in s.steps}
 
-    def feeds(self, step: int, x: np.ndarray, noise: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
-        """The inputs of a step for latents and noise f32 [B, C, S, S] and labels int64 [B]."""
+    def feeds(
+        self, step: int, state: State[np.ndarray], noise: np.ndarray, labels: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        """The inputs of a step for a state and noise f32 [B, C, S, S] and labels int64 [B]."""
         with self.backend.lock:
             condition = self._conditioner.rows(step, self.guidance.rows(labels))
         return {
-            "x": x,
+            "x": state.x,
+            "history": np.zeros_like(state.x) if state.history is None else state.history,
             "noise": noise,
             "coefficients": self._coefficients[step],
             "cfg_scale": np.asarray(self.guidance.scale, np.float32),
@@ -121,64 +124,63 @@ class StepRunner:
             "gates": self.backend.bundle.step_gates(step),
         }
 
-    def run(self, step: int, x: np.ndarray, noise: np.ndarray, labels: np.ndarray) -> StepResult:
+    def run(self, step: int, state: State[np.ndarray], noise: np.ndarray, labels: np.ndarray) -> StepResult:
         """One step. Where routed tokens found no slot it is repeated with room for all, so the result is complete;
-        `overflow` then still tells how many there were.
+        `overflow` then still tells how many there were. Of a sampler without history, `next_history` is None.
         """
         index = self._subnet_of[step]
         with self.backend.lock:
             if self.images is not None:
                 self.backend.expect(self.images)
-            feeds = self.feeds(step, x, noise, labels)
+            feeds = self.feeds(step, state, noise, labels)
             result = self.subnets.step(index, feeds)
-            if not result.overflow.any():
-                return result
-            complete = self.subnets.step(index, feeds, full_capacity=True)
-            if complete.overflow.any():
-                raise BackendError(f"step {step} drops tokens even at full capacity; export the bundle again")
-            return dataclasses.replace(complete, overflow=result.overflow)
+            if result.overflow.any():
+                complete = self.subnets.step(index, feeds, full_capacity=True)
+                if complete.overflow.any():
+                    raise BackendError(f"step {step} drops tokens even at full capacity; export the bundle again")
+                result = dataclasses.replace(complete, overflow=result.overflow)
+            return result if self._multistep else dataclasses.replace(result, next_history=None)
 
-    def steps_of(self, batch: Batch, noise: NoiseSource) -> Callable[[int, np.ndarray], StepResult]:
-        """The steps of a batch, for `run_steps`: `step(index, x)` from latents x f32 [B, C, S, S]."""
+    def steps_of(self, batch: Batch, noise: NoiseSource) -> Callable[[int, State[np.ndarray]], StepResult]:
+        """The steps of a batch, for `run_steps`."""
         manifest = self.backend.bundle.manifest
-        model = manifest.model
-        shape = (len(batch.images), model.in_channels, model.input_size, model.input_size)
 
-        def step(index: int, x: np.ndarray) -> StepResult:
-            noisy = manifest.sampling.coefficients[index][_NOISE] != 0
-            return self.run(index, x, noise.step(batch, index) if noisy else np.zeros(shape, np.float32), batch.labels)
+        def step(index: int, state: State[np.ndarray]) -> StepResult:
+            noisy = manifest.sampling.coefficients[index][NOISE] != 0
+            drawn = noise.step(batch, index) if noisy else np.zeros_like(state.x)
+            return self.run(index, state, drawn, batch.labels)
 
         return step
 
 
 class LatentStore(Protocol):
-    """Where the latents of each batch are between segments."""
+    """Where the latents of each batch, and the history of a multistep sampler, are between segments."""
 
     def done(self, batch: int) -> int:
         """How many segments the batch has behind it."""
 
-    def load(self, batch: int) -> np.ndarray:
-        """Its latents then, f32 [B, C, S, S]."""
+    def load(self, batch: int) -> State[np.ndarray]:
+        """Its state then, f32 [B, C, S, S] each."""
 
-    def save(self, batch: int, segments: int, latents: np.ndarray, repeated: int) -> None:
-        """Keep the latents after `segments` segments; the last of them repeated `repeated` steps."""
+    def save(self, batch: int, segments: int, state: State[np.ndarray], repeated: int) -> None:
+        """Keep the state after `segments` segments; the last of them repeated `repeated` steps."""
 
 
 @dataclass
 class MemoryStore:
-    """Latents in memory."""
+    """States in memory."""
 
-    latents: dict[int, np.ndarray] = field(default_factory=dict)
+    states: dict[int, State[np.ndarray]] = field(default_factory=dict)
     segments: dict[int, int] = field(default_factory=dict)
 
     def done(self, batch: int) -> int:
         return self.segments.get(batch, 0)
 
-    def load(self, batch: int) -> np.ndarray:
-        return self.latents[batch]
+    def load(self, batch: int) -> State[np.ndarray]:
+        return self.states[batch]
 
-    def save(self, batch: int, segments: int, latents: np.ndarray, repeated: int) -> None:
-        self.latents[batch], self.segments[batch] = latents, segments
+    def save(self, batch: int, segments: int, state: State[np.ndarray], repeated: int) -> None:
+        self.states[batch], self.segments[batch] = state, segments
 
 
 @dataclass(frozen=True)
@@ -276,11 +278,11 @@ def _sample_by_steps(
                     if progress:
                         progress(done, total)
 
-                x = noise.initial(batches[b]) if index == 0 else store.load(b)
-                x = run_steps(runner.steps_of(batches[b], noise), x, segment.steps, count)
+                state = store.load(b) if index else State(noise.initial(batches[b]))
+                state = run_steps(runner.steps_of(batches[b], noise), state, segment.steps, count)
                 steps_of_segment = f"steps {segment.first} to {segment.steps[-1]}, subnetwork {segment.subnet}"
-                require_finite(x, batches[b], f"segment {index} ({steps_of_segment})")
-                store.save(b, index + 1, x, again)
+                require_finite(state.x, batches[b], f"segment {index} ({steps_of_segment})")
+                store.save(b, index + 1, state, again)
                 repeated += again
         seconds += time.perf_counter() - start
         if finished:

@@ -145,7 +145,7 @@ class DyDiTPipeline:
         noise = SeededNoise(seed, (model.in_channels, model.input_size, model.input_size))
         store = MemoryStore()
         sample(runner, batches, noise, store, progress)
-        return np.concatenate([store.load(index) for index in range(len(batches))])
+        return np.concatenate([store.load(index).x for index in range(len(batches))])
 
     def close(self) -> None:
         """Free threads, sessions and memory maps after the current call. A second call does nothing."""

@@ -10,7 +10,8 @@ from pydantic import Field, model_validator
 
 from dydit.bundle.manifest import Manifest
 from dydit.errors import ConfigError
-from dydit.models.config import Strict, UserPath
+from dydit.models.config import UserPath
+from dydit.validation import Strict
 
 UINT64 = 1 << 64
 DEFAULT_CFG_SCALE = 4.0

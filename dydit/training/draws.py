@@ -12,7 +12,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from dydit.diffusion.schedule import TRAIN_STEPS
+from dydit.diffusion.process import TRAIN_STEPS
 from dydit.training.data import Dataset
 
 QUARTERS = 4

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dydit.diffusion import process as diffusion
 from dydit.diffusion.schedule import Schedule
 from dydit.models.config import ModelConfig
 from dydit.models.macs import flops_ratio
@@ -37,7 +38,7 @@ class Process:
     @classmethod
     def training(cls, device: torch.device | str = "cpu") -> Process:
         """The full 1000-step process."""
-        schedule = Schedule.training()
+        schedule = Schedule.training(diffusion.Process())
         a = schedule.alphas_cumprod
         mean_of_x0, mean_of_xt = schedule.posterior_mean_coefficients
         low, high = schedule.log_variance_range

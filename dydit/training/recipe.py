@@ -15,8 +15,9 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from dydit.errors import ConfigError
-from dydit.models.config import ModelConfig, Strict, parse_config, parse_model
+from dydit.models.config import ModelConfig, parse_config, parse_model
 from dydit.models.dit.config import preset
+from dydit.validation import Strict
 
 
 class Stage(StrEnum):

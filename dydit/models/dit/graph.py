@@ -82,9 +82,7 @@ def conditioning_graph(
     """(timesteps [T], labels [R]) -> modulation [T, R, 6L+2, D] of all pairs, with the factors of smoothing."""
     ops, d, vectors = Ops(), config.hidden_size, config.vectors
     timesteps, labels = (graph_value(spec) for spec in conditioning_inputs())
-    angles = ops.Mul(
-        ops.Unsqueeze(ops.Cast(timesteps, to=ir.DataType.FLOAT), ops.constant([1])), weights.whole("time.frequencies")
-    )
+    angles = ops.Mul(ops.Unsqueeze(timesteps, ops.constant([1])), weights.whole("time.frequencies"))
     sinusoid = ops.Concat(ops.Cos(angles), ops.Sin(angles), axis=1)
     hidden = _silu(ops, ops.Gemm(sinusoid, weights.whole("time.0.weight"), weights.whole("time.0.bias"), transB=1))
     t_emb = ops.Gemm(hidden, weights.whole("time.2.weight"), weights.whole("time.2.bias"), transB=1)

@@ -15,6 +15,7 @@ import numpy as np
 
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.io_spec import check_feeds, conditioning_inputs, subnet_inputs
+from dydit.diffusion.steps import State
 from dydit.errors import BackendError
 from dydit.runtime.forks import register
 
@@ -42,14 +43,21 @@ class BackendOptions:
 class StepResult:
     """The result of one step.
 
-    `x_prev` f32 [B, C, S, S]; `overflow` int64 [L] routed tokens above the capacity (zeros unless routing is by
-    capacity). From a subnetwork loaded with `debug` also `tokens` bool [L, rows, N], `residuals` f32 [L, rows, N, D].
+    `x_prev`, `next_history` f32 [B, C, S, S] (None: the sampler keeps no history); `overflow` int64 [L] routed tokens
+    above the capacity (zeros unless routing is by capacity). From a subnetwork loaded with `debug` also `tokens` bool
+    [L, rows, N], `residuals` f32 [L, rows, N, D].
     """
 
     x_prev: np.ndarray
+    next_history: np.ndarray | None
     overflow: np.ndarray
     tokens: np.ndarray | None = field(default=None, repr=False)
     residuals: np.ndarray | None = field(default=None, repr=False)
+
+    @property
+    def state(self) -> State[np.ndarray]:
+        """The state from which the next step starts."""
+        return State(self.x_prev, self.next_history)
 
 
 class Subnet(ABC):

@@ -27,7 +27,8 @@ from dydit.runtime.backends.cores import thread_count
 from dydit.runtime.background import Pool
 
 STREAM_BYTES = 1 << 20  # residual stream of the images that a thread runs at once: what fits a core's own cache
-_PER_IMAGE, _PER_ROW = ("x", "noise"), "condition"
+_PER_IMAGE, _PER_ROW = ("x", "history", "noise"), "condition"
+_OUTPUTS = ("x_prev", "next_history")
 
 
 class BatchSplitting:
@@ -57,13 +58,17 @@ class BatchSplitting:
         bounds = np.linspace(0, images, min(images, rounds * self._threads) + 1).round().astype(int).tolist()
         return [slice(first, end) for first, end in pairwise(bounds)]
 
-    def run(self, feeds: Arrays, run: Callable[[Arrays], dict[str, Any]]) -> np.ndarray:
-        """`x_prev` f32 [B, C, S, S] of a step; calls `run` once for every part of its batch, on all threads."""
+    def run(self, feeds: Arrays, run: Callable[[Arrays], dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
+        """`x_prev` and `next_history` f32 [B, C, S, S] of a step; calls `run` for every part of its batch, on all
+        threads.
+        """
         parts = self.parts(len(feeds["x"]))
         if len(parts) == 1:
-            return np.asarray(run(feeds)["x_prev"])
-        outputs = self._pool.all(partial(run, feeds_of(feeds, images)) for images in parts)
-        return np.concatenate([each["x_prev"] for each in outputs])
+            outputs = [run(feeds)]
+        else:
+            outputs = self._pool.all(partial(run, feeds_of(feeds, images)) for images in parts)
+        x_prev, history = (np.concatenate([each[name] for each in outputs]) for name in _OUTPUTS)
+        return x_prev, history
 
     def close(self) -> None:
         """End the threads."""

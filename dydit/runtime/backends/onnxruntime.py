@@ -73,16 +73,17 @@ class OnnxRuntimeSubnet(Subnet):
 
     def _run(self, session: Session, feeds: Arrays) -> StepResult:
         if self._splitting is not None:
-            x_prev = self._splitting.run(feeds, lambda each: session.run(each, self.what))
-            return StepResult(x_prev, np.zeros(self._model.depth, np.int64))
+            state = self._splitting.run(feeds, lambda each: session.run(each, self.what))
+            return StepResult(*state, np.zeros(self._model.depth, np.int64))
         out = session.run(feeds, self.what)
         overflow = out.get("token_overflow", np.zeros(self._model.depth, np.int64))
         if not self._debug:
-            return StepResult(out["x_prev"], overflow)
+            return StepResult(out["x_prev"], out["next_history"], overflow)
         rows, blocks = feeds["condition"].shape[0], range(self._model.depth)
         everything = np.ones(rows * self._model.tokens, bool)
         tokens = np.stack([out.get(token_mask_name(b), everything).reshape(rows, -1) for b in blocks])
-        return StepResult(out["x_prev"], overflow, tokens, np.stack([out[residual_name(b)] for b in blocks]))
+        residuals = np.stack([out[residual_name(b)] for b in blocks])
+        return StepResult(out["x_prev"], out["next_history"], overflow, tokens, residuals)
 
     def _free(self) -> None:
         self._session = None

@@ -38,9 +38,9 @@ class TorchSubnet(Subnet):
         inputs["cfg_scale"] = inputs["cfg_scale"].reshape(())
         with self._settings():
             out = self._model.step(**{n: t.to(self._device) for n, t in inputs.items()}, debug=self._debug)
-        arrays = [None if t is None else t.cpu().numpy() for t in (out.x_prev, out.overflow, out.tokens, out.residuals)]
-        assert arrays[0] is not None and arrays[1] is not None
-        return StepResult(arrays[0], arrays[1], *arrays[2:])
+        arrays = [None if t is None else t.cpu().numpy() for t in (out.tokens, out.residuals)]
+        required = [t.cpu().numpy() for t in (out.x_prev, out.next_history, out.overflow)]
+        return StepResult(*required, *arrays)
 
     def _free(self) -> None:
         self._model = None

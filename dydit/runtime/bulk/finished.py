@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from dydit.diffusion.steps import State
 from dydit.errors import OutputError
 from dydit.files import sha256_of
 from dydit.runtime.images.image_files import (
@@ -104,7 +105,7 @@ def write_pictures(
             few = slice(first, first + IMAGES_AT_ONCE)
             missing = [not has_picture(out, pictures, image) for image in images[few]]
             if any(missing):
-                decoded = to_uint8(to_pixels(store.load(index)[few]))
+                decoded = to_uint8(to_pixels(store.load(index).x[few]))
                 for image, picture, wanted in zip(images[few], decoded, missing, strict=True):
                     if wanted:
                         write_png(out / picture_name(image), picture)
@@ -118,7 +119,9 @@ def write_result(out: Path, run: Run, store: LatentStore, file: Path) -> None:
     pictures = run.pictures
     if run.holds_latents(file):
         arrays = {
-            "latents": Streamed("float32", (len(run.images), *run.shape), map(store.load, range(len(run.batches)))),
+            "latents": Streamed(
+                "float32", (len(run.images), *run.shape), (store.load(index).x for index in range(len(run.batches)))
+            ),
             "labels": _whole("int64", run.labels),
             "images": _whole("uint64", np.asarray(run.images, np.uint64)),
         }
@@ -211,6 +214,6 @@ def restore_latents(out: Path, run: Run, damage: Damage, store: LatentStore, seg
             pieces = read_npz(file, "latents", [len(batch.images) for batch in run.batches])
             for index, latents in enumerate(pieces):
                 if index in needed and store.done(index) < segments:
-                    store.save(index, segments, latents, 0)
+                    store.save(index, segments, State(latents), 0)
             return True
     return False

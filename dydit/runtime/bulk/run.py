@@ -32,7 +32,7 @@ import numpy as np
 from dydit.bundle.bundle import Bundle
 from dydit.errors import ConfigError
 from dydit.files import require_absent, user_path
-from dydit.models.config import Strict, UserPath
+from dydit.models.config import UserPath
 from dydit.runtime.backends.base import Backend, BackendOptions
 from dydit.runtime.backends.registry import deciding_threads, open_backend
 from dydit.runtime.bulk.finished import (
@@ -52,6 +52,7 @@ from dydit.runtime.loop import Progress, StepRunner, WholeRuns, chunk_size, samp
 from dydit.runtime.noise_source import NoiseFile, SeededNoise
 from dydit.runtime.request import Batch, SampleRequest, check_batch_size, check_labels, make_batches
 from dydit.runtime.resident import ResidentSubnets
+from dydit.validation import Strict
 
 RESIDENT = 2  # a run uses each subnetwork once per chunk
 PACKED_FROM_STEPS = 12

@@ -30,6 +30,7 @@ from typing import Any
 
 import numpy as np
 
+from dydit.diffusion.steps import State
 from dydit.errors import OutputError
 from dydit.files import explained, parents, write_atomic, write_json
 from dydit.locks import FileLock
@@ -192,16 +193,22 @@ class FolderStore:
     def done(self, batch: int) -> int:
         return self._state(batch)[0]
 
-    def load(self, batch: int) -> np.ndarray:
-        state = self._read(batch)
-        if state is None:
+    def load(self, batch: int) -> State[np.ndarray]:
+        stored = self._read(batch)
+        if stored is None:
             raise OutputError(f"{self._file(batch)} was damaged during the run; run again")
-        return state["latents"]
+        return State(stored["latents"], stored["history"] if stored["history"].size else None)
 
-    def save(self, batch: int, segments: int, latents: np.ndarray, repeated: int) -> None:
+    def save(self, batch: int, segments: int, state: State[np.ndarray], repeated: int) -> None:
         total = repeated + (self._state(batch)[1] if segments > 1 else 0)
         data = io.BytesIO()
-        np.savez(data, segments=np.int64(segments), repeated=np.int64(total), latents=latents.astype(np.float32))
+        np.savez(
+            data,
+            segments=np.int64(segments),
+            repeated=np.int64(total),
+            latents=state.x.astype(np.float32),
+            history=np.empty(0, np.float32) if state.history is None else state.history.astype(np.float32),
+        )
         write_atomic(self._file(batch), data.getvalue())
         self._known[batch] = segments, total
 
@@ -216,11 +223,12 @@ class FolderStore:
 
     def _read(self, batch: int) -> dict[str, np.ndarray] | None:
         """A batch's state; None if it is missing, or damaged by the archive's checksums."""
-        names = ("segments", "repeated", "latents")
+        names = ("segments", "repeated", "latents", "history")
         if (arrays := kept_arrays(self._file(batch), *names)) is None:
             return None
         state = dict(zip(names, arrays, strict=True))
-        return state if state["latents"].shape == self._shapes[batch] else None
+        fits = state["latents"].shape == self._shapes[batch] and state["history"].shape in (self._shapes[batch], (0,))
+        return state if fits else None
 
 
 class ShareStore:
@@ -234,11 +242,11 @@ class ShareStore:
     def done(self, batch: int) -> int:
         return self._store.done(self._share[batch])
 
-    def load(self, batch: int) -> np.ndarray:
+    def load(self, batch: int) -> State[np.ndarray]:
         return self._store.load(self._share[batch])
 
-    def save(self, batch: int, segments: int, latents: np.ndarray, repeated: int) -> None:
-        self._store.save(self._share[batch], segments, latents, repeated)
+    def save(self, batch: int, segments: int, state: State[np.ndarray], repeated: int) -> None:
+        self._store.save(self._share[batch], segments, state, repeated)
 
 
 def _read_json(file: Path) -> dict[str, Any] | None:

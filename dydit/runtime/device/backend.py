@@ -44,7 +44,9 @@ class DeviceSubnet(Subnet):
         sizes = {BATCH: feeds["x"].shape[0], ROWS: feeds["condition"].shape[0]}
         assert self._stepper is not None
         out = self._stepper.run(self._engine, feeds, outputs, sizes, self._index)
-        return StepResult(out["x_prev"], out.get("token_overflow", np.zeros(model.depth, np.int64)))
+        return StepResult(
+            out["x_prev"], out["next_history"], out.get("token_overflow", np.zeros(model.depth, np.int64))
+        )
 
     def _free(self) -> None:
         stepper, self._stepper = self._stepper, None

@@ -8,6 +8,7 @@ import numpy as np
 
 from dydit.bundle.bundle import Bundle
 from dydit.diffusion.guidance import Guidance
+from dydit.diffusion.steps import State
 from dydit.runtime.device.memory_layout import Layout
 from dydit.runtime.device.operations import ALIGNMENT, HostArray
 from dydit.runtime.noise_source import NoiseSource
@@ -17,7 +18,7 @@ from dydit.runtime.request import Batch
 class HostInputs:
     """Computes each `HostArray` when it is requested; nothing large is kept.
 
-    `load(batch)`: latents of a batch that has passed some segments already.
+    `load(batch)`: the state of a batch that has passed some segments already.
     """
 
     def __init__(
@@ -26,7 +27,7 @@ class HostInputs:
         layout: Layout,
         batches: Sequence[Batch],
         noise: NoiseSource,
-        load: Callable[[int], np.ndarray],
+        load: Callable[[int], State[np.ndarray]],
         cfg_scale: float,
     ):
         assert tuple(len(batch.images) for batch in batches) == layout.shape.sizes
@@ -51,8 +52,7 @@ class HostInputs:
         assert source.batch is not None and source.segment is not None
         if source.kind == "latents":
             batch = self._batches[source.batch]
-            latents = self._load(source.batch) if source.segment else self._noise.initial(batch)
-            return np.ascontiguousarray(latents, np.float32)
+            return pack(self._layout, self._load(source.batch) if source.segment else State(self._noise.initial(batch)))
         assert source.kind == "noise", source
         return self._segment_noise(source.batch, source.segment)
 
@@ -67,7 +67,7 @@ class HostInputs:
     def _timesteps(self) -> np.ndarray:
         timesteps = self._bundle.manifest.sampling.timesteps
         rows = [timesteps[chunk.start : chunk.stop] for chunk in self._layout.all_chunks]
-        return _table(rows, np.int64, self._layout.timesteps_stride)
+        return _table(rows, np.float32, self._layout.timesteps_stride)
 
     def _labels(self) -> np.ndarray:
         rows = [self._guidance.rows(batch.labels) for batch in self._batches]
@@ -80,6 +80,24 @@ class HostInputs:
         for row, step in zip(table, steps, strict=True):
             row[: size * layout.image_bytes // 4] = self._noise.step(batch, step).reshape(-1)
         return table
+
+
+def pack(layout: Layout, state: State[np.ndarray]) -> np.ndarray:
+    """The state of a batch as it lies in device memory, flat float32."""
+    size = len(state.x)
+    data = np.zeros(layout.state_bytes(size) // 4, np.float32)
+    data[: state.x.size] = state.x.reshape(-1)
+    if layout.multistep and state.history is not None:
+        data[-state.history.size :] = state.history.reshape(-1)
+    return data
+
+
+def unpack(layout: Layout, size: int, data: np.ndarray) -> State[np.ndarray]:
+    """The inverse of `pack`, for a batch of `size` images."""
+    model, values = layout.manifest.model, data.view(np.float32)
+    shape = (size, model.in_channels, model.input_size, model.input_size)
+    count = size * layout.image_bytes // 4
+    return State(values[:count].reshape(shape), values[-count:].reshape(shape) if layout.multistep else None)
 
 
 def _table(rows: Sequence[Sequence[float] | np.ndarray], dtype: type[np.generic], stride: int) -> np.ndarray:

@@ -174,7 +174,7 @@ class LaunchPlan:
                     batch,
                     segment + 1,
                     self.layout.latents(segment + 1, batch),
-                    self.shape.sizes[batch] * self.layout.image_bytes,
+                    self.layout.state_bytes(self.shape.sizes[batch]),
                 )
                 for batch in self.layout.waiting(segment)
                 if last or self.options.save_segments
@@ -210,7 +210,7 @@ class LaunchPlan:
             behind = self.shape.behind(batch)
             if behind < len(self.layout.segments):
                 source = HostArray("latents", batch, behind)
-                ops.append(op.Upload(self.layout.latents(behind, batch), source, size * self.layout.image_bytes))
+                ops.append(op.Upload(self.layout.latents(behind, batch), source, self.layout.state_bytes(size)))
         return ops
 
     def _noise_bytes(self, segment: int, batch: int) -> int:
@@ -259,7 +259,7 @@ class LaunchPlan:
     def _visit(self, segment: int, batch: int, place: int, engine: EngineId) -> list[Operation]:
         """Run a segment for a batch whose noise has been uploaded."""
         layout, size = self.layout, self.shape.sizes[batch]
-        count, nbytes = layout.segments[segment].count, size * layout.image_bytes
+        count, nbytes = layout.segments[segment].count, layout.state_bytes(size)
         labels = op.Copy(
             Address("labels"), Address("labels.all", batch * layout.labels_stride), 8 * self.shape.rows(size)
         )
@@ -302,18 +302,17 @@ class LaunchPlan:
                 **({"gates": Address("gates", step * layout.gates_stride)} if gated else {}),
             }
             addresses = {
-                "x": Address(f"x.{(step - first) % 2}"),
-                "x_prev": Address(f"x.{(step - first + 1) % 2}"),
+                **layout.step_state((step - first) % 2, size),
                 "cfg_scale": Address("cfg_scale"),
                 "token_overflow": layout.overflow(segment, step),
                 **sources,
             }
             if layout.staged:
                 fixed = {name: Address(f"step.{name}") for name in sources}
-                addresses |= {"x": Address("x.0"), "x_prev": Address("x.1"), **fixed}
+                addresses |= {**layout.step_state(0, size), **fixed}
                 addresses["token_overflow"] = Address("step.overflow")
                 if step != first:
-                    ops.append(op.Copy(Address("x.0"), Address("x.1"), size * layout.image_bytes))
+                    ops.append(op.Copy(Address("x.0"), Address("x.1"), layout.state_bytes(size)))
             inputs, outputs = layout.step_bindings(subnet, size, addresses)
             launch = op.Launch(engine, step, inputs, outputs)
             if layout.staged:

@@ -5,12 +5,14 @@ a segment are at the same addresses for every batch, so that a captured graph se
 
     latents.0, latents.1   every batch between segments: even segments read .0 and write .1, odd ones read .1
     x.0, x.1               the current batch: a step reads one and writes the other
+                           (of a multistep sampler, each of these four holds the history behind the latents)
+    next_history           written and never read, if the sampler has no history
     noise, noise.next      of the current segment, and of the next, which is uploaded meanwhile
     condition              of consecutive steps of the segment, computed on the device
     labels, labels.all     of the current rows; of all batches
     coefficients, cfg_scale, gates, timesteps    of the whole run
     overflow, overflow.visit    counters of a segment, for all its batches; for the current batch
-    zeros                  noise of steps that add none
+    zeros                  noise of steps that add none; history, if the sampler has none
     step.*                 a step's inputs and counters at fixed addresses, where graphs are captured
     units, units.scratch   unit weights with dynamic width (`dydit.runtime.device.unit_weights`)
     workspace              activations, shared by all engines
@@ -35,12 +37,10 @@ from dydit.bundle.io_spec import (
     subnet_outputs,
 )
 from dydit.bundle.manifest import Manifest, Routing
-from dydit.diffusion.coefficients import COEFFICIENTS
+from dydit.diffusion.coefficients import NOISE
 from dydit.errors import ConfigError
 from dydit.runtime.device.operations import ALIGNMENT, Address, Binding, aligned
 from dydit.runtime.device.unit_weights import UnitWeights
-
-_NOISE = COEFFICIENTS.index("noise")
 
 
 @dataclass(frozen=True)
@@ -99,10 +99,19 @@ class Layout:
         self.capacity = manifest.routing is Routing.CAPACITY
         self.capturing = options.graphs and manifest.routing is not Routing.DYNAMIC
         self.image_bytes = 4 * model.in_channels * model.input_size**2
+        self.multistep = manifest.sampling.multistep
         self.condition_row = 4 * math.prod(model.condition_shape)
         self.gates_stride = aligned(4 * model.units.size)
         self.overflow_stride = aligned(8 * model.depth)
         self.labels_stride = aligned(8 * shape.rows(self.largest))
+
+    def history_offset(self, size: int) -> int:
+        """Where the history begins in the state of a batch of `size`, in bytes."""
+        return aligned(size * self.image_bytes)
+
+    def state_bytes(self, size: int) -> int:
+        """Bytes of the state of a batch of `size`: its latents and, of a multistep sampler, its history."""
+        return size * self.image_bytes + (self.history_offset(size) if self.multistep else 0)
 
     @cached_property
     def visited(self) -> tuple[int, ...]:
@@ -117,7 +126,7 @@ class Layout:
     def noise_steps(self, segment: int) -> tuple[int, ...]:
         """The segment's steps that add noise."""
         coefficients = self.manifest.sampling.coefficients
-        return tuple(step for step in self.segments[segment].steps if coefficients[step][_NOISE] != 0)
+        return tuple(step for step in self.segments[segment].steps if coefficients[step][NOISE] != 0)
 
     @cached_property
     def staged(self) -> bool:
@@ -145,7 +154,7 @@ class Layout:
     @property
     def timesteps_stride(self) -> int:
         """Bytes of a row of `timesteps`."""
-        return aligned(8 * self.chunk_steps)
+        return aligned(4 * self.chunk_steps)
 
     def noise_stride(self, size: int) -> int:
         """Bytes from one step's noise to the next, for batches of `size`."""
@@ -162,13 +171,14 @@ class Layout:
         gated = any(self.manifest.subnets[self.segments[index].subnet].gated for index in self.visited)
         silent = any(len(self.noise_steps(index)) < self.segments[index].count for index in self.visited)
         sizes = {
-            "latents.0": sum(shape.sizes) * self.image_bytes,
-            "latents.1": sum(shape.sizes) * self.image_bytes,
-            "x.0": batch_bytes,
-            "x.1": batch_bytes,
+            "latents.0": sum(map(self.state_bytes, shape.sizes)),
+            "latents.1": sum(map(self.state_bytes, shape.sizes)),
+            "x.0": self.state_bytes(self.largest),
+            "x.1": self.state_bytes(self.largest),
+            "next_history": batch_bytes * (not self.multistep),
             "noise": most_noise * self.noise_stride(self.largest),
             "noise.next": most_noise * self.noise_stride(self.largest),
-            "zeros": batch_bytes * silent,
+            "zeros": batch_bytes * (silent or not self.multistep),
             "condition": self.chunk_steps * rows * self.condition_row,
             "labels": 8 * rows,
             "labels.all": batches * self.labels_stride,
@@ -192,8 +202,17 @@ class Layout:
         return {name: aligned(nbytes) for name, nbytes in sizes.items() if nbytes}
 
     def latents(self, segment: int, batch: int) -> Address:
-        """A batch's latents before a segment."""
-        return Address(f"latents.{segment % 2}", sum(self.shape.sizes[:batch]) * self.image_bytes)
+        """A batch's state before a segment."""
+        return Address(f"latents.{segment % 2}", sum(map(self.state_bytes, self.shape.sizes[:batch])))
+
+    def step_state(self, reads: int, size: int) -> dict[str, Address]:
+        """The addresses of a step's state, before and after it, where it reads buffer x.0 or x.1."""
+        before, after = f"x.{reads}", f"x.{1 - reads}"
+        state = {"x": Address(before), "x_prev": Address(after)}
+        if not self.multistep:
+            return state | {"history": Address("zeros"), "next_history": Address("next_history")}
+        offset = self.history_offset(size)
+        return state | {"history": Address(before, offset), "next_history": Address(after, offset)}
 
     def timesteps(self, chunk: range) -> Address:
         """The timesteps of a part of a segment."""

@@ -16,7 +16,7 @@ from dydit.diffusion.guidance import is_guided
 from dydit.errors import DyditError, one_line
 from dydit.runtime.backends.base import Backend
 from dydit.runtime.device.execute import CaptureError, Executor, RunCounts
-from dydit.runtime.device.inputs import HostInputs
+from dydit.runtime.device.inputs import HostInputs, unpack
 from dydit.runtime.device.launches import EngineMemory, LaunchPlan
 from dydit.runtime.device.memory_layout import LaunchOptions, RunShape
 from dydit.runtime.device.operations import EngineId
@@ -94,7 +94,7 @@ class DeviceSampler:
         count: Callable[[int], None],
     ) -> RunCounts:
         """Run some batches through the segments that are left for them."""
-        chosen, model = [batches[b] for b in waiting], self._bundle.manifest.model
+        chosen = [batches[b] for b in waiting]
         sizes = tuple(len(batch.images) for batch in chosen)
         shape = RunShape(sizes, is_guided(cfg_scale), tuple(store.done(b) for b in waiting))
         options = dataclasses.replace(self.options, save_segments=not isinstance(store, MemoryStore))
@@ -102,10 +102,9 @@ class DeviceSampler:
         host = HostInputs(self._bundle, plan.layout, chosen, noise, lambda place: store.load(waiting[place]), cfg_scale)
 
         def deliver(place: int, segments: int, data: np.ndarray, repeated: int) -> None:
-            size = (len(chosen[place].images), model.in_channels, model.input_size, model.input_size)
-            latents = data.view(np.float32).reshape(size)
-            require_finite(latents, chosen[place], f"{segments} segments")
-            store.save(waiting[place], segments, latents, repeated)
+            state = unpack(plan.layout, len(chosen[place].images), data)
+            require_finite(state.x, chosen[place], f"{segments} segments")
+            store.save(waiting[place], segments, state, repeated)
 
         return self._executor.run(plan, host.array, deliver, count)
 

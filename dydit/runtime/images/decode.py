@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from dydit.bundle.vae_entry import VAE_WEIGHTS, VaeEntry
+from dydit.diffusion.steps import State
 from dydit.errors import ConfigError, OutputError
 from dydit.files import sha256_of
 from dydit.runtime.backends.base import BackendOptions
@@ -143,8 +144,9 @@ def decode_to_folder(
         folder.clear()
         return summary(known["files"], True)
     vae = VaeDecoder(decoder, entry, options)
-    latents = {i: saved.latents[each.first : each.first + len(each.images)] for i, each in enumerate(batches)}
-    store = MemoryStore(latents)
+    store = MemoryStore(
+        {i: State(saved.latents[each.first : each.first + len(each.images)]) for i, each in enumerate(batches)}
+    )
     with folder.finishing(repair=True) if known is not None else _one_decoder(folder) as ours:
         if not ours:
             raise OutputError(f"another process is decoding into {out}; wait for it")
