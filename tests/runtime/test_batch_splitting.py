@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from dydit.bundle.manifest import PlanKind, Routing
 from dydit.bundle.stored_weights import Precision
+from dydit.diffusion.steps import State
 from dydit.models.config import ModelConfig
 from dydit.models.dit.config import DiTConfig
 from dydit.runtime.backends.base import BackendOptions
@@ -78,7 +79,7 @@ def test_a_run_is_the_same_bits_however_it_is_shared_out(kind, scale, make_bundl
         batches = make_batches(labels, range(7), batch)
         with ResidentSubnets(backend, 2) as subnets:
             sample(StepRunner(backend, subnets, labels, scale), batches, SeededNoise(0, shape), store)
-        made.append(np.concatenate([store.load(index) for index in range(len(batches))]))
+        made.append(np.concatenate([store.load(index).x for index in range(len(batches))]))
     assert all(np.array_equal(made[0], each) for each in made[1:])
 
 
@@ -100,8 +101,8 @@ def test_a_loaded_subnetwork_follows_what_is_expected(make_bundle, monkeypatch):
     x = x[:, : bundle.manifest.model.in_channels]
     with ResidentSubnets(backend) as subnets:
         runner = StepRunner(backend, subnets, labels, 4.0)
-        feeds = runner.feeds(0, x, x, labels)
-        one = runner.feeds(0, x[:1], x[:1], labels[:1])
+        feeds = runner.feeds(0, State(x), x, labels)
+        one = runner.feeds(0, State(x[:1]), x[:1], labels[:1])
         subnet = subnets.get(bundle.manifest.plan.segments[0].subnet)
         opened.clear()
         whole = subnet.step(feeds).x_prev

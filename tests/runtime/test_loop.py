@@ -9,7 +9,8 @@ import pytest
 
 from dydit.bundle.manifest import PlanKind, Routing
 from dydit.diffusion.noise import normals
-from dydit.diffusion.schedule import Sampler
+from dydit.diffusion.samplers import Sampler
+from dydit.diffusion.steps import State
 from dydit.errors import BackendError
 from dydit.runtime.backends.base import Backend, BackendOptions, StepResult, Subnet
 from dydit.runtime.backends.registry import open_backend
@@ -37,7 +38,7 @@ def run(
     with ResidentSubnets(backend, resident) as subnets:
         runner = StepRunner(backend, subnets, labels, scale)
         stats = sample(runner, batches, noise or SeededNoise(11, shape_of(bundle)), store, **kwargs)
-    return np.concatenate([store.load(b) for b in range(len(batches))]), stats
+    return np.concatenate([store.load(b).x for b in range(len(batches))]), stats
 
 
 @pytest.fixture(scope="module")
@@ -91,12 +92,12 @@ def test_guidance_one_runs_half_the_rows(merged, relative):
     labels = np.array([2])
     with ResidentSubnets(backend) as subnets:
         plain, guided = (StepRunner(backend, subnets, labels, scale) for scale in (1, 4.0))
-        feeds = plain.feeds(4, x, x, labels), guided.feeds(4, x, x, labels)
+        feeds = plain.feeds(4, State(x), x, labels), guided.feeds(4, State(x), x, labels)
         assert [len(f["condition"]) for f in feeds] == [1, 2]
         one = {**feeds[1], "cfg_scale": np.asarray(1, np.float32)}
         index = next(s.subnet for s in merged.manifest.plan.segments if 4 in s.steps)
-        assert relative(subnets.get(index).step(one).x_prev, plain.run(4, x, x, labels).x_prev) < 1e-5
-        assert relative(guided.run(4, x, x, labels).x_prev, plain.run(4, x, x, labels).x_prev) > 1e-3
+        assert relative(subnets.get(index).step(one).x_prev, plain.run(4, State(x), x, labels).x_prev) < 1e-5
+        assert relative(guided.run(4, State(x), x, labels).x_prev, plain.run(4, State(x), x, labels).x_prev) > 1e-3
 
 
 class CountedNoise(SeededNoise):
@@ -144,8 +145,8 @@ def test_a_run_goes_on_from_where_its_store_is(merged, latents):
         pass
 
     class Stopping(MemoryStore):
-        def save(self, batch, segments, latents, repeated):
-            super().save(batch, segments, latents, repeated)
+        def save(self, batch, segments, state, repeated):
+            super().save(batch, segments, state, repeated)
             if segments == 2 and not done:
                 done.append(batch)
                 raise Stop
@@ -159,7 +160,7 @@ def test_a_run_goes_on_from_where_its_store_is(merged, latents):
         stats = sample(runner, batches, noise, store, lambda *now: seen.append(now))
     first = sum(s.count for s in merged.manifest.plan.segments[:2])
     assert stats.steps == 12 - first and seen[0] == (first + 1, 12)
-    assert np.array_equal(store.load(0), latents)
+    assert np.array_equal(store.load(0).x, latents)
 
 
 def test_conditioning_is_computed_for_whole_segments_or_in_bounded_pieces(merged):
