@@ -17,7 +17,7 @@ from pydantic import BaseModel
 from dydit.bundle.manifest import PlanKind
 from dydit.commands.output import warn
 from dydit.diffusion.process import TRAIN_STEPS
-from dydit.diffusion.samplers import Sampler, Spacing
+from dydit.diffusion.samplers import Sampler, SamplerChoice, Spacing
 from dydit.errors import BackendError, ConfigError
 from dydit.files import user_path
 from dydit.models.config import Space, parse_config
@@ -226,9 +226,22 @@ def checkpoint_options(command: Command) -> Command:
 # Options about the plan of an export
 
 
-def sampler_options(steps: int | None, remark: str = "") -> Callable[[Command], Command]:
-    """`--steps`, `--sampler`, `--timestep-spacing` and `--eta`. `steps`: their default number."""
-    shown = f"  [{remark}]" if remark else ""
+def sampling_options(command: Command) -> Command:
+    """The options of a run of a bundle that exists. The command gets them as `sampling`, a `SamplerChoice`."""
+
+    @functools.wraps(command)
+    def with_sampling(
+        steps: int | None, sampler: str | None, spacing: str | None, eta: float | None, **rest: Any
+    ) -> Any:
+        chosen = {"steps": steps, "sampler": sampler, "spacing": spacing, "eta": eta}
+        return command(sampling=SamplerChoice.model_validate(chosen), **rest)
+
+    return sampler_options(None)(with_sampling)
+
+
+def sampler_options(steps: int | None) -> Callable[[Command], Command]:
+    """`--steps`, `--sampler`, `--timestep-spacing` and `--eta`. `steps`: their default number; None: as exported."""
+    shown = "  [default: as exported]" if steps is None else ""
     return all_of(
         click.option(
             "--steps", type=click.IntRange(1, TRAIN_STEPS), default=steps, help=f"Number of sampling steps.{shown}"
@@ -251,7 +264,7 @@ def sampler_options(steps: int | None, remark: str = "") -> Callable[[Command], 
         click.option(
             "--eta",
             type=click.FloatRange(0, 1),
-            default=None if remark else 0.0,
+            default=None if steps is None else 0.0,
             help="With --sampler ddim: amount of new noise, from 0 (none) to 1 (as much as ddpm)." + shown,
         ),
     )

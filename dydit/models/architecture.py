@@ -25,6 +25,10 @@ Slots = tuple[tuple[tuple[int, ...], ...], ...]
 """Ascending units of every part, by block and unit group."""
 
 
+WIDTH_ROUTER = ("width.weight", "width.bias")
+"""The stored tensors of all width routers, [U, D] and [U], with a row for each unit, by slot (`router_rows`)."""
+
+
 class Side(StrEnum):
     """The side of a linear layer that is divided among units."""
 

@@ -68,6 +68,15 @@ class Architecture(ABC):
     def conditioning(self, config: Any, weights: Mapping[str, Tensor], timesteps: Tensor, labels: Tensor) -> Tensor:
         """The conditions of all (timestep, label) pairs: int64 [T], int64 [R] -> [T, R, *condition_shape]."""
 
+    # In NumPy.
+
+    @abstractmethod
+    def timestep_embedding(self, weights: Mapping[str, np.ndarray], times: np.ndarray) -> np.ndarray:
+        """The input of the width routers, from stored weights: the model's own times [T] -> float64 [T, D].
+
+        With the stored `WIDTH_ROUTER`, it gives the masks of any timesteps without PyTorch.
+        """
+
     # From the weights of a checkpoint to the weights of a bundle.
 
     @abstractmethod

@@ -25,6 +25,7 @@ from dydit.bundle.bundle import Bundle
 from dydit.bundle.manifest import Manifest
 from dydit.bundle.stored_weights import fp16_name
 from dydit.checkpoints.checkpoint import Checkpoint, load_checkpoint
+from dydit.diffusion.samplers import SamplerChoice
 from dydit.diffusion.steps import State, run_steps
 from dydit.errors import ConfigError
 from dydit.export.exporter import stale_reasons
@@ -45,6 +46,7 @@ from dydit.parity.comparison import (
 )
 from dydit.parity.reference import Images, Reference, Trajectory
 from dydit.parity.tolerances import DERIVED_WEIGHTS, of_latents, tolerances
+from dydit.planning.resampling import resampled
 from dydit.reports.parity_report import Check, Departure, ParityReport
 from dydit.reports.plot_style import write_picture
 from dydit.reports.plots import parity_png
@@ -65,6 +67,7 @@ class ParityConfig(Strict):
     """What to compare: an image for each label (the null class is a label, too); `cfg_scale` 1 is no guidance.
 
     `every`: compare every n-th step and the last one from the reference's latents. The whole run always has all steps.
+    `sampling`: changes of the bundle's run (`dydit.planning.resampling.resampled`).
     """
 
     backend: str = "onnxruntime"
@@ -74,6 +77,7 @@ class ParityConfig(Strict):
     seed: int = Field(default=0, ge=0)
     cfg_scale: float = Field(default=4.0, ge=0, allow_inf_nan=False)
     every: int = Field(default=1, ge=1)
+    sampling: SamplerChoice = SamplerChoice()
 
 
 def compare_files(
@@ -104,7 +108,9 @@ def run_parity(
     A bundle of another checkpoint is not refused: its checks fail and name what differs. Raises `ConfigError` for
     labels that do not fit the bundle, and `BackendError` if the backend cannot run it.
     """
-    start, manifest = time.perf_counter(), bundle.manifest
+    start = time.perf_counter()
+    bundle = resampled(bundle, config.sampling)
+    manifest = bundle.manifest
     if len(config.labels) > manifest.max_batch:
         raise ConfigError(
             f"{counted(len(config.labels), 'label')}, but the bundle was exported for batches up to "
