@@ -34,7 +34,7 @@ class SlicedSampler:
     ):
         config, schedule = checkpoint.config, Schedule.respaced(steps)
         self.config, self.timesteps = config, schedule.timesteps[::-1]
-        self.masks = freeze_masks(checkpoint.width_routers(), self.timesteps)
+        self.masks = freeze_masks(checkpoint.width_router_model(), self.timesteps)
         self._architecture = architecture_of(config)
         self.weights = dict(self._architecture.stored_tensors(checkpoint.state, config, smoothing=smoothing))
         self._factors = self._architecture.condition_factors(config, smoothing)

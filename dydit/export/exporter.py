@@ -116,7 +116,7 @@ def planned_steps(checkpoint: Checkpoint, config: ExportConfig) -> tuple[np.ndar
 
 
 def _masks_and_order(checkpoint: Checkpoint, config: ExportConfig) -> tuple[np.ndarray, Slots]:
-    masks = freeze_masks(checkpoint.width_routers(), Schedule.respaced(config.steps).timesteps[::-1])
+    masks = freeze_masks(checkpoint.width_router_model(), Schedule.respaced(config.steps).timesteps[::-1])
     order = activity_order(masks, checkpoint.config.units)
     return by_slot(masks, checkpoint.config.units, order), order
 
