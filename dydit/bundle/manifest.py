@@ -117,7 +117,7 @@ class SubnetEntry(Strict):
     file: str
     units: Slots
     gated: bool = Field(description="takes the `gates` input, because the masks of its steps differ")
-    capacities: tuple[int, ...] | None = Field(default=None, description="MLP token slots per image, per block")
+    capacities: tuple[int, ...] | None = Field(default=None, description="MLP token slots per row, by block")
     full_file: str | None = Field(default=None, description="the same with a slot for each token, if steps overflow")
     weight_bytes: int = Field(ge=0, description="bytes of weights.bin that the subnetwork reads")
     fp16_layers: tuple[tuple[str, ...], ...] | None = Field(

@@ -60,7 +60,7 @@ class Checkpoint:
         assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
         return model
 
-    def width_routers(self) -> DynamicModel:
+    def width_router_model(self) -> DynamicModel:
         """The model with weights only for its timestep embedder and width routers. Other weights take no memory.
 
         This is enough to compute the width masks of timesteps, at about a hundredth of the model's size.

@@ -293,13 +293,18 @@ def plan_options(command: Command) -> Command:
             plan = {"plan": PlanKind.MAX_SUBNETS, "max_subnets": max_subnets}
         return command(plan=plan, **settings)
 
-    with_options = renamed("--sliding", "--dynamic-width")(with_plan)
-    for option in (
+    options = all_of(
         click.option(
-            "--dynamic-width",
+            "--per-step",
             is_flag=True,
-            help="Use one graph of dynamic width: each step runs exactly the heads and channel groups that it needs, "
-            "and there is one copy of the weights in memory.",
+            help="Use one subnetwork for each distinct mask: the lowest compute, the most memory.",
+        ),
+        click.option(
+            "--max-subnets",
+            type=click.IntRange(min=1),
+            metavar="K",
+            help="Use at most K subnetworks. Consecutive steps share one, chosen so that the total compute is lowest. "
+            "The images are the same as with --per-step.",
         ),
         click.option(
             "--memory-budget",
@@ -310,20 +315,14 @@ def plan_options(command: Command) -> Command:
             "used instead.",
         ),
         click.option(
-            "--max-subnets",
-            type=click.IntRange(min=1),
-            metavar="K",
-            help="Use at most K subnetworks. Consecutive steps share one, chosen so that the total compute is lowest. "
-            "The images are the same as with --per-step.",
-        ),
-        click.option(
-            "--per-step",
+            "--dynamic-width",
             is_flag=True,
-            help="Use one subnetwork for each distinct mask: the lowest compute, the most memory.",
+            help="Use one graph of dynamic width: each step runs exactly the heads and channel groups that it needs, "
+            "and there is one copy of the weights in memory.",
         ),
-    ):
-        with_options = option(with_options)
-    return with_options
+        renamed("--sliding", "--dynamic-width"),
+    )
+    return options(with_plan)
 
 
 # Options about running a bundle

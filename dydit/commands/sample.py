@@ -109,7 +109,9 @@ def command(
     as_json: bool,
     **request: Any,
 ) -> None:
-    """Sample images with a bundle. The same settings give the same images, whatever the batch size.
+    """Sample images with a bundle. The same settings give the same images, byte for byte.
+
+    With another batch size or another number of threads, the images are the same up to rounding.
 
     Writes numbered PNG files, grid.png and samples.json. For a latent model without a VAE decoder it writes latents.npz
     instead of images.

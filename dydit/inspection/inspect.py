@@ -106,7 +106,7 @@ def inspect_checkpoint(path: Path | str, steps: int = DEFAULT_STEPS, **reading: 
     config = checkpoint.config
     process = config.diffusion
     timesteps = SamplerConfig(sampler=default_sampler(process), steps=steps).times(process)
-    masks = freeze_masks(checkpoint.width_routers(), timesteps)
+    masks = freeze_masks(checkpoint.width_router_model(), timesteps)
     is_router = architecture_of(config).is_router
     parameters = {name: tensor.numel() for name, tensor in checkpoint.state.items()}
     model = _model_facts(config, sum(parameters.values()), sum(n for name, n in parameters.items() if is_router(name)))

@@ -296,8 +296,8 @@ def chunk_size(manifest: Manifest, batch: int, labels: int, device: str) -> int:
     `batch`: images of a batch; `labels`: classes of the run, the null class among them. Every chunk loads each
     subnetwork once, in the background, which on the CPU takes as long as one or two steps of an image (see
     `BackendOptions.packed`), and on a GPU as long as a few hundred; a plan of dynamic width loads nothing. And it
-    computes the modulation of every step and label once: 6 D^2 multiply-adds for each block, where an image's step
-    takes about 12 D^2 for half of 2 N tokens.
+    computes the condition of every step and label once. One is taken to cost half as much as a step of an image does
+    for each of its tokens.
     """
     steps, segments = manifest.sampling.steps, len(manifest.plan.segments)
     image_steps, batch_steps = (100, 24) if device == "cpu" else (20_000, 24)  # for each loading

@@ -151,7 +151,7 @@ def test_what_is_no_file_of_latents(decode, runs, tmp_path: Path) -> None:
     file.write_bytes(b"text")
     refused(decode(file), "is not a latents file")
     refused(decode(tmp_path / "nowhere.npz"), "cannot read latents from", "No such file")
-    refused(decode(runs[0]), "holds no latents.npz", "sample with --latents-out FILE.npz and decode FILE.npz")
+    refused(decode(runs[0]), "holds no latents.npz", "`dydit sample --latents-out FILE.npz`, and decode that file")
     refused(decode(runs[1], vae=tmp_path / "nowhere"), "no such file or folder")
     refused(decode(runs[1], "--vae-tile", 9), "the tile has a side of 9 latents; expected 1..8")
 
