@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from dydit.bundle.advice import sampler_options
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.manifest import (
     Manifest,
@@ -59,7 +58,7 @@ def with_run(bundle: Bundle, config: SamplerConfig) -> Bundle:
         raise ConfigError(
             f"this bundle has {counted(len(manifest.subnets), 'subnetwork')} made for {own.config.words}, which cannot "
             f"run {config.words}; export again with --dynamic-width to choose steps when sampling, or with "
-            f"{' '.join(sampler_options(config))}"
+            f"--steps {config.steps} --sampler {config.sampler}"
         )
     masks = step_masks(bundle, run.times)
     subnets, segments = _entries(manifest, masks)

@@ -51,7 +51,7 @@ def test_a_resampled_bundle_is_the_one_that_an_export_would_be(make_bundle):
     assert [subnet.weight_bytes for subnet in ours.subnets] == [subnet.weight_bytes for subnet in theirs.subnets]
 
 
-@settings(max_examples=25)
+@settings(max_examples=10)
 @given(st.data())
 def test_any_run_of_the_bundle_is_valid_and_has_its_own_digest(make_bundle, data):
     """A manifest checks itself; so this is a law of masks, segments and subnetworks."""
