@@ -1,11 +1,13 @@
-"""Where a run's data lies in device memory: buffers, their sizes, and addresses in them. Derived from `io_spec`.
+"""Where a run's data lies in device memory: buffers, their sizes, and addresses in them.
+
+Shapes and types of what an engine reads and writes come from `io_spec`.
 
 Every address that an engine reads or writes is 256-byte aligned, so rows of a table are padded to that. The inputs of
 a segment are at the same addresses for every batch, so that a captured graph serves all batches of one size.
 
     latents.0, latents.1   every batch between segments: even segments read .0 and write .1, odd ones read .1
     x.0, x.1               the current batch: a step reads one and writes the other
-    noise, noise.next      of the current segment, and of the next, which is uploaded meanwhile
+    noise, noise.next      a segment's noise for the current batch; for the batch that runs next, uploaded meanwhile
     condition              of consecutive steps of the segment, computed on the device
     labels, labels.all     of the current rows; of all batches
     coefficients, cfg_scale, gates, timesteps    of the whole run
