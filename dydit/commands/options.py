@@ -297,7 +297,7 @@ def plan_options(command: Command) -> Command:
         click.option(
             "--per-step",
             is_flag=True,
-            help="Use one subnetwork for each distinct mask: the lowest compute, the most memory.",
+            help="Use one subnetwork for each distinct mask: the lowest compute, the most subnetworks to load.",
         ),
         click.option(
             "--max-subnets",

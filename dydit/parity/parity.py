@@ -31,6 +31,7 @@ from dydit.errors import ConfigError
 from dydit.export.exporter import stale_reasons
 from dydit.export.weights import Copies, stored_forms
 from dydit.files import new_folder, require_absent, write_json
+from dydit.models.architecture import block_of
 from dydit.models.config import ModelConfig
 from dydit.models.macs import flops_ratio
 from dydit.models.registry import architecture_of
@@ -342,8 +343,7 @@ def compare_weights(bundle: Bundle, checkpoint: Checkpoint) -> Check:
         count = _differing(bundle, name, expected)
         differing += count
         if count and first is None:
-            block = int(name.split(".")[1]) if name.startswith("blocks.") else None
-            first = Departure(block=block, where=f"{name}: {count} of {expected.numel()} elements differ")
+            first = Departure(block=block_of(name), where=f"{name}: {count} of {expected.numel()} elements differ")
     detail = f"all {elements:,} elements are equal"
     if differing:
         detail = f"{differing:,} of {counted(elements, 'element')} differ{'s' if differing == 1 else ''}"
