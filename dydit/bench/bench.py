@@ -237,7 +237,7 @@ def _job(side: Side, config: BenchConfig, model: ModelConfig, sampling: Sampling
     shared = config.model_dump(include={"labels", "seed", "cfg_scale", "threads", "device", "latents"})
     return Job(
         side=side,
-        sizes=model.without_routers(),
+        sizes=model.sizes.without_routers(),
         steps=steps,
         run=sampling.config,
         process=model.diffusion,

@@ -179,6 +179,7 @@ def _facts(manifest: Manifest, out: Path) -> dict[str, Any]:
         "subnets": len(manifest.subnets),
         "bytes": _size(manifest),
         "samples": manifest.model.space_words,
+        "training": manifest.model.diffusion.words,
         "decoder": manifest.vae and manifest.vae.scaling_words,
         "plan": manifest.plan.model_dump(mode="json", exclude={"segments"}),
     }

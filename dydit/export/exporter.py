@@ -334,4 +334,7 @@ def stale_reasons(manifest: Manifest, checkpoint: Checkpoint) -> list[str]:
         reasons.append(f"the weights changed: the bundle was not exported from {checkpoint.path} as it is now")
     if manifest.model.sizes != checkpoint.config.sizes:
         reasons.append("the architecture differs")
+    ours, theirs = manifest.model.diffusion, checkpoint.config.diffusion
+    if ours != theirs:
+        reasons.append(f"the training differs: {ours.words} in the bundle, {theirs.words} in the checkpoint")
     return reasons
