@@ -19,7 +19,6 @@ from dydit.bundle.bundle import Bundle
 from dydit.bundle.manifest import (
     Manifest,
     PlanEntry,
-    PlanKind,
     SamplingEntry,
     SegmentEntry,
     SubnetEntry,
@@ -65,7 +64,7 @@ def with_run(bundle: Bundle, config: SamplerConfig) -> Bundle:
     macs = macs_costs(model)
     exact = per_step_plan(masks, macs)
     plan = PlanEntry(
-        kind=PlanKind.DYNAMIC_WIDTH if manifest.dynamic_width else manifest.plan.kind,
+        kind=manifest.plan.kind,
         segments=segments,
         macs=plan_cost(exact, masks, macs),
         per_step_macs=exact.cost,
