@@ -225,7 +225,7 @@ def _common_run(
     for other in manifests[1:]:
         for what, ours, theirs in (
             ("sampling steps", first.sampling.steps, other.sampling.steps),
-            ("model sizes", first.model.without_routers(), other.model.without_routers()),
+            ("model sizes", first.model.sizes.without_routers(), other.model.sizes.without_routers()),
             ("guided channels", first.sampling.cfg_channels, other.sampling.cfg_channels),
         ):
             if ours != theirs:
@@ -237,7 +237,7 @@ def _job(side: Side, config: BenchConfig, model: ModelConfig, sampling: Sampling
     shared = config.model_dump(include={"labels", "seed", "cfg_scale", "threads", "device", "latents"})
     return Job(
         side=side,
-        sizes=model.without_routers(),
+        sizes=model.sizes.without_routers(),
         steps=steps,
         run=sampling.config,
         process=model.diffusion,

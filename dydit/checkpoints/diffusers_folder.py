@@ -3,7 +3,8 @@
 `config.json` describes the model. The weights are `diffusion_pytorch_model.safetensors` or `.bin`; or they have a
 variant in the name (`.fp16.safetensors`); or they are shards, which an index file (`.safetensors.index.json`, with a
 variant also `.safetensors.index.fp16.json`) lists by tensor. The pipeline's `scheduler/scheduler_config.json` says what
-the model was trained to predict. Errors do not name the folder: the caller does.
+the model was trained to predict, and its `model_index.json` may name the classes. Errors do not name the folder: the
+caller does.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor
 from dydit.checkpoints.containers import Container, container_of
 from dydit.checkpoints.conventions import require_scheduler, require_supported, stated_by
 from dydit.checkpoints.fit import Given, require_trained
-from dydit.checkpoints.pipeline_folder import space_of_folder
+from dydit.checkpoints.pipeline_folder import class_names_of_folder, space_of_folder
 from dydit.checkpoints.safe_load import listed, plain_tensors, read_safetensors, read_torch, shown
 from dydit.checkpoints.state_entries import EMA, MODEL, unpack
 from dydit.errors import CheckpointError
@@ -57,6 +58,8 @@ def read_folder(path: Path, given: Given) -> Folder:
     known = _architecture(values)
     config = known.diffusers_config(values).stating(space_of_folder(path), decoded=False)
     given.require_same(config)
+    class_names, remarks = class_names_of_folder(path, config.classes.count)
+    config = config.model_copy(update={"class_names": class_names})
     _check_scheduler(folder)
     variant, weights, notes = _choose(folder, given.weights)
     files = _shards(weights) if weights.suffix == ".json" else {weights: None}
@@ -71,7 +74,7 @@ def read_folder(path: Path, given: Given) -> Folder:
     size = sum(file.stat().st_size for file in files)
     state = known.from_diffusers(plain_tensors(tensors, size), config, size)
     metadata = {"weights": variant} if variant else {}
-    notes += require_trained(state, config, variant)
+    notes += remarks + require_trained(state, config, variant)
     return Folder(config, state, _hash(list(files)), notes, metadata)
 
 
