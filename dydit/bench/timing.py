@@ -22,12 +22,12 @@ from dydit.bundle.bundle import Bundle
 from dydit.diffusion.coefficients import SamplingRun, step_coefficients
 from dydit.diffusion.noise import INITIAL_DRAW, image_noise, step_draw
 from dydit.diffusion.process import Process
-from dydit.diffusion.samplers import Sampler, SamplerChoice, SamplerConfig
+from dydit.diffusion.samplers import Sampler, SamplerConfig
 from dydit.diffusion.steps import State, StateOnly, run_steps
 from dydit.models.config import ModelConfig
 from dydit.models.macs import flops_ratio, static_macs
 from dydit.planning.executed import computed_ratio, layers_in_16_bits
-from dydit.planning.resampling import resampled
+from dydit.planning.resampling import with_run
 from dydit.reports.bench_report import Side
 from dydit.runtime.backends.base import Arrays, Backend, BackendOptions, StepResult, Subnet
 from dydit.runtime.backends.registry import open_backend
@@ -191,7 +191,7 @@ class MeasuredBundle(Measured):
 
     def __init__(self, job: Job):
         # The benchmark has verified the files before it started the workers.
-        self.bundle = resampled(Bundle.open(job.side.path, verify=False), SamplerChoice(**dict(job.run)))
+        self.bundle = with_run(Bundle.open(job.side.path, verify=False), job.run)
         super().__init__(job, self.bundle.manifest.model)
         options = BackendOptions(threads=job.threads, device=job.device, packed=job.side.packed)
         self.backend = _Timed(open_backend(job.side.backend, self.bundle, options))

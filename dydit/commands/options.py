@@ -16,7 +16,7 @@ from pydantic import BaseModel
 
 from dydit.bundle.manifest import PlanKind
 from dydit.commands.output import warn
-from dydit.diffusion.process import TRAIN_STEPS
+from dydit.diffusion.process import TRAIN_STEPS, NoiseSchedule, Prediction
 from dydit.diffusion.samplers import Sampler, SamplerChoice, Spacing
 from dydit.errors import BackendError, ConfigError
 from dydit.files import user_path
@@ -69,6 +69,16 @@ def parse_bytes(text: str) -> int:
     if size < 1:
         raise click.BadParameter(f"{text!r} is less than one byte")
     return size
+
+
+def parse_betas(text: str) -> tuple[float, float]:
+    """The first and the last beta, written as `0.0001,0.02`."""
+    numbers = text.split(",")
+    try:
+        first, last = map(float, numbers)
+    except ValueError as error:
+        raise click.BadParameter(f"{text!r} is not two numbers; write START,END, for example 0.0001,0.02") from error
+    return first, last
 
 
 class PathType(click.Path):
@@ -184,7 +194,8 @@ space_option = click.option(
     "latents]",
 )
 
-READING = ("num_heads", "weights", "num_classes", "input_size")
+TRAINING = ("prediction", "schedule", "betas")
+READING = ("num_heads", "weights", "num_classes", "input_size", *TRAINING)
 
 
 def checkpoint_options(command: Command) -> Command:
@@ -218,6 +229,29 @@ def checkpoint_options(command: Command) -> Command:
             type=count,
             help="Height and width of the latents or, for a model of pixels, of the images. Needed only if the "
             "checkpoint does not contain this size.",
+        ),
+        click.option(
+            "--prediction",
+            type=click.Choice([each.value for each in Prediction]),
+            help="What the model was trained to predict: epsilon (the noise), x0 (the image), v, or velocity (image - "
+            "noise, with --schedule flow). Needed only if the checkpoint does not state it.  [default: what the "
+            "checkpoint states, otherwise epsilon]",
+        ),
+        click.option(
+            "--schedule",
+            type=click.Choice([each.value for each in NoiseSchedule]),
+            help="How noise was added in training: in 1000 steps with linear, scaled-linear or cosine betas, or in "
+            "continuous time, as in vp-sde or in flow: flow matching on the linear path, where time 0 is noise and 1 "
+            "the image. Needed only if the checkpoint does not state it.  [default: what the checkpoint states, "
+            "otherwise linear; with --prediction velocity, flow]",
+        ),
+        click.option(
+            "--betas",
+            type=parse_betas,
+            metavar="START,END",
+            help="First and last beta of the schedule. Needed only if the checkpoint does not state them.  [default: "
+            "what the checkpoint states, otherwise 0.0001,0.02 for linear, 0.00085,0.012 for scaled-linear, 0.1,20 for "
+            "vp-sde]",
         ),
     )
     return options(with_reading)
@@ -297,7 +331,7 @@ def plan_options(command: Command) -> Command:
         click.option(
             "--per-step",
             is_flag=True,
-            help="Use one subnetwork for each distinct mask: the lowest compute, the most memory.",
+            help="Use one subnetwork for each distinct mask: the lowest compute, the most subnetworks to load.",
         ),
         click.option(
             "--max-subnets",

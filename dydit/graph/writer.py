@@ -90,7 +90,7 @@ class GraphWriter:
 
     def factors(self, part: Part, slots: Sequence[int]) -> list[ir.Value]:
         """The stored factors of smoothed inputs of a part's layers, each [channels of the slots]."""
-        names = [f"{layer.name}.factor" for layer in part.group.layers if layer.scaled_inputs]
+        names = [layer.factor for layer in part.group.layers if layer.scaled_inputs]
         return [
             self.weights.units(self.ops, part, name, slots) for name in names if self.weights.has(part.stored(name))
         ]

@@ -196,6 +196,8 @@ def _decoder_facts(manifest: Manifest) -> DecoderFacts | None:
 def _model_facts(config: ModelConfig, parameters: int, routers: int) -> ModelFacts:
     return ModelFacts(
         config=config,
+        process=config.diffusion,
+        process_assumed=config.process is None,
         tokens=config.tokens,
         parameters=parameters,
         router_parameters=routers,

@@ -18,7 +18,7 @@ from dydit.models.architecture import Slots
 from dydit.models.config import ModelConfig, Routers
 
 TOKEN_ROUTER = ("router.0.weight", "router.0.bias", "router.2.weight", "router.2.bias")
-"""The stored tensors of a token router, within its block."""
+"""The stored tensors of a token router, within its block. Every block of a dynamic model has them."""
 
 
 class WidthRouter(nn.Module):

@@ -15,19 +15,17 @@ from typing import Any
 
 import numpy as np
 
-from dydit.bundle.advice import options_text, sampler_options
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.manifest import (
     Manifest,
     PlanEntry,
-    PlanKind,
     SamplingEntry,
     SegmentEntry,
     SubnetEntry,
     pack_mask,
 )
 from dydit.diffusion.coefficients import sampling_run
-from dydit.diffusion.samplers import SamplerChoice
+from dydit.diffusion.samplers import SamplerChoice, SamplerConfig
 from dydit.errors import ConfigError
 from dydit.models.architecture import WIDTH_ROUTER
 from dydit.models.registry import architecture_of
@@ -38,13 +36,17 @@ from dydit.words import counted
 
 
 def resampled(bundle: Bundle, choice: SamplerChoice) -> Bundle:
+    """The bundle with some settings of its run changed. Raises `ConfigError` as `with_run` does."""
+    return with_run(bundle, choice.over(bundle.manifest.sampling.config))
+
+
+def with_run(bundle: Bundle, config: SamplerConfig) -> Bundle:
     """The bundle with other steps or another sampler than those that it was exported with.
 
     Raises `ConfigError` if its subnetworks cannot serve them, or if the sampler does not fit the model.
     """
     manifest = bundle.manifest
     own, model = manifest.sampling, manifest.model
-    config = choice.over(own.config)
     if config == own.config:
         return bundle
     run = sampling_run(model.diffusion, config, model.learn_sigma)
@@ -54,15 +56,15 @@ def resampled(bundle: Bundle, choice: SamplerChoice) -> Bundle:
     if model.dynamic and not manifest.dynamic_width:
         raise ConfigError(
             f"this bundle has {counted(len(manifest.subnets), 'subnetwork')} made for {own.config.words}, which cannot "
-            f"run {config.words}; export again with --dynamic-width to choose steps when sampling, or with"
-            f"{options_text(sampler_options(config))}"
+            f"run {config.words}; export again with --dynamic-width to choose steps when sampling, or with "
+            f"--steps {config.steps} --sampler {config.sampler}"
         )
     masks = step_masks(bundle, run.times)
     subnets, segments = _entries(manifest, masks)
     macs = macs_costs(model)
     exact = per_step_plan(masks, macs)
     plan = PlanEntry(
-        kind=PlanKind.DYNAMIC_WIDTH if manifest.dynamic_width else manifest.plan.kind,
+        kind=manifest.plan.kind,
         segments=segments,
         macs=plan_cost(exact, masks, macs),
         per_step_macs=exact.cost,

@@ -1,4 +1,4 @@
-"""The sampling loop: segment by segment over all batches, so that a run loads each subnetwork once.
+"""The sampling loop: segment by segment over the batches of a chunk, so that they share each loaded subnetwork.
 
 `StepRunner` makes one step's inputs and runs it, from any latents; `sample` drives it over a run. Between segments,
 latents live in a `LatentStore`: in memory here, on disk in `dydit.runtime.bulk.run`.
@@ -84,10 +84,10 @@ class Conditioner:
 
 
 class StepRunner:
-    """Runs any step of a bundle. `labels` are all that will be asked for; `cfg_scale` is read as `Guidance` says.
+    """Runs any step of a bundle. `labels`: all labels that will be asked for. `cfg_scale`: see `Guidance`.
 
-    `images`: how many a batch of the run has, its largest; a hint for the backend (`Backend.expect`). Where `subnets`
-    load with `debug`, a step also returns every block's token decisions and residual stream.
+    `images`: the size of the run's largest batch, a hint for the backend (`Backend.expect`). If `subnets` load with
+    `debug`, a step also returns every block's token decisions and residual stream.
 
     Threads may share a runner, and runners a backend: steps take turns, by the backend's lock.
     """
@@ -186,7 +186,9 @@ class MemoryStore:
 
 @dataclass(frozen=True)
 class RunStats:
-    """What this call did: images, steps of a batch, how many of them were repeated at full capacity, wall seconds."""
+    """`images`: of all batches, also of those that were done before. In this call: `steps` of a batch, how many of them
+    were repeated at full capacity, and wall `seconds`.
+    """
 
     images: int
     steps: int
@@ -300,18 +302,25 @@ def _sample_by_steps(
 
 
 def chunk_size(manifest: Manifest, batch: int, labels: int, device: str) -> int:
-    """How many batches to bring to their end before others begin, so that a run shows pictures early at 2 % more time.
+    """How many batches to bring to their end before others begin: as few as cost 2 % more time, to show pictures early.
 
-    `batch`: images of a batch; `labels`: classes of the run, the null class among them. Every chunk loads each
-    subnetwork once, in the background, which on the CPU takes as long as one or two steps of an image (see
-    `BackendOptions.packed`), and on a GPU as long as a few hundred; a plan of dynamic width loads nothing. And it
-    computes the condition of every step and label once. One is taken to cost half as much as a step of an image does
-    for each of its tokens.
+    `batch`: images of a batch; `labels`: classes of the run, the null class among them. Each chunk has two costs:
+
+    - It loads each subnetwork once, in the background. On the CPU this takes as long as one or two steps of an image
+      (see `BackendOptions.packed`). On a GPU it is assumed to take as long as a few hundred; none was measured. A plan
+      of dynamic width loads nothing.
+    - It computes the condition of every step and label once. That takes about one multiply-add for each weight of the
+      conditioning graph. The plan says how many a step of an image takes, without guidance and with all tokens.
+
+    A backend that does whole runs (`WholeRuns`) has no chunks.
     """
     steps, segments = manifest.sampling.steps, len(manifest.plan.segments)
     image_steps, batch_steps = (100, 24) if device == "cpu" else (20_000, 24)  # for each loading
     loads = 0.0 if manifest.dynamic_width else segments / steps * max(image_steps / batch, batch_steps)
-    return max(1, math.ceil(loads), math.ceil(25 * labels / (manifest.model.tokens * batch)))
+    model, stored = manifest.model, manifest.weights.items()
+    weights = sum(math.prod(entry.shape) for name, entry in stored if model.is_conditioning(name))
+    conditions = labels * weights / max(1.0, 0.02 * batch * manifest.plan.macs / steps)
+    return max(1, math.ceil(loads), math.ceil(conditions))
 
 
 def default_residency(manifest: Manifest) -> int | None:

@@ -87,6 +87,11 @@ def starting_model(recipe: Recipe) -> DynamicModel:
         raise ConfigError(
             f"init {recipe.init} is a model of other sizes ({start.config}) than that of the recipe ({recipe.model})"
         )
+    if start.config.process is not None and start.config.diffusion != recipe.model.diffusion:
+        raise ConfigError(
+            f"init {recipe.init} was trained in another way than recipe {recipe.name} trains: "
+            f"{start.config.process.words}, not {recipe.model.diffusion.words}; change model.process or init"
+        )
     if sizes == wanted:
         model.load_state_dict(start.state)
         return model

@@ -23,16 +23,18 @@ def feeds_of(config, batch: int = 2, rows: int = 4, gated: bool = True) -> dict[
 
 def test_shapes(small_config):
     inputs = {spec.name: spec for spec in subnet_inputs(small_config, gated=True)}
-    assert inputs["x"].shape == inputs["noise"].shape == ("batch", 4, 8, 8)
-    assert inputs["coefficients"].shape == (5,) and inputs["cfg_scale"].shape == ()
+    assert inputs["x"].shape == inputs["history"].shape == inputs["noise"].shape == ("batch", 4, 8, 8)
+    assert inputs["coefficients"].shape == (8,) and inputs["cfg_scale"].shape == ()
     assert inputs["condition"].shape == ("rows", 20, 64) and small_config.vectors == 20
     assert inputs["gates"].shape == (24,)
     assert [spec.name for spec in subnet_inputs(small_config, gated=False)] == list(inputs)[:-1]
-    x_prev, overflow = subnet_outputs(small_config, capacity=True)
+    x_prev, history, overflow = subnet_outputs(small_config, capacity=True)
     assert (x_prev.name, x_prev.shape) == ("x_prev", ("batch", 4, 8, 8))
+    assert (history.name, history.shape) == ("next_history", ("batch", 4, 8, 8))
     assert (overflow.name, overflow.dtype, overflow.shape) == ("token_overflow", "int64", (3,))
-    assert subnet_outputs(small_config, capacity=False) == (x_prev,)
+    assert subnet_outputs(small_config, capacity=False) == (x_prev, history)
     assert [spec.shape for spec in conditioning_inputs()] == [("steps",), ("labels",)]
+    assert [spec.dtype for spec in conditioning_inputs()] == ["float32", "int64"]
     assert conditioning_outputs(small_config)[0].shape == ("steps", "labels", 20, 64)
     assert TensorSpec("a", "float32", ("batch", 3)).concrete({"batch": 7}) == (7, 3)
 
@@ -57,6 +59,9 @@ def test_fitting_feeds_give_their_symbols(small_config, batch, rows):
         ({"x": np.zeros((2, 4, 8), np.float32)}, "it: input 'x' has shape (2, 4, 8), expected"),
         ({"x": np.zeros((2, 4, 8, 8, 1), np.float32)}, "it: input 'x' has shape (2, 4, 8, 8, 1), expected"),
         ({"noise": np.zeros((3, 4, 8, 8), np.float32)}, "it: input 'noise' has shape (3, 4, 8, 8), expected"),
+        ({"history": np.zeros((1, 4, 8, 8), np.float32)}, "it: input 'history' has shape (1, 4, 8, 8), expected"),
+        ({"history": None}, "it: input 'history' is missing; expected ['cfg_scale', "),
+        ({"coefficients": np.zeros(5, np.float32)}, "it: input 'coefficients' has shape (5,), expected (8,)"),
         ({"cfg_scale": np.zeros(1, np.float32)}, "it: input 'cfg_scale' has shape (1,), expected ()"),
         ({"gates": np.zeros((6, 4), np.float32)}, "it: input 'gates' has shape (6, 4), expected (24,)"),
         ({"gates": np.zeros(23, np.float32)}, "it: input 'gates' has shape (23,), expected (24,)"),

@@ -13,7 +13,7 @@ from dydit.calibrate.calibration_file import Calibration, OverflowRates, TokenCa
 from dydit.calibrate.capacity import CapacityConfig
 from dydit.calibrate.mixed_precision import CurvePoint, Quality, Sensitivity
 from dydit.calibrate.range_methods import Method
-from dydit.diffusion.schedule import Sampler
+from dydit.diffusion.samplers import Sampler
 from dydit.errors import CalibrationError
 from dydit.quantization.smoothing import Smoothing
 

@@ -14,7 +14,7 @@ from dydit.calibrate.activation_ranges import ActivationRanges
 from dydit.calibrate.fake_quantization import FakeQuantizedSampler, in_8_bits
 from dydit.calibrate.observers import ObservedRun, observe
 from dydit.calibrate.range_methods import Method
-from dydit.diffusion.schedule import Sampler
+from dydit.diffusion.samplers import Sampler
 from dydit.parity.comparison import relative_l2
 from dydit.runtime.backends.int8_exactness import products_are_exact
 from dydit.runtime.backends.registry import open_backend

@@ -1,4 +1,4 @@
-"""Betas, respacing and the posterior, against their definitions."""
+"""The posterior of a process at the timesteps that a run visits, against its definitions."""
 
 from __future__ import annotations
 
@@ -9,22 +9,27 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dydit.diffusion.schedule import TRAIN_STEPS, Schedule, linear_betas, respaced_timesteps
-from dydit.errors import ConfigError
+from dydit.diffusion.process import TRAIN_STEPS, NoiseSchedule, Process
+from dydit.diffusion.samplers import SamplerConfig
+from dydit.diffusion.schedule import Schedule
 
 LAW = settings(max_examples=25, deadline=None)
+DISCRETE = [NoiseSchedule.LINEAR, NoiseSchedule.SCALED_LINEAR, NoiseSchedule.COSINE]
 
 
-def test_betas_closed_form():
-    betas = linear_betas()
-    assert betas.shape == (1000,) and betas.dtype == np.float64
-    expected = [1e-4 + i * (0.02 - 1e-4) / 999 for i in range(1000)]
-    np.testing.assert_allclose(betas, expected, rtol=1e-14)
+def visited(count: int) -> np.ndarray:
+    """The timesteps of a run of DDPM, ascending."""
+    return SamplerConfig(steps=count).times(Process())[::-1]
+
+
+def respaced(count: int, schedule: NoiseSchedule = NoiseSchedule.LINEAR) -> Schedule:
+    return Schedule.visiting(Process(schedule=schedule), visited(count))
 
 
 def test_signal_and_noise_at_the_ends():
-    training = Schedule.training()
+    training = Schedule.training(Process())
     assert training.steps == TRAIN_STEPS
+    assert training.timesteps.tolist() == list(range(TRAIN_STEPS))
     assert training.alphas_cumprod[0] == pytest.approx(1 - 1e-4, rel=1e-14)
     # The well-known end of the linear schedule: almost pure noise.
     assert training.alphas_cumprod[-1] == pytest.approx(4.0358e-5, rel=1e-4)
@@ -32,53 +37,39 @@ def test_signal_and_noise_at_the_ends():
     assert math.log(training.alphas_cumprod[-1]) == pytest.approx(logs, rel=1e-12)
 
 
-def test_every_count_follows_the_formula():
-    for count in range(2, TRAIN_STEPS + 1):
-        timesteps = respaced_timesteps(count)
-        # In whole numbers: |t - i*999/(count-1)| <= 1/2. A half may round either way; all else is the nearest integer.
-        error = timesteps * (count - 1) - np.arange(count) * 999
-        assert (2 * np.abs(error) <= count - 1).all(), count
-        assert (np.diff(timesteps) > 0).all(), count
-        assert (timesteps[0], timesteps[-1]) == (0, 999)
-        assert timesteps.dtype == np.int64 and len(timesteps) == count
-
-
-def test_known_respacings():
-    assert respaced_timesteps(1).tolist() == [0]
-    assert respaced_timesteps(2).tolist() == [0, 999]
-    assert respaced_timesteps(4).tolist() == [0, 333, 666, 999]
-    assert respaced_timesteps(1000).tolist() == list(range(1000))
-    quarter = respaced_timesteps(250)
-    assert quarter[:6].tolist() == [0, 4, 8, 12, 16, 20] and quarter[-4:].tolist() == [987, 991, 995, 999]
-    # Rounding happens once, at the end: the 125th lands on 125 * 999/249 = 501.506, not on 125 * 4 = 500.
-    assert quarter[125] == 502
-
-
-@pytest.mark.parametrize("count", [-1, 0, 1001])
-def test_counts_outside_the_range_are_refused(count):
-    with pytest.raises(ConfigError, match=f"sampling steps {count} is outside 1..1000"):
-        respaced_timesteps(count)
-
-
 @LAW
-@given(st.integers(1, 1000))
-def test_respacing_keeps_the_marginals(count):
-    full, short = Schedule.training(), Schedule.respaced(count)
-    np.testing.assert_array_equal(short.timesteps, respaced_timesteps(count))
-    np.testing.assert_allclose(short.alphas_cumprod, full.alphas_cumprod[short.timesteps], rtol=1e-12)
+@given(st.integers(1, 1000), st.sampled_from(DISCRETE))
+def test_respacing_keeps_the_marginals(count, schedule):
+    full, short = Schedule.training(Process(schedule=schedule)), respaced(count, schedule)
+    np.testing.assert_array_equal(short.timesteps, visited(count))
+    marginals = full.alphas_cumprod[short.timesteps.astype(int)]
+    # A beta is 1 minus a number: 1e-16 of 1, which shows beside the last alpha-bar of the cosine schedule, 2e-9.
+    lost = 1e-15 if schedule is NoiseSchedule.COSINE else 0
+    np.testing.assert_allclose(short.alphas_cumprod, marginals, rtol=1e-12, atol=lost)
     assert ((short.betas > 0) & (short.betas < 1)).all()
     assert short.steps == count
 
 
-def test_all_steps_is_the_training_process():
-    np.testing.assert_allclose(Schedule.respaced(1000).betas, linear_betas(), rtol=1e-11)
+@pytest.mark.parametrize("schedule", DISCRETE)
+def test_all_steps_is_the_training_process(schedule):
+    betas = Process(schedule=schedule).training_betas()
+    np.testing.assert_allclose(respaced(1000, schedule).betas, betas, rtol=1e-11, atol=1e-15)
+
+
+def test_continuous_time_has_a_posterior_between_any_times():
+    times = SamplerConfig(steps=30).times(Process(schedule="vp-sde"))[::-1]
+    schedule = Schedule.visiting(Process(schedule="vp-sde"), times)
+    np.testing.assert_array_equal(schedule.timesteps, times)
+    s = times / 999
+    np.testing.assert_allclose(schedule.alphas_cumprod, np.exp(-0.1 * s - 19.9 * s**2 / 2), rtol=1e-12)
+    assert ((schedule.betas > 0) & (schedule.betas < 1)).all()
 
 
 @LAW
 @given(st.integers(2, 1000), st.data())
 def test_posterior_is_bayes_rule(count, data):
     """q(x_{t-1} | x_t, x_0) from the product of two Gaussians, with nothing but their precisions."""
-    schedule = Schedule.respaced(count)
+    schedule = respaced(count)
     t = data.draw(st.integers(1, count - 1))
     beta, before = schedule.betas[t], schedule.alphas_cumprod_prev[t]
     x0, xt = data.draw(st.floats(-3, 3)), data.draw(st.floats(-3, 3))
@@ -92,7 +83,7 @@ def test_posterior_is_bayes_rule(count, data):
 
 @pytest.mark.parametrize("count", [1, 2, 50, 1000])
 def test_log_variance_range(count):
-    schedule = Schedule.respaced(count)
+    schedule = respaced(count)
     low, high = schedule.log_variance_range
     assert np.isfinite(low).all() and np.isfinite(high).all()
     np.testing.assert_allclose(high, np.log(schedule.betas))
@@ -104,5 +95,5 @@ def test_log_variance_range(count):
 
 
 def test_first_step_posterior_is_x0():
-    of_x0, of_xt = Schedule.respaced(50).posterior_mean_coefficients
+    of_x0, of_xt = respaced(50).posterior_mean_coefficients
     assert of_x0[0] == pytest.approx(1, abs=1e-12) and of_xt[0] == 0

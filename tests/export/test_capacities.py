@@ -11,7 +11,7 @@ import pytest
 from dydit.bundle.manifest import PlanKind, Routing
 from dydit.calibrate.calibration_file import Calibration, OverflowRates, TokenCalibration, plan_sha256
 from dydit.calibrate.capacity import CapacityConfig
-from dydit.diffusion.schedule import Sampler
+from dydit.diffusion.samplers import Sampler
 from dydit.errors import CalibrationError, ConfigError
 from dydit.export.exporter import export, planned_steps
 from dydit.export.settings import ExportConfig

@@ -86,7 +86,7 @@ def test_graphs_of_a_smoothed_model_are_the_same_bit_for_bit(
     save_graph(subnet_graph(config, spec, library, Windows(entries)), tmp_path / "graph.onnx")
     save_graph(conditioning_graph(config, Windows(entries), Precision.FP32, smoothing), tmp_path / "conditioning.onnx")
     save_graph(conditioning_graph(config, Windows(entries), Precision.FP32), tmp_path / "plain.onnx")
-    asked = {"timesteps": np.array([500]), "labels": np.array([0, 1, 7, 7])}
+    asked = {"timesteps": np.array([500], np.float32), "labels": np.array([0, 1, 7, 7])}
     moved, plain = (
         run_session(open_session(tmp_path / f"{name}.onnx"), asked)["condition"][0]
         for name in ("conditioning", "plain")

@@ -34,6 +34,7 @@ import onnx
 import pytest
 
 from dydit.bundle.bundle import Bundle
+from dydit.diffusion.steps import State
 from dydit.errors import DyditError
 from dydit.inspection.inspect import inspect
 from dydit.models.dit.config import DiTConfig
@@ -405,7 +406,7 @@ def run_steps(bundle: Bundle, backend: str) -> Steps:
     engine = open_backend(backend, bundle, BackendOptions(threads=1))
     with ResidentSubnets(engine) as subnets:
         runner = StepRunner(engine, subnets, labels, 2.0)
-        made = [runner.run(step, x, noise, labels).x_prev for step in range(bundle.manifest.sampling.steps)]
+        made = [runner.run(step, State(x), noise, labels).x_prev for step in range(bundle.manifest.sampling.steps)]
     assert all(each.shape == shape and each.dtype == np.float32 for each in made)
     return made
 

@@ -29,7 +29,7 @@ def run(backend, size=2):
     batches, store = make_batches(LABELS, IMAGES, size), MemoryStore()
     with ResidentSubnets(backend, 2) as subnets:
         sample(StepRunner(backend, subnets, LABELS, 4.0), batches, noise, store)
-    return np.concatenate([store.load(b) for b in range(len(batches))])
+    return np.concatenate([store.load(b).x for b in range(len(batches))])
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from dydit.bundle.bundle import Bundle
+from dydit.diffusion.steps import State
 from dydit.engines.store import stores
 from dydit.errors import BundleError
 from dydit.runtime.backends.registry import open_backend
@@ -38,7 +39,7 @@ def run(backend, size=3, scale=4.0, count=6, seed=7):
     with ResidentSubnets(backend, 2) as subnets:
         runner = StepRunner(backend, subnets, LABELS, scale)
         stats = sample(runner, batches, noise_of(backend.bundle, seed), store)
-    return np.concatenate([store.load(b) for b in range(len(batches))]), stats
+    return np.concatenate([store.load(b).x for b in range(len(batches))]), stats
 
 
 def relative(a, b) -> float:
@@ -70,7 +71,7 @@ def test_every_step_is_that_of_onnxruntime(precision, built_bundle, on_gpu):
         runners = [StepRunner(backend, ours, LABELS, 4.0), StepRunner(reference, theirs, LABELS, 4.0)]
         for step in range(bundle.manifest.sampling.steps):
             noise = noise_of(bundle).step(make_batches(LABELS, IMAGES, 3)[0], step)
-            got, wanted = (runner.run(step, x, noise, labels).x_prev for runner in runners)
+            got, wanted = (runner.run(step, State(x), noise, labels).x_prev for runner in runners)
             worst = max(worst, relative(got, wanted))
             x = wanted
     assert worst < STEP[precision]
@@ -121,7 +122,7 @@ def test_overflow_is_counted_as_onnxruntime_counts_it(built_bundle, on_gpu):
         with ResidentSubnets(backend, 2) as subnets:
             runner = StepRunner(backend, subnets, LABELS, 4.0)
             x = noise_of(bundle).initial(batch)
-            counts.append(runner.run(0, x, noise_of(bundle).step(batch, 0), batch.labels).overflow)
+            counts.append(runner.run(0, State(x), noise_of(bundle).step(batch, 0), batch.labels).overflow)
     assert np.array_equal(*counts)
 
 
@@ -143,7 +144,7 @@ def test_one_engine_for_every_width_is_onnxruntime(precision, built_bundle, on_g
         runners = [StepRunner(backends[0], ours, LABELS, 4.0), StepRunner(reference, others, LABELS, 4.0)]
         for step in range(bundle.manifest.sampling.steps):
             noise = noise_of(bundle).step(batch, step)
-            got, wanted = (runner.run(step, x, noise, batch.labels).x_prev for runner in runners)
+            got, wanted = (runner.run(step, State(x), noise, batch.labels).x_prev for runner in runners)
             worst, x = max(worst, relative(got, wanted)), wanted
     assert worst < STEP[precision]
 

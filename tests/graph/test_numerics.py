@@ -55,8 +55,9 @@ def test_random_widths(make_bench, distance, routing, seed):
     if routing:
         np.testing.assert_array_equal(routed(out, 4, routing), expected.tokens)
         assert 0.1 < expected.tokens.mean() < 0.9
-    assert out["x_prev"].dtype == np.float32
+    assert out["x_prev"].dtype == out["next_history"].dtype == np.float32
     assert distance(out["x_prev"], expected.x_prev) < STEP
+    assert distance(out["next_history"], expected.next_history) < STEP
 
 
 @pytest.mark.parametrize(
@@ -68,7 +69,9 @@ def test_other_models(make_bench, distance, changes):
     bench = make_bench(**changes)
     routing = Routing.DYNAMIC if bench.config.dynamic else None
     spec, feeds = spec_of(bench, *random_slots(7), routing), bench.feeds()
-    assert distance(bench.run(spec, feeds)["x_prev"], bench.expected(spec, feeds).x_prev) < STEP
+    out, expected = bench.run(spec, feeds), bench.expected(spec, feeds)
+    assert distance(out["x_prev"], expected.x_prev) < STEP
+    assert distance(out["next_history"], expected.next_history) < STEP
 
 
 @pytest.mark.parametrize("routing", MODES)
@@ -123,19 +126,22 @@ def test_one_session_for_any_batch(make_bench, sessions, distance, routing):
     for batch, guided in [(1, False), (1, True), (3, True), (16, True), (5, False)]:
         feeds = bench.feeds(batch, guided, seed=batch)
         out = run_session(session, feeds)
-        assert out["x_prev"].shape == (batch, 4, 8, 8)
-        assert distance(out["x_prev"], bench.expected(spec, feeds).x_prev) < STEP
+        assert out["x_prev"].shape == out["next_history"].shape == (batch, 4, 8, 8)
+        expected = bench.expected(spec, feeds)
+        assert distance(out["x_prev"], expected.x_prev) < STEP
+        assert distance(out["next_history"], expected.next_history) < STEP
 
 
 def test_without_guidance_rows_the_scale_does_nothing(make_bench):
     bench = make_bench()
     spec = spec_of(bench, *random_slots(3), Routing.DYNAMIC)
     feeds = bench.feeds(guided=False)
-    first = bench.run(spec, feeds)["x_prev"]
-    second = bench.run(spec, {**feeds, "cfg_scale": np.array(30, np.float32)})["x_prev"]
-    np.testing.assert_array_equal(first, second)
-    guided = bench.feeds(guided=True)
-    assert not np.allclose(bench.run(spec, guided)["x_prev"], first)
+    first = bench.run(spec, feeds)
+    second = bench.run(spec, {**feeds, "cfg_scale": np.array(30, np.float32)})
+    guided = bench.run(spec, bench.feeds(guided=True))
+    for name in ("x_prev", "next_history"):
+        np.testing.assert_array_equal(first[name], second[name])
+        assert not np.allclose(guided[name], first[name])
 
 
 @pytest.mark.parametrize("channels", [1, 4])
@@ -144,11 +150,12 @@ def test_guidance_acts_on_the_asked_channels(make_bench, distance, monkeypatch, 
     monkeypatch.setattr(bench, "cfg_channels", channels)
     monkeypatch.setattr(bench, "library", FunctionLibrary(bench.config, channels))
     spec, feeds = spec_of(bench, *random_slots(3), Routing.DYNAMIC), bench.feeds()
-    guided = bench.run(spec, feeds)["x_prev"]
-    assert distance(guided, bench.expected(spec, feeds).x_prev) < STEP
-    plain = bench.run(spec, {**feeds, "cfg_scale": np.array(1, np.float32)})["x_prev"]
-    same = np.isclose(guided, plain, rtol=0, atol=1e-5).reshape(2, 4, -1).all(-1).all(0)
-    assert same.tolist() == [index >= channels for index in range(4)]
+    guided, expected = bench.run(spec, feeds), bench.expected(spec, feeds)
+    plain = bench.run(spec, {**feeds, "cfg_scale": np.array(1, np.float32)})
+    for name in ("x_prev", "next_history"):
+        assert distance(guided[name], getattr(expected, name)) < STEP
+        same = np.isclose(guided[name], plain[name], rtol=0, atol=1e-5).reshape(2, 4, -1).all(-1).all(0)
+        assert same.tolist() == [index >= channels for index in range(4)]
 
 
 @pytest.mark.parametrize("routing", MODES)
@@ -182,6 +189,7 @@ def test_one_graph_for_every_width(make_bench, sessions, distance, routing):
         wide_out = run_session(wide, {**feeds, **bench.weight_feeds(*slots)})
         assert wide_out.keys() == static.keys()
         assert distance(wide_out["x_prev"], static["x_prev"]) < 1e-6
+        assert distance(wide_out["next_history"], static["next_history"]) < 1e-6
         assert distance(wide_out["x_prev"], bench.expected(spec, feeds).x_prev) < STEP
         seen.append(wide_out["x_prev"])
     assert all(distance(a, b) > 0.05 for a, b in itertools.pairwise(seen)), "widths make a difference"
@@ -294,10 +302,10 @@ def test_conditioning_is_what_the_blocks_compute(make_bench, sessions, distance)
     save_graph(conditioning_graph(bench.config, Windows(bench.entries), Precision.FP32), path)
     open_session, run_session = sessions
     session = open_session(path)
-    timesteps, labels = np.array([999, 0, 500]), np.array([7, 0, 1, 0])
+    timesteps, labels = np.array([999, 0, 500], np.float32), np.array([7, 0, 1, 0])
     table = run_session(session, {"timesteps": timesteps, "labels": labels})["condition"]
     assert table.shape == (3, 4, 20, 64)
-    for index, t in enumerate(timesteps.tolist()):
+    for index, t in enumerate(timesteps.astype(int).tolist()):
         feeds = bench.feeds(batch=2, t=t)  # labels 0, 1, null, null
         for row, label in ((1, 0), (2, 1), (3, 0), (0, 7)):
             expected = feeds["condition"][feeds["labels"].tolist().index(label)]

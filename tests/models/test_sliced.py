@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from dydit.diffusion.coefficients import step_coefficients
+from dydit.diffusion.coefficients import COEFFICIENTS, sampling_run
+from dydit.diffusion.process import TRAIN_STEPS, Process
 from dydit.diffusion.sampler_step import sampler_step
-from dydit.diffusion.schedule import Sampler, Schedule
+from dydit.diffusion.samplers import SamplerConfig
 from dydit.models.config import ModelConfig, Routers
 from dydit.models.dit.config import DiTConfig
 from dydit.models.dit.layout import stored_tensors
@@ -50,30 +51,36 @@ def width_mask(model: DiT, t: int) -> np.ndarray:
 
 
 class Step:
-    """Random inputs of one step, in float64, for three images."""
+    """Random inputs of one step, in float64, for three images: DDPM's step, and a history beside it."""
 
     def __init__(self, model: DiT, t: int = 500, guided: bool = True, seed: int = 1):
         config, generator = model.config, torch.Generator().manual_seed(seed)
         self.shape = (3, config.in_channels, config.input_size, config.input_size)
-        self.x, self.noise = (torch.randn(self.shape, generator=generator, dtype=torch.float64) for _ in range(2))
+        self.x, self.noise, self.history = (
+            torch.randn(self.shape, generator=generator, dtype=torch.float64) for _ in range(3)
+        )
         self.labels = torch.tensor([2, 6, 2] + [config.null_class] * 3 * guided)
         self.t, self.scale = t, 3.5
         self.weights = double_weights(model)
-        self.coefficients = step_coefficients(Schedule.training(), Sampler.DDPM, config.learn_sigma)[999 - t]
+        run = sampling_run(Process(), SamplerConfig(steps=TRAIN_STEPS), config.learn_sigma)
+        self.coefficients = run.coefficients[TRAIN_STEPS - 1 - t]
+        for name, value in (("history", -0.3), ("history_of_x", 1.2), ("history_of_out", -0.7)):
+            self.coefficients[COEFFICIENTS.index(name)] = value
         table = conditioning(config, self.weights, torch.tensor([t]), torch.arange(config.num_classes + 1))
         self.modulation = table[0, self.labels]
 
     def inputs(self) -> tuple[torch.Tensor, ...]:
         tensors = (torch.tensor(self.coefficients), torch.tensor(self.scale, dtype=torch.float64))
-        return (self.x, self.noise, *tensors, self.modulation)
+        return (self.x, self.history, self.noise, *tensors, self.modulation)
 
-    def expected(self, model: DiT, cfg_channels: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """x_prev and token decisions [L, R, N] by the masked model."""
+    def expected(self, model: DiT, cfg_channels: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """x_prev, next_history and token decisions [L, R, N] by the masked model."""
         rows = len(self.labels)
         recording = Recording(Masked() if model.config.dynamic else Static(), model.config)
         out = model(self.x.repeat(rows // 3, 1, 1, 1), torch.full((rows,), self.t), self.labels, recording)
         row = torch.from_numpy(self.coefficients)
-        return sampler_step(self.x, out, self.noise, row, self.scale, cfg_channels), recording.decisions().tokens.bool()
+        state = sampler_step(self.x, self.history, out, self.noise, row, self.scale, cfg_channels)
+        return *state, recording.decisions().tokens.bool()
 
 
 def double_weights(model: DiT) -> dict[str, torch.Tensor]:
@@ -96,11 +103,12 @@ def test_sliced_equals_masked(model, t, guided):
     step = Step(model, t, guided)
     sliced = SlicedDiT(model.config, step.weights, model.config.units.slots(mask), cfg_channels=3)
     out = sliced.step(*step.inputs(), debug=True)
-    x_prev, tokens = step.expected(model, 3)
+    x_prev, next_history, tokens = step.expected(model, 3)
     if model.config.dynamic:
         assert 0 < mask.mean() < 1 and 0 < tokens.float().mean() < 1
     assert torch.equal(out.tokens, tokens)
     assert relative(out.x_prev, x_prev) < 1e-12
+    assert relative(out.next_history, next_history) < 1e-12
     assert out.overflow.tolist() == [0] * model.config.depth
 
 

@@ -14,7 +14,7 @@ import torch
 
 from dydit.bundle.bundle import Bundle
 from dydit.checkpoints.checkpoint import Checkpoint, load_checkpoint
-from dydit.diffusion.schedule import Sampler
+from dydit.diffusion.samplers import Sampler
 from dydit.errors import ConfigError
 from dydit.models.config import ModelConfig, parse_config
 from dydit.models.dit.config import DiTConfig

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from dydit.bundle.manifest import PlanKind, Routing
 from dydit.checkpoints.checkpoint import load_checkpoint, save_checkpoint
-from dydit.diffusion.schedule import Sampler
+from dydit.diffusion.samplers import Sampler
 from dydit.export.exporter import export
 from dydit.export.settings import ExportConfig
 from dydit.models.architecture import UnitAxis

@@ -19,7 +19,8 @@ from dydit.bundle.manifest import PlanKind, Routing, parse_manifest
 from dydit.bundle.measurements import GroupTimes, Measured, Residency, StepTimes
 from dydit.bundle.stored_weights import Precision
 from dydit.checkpoints.checkpoint import load_checkpoint
-from dydit.errors import BackendError, ConfigError
+from dydit.diffusion.steps import State
+from dydit.errors import BackendError, ConfigError, UnsupportedError
 from dydit.export.exporter import export
 from dydit.export.settings import ExportConfig
 from dydit.planning import profile as profiling
@@ -136,7 +137,7 @@ def test_exactly_the_wanted_share_of_tokens_is_routed(small_config, tmp_path, ro
             assert {tuple(map(len, block)) for block in entry.units} == {point.counts}
             assert entry.gated == point.gated
             for step in segment.steps:
-                result = runner.run(step, x, x, labels)
+                result = runner.run(step, State(x), x, labels)
                 assert (result.tokens.mean(axis=-1) == 0.25).all() and np.isfinite(result.x_prev).all()
                 assert not result.overflow.any()
 
@@ -233,6 +234,7 @@ from dydit.runtime.backends.registry import open_backend
 from dydit.runtime.loop import StepRunner
 from dydit.runtime.resident import ResidentSubnets
 from dydit.bench.timing import settled_bytes
+from dydit.diffusion.steps import State
 bundle = Bundle.open(sys.argv[1])
 backend = open_backend("onnxruntime", bundle, BackendOptions(threads=1))
 labels, model = np.zeros(1, np.int64), bundle.manifest.model
@@ -240,10 +242,10 @@ x = np.random.default_rng(0).standard_normal((1, model.in_channels, model.input_
 x = x.astype(np.float32)
 subnets = ResidentSubnets(backend)
 runner = StepRunner(backend, subnets, labels, 4.0)
-runner.feeds(0, x, x, labels)
+runner.feeds(0, State(x), x, labels)
 before = settled_bytes()
 for segment in bundle.manifest.plan.segments:
-    runner.run(segment.first, x, x, labels)
+    runner.run(segment.first, State(x), x, labels)
 assert len(subnets) == len(bundle.manifest.subnets)
 print(settled_bytes() - before)
 """
@@ -289,7 +291,9 @@ def test_what_cannot_be_measured_is_refused(make_checkpoint, config, settings, m
 
 def test_a_model_of_one_head_is_refused(make_checkpoint, small_config):
     single = make_checkpoint(small_config.model_copy(update={"num_heads": 1}))
-    with pytest.raises(ConfigError, match="one head has only one width, so costs cannot be measured; use --cost macs"):
+    with pytest.raises(
+        UnsupportedError, match="a unit group with one unit has only one width, so nothing can be measu"
+    ):
         run_profile(single, ExportConfig(), ProfileConfig())
 
 

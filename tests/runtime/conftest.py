@@ -16,9 +16,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Reference:
-    """What the masked model says of one step: x_prev, and token decisions bool [L, rows, N]."""
+    """What the masked model says of one step: x_prev, next_history, and token decisions bool [L, rows, N]."""
 
     x_prev: np.ndarray
+    next_history: np.ndarray
     tokens: np.ndarray
 
 
@@ -38,13 +39,14 @@ def pixel_bundle(make_bundle, pixel_checkpoint) -> Bundle:
 
 @pytest.fixture(scope="session")
 def reference() -> Callable[..., Reference]:
-    """`reference(checkpoint, bundle, step, x, noise, labels, cfg_scale)`, computed by the dense masked model."""
+    """`reference(checkpoint, bundle, step, state, noise, labels, cfg_scale)`, computed by the dense masked model."""
     import torch
 
     from dydit.diffusion.sampler_step import sampler_step
     from dydit.models.routers import Masked, Recording, Static
 
-    def compute(checkpoint, bundle, step, x, noise, labels, cfg_scale) -> Reference:
+    def compute(checkpoint, bundle, step, state, noise, labels, cfg_scale) -> Reference:
+        x = state.x
         config, sampling = checkpoint.config, bundle.manifest.sampling
         model, guided = checkpoint.model(), cfg_scale not in (0, 1)
         null = np.full_like(labels, config.null_class)
@@ -52,11 +54,13 @@ def reference() -> Callable[..., Reference]:
         images = torch.from_numpy(np.concatenate([x, x]) if guided else x)
         recording = Recording(Masked() if config.dynamic else Static(), config)
         with torch.no_grad():
-            t = torch.full((len(rows),), sampling.timesteps[step])
+            t = torch.full((len(rows),), float(sampling.timesteps[step]))
             out = model(images, t, torch.from_numpy(rows), recording)
-        x, noise, coefficients = torch.from_numpy(x), torch.from_numpy(noise), torch.tensor(sampling.coefficients[step])
-        x_prev = sampler_step(x, out, noise, coefficients, cfg_scale, sampling.cfg_channels)
-        return Reference(x_prev.numpy(), recording.decisions().tokens.bool().numpy())
+        history = np.zeros_like(x) if state.history is None else state.history
+        x, history, noise = map(torch.from_numpy, (x, history, noise))
+        row = torch.tensor(sampling.coefficients[step])
+        after = sampler_step(x, history, out, noise, row, cfg_scale, sampling.cfg_channels)
+        return Reference(*(each.numpy() for each in after), recording.decisions().tokens.bool().numpy())
 
     return compute
 

@@ -11,6 +11,8 @@ import pytest
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.manifest import PlanKind, Routing
 from dydit.bundle.stored_weights import Precision
+from dydit.diffusion.samplers import Sampler
+from dydit.diffusion.steps import State
 from dydit.errors import BackendError
 from dydit.models.config import Routers
 from dydit.runtime.backends.base import BackendOptions
@@ -31,6 +33,12 @@ KINDS = {
     "sliding": {"plan": PlanKind.DYNAMIC_WIDTH},
     "sliding-capacity": {"plan": PlanKind.DYNAMIC_WIDTH, "routing": Routing.CAPACITY},
     "sliding-dense": {"plan": PlanKind.DYNAMIC_WIDTH, "routing": Routing.DENSE},
+    "multistep": {"sampler": Sampler.DPM_SOLVER},
+    "multistep-sliding-capacity": {
+        "sampler": Sampler.DPM_SOLVER,
+        "plan": PlanKind.DYNAMIC_WIDTH,
+        "routing": Routing.CAPACITY,
+    },
 }
 
 
@@ -51,13 +59,20 @@ def check_steps(name, bundle, checkpoint, reference, relative, cases, options=OP
     with ResidentSubnets(backend, debug=True) as subnets:
         for step, batch, scale in cases:
             x, noise, labels = inputs(bundle, batch, seed=step)
-            result = StepRunner(backend, subnets, labels, scale).run(step, x, noise, labels)
-            expected = reference(checkpoint, bundle, step, x, noise, labels, scale)
+            history = inputs(bundle, batch, seed=step + 1000)[0] if bundle.manifest.sampling.multistep else None
+            state = State(x, history)
+            result = StepRunner(backend, subnets, labels, scale).run(step, state, noise, labels)
+            expected = reference(checkpoint, bundle, step, state, noise, labels, scale)
             assert np.array_equal(result.tokens, expected.tokens)
             if checkpoint.config.dynamic:
                 assert 0 < expected.tokens.mean() < 1
             assert relative(result.x_prev, expected.x_prev) < ONE_STEP
             assert result.x_prev.dtype == np.float32 and not result.overflow.any()
+            if bundle.manifest.sampling.multistep:
+                assert relative(result.next_history, expected.next_history) < ONE_STEP
+                assert result.next_history.dtype == np.float32
+            else:
+                assert result.next_history is None and not expected.next_history.any()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -98,8 +113,8 @@ def test_lower_precision_is_the_same_function_less_exactly(
         return
     backend, (x, noise, labels) = open_backend(backend_name, bundle, OPTIONS), inputs(bundle, 3)
     with ResidentSubnets(backend, debug=True) as subnets:
-        result = StepRunner(backend, subnets, labels, 4.0).run(6, x, noise, labels)
-    expected = reference(checkpoint, bundle, 6, x, noise, labels, 4.0)
+        result = StepRunner(backend, subnets, labels, 4.0).run(6, State(x), noise, labels)
+    expected = reference(checkpoint, bundle, 6, State(x), noise, labels, 4.0)
     assert (result.tokens != expected.tokens).mean() < 0.01
     assert 1e-6 < relative(result.x_prev, expected.x_prev) < bar
 
@@ -112,7 +127,7 @@ def test_fp16_weights_may_be_widened_at_load_or_in_each_step(make_bundle, relati
     for packed in (False, True):
         backend = open_backend("onnxruntime", bundle, BackendOptions(threads=1, packed=packed))
         with ResidentSubnets(backend) as subnets:
-            made.append(StepRunner(backend, subnets, labels, 4.0).run(6, x, noise, labels).x_prev)
+            made.append(StepRunner(backend, subnets, labels, 4.0).run(6, State(x), noise, labels).x_prev)
     assert relative(*made) < 1e-4
 
 
@@ -121,7 +136,7 @@ def test_conditioning_is_that_of_the_blocks(backend_name, make_bundle, make_chec
 
     bundle, model = make_bundle(), make_checkpoint().model()
     labels = np.array([3, model.config.null_class, 0])
-    timesteps = np.array([999, 0, 17, 500])
+    timesteps = np.array([999, 0, 17, 500], np.float32)
     table = open_backend(backend_name, bundle, OPTIONS).conditioning(timesteps, labels)
     assert table.shape == (4, 3, 6 * model.config.depth + 2, model.config.hidden_size) and table.dtype == np.float32
     with torch.no_grad():
@@ -142,7 +157,7 @@ def test_overflow_is_counted_alike_and_full_capacity_has_none(make_bundle, relat
         backend = open_backend(name, bundle, OPTIONS)
         with ResidentSubnets(backend, debug=True) as subnets:
             runner = StepRunner(backend, subnets, labels, 4.0)
-            feeds = runner.feeds(6, x, noise, labels)
+            feeds = runner.feeds(6, State(x), noise, labels)
             index = next(s.subnet for s in bundle.manifest.plan.segments if 6 in s.steps)
             results[name] = tight, full = subnets.get(index).step(feeds), subnets.full(index).step(feeds)
         rows = 2 * len(x)
@@ -163,7 +178,7 @@ def test_debug_outputs_are_extra(backend_name, make_bundle):
     results = []
     for debug in (False, True):
         with ResidentSubnets(backend, debug=debug) as subnets:
-            results.append(StepRunner(backend, subnets, labels, 4.0).run(5, x, noise, labels))
+            results.append(StepRunner(backend, subnets, labels, 4.0).run(5, State(x), noise, labels))
     plain, debug = results
     assert plain.tokens is None and plain.residuals is None
     assert debug.tokens.shape == (3, 4, 16) and debug.residuals.shape == (3, 4, 16, 64)
@@ -174,11 +189,12 @@ def test_wrong_feeds_are_named(backend_name, make_bundle):
     bundle = make_bundle()
     backend, (x, noise, labels) = open_backend(backend_name, bundle, OPTIONS), inputs(bundle, 2)
     with ResidentSubnets(backend) as subnets:
-        feeds = StepRunner(backend, subnets, labels, 4.0).feeds(0, x, noise, labels)
+        feeds = StepRunner(backend, subnets, labels, 4.0).feeds(0, State(x), noise, labels)
         subnet = subnets.get(0)
         for name, value, message in (
             ("x", x.astype(np.float64), "'x' is float64, expected float32"),
             ("noise", noise[:1], "'noise' has shape"),
+            ("history", feeds["history"][:1], "'history' has shape"),
             ("condition", feeds["condition"][:3], "condition has 3 rows for 2 images"),
             ("y", labels, "unknown input 'y'"),
         ):
@@ -188,8 +204,10 @@ def test_wrong_feeds_are_named(backend_name, make_bundle):
             subnet.step({name: value for name, value in feeds.items() if name != "noise"})
     with pytest.raises(BackendError, match="was closed"):
         subnet.step(feeds)
+    with pytest.raises(BackendError, match="'timesteps' is int64, expected float32"):
+        backend.conditioning(np.array([1]), np.array([1]))
     with pytest.raises(BackendError, match="'labels' is int32"):
-        backend.conditioning(np.array([1]), np.array([1], np.int32))
+        backend.conditioning(np.array([1], np.float32), np.array([1], np.int32))
 
 
 def test_unknown_backends_name_those_there_are(make_bundle):

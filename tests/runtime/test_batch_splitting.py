@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from dydit.bundle.manifest import PlanKind, Routing
 from dydit.bundle.stored_weights import Precision
+from dydit.diffusion.samplers import Sampler
+from dydit.diffusion.steps import State
 from dydit.models.config import ModelConfig
 from dydit.models.dit.config import DiTConfig
 from dydit.runtime.backends.base import BackendOptions
@@ -18,6 +20,7 @@ from dydit.runtime.loop import MemoryStore, StepRunner, sample
 from dydit.runtime.noise_source import SeededNoise
 from dydit.runtime.request import make_batches
 from dydit.runtime.resident import ResidentSubnets
+from tests.fixtures.states import values_of
 
 pytestmark = pytest.mark.numerics
 
@@ -45,12 +48,14 @@ def test_a_share_has_the_rows_of_its_images():
     """Modulation: rows with a class, then without."""
     feeds = {
         "x": np.arange(5.0).reshape(5, 1),
+        "history": np.arange(5.0).reshape(5, 1) + 20,
         "noise": np.arange(5.0).reshape(5, 1) + 10,
         "condition": np.arange(20.0).reshape(10, 1, 2),
         "gates": np.ones((2, 3)),
     }
     share = feeds_of(feeds, slice(1, 3))
     assert share["x"].ravel().tolist() == [1, 2] and share["noise"].ravel().tolist() == [11, 12]
+    assert share["history"].ravel().tolist() == [21, 22]
     assert share["condition"][:, 0, 0].tolist() == [2, 4, 12, 14]
     assert share["gates"] is feeds["gates"]
     unguided = feeds_of(feeds | {"condition": feeds["condition"][:5]}, slice(1, 3))
@@ -64,6 +69,7 @@ KINDS = {
     "sliding": {"plan": PlanKind.DYNAMIC_WIDTH},
     "capacity": {"routing": Routing.CAPACITY},
     "fp16": {"precision": Precision.FP16},
+    "multistep": {"sampler": Sampler.DPM_SOLVER},
 }
 
 
@@ -78,8 +84,9 @@ def test_a_run_is_the_same_bits_however_it_is_shared_out(kind, scale, make_bundl
         batches = make_batches(labels, range(7), batch)
         with ResidentSubnets(backend, 2) as subnets:
             sample(StepRunner(backend, subnets, labels, scale), batches, SeededNoise(0, shape), store)
-        made.append(np.concatenate([store.load(index) for index in range(len(batches))]))
+        made.append(np.concatenate([values_of(store.load(index)) for index in range(len(batches))]))
     assert all(np.array_equal(made[0], each) for each in made[1:])
+    assert made[0].shape == (7, (2 if kind == "multistep" else 1) * 4, 8, 8), "the history too"
 
 
 def test_a_loaded_subnetwork_follows_what_is_expected(make_bundle, monkeypatch):
@@ -100,16 +107,24 @@ def test_a_loaded_subnetwork_follows_what_is_expected(make_bundle, monkeypatch):
     x = x[:, : bundle.manifest.model.in_channels]
     with ResidentSubnets(backend) as subnets:
         runner = StepRunner(backend, subnets, labels, 4.0)
-        feeds = runner.feeds(0, x, x, labels)
-        one = runner.feeds(0, x[:1], x[:1], labels[:1])
+        feeds = runner.feeds(0, State(x), x, labels)
+        one = runner.feeds(0, State(x[:1]), x[:1], labels[:1])
         subnet = subnets.get(bundle.manifest.plan.segments[0].subnet)
         opened.clear()
-        whole = subnet.step(feeds).x_prev
+
+        def state_of(feeds):
+            return values_of(subnet.step(feeds).state)
+
+        rng = np.random.default_rng(1)
+        feeds["history"], coefficients = rng.standard_normal(x.shape, np.float32), rng.standard_normal(8, np.float32)
+        one["history"], one["coefficients"] = feeds["history"][:1], coefficients
+        feeds["coefficients"] = coefficients
+        whole = state_of(feeds)
         assert not opened, "two threads, as loaded for one image"
         backend.expect(3)
-        apart = subnet.step(feeds).x_prev
+        apart = state_of(feeds)
         assert opened == [1]
-        assert np.array_equal(subnet.step(one).x_prev, apart[:1]) and opened == [1], "the last batch may be smaller"
+        assert np.array_equal(state_of(one), apart[:1]) and opened == [1], "the last batch may be smaller"
         backend.expect(1)
-        assert np.array_equal(subnet.step(feeds).x_prev, whole) and opened == [1, 2]
+        assert np.array_equal(state_of(feeds), whole) and opened == [1, 2]
     assert np.array_equal(whole, apart)

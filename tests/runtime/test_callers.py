@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from dydit.bundle.manifest import PlanKind, Routing
+from dydit.diffusion.steps import State
 from dydit.errors import BackendError, BundleError
 from dydit.runtime.backends.base import BackendOptions
 from dydit.runtime.backends.registry import open_backend
@@ -96,7 +97,7 @@ def test_threads_that_share_a_backend_a_runner_or_subnetworks_take_turns(name, m
         runner, other = StepRunner(backend, shared, labels, 4.0), StepRunner(backend, own, labels, 4.0, images=1)
 
         def steps(runner, order):
-            return {step: runner.run(step, x, noise, labels).x_prev for _ in range(6) for step in order}
+            return {step: runner.run(step, State(x), noise, labels).x_prev for _ in range(6) for step in order}
 
         wanted = steps(runner, range(4))
         for made in in_threads(

@@ -13,6 +13,7 @@ from dydit.bundle.bundle import Bundle
 from dydit.bundle.io_spec import unit_inputs
 from dydit.bundle.manifest import PlanKind, Routing
 from dydit.bundle.stored_weights import WEIGHTS, Precision
+from dydit.diffusion.steps import State
 from dydit.runtime.backends.base import BackendOptions
 from dydit.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from dydit.runtime.dynamic_width import Arrangement, DynamicWidthWeights, exchanges, front
@@ -152,7 +153,7 @@ def test_a_run_equals_the_per_step_plan(settings, make_bundle, relative):
             noise = SeededNoise(3, (model.in_channels, model.input_size, model.input_size))
             stats = sample(StepRunner(backend, subnets, [0, 1, 2], 4.0), batches, noise, store)
         assert not settings or stats.repeated_steps > 0
-        latents[plan] = np.concatenate([store.load(index) for index in range(2)])
+        latents[plan] = np.concatenate([store.load(index).x for index in range(2)])
     assert relative(latents[PlanKind.DYNAMIC_WIDTH], latents[PlanKind.PER_STEP]) < 1e-4
 
 
@@ -167,5 +168,5 @@ def test_half_precision_slides_too(make_bundle, relative):
     for each in (bundle, wide):
         backend = OnnxRuntimeBackend(each, BackendOptions(threads=1))
         with ResidentSubnets(backend) as subnets:
-            results.append(StepRunner(backend, subnets, [0, 1], 4.0).run(7, x, noise, np.array([0, 1])).x_prev)
+            results.append(StepRunner(backend, subnets, [0, 1], 4.0).run(7, State(x), noise, np.array([0, 1])).x_prev)
     assert relative(*results) < 1e-3

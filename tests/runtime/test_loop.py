@@ -9,7 +9,8 @@ import pytest
 
 from dydit.bundle.manifest import PlanKind, Routing
 from dydit.diffusion.noise import normals
-from dydit.diffusion.schedule import Sampler
+from dydit.diffusion.samplers import Sampler
+from dydit.diffusion.steps import State
 from dydit.errors import BackendError
 from dydit.runtime.backends.base import Backend, BackendOptions, StepResult, Subnet
 from dydit.runtime.backends.registry import open_backend
@@ -37,7 +38,7 @@ def run(
     with ResidentSubnets(backend, resident) as subnets:
         runner = StepRunner(backend, subnets, labels, scale)
         stats = sample(runner, batches, noise or SeededNoise(11, shape_of(bundle)), store, **kwargs)
-    return np.concatenate([store.load(b) for b in range(len(batches))]), stats
+    return np.concatenate([store.load(b).x for b in range(len(batches))]), stats
 
 
 @pytest.fixture(scope="module")
@@ -91,12 +92,12 @@ def test_guidance_one_runs_half_the_rows(merged, relative):
     labels = np.array([2])
     with ResidentSubnets(backend) as subnets:
         plain, guided = (StepRunner(backend, subnets, labels, scale) for scale in (1, 4.0))
-        feeds = plain.feeds(4, x, x, labels), guided.feeds(4, x, x, labels)
+        feeds = plain.feeds(4, State(x), x, labels), guided.feeds(4, State(x), x, labels)
         assert [len(f["condition"]) for f in feeds] == [1, 2]
         one = {**feeds[1], "cfg_scale": np.asarray(1, np.float32)}
         index = next(s.subnet for s in merged.manifest.plan.segments if 4 in s.steps)
-        assert relative(subnets.get(index).step(one).x_prev, plain.run(4, x, x, labels).x_prev) < 1e-5
-        assert relative(guided.run(4, x, x, labels).x_prev, plain.run(4, x, x, labels).x_prev) > 1e-3
+        assert relative(subnets.get(index).step(one).x_prev, plain.run(4, State(x), x, labels).x_prev) < 1e-5
+        assert relative(guided.run(4, State(x), x, labels).x_prev, plain.run(4, State(x), x, labels).x_prev) > 1e-3
 
 
 class CountedNoise(SeededNoise):
@@ -111,10 +112,15 @@ def test_noise_is_drawn_only_where_it_is_added(merged, make_bundle):
     CountedNoise.steps.clear()
     run(merged, noise=CountedNoise(11, shape_of(merged)))
     assert CountedNoise.steps == list(range(11)), "the last DDPM step adds none"
-    CountedNoise.steps.clear()
-    ddim = make_bundle(sampler=Sampler.DDIM)
-    run(ddim, noise=CountedNoise(11, shape_of(ddim)))
-    assert CountedNoise.steps == []
+    for settings, noisy in (
+        ({"sampler": Sampler.DDIM}, []),
+        ({"sampler": Sampler.DPM_SOLVER}, []),
+        ({"sampler": Sampler.DDIM, "eta": 0.5}, list(range(11))),
+    ):
+        CountedNoise.steps.clear()
+        bundle = make_bundle(**settings)
+        run(bundle, noise=CountedNoise(11, shape_of(bundle)))
+        assert CountedNoise.steps == noisy
 
 
 def test_progress_counts_every_step_of_every_batch(merged):
@@ -136,16 +142,19 @@ def test_latents_that_are_not_finite_name_the_segment(merged):
         run(merged, noise=Broken(11, shape_of(merged)))
 
 
-def test_a_run_goes_on_from_where_its_store_is(merged, latents):
-    backend = open_backend("onnxruntime", merged, BackendOptions(threads=1))
-    batches, noise, done = make_batches(LABELS, IMAGES, 7), SeededNoise(11, shape_of(merged)), []
+@pytest.mark.parametrize("sampler", [Sampler.DDPM, Sampler.DPM_SOLVER])
+def test_a_run_goes_on_from_where_its_store_is(sampler, make_bundle):
+    bundle = make_bundle(sampler=sampler)
+    latents, _ = run(bundle)
+    backend = open_backend("onnxruntime", bundle, BackendOptions(threads=1))
+    batches, noise, done = make_batches(LABELS, IMAGES, 7), SeededNoise(11, shape_of(bundle)), []
 
     class Stop(Exception):
         pass
 
     class Stopping(MemoryStore):
-        def save(self, batch, segments, latents, repeated):
-            super().save(batch, segments, latents, repeated)
+        def save(self, batch, segments, state, repeated):
+            super().save(batch, segments, state, repeated)
             if segments == 2 and not done:
                 done.append(batch)
                 raise Stop
@@ -157,9 +166,22 @@ def test_a_run_goes_on_from_where_its_store_is(merged, latents):
             sample(runner, batches, noise, store)
         seen = []
         stats = sample(runner, batches, noise, store, lambda *now: seen.append(now))
-    first = sum(s.count for s in merged.manifest.plan.segments[:2])
+    first = sum(s.count for s in bundle.manifest.plan.segments[:2])
     assert stats.steps == 12 - first and seen[0] == (first + 1, 12)
-    assert np.array_equal(store.load(0), latents)
+    assert np.array_equal(store.load(0).x, latents)
+    assert (store.load(0).history is None) == (sampler is Sampler.DDPM)
+
+
+def test_a_multistep_run_is_the_same_in_any_batch_and_on_any_backend(make_bundle, relative):
+    bundle = make_bundle(sampler=Sampler.DPM_SOLVER)
+    latents, _ = run(bundle)
+    for again in (run(bundle, 3)[0], run(make_bundle(sampler=Sampler.DPM_SOLVER, plan=PlanKind.DYNAMIC_WIDTH))[0]):
+        assert max(relative(a, b) for a, b in zip(again, latents, strict=True)) < 1e-4
+    other, _ = run(bundle, name="torch")
+    assert max(relative(a, b) for a, b in zip(other, latents, strict=True)) < 1e-3
+    tight, stats = run(make_bundle(sampler=Sampler.DPM_SOLVER, routing=Routing.CAPACITY, capacities=(6, 9, 9)))
+    assert stats.repeated_steps > 0, "a repeated step starts from the same history"
+    assert max(relative(a, b) for a, b in zip(tight, latents, strict=True)) < 1e-4
 
 
 def test_conditioning_is_computed_for_whole_segments_or_in_bounded_pieces(merged):

@@ -33,7 +33,7 @@ def run(backend, seed=5, scale=4.0):
     batches, store = make_batches(LABELS, IMAGES, 2), MemoryStore()
     with ResidentSubnets(backend, 2) as subnets:
         stats = sample(StepRunner(backend, subnets, LABELS, scale), batches, noise, store)
-    return np.concatenate([store.load(b) for b in range(len(batches))]), stats
+    return np.concatenate([store.load(b).x for b in range(len(batches))]), stats
 
 
 def near(a, b) -> bool:

@@ -1,9 +1,9 @@
 """Dynamic width on a device: one copy of the unit weights, of which every step reads prefixes.
 
 The idea is that of `dydit.runtime.dynamic_width`. The weights are uploaded once, as they are stored. At the start of a
-segment, units whose state changes, and units that fill their slots, are exchanged by copies within the device: three
-copies for each tensor of the two units, through a scratch buffer. The copies run on the compute stream, in order with
-the launches, and nothing comes from the host.
+segment, units that turn on or off, and the units that move into freed slots, are exchanged by copies within the device:
+three copies for each tensor of the two units, through a scratch buffer. The copies run on the compute stream, in order
+with the launches, and nothing comes from the host.
 
     units            every tensor of units, 256-byte aligned: slots 0 .. H-1, with the units that are on in front;
                      and slot H, with zeros, where some segment has no unit on

@@ -26,7 +26,8 @@ from dydit.runtime.noise_source import NoiseSource
 from dydit.runtime.request import Batch
 
 BATCHES = 256
-"""This many batches run through all segments together; more would only make the lists of operations longer."""
+"""This many batches run through all segments together. More would keep more latents on the device and make the lists of
+operations longer; fewer would load the engines that do not stay more often."""
 Fit = Callable[[RunShape, LaunchOptions], LaunchOptions]
 
 

@@ -30,7 +30,7 @@ class PairwiseBackend(OnnxRuntimeBackend):
 
     def _pair(self, timestep, label):
         if (timestep, label) not in self._pairs:
-            one = {"timesteps": np.array([timestep]), "labels": np.array([label])}
+            one = {"timesteps": np.array([timestep], np.float32), "labels": np.array([label])}
             self._pairs[timestep, label] = super()._conditioning(one)[0, 0]
         return self._pairs[timestep, label]
 
@@ -204,7 +204,8 @@ class FakeDevice:
             results = self.engines[engine]._session.run(feeds, str(engine))
             return [results[tensor.name] for tensor in outputs]
         result = self.engines[engine].step(feeds)
-        return [result.x_prev, result.overflow][: len(outputs)]
+        named = {"x_prev": result.x_prev, "next_history": result.next_history, "token_overflow": result.overflow}
+        return [named[tensor.name] for tensor in outputs]
 
     def begin_capture(self):
         assert self.recording is None

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from dydit.bundle.manifest import PlanKind, Routing
+from dydit.diffusion.samplers import Sampler
+from dydit.diffusion.steps import State
 from dydit.errors import BackendError
 from dydit.runtime.backends.base import BackendOptions
 from dydit.runtime.backends.onnxruntime import OnnxRuntimeBackend
@@ -18,6 +20,7 @@ from dydit.runtime.loop import MemoryStore, StepRunner, sample
 from dydit.runtime.noise_source import SeededNoise
 from dydit.runtime.request import make_batches
 from dydit.runtime.resident import ResidentSubnets
+from tests.fixtures.states import values_of
 
 LABELS, IMAGES = [3, 1, 3, 0, 6], [0, 1, 2, 40, 41]
 OVERFLOWING = {"routing": Routing.CAPACITY, "capacities": (12, 14, 14), "plan": PlanKind.PER_STEP}
@@ -28,11 +31,11 @@ class EverySegment:
 
     def __init__(self):
         self.memory = MemoryStore()
-        self.latents, self.segments = self.memory.latents, self.memory.segments
+        self.segments = self.memory.segments
         self.done, self.load = self.memory.done, self.memory.load
 
-    def save(self, batch, segments, latents, repeated):
-        self.memory.save(batch, segments, latents, repeated)
+    def save(self, batch, segments, state, repeated):
+        self.memory.save(batch, segments, state, repeated)
 
 
 class Fixture:
@@ -60,13 +63,13 @@ class Fixture:
     def run(self, scale=4.0, store=None, progress=None):
         store = store or MemoryStore()
         stats = self.backend.sample_run(self.batches, self.noise, store, scale, progress)
-        return [store.load(b) for b in range(len(self.batches))], stats
+        return [values_of(store.load(b)) for b in range(len(self.batches))], stats
 
     def loop(self, backend, scale=4.0):
         store = MemoryStore()
         with ResidentSubnets(backend, 2) as subnets:
             stats = sample(StepRunner(backend, subnets, LABELS, scale), self.batches, self.noise, store)
-        return [store.load(b) for b in range(len(self.batches))], stats
+        return [values_of(store.load(b)) for b in range(len(self.batches))], stats
 
 
 @pytest.fixture
@@ -87,15 +90,16 @@ def stepwise(fixture, scale=4.0):
     with ResidentSubnets(fixture.backend, 2) as subnets:
         runner = StepRunner(fixture.backend, subnets, LABELS, scale)
         for b, batch in enumerate(fixture.batches):
-            x = fixture.noise.initial(batch)
+            state = State(fixture.noise.initial(batch))
             for step in range(fixture.bundle.manifest.sampling.steps):
-                x = runner.run(step, x, fixture.noise.step(batch, step), batch.labels).x_prev
-            store.save(b, 0, x, 0)
-    return [store.load(b) for b in range(len(fixture.batches))]
+                state = runner.run(step, state, fixture.noise.step(batch, step), batch.labels).state
+            store.save(b, 0, state, 0)
+    return [values_of(store.load(b)) for b in range(len(fixture.batches))]
 
 
-def test_single_steps_are_those_of_the_engines(make_bundle, fake_device, relative_to):
-    fixture = Fixture(make_bundle(**OVERFLOWING), fake_device, activation=lambda engine: 0)
+@pytest.mark.parametrize("sampler", [Sampler.DDPM, Sampler.DPM_SOLVER])
+def test_single_steps_are_those_of_the_engines(sampler, make_bundle, fake_device, relative_to):
+    fixture = Fixture(make_bundle(**OVERFLOWING, sampler=sampler), fake_device, activation=lambda engine: 0)
     ours = stepwise(fixture)
     theirs, stats = fixture.loop(OnnxRuntimeBackend(fixture.bundle, BackendOptions(threads=1)))
     assert stats.repeated_steps > 0
@@ -108,15 +112,16 @@ def test_single_steps_are_those_of_the_engines(make_bundle, fake_device, relativ
 
 def test_conditioning_is_cut_to_what_the_engine_takes(make_bundle, fake_device, relative_to):
     fixture = Fixture(make_bundle(), fake_device, longest=(3, 2))
-    timesteps, labels = np.arange(7) * 100, np.array([0, 3, 1, 6, 2])
+    timesteps, labels = np.arange(7, dtype=np.float32) * 100, np.array([0, 3, 1, 6, 2])
     ours = fixture.backend.conditioning(timesteps, labels)
     theirs = OnnxRuntimeBackend(fixture.bundle).conditioning(timesteps, labels)
     assert ours.shape == theirs.shape and relative_to(ours, theirs) < 1e-6
 
 
+@pytest.mark.parametrize("sampler", [Sampler.DDPM, Sampler.DPM_SOLVER])
 @pytest.mark.parametrize("kind", [{}, {"routing": Routing.DENSE}, OVERFLOWING], ids=["dynamic", "dense", "overflowing"])
-def test_a_whole_run_is_the_loop(kind, make_bundle, fake_device, expected):
-    fixture = Fixture(make_bundle(**kind), fake_device)
+def test_a_whole_run_is_the_loop(kind, sampler, make_bundle, fake_device, expected):
+    fixture = Fixture(make_bundle(**kind, sampler=sampler), fake_device)
     wanted, theirs = expected(fixture)
     seen = []
     for store in (MemoryStore(), EverySegment()):
@@ -131,8 +136,9 @@ def test_a_whole_run_is_the_loop(kind, make_bundle, fake_device, expected):
     assert sum(len(a) for a in device.arena.values()) == memory
 
 
-def test_a_run_goes_on_from_where_its_store_is(make_bundle, fake_device, expected):
-    fixture = Fixture(make_bundle(**OVERFLOWING), fake_device)
+@pytest.mark.parametrize("sampler", [Sampler.DDPM, Sampler.DPM_SOLVER])
+def test_a_run_goes_on_from_where_its_store_is(sampler, make_bundle, fake_device, expected):
+    fixture = Fixture(make_bundle(**OVERFLOWING, sampler=sampler), fake_device)
     wanted, _ = expected(fixture)
 
     class Stop(Exception):
@@ -141,8 +147,8 @@ def test_a_run_goes_on_from_where_its_store_is(make_bundle, fake_device, expecte
     class Stopping(EverySegment):
         stop = True
 
-        def save(self, batch, segments, latents, repeated):
-            self.memory.save(batch, segments, latents, repeated)
+        def save(self, batch, segments, state, repeated):
+            self.memory.save(batch, segments, state, repeated)
             if self.stop and (batch, segments) == (1, 3):
                 self.stop = False
                 raise Stop

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 
 from dydit.bundle.manifest import PlanKind, Routing
-from dydit.diffusion.schedule import Sampler
+from dydit.diffusion.coefficients import NOISE
+from dydit.diffusion.samplers import Sampler
+from dydit.diffusion.steps import State
 from dydit.errors import BackendError
 from dydit.runtime.device.execute import Executor
-from dydit.runtime.device.inputs import HostInputs
+from dydit.runtime.device.inputs import HostInputs, pack, unpack
 from dydit.runtime.device.launches import LaunchPlan
 from dydit.runtime.device.memory_layout import LaunchOptions, RunShape
-from dydit.runtime.device.operations import CONDITIONER, EngineId
+from dydit.runtime.device.operations import ALIGNMENT, CONDITIONER, EngineId
 from dydit.runtime.loop import MemoryStore, StepRunner, sample
 from dydit.runtime.noise_source import SeededNoise
 from dydit.runtime.request import make_batches
 from dydit.runtime.resident import ResidentSubnets
+from tests.fixtures.states import values_of
 
 LABELS, IMAGES = [3, 1, 3, 0, 6], [0, 1, 2, 40, 41]
 
@@ -27,32 +32,32 @@ def noise_of(bundle, seed=11):
 
 
 def by_loop(bundle, backend, size, scale=4.0, seed=11, count=5):
-    """Latents of each batch by the generic loop, and its stats."""
+    """The state of each batch by the generic loop, and its stats."""
     store, batches = MemoryStore(), make_batches(LABELS[:count], IMAGES[:count], size)
     with ResidentSubnets(backend) as subnets:
         runner = StepRunner(backend, subnets, LABELS[:count], scale)
         stats = sample(runner, batches, noise_of(bundle, seed), store)
-    return [store.load(b) for b in range(len(batches))], stats
+    return [values_of(store.load(b)) for b in range(len(batches))], stats
 
 
 def by_segments(bundle, backend, size, scale=4.0, seed=11, count=5):
-    """Latents of each batch where a segment that overflows is repeated whole: what the device is to do, by steps."""
+    """The state of each batch where a segment that overflows is repeated whole: what the device is to do, by steps."""
     results, noise = [], noise_of(bundle, seed)
     with ResidentSubnets(backend) as subnets:
         runner = StepRunner(backend, subnets, LABELS[:count], scale)
         for batch in make_batches(LABELS[:count], IMAGES[:count], size):
-            x = noise.initial(batch)
+            state = State(noise.initial(batch))
             for segment in bundle.manifest.plan.segments:
                 for subnet in (subnets.get, subnets.full):
-                    y, overflow = x, 0
+                    after, overflow = state, 0
                     for step in segment.steps:
-                        drawn = noise.step(batch, step) * (bundle.manifest.sampling.coefficients[step][2] != 0)
-                        result = subnet(segment.subnet).step(runner.feeds(step, y, drawn, batch.labels))
-                        y, overflow = result.x_prev, overflow + result.overflow.sum()
+                        drawn = noise.step(batch, step) * (bundle.manifest.sampling.coefficients[step][NOISE] != 0)
+                        result = subnet(segment.subnet).step(runner.feeds(step, after, drawn, batch.labels))
+                        after, overflow = result.state, overflow + result.overflow.sum()
                     if not overflow:
                         break
-                x = y
-            results.append(x)
+                state = after
+            results.append(values_of(state if bundle.manifest.sampling.multistep else State(state.x)))
     return results
 
 
@@ -71,14 +76,12 @@ class Run:
         shape = RunShape(tuple(len(b.images) for b in batches), scale != 1, done)
         plan = LaunchPlan(self.bundle.manifest, shape, self.figures, self.options, self.executor.state)
         host = HostInputs(self.bundle, plan.layout, batches, noise_of(self.bundle, seed), store.load, scale)
-        model = self.bundle.manifest.model
 
         def deliver(batch, segments, data, repeated):
-            latents = data.view(np.float32).reshape(-1, model.in_channels, model.input_size, model.input_size)
-            store.save(batch, segments, latents, repeated)
+            store.save(batch, segments, unpack(plan.layout, len(batches[batch].images), data), repeated)
 
         counts = self.executor.run(plan, host.array, deliver, progress)
-        return [store.load(b) for b in range(len(batches))], counts
+        return [values_of(store.load(b)) for b in range(len(batches))], counts
 
 
 KINDS = {
@@ -90,6 +93,15 @@ KINDS = {
     "overflowing": {"routing": Routing.CAPACITY, "capacities": (6, 9, 9)},
     "seldom": {"routing": Routing.CAPACITY, "capacities": (12, 14, 14), "plan": PlanKind.PER_STEP},
     "ddim": {"routing": Routing.DENSE, "sampler": Sampler.DDIM},
+    "multistep": {"routing": Routing.DENSE, "sampler": Sampler.DPM_SOLVER},
+    "multistep dynamic": {"routing": Routing.DYNAMIC, "sampler": Sampler.DPM_SOLVER},
+    "multistep seldom": {
+        "routing": Routing.CAPACITY,
+        "capacities": (12, 14, 14),
+        "plan": PlanKind.PER_STEP,
+        "sampler": Sampler.DPM_SOLVER,
+    },
+    "multistep overflowing": {"routing": Routing.CAPACITY, "capacities": (6, 9, 9), "sampler": Sampler.DPM_SOLVER},
 }
 
 
@@ -97,14 +109,15 @@ KINDS = {
     ("kind", "options"),
     [
         *((kind, {"graphs": True, "resident": 2}) for kind in KINDS),
-        *((kind, {"graphs": False}) for kind in ("merged", "per-step", "overflowing")),
+        *((kind, {"graphs": False}) for kind in ("merged", "per-step", "overflowing", "multistep")),
         ("one", {"condition_bytes": 3 * 4 * 20 * 64 * 4}),
         ("one", {"condition_bytes": 4 * 4 * 20 * 64 * 4, "graphs": False}),
         ("overflowing", {"conditioning_steps": 2}),
+        ("multistep", {"condition_bytes": 3 * 4 * 20 * 64 * 4}),
     ],
 )
 def test_the_list_is_the_loop(kind, options, make_bundle, fake_device, figures):
-    """Five images in batches of two: the last batch is smaller."""
+    """Five images in batches of two: the last batch is smaller. Of a multistep sampler, its history too."""
     bundle = make_bundle(**KINDS[kind])
     run = Run(bundle, fake_device, figures, **options)
     latents, counts = run(2)
@@ -115,15 +128,15 @@ def test_the_list_is_the_loop(kind, options, make_bundle, fake_device, figures):
         assert np.array_equal(got, same), np.abs(got - same).max()
         # Where a segment of several steps overflows, the loop repeats one step at full capacity and the device all of
         # them, on matrices of another height: equal up to rounding there, and bit for bit in all other cases.
-        bound = 1e-5 if kind == "overflowing" else 0
+        bound = 1e-5 if kind.endswith("overflowing") else 0
         assert np.abs(got - near).max() <= bound * np.abs(near).max()
-    capturing = options.get("graphs", True) and kind != "dynamic"
+    capturing = options.get("graphs", True) and not kind.endswith("dynamic")
     assert bool(run.device.captures) == capturing
     if capturing:
         assert run.device.replays == 3 / 2 * run.device.captures, "three batches of two sizes"
-    if kind in ("overflowing", "seldom"):
+    if kind.endswith(("overflowing", "seldom")):
         assert counts.repeated_steps >= stats.repeated_steps > 0 and counts.overflowed_tokens > 0
-        assert kind == "overflowing" or counts.repeated_steps == stats.repeated_steps < counts.steps
+        assert kind.endswith("overflowing") or counts.repeated_steps == stats.repeated_steps < counts.steps
     else:
         assert counts.repeated_steps == stats.repeated_steps == counts.overflowed_tokens == 0
 
@@ -138,15 +151,16 @@ def test_without_guidance_half_the_rows_run(make_bundle, fake_device, figures):
     assert {len(feeds["condition"]) for feeds in steps} == {3}
 
 
-@pytest.mark.parametrize("kind", ["merged", "overflowing"])
+@pytest.mark.parametrize("kind", ["merged", "overflowing", "multistep"])
 def test_any_order_of_the_streams_gives_the_same(kind, make_bundle, fake_device, figures):
     bundle = make_bundle(**KINDS[kind])
     runs = [Run(bundle, fake_device, figures, seed, resident=2)(1, count=3)[0] for seed in range(3)]
     assert all(np.array_equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
 
 
-def test_runs_in_a_row_use_memory_engines_and_graphs_again(make_bundle, fake_device, figures):
-    bundle = make_bundle(**KINDS["merged"])
+@pytest.mark.parametrize("kind", ["merged", "multistep"])
+def test_runs_in_a_row_use_memory_engines_and_graphs_again(kind, make_bundle, fake_device, figures):
+    bundle = make_bundle(**KINDS[kind])
     run = Run(bundle, fake_device, figures)
     run(2, count=4), run(3, count=3), run(3, count=3, scale=1.0), run(2, count=4)
     memory, captures = dict(run.executor.state.buffers), run.device.captures
@@ -161,29 +175,56 @@ def test_runs_in_a_row_use_memory_engines_and_graphs_again(make_bundle, fake_dev
     assert not run.device.arena and not run.device.engines and not run.device.graphs
 
 
-def test_a_resumed_run_starts_where_its_store_is(make_bundle, fake_device, figures):
-    bundle = make_bundle(**KINDS["overflowing"])
+@pytest.mark.parametrize("kind", ["overflowing", "multistep", "multistep overflowing"])
+def test_a_resumed_run_starts_where_its_store_is(kind, make_bundle, fake_device, figures):
+    """Of a multistep sampler, with the history that the store has."""
+    bundle = make_bundle(**KINDS[kind])
     whole = MemoryStore()
     first = Run(bundle, fake_device, figures, save_segments=True)
     saved = []
     keep = whole.save
 
-    def save(batch, segments, latents, repeated):
-        saved.append((batch, segments, latents.copy(), repeated))
-        keep(batch, segments, latents, repeated)
+    def save(batch, segments, state, repeated):
+        saved.append((batch, segments, copy.deepcopy(state), repeated))
+        keep(batch, segments, state, repeated)
 
     whole.save = save
     latents, counts = first(2, store=whole)
     segments = bundle.manifest.plan.segments
     assert [entry[:2] for entry in saved] == [(b, s + 1) for s in range(len(segments)) for b in range(3)]
     assert sum(entry[3] for entry in saved) == counts.repeated_steps
-    part = MemoryStore()
-    for batch, after, values, repeated in saved:
-        if after == (1, 2, len(segments))[batch]:
-            part.save(batch, after, values, repeated)
-    again, counts = Run(bundle, fake_device, figures)(2, done=(1, 2, len(segments)), store=part)
-    assert all(np.array_equal(a, b) for a, b in zip(latents, again, strict=True))
-    assert counts.steps == 2 * 12 - 2 * segments[0].count - segments[1].count
+
+    def resumed(forgetful):
+        part = MemoryStore()
+        for batch, after, state, repeated in saved:
+            if after == (1, 2, len(segments))[batch]:
+                part.save(batch, after, State(state.x) if forgetful else state, repeated)
+        again, counts = Run(bundle, fake_device, figures)(2, done=(1, 2, len(segments)), store=part)
+        assert counts.steps == 2 * 12 - 2 * segments[0].count - segments[1].count
+        return [np.array_equal(a, b) for a, b in zip(latents, again, strict=True)]
+
+    assert resumed(forgetful=False) == [True] * 3
+    if bundle.manifest.sampling.multistep:
+        assert resumed(forgetful=True) == [False] * 3, "the history matters"
+
+
+@pytest.mark.parametrize("sampler", [Sampler.DDPM, Sampler.DPM_SOLVER])
+def test_a_state_on_the_device_is_its_latents_and_the_history_behind_them(sampler, make_bundle, figures):
+    """Each begins at an address that engines accept, whatever the batch."""
+    bundle = make_bundle(routing=Routing.DENSE, sampler=sampler)
+    multistep, rng = sampler is Sampler.DPM_SOLVER, np.random.default_rng(0)
+    for size in (1, 2, 3):
+        layout = LaunchPlan(bundle.manifest, RunShape((size,), True), figures(bundle.manifest)).layout
+        x, history = rng.standard_normal((2, size, 4, 8, 8)).astype(np.float32)
+        data = pack(layout, State(x, history if multistep else None))
+        assert data.nbytes == layout.state_bytes(size)
+        again = unpack(layout, size, data.view(np.uint8))
+        assert np.array_equal(again.x, x)
+        if not multistep:
+            assert again.history is None and data.nbytes == x.nbytes
+            continue
+        assert np.array_equal(again.history, history) and layout.history_offset(size) % ALIGNMENT == 0
+        assert not unpack(layout, size, pack(layout, State(x))).history.any(), "the first step has a history of zeros"
 
 
 def test_progress_counts_every_step_of_every_batch(make_bundle, fake_device, figures):

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from dydit.bundle.manifest import Manifest, PlanEntry, PlanKind, Routing, SamplingEntry, SegmentEntry, SubnetEntry
 from dydit.bundle.stored_weights import Precision
-from dydit.diffusion.coefficients import COEFFICIENTS
-from dydit.diffusion.schedule import Sampler
+from dydit.diffusion.coefficients import COEFFICIENTS, NOISE
+from dydit.diffusion.samplers import Sampler
 from dydit.errors import BackendError, ConfigError
 from dydit.models.dit.config import DiTConfig
 from dydit.runtime.device import operations as op
@@ -21,12 +21,13 @@ from dydit.runtime.device.memory_layout import LaunchOptions, RunShape
 from dydit.runtime.device.operations import ALIGNMENT, CONDITIONER, EngineId
 from dydit.runtime.device.residency import engines_of, plan_residency
 
-NOISE = COEFFICIENTS.index("noise")
+ROW_BYTES = 4 * len(COEFFICIENTS)
 
 
 @st.composite
 def manifests(draw) -> Manifest:
-    """Plans of up to 9 steps, on subnetworks that segments may share; unchecked, as only the launches read them."""
+    """Plans of up to 9 steps, on subnetworks that segments may share, of samplers with history and without; unchecked,
+    as only the launches read them."""
     counts = draw(st.lists(st.integers(1, 3), min_size=1, max_size=5))
     steps = sum(counts)
     subnets = draw(st.lists(st.integers(0, 3), min_size=len(counts), max_size=len(counts)))
@@ -45,6 +46,7 @@ def manifests(draw) -> Manifest:
     ]
     firsts = [sum(counts[:i]) for i in range(len(counts))]
     noisy = draw(st.lists(st.sampled_from([0.0, 1.0]), min_size=steps, max_size=steps))
+    history = draw(st.sampled_from([0.0, -0.5]))
     segments = tuple(
         SegmentEntry(first=first, count=count, subnet=subnet)
         for first, count, subnet in zip(firsts, counts, subnets, strict=True)
@@ -53,8 +55,8 @@ def manifests(draw) -> Manifest:
         model=model,
         sampling=SamplingEntry(
             sampler=Sampler.DDPM,
-            timesteps=tuple(range(steps))[::-1],
-            coefficients=tuple((1.0, 1.0, noise, 0.0, 0.0) for noise in noisy),
+            timesteps=tuple(map(float, range(steps)))[::-1],
+            coefficients=tuple((1.0, 1.0, history, noise, 0.0, 0.0, history, history) for noise in noisy),
             cfg_channels=3,
         ),
         plan=PlanEntry(kind=PlanKind.MAX_SUBNETS, segments=segments, macs=1, per_step_macs=1, static_macs=1),
@@ -141,6 +143,18 @@ class Machine:
         self._within(place, nbytes)
         self.tags[place.buffer][place.offset] = (*tag, nbytes)
 
+    def _read_zeros(self, place: op.Address, nbytes: int):
+        found = self.tags[place.buffer][place.offset]
+        assert found[0] == "zeros" and found[1] >= nbytes
+
+    def _put_state(self, place: op.Address, size: int, batch: int, step: int):
+        """A batch's latents before a step and, of a multistep sampler, its history."""
+        nbytes, layout = size * self.plan.layout.image_bytes, self.plan.layout
+        self._put(place, nbytes, "x", batch, step)
+        if layout.multistep:
+            behind = dataclasses.replace(place, offset=place.offset + layout.history_offset(size))
+            self._put(behind, nbytes, "history", batch, step)
+
     def _read(self, place: op.Address, nbytes: int, *tag):
         self._within(place, nbytes)
         found = self.tags[place.buffer].get(place.offset)
@@ -158,7 +172,8 @@ class Machine:
         image = layout.image_bytes
         if source.kind == "latents":
             first = layout.segments[source.segment].first
-            self._put(each.to, size * image, "x", source.batch, first)
+            assert each.nbytes == layout.state_bytes(size)
+            self._put_state(each.to, size, source.batch, first)
         elif source.kind == "noise":
             stride = layout.noise_stride(size)
             for i, step in enumerate(layout.noise_steps(source.segment)):
@@ -181,14 +196,14 @@ class Machine:
         elif source.kind == "timesteps":
             for i, chunk in enumerate(layout.all_chunks):
                 self._put(
-                    op.Address("timesteps", i * layout.timesteps_stride), 8 * len(chunk), "timesteps", chunk.start
+                    op.Address("timesteps", i * layout.timesteps_stride), 4 * len(chunk), "timesteps", chunk.start
                 )
         elif source.kind == "cfg_scale":
             self._put(each.to, 4, "cfg_scale")
         else:
             steps = layout.manifest.sampling.steps
             stride, nbytes = {
-                "coefficients": (ALIGNMENT, 20),
+                "coefficients": (ALIGNMENT, ROW_BYTES),
                 "gates": (layout.gates_stride, 4 * 2 * 2 * 2),
             }[source.kind]
             for step in range(steps):
@@ -237,7 +252,7 @@ class Machine:
             self._read(places["labels"].address, 8 * rows, "labels", batch)
             timesteps = places["timesteps"]
             chunk = next(c for c in layout.all_chunks if layout.timesteps(c) == timesteps.address)
-            self._read(timesteps.address, 8 * len(chunk), "timesteps", chunk.start)
+            self._read(timesteps.address, 4 * len(chunk), "timesteps", chunk.start)
             out = places["condition"]
             self._erase(out.address, out.nbytes)
             for i, step in enumerate(chunk):
@@ -254,17 +269,23 @@ class Machine:
         if noisy:
             self._read(noise.address, noise.nbytes, "noise", batch, step)
         else:
-            found = self.tags[noise.address.buffer][noise.address.offset]
-            assert found[0] == "zeros" and found[1] >= noise.nbytes
-        self._read(places["coefficients"].address, 20, "coefficients", step)
+            self._read_zeros(noise.address, noise.nbytes)
+        history = places["history"]
+        if layout.multistep:
+            self._read(history.address, history.nbytes, "history", batch, step)
+        else:
+            self._read_zeros(history.address, history.nbytes)
+        self._read(places["coefficients"].address, ROW_BYTES, "coefficients", step)
         self._read(places["cfg_scale"].address, 4, "cfg_scale")
         self._read(places["condition"].address, rows * layout.condition_row, "condition", batch, step)
         assert ("gates" in places) == layout.manifest.subnets[segment.subnet].gated
         if "gates" in places:
             self._read(places["gates"].address, places["gates"].nbytes, "gates", step)
-        assert places["x_prev"].address != places["x"].address
+        ends = {places[name].address for name in ("x", "history", "x_prev", "next_history")}
+        assert len(ends) == 4, "no tensor of a step lies over another"
         for name, tag in (
             ("x_prev", ("x", batch, step + 1)),
+            ("next_history", ("history", batch, step + 1)),
             ("token_overflow", ("overflow", batch, step, each.engine.full)),
         ):
             if name in places:
@@ -314,7 +335,14 @@ class Machine:
 
     def Download(self, each):
         last = self.plan.layout.segments[each.segments - 1]
-        self._read(each.source, each.nbytes, "x", each.batch, last.first + last.count)
+        layout, step = self.plan.layout, last.first + last.count
+        size = layout.shape.sizes[each.batch]
+        assert each.nbytes == layout.state_bytes(size)
+        self._read(each.source, size * layout.image_bytes, "x", each.batch, step)
+        if layout.multistep:
+            behind = each.source.offset + layout.history_offset(size)
+            history = dataclasses.replace(each.source, offset=behind)
+            self._read(history, size * layout.image_bytes, "history", each.batch, step)
 
 
 def run(machine: Machine, plan: LaunchPlan, repeats=lambda segment: ()) -> None:

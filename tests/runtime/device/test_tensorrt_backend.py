@@ -226,7 +226,7 @@ def test_sampling_goes_through_whole_runs(bundle, opened):
         store = MemoryStore()
         with ResidentSubnets(engine) as subnets:
             stats = sample(StepRunner(engine, subnets, [1, 2, 3], 4.0), batches, noise, store)
-        results.append((store.load(0), stats.steps))
+        results.append((store.load(0).x, stats.steps))
     assert results[0][1] == results[1][1]
     assert np.linalg.norm(results[0][0] - results[1][0]) < 1e-5 * np.linalg.norm(results[1][0])
     (device,) = facts.devices
@@ -307,5 +307,5 @@ def test_a_bundle_that_cannot_be_written_to_runs(bundle, opened, monkeypatch, co
     store = MemoryStore()
     with pytest.warns(UserWarning, match=r"(runtime\.cache|memory\.json) cannot be saved for the next process"):
         facts.backend.sample_run(make_batches([1], [0], 1), SeededNoise(0, (4, 8, 8)), store, 1.0)
-    assert np.isfinite(store.load(0)).all()
+    assert np.isfinite(store.load(0).x).all()
     assert sorted(path.name for path in facts.store.folder.iterdir()) == before

@@ -3,6 +3,7 @@ bit, however they follow one another."""
 
 from __future__ import annotations
 
+import copy
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +13,8 @@ from hypothesis import strategies as st
 
 from dydit.bundle.manifest import Manifest, PlanKind, Routing, SubnetEntry
 from dydit.bundle.stored_weights import WeightEntry
+from dydit.diffusion.samplers import Sampler
+from dydit.diffusion.steps import State
 from dydit.errors import BackendError
 from dydit.models.config import Routers
 from dydit.runtime.backends.base import BackendOptions
@@ -29,6 +32,7 @@ from dydit.runtime.loop import MemoryStore, StepRunner, sample
 from dydit.runtime.noise_source import SeededNoise
 from dydit.runtime.request import make_batches
 from dydit.runtime.resident import ResidentSubnets
+from tests.fixtures.states import values_of
 
 LABELS, IMAGES = [3, 1, 3, 0, 6], [0, 1, 2, 40, 41]
 ENGINE, FULL = EngineId(0), EngineId(0, full=True)
@@ -37,6 +41,7 @@ KINDS = {
     "dense": {"routing": Routing.DENSE},
     "capacity": {"routing": Routing.CAPACITY},
     "overflowing": {"routing": Routing.CAPACITY, "capacities": (12, 14, 14)},
+    "multistep": {"routing": Routing.DENSE, "sampler": Sampler.DPM_SOLVER},
 }
 TIGHT = {"routing": Routing.CAPACITY, "capacities": (6, 9, 9)}
 
@@ -65,13 +70,9 @@ class EverySegment:
         self.saved, self.memory = [], MemoryStore()
         self.done, self.load = self.memory.done, self.memory.load
 
-    @property
-    def latents(self):
-        return self.memory.latents
-
-    def save(self, batch, segments, latents, repeated):
-        self.saved.append((batch, segments, latents.copy()))
-        self.memory.save(batch, segments, latents, repeated)
+    def save(self, batch, segments, state, repeated):
+        self.saved.append((batch, segments, copy.deepcopy(state)))
+        self.memory.save(batch, segments, state, repeated)
 
 
 class Pair:
@@ -92,14 +93,14 @@ class Pair:
         batches, noise = self.given(size, seed)
         store = store or MemoryStore()
         stats = self.sampler.sample(batches, noise, store, scale)
-        return [store.load(b) for b in range(len(batches))], stats
+        return [values_of(store.load(b)) for b in range(len(batches))], stats
 
     def by_loop(self, size, scale=4.0, seed=11, store=None):
         batches, noise = self.given(size, seed)
         store = store or MemoryStore()
         with ResidentSubnets(self.host) as subnets:
             stats = sample(StepRunner(self.host, subnets, LABELS, scale), batches, noise, store)
-        return [store.load(b) for b in range(len(batches))], stats
+        return [values_of(store.load(b)) for b in range(len(batches))], stats
 
     def same(self, *arguments, **named):
         """Run both; returns the stats of the device's run."""
@@ -139,17 +140,18 @@ def test_segments_of_several_steps_and_masks_that_come_back(graphs, sliding, fak
 
 
 @pytest.mark.parametrize("empty", [False, True])
-def test_a_resumed_run_starts_from_the_stored_order(empty, sliding, fake_device, figures, pairwise):
-    bundle = sliding(empty, **KINDS["overflowing"])
+@pytest.mark.parametrize("sampler", [Sampler.DDPM, Sampler.DPM_SOLVER])
+def test_a_resumed_run_starts_from_the_stored_order(empty, sampler, sliding, fake_device, figures, pairwise):
+    bundle = sliding(empty, **KINDS["overflowing"], sampler=sampler)
     first = EverySegment()
     Pair(bundle, fake_device, figures, pairwise).on_device(2, store=first)
     last, pair = len(bundle.manifest.plan.segments), Pair(bundle, fake_device, figures, pairwise)
     results = []
     for run in (pair.on_device, pair.by_loop):
         store = MemoryStore()
-        for batch, after, latents in first.saved:
+        for batch, after, state in first.saved:
             if after == (3, 5, last)[batch]:
-                store.save(batch, after, latents, 0)
+                store.save(batch, after, state, 0)
         results.append(run(2, store=store))
     assert all(np.array_equal(a, b) for a, b in zip(results[0][0], results[1][0], strict=True))
     assert results[0][1].steps == results[1][1].steps == last - 3 + last - 5
@@ -283,7 +285,7 @@ def test_single_steps_slide_too(kind, empty, sliding, fake_device, pairwise):
     with ResidentSubnets(backend, 2) as ours, ResidentSubnets(host, 2) as theirs:
         runners = [StepRunner(host, theirs, [3, 1], 4.0), StepRunner(backend, ours, [3, 1], 4.0)]
         for step in [*range(steps), 0, steps - 1, steps // 2, *reversed(range(steps))]:
-            wanted, got = (runner.run(step, x, noise.step(batch, step), batch.labels) for runner in runners)
+            wanted, got = (runner.run(step, State(x), noise.step(batch, step), batch.labels) for runner in runners)
             assert np.array_equal(got.x_prev, wanted.x_prev) and np.array_equal(got.overflow, wanted.overflow)
             overflowed += got.overflow.any()
             x = wanted.x_prev if step < steps - 1 else noise.initial(batch)
