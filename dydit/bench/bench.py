@@ -225,7 +225,7 @@ def _common_run(
     for other in manifests[1:]:
         for what, ours, theirs in (
             ("sampling steps", first.sampling.steps, other.sampling.steps),
-            ("model sizes", first.model.without_routers(), other.model.without_routers()),
+            ("model sizes", first.model.sizes.without_routers(), other.model.sizes.without_routers()),
             ("guided channels", first.sampling.cfg_channels, other.sampling.cfg_channels),
         ):
             if ours != theirs:

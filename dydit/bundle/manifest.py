@@ -22,7 +22,7 @@ from dydit.bundle.measurements import MeasuredPlan
 from dydit.bundle.stored_weights import WEIGHTS, Precision, WeightEntry
 from dydit.bundle.vae_entry import VAE_DECODER, VAE_WEIGHTS, VaeEntry
 from dydit.checkpoints.containers import looks_like_checkpoint
-from dydit.diffusion.coefficients import COEFFICIENTS, HISTORY, SamplingRun
+from dydit.diffusion.coefficients import COEFFICIENTS, HISTORY, NOISE, SamplingRun
 from dydit.diffusion.samplers import Sampler, SamplerConfig, Spacing
 from dydit.errors import BundleError, one_line
 from dydit.models.architecture import Slots
@@ -104,6 +104,11 @@ class SamplingEntry(Strict):
     def config(self) -> SamplerConfig:
         """The sampler and its settings, from which times and coefficients were computed."""
         return SamplerConfig(sampler=self.sampler, steps=self.steps, spacing=self.spacing, eta=self.eta)
+
+    @property
+    def noisy_steps(self) -> tuple[int, ...]:
+        """The execution indices of the steps that add noise."""
+        return tuple(step for step, row in enumerate(self.coefficients) if row[NOISE] != 0)
 
     @property
     def multistep(self) -> bool:

@@ -3,7 +3,8 @@
 `config.json` describes the model. The weights are `diffusion_pytorch_model.safetensors` or `.bin`; or they have a
 variant in the name (`.fp16.safetensors`); or they are shards, which an index file (`.safetensors.index.json`, with a
 variant also `.safetensors.index.fp16.json`) lists by tensor. The pipeline's `scheduler/scheduler_config.json` says what
-the model was trained to predict. Errors do not name the folder: the caller does.
+the model was trained to predict, and its `model_index.json` may name the classes. Errors do not name the folder: the
+caller does.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from dydit.checkpoints.containers import Container, container_of
 from dydit.checkpoints.conventions import Setting, by_name, require_blocks, settings_in
 from dydit.checkpoints.diffusers_scheduler import scheduler_claims
 from dydit.checkpoints.fit import Given, require_trained
-from dydit.checkpoints.pipeline_folder import space_of_folder
+from dydit.checkpoints.pipeline_folder import class_names_of_folder, space_of_folder
 from dydit.checkpoints.process_settings import claims_of
 from dydit.checkpoints.safe_load import listed, plain_tensors, read_safetensors, read_torch, shown
 from dydit.checkpoints.state_entries import EMA, MODEL, unpack
@@ -75,10 +76,11 @@ def read_folder(path: Path, given: Given) -> Folder:
         tensors.update(part)
     size = sum(file.stat().st_size for file in files)
     reading = read_process(claims, given.process)
-    config = config.model_copy(update={"process": reading.process})
+    class_names, remarks = class_names_of_folder(path, config.classes.count)
+    config = config.model_copy(update={"process": reading.process, "class_names": class_names})
     state = known.from_diffusers(plain_tensors(tensors, size), config, size)
     metadata = {"weights": variant} if variant else {}
-    notes += reading.notes + require_trained(state, config, variant)
+    notes += reading.notes + remarks + require_trained(state, config, variant)
     return Folder(config, state, _hash(list(files)), notes, metadata)
 
 

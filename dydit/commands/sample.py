@@ -49,7 +49,8 @@ def _parse_worker(_: click.Context, __: click.Parameter, value: str | None) -> W
 @click.command(cls=Command)
 @click.argument("bundle", type=PATH)
 @labels_option(
-    help="Class numbers, one image for each: 207,360 or 0-9. Repeatable. Required unless --noise-from contains labels."
+    help="Class numbers, one image for each: 207,360 or 0-9. The number after the last class stands for no class. "
+    "Repeatable. Required unless --noise-from contains labels."
 )
 @click.option(
     "--out",
@@ -83,7 +84,8 @@ def _parse_worker(_: click.Context, __: click.Parameter, value: str | None) -> W
     "--noise-from",
     type=PATH,
     metavar="FILE.npz",
-    help="Read the noise and the class numbers from the arrays x_T, noise and labels of this file. --seed is not used "
+    help="Read the starting latents x_T, the noise of the steps, and the class numbers from the arrays x_T, noise and "
+    "labels of this file. noise is not needed if the sampler adds none (ddim, dpm-solver++, euler). --seed is not used "
     "then.",
 )
 @click.option("--latents-out", type=PATH, metavar="FILE.npz", help="Also write the latents to this file.")

@@ -11,13 +11,12 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
 from dydit.bundle.io_spec import CONDITION
 from dydit.bundle.manifest import Manifest, PlanKind
-from dydit.diffusion.coefficients import NOISE
 from dydit.diffusion.guidance import Guidance
 from dydit.diffusion.steps import State, run_steps
 from dydit.errors import BackendError
@@ -27,6 +26,7 @@ from dydit.runtime.request import Batch
 from dydit.runtime.resident import ResidentSubnets
 
 Progress = Callable[[int, int], None]
+T = TypeVar("T")
 CONDITIONING_BYTES = 64 << 20
 
 
@@ -100,7 +100,7 @@ class StepRunner:
         cfg_scale: float,
         images: int | None = None,
     ):
-        manifest = backend.bundle.manifest
+        self._manifest = manifest = backend.bundle.manifest
         self.backend, self.subnets, self.images = backend, subnets, images
         self.guidance = Guidance(cfg_scale, manifest.model.null_class)
         self._conditioner = Conditioner(backend, self.guidance.rows(np.asarray(labels, np.int64)))
@@ -113,6 +113,8 @@ class StepRunner:
     ) -> dict[str, np.ndarray]:
         """The inputs of a step for a state and noise f32 [B, C, S, S] and labels int64 [B]."""
         with self.backend.lock:
+            if self.backend.bundle.manifest is not self._manifest:
+                raise BackendError("the backend runs other steps now; make another StepRunner for them")
             condition = self._conditioner.rows(step, self.guidance.rows(labels))
         return {
             "x": state.x,
@@ -143,11 +145,10 @@ class StepRunner:
 
     def steps_of(self, batch: Batch, noise: NoiseSource) -> Callable[[int, State[np.ndarray]], StepResult]:
         """The steps of a batch, for `run_steps`."""
-        manifest = self.backend.bundle.manifest
+        noisy = set(self._manifest.sampling.noisy_steps)
 
         def step(index: int, state: State[np.ndarray]) -> StepResult:
-            noisy = manifest.sampling.coefficients[index][NOISE] != 0
-            drawn = noise.step(batch, index) if noisy else np.zeros_like(state.x)
+            drawn = noise.step(batch, index) if index in noisy else np.zeros_like(state.x)
             return self.run(index, state, drawn, batch.labels)
 
         return step
@@ -227,19 +228,27 @@ def sample(
     its beginning to its end; so `progress`, `noise`, `store` and `finished` cannot start another run on it, which
     raises `BackendError`.
     """
-    backend = runner.backend
+
+    def work() -> RunStats:
+        backend = runner.backend
+        if isinstance(backend, WholeRuns):
+            stats = backend.sample_run(batches, noise, store, runner.guidance.scale, progress)
+            if finished:
+                finished(range(len(batches)))
+            return stats
+        return _sample_by_steps(runner, batches, noise, store, progress, chunk, finished)
+
+    return as_one_run(runner.backend, work)
+
+
+def as_one_run(backend: Backend, work: Callable[[], T]) -> T:
+    """Do the work of a run, which no other run on the backend may interleave with; returns what it returns."""
     with backend.lock:
         backend.require_open()
-        if backend.sampling:
-            raise BackendError("this bundle is in the middle of a run; start another one after it, not from within")
+        backend.require_no_run()
         backend.sampling = True
         try:
-            if isinstance(backend, WholeRuns):
-                stats = backend.sample_run(batches, noise, store, runner.guidance.scale, progress)
-                if finished:
-                    finished(range(len(batches)))
-                return stats
-            return _sample_by_steps(runner, batches, noise, store, progress, chunk, finished)
+            return work()
         finally:
             backend.sampling = False
 

@@ -72,6 +72,10 @@ class UnitWeights:
     def _all(self) -> Iterator[_Tensor]:
         return (tensor for tensors in self._tensors.values() for tensor in tensors)
 
+    def has_places_of(self, other: UnitWeights) -> bool:
+        """Whether both have the same tensors at the same addresses, so that weights can stay where they are."""
+        return self._tensors == other._tensors and self._zeros == other._zeros and self.buffers == other.buffers
+
     @property
     def stored(self) -> UnitOrder:
         """The order in which units are stored; the unit of zeros, numbered after the last unit, comes last."""
