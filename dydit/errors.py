@@ -15,6 +15,10 @@ class ConfigError(DyditError):
     """A setting has a value outside its allowed set or range."""
 
 
+class UnsupportedError(ConfigError):
+    """The model, or its architecture, lacks what a setting needs. Callers with alternatives do without it."""
+
+
 class CheckpointError(DyditError):
     """A checkpoint cannot be read, or does not describe a supported model."""
 

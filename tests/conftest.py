@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 pytest_plugins = (
     "tests.fixtures.counts",
+    "tests.fixtures.decoders",
     "tests.fixtures.engines",
     "tests.fixtures.graphs",
     "tests.fixtures.spoilt",
@@ -167,8 +168,11 @@ class SavedVae:
 
 
 @pytest.fixture(scope="session")
-def autoencoder(tmp_path_factory: pytest.TempPathFactory) -> SavedVae:
-    """A random one of two levels, 4 latent channels, whose pictures have contrast. Shared: do not write to it."""
+def autoencoder(tmp_path_factory: pytest.TempPathFactory, traces: dict[str, Any]) -> SavedVae:
+    """A random one of two levels, 4 latent channels, whose pictures have contrast. Shared: do not write to it.
+
+    Its decoder is traced once for each choice of settings.
+    """
     diffusers, _ = (
         pytest.importorskip(name, reason=f"{name} is not installed: pip install 'dydit[vae]'")
         for name in ("diffusers", "onnxscript")

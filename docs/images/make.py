@@ -300,8 +300,8 @@ def routing_png(trace: Trace) -> bytes:
 def loop_png() -> bytes:
     """What runs when: on the CPU segment by segment, and on a device as a list of launches."""
     with drawing(10, 4.9) as figure:
-        headline(figure, "A run passes each subnetwork once, with all of its batches; the next one loads meanwhile")
-        plot = canvas(figure, 36, 15.4)
+        headline(figure, "A subnetwork runs all batches before the next one, which loads meanwhile")
+        plot = canvas(figure, 36, 15.6)
         notes = {"color": MUTED}
         say(plot, 0, 0.6, "CPU loop", fontweight="bold")
         say(plot, 0, 2.0, "steps")
@@ -326,40 +326,32 @@ def loop_png() -> bytes:
         for name, y in (("host", host), ("compute stream", compute), ("copy stream", copy)):
             say(plot, 0, y + 0.5, name)
         box(plot, 5.5, host, 3.3, "queue batch A")
-        box(plot, 8.95, host, 5.2, "load segment 2's engine")
-        box(plot, 14.3, host, 3.3, "queue batch B")
-        box(plot, 28.4, host, 4.6, "read the overflow", colour=MUTED)
-        for x, batch in ((7.0, "A"), (17.7, "B")):
+        box(plot, 8.9, host, 5.2, "load segment 2's engine")
+        box(plot, 14.2, host, 2.9, "draw noise B")
+        box(plot, 17.2, host, 3.3, "queue batch B")
+        box(plot, 20.6, host, 4.2, "draw noise A, next")
+        box(plot, 31.1, host, 4.6, "read the overflow", colour=MUTED)
+        for x, batch in ((7.0, "A"), (20.0, "B")):
             box(plot, x, compute, 2.2, "take\nnoise")
             box(plot, x + 2.2, compute, 2.8, "condi-\ntioning")
             for step in range(3):
                 box(plot, x + 5 + 1.9 * step, compute, 1.9, f"{batch}{step + 1}", colour=ACCENT)
-        box(plot, 9.3, copy, 5, "noise of batch B")
-        box(plot, 20, copy, 7, "noise of segment 2, batch A")
-        arrow(plot, (9.2, compute + 1), (9.6, copy))
-        arrow(plot, (14.3, copy), (17.7, compute + 1))
-        arrow(plot, (19.9, compute + 1), (20.3, copy))
-        say(
-            plot,
-            5.5,
-            12.1,
-            "Guidance and the sampler's formula are inside the graph, so a step is one launch.",
-            **notes,
-        )
-        say(
-            plot,
-            5.5,
-            13.1,
-            "With CUDA graphs the steps of a segment are captured once and replayed for each batch.",
-            **notes,
-        )
-        say(
-            plot,
-            5.5,
-            14.1,
-            "Inside a segment the host waits for nothing. At its end it may read overflow counters or latents.",
-            **notes,
-        )
+        say(plot, 18.85, compute + 0.5, "waits", ha="center", **notes)
+        box(plot, 17.1, copy, 2.7, "noise B")
+        box(plot, 24.8, copy, 4.2, "noise A, segment 2")
+        arrow(plot, (9.2, compute + 1), (17.1, copy + 0.3))
+        arrow(plot, (19.8, copy + 0.1), (20.1, compute + 1))
+        arrow(plot, (22.2, compute + 1), (24.8, copy + 0.3))
+        for y, text in (
+            (12.1, "Guidance and the sampler's formula are inside the graph, so a step is one launch."),
+            (13.1, "With CUDA graphs the steps of a segment are captured once for each batch size, then replayed."),
+            (14.1, "Between the steps of a batch, neither the host nor the GPU waits for the other. Between batches,"),
+            (
+                14.9,
+                "the GPU waits for the next noise. At a segment's end the host may read overflow counters or latents.",
+            ),
+        ):
+            say(plot, 5.5, y, text, **notes)
         return png(figure)
 
 

@@ -24,10 +24,12 @@ from dydit.bench.timing import Decided, Job, Latents, Loaded, Round
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.manifest import SamplingEntry
 from dydit.child_process import ChildDiedError, ChildProcess
+from dydit.diffusion.samplers import SamplerChoice
 from dydit.errors import BackendError, ConfigError, DeviationError, DyditError, UnavailableError
 from dydit.files import new_folder, require_absent, write_json
 from dydit.models.config import ModelConfig
 from dydit.parity.comparison import relative_l2
+from dydit.planning.resampling import resampled
 from dydit.reports.bench_report import BenchReport, Comparison, NotRun, Side, SideKind, SideResult
 from dydit.reports.plot_style import write_picture
 from dydit.reports.plots import latency_png
@@ -46,7 +48,7 @@ class BenchConfig(Strict):
     """What to time: a batch of one image per label; `cfg_scale` 1 disables guidance.
 
     `steps_measured`: sampling steps of a round, spread evenly over the run (all, if it has fewer). `threads`: cores for
-    each contender (0: all).
+    each contender (0: all). `sampling`: changes of the run, for bundles that can run others (`resampled`).
     """
 
     labels: tuple[int, ...] = Field(default=(0,), min_length=1)
@@ -58,6 +60,7 @@ class BenchConfig(Strict):
     threads: int = Field(default=0, ge=0)
     device: str = "cpu"
     latents: Latents = Latents.RUN
+    sampling: SamplerChoice = SamplerChoice()
 
 
 def sides_of(
@@ -118,7 +121,7 @@ def run_bench(
     `DeviationError` if one deviates from its reference by more than the tolerance.
     """
     start, load_before = time.perf_counter(), os.getloadavg()[0]
-    model, sampling, most = _common_run(sides, run_of)
+    model, sampling, most = _common_run(sides, run_of, config.sampling)
     if len(config.labels) > most:
         raise ConfigError(f"{len(config.labels)} labels, but a bundle was exported for batches up to {most}")
     for label in config.labels:
@@ -208,19 +211,21 @@ def no_bound(side: SideResult, other: SideResult) -> str:
     return "" if side.macs > 0 else f"{side.side.name} computes no multiply-adds in its blocks"
 
 
-def _common_run(sides: Sequence[Side], run_of: Bundle | None) -> tuple[ModelConfig, SamplingEntry, int]:
+def _common_run(
+    sides: Sequence[Side], run_of: Bundle | None, choice: SamplerChoice
+) -> tuple[ModelConfig, SamplingEntry, int]:
     """The model, the run and the largest batch that all contenders have in common. Verifies each bundle once."""
     if len({side.name for side in sides}) != len(sides):
         raise ConfigError(f"configurations need different names, not {', '.join(side.name for side in sides)}")
     bundles = [Bundle.open(side.path) for side in sides if side.kind is SideKind.BUNDLE]
-    manifests = [bundle.manifest for bundle in ([run_of] if run_of else []) + bundles]
+    manifests = [resampled(bundle, choice).manifest for bundle in ([run_of] if run_of else []) + bundles]
     if not manifests:
         raise ConfigError("there is nothing to time; give at least one bundle")
     first = manifests[0]
     for other in manifests[1:]:
         for what, ours, theirs in (
             ("sampling steps", first.sampling.steps, other.sampling.steps),
-            ("model sizes", first.model.without_routers(), other.model.without_routers()),
+            ("model sizes", first.model.sizes.without_routers(), other.model.sizes.without_routers()),
             ("guided channels", first.sampling.cfg_channels, other.sampling.cfg_channels),
         ):
             if ours != theirs:
@@ -232,7 +237,7 @@ def _job(side: Side, config: BenchConfig, model: ModelConfig, sampling: Sampling
     shared = config.model_dump(include={"labels", "seed", "cfg_scale", "threads", "device", "latents"})
     return Job(
         side=side,
-        sizes=model.without_routers(),
+        sizes=model.sizes.without_routers(),
         steps=steps,
         run=sampling.config,
         process=model.diffusion,

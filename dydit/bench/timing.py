@@ -27,6 +27,7 @@ from dydit.diffusion.steps import State, StateOnly, run_steps
 from dydit.models.config import ModelConfig
 from dydit.models.macs import flops_ratio, static_macs
 from dydit.planning.executed import computed_ratio, layers_in_16_bits
+from dydit.planning.resampling import with_run
 from dydit.reports.bench_report import Side
 from dydit.runtime.backends.base import Arrays, Backend, BackendOptions, StepResult, Subnet
 from dydit.runtime.backends.registry import open_backend
@@ -190,7 +191,7 @@ class MeasuredBundle(Measured):
 
     def __init__(self, job: Job):
         # The benchmark has verified the files before it started the workers.
-        self.bundle = Bundle.open(job.side.path, verify=False)
+        self.bundle = with_run(Bundle.open(job.side.path, verify=False), job.run)
         super().__init__(job, self.bundle.manifest.model)
         options = BackendOptions(threads=job.threads, device=job.device, packed=job.side.packed)
         self.backend = _Timed(open_backend(job.side.backend, self.bundle, options))

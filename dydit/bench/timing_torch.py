@@ -32,7 +32,7 @@ class MeasuredTorch(Measured):
         start = time.perf_counter()
         self.model, config = self.build(job)
         self.load_seconds = time.perf_counter() - start
-        if config.without_routers() != job.sizes:
+        if config.sizes.without_routers() != job.sizes:
             raise ConfigError(f"{job.side.path} cannot be compared: its sizes differ from those of the bundle")
         super().__init__(job, config)
         masked = config.dynamic and job.side.kind is SideKind.TORCH_MASKED

@@ -22,7 +22,7 @@ from dydit.bundle.measurements import MeasuredPlan
 from dydit.bundle.stored_weights import WEIGHTS, Precision, WeightEntry
 from dydit.bundle.vae_entry import VAE_DECODER, VAE_WEIGHTS, VaeEntry
 from dydit.checkpoints.containers import looks_like_checkpoint
-from dydit.diffusion.coefficients import COEFFICIENTS, HISTORY, SamplingRun
+from dydit.diffusion.coefficients import COEFFICIENTS, HISTORY, NOISE, SamplingRun
 from dydit.diffusion.process import TRAIN_STEPS
 from dydit.diffusion.samplers import Sampler, SamplerConfig, Spacing
 from dydit.errors import BundleError, one_line
@@ -107,6 +107,11 @@ class SamplingEntry(Strict):
         return SamplerConfig(sampler=self.sampler, steps=self.steps, spacing=self.spacing, eta=self.eta)
 
     @property
+    def noisy_steps(self) -> tuple[int, ...]:
+        """The execution indices of the steps that add noise."""
+        return tuple(step for step, row in enumerate(self.coefficients) if row[NOISE] != 0)
+
+    @property
     def multistep(self) -> bool:
         """Whether a step reads what the steps before it left as history."""
         return any(row[HISTORY] != 0 for row in self.coefficients)
@@ -118,7 +123,7 @@ class SubnetEntry(Strict):
     file: str
     units: Slots
     gated: bool = Field(description="takes the `gates` input, because the masks of its steps differ")
-    capacities: tuple[int, ...] | None = Field(default=None, description="MLP token slots per image, per block")
+    capacities: tuple[int, ...] | None = Field(default=None, description="MLP token slots per row, by block")
     full_file: str | None = Field(default=None, description="the same with a slot for each token, if steps overflow")
     weight_bytes: int = Field(ge=0, description="bytes of weights.bin that the subnetwork reads")
     fp16_layers: tuple[tuple[str, ...], ...] | None = Field(

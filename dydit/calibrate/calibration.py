@@ -161,6 +161,7 @@ def run_calibration(
         ranges, sensitivity = search(inputs, progress, announce)
     calibration = Calibration(
         checkpoint_sha256=checkpoint.sha256,
+        process=checkpoint.config.process,
         **dict(exported.sampling(checkpoint.config.diffusion)),
         plan_sha256=plan_sha256(plan.bounds, masks),
         cfg_scales=config.cfg_scales,
@@ -263,6 +264,8 @@ def work_name(checkpoint: Checkpoint, exported: ExportConfig, config: Calibratio
         "run": exported.sampling(checkpoint.config.diffusion).model_dump(mode="json"),
         "images": config.model_dump(mode="json", include={"samples", "held_out", "seed", "cfg_scales"}),
     }
+    if checkpoint.config.process is not None:
+        identity["process"] = checkpoint.config.process.model_dump(mode="json")
     return f"{hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]}.work"
 
 

@@ -20,7 +20,7 @@ from pydantic import Field, FiniteFloat, ValidationError, model_validator
 from dydit.calibrate.activation_ranges import ActivationRanges, lengths_of
 from dydit.calibrate.capacity import CapacityConfig, Overflow, Share
 from dydit.calibrate.mixed_precision import Sensitivity
-from dydit.diffusion.process import TRAIN_STEPS
+from dydit.diffusion.process import TRAIN_STEPS, Process
 from dydit.diffusion.samplers import Sampler, SamplerConfig, Spacing
 from dydit.errors import CalibrationError, one_line
 from dydit.validation import Strict, first_problem
@@ -69,6 +69,7 @@ class Calibration(Strict):
 
     schema_version: Literal[1] = SCHEMA_VERSION
     checkpoint_sha256: Sha256
+    process: Process | None = Field(default=None, description="of the model, if its checkpoint or the user stated it")
     steps: int = Field(ge=1, le=TRAIN_STEPS)
     sampler: Sampler
     spacing: Spacing | None = None
@@ -96,7 +97,7 @@ class Calibration(Strict):
 
     def to_json(self) -> str:
         """The text of the file."""
-        absent = {name for name in ("activations", "sensitivity") if getattr(self, name) is None}
+        absent = {name for name in ("process", "activations", "sensitivity") if getattr(self, name) is None}
         values = self.model_dump(mode="json", exclude=absent, by_alias=True)
         return json.dumps(values, indent=1, sort_keys=True, allow_nan=False) + "\n"
 
@@ -105,10 +106,16 @@ class Calibration(Strict):
         """The sampler and its settings."""
         return SamplerConfig(sampler=self.sampler, steps=self.steps, spacing=self.spacing, eta=self.eta)
 
-    def require(self, checkpoint_sha256: str, sampling: SamplerConfig, plan_sha256: str) -> None:
-        """Raise `CalibrationError`, naming the difference, if this belongs to another checkpoint, run or plan."""
+    def require(
+        self, checkpoint_sha256: str, sampling: SamplerConfig, plan_sha256: str, process: Process | None = None
+    ) -> None:
+        """Raise `CalibrationError`, naming the difference, if this belongs to another checkpoint, run or plan, or to a
+        model of another process."""
+        ours, wanted = self.process or Process(), process or Process()
         if self.checkpoint_sha256 != checkpoint_sha256:
             differs = "another checkpoint (its SHA-256 differs)"
+        elif ours != wanted:
+            differs = f"a model that {ours.words}, not for one that {wanted.words}"
         elif self.sampling != sampling:
             differs = f"{self.sampling.words}, not {sampling.words}"
         elif self.plan_sha256 != plan_sha256:

@@ -57,7 +57,7 @@ class SmoothedLayers:
 
     def __call__(self, block: SlicedBlock, layer: UnitLayer, x: Tensor) -> Tensor:
         """The layer on the output `x` of the layer before it."""
-        factor = self._weights.get(stored_name(block.index, f"{layer.name}.factor"))
+        factor = self._weights.get(stored_name(block.index, layer.factor))
         if factor is not None:
             x = x * factor[self._slots(block, layer)].flatten()
         return self.product(block, layer, x)

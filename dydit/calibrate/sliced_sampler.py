@@ -35,7 +35,7 @@ class SlicedSampler:
         config = checkpoint.config
         run = sampling_run(config.diffusion, sampling, config.learn_sigma)
         self.config, self.timesteps = config, run.times
-        self.masks = freeze_masks(checkpoint.width_routers(), self.timesteps)
+        self.masks = freeze_masks(checkpoint.width_router_model(), self.timesteps)
         self._architecture = architecture_of(config)
         self.weights = dict(self._architecture.stored_tensors(checkpoint.state, config, smoothing=smoothing))
         self._factors = self._architecture.condition_factors(config, smoothing)

@@ -20,18 +20,22 @@ import torch
 from torch import Tensor
 
 from dydit.checkpoints.containers import Container, container_of
-from dydit.checkpoints.conventions import require_supported, stated_by
+from dydit.checkpoints.conventions import by_name, require_blocks, settings_in
 from dydit.checkpoints.diffusers_folder import json_object, read_folder
 from dydit.checkpoints.fit import Given, expected_shapes, require_fit, require_trained
+from dydit.checkpoints.process_settings import claims_of
 from dydit.checkpoints.safe_load import explained_memory, plain_tensors, read_safetensors, read_torch, shown
 from dydit.checkpoints.state_entries import EMA, MODEL, is_average, unpack
+from dydit.checkpoints.stated_process import ProcessOptions, own_claims, read_process
+from dydit.diffusion.process import NoiseSchedule, Prediction
 from dydit.errors import CheckpointError, ConfigError, one_line
 from dydit.files import atomic_file, new_file, require_absent, sha256_of, user_path
-from dydit.models.config import ModelConfig, Space, parse_model
+from dydit.models.config import ModelConfig, Space, parse_config, parse_model
 from dydit.models.dynamic import DynamicModel
 from dydit.models.registry import DEFAULT, architecture, architecture_of, architectures
 
 FORMAT, VERSION = "dydit", "1"
+TRAINING = "training arguments"
 RESERVED = ("format", "version", "config")
 
 
@@ -60,7 +64,7 @@ class Checkpoint:
         assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
         return model
 
-    def width_routers(self) -> DynamicModel:
+    def width_router_model(self) -> DynamicModel:
         """The model with weights only for its timestep embedder and width routers. Other weights take no memory.
 
         This is enough to compute the width masks of timesteps, at about a hundredth of the model's size.
@@ -88,16 +92,21 @@ def load_checkpoint(
     weights: str | None = None,
     num_classes: int | None = None,
     input_size: int | None = None,
+    prediction: Prediction | str | None = None,
+    schedule: NoiseSchedule | str | None = None,
+    betas: tuple[float, float] | None = None,
 ) -> Checkpoint:
     """Read a checkpoint of any known format, which is recognised by content. Every tensor is checked.
 
     `num_heads`, `num_classes` (without "no class") and `input_size` (the side of the latents): for a file that does not
     show them. `weights`: which of several weights to read: "ema", "model" or the name of an entry or variant; by
-    default the moving average, if there is one. Raises `CheckpointError`, in one line that names `path`, for anything
-    that is not a complete and finite model, or was trained in a way that we cannot sample. No code in the file is
-    executed.
+    default the moving average, if there is one. `prediction`, `schedule`, `betas`: how the model was trained (see
+    `Process`), for a file that does not state it. Raises `CheckpointError`, in one line that names `path`, for anything
+    that is not a complete and finite model, or was trained in a way that we cannot sample or that is not the given one;
+    `ConfigError` if what is given contradicts itself. No code in the file is executed.
     """
-    path, given = user_path(path), Given(num_heads, weights, num_classes, input_size)
+    process = parse_config(ProcessOptions, {"prediction": prediction, "schedule": schedule, "betas": betas})
+    path, given = user_path(path), Given(num_heads, weights, num_classes, input_size, process)
     try:
         if path.is_dir():
             folder = read_folder(path, given)
@@ -131,19 +140,22 @@ def _load_file(path: Path, given: Given) -> Checkpoint:
             return _load_own(path, loaded, header, given)
         where = "metadata"
     else:
-        loaded, header, where = read_torch(path, container), {}, "training arguments"
+        loaded, header, where = read_torch(path, container), {}, TRAINING
     unpacked = unpack(loaded, given.weights)
     state = plain_tensors(unpacked.state, size)
     if any(name.startswith("transformer_blocks.") for name in state):
         raise CheckpointError("holds diffusers weights without their config.json; give the folder that holds both")
-    stated = stated_by(loaded, header)
-    require_supported(stated, where)
+    settings = settings_in(loaded, header)
+    stated = by_name(settings)
+    reading = read_process(claims_of(settings, f"its {where} say"), given.process)
+    require_blocks(stated, where)
     known = next((each for each in architectures() if each.recognises(state)), architecture(DEFAULT))
     inferred = known.infer_config(state, stated, given)
-    config = inferred.config
+    config = inferred.config.model_copy(update={"process": reading.process})
     known.complete(state, config, size)
     metadata = {"weights": unpacked.entry} if unpacked.entry else {}
-    notes = (*unpacked.notes, *inferred.notes, *require_trained(state, config, unpacked.entry))
+    trained = require_trained(state, config, unpacked.entry)
+    notes = (*unpacked.notes, *inferred.notes, *reading.notes, *trained)
     sha256 = sha256_of(path)
     if not unpacked.by_default:  # bundles of different entries of a file must have different hashes
         sha256 = hashlib.sha256(f"{sha256} {unpacked.entry}".encode()).hexdigest()
@@ -156,6 +168,8 @@ def _load_own(path: Path, tensors: dict[str, Tensor], header: dict[str, str], gi
         raise CheckpointError(f"has version {version} of the dydit format; this dydit reads {VERSION}: update it")
     config = parse_model(json_object(header.get("config", ""), "configuration"))
     given.require_same(config)
+    reading = read_process(own_claims(config.process), given.process)
+    config = config.model_copy(update={"process": reading.process})
     metadata = {key: value for key, value in header.items() if key not in RESERVED}
     entry = metadata.get("weights", "")
     if given.weights is not None and given.weights not in (entry, EMA if is_average(entry) else MODEL):
@@ -164,7 +178,7 @@ def _load_own(path: Path, tensors: dict[str, Tensor], header: dict[str, str], gi
         )
     state = plain_tensors(tensors, path.stat().st_size)
     require_fit(state, expected_shapes(config))
-    notes = require_trained(state, config, "")
+    notes = (*reading.notes, *require_trained(state, config, ""))
     return Checkpoint(config, state, "dydit-safetensors", path, sha256_of(path), metadata, notes)
 
 
@@ -223,6 +237,9 @@ def convert(
     weights: str | None = None,
     num_classes: int | None = None,
     input_size: int | None = None,
+    prediction: Prediction | str | None = None,
+    schedule: NoiseSchedule | str | None = None,
+    betas: tuple[float, float] | None = None,
     space: Space | None = None,
 ) -> Checkpoint:
     """Read `source` in any known format, write `target` in ours, and return it as read back from there.
@@ -234,7 +251,7 @@ def convert(
     """
     source, target = user_path(source), user_path(target)
     require_absent(target)
-    checkpoint = load_checkpoint(source, num_heads, weights, num_classes, input_size)
+    checkpoint = load_checkpoint(source, num_heads, weights, num_classes, input_size, prediction, schedule, betas)
     origin = {"source": checkpoint.source, "source_sha256": checkpoint.sha256}
     if checkpoint.notes:
         origin["assumed"] = "; ".join(checkpoint.notes)

@@ -1,32 +1,27 @@
-"""Reads how a model was trained from its file, and refuses training that we cannot sample.
+"""Finds what a file states about how its model was made, and refuses what contradicts its tensors.
 
 The names and shapes of a DiT's tensors do not show what its output means. Training arguments, the metadata of a
-safetensors file, and the scheduler of a diffusers pipeline often do. This module uses or refuses them, and never
-ignores them: a model that predicts a velocity, or was trained on other betas, would produce noise without an error. We
-support what DiT does: epsilon, over 1,000 steps of linear betas from 0.0001 to 0.02. This is assumed of a file that
-states nothing. No PyTorch here. Errors do not name the file: the caller does.
+safetensors file, and the scheduler of a diffusers pipeline often do. They are used or refused, and never ignored: a
+model that is sampled by another convention than that of its training would produce noise without an error. What they
+say about noise and predictions is read by `dydit.checkpoints.process_settings`. A file that states nothing is taken for
+a DiT. No PyTorch here. Errors do not name the file: the caller does.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from dydit.checkpoints.safe_classes import Inert
-from dydit.diffusion.process import TRAIN_STEPS, Process
 from dydit.errors import CheckpointError
 
+Setting = tuple[str, Any]
+"""A setting: the last part of its name, in lower case with underscores, and its value: text, a number or a boolean."""
 Stated = Mapping[str, Any]
-"""Settings by the last part of their name, in lower case with underscores. Values are text, numbers and booleans."""
+"""Settings by name. Of several with the same name, the outermost."""
 
-BETA_START, BETA_END = Process().beta_range
-SUPPORTED = (
-    f"dydit samples models that predict epsilon over {TRAIN_STEPS:,} steps of linear betas from {BETA_START} to "
-    f"{BETA_END}, as DiT does, so samples of this one would be wrong"
-)
 _ENTRIES = (
     "args",
     "arguments",
@@ -41,43 +36,25 @@ _ENTRIES = (
 _DEEPEST, _MOST = 6, 10_000
 _LARGEST = 1 << 62  # larger integers are not read as numbers
 
-_EPSILON = ("epsilon", "eps", "noise", "pred_noise", "pred_epsilon", "modelmeantype.epsilon")
-_PREDICTIONS = (
-    *("prediction", "prediction_type", "pred_type", "parameterization", "parametrization", "model_mean_type"),
-    *("model_prediction", "modelspec.prediction_type"),
-)
-_BETAS = ("noise_schedule", "noise_schedule_name", "beta_schedule")
-_LENGTHS = ("diffusion_steps", "num_train_timesteps", "num_diffusion_steps", "num_diffusion_timesteps")
-_STARTS, _ENDS = ("beta_start", "linear_start"), ("beta_end", "linear_end")
-_FLOWS = ("flow_matching", "use_flow_matching", "rectified_flow", "use_rectified_flow", "use_flow_sigmas")
-_OTHER_TRAINING = (
-    *("predict_xstart", "predict_x0", "v_prediction", "use_v_prediction", "v_pred", "predict_v", "v_parameterization"),
-    *("zero_terminal_snr", "rescale_betas_zero_snr", "enforce_zero_terminal_snr", "trained_betas"),
-)
 _OTHER_BLOCKS = ("use_rope", "use_qknorm", "qk_norm", "use_swiglu", "swiglu", "use_rmsnorm", "rmsnorm")
 
-# Schedulers of diffusers for models that DDPM trains, and the default betas of each.
-_DDPM_BETAS, _KARRAS_BETAS = (BETA_START, BETA_END), (0.00085, 0.012)
-_SCHEDULERS = {
-    **dict.fromkeys(("DDPM", "DDPMParallel", "DDIM", "DDIMParallel", "PNDM", "LMSDiscrete"), _DDPM_BETAS),
-    **dict.fromkeys(("DPMSolverMultistep", "DPMSolverSinglestep", "DEISMultistep", "UniPCMultistep"), _DDPM_BETAS),
-    **dict.fromkeys(("EulerDiscrete", "EulerAncestralDiscrete", "SASolver"), _DDPM_BETAS),
-    **dict.fromkeys(("HeunDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete", "DPMSolverSDE"), _KARRAS_BETAS),
-}
 
-
-def stated_by(loaded: Any, metadata: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """The settings in the known entries of a `torch.save` file, at its top level, and in `metadata`."""
-    settings: dict[str, Any] = {}
+def settings_in(loaded: Any, metadata: Mapping[str, str] | None = None) -> list[Setting]:
+    """All settings in the known entries of a `torch.save` file, at its top level, and in `metadata`."""
     sources: list[Any] = []
     if isinstance(loaded, Mapping):
         sources = [loaded[name] for name in _ENTRIES if name in loaded]
         sources.append({key: value for key, value in loaded.items() if isinstance(value, str | int | float)})
     sources.append({key: _from_text(value) for key, value in (metadata or {}).items()})
-    for source in sources:
-        for name, value in _settings_of(source):
-            settings.setdefault(name, value)
-    return settings
+    return [setting for source in sources for setting in _settings_of(source)]
+
+
+def by_name(settings: Iterable[Setting]) -> dict[str, Any]:
+    """The first setting of each name."""
+    stated: dict[str, Any] = {}
+    for name, value in settings:
+        stated.setdefault(name, value)
+    return stated
 
 
 def _from_text(text: str) -> Any:
@@ -87,7 +64,7 @@ def _from_text(text: str) -> Any:
         return {"true": True, "false": False, "none": None}.get(text.lower(), text)
 
 
-def _settings_of(source: Any) -> Iterator[tuple[str, Any]]:
+def _settings_of(source: Any) -> Iterator[Setting]:
     """(name, value) of all plain settings in nested containers, the outermost first."""
     level: list[Any] = [source]
     seen = 0
@@ -111,45 +88,17 @@ def _settings_of(source: Any) -> Iterator[tuple[str, Any]]:
         level = deeper
 
 
-def require_supported(stated: Stated, where: str = "training arguments") -> None:
-    """Raise `CheckpointError` if settings show that a model was trained in a way that we cannot sample."""
-    model, path = stated.get("model"), stated.get("path_type")
-    if path is not None or (isinstance(model, str) and model.lower().startswith("sit")):
-        setting = f"path_type {path}" if path is not None else f"model {model}"
-        raise CheckpointError(f"is a flow-matching model (SiT): its {where} say {_short(setting)}; {SUPPORTED}")
-    for name in (*_PREDICTIONS, *_BETAS, *_LENGTHS, *_STARTS, *_ENDS, *_FLOWS, *_OTHER_TRAINING):
-        value = stated.get(name)
-        if value is not None and not _as_dit(name, value):
-            raise CheckpointError(f"was trained in another way: its {where} say {name} {_short(value)}; {SUPPORTED}")
+def require_blocks(stated: Stated, where: str = "training arguments") -> None:
+    """Raise `CheckpointError` if settings show that a model has blocks that we do not have."""
     for name in _OTHER_BLOCKS:
         if stated.get(name) not in (None, False, 0, "", "none", "None"):
             raise CheckpointError(
-                f"has other blocks than a DiT: its {where} say {name} {_short(stated[name])}, which dydit does not have"
+                f"has other blocks than a DiT: its {where} say {name} {short(stated[name])}, which dydit does not have"
             )
 
 
-def _as_dit(name: str, value: Any) -> bool:
-    if name in _PREDICTIONS:
-        return str(value).lower() in _EPSILON
-    if name in _BETAS:
-        return str(value).lower() == "linear"
-    if name in _LENGTHS:
-        return _number(value) == TRAIN_STEPS
-    if name in _STARTS:
-        return math.isclose(_number(value), BETA_START, rel_tol=1e-6)
-    if name in _ENDS:
-        return math.isclose(_number(value), BETA_END, rel_tol=1e-6)
-    return value in (False, 0, "", "none", "None")
-
-
-def _number(value: Any) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError, OverflowError):
-        return math.nan
-
-
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """A value for an error: printable, and cut if it is long."""
     text = str(value)
     text = text if len(text) <= 40 else text[:37] + "..."
     return text if text.isprintable() else ascii(text)
@@ -174,22 +123,4 @@ def require_side(stated: Stated, input_size: int) -> None:
             raise CheckpointError(
                 f"contradicts itself: its training arguments say image_size {size}, but its pos_embed is for inputs "
                 f"with a side of {input_size}"
-            )
-
-
-def require_scheduler(values: Stated) -> None:
-    """Raise `CheckpointError` if a diffusers `scheduler_config.json` is of a model that we cannot sample.
-
-    The sampler of the scheduler does not matter, because a bundle has its own. How the model was trained does.
-    """
-    kind = values.get("_class_name")
-    betas = _SCHEDULERS.get(str(kind).removesuffix("Scheduler")) if str(kind).endswith("Scheduler") else None
-    if betas is None:
-        raise CheckpointError(f"belongs to a pipeline whose scheduler is {_short(kind)}; {SUPPORTED}")
-    defaults = {"beta_start": betas[0], "beta_end": betas[1], "num_train_timesteps": TRAIN_STEPS}
-    stated = {**defaults, **{key: value for key, value in values.items() if value is not None}}
-    for name in (*_PREDICTIONS, *_BETAS, *_LENGTHS, *_STARTS, *_ENDS, *_FLOWS, *_OTHER_TRAINING):
-        if name in stated and not _as_dit(name, stated[name]):
-            raise CheckpointError(
-                f"belongs to a pipeline whose scheduler has {name} {_short(stated[name])}; {SUPPORTED}"
             )

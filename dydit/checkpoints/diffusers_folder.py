@@ -3,7 +3,8 @@
 `config.json` describes the model. The weights are `diffusion_pytorch_model.safetensors` or `.bin`; or they have a
 variant in the name (`.fp16.safetensors`); or they are shards, which an index file (`.safetensors.index.json`, with a
 variant also `.safetensors.index.fp16.json`) lists by tensor. The pipeline's `scheduler/scheduler_config.json` says what
-the model was trained to predict. Errors do not name the folder: the caller does.
+the model was trained to predict, and its `model_index.json` may name the classes. Errors do not name the folder: the
+caller does.
 """
 
 from __future__ import annotations
@@ -18,11 +19,14 @@ from typing import Any
 from torch import Tensor
 
 from dydit.checkpoints.containers import Container, container_of
-from dydit.checkpoints.conventions import require_scheduler, require_supported, stated_by
+from dydit.checkpoints.conventions import Setting, by_name, require_blocks, settings_in
+from dydit.checkpoints.diffusers_scheduler import scheduler_claims
 from dydit.checkpoints.fit import Given, require_trained
-from dydit.checkpoints.pipeline_folder import space_of_folder
+from dydit.checkpoints.pipeline_folder import class_names_of_folder, space_of_folder
+from dydit.checkpoints.process_settings import claims_of
 from dydit.checkpoints.safe_load import listed, plain_tensors, read_safetensors, read_torch, shown
 from dydit.checkpoints.state_entries import EMA, MODEL, unpack
+from dydit.checkpoints.stated_process import Claim, read_process
 from dydit.errors import CheckpointError
 from dydit.files import sha256_of
 from dydit.models.config import ModelConfig
@@ -57,21 +61,26 @@ def read_folder(path: Path, given: Given) -> Folder:
     known = _architecture(values)
     config = known.diffusers_config(values).stating(space_of_folder(path), decoded=False)
     given.require_same(config)
-    _check_scheduler(folder)
+    claims = [*_of_scheduler(folder), *claims_of(settings_in({"config": values}), f"its {CONFIG} says")]
     variant, weights, notes = _choose(folder, given.weights)
     files = _shards(weights) if weights.suffix == ".json" else {weights: None}
     tensors: dict[str, Tensor] = {}
     for file, names in files.items():
-        part = _read(file, whole=names is None)
+        part, settings = _read(file, whole=names is None)
+        require_blocks(by_name(settings), "metadata")
+        claims += claims_of(settings, "its metadata say")
         if names is not None and (differing := sorted(names ^ {str(name) for name in part})):
             raise CheckpointError(
                 f"has an index that does not match the tensors in {shown(file.name)} ({listed(differing)})"
             )
         tensors.update(part)
     size = sum(file.stat().st_size for file in files)
+    reading = read_process(claims, given.process)
+    class_names, remarks = class_names_of_folder(path, config.classes.count)
+    config = config.model_copy(update={"process": reading.process, "class_names": class_names})
     state = known.from_diffusers(plain_tensors(tensors, size), config, size)
     metadata = {"weights": variant} if variant else {}
-    notes += require_trained(state, config, variant)
+    notes += reading.notes + remarks + require_trained(state, config, variant)
     return Folder(config, state, _hash(list(files)), notes, metadata)
 
 
@@ -121,19 +130,19 @@ def _model_folder(path: Path, wanted: str | None) -> Path:
     )
 
 
-def _check_scheduler(folder: Path) -> None:
-    """Check the scheduler of the pipeline, if the model is in a pipeline."""
+def _of_scheduler(folder: Path) -> list[Claim]:
+    """What the scheduler of the pipeline says about the training, if the model is in a pipeline."""
     folder = folder.absolute()
     files = [folder / SCHEDULER, folder / "scheduler" / SCHEDULER]
     index = folder.parent / "model_index.json"
     if folder.name.startswith("transformer") or index.is_file():
         files.append(folder.parent / "scheduler" / SCHEDULER)
     existing = [file for file in files if file.is_file()]
-    for file in existing:
-        require_scheduler(read_json(file, SCHEDULER))
+    claims = [claim for file in existing for claim in scheduler_claims(read_json(file, SCHEDULER))]
     named = read_json(index, index.name).get("scheduler") if index.is_file() and not existing else None
     if isinstance(named, list) and len(named) == 2 and isinstance(named[1], str):
-        require_scheduler({"_class_name": named[1]})
+        claims = scheduler_claims({"_class_name": named[1]})
+    return claims
 
 
 def _choose(folder: Path, wanted: str | None) -> tuple[str, Path, tuple[str, ...]]:
@@ -187,19 +196,18 @@ def _shards(index: Path) -> dict[Path, set[str] | None]:
     return shards
 
 
-def _read(file: Path, whole: bool) -> dict[str, Any]:
-    """The tensors of a file. `whole`: whether it has the whole model; otherwise it is a shard."""
+def _read(file: Path, whole: bool) -> tuple[dict[str, Any], list[Setting]]:
+    """The tensors of a file, and its settings. `whole`: whether it has the whole model; otherwise it is a shard."""
     container = container_of(file)
     if container is Container.SAFETENSORS:
         tensors, metadata = read_safetensors(file)
-        require_supported(stated_by(None, metadata), "metadata")
-        return tensors
+        return tensors, settings_in(None, metadata)
     loaded = read_torch(file, container)
     if whole:
-        return dict(unpack(loaded).state)
+        return dict(unpack(loaded).state), settings_in(loaded)
     if not isinstance(loaded, dict):
         raise CheckpointError(f"has a shard {file.name} that holds {type(loaded).__name__}, not a state dict")
-    return loaded
+    return loaded, settings_in(loaded)
 
 
 def _hash(files: list[Path]) -> str:

@@ -13,11 +13,13 @@ from torch import Tensor
 
 from dydit.checkpoints.conventions import Stated
 from dydit.checkpoints.safe_load import listed, shown
+from dydit.checkpoints.stated_process import ProcessOptions
 from dydit.errors import CheckpointError
 from dydit.models.config import ModelConfig
 from dydit.models.registry import architecture_of
 
 Shapes = dict[str, tuple[int, ...]]
+NOT_STATED = ProcessOptions()
 IMAGENET = 1000
 # Far above any model that can be run. The configuration in a damaged or malicious file could state any size, and the
 # time to check it grows with these sizes.
@@ -92,12 +94,13 @@ def _finite(tensor: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class Given:
-    """What the user states about a file. It takes precedence over what the file says."""
+    """What the user states about a file. It takes precedence over what the file says, but `process` must agree."""
 
     num_heads: int | None = None
     weights: str | None = None
     num_classes: int | None = None
     input_size: int | None = None
+    process: ProcessOptions = NOT_STATED
 
     def require_same(self, config: ModelConfig) -> None:
         """Raise `CheckpointError` if it contradicts the configuration in a file."""

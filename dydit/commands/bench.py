@@ -15,6 +15,7 @@ from dydit.commands.options import (
     json_option,
     labels_option,
     parse_options,
+    sampling_options,
     seed_option,
 )
 from dydit.commands.output import print_json, say_files
@@ -50,6 +51,7 @@ from dydit.extras import CHECKPOINTS, backend_modules, require
     default=1,
     help="Number of warm-up rounds. They run before the timed rounds and are not counted.",
 )
+@sampling_options
 @backend_options
 @json_option
 def command(

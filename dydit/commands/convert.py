@@ -27,9 +27,9 @@ def command(checkpoint: Path, out: Path, space: str | None, reading: dict[str, A
     """Convert a checkpoint to dydit's own format: a safetensors file that contains the model's configuration.
 
     CHECKPOINT is a DiT or DyDiT state dict, a training file that contains one, a diffusers DiT folder, or a file
-    written by dydit. No code in it is run. A file that does not say how its model was trained is read as a DiT, which
-    predicts epsilon. Do not convert a SiT: it predicts velocity, which dydit does not support, and a file with only its
-    weights cannot be told from a DiT.
+    written by dydit. No code in it is run. The new file also states how the model was trained, if CHECKPOINT or the
+    options do. A file that does not state it is read as a DiT, which predicts epsilon over linear betas. A file with
+    only the weights of a SiT cannot be told from a DiT: give --prediction velocity.
     """
     require("dydit convert", CHECKPOINTS)
     from dydit.checkpoints.checkpoint import convert
@@ -46,6 +46,7 @@ def command(checkpoint: Path, out: Path, space: str | None, reading: dict[str, A
     say(
         f"{out}: {kind} {architecture_of(config).title} ({config.summary}), "
         f"read as {converted.metadata['source']}{weights}",
+        *([] if config.process is None else [f"The model {config.process.words}"]),
         *converted.notes,
         next_line("inspect", out),
         next_line("export", out, "--out", "BUNDLE"),

@@ -124,8 +124,7 @@ def command(
     CHECKPOINT is any file or folder that `dydit convert` reads. Give at most one of --per-step, --max-subnets,
     --memory-budget and --dynamic-width. If none of them is given, --routing and --precision decide: --max-subnets
     32 for --routing capacity or dense and for int8-static and fp8, --per-step for int8, and --dynamic-width in all
-    other cases. These plans were the fastest in measurements. With --cost measured, the default is --max-subnets
-    32.
+    other cases. With --cost measured, the default is --max-subnets 32. A static model has one subnetwork.
     """
     if cost == MEASURED and plan.get("plan") in (PlanKind.PER_STEP, PlanKind.DYNAMIC_WIDTH):
         raise click.UsageError("--cost measured has no effect with --per-step or --dynamic-width; remove one of them")
@@ -180,6 +179,7 @@ def _facts(manifest: Manifest, out: Path) -> dict[str, Any]:
         "subnets": len(manifest.subnets),
         "bytes": _size(manifest),
         "samples": manifest.model.space_words,
+        "training": manifest.model.diffusion.words,
         "decoder": manifest.vae and manifest.vae.scaling_words,
         "plan": manifest.plan.model_dump(mode="json", exclude={"segments"}),
     }
@@ -216,7 +216,8 @@ def _bundle_line(manifest: Manifest, out: Path) -> str:
         return f"{line}. The model is static: every step runs all of it"
     share, per_step = (cost / manifest.plan.static_macs for cost in (manifest.plan.macs, manifest.plan.per_step_macs))
     return (
-        f"{line}. Its heads and channel groups take {share:.1%} of the multiply-adds of the static model's blocks"
+        f"{line}. Its {manifest.model.units.group_titles} take {share:.1%} of the multiply-adds of the static model's "
+        "blocks"
         + (f" ({per_step:.1%} with one subnetwork per mask)" if share > per_step * 1.0005 else "")
         + ", not counting what token routing saves" * (manifest.routing is not Routing.DENSE)
     )

@@ -52,13 +52,7 @@ class Command(click.Command):
         if required and not args:
             words = [each.make_metavar(ctx) if isinstance(each, click.Argument) else each.opts[0] for each in required]
             raise click.UsageError(f"{ctx.command_path} needs {' and '.join(words)}", ctx)
-        try:
-            return super().parse_args(ctx, args)
-        except click.NoSuchOption as error:
-            if error.option_name == "--steps":
-                what = "the sampling steps of a bundle are fixed when it is exported: dydit export CHECKPOINT --steps N"
-                raise click.UsageError(what, ctx) from error
-            raise
+        return super().parse_args(ctx, args)
 
 
 class Commands(Mapping[str, click.Command]):

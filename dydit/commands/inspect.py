@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from dydit.commands.group import Command
-from dydit.commands.options import PATH, checkpoint_options, json_option
+from dydit.commands.options import PATH, TRAINING, checkpoint_options, json_option
 from dydit.commands.output import print_json, say_files
 from dydit.extras import CHECKPOINTS, require
 
@@ -21,6 +21,8 @@ from dydit.extras import CHECKPOINTS, require
 def command(path: Path, out: Path | None, reading: dict[str, Any], as_json: bool) -> None:
     """Show what a checkpoint or a bundle contains: sizes, cost, masks over time, and the possible plans."""
     is_bundle = (path / "manifest.json").exists()
+    if is_bundle and (given := next((name for name in TRAINING if reading[name] is not None), None)):
+        raise click.UsageError(f"--{given} cannot change a bundle; give it to `dydit export`")
     require("dydit inspect", [*(() if is_bundle else CHECKPOINTS), *(["matplotlib"] if out else [])])
     from dydit.files import new_folder, require_absent
     from dydit.inspection.inspect import inspect

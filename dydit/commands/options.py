@@ -16,8 +16,8 @@ from pydantic import BaseModel
 
 from dydit.bundle.manifest import PlanKind
 from dydit.commands.output import warn
-from dydit.diffusion.process import TRAIN_STEPS
-from dydit.diffusion.samplers import Sampler, Spacing
+from dydit.diffusion.process import TRAIN_STEPS, NoiseSchedule, Prediction
+from dydit.diffusion.samplers import Sampler, SamplerChoice, Spacing
 from dydit.errors import BackendError, ConfigError
 from dydit.files import user_path
 from dydit.models.config import Space, parse_config
@@ -69,6 +69,16 @@ def parse_bytes(text: str) -> int:
     if size < 1:
         raise click.BadParameter(f"{text!r} is less than one byte")
     return size
+
+
+def parse_betas(text: str) -> tuple[float, float]:
+    """The first and the last beta, written as `0.0001,0.02`."""
+    numbers = text.split(",")
+    try:
+        first, last = map(float, numbers)
+    except ValueError as error:
+        raise click.BadParameter(f"{text!r} is not two numbers; write START,END, for example 0.0001,0.02") from error
+    return first, last
 
 
 class PathType(click.Path):
@@ -184,7 +194,8 @@ space_option = click.option(
     "latents]",
 )
 
-READING = ("num_heads", "weights", "num_classes", "input_size")
+TRAINING = ("prediction", "schedule", "betas")
+READING = ("num_heads", "weights", "num_classes", "input_size", *TRAINING)
 
 
 def checkpoint_options(command: Command) -> Command:
@@ -219,6 +230,29 @@ def checkpoint_options(command: Command) -> Command:
             help="Height and width of the latents or, for a model of pixels, of the images. Needed only if the "
             "checkpoint does not contain this size.",
         ),
+        click.option(
+            "--prediction",
+            type=click.Choice([each.value for each in Prediction]),
+            help="What the model was trained to predict: epsilon (the noise), x0 (the image), v, or velocity (image - "
+            "noise, with --schedule flow). Needed only if the checkpoint does not state it.  [default: what the "
+            "checkpoint states, otherwise epsilon]",
+        ),
+        click.option(
+            "--schedule",
+            type=click.Choice([each.value for each in NoiseSchedule]),
+            help="How noise was added in training: in 1000 steps with linear, scaled-linear or cosine betas, or in "
+            "continuous time, as in vp-sde or in flow: flow matching on the linear path, where time 0 is noise and 1 "
+            "the image. Needed only if the checkpoint does not state it.  [default: what the checkpoint states, "
+            "otherwise linear; with --prediction velocity, flow]",
+        ),
+        click.option(
+            "--betas",
+            type=parse_betas,
+            metavar="START,END",
+            help="First and last beta of the schedule. Needed only if the checkpoint does not state them.  [default: "
+            "what the checkpoint states, otherwise 0.0001,0.02 for linear, 0.00085,0.012 for scaled-linear, 0.1,20 for "
+            "vp-sde]",
+        ),
     )
     return options(with_reading)
 
@@ -226,9 +260,22 @@ def checkpoint_options(command: Command) -> Command:
 # Options about the plan of an export
 
 
-def sampler_options(steps: int | None, remark: str = "") -> Callable[[Command], Command]:
-    """`--steps`, `--sampler`, `--timestep-spacing` and `--eta`. `steps`: their default number."""
-    shown = f"  [{remark}]" if remark else ""
+def sampling_options(command: Command) -> Command:
+    """The options of a run of a bundle that exists. The command gets them as `sampling`, a `SamplerChoice`."""
+
+    @functools.wraps(command)
+    def with_sampling(
+        steps: int | None, sampler: str | None, spacing: str | None, eta: float | None, **rest: Any
+    ) -> Any:
+        chosen = {"steps": steps, "sampler": sampler, "spacing": spacing, "eta": eta}
+        return command(sampling=SamplerChoice.model_validate(chosen), **rest)
+
+    return sampler_options(None)(with_sampling)
+
+
+def sampler_options(steps: int | None) -> Callable[[Command], Command]:
+    """`--steps`, `--sampler`, `--timestep-spacing` and `--eta`. `steps`: their default number; None: as exported."""
+    shown = "  [default: as exported]" if steps is None else ""
     return all_of(
         click.option(
             "--steps", type=click.IntRange(1, TRAIN_STEPS), default=steps, help=f"Number of sampling steps.{shown}"
@@ -251,7 +298,7 @@ def sampler_options(steps: int | None, remark: str = "") -> Callable[[Command], 
         click.option(
             "--eta",
             type=click.FloatRange(0, 1),
-            default=None if remark else 0.0,
+            default=None if steps is None else 0.0,
             help="With --sampler ddim: amount of new noise, from 0 (none) to 1 (as much as ddpm)." + shown,
         ),
     )
@@ -280,13 +327,18 @@ def plan_options(command: Command) -> Command:
             plan = {"plan": PlanKind.MAX_SUBNETS, "max_subnets": max_subnets}
         return command(plan=plan, **settings)
 
-    with_options = renamed("--sliding", "--dynamic-width")(with_plan)
-    for option in (
+    options = all_of(
         click.option(
-            "--dynamic-width",
+            "--per-step",
             is_flag=True,
-            help="Use one graph of dynamic width: each step runs exactly the heads and channel groups that it needs, "
-            "and there is one copy of the weights in memory.",
+            help="Use one subnetwork for each distinct mask: the lowest compute, the most subnetworks to load.",
+        ),
+        click.option(
+            "--max-subnets",
+            type=click.IntRange(min=1),
+            metavar="K",
+            help="Use at most K subnetworks. Consecutive steps share one, chosen so that the total compute is lowest. "
+            "The images are the same as with --per-step.",
         ),
         click.option(
             "--memory-budget",
@@ -297,20 +349,14 @@ def plan_options(command: Command) -> Command:
             "used instead.",
         ),
         click.option(
-            "--max-subnets",
-            type=click.IntRange(min=1),
-            metavar="K",
-            help="Use at most K subnetworks. Consecutive steps share one, chosen so that the total compute is lowest. "
-            "The images are the same as with --per-step.",
-        ),
-        click.option(
-            "--per-step",
+            "--dynamic-width",
             is_flag=True,
-            help="Use one subnetwork for each distinct mask: the lowest compute, the most memory.",
+            help="Use one graph of dynamic width: each step runs exactly the heads and channel groups that it needs, "
+            "and there is one copy of the weights in memory.",
         ),
-    ):
-        with_options = option(with_options)
-    return with_options
+        renamed("--sliding", "--dynamic-width"),
+    )
+    return options(with_plan)
 
 
 # Options about running a bundle

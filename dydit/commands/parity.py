@@ -17,6 +17,7 @@ from dydit.commands.options import (
     json_option,
     labels_option,
     parse_options,
+    sampling_options,
     seed_option,
 )
 from dydit.commands.output import print_json, say, say_files
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 @click.option(
     "--every", type=click.IntRange(min=1), default=1, metavar="N", help="Compare every n-th step, and the last one."
 )
+@sampling_options
 @checkpoint_options
 @backend_options
 @json_option

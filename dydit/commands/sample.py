@@ -20,9 +20,11 @@ from dydit.commands.options import (
     labels_option,
     npz_option,
     parse_options,
+    sampling_options,
 )
 from dydit.commands.output import print_json, say
 from dydit.commands.progress import Progress, show_progress
+from dydit.diffusion.samplers import SamplerChoice
 from dydit.errors import ConfigError
 from dydit.extras import backend_modules, require
 from dydit.runtime.bulk.workers import GPUS, Worker, launched_worker, own_gpu, parse_worker
@@ -47,7 +49,8 @@ def _parse_worker(_: click.Context, __: click.Parameter, value: str | None) -> W
 @click.command(cls=Command)
 @click.argument("bundle", type=PATH)
 @labels_option(
-    help="Class numbers, one image for each: 207,360 or 0-9. Repeatable. Required unless --noise-from contains labels."
+    help="Class numbers, one image for each: 207,360 or 0-9. The number after the last class stands for no class. "
+    "Repeatable. Required unless --noise-from contains labels."
 )
 @click.option(
     "--out",
@@ -73,6 +76,7 @@ def _parse_worker(_: click.Context, __: click.Parameter, value: str | None) -> W
     help="Index of the first image. The index decides the noise and the file name of an image.",
 )
 @cfg_scale_option(4.0)
+@sampling_options
 @click.option("--batch-size", type=int, help="Number of images per batch.  [default: as many as the bundle allows]")
 @backend_options
 @npz_option
@@ -80,7 +84,8 @@ def _parse_worker(_: click.Context, __: click.Parameter, value: str | None) -> W
     "--noise-from",
     type=PATH,
     metavar="FILE.npz",
-    help="Read the noise and the class numbers from the arrays x_T, noise and labels of this file. --seed is not used "
+    help="Read the starting latents x_T, the noise of the steps, and the class numbers from the arrays x_T, noise and "
+    "labels of this file. noise is not needed if the sampler adds none (ddim, dpm-solver++, euler). --seed is not used "
     "then.",
 )
 @click.option("--latents-out", type=PATH, metavar="FILE.npz", help="Also write the latents to this file.")
@@ -102,25 +107,33 @@ def command(
     npz: bool,
     latents_out: Path | None,
     worker: Worker,
+    sampling: SamplerChoice,
     as_json: bool,
     **request: Any,
 ) -> None:
-    """Sample images with a bundle. The same settings give the same images, whatever the batch size.
+    """Sample images with a bundle. The same settings give the same images, byte for byte.
+
+    With another batch size or another number of threads, the images are the same up to rounding.
 
     Writes numbered PNG files, grid.png and samples.json. For a latent model without a VAE decoder it writes latents.npz
-    instead of images. To share a run between several processes, start them with torchrun or accelerate launch
-    (`torchrun --nproc-per-node 2 -m -- dydit sample ...`), or start each process with its own
-    --worker I/N.
+    instead of images.
+
+    --steps, --sampler, --timestep-spacing and --eta change the run of a bundle that was exported with --dynamic-width,
+    or of a static model. Other bundles are made for their own timesteps.
+
+    To share a run between several processes, start them with torchrun or accelerate launch
+    (`torchrun --nproc-per-node 2 -m -- dydit sample ...`), or start each process with its own --worker I/N.
     """
     require("dydit sample", backend_modules(backend))
     from dydit.bundle.bundle import Bundle
+    from dydit.planning.resampling import resampled
     from dydit.runtime.backends.base import BackendOptions
     from dydit.runtime.bulk.run import OutputOptions, sample_to_folder
     from dydit.runtime.request import SampleRequest
 
     config = parse_options(SampleRequest, request)
     outputs, options = OutputOptions(npz=npz, latents_out=latents_out), BackendOptions(threads=threads, device=device)
-    opened = Bundle.open(bundle)
+    opened = resampled(Bundle.open(bundle), sampling)
     with _progress(worker) as (progress, steps, images):
         done = sample_to_folder(
             opened, config, out, outputs, backend, options, steps, images, worker, announce=progress.note

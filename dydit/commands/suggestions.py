@@ -37,6 +37,7 @@ def backend_words(settings: Mapping[str, Any]) -> list[str]:
 def reading_words(reading: Mapping[str, Any]) -> list[str]:
     """The options that say how to read a checkpoint. Another command on the same checkpoint needs them as well."""
     given = {name: value for name, value in reading.items() if value is not None}
+    given = {name: ",".join(map(str, value)) if isinstance(value, tuple) else value for name, value in given.items()}
     return [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
 
 

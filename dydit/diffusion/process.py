@@ -16,7 +16,7 @@ from enum import StrEnum
 from typing import Self
 
 import numpy as np
-from pydantic import FiniteFloat, model_validator
+from pydantic import FiniteFloat, ValidationInfo, field_validator, model_validator
 
 from dydit.validation import Strict
 
@@ -70,6 +70,12 @@ class Process(Strict):
     schedule: NoiseSchedule = NoiseSchedule.LINEAR
     prediction: Prediction = Prediction.EPSILON
     betas: tuple[FiniteFloat, FiniteFloat] | None = None
+
+    @field_validator("betas")
+    @classmethod
+    def _usual_are_none(cls, betas: tuple[float, float] | None, known: ValidationInfo) -> tuple[float, float] | None:
+        """So that equal processes compare equal."""
+        return None if betas == _BETAS.get(known.data.get("schedule", NoiseSchedule.COSINE)) else betas
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -83,6 +83,21 @@ class SamplerConfig(Strict):
         return np.arange(self.steps) / self.steps
 
 
+class SamplerChoice(Strict):
+    """What to change of a run's settings (`SamplerConfig`); None changes nothing."""
+
+    steps: int | None = Field(default=None, ge=1, le=TRAIN_STEPS)
+    sampler: Sampler | None = None
+    spacing: Spacing | None = None
+    eta: FiniteFloat | None = Field(default=None, ge=0, le=1)
+
+    def over(self, own: SamplerConfig) -> SamplerConfig:
+        """The settings `own` with the changes. Another sampler starts from its own spacing and without eta."""
+        if self.sampler not in (None, own.sampler):
+            own = SamplerConfig(steps=own.steps)
+        return own.model_copy(update={name: value for name, value in self if value is not None})
+
+
 def mean_step(steps: int) -> float:
     """The length of the last step of Euler-Maruyama for a flow, which adds no noise; a single step goes all the way."""
     return _MEAN_STEP if steps > 1 else 1.0

@@ -49,7 +49,8 @@ def segment_capacities(
             raise ConfigError(f"capacities {capacities}: expected {model.depth} numbers in 1..{model.tokens}")
         return (capacities,) * count
     sampling = config.sampling(checkpoint.config.diffusion)
-    config.calibration.require(checkpoint.sha256, sampling, plan_sha256(plan.bounds, masks))
+    digest = plan_sha256(plan.bounds, masks)
+    config.calibration.require(checkpoint.sha256, sampling, digest, checkpoint.config.process)
     tokens = config.calibration.tokens
     sizes = len(tokens.capacities), len(tokens.largest), tokens.tokens
     expected = count, model.depth, model.tokens

@@ -1,4 +1,4 @@
-"""`dydit export`: writes the bundle of a checkpoint. Masks, then plan, weights, graphs, manifest, in a new folder."""
+"""`dydit export`: writes the bundle of a checkpoint. Masks, then plan, VAE decoder, weights, graphs, manifest."""
 
 from __future__ import annotations
 
@@ -89,8 +89,9 @@ def export_planned(
 ) -> Bundle:
     """`export` with given `masks`, bool [S, U] by slot, and `plan`.
 
-    `order`: the checkpoint's unit in each slot; by default, unit i is in slot i. The kind of plan in `config` is only
-    written to the manifest.
+    `order`: the checkpoint's unit in each slot; by default, unit i is in slot i. The kind of plan in `config` does not
+    change `plan`. It decides whether there is one graph of dynamic width, whose capacities are then the same in all
+    segments, and it is written to the manifest.
     """
     require_absent(out)
     job = _make_job(checkpoint, config, masks, plan, order, measured or Measured())
@@ -118,7 +119,7 @@ def planned_steps(checkpoint: Checkpoint, config: ExportConfig) -> tuple[np.ndar
 def _masks_and_order(checkpoint: Checkpoint, config: ExportConfig) -> tuple[np.ndarray, Slots]:
     model = checkpoint.config
     run = sampling_run(model.diffusion, config.sampling(model.diffusion), model.learn_sigma)
-    masks = freeze_masks(checkpoint.width_routers(), run.times)
+    masks = freeze_masks(checkpoint.width_router_model(), run.times)
     order = activity_order(masks, model.units)
     return by_slot(masks, model.units, order), order
 
@@ -333,4 +334,7 @@ def stale_reasons(manifest: Manifest, checkpoint: Checkpoint) -> list[str]:
         reasons.append(f"the weights changed: the bundle was not exported from {checkpoint.path} as it is now")
     if manifest.model.sizes != checkpoint.config.sizes:
         reasons.append("the architecture differs")
+    ours, theirs = manifest.model.diffusion, checkpoint.config.diffusion
+    if ours != theirs:
+        reasons.append(f"the training differs: {ours.words} in the bundle, {theirs.words} in the checkpoint")
     return reasons

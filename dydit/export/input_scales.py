@@ -36,7 +36,8 @@ def segment_scales(
     if config.activations is None:
         assert config.calibration is not None
         sampling = config.sampling(checkpoint.config.diffusion)
-        config.calibration.require(checkpoint.sha256, sampling, plan_sha256(plan.bounds, masks))
+        digest = plan_sha256(plan.bounds, masks)
+        config.calibration.require(checkpoint.sha256, sampling, digest, checkpoint.config.process)
         config.calibration.require_searched(config.precision)
     ranges = _ranges(config)
     if ranges is None:

@@ -31,7 +31,8 @@ class SubnetSpec:
     """The description of a subnetwork: its slots, its gated unit groups, and how it routes tokens.
 
     `units`: ascending slots by block and unit group. `gated`: (block, unit group) of groups that are not completely on
-    in every step of the subnetwork. `capacities`: token slots per row, by block, with `Routing.CAPACITY`.
+    in every step of the subnetwork. `capacities`: by block, token slots per row of a batch, which its
+    rows share, with `Routing.CAPACITY`.
     `input_scales`: scales of the inputs of layers, by block, with calibrated precisions; None for a layer that stays in
     fp16.
     """
@@ -89,7 +90,7 @@ class GraphWriter:
 
     def factors(self, part: Part, slots: Sequence[int]) -> list[ir.Value]:
         """The stored factors of smoothed inputs of a part's layers, each [channels of the slots]."""
-        names = [f"{layer.name}.factor" for layer in part.group.layers if layer.scaled_inputs]
+        names = [layer.factor for layer in part.group.layers if layer.scaled_inputs]
         return [
             self.weights.units(self.ops, part, name, slots) for name in names if self.weights.has(part.stored(name))
         ]

@@ -106,7 +106,7 @@ def inspect_checkpoint(path: Path | str, steps: int = DEFAULT_STEPS, **reading: 
     config = checkpoint.config
     process = config.diffusion
     timesteps = SamplerConfig(sampler=default_sampler(process), steps=steps).times(process)
-    masks = freeze_masks(checkpoint.width_routers(), timesteps)
+    masks = freeze_masks(checkpoint.width_router_model(), timesteps)
     is_router = architecture_of(config).is_router
     parameters = {name: tensor.numel() for name, tensor in checkpoint.state.items()}
     model = _model_facts(config, sum(parameters.values()), sum(n for name, n in parameters.items() if is_router(name)))
@@ -196,6 +196,8 @@ def _decoder_facts(manifest: Manifest) -> DecoderFacts | None:
 def _model_facts(config: ModelConfig, parameters: int, routers: int) -> ModelFacts:
     return ModelFacts(
         config=config,
+        process=config.diffusion,
+        process_assumed=config.process is None,
         tokens=config.tokens,
         parameters=parameters,
         router_parameters=routers,

@@ -14,6 +14,7 @@ This module imports neither PyTorch nor ONNX, because running a bundle needs it 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -23,6 +24,10 @@ import numpy as np
 
 Slots = tuple[tuple[tuple[int, ...], ...], ...]
 """Ascending units of every part, by block and unit group."""
+
+
+WIDTH_ROUTER = ("width.weight", "width.bias")
+"""The stored tensors of all width routers, [U, D] and [U], with a row for each unit, by slot (`router_rows`)."""
 
 
 class Side(StrEnum):
@@ -59,6 +64,16 @@ class UnitLayer:
         return f"{self.name}.bias"
 
     @property
+    def scale(self) -> str:
+        """The stored name of the scales of output channels, which only 8 bits have, within its block."""
+        return f"{self.name}.scale"
+
+    @property
+    def factor(self) -> str:
+        """The stored name of the factors of smoothed inputs, which only 8 bits have, within its block."""
+        return f"{self.name}.factor"
+
+    @property
     def out_major(self) -> bool:
         """Whether the stored rows are outputs, [out, in], as in PyTorch. Otherwise they are inputs, [in, out]."""
         return self.side is Side.OUTPUT
@@ -71,8 +86,8 @@ class UnitLayer:
     @property
     def quantized_unit_tensors(self) -> tuple[str, ...]:
         """Such tensors that only 8 bits have: scales of output channels, factors of smoothed inputs."""
-        scales = (f"{self.name}.scale",) if self.out_major else ()
-        return (*scales, f"{self.name}.factor") if self.scaled_inputs else scales
+        scales = (self.scale,) if self.out_major else ()
+        return (*scales, self.factor) if self.scaled_inputs else scales
 
     def in_features(self, units: int) -> int:
         """Input channels with the given number of active units."""
@@ -156,6 +171,12 @@ def stored_name(block: int, tensor: str) -> str:
     return f"blocks.{block}.{tensor}"
 
 
+def block_of(stored: str) -> int | None:
+    """The block of a tensor in a bundle, by its full name; None if it is of no block. The inverse of `stored_name`."""
+    match = re.fullmatch(r"blocks\.(\d+)\..+", stored)
+    return None if match is None else int(match[1])
+
+
 class UnitAxis:
     """The axis of all units of a model, with methods for arrays along it."""
 
@@ -221,6 +242,11 @@ class UnitAxis:
         """The number of active units by name of the unit group. `mask`: bool [U], by default all on."""
         on = np.ones(self.size, bool) if mask is None else mask
         return {name: int(on[units].sum()) for name, units in self._units_of_groups().items()}
+
+    @property
+    def group_titles(self) -> str:
+        """The names of the unit groups' units in reports: "attention heads and channel groups"."""
+        return " and ".join(dict.fromkeys(group.title or group.name for group in self.blocks[0].groups))
 
     def _units_of_groups(self) -> dict[str, list[int]]:
         units: dict[str, list[int]] = {}

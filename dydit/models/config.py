@@ -78,9 +78,10 @@ class ModelConfig(Strict):
     channels, for the variance. `space`: what the model was trained on. Weights do not show it, so it is None unless the
     checkpoint, its folder or the user states it; `samples_pixels` then depends on the number of channels. `process`:
     how noise was added in training, and what the output predicts; None if nothing states it, which counts as DiT's.
+    `class_names`: a text for each class, of one or more names with commas between them; None if nothing states them.
     """
 
-    UNSTATED: ClassVar[dict[str, Any]] = {"space": None, "process": None}
+    UNSTATED: ClassVar[dict[str, Any]] = {"space": None, "process": None, "class_names": None}
 
     architecture: str
     hidden_size: int = Field(gt=0)
@@ -91,6 +92,7 @@ class ModelConfig(Strict):
     routers: Routers = Routers.FIRST_ON
     space: Space | None = None
     process: Process | None = None
+    class_names: tuple[str, ...] | None = Field(default=None, repr=False)
 
     @model_validator(mode="wrap")
     @classmethod
@@ -122,6 +124,12 @@ class ModelConfig(Strict):
             raise ValueError(
                 f"{self.in_channels} channels cannot be pixels; expected 1 (grey) or 3 (RGB); state latents instead"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _classes_have_names(self) -> Self:
+        if self.class_names is not None and len(self.class_names) != self.classes.count:
+            raise ValueError(f"class_names has {len(self.class_names)} names for {self.classes.count} classes")
         return self
 
     # What an architecture says about its models.
@@ -230,8 +238,8 @@ class ModelConfig(Strict):
 
     @property
     def sizes(self) -> Self:
-        """The configuration without `space` and `process`, which affect no weight; for comparisons."""
-        return self.model_copy(update={"space": None, "process": None})
+        """The configuration without `space`, `process` and `class_names`, which affect no weight; for comparisons."""
+        return self.model_copy(update={"space": None, "process": None, "class_names": None})
 
     @property
     def null_class(self) -> int | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,10 +12,11 @@ from dydit.models.config import ModelConfig
 from dydit.models.routers import Gating, Masked, Static, WidthRouter
 
 
-class DynamicModel(nn.Module):
+class DynamicModel(nn.Module, ABC):
     """A diffusion transformer with routers, under the names of its published state dict.
 
-    `blocks` returns the residual stream [B, ..., D] of each block.
+    `blocks`: a module for each block, whose output is the residual stream [B, ..., D] after the block. If the
+    model is dynamic, every block has a token router.
     """
 
     blocks: nn.ModuleList

@@ -1,8 +1,9 @@
 """The architectures that dydit knows, by name, and the interface that each one implements.
 
-A new architecture is a folder beside `dit/`, a line in `_FOLDERS`, and its tests. All other code asks the
-`Architecture` of a model, and reads no meaning out of the names of tensors. PyTorch and ONNX are imported only by the
-methods that need them, because running a bundle needs neither.
+A new architecture is a folder beside `dit/` whose `__init__.py` has an instance called `ARCHITECTURE`, a line in
+`_FOLDERS`, its layer in `pyproject.toml`, and its tests. All other code asks the `Architecture` of a model, and reads
+no meaning out of the names of its tensors. PyTorch and ONNX are imported only by the methods that need them, because
+running a bundle needs neither.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from dydit.errors import ConfigError
+from dydit.errors import ConfigError, UnsupportedError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -45,6 +46,7 @@ class Architecture(ABC):
     name: ClassVar[str]
     title: ClassVar[str]
     config: type[ModelConfig]
+    """`name`: in files, and in the field `architecture` of `config`. `title`: in reports."""
 
     # In PyTorch.
 
@@ -67,6 +69,15 @@ class Architecture(ABC):
     @abstractmethod
     def conditioning(self, config: Any, weights: Mapping[str, Tensor], timesteps: Tensor, labels: Tensor) -> Tensor:
         """The conditions of all (timestep, label) pairs: int64 [T], int64 [R] -> [T, R, *condition_shape]."""
+
+    # In NumPy.
+
+    @abstractmethod
+    def timestep_embedding(self, weights: Mapping[str, np.ndarray], times: np.ndarray) -> np.ndarray:
+        """The input of the width routers, from stored weights: the model's own times [T] -> float64 [T, D].
+
+        With the stored `WIDTH_ROUTER`, it gives the masks of any timesteps without PyTorch.
+        """
 
     # From the weights of a checkpoint to the weights of a bundle.
 
@@ -92,7 +103,13 @@ class Architecture(ABC):
 
     @abstractmethod
     def write_step(self, writer: GraphWriter) -> tuple[ir.Value, list[ir.Value]]:
-        """Write the model into a graph. Returns its output, and each block's number of tokens without a slot."""
+        """Write the model between `x` and its output into a graph; the writer adds guidance and the sampler's step.
+
+        Returns the output, and the number of each block's tokens without a slot, int64 [1]; an empty list unless
+        routing is by capacity. What it has to handle: all kinds of `writer.spec.routing` (None: a static model); parts
+        without units, of which only the last bias remains; gates; with dynamic width, an unknown number of units
+        (`writer.count` is None). It names each block's token mask and residual stream as `dydit.bundle.io_spec` says.
+        """
 
     @abstractmethod
     def conditioning_graph(
@@ -106,7 +123,7 @@ class Architecture(ABC):
     top_level: ClassVar[tuple[str, ...]] = ()
     diffusers_classes: ClassVar[tuple[str, ...]] = ()
     output_layer: ClassVar[str | None] = None
-    """`anchors`: published names, one of which every model has. They identify a state dict in a file. `top_level`: the
+    """`anchors`: published names; every state dict of this architecture has at least one of them. `top_level`: the
     first parts of published names. `diffusers_classes`: the classes in `config.json`. `output_layer`: the weight that
     is all zeros before training."""
 
@@ -178,8 +195,8 @@ class Architecture(ABC):
         """Change a synthetic model's weights so that its token routers select exactly `share` of all tokens."""
         raise self._unable("there are no synthetic models of this architecture")
 
-    def _unable(self, reason: str) -> ConfigError:
-        return ConfigError(f"{self.title}: {reason}")
+    def _unable(self, reason: str) -> UnsupportedError:
+        return UnsupportedError(f"{self.title}: {reason}")
 
 
 _FOLDERS = {"dit": "dydit.models.dit"}

@@ -7,16 +7,18 @@ model does not depend on how that is done.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dydit.models.architecture import Slots
 from dydit.models.config import ModelConfig, Routers
 
 TOKEN_ROUTER = ("router.0.weight", "router.0.bias", "router.2.weight", "router.2.bias")
-"""The stored tensors of a token router, within its block."""
+"""The stored tensors of a token router, within its block. Every block of a dynamic model has them."""
 
 
 class WidthRouter(nn.Module):
@@ -33,6 +35,25 @@ class WidthRouter(nn.Module):
     def forward(self, t_emb: Tensor) -> Tensor:
         logits = self.router(t_emb)
         return F.pad(logits, (1, 0), value=torch.inf) if self.first_on else logits
+
+
+def width_router_rows(
+    config: ModelConfig, routers: Sequence[tuple[Tensor, Tensor]], order: Slots
+) -> tuple[Tensor, Tensor]:
+    """All width routers as one layer, stored as `WIDTH_ROUTER`: f32 [U, D] and [U], with a row for each unit, by slot.
+
+    `routers`: weight and bias of the router of each part (`UnitAxis.parts`). Unit 0 of `Routers.FIRST_ON`, which has no
+    row, gets one of zeros and the bias 1, so that its logit is above 0 at any time.
+    """
+    first_on = config.routers is Routers.FIRST_ON
+    weights, biases = [], []
+    for (weight, bias), (_, units) in zip(routers, config.units.zip(order), strict=True):
+        weight, bias = weight.detach().float(), bias.detach().float()
+        if first_on:
+            weight, bias = F.pad(weight, (0, 0, 1, 0)), F.pad(bias, (1, 0), value=1.0)
+        weights.append(weight[list(units)])
+        biases.append(bias[list(units)])
+    return torch.cat(weights), torch.cat(biases)
 
 
 class TokenRouter(nn.Module):

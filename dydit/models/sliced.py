@@ -42,7 +42,8 @@ class SlicedBlock:
     """A block's weights for its slots. With consecutive slots, they are views of the stored tensors.
 
     `layers`: weight and bias of each layer that units own, by name. The weight is [rows of all slots, features], see
-    `UnitLayer`. `slots`: slots of each unit group, int64. `router`: the token router, if the block has one.
+    `UnitLayer`. `slots`: slots of each unit group, int64. `router`: the tensors `TOKEN_ROUTER`, which every block
+    of a dynamic model has; None in a static model.
     """
 
     index: int
@@ -156,7 +157,7 @@ class SlicedModel(ABC):
         return flat.index_copy(0, chosen, entering + branch(entering, chosen // x.shape[1])).view_as(x)
 
     def keep_every_token(self, x: Tensor) -> None:
-        """Record that all tokens of a block [R, N, D] pass, because it has no router."""
+        """Record that all tokens of a block [R, N, D] pass, because no token router decides on them."""
         self._tokens.append(torch.ones_like(x[..., 0], dtype=torch.bool))
 
     def finish_block(self, x: Tensor) -> None:

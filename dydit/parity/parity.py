@@ -25,11 +25,13 @@ from dydit.bundle.bundle import Bundle
 from dydit.bundle.manifest import Manifest
 from dydit.bundle.stored_weights import fp16_name
 from dydit.checkpoints.checkpoint import Checkpoint, load_checkpoint
+from dydit.diffusion.samplers import SamplerChoice
 from dydit.diffusion.steps import State, run_steps
 from dydit.errors import ConfigError
 from dydit.export.exporter import stale_reasons
 from dydit.export.weights import Copies, stored_forms
 from dydit.files import new_folder, require_absent, write_json
+from dydit.models.architecture import block_of
 from dydit.models.config import ModelConfig
 from dydit.models.macs import flops_ratio
 from dydit.models.registry import architecture_of
@@ -45,6 +47,7 @@ from dydit.parity.comparison import (
 )
 from dydit.parity.reference import Images, Reference, Trajectory
 from dydit.parity.tolerances import DERIVED_WEIGHTS, of_latents, tolerances
+from dydit.planning.resampling import resampled
 from dydit.reports.parity_report import Check, Departure, ParityReport
 from dydit.reports.plot_style import write_picture
 from dydit.reports.plots import parity_png
@@ -65,6 +68,7 @@ class ParityConfig(Strict):
     """What to compare: an image for each label (the null class is a label, too); `cfg_scale` 1 is no guidance.
 
     `every`: compare every n-th step and the last one from the reference's latents. The whole run always has all steps.
+    `sampling`: changes of the bundle's run (`dydit.planning.resampling.resampled`).
     """
 
     backend: str = "onnxruntime"
@@ -74,6 +78,7 @@ class ParityConfig(Strict):
     seed: int = Field(default=0, ge=0)
     cfg_scale: float = Field(default=4.0, ge=0, allow_inf_nan=False)
     every: int = Field(default=1, ge=1)
+    sampling: SamplerChoice = SamplerChoice()
 
 
 def compare_files(
@@ -104,7 +109,9 @@ def run_parity(
     A bundle of another checkpoint is not refused: its checks fail and name what differs. Raises `ConfigError` for
     labels that do not fit the bundle, and `BackendError` if the backend cannot run it.
     """
-    start, manifest = time.perf_counter(), bundle.manifest
+    start = time.perf_counter()
+    bundle = resampled(bundle, config.sampling)
+    manifest = bundle.manifest
     if len(config.labels) > manifest.max_batch:
         raise ConfigError(
             f"{counted(len(config.labels), 'label')}, but the bundle was exported for batches up to "
@@ -113,12 +120,12 @@ def run_parity(
     Images(config.labels, config.seed, config.cfg_scale).row_labels(manifest.model)
     steps = manifest.sampling.steps
     compared = sorted({*range(0, steps, config.every), steps - 1})
-    if manifest.model.sizes == checkpoint.config.sizes:
+    if (other := _other_model(manifest, checkpoint.config)) is None:
         parity = _Parity(bundle, checkpoint, config, compared, progress)
         checks, trajectory = parity.checks()
         evaluations, repeated = parity.evaluations, parity.repeated
     else:
-        checks, trajectory = _other_architecture(manifest, checkpoint.config), None
+        checks, trajectory = other, None
         evaluations = repeated = 0
     tokens, ratio = (np.empty(0), np.empty(0)) if trajectory is None else cost_of(manifest.model, trajectory)
     report = ParityReport(
@@ -154,13 +161,20 @@ def cost_of(model: ModelConfig, trajectory: Trajectory) -> tuple[np.ndarray, np.
     return routed.mean(axis=1), ratio
 
 
-def _other_architecture(manifest: Manifest, reference: ModelConfig) -> list[Check]:
-    ours = manifest.model
-    name = next(name for name in ModelConfig.model_fields if getattr(ours, name) != getattr(reference, name))
-    where = f"{name} is {getattr(ours, name)} in the bundle and {getattr(reference, name)} in the checkpoint"
+def _other_model(manifest: Manifest, reference: ModelConfig) -> list[Check] | None:
+    """The checks of a bundle that cannot be compared step by step, because it is of another model; None if it can."""
+    ours, theirs, what = manifest.model.sizes, reference.sizes, "the architecture differs"
+    if ours != theirs:
+        names = (name for name in type(ours).model_fields if getattr(ours, name) != getattr(theirs, name, None))
+        name = next(names, "architecture")
+        where = f"{name} is {getattr(ours, name)} in the bundle and {getattr(theirs, name, None)} in the checkpoint"
+    elif manifest.model.diffusion != reference.diffusion:
+        what = "the training differs"
+        where = f"{manifest.model.diffusion.words} in the bundle, {reference.diffusion.words} in the checkpoint"
+    else:
+        return None
     first, *rest = tolerances(manifest.precision).values()
-    failed = exact_check(first, 1, "the architecture differs", Departure(where=where))
-    return [failed, *(skipped(each, "the architecture differs") for each in rest)]
+    return [exact_check(first, 1, what, Departure(where=where)), *(skipped(each, what) for each in rest)]
 
 
 class _Parity:
@@ -336,8 +350,7 @@ def compare_weights(bundle: Bundle, checkpoint: Checkpoint) -> Check:
         count = _differing(bundle, name, expected)
         differing += count
         if count and first is None:
-            block = int(name.split(".")[1]) if name.startswith("blocks.") else None
-            first = Departure(block=block, where=f"{name}: {count} of {expected.numel()} elements differ")
+            first = Departure(block=block_of(name), where=f"{name}: {count} of {expected.numel()} elements differ")
     detail = f"all {elements:,} elements are equal"
     if differing:
         detail = f"{differing:,} of {counted(elements, 'element')} differ{'s' if differing == 1 else ''}"

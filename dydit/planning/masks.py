@@ -36,7 +36,7 @@ def freeze_masks(model: DynamicModel, timesteps: np.ndarray) -> np.ndarray:
 def activity_order(masks: np.ndarray, axis: UnitAxis) -> Slots:
     """The unit of each slot: units that are on in more steps first. `masks`: [S, U]; ties keep the checkpoint's order.
 
-    If the masks of a block are nested sets, every step's mask is then a prefix of the slots.
+    If the masks of a part are nested sets, every step's mask is then a prefix of the slots.
     """
     steps = masks.sum(axis=0, dtype=np.int64)
     order = [np.argsort(-steps[part.units], kind="stable") for part in axis.parts]

@@ -17,7 +17,7 @@ from pydantic import Field
 from dydit.bundle.measurements import Measured
 from dydit.checkpoints.checkpoint import Checkpoint
 from dydit.child_process import ChildProcess
-from dydit.errors import ConfigError
+from dydit.errors import ConfigError, UnsupportedError
 from dydit.export.settings import ExportConfig
 from dydit.extras import FITS, require
 from dydit.planning.profile_fit import fit_residency, fit_times
@@ -49,8 +49,9 @@ def run_profile(
 ) -> Measured:
     """Measure what `export` would write for a checkpoint: `times` of a step, `memory` of loaded subnetworks.
 
-    Raises `ConfigError` for a batch larger than the export's, for a model of one head, and if times do not grow with
-    width; `BackendError` if SciPy is missing, the backend cannot run such bundles, or memory cannot be measured.
+    Raises `ConfigError` for a batch larger than the export's, and if times do not grow with width; `UnsupportedError`
+    for a unit group of one unit, and for an architecture without synthetic models; `BackendError` if SciPy is missing,
+    the backend cannot run such bundles, or memory cannot be measured.
     """
     require("measuring costs", FITS)
     model = checkpoint.config
@@ -58,7 +59,7 @@ def run_profile(
         raise ConfigError(f"cannot measure a batch of {config.batch}: the export allows at most {export.max_batch}")
     groups = model.units.blocks[0].groups
     if any(group.count < 2 for group in groups):
-        raise ConfigError("a model with one head has only one width, so costs cannot be measured; use --cost macs")
+        raise UnsupportedError("a unit group with one unit has only one width, so nothing can be measured")
     share = (config.token_share or token_share(checkpoint)) if model.dynamic else 1.0
     threads = config.threads or Machine.here().cores
     points = profile_points([group.count for group in groups])

@@ -97,12 +97,15 @@ def subnet_bytes(
     total = fixed_bytes(model, precision)
     for part, units in model.units.zip(slots):
         in_fp16 = fp16_layers[part.block] if fp16_layers else ()
-        for tensor in part.group.all_unit_tensors:
-            layer, _, piece = tensor.partition(".")
-            name = part.stored(tensor)
-            stored = weights.get(fp16_name(name) if layer in in_fp16 and piece == "weight" else name)
-            if stored is not None and not (layer in in_fp16 and piece == "scale"):  # a layer in fp16 reads no scales
-                total += stored.nbytes // part.group.count * len(units)
+        for layer in part.group.layers:
+            for tensor in (*layer.unit_tensors, *layer.quantized_unit_tensors):
+                name = part.stored(tensor)
+                if layer.name in in_fp16:
+                    if tensor == layer.scale:  # a layer in fp16 reads no scales
+                        continue
+                    name = fp16_name(name) if tensor == layer.weight else name
+                if (stored := weights.get(name)) is not None:
+                    total += stored.nbytes // part.group.count * len(units)
         # The scales of inner-major layers belong to no unit, so `fixed_bytes` counted them.
         in_major = [layer for layer in part.group.layers if layer.name in in_fp16 and not layer.out_major]
         total -= sum(4 * layer.features for layer in in_major)

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from dydit.bundle.manifest import PlanKind, Routing
 from dydit.bundle.measurements import MeasuredPlan
+from dydit.diffusion.process import Process
 from dydit.models.config import ModelConfig
 from dydit.reports.results import Result
 from dydit.reports.text import aligned, bytes_text, count_text, measured_lines
@@ -46,6 +47,8 @@ class ModelFacts(Result):
     """Sizes and cost of a model: multiply-adds of one image and step with all units on."""
 
     config: ModelConfig
+    process: Process = Field(default=Process(), description="how noise was added in training, and what is predicted")
+    process_assumed: bool = Field(default=True, description="whether nothing states the process, so it is DiT's")
     tokens: int
     parameters: int
     router_parameters: int
@@ -150,7 +153,7 @@ def checkpoint_text(facts: CheckpointFacts) -> str:
     head = [
         ("checkpoint", facts.path),
         ("format", f"{facts.format}, {bytes_text(facts.file_bytes)}, SHA-256 {facts.sha256[:16]}"),
-        *_model_lines(facts.model),
+        *_model_lines(facts.model, "the file does not state it; change it with --prediction and --schedule"),
         *_width_lines(facts.model, facts.width),
         *((key, value if len(value) <= 80 else value[:77] + "...") for key, value in sorted(facts.metadata.items())),
         *(("assumed", note) for note in facts.notes),
@@ -166,7 +169,7 @@ def bundle_text(facts: BundleFacts) -> str:
     head = [
         ("bundle", f"{facts.path}, schema version {facts.schema_version}"),
         ("checkpoint", f"SHA-256 {facts.checkpoint_sha256[:16]}"),
-        *_model_lines(facts.model),
+        *_model_lines(facts.model, "its checkpoint did not state it; export again with --prediction and --schedule"),
         *_width_lines(facts.model, facts.width),
         (
             "sampling",
@@ -241,7 +244,8 @@ def _plan_line(facts: BundleFacts) -> str:
     return f"{facts.plan_kind}: {sizes}, {cost}"
 
 
-def _model_lines(model: ModelFacts) -> list[tuple[str, str]]:
+def _model_lines(model: ModelFacts, unstated: str) -> list[tuple[str, str]]:
+    """`unstated`: what to say if nothing states how the model was trained."""
     c = model.config
     kind = f"{c.title}, routers {c.routers}" if c.dynamic else f"{c.title}, static"
     shape = f"{c.in_channels}x{c.input_size}x{c.input_size}"
@@ -251,6 +255,7 @@ def _model_lines(model: ModelFacts) -> list[tuple[str, str]]:
     return [
         ("model", f"{kind}; {c.summary}"),
         ("input", f"{shape}, {counted(model.tokens, 'token')}, {classes}{guidance}"),
+        ("training", f"{model.process.words}{f' (assumed: {unstated})' if model.process_assumed else ''}"),
         ("samples", c.space_words),
         ("parameters", f"{model.parameters:,}{routers}"),
         (

@@ -60,7 +60,7 @@ def measured_lines(measured: MeasuredPlan | None) -> list[str]:
         lines.append(
             f"According to a profile on {times.backend} ({setting}; largest error of the fit: {times.deviation:.1%}), "
             f"a run takes {measured.ms / 1e3:.3g} s. This is {measured.ms / measured.static_ms:.1%} of the time with "
-            f"all heads and groups; a subnetwork for every step would take "
+            f"all units on; a subnetwork for every step would take "
             f"{measured.per_step_ms / measured.static_ms:.1%}"
         )
         if times.deviation > ROUGH:

@@ -1,4 +1,4 @@
-"""The sampling loop: segment by segment over all batches, so that a run loads each subnetwork once.
+"""The sampling loop: segment by segment over the batches of a chunk, so that they share each loaded subnetwork.
 
 `StepRunner` makes one step's inputs and runs it, from any latents; `sample` drives it over a run. Between segments,
 latents live in a `LatentStore`: in memory here, on disk in `dydit.runtime.bulk.run`.
@@ -11,13 +11,12 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
 from dydit.bundle.io_spec import CONDITION
 from dydit.bundle.manifest import Manifest, PlanKind
-from dydit.diffusion.coefficients import NOISE
 from dydit.diffusion.guidance import Guidance
 from dydit.diffusion.steps import State, run_steps
 from dydit.errors import BackendError
@@ -27,6 +26,7 @@ from dydit.runtime.request import Batch
 from dydit.runtime.resident import ResidentSubnets
 
 Progress = Callable[[int, int], None]
+T = TypeVar("T")
 CONDITIONING_BYTES = 64 << 20
 
 
@@ -84,10 +84,10 @@ class Conditioner:
 
 
 class StepRunner:
-    """Runs any step of a bundle. `labels` are all that will be asked for; `cfg_scale` is read as `Guidance` says.
+    """Runs any step of a bundle. `labels`: all labels that will be asked for. `cfg_scale`: see `Guidance`.
 
-    `images`: how many a batch of the run has, its largest; a hint for the backend (`Backend.expect`). Where `subnets`
-    load with `debug`, a step also returns every block's token decisions and residual stream.
+    `images`: the size of the run's largest batch, a hint for the backend (`Backend.expect`). If `subnets` load with
+    `debug`, a step also returns every block's token decisions and residual stream.
 
     Threads may share a runner, and runners a backend: steps take turns, by the backend's lock.
     """
@@ -100,7 +100,7 @@ class StepRunner:
         cfg_scale: float,
         images: int | None = None,
     ):
-        manifest = backend.bundle.manifest
+        self._manifest = manifest = backend.bundle.manifest
         self.backend, self.subnets, self.images = backend, subnets, images
         self.guidance = Guidance(cfg_scale, manifest.model.null_class)
         self._conditioner = Conditioner(backend, self.guidance.rows(np.asarray(labels, np.int64)))
@@ -113,6 +113,8 @@ class StepRunner:
     ) -> dict[str, np.ndarray]:
         """The inputs of a step for a state and noise f32 [B, C, S, S] and labels int64 [B]."""
         with self.backend.lock:
+            if self.backend.bundle.manifest is not self._manifest:
+                raise BackendError("the backend runs other steps now; make another StepRunner for them")
             condition = self._conditioner.rows(step, self.guidance.rows(labels))
         return {
             "x": state.x,
@@ -143,11 +145,10 @@ class StepRunner:
 
     def steps_of(self, batch: Batch, noise: NoiseSource) -> Callable[[int, State[np.ndarray]], StepResult]:
         """The steps of a batch, for `run_steps`."""
-        manifest = self.backend.bundle.manifest
+        noisy = set(self._manifest.sampling.noisy_steps)
 
         def step(index: int, state: State[np.ndarray]) -> StepResult:
-            noisy = manifest.sampling.coefficients[index][NOISE] != 0
-            drawn = noise.step(batch, index) if noisy else np.zeros_like(state.x)
+            drawn = noise.step(batch, index) if index in noisy else np.zeros_like(state.x)
             return self.run(index, state, drawn, batch.labels)
 
         return step
@@ -185,7 +186,9 @@ class MemoryStore:
 
 @dataclass(frozen=True)
 class RunStats:
-    """What this call did: images, steps of a batch, how many of them were repeated at full capacity, wall seconds."""
+    """`images`: of all batches, also of those that were done before. In this call: `steps` of a batch, how many of them
+    were repeated at full capacity, and wall `seconds`.
+    """
 
     images: int
     steps: int
@@ -225,19 +228,27 @@ def sample(
     its beginning to its end; so `progress`, `noise`, `store` and `finished` cannot start another run on it, which
     raises `BackendError`.
     """
-    backend = runner.backend
+
+    def work() -> RunStats:
+        backend = runner.backend
+        if isinstance(backend, WholeRuns):
+            stats = backend.sample_run(batches, noise, store, runner.guidance.scale, progress)
+            if finished:
+                finished(range(len(batches)))
+            return stats
+        return _sample_by_steps(runner, batches, noise, store, progress, chunk, finished)
+
+    return as_one_run(runner.backend, work)
+
+
+def as_one_run(backend: Backend, work: Callable[[], T]) -> T:
+    """Do the work of a run, which no other run on the backend may interleave with; returns what it returns."""
     with backend.lock:
         backend.require_open()
-        if backend.sampling:
-            raise BackendError("this bundle is in the middle of a run; start another one after it, not from within")
+        backend.require_no_run()
         backend.sampling = True
         try:
-            if isinstance(backend, WholeRuns):
-                stats = backend.sample_run(batches, noise, store, runner.guidance.scale, progress)
-                if finished:
-                    finished(range(len(batches)))
-                return stats
-            return _sample_by_steps(runner, batches, noise, store, progress, chunk, finished)
+            return work()
         finally:
             backend.sampling = False
 
@@ -291,18 +302,25 @@ def _sample_by_steps(
 
 
 def chunk_size(manifest: Manifest, batch: int, labels: int, device: str) -> int:
-    """How many batches to bring to their end before others begin, so that a run shows pictures early at 2 % more time.
+    """How many batches to bring to their end before others begin: as few as cost 2 % more time, to show pictures early.
 
-    `batch`: images of a batch; `labels`: classes of the run, the null class among them. Every chunk loads each
-    subnetwork once, in the background, which on the CPU takes as long as one or two steps of an image (see
-    `BackendOptions.packed`), and on a GPU as long as a few hundred; a plan of dynamic width loads nothing. And it
-    computes the modulation of every step and label once: 6 D^2 multiply-adds for each block, where an image's step
-    takes about 12 D^2 for half of 2 N tokens.
+    `batch`: images of a batch; `labels`: classes of the run, the null class among them. Each chunk has two costs:
+
+    - It loads each subnetwork once, in the background. On the CPU this takes as long as one or two steps of an image
+      (see `BackendOptions.packed`). On a GPU it is assumed to take as long as a few hundred; none was measured. A plan
+      of dynamic width loads nothing.
+    - It computes the condition of every step and label once. That takes about one multiply-add for each weight of the
+      conditioning graph. The plan says how many a step of an image takes, without guidance and with all tokens.
+
+    A backend that does whole runs (`WholeRuns`) has no chunks.
     """
     steps, segments = manifest.sampling.steps, len(manifest.plan.segments)
     image_steps, batch_steps = (100, 24) if device == "cpu" else (20_000, 24)  # for each loading
     loads = 0.0 if manifest.dynamic_width else segments / steps * max(image_steps / batch, batch_steps)
-    return max(1, math.ceil(loads), math.ceil(25 * labels / (manifest.model.tokens * batch)))
+    model, stored = manifest.model, manifest.weights.items()
+    weights = sum(math.prod(entry.shape) for name, entry in stored if model.is_conditioning(name))
+    conditions = labels * weights / max(1.0, 0.02 * batch * manifest.plan.macs / steps)
+    return max(1, math.ceil(loads), math.ceil(conditions))
 
 
 def default_residency(manifest: Manifest) -> int | None:

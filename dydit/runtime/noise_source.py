@@ -2,6 +2,7 @@
 
 A noise file is an `.npz` of `x_T` [B, C, S, S] (the starting latents), `noise` [steps, B, C, S, S] in execution order,
 both floating point and finite, and integers `labels` [B]. With it, the run of another program can be repeated exactly.
+`noise` is read only if the sampler adds noise.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from dydit.diffusion.noise import INITIAL_DRAW, image_noise, step_draw
 from dydit.errors import ConfigError, one_line
 from dydit.files import sha256_of
 from dydit.runtime.request import Batch
+from dydit.words import counted
 
 _DAMAGED = (
     ValueError,
@@ -65,19 +67,24 @@ class NoiseFile:
     path: Path
     sha256: str
     x_T: np.ndarray
-    noise: np.ndarray
+    noise: np.ndarray | None
     labels: tuple[int, ...]
 
     @classmethod
     def read(cls, path: Path, manifest: Manifest) -> NoiseFile:
         """Read a file and check it against a bundle. Raises `ConfigError` if anything does not fit."""
-        arrays = read_arrays(path, ("x_T", "noise", "labels"), "noise")
-        model, steps = manifest.model, manifest.sampling.steps
+        model, sampling, steps = manifest.model, manifest.sampling, manifest.sampling.steps
+        arrays = read_arrays(path, ("x_T", "labels"), "noise", ("noise",) if sampling.noisy_steps else ())
+        if sampling.noisy_steps and "noise" not in arrays:
+            raise ConfigError(
+                f"{path} has no array 'noise', which {sampling.sampler} needs: it adds noise in "
+                f"{len(sampling.noisy_steps)} of {counted(steps, 'step')}; expected float [steps, B, C, S, S]"
+            )
         image = (model.in_channels, model.input_size, model.input_size)
         count = len(arrays["x_T"]) if arrays["x_T"].ndim else 0
         expected = {"x_T": (count, *image), "noise": (steps, count, *image), "labels": (count,)}
-        for name, shape in expected.items():
-            array, wanted = arrays[name], np.integer if name == "labels" else np.floating
+        for name in arrays:
+            shape, array, wanted = expected[name], arrays[name], np.integer if name == "labels" else np.floating
             if not np.issubdtype(array.dtype, wanted):
                 kind = "integers" if name == "labels" else "floating point"
                 raise ConfigError(f"{path}: {name} is {array.dtype.name}, expected {kind}")
@@ -86,13 +93,14 @@ class NoiseFile:
                 raise ConfigError(f"{path}: {name} has shape {array.shape}, expected ({what}) for this bundle")
             if not np.isfinite(array).all():
                 raise ConfigError(f"{path}: {name} holds NaN or infinite values")
-        x_t, noise = (_float32(path, name, arrays[name]) for name in ("x_T", "noise"))
-        return cls(path, sha256_of(path), x_t, noise, tuple(arrays["labels"].tolist()))
+        floats = {name: _float32(path, name, array) for name, array in arrays.items() if name != "labels"}
+        return cls(path, sha256_of(path), floats["x_T"], floats.get("noise"), tuple(arrays["labels"].tolist()))
 
     def initial(self, batch: Batch) -> np.ndarray:
         return self.x_T[batch.first : batch.first + len(batch.images)]
 
     def step(self, batch: Batch, step: int) -> np.ndarray:
+        assert self.noise is not None, "of a sampler that adds none"
         return self.noise[step, batch.first : batch.first + len(batch.images)]
 
 

@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self, overload
 
 import numpy as np
 
 from dydit.bundle.bundle import Bundle
+from dydit.diffusion.process import TRAIN_STEPS
+from dydit.diffusion.samplers import Sampler, SamplerChoice, Spacing
 from dydit.errors import BackendError, ConfigError
-from dydit.runtime.arguments import real_number, whole_number, whole_numbers
+from dydit.planning.resampling import resampled
+from dydit.runtime.arguments import named, real_number, whole_number, whole_numbers
 from dydit.runtime.backends.base import Backend, BackendOptions
 from dydit.runtime.backends.registry import open_backend, require_torch
+from dydit.runtime.call_noise import CallNoise, noise_of_call
+from dydit.runtime.class_labels import labels_of, names_of
 from dydit.runtime.images.image_files import to_pil, to_uint8
 from dydit.runtime.images.pixels import ToPixels, picture_format
 from dydit.runtime.images.vae_decoder import IMAGES_AT_ONCE
 from dydit.runtime.loop import MemoryStore, Progress, StepRunner, default_residency, sample
-from dydit.runtime.noise_source import SeededNoise
-from dydit.runtime.request import DEFAULT_CFG_SCALE, UINT64, check_labels, make_batches
+from dydit.runtime.request import DEFAULT_CFG_SCALE, UINT64, Batch, make_batches
 from dydit.runtime.resident import ResidentSubnets
+from dydit.runtime.together import OnStep, sample_together, step_callback
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-SEED_BITS = 53  # of a random seed: programs that read JSON numbers as doubles keep it exactly
+KEPT_RUNS = 8
+"""How many choices of steps and sampler a pipeline remembers the masks of."""
+StepCallback = Callable[..., Any]
+"""`callback(pipe, step, timestep, callback_kwargs)`; returns a dictionary (`dydit.runtime.together.step_callback`)."""
 
 
 @dataclass(frozen=True)
@@ -32,13 +40,32 @@ class PipelineOutput:
     """`images`: the images in the form of `output_type`.
 
     `pil`: a list of PIL pictures; `np`: an array f32 [B, side, side, 1 or 3] in 0..1; `pt`: a torch tensor f32
-    [B, 1 or 3, side, side] in 0..1, on the CPU; `latent`: None. `latents`: f32 [B, C, S, S], what the sampler returned.
-    `seed`: the seed of the noise, given or drawn; with it the call can be repeated.
+    [B, 1 or 3, side, side] in 0..1, on the CPU; `latent`: `latents`. `latents`: a NumPy array f32 [B, C, S, S], what
+    the sampler returned. `seed`: the seed of the noise, given or drawn; with it the call can be repeated. None if the
+    noise did not come from a seed.
     """
 
     images: Any
     latents: np.ndarray
-    seed: int
+    seed: int | None
+
+
+@dataclass(frozen=True)
+class _Call:
+    """The checked arguments of a call, whose steps are those of `bundle`."""
+
+    bundle: Bundle
+    labels: list[int]
+    images: list[int]
+    scale: float
+    noise: CallNoise
+    output_type: str
+    progress: Progress | None
+    on_step: OnStep | None
+
+    @property
+    def batches(self) -> list[Batch]:
+        return make_batches(self.labels, self.images, self.bundle.manifest.max_batch)
 
 
 class DyDiTPipeline:
@@ -49,8 +76,9 @@ class DyDiTPipeline:
 
     Threads may share a pipeline: their calls run one after another, and every call returns what it would return alone,
     bit for bit. Pass more labels in a call for more speed. A call may be interrupted at any moment (Ctrl-C, a
-    notebook's stop button) without affecting the next one. A pipeline works in a forked child, which opens its own
-    sessions when it first needs them. Call `close`, or use it as a context manager, to free everything.
+    notebook's stop button) without affecting the next one. Calls with other steps share the loaded weights. A pipeline
+    works in a forked child, which opens its own sessions when it first needs them. Call `close`, or use it as a context
+    manager, to free everything.
 
     `owns_backend`: whether `close` closes the backend, too. `resident`: how many subnetworks stay loaded (None: all).
     """
@@ -58,6 +86,7 @@ class DyDiTPipeline:
     def __init__(self, backend: Backend, resident: int | None = None, owns_backend: bool = False):
         self.backend = backend
         self._subnets = ResidentSubnets(backend, resident)
+        self._resampled = lru_cache(KEPT_RUNS)(partial(resampled, backend.opened))
         self._to_pixels: ToPixels | None = None
         self._owns_backend, self._open = owns_backend, True
 
@@ -75,48 +104,144 @@ class DyDiTPipeline:
         resident = default_residency(bundle.manifest)
         return cls(open_backend(backend, bundle, options), resident, owns_backend=True)
 
+    @property
+    def labels(self) -> dict[str, int]:
+        """The names of the classes and their numbers, as in diffusers; empty if the bundle states no names.
+
+        Names that several classes have are left out.
+        """
+        names = names_of(self.backend.opened.manifest.model)
+        return {name: labels[0] for name, labels in sorted(names.items()) if len(labels) == 1}
+
+    def get_label_ids(self, label: Any) -> list[int]:
+        """The numbers of classes: of one name, or of a list of names or numbers. Raises `ConfigError`."""
+        return labels_of(label, self.backend.opened.manifest.model)
+
+    @overload
     def __call__(
         self,
-        class_labels: Sequence[int] | np.ndarray | int,
+        class_labels: Sequence[int | str] | np.ndarray | int | str,
         guidance_scale: float = DEFAULT_CFG_SCALE,
         seed: int | None = None,
         output_type: str = "pil",
         num_inference_steps: int | None = None,
         image_indices: Sequence[int] | np.ndarray | int | None = None,
         progress: Progress | None = None,
-    ) -> PipelineOutput:
+        *,
+        sampler: Sampler | str | None = None,
+        timestep_spacing: Spacing | str | None = None,
+        eta: float | None = None,
+        generator: Any = None,
+        latents: Any = None,
+        noise: Any = None,
+        return_dict: Literal[True] = True,
+        callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> PipelineOutput: ...
+
+    @overload
+    def __call__(
+        self,
+        class_labels: Sequence[int | str] | np.ndarray | int | str,
+        guidance_scale: float = DEFAULT_CFG_SCALE,
+        seed: int | None = None,
+        output_type: str = "pil",
+        num_inference_steps: int | None = None,
+        image_indices: Sequence[int] | np.ndarray | int | None = None,
+        progress: Progress | None = None,
+        *,
+        sampler: Sampler | str | None = None,
+        timestep_spacing: Spacing | str | None = None,
+        eta: float | None = None,
+        generator: Any = None,
+        latents: Any = None,
+        noise: Any = None,
+        return_dict: Literal[False],
+        callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> tuple[Any]: ...
+
+    def __call__(
+        self,
+        class_labels: Any,
+        guidance_scale: Any = DEFAULT_CFG_SCALE,
+        seed: Any = None,
+        output_type: str = "pil",
+        num_inference_steps: Any = None,
+        image_indices: Any = None,
+        progress: Progress | None = None,
+        *,
+        sampler: Any = None,
+        timestep_spacing: Any = None,
+        eta: Any = None,
+        generator: Any = None,
+        latents: Any = None,
+        noise: Any = None,
+        return_dict: bool = True,
+        callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> PipelineOutput | tuple[Any]:
         """Sample one image for each label. Up to its last bits, an image does not depend on the others of the call.
 
-        `class_labels`: an integer, or a sequence, array or range of integers. `guidance_scale` 1 disables guidance, and
-        0 ignores the labels. `seed`: of the noise; None draws a new one, which the output holds. `image_indices`, by
-        default 0, 1, ..., key the images' noise together with `seed`. `num_inference_steps` is fixed in the bundle; it
-        may be given to assert it. `progress(done, total)` counts steps of a batch. Raises `ConfigError` for what the
-        bundle cannot do.
+        `class_labels`: a label, or a sequence, array or range of them: numbers, or names where the bundle has them (see
+        `labels`). The model's label for "no class" is one, too. `guidance_scale` 1 disables guidance, and 0 ignores the
+        labels.
+
+        `num_inference_steps`, `sampler`, `timestep_spacing`, `eta`: by default those of the export. Bundles of dynamic
+        width and of static models run any others; other bundles were made for their own timesteps.
+
+        `seed`: of the noise; None draws a new one, which the output holds. `image_indices`, by default 0, 1, ..., key
+        the images' noise together with it. `generator`, in place of a seed: a `torch.Generator` on the CPU, a
+        `numpy.random.Generator`, or a list with one for each image. It gives standard normals f32 [B, C, S, S]: the
+        starting latents, then one such array for each step that adds noise, in the order of the steps. A list gives
+        each array image by image, [1, C, S, S] of each generator. They are `torch.randn(shape, generator=generator)`,
+        or NumPy's `generator.standard_normal(shape, np.float32)`. `latents` [B, C, S, S] and `noise`
+        [steps, B, C, S, S], arrays of NumPy or PyTorch, replace the starting latents and the noise of the steps, which
+        are not drawn then.
+
+        `callback_on_step_end(pipe, step, timestep, callback_kwargs)` is called after every step, with a copy of the
+        latents of all images, f32 [B, C, S, S], in `callback_kwargs["latents"]`. The sampler goes on with the "latents"
+        of the dictionary that it returns. All images do a step before any does the next, and `step` counts from 0.
+
+        `progress(done, total)` counts steps of a batch. With `return_dict` False, returns `(images,)`. Raises
+        `ConfigError` for what the bundle cannot do.
         """
         self._require_open()
-        manifest = self.backend.bundle.manifest
-        labels = whole_numbers(class_labels, "class label", 0, UINT64 - 1)
-        if not labels:
-            raise ConfigError("class_labels is empty; give at least one label")
-        check_labels(labels, manifest)
-        scale = real_number(guidance_scale, "guidance_scale", 0)
-        seed = secrets.randbits(SEED_BITS) if seed is None else whole_number(seed, "seed", 0, UINT64 - 1)
+        bundle = self._resampled(
+            SamplerChoice(
+                steps=_optional(num_inference_steps, whole_number, "num_inference_steps", 1, TRAIN_STEPS),
+                sampler=_optional(sampler, named, "sampler", Sampler),
+                spacing=_optional(timestep_spacing, named, "timestep_spacing", Spacing),
+                eta=_optional(eta, real_number, "eta", 0, 1),
+            )
+        )
+        labels = labels_of(class_labels, bundle.manifest.model)
         self._check_output(output_type)
-        if num_inference_steps is not None:
-            steps = whole_number(num_inference_steps, "num_inference_steps", 1, UINT64 - 1)
-            if steps != manifest.sampling.steps:
-                raise ConfigError(
-                    f"this bundle was exported for {manifest.sampling.steps} steps, not {steps}; "
-                    "export another bundle for that"
-                )
         if progress is not None and not callable(progress):
             raise ConfigError(f"progress must be a function of (done, total), not {type(progress).__name__}")
-        images = _indices(image_indices, labels)
+        if generator is not None and image_indices is not None:
+            raise ConfigError("image_indices key the noise of a seed; remove them, or generator")
+        names = callback_on_step_end_tensor_inputs
+        call = _Call(
+            bundle=bundle,
+            labels=labels,
+            images=_indices(image_indices, labels),
+            scale=real_number(guidance_scale, "guidance_scale", 0),
+            noise=noise_of_call(bundle.manifest, len(labels), seed, generator, latents, noise),
+            output_type=output_type,
+            progress=progress,
+            on_step=_optional(callback_on_step_end, partial(step_callback, self), names, bundle.manifest),
+        )
+        output = self._run(call)
+        return output if return_dict else (output.images,)
+
+    def _run(self, call: _Call) -> PipelineOutput:
         with self.backend.lock:
             self._require_open()
-            to_pixels = self._decoder(output_type)  # before sampling: it raises if a package is missing
-            latents = self._sample(labels, images, scale, seed, progress)
-            return PipelineOutput(_pictures(to_pixels, latents, output_type), latents, seed)
+            self.backend.use(call.bundle)
+            to_pixels = self._decoder(call.output_type)  # before sampling: it raises if a package is missing
+            latents = self._sample(call)
+            return PipelineOutput(_pictures(to_pixels, latents, call.output_type), latents, call.noise.seed)
 
     def _check_output(self, output_type: str) -> None:
         if not isinstance(output_type, str) or output_type not in OUTPUT_TYPES:
@@ -136,15 +261,12 @@ class DyDiTPipeline:
             self._to_pixels = ToPixels(self.backend)
         return self._to_pixels
 
-    def _sample(
-        self, labels: Sequence[int], images: Sequence[int], scale: float, seed: int, progress: Progress | None
-    ) -> np.ndarray:
-        manifest, model = self.backend.bundle.manifest, self.backend.bundle.manifest.model
-        batches = make_batches(labels, images, manifest.max_batch)
-        runner = StepRunner(self.backend, self._subnets, sorted(set(labels)), scale)
-        noise = SeededNoise(seed, (model.in_channels, model.input_size, model.input_size))
+    def _sample(self, call: _Call) -> np.ndarray:
+        runner, batches = StepRunner(self.backend, self._subnets, sorted(set(call.labels)), call.scale), call.batches
+        if call.on_step is not None:
+            return sample_together(runner, batches, call.noise, call.on_step, call.progress)
         store = MemoryStore()
-        sample(runner, batches, noise, store, progress)
+        sample(runner, batches, call.noise, store, call.progress)
         return np.concatenate([store.load(index).x for index in range(len(batches))])
 
     def close(self) -> None:
@@ -170,22 +292,28 @@ def _indices(given: Any, labels: Sequence[int]) -> list[int]:
     """The index of every image. Raises `ConfigError` if two images would be identical."""
     if given is None:
         return list(range(len(labels)))
-    images = whole_numbers(given, "image index", 0, UINT64 - 1)
+    images = whole_numbers(given, "image_indices", 0, UINT64 - 1)
     if len(images) != len(labels):
-        raise ConfigError(f"{len(images)} image indices for {len(labels)} labels; give one for each")
+        raise ConfigError(f"image_indices has {len(images)} for {len(labels)} labels; give one for each")
     seen: dict[tuple[int, int], int] = {}
     for place, key in enumerate(zip(images, labels, strict=True)):
         if key in seen:
             raise ConfigError(
-                f"images {seen[key]} and {place} would be identical: both have label {key[1]} and image index {key[0]}"
+                f"images {seen[key]} and {place} would be identical: both have label {key[1]} and index {key[0]} of "
+                "image_indices"
             )
         seen[key] = place
     return images
 
 
+def _optional(value: Any, check: Callable[..., Any], *about: Any) -> Any:
+    """`check(value, *about)`, or None if the argument was not given."""
+    return None if value is None else check(value, *about)
+
+
 def _pictures(to_pixels: ToPixels | None, latents: np.ndarray, output_type: str) -> Any:
     if to_pixels is None:
-        return None
+        return latents
     parts = [latents[i : i + IMAGES_AT_ONCE] for i in range(0, len(latents), IMAGES_AT_ONCE)]
     pixels = np.concatenate([to_pixels(part) for part in parts])
     if output_type == "pil":

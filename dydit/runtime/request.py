@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from dydit.bundle.manifest import Manifest
 from dydit.errors import ConfigError
-from dydit.models.config import UserPath
+from dydit.models.config import ModelConfig, UserPath
 from dydit.validation import Strict
 
 UINT64 = 1 << 64
@@ -57,11 +57,17 @@ class Batch:
 
 
 def check_labels(labels: Sequence[int], manifest: Manifest) -> None:
-    """Raise `ConfigError` for a label that is not one of the model's classes."""
-    classes = manifest.model.classes.count
+    """Raise `ConfigError` for a label that the model does not take: it is no class, and not the one for "no class"."""
     for label in labels:
-        if not 0 <= label < classes:
-            raise ConfigError(f"label {label} is outside 0..{classes - 1}, the classes of this model")
+        check_label(label, manifest.model)
+
+
+def check_label(label: int, model: ModelConfig, where: str = "") -> None:
+    """`check_labels` for one label. `where`: a beginning of the message."""
+    classes = model.classes
+    if not 0 <= label < classes.rows:
+        null = "" if classes.null is None else f", or {classes.null} for no class"
+        raise ConfigError(f"{where}label {label} is outside 0..{classes.count - 1}, the classes of this model{null}")
 
 
 def check_batch_size(size: int | None, manifest: Manifest, images: int) -> int:

@@ -6,17 +6,23 @@ import contextlib
 from collections import OrderedDict
 from typing import Self
 
+from dydit.bundle.manifest import SubnetEntry
 from dydit.errors import BackendError, DyditError
 from dydit.runtime.backends.base import Arrays, Backend, StepResult, Subnet
 from dydit.runtime.background import Pending, Pool
 from dydit.runtime.forks import register
+
+Key = tuple[int, SubnetEntry]
+"""A subnetwork: its number, and its entry in the manifest."""
 
 
 class ResidentSubnets:
     """Loaded subnetworks of one backend; the least recently used are unloaded. Use as a context manager, or `close`.
 
     `limit`: how many stay loaded (None: all; at least 2, the present one and the next). A subnetwork's full-capacity
-    form is loaded when it is first needed and stays as long as its plain form.
+    form is loaded when it is first needed and stays as long as its plain form. When the backend has gone on to other
+    steps (`Backend.use`), subnetworks that these do not have are unloaded once the first of them is loaded: what the
+    old and the new share stays.
 
     Threads may share one object. `step` and unloading both hold the backend's lock, so a subnetwork is never closed
     while it runs. Loading happens in a thread of its own, which takes no lock. Whoever waits for it may be interrupted
@@ -27,8 +33,9 @@ class ResidentSubnets:
     def __init__(self, backend: Backend, limit: int | None = None, debug: bool = False):
         self._backend, self._debug = backend, debug
         self._limit = None if limit is None else max(2, limit)
-        self._loaded: OrderedDict[int, Pending[Subnet]] = OrderedDict()
-        self._full: dict[int, Subnet] = {}
+        self._manifest = backend.bundle.manifest  # all that is loaded is of this one, or is loading
+        self._loaded: OrderedDict[Key, Pending[Subnet | None]] = OrderedDict()
+        self._full: dict[Key, Subnet] = {}
         self._open = True
         self._loader = Pool(1)
         register(self)
@@ -45,33 +52,32 @@ class ResidentSubnets:
         """
         with self._backend.lock:
             self._require_open()
-            self._order(index)
-            self._loaded.move_to_end(index)
-            pending = self._loaded[index]
-            try:
-                subnet = pending.result()
-            except BaseException:
-                if pending.failed:  # otherwise only the wait was interrupted
-                    self._loaded.pop(index, None)
-                raise
-            self._make_room(index)
+            key = self._key(index)
+            subnet = self._wait(key)
+            while subnet is None:  # it was ordered for these steps, but its turn came while other steps ran
+                self._loaded.pop(key, None)
+                subnet = self._wait(key)
+            self._drop_others()
+            self._make_room(key)
             return subnet
 
     def full(self, index: int) -> Subnet:
         """The full-capacity form of a loaded subnetwork, with room for every token."""
         with self._backend.lock:
             self._require_open()
-            if index not in self._full:
-                self._full[index] = self._backend.subnet(index, full_capacity=True, debug=self._debug)
-            return self._full[index]
+            key = self._key(index)
+            if key not in self._full:
+                self._full[key] = self._backend.subnet(index, full_capacity=True, debug=self._debug)
+            return self._full[key]
 
     def prefetch(self, index: int) -> None:
         """Start loading a subnetwork in the background; errors are raised when it is used."""
         with self._backend.lock:
             self._require_open()
-            if index not in self._loaded:
-                running = next(reversed(self._loaded), index)
-                self._order(index)
+            key = self._key(index)
+            if key not in self._loaded:
+                running = next(reversed(self._loaded), key)
+                self._order(key)
                 self._loaded.move_to_end(running)
                 self._make_room(running)
 
@@ -80,8 +86,8 @@ class ResidentSubnets:
         with self._backend.lock:
             self._open = False
             self._loader.close()
-            for index in list(self._loaded):
-                self._drop(index)
+            for key in list(self._loaded):
+                self._drop(key)
 
     def __len__(self) -> int:
         return len([pending for pending in self._loaded.values() if pending.done])
@@ -94,26 +100,56 @@ class ResidentSubnets:
 
     def after_fork(self) -> None:
         """Forget what was loading: a forked child has no loading thread."""
-        self._loaded = OrderedDict((index, pending) for index, pending in self._loaded.items() if pending.done)
+        self._loaded = OrderedDict((key, pending) for key, pending in self._loaded.items() if pending.done)
 
-    def _order(self, index: int) -> None:
+    def _key(self, index: int) -> Key:
+        return index, self._backend.bundle.manifest.subnets[index]
+
+    def _order(self, key: Key) -> None:
         """Order a subnetwork to be loaded, unless it is loaded or loading already."""
-        if index not in self._loaded:
-            backend, debug = self._backend, self._debug
-            self._loaded[index] = self._loader.submit(lambda: backend.subnet(index, debug=debug))
+        if key not in self._loaded:
+            backend, debug, manifest, (index, _) = self._backend, self._debug, self._backend.bundle.manifest, key
+
+            def load() -> Subnet | None:
+                with backend.loads:
+                    return backend.subnet(index, debug=debug) if backend.bundle.manifest is manifest else None
+
+            self._loaded[key] = self._loader.submit(load)
+
+    def _wait(self, key: Key) -> Subnet | None:
+        """The subnetwork, when it is loaded; None if it was not, because the backend ran other steps then."""
+        self._order(key)
+        self._loaded.move_to_end(key)
+        pending = self._loaded[key]
+        try:
+            return pending.result()
+        except BaseException:
+            if pending.failed:  # otherwise only the wait was interrupted
+                self._loaded.pop(key, None)
+            raise
 
     def _require_open(self) -> None:
         if not self._open:
             raise BackendError("the subnetworks were closed; open the bundle again")
 
-    def _make_room(self, keep: int) -> None:
+    def _drop_others(self) -> None:
+        """Unload what the present steps do not have, if the backend ran other steps before."""
+        manifest = self._backend.bundle.manifest
+        if manifest is not self._manifest:
+            present = set(enumerate(manifest.subnets))
+            for key in [key for key in self._loaded if key not in present]:
+                self._drop(key)
+            self._manifest = manifest
+
+    def _make_room(self, keep: Key) -> None:
         """Unload the least recently used, except `keep`, until at most `limit` are loaded or loading."""
         while self._limit is not None and len(self._loaded) > self._limit:
-            self._drop(next(index for index in self._loaded if index != keep))
+            self._drop(next(key for key in self._loaded if key != keep))
 
-    def _drop(self, index: int) -> None:
-        full, pending = self._full.pop(index, None), self._loaded.pop(index)
+    def _drop(self, key: Key) -> None:
+        full, pending = self._full.pop(key, None), self._loaded.pop(key)
         if full is not None:
             full.close()
         with contextlib.suppress(DyditError):  # of a subnetwork that could not be loaded
-            pending.result().close()
+            if (subnet := pending.result()) is not None:
+                subnet.close()

@@ -329,10 +329,10 @@ def test_width_routers_decide_as_the_model_does(make_checkpoint) -> None:
     from dydit.planning.masks import freeze_masks
 
     checkpoint, timesteps = make_checkpoint(), np.arange(0, 1000, 37)
-    routers = checkpoint.width_routers()
-    masks = freeze_masks(routers, timesteps)
+    model = checkpoint.width_router_model()
+    masks = freeze_masks(model, timesteps)
     assert 0 < masks.mean() < 1 and np.array_equal(masks, freeze_masks(checkpoint.model(), timesteps))
-    held = sum(tensor.nbytes for tensor in routers.parameters() if not tensor.is_meta)
+    held = sum(tensor.nbytes for tensor in model.parameters() if not tensor.is_meta)
     whole = sum(tensor.nbytes for tensor in checkpoint.model().parameters())
     assert held < whole / 3
-    assert routers.blocks[0].mlp.fc1.weight.is_meta and not routers.blocks[0].mlp_rate.router.weight.is_meta
+    assert model.blocks[0].mlp.fc1.weight.is_meta and not model.blocks[0].mlp_rate.router.weight.is_meta

@@ -198,9 +198,8 @@ def test_smoothed_ranges_then_8_bits(run, checkpoint: Path, tmp_path: Path) -> N
     ranges = read_calibration(file).activations
     assert ranges is not None and ranges.smoothing is not None
     line = next(line for line in done.out.splitlines() if "smoothing lowers" in line)
-    assert line.startswith(
-        f"{file}: smoothing lowers the error in {ranges.smoothing.layers} of 12 layers: the squared error"
-    )
+    words = f"smoothing lowers the error in {ranges.smoothing.layers} of 12 layers; on the observed activations, the "
+    assert line.startswith(f"{file}: {words}squared error of their int8 matrix products falls by ")
     again = run("calibrate", checkpoint, "--out", tmp_path / "again.json", *SMALL, *watch, "--json")
     assert (tmp_path / "again.json").read_bytes() == file.read_bytes()
     said = json.loads(again.out)["migration"]

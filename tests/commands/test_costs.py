@@ -52,6 +52,15 @@ def test_where_memory_cannot_be_measured_weights_count_and_this_is_said(tmp_path
     assert Bundle.open(tmp_path / "out").manifest.plan.measured is None
 
 
+def test_a_model_of_one_head_has_nothing_to_measure(tmp_path, run, make_checkpoint, small_config):
+    single = make_checkpoint(small_config.model_copy(update={"num_heads": 1})).path
+    reason = "a unit group with one unit has only one width, so nothing can be measured"
+    done = run("export", single, "--out", tmp_path / "out", *FEW_STEPS, "--memory-budget", "1GB")
+    assert done.code == 0 and f"size of the weights, not with measured memory: {reason}" in done.out, done.err
+    done = run("export", single, "--out", tmp_path / "measured", *FEW_STEPS, "--cost", "measured")
+    assert done.code == 2 and f"{reason}; use --cost macs" in done.err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -24,8 +24,8 @@ def three(make_checkpoint, small_config) -> Path:
 
 
 @pytest.fixture(scope="module")
-def vq(tmp_path_factory) -> Path:
-    """An autoencoder with a codebook, whose latents have three channels; pictures of 16 pixels."""
+def vq(tmp_path_factory, traces) -> Path:
+    """An autoencoder with a codebook, whose latents have three channels; pictures of 16 pixels. Traced once."""
     diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed: pip install 'dydit[vae]'")
     import torch
 

@@ -160,19 +160,34 @@ def wide():
     ).eval()
 
 
-def test_an_original_checkpoint_of_latent_diffusion(wide, tmp_path):
-    """Names, attention as convolutions, and the configuration, which is read off the shapes."""
-    original = as_latent_diffusion(wide.state_dict(), 3)
+@pytest.fixture
+def original(wide, tmp_path) -> Path:
+    """Its checkpoint as the original code writes it."""
+    state = as_latent_diffusion(wide.state_dict(), 3)
     assert {
         "decoder.mid.attn_1.q.weight",
         "decoder.up.2.attn.1.proj_out.bias",
         "decoder.up.0.block.1.norm1.weight",
-    } <= {*original} and "decoder.up.1.upsample.conv.weight" in original
+    } <= {*state} and "decoder.up.1.upsample.conv.weight" in state
     file = tmp_path / "model.ckpt"
-    torch.save({"state_dict": {**original, "loss.logvar": torch.zeros(())}, "global_step": 7}, file)
+    torch.save({"state_dict": {**state, "loss.logvar": torch.zeros(())}, "global_step": 7}, file)
+    return file
+
+
+def test_an_original_checkpoint_of_latent_diffusion(wide, original, tmp_path):
+    """Names, attention as convolutions, and the configuration, which is read off the shapes."""
     with pytest.raises(ConfigError, match=r"model\.ckpt states no scaling factor.*give --vae-scale"):
-        export_decoder(str(file), tmp_path, 4, 8)
-    entry = export_decoder(str(file), tmp_path, 4, 8, VaeOptions(scale=0.5, shift=0.25))
+        export_decoder(str(original), tmp_path, 4, 8)
+    assert_same(original, wide.state_dict())
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        wanted, ours = (each.decode(latents, return_dict=False)[0] for each in (wide, load_vae(str(original)).module))
+    assert wanted.std() > 0.01 and (ours - wanted).norm() < 1e-5 * wanted.norm()
+
+
+@pytest.mark.release
+def test_an_original_checkpoint_of_latent_diffusion_is_exported(wide, original, tmp_path):
+    entry = export_decoder(str(original), tmp_path, 4, 8, VaeOptions(scale=0.5, shift=0.25))
     assert (entry.upscale, entry.scaling_factor, entry.shift_factor, entry.scale_assumed) == (4, 0.5, 0.25, False)
     latents = np.random.default_rng(0).standard_normal((2, 4, 8, 8)).astype(np.float32)
     with torch.no_grad():

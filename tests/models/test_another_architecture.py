@@ -289,6 +289,26 @@ def test_it_is_exported_sampled_and_held_to_pytorch(
     assert "Toy" in run("inspect", bundle).out
 
 
+def test_what_needs_synthetic_models_says_so_or_does_without(
+    checkpoint: Path, tmp_path: Path, run: Callable[..., Any]
+) -> None:
+    done = run("export", checkpoint, "--steps", 6, "--memory-budget", "1MB", "--out", tmp_path / "bundle")
+    assert done.code == 0, done.err
+    assert "size of the weights, not with measured memory: Toy: there are no synthetic models" in done.out
+    assert "Its filters and experts take " in done.out
+    done = run("export", checkpoint, "--steps", 6, "--cost", "measured", "--out", tmp_path / "measured")
+    assert done.code == 2 and "there are no synthetic models of this architecture; use --cost macs" in done.err
+    assert not (tmp_path / "measured").exists()
+
+
+def test_a_masked_form_that_lacks_something_cannot_be_made() -> None:
+    class Forgetful(ToyModel):
+        embed_timestep = DynamicModel.embed_timestep
+
+    with pytest.raises(TypeError, match="embed_timestep"):
+        Forgetful(ToyConfig(hidden_size=16, depth=2, input_size=6))
+
+
 def test_a_checkpoint_of_an_architecture_that_is_not_known_is_refused(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch, run: Callable[..., Any]
 ) -> None:

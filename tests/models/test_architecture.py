@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dydit.models.architecture import BlockSpec, Side, UnitAxis, UnitGroup, UnitLayer, stored_name
+from dydit.models.architecture import BlockSpec, Side, UnitAxis, UnitGroup, UnitLayer, block_of, stored_name
 from dydit.models.config import ModelConfig
 
 LAW = settings(max_examples=25, deadline=None)
@@ -197,8 +197,24 @@ def test_a_layer_says_what_is_stored_and_how_wide_it_is() -> None:
     assert (inputs.in_features(4), inputs.out_features(4)) == (20, 32)
     group = UnitGroup("heads", 4, (outputs, inputs), 1.0)
     assert group.unit_tensors == ("a.weight", "a.bias", "b.weight"), "the bias of inputs belongs to no unit"
-    assert group.all_unit_tensors == (*group.unit_tensors, "a.scale", "b.factor")
+    assert group.all_unit_tensors == (*group.unit_tensors, outputs.scale, inputs.factor)
+    assert (outputs.scale, inputs.factor) == ("a.scale", "b.factor")
     assert BlockSpec((group,)).layers == (outputs, inputs)
+
+
+def test_the_block_of_a_stored_tensor(small_config: ModelConfig) -> None:
+    for block in (0, 7, 12):
+        assert block_of(stored_name(block, "a.weight")) == block
+    assert [block_of(name) for name in ("embed.weight", "blocks", "blocks.x.weight", "more.blocks.1.weight")] == [
+        None
+    ] * 4
+    blocks = [block_of(name) for name in small_config.stored_shapes()]
+    assert set(blocks) == {None, 0, 1, 2} and blocks.count(0) == blocks.count(2) == 12
+
+
+def test_unit_groups_in_words(small_config: ModelConfig, make_axis: MakeAxis) -> None:
+    assert small_config.units.group_titles == "attention heads and channel groups"
+    assert make_axis([[2, 3], [5, 1]]).group_titles == "kind0 and kind1", "names, if there are no titles"
 
 
 def test_a_dit_has_as_many_groups_as_heads(small_config: ModelConfig) -> None:

@@ -20,7 +20,7 @@ from dydit.bundle.measurements import GroupTimes, Measured, Residency, StepTimes
 from dydit.bundle.stored_weights import Precision
 from dydit.checkpoints.checkpoint import load_checkpoint
 from dydit.diffusion.steps import State
-from dydit.errors import BackendError, ConfigError
+from dydit.errors import BackendError, ConfigError, UnsupportedError
 from dydit.export.exporter import export
 from dydit.export.settings import ExportConfig
 from dydit.planning import profile as profiling
@@ -291,7 +291,9 @@ def test_what_cannot_be_measured_is_refused(make_checkpoint, config, settings, m
 
 def test_a_model_of_one_head_is_refused(make_checkpoint, small_config):
     single = make_checkpoint(small_config.model_copy(update={"num_heads": 1}))
-    with pytest.raises(ConfigError, match="one head has only one width, so costs cannot be measured; use --cost macs"):
+    with pytest.raises(
+        UnsupportedError, match="a unit group with one unit has only one width, so nothing can be measu"
+    ):
         run_profile(single, ExportConfig(), ProfileConfig())
 
 

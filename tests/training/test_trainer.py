@@ -15,12 +15,13 @@ import pytest
 import torch
 
 from dydit.checkpoints.checkpoint import load_checkpoint, save_checkpoint
+from dydit.diffusion.process import Process
 from dydit.errors import ConfigError, OutputError, TrainingError
 from dydit.models.config import ModelConfig
 from dydit.models.dit.model import DiT
 from dydit.models.routers import Static
 from dydit.training.draws import BatchSource
-from dydit.training.losses import Process
+from dydit.training.losses import ProcessTensors
 from dydit.training.objective import Objective, probe
 from dydit.training.recipe import Recipe, Stage
 from dydit.training.sequence import train_sequence
@@ -214,7 +215,7 @@ def test_the_ema_follows_the_weights(tmp_path: Path, small_recipe: Make) -> None
 
 def test_warm_up_adds_the_complete_models_loss(dynamic_recipe: Make, randomised: Randomised) -> None:
     recipe = dynamic_recipe(warmup_iterations=5)
-    process, model = Process.training(), randomised(recipe.model)
+    process, model = ProcessTensors.of(Process()), randomised(recipe.model)
     objective = Objective(model, recipe, process)
     x0, noise = torch.rand(4, 1, 16, 16), torch.randn(4, 1, 16, 16)
     arguments = (x0, torch.tensor([0, 300, 600, 999]), torch.tensor([1, 2, 3, 10]), noise, 7)
@@ -253,13 +254,13 @@ def test_the_probe_sees_the_gates_of_inference(
 ) -> None:
     from dydit.training.data import Digits
 
-    batch = BatchSource(Digits(), 0, 8, 0.1, 10).probe(32)
+    batch = BatchSource(Digits(), 0, 8, 0.1, 10, Process()).probe(32)
     model = randomised(dynamic_recipe().model)
-    seen = probe(model, batch, Process.training())
+    seen = probe(model, batch, ProcessTensors.of(Process()))
     assert all(0.1 < seen[key] < 0.9 for key in ("probe_ratio", "probe_heads", "probe_groups", "probe_tokens"))
     assert seen["probe_tokens_std"] > 0
-    assert seen == probe(model, batch, Process.training())
-    assert set(probe(randomised(static_config), batch, Process.training())) == {"probe_mse"}
+    assert seen == probe(model, batch, ProcessTensors.of(Process()))
+    assert set(probe(randomised(static_config), batch, ProcessTensors.of(Process()))) == {"probe_mse"}
 
 
 def test_a_sequence_hands_its_weights_on(tmp_path: Path, small_recipe: Make, dynamic_recipe: Make) -> None:

@@ -60,6 +60,11 @@ class DiTArchitecture(Architecture):
 
         return conditioning(config, weights, timesteps, labels)
 
+    def timestep_embedding(self, weights: Mapping[str, np.ndarray], times: np.ndarray) -> np.ndarray:
+        from dydit.models.dit.embedding import timestep_embedding
+
+        return timestep_embedding(weights, times)
+
     def stored_tensors(
         self,
         state: Mapping[str, Tensor],

@@ -183,8 +183,8 @@ def mlp_function(
     """x + token_mask * gate * fc2(gates * GELU(fc1(modulated x))), with the given token routing (None: no routing).
 
     Weights: fc1 [g*gs, D], fc2 [g*gs, D] group-major; `gates` [g]; `factor` [g*gs], factors of fc2's smoothed inputs;
-    `capacity`: token slots per row. Outputs: x, then with routing the token mask bool [T], then with capacity the
-    overflow int64 [1].
+    `capacity`: token slots per row of a batch, which its rows share. Outputs: x, then with routing the token mask bool
+    [T], then with capacity the overflow int64 [1].
     `fp16_layers`: layers that stay in fp16, while the others have 8 bits.
     """
     fc1, fc2 = (layer_precision(precision, layer, fp16_layers) for layer in ("fc1", "fc2"))
@@ -251,7 +251,7 @@ def _dynamic(mlp: _Mlp, mask: ir.Value) -> Routed:
 
 
 def _capacity(mlp: _Mlp, mask: ir.Value) -> Routed:
-    """Prefix-sum compaction into `slots = rows * capacity` rows. All shapes are static.
+    """Prefix-sum compaction into `rows * capacity` slots, for the rows of a batch. All shapes are static.
 
     slot = CumSum(mask) - 1 numbers the routed tokens. Token ids are scattered into their slots, and those of tokens
     that are not routed into one spare slot at the end. Results are gathered: y[slot] for tokens that have a slot.

@@ -21,7 +21,7 @@ class DiTConfig(ModelConfig):
     `null_class_row`: whether the class table has a row for "no class" after the rows of the classes.
     """
 
-    UNSTATED: ClassVar[dict[str, Any]] = {"null_class_row": True, "space": None}
+    UNSTATED: ClassVar[dict[str, Any]] = {**ModelConfig.UNSTATED, "null_class_row": True}
 
     architecture: Literal["dit"] = "dit"
     num_heads: int = Field(gt=0)

@@ -13,6 +13,7 @@ of p*p, N tokens:
     final.weight [p*p*Cout, D] (out, in), final.bias
     time.0.weight, .bias, time.2.weight, .bias (out, in), time.frequencies [128], label.table [classes+1, D]
     adaln.weight [(6L+2)*D, D] (out, in), adaln.bias: each block's six vectors, then the final layer's shift and scale
+    width.weight [U, D] (out, in), width.bias [U]: a row for each unit of the model, by slot (dynamic models)
 """
 
 from __future__ import annotations
@@ -22,9 +23,13 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from dydit.models.architecture import Slots, stored_name
+from dydit.models.architecture import WIDTH_ROUTER, Slots, stored_name
 from dydit.models.dit.config import DiTConfig
 from dydit.models.dit.model import timestep_frequencies
+from dydit.models.dit.units import GROUPS, HEADS
+from dydit.models.routers import width_router_rows
+
+_WIDTH = {HEADS: "attn_rate", GROUPS: "mlp_rate"}
 
 
 def stored_tensors(
@@ -32,13 +37,13 @@ def stored_tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield (name, tensor) in storage order, one contiguous f32 tensor at a time, so that a writer can stream them.
 
-    `state`: tensors by published name. `order`: by default that of the checkpoint. The width routers are not stored,
-    because their decisions are in the plan.
+    `state`: tensors by published name. `order`: by default that of the checkpoint.
     """
+    order = order or config.units.every_unit
     yield "embed.weight", _packed(state["x_embedder.proj.weight"].flatten(1).T)
     yield "embed.bias", _packed(state["x_embedder.proj.bias"])
     yield "pos_embed", _packed(state["pos_embed"][0])
-    for block, (heads, groups) in enumerate(order or config.units.every_unit):
+    for block, (heads, groups) in enumerate(order):
         for name, tensor in _block_tensors(state, config, block, heads, groups):
             yield stored_name(block, name), _packed(tensor)
     yield "final.weight", _packed(state["final_layer.linear.weight"])
@@ -51,6 +56,14 @@ def stored_tensors(
     layers = [*(f"blocks.{block}" for block in range(config.depth)), "final_layer"]
     for part in ("weight", "bias"):
         yield f"adaln.{part}", torch.cat([_packed(state[f"{layer}.adaLN_modulation.1.{part}"]) for layer in layers])
+    if config.dynamic:
+        routers = [
+            tuple(
+                state[f"blocks.{part.block}.{_WIDTH[part.group.name]}.router.{piece}"] for piece in ("weight", "bias")
+            )
+            for part in config.units.parts
+        ]
+        yield from zip(WIDTH_ROUTER, width_router_rows(config, routers, order), strict=True)
 
 
 def _block_tensors(

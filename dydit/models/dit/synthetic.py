@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from dydit.diffusion.process import TRAIN_STEPS
 from dydit.models.config import Routers
 from dydit.models.dit.config import DiTConfig
 from dydit.models.dit.model import DiT
@@ -45,7 +46,7 @@ def _density(config: DiTConfig, ratio: float) -> float:
 def _set_width_routers(model: DiT, density: float, generator: torch.Generator) -> None:
     """Standardize each unit's logit over timesteps, then shift all so that a share `density` of them is above 0."""
     config = model.config
-    t_emb = model.t_embedder(torch.linspace(0, 999, PROBE_STEPS).round())
+    t_emb = model.t_embedder(_times(config, torch.linspace(0, 1, PROBE_STEPS)))
     always = 1 if config.routers is Routers.FIRST_ON else 0
     routed = config.num_heads - always
     if not routed:
@@ -68,7 +69,19 @@ def _set_token_routers(model: DiT, density: float, generator: torch.Generator) -
     """Block by block, in the order of execution: set the bias so that a share `density` of probe tokens passes."""
     config = model.config
     x = torch.randn(4, config.in_channels, config.input_size, config.input_size, generator=generator)
-    model(x, torch.tensor([50, 350, 650, 950]), torch.arange(4) % config.num_classes, _Calibrating(density))
+    model(
+        x,
+        _times(config, torch.tensor([0.05, 0.35, 0.65, 0.95])),
+        torch.arange(4) % config.num_classes,
+        _Calibrating(density),
+    )
+
+
+def _times(config: DiTConfig, shares: Tensor) -> Tensor:
+    """The model's own times at `shares` of its range, 0 to 1."""
+    process = config.diffusion
+    times = shares * (1 if process.flow else TRAIN_STEPS - 1)
+    return times.round() if process.discrete else times
 
 
 class _Calibrating(Masked):

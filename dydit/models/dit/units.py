@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dydit.models.architecture import BlockSpec, Side, UnitGroup, UnitLayer, stored_name
+from dydit.models.architecture import WIDTH_ROUTER, BlockSpec, Side, UnitGroup, UnitLayer, stored_name
 
 if TYPE_CHECKING:
     from dydit.models.dit.config import DiTConfig
@@ -13,8 +13,8 @@ HEADS, GROUPS = "heads", "groups"
 QKV, PROJ, FC1, FC2 = "qkv", "proj", "fc1", "fc2"
 CONDITIONING_PRODUCT = ("adaln.weight", "adaln.bias")
 """The stored tensors outside of blocks that have the precision of the bundle."""
-CONDITIONING = ("time.", "label.", "adaln.")
-"""Prefixes of the stored tensors that only the conditioning graph reads."""
+CONDITIONING = ("time.", "label.", "adaln.", "width.")
+"""Prefixes of the stored tensors that no subnetwork reads, because they depend on the timestep and the label alone."""
 
 
 def stored_shapes(config: DiTConfig) -> dict[str, tuple[int, ...]]:
@@ -34,6 +34,7 @@ def stored_shapes(config: DiTConfig) -> dict[str, tuple[int, ...]]:
     if config.dynamic:
         block |= {"router.0.weight": (router, d), "router.0.bias": (router,)}
         block |= {"router.2.weight": (1, router), "router.2.bias": (1,)}
+    width = (config.units.size, d), (config.units.size,)
     return {
         "embed.weight": (config.in_channels * patch, d),
         "embed.bias": (d,),
@@ -49,6 +50,7 @@ def stored_shapes(config: DiTConfig) -> dict[str, tuple[int, ...]]:
         "label.table": (config.classes.rows, d),
         "adaln.weight": (rows, d),
         "adaln.bias": (rows,),
+        **(dict(zip(WIDTH_ROUTER, width, strict=True)) if config.dynamic else {}),
     }
 
 

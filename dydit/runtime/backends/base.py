@@ -15,12 +15,15 @@ import numpy as np
 
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.io_spec import check_feeds, conditioning_inputs, subnet_inputs
+from dydit.bundle.manifest import Manifest
 from dydit.diffusion.steps import State
 from dydit.errors import BackendError
 from dydit.runtime.forks import register
 
 Arrays = Mapping[str, np.ndarray]
 DecodeTile = Callable[[np.ndarray], np.ndarray]
+_OF_THE_STEPS = {"sampling", "plan", "subnets", "masks", "digest"}
+"""What of a manifest may differ between bundles that one backend serves (`Backend.use`)."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ class Subnet(ABC):
     """
 
     def __init__(self, backend: Backend, index: int):
-        self._backend, manifest = backend, backend.bundle.manifest
+        self._backend, self._index, manifest = backend, index, backend.bundle.manifest
         self.entry = manifest.subnets[index]
         self.specs = subnet_inputs(manifest.model, self.entry.gated)
         self.what = f"subnetwork {index}"
@@ -79,12 +82,20 @@ class Subnet(ABC):
             self._backend.require_open()
             if not self._open:
                 raise BackendError(f"{self.what} was closed")
+            if not self._is_present:
+                raise BackendError(f"{self.what} is of other steps than the backend runs now; load it again")
             if not self.entry.gated:
                 feeds = {name: array for name, array in feeds.items() if name != "gates"}
             check_feeds(self.specs, feeds, self.what)
             result = self._step(feeds)
             _check_output(result.x_prev, feeds["x"].shape, self.what)
             return result
+
+    @property
+    def _is_present(self) -> bool:
+        """Whether the bundle that the backend runs now has this subnetwork, under this number."""
+        subnets = self._backend.bundle.manifest.subnets
+        return self._index < len(subnets) and subnets[self._index] == self.entry
 
     @abstractmethod
     def _step(self, feeds: Arrays) -> StepResult:
@@ -115,17 +126,36 @@ class Backend(ABC):
     Any of them may be interrupted at any moment (`KeyboardInterrupt`, or what another thread or a signal handler
     raises). So state that an interrupt can leave half-changed carries a mark, which is set before the change and
     removed after it. Whoever finds the mark builds that state again.
+
+    `bundle`: the one whose steps run now, `opened`: that of the constructor; see `use`. `loads`: held by a thread that
+    loads a subnetwork in the background, because `use` must not come in between.
     """
 
     name: str
 
     def __init__(self, bundle: Bundle, options: BackendOptions | None = None):
-        self.bundle = bundle
+        self.opened = self.bundle = bundle
         self.options = options or BackendOptions()
-        self.lock = threading.RLock()
+        self.lock, self.loads = threading.RLock(), threading.Lock()
         self.sampling = False  # whether the thread that holds the lock is in the middle of a run
         self._open = True
         register(self)
+
+    def use(self, bundle: Bundle) -> None:
+        """Run other steps from now on: those of another manifest of the same files (`dydit.planning.resampling`).
+
+        Sessions, engines and weights stay. What depends on the steps compares its manifest with `bundle` when it is
+        used next. A subnetwork loaded before serves only if the new manifest has it under the same number. Raises
+        `BackendError` for the files of another bundle, and in the middle of a run.
+        """
+        with self.lock:
+            self.require_open()
+            if bundle.path != self.bundle.path or not _same_files(bundle.manifest, self.bundle.manifest):
+                raise BackendError(f"this backend has the files of {self.bundle.path}; open another for {bundle.path}")
+            if bundle.manifest != self.bundle.manifest:
+                self.require_no_run()
+                with self.loads:
+                    self.bundle = bundle
 
     def conditioning(self, timesteps: np.ndarray, labels: np.ndarray) -> np.ndarray:
         """What steps take of every (timestep, label) pair: int64 [T], int64 [R] -> f32 [T, R, *condition_shape]."""
@@ -170,15 +200,25 @@ class Backend(ABC):
         if not self._open:
             raise BackendError("this backend was closed; open the bundle again")
 
+    def require_no_run(self) -> None:
+        """Raise `BackendError` in the middle of a run."""
+        if self.sampling:
+            raise BackendError("this bundle is in the middle of a run; start another one after it, not from within")
+
     def after_fork(self) -> None:
-        """Replace the lock: in the parent, another thread may hold it."""
-        self.lock, self.sampling = threading.RLock(), False
+        """Replace the locks: in the parent, another thread may hold them."""
+        self.lock, self.loads, self.sampling = threading.RLock(), threading.Lock(), False
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def _same_files(one: Manifest, other: Manifest) -> bool:
+    """Whether two manifests describe the same files, with or without the same steps."""
+    return all(getattr(one, name) == getattr(other, name) for name in Manifest.model_fields.keys() - _OF_THE_STEPS)
 
 
 def _check_output(array: np.ndarray, shape: tuple[int, ...], what: str) -> None:

@@ -285,6 +285,8 @@ def _plan_run(
     shape = (model.in_channels, model.input_size, model.input_size)
     settings = {
         "bundle": manifest.digest,
+        "steps": manifest.sampling.steps,
+        "sampler": manifest.sampling.sampler.value,
         "labels": list(request.labels or labels),
         "num": len(labels),
         "seed": None if file else request.seed,

@@ -33,7 +33,7 @@ class DeviceSubnet(Subnet):
 
     def __init__(self, backend: Backend, index: int, full: bool, stepper: Stepper):
         super().__init__(backend, index)
-        self._manifest, self._index = backend.bundle.manifest, index
+        self._manifest = backend.bundle.manifest
         self._stepper: Stepper | None = stepper
         self._engine = engine_of(self._manifest, index, full)
         stepper.load(self._engine)
@@ -43,6 +43,7 @@ class DeviceSubnet(Subnet):
         outputs = subnet_outputs(model, self._manifest.routing is Routing.CAPACITY)
         sizes = {BATCH: feeds["x"].shape[0], ROWS: feeds["condition"].shape[0]}
         assert self._stepper is not None
+        self._stepper.use(self._backend.bundle)
         out = self._stepper.run(self._engine, feeds, outputs, sizes, self._index)
         return StepResult(
             out["x_prev"], out["next_history"], out.get("token_overflow", np.zeros(model.depth, np.int64))
@@ -176,7 +177,7 @@ class DeviceBackend(WholeRunsBackend):
             held = sum(state.buffers.values()) + sum(self._memory[engine].weights for engine in state.engines)
             with device.activate():
                 limit = device.free_memory() + held - RESERVE
-            return fit_resident(manifest, shape, self._memory, wanted, limit)
+            return fit_resident(self.bundle.manifest, shape, self._memory, wanted, limit)
 
         return DeviceSampler(executor, self.bundle, self._memory, options, fit)
 

@@ -191,15 +191,21 @@ class Executor:
         with self.device.activate():
             self._unload(op.UnloadEngine(engine))
 
+    def drop_graphs(self) -> None:
+        """Free the captured graphs: they are of the steps of one manifest."""
+        with self.device.activate():
+            self.device.idle()
+            self._all(tuple(op.DropGraph(graph) for graph in self._graphs))
+
     def close(self) -> None:
         """Free everything on the device."""
+        self._unit_order = None
         with self.device.activate():
             with suppress(DyditError):
                 self.device.idle()
             self._all(tuple(op.DropGraph(graph) for graph in self._graphs))
             self._all(tuple(op.UnloadEngine(engine) for engine in self._engines))
             self._all(tuple(op.Free(name) for name in self._buffers))
-            self._unit_order = None
 
     def _perform(
         self,

@@ -1,17 +1,21 @@
-"""A whole run on a device as a list of operations, computed in plain Python before anything is launched.
+"""A whole run on a device as a list of operations, computed in plain Python.
 
-Setup allocates the buffers and uploads what the whole run needs. Then, segment by segment over all batches:
+Setup comes first: it allocates the buffers and uploads what the whole run needs. Each segment is computed just before
+it runs, over all batches:
 
     with dynamic width, the unit weights of the segment come to the front (`dydit.runtime.device.unit_weights`)
     for each batch: noise, labels and latents are copied to the segment's buffers; condition is computed on the device;
                     the steps run, each reading what the one before wrote; the latents are copied to the next buffer
-    meanwhile:      the next segment's engine is loaded, and the next noise is uploaded on the copy stream
+    meanwhile:      after the first batch the next segment's engine is loaded, and after each batch the next noise is
+                    uploaded on the copy stream
     with capacity routing: the overflow counters are read once; batches that overflowed run the whole segment again, at
                     full capacity, from the latents and noise with which they started it
 
-Nothing inside a segment waits for the host. With graphs, the steps of a segment are captured once for each batch size
-and replayed for every later batch. Their inputs are copied to fixed addresses first: a captured graph is valid only
-while its execution context keeps its shapes and addresses.
+Between the steps of a batch, neither the host nor the device waits for the other. Between batches, the compute stream
+waits for the next noise, which the host draws and uploads. With graphs, consecutive steps of a segment are captured
+once for each batch size, and replayed for the first batch and every later one; a repetition at full capacity is not
+captured. A graph is dropped with its engine. The inputs of its steps are copied to fixed addresses first, because it
+is valid only while its execution context keeps its shapes and addresses.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Where a run's data lies in device memory: buffers, their sizes, and addresses in them. Derived from `io_spec`.
+"""Where a run's data lies in device memory: buffers, their sizes, and addresses in them.
+
+Shapes and types of what an engine reads and writes come from `io_spec`.
 
 Every address that an engine reads or writes is 256-byte aligned, so rows of a table are padded to that. The inputs of
 a segment are at the same addresses for every batch, so that a captured graph serves all batches of one size.
@@ -7,7 +9,7 @@ a segment are at the same addresses for every batch, so that a captured graph se
     x.0, x.1               the current batch: a step reads one and writes the other
                            (of a multistep sampler, each of these four holds the history behind the latents)
     next_history           written and never read, if the sampler has no history
-    noise, noise.next      of the current segment, and of the next, which is uploaded meanwhile
+    noise, noise.next      a segment's noise for the current batch; for the batch that runs next, uploaded meanwhile
     condition              of consecutive steps of the segment, computed on the device
     labels, labels.all     of the current rows; of all batches
     coefficients, cfg_scale, gates, timesteps    of the whole run

@@ -31,6 +31,17 @@ class Stepper:
         self._users: Counter[EngineId] = Counter()
         self._lock = threading.Lock()
 
+    def use(self, bundle: Bundle) -> None:
+        """Run the steps of another manifest of the same files; its unit weights stay on the device."""
+        if bundle.manifest is self._bundle.manifest:
+            return
+        if self._unit_weights is not None:
+            weights = UnitWeights(bundle.manifest)
+            if not weights.has_places_of(self._unit_weights):
+                self._weights.close()
+            self._unit_weights = weights
+        self._bundle = bundle
+
     def load(self, engine: EngineId) -> None:
         """Load an engine, unless it is loaded already."""
         with self._lock, self._device.activate():

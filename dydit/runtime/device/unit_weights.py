@@ -1,9 +1,9 @@
 """Dynamic width on a device: one copy of the unit weights, of which every step reads prefixes.
 
 The idea is that of `dydit.runtime.dynamic_width`. The weights are uploaded once, as they are stored. At the start of a
-segment, units whose state changes, and units that fill their slots, are exchanged by copies within the device: three
-copies for each tensor of the two units, through a scratch buffer. The copies run on the compute stream, in order with
-the launches, and nothing comes from the host.
+segment, units that turn on or off, and the units that move into freed slots, are exchanged by copies within the device:
+three copies for each tensor of the two units, through a scratch buffer. The copies run on the compute stream, in order
+with the launches, and nothing comes from the host.
 
     units            every tensor of units, 256-byte aligned: slots 0 .. H-1, with the units that are on in front;
                      and slot H, with zeros, where some segment has no unit on
@@ -71,6 +71,10 @@ class UnitWeights:
 
     def _all(self) -> Iterator[_Tensor]:
         return (tensor for tensors in self._tensors.values() for tensor in tensors)
+
+    def has_places_of(self, other: UnitWeights) -> bool:
+        """Whether both have the same tensors at the same addresses, so that weights can stay where they are."""
+        return self._tensors == other._tensors and self._zeros == other._zeros and self.buffers == other.buffers
 
     @property
     def stored(self) -> UnitOrder:

@@ -20,12 +20,14 @@ from dydit.runtime.device.inputs import HostInputs, unpack
 from dydit.runtime.device.launches import EngineMemory, LaunchPlan
 from dydit.runtime.device.memory_layout import LaunchOptions, RunShape
 from dydit.runtime.device.operations import EngineId
+from dydit.runtime.device.unit_weights import UnitWeights
 from dydit.runtime.loop import LatentStore, MemoryStore, Progress, RunStats, require_finite
 from dydit.runtime.noise_source import NoiseSource
 from dydit.runtime.request import Batch
 
 BATCHES = 256
-"""This many batches run through all segments together; more would only make the lists of operations longer."""
+"""This many batches run through all segments together. More would keep more latents on the device and make the lists of
+operations longer; fewer would load the engines that do not stay more often."""
 Fit = Callable[[RunShape, LaunchOptions], LaunchOptions]
 
 
@@ -46,6 +48,18 @@ class DeviceSampler:
     ):
         self._executor, self._bundle, self._memory, self.options, self._fit = executor, bundle, memory, options, fit
         self.unsettled = False
+
+    def serves(self, bundle: Bundle) -> bool:
+        """Whether it can go on with another manifest of the same files: the weights lie where that needs them."""
+        old, new = self._bundle.manifest, bundle.manifest
+        return new is old or not new.dynamic_width or UnitWeights(new).has_places_of(UnitWeights(old))
+
+    def use(self, bundle: Bundle) -> None:
+        """Run the steps of another manifest that it serves. Engines, weights and buffers stay; graphs do not."""
+        if bundle.manifest is not self._bundle.manifest:
+            self.unsettled = True
+            self._executor.drop_graphs()
+            self._bundle, self.unsettled = bundle, False
 
     def sample(
         self,
@@ -129,9 +143,10 @@ class WholeRunsBackend(Backend):
         """
         with self.lock:
             self.require_open()
-            if self._sampler.unsettled:
+            if self._sampler.unsettled or not self._sampler.serves(self.bundle):
                 self._clear_runs()
             sampler = self._sampler
+            sampler.use(self.bundle)
             try:
                 stats = sampler.sample(batches, noise, store, cfg_scale, progress)
             except CaptureError as error:

@@ -52,7 +52,7 @@ class SavedLatents:
             if not (path / LATENTS).is_file():
                 raise ConfigError(
                     f"{path} holds no {LATENTS}, which `dydit sample` writes only for a bundle without a decoder; for "
-                    "other bundles, sample with --latents-out FILE.npz and decode FILE.npz"
+                    "other bundles, write the latents with `dydit sample --latents-out FILE.npz`, and decode that file"
                 )
             path = path / LATENTS
         arrays = read_arrays(path, ("latents",), "latents", ("labels", "images"))
