@@ -268,7 +268,7 @@ def sampling_options(command: Command) -> Command:
         steps: int | None, sampler: str | None, spacing: str | None, eta: float | None, **rest: Any
     ) -> Any:
         chosen = {"steps": steps, "sampler": sampler, "spacing": spacing, "eta": eta}
-        return command(sampling=SamplerChoice.model_validate(chosen), **rest)
+        return command(sampling=parse_options(SamplerChoice, chosen), **rest)
 
     return sampler_options(None)(with_sampling)
 

@@ -54,10 +54,12 @@ def with_run(bundle: Bundle, config: SamplerConfig) -> Bundle:
     if sampling.timesteps == own.timesteps:
         return _with(bundle, sampling=sampling)
     if model.dynamic and not manifest.dynamic_width:
+        spacing = f" --timestep-spacing {config.spacing}" if config.spacing else ""
+        eta = f" --eta {config.eta:g}" if config.eta else ""
         raise ConfigError(
             f"this bundle has {counted(len(manifest.subnets), 'subnetwork')} made for {own.config.words}, which cannot "
             f"run {config.words}; export again with --dynamic-width to choose steps when sampling, or with "
-            f"--steps {config.steps} --sampler {config.sampler}"
+            f"--steps {config.steps} --sampler {config.sampler}{spacing}{eta}"
         )
     masks = step_masks(bundle, run.times)
     subnets, segments = _entries(manifest, masks)

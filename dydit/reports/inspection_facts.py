@@ -255,7 +255,8 @@ def _model_lines(model: ModelFacts, unstated: str) -> list[tuple[str, str]]:
     return [
         ("model", f"{kind}; {c.summary}"),
         ("input", f"{shape}, {counted(model.tokens, 'token')}, {classes}{guidance}"),
-        ("training", f"{model.process.words}{f' (assumed: {unstated})' if model.process_assumed else ''}"),
+        ("training", model.process.words),
+        *([("", f"assumed: {unstated}")] if model.process_assumed else []),
         ("samples", c.space_words),
         ("parameters", f"{model.parameters:,}{routers}"),
         (

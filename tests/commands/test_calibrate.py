@@ -74,7 +74,7 @@ def test_the_plan_of_the_export_is_that_of_the_calibration(run, checkpoint: Path
     assert run(*words).code == 0, words
     by_capacity = ["--steps", 3, "--routing", "capacity", "--calibration", tmp_path / "c.json"]
     other = run("export", checkpoint, *by_capacity, *plan, "--out", tmp_path / "other")
-    assert_refused(other, "the calibration is for the sampler ddim, not ddpm")
+    assert_refused(other, "the calibration is for 3 steps of ddim, not 3 steps of ddpm")
     assert names(tmp_path) == ["c.json", "c.png", "out"]
 
 

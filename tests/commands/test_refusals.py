@@ -96,14 +96,14 @@ def test_a_folder_that_holds_nothing_we_know(run, tmp_path: Path, index: int) ->
     assert contents(tmp_path) == {"folder": ""}
 
 
-@pytest.mark.parametrize("labels", [str(CLASSES), "0,99999", "-1", "all", "1,", "3-1", ""])
+@pytest.mark.parametrize("labels", [str(CLASSES + 1), "0,99999", "-1", "all", "1,", "3-1", ""])
 def test_a_label_out_of_range(run, exported: Path, tmp_path: Path, labels: str) -> None:
     assert_refused(run("sample", exported, "--labels", labels, "--out", tmp_path / "out"))
     assert contents(tmp_path) == {}
 
 
 def test_a_label_out_of_range_is_told_the_range(run, exported: Path, tmp_path: Path) -> None:
-    assert_refused(run("sample", exported, "--labels", "0-7", "--out", tmp_path / "out"), "label 7", "0..6")
+    assert_refused(run("sample", exported, "--labels", "0-8", "--out", tmp_path / "out"), "label 8", "0..6")
 
 
 def test_no_label_at_all(run, exported: Path, tmp_path: Path) -> None:
@@ -282,7 +282,7 @@ def spoil(bundle: Path, how: str) -> None:
         values["sampling"]["cfg_channels"] = 1
         manifest.write_text(json.dumps(values))
     elif how == "manifest of the future":
-        manifest.write_text(json.dumps(values | {"schema_version": 3}))
+        manifest.write_text(json.dumps(values | {"schema_version": 4}))
     elif how == "manifest of another kind":
         manifest.write_text("[1, 2]")
     elif how == "manifest in no encoding":

@@ -50,6 +50,7 @@ KINDS: list[dict[str, Any]] = [
     {"plan": "per-step", "routing": "capacity", "capacities": (2, 3)},
     {"max_subnets": 2, "precision": "int8"},
     {"max_subnets": 1, "precision": "fp16"},
+    {"max_subnets": 2, "sampler": "dpm-solver++"},
 ]
 SPARE_MEMORY, SECONDS = 4 << 30, 60
 WATCHED = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "compile", "exec", "ctypes.dlopen")
@@ -384,7 +385,7 @@ def texts_that_are_no_manifest(case: Case, rng: random.Random) -> None:
         ),
         *(text.replace("1", "NaN", 1), text.replace("1", "Infinity", 1), text.replace('"', "'"), "\0" + text),
         *('{"schema_version": 1, "model": ' + "[" * 5000 + "]" * 5000 + "}", text.replace(":", ": 1e999,", 1)),
-        *('{"schema_version": 2}', '{"schema_version": "1"}', text.replace("{", '{"schema_version": 1, ', 1)),
+        *('{"schema_version": 3}', '{"schema_version": "1"}', text.replace("{", '{"schema_version": 1, ', 1)),
     ]
     file.write_text(rng.choice(odd), encoding="utf-8")
 
@@ -398,15 +399,17 @@ def originals(make_checkpoint, make_bundle) -> list[tuple[Path, Steps]]:
 
 
 def run_steps(bundle: Bundle, backend: str) -> Steps:
-    """The outputs of all steps, each from the same latents."""
+    """The outputs of all steps, each from the same latents and, of a multistep sampler, the same history."""
     model = bundle.manifest.model
     shape = (2, model.in_channels, model.input_size, model.input_size)
     rng, labels = np.random.default_rng(0), np.array([0, 1])
-    x, noise = (rng.standard_normal(shape, np.float32) for _ in range(2))
+    x, noise, history = (rng.standard_normal(shape, np.float32) for _ in range(3))
     engine = open_backend(backend, bundle, BackendOptions(threads=1))
     with ResidentSubnets(engine) as subnets:
         runner = StepRunner(engine, subnets, labels, 2.0)
-        made = [runner.run(step, State(x), noise, labels).x_prev for step in range(bundle.manifest.sampling.steps)]
+        steps = range(bundle.manifest.sampling.steps)
+        states = [runner.run(step, State(x, history), noise, labels).state for step in steps]
+    made = [each for state in states for each in (state.x, state.history) if each is not None]
     assert all(each.shape == shape and each.dtype == np.float32 for each in made)
     return made
 

@@ -32,9 +32,10 @@ def test_facts_of_a_bundle(make_bundle, make_checkpoint):
     found = inspect_bundle(bundle.path)
     facts, manifest = found.facts, bundle.manifest
     plan = manifest.plan
-    routers = [n for n in checkpoint.state if "_rate" in n]
-    stored = sum(t.numel() for n, t in checkpoint.state.items() if n not in routers)
-    assert facts.model.parameters == stored, "everything but the width routers, which are frozen"
+    state, sizes = checkpoint.state, checkpoint.config
+    first_units = 2 * sizes.depth * (sizes.hidden_size + 1)
+    stored = sum(tensor.numel() for tensor in state.values()) + first_units
+    assert facts.model.parameters == stored, "a row for unit 0 too, which is on at any time and has no router"
     assert facts.model.static_macs == manifest.model.macs
     assert facts.width.flops_ratio == pytest.approx(plan.per_step_macs / plan.static_macs)
     assert facts.width.distinct_masks == len(set(manifest.masks)) and 0 < facts.width.toggling_units < facts.width.units

@@ -32,7 +32,7 @@ def test_images_are_those_of_sampling(trace, make_bundle):
 
 def test_decisions_and_cost_are_those_of_the_model(trace, make_bundle, make_checkpoint):
     manifest = make_bundle().manifest
-    reference = Reference(make_checkpoint().model(), 12, manifest.sampling.sampler, manifest.sampling.cfg_channels)
+    reference = Reference(make_checkpoint().model(), manifest.sampling.config, manifest.sampling.cfg_channels)
     trajectory = reference.run(Images(LABELS), lambda: None)
     assert np.array_equal(trace.tokens, trajectory.tokens)
     assert 0.1 < trace.token_share < 0.9, "tokens are routed and skipped"
