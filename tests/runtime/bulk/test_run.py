@@ -449,6 +449,38 @@ def test_noise_from_a_file_is_used(pixel_bundle, tmp_path):
     assert settings["seed"] is None and len(settings["noise_sha256"]) == 64
 
 
+def test_noise_from_a_file_without_noise_where_the_sampler_adds_none(pixel_bundle, tmp_path):
+    from dydit.diffusion.noise import image_noise
+    from dydit.diffusion.samplers import SamplerChoice
+    from dydit.planning.resampling import resampled
+
+    np.savez(tmp_path / "n.npz", x_T=image_noise(2, [0, 1, 2], 0, (3, 8, 8)), labels=np.array([3, 1, 3]))
+    bundle, latents = resampled(pixel_bundle, SamplerChoice(sampler="ddim")), []
+    for name, request in (
+        ("a", SampleRequest(noise_from=tmp_path / "n.npz")),
+        ("b", SampleRequest(labels=(3, 1, 3), seed=2)),
+    ):
+        sample_to_folder(bundle, request, tmp_path / name, OutputOptions(latents_out=tmp_path / f"{name}.npz"))
+        latents.append((tmp_path / f"{name}.npz").read_bytes())
+    assert latents[0] == latents[1]
+    with pytest.raises(ConfigError, match="has no array 'noise', which ddpm needs") as caught:
+        sample_to_folder(pixel_bundle, SampleRequest(noise_from=tmp_path / "n.npz"), tmp_path / "c")
+    assert "\n" not in str(caught.value) and not (tmp_path / "c").exists()
+
+
+def test_the_null_class_is_sampled_like_any_other(pixel_bundle, run, tmp_path):
+    null = pixel_bundle.manifest.model.null_class
+    for name, label, scale in (("null", null, 4), ("without", 2, 0)):
+        done = run(
+            "sample", pixel_bundle.path, "--labels", label, "--cfg-scale", scale, "--npz", "--out", tmp_path / name
+        )
+        assert done.code == 0, done.err
+    ours, theirs = (np.load(tmp_path / name / "samples.npz")["arr_0"].astype(int) for name in ("null", "without"))
+    assert ours.shape == (1, 8, 8, 3) and np.abs(ours - theirs).max() <= 1
+    refused = run("sample", pixel_bundle.path, "--labels", null + 1, "--out", tmp_path / "no")
+    assert refused.code == 2 and f"label {null + 1} is outside 0..{null - 1}" in refused.err
+
+
 def test_repeated_steps_are_counted_over_interruptions(make_bundle, pixel_checkpoint, tmp_path):
     from dydit.bundle.manifest import Routing
 
