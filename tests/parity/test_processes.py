@@ -1,4 +1,4 @@
-"""What is exported is what was trained, for models of every process: flows (SiT), continuous time, other predictions."""
+"""What is exported is what was trained: flows (SiT), continuous time, other betas and predictions."""
 
 from __future__ import annotations
 
