@@ -284,9 +284,9 @@ def sampler_options(steps: int | None) -> Callable[[Command], Command]:
             "--sampler",
             type=click.Choice([each.value for each in Sampler]),
             help="ddpm: ancestral sampling, with new noise in every step. ddim: deterministic, unless --eta is given. "
-            "dpm-solver++: second order, for 10 to 25 steps. euler: for flow-matching models, deterministic. "
+            "dpm-solver++: second order, for 10 to 50 steps. euler: for flow-matching models, deterministic. "
             "euler-maruyama: with new noise in every step, for flow matching and continuous time."
-            + (shown or "  [default: ddpm; for a flow, euler-maruyama]"),
+            + (shown or "  [default: ddpm; in continuous time, euler-maruyama]"),
         ),
         click.option(
             "--timestep-spacing",
