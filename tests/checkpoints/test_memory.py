@@ -34,9 +34,11 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 SCRIPT = """
 import os, resource, sys
+import torch
 from dydit.checkpoints.checkpoint import load_checkpoint
 
 spare, *paths = sys.argv[1:]
+torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
 checkpoint = load_checkpoint(paths[-1])
 size = next(line for line in open("/proc/self/status") if line.startswith("VmSize"))
 for work in [*(lambda path=path: load_checkpoint(path) for path in paths), checkpoint.model]:
