@@ -489,15 +489,18 @@ sample_to_folder(bundle, request, out, outputs, progress=lambda done, total: pri
 """
 
 
-def test_sigkill_at_random_moments(pixel_bundle, tmp_path):
+@pytest.mark.parametrize("sampler", ["ddpm", "dpm-solver++"])
+def test_sigkill_at_random_moments(sampler, make_bundle, pixel_checkpoint, tmp_path):
     """The process is killed again and again, each time further on; what it ends with is what an undisturbed one writes.
 
     The moments are counted in steps, so that they are as many on a fast machine as on a loaded one; where within a step
     a kill falls is left to chance.
     """
 
+    bundle = make_bundle(pixel_checkpoint, steps=6, max_subnets=4, max_batch=8, sampler=sampler)
+
     def start(name: str) -> subprocess.Popen[bytes]:
-        arguments = [str(pixel_bundle.path), str(tmp_path / name), str(tmp_path / f"{name}.npz")]
+        arguments = [str(bundle.path), str(tmp_path / name), str(tmp_path / f"{name}.npz")]
         return subprocess.Popen([sys.executable, "-c", WORKER, *arguments], stdout=subprocess.PIPE)
 
     clean, rng, states = start("clean"), random.Random(0), []
