@@ -32,7 +32,7 @@ from dydit.calibrate.calibration import CalibrationConfig, run_calibration, work
 from dydit.calibrate.capacity import CapacityConfig
 from dydit.calibrate.plots_calibration import calibration_png
 from dydit.checkpoints.checkpoint import load_checkpoint
-from dydit.diffusion.steps import run_steps
+from dydit.diffusion.steps import State, run_steps
 from dydit.export.exporter import export
 from dydit.export.settings import ExportConfig
 from dydit.files import write_atomic
@@ -68,7 +68,7 @@ def sampled(
                 show(index * steps + step + 1, len(batches) * steps)
 
             run = StepRunner(engine, subnets, batch.labels, cfg_scale).steps_of(batch, noise)
-            images.append(run_steps(run, noise.initial(batch), range(steps), keep))
+            images.append(run_steps(run, State(noise.initial(batch)), range(steps), keep).x)
     return np.concatenate(images), overflow, time.perf_counter() - start
 
 

@@ -38,6 +38,7 @@ from dydit.bench.bench import BenchConfig, run_bench
 from dydit.bench.scripts import finish, random_checkpoint, run_dydit, run_process, script_parser
 from dydit.bench.timing import Latents
 from dydit.bundle.bundle import Bundle
+from dydit.diffusion.steps import State
 from dydit.files import write_json
 from dydit.models.dit.config import preset
 from dydit.planning.costs import macs_costs
@@ -140,7 +141,7 @@ def compare_steps(work: Path) -> Part:
     steps, values, flips, decisions = [*range(0, 250, EVERY), 249], [], 0, 0
     for step in steps:
         x, noise = (rng.standard_normal((1, 4, 32, 32)).astype(np.float32) for _ in range(2))
-        per_step, sliding = (runner.run(step, x, noise, labels) for runner in runners)
+        per_step, sliding = (runner.run(step, State(x), noise, labels) for runner in runners)
         differ = int((per_step.tokens != sliding.tokens).sum())
         flips, decisions = flips + differ, decisions + per_step.tokens.size
         if not differ:
@@ -160,7 +161,7 @@ def load_plan(work: Path, plan: str) -> Part:
         subnets.get(index)
     loaded = time.perf_counter() - start
     x = np.zeros((1, 4, 32, 32), np.float32)
-    StepRunner(backend, subnets, labels, 4.0).run(0, x, x, labels)
+    StepRunner(backend, subnets, labels, 4.0).run(0, State(x), x, labels)
     first = time.perf_counter() - start - loaded
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {"subnets": count, "seconds": loaded, "first_step_seconds": first, "peak_bytes": peak}

@@ -30,23 +30,23 @@ def sample(folder: Path, label: int, scale: float, noise) -> np.ndarray:
         return rows.reshape(-1, *rows.shape[2:])
 
     # Guidance runs two rows: the image with its label, and with the null class. Scales 1 and 0 need one of them.
-    both, timesteps = np.array([label, manifest["model"]["num_classes"]]), np.array(sampling["timesteps"])
-    feeds = {"timesteps": timesteps, "labels": {1: both[:1], 0: both[1:]}.get(scale, both)}  # all of them int64
+    both, timesteps = np.array([label, manifest["model"]["num_classes"]]), np.array(sampling["timesteps"], np.float32)
+    feeds = {"timesteps": timesteps, "labels": {1: both[:1], 0: both[1:]}.get(scale, both)}  # labels are int64
     (condition,), (output,) = load("conditioning.onnx").run(None, feeds), load("conditioning.onnx").get_outputs()
-    x = noise(0)
+    x, history = (start := noise(0)), np.zeros_like(start)  # history: what a multistep sampler hands to the next step
     for segment in manifest["plan"]["segments"]:
         subnet = manifest["subnets"][segment["subnet"]]
         for step in range(segment["first"], segment["first"] + segment["count"]):
             graph, coefficients = load(subnet["file"]), np.array(sampling["coefficients"][step], np.float32)
             feeds = {"x": x, "noise": noise(step + 1), "coefficients": coefficients, output.name: condition[step]}
-            feeds["cfg_scale"] = np.array(scale, np.float32)
+            feeds |= {"history": history, "cfg_scale": np.array(scale, np.float32)}
             if subnet["gated"]:  # which of the model's units this step uses: one bit each
                 bits = np.array([*bytes.fromhex(manifest["masks"][step])], np.uint8)
                 feeds["gates"] = np.unpackbits(bits, count=units).astype(np.float32)
             feeds |= {v.name: unit_weights(v, subnet) for v in graph.get_inputs() if v.name in manifest["weights"]}
-            x, *overflow = graph.run(None, feeds)
+            x, history, *overflow = graph.run(None, feeds)
             if overflow and overflow[0].any():  # capacity routing: tokens found no slot, so repeat with one for each
-                x, *_ = load(subnet["full_file"]).run(None, feeds)
+                x, history, *_ = load(subnet["full_file"]).run(None, feeds)
     return x
 
 

@@ -24,8 +24,8 @@ from dydit.bench.scripts import bundle_bytes, random_checkpoint, static_checkpoi
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.manifest import Routing
 from dydit.bundle.stored_weights import Precision
-from dydit.diffusion.schedule import Schedule
-from dydit.diffusion.steps import run_steps
+from dydit.diffusion.samplers import SamplerConfig
+from dydit.diffusion.steps import State, run_steps
 from dydit.errors import BackendError
 from dydit.files import new_folder
 from dydit.models.macs import flops_ratio, static_macs
@@ -74,12 +74,12 @@ def models(settings: Settings, work: Work, emit: Emit) -> None:
         static_checkpoint(work.static, checkpoint)
     config, device = checkpoint.config, settings.device
     model, generator = checkpoint.model().to(device).eval(), torch.Generator().manual_seed(SEED)
-    timesteps = Schedule.respaced(settings.steps).timesteps[::-1]
+    timesteps = SamplerConfig(steps=settings.steps).times(config.diffusion)
     y = torch.tensor([0, config.null_class], device=device)
     masks, tokens = [], []
     for step in spread_steps(settings.steps, settings.measured):
         x = torch.randn(1, config.in_channels, config.input_size, config.input_size, generator=generator)
-        t = torch.full((2,), int(timesteps[step]), device=device)
+        t = torch.full((2,), float(timesteps[step]), device=device)
         _, recording = recorded_pass(model, x.repeat(2, 1, 1, 1).to(device), t, y)
         decisions = recording.decisions()
         masks.append(decisions.units[0].cpu().numpy() > 0)
@@ -147,7 +147,7 @@ def small(settings: Settings, work: Work, emit: Emit) -> None:
     latents = [noise.initial(batch)]
     with ResidentSubnets(backend, 2) as subnets:
         step = StepRunner(backend, subnets, SMALL_LABELS, CFG_SCALE).steps_of(batch, noise)
-        run_steps(step, latents[0], range(SMALL_STEPS), lambda _, result: latents.append(result.x_prev))
+        run_steps(step, State(latents[0]), range(SMALL_STEPS), lambda _, result: latents.append(result.x_prev))
     np.savez(work.reference, latents=np.stack(latents))
     emit("images", len(SMALL_LABELS))
 
@@ -178,11 +178,11 @@ def check(settings: Settings, work: Work, emit: Emit, configuration: str, precis
         stats = sample(runner, [batch], noise, store)
         emit("whole", {"steps": stats.steps, "repeated": stats.repeated_steps})
         for k, (x, after) in enumerate(pairwise(expected)):
-            steps.append(relative_l2(runner.run(k, x, noise.step(batch, k), batch.labels).x_prev, after))
+            steps.append(relative_l2(runner.run(k, State(x), noise.step(batch, k), batch.labels).x_prev, after))
     decibels = allowed["run"].decibels
     measure = partial(picture_error, span=None) if decibels else relative_l2
     emit("step", _judged(np.stack(steps).max(axis=0), allowed["step"].limit))
-    emit("run", {**_judged(measure(store.load(0), expected[-1]), allowed["run"].limit), "decibels": decibels})
+    emit("run", {**_judged(measure(store.load(0).x, expected[-1]), allowed["run"].limit), "decibels": decibels})
 
 
 def _judged(values: np.ndarray, tolerance: float) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from tasks import COMPILED, CONFIGURATIONS, MASKED, PYTORCH, Configuration, Sett
 from dydit.bench.bench import spread_steps
 from dydit.bench.timing import Job, Latents, Measured, MeasuredBundle, Round
 from dydit.bundle.bundle import Bundle
+from dydit.diffusion.samplers import SamplerConfig
 from dydit.errors import BackendError, UnavailableError, one_line
 from dydit.reports.bench_report import Side, SideKind
 from dydit.runtime.backends.base import Backend, BackendOptions
@@ -134,7 +135,8 @@ def _job(settings: Settings, side: Side, batch: int) -> Job:
         side=side,
         sizes=sizes,
         steps=spread_steps(settings.steps, settings.measured),
-        of=settings.steps,
+        run=SamplerConfig(steps=settings.steps),
+        process=sizes.diffusion,
         labels=tuple(index % sizes.num_classes for index in range(batch)),
         seed=SEED,
         cfg_scale=CFG_SCALE,

@@ -20,7 +20,6 @@ import numpy as np
 from dydit.bench.bench_worker import serve
 from dydit.bench.timing import Job, Loaded, Measured
 from dydit.diffusion.guidance import Guidance
-from dydit.diffusion.schedule import Schedule
 from dydit.errors import UnavailableError
 
 
@@ -30,7 +29,6 @@ class OnnxRuntimeExport(Measured):
     def __init__(self, job: Job):
         super().__init__(job, job.sizes)
         self.rows = Guidance(job.cfg_scale, self.config.null_class).rows(self.labels)
-        self.timesteps = Schedule.respaced(job.of).timesteps[::-1][list(job.steps)]
 
     def load(self) -> Loaded:
         for package in ("onnxruntime", "onnxscript"):
@@ -56,9 +54,9 @@ class OnnxRuntimeExport(Measured):
         if len(out) > batch:
             free = out[batch:, :guided]
             eps = np.concatenate([free + self.job.cfg_scale * (eps[:, :guided] - free), eps[:, guided:]], axis=1)
-        of_x, of_eps, of_noise, slope, offset = self.coefficients[k]
+        of_x, of_out, _, of_noise, slope, offset, *_ = self.coefficients[k]  # of a run without history
         deviation = np.exp(slope * v + offset) if self.config.learn_sigma else np.exp(offset)
-        x_prev: np.ndarray = of_x * x + of_eps * eps + of_noise * deviation * self.noise[k]
+        x_prev: np.ndarray = of_x * x + of_out * eps + of_noise * deviation * self.noise[k]
         return x_prev
 
 

@@ -23,6 +23,7 @@ from dydit.bundle.stored_weights import WEIGHTS, Precision, WeightEntry
 from dydit.bundle.vae_entry import VAE_DECODER, VAE_WEIGHTS, VaeEntry
 from dydit.checkpoints.containers import looks_like_checkpoint
 from dydit.diffusion.coefficients import COEFFICIENTS, HISTORY, NOISE, SamplingRun
+from dydit.diffusion.process import TRAIN_STEPS
 from dydit.diffusion.samplers import Sampler, SamplerConfig, Spacing
 from dydit.errors import BundleError, one_line
 from dydit.models.architecture import Slots
@@ -70,8 +71,8 @@ class SamplingEntry(Strict):
 
     sampler: Sampler
     spacing: Spacing | None = None
-    eta: FiniteFloat = 0.0
-    timesteps: tuple[FiniteFloat, ...]
+    eta: FiniteFloat = Field(default=0.0, ge=0, le=1)
+    timesteps: tuple[FiniteFloat, ...] = Field(max_length=TRAIN_STEPS)
     coefficients: tuple[tuple[FiniteFloat, ...], ...]
     cfg_channels: int = Field(ge=1, description="how many latent channels guidance acts on")
 

@@ -20,7 +20,7 @@ from pydantic import Field, FiniteFloat, ValidationError, model_validator
 from dydit.calibrate.activation_ranges import ActivationRanges, lengths_of
 from dydit.calibrate.capacity import CapacityConfig, Overflow, Share
 from dydit.calibrate.mixed_precision import Sensitivity
-from dydit.diffusion.process import Process
+from dydit.diffusion.process import TRAIN_STEPS, Process
 from dydit.diffusion.samplers import Sampler, SamplerConfig, Spacing
 from dydit.errors import CalibrationError, one_line
 from dydit.validation import Strict, first_problem
@@ -70,10 +70,10 @@ class Calibration(Strict):
     schema_version: Literal[1] = SCHEMA_VERSION
     checkpoint_sha256: Sha256
     process: Process | None = Field(default=None, description="of the model, if its checkpoint or the user stated it")
-    steps: int = Field(ge=1)
+    steps: int = Field(ge=1, le=TRAIN_STEPS)
     sampler: Sampler
     spacing: Spacing | None = None
-    eta: FiniteFloat = 0.0
+    eta: FiniteFloat = Field(default=0.0, ge=0, le=1)
     plan_sha256: Sha256
     cfg_scales: tuple[FiniteFloat, ...] = Field(min_length=1)
     seed: int = Field(ge=0)

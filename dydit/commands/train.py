@@ -12,6 +12,7 @@ from dydit.commands.options import PATH
 from dydit.commands.output import say
 from dydit.commands.progress import show_progress
 from dydit.commands.suggestions import next_line
+from dydit.diffusion.process import NoiseSchedule, Prediction
 from dydit.extras import CHECKPOINTS, require
 from dydit.training.recipe import RECIPES, Recipe
 from dydit.words import counted, duration
@@ -46,7 +47,21 @@ def recipe_settings() -> str:
     is_flag=True,
     help="Continue the run in --out from its last saved state. A larger iterations=N makes the run longer.",
 )
-def command(overrides: tuple[str, ...], recipe: str, out: Path, resume: bool) -> None:
+@click.option(
+    "--schedule",
+    type=click.Choice([each.value for each in NoiseSchedule]),
+    help="How noise is added in training, the same as model.process.schedule=... Default: that of the checkpoint init, "
+    "or linear, as in DiT. flow is the flow matching of SiT.",
+)
+@click.option(
+    "--prediction",
+    type=click.Choice([each.value for each in Prediction]),
+    help="What the model predicts, the same as model.process.prediction=... Default: that of the checkpoint init, or "
+    "epsilon, as in DiT. A flow predicts velocity.",
+)
+def command(
+    overrides: tuple[str, ...], recipe: str, out: Path, resume: bool, schedule: str | None, prediction: str | None
+) -> None:
     """Train a model with a recipe, on the CPU or the GPUs of this machine.
 
     KEY=VALUE changes a setting, for example iterations=100 or model.depth=4. For a recipe of several runs,
@@ -57,7 +72,9 @@ def command(overrides: tuple[str, ...], recipe: str, out: Path, resume: bool) ->
     from dydit.training.recipe import find_recipes
     from dydit.training.sequence import train_sequence
 
-    recipes = find_recipes(recipe, overrides)
+    process = {"schedule": schedule, "prediction": prediction}
+    stated = [f"model.process.{name}={value}" for name, value in process.items() if value is not None]
+    recipes = find_recipes(recipe, [*overrides, *stated])
     with show_progress("train") as progress:
         results = train_sequence(recipes, out, resume, progress)
     for result in results:

@@ -91,18 +91,27 @@ def compare_step(
     c_x: float,
     logits: np.ndarray | None,
     measure: Measure = relative_l2,
+    c_history: float = 0.0,
 ) -> StepComparison:
-    """Compare a step with the reference's. `logits` f32 [L, rows, N]: those of the reference (None: a static model)."""
+    """Compare a step with the reference's. `logits` f32 [L, rows, N]: those of the reference (None: a static model).
+
+    `c_history`: the coefficient with which the next step takes `next_history`. What a wrong history adds to that step's
+    latents then counts as an error of this step, by the same measure.
+    """
     images = len(ours.x)
+    values = measure(ours.x_prev, reference.x_prev)
+    if c_history:
+        assert reference.next_history is not None
+        kept = np.zeros_like(ours.x) if ours.next_history is None else ours.next_history
+        added = c_history * (kept.astype(np.float64) - reference.next_history)
+        values = np.maximum(values, measure(reference.x_prev + added, reference.x_prev))
     parts = [each.x_prev.astype(np.float64) - c_x * each.x for each in (ours, reference)]
     flips, margins, decisions = np.zeros((1, images), np.int64), np.zeros((1, images)), 0
     if logits is not None:
         assert ours.tokens is not None and ours.tokens.shape == logits.shape
         flips, margins = count_flips(ours.tokens, logits, images)
         decisions = logits.size
-    return StepComparison(
-        step, measure(ours.x_prev, reference.x_prev), relative_l2(parts[0], parts[1]), flips, margins, decisions
-    )
+    return StepComparison(step, values, relative_l2(parts[0], parts[1]), flips, margins, decisions)
 
 
 def count_flips(tokens: np.ndarray, logits: np.ndarray, images: int) -> tuple[np.ndarray, np.ndarray]:

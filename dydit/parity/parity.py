@@ -25,6 +25,7 @@ from dydit.bundle.bundle import Bundle
 from dydit.bundle.manifest import Manifest
 from dydit.bundle.stored_weights import fp16_name
 from dydit.checkpoints.checkpoint import Checkpoint, load_checkpoint
+from dydit.diffusion.coefficients import HISTORY
 from dydit.diffusion.samplers import SamplerChoice
 from dydit.diffusion.steps import State, run_steps
 from dydit.errors import ConfigError
@@ -213,12 +214,18 @@ class _Parity:
 
     def _expected(self, step: int) -> StepValues:
         latents, logits = self.trajectory.latents, self.trajectory.logits
-        return StepValues(latents[step], latents[step + 1], None if logits is None else logits[step] > 0)
+        tokens = None if logits is None else logits[step] > 0
+        return StepValues(latents[step], latents[step + 1], tokens, next_history=self.trajectory.history[step + 1])
 
-    def _compare(self, step: int, ours: StepValues, measure: Measure = relative_l2) -> StepComparison:
+    def _compare(self, step: int, ours: StepValues, measure: Measure | None = None) -> StepComparison:
+        """`measure`: of a whole run, which shows by its latents what its history was; None: a step by itself."""
         logits = None if self.trajectory.logits is None else self.trajectory.logits[step]
-        c_x = float(self.reference.coefficients[step, 0])
-        return compare_step(step, ours, self._expected(step), c_x, logits, measure)
+        rows, expected = self.reference.coefficients, self._expected(step)
+        c_x = float(rows[step, 0])
+        if measure is not None:
+            return compare_step(step, ours, expected, c_x, logits, measure)
+        c_history = float(rows[step + 1, HISTORY]) if step + 1 < len(rows) else 0.0
+        return compare_step(step, ours, expected, c_x, logits, c_history=c_history)
 
     def _run_measure(self, step: int, to_pixels: ToPixels) -> Measure:
         """The measure of a whole run. Below fp32 it compares pictures; latents are decoded at the end only."""
@@ -258,7 +265,8 @@ class _Parity:
                 debug=True,
             )
             assert out.tokens is not None and out.residuals is not None
-            return StepValues(x, out.x_prev.numpy(), out.tokens.numpy(), out.residuals.numpy())
+            ours = (each.numpy() for each in (out.x_prev, out.tokens, out.residuals, out.next_history))
+            return StepValues(x, *ours)
 
         comparisons = []
         for step in self.compared:

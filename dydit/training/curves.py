@@ -7,11 +7,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dydit.diffusion.process import Prediction
 from dydit.extras import require
 from dydit.files import write_atomic
 
+_TARGETS = {
+    Prediction.EPSILON: "the noise",
+    Prediction.X0: "the image",
+    Prediction.V: "v",
+    Prediction.VELOCITY: "the velocity",
+}
 
-def draw_curves(log: Sequence[dict[str, Any]], path: Path, title: str) -> None:
+
+def draw_curves(log: Sequence[dict[str, Any]], path: Path, title: str, prediction: Prediction) -> None:
     """Draw the log's losses and, for a dynamic run, FLOPs ratio against target, as a PNG at `path`."""
     require("drawing the curves", ["matplotlib"])
     from matplotlib.figure import Figure
@@ -22,7 +30,8 @@ def draw_curves(log: Sequence[dict[str, Any]], path: Path, title: str) -> None:
     for key, label in (("mse", "training"), ("probe_mse", "probe (EMA, no gate noise)")):
         iterations, values = _series(log, key)
         axes[0].plot(iterations, values, label=label)
-    axes[0].set(title=f"{title}: error on the noise", xlabel="iteration", ylabel="mean squared error", yscale="log")
+    error = f"{title}: error on {_TARGETS[prediction]}"
+    axes[0].set(title=error, xlabel="iteration", ylabel="mean squared error", yscale="log")
     axes[0].legend()
     if dynamic:
         styles = (

@@ -12,10 +12,11 @@ from functools import lru_cache
 
 import numpy as np
 
-from dydit.diffusion.process import TRAIN_STEPS
+from dydit.diffusion.process import TRAIN_STEPS, Process
 from dydit.training.data import Dataset
 
 QUARTERS = 4
+_FRACTIONS = 1 << 24  # float32 represents all multiples of 1/2^24 in 0 .. 1
 
 
 class Purpose(IntEnum):
@@ -33,7 +34,7 @@ class Batch:
 
     x0: np.ndarray  # [b, C, S, S] float32
     labels: np.ndarray  # [b] int64, the null class where the label was dropped
-    timesteps: np.ndarray  # [b] int64
+    times: np.ndarray  # [b] the model's own times: int64, or float32 where time is continuous
     noise: np.ndarray  # [b, C, S, S] float32
     gate_seed: int
 
@@ -55,21 +56,33 @@ def sample_indices(seed: int, first: int, count: int, total: int) -> np.ndarray:
     return np.array([orders[position // total][position % total] for position in positions], np.int64)
 
 
-def stratified_timesteps(rng: np.random.Generator, first: int, count: int) -> np.ndarray:
-    """Timesteps of batch elements `first ..`, [count] int64: each from one of the four quarters of 0..999 in turn."""
-    width = TRAIN_STEPS // QUARTERS
-    return (np.arange(first, first + count) % QUARTERS) * width + rng.integers(0, width, count)
+def stratified_times(rng: np.random.Generator, process: Process, first: int, count: int) -> np.ndarray:
+    """The model's own times for batch elements `first ..`, [count]: each from one of the four quarters in turn.
+
+    int64 in 0..999, or where time is continuous float32 in 0 .. 1 (flow) or 0 .. 999 (vp-sde), uniform in each quarter.
+    """
+    steps = TRAIN_STEPS if process.discrete else _FRACTIONS
+    width = steps // QUARTERS
+    drawn = (np.arange(first, first + count) % QUARTERS) * width + rng.integers(0, width, count)
+    if process.discrete:
+        return drawn
+    last = 1 if process.flow else TRAIN_STEPS - 1
+    return np.asarray(drawn / steps * last, np.float32)
 
 
 @dataclass(frozen=True)
 class BatchSource:
-    """Draws the batches of one process. `batch_size` is that of all processes together."""
+    """Draws the batches of one process. `batch_size` is that of all processes together.
+
+    `diffusion`: the diffusion process, whose times are drawn.
+    """
 
     data: Dataset
     seed: int
     batch_size: int
     label_dropout: float
     null_class: int
+    diffusion: Process
     process: int = 0
     processes: int = 1
 
@@ -96,7 +109,7 @@ class BatchSource:
         return Batch(
             x0=np.ascontiguousarray(images, np.float32),
             labels=np.where(dropped, self.null_class, labels),
-            timesteps=stratified_timesteps(rng, offset, len(indices)),
+            times=stratified_times(rng, self.diffusion, offset, len(indices)),
             noise=rng.standard_normal(images.shape, np.float32),
             gate_seed=int(rng.integers(0, 2**62)),
         )

@@ -1,8 +1,7 @@
-"""The losses of DiT and DyDiT: pure functions of tensors. The process' constants are those of
-`dydit.diffusion.schedule`.
+"""The losses of DiT, SiT and DyDiT: pure functions of tensors.
 
-Shapes: x0, x_t, noise [B, C, S, S]; t [B] in 0..999; a model's output [B, 2C, S, S] (epsilon, then the raw variance v)
-or [B, C, S, S] without learned variance. All in fp32.
+Shapes: x0, x_t, noise [B, C, S, S]; t [B], the model's own times (`dydit.diffusion.process`); a model's output
+[B, C, S, S], or [B, 2C, S, S], whose second half is the raw variance v where that is learned. All in fp32.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dydit.diffusion import process as diffusion
+from dydit.diffusion.process import TRAIN_STEPS, Prediction, Process
 from dydit.diffusion.schedule import Schedule
 from dydit.models.config import ModelConfig
 from dydit.models.macs import flops_ratio
@@ -23,11 +22,9 @@ from dydit.training.draws import QUARTERS
 
 
 @dataclass(frozen=True)
-class Process:
-    """Constants of the forward process and its posterior, each fp32 [1000]."""
+class PosteriorTensors:
+    """Constants of the posterior q(x_{t-1} | x_t, x_0) of a discrete process, each fp32 [1000]."""
 
-    sqrt_alpha: Tensor  # of x_0 in x_t
-    sqrt_one_minus_alpha: Tensor  # of the noise in x_t
     x0_of_x: Tensor  # x_0 = x0_of_x * x_t - x0_of_eps * eps
     x0_of_eps: Tensor
     mean_of_x0: Tensor  # posterior mean
@@ -36,61 +33,111 @@ class Process:
     log_variance_high: Tensor  # log beta
 
     @classmethod
-    def training(cls, device: torch.device | str = "cpu") -> Process:
-        """The full 1000-step process."""
-        schedule = Schedule.training(diffusion.Process())
+    def of(cls, process: Process, device: torch.device | str) -> PosteriorTensors:
+        """The constants of a process on a device."""
+        schedule = Schedule.training(process)
         a = schedule.alphas_cumprod
         mean_of_x0, mean_of_xt = schedule.posterior_mean_coefficients
         low, high = schedule.log_variance_range
-
-        def constant(array: np.ndarray) -> Tensor:
-            return torch.tensor(array, dtype=torch.float32, device=device)
-
         return cls(
-            sqrt_alpha=constant(np.sqrt(a)),
-            sqrt_one_minus_alpha=constant(np.sqrt(1 - a)),
-            x0_of_x=constant(np.sqrt(1 / a)),
-            x0_of_eps=constant(np.sqrt(1 / a - 1)),
-            mean_of_x0=constant(mean_of_x0),
-            mean_of_xt=constant(mean_of_xt),
-            log_variance_low=constant(low),
-            log_variance_high=constant(high),
+            x0_of_x=_fp32(np.sqrt(1 / a), device),
+            x0_of_eps=_fp32(np.sqrt(1 / a - 1), device),
+            mean_of_x0=_fp32(mean_of_x0, device),
+            mean_of_xt=_fp32(mean_of_xt, device),
+            log_variance_low=_fp32(low, device),
+            log_variance_high=_fp32(high, device),
         )
 
 
+@dataclass(frozen=True)
+class ProcessTensors:
+    """The forward process as tensors.
+
+    `table`: alpha and sigma at 0..999, each fp32 [1000]; None where time is continuous. `posterior`: None without a
+    variational term, which the prediction of epsilon in discrete time has.
+    """
+
+    process: Process
+    table: tuple[Tensor, Tensor] | None
+    posterior: PosteriorTensors | None
+
+    @classmethod
+    def of(cls, process: Process, device: torch.device | str = "cpu") -> ProcessTensors:
+        """The tensors of a process on a device."""
+        if not process.discrete:
+            return cls(process, None, None)
+        alpha, sigma = process.alpha_sigma(np.arange(TRAIN_STEPS))
+        has_term = process.prediction is Prediction.EPSILON
+        return cls(
+            process=process,
+            table=(_fp32(alpha, device), _fp32(sigma, device)),
+            posterior=PosteriorTensors.of(process, device) if has_term else None,
+        )
+
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha and sigma of x_t = alpha x_0 + sigma eps at times t [B], each fp32 [B, 1, 1, 1]."""
+        if self.table is not None:
+            return _at(self.table[0], t), _at(self.table[1], t)
+        alpha, sigma = self.process.alpha_sigma(t.cpu().double().numpy())
+        return _per_image(_fp32(alpha, t.device)), _per_image(_fp32(sigma, t.device))
+
+
+def _fp32(array: np.ndarray, device: torch.device | str) -> Tensor:
+    return torch.tensor(array, dtype=torch.float32, device=device)
+
+
+def _per_image(values: Tensor) -> Tensor:
+    return values[:, None, None, None]
+
+
 def _at(table: Tensor, t: Tensor) -> Tensor:
-    return table[t][:, None, None, None]
+    return _per_image(table[t])
 
 
-def add_noise(process: Process, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-    """x_t ~ q(x_t | x_0) (Ho et al. 2020, eq. 4)."""
-    return _at(process.sqrt_alpha, t) * x0 + _at(process.sqrt_one_minus_alpha, t) * noise
+def add_noise(process: ProcessTensors, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    """x_t = alpha x_0 + sigma eps (Ho et al. 2020, eq. 4; Ma et al. 2024)."""
+    alpha, sigma = process.alpha_sigma(t)
+    return alpha * x0 + sigma * noise
+
+
+def regression_target(process: ProcessTensors, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    """What the first C channels of the output are to be, [B, C, S, S]; see `Prediction`."""
+    prediction = process.process.prediction
+    if prediction is Prediction.EPSILON:
+        return noise
+    if prediction is Prediction.X0:
+        return x0
+    if prediction is Prediction.VELOCITY:
+        return x0 - noise
+    alpha, sigma = process.alpha_sigma(t)
+    return alpha * noise - sigma * x0
 
 
 def diffusion_loss(
-    process: Process, output: Tensor, x0: Tensor, x_t: Tensor, t: Tensor, noise: Tensor
+    process: ProcessTensors, output: Tensor, x0: Tensor, x_t: Tensor, t: Tensor, noise: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """(mean squared error on epsilon, variational term in bits per dimension), each [B]; the loss is their sum.
+    """(mean squared error on the target, variational term in bits per dimension), each [B]; the loss is their sum.
 
     The variational term trains the variance only: the mean is detached (Nichol & Dhariwal 2021, section 3.1). At
-    T = 1000 it enters with weight 1, as in DiT. It is 0 where the model does not learn the variance.
+    T = 1000 it enters with weight 1, as in DiT. It is 0 where the model does not learn the variance, and for processes
+    without the term: the second half of their output is not trained, as in SiT.
     """
     output, channels = output.float(), x0.shape[1]
-    eps = output[:, :channels]
-    mse = (noise - eps).square().flatten(1).mean(1)
-    if output.shape[1] == channels:
+    predicted = output[:, :channels]
+    mse = (regression_target(process, x0, t, noise) - predicted).square().flatten(1).mean(1)
+    if process.posterior is None or output.shape[1] == channels:
         return mse, torch.zeros_like(mse)
-    return mse, variational_term(process, eps.detach(), output[:, channels:], x0, x_t, t)
+    return mse, variational_term(process.posterior, predicted.detach(), output[:, channels:], x0, x_t, t)
 
 
-def variational_term(process: Process, eps: Tensor, v: Tensor, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+def variational_term(posterior: PosteriorTensors, eps: Tensor, v: Tensor, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
     """KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), at t = 0 the decoder's -log p(x_0 | x_1); bits per dimension.
 
     eps, v, x0, x_t [B, C, S, S]; returns [B].
     """
-    of_x0, of_xt = _at(process.mean_of_x0, t), _at(process.mean_of_xt, t)
-    low, high = _at(process.log_variance_low, t), _at(process.log_variance_high, t)
-    predicted = _at(process.x0_of_x, t) * x_t - _at(process.x0_of_eps, t) * eps
+    of_x0, of_xt = _at(posterior.mean_of_x0, t), _at(posterior.mean_of_xt, t)
+    low, high = _at(posterior.log_variance_low, t), _at(posterior.log_variance_high, t)
+    predicted = _at(posterior.x0_of_x, t) * x_t - _at(posterior.x0_of_eps, t) * eps
     true_mean, mean = of_x0 * x0 + of_xt * x_t, of_x0 * predicted + of_xt * x_t
     share = (v + 1) / 2
     log_variance = share * high + (1 - share) * low
@@ -154,7 +201,7 @@ def token_loss(tokens: Tensor, target: float, weight: float) -> Tensor:
     """`weight * mean over blocks and quarters of (share of tokens - target)^2`, a scalar; tokens [L, B, N].
 
     Not in the paper, which trains far longer. In a short run, the fastest way to meet the FLOPs loss is to turn the MLP
-    of whole blocks off for every token. This loss aims at a share of tokens for each block and quarter of the timesteps
+    of whole blocks off for every token. This loss aims at a share of tokens for each block and quarter of the times
     (batch element i belongs to quarter i mod 4), so a router can only choose among tokens, within and between images.
     """
     shares = tokens.mean(-1).unflatten(1, (-1, QUARTERS)).mean(1)  # [L, 4]

@@ -11,12 +11,13 @@ from dydit.models.routers import Gating, Masked, Recording, Static
 from dydit.training.draws import Batch
 from dydit.training.losses import (
     AnnealedGumbelSigmoid,
-    Process,
+    ProcessTensors,
     achieved_ratio,
     add_noise,
     detail_loss,
     diffusion_loss,
     flops_loss,
+    regression_target,
     relative_detail,
     token_loss,
 )
@@ -26,7 +27,7 @@ from dydit.training.recipe import Recipe, Stage
 class Objective(nn.Module):
     """The model together with its losses, as one module: one forward is one synchronized step in all processes."""
 
-    def __init__(self, model: DynamicModel, recipe: Recipe, process: Process):
+    def __init__(self, model: DynamicModel, recipe: Recipe, process: ProcessTensors):
         super().__init__()
         self.model, self.recipe, self.process = model, recipe, process
 
@@ -65,19 +66,20 @@ class Objective(nn.Module):
 
 
 def tensors(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A batch on a device: x0, timesteps, labels, noise."""
-    arrays = (batch.x0, batch.timesteps, batch.labels, batch.noise)
+    """A batch on a device: x0, times, labels, noise."""
+    arrays = (batch.x0, batch.times, batch.labels, batch.noise)
     x0, t, y, noise = (torch.from_numpy(np.ascontiguousarray(array)).to(device) for array in arrays)
     return x0, t, y, noise
 
 
 @torch.no_grad()
-def probe(model: DynamicModel, batch: Batch, process: Process) -> dict[str, float]:
+def probe(model: DynamicModel, batch: Batch, process: ProcessTensors) -> dict[str, float]:
     """Evaluate the model without gate noise on a fixed batch: mean squared error, FLOPs ratio, token ratio."""
-    x0, t, y, noise = tensors(batch, process.sqrt_alpha.device)
+    x0, t, y, noise = tensors(batch, next(model.parameters()).device)
     gating = Recording(Masked() if model.config.dynamic else Static(), model.config)
     output = model(add_noise(process, x0, t, noise), t, y, gating)
-    out = {"probe_mse": float((output[:, : x0.shape[1]] - noise).square().mean())}
+    target = regression_target(process, x0, t, noise)
+    out = {"probe_mse": float((output[:, : x0.shape[1]] - target).square().mean())}
     if model.config.dynamic:
         decisions = gating.decisions()
         per_image = decisions.tokens.mean((0, 2))

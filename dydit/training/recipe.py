@@ -10,13 +10,15 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from enum import StrEnum
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from dydit.diffusion.process import NoiseSchedule, Prediction, Process
 from dydit.errors import ConfigError
-from dydit.models.config import ModelConfig, parse_config, parse_model
+from dydit.models.config import ModelConfig, parse_config
 from dydit.models.dit.config import preset
+from dydit.models.registry import DEFAULT, architecture
 from dydit.validation import Strict
 
 
@@ -49,7 +51,10 @@ class Recipe(Strict):
 
     name: str
     stage: Stage
-    model: ModelConfig
+    model: ModelConfig = Field(
+        description="sizes of the model; model.process: how noise is added and what the model predicts, as --schedule "
+        "and --prediction set it"
+    )
     data: str
     init: str | None = Field(default=None, description="checkpoint to start from; new weights if absent")
 
@@ -121,6 +126,25 @@ class Recipe(Strict):
         if self.batch_size % 4:
             raise ValueError(
                 f"batch_size {self.batch_size} is not a multiple of 4 (timesteps are drawn from four quarters)"
+            )
+        return self
+
+    @property
+    def process(self) -> Process:
+        """How noise is added and what the model predicts: that of the model, DiT's if it states none."""
+        return self.model.diffusion
+
+    def started_from(self, model: ModelConfig, where: str) -> Recipe:
+        """The recipe with the process of the model that it starts from. `where`: words for that model.
+
+        Raises `ConfigError` if the recipe states another process.
+        """
+        if self.model.process is None:
+            return self.model_copy(update={"model": self.model.model_copy(update={"process": model.process})})
+        if self.process.words != model.diffusion.words:
+            raise ConfigError(
+                f"recipe {self.name} ({self.process.words}) starts from {where}, which was trained in another way "
+                f"({model.diffusion.words}); remove --schedule, --prediction and model.process to train as before"
             )
         return self
 
@@ -227,6 +251,8 @@ def find_recipes(name: str, overrides: Sequence[str] = ()) -> tuple[Recipe, ...]
             chosen, key = [runs[stages.index(first)]], rest
         for run in chosen:
             _set(run, key.split("."), _value(text), Recipe, word)
+    for run in runs:
+        _complete_process(run["model"])
     return tuple(parse_config(Recipe, run) for run in runs)
 
 
@@ -237,12 +263,26 @@ def _set(values: dict[str, Any], path: list[str], value: Any, kind: type[BaseMod
     if len(path) == 1:
         values[path[0]] = value
         return
-    nested = known[path[0]].annotation
-    if not (isinstance(nested, type) and issubclass(nested, BaseModel)):
+    annotation = known[path[0]].annotation
+    kinds = (each for each in (annotation, *get_args(annotation)) if isinstance(each, type))
+    nested = next((each for each in kinds if issubclass(each, BaseModel)), None)
+    if nested is None:
         raise ConfigError(f"{word!r}: {path[0]} has no settings of its own")
+    if not isinstance(values.get(path[0]), dict):
+        values[path[0]] = {}
     if nested is ModelConfig:
-        nested = type(parse_model(values[path[0]]))
+        nested = architecture(str(values[path[0]].get("architecture", DEFAULT))).config
     _set(values[path[0]], path[1:], value, nested, word)
+
+
+def _complete_process(model: Any) -> None:
+    """A flow predicts the velocity, and nothing else does, so that either of the two may be left out."""
+    process = model.get("process") if isinstance(model, dict) else None
+    if isinstance(process, dict):
+        if process.get("schedule") == NoiseSchedule.FLOW:
+            process.setdefault("prediction", Prediction.VELOCITY.value)
+        if process.get("prediction") == Prediction.VELOCITY:
+            process.setdefault("schedule", NoiseSchedule.FLOW.value)
 
 
 def _value(text: str) -> Any:

@@ -8,7 +8,7 @@ from pathlib import Path
 from dydit.errors import ConfigError, OutputError
 from dydit.files import user_path
 from dydit.training.recipe import Recipe
-from dydit.training.trainer import Progress, TrainResult, train
+from dydit.training.trainer import Progress, TrainResult, train, with_process_of_start
 from dydit.training.training_folder import check_folder, has_run, stored_recipe
 
 
@@ -17,7 +17,7 @@ def train_sequence(
 ) -> list[TrainResult]:
     """Run recipes one after another, each in `out/<stage>`, each starting from the weights of the one before.
 
-    A single recipe runs in `out` itself. With `resume`, finished runs are kept.
+    A single recipe runs in `out` itself. With `resume`, finished runs are kept. All runs have the process of the first.
     """
     out = user_path(out)
     folders = [out] if len(recipes) == 1 else [out / recipe.stage.value for recipe in recipes]
@@ -25,6 +25,8 @@ def train_sequence(
         raise OutputError(f"{out} holds no run to resume; remove --resume to start one there")
     if len(recipes) == 1:
         return [train(recipes[0], out, resume, progress)]
+    first = with_process_of_start(recipes[0])
+    recipes = [first, *(recipe.started_from(first.model, f"the model of {first.name}") for recipe in recipes[1:])]
     _check_sequence(recipes, folders, resume)
     results: list[TrainResult] = []
     for recipe, folder in zip(recipes, folders, strict=True):

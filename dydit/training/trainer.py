@@ -27,7 +27,7 @@ from dydit.models.registry import architecture_of
 from dydit.training.curves import draw_curves
 from dydit.training.data import open_data
 from dydit.training.draws import BatchSource, Purpose, stream
-from dydit.training.losses import Process
+from dydit.training.losses import ProcessTensors
 from dydit.training.objective import Objective, probe, tensors
 from dydit.training.processes import agreed, stopped_by_sigterm
 from dydit.training.recipe import LearningRateSchedule, Precision, Recipe, Stage
@@ -100,6 +100,16 @@ def starting_model(recipe: Recipe) -> DynamicModel:
     return model
 
 
+def with_process_of_start(recipe: Recipe) -> Recipe:
+    """The recipe with the process of its `init`. A file that does not exist is refused where it is needed.
+
+    Raises `ConfigError` if the recipe states another process, and `CheckpointError` if the checkpoint is unusable.
+    """
+    if recipe.init is None or not user_path(Path(recipe.init)).exists():
+        return recipe
+    return recipe.started_from(load_checkpoint(Path(recipe.init)).config, f"init {recipe.init}")
+
+
 def make_optimizer(model: DynamicModel, recipe: Recipe) -> torch.optim.AdamW:
     """AdamW with two parameter groups. `multiple` in a group scales its learning rate; the routers have their own."""
     routers: list[nn.Parameter] = []
@@ -126,13 +136,15 @@ def train(recipe: Recipe, out: Path, resume: bool = False, progress: Progress | 
     """Run `recipe` in the folder `out`; with `resume`, from the last state in it.
 
     A run may be resumed with more iterations, even a finished one. Raises `OutputError` if `out` is not empty,
-    `ConfigError` if it holds the run of another recipe or a setting does not fit the data, `CheckpointError` if `init`
-    or a state cannot be used, and `TrainingError` if the run diverges. A run that is refused leaves nothing behind.
+    `ConfigError` if it holds the run of another recipe or a setting does not fit the data or `init`, `CheckpointError`
+    if `init` or a state cannot be used, and `TrainingError` if the run diverges. A run that is refused leaves nothing
+    behind.
     """
     from accelerate import Accelerator
 
     out = user_path(out)
     data = open_data(recipe.data, recipe.model)
+    recipe = with_process_of_start(recipe)
     accelerator = Accelerator(mixed_precision="bf16" if recipe.precision is Precision.BF16 else "no")
     if recipe.batch_size % accelerator.num_processes:
         raise ConfigError(
@@ -144,6 +156,7 @@ def train(recipe: Recipe, out: Path, resume: bool = False, progress: Progress | 
         batch_size=recipe.batch_size,
         label_dropout=recipe.label_dropout,
         null_class=recipe.model.classes.count,
+        diffusion=recipe.process,
         process=accelerator.process_index,
         processes=accelerator.num_processes,
     )
@@ -175,7 +188,7 @@ class _Run:
         self.ema = copy.deepcopy(model).eval().requires_grad_(False)
         optimizer = make_optimizer(model, recipe)
         self.counters = load_state(saved[-1], model, self.ema, optimizer) if saved else Counters()
-        self.process = Process.training(accelerator.device)
+        self.process = ProcessTensors.of(recipe.process, accelerator.device)
         self.model, self.plain_optimizer = model, optimizer
         self.objective, self.optimizer = accelerator.prepare(Objective(model, recipe, self.process), optimizer)
         if 0 < self.counters.planned < recipe.iterations:
@@ -323,7 +336,7 @@ class _Run:
         }
         if self.accelerator.is_main_process:
             save_checkpoint(out / MODEL, self.ema, recipe.model, {"recipe": json.dumps(stored_recipe)})
-            draw_curves(log, out / CURVES, recipe.name)
+            draw_curves(log, out / CURVES, recipe.name, recipe.process.prediction)
             summary["model_sha256"] = sha256_of(out / MODEL)
             write_json(out / SUMMARY, summary)
         self.accelerator.wait_for_everyone()

@@ -21,10 +21,11 @@ from dydit.bench.bench import (
     spread_steps,
 )
 from dydit.bench.bench_worker import open_side
-from dydit.bench.timing import Job, Latents, chained_coefficients, settled_bytes
+from dydit.bench.timing import Job, Latents, chained_run, settled_bytes
 from dydit.bundle.manifest import PlanKind, Routing
-from dydit.diffusion.coefficients import step_coefficients
-from dydit.diffusion.schedule import Sampler, Schedule
+from dydit.diffusion.coefficients import HISTORY, NOISE, sampling_run
+from dydit.diffusion.process import Process
+from dydit.diffusion.samplers import Sampler, SamplerConfig
 from dydit.errors import BackendError, ConfigError, DeviationError, UnavailableError
 from dydit.models.config import Routers
 from dydit.models.dit.units import attention_macs, mlp_macs
@@ -204,7 +205,8 @@ def job(bundle, side=None, **changes):
         "side": side or sides_of(bundle)[0],
         "sizes": manifest.model.without_routers(),
         "steps": (0, 5, 11),
-        "of": 12,
+        "run": manifest.sampling.config,
+        "process": manifest.model.diffusion,
         "labels": (1,),
         "seed": 0,
         "cfg_scale": 4.0,
@@ -234,8 +236,10 @@ class TestMeasure:
         """All steps of a DDIM run, chained, are that run: the bundle's own coefficients."""
         bundle = make_bundle(sampler=Sampler.DDIM)
         every = job(bundle, steps=tuple(range(12)))
-        expected = np.asarray(bundle.manifest.sampling.coefficients, np.float32)
-        assert np.allclose(chained_coefficients(every.steps, 12, True), expected, rtol=1e-6)
+        sampling = bundle.manifest.sampling
+        chained = chained_run(Process(), sampling.config, every.steps, True)
+        assert chained.times.tolist() == list(sampling.timesteps)
+        assert np.allclose(chained.coefficients, np.asarray(sampling.coefficients, np.float32), rtol=1e-6)
         side = open_side(every)
         masked = open_side(
             job(bundle, Side(name="m", kind=SideKind.TORCH_MASKED, path=str(make_checkpoint().path)), steps=every.steps)
@@ -250,13 +254,32 @@ class TestMeasure:
             assert abs(x.mean()) < 0.3 and 0.8 < x.std() < 1.2
 
     def test_fewer_steps_keep_their_marginals(self):
-        table = chained_coefficients((0, 100, 249), 250, True)
-        schedule = Schedule.respaced(250)
-        full = step_coefficients(schedule, Sampler.DDIM)
-        assert table.shape == (3, 5) and not table[:, 2].any()
+        run = chained_run(Process(), SamplerConfig(), (0, 100, 249), True)
+        table, times = run.coefficients, SamplerConfig().times(Process())
+        assert run.times.dtype == np.float32 and run.times.tolist() == times[[0, 100, 249]].tolist()
+        full = sampling_run(Process(), SamplerConfig(sampler=Sampler.DDIM), True).coefficients
+        assert table.shape == (3, 8) and not table[:, NOISE].any()
         assert np.allclose(table[2], full[249], rtol=1e-6), "the last step returns the sample in any run"
-        signal = np.sqrt(schedule.alphas_cumprod[::-1])  # execution order
+        signal = Process().alpha_sigma(times)[0]
         assert table[0, 0] == pytest.approx(signal[100] / signal[0], rel=1e-5)
+
+    @pytest.mark.parametrize("sampler", [Sampler.EULER, Sampler.EULER_MARUYAMA, Sampler.DPM_SOLVER])
+    def test_fewer_steps_of_a_flow_are_those_of_eulers_method(self, sampler):
+        process = Process(schedule="flow", prediction="velocity")
+        run = SamplerConfig(sampler=sampler, steps=20)
+        chained, times = chained_run(process, run, (0, 7, 19), True), run.times(process)
+        assert np.allclose(chained.times, times[[0, 7, 19]])
+        lengths = np.diff([*times[[0, 7, 19]], 1])
+        assert np.allclose(chained.coefficients[:, :2], np.stack([np.ones(3), lengths], 1))
+        assert not chained.coefficients[:, 2:].any()
+
+    def test_a_multistep_sampler_is_timed_on_the_steps_that_it_visits(self, make_bundle):
+        """By deterministic steps without history: steps that are left out leave none."""
+        bundle = make_bundle(sampler=Sampler.DPM_SOLVER)
+        side, expected = open_side(job(bundle)), bundle.manifest.sampling
+        assert side.timesteps.tolist() == [expected.timesteps[step] for step in (0, 5, 11)]
+        assert expected.multistep and not side.coefficients[:, HISTORY].any()
+        assert all(np.isfinite(x).all() for x in self.latents(side))
 
     def test_a_subnetwork_that_does_not_stay_is_run_once_before_it_is_timed(self, make_bundle):
         side = open_side(job(make_bundle(plan=PlanKind.PER_STEP)))

@@ -96,7 +96,7 @@ def test_not_a_bundle(tmp_path, folder):
 
 @pytest.mark.parametrize(
     "text",
-    [b"", b"{", b"\xff\xfe{}", b'{"schema_version": 2,}', b"[" * 200_000, b"9" * 5000],
+    [b"", b"{", b"\xff\xfe{}", b'{"schema_version": 3,}', b"[" * 200_000, b"9" * 5000],
     ids=["empty", "cut", "not-utf8", "comma", "deep", "long-number"],
 )
 def test_manifest_that_is_not_json(folder, text):
@@ -105,10 +105,13 @@ def test_manifest_that_is_not_json(folder, text):
     assert "manifest.json is damaged: not JSON (" in message and message.endswith(AGAIN)
 
 
-@pytest.mark.parametrize("text", ["[]", "3", '"x"', "null", "{}", '{"schema_version": 1}', '{"schema_version": "2"}'])
+@pytest.mark.parametrize(
+    "text",
+    ["[]", "3", '"x"', "null", "{}", '{"schema_version": 1}', '{"schema_version": 2}', '{"schema_version": "3"}'],
+)
 def test_other_schema_versions(folder, text):
     (folder / "manifest.json").write_text(text)
-    assert "but this dydit reads 2; export the bundle again" in refusal(folder)
+    assert "but this dydit reads 3; export the bundle again" in refusal(folder)
 
 
 @pytest.mark.parametrize("size", [0.3, 0.99])
@@ -143,14 +146,30 @@ def test_edited_manifest_is_noticed(folder, edit):
         (lambda m: m["model"].update(width=1), "model.width is not a known setting"),
         (lambda m: m["subnets"][0].update(x=1), "subnets.0.x is not a known setting"),
         (lambda m: m.pop("masks"), "masks is missing"),
-        (lambda m: m["sampling"].update(sampler="euler"), "sampling.sampler must be 'ddpm' or 'ddim', not 'euler'"),
+        (
+            lambda m: m["sampling"].update(sampler="heun"),
+            "sampling.sampler must be 'ddpm', 'ddim', 'dpm-solver++', 'euler' or 'euler-maruyama', not 'heun'",
+        ),
+        (
+            lambda m: m["sampling"].update(spacing="karras"),
+            "sampling.spacing must be 'linspace', 'leading' or 'trailing', not 'karras'",
+        ),
+        (lambda m: m["sampling"].update(eta=1.5), "sampling.eta must be at most 1, not 1.5"),
+        (
+            lambda m: m["sampling"].update({name: m["sampling"][name] * 300 for name in ("timesteps", "coefficients")}),
+            "sampling.timesteps must have at most 1000 entries",
+        ),
+        (
+            lambda m: m["sampling"]["timesteps"].__setitem__(0, float("nan")),
+            "sampling.timesteps.0 must be a finite number",
+        ),
         (lambda m: m.update(precision="fp12"), "precision must be"),
         (lambda m: m.update(routing="sparse"), "routing must be 'dynamic', 'capacity' or 'dense'"),
         (lambda m: m["files"]["weights.bin"].update(bytes=-1), "files.weights.bin.bytes must be at least"),
         (lambda m: m["files"]["weights.bin"].update(sha256="../../x"), "files.weights.bin.sha256 must match"),
         (lambda m: m["model"].update(num_heads=5), "hidden_size 64 is not a multiple of num_heads 5"),
         (lambda m: m["sampling"]["timesteps"].pop(), "timesteps and coefficients differ in length"),
-        (lambda m: m["sampling"]["coefficients"][2].pop(), "sampling: a step does not have 5 coefficients"),
+        (lambda m: m["sampling"]["coefficients"][2].pop(), "sampling: a step does not have 8 coefficients"),
         (lambda m: m["masks"].pop(), "is not valid: the number of masks is not the number of sampling steps"),
         (lambda m: m["unit_order"][0][0].__setitem__(0, m["unit_order"][0][0][1]), "unit_order is not a permutation"),
         (lambda m: m["unit_order"][2][1].pop(), "unit_order is not a permutation"),

@@ -10,8 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dydit.bundle.manifest import Manifest, SegmentEntry, pack_mask, parse_manifest, unpack_mask
+from dydit.bundle.manifest import Manifest, SamplingEntry, SegmentEntry, pack_mask, parse_manifest, unpack_mask
 from dydit.bundle.vae_entry import VAE_DECODER, VAE_WEIGHTS
+from dydit.diffusion.coefficients import NOISE, sampling_run
+from dydit.diffusion.samplers import Sampler, SamplerConfig
 from dydit.errors import BundleError
 from dydit.models.config import Routers
 from dydit.planning.masks import freeze_masks
@@ -55,7 +57,7 @@ def test_manifest_survives_json(make_bundle, tmp_path):
     path.write_text(manifest.to_json())
     assert parse_manifest(path) == manifest
     assert path.read_bytes() == (make_bundle().path / "manifest.json").read_bytes()
-    assert json.loads(path.read_text())["schema_version"] == 2
+    assert json.loads(path.read_text())["schema_version"] == 3
 
 
 @pytest.mark.parametrize("routers", [Routers.FIRST_ON, Routers.ALL_ROUTED])
@@ -108,7 +110,25 @@ def test_timesteps_run_from_noise_to_image(make_bundle):
     sampling = make_bundle().manifest.sampling
     assert list(sampling.timesteps) == sorted(sampling.timesteps, reverse=True)
     assert sampling.timesteps[0] == 999 and sampling.timesteps[-1] == 0
-    assert sampling.coefficients[-1][2] == 0 and sampling.coefficients[0][2] == 1
+    assert sampling.coefficients[-1][NOISE] == 0 and sampling.coefficients[0][NOISE] == 1
+    assert not sampling.multistep
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [{}, {"sampler": "ddim", "eta": 0.25, "spacing": "trailing"}, {"sampler": "dpm-solver++", "spacing": "leading"}],
+    ids=["ddpm", "ddim", "dpm-solver++"],
+)
+def test_a_sampling_run_follows_from_its_settings(make_bundle, chosen):
+    """The settings that are stored give the times and the coefficients that are stored, to the last bit."""
+    manifest = make_bundle(steps=6, **chosen).manifest
+    sampling = manifest.sampling
+    assert sampling.config == SamplerConfig.model_validate({"steps": 6, **chosen})
+    run = sampling_run(manifest.model.diffusion, sampling.config, manifest.model.learn_sigma)
+    assert SamplingEntry.of(sampling.config, run, sampling.cfg_channels) == sampling
+    np.testing.assert_array_equal(sampling.timesteps, run.times)
+    np.testing.assert_array_equal(sampling.coefficients, run.coefficients.astype(np.float32))
+    assert sampling.multistep == (sampling.sampler is Sampler.DPM_SOLVER)
 
 
 def test_fields_have_no_defaults_that_hide_a_loss(make_bundle):

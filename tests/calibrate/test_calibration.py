@@ -100,7 +100,14 @@ def test_work_belongs_to_what_is_sampled(make_checkpoint):
     assert work_name(make_checkpoint(), ExportConfig(steps=STEPS, max_subnets=2), other) == name
     assert work_name(make_checkpoint(seed=1), EXPORTED, settings()) != name
     assert work_name(make_checkpoint(), EXPORTED, settings(samples=10)) != name
-    assert work_name(make_checkpoint(), ExportConfig(steps=STEPS, sampler="ddim"), settings()) != name
+    others = (
+        {"sampler": "ddim"},
+        {"sampler": "ddim", "eta": 0.5},
+        {"spacing": "trailing"},
+        {"sampler": "dpm-solver++"},
+    )
+    names = {work_name(make_checkpoint(), ExportConfig(steps=STEPS, **other), settings()) for other in others}
+    assert len(names | {name}) == 5
 
 
 @pytest.mark.parametrize("plan", [{"max_subnets": 1}, {"plan": PlanKind.PER_STEP}, {"plan": PlanKind.DYNAMIC_WIDTH}])
@@ -125,7 +132,7 @@ def latents(bundle, images: int, seed: int, cfg_scale: float) -> tuple[np.ndarra
     with ResidentSubnets(engine) as subnets:
         runner = StepRunner(engine, subnets, labels, cfg_scale)
         stats = sample(runner, make_batches(labels, range(images), images), noise, store)
-    return store.load(0), stats.repeated_steps
+    return store.load(0).x, stats.repeated_steps
 
 
 @pytest.mark.parametrize(("quantile", "repeats"), [(1, False), (0.5, True)])

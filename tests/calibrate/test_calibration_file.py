@@ -13,12 +13,13 @@ from dydit.calibrate.calibration_file import Calibration, OverflowRates, TokenCa
 from dydit.calibrate.capacity import CapacityConfig
 from dydit.calibrate.mixed_precision import CurvePoint, Quality, Sensitivity
 from dydit.calibrate.range_methods import Method
-from dydit.diffusion.samplers import Sampler
+from dydit.diffusion.samplers import Sampler, SamplerConfig, Spacing
 from dydit.errors import CalibrationError
 from dydit.quantization.smoothing import Smoothing
 
 RATES = OverflowRates(images=20, trials=100, rate=0.01, upper=0.04, repeated_steps=0.02, mlp_ratio=1.06)
 CHECKPOINT, PLAN = "a" * 64, "b" * 64
+SAMPLING = SamplerConfig(steps=3)
 
 
 def calibration(**changes: Any) -> Calibration:
@@ -62,16 +63,32 @@ def test_it_comes_back_as_written(tmp_path, activations):
 @pytest.mark.parametrize(
     ("of", "words"),
     [
-        (("c" * 64, 3, Sampler.DDPM, PLAN), r"another checkpoint \(its SHA-256 differs\)"),
-        ((CHECKPOINT, 250, Sampler.DDPM, PLAN), "3 sampling steps, not 250"),
-        ((CHECKPOINT, 3, Sampler.DDIM, PLAN), "the sampler ddpm, not ddim"),
-        ((CHECKPOINT, 3, Sampler.DDPM, "d" * 64), r"another plan \(its segments or masks differ\)"),
+        (("c" * 64, SAMPLING, PLAN), r"another checkpoint \(its SHA-256 differs\)"),
+        ((CHECKPOINT, SamplerConfig(), PLAN), "3 steps of ddpm, not 250 steps of ddpm"),
+        ((CHECKPOINT, SamplerConfig(steps=3, sampler=Sampler.DDIM), PLAN), "3 steps of ddpm, not 3 steps of ddim"),
+        (
+            (CHECKPOINT, SamplerConfig(steps=3, spacing=Spacing.TRAILING), PLAN),
+            "3 steps of ddpm, not 3 steps of ddpm, spacing trailing",
+        ),
+        ((CHECKPOINT, SAMPLING, "d" * 64), r"another plan \(its segments or masks differ\)"),
     ],
 )
 def test_what_differs_is_named(of, words):
     with pytest.raises(CalibrationError, match=f"^the calibration is for {words}; run `dydit calibrate` with"):
         calibration().require(*of)
-    calibration().require(CHECKPOINT, 3, Sampler.DDPM, PLAN)
+    calibration().require(CHECKPOINT, SAMPLING, PLAN)
+
+
+def test_a_sampler_with_settings_is_that_sampler_with_those_settings():
+    settings = {"sampler": Sampler.DDIM, "spacing": Spacing.TRAILING, "eta": 0.5}
+    made, asked = calibration(**settings), SamplerConfig(steps=3, **settings)
+    assert made.sampling == asked
+    made.require(CHECKPOINT, asked, PLAN)
+    for other in (SamplerConfig(steps=3, sampler=Sampler.DDIM, spacing=Spacing.TRAILING), SAMPLING):
+        with pytest.raises(
+            CalibrationError, match=r"^the calibration is for 3 steps of ddim, spacing trailing, eta 0.5"
+        ):
+            made.require(CHECKPOINT, other, PLAN)
 
 
 def test_the_hash_of_a_plan_changes_with_bounds_and_masks():
@@ -111,6 +128,10 @@ def spoil(path: tuple[Any, ...], value: Any) -> str:
         (spoil(("tokens", "mean_ratio", 0, 0), float("nan")), "mean_ratio.0.0"),
         (spoil(("tokens", "held_out", "rate"), float("inf")), "held_out.rate"),
         (spoil(("steps",), 4), "expected one row of token ratios for each step"),
+        (spoil(("steps",), 1001), "steps must be at most 1000, not 1001"),
+        (spoil(("sampler",), "heun"), "sampler must be 'ddpm', "),
+        (spoil(("spacing",), "karras"), "spacing must be 'linspace', "),
+        (spoil(("eta",), 1.5), "eta must be at most 1, not 1.5"),
         (spoil(("held_out_seed",), 0), "held_out_seed must differ from seed"),
         (spoil(("checkpoint_sha256",), "short"), "checkpoint_sha256"),
         (spoil(("cfg_scales",), []), "cfg_scales"),

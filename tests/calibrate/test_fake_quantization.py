@@ -11,10 +11,11 @@ import torch
 from dydit.bundle.manifest import PlanKind
 from dydit.bundle.stored_weights import Precision
 from dydit.calibrate.activation_ranges import ActivationRanges
-from dydit.calibrate.fake_quantization import FakeQuantizedSampler, in_8_bits
+from dydit.calibrate.fake_quantization import FakeQuantizedImages, FakeQuantizedSampler, in_8_bits
 from dydit.calibrate.observers import ObservedRun, observe
 from dydit.calibrate.range_methods import Method
-from dydit.diffusion.samplers import Sampler
+from dydit.diffusion.samplers import Sampler, SamplerConfig
+from dydit.diffusion.steps import State, run_steps
 from dydit.parity.comparison import relative_l2
 from dydit.runtime.backends.int8_exactness import products_are_exact
 from dydit.runtime.backends.registry import open_backend
@@ -28,6 +29,7 @@ LAYERS = ("qkv", "proj", "fc1", "fc2")
 pytestmark = pytest.mark.numerics
 
 STEPS, LABELS, SCALE, SEGMENTS = 12, (0, 1, 2, 3), 1.5, 4
+SAMPLING = SamplerConfig(steps=STEPS)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +40,7 @@ def segments(make_bundle):
 
 @pytest.fixture(scope="module")
 def ranges(make_checkpoint, segments) -> ActivationRanges:
-    seen = observe(make_checkpoint(), ObservedRun(segments, LABELS, [SCALE], STEPS))
+    seen = observe(make_checkpoint(), ObservedRun(segments, LABELS, [SCALE], SAMPLING))
     return seen.choose(Method.MINMAX, len(LABELS))
 
 
@@ -76,7 +78,7 @@ def test_it_is_what_the_exported_bundle_computes(
     bundle = make_bundle(
         plan=PlanKind.MAX_SUBNETS, max_subnets=SEGMENTS, precision=precision, activations=with_kept(ranges, kept)
     )
-    sampler = FakeQuantizedSampler(make_checkpoint(), ranges, segments, precision, STEPS, Sampler.DDPM)
+    sampler = FakeQuantizedSampler(make_checkpoint(), ranges, segments, precision, SAMPLING)
     labels, noise = np.array(LABELS), SeededNoise(5, (4, 8, 8))
     batch = Batch(0, tuple(range(len(LABELS))), labels)
     engine, x = open_backend("onnxruntime", bundle), noise.initial(batch)
@@ -87,10 +89,12 @@ def test_it_is_what_the_exported_bundle_computes(
             drawn, modulation = noise.step(batch, step), sampler.condition(step, labels, SCALE)
             chosen, nothing = kept[sampler.segment_of[step]], np.zeros((3, len(LAYERS)), bool)
             ours, eighth, plain = (
-                sampler.step(sampler.subnet(step, sampler.layers(step, each)), step, x, drawn, modulation, SCALE)
+                sampler.step(
+                    sampler.subnet(step, sampler.layers(step, each)), step, State(x), drawn, modulation, SCALE
+                ).x
                 for each in (chosen, nothing, None)
             )
-            theirs = runner.run(step, x, drawn, labels).x_prev
+            theirs = runner.run(step, State(x), drawn, labels).x_prev
             ratios.append(relative_l2(ours, theirs) / relative_l2(eighth, plain))
             x = plain
     assert np.median(ratios) < 0.3, np.median(ratios, axis=1)
@@ -104,14 +108,14 @@ def test_it_is_what_a_smoothed_bundle_computes(
     if precision is Precision.INT8_STATIC and not products_are_exact(onnxruntime):
         pytest.skip("this CPU has no VNNI: 8-bit products saturate")
     smoothing = make_smoothing(small_config, share=0.7)
-    seen = observe(make_checkpoint(), ObservedRun(segments, LABELS, [SCALE], STEPS), smoothing)
+    seen = observe(make_checkpoint(), ObservedRun(segments, LABELS, [SCALE], SAMPLING), smoothing)
     ranges = seen.choose(Method.MINMAX, len(LABELS)).model_copy(update={"smoothing": smoothing})
     kept = kept_of("by chance", (SEGMENTS, 3, len(LAYERS)))
     bundle = make_bundle(
         plan=PlanKind.MAX_SUBNETS, max_subnets=SEGMENTS, precision=precision, activations=with_kept(ranges, kept)
     )
     sampler, same = (
-        FakeQuantizedSampler(make_checkpoint(), each, segments, precision, STEPS, Sampler.DDPM)
+        FakeQuantizedSampler(make_checkpoint(), each, segments, precision, SAMPLING)
         for each in (ranges, ranges.model_copy(update={"smoothing": None}))
     )
     labels, noise = np.array(LABELS), SeededNoise(5, (4, 8, 8))
@@ -124,15 +128,42 @@ def test_it_is_what_a_smoothed_bundle_computes(
             drawn, choice = noise.step(batch, step), kept[sampler.segment_of[step]]
             modulation, unmoved = (each.condition(step, labels, SCALE) for each in (sampler, same))
             ours, plain = (
-                sampler.step(sampler.subnet(step, sampler.layers(step, each)), step, x, drawn, modulation, SCALE)
+                sampler.step(
+                    sampler.subnet(step, sampler.layers(step, each)), step, State(x), drawn, modulation, SCALE
+                ).x
                 for each in (choice, None)
             )
             unsmoothed = same.subnet(step, same.layers(step, None))
-            np.testing.assert_array_equal(plain, same.step(unsmoothed, step, x, drawn, unmoved, SCALE))
-            theirs = runner.run(step, x, drawn, labels).x_prev
+            np.testing.assert_array_equal(plain, same.step(unsmoothed, step, State(x), drawn, unmoved, SCALE).x)
+            theirs = runner.run(step, State(x), drawn, labels).x_prev
             ratios.append(relative_l2(ours, theirs) / relative_l2(ours, plain))
             x = plain
     assert np.median(ratios) < 0.3, np.median(ratios, axis=1)
+
+
+@pytest.mark.parametrize("name", [Sampler.DDPM, Sampler.DPM_SOLVER])
+def test_a_run_is_that_of_the_bundle_and_goes_on_from_any_state(
+    name, ranges, segments, make_checkpoint, make_bundle
+) -> None:
+    """Without quantization; of a multistep sampler, with its history."""
+    sampling = SamplerConfig(steps=STEPS, sampler=name)
+    sampler = FakeQuantizedSampler(make_checkpoint(), ranges, segments, Precision.INT8_STATIC, sampling)
+    images, states = FakeQuantizedImages(sampler, 5, 4, (SCALE, 1.0)), []
+    made = images.run(None, on_step=states.append)
+    assert len(states) == STEPS and np.array_equal(states[-1].x, made)
+    for first in (1, 5, STEPS - 1):
+        assert np.array_equal(images.run(None, first, states[first - 1]), made)
+        forgetful = images.run(None, first, State(states[first - 1].x))
+        kept = name is Sampler.DDPM or first == STEPS - 1  # the last step is of first order
+        assert np.array_equal(forgetful, made) == kept
+    engine = open_backend("onnxruntime", make_bundle(sampler=name))
+    with ResidentSubnets(engine) as subnets:
+        parts = []
+        for scale, batch in images.batches:
+            noise = SeededNoise(5, (4, 8, 8))
+            runner, state = StepRunner(engine, subnets, batch.labels, scale), State(noise.initial(batch))
+            parts.append(run_steps(runner.steps_of(batch, noise), state, range(STEPS)).x)
+    assert relative_l2(made, np.concatenate(parts)).max() < 1e-4
 
 
 @pytest.mark.parametrize(("dtype", "kind"), [(torch.int8, 3), (torch.float8_e4m3fn, 17)])

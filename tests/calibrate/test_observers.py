@@ -11,6 +11,7 @@ from dydit.bundle.stored_weights import Precision
 from dydit.calibrate.activation_ranges import Observations
 from dydit.calibrate.observers import ObservedRun, observe
 from dydit.calibrate.range_methods import Method
+from dydit.diffusion.samplers import Sampler, SamplerConfig
 from dydit.errors import CalibrationError, ConfigError
 from dydit.inspection.trace import trace_tokens
 from dydit.models.config import parse_config
@@ -23,6 +24,7 @@ LAYERS = ("qkv", "proj", "fc1", "fc2")
 pytestmark = pytest.mark.numerics
 
 STEPS, LABELS, SCALE = 12, (0, 1, 2, 3), 1.5
+SAMPLING = SamplerConfig(steps=STEPS)
 
 
 @pytest.fixture(scope="module")
@@ -37,11 +39,16 @@ def segments(bundle):
 
 @pytest.fixture(scope="module")
 def seen(make_checkpoint, segments) -> Observations:
-    return observe(make_checkpoint(), ObservedRun(segments, LABELS, [SCALE], STEPS))
+    return observe(make_checkpoint(), ObservedRun(segments, LABELS, [SCALE], SAMPLING))
 
 
-def test_every_value_that_enters_a_layer_is_counted(seen, bundle, segments):
+@pytest.mark.parametrize("sampler", [Sampler.DDPM, Sampler.DPM_SOLVER])
+def test_every_value_that_enters_a_layer_is_counted(sampler, make_checkpoint, make_bundle):
     """All tokens enter attention, and of the MLP those that sampling routes; heads and groups that are on."""
+    bundle = make_bundle(plan=PlanKind.MAX_SUBNETS, max_subnets=4, sampler=sampler)
+    segments = [(each.first, each.first + each.count) for each in bundle.manifest.plan.segments]
+    sampling = SamplerConfig(steps=STEPS, sampler=sampler)
+    seen = observe(make_checkpoint(), ObservedRun(segments, LABELS, [SCALE], sampling))
     model, masks = bundle.manifest.model, bundle.manifest.checkpoint_masks()
     tokens = trace_tokens(bundle, LABELS, SCALE).tokens  # [S, L, rows, N]
     for index, (first, end) in enumerate(segments):
@@ -57,14 +64,14 @@ def test_every_value_that_enters_a_layer_is_counted(seen, bundle, segments):
 
 
 def test_the_same_arguments_give_the_same_counts_whatever_the_batch(seen, make_checkpoint, segments):
-    again = observe(make_checkpoint(), ObservedRun(segments, LABELS, [SCALE], STEPS))
+    again = observe(make_checkpoint(), ObservedRun(segments, LABELS, [SCALE], SAMPLING))
     assert all((a.counts == b.counts).all() for a, b in zip(seen.flat(), again.flat(), strict=True))
-    halves = observe(make_checkpoint(), ObservedRun(segments, LABELS, [SCALE], STEPS, batch=2))
+    halves = observe(make_checkpoint(), ObservedRun(segments, LABELS, [SCALE], SAMPLING, batch=2))
     assert [a.total for a in seen.flat()] == [b.total for b in halves.flat()]
 
 
 def test_segments_together_are_the_whole_run(seen, make_checkpoint):
-    whole = observe(make_checkpoint(), ObservedRun([(0, STEPS)], LABELS, [SCALE], STEPS))
+    whole = observe(make_checkpoint(), ObservedRun([(0, STEPS)], LABELS, [SCALE], SAMPLING))
     assert all((a.counts == b.counts).all() for a, b in zip(seen.together().flat(), whole.flat(), strict=True))
 
 
@@ -111,7 +118,7 @@ def test_refusals(seen, make_bundle, make_checkpoint):
     with pytest.raises(ConfigError, match="fp16 takes no calibrated activations; only int8-static and fp8 do"):
         parse_config(ExportConfig, {"precision": "fp16", "activations": ranges})
     with pytest.raises(ConfigError, match="at least one label"):
-        observe(make_checkpoint(), ObservedRun([(0, STEPS)], [], [SCALE], STEPS))
+        observe(make_checkpoint(), ObservedRun([(0, STEPS)], [], [SCALE], SAMPLING))
 
 
 def test_names_of_what_is_not_finite(seen):

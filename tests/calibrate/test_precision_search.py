@@ -18,6 +18,8 @@ from dydit.calibrate.observers import ObservedRun, observe
 from dydit.calibrate.plots_precision import search_words, sensitivity_png
 from dydit.calibrate.precision_search import SearchConfig, SearchInputs, psnr, search
 from dydit.calibrate.range_methods import Method
+from dydit.diffusion.coefficients import HISTORY, sampling_run
+from dydit.diffusion.samplers import Sampler, SamplerConfig
 from dydit.errors import CalibrationError, ConfigError
 from dydit.export.exporter import planned_steps
 from dydit.export.settings import ExportConfig
@@ -48,7 +50,9 @@ def plan(model):
 
 @pytest.fixture(scope="module")
 def ranges(model, plan) -> ActivationRanges:
-    return observe(model, ObservedRun(plan.segments, range(7), [SCALE], STEPS)).choose(Method.MINMAX, 7)
+    return observe(model, ObservedRun(plan.segments, range(7), [SCALE], SamplerConfig(steps=STEPS))).choose(
+        Method.MINMAX, 7
+    )
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +177,25 @@ def test_losses_are_of_the_step_that_a_layer_is_in(find, plan, model):
     assert (losses > 0).sum() > found.layers / 2
 
 
+def test_losses_of_a_multistep_sampler_are_those_of_its_steps_with_their_history(model, plan, ranges, tmp_path):
+    """The images of each point are the bundle's; a trajectory without its history would end elsewhere."""
+    exported = EXPORTED.model_copy(update={"sampler": Sampler.DPM_SOLVER})
+    config = SearchConfig(target=Target(psnr=1), images=IMAGES, steps=2)
+    ratio = np.full((STEPS, 3), 0.5)
+    inputs = SearchInputs(model, exported, plan.segments, ranges, ratio, config, (SCALE,), 7, tmp_path)
+    _, found = search(inputs)
+    assert (np.asarray(found.losses) > 0).sum() > found.layers / 2
+    (folder,) = tmp_path.iterdir()
+    with np.load(folder / "trajectory.npz") as file:
+        (path,) = file.values()
+    assert path.shape == (STEPS + 1, 2, IMAGES, 4, 8, 8)
+    sampling = exported.sampling(model.config.diffusion)
+    rows = sampling_run(model.config.diffusion, sampling, True).coefficients
+    assert not path[0, 1].any() and all(path[step, 1].any() for step in range(1, STEPS + 1))
+    # The last step ends without noise: its result is the estimate of x_0 that it leaves as history.
+    assert rows[-1][HISTORY] == 0 and np.abs(path[-1, 0] - path[-1, 1]).max() < 1e-3 * np.abs(path[-1, 0]).max()
+
+
 @pytest.mark.release
 @pytest.mark.parametrize("precision", [Precision.INT8_STATIC, Precision.FP8])
 def test_an_exported_bundle_of_digits_keeps_the_target_on_the_images_searched_on(precision, make_bundle, tmp_path):
@@ -188,7 +211,8 @@ def test_an_exported_bundle_of_digits_keeps_the_target_on_the_images_searched_on
         pytest.skip("this CPU has no VNNI: 8-bit products saturate")
     digits, exported, target = load_checkpoint(ASSETS / "dydit.safetensors"), ExportConfig(steps=8, max_subnets=2), 50.0
     plan, labels = planned_steps(digits, exported)[1], [image * 10 // IMAGES for image in range(IMAGES)]
-    ranges = observe(digits, ObservedRun(plan.segments, range(10), [SCALE], 8)).choose(Method.MINMAX, 10)
+    run = ObservedRun(plan.segments, range(10), [SCALE], SamplerConfig(steps=8))
+    ranges = observe(digits, run).choose(Method.MINMAX, 10)
     config = SearchConfig(target=Target(psnr=target), images=IMAGES, steps=2, precision=precision)
     tokens = np.full((8, 6), 0.6)
     inputs = SearchInputs(digits, exported, plan.segments, ranges, tokens, config, [SCALE], 7, tmp_path / "work")

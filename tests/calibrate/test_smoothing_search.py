@@ -14,6 +14,8 @@ from dydit.calibrate.range_methods import Method
 from dydit.calibrate.smoothing_search import FoundSmoothing, find_smoothing
 from dydit.calibrate.smoothing_strength import LEAST_GAIN
 from dydit.checkpoints.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from dydit.diffusion.samplers import SamplerConfig
+from dydit.diffusion.steps import State
 from dydit.errors import CalibrationError, ConfigError
 from dydit.export.exporter import export, planned_steps
 from dydit.export.settings import ExportConfig
@@ -29,6 +31,7 @@ LAYERS = ("qkv", "proj", "fc1", "fc2")
 pytestmark = pytest.mark.numerics
 
 LABELS, SCALE, STEPS = (0, 1, 2, 3), 1.5, 12
+SAMPLING = SamplerConfig(steps=STEPS)
 PLAN = {"steps": STEPS, "plan": PlanKind.MAX_SUBNETS, "max_subnets": 2}
 LARGE, TIMES = (3, 17, 40), 30.0
 
@@ -59,7 +62,7 @@ def outliers(small_config, tmp_path_factory) -> Checkpoint:
 
 
 def run_of(checkpoint: Checkpoint) -> ObservedRun:
-    return ObservedRun(segments_of(checkpoint), LABELS, [SCALE], STEPS)
+    return ObservedRun(segments_of(checkpoint), LABELS, [SCALE], SAMPLING)
 
 
 def segments_of(checkpoint: Checkpoint) -> tuple[tuple[int, int], ...]:
@@ -108,7 +111,7 @@ def step_errors(exact: Bundle, low: Bundle) -> np.ndarray:
         runners = [StepRunner(engine, subnets, LABELS, SCALE) for engine, subnets in pairs]
         for step in range(0, STEPS, 3):
             x, noise = (rng.normal(size=shape).astype(np.float32) for _ in range(2))
-            expected, got = (runner.run(step, x, noise, LABELS).x_prev for runner in runners)
+            expected, got = (runner.run(step, State(x), noise, LABELS).x_prev for runner in runners)
             errors.append(relative_l2(got, expected))
     return np.array(errors)
 
@@ -130,10 +133,10 @@ def test_a_step_in_8_bits_keeps_more(found, outliers, tmp_path, precision, facto
 
 def test_refusals(outliers, tmp_path):
     with pytest.raises(ConfigError, match="at least one label"):
-        find_smoothing(outliers, ObservedRun([(0, STEPS)], [], [SCALE], STEPS))
+        find_smoothing(outliers, ObservedRun([(0, STEPS)], [], [SCALE], SAMPLING))
     model = outliers.model()
     model.blocks[1].mlp.fc1.weight.data[:] = 3e38
     save_checkpoint(tmp_path / "broken.safetensors", model, outliers.config)
     broken = load_checkpoint(tmp_path / "broken.safetensors")
     with pytest.raises(CalibrationError, match=r"segment 0, block 1, fc2: a value to calibrate on is NaN or infinite"):
-        find_smoothing(broken, ObservedRun([(0, STEPS)], LABELS, [SCALE], STEPS))
+        find_smoothing(broken, ObservedRun([(0, STEPS)], LABELS, [SCALE], SAMPLING))

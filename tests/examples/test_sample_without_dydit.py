@@ -43,6 +43,17 @@ np.save(out, sample(Path(bundle), int(label), float(scale), lambda draw: draws[d
         ({"plan": PlanKind.DYNAMIC_WIDTH}, 0.0),
         # One slot a token and block: steps overflow, and are repeated.
         ({"plan": PlanKind.PER_STEP, "routing": Routing.CAPACITY, "capacities": (1, 1, 1)}, 2.0),
+        ({"plan": PlanKind.MAX_SUBNETS, "max_subnets": 3, "sampler": "dpm-solver++"}, 2.0),
+        ({"plan": PlanKind.MAX_SUBNETS, "max_subnets": 3, "sampler": "ddim", "eta": 0.5, "spacing": "trailing"}, 2.0),
+        (
+            {
+                "plan": PlanKind.DYNAMIC_WIDTH,
+                "routing": Routing.CAPACITY,
+                "capacities": (1, 1, 1),
+                "sampler": "dpm-solver++",
+            },
+            1.0,
+        ),
     ],
 )
 def test_the_example_samples_what_dydit_samples(make_checkpoint, small_config, tmp_path, plan, scale):

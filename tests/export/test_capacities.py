@@ -11,7 +11,7 @@ import pytest
 from dydit.bundle.manifest import PlanKind, Routing
 from dydit.calibrate.calibration_file import Calibration, OverflowRates, TokenCalibration, plan_sha256
 from dydit.calibrate.capacity import CapacityConfig
-from dydit.diffusion.samplers import Sampler
+from dydit.diffusion.samplers import Sampler, Spacing
 from dydit.errors import CalibrationError, ConfigError
 from dydit.export.exporter import export, planned_steps
 from dydit.export.settings import ExportConfig
@@ -28,8 +28,7 @@ def calibrated(checkpoint, config: ExportConfig, capacities: Any = None, **chang
     given = capacities or tuple(tuple(range(k + 2, k + 2 + depth)) for k in range(len(plan.segments)))
     values: dict[str, Any] = {
         "checkpoint_sha256": checkpoint.sha256,
-        "steps": config.steps,
-        "sampler": config.sampler,
+        **dict(config.sampling(checkpoint.config.diffusion)),
         "plan_sha256": plan_sha256(plan.bounds, masks),
         "cfg_scales": (4.0,),
         "seed": 0,
@@ -93,8 +92,10 @@ def test_no_full_form_where_every_token_has_a_slot(make_checkpoint, tmp_path):
 @pytest.mark.parametrize(
     ("other", "words"),
     [
-        ({"steps": STEPS + 1}, "8 sampling steps, not 9"),
-        ({"sampler": Sampler.DDIM}, "the sampler ddpm, not ddim"),
+        ({"steps": STEPS + 1}, "8 steps of ddpm, not 9 steps of ddpm"),
+        ({"sampler": Sampler.DDIM}, "8 steps of ddpm, not 8 steps of ddim"),
+        ({"spacing": Spacing.TRAILING}, "8 steps of ddpm, not 8 steps of ddpm, spacing trailing"),
+        ({"sampler": Sampler.DDIM, "eta": 0.5}, "8 steps of ddpm, not 8 steps of ddim, eta 0.5"),
         ({"max_subnets": 2}, "another plan"),
         ({"plan": PlanKind.PER_STEP}, "another plan"),
     ],

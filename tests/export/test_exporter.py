@@ -14,9 +14,10 @@ from dydit.bundle.bundle import Bundle
 from dydit.bundle.io_spec import token_mask_name
 from dydit.bundle.manifest import PlanKind, Routing
 from dydit.bundle.stored_weights import Precision
-from dydit.diffusion.coefficients import step_coefficients
+from dydit.diffusion.coefficients import sampling_run
+from dydit.diffusion.process import Process
 from dydit.diffusion.sampler_step import sampler_step
-from dydit.diffusion.schedule import Sampler, Schedule
+from dydit.diffusion.samplers import Sampler, SamplerConfig, Spacing
 from dydit.errors import ConfigError, OutputError
 from dydit.export.exporter import export, stale_reasons
 from dydit.export.settings import ExportConfig
@@ -28,7 +29,7 @@ from dydit.planning.masks import activity_order, freeze_masks
 from dydit.planning.sizes import fixed_bytes, unit_bytes
 
 # A sampler's own would let x drown what the model says: one step changes little.
-COEFFICIENTS = (0.1, 1.0, 0.3, 0.4, -0.5)
+COEFFICIENTS = (0.1, 1.0, 0.2, 0.3, 0.4, -0.5, 0.15, 0.9)
 SCALE = 2.5
 PLANS = {
     "per-step": {"plan": PlanKind.PER_STEP},
@@ -62,23 +63,27 @@ def run_every_step(bundle: Bundle, checkpoint, sessions, distance, full: bool = 
             opened[segment.subnet] = open_session(bundle.file(entry.full_file if full else entry.file), tokens)
         for step in segment.steps:
             t = manifest.sampling.timesteps[step]
-            table = run_session(conditioning, {"timesteps": np.array([t]), "labels": labels})["condition"][0]
-            x, noise = (rng.normal(size=shape).astype(np.float32) for _ in range(2))
-            feeds = {"x": x, "noise": noise, "condition": table, "gates": bundle.step_gates(step)}
+            table = run_session(conditioning, {"timesteps": np.array([t], np.float32), "labels": labels})["condition"][
+                0
+            ]
+            x, history, noise = (rng.normal(size=shape).astype(np.float32) for _ in range(3))
+            feeds = {"x": x, "history": history, "noise": noise, "condition": table, "gates": bundle.step_gates(step)}
             feeds |= {"coefficients": np.array(COEFFICIENTS, np.float32), "cfg_scale": np.array(SCALE, np.float32)}
             out = run_session(opened[segment.subnet], feeds)
             recording = Recording(Masked() if config.dynamic else Static(), config)
             rows = torch.tensor(x).double().repeat(2, 1, 1, 1)
             with torch.no_grad():
                 out_of_model = model(rows, torch.full((4,), t), torch.tensor(labels), recording)
-            drawn, row = torch.tensor(noise).double(), torch.tensor(np.array(COEFFICIENTS, np.float32)).double()
-            expected = sampler_step(rows[:2], out_of_model, drawn, row, SCALE, manifest.sampling.cfg_channels).numpy()
+            known, drawn, row = (torch.tensor(feeds[name]).double() for name in ("history", "noise", "coefficients"))
+            guided = manifest.sampling.cfg_channels
+            expected = sampler_step(rows[:2], known, out_of_model, drawn, row, SCALE, guided)
             if tokens:
                 decided = np.stack([out[name].reshape(4, -1) for name in tokens])
                 np.testing.assert_array_equal(decided, recording.decisions().tokens.numpy() > 0)
                 assert 0 < decided.mean() < 1
                 routed += decided.size
-            assert distance(out["x_prev"], expected) < 1e-5, f"step {step}"
+            for name, values in zip(("x_prev", "next_history"), expected, strict=True):
+                assert distance(out[name], values.numpy()) < 1e-5, f"step {step}"
     return routed
 
 
@@ -182,17 +187,29 @@ def test_manifest_lists_exactly_the_files(make_bundle):
     Bundle.open(bundle.path)
 
 
-@pytest.mark.parametrize("sampler", list(Sampler))
-def test_manifest_describes_the_run(make_bundle, make_checkpoint, sampler):
-    manifest = make_bundle(sampler=sampler, steps=7, max_batch=5).manifest
-    schedule, checkpoint = Schedule.respaced(7), make_checkpoint()
-    assert list(manifest.sampling.timesteps) == schedule.timesteps[::-1].tolist() and manifest.sampling.steps == 7
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"sampler": Sampler.DDPM},
+        {"sampler": Sampler.DDIM},
+        {"sampler": Sampler.DDIM, "spacing": Spacing.TRAILING, "eta": 0.3},
+        {"sampler": Sampler.DPM_SOLVER},
+    ],
+    ids=["ddpm", "ddim", "eta", "dpm-solver++"],
+)
+def test_manifest_describes_the_run(make_bundle, make_checkpoint, settings):
+    manifest = make_bundle(**settings, steps=7, max_batch=5).manifest
+    sampling, checkpoint = SamplerConfig(**settings, steps=7), make_checkpoint()
+    times = sampling.times(Process())
+    assert list(manifest.sampling.timesteps) == times.tolist() and manifest.sampling.steps == 7
     np.testing.assert_array_equal(
-        np.array(manifest.sampling.coefficients, np.float32), step_coefficients(schedule, sampler).astype(np.float32)
+        np.array(manifest.sampling.coefficients, np.float32),
+        sampling_run(Process(), sampling, True).coefficients.astype(np.float32),
     )
+    assert manifest.sampling.config == sampling
     assert manifest.sampling.cfg_channels == 3 and manifest.max_batch == 5
     assert manifest.model == checkpoint.config and manifest.checkpoint_sha256 == checkpoint.sha256
-    masks = freeze_masks(checkpoint.model(), schedule.timesteps[::-1])
+    masks = freeze_masks(checkpoint.model(), times)
     assert manifest.unit_order == activity_order(masks, checkpoint.config.units)
     assert {"dydit", "onnx", "torch"} <= manifest.tools.keys()
 
@@ -246,7 +263,9 @@ class TestCapacity:
         ({"memory_budget": 10}, "the plan memory-budget needs a memory budget, and no other plan takes one"),
         ({"capacities": (1,)}, "capacities can only be given with capacity routing"),
         ({"routing": "sparse"}, "routing must be 'dynamic', 'capacity' or 'dense'"),
-        ({"sampler": "euler"}, "sampler must be 'ddpm' or 'ddim'"),
+        ({"sampler": "heun"}, "sampler must be 'ddpm', 'ddim', 'dpm-solver++', 'euler' or 'euler-maruyama'"),
+        ({"spacing": "karras"}, "spacing must be 'linspace', 'leading' or 'trailing'"),
+        ({"eta": 2}, "eta must be at most 1, not 2"),
         ({"max_batch": 0}, "max_batch must be at least 1, not 0"),
         ({"step": 5}, "step is not a known setting"),
     ],

@@ -52,15 +52,16 @@ def test_a_smoothed_model_is_the_same_bit_for_bit(make_checkpoint, make_smoothin
     order = axis.nested([tuple(rng.permutation(part.group.count).tolist()) for part in axis.parts])
     plain = dict(stored_tensors(checkpoint.state, config, order))
     moved = dict(smoothed_tensors(checkpoint.state, config, smoothing, order))
-    x, noise = (torch.from_numpy(rng.normal(size=(2, 4, 8, 8)).astype(np.float32)) for _ in range(2))
+    state = [torch.from_numpy(rng.normal(size=(2, 4, 8, 8)).astype(np.float32)) for _ in range(3)]
     modulation = conditioning(config, plain, torch.tensor([400]), torch.tensor([1, 2, 7, 7]))[0]
-    rest = (torch.tensor([0.1, 1.0, 0.3, 0.4, -0.5]), torch.tensor(2.5))
-    expected = SlicedDiT(config, plain, UNITS, 3).step(x, noise, *rest, modulation, debug=True)
+    rest = (torch.tensor([0.1, 1.0, 0.2, 0.3, 0.4, -0.5, 0.15, 0.9]), torch.tensor(2.5))
+    expected = SlicedDiT(config, plain, UNITS, 3).step(*state, *rest, modulation, debug=True)
     model = SlicedDiT(config, moved, UNITS, 3, linear=with_factors(moved))
     factors = modulation_factors(config, smoothing)
     modulation = modulation if factors is None else modulation * torch.from_numpy(factors)
-    found = model.step(x, noise, *rest, modulation, debug=True)
+    found = model.step(*state, *rest, modulation, debug=True)
     assert torch.equal(found.residuals, expected.residuals) and torch.equal(found.x_prev, expected.x_prev)
+    assert torch.equal(found.next_history, expected.next_history)
     assert torch.equal(found.tokens, expected.tokens)
     untouched = {layer for layer in axis.layer_names if not any(layer in block for block in smoothing.blocks)}
     for layer in axis.layer_names:

@@ -66,6 +66,24 @@ def test_the_contribution_is_what_is_left_without_the_latents():
     assert result.decisions == 0 and not result.flips.any()
 
 
+def test_a_wrong_history_counts_by_what_it_adds_to_the_next_step():
+    rng = np.random.default_rng(0)
+    x, x_prev, history = rng.standard_normal((3, 2, 4, 8, 8))
+    error = np.zeros_like(history)
+    error[1] = 1e-3 * x_prev[1]
+    reference = StepValues(x, x_prev, None, next_history=history)
+    wrong = StepValues(x, x_prev * (1 + 1e-5), None, next_history=history + error)
+    for c_history, expected in ((0.0, 1e-5), (-0.5, 5e-4), (1e-3, 1e-5)):
+        result = compare_step(3, wrong, reference, 1.0, None, c_history=c_history)
+        assert result.values == pytest.approx([1e-5, expected], rel=1e-6)
+    none = StepValues(x, x_prev, None)
+    size = relative_l2(x_prev - 0.5 * history, x_prev)
+    assert compare_step(3, none, reference, 1.0, None, c_history=-0.5).values == pytest.approx(size), "none is zeros"
+    assert not compare_step(3, none, reference, 1.0, None).values.any()
+    lost = StepValues(x, x_prev, None, next_history=np.full_like(history, np.nan))
+    assert compare_step(3, lost, reference, 1.0, None, c_history=-0.5).values.tolist() == [np.inf, np.inf]
+
+
 def test_everything_agrees():
     verdict = judge(FP32["step"], all_steps(s2=compared(2, (1e-7, 9e-6))), TIMESTEPS)
     check = verdict.check

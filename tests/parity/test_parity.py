@@ -12,6 +12,8 @@ import pytest
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.manifest import PlanKind, Routing, pack_mask, unpack_mask
 from dydit.bundle.stored_weights import WEIGHTS
+from dydit.diffusion.coefficients import COEFFICIENTS
+from dydit.diffusion.samplers import Sampler
 from dydit.errors import ConfigError
 from dydit.models.config import Routers
 from dydit.parity.parity import REPORT, ParityConfig, run_parity
@@ -92,6 +94,34 @@ def test_a_spoilt_weight_shows_below_fp32(make_checkpoint, make_bundle, tmp_path
     assert failed(report) == ["weights"] and report.check("weights").departure.where.startswith(
         "blocks.1.fc2.weight: 1 of"
     )
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"plan": PlanKind.PER_STEP, "routing": Routing.DENSE},
+        {"plan": PlanKind.DYNAMIC_WIDTH},
+        {"routing": Routing.CAPACITY, "capacities": (2, 16, 5)},
+    ],
+    ids=["merged", "per-step", "dynamic-width", "overflowing"],
+)
+def test_a_multistep_sampler(make_checkpoint, make_bundle, settings):
+    """Each step from the reference's latents and history, and the run with its own."""
+    bundle = make_bundle(steps=6, sampler=Sampler.DPM_SOLVER, **settings)
+    assert bundle.manifest.sampling.multistep
+    report = run_parity(bundle, make_checkpoint(), CONFIG)
+    assert [check.status for check in report.checks] == [Status.PASSED] * 5, report.summary
+    assert report.sampler == "dpm-solver++" and bool(report.repeated_steps) == ("capacities" in settings)
+    assert all(0 < report.check(name).worst < report.check(name).tolerance for name in ("sliced", "step", "run"))
+
+
+def test_a_multistep_sampler_on_torch_and_below_fp32(make_checkpoint, make_bundle, small_config):
+    checkpoint = make_checkpoint(small_config.model_copy(update={"in_channels": 3}))
+    for settings, backend in (({}, "torch"), ({"precision": "fp16"}, "onnxruntime")):
+        bundle = make_bundle(checkpoint, steps=6, sampler=Sampler.DPM_SOLVER, **settings)
+        report = run_parity(bundle, checkpoint, CONFIG.model_copy(update={"backend": backend, "cfg_scale": 1.5}))
+        assert report.ok, report.summary
 
 
 def test_a_static_model(make_checkpoint, make_bundle, small_config):
@@ -195,6 +225,30 @@ class TestOneThingWrong:
         check = report.first_failure
         assert check.name == "step" and check.departure.step == 4
         assert check.departure.block is None and "after the last block" in check.departure.where
+
+    @pytest.mark.parametrize("name", ["history", "history_of_x", "history_of_out"])
+    def test_a_coefficient_of_the_history(self, name, make_checkpoint, make_bundle, spoil_manifest):
+        bundle = make_bundle(steps=6, sampler=Sampler.DPM_SOLVER)
+        sampling, column = bundle.manifest.sampling, COEFFICIENTS.index(name)
+        rows = [list(row) for row in sampling.coefficients]
+        assert rows[2][column] != 0
+        rows[2][column] *= 1.001
+        wrong = spoil_manifest(bundle, sampling=sampling.model_copy(update={"coefficients": tuple(map(tuple, rows))}))
+        report = run_parity(wrong, make_checkpoint(), CONFIG)
+        check = report.first_failure
+        assert check.name == "step" and check.departure.step == 2, report.summary
+        assert check.departure.block is None and "after the last block" in check.departure.where
+
+    def test_a_graph_that_forgets_its_history(self, make_checkpoint, make_bundle, spoil_graphs):
+        def forget(graph):
+            (call,) = [node for node in graph.graph.node if node.op_type == "sampler_step"]
+            (place,) = [index for index, name in enumerate(call.input) if name == "history"]
+            call.input[place] = "noise"  # of a sampler that adds none, so zeros
+
+        bundle = make_bundle(steps=6, sampler=Sampler.DPM_SOLVER)
+        report = run_parity(spoil_graphs(bundle, forget), make_checkpoint(), CONFIG)
+        assert failed(report) == ["step", "run"]
+        assert report.check("step").departure.step == 1, "the first step that has a history"
 
     def test_a_graph_that_reads_its_neighbours_weights(self, make_checkpoint, make_bundle, spoil_graphs):
         def shift(graph):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from dydit.bundle.manifest import PlanKind, Routing
 from dydit.checkpoints.checkpoint import load_checkpoint, save_checkpoint
-from dydit.diffusion.samplers import Sampler
+from dydit.diffusion.samplers import Sampler, Spacing
 from dydit.export.exporter import export
 from dydit.export.settings import ExportConfig
 from dydit.models.architecture import UnitAxis
@@ -45,7 +45,7 @@ def models(draw, routers: tuple[Routers, ...]):
 
 
 @st.composite
-def exports(draw, model: ModelConfig, routing: Routing, plan: PlanKind):
+def exports(draw, model: ModelConfig, routing: Routing, plan: PlanKind, sampler: Sampler):
     """Merged plans from one subnetwork to the exact one, and capacities from far too few slots to enough."""
     steps = draw(st.integers(6, 10))
     capacities = None
@@ -53,7 +53,9 @@ def exports(draw, model: ModelConfig, routing: Routing, plan: PlanKind):
         capacities = tuple(draw(st.lists(st.integers(1, model.tokens), min_size=model.depth, max_size=model.depth)))
     return ExportConfig(
         steps=steps,
-        sampler=draw(st.sampled_from(Sampler)),
+        sampler=sampler,
+        spacing=draw(st.sampled_from([None, *Spacing])),
+        eta=draw(st.sampled_from([0.0, 0.7])) if sampler is Sampler.DDIM else 0.0,
         plan=plan,
         max_subnets=draw(st.integers(1, steps)),
         routing=routing,
@@ -81,6 +83,7 @@ def has_holes(axis: UnitAxis, masks: np.ndarray) -> bool:
 
 
 PLANS = (PlanKind.MAX_SUBNETS, PlanKind.PER_STEP, PlanKind.DYNAMIC_WIDTH)
+SAMPLERS = (Sampler.DPM_SOLVER, Sampler.DDPM, Sampler.DDIM)
 CASES = [
     (Routing.DYNAMIC, (Routers.FIRST_ON, Routers.ALL_ROUTED)),
     (Routing.CAPACITY, (Routers.FIRST_ON, Routers.ALL_ROUTED)),
@@ -104,9 +107,10 @@ def test_every_hop_holds(routing, routers):
     @given(st.data())
     def holds(data):
         model = data.draw(models(routers))
-        plan = PLANS[seen["started"] % len(PLANS)]  # in turn, so that a few examples have them all
+        turn = seen["started"]  # so that a few examples have all plans and samplers, and other pairs each time round
+        plan, sampler = PLANS[turn % 3], SAMPLERS[(turn + turn // 3) % 3]
         seen["started"] += 1
-        config, request = data.draw(exports(model, routing, plan)), data.draw(requests())
+        config, request = data.draw(exports(model, routing, plan, sampler)), data.draw(requests())
         seed, ratio = data.draw(st.integers(0, 1000)), data.draw(st.sampled_from([0.5, 0.25, 0.75]))
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
@@ -127,9 +131,10 @@ def test_every_hop_holds(routing, routers):
             seen["overflow"] += report.repeated_steps > 0
             seen["odd heads"] += model.num_heads % 2 and model.num_heads > 1
             seen["guided"] += request.cfg_scale != 1
+            seen["history"] += bundle.manifest.sampling.multistep
 
     holds()
-    wanted = ["examples", "guided", "odd heads", "routed tokens"]
+    wanted = ["examples", "guided", "odd heads", "routed tokens", "history"]
     if routers != (Routers.NONE,):
         wanted += ["dynamic width", "gated", "holes", "closed", "skipped tokens"]
     if routing is Routing.CAPACITY:

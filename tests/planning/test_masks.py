@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dydit.diffusion.schedule import Schedule
+from dydit.diffusion.process import Process
+from dydit.diffusion.samplers import SamplerConfig
 from dydit.models.config import Routers
 from dydit.models.synthetic import recorded_pass, synthetic_model
 from dydit.planning.masks import activity_order, by_slot, freeze_masks
@@ -18,7 +19,7 @@ from dydit.planning.masks import activity_order, by_slot, freeze_masks
 def test_frozen_masks_are_what_a_forward_pass_decides(small_config, routers):
     config = small_config.model_copy(update={"routers": routers})
     model = synthetic_model(config, seed=2)
-    timesteps = Schedule.respaced(20).timesteps[::-1]
+    timesteps = SamplerConfig(steps=20).times(Process())
     masks = freeze_masks(model, timesteps)
     assert masks.shape == (20, 24) and masks.dtype == bool
     assert 0.2 < masks.mean() < 0.95 and (masks != masks[0]).any()

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dydit.bench.bench import compare_sides
-from dydit.diffusion.schedule import respaced_timesteps
+from dydit.diffusion.process import Process
+from dydit.diffusion.samplers import SamplerConfig
 from dydit.errors import DyditError
 from dydit.models.dit.config import DiTConfig
 from dydit.reports import plots, plots_masks
@@ -61,7 +62,7 @@ def plan_row(segments, subnets, cost, size):
 
 
 def times(steps):
-    return respaced_timesteps(steps)[::-1].tolist()
+    return SamplerConfig(steps=steps).times(Process()).tolist()
 
 
 def axis_of(depth, units):

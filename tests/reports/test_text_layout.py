@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from dydit.bundle.stored_weights import Precision
-from dydit.diffusion.schedule import respaced_timesteps
+from dydit.diffusion.process import Process
+from dydit.diffusion.samplers import SamplerConfig
 from dydit.models.dit.config import DiTConfig
 from dydit.parity.tolerances import of_latents, tolerances
 from dydit.reports.bench_report import BenchReport, NotRun, Side, SideKind, SideResult
@@ -26,8 +27,8 @@ def plan_row(segments, subnets, cost, size):
     return PlanRow(segments=segments, subnets=subnets, macs=cost, ms=cost, **facts)
 
 
-def times(steps: int) -> list[int]:
-    return respaced_timesteps(steps)[::-1].tolist()
+def times(steps: int) -> list[float]:
+    return SamplerConfig(steps=steps).times(Process()).tolist()
 
 
 def parity(precision: str, steps: int, images: int, flips: int = 0, level: float = 0.3, latents: bool = False):

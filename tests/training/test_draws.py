@@ -7,8 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dydit.diffusion.process import NoiseSchedule, Prediction, Process
 from dydit.training.data import Digits
-from dydit.training.draws import Batch, BatchSource, Purpose, sample_indices, stratified_timesteps, stream
+from dydit.training.draws import Batch, BatchSource, Purpose, sample_indices, stratified_times, stream
+
+FLOW = Process(schedule=NoiseSchedule.FLOW, prediction=Prediction.VELOCITY)
+VP_SDE = Process(schedule=NoiseSchedule.VP_SDE)
 
 
 class Ramp:
@@ -31,7 +35,8 @@ class Ramp:
 @pytest.fixture
 def source() -> Callable[..., BatchSource]:
     def make(**changes: object) -> BatchSource:
-        values = {"data": Digits(), "seed": 3, "batch_size": 16, "label_dropout": 0.5, "null_class": 10, **changes}
+        values = {"data": Digits(), "seed": 3, "batch_size": 16, "label_dropout": 0.5, "null_class": 10}
+        values = {**values, "diffusion": Process(), **changes}
         return BatchSource(**values)  # type: ignore[arg-type]
 
     return make
@@ -55,17 +60,39 @@ def test_epochs_are_shuffled_differently() -> None:
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 99), st.integers(0, 50), st.integers(1, 64))
 def test_timesteps_come_from_the_quarters_in_turn(seed: int, first: int, count: int) -> None:
-    timesteps = stratified_timesteps(np.random.default_rng(seed), first, count)
-    assert (timesteps // 250 == (first + np.arange(count)) % 4).all()
+    quarters = (first + np.arange(count)) % 4
+    timesteps = stratified_times(np.random.default_rng(seed), Process(), first, count)
+    assert (timesteps == quarters * 250 + np.random.default_rng(seed).integers(0, 250, count)).all()
+    for process, last in ((FLOW, 1), (VP_SDE, 999)):
+        times = stratified_times(np.random.default_rng(seed), process, first, count)
+        assert times.dtype == np.float32
+        assert (times >= quarters / 4 * last).all() and (times <= (quarters + 1) / 4 * last).all()
 
 
 def test_timesteps_cover_their_quarters() -> None:
-    timesteps = stratified_timesteps(np.random.default_rng(0), 0, 40_000)
+    timesteps = stratified_times(np.random.default_rng(0), Process(), 0, 40_000)
+    assert timesteps.dtype == np.int64
     assert len(np.unique(timesteps)) == 1000 and timesteps.min() == 0 and timesteps.max() == 999
 
 
+@pytest.mark.parametrize(("process", "last"), [(FLOW, 1), (VP_SDE, 999)])
+def test_continuous_times_are_uniform(process: Process, last: int) -> None:
+    times = np.sort(stratified_times(np.random.default_rng(0), process, 0, 40_000)) / last
+    assert np.abs(times - np.arange(40_000) / 40_000).max() < 0.01
+    assert len(np.unique(times)) > 39_000
+
+
+def test_batches_of_all_processes_differ_in_their_times_alone(source: Callable[..., BatchSource]) -> None:
+    reference = source().batch(7)
+    for process in (FLOW, VP_SDE):
+        batch = source(diffusion=process).batch(7)
+        assert same(batch, source(diffusion=process).batch(7)), "a pure function of seed and iteration"
+        assert (batch.x0 == reference.x0).all() and (batch.labels == reference.labels).all()
+        assert batch.times.dtype == np.float32 and not (batch.times == source(diffusion=process).batch(8).times).any()
+
+
 def same(a: Batch, b: Batch) -> bool:
-    arrays = ("x0", "labels", "timesteps", "noise")
+    arrays = ("x0", "labels", "times", "noise")
     return a.gate_seed == b.gate_seed and all((getattr(a, name) == getattr(b, name)).all() for name in arrays)
 
 
@@ -85,7 +112,7 @@ def test_processes_share_the_images_and_keep_the_quarters(source: Callable[..., 
     parts = [source(label_dropout=0.0, process=process, processes=4).batch(5) for process in range(4)]
     assert (np.concatenate([part.x0 for part in parts]) == whole.x0).all()
     assert (np.concatenate([part.labels for part in parts]) == whole.labels).all()
-    assert (np.concatenate([part.timesteps for part in parts]) // 250 == whole.timesteps // 250).all()
+    assert (np.concatenate([part.times for part in parts]) // 250 == whole.times // 250).all()
     assert len({part.gate_seed for part in parts}) == 4
 
 

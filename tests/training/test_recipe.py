@@ -5,8 +5,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from dydit.diffusion.process import NoiseSchedule, Prediction, Process
 from dydit.errors import ConfigError
 from dydit.training.recipe import RECIPES, Recipe, Stage, find_recipes
+
+FLOW = Process(schedule=NoiseSchedule.FLOW, prediction=Prediction.VELOCITY)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -39,6 +42,35 @@ def test_a_text_setting_may_look_like_anything() -> None:
 
 
 @pytest.mark.parametrize(
+    ("words", "process"),
+    [
+        ([], Process()),
+        (["model.process.prediction=v"], Process(prediction=Prediction.V)),
+        (
+            ["model.process.schedule=cosine", "model.process.prediction=x0"],
+            Process(schedule=NoiseSchedule.COSINE, prediction=Prediction.X0),
+        ),
+        (["model.process.betas=[0.001, 0.03]"], Process(betas=(0.001, 0.03))),
+        (["model.process.schedule=flow"], FLOW),
+        (["model.process.prediction=velocity"], FLOW),
+        (["model.process.schedule=flow", "model.process.prediction=velocity"], FLOW),
+        (["model.process.prediction=velocity", "model.process.schedule=flow"], FLOW),
+        (['model.process={"schedule": "flow"}'], FLOW),
+        (["model.process=null", "model.process.schedule=vp-sde"], Process(schedule=NoiseSchedule.VP_SDE)),
+    ],
+)
+def test_a_process_is_set_for_all_runs(words: list[str], process: Process) -> None:
+    for recipe in find_recipes("digits", words):
+        assert recipe.process == process and recipe.model.process == (process if words else None)
+        assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
+
+
+def test_a_recipe_without_a_process_is_written_as_before_there_were_any() -> None:
+    (recipe,) = find_recipes("digits-static")
+    assert "process" not in recipe.model_dump_json()
+
+
+@pytest.mark.parametrize(
     ("word", "message"),
     [
         ("iteration=5", "known: name, stage.*iterations"),
@@ -49,6 +81,10 @@ def test_a_text_setting_may_look_like_anything() -> None:
         ("iterations=many", "iterations"),
         ("batch_size=6", "multiple of 4"),
         ("dynamic.seed=1", "has no dynamic run"),
+        ("model.process.noise=1", "unknown setting 'noise'; known: schedule, prediction, betas"),
+        ("model.process.schedule=fast", "model.process.schedule must be"),
+        ("model.process=flow", "model.process must be an object"),
+        ("model.process.betas=[0.1]", "model.process.betas"),
         ("model.routers=first-on", "does not fit"),
         ("learning_rate=nan", "learning_rate"),
         ("learning_rate=Infinity", "learning_rate"),
@@ -57,6 +93,19 @@ def test_a_text_setting_may_look_like_anything() -> None:
 def test_a_wrong_override_is_explained(word: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         find_recipes("digits-static", [word])
+
+
+def test_settings_that_fit_each_other_may_come_in_any_order() -> None:
+    for words in (["model.hidden_size=36", "model.num_heads=9"], ["model.num_heads=9", "model.hidden_size=36"]):
+        model = find_recipes("digits-static", words)[0].model
+        assert (model.hidden_size, model.units.parts[0].group.count) == (36, 9)
+
+
+def test_a_schedule_and_a_prediction_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ConfigError, match="schedule flow cannot be combined with prediction epsilon"):
+        find_recipes("digits-static", ["model.process.schedule=flow", "model.process.prediction=epsilon"])
+    with pytest.raises(ConfigError, match="schedule cosine cannot be combined with prediction velocity"):
+        find_recipes("digits-static", ["model.process.schedule=cosine", "model.process.prediction=velocity"])
 
 
 def test_an_unknown_recipe_names_the_known_ones() -> None:

@@ -252,19 +252,24 @@ def test_chunks_of_any_size_give_the_same_images(finished, pixel_bundle, tmp_pat
     assert said == [f"pictures appear in {out} {when}"]
 
 
-def test_a_chunk_is_large_enough_to_pay_for_what_it_loads(pixel_bundle, make_bundle, pixel_checkpoint):
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("labels", [1, 10, 1000])
+@pytest.mark.parametrize("batch", [1, 4, 16])
+def test_a_chunk_is_large_enough_to_pay_for_what_it_loads(pixel_bundle, batch, labels, guided):
     """100 steps of an image and 24 of a batch for each loading; 2 % of a chunk's multiply-adds for its conditions."""
     manifest = pixel_bundle.manifest
-    segments, steps, per_image = len(manifest.plan.segments), manifest.sampling.steps, manifest.plan.macs
+    segments, steps = len(manifest.plan.segments), manifest.sampling.steps
     stored = manifest.model.stored_shapes().items()
-    per_label = steps * sum(math.prod(shape) for name, shape in stored if manifest.model.is_conditioning(name))
-    for batch in (1, 4, 16):
-        for labels in (1, 11, 1001):
-            cpu, gpu = (chunk_size(manifest, batch, labels, device) for device in ("cpu", "cuda"))
-            assert cpu * batch * steps >= 100 * segments and cpu * steps >= 24 * segments and gpu >= cpu
-            assert 0.02 * cpu * batch * per_image >= labels * per_label
+    condition = sum(math.prod(shape) for name, shape in stored if manifest.model.is_conditioning(name))
+    cpu, gpu = (chunk_size(manifest, batch, labels, guided, device) for device in ("cpu", "cuda"))
+    assert cpu * batch * steps >= 100 * segments and cpu * steps >= 24 * segments and gpu >= cpu
+    rows = cpu * batch * (2 if guided else 1)
+    assert 0.02 * rows * manifest.plan.macs >= (labels + guided) * steps * condition
+
+
+def test_a_chunk_of_dynamic_width_pays_for_its_conditions_alone(make_bundle, pixel_checkpoint):
     sliding = make_bundle(pixel_checkpoint, steps=6, plan="sliding", max_batch=8).manifest
-    assert chunk_size(sliding, 16, 2, "cpu") == chunk_size(sliding, 16, 2, "cuda") == 1
+    assert chunk_size(sliding, 16, 1, True, "cpu") == chunk_size(sliding, 16, 1, True, "cuda") == 1
 
 
 def test_a_start_that_fails_leaves_nothing(pixel_bundle, tmp_path):
@@ -516,15 +521,18 @@ sample_to_folder(bundle, request, out, outputs, progress=lambda done, total: pri
 """
 
 
-def test_sigkill_at_random_moments(pixel_bundle, tmp_path):
+@pytest.mark.parametrize("sampler", ["ddpm", "dpm-solver++"])
+def test_sigkill_at_random_moments(sampler, make_bundle, pixel_checkpoint, tmp_path):
     """The process is killed again and again, each time further on; what it ends with is what an undisturbed one writes.
 
     The moments are counted in steps, so that they are as many on a fast machine as on a loaded one; where within a step
     a kill falls is left to chance.
     """
 
+    bundle = make_bundle(pixel_checkpoint, steps=6, max_subnets=4, max_batch=8, sampler=sampler)
+
     def start(name: str) -> subprocess.Popen[bytes]:
-        arguments = [str(pixel_bundle.path), str(tmp_path / name), str(tmp_path / f"{name}.npz")]
+        arguments = [str(bundle.path), str(tmp_path / name), str(tmp_path / f"{name}.npz")]
         return subprocess.Popen([sys.executable, "-c", WORKER, *arguments], stdout=subprocess.PIPE)
 
     clean, rng, states = start("clean"), random.Random(0), []
