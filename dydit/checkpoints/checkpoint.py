@@ -252,10 +252,11 @@ def convert(
     source, target = user_path(source), user_path(target)
     require_absent(target)
     checkpoint = load_checkpoint(source, num_heads, weights, num_classes, input_size, prediction, schedule, betas)
-    origin = {"source": checkpoint.source, "source_sha256": checkpoint.sha256}
-    if checkpoint.notes:
-        origin["assumed"] = "; ".join(checkpoint.notes)
-    # A copy of a file in our own format keeps the origin in its metadata.
+    # A copy of a file in our own format keeps the origin in its metadata, and what was assumed before.
+    metadata = {"source": checkpoint.source, "source_sha256": checkpoint.sha256, **checkpoint.metadata}
+    before = metadata.get("assumed", "")
+    if assumed := [*([before] if before else []), *(note for note in checkpoint.notes if note not in before)]:
+        metadata["assumed"] = "; ".join(assumed)
     config = checkpoint.config.stating(space, decoded=False)
-    save_checkpoint(target, checkpoint.state, config, {**origin, **checkpoint.metadata}, replace=False)
+    save_checkpoint(target, checkpoint.state, config, metadata, replace=False)
     return dataclasses.replace(load_checkpoint(target), notes=checkpoint.notes)

@@ -16,14 +16,14 @@ from dydit.diffusion.process import TRAIN_STEPS
 from dydit.errors import CheckpointError
 
 _SAYS = "the scheduler of its pipeline says"
-# Schedulers for models that DDPM trains, and the default betas of each.
 _DDPM_BETAS, _KARRAS_BETAS = (1e-4, 0.02), (0.00085, 0.012)
-_SCHEDULERS = {
+SCHEDULERS = {
     **dict.fromkeys(("DDPM", "DDPMParallel", "DDIM", "DDIMParallel", "PNDM", "LMSDiscrete"), _DDPM_BETAS),
     **dict.fromkeys(("DPMSolverMultistep", "DPMSolverSinglestep", "DEISMultistep", "UniPCMultistep"), _DDPM_BETAS),
     **dict.fromkeys(("EulerDiscrete", "EulerAncestralDiscrete", "SASolver"), _DDPM_BETAS),
     **dict.fromkeys(("HeunDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete", "DPMSolverSDE"), _KARRAS_BETAS),
 }
+"""Schedulers for models that DDPM trains, and the default betas of each."""
 _OF_TRAINING = (
     *("prediction_type", "beta_schedule", "beta_start", "beta_end", "trained_betas", "num_train_timesteps"),
     "rescale_betas_zero_snr",
@@ -45,15 +45,15 @@ def scheduler_claims(values: Mapping[str, Any]) -> list[Claim]:
             "noise - image; dydit samples flows that get 0 (noise) to 1 (image) and predict image - noise, as SiT, so "
             "samples of this one would be wrong"
         )
-    if name not in _SCHEDULERS:
+    if name not in SCHEDULERS:
         raise CheckpointError(f"belongs to a pipeline whose scheduler is {short(kind)}; {SUPPORTED}")
     if values.get("timestep_type", "discrete") != "discrete":
         raise unsupported(f"{_SAYS} timestep_type {short(values['timestep_type'])}")
     defaults = {
         "prediction_type": "epsilon",
         "beta_schedule": "linear",
-        "beta_start": _SCHEDULERS[name][0],
-        "beta_end": _SCHEDULERS[name][1],
+        "beta_start": SCHEDULERS[name][0],
+        "beta_end": SCHEDULERS[name][1],
         "num_train_timesteps": TRAIN_STEPS,
     }
     stated = {**defaults, **{key: value for key, value in values.items() if value is not None}}

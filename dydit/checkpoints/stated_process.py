@@ -186,8 +186,8 @@ def _schedule(schedules: set[NoiseSchedule], every: Sequence[Claim]) -> tuple[No
     if len(schedules) == 1:
         return next(iter(schedules)), ()
     if (either := next((claim for claim in every if claim.two_kinds), None)) is not None:
-        senses = ", a name for linear betas in some programs, and for scaled-linear ones in others; say which with "
-        raise _open(either, f"{senses}--schedule")
+        senses = ", a name for linear betas in some programs, and for scaled-linear ones in others; give --schedule"
+        raise _open(either, senses)
     other = next((claim for claim in every if claim.has_betas and not _of_dit(claim)), None)
     if other is not None:
         raise _open(other, ", but nothing states the noise schedule; give --schedule, such as linear or scaled-linear")

@@ -233,17 +233,18 @@ def checkpoint_options(command: Command) -> Command:
         click.option(
             "--prediction",
             type=click.Choice([each.value for each in Prediction]),
-            help="What the model was trained to predict: epsilon (the noise), x0 (the image), v, or velocity (image - "
-            "noise, with --schedule flow). Needed only if the checkpoint does not state it.  [default: what the "
-            "checkpoint states, otherwise epsilon]",
+            help="What the model was trained to predict: epsilon (the noise), x0 (the image), v (a combination of the "
+            "two, as in v-prediction), or velocity (image - noise, of flow matching). Needed only if the checkpoint "
+            "does not state it.  [default: what the checkpoint states, otherwise epsilon; with --schedule flow, "
+            "velocity]",
         ),
         click.option(
             "--schedule",
             type=click.Choice([each.value for each in NoiseSchedule]),
-            help="How noise was added in training: in 1000 steps with linear, scaled-linear or cosine betas, or in "
-            "continuous time, as in vp-sde or in flow: flow matching on the linear path, where time 0 is noise and 1 "
-            "the image. Needed only if the checkpoint does not state it.  [default: what the checkpoint states, "
-            "otherwise linear; with --prediction velocity, flow]",
+            help="How noise was added in training: over 1000 steps of linear, scaled-linear or cosine betas; in "
+            "continuous time (vp-sde); or by flow matching on the linear path (flow), whose time is 0 for noise and 1 "
+            "for the image, as in SiT. Needed only if the checkpoint does not state it.  [default: what the checkpoint "
+            "states, otherwise linear; with --prediction velocity, flow]",
         ),
         click.option(
             "--betas",
@@ -284,9 +285,9 @@ def sampler_options(steps: int | None) -> Callable[[Command], Command]:
             "--sampler",
             type=click.Choice([each.value for each in Sampler]),
             help="ddpm: ancestral sampling, with new noise in every step. ddim: deterministic, unless --eta is given. "
-            "dpm-solver++: second order, for 10 to 25 steps. euler: for flow-matching models, deterministic. "
+            "dpm-solver++: second order, for 10 to 50 steps. euler: for flow-matching models, deterministic. "
             "euler-maruyama: with new noise in every step, for flow matching and continuous time."
-            + (shown or "  [default: ddpm; for a flow, euler-maruyama]"),
+            + (shown or "  [default: ddpm; in continuous time, euler-maruyama]"),
         ),
         click.option(
             "--timestep-spacing",

@@ -301,16 +301,16 @@ def _sample_by_steps(
     return RunStats(sum(len(batch.images) for batch in batches), steps, repeated, seconds)
 
 
-def chunk_size(manifest: Manifest, batch: int, labels: int, device: str) -> int:
+def chunk_size(manifest: Manifest, batch: int, labels: int, guided: bool, device: str) -> int:
     """How many batches to bring to their end before others begin: as few as cost 2 % more time, to show pictures early.
 
-    `batch`: images of a batch; `labels`: classes of the run, the null class among them. Each chunk has two costs:
+    `batch`: images of a batch; `labels`: classes of the run, without the null class. Each chunk has two costs:
 
     - It loads each subnetwork once, in the background. On the CPU this takes as long as one or two steps of an image
       (see `BackendOptions.packed`). On a GPU it is assumed to take as long as a few hundred; none was measured. A plan
       of dynamic width loads nothing.
     - It computes the condition of every step and label once. That takes about one multiply-add for each weight of the
-      conditioning graph. The plan says how many a step of an image takes, without guidance and with all tokens.
+      conditioning graph. The plan says how many a step takes for each row of a batch, with all tokens.
 
     A backend that does whole runs (`WholeRuns`) has no chunks.
     """
@@ -319,7 +319,8 @@ def chunk_size(manifest: Manifest, batch: int, labels: int, device: str) -> int:
     loads = 0.0 if manifest.dynamic_width else segments / steps * max(image_steps / batch, batch_steps)
     model, stored = manifest.model, manifest.weights.items()
     weights = sum(math.prod(entry.shape) for name, entry in stored if model.is_conditioning(name))
-    conditions = labels * weights / max(1.0, 0.02 * batch * manifest.plan.macs / steps)
+    step = batch * (1 + guided) * manifest.plan.macs / steps
+    conditions = (labels + guided) * weights / max(1.0, 0.02 * step)
     return max(1, math.ceil(loads), math.ceil(conditions))
 
 

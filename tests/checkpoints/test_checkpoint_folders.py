@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable
@@ -13,7 +14,9 @@ import torch
 from safetensors.torch import save_file
 
 from dydit.checkpoints.checkpoint import load_checkpoint
-from dydit.checkpoints.conventions import require_scheduler
+from dydit.checkpoints.diffusers_scheduler import SCHEDULERS, scheduler_claims
+from dydit.checkpoints.stated_process import read_process
+from dydit.diffusion.process import Process
 from dydit.errors import BundleError, CheckpointError
 from dydit.models.config import Routers
 from dydit.models.dit.config import DiTConfig
@@ -70,9 +73,9 @@ def in_shards(folder: Path, kind: str = "safetensors", index: str | None = None)
     return folder
 
 
-def assert_whole(path: Path, seed: int = 0, **options: Any) -> None:
+def assert_whole(path: Path, seed: int = 0, process: Process | None = None, **options: Any) -> None:
     checkpoint = load_checkpoint(path, **options)
-    assert checkpoint.config == CONFIG and checkpoint.source == "diffusers"
+    assert checkpoint.config == CONFIG.model_copy(update={"process": process}) and checkpoint.source == "diffusers"
     expected = published(seed)
     assert checkpoint.state.keys() == expected.keys()
     assert all(torch.equal(checkpoint.state[name], tensor) for name, tensor in expected.items())
@@ -192,61 +195,117 @@ def pipeline(folder: Path, **scheduler: object) -> Path:
 @pytest.mark.parametrize(
     "kind", ["DDPM", "DDIM", "PNDM", "DPMSolverMultistep", "EulerDiscrete", "HeunDiscrete", "UniPCMultistep"]
 )
-def test_schedulers_that_sample_what_ddpm_trains(tmp_path: Path, kind: str) -> None:
-    folder = pipeline(tmp_path / "p", **PLAIN, _class_name=f"{kind}Scheduler", rescale_betas_zero_snr=False)
-    assert_whole(folder)
-    assert_whole(folder / "transformer")
+def test_how_a_scheduler_samples_does_not_matter(tmp_path: Path, kind: str) -> None:
+    more = {"rescale_betas_zero_snr": False, "thresholding": True, "predict_x0": True, "timestep_spacing": "trailing"}
+    folder = pipeline(tmp_path / "p", **PLAIN, _class_name=f"{kind}Scheduler", **more)
+    assert_whole(folder, process=Process())
+    assert_whole(folder / "transformer", process=Process())
 
 
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"prediction_type": "v_prediction"}, "prediction_type v_prediction"),
-        ({"prediction_type": "sample"}, "prediction_type sample"),
-        ({"beta_start": 0.00085}, "beta_start 0.00085"),
-        ({"beta_end": 0.012}, "beta_end 0.012"),
-        ({"beta_schedule": "scaled_linear"}, "beta_schedule scaled_linear"),
-        ({"beta_schedule": "squaredcos_cap_v2"}, "beta_schedule squaredcos_cap_v2"),
+        ({}, {}),
+        ({"prediction_type": "v_prediction"}, {"prediction": "v"}),
+        ({"prediction_type": "sample"}, {"prediction": "x0"}),
+        ({"beta_start": 0.00085}, {"betas": (0.00085, 0.02)}),
+        ({"beta_end": 0.012}, {"betas": (0.0001, 0.012)}),
+        ({"beta_schedule": "scaled_linear"}, {"schedule": "scaled-linear", "betas": (0.0001, 0.02)}),
+        (
+            {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
+            {"schedule": "scaled-linear", "betas": None},
+        ),
+        (
+            {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"},
+            {"schedule": "cosine", "prediction": "v"},
+        ),
+        ({"_class_name": "HeunDiscreteScheduler", "beta_start": None, "beta_end": None}, {"betas": (0.00085, 0.012)}),
+    ],
+)
+def test_what_a_scheduler_says_about_the_training(
+    tmp_path: Path, change: dict[str, object], expected: dict[str, Any]
+) -> None:
+    folder = pipeline(tmp_path / "p", **{**PLAIN, "_class_name": "DDIMScheduler", **change})
+    for place in (folder, folder / "transformer"):
+        assert load_checkpoint(place).config.process == Process(**expected)
+        assert load_checkpoint(place).notes == ()
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"beta_schedule": "exp"}, "the scheduler of its pipeline says beta_schedule exp"),
         ({"trained_betas": [0.1, 0.2]}, "trained_betas"),
         ({"num_train_timesteps": 4000}, "num_train_timesteps 4000"),
         ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr True"),
-        ({"use_flow_sigmas": True}, "use_flow_sigmas True"),
         ({"beta_start": "x"}, "beta_start x"),
-        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "scheduler is FlowMatchEulerDiscreteScheduler"),
+        ({"_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous"}, "timestep_type continuous"),
         ({"_class_name": "LCMScheduler"}, "scheduler is LCMScheduler"),
         ({"_class_name": None}, "scheduler is None"),
+        (
+            {"_class_name": "FlowMatchEulerDiscreteScheduler"},
+            "is FlowMatchEulerDiscreteScheduler: such a model gets 10",
+        ),
+        (
+            {"use_flow_sigmas": True},
+            "has use_flow_sigmas: such a model gets 1000 * sigma as its time and predicts noise",
+        ),
+        ({"prediction_type": "flow_prediction"}, "has prediction_type flow_prediction: such a model gets 1000 * sigma"),
     ],
 )
 def test_schedulers_of_another_training_are_refused(tmp_path: Path, change: dict[str, object], expected: str) -> None:
     folder = pipeline(tmp_path / "p", **{**PLAIN, "_class_name": "DDIMScheduler", **change})
     for place in (folder, folder / "transformer"):
         message = refusal(place)
-        assert expected in message and "dydit samples models that predict epsilon over 1,000 steps of linear" in message
+        assert expected in message and len(message) < 400
+        assert refusal(place, schedule="flow") == message, "no option overrules it"
+
+
+def test_betas_that_no_training_has(tmp_path: Path) -> None:
+    folder = pipeline(tmp_path / "p", **PLAIN | {"beta_start": 0.5, "beta_end": 0.1}, _class_name="DDIMScheduler")
+    assert refusal(folder).startswith(
+        "cannot have been trained with its betas (the scheduler of its pipeline says beta_st"
+    )
+
+
+def test_the_scheduler_the_metadata_and_the_user_must_agree(tmp_path: Path) -> None:
+    folder = pipeline(tmp_path / "p", **PLAIN, _class_name="DDIMScheduler")
+    assert refusal(folder, prediction="v") == (
+        "was trained in another way than --prediction v: the scheduler of its pipeline says prediction_type epsilon; "
+        "remove --prediction"
+    )
+    assert "--betas 0.001,0.02: the scheduler of its pipeline says beta_start 0.0001" in refusal(
+        folder, betas=(0.001, 0.02)
+    )
+    assert_whole(folder, process=Process(), prediction="epsilon", schedule="linear", betas=(0.0001, 0.02))
+    save_file(renamed(), folder / "transformer" / f"{STEM}.safetensors", {"prediction_type": "v"})
+    assert refusal(folder).startswith(
+        "contradicts itself: the scheduler of its pipeline says prediction_type epsilon, but its metadata say "
+        "prediction_type v; "
+    )
+    assert refusal(folder, prediction="v").startswith("contradicts itself")
 
 
 def test_a_pipeline_whose_scheduler_is_named_but_not_there(tmp_path: Path) -> None:
     folder = whole(tmp_path / "p" / "transformer").parent
     index = folder / "model_index.json"
     index.write_text(json.dumps({"_class_name": "DiTPipeline", "scheduler": ["diffusers", "DDIMScheduler"]}))
-    assert_whole(folder)
+    assert_whole(folder, process=Process())
     index.write_text(json.dumps({"scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]}))
     assert "scheduler is FlowMatchEulerDiscreteScheduler" in refusal(folder)
 
 
-def test_the_schedulers_of_diffusers_have_the_betas_that_we_think(tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_the_schedulers_of_diffusers_have_the_defaults_that_we_think(tmp_path: Path) -> None:
     diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed (pip install 'dydit[vae]')")
-    for name in (
-        "DDPMScheduler",
-        "DDIMScheduler",
-        "PNDMScheduler",
-        "DPMSolverMultistepScheduler",
-        "EulerDiscreteScheduler",
-    ):
-        require_scheduler(dict(getattr(diffusers, name)().config) | {"_class_name": name})
-        require_scheduler({"_class_name": name})  # a file that leaves the defaults out
-    with pytest.raises(CheckpointError, match=r"beta_start 0.00085"):
-        require_scheduler({"_class_name": "HeunDiscreteScheduler"})
-    assert diffusers.HeunDiscreteScheduler().config.beta_start == 0.00085
+    checked = 0
+    for name in (f"{each}Scheduler" for each in SCHEDULERS):
+        with contextlib.suppress(ImportError):  # which needs another package
+            full = dict(getattr(diffusers, name)().config) | {"_class_name": name}
+            short = {"_class_name": name}  # a file that leaves the defaults out
+            assert read_process(scheduler_claims(full)) == read_process(scheduler_claims(short))
+            checked += 1
+    assert checked >= len(SCHEDULERS) - 1
 
 
 @pytest.mark.parametrize(

@@ -91,8 +91,8 @@ def test_conventions_are_read_through_the_classes(tmp_path: Path) -> None:
     state = synthetic_model(CONFIG).state_dict()
     torch.save({"ema": state, "args": argparse.Namespace(num_classes=np.int64(11))}, tmp_path / "a.pt")
     assert not load_checkpoint(tmp_path / "a.pt").config.null_class_row
-    torch.save({"ema": state, "args": types.SimpleNamespace(prediction="velocity")}, tmp_path / "b.pt")
-    with pytest.raises(CheckpointError, match="prediction velocity"):
+    torch.save({"ema": state, "args": types.SimpleNamespace(prediction="score")}, tmp_path / "b.pt")
+    with pytest.raises(CheckpointError, match="prediction score"):
         load_checkpoint(tmp_path / "b.pt")
 
 

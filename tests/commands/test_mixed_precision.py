@@ -37,7 +37,14 @@ def assert_refused(done: Any, *words: str) -> None:
         assert word in done.err, done.err
 
 
-@pytest.mark.parametrize(("precision", "more"), [("int8-static", []), ("int8-static", ["--smooth"]), ("fp8", [])])
+@pytest.mark.parametrize(
+    ("precision", "more"),
+    [
+        ("int8-static", ["--smooth"]),
+        ("fp8", []),
+        pytest.param("int8-static", [], marks=pytest.mark.release),
+    ],
+)
 def test_a_target_then_a_bundle_of_8_and_16_bits(
     run, checkpoint: Path, tmp_path: Path, precision: str, more: list[str]
 ) -> None:

@@ -360,11 +360,32 @@ def test_the_bundle_is_sound_before_it_is_spoilt(run, bundle: Path, tmp_path: Pa
     assert run("sample", bundle, "--labels", "1", "--out", tmp_path / "out", "--quiet").code == 0
 
 
-def on_a_disk_of_its_own(options: str, disk: Path, arguments: list[object]) -> Any:
-    """Run `dydit` with a file system mounted on `disk`, in a mount namespace that goes with the process.
+ONE_BY_ONE = """
+import contextlib, io, json, os, sys
+from dydit.cli import main
+told, disk = [], sys.argv[2]
+for words in json.loads(sys.argv[1]):
+    with contextlib.redirect_stderr(io.StringIO()) as err, contextlib.redirect_stdout(io.StringIO()) as out:
+        code = main(["--quiet", *words])
+    told.append((code, out.getvalue(), err.getvalue(), os.listdir(disk) if disk else []))
+print(json.dumps(told))
+"""
 
-    Standard output ends with the listing of the disk, after a line of its own.
-    """
+
+def one_by_one(calls: list[list[object]], disk: object = "") -> list[str]:
+    """The words that run calls of `dydit` in one process of their own, for `all_ended`."""
+    words = [[str(each) for each in call] for call in calls]
+    return [sys.executable, "-B", "-c", ONE_BY_ONE, json.dumps(words), str(disk)]
+
+
+def all_ended(done: subprocess.CompletedProcess[str]) -> list[tuple[Any, list[str]]]:
+    """What `run` returns, of each call, and the listing of the disk after it."""
+    assert (done.returncode, done.stderr) == (0, ""), done
+    return [(SimpleNamespace(code=code, out=out, err=err), left) for code, out, err, left in json.loads(done.stdout)]
+
+
+def on_a_disk_of_its_own(options: str, disk: Path, *calls: list[object]) -> list[tuple[Any, list[str]]]:
+    """Run `dydit` with a file system mounted on `disk`, in a mount namespace that goes with the process."""
     disk.mkdir()
     isolate = ["unshare", "--mount"] + ([] if os.geteuid() == 0 else ["--map-root-user"])
     mount = f"mount -t tmpfs -o {options} tmpfs {shlex.quote(str(disk))}"
@@ -373,51 +394,32 @@ def on_a_disk_of_its_own(options: str, disk: Path, arguments: list[object]) -> A
     trial = subprocess.run([*isolate, "sh", "-c", mount], capture_output=True, text=True, check=False)
     if trial.returncode:
         pytest.skip(f"mounting is not permitted here: {trial.stderr.strip()}")
-    call = shlex.join([sys.executable, "-m", "dydit", "--quiet", *map(str, arguments)])
-    script = f"{mount} && {call}; code=$?; echo -- listing; ls -A {shlex.quote(str(disk))}; exit $code"
-    done = subprocess.run([*isolate, "sh", "-c", script], capture_output=True, text=True, check=False)
-    return ended(done)
+    script = f"{mount} && {shlex.join(one_by_one(list(calls), disk))}"
+    return all_ended(subprocess.run([*isolate, "sh", "-c", script], capture_output=True, text=True, check=False))
 
 
-def assert_refused_leaving_nothing(done: Any, *words: str) -> None:
-    assert done.out == "-- listing\n", done
-    assert_refused(SimpleNamespace(code=done.code, out="", err=done.err), *words)
-
-
-@pytest.mark.parametrize("command", ["convert", "export"])
-def test_a_full_disk(checkpoint: Path, tmp_path: Path, command: str) -> None:
+def test_a_full_disk(checkpoint: Path, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
-    done = on_a_disk_of_its_own("size=128k", disk, [command, checkpoint, "--out", disk / "out"])
-    assert_refused_leaving_nothing(done, "no space left", str(disk))
+    sizes = ["--steps", 2, "--samples", 8, "--held-out", 8, "--quantile", 0.5, "--batch-size", 4]
+    calls = [
+        ["convert", checkpoint, "--out", disk / "out"],
+        ["export", checkpoint, "--out", disk / "out"],
+        ["calibrate", checkpoint, *sizes, "--out", disk / "c.json"],
+    ]
+    ends = on_a_disk_of_its_own("size=128k", disk, *calls)
+    assert len(ends) == len(calls)
+    for done, left in ends:
+        assert_refused(done, "no space left", str(disk))
+        assert left == []
 
 
 def test_a_full_disk_while_sampling(exported: Path, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     arguments = ["sample", exported, "--labels", "0-6", "--out", disk / "out"]
-    done = on_a_disk_of_its_own("size=12k", disk, arguments)
+    ((done, left),) = on_a_disk_of_its_own("size=12k", disk, arguments)
     # What was sampled so far stays in the folder's working files, for the same command to go on from.
-    assert_refused(SimpleNamespace(code=done.code, out="", err=done.err), "no space left", str(disk))
-    assert done.out == "-- listing\nout\n"
-
-
-def test_a_full_disk_while_calibrating(checkpoint: Path, tmp_path: Path) -> None:
-    disk = tmp_path / "disk"
-    arguments = [
-        "calibrate",
-        checkpoint,
-        "--steps",
-        2,
-        "--samples",
-        8,
-        "--held-out",
-        8,
-        "--quantile",
-        0.5,
-        "--batch-size",
-        4,
-    ]
-    done = on_a_disk_of_its_own("size=128k", disk, [*arguments, "--out", disk / "c.json"])
-    assert_refused_leaving_nothing(done, "no space left", str(disk))
+    assert_refused(done, "no space left", str(disk))
+    assert left == ["out"]
 
 
 def test_earlier_results_outlast_a_full_disk(run, exported: Path, tmp_path: Path) -> None:
@@ -436,22 +438,26 @@ def test_earlier_results_outlast_a_full_disk(run, exported: Path, tmp_path: Path
     assert pictures.items() <= contents(tmp_path / "out").items()
 
 
-@pytest.mark.parametrize("command", ["convert", "export", "sample"])
-def test_a_read_only_disk(checkpoint: Path, exported: Path, tmp_path: Path, command: str) -> None:
-    disk = tmp_path / "disk"
-    source = exported if command == "sample" else checkpoint
-    done = on_a_disk_of_its_own("ro", disk, every_command(source, disk / "out")[NAMES.index(command)])
-    assert_refused_leaving_nothing(done, "Read-only file system", str(disk))
+def test_a_read_only_disk(checkpoint: Path, exported: Path, tmp_path: Path) -> None:
+    disk, names = tmp_path / "disk", ("convert", "export", "sample")
+    sources = {"convert": checkpoint, "export": checkpoint, "sample": exported}
+    calls = [every_command(sources[name], disk / "out")[NAMES.index(name)] for name in names]
+    ends = on_a_disk_of_its_own("ro", disk, *calls)
+    assert len(ends) == len(calls)
+    for done, left in ends:
+        assert_refused(done, "Read-only file system", str(disk))
+        assert left == []
 
 
-@pytest.mark.parametrize("command", ["convert", "export"])
-def test_a_file_that_may_not_grow(checkpoint: Path, tmp_path: Path, command: str) -> None:
+def test_a_file_that_may_not_grow(checkpoint: Path, tmp_path: Path) -> None:
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 15, 1 << 15))
 
-    call = [sys.executable, "-B", "-m", "dydit", command, str(checkpoint), "--out", str(tmp_path / "out")]
-    done = subprocess.run(call, capture_output=True, text=True, check=False, preexec_fn=limit)
-    assert_refused(ended(done), "File too large")
+    calls = [[command, checkpoint, "--out", tmp_path / command] for command in ("convert", "export")]
+    ends = subprocess.run(one_by_one(calls), capture_output=True, text=True, check=False, preexec_fn=limit)
+    assert len(all_ended(ends)) == len(calls)
+    for done, _ in all_ended(ends):
+        assert_refused(done, "File too large")
     assert contents(tmp_path) == {}
 
 

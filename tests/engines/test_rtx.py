@@ -35,6 +35,7 @@ from dydit.models.config import ModelConfig
 from dydit.models.dit.config import DiTConfig
 from dydit.quickstart.quickstart import ASSETS
 
+release = pytest.mark.release
 SMALL = {"max_subnets": 2, "capacities": None, "steps": 4}  # one form of each subnetwork: fewer engines
 
 
@@ -93,7 +94,12 @@ def test_every_subnetwork_of_a_digits_like_bundle_builds_in_fp16(built_once: Bun
 
 
 @pytest.mark.parametrize(
-    ("precision", "subnets"), [("fp32", 4), ("fp16", 1), ("bf16", 1), ("int8-static", 2), ("fp8", 1)]
+    ("precision", "subnets"),
+    [
+        ("fp32", 1),
+        ("bf16", 1),
+        *(pytest.param(*each, marks=release) for each in (("fp32", 4), ("fp16", 1), ("int8-static", 2), ("fp8", 1))),
+    ],
 )
 def test_the_shipped_digits_model_builds(rtx, even_ranges, tmp_path: Path, precision: str, subnets: int) -> None:
     checkpoint, kind = load_checkpoint(ASSETS / "dydit.safetensors"), Precision(precision)
@@ -139,12 +145,17 @@ def test_a_changed_graph_alone_is_built_again(built_once: Bundle, tmp_path: Path
     assert after.kept == 2
 
 
-@pytest.mark.parametrize("precision", ["fp16", "int8-static", "fp8"])
-def test_a_wide_model_builds(rtx, even_ranges, make_checkpoint, make_bundle, tmp_path: Path, precision: str) -> None:
-    wide = DiTConfig(hidden_size=1152, depth=2, num_heads=16, patch_size=2, input_size=32, num_classes=10)
+@pytest.mark.parametrize(
+    ("precision", "depth"),
+    [("fp16", 1), *(pytest.param(each, 2, marks=release) for each in ("fp16", "int8-static", "fp8"))],
+)
+def test_a_wide_model_builds(
+    rtx, even_ranges, make_checkpoint, make_bundle, tmp_path: Path, precision: str, depth: int
+) -> None:
+    wide = DiTConfig(hidden_size=1152, depth=depth, num_heads=16, patch_size=2, input_size=32, num_classes=10)
     settings = {"routing": "capacity", "max_subnets": 1, "steps": 2, "max_batch": 8}
     if precision != "fp16":
-        settings["activations"] = even_ranges(1, 2)
+        settings["activations"] = even_ranges(1, depth)
     bundle = make_bundle(make_checkpoint(wide), precision=precision, **settings)
     report = build(copy_of(bundle, tmp_path / "wide"), compute_capabilities=("8.9", "12.0"))
     assert [each.graph for each in report.built] == ["conditioning.onnx", "subnet-0000.onnx"]
@@ -316,8 +327,15 @@ def test_the_decoder_of_a_latent_model_builds(rtx, vae_bundle: Bundle, tmp_path:
     assert (again.built, again.kept) == ((), len(report.built))
 
 
-@pytest.mark.parametrize("precision", ["int8-static", "fp8"])
-@pytest.mark.parametrize("every", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("precision", "every"),
+    [
+        ("int8-static", 1),
+        ("fp8", 2),
+        ("int8-static", 3),
+        *(pytest.param(*each, marks=release) for each in (("fp8", 1), ("int8-static", 2), ("fp8", 3))),
+    ],
+)
 def test_a_bundle_whose_layers_are_in_8_and_in_16_bits_builds(
     rtx, mixed_bundle: Callable[..., Bundle], tmp_path: Path, precision: str, every: int
 ) -> None:

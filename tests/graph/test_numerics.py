@@ -293,7 +293,7 @@ def test_lower_precision(make_bench, tmp_path, distance, routing, precision):
     names = [each.name for each in session.get_inputs()]
     x_prev = session.run(["x_prev"], {name: feeds[name] for name in names})[0]
     assert x_prev.dtype == np.float32
-    assert 1e-7 < distance(x_prev, bench.expected(spec, feeds).x_prev) < 0.02
+    assert 1e-7 < distance(x_prev, bench.expected(spec, feeds).x_prev) < 0.03
 
 
 def test_conditioning_is_what_the_blocks_compute(make_bench, sessions, distance):

@@ -25,11 +25,11 @@ from dydit.graph.ops import Ops
 from dydit.graph.sources import graph_value
 from dydit.graph.writer import conditioning_model, typed
 from dydit.models import registry
-from dydit.models.architecture import BlockSpec, Side, Slots, UnitGroup, UnitLayer, stored_name
+from dydit.models.architecture import WIDTH_ROUTER, BlockSpec, Side, Slots, UnitGroup, UnitLayer, stored_name
 from dydit.models.config import ClassLabels, ModelConfig
 from dydit.models.dynamic import DynamicModel
 from dydit.models.registry import Architecture
-from dydit.models.routers import TOKEN_ROUTER, Gating, TokenRouter, WidthRouter
+from dydit.models.routers import TOKEN_ROUTER, Gating, TokenRouter, WidthRouter, width_router_rows
 from dydit.models.sliced import SlicedBlock, SlicedModel
 
 GROUPS = {"filters": (3, 4), "experts": (5, 2)}  # units, and channels of one
@@ -78,7 +78,8 @@ class ToyConfig(ModelConfig):
         block |= dict(zip(TOKEN_ROUTER, ((1, d), (1,), (1, 1), (1,)), strict=True))
         shapes = {stored_name(index, name): shape for index in range(self.depth) for name, shape in block.items()}
         ends: tuple[tuple[int, ...], ...] = ((d, c), (c, d), (d, 2), (4, d))
-        return {**dict(zip(ENDS, ends, strict=True)), **shapes}
+        width = dict(zip(WIDTH_ROUTER, ((self.units.size, d), (self.units.size,)), strict=True))
+        return {**dict(zip(ENDS, ends, strict=True)), **shapes, **width}
 
     @property
     def low_precision(self) -> tuple[str, ...]:
@@ -89,7 +90,7 @@ class ToyConfig(ModelConfig):
         return frozenset(ENDS)
 
     def is_conditioning(self, tensor: str) -> bool:
-        return tensor.startswith(("time.", "label."))
+        return tensor.startswith(("time.", "label.", "width."))
 
     @property
     def macs(self) -> int:
@@ -203,6 +204,13 @@ class ToyArchitecture(Architecture):
             for name in TOKEN_ROUTER:
                 published = name.replace("router", f"blocks.{block}.token.mlp_head")
                 yield stored_name(block, name), state[published].float().contiguous()
+        names = [f"blocks.{part.block}.width.{part.group.name}.router" for part in config.units.parts]
+        routers = [(state[f"{name}.weight"], state[f"{name}.bias"]) for name in names]
+        yield from zip(WIDTH_ROUTER, width_router_rows(config, routers, order or config.units.every_unit), strict=True)
+
+    def timestep_embedding(self, weights, times: np.ndarray) -> np.ndarray:
+        angles = np.asarray(times, np.float64)[:, None] / 160
+        return np.concatenate([np.sin(angles), np.cos(angles)], axis=1) @ weights["time.weight"].T
 
     def write_step(self, writer) -> tuple[ir.Value, list[ir.Value]]:
         ops, weights, config = writer.ops, writer.weights, writer.config
@@ -243,7 +251,7 @@ class ToyArchitecture(Architecture):
     def conditioning_graph(self, config, weights, precision, smoothing=None) -> ir.Model:
         ops = Ops()
         timesteps, labels = (graph_value(spec) for spec in conditioning_inputs())
-        time = ops.Unsqueeze(ops.Cast(timesteps, to=ir.DataType.FLOAT), ops.constant([1]))
+        time = ops.Unsqueeze(timesteps, ops.constant([1]))
         angles = ops.Div(time, ops.constant(160, np.float32))
         waves = ops.Concat(ops.Sin(angles), ops.Cos(angles), axis=1)
         embedded = ops.MatMul(waves, ops.Transpose(weights.whole("time.weight"), perm=[1, 0]))

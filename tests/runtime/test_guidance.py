@@ -51,6 +51,20 @@ def test_labels_do_not_matter_at_0(name, kind, make_bundle):
     assert not np.array_equal(near_zero, ours), "the variance and further channels are of the class there"
 
 
+@pytest.mark.parametrize("name", OPENERS)
+def test_the_null_class_is_unconditional_with_any_guidance(name, make_bundle, relative):
+    """null + scale * (null - null); and the variance is that of the null class."""
+    with OPENERS[name](make_bundle(steps=3, plan=PlanKind.DYNAMIC_WIDTH)) as backend:
+        pipe, null = DyDiTPipeline(backend), backend.bundle.manifest.model.null_class
+        wanted = pipe([1, 2], 0, seed=1, output_type="latent").latents
+        assert np.array_equal(pipe([null, null], 0, seed=1, output_type="latent").latents, wanted)
+        assert np.array_equal(pipe([null, null], 1, seed=1, output_type="latent").latents, wanted)
+        for scale in (4.0, 1e6):
+            assert relative(pipe([null, null], scale, seed=1, output_type="latent").latents, wanted) < 1e-4
+        beside = pipe([null, 2], 4.0, seed=1, output_type="latent").latents
+        assert relative(beside[0], wanted[0]) < 1e-4 and relative(beside[1], wanted[1]) > 1e-2
+
+
 @pytest.mark.parametrize("name", ["onnxruntime", "torch"])
 def test_0_and_1_compute_one_row_an_image(name, make_bundle, monkeypatch):
     with OPENERS[name](make_bundle(steps=3)) as backend:

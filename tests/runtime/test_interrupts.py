@@ -91,6 +91,31 @@ def test_after_an_interrupt_the_next_call_is_right(way, make_bundle):
         pipe.close()
 
 
+@pytest.mark.parametrize("way", [way for way in WAYS if "dynamic width" in way])
+def test_after_an_interrupt_other_steps_are_right(way, make_bundle):
+    """Calls with other steps, one after another, some of them interrupted: on the way from one to the other, too."""
+    settings, opened = WAYS[way]
+    draws, struck = random.Random(way), 0
+    with opened(make_bundle(**settings)) as backend, Timer() as timer:
+        pipe = DyDiTPipeline(backend)
+
+        def call(steps):
+            return pipe([1, 2, 3], seed=7, output_type="latent", num_inference_steps=steps).latents
+
+        wanted = {steps: call(steps) for steps in (3, 2, 4)}
+        started = time.perf_counter()
+        for steps in wanted:
+            call(steps)
+        whole = (time.perf_counter() - started) / len(wanted)
+        while struck < INTERRUPTS // 3:
+            steps = draws.choice(list(wanted))
+            if timer.interrupts(lambda steps=steps: call(steps), draws.random() * whole):
+                struck += 1
+            steps = draws.choice(list(wanted))
+            assert np.array_equal(call(steps), wanted[steps]), f"after interrupt {struck}"
+        pipe.close()
+
+
 def test_interrupted_at_every_line_of_an_exchange_the_weights_are_right(make_bundle):
     """An error out of any line of `runtime.dynamic_width`, as a signal handler might raise one."""
     bundle = make_bundle(**DYNAMIC)

@@ -9,8 +9,11 @@ import zipfile
 import numpy as np
 import pytest
 
+from dydit.bundle.manifest import PlanKind
 from dydit.diffusion.noise import normals
+from dydit.diffusion.samplers import SamplerChoice
 from dydit.errors import ConfigError
+from dydit.planning.resampling import resampled
 from dydit.runtime.noise_source import NoiseFile, SeededNoise
 from dydit.runtime.request import make_batches
 
@@ -49,6 +52,20 @@ def test_double_and_half_are_taken_as_float32(manifest, tmp_path):
         assert np.array_equal(noise.noise, content["noise"].astype(np.float32))
 
 
+@pytest.mark.parametrize("choice", [{"sampler": "ddim"}, {"sampler": "dpm-solver++", "steps": 4}])
+def test_a_sampler_without_noise_needs_none(choice, make_bundle, tmp_path):
+    """Noise that lies in the file all the same may be of other steps, or anything."""
+    bundle = resampled(make_bundle(plan=PlanKind.DYNAMIC_WIDTH), SamplerChoice(**choice))
+    rng = np.random.default_rng(0)
+    content = {"x_T": rng.standard_normal((2, 4, 8, 8)).astype(np.float32), "labels": np.array([1, 2])}
+    for more in ({}, {"noise": rng.standard_normal((250, 2, 4, 8, 8))}, {"noise": np.array(["none"])}):
+        np.savez(tmp_path / "n.npz", **content, **more)
+        noise = NoiseFile.read(tmp_path / "n.npz", bundle.manifest)
+        assert noise.noise is None and noise.labels == (1, 2)
+        (batch,) = make_batches([1, 2], [0, 1], 2)
+        assert np.array_equal(noise.initial(batch), content["x_T"])
+
+
 def spoiled():
     def change(**parts):
         return lambda content: content.update({k: f(content[k]) for k, f in parts.items()})
@@ -67,7 +84,11 @@ def spoiled():
     yield change(noise=lambda a: a.astype(int)), "noise is int64, expected floating point"
     yield change(noise=with_nan), "noise holds NaN or infinite values"
     yield change(x_T=lambda a: a.astype(np.float64) * 1e300), "x_T holds values outside the range of float32"
-    yield lambda content: content.pop("noise"), "has no array 'noise'; expected x_T, noise, labels"
+    yield (
+        lambda content: content.pop("noise"),
+        r"has no array 'noise', which ddpm needs: it adds noise in 5 of 6 steps; expected float \[steps, B, C, S, S\]",
+    )
+    yield lambda content: content.pop("labels"), "has no array 'labels'; expected x_T, labels"
     yield change(labels=lambda a: np.array([{"x": 1}] * 4, dtype=object)), "allow_pickle=False"
 
 

@@ -23,7 +23,7 @@ def test_more_images_than_a_batch_holds(pipe, relative):
     labels = [1, 2, 3, 4, 5, 6, 0, 1, 2, 3]
     progress = []
     out = pipe(labels, seed=3, output_type="latent", progress=lambda *now: progress.append(now))
-    assert out.images is None and out.latents.shape == (10, 3, 8, 8) and out.latents.dtype == np.float32
+    assert out.images is out.latents and out.latents.shape == (10, 3, 8, 8) and out.latents.dtype == np.float32
     assert progress[-1] == (12, 12)
     alone = pipe(3, seed=3, image_indices=[9], output_type="latent").latents
     assert relative(alone[0], out.latents[9]) < 1e-4
@@ -70,6 +70,14 @@ def test_without_a_seed_each_call_draws_one_and_says_which(pipe):
     assert np.array_equal(pipe(1, seed=first.seed, output_type="latent").latents, first.latents)
     zero = [pipe(1, seed=0, output_type="latent") for _ in range(2)]
     assert zero[0].seed == 0 and np.array_equal(zero[0].latents, zero[1].latents)
+
+
+def test_a_tuple_as_diffusers_returns_it(pipe):
+    for kind in ("pil", "np", "pt", "latent"):
+        given = pipe([1, 2], seed=3, output_type=kind, return_dict=False)
+        wanted = pipe([1, 2], seed=3, output_type=kind).images
+        assert isinstance(given, tuple) and len(given) == 1 and type(given[0]) is type(wanted)
+        assert all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(given[0], wanted, strict=True))
 
 
 def test_torch_tensors(pipe):
@@ -122,10 +130,17 @@ def test_what_a_caller_set_in_torch_does_not_matter(make_bundle):
 
 def test_refusals(pipe, make_bundle):
     for arguments, message in (
-        ({"class_labels": [7]}, r"label 7 is outside 0\.\.6"),
-        ({"class_labels": []}, "give at least one label"),
-        ({"class_labels": "20"}, "class label must be an integer or a list of integers, such as 20 or"),
-        ({"class_labels": [True]}, "class label must be an integer such as 1, not True"),
+        (
+            {"class_labels": [8]},
+            r"class_labels: label 8 is outside 0\.\.6, the classes of this model, or 7 for no class",
+        ),
+        ({"class_labels": []}, "class_labels is empty; give at least one label"),
+        ({"class_labels": "20"}, "class_labels must be integers, not '20': this bundle has no names of classes"),
+        ({"class_labels": [True]}, "class_labels must be an integer such as 1, not True"),
+        (
+            {"class_labels": {1: 2}},
+            r"class_labels must be a label or a list of labels, such as 20 or \[2, 0\], not {1: 2}",
+        ),
         (
             {"class_labels": [1], "guidance_scale": float("nan")},
             "guidance_scale must be a finite number of at least 0, not nan",
@@ -137,16 +152,30 @@ def test_refusals(pipe, make_bundle):
         ({"class_labels": [1], "seed": -1}, "seed -1 is outside"),
         ({"class_labels": [1], "output_type": "jpg"}, "output_type 'jpg' is not one of pil, np, pt, latent"),
         ({"class_labels": [1], "output_type": ["pil"]}, "is not one of pil, np, pt, latent"),
-        ({"class_labels": [1], "num_inference_steps": 50}, "was exported for 6 steps, not 50"),
+        (
+            {"class_labels": [1], "num_inference_steps": 50},
+            "has 4 subnetworks made for 6 steps of ddpm, which cannot run 50 steps of ddpm; export again with",
+        ),
+        ({"class_labels": [1], "num_inference_steps": 1001}, r"num_inference_steps 1001 is outside 1\.\.1000"),
+        ({"class_labels": [1], "sampler": "euler a"}, "sampler 'euler a' is not one of ddpm, ddim, dpm-solver"),
+        ({"class_labels": [1], "sampler": "euler"}, "sampler euler does not fit this model, which predicts epsilon"),
+        ({"class_labels": [1], "sampler": ["ddim"]}, r"sampler \['ddim'\] is not one of"),
+        (
+            {"class_labels": [1], "timestep_spacing": "even"},
+            "timestep_spacing 'even' is not one of linspace, leading, tr",
+        ),
+        ({"class_labels": [1], "eta": 1.5}, "eta must be at most 1, not 1.5"),
+        ({"class_labels": [1], "eta": -1}, "eta must be a finite number of at least 0, not -1"),
+        ({"class_labels": [1], "eta": 0.5}, "eta is a setting of sampler ddim; ddpm has none"),
         (
             {"class_labels": [1], "num_inference_steps": 6.0},
             "num_inference_steps must be an integer such as 1, not 6.0",
         ),
-        ({"class_labels": [1], "image_indices": [1, 2]}, "2 image indices for 1 labels"),
-        ({"class_labels": [1], "image_indices": [-1]}, "image index -1 is outside"),
+        ({"class_labels": [1], "image_indices": [1, 2]}, "image_indices has 2 for 1 labels"),
+        ({"class_labels": [1], "image_indices": [-1]}, "image_indices -1 is outside"),
         (
             {"class_labels": [1, 2], "image_indices": "12"},
-            r"image index must be an integer or a list of integers, such as 20 or \[2, 0\], not '12'",
+            r"image_indices must be an integer or a list of integers, such as 20 or \[2, 0\], not '12'",
         ),
         ({"class_labels": [1, 2, 1], "image_indices": [5, 5, 5]}, "images 0 and 2 would be identical"),
         ({"class_labels": [1], "progress": 3}, "progress must be a function"),

@@ -34,9 +34,10 @@ def test_values_outside_their_range(values, message):
 
 def test_labels_and_batch_size_are_held_against_the_bundle(pixel_bundle):
     manifest = pixel_bundle.manifest
-    check_labels([0, 6], manifest)
-    for label in (-1, 7):
-        with pytest.raises(ConfigError, match=rf"label {label} is outside 0\.\.6, the classes of this model"):
+    check_labels([0, 6, 7], manifest)
+    for label in (-1, 8):
+        message = rf"^label {label} is outside 0\.\.6, the classes of this model, or 7 for no class$"
+        with pytest.raises(ConfigError, match=message):
             check_labels([0, label], manifest)
     with pytest.raises(ConfigError, match=r"batch size 9 is outside 1\.\.8.*--max-batch"):
         check_batch_size(9, manifest, 100)

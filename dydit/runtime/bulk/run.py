@@ -130,8 +130,8 @@ class _Work:
         """How many batches are sampled to their end together; announces when pictures will appear."""
         run, manifest = self.run, self.engine.bundle.manifest
         size = max((len(batch.images) for batch in run.batches), default=1)
-        labels = len(np.unique(run.labels)) + runner.guidance.guided
-        chunk = chunk_size(manifest, size, labels, self.engine.options.device)
+        labels, guided = len(np.unique(run.labels)), runner.guidance.guided
+        chunk = chunk_size(manifest, size, labels, guided, self.engine.options.device)
         if self.announce and run.pictures is not None and len(batches) > 1:
             images = sum(len(batch.images) for batch in batches)
             whole = isinstance(self.engine, WholeRuns) or chunk >= len(batches)

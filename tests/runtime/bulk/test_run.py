@@ -252,19 +252,24 @@ def test_chunks_of_any_size_give_the_same_images(finished, pixel_bundle, tmp_pat
     assert said == [f"pictures appear in {out} {when}"]
 
 
-def test_a_chunk_is_large_enough_to_pay_for_what_it_loads(pixel_bundle, make_bundle, pixel_checkpoint):
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("labels", [1, 10, 1000])
+@pytest.mark.parametrize("batch", [1, 4, 16])
+def test_a_chunk_is_large_enough_to_pay_for_what_it_loads(pixel_bundle, batch, labels, guided):
     """100 steps of an image and 24 of a batch for each loading; 2 % of a chunk's multiply-adds for its conditions."""
     manifest = pixel_bundle.manifest
-    segments, steps, per_image = len(manifest.plan.segments), manifest.sampling.steps, manifest.plan.macs
+    segments, steps = len(manifest.plan.segments), manifest.sampling.steps
     stored = manifest.model.stored_shapes().items()
-    per_label = steps * sum(math.prod(shape) for name, shape in stored if manifest.model.is_conditioning(name))
-    for batch in (1, 4, 16):
-        for labels in (1, 11, 1001):
-            cpu, gpu = (chunk_size(manifest, batch, labels, device) for device in ("cpu", "cuda"))
-            assert cpu * batch * steps >= 100 * segments and cpu * steps >= 24 * segments and gpu >= cpu
-            assert 0.02 * cpu * batch * per_image >= labels * per_label
+    condition = sum(math.prod(shape) for name, shape in stored if manifest.model.is_conditioning(name))
+    cpu, gpu = (chunk_size(manifest, batch, labels, guided, device) for device in ("cpu", "cuda"))
+    assert cpu * batch * steps >= 100 * segments and cpu * steps >= 24 * segments and gpu >= cpu
+    rows = cpu * batch * (2 if guided else 1)
+    assert 0.02 * rows * manifest.plan.macs >= (labels + guided) * steps * condition
+
+
+def test_a_chunk_of_dynamic_width_pays_for_its_conditions_alone(make_bundle, pixel_checkpoint):
     sliding = make_bundle(pixel_checkpoint, steps=6, plan="sliding", max_batch=8).manifest
-    assert chunk_size(sliding, 16, 2, "cpu") == chunk_size(sliding, 16, 2, "cuda") == 1
+    assert chunk_size(sliding, 16, 1, True, "cpu") == chunk_size(sliding, 16, 1, True, "cuda") == 1
 
 
 def test_a_start_that_fails_leaves_nothing(pixel_bundle, tmp_path):
@@ -447,6 +452,38 @@ def test_noise_from_a_file_is_used(pixel_bundle, tmp_path):
             sample_to_folder(pixel_bundle, SampleRequest(noise_from=tmp_path / "n.npz", **request), tmp_path / "c")
     settings = json.loads((tmp_path / "a" / "samples.json").read_text())["settings"]
     assert settings["seed"] is None and len(settings["noise_sha256"]) == 64
+
+
+def test_noise_from_a_file_without_noise_where_the_sampler_adds_none(pixel_bundle, tmp_path):
+    from dydit.diffusion.noise import image_noise
+    from dydit.diffusion.samplers import SamplerChoice
+    from dydit.planning.resampling import resampled
+
+    np.savez(tmp_path / "n.npz", x_T=image_noise(2, [0, 1, 2], 0, (3, 8, 8)), labels=np.array([3, 1, 3]))
+    bundle, latents = resampled(pixel_bundle, SamplerChoice(sampler="ddim")), []
+    for name, request in (
+        ("a", SampleRequest(noise_from=tmp_path / "n.npz")),
+        ("b", SampleRequest(labels=(3, 1, 3), seed=2)),
+    ):
+        sample_to_folder(bundle, request, tmp_path / name, OutputOptions(latents_out=tmp_path / f"{name}.npz"))
+        latents.append((tmp_path / f"{name}.npz").read_bytes())
+    assert latents[0] == latents[1]
+    with pytest.raises(ConfigError, match="has no array 'noise', which ddpm needs") as caught:
+        sample_to_folder(pixel_bundle, SampleRequest(noise_from=tmp_path / "n.npz"), tmp_path / "c")
+    assert "\n" not in str(caught.value) and not (tmp_path / "c").exists()
+
+
+def test_the_null_class_is_sampled_like_any_other(pixel_bundle, run, tmp_path):
+    null = pixel_bundle.manifest.model.null_class
+    for name, label, scale in (("null", null, 4), ("without", 2, 0)):
+        done = run(
+            "sample", pixel_bundle.path, "--labels", label, "--cfg-scale", scale, "--npz", "--out", tmp_path / name
+        )
+        assert done.code == 0, done.err
+    ours, theirs = (np.load(tmp_path / name / "samples.npz")["arr_0"].astype(int) for name in ("null", "without"))
+    assert ours.shape == (1, 8, 8, 3) and np.abs(ours - theirs).max() <= 1
+    refused = run("sample", pixel_bundle.path, "--labels", null + 1, "--out", tmp_path / "no")
+    assert refused.code == 2 and f"label {null + 1} is outside 0..{null - 1}" in refused.err
 
 
 def test_repeated_steps_are_counted_over_interruptions(make_bundle, pixel_checkpoint, tmp_path):

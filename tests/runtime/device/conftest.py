@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from bisect import bisect_right
-from collections import deque
+from collections import OrderedDict, deque
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -19,14 +20,35 @@ from dydit.runtime.device.residency import engines_of
 from dydit.runtime.images.vae_decoder import VaeDecoder
 
 GAP = 4096
+MOST_SESSIONS = 64
 
 
 class PairwiseBackend(OnnxRuntimeBackend):
-    """Evaluates conditioning pair by pair, so that its bits do not depend on which pairs come together."""
+    """Evaluates conditioning pair by pair, so that its bits do not depend on which pairs come together.
+
+    To save time, backends of the same bundle share their latest sessions and all pairs, also after they are closed.
+    """
+
+    _recent: ClassVar = OrderedDict()
+    _known: ClassVar = {}
 
     def __init__(self, bundle):
         super().__init__(bundle, BackendOptions(threads=1))
-        self._pairs = {}
+        self._pairs = self._known.setdefault((bundle.path, bundle.manifest.digest), {})
+
+    def _shared(self, *key, make):
+        key = (self.bundle.path, self.bundle.manifest.digest, *key)
+        session = self._recent.pop(key, None) or make()
+        self._recent[key] = session
+        if len(self._recent) > MOST_SESSIONS:
+            self._recent.popitem(last=False)
+        return session
+
+    def _load(self, name, debug, apart):
+        return self._shared(name, debug, apart, make=lambda: super(PairwiseBackend, self)._load(name, debug, apart))
+
+    def _open_conditioning(self):
+        return self._shared("conditioning", make=super()._open_conditioning)
 
     def _pair(self, timestep, label):
         if (timestep, label) not in self._pairs:
