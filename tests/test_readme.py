@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -62,9 +63,12 @@ def inline_calls() -> list[list[str]]:
 
 
 def python_code(text: str) -> str:
-    """The one block of Python code in a document."""
-    (code,) = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    return code
+    """The first block of Python code in a document."""
+    return python_blocks(text)[0]
+
+
+def python_blocks(text: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
 def without_missing_files(arguments: list[str]) -> list[str]:
@@ -131,6 +135,16 @@ def test_the_commands_and_then_the_python_code_run(run, monkeypatch, tmp_path: P
     assert python_code(README) == python_code(USAGE)
     exec(compile(python_code(README).replace("207", "2"), "README.md", "exec"), {})
     assert (tmp_path / "dog.png").stat().st_size > 0
+
+
+def test_the_python_code_of_the_usage_runs_block_after_block(run, monkeypatch, tmp_path: Path, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run("export", DIGITS, "--steps", 4, "--out", "bundle").code == 0
+    names: dict[str, Any] = {}
+    for block in python_blocks(USAGE):
+        exec(compile(block.replace("207", "2").replace("360", "3"), "docs/usage.md", "exec"), names)
+    assert len(names["images"]) == 2 and names["images"][0].size == (16, 16)
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [str(step) for step in range(20)]
 
 
 def test_extras_that_they_name_exist() -> None:
