@@ -39,8 +39,17 @@ def sit(make_checkpoint, tmp_path_factory) -> Path:
     return path
 
 
+def training_lines(run: Any, *arguments: object) -> list[str]:
+    """What `dydit inspect` shows beside `training`: a line, and one more where it is assumed."""
+    lines = run("inspect", *arguments).out.splitlines()
+    first = next(index for index, line in enumerate(lines) if line.startswith("training "))
+    count = next(index for index, line in enumerate(lines[first + 1 :], 1) if not line.startswith(" "))
+    return [line.removeprefix("training").strip() for line in lines[first : first + count]]
+
+
 def training_line(run: Any, *arguments: object) -> str:
-    return next(line for line in run("inspect", *arguments).out.splitlines() if line.startswith("training "))
+    (line,) = training_lines(run, *arguments)
+    return f"training  {line}"
 
 
 def assert_refused(done: Any, *words: str) -> None:
@@ -65,16 +74,18 @@ def test_suggested_commands_repeat_the_options() -> None:
 
 def test_what_nothing_states_is_shown_as_assumed(run, bare: Path, tmp_path: Path) -> None:
     process = "predicts epsilon; linear betas from 0.0001 to 0.02"
-    assert training_line(run, bare).endswith(
-        f"{process} (assumed: the file does not state it; change it with --prediction and --schedule)"
-    )
+    assert training_lines(run, bare) == [
+        process,
+        "assumed: the file does not state it; change it with --prediction and --schedule",
+    ]
     said = json.loads(run("inspect", bare, "--json").out)["model"]
     assert said["process_assumed"] and said["process"] == json.loads(Process().model_dump_json())
     assert "process" not in said["config"]
     assert run("export", bare, *SHORT, "--out", tmp_path / "bundle").code == 0
-    assert training_line(run, tmp_path / "bundle").endswith(
-        f"{process} (assumed: its checkpoint did not state it; export again with --prediction and --schedule)"
-    )
+    assert training_lines(run, tmp_path / "bundle") == [
+        process,
+        "assumed: its checkpoint did not state it; export again with --prediction and --schedule",
+    ]
     assert "process" not in json.loads((tmp_path / "bundle" / "manifest.json").read_text())["model"]
 
 
