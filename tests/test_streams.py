@@ -103,10 +103,10 @@ def test_names_that_the_encoding_lacks(exported, tmp_path: Path) -> None:
     """Neither accents on an ASCII terminal nor bytes that are no text end in a traceback."""
     for name, encoding in (("bündel", "ascii"), (os.fsdecode(b"b\xff"), "utf-8")):
         (tmp_path / name).symlink_to(exported.path)
-        call = [sys.executable, "-m", "dydit", "inspect", str(tmp_path / name)]
+        bundle, codes = str(tmp_path / name), tmp_path / "codes"
+        words = [["inspect", bundle], ["inspect", f"{bundle}-missing"]]
+        call = [sys.executable, "-W", "ignore", "-c", RUN, json.dumps(words), str(codes)]
         environment = os.environ | {"PYTHONIOENCODING": encoding}
         done = subprocess.run(call, capture_output=True, env=environment, check=False)
-        assert done.returncode == 0, done.stderr
-        call[-1] += "-missing"
-        done = subprocess.run(call, capture_output=True, env=environment, check=False)
-        assert done.returncode == 2 and done.stderr.count(b"\n") == 1, done.stderr
+        assert json.loads(codes.read_text()) == [0, 2] and done.stdout, done.stderr
+        assert done.stderr.count(b"\n") == 1, done.stderr

@@ -65,7 +65,7 @@ def test_a_share_has_the_rows_of_its_images():
 KINDS = {
     "merged": {},
     "dense": {"routing": Routing.DENSE},
-    "per step": {"plan": PlanKind.PER_STEP},
+    "per step": {"plan": PlanKind.PER_STEP, "steps": 4},
     "sliding": {"plan": PlanKind.DYNAMIC_WIDTH},
     "capacity": {"routing": Routing.CAPACITY},
     "fp16": {"precision": Precision.FP16},

@@ -21,7 +21,7 @@ from dydit.runtime.request import make_batches
 from dydit.runtime.resident import ResidentSubnets
 from tests.fixtures.host_device import HostDeviceBackend
 
-CALLS = 8
+CALLS = 6
 PLANS = {
     "per-step": {"plan": PlanKind.PER_STEP},
     "merged": {"max_subnets": 2},

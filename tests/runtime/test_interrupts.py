@@ -1,6 +1,6 @@
 """Interrupts at any moment of a call: each arrives as what it is, and the next call's bits are right.
 
-The signals are real ones, of a timer, at random moments of a call. The ordinary run makes some 200 of them;
+The signals are real ones, of a timer, at random moments of a call. The ordinary run makes some 150 of them;
 `DYDIT_INTERRUPTS=1000` makes as many for each way of running.
 """
 
@@ -24,7 +24,7 @@ from dydit.runtime.dynamic_width import DynamicWidthWeights
 from dydit.runtime.pipeline import DyDiTPipeline
 from tests.fixtures.host_device import HostDeviceBackend
 
-INTERRUPTS = int(os.environ.get("DYDIT_INTERRUPTS", "45"))
+INTERRUPTS = int(os.environ.get("DYDIT_INTERRUPTS", "30"))
 DYNAMIC, PER_STEP = {"plan": PlanKind.DYNAMIC_WIDTH, "steps": 3}, {"plan": PlanKind.PER_STEP, "steps": 3}
 WAYS = {
     "onnxruntime, dynamic width": (

@@ -45,8 +45,8 @@ def near(a, b) -> bool:
     "settings",
     [
         {"routing": Routing.DENSE},
-        {"routing": Routing.DYNAMIC, "plan": PlanKind.PER_STEP},
-        {"routing": Routing.CAPACITY, "capacities": (12, 14, 14), "plan": PlanKind.PER_STEP},
+        {"routing": Routing.DYNAMIC, "plan": PlanKind.PER_STEP, "steps": 6},
+        {"routing": Routing.CAPACITY, "capacities": (12, 14, 14), "plan": PlanKind.PER_STEP, "steps": 6},
         {"routing": Routing.DYNAMIC, "plan": PlanKind.DYNAMIC_WIDTH},
         {"routing": Routing.CAPACITY, "capacities": (12, 14, 14), "plan": PlanKind.DYNAMIC_WIDTH},
     ],
