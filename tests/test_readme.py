@@ -129,9 +129,9 @@ def test_the_commands_and_then_the_python_code_run(run, monkeypatch, tmp_path: P
         # Random rounding at so few steps may be over parity's tolerance; everything else has to succeed.
         assert result.code in ((0, 1) if name == "parity" else (0,)), (words, result.err)
         done.append(name)
-    assert done[:7] == ["sample", "convert", "inspect", "export", "parity", "bench", "sample"]
-    assert done[7:10] == ["convert", "export", "export"]
-    assert done[10:] == ["export", "bench", "calibrate", "export", "calibrate", "export", "sample", "parity"]
+    assert done[:8] == ["sample", "convert", "inspect", "export", "parity", "bench", "sample", "sample"]
+    assert done[8:11] == ["convert", "export", "export"]
+    assert done[11:] == ["export", "bench", "calibrate", "export", "calibrate", "export", "sample", "parity"]
     assert python_code(README) == python_code(USAGE)
     exec(compile(python_code(README).replace("207", "2"), "README.md", "exec"), {})
     assert (tmp_path / "dog.png").stat().st_size > 0
