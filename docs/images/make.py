@@ -105,7 +105,7 @@ def dynamic_png(bundle: Bundle, trace: Trace) -> bytes:
         for cell in grid.flat:
             cell.set(xticks=(), yticks=())
             cell.spines[:].set_visible(False)
-        for column, title in enumerate(["image", *(f"t = {timesteps[step]}" for step in steps)]):
+        for column, title in enumerate(["image", *(f"t = {timesteps[step]:g}" for step in steps)]):
             grid[0, column].set_title(title, loc="center", fontsize=8.5)
         bar = right.colorbar(drawn, ax=grid, aspect=18, pad=0.02, ticks=range(levels))
         bar.set_label(f"blocks, of {levels - 1}, whose MLP\ncomputes the token")
