@@ -12,8 +12,8 @@ from dydit.runtime.backends.base import Arrays, Backend, StepResult, Subnet
 from dydit.runtime.background import Pending, Pool
 from dydit.runtime.forks import register
 
-Key = tuple[int, SubnetEntry]
-"""A subnetwork: its number, and its entry in the manifest."""
+Key = tuple[int, SubnetEntry | None]
+"""A subnetwork: its number, and its entry in the manifest. None: there is no such number, which the backend refuses."""
 
 
 class ResidentSubnets:
@@ -103,7 +103,8 @@ class ResidentSubnets:
         self._loaded = OrderedDict((key, pending) for key, pending in self._loaded.items() if pending.done)
 
     def _key(self, index: int) -> Key:
-        return index, self._backend.bundle.manifest.subnets[index]
+        subnets = self._backend.bundle.manifest.subnets
+        return index, subnets[index] if index < len(subnets) else None
 
     def _order(self, key: Key) -> None:
         """Order a subnetwork to be loaded, unless it is loaded or loading already."""
@@ -136,7 +137,7 @@ class ResidentSubnets:
         """Unload what the present steps do not have, if the backend ran other steps before."""
         manifest = self._backend.bundle.manifest
         if manifest is not self._manifest:
-            present = set(enumerate(manifest.subnets))
+            present: set[Key] = set(enumerate(manifest.subnets))
             for key in [key for key in self._loaded if key not in present]:
                 self._drop(key)
             self._manifest = manifest
