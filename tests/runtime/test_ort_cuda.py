@@ -99,7 +99,7 @@ def test_graphs_are_told_apart_by_shapes_and_addresses(make_bundle):
     engine._graphs = True
     vectors = 6 * bundle.manifest.model.depth + 2
     for steps, labels, out in ((1, 1, 2), (1, 1, 3), (2, 1, 2), (1, 0, 2), (1, 1, 2)):
-        inputs = [Tensor("timesteps", "int64", (steps,), places[0]), Tensor("labels", "int64", (1,), places[labels])]
+        inputs = [Tensor("timesteps", "float32", (steps,), places[0]), Tensor("labels", "int64", (1,), places[labels])]
         engine.launch(inputs, [Tensor("condition", "float32", (steps, 1, vectors, 64), places[out])], "conditioning")
     assert list(engine._captured.values()) == [1, 2, 3, 4]
 
@@ -136,7 +136,7 @@ def test_what_a_session_cannot_run_is_one_line(make_bundle):
     device = HostSessions(make_bundle(), OPTIONS)
     device.load(CONDITIONER)
     place = device.allocate(1 << 20)
-    wrong = [Tensor("timesteps", "float32", (2,), place), Tensor("labels", "int64", (1,), place)]
+    wrong = [Tensor("timesteps", "int64", (2,), place), Tensor("labels", "int64", (1,), place)]
     out = [Tensor("condition", "float32", (2, 1, 20, 64), place)]
     with pytest.raises(BackendError, match="onnxruntime failed in conditioning") as caught:
         device.launch(CONDITIONER, wrong, out, (0, 0))
