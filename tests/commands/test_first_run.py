@@ -357,10 +357,10 @@ def test_without_a_terminal_progress_is_a_few_plain_lines(digits_bundle: Path, t
     assert (quiet.stdout, quiet.stderr) == ("", "")
 
 
-def test_other_steps_are_refused_for_a_bundle_that_was_made_for_its_own(run, digits_bundle, tmp_path: Path) -> None:
+def test_other_steps_are_refused_for_a_bundle_that_was_made_for_its_own(run, make_bundle, tmp_path: Path) -> None:
     """With the options of an export that makes one for them, and of one that takes any steps."""
     for options in (["--steps", "5"], ["--sampler", "dpm-solver++"], ["--timestep-spacing", "trailing"]):
-        done = run("sample", digits_bundle, "--labels", "0", *options, "--out", tmp_path / "out")
+        done = run("sample", make_bundle().path, "--labels", "0", *options, "--out", tmp_path / "out")
         assert done.code == 2 and done.out == "" and done.err.count("\n") == 1, done
         assert "--dynamic-width" in done.err and " ".join(options) in done.err, done.err
         assert not (tmp_path / "out").exists()

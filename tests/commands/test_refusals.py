@@ -307,7 +307,7 @@ SPOILT = {
     "another graph": "subnet-0000.onnx",
     "truncated manifest": "not JSON",
     "edited manifest": "was changed",
-    "manifest of the future": "schema version 3",
+    "manifest of the future": "schema version 4",
     "manifest of another kind": "manifest.json",
     "manifest in no encoding": "manifest.json",
     "path upwards": "leads out of the bundle",

@@ -114,7 +114,7 @@ def test_the_picture_has_inputs_with_their_symbols_and_functions(rtx, capacity_b
     parsed = parse_graph(rtx, bundle.path / gated.file, Messages())
     network = read_network(parsed.network)
     assert network.inputs == subnet_inputs(bundle.manifest.model, True)
-    assert set(network.outputs) == {"x_prev", "token_overflow"}
+    assert set(network.outputs) == {"x_prev", "next_history", "token_overflow"}
     functions = {layer.function for layer in network.layers if layer.kind == "matrix_multiply"}
     assert {"embed", "final"} < functions
     require_inputs(network, subnet_inputs(bundle.manifest.model, True), gated.file)

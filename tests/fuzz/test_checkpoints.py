@@ -663,7 +663,9 @@ def test_a_mutant_is_refused_or_read_as_what_it_says(mutant: int, rng: random.Ra
         shutil.rmtree(tmp_path)
     assert case.state is not None, f"{mutate.__name__}: accepted"
     config = checkpoint.config
-    assert config.model_copy(update={"num_classes": case.config.num_classes}) == case.config, mutate.__name__
+    assert config.model_copy(update={"num_classes": case.config.num_classes}).sizes == case.config.sizes, (
+        mutate.__name__
+    )
     said = {name.removeprefix("module."): tensor for name, tensor in case.state.items()}
     assert checkpoint.state.keys() == said.keys()
     for name, tensor in checkpoint.state.items():

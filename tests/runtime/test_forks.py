@@ -160,7 +160,7 @@ def test_a_backend_is_closed_by_who_opened_it(name, make_bundle):
             lambda: pipe([1], output_type="latent"),
             lambda: backend.subnet(0),
             lambda: subnet.step({}),
-            lambda: backend.conditioning(np.array([1]), np.array([1])),
+            lambda: backend.conditioning(np.array([1], np.float32), np.array([1])),
         ):
             with pytest.raises(BackendError, match="this backend was closed; open the bundle again"):
                 call()

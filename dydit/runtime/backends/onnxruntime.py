@@ -119,7 +119,7 @@ class OnnxRuntimeBackend(Backend):
 
     def _open_conditioning(self) -> Session:
         options = dataclasses.replace(self.options, packed=False)
-        settings = SessionSettings(lazy=options.device == "cpu", gives="condition")
+        settings = SessionSettings(lazy=options.device == "cpu", gives=("condition",))
         return Session(self.bundle.file(CONDITIONING), options, settings)
 
     def expect(self, images: int) -> None:
@@ -174,7 +174,7 @@ class OnnxRuntimeBackend(Backend):
         options = dataclasses.replace(self.options, threads=1) if apart else self.options
         if self._lazy:
             left_out = (*left_out, "ConstantFolding")
-        return Session(file, options, SessionSettings(graph, left_out, self._lazy, gives="x_prev"))
+        return Session(file, options, SessionSettings(graph, left_out, self._lazy, gives=("x_prev", "next_history")))
 
 
 def _require_precision(precision: Precision, device: str) -> None:

@@ -68,14 +68,14 @@ class SessionSettings:
 
     `graph` replaces the file's content; `left_out` are optimizers not to run. `lazy`: widen fp16 weights when they are
     multiplied, instead of all when the session is opened; this turns most optimizers off. `arena`: keep a pool of
-    memory for activations. `gives`: an output that the graph must have.
+    memory for activations. `gives`: outputs that the graph must have.
     """
 
     graph: bytes | None = None
     left_out: tuple[str, ...] = ()
     lazy: bool = False
     arena: bool = False
-    gives: str | None = None
+    gives: tuple[str, ...] = ()
 
 
 class Session:
@@ -91,10 +91,9 @@ class Session:
         self._errors = error_types(ort)
         self._session: Any = self._open(ort)
         self._outputs = [output.name for output in self._session.get_outputs()]
-        if self._settings.gives not in (None, *self._outputs):
-            raise BackendError(
-                f"{file} is another graph: it has no output {self._settings.gives}; export the bundle again"
-            )
+        for output in self._settings.gives:
+            if output not in self._outputs:
+                raise BackendError(f"{file} is another graph: it has no output {output}; export the bundle again")
         register(self)
 
     def run(self, feeds: Arrays, what: str) -> dict[str, np.ndarray]:
