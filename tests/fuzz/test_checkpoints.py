@@ -29,6 +29,7 @@ from safetensors.torch import load as safetensors_of
 from safetensors.torch import save as safetensors_bytes
 
 from dydit.checkpoints.checkpoint import load_checkpoint, save_checkpoint
+from dydit.diffusion.process import Process
 from dydit.errors import CheckpointError
 from dydit.models.config import ModelConfig
 from dydit.models.dit.config import DiTConfig
@@ -53,6 +54,7 @@ class Case:
     state: Mapping[str, torch.Tensor] | None = None
     config: ModelConfig = CONFIG
     must_read: bool = False
+    process: Process | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -468,9 +470,9 @@ def other_arguments(rng: random.Random, folder: Path) -> Case:
     refused: dict[str, list[Any]] = {
         "path_type": ["Linear", "VP"],
         "prediction": ["velocity", "x"],
-        "predict_xstart": [True],
+        "predict_v": ["x", 2],
         "diffusion_steps": [500, 4000],
-        "noise_schedule": ["cosine"],
+        "noise_schedule": ["sigmoid", "scaled_linear"],
         "beta_end": [0.012],
         "num_classes": [7, 1000, 0, -1],
         "image_size": [33, 56],
@@ -495,6 +497,24 @@ def other_arguments(rng: random.Random, folder: Path) -> Case:
     value = rng.choice(refused[name] if harmful else harmless)
     content = training(args=argparse.Namespace(**{**ARGUMENTS, name: value}))
     return Case(saved(rng, folder, content), None if harmful else EMA, must_read=not harmful)
+
+
+@mutation
+def another_training(rng: random.Random, folder: Path) -> Case:
+    """Stated in one place or in two, which agree or do not."""
+    known: list[tuple[str, Any, Process]] = [
+        ("prediction", "v", Process(prediction="v")),
+        ("predict_xstart", True, Process(prediction="x0")),
+        ("parameterization", "eps", Process()),
+        ("v_prediction", True, Process(prediction="v")),
+    ]
+    (name, value, process), (other, second, differing) = rng.choice(known), rng.choice(known)
+    schedule = rng.choice(["linear", "cosine"])
+    arguments = argparse.Namespace(**{**ARGUMENTS, name: value, "noise_schedule": schedule})
+    content = training(args=arguments, **({"config": {other: second}} if rng.random() < 0.5 else {}))
+    agree = "config" not in content or process == differing
+    expected = Process(prediction=process.prediction, schedule=schedule)
+    return Case(saved(rng, folder, content), EMA if agree else None, must_read=agree, process=expected)
 
 
 @mutation
@@ -543,6 +563,18 @@ def pipeline(folder: Path) -> Path:
     return folder
 
 
+def trained(folder: Path) -> Process | None:
+    """What the scheduler of a pipeline says, read by other code; None if that is nonsense."""
+    try:
+        values = json.loads((folder / "scheduler" / "scheduler_config.json").read_bytes())
+        names = {"epsilon": "epsilon", "eps": "epsilon", "noise": "epsilon", "v_prediction": "v", "sample": "x0"}
+        said = {name: value for name, value in values.items() if value is not None}
+        betas = float(said.get("beta_start", 0.0001)), float(said.get("beta_end", 0.02))
+        return Process(prediction=names[said.get("prediction_type", "epsilon").strip().lower()], betas=betas)
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
+        return None
+
+
 @mutation
 def settings_of_diffusers(rng: random.Random, folder: Path) -> Case:
     """Whatever is said of sizes is held against the tensors; the number of heads is said there alone."""
@@ -559,7 +591,8 @@ def settings_of_diffusers(rng: random.Random, folder: Path) -> Case:
     config = STATIC
     if path.name == "config.json" and isinstance(values.get("num_attention_heads"), int):
         config = STATIC.model_copy(update={"num_heads": int(values["num_attention_heads"])})
-    return Case(folder, PLAIN, config, must_read=before == values.get(key) and config == STATIC)
+    must_read = before == values.get(key) and config == STATIC
+    return Case(folder, PLAIN, config, must_read, process=trained(folder))
 
 
 @mutation
@@ -572,7 +605,7 @@ def bytes_of_a_folder(rng: random.Random, folder: Path) -> Case:
         config = STATIC.model_copy(update={"num_heads": int(said)})
     except (ValueError, KeyError, TypeError, RecursionError):
         return Case(folder)
-    return Case(folder, PLAIN, config)
+    return Case(folder, PLAIN, config, process=trained(folder))
 
 
 @mutation
@@ -663,9 +696,8 @@ def test_a_mutant_is_refused_or_read_as_what_it_says(mutant: int, rng: random.Ra
         shutil.rmtree(tmp_path)
     assert case.state is not None, f"{mutate.__name__}: accepted"
     config = checkpoint.config
-    assert config.model_copy(update={"num_classes": case.config.num_classes}).sizes == case.config.sizes, (
-        mutate.__name__
-    )
+    expected = case.config.model_copy(update={"process": case.process})
+    assert config.model_copy(update={"num_classes": case.config.num_classes}) == expected, mutate.__name__
     said = {name.removeprefix("module."): tensor for name, tensor in case.state.items()}
     assert checkpoint.state.keys() == said.keys()
     for name, tensor in checkpoint.state.items():
