@@ -92,6 +92,7 @@ def test_so_does_what_is_slow_to_start(name, depth, needs, run, make_checkpoint,
     assert set(side["flops_ratio"]) == {1.0}
 
 
+@pytest.mark.release
 def test_what_cannot_run_here_is_listed_with_the_reason(run, make_checkpoint, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     arguments = ["--checkpoint", make_checkpoint().path, "--json", tmp_path / "r.json", *QUICK]

@@ -365,7 +365,7 @@ OPTIONS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=600)
+@settings(max_examples=200)
 @given(SETTINGS, st.just({}) | OPTIONS)
 def test_a_process_agrees_with_everything_or_a_refusal_names_a_statement(
     stated: dict[str, Any], options: dict[str, Any]

@@ -169,7 +169,9 @@ def test_a_plan_by_measured_times_does_not_repeat(run, checkpoint: Path, tmp_pat
     )
 
 
-@pytest.mark.parametrize("method", ["minmax", "percentile", "mse", "entropy"])
+@pytest.mark.parametrize(
+    "method", ["minmax", "entropy", *(pytest.param(each, marks=pytest.mark.release) for each in ("percentile", "mse"))]
+)
 def test_ranges_of_activations_then_8_bits(run, checkpoint: Path, tmp_path: Path, method: str) -> None:
     file, bundle = tmp_path / "c.json", tmp_path / "bundle"
     watch = ["--activations", method, "--activation-images", 4, "--percentile", 0.99]

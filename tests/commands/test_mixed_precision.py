@@ -41,7 +41,7 @@ def assert_refused(done: Any, *words: str) -> None:
     ("precision", "more"),
     [
         ("int8-static", ["--smooth"]),
-        ("fp8", []),
+        pytest.param("fp8", [], marks=pytest.mark.release),
         pytest.param("int8-static", [], marks=pytest.mark.release),
     ],
 )

@@ -97,8 +97,10 @@ def test_every_subnetwork_of_a_digits_like_bundle_builds_in_fp16(built_once: Bun
     ("precision", "subnets"),
     [
         ("fp32", 1),
-        ("bf16", 1),
-        *(pytest.param(*each, marks=release) for each in (("fp32", 4), ("fp16", 1), ("int8-static", 2), ("fp8", 1))),
+        *(
+            pytest.param(*each, marks=release)
+            for each in (("bf16", 1), ("fp32", 4), ("fp16", 1), ("int8-static", 2), ("fp8", 1))
+        ),
     ],
 )
 def test_the_shipped_digits_model_builds(rtx, even_ranges, tmp_path: Path, precision: str, subnets: int) -> None:
