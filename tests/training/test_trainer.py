@@ -37,8 +37,10 @@ from pathlib import Path
 torch.set_num_threads(1)
 from dydit.training.trainer import train
 from dydit.training.recipe import Recipe
-train(Recipe.model_validate_json(Path(sys.argv[1]).read_text()), Path(sys.argv[2]), resume=True,
-      progress=lambda done, of, entry: print(done, flush=True))
+*recipes, out = map(Path, sys.argv[1:])
+for recipe in recipes:
+    train(Recipe.model_validate_json(recipe.read_text()), out, resume=True,
+          progress=lambda done, of, entry: print(done, flush=True))
 """
 
 
@@ -137,9 +139,9 @@ def test_repeating_a_run_gives_the_same_bytes(tmp_path: Path, dynamic_recipe: Ma
     assert (tmp_path / "a" / "log.jsonl").read_bytes() == (tmp_path / "b" / "log.jsonl").read_bytes()
 
 
-def spawn(recipe: Path, out: Path, **environment: str) -> subprocess.Popen[str]:
+def spawn(recipes: list[Path], out: Path, **environment: str) -> subprocess.Popen[str]:
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2]), **environment}
-    command = [sys.executable, "-c", RUN, str(recipe), str(out)]
+    command = [sys.executable, "-c", RUN, *map(str, recipes), str(out)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=variables)
 
 
@@ -150,7 +152,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(tmp_path: Path, dynamic_recipe: 
     whole = train(recipe, tmp_path / "whole")
     chance, killed_at, out = random.Random(0), [], tmp_path / "killed"
     for least in kills:
-        run = spawn(tmp_path / "recipe.json", out)
+        run = spawn([tmp_path / "recipe.json"], out)
         assert run.stdout is not None
         done = next((int(line) for line in run.stdout if int(line) >= least), None)
         time.sleep(chance.uniform(0, 0.03))  # anywhere: in a step, in writing a state, in the log
@@ -161,7 +163,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(tmp_path: Path, dynamic_recipe: 
     assert all(done is not None for done, _ in killed_at)
     first, *others = (code for _, code in killed_at)
     assert first == -signal.SIGKILL and all(code in (0, -signal.SIGKILL) for code in others)
-    last = spawn(tmp_path / "recipe.json", out)
+    last = spawn([tmp_path / "recipe.json"], out)
     printed, errors = last.communicate(timeout=600)
     assert last.returncode == 0, errors
     assert not printed or int(printed.splitlines()[0]) > kills[-1] - 6  # it did not begin again
@@ -277,7 +279,9 @@ def test_a_sequence_hands_its_weights_on(tmp_path: Path, small_recipe: Make, dyn
 
 def test_bf16_trains(tmp_path: Path, small_recipe: Make) -> None:
     (tmp_path / "recipe.json").write_text(small_recipe(precision="bf16").model_dump_json())
-    run = spawn(tmp_path / "recipe.json", tmp_path / "run")  # its own process: accelerate keeps one precision for each
+    run = spawn(
+        [tmp_path / "recipe.json"], tmp_path / "run"
+    )  # its own process: accelerate keeps one precision for each
     _, errors = run.communicate(timeout=600)
     assert run.returncode == 0, errors
     train(small_recipe(), tmp_path / "fp32")
@@ -286,29 +290,29 @@ def test_bf16_trains(tmp_path: Path, small_recipe: Make) -> None:
     assert any(not value.equal(full[name]) for name, value in half.items())
 
 
-def spawn_two(recipe: Recipe, folder: Path) -> list[tuple[int, str, str]]:
-    """Exit code, output and errors of two processes that train together."""
-    (folder / "recipe.json").write_text(recipe.model_dump_json())
+def spawn_two(recipes: list[Recipe], folder: Path) -> list[tuple[int, str, str]]:
+    """Exit code, output and errors of two processes that train together, one recipe after another."""
+    files = [folder / f"recipe-{number}.json" for number in range(len(recipes))]
+    for file, recipe in zip(files, recipes, strict=True):
+        file.write_text(recipe.model_dump_json())
     with socket.socket() as probe_socket:
         probe_socket.bind(("127.0.0.1", 0))
         port = str(probe_socket.getsockname()[1])
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
-    runs = [
-        spawn(folder / "recipe.json", folder / "run", RANK=str(rank), LOCAL_RANK=str(rank), **common) for rank in (0, 1)
-    ]
+    runs = [spawn(files, folder / "run", RANK=str(rank), LOCAL_RANK=str(rank), **common) for rank in (0, 1)]
     outputs = [run.communicate(timeout=600) for run in runs]
     return [(run.returncode, *output) for run, output in zip(runs, outputs, strict=True)]
 
 
-@pytest.mark.parametrize("again", [False, pytest.param(True, marks=pytest.mark.release)])
-def test_two_processes_train_one_model_or_are_both_refused(tmp_path: Path, dynamic_recipe: Make, again: bool) -> None:
-    ended = spawn_two(dynamic_recipe(iterations=4, log_every=2), tmp_path)
-    assert [code for code, *_ in ended] == [0, 0], ended
+def test_two_processes_train_one_model_or_are_both_refused(tmp_path: Path, dynamic_recipe: Make) -> None:
+    """A run, and after it another one in the same place."""
+    recipes = [dynamic_recipe(iterations=4, log_every=2, **more) for more in ({}, {"seed": 7})]
+    ended = spawn_two(recipes, tmp_path)
     assert [len(printed.splitlines()) for _, printed, _ in ended] == [4, 0]  # the main process alone reports
     summary = json.loads((tmp_path / "run" / "train.json").read_text())
     assert summary["processes"] == 2
     assert [entry["iteration"] for entry in read_log(tmp_path / "run")] == [2, 4]
-    for code, _, errors in spawn_two(dynamic_recipe(iterations=4, log_every=2, seed=7), tmp_path) if again else ():
+    for code, _, errors in ended:
         assert code == 1 and "ConfigError" in errors and "it differs in seed" in errors, "neither waits for the other"
 
 
