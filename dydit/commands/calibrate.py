@@ -220,7 +220,8 @@ def command(
     if as_json:
         print_json(_facts(result, out))
         return
-    words = [*shlex.split(run_options(plan, exported.sampling(model.config.diffusion))), *reading_words(reading)]
+    process = model.config.diffusion
+    words = [*shlex.split(run_options(plan, exported.sampling(process), process)), *reading_words(reading)]
     words += ["--precision", precision] if result.calibration.activations else []
     say(
         *_result_lines(result, out),

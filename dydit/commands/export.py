@@ -155,7 +155,8 @@ def command(
         bundle, notes = export_measured(model, out, config, Cost(cost), cost_batch, progress.stage)
     manifest = bundle.manifest
     if keeps_every_token(manifest):
-        run = run_options(plan, config.sampling(model.config.diffusion)) + options_text(reading_words(reading))
+        process = model.config.diffusion
+        run = run_options(plan, config.sampling(process), process) + options_text(reading_words(reading))
         warn(_slots_warning(checkpoint, out, config, run))
     if as_json:
         print_json(_facts(manifest, out))

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from dydit.bundle.advice import sampler_words
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.manifest import (
     Manifest,
@@ -30,7 +31,7 @@ from dydit.errors import ConfigError
 from dydit.models.architecture import WIDTH_ROUTER
 from dydit.models.registry import architecture_of
 from dydit.planning.costs import macs_costs
-from dydit.planning.plan import per_step_plan, plan_cost
+from dydit.planning.plan import Plan, per_step_plan, plan_cost
 from dydit.planning.sizes import subnet_bytes
 from dydit.words import counted
 
@@ -54,17 +55,15 @@ def with_run(bundle: Bundle, config: SamplerConfig) -> Bundle:
     if sampling.timesteps == own.timesteps:
         return _with(bundle, sampling=sampling)
     if model.dynamic and not manifest.dynamic_width:
-        spacing = f" --timestep-spacing {config.spacing}" if config.spacing else ""
-        eta = f" --eta {config.eta:g}" if config.eta else ""
         raise ConfigError(
             f"this bundle has {counted(len(manifest.subnets), 'subnetwork')} made for {own.config.words}, which cannot "
             f"run {config.words}; export again with --dynamic-width to choose steps when sampling, or with "
-            f"--steps {config.steps} --sampler {config.sampler}{spacing}{eta}"
+            f"{' '.join(sampler_words(config))}"
         )
     masks = step_masks(bundle, run.times)
-    subnets, segments = _entries(manifest, masks)
     macs = macs_costs(model)
     exact = per_step_plan(masks, macs)
+    subnets, segments = _entries(manifest, masks, exact)
     plan = PlanEntry(
         kind=manifest.plan.kind,
         segments=segments,
@@ -89,13 +88,15 @@ def step_masks(bundle: Bundle, times: np.ndarray) -> np.ndarray:
     return np.asarray(logits > 0)
 
 
-def _entries(manifest: Manifest, masks: np.ndarray) -> tuple[tuple[SubnetEntry, ...], tuple[SegmentEntry, ...]]:
-    """The subnetworks of the masks, bool [S, U], and the segments that run on them."""
+def _entries(
+    manifest: Manifest, masks: np.ndarray, exact: Plan
+) -> tuple[tuple[SubnetEntry, ...], tuple[SegmentEntry, ...]]:
+    """The subnetworks of the masks, bool [S, U], and the segments that run on them, one at every change of the mask."""
     model, graph = manifest.model, manifest.subnets[0]
     known: dict[bytes, int] = {}
     subnets: list[SubnetEntry] = []
     segments = []
-    for first, end in per_step_plan(masks, macs_costs(model)).segments:
+    for first, end in exact.segments:
         mask = masks[first]
         if mask.tobytes() not in known:
             known[mask.tobytes()] = len(subnets)

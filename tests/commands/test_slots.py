@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shlex
 import shutil
@@ -9,11 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from dydit.bundle.advice import capacity_chain, capacity_chain_of
+from dydit.bundle.advice import capacity_chain, capacity_chain_of, run_options
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.stored_weights import Precision
 from dydit.cli import cli
+from dydit.diffusion.process import NoiseSchedule, Prediction, Process
+from dydit.diffusion.samplers import SamplerConfig, Spacing
+from dydit.errors import ConfigError
 from dydit.export.capacities import keeps_every_token
+from dydit.export.settings import ExportConfig
 
 PLANS = [[], ["--max-subnets", 2], ["--per-step"], ["--dynamic-width"], ["--memory-budget", "50MB"]]
 
@@ -52,6 +57,32 @@ def test_settings_of_the_export_stay(run, checkpoint: Path, tmp_path: Path) -> N
     both = "--steps 3 --sampler ddim --num-heads 4"
     assert " ".join(calibrate[2:-2]) == both
     assert " ".join(export[2:-6]) == f"{both} --precision fp16 --max-batch 3 --cfg-channels 4"
+
+
+FLOW = Process(schedule=NoiseSchedule.FLOW, prediction=Prediction.VELOCITY)
+RUNS = [
+    *((Process(), sampler) for sampler in ("ddpm", "ddim", "dpm-solver++")),
+    *((FLOW, sampler) for sampler in ("euler", "euler-maruyama", "dpm-solver++")),
+    *((Process(schedule=NoiseSchedule.VP_SDE), each) for each in ("euler-maruyama", "ddpm", "ddim", "dpm-solver++")),
+]
+
+
+@pytest.mark.parametrize(("process", "sampler"), RUNS, ids=str)
+def test_the_options_of_a_run_give_that_run(checkpoint: Path, process: Process, sampler: str) -> None:
+    """An option that is left out must be the default for this model, which depends on how it was trained."""
+    fitting = 0
+    for steps, spacing, eta in itertools.product((20, 250), (None, *Spacing), (0.0, 0.5)):
+        config = SamplerConfig(sampler=sampler, steps=steps, spacing=spacing, eta=eta)
+        try:
+            config.times(process)
+        except ConfigError:
+            continue
+        words = shlex.split(run_options({}, config, process))
+        given = cli.commands["calibrate"].make_context("calibrate", [str(checkpoint), "--out", "CAL.json", *words])
+        chosen = {name: given.params[name] for name in ("steps", "sampler", "spacing", "eta")}
+        assert ExportConfig(**chosen).sampling(process) == config, words
+        fitting += 1
+    assert fitting >= 2
 
 
 def test_others_do_not_warn(run, make_checkpoint, small_config, checkpoint: Path, tmp_path: Path) -> None:
