@@ -69,12 +69,8 @@ def _set_token_routers(model: DiT, density: float, generator: torch.Generator) -
     """Block by block, in the order of execution: set the bias so that a share `density` of probe tokens passes."""
     config = model.config
     x = torch.randn(4, config.in_channels, config.input_size, config.input_size, generator=generator)
-    model(
-        x,
-        _times(config, torch.tensor([0.05, 0.35, 0.65, 0.95])),
-        torch.arange(4) % config.num_classes,
-        _Calibrating(density),
-    )
+    times = _times(config, torch.tensor([50.0, 350.0, 650.0, 950.0]) / (TRAIN_STEPS - 1))
+    model(x, times, torch.arange(4) % config.num_classes, _Calibrating(density))
 
 
 def _times(config: DiTConfig, shares: Tensor) -> Tensor:
