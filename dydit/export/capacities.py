@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 
 from dydit.bundle.manifest import Manifest, PlanKind, Routing
-from dydit.calibrate.calibration_file import plan_sha256
 from dydit.checkpoints.checkpoint import Checkpoint
 from dydit.errors import CalibrationError, ConfigError
 from dydit.export.settings import ExportConfig
@@ -48,10 +47,7 @@ def segment_capacities(
         if len(capacities) != model.depth or not all(1 <= c <= model.tokens for c in capacities):
             raise ConfigError(f"capacities {capacities}: expected {model.depth} numbers in 1..{model.tokens}")
         return (capacities,) * count
-    sampling = config.sampling(checkpoint.config.diffusion)
-    digest = plan_sha256(plan.bounds, masks)
-    config.calibration.require(checkpoint.sha256, sampling, digest, checkpoint.config.process)
-    tokens = config.calibration.tokens
+    tokens = config.calibration_for(checkpoint.sha256, model, masks, plan).tokens
     sizes = len(tokens.capacities), len(tokens.largest), tokens.tokens
     expected = count, model.depth, model.tokens
     if sizes != expected:

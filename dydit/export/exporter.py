@@ -118,8 +118,8 @@ def planned_steps(checkpoint: Checkpoint, config: ExportConfig) -> tuple[np.ndar
 
 def _masks_and_order(checkpoint: Checkpoint, config: ExportConfig) -> tuple[np.ndarray, Slots]:
     model = checkpoint.config
-    run = sampling_run(model.diffusion, config.sampling(model.diffusion), model.learn_sigma)
-    masks = freeze_masks(checkpoint.width_router_model(), run.times)
+    times = config.sampling(model.diffusion).times(model.diffusion)
+    masks = freeze_masks(checkpoint.width_router_model(), times)
     order = activity_order(masks, model.units)
     return by_slot(masks, model.units, order), order
 

@@ -9,7 +9,6 @@ import numpy as np
 
 from dydit.bundle.stored_weights import Precision
 from dydit.calibrate.activation_ranges import ActivationRanges, require_segments
-from dydit.calibrate.calibration_file import plan_sha256
 from dydit.checkpoints.checkpoint import Checkpoint
 from dydit.errors import CalibrationError
 from dydit.export.settings import ExportConfig
@@ -34,11 +33,8 @@ def segment_scales(
     if not config.precision.is_calibrated:
         return None
     if config.activations is None:
-        assert config.calibration is not None
-        sampling = config.sampling(checkpoint.config.diffusion)
-        digest = plan_sha256(plan.bounds, masks)
-        config.calibration.require(checkpoint.sha256, sampling, digest, checkpoint.config.process)
-        config.calibration.require_searched(config.precision)
+        calibration = config.calibration_for(checkpoint.sha256, checkpoint.config, masks, plan)
+        calibration.require_searched(config.precision)
     ranges = _ranges(config)
     if ranges is None:
         raise CalibrationError(

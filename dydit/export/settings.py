@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import numpy as np
 from pydantic import Field, FiniteFloat, model_validator
 
 from dydit.bundle.manifest import PlanKind, Routing
 from dydit.bundle.stored_weights import Precision
 from dydit.calibrate.activation_ranges import ActivationRanges
-from dydit.calibrate.calibration_file import Calibration
+from dydit.calibrate.calibration_file import Calibration, plan_sha256
 from dydit.diffusion.process import TRAIN_STEPS, Process
 from dydit.diffusion.samplers import DEFAULT_STEPS, Sampler, SamplerConfig, Spacing, default_sampler
 from dydit.errors import ConfigError
 from dydit.models.config import ModelConfig, Space
+from dydit.planning.plan import Plan
 from dydit.validation import Strict
 
 GUIDED_CHANNELS = 3
@@ -31,12 +33,11 @@ class ExportConfig(Strict):
     `steps`, `sampler`, `spacing`, `eta`: of the sampling run, see `SamplerConfig`. By default the sampler depends on
     how the model was trained. `max_subnets` applies to `PlanKind.MAX_SUBNETS`, `memory_budget` (bytes) to
     `PlanKind.MEMORY_BUDGET`. `cfg_channels`: the number of channels that guidance acts on, by default the first 3.
-    Capacity routing takes
-    `capacities`, MLP token slots per row, by block, or a `calibration`, which has them for each segment; by default
-    there is a slot for every token. `activations`: ranges of the inputs of linear layers for this plan's segments,
-    which int8-static and fp8 need. `vae`, `vae_tile`, `vae_scale`, `vae_shift`: the decoder to add, see
-    `dydit.export.vae_graph.export_vae`. `space`: what the model samples, pixels or latents, if its checkpoint does not
-    state it or states it wrongly.
+    Capacity routing takes `capacities`, MLP token slots per row, by block, or a `calibration`, which has them for each
+    segment; by default there is a slot for every token. `activations`: ranges of the inputs of linear layers for this
+    plan's segments, which int8-static and fp8 need. `vae`, `vae_tile`, `vae_scale`, `vae_shift`: the decoder to add,
+    see `dydit.export.vae_graph.export_vae`. `space`: what the model samples, pixels or latents, if its checkpoint does
+    not state it or states it wrongly.
     """
 
     steps: int = Field(default=DEFAULT_STEPS, ge=1, le=TRAIN_STEPS)
@@ -89,3 +90,13 @@ class ExportConfig(Strict):
         return SamplerConfig(
             sampler=self.sampler or default_sampler(process), steps=self.steps, spacing=self.spacing, eta=self.eta
         )
+
+    def calibration_for(self, checkpoint_sha256: str, model: ModelConfig, masks: np.ndarray, plan: Plan) -> Calibration:
+        """The given calibration. `masks`: bool [S, U], by slot, of the plan's steps.
+
+        Raises `CalibrationError`, naming what differs, if it is for another checkpoint, run or plan.
+        """
+        assert self.calibration is not None
+        digest = plan_sha256(plan.bounds, masks)
+        self.calibration.require(checkpoint_sha256, self.sampling(model.diffusion), digest, model.process)
+        return self.calibration

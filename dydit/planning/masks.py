@@ -15,7 +15,7 @@ from dydit.models.routers import Masked
 
 @torch.no_grad()
 def freeze_masks(model: DynamicModel, timesteps: np.ndarray) -> np.ndarray:
-    """The width masks of the given timesteps f32 [S], bool [S, U], by checkpoint unit.
+    """The width masks of the given timesteps [S], read in f32: bool [S, U], by checkpoint unit.
 
     The model's own routers and gating decide, on the model's own timestep embedding.
     """
