@@ -179,11 +179,9 @@ class FakeQuantizedImages:
             self._drawn = [self._noise.step(batch, step) for _, batch in self.batches]
             self._conditions = [self.sampler.condition(step, batch.labels, scale) for scale, batch in self.batches]
         parts, first = [], 0
-        history = np.zeros_like(state.x) if state.history is None else state.history
         for (scale, batch), drawn, condition in zip(self.batches, self._drawn, self._conditions, strict=True):
             own = slice(first, first + len(batch.images))
-            part = State(state.x[own], history[own])
-            parts.append(self.sampler.step(subnet, step, part, drawn, condition, scale))
+            parts.append(self.sampler.step(subnet, step, state.part(own), drawn, condition, scale))
             first = own.stop
             self.tick(1)
         return State(np.concatenate([each.x for each in parts]), np.concatenate([each.history for each in parts]))

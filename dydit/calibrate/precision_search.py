@@ -359,7 +359,7 @@ class _Search:
         path: list[np.ndarray] = []
 
         def keep(state: State[np.ndarray]) -> None:
-            path.append(np.stack([state.x, np.zeros_like(state.x) if state.history is None else state.history]))
+            path.append(np.stack([state.x, state.history_or(np.zeros_like)]))
 
         keep(self.images.initial())
         self.images.run(self.everything, on_step=keep)

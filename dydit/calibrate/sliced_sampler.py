@@ -64,8 +64,7 @@ class SlicedSampler:
         cfg_scale: float,
     ) -> State[np.ndarray]:
         """The state after a step, f32 [B, C, S, S] each, with the subnetwork and the condition of this step."""
-        history = np.zeros_like(state.x) if state.history is None else state.history
-        x, before, drawn = map(torch.from_numpy, (state.x, history, noise))
+        x, before, drawn = map(torch.from_numpy, (state.x, state.history_or(np.zeros_like), noise))
         scale = torch.tensor(float(cfg_scale))
         out = subnet.step(x, before, drawn, self._coefficients[step], scale, condition)
         return State(out.x_prev.numpy(), out.next_history.numpy())

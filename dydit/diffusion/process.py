@@ -88,7 +88,8 @@ class Process(Strict):
             if self.schedule not in _BETAS:
                 raise ValueError(f"schedule {self.schedule} has no betas to set")
             if not 0 < self.betas[0] <= self.betas[1] or (self.discrete and self.betas[1] >= 1):
-                raise ValueError(f"betas {self.betas[0]:g} to {self.betas[1]:g} are not an ascending range within 0..1")
+                wanted = "above 0 and below 1" if self.discrete else "above 0"
+                raise ValueError(f"betas {self.betas[0]:g} to {self.betas[1]:g} do not ascend, {wanted}")
         return self
 
     @property
@@ -100,11 +101,6 @@ class Process(Strict):
     def discrete(self) -> bool:
         """Whether the model knows 1000 integer timesteps only."""
         return self.schedule not in (NoiseSchedule.VP_SDE, NoiseSchedule.FLOW)
-
-    @property
-    def noisiest(self) -> float:
-        """The model's own time of pure noise."""
-        return 0.0 if self.flow else float(TRAIN_STEPS - 1)
 
     @property
     def beta_range(self) -> tuple[float, float]:

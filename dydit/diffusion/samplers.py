@@ -25,7 +25,7 @@ class Sampler(StrEnum):
 
     DDPM = "ddpm"  # ancestral sampling (Ho et al. 2020), with the learned variance if the model has one
     DDIM = "ddim"  # Song et al. 2021; deterministic with eta = 0
-    DPM_SOLVER = "dpm-solver++"  # DPM-Solver++(2M) (Lu et al. 2022): second order, 10 to 25 steps
+    DPM_SOLVER = "dpm-solver++"  # DPM-Solver++(2M) (Lu et al. 2022): second order, for 10 to 50 steps
     EULER = "euler"  # Euler's method for the ODE of a flow
     EULER_MARUYAMA = "euler-maruyama"  # Euler's method for the SDE of a flow (SiT) or of continuous time (U-ViT)
 

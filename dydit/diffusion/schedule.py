@@ -7,27 +7,26 @@ from functools import cached_property
 
 import numpy as np
 
-from dydit.diffusion.process import TRAIN_STEPS, Process
+from dydit.diffusion.process import Process
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Gaussian diffusion with a set of betas and the original timestep of each. Arrays are in ascending order of t."""
+    """Gaussian diffusion with a set of betas, in ascending order of t."""
 
     betas: np.ndarray  # [S] float64
-    timesteps: np.ndarray  # [S] float64, the input of the model
 
     @classmethod
     def training(cls, process: Process) -> Schedule:
         """All 1000 steps of a discrete process."""
-        return cls(process.training_betas(), np.arange(TRAIN_STEPS, dtype=np.float64))
+        return cls(process.training_betas())
 
     @classmethod
     def visiting(cls, process: Process, timesteps: np.ndarray) -> Schedule:
         """The steps that have the full process' marginals q(x_t | x_0) at `timesteps`, ascending [S]."""
         cumulative = process.alphas_cumprod(timesteps)
         previous = np.concatenate([[1.0], cumulative[:-1]])
-        return cls(1 - cumulative / previous, timesteps)
+        return cls(1 - cumulative / previous)
 
     @property
     def steps(self) -> int:

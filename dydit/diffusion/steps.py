@@ -22,6 +22,17 @@ class State(Generic[X_co]):
     x: X_co
     history: X_co | None = None
 
+    def history_or(self, zeros: Callable[[Any], Any]) -> X_co:
+        """The history; where there is none, `zeros(x)`: NumPy's or PyTorch's `zeros_like`."""
+        kept: X_co = zeros(self.x) if self.history is None else self.history
+        return kept
+
+    def part(self, images: slice) -> State[Any]:
+        """The state of some images."""
+        x: Any = self.x
+        history: Any = self.history
+        return State(x[images], None if history is None else history[images])
+
 
 class StepOutcome(Protocol[X_co]):
     """What a step returns: the state after it, and whatever else an observer may want to see."""

@@ -31,10 +31,9 @@ class SubnetSpec:
     """The description of a subnetwork: its slots, its gated unit groups, and how it routes tokens.
 
     `units`: ascending slots by block and unit group. `gated`: (block, unit group) of groups that are not completely on
-    in every step of the subnetwork. `capacities`: by block, token slots per row of a batch, which its
-    rows share, with `Routing.CAPACITY`.
-    `input_scales`: scales of the inputs of layers, by block, with calibrated precisions; None for a layer that stays in
-    fp16.
+    in every step of the subnetwork. `capacities`: the blocks' token slots per row of a batch, with `Routing.CAPACITY`;
+    the rows of a batch share them. `input_scales`: the blocks' scales of layer inputs, with calibrated precisions; None
+    for a layer that stays in fp16.
     """
 
     units: Slots

@@ -27,7 +27,7 @@ Slots = tuple[tuple[tuple[int, ...], ...], ...]
 
 
 WIDTH_ROUTER = ("width.weight", "width.bias")
-"""The stored tensors of all width routers, [U, D] and [U], with a row for each unit, by slot (`router_rows`)."""
+"""The stored tensors of all width routers, [U, D] and [U], with a row for each unit, by slot (`width_router_rows`)."""
 
 
 class Side(StrEnum):

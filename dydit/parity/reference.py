@@ -117,8 +117,9 @@ class Reference:
         timesteps = torch.full((rows,), float(self.timesteps[step]))
         out = self.model(x.repeat(rows // len(x), 1, 1, 1), timesteps, labels, gating)
         row = torch.from_numpy(self.coefficients[step])
-        history = torch.zeros_like(x) if state.history is None else state.history
-        return State(*sampler_step(x, history, out, noise, row, cfg_scale, self.cfg_channels))
+        return State(
+            *sampler_step(x, state.history_or(torch.zeros_like), out, noise, row, cfg_scale, self.cfg_channels)
+        )
 
     @torch.inference_mode()
     def step(self, images: Images, step: int, state: State[np.ndarray], residuals: bool = False) -> ReferenceStep:

@@ -36,13 +36,13 @@ class CallNoise:
 
     def initial(self, batch: Batch) -> np.ndarray:
         if self.latents is not None:
-            return self.latents[batch.first : batch.first + len(batch.images)]
+            return self.latents[batch.places]
         assert self.drawn is not None
         return self.drawn.initial(batch)
 
     def step(self, batch: Batch, step: int) -> np.ndarray:
         if self.noise is not None:
-            return self.noise[step, batch.first : batch.first + len(batch.images)]
+            return self.noise[step, batch.places]
         assert self.drawn is not None
         return self.drawn.step(batch, step)
 
@@ -70,7 +70,7 @@ class GeneratedNoise:
     def _part(self, place: int, batch: Batch) -> np.ndarray:
         while len(self._made) <= place:
             self._made.append(self.draw())
-        return self._made[place][batch.first : batch.first + len(batch.images)]
+        return self._made[place][batch.places]
 
 
 def noise_of_call(

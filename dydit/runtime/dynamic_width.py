@@ -8,10 +8,10 @@ Each block keeps the units that are on in its first storage slots, so that the w
 
 A unit stays in the slot of its own number where that is one of the first. Units from further behind fill, in order, the
 slots of units that are off. So the order of a step's units, and with it the rounding of its sums, depends on its mask
-alone: a run that is resumed in the middle repeats its numbers bit for bit. The units of a part may stand in
-any order, as long as all of its tensors agree: the model computes the same function. From one step to the
-next, only units that turn on or off move, and the units that move into freed slots, by exchanges in place. No unit is
-ever read from the file again.
+alone: a run that is resumed in the middle repeats its numbers bit for bit. The units of a part may stand in any order,
+as long as all of its tensors agree: the model computes the same function. From one step to the next, units are
+exchanged in place. Only units that turn on or off move, and the units that fill the slots that become free; no unit is
+read from the file again.
 """
 
 from __future__ import annotations

@@ -105,7 +105,7 @@ class StepRunner:
         self.guidance = Guidance(cfg_scale, manifest.model.null_class)
         self._conditioner = Conditioner(backend, self.guidance.rows(np.asarray(labels, np.int64)))
         self._coefficients = np.asarray(manifest.sampling.coefficients, np.float32)
-        self._multistep = manifest.sampling.multistep
+        self._multistep, self._noisy = manifest.sampling.multistep, frozenset(manifest.sampling.noisy_steps)
         self._subnet_of = {step: s.subnet for s in manifest.plan.segments for step in s.steps}
 
     def feeds(
@@ -118,7 +118,7 @@ class StepRunner:
             condition = self._conditioner.rows(step, self.guidance.rows(labels))
         return {
             "x": state.x,
-            "history": np.zeros_like(state.x) if state.history is None else state.history,
+            "history": state.history_or(np.zeros_like),
             "noise": noise,
             "coefficients": self._coefficients[step],
             "cfg_scale": np.asarray(self.guidance.scale, np.float32),
@@ -145,10 +145,9 @@ class StepRunner:
 
     def steps_of(self, batch: Batch, noise: NoiseSource) -> Callable[[int, State[np.ndarray]], StepResult]:
         """The steps of a batch, for `run_steps`."""
-        noisy = set(self._manifest.sampling.noisy_steps)
 
         def step(index: int, state: State[np.ndarray]) -> StepResult:
-            drawn = noise.step(batch, index) if index in noisy else np.zeros_like(state.x)
+            drawn = noise.step(batch, index) if index in self._noisy else np.zeros_like(state.x)
             return self.run(index, state, drawn, batch.labels)
 
         return step

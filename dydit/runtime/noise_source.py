@@ -97,11 +97,11 @@ class NoiseFile:
         return cls(path, sha256_of(path), floats["x_T"], floats.get("noise"), tuple(arrays["labels"].tolist()))
 
     def initial(self, batch: Batch) -> np.ndarray:
-        return self.x_T[batch.first : batch.first + len(batch.images)]
+        return self.x_T[batch.places]
 
     def step(self, batch: Batch, step: int) -> np.ndarray:
         assert self.noise is not None, "of a sampler that adds none"
-        return self.noise[step, batch.first : batch.first + len(batch.images)]
+        return self.noise[step, batch.places]
 
 
 def read_arrays(path: Path, needed: Sequence[str], what: str, optional: Sequence[str] = ()) -> dict[str, np.ndarray]:

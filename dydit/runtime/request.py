@@ -55,6 +55,11 @@ class Batch:
     images: tuple[int, ...]
     labels: np.ndarray  # int64 [B]
 
+    @property
+    def places(self) -> slice:
+        """Where its images are among all images of the run."""
+        return slice(self.first, self.first + len(self.images))
+
 
 def check_labels(labels: Sequence[int], manifest: Manifest) -> None:
     """Raise `ConfigError` for a label that the model does not take: it is no class, and not the one for "no class"."""

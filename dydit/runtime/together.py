@@ -45,7 +45,7 @@ def _sample(
     manifest = runner.backend.bundle.manifest
     segments, steps = manifest.plan.segments, manifest.sampling.steps
     starts = {segment.first: index for index, segment in enumerate(segments)}
-    runs = [(batch, _images_of(batch), runner.steps_of(batch, noise)) for batch in batches]
+    runs = [(batch, runner.steps_of(batch, noise)) for batch in batches]
     runner.images = runner.images or max(len(batch.images) for batch in batches)
     done = 0
 
@@ -56,9 +56,8 @@ def _sample(
             if segment + 1 < len(segments):
                 runner.subnets.prefetch(segments[segment + 1].subnet)
         after = []
-        for batch, images, run in runs:
-            before = State(state.x[images], None if state.history is None else state.history[images])
-            after.append(run(index, before).state)
+        for batch, run in runs:
+            after.append(run(index, state.part(batch.places)).state)
             require_finite(after[-1].x, batch, f"step {index}")
             done += 1
             if progress:
@@ -70,10 +69,6 @@ def _sample(
     initial = State(np.concatenate([noise.initial(batch) for batch in batches]))
     x: np.ndarray = run_steps(step, initial, range(steps)).x
     return x
-
-
-def _images_of(batch: Batch) -> slice:
-    return slice(batch.first, batch.first + len(batch.images))
 
 
 def step_callback(pipe: Any, callback: Any, names: Any, manifest: Manifest) -> OnStep:

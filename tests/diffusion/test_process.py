@@ -104,7 +104,7 @@ def test_time_runs_from_pure_noise_to_the_image(schedule):
     process = process_of(schedule)
     times = np.linspace(0, 1, 41)[:-1] if process.flow else np.arange(999.0, -1, -27)
     alpha, sigma = process.alpha_sigma(times)
-    assert times[0] == process.noisiest and alpha[0] < 0.07 and sigma[0] > 0.997
+    assert alpha[0] < 0.07 and sigma[0] > 0.997
     assert (np.diff(alpha) > 0).all() and (np.diff(sigma) < 0).all()
     if not process.flow:
         np.testing.assert_allclose(alpha**2 + sigma**2, 1, rtol=1e-14)
@@ -157,10 +157,10 @@ def test_predictions_that_a_schedule_does_not_have_are_refused(schedule, predict
     ("schedule", "betas", "words"),
     [
         ("cosine", (0.1, 0.2), "schedule cosine has no betas to set"),
-        ("linear", (0.02, 0.0001), "betas 0.02 to 0.0001 are not an ascending range within 0..1"),
-        ("linear", (0.0, 0.02), "betas 0 to 0.02 are not"),
-        ("scaled-linear", (0.1, 1.0), "betas 0.1 to 1 are not"),
-        ("vp-sde", (-0.1, 20), "betas -0.1 to 20 are not"),
+        ("linear", (0.02, 0.0001), "betas 0.02 to 0.0001 do not ascend, above 0 and below 1"),
+        ("linear", (0.0, 0.02), "betas 0 to 0.02 do not ascend"),
+        ("scaled-linear", (0.1, 1.0), "betas 0.1 to 1 do not ascend"),
+        ("vp-sde", (-0.1, 20), "betas -0.1 to 20 do not ascend, above 0"),
         ("linear", (0.1, math.nan), r"betas\.1 must be a finite number"),
         ("linear", (0.1,), "betas"),
         ("warm", None, "schedule must be 'linear', 'scaled-linear', 'cosine', 'vp-sde' or 'flow'"),

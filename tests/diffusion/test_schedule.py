@@ -29,7 +29,6 @@ def respaced(count: int, schedule: NoiseSchedule = NoiseSchedule.LINEAR) -> Sche
 def test_signal_and_noise_at_the_ends():
     training = Schedule.training(Process())
     assert training.steps == TRAIN_STEPS
-    assert training.timesteps.tolist() == list(range(TRAIN_STEPS))
     assert training.alphas_cumprod[0] == pytest.approx(1 - 1e-4, rel=1e-14)
     # The well-known end of the linear schedule: almost pure noise.
     assert training.alphas_cumprod[-1] == pytest.approx(4.0358e-5, rel=1e-4)
@@ -41,8 +40,7 @@ def test_signal_and_noise_at_the_ends():
 @given(st.integers(1, 1000), st.sampled_from(DISCRETE))
 def test_respacing_keeps_the_marginals(count, schedule):
     full, short = Schedule.training(Process(schedule=schedule)), respaced(count, schedule)
-    np.testing.assert_array_equal(short.timesteps, visited(count))
-    marginals = full.alphas_cumprod[short.timesteps.astype(int)]
+    marginals = full.alphas_cumprod[visited(count).astype(int)]
     # A beta is 1 minus a number: 1e-16 of 1, which shows beside the last alpha-bar of the cosine schedule, 2e-9.
     lost = 1e-15 if schedule is NoiseSchedule.COSINE else 0
     np.testing.assert_allclose(short.alphas_cumprod, marginals, rtol=1e-12, atol=lost)
@@ -59,7 +57,6 @@ def test_all_steps_is_the_training_process(schedule):
 def test_continuous_time_has_a_posterior_between_any_times():
     times = SamplerConfig(steps=30).times(Process(schedule="vp-sde"))[::-1]
     schedule = Schedule.visiting(Process(schedule="vp-sde"), times)
-    np.testing.assert_array_equal(schedule.timesteps, times)
     s = times / 999
     np.testing.assert_allclose(schedule.alphas_cumprod, np.exp(-0.1 * s - 19.9 * s**2 / 2), rtol=1e-12)
     assert ((schedule.betas > 0) & (schedule.betas < 1)).all()

@@ -57,12 +57,8 @@ def stored_tensors(
     for part in ("weight", "bias"):
         yield f"adaln.{part}", torch.cat([_packed(state[f"{layer}.adaLN_modulation.1.{part}"]) for layer in layers])
     if config.dynamic:
-        routers = [
-            tuple(
-                state[f"blocks.{part.block}.{_WIDTH[part.group.name]}.router.{piece}"] for piece in ("weight", "bias")
-            )
-            for part in config.units.parts
-        ]
+        names = [f"blocks.{part.block}.{_WIDTH[part.group.name]}.router" for part in config.units.parts]
+        routers = [(state[f"{name}.weight"], state[f"{name}.bias"]) for name in names]
         yield from zip(WIDTH_ROUTER, width_router_rows(config, routers, order), strict=True)
 
 

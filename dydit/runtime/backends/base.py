@@ -88,7 +88,9 @@ class Subnet(ABC):
                 feeds = {name: array for name, array in feeds.items() if name != "gates"}
             check_feeds(self.specs, feeds, self.what)
             result = self._step(feeds)
-            _check_output(result.x_prev, feeds["x"].shape, self.what)
+            for array in (result.x_prev, result.next_history):
+                if array is not None:
+                    _check_output(array, feeds["x"].shape, self.what)
             return result
 
     @property
@@ -158,7 +160,7 @@ class Backend(ABC):
                     self.bundle = bundle
 
     def conditioning(self, timesteps: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        """What steps take of every (timestep, label) pair: int64 [T], int64 [R] -> f32 [T, R, *condition_shape]."""
+        """What steps take of every (timestep, label) pair: f32 [T], int64 [R] -> f32 [T, R, *condition_shape]."""
         feeds = {"timesteps": timesteps, "labels": labels}
         check_feeds(conditioning_inputs(), feeds, "conditioning")
         shape = (len(timesteps), len(labels), *self.bundle.manifest.model.condition_shape)

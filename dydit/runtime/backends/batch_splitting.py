@@ -64,10 +64,10 @@ class BatchSplitting:
         """
         parts = self.parts(len(feeds["x"]))
         if len(parts) == 1:
-            outputs = [run(feeds)]
-        else:
-            outputs = self._pool.all(partial(run, feeds_of(feeds, images)) for images in parts)
-        x_prev, history = (np.concatenate([each[name] for each in outputs]) for name in _OUTPUTS)
+            outputs = run(feeds)
+            return outputs["x_prev"], outputs["next_history"]
+        done = self._pool.all(partial(run, feeds_of(feeds, images)) for images in parts)
+        x_prev, history = (np.concatenate([each[name] for each in done]) for name in _OUTPUTS)
         return x_prev, history
 
     def close(self) -> None:

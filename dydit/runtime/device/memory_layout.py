@@ -39,7 +39,6 @@ from dydit.bundle.io_spec import (
     subnet_outputs,
 )
 from dydit.bundle.manifest import Manifest, Routing
-from dydit.diffusion.coefficients import NOISE
 from dydit.errors import ConfigError
 from dydit.runtime.device.operations import ALIGNMENT, Address, Binding, aligned
 from dydit.runtime.device.unit_weights import UnitWeights
@@ -101,7 +100,7 @@ class Layout:
         self.capacity = manifest.routing is Routing.CAPACITY
         self.capturing = options.graphs and manifest.routing is not Routing.DYNAMIC
         self.image_bytes = 4 * model.in_channels * model.input_size**2
-        self.multistep = manifest.sampling.multistep
+        self.multistep, self._noisy = manifest.sampling.multistep, frozenset(manifest.sampling.noisy_steps)
         self.condition_row = 4 * math.prod(model.condition_shape)
         self.gates_stride = aligned(4 * model.units.size)
         self.overflow_stride = aligned(8 * model.depth)
@@ -127,8 +126,7 @@ class Layout:
 
     def noise_steps(self, segment: int) -> tuple[int, ...]:
         """The segment's steps that add noise."""
-        coefficients = self.manifest.sampling.coefficients
-        return tuple(step for step in self.segments[segment].steps if coefficients[step][NOISE] != 0)
+        return tuple(step for step in self.segments[segment].steps if step in self._noisy)
 
     @cached_property
     def staged(self) -> bool:
