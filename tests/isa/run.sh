@@ -17,7 +17,7 @@ trap 'rm -rf "$work"' EXIT
 source=$(dirname "${BASH_SOURCE[0]}")/hide_instructions.c
 preload=()
 if ${CC:-cc} -O1 -shared -fPIC -o "$work/hide.so" "$source" 2>"$work/said" &&
-    DYDIT_HIDE=avx512 LD_PRELOAD="$work/hide.so" true; then
+    env DYDIT_HIDE=avx512 LD_PRELOAD="$work/hide.so" true 2>>"$work/said"; then
     preload=(DYDIT_HIDE=avx512 LD_PRELOAD="$work/hide.so")
     echo "AVX2 alone: AVX-512, VNNI and AMX are hidden from all of it" >&2
 else
