@@ -1,7 +1,8 @@
-"""Agreement among the processes of a run, and its end on SIGTERM."""
+"""Agreement among the processes of a run, and their end."""
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import signal
 import threading
@@ -9,6 +10,23 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from dydit.errors import DyditError
+
+
+def leave_group_at_exit() -> None:
+    """Let this process leave its process group before the interpreter ends.
+
+    Without it, threads of the group may meet the end of the process, or of another one, and abort (SIGABRT in place of
+    the exit code).
+    """
+    atexit.unregister(_leave_group)
+    atexit.register(_leave_group)
+
+
+def _leave_group() -> None:
+    from torch import distributed
+
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def agreed(accelerator: Any, action: Callable[[], Any]) -> Any:

@@ -29,7 +29,7 @@ from dydit.training.data import open_data
 from dydit.training.draws import BatchSource, Purpose, stream
 from dydit.training.losses import ProcessTensors
 from dydit.training.objective import Objective, probe, tensors
-from dydit.training.processes import agreed, stopped_by_sigterm
+from dydit.training.processes import agreed, leave_group_at_exit, stopped_by_sigterm
 from dydit.training.recipe import LearningRateSchedule, Precision, Recipe, Stage
 from dydit.training.state import (
     CURVES,
@@ -146,6 +146,7 @@ def train(recipe: Recipe, out: Path, resume: bool = False, progress: Progress | 
     data = open_data(recipe.data, recipe.model)
     recipe = with_process_of_start(recipe)
     accelerator = Accelerator(mixed_precision="bf16" if recipe.precision is Precision.BF16 else "no")
+    leave_group_at_exit()
     if recipe.batch_size % accelerator.num_processes:
         raise ConfigError(
             f"batch_size {recipe.batch_size} is not a multiple of the {accelerator.num_processes} processes"

@@ -313,7 +313,8 @@ def test_two_processes_train_one_model_or_are_both_refused(tmp_path: Path, dynam
     assert summary["processes"] == 2
     assert [entry["iteration"] for entry in read_log(tmp_path / "run")] == [2, 4]
     for code, _, errors in ended:
-        assert code == 1 and "ConfigError" in errors and "it differs in seed" in errors, "neither waits for the other"
+        # Neither waits for the other.
+        assert code == 1 and "ConfigError" in errors and "it differs in seed" in errors, (code, errors)
 
 
 def test_the_static_gating_ignores_routers(dynamic_config: ModelConfig, randomised: Randomised) -> None:
