@@ -147,10 +147,10 @@ def _load_file(path: Path, given: Given) -> Checkpoint:
         raise CheckpointError("holds diffusers weights without their config.json; give the folder that holds both")
     settings = settings_in(loaded, header)
     stated = by_name(settings)
-    reading = read_process(claims_of(settings, f"its {where} say"), given.process)
     require_blocks(stated, where)
     known = next((each for each in architectures() if each.recognises(state)), architecture(DEFAULT))
     inferred = known.infer_config(state, stated, given)
+    reading = read_process(claims_of(settings, f"its {where} say"), given.process, inferred.config.usual_process)
     config = inferred.config.model_copy(update={"process": reading.process})
     known.complete(state, config, size)
     metadata = {"weights": unpacked.entry} if unpacked.entry else {}
@@ -168,7 +168,7 @@ def _load_own(path: Path, tensors: dict[str, Tensor], header: dict[str, str], gi
         raise CheckpointError(f"has version {version} of the dydit format; this dydit reads {VERSION}: update it")
     config = parse_model(json_object(header.get("config", ""), "configuration"))
     given.require_same(config)
-    reading = read_process(own_claims(config.process), given.process)
+    reading = read_process(own_claims(config.process), given.process, config.usual_process)
     config = config.model_copy(update={"process": reading.process})
     metadata = {key: value for key, value in header.items() if key not in RESERVED}
     entry = metadata.get("weights", "")

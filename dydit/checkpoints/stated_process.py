@@ -35,7 +35,7 @@ SUPPORTED = (
     "betas, and flows as SiT trains them, so samples of this one would be wrong"
 )
 ALONE = "to decide it yourself, save the weights without settings and give --prediction and --schedule"
-_DIT_BETAS = Process().beta_range
+_DIT = Process()
 
 
 def combinations(
@@ -135,9 +135,11 @@ def own_claims(process: Process | None) -> list[Claim]:
     return claims
 
 
-def read_process(claims: Sequence[Claim], options: ProcessOptions | None = None) -> Reading:
+def read_process(claims: Sequence[Claim], options: ProcessOptions | None = None, usual: Process = _DIT) -> Reading:
     """The process that all `claims` of a file and the user's `options` allow.
 
+    `usual`: of published models of the architecture, for what is not stated. If nothing is stated and it is not DiT's,
+    it is part of the result, with a note.
     Raises `CheckpointError` if they contradict each other, or leave open what must not be guessed.
     """
     options = options or ProcessOptions()
@@ -149,13 +151,13 @@ def read_process(claims: Sequence[Claim], options: ProcessOptions | None = None)
     every = [*claims, *given]
     allowed = ALL.intersection(*(claim.allowed for claim in every))
     if not any(claim.decides for claim in every):
-        return Reading(None)
-    schedule, notes = _schedule({schedule for schedule, _ in allowed}, every)
+        return Reading(None) if usual == _DIT else Reading(usual, (_assumed(usual),))
+    schedule, notes = _schedule({schedule for schedule, _ in allowed}, every, usual)
     predictions = [prediction for each, prediction in allowed if each is schedule]
     prediction = predictions[0] if len(predictions) == 1 else EPSILON
     if len(predictions) > 1:
         notes = (*notes, "assumed that it predicts epsilon; if that is wrong, give --prediction")
-    values = {"schedule": schedule, "prediction": prediction, "betas": _betas(schedule, every, options)}
+    values = {"schedule": schedule, "prediction": prediction, "betas": _betas(schedule, every, options, usual.schedule)}
     try:
         return Reading(parse_config(Process, values), notes)
     except ConfigError as error:
@@ -182,7 +184,13 @@ def _open(claim: Claim, senses: str) -> CheckpointError:
     return CheckpointError(f"leaves open how it was trained: {claim.text}{senses}")
 
 
-def _schedule(schedules: set[NoiseSchedule], every: Sequence[Claim]) -> tuple[NoiseSchedule, tuple[str, ...]]:
+def _assumed(process: Process) -> str:
+    return f"assumed {process.schedule_words}; if that is wrong, give --schedule"
+
+
+def _schedule(
+    schedules: set[NoiseSchedule], every: Sequence[Claim], usual: Process
+) -> tuple[NoiseSchedule, tuple[str, ...]]:
     if len(schedules) == 1:
         return next(iter(schedules)), ()
     if (either := next((claim for claim in every if claim.two_kinds), None)) is not None:
@@ -191,22 +199,24 @@ def _schedule(schedules: set[NoiseSchedule], every: Sequence[Claim]) -> tuple[No
     other = next((claim for claim in every if claim.has_betas and not _of_dit(claim)), None)
     if other is not None:
         raise _open(other, ", but nothing states the noise schedule; give --schedule, such as linear or scaled-linear")
-    first, last = _DIT_BETAS
-    return LINEAR, (f"assumed linear betas from {first:g} to {last:g}; if that is wrong, give --schedule",)
+    chosen = usual if usual.schedule in schedules else _DIT
+    return chosen.schedule, (_assumed(chosen),)
 
 
-def _betas(schedule: NoiseSchedule, every: Sequence[Claim], options: ProcessOptions) -> tuple[float, float] | None:
+def _betas(
+    schedule: NoiseSchedule, every: Sequence[Claim], options: ProcessOptions, usual_schedule: NoiseSchedule
+) -> tuple[float, float] | None:
     """The betas of the schedule, or None for its usual ones."""
     if schedule in (COSINE, FLOW):
         return None
-    usual = Process(schedule=schedule).beta_range
+    expected = Process(schedule=schedule).beta_range
     start = next((claim.start for claim in every if claim.start is not None), None)
     end = next((claim.end for claim in every if claim.end is not None), None)
     if start is None and end is None:
-        if schedule is SCALED and options.schedule is not SCALED:
+        if schedule is SCALED and SCALED not in (options.schedule, usual_schedule):
             states = next(claim for claim in every if claim.allowed <= combinations([SCALED]))
             raise _open(
-                states, f", but not its betas; give --betas, {usual[0]},{usual[1]} if they are Stable Diffusion's"
+                states, f", but not its betas; give --betas, {expected[0]},{expected[1]} if they are Stable Diffusion's"
             )
         return None
     if start is None or end is None:
@@ -214,11 +224,12 @@ def _betas(schedule: NoiseSchedule, every: Sequence[Claim], options: ProcessOpti
         if schedule is not LINEAR or not _of_dit(half):
             raise _open(half, ", but only one of its two betas; give both with --betas START,END")
         return None
-    return None if not _differ(start, usual[0]) and not _differ(end, usual[1]) else (start, end)
+    return None if not _differ(start, expected[0]) and not _differ(end, expected[1]) else (start, end)
 
 
 def _of_dit(claim: Claim) -> bool:
-    return not _differ(claim.start, _DIT_BETAS[0]) and not _differ(claim.end, _DIT_BETAS[1])
+    start, end = _DIT.beta_range
+    return not _differ(claim.start, start) and not _differ(claim.end, end)
 
 
 def _differ(one: float | None, other: float | None) -> bool:

@@ -110,13 +110,18 @@ class Process(Strict):
     @property
     def words(self) -> str:
         """The process in words: "predicts epsilon; linear betas from 0.0001 to 0.02"."""
+        return f"predicts {self.prediction}; {self.schedule_words}"
+
+    @property
+    def schedule_words(self) -> str:
+        """The schedule in words: "linear betas from 0.0001 to 0.02"."""
         if self.flow:
-            return "predicts velocity; flow matching on the linear path"
+            return "flow matching on the linear path"
         if self.schedule is NoiseSchedule.COSINE:
-            return f"predicts {self.prediction}; cosine betas"
+            return "cosine betas"
         first, last = self.beta_range
         kind = "VP-SDE with beta" if self.schedule is NoiseSchedule.VP_SDE else f"{self.schedule} betas"
-        return f"predicts {self.prediction}; {kind} from {first:g} to {last:g}"
+        return f"{kind} from {first:g} to {last:g}"
 
     def training_betas(self) -> np.ndarray:
         """The betas of the 1000 training steps, [1000], of a discrete schedule."""

@@ -16,7 +16,6 @@ from dydit.models.config import ModelConfig, Space
 from dydit.planning.plan import Plan
 from dydit.validation import Strict
 
-GUIDED_CHANNELS = 3
 """The number of channels that guidance acts on by default, as in the public code of DiT."""
 
 
@@ -24,7 +23,7 @@ def guided_channels(model: ModelConfig, asked: int | None) -> int:
     """The number of channels that guidance acts on. Raises `ConfigError` if more are `asked` for than the model has."""
     if asked is not None and asked > model.in_channels:
         raise ConfigError(f"guidance on {asked} channels: the model has only {model.in_channels}")
-    return min(GUIDED_CHANNELS, model.in_channels) if asked is None else asked
+    return model.guided_channels if asked is None else asked
 
 
 class ExportConfig(Strict):
@@ -32,7 +31,8 @@ class ExportConfig(Strict):
 
     `steps`, `sampler`, `spacing`, `eta`: of the sampling run, see `SamplerConfig`. By default the sampler depends on
     how the model was trained. `max_subnets` applies to `PlanKind.MAX_SUBNETS`, `memory_budget` (bytes) to
-    `PlanKind.MEMORY_BUDGET`. `cfg_channels`: the number of channels that guidance acts on, by default the first 3.
+    `PlanKind.MEMORY_BUDGET`. `cfg_channels`: the number of channels that guidance acts on, by default
+    what the architecture says, for DiT the first 3.
     Capacity routing takes `capacities`, MLP token slots per row, by block, or a `calibration`, which has them for each
     segment; by default there is a slot for every token. `activations`: ranges of the inputs of linear layers for this
     plan's segments, which int8-static and fp8 need. `vae`, `vae_tile`, `vae_scale`, `vae_shift`: the decoder to add,

@@ -76,6 +76,11 @@ class Ops(tape.Tape):
         return self.call("", "Split", (value,), count, {"axis": axis, "num_outputs": count})
 
 
+def silu(ops: Ops, x: ir.Value) -> ir.Value:
+    """x * sigmoid(x)."""
+    return ops.Mul(x, ops.Sigmoid(x))
+
+
 def function(name: str, inputs: Sequence[str], body: Callable[..., Sequence[ir.Value]]) -> ir.Function:
     """An ONNX local function: `body(ops, *inputs)` writes its nodes and returns its outputs."""
     ops = Ops(name)

@@ -75,21 +75,25 @@ def mlp(
     entering: Sequence[ir.Value],
     leaving: Sequence[ir.Value],
     channel_gates: ir.Value | None,
+    gelu: str,
     precision: Precision,
     last: Precision | None = None,
 ) -> ir.Value:
-    """leaving(gates * GELU(entering(x))), GELU in its tanh form; x [T, D], `channel_gates` [active channels] or None.
+    """leaving(gates * GELU(entering(x))); x [T, D], `channel_gates` [active channels] or None.
+
+    `gelu`: "tanh" or "none", as the attribute `approximate` of the operator Gelu.
 
     `entering`, `leaving`: what the two layers take (`weight_names`). `precision`: that of the entering layer, x and the
     gates. `last`: that of the leaving layer and the result, by default the same.
     """
     if precision is not Precision.INT8:
         last = last or precision
-        inner = _gated(ops, ops.Gelu(linear(ops, x, entering, True, precision), approximate="tanh"), channel_gates)
+        inner = _gated(ops, ops.Gelu(linear(ops, x, entering, True, precision), approximate=gelu), channel_gates)
         return linear(ops, ops.between(inner, precision, last), leaving, False, last)
     weight, scale, added = leaving
     # One operator adds the bias of the entering layer and computes GELU.
-    inner = ops.call(CONTRIB, "FastGelu", (linear(ops, x, entering, True, precision, bias=False), entering[-1]), 1)[0]
+    operator = "FastGelu" if gelu == "tanh" else "BiasGelu"
+    inner = ops.call(CONTRIB, operator, (linear(ops, x, entering, True, precision, bias=False), entering[-1]), 1)[0]
     inner = _gated(ops, inner, channel_gates)
     return ops.Add(_integer_product(ops, inner, weight, scale, False, *_after_gelu(ops, inner)), added)
 

@@ -77,7 +77,7 @@ class ModelConfig(Strict):
     square of latents or pixels, which has `in_channels` channels. `learn_sigma`: whether the output has as many further
     channels, for the variance. `space`: what the model was trained on. Weights do not show it, so it is None unless the
     checkpoint, its folder or the user states it; `samples_pixels` then depends on the number of channels. `process`:
-    how noise was added in training, and what the output predicts; None if nothing states it, which counts as DiT's.
+    how noise was added in training, and what the output predicts; None if nothing states it.
     `class_names`: a text for each class, of one or more names with commas between them; None if nothing states them.
     """
 
@@ -137,7 +137,12 @@ class ModelConfig(Strict):
     @property
     @abstractmethod
     def tokens(self) -> int:
-        """N, the number of tokens per image."""
+        """N, the number of tokens per image, with `extra_tokens`."""
+
+    @property
+    def extra_tokens(self) -> int:
+        """The number of tokens at the start of an image's tokens that are not of the image. They are always routed."""
+        return 0
 
     @property
     @abstractmethod
@@ -202,9 +207,19 @@ class ModelConfig(Strict):
         return self.in_channels * (2 if self.learn_sigma else 1)
 
     @property
+    def usual_process(self) -> Process:
+        """The process of published models, which is assumed if none is stated."""
+        return Process()
+
+    @property
     def diffusion(self) -> Process:
-        """The process of training, DiT's if none is stated."""
-        return self.process or Process()
+        """The process of training; if none is stated, the usual one."""
+        return self.process or self.usual_process
+
+    @property
+    def guided_channels(self) -> int:
+        """The number of channels that guidance acts on by default: 3, as in the published code of DiT."""
+        return min(3, self.in_channels)
 
     @property
     def samples_pixels(self) -> bool:

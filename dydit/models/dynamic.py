@@ -16,7 +16,7 @@ class DynamicModel(nn.Module, ABC):
     """A diffusion transformer with routers, under the names of its published state dict.
 
     `blocks`: a module for each block, whose output is the residual stream [B, ..., D] after the block. If the
-    model is dynamic, every block has a token router.
+    model is dynamic, every block has a token router. Callers ask `ordered_blocks`.
     """
 
     blocks: nn.ModuleList
@@ -39,6 +39,10 @@ class DynamicModel(nn.Module, ABC):
     @abstractmethod
     def width_routers(self) -> Sequence[WidthRouter]:
         """The width routers of all parts, in the order of the axis of units (`UnitAxis.parts`)."""
+
+    def ordered_blocks(self) -> Sequence[nn.Module]:
+        """The blocks in the order of execution, for models that do not have all of them in `blocks`."""
+        return list(self.blocks)
 
     def inference_gating(self) -> Gating:
         """The gating at inference: the routers' decisions, or everything on if there are no routers."""

@@ -73,7 +73,7 @@ class Architecture(ABC):
     # In NumPy.
 
     @abstractmethod
-    def timestep_embedding(self, weights: Mapping[str, np.ndarray], times: np.ndarray) -> np.ndarray:
+    def timestep_embedding(self, config: Any, weights: Mapping[str, np.ndarray], times: np.ndarray) -> np.ndarray:
         """The input of the width routers, from stored weights: the model's own times [T] -> float64 [T, D].
 
         With the stored `WIDTH_ROUTER`, it gives the masks of any timesteps without PyTorch.
@@ -199,7 +199,7 @@ class Architecture(ABC):
         return UnsupportedError(f"{self.title}: {reason}")
 
 
-_FOLDERS = {"dit": "dydit.models.dit"}
+_FOLDERS = {name: f"dydit.models.{name}" for name in ("dit", "uvit")}
 _known: dict[str, Architecture] = {}
 
 

@@ -57,15 +57,19 @@ def width_router_rows(
 
 
 class TokenRouter(nn.Module):
-    """SDT: `Linear(D, D/16), ReLU, Linear(D/16, 1)` on tokens: [B, N, D] -> logits [B, N]."""
+    """SDT: `Linear(D, D/16), ReLU, Linear(D/16, 1)` on tokens: [B, N, D] -> logits [B, N].
+
+    The logits of `ModelConfig.extra_tokens` are +inf.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        hidden = config.token_router_hidden
+        hidden, self.always = config.token_router_hidden, config.extra_tokens
         self.mlp_head = nn.Sequential(nn.Linear(config.hidden_size, hidden), nn.ReLU(), nn.Linear(hidden, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.mlp_head(x).squeeze(-1)
+        logits = self.mlp_head(x[:, self.always :]).squeeze(-1)
+        return F.pad(logits, (self.always, 0), value=torch.inf) if self.always else logits
 
 
 class Gating:

@@ -147,6 +147,7 @@ class SlicedModel(ABC):
         assert block.router is not None
         first, first_bias, last, last_bias = block.router
         routed = F.linear(F.relu(F.linear(x, first, first_bias)), last, last_bias)[..., 0] > 0
+        routed[:, : self.config.extra_tokens] = True
         self._tokens.append(routed)
         chosen, flat = routed.flatten().nonzero()[:, 0], x.flatten(0, 1)
         if self.capacities is not None and has_units:

@@ -110,14 +110,15 @@ def compare_step(
     if logits is not None:
         assert ours.tokens is not None and ours.tokens.shape == logits.shape
         flips, margins = count_flips(ours.tokens, logits, images)
-        decisions = logits.size
+        decisions = int(np.isfinite(logits).sum())
     return StepComparison(step, values, relative_l2(parts[0], parts[1]), flips, margins, decisions)
 
 
 def count_flips(tokens: np.ndarray, logits: np.ndarray, images: int) -> tuple[np.ndarray, np.ndarray]:
     """(flips, margins) as in `StepComparison`, from [L, rows, N]; the rows of an image, with and without its label, are
-    counted together."""
-    size = np.sqrt(np.mean(np.square(logits, dtype=np.float64), axis=(1, 2), keepdims=True))
+    counted together. Tokens that are always routed have infinite logits, which do not count as values."""
+    values = np.where(np.isfinite(logits), logits, np.nan)
+    size = np.sqrt(np.nanmean(np.square(values, dtype=np.float64), axis=(1, 2), keepdims=True))
     flipped = tokens != (logits > 0)
     margin = np.where(flipped, np.abs(logits) / np.maximum(size, np.finfo(np.float64).tiny), 0.0)
     shape = (len(tokens), -1, images, tokens.shape[2])  # rows are (with and without label, images)

@@ -168,7 +168,7 @@ def _after_blocks(model: DynamicModel, requested: bool) -> Iterator[list[Tensor]
     def keep(module: nn.Module, inputs: object, output: Tensor) -> None:
         streams.append(output)
 
-    handles = [block.register_forward_hook(keep) for block in model.blocks] if requested else []
+    handles = [block.register_forward_hook(keep) for block in model.ordered_blocks()] if requested else []
     try:
         yield streams
     finally:

@@ -84,7 +84,7 @@ def step_masks(bundle: Bundle, times: np.ndarray) -> np.ndarray:
         return np.ones((len(times), model.units.size), bool)
     weights = {name: bundle.weight(name) for name in bundle.manifest.weights if model.is_conditioning(name)}
     weight, bias = (np.asarray(weights[name], np.float64) for name in WIDTH_ROUTER)
-    logits = architecture_of(model).timestep_embedding(weights, times) @ weight.T + bias
+    logits = architecture_of(model).timestep_embedding(model, weights, times) @ weight.T + bias
     return np.asarray(logits > 0)
 
 

@@ -5,6 +5,7 @@ Each function returns the bytes of a PNG.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -96,8 +97,8 @@ def tokens_png(
     `share`: share of tokens computed over the whole run, 0..1; None: that of the shown steps.
     """
     shown, depth, rows, count = tokens.shape
-    side = round(count**0.5)
-    counts = tokens.sum(1).reshape(shown, rows, side, side)
+    side = math.isqrt(count)  # tokens that are not of the image come first
+    counts = tokens[..., count - side**2 :].sum(1).reshape(shown, rows, side, side)
     heat = _count_colours(depth)
     average = tokens.mean() if share is None else share
     per_image, per_step = tokens.mean(axis=(0, 1, 3)), tokens.mean(axis=(1, 2, 3))

@@ -28,7 +28,7 @@ from dydit.diffusion.process import Process
 from dydit.diffusion.samplers import Sampler, SamplerConfig
 from dydit.errors import BackendError, ConfigError, DeviationError, UnavailableError
 from dydit.models.config import Routers
-from dydit.models.dit.units import attention_macs, mlp_macs
+from dydit.models.transformer.units import attention_macs, mlp_macs
 from dydit.reports.bench_report import BenchReport, Reference, Side, SideKind, SideResult
 
 QUICK = BenchConfig(labels=(1, 7), steps_measured=3, repeats=2, threads=1)

@@ -22,8 +22,9 @@ from dydit.models.architecture import UnitLayer
 from dydit.models.dit.graph import conditioning_graph
 from dydit.models.dit.layout import stored_tensors
 from dydit.models.dit.sliced import SlicedDiT, conditioning
-from dydit.models.dit.smoothed import modulation_factors, smoothed_tensors
+from dydit.models.dit.smoothed import modulation_factors
 from dydit.models.sliced import Linear, SlicedBlock, plain_linear
+from dydit.models.transformer.smoothed import smoothed_tensors
 from dydit.parity.parity import compare_weights
 from dydit.quantization.smoothing import Smoothing
 from dydit.reports.parity_report import Status
@@ -51,7 +52,7 @@ def test_a_smoothed_model_is_the_same_bit_for_bit(make_checkpoint, make_smoothin
     axis = config.units
     order = axis.nested([tuple(rng.permutation(part.group.count).tolist()) for part in axis.parts])
     plain = dict(stored_tensors(checkpoint.state, config, order))
-    moved = dict(smoothed_tensors(checkpoint.state, config, smoothing, order))
+    moved = dict(smoothed_tensors(stored_tensors, checkpoint.state, config, smoothing, order))
     state = [torch.from_numpy(rng.normal(size=(2, 4, 8, 8)).astype(np.float32)) for _ in range(3)]
     modulation = conditioning(config, plain, torch.tensor([400]), torch.tensor([1, 2, 7, 7]))[0]
     rest = (torch.tensor([0.1, 1.0, 0.2, 0.3, 0.4, -0.5, 0.15, 0.9]), torch.tensor(2.5))
@@ -81,7 +82,7 @@ def test_graphs_of_a_smoothed_model_are_the_same_bit_for_bit(
     smoothing = make_smoothing(config, 5)
     smoothing = smoothing.model_copy(update={"blocks": (*smoothing.blocks[:2], {})})  # and one as it is
     spec = bench.spec(HEADS, GROUPS, routing, gated, (16, 16, 16) if routing is Routing.CAPACITY else None)
-    tensors = smoothed_tensors(bench.model.state_dict(), config, smoothing, config.units.every_unit)
+    tensors = smoothed_tensors(stored_tensors, bench.model.state_dict(), config, smoothing, config.units.every_unit)
     entries = write_weights(tmp_path / "weights.bin", tensors, config)
     library = FunctionLibrary(config, bench.cfg_channels)
     save_graph(subnet_graph(config, spec, library, Windows(entries)), tmp_path / "graph.onnx")

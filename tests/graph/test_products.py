@@ -54,8 +54,8 @@ def linear(x: np.ndarray, weights: list[np.ndarray], out_major: bool) -> np.ndar
     return run(lambda ops, x, *w: (products.linear(ops, x, w, out_major, Precision.INT8),), x, weights)
 
 
-def mlp(x: np.ndarray, fc1: list[np.ndarray], fc2: list[np.ndarray]) -> np.ndarray:
-    return run(lambda ops, x, *w: (products.mlp(ops, x, w[:3], w[3:], None, Precision.INT8),), x, [*fc1, *fc2])
+def mlp(x: np.ndarray, fc1: list[np.ndarray], fc2: list[np.ndarray], gelu: str) -> np.ndarray:
+    return run(lambda ops, x, *w: (products.mlp(ops, x, w[:3], w[3:], None, gelu, Precision.INT8),), x, [*fc1, *fc2])
 
 
 def rounded(x: np.ndarray) -> np.ndarray:
@@ -91,7 +91,8 @@ def test_a_token_does_not_depend_on_the_others(out_major):
         assert (linear(x[rows], weights, out_major) == whole[rows]).all()
 
 
-def test_the_mlp_keeps_what_gelu_gives():
+@pytest.mark.parametrize("gelu", ["tanh", "none"])
+def test_the_mlp_keeps_what_gelu_gives(gelu):
     """After GELU the zero point is 32: nothing is cut off, and the error is that of a step of the row's scale."""
     (fc1, meant1, bias1), square = layer(True), np.float64
     fc2 = [
@@ -100,13 +101,13 @@ def test_the_mlp_keeps_what_gelu_gives():
         np.ones(OUT, np.float32),
     ]
     x = (RNG.normal(size=(32, IN)) * 10.0 ** RNG.integers(-2, 2, (32, 1))).astype(np.float32)
-    inner = torch.nn.functional.gelu(torch.from_numpy(rounded(x) @ meant1 + bias1), approximate="tanh").numpy()
+    inner = torch.nn.functional.gelu(torch.from_numpy(rounded(x) @ meant1 + bias1), approximate=gelu).numpy()
     assert inner.min() < -0.16, "negative values are tried"
     scale = np.maximum(inner.max(1, keepdims=True) / 223, 0.17004 / 32)
     q = np.rint(inner / scale)
     assert q.min() >= -32 and q.max() <= 223
     expected = (q * scale) @ (fc2[0].astype(square) * fc2[1]) + 1
-    got = mlp(x, fc1, fc2)
+    got = mlp(x, fc1, fc2, gelu)
     # A value on the edge between two steps may fall to either side, as GELU is computed in fp32 there.
     edge = scale * 127e-3
     assert (np.abs(got - expected) <= 1e-4 * np.abs(expected).max(1, keepdims=True) + 2 * edge).all()

@@ -8,7 +8,7 @@ import pytest
 from dydit.bundle.manifest import PlanKind
 from dydit.errors import ConfigError
 from dydit.inspection.trace import decided_ratio, executed_ratio, trace_tokens
-from dydit.models.dit.units import attention_macs, mlp_macs
+from dydit.models.transformer.units import attention_macs, mlp_macs
 from dydit.parity.parity import cost_of
 from dydit.parity.reference import Images, Reference
 from dydit.runtime.pipeline import DyDiTPipeline

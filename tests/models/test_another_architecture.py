@@ -208,7 +208,7 @@ class ToyArchitecture(Architecture):
         routers = [(state[f"{name}.weight"], state[f"{name}.bias"]) for name in names]
         yield from zip(WIDTH_ROUTER, width_router_rows(config, routers, order or config.units.every_unit), strict=True)
 
-    def timestep_embedding(self, weights, times: np.ndarray) -> np.ndarray:
+    def timestep_embedding(self, config, weights, times: np.ndarray) -> np.ndarray:
         angles = np.asarray(times, np.float64)[:, None] / 160
         return np.concatenate([np.sin(angles), np.cos(angles)], axis=1) @ weights["time.weight"].T
 

@@ -11,15 +11,9 @@ import torch
 
 from dydit.models.config import ModelConfig, Routers
 from dydit.models.dit.config import DiTConfig, preset
-from dydit.models.dit.model import (
-    DiT,
-    initialize,
-    initialize_routers,
-    sine_position_embedding,
-    timestep_frequencies,
-    unpatchify,
-)
+from dydit.models.dit.model import FREQUENCIES, DiT, initialize, sine_position_embedding
 from dydit.models.routers import GumbelSigmoid, Masked, Recording, Static
+from dydit.models.transformer.modules import initialize_routers, sine_frequencies, unpatchify
 
 pytestmark = pytest.mark.numerics
 
@@ -116,7 +110,7 @@ class Reference:
         patches = [image[:, p * r : p * r + p, p * c : p * c + p].ravel() for r in range(side) for c in range(side)]
         x = np.stack(patches) @ kernel.T + w["x_embedder.proj.bias"] + w["pos_embed"][0]
         # The frequencies are single precision numbers by definition.
-        angles = t * timestep_frequencies().double().numpy()
+        angles = t * sine_frequencies(FREQUENCIES).double().numpy()
         sinusoid = np.concatenate([np.cos(angles), np.sin(angles)])
         t_emb = self.linear("t_embedder.mlp.2", self.silu(self.linear("t_embedder.mlp.0", sinusoid)))
         c = t_emb + w["y_embedder.embedding_table.weight"][y]
@@ -298,7 +292,7 @@ def test_position_embedding():
 
 
 def test_timestep_embedding_input():
-    frequencies = timestep_frequencies()
+    frequencies = sine_frequencies(FREQUENCIES)
     assert frequencies.shape == (128,) and frequencies[0] == 1
     assert frequencies[64].item() == pytest.approx(0.01, rel=1e-5)
     model = random_model(CONFIG)
@@ -350,7 +344,7 @@ def test_initialised_model_predicts_nothing_and_opens_every_gate():
 def test_initialize_routers_leaves_the_rest():
     model = random_model(CONFIG)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    initialize_routers(model, torch.Generator().manual_seed(1), token_bias=2.0, width_bias=1.0)
+    initialize_routers(model.blocks, torch.Generator().manual_seed(1), token_bias=2.0, width_bias=1.0)
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert changed == {name for name in before if "_rate." in name or "token_selection" in name}
 

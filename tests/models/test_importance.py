@@ -7,8 +7,8 @@ import torch
 
 from dydit.errors import ConfigError
 from dydit.models.config import ModelConfig
-from dydit.models.dit.importance import channel_importance, head_importance, rank_and_permute
 from dydit.models.dit.model import DiT
+from dydit.models.transformer.importance import channel_importance, head_importance, rank_and_permute
 
 
 def inputs(batch: int = 3) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from dydit.models.config import ModelConfig, Routers
 from dydit.models.dit.config import DiTConfig
 from dydit.models.dit.layout import stored_tensors
-from dydit.models.dit.model import DiT, timestep_frequencies
+from dydit.models.dit.model import FREQUENCIES, DiT
+from dydit.models.transformer.modules import sine_frequencies
 
 CONFIG = DiTConfig(
     hidden_size=48,
@@ -88,7 +89,7 @@ def test_storing_is_inverted(order, routers):
     state = random_state(config)
     stored = dict(stored_tensors(state, config, order))
     assert all(t.is_contiguous() and t.dtype == torch.float32 for t in stored.values())
-    assert torch.equal(stored.pop("time.frequencies"), timestep_frequencies())
+    assert torch.equal(stored.pop("time.frequencies"), sine_frequencies(FREQUENCIES))
     again = restored(stored, config, order)
     frozen = {name for name in state if ".attn_rate." in name or ".mlp_rate." in name}
     assert again.keys() == state.keys() - frozen

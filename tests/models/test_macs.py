@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dydit.models.dit.config import DiTConfig, preset
-from dydit.models.dit.units import attention_macs, mlp_macs
 from dydit.models.macs import flops_ratio, static_macs, unit_costs
+from dydit.models.transformer.units import attention_macs, mlp_macs
 
 SMALL = DiTConfig(hidden_size=64, depth=3, num_heads=4, patch_size=2, input_size=8)
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from dydit.bundle.manifest import PlanKind, Routing
 from dydit.checkpoints.checkpoint import load_checkpoint, save_checkpoint
+from dydit.diffusion.process import NoiseSchedule, Process
 from dydit.diffusion.samplers import Sampler, Spacing
 from dydit.export.exporter import export
 from dydit.export.settings import ExportConfig
@@ -20,6 +21,7 @@ from dydit.models.architecture import UnitAxis
 from dydit.models.config import ModelConfig, Routers
 from dydit.models.dit.config import DiTConfig
 from dydit.models.synthetic import synthetic_model
+from dydit.models.uvit.config import UViTConfig
 from dydit.parity.parity import ParityConfig, run_parity
 
 MAX_BATCH = 5
@@ -28,19 +30,39 @@ CLASSES = 6
 
 # What Hypothesis tries first stands first, so that already the simplest example has something to show.
 @st.composite
-def models(draw, routers: tuple[Routers, ...]):
+def sizes(draw, routers: tuple[Routers, ...]):
     """Small sizes, head counts odd and even, pixels and latents of 1, 3 and 4 channels."""
     heads, patch = draw(st.sampled_from([3, 5, 1, 2, 4, 7])), draw(st.sampled_from([2, 1, 4]))
-    return DiTConfig(
-        hidden_size=heads * draw(st.sampled_from([8, 12, 16])),
-        depth=draw(st.sampled_from([2, 3, 1])),
-        num_heads=heads,
-        patch_size=patch,
-        input_size=patch * draw(st.sampled_from([4, 3, 2])),
-        in_channels=draw(st.sampled_from([4, 3, 1])),
-        num_classes=CLASSES,
-        learn_sigma=draw(st.sampled_from([True, False])),
-        routers=draw(st.sampled_from(routers)),
+    return {
+        "hidden_size": heads * draw(st.sampled_from([8, 12, 16])),
+        "num_heads": heads,
+        "patch_size": patch,
+        "input_size": patch * draw(st.sampled_from([4, 3, 2])),
+        "in_channels": draw(st.sampled_from([4, 3, 1])),
+        "routers": draw(st.sampled_from(routers)),
+    }
+
+
+@st.composite
+def dits(draw, routers: tuple[Routers, ...]):
+    """With and without learned variance."""
+    learn_sigma, depth = draw(st.sampled_from([True, False])), draw(st.sampled_from([2, 3, 1]))
+    return DiTConfig(**draw(sizes(routers)), depth=depth, num_classes=CLASSES, learn_sigma=learn_sigma)
+
+
+@st.composite
+def uvits(draw, routers: tuple[Routers, ...]):
+    """Conditional and not, with and without their optional parts, of all processes."""
+    kind = {name: draw(st.booleans()) for name in ("mlp_time_embed", "conv", "skip")}
+    classes = draw(st.sampled_from([CLASSES, CLASSES, 0]))
+    schedule = draw(st.sampled_from([None, NoiseSchedule.SCALED_LINEAR]))
+    return UViTConfig(
+        **draw(sizes(routers)),
+        **kind,
+        depth=draw(st.sampled_from([3, 5, 1])),
+        num_classes=classes,
+        null_class_row=classes > 0,
+        process=None if schedule is None else Process(schedule=schedule),
     )
 
 
@@ -54,7 +76,7 @@ def exports(draw, model: ModelConfig, routing: Routing, plan: PlanKind, sampler:
     return ExportConfig(
         steps=steps,
         sampler=sampler,
-        spacing=draw(st.sampled_from([None, *Spacing])),
+        spacing=draw(st.sampled_from([None, *Spacing])) if model.diffusion.discrete else None,
         eta=draw(st.sampled_from([0.0, 0.7])) if sampler is Sampler.DDIM else 0.0,
         plan=plan,
         max_subnets=draw(st.integers(1, steps)),
@@ -66,13 +88,14 @@ def exports(draw, model: ModelConfig, routing: Routing, plan: PlanKind, sampler:
 
 
 @st.composite
-def requests(draw):
+def requests(draw, model: ModelConfig):
     """One image, three, or the most; labels with the null class; with guidance and without."""
     batch = draw(st.sampled_from([3, 1, MAX_BATCH]))
+    scales = [1.0] if model.null_class is None else [4.0, 1.0, 1.5, 0.0]
     return ParityConfig(
-        labels=tuple(draw(st.lists(st.integers(0, CLASSES), min_size=batch, max_size=batch))),
+        labels=tuple(draw(st.lists(st.integers(0, model.classes.rows - 1), min_size=batch, max_size=batch))),
         seed=draw(st.integers(0, 2**32)),
-        cfg_scale=draw(st.sampled_from([4.0, 1.0, 1.5, 0.0])),
+        cfg_scale=draw(st.sampled_from(scales)),
         threads=1,
     )
 
@@ -83,17 +106,22 @@ def has_holes(axis: UnitAxis, masks: np.ndarray) -> bool:
 
 
 PLANS = (PlanKind.MAX_SUBNETS, PlanKind.PER_STEP, PlanKind.DYNAMIC_WIDTH)
-SAMPLERS = (Sampler.DPM_SOLVER, Sampler.DDPM, Sampler.DDIM)
+# Of continuous processes, and of those with 1000 steps.
+SAMPLERS = (
+    (Sampler.DPM_SOLVER, Sampler.EULER_MARUYAMA, Sampler.DDIM),
+    (Sampler.DPM_SOLVER, Sampler.DDPM, Sampler.DDIM),
+)
 CASES = [
-    (Routing.DYNAMIC, (Routers.FIRST_ON, Routers.ALL_ROUTED)),
-    (Routing.CAPACITY, (Routers.FIRST_ON, Routers.ALL_ROUTED)),
-    (Routing.DENSE, (Routers.FIRST_ON, Routers.ALL_ROUTED)),
-    (Routing.DYNAMIC, (Routers.NONE,)),
+    pytest.param(Routing.DYNAMIC, (Routers.FIRST_ON, Routers.ALL_ROUTED), id="dynamic"),
+    pytest.param(Routing.CAPACITY, (Routers.FIRST_ON, Routers.ALL_ROUTED), id="capacity"),
+    pytest.param(Routing.DENSE, (Routers.FIRST_ON, Routers.ALL_ROUTED), id="dense"),
+    pytest.param(Routing.DYNAMIC, (Routers.NONE,), id="static"),
 ]
 
 
-@pytest.mark.parametrize(("routing", "routers"), CASES, ids=["dynamic", "capacity", "dense", "static"])
-def test_every_hop_holds(routing, routers):
+@pytest.mark.parametrize("models", [dits, uvits])
+@pytest.mark.parametrize(("routing", "routers"), CASES)
+def test_every_hop_holds(routing, routers, models):
     seen: Counter[str] = Counter()
 
     # No shrinking: an example costs a second, and the failing one tells enough.
@@ -108,9 +136,10 @@ def test_every_hop_holds(routing, routers):
     def holds(data):
         model = data.draw(models(routers))
         turn = seen["started"]  # so that a few examples have all plans and samplers, and other pairs each time round
-        plan, sampler = PLANS[turn % 3], SAMPLERS[(turn + turn // 3) % 3]
+        samplers = SAMPLERS[model.diffusion.discrete]
+        plan, sampler = PLANS[turn % 3], samplers[(turn + turn // 3) % len(samplers)]
         seen["started"] += 1
-        config, request = data.draw(exports(model, routing, plan, sampler)), data.draw(requests())
+        config, request = data.draw(exports(model, routing, plan, sampler)), data.draw(requests(model))
         seed, ratio = data.draw(st.integers(0, 1000)), data.draw(st.sampled_from([0.5, 0.25, 0.75]))
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)

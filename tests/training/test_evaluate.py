@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from dydit.errors import ConfigError
 from dydit.models.config import ModelConfig
-from dydit.models.dit.units import attention_macs, mlp_macs
+from dydit.models.transformer.units import attention_macs, mlp_macs
 from dydit.training.data import Digits
 from dydit.training.evaluate import dynamics, evaluate_digits, frechet_distance
 

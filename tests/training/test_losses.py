@@ -14,8 +14,8 @@ from dydit.diffusion.samplers import SamplerConfig
 from dydit.diffusion.schedule import Schedule
 from dydit.models.config import ModelConfig
 from dydit.models.dit.model import DiT
-from dydit.models.dit.units import attention_macs, mlp_macs
 from dydit.models.routers import Decisions, GumbelSigmoid, Masked, Recording
+from dydit.models.transformer.units import attention_macs, mlp_macs
 from dydit.training.losses import (
     AnnealedGumbelSigmoid,
     ProcessTensors,

@@ -60,7 +60,7 @@ class DiTArchitecture(Architecture):
 
         return conditioning(config, weights, timesteps, labels)
 
-    def timestep_embedding(self, weights: Mapping[str, np.ndarray], times: np.ndarray) -> np.ndarray:
+    def timestep_embedding(self, config: DiTConfig, weights: Mapping[str, np.ndarray], times: np.ndarray) -> np.ndarray:
         from dydit.models.dit.embedding import timestep_embedding
 
         return timestep_embedding(weights, times)
@@ -72,9 +72,10 @@ class DiTArchitecture(Architecture):
         order: Slots | None = None,
         smoothing: Smoothing | None = None,
     ) -> Iterator[tuple[str, Tensor]]:
-        from dydit.models.dit.smoothed import smoothed_tensors
+        from dydit.models.dit.layout import stored_tensors
+        from dydit.models.transformer.smoothed import smoothed_tensors
 
-        return smoothed_tensors(state, config, smoothing, order)
+        return smoothed_tensors(stored_tensors, state, config, smoothing, order)
 
     def condition_factors(self, config: DiTConfig, smoothing: Smoothing | None) -> np.ndarray | None:
         from dydit.models.dit.smoothed import modulation_factors
@@ -139,12 +140,12 @@ class DiTArchitecture(Architecture):
         initialize(model, generator)
 
     def initialize_routers(self, model: DiT, generator: torch.Generator, token_bias: float, width_bias: float) -> None:
-        from dydit.models.dit.model import initialize_routers
+        from dydit.models.transformer.modules import initialize_routers
 
-        initialize_routers(model, generator, token_bias, width_bias)
+        initialize_routers(model.blocks, generator, token_bias, width_bias)
 
     def ordered_by_importance(self, state: dict[str, Tensor], config: DiTConfig) -> dict[str, Tensor]:
-        from dydit.models.dit.importance import rank_and_permute
+        from dydit.models.transformer.importance import rank_and_permute
 
         return rank_and_permute(state, config)
 

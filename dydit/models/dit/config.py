@@ -2,61 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from dydit.errors import ConfigError
-from dydit.models.architecture import BlockSpec
 from dydit.models.config import ClassLabels, ModelConfig, Routers, parse_config
 from dydit.models.dit import units
-from dydit.words import counted
+from dydit.models.transformer.config import TransformerConfig
+from dydit.models.transformer.units import attention_macs, mlp_macs
 
 
-class DiTConfig(ModelConfig):
+class DiTConfig(TransformerConfig):
     """Sizes of a DiT (Peebles & Xie 2023) and the layout of its DyDiT routers.
 
-    There are N = (input_size/patch_size)**2 tokens. A block has `num_heads` heads and as many groups of MLP channels.
+    There are N = (input_size/patch_size)**2 tokens.
     `null_class_row`: whether the class table has a row for "no class" after the rows of the classes.
     """
 
     UNSTATED: ClassVar[dict[str, Any]] = {**ModelConfig.UNSTATED, "null_class_row": True}
 
     architecture: Literal["dit"] = "dit"
-    num_heads: int = Field(gt=0)
-    patch_size: int = Field(gt=0)
     num_classes: int = Field(default=1000, gt=0)
     null_class_row: bool = True
 
     @model_validator(mode="after")
-    def _divisible(self) -> DiTConfig:
-        if self.hidden_size % self.num_heads:
-            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
-        if self.input_size % self.patch_size:
-            raise ValueError(f"input_size {self.input_size} is not a multiple of patch_size {self.patch_size}")
+    def _in_quarters(self) -> DiTConfig:
         if self.hidden_size % 4:
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of 4 (2-D sine position embedding)")
         return self
-
-    @property
-    def tokens(self) -> int:
-        return (self.input_size // self.patch_size) ** 2
-
-    @property
-    def head_dim(self) -> int:
-        """Channels per attention head."""
-        return self.hidden_size // self.num_heads
-
-    @property
-    def mlp_hidden(self) -> int:
-        """Hidden channels of the MLP, 4D."""
-        return 4 * self.hidden_size
-
-    @property
-    def group_dim(self) -> int:
-        """Hidden channels of the MLP per group. There are as many groups as heads."""
-        return self.mlp_hidden // self.num_heads
 
     @property
     def classes(self) -> ClassLabels:
@@ -74,9 +48,6 @@ class DiTConfig(ModelConfig):
     @property
     def condition_shape(self) -> tuple[int, ...]:
         return (self.vectors, self.hidden_size)
-
-    def block_specs(self) -> Sequence[BlockSpec]:
-        return [units.block_spec(self)] * self.depth
 
     def stored_shapes(self) -> dict[str, tuple[int, ...]]:
         return units.stored_shapes(self)
@@ -106,16 +77,11 @@ class DiTConfig(ModelConfig):
         B/2 and 118.69 G for XL/2 at 256 px.
         """
         n, d, patch = self.tokens, self.hidden_size, self.patch_size**2
-        blocks = self.depth * (units.attention_macs(self) + units.mlp_macs(self) + 6 * d * d)
+        blocks = self.depth * (attention_macs(self) + mlp_macs(self) + 6 * d * d)
         embed = n * patch * self.in_channels * d + 256 * d + d * d
         final = n * d * patch * self.out_channels + 2 * d * d
         norms = 4 * n * d * (2 * self.depth + 1)
         return blocks + embed + final + norms
-
-    @property
-    def summary(self) -> str:
-        heads = counted(self.num_heads, "head")
-        return f"hidden {self.hidden_size}, {counted(self.depth, 'block')}, {heads}, patch {self.patch_size}"
 
 
 _DIGITS = {

@@ -6,16 +6,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from dydit.models.transformer.embedding import linear, sinusoid
+
 
 def timestep_embedding(weights: Mapping[str, np.ndarray], times: np.ndarray) -> np.ndarray:
-    """Times [T] -> t_emb [T, D], in float64: the sinusoid (cosines first), Linear, SiLU, Linear."""
-    angles = np.asarray(times, np.float64)[:, None] * weights["time.frequencies"]
-    hidden = np.concatenate([np.cos(angles), np.sin(angles)], axis=1) @ _transposed(weights, 0)
-    hidden = hidden + weights["time.0.bias"]
-    hidden = hidden / (1 + np.exp(-hidden))
-    embedding: np.ndarray = hidden @ _transposed(weights, 2) + weights["time.2.bias"]
-    return embedding
-
-
-def _transposed(weights: Mapping[str, np.ndarray], layer: int) -> np.ndarray:
-    return np.asarray(weights[f"time.{layer}.weight"], np.float64).T
+    """Times [T] -> t_emb [T, D], in float64: the sinusoid, Linear, SiLU, Linear."""
+    hidden = linear(sinusoid(times, weights["time.frequencies"]), weights, "time.0")
+    return linear(hidden / (1 + np.exp(-hidden)), weights, "time.2")

@@ -7,30 +7,30 @@ one); N tokens of hidden size D, H heads. The output is epsilon, [B, C, S, S], o
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dydit.models.dit.config import DiTConfig
 from dydit.models.dynamic import DynamicModel
-from dydit.models.routers import Gating, TokenRouter, WidthRouter
+from dydit.models.routers import Gating, WidthRouter
+from dydit.models.transformer.modules import (
+    PatchEmbed,
+    RoutedBlock,
+    initialize_routers,
+    sine_frequencies,
+    sinusoid,
+    unpatchify,
+)
 
 FREQUENCIES = 256
 NORM_EPS = 1e-6
 
 
-def timestep_frequencies() -> Tensor:
-    """The 128 angular frequencies of the sinusoidal timestep embedding, `exp(-ln(10000) i/128)`, float32."""
-    half = FREQUENCIES // 2
-    return torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32) / half)
-
-
 def sine_position_embedding(config: DiTConfig) -> Tensor:
     """The frozen 2-D sine-cosine position embedding, [1, N, D] float32: the first half of the channels
     from the column, the second from the row."""
-    side, quarter = config.input_size // config.patch_size, config.hidden_size // 4
+    side, quarter = config.side, config.hidden_size // 4
     omega = 1 / 10000 ** (torch.arange(quarter, dtype=torch.float64) / quarter)
     angles = torch.arange(side, dtype=torch.float64)[:, None] * omega
     axis = torch.cat([angles.sin(), angles.cos()], 1)
@@ -49,17 +49,6 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
-class PatchEmbed(nn.Module):
-    """Latents [B, C, S, S] to tokens [B, N, D]."""
-
-    def __init__(self, config: DiTConfig):
-        super().__init__()
-        self.proj = nn.Conv2d(config.in_channels, config.hidden_size, config.patch_size, stride=config.patch_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x).flatten(2).transpose(1, 2)
-
-
 class TimestepEmbedder(nn.Module):
     """Timesteps [B] to t_emb [B, D]. The sinusoid is computed in fp32."""
 
@@ -67,11 +56,10 @@ class TimestepEmbedder(nn.Module):
         super().__init__()
         d = config.hidden_size
         self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, d), nn.SiLU(), nn.Linear(d, d))
-        self.register_buffer("frequencies", timestep_frequencies(), persistent=False)
+        self.register_buffer("frequencies", sine_frequencies(FREQUENCIES), persistent=False)
 
     def forward(self, t: Tensor) -> Tensor:
-        angles = t[:, None].float() * self.frequencies
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], -1).to(self.mlp[0].weight.dtype))
+        return self.mlp(sinusoid(t, self.frequencies).to(self.mlp[0].weight.dtype))
 
 
 class LabelEmbedder(nn.Module):
@@ -85,53 +73,13 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(y)
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention; rows of `qkv` are (3, H, head_dim)."""
-
-    def __init__(self, config: DiTConfig):
-        super().__init__()
-        self.heads = config.num_heads
-        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
-        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
-
-    def forward(self, x: Tensor, head_gates: Tensor | None) -> Tensor:
-        b, n, d = x.shape
-        q, k, v = self.qkv(x).view(b, n, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        out = F.scaled_dot_product_attention(q, k, v)  # [B, H, N, head_dim]
-        if head_gates is not None:
-            out = out * head_gates[:, :, None, None]
-        return self.proj(out.transpose(1, 2).reshape(b, n, d))
-
-
-class Mlp(nn.Module):
-    """fc2(GELU_tanh(fc1(x))); the 4D hidden channels are H contiguous groups."""
-
-    def __init__(self, config: DiTConfig):
-        super().__init__()
-        self.groups = config.num_heads
-        self.fc1 = nn.Linear(config.hidden_size, config.mlp_hidden)
-        self.fc2 = nn.Linear(config.mlp_hidden, config.hidden_size)
-
-    def forward(self, x: Tensor, group_gates: Tensor | None) -> Tensor:
-        hidden = self.fc1(x)
-        if group_gates is not None:
-            grouped = hidden.unflatten(-1, (self.groups, -1)) * group_gates[:, None, :, None]
-            hidden = grouped.flatten(-2)
-        return self.fc2(F.gelu(hidden, approximate="tanh"))
-
-
-class Block(nn.Module):
+class Block(RoutedBlock):
     """adaLN-Zero block with its three routers (absent in a static DiT)."""
 
     def __init__(self, config: DiTConfig, index: int):
-        super().__init__()
-        self.index = index
-        self.attn = Attention(config)
-        self.mlp = Mlp(config)
+        super().__init__(config, index)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.hidden_size, 6 * config.hidden_size))
-        self.attn_rate = WidthRouter(config, config.num_heads) if config.dynamic else None
-        self.mlp_rate = WidthRouter(config, config.num_heads) if config.dynamic else None
-        self.token_selection = TokenRouter(config) if config.dynamic else None
+        self.add_routers(config)
 
     def forward(self, x: Tensor, c: Tensor, t_emb: Tensor, gating: Gating) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=-1)
@@ -186,14 +134,7 @@ class DiT(DynamicModel):
         return [router for block in self.blocks for router in (block.attn_rate, block.mlp_rate)]
 
     def set_derived(self) -> None:
-        self.t_embedder.frequencies = timestep_frequencies()
-
-
-def unpatchify(x: Tensor, config: DiTConfig) -> Tensor:
-    """Tokens of patches [B, N, p*p*C] to images [B, C, S, S]."""
-    side, p = config.input_size // config.patch_size, config.patch_size
-    x = x.view(x.shape[0], side, side, p, p, config.out_channels)
-    return x.permute(0, 5, 1, 3, 2, 4).reshape(x.shape[0], config.out_channels, config.input_size, config.input_size)
+        self.t_embedder.frequencies = sine_frequencies(FREQUENCIES)
 
 
 def initialize(model: DiT, generator: torch.Generator, token_bias: float = 35.0, width_bias: float = 15.0) -> None:
@@ -209,15 +150,4 @@ def initialize(model: DiT, generator: torch.Generator, token_bias: float = 35.0,
     for layer in (*last, model.final_layer.adaLN_modulation[1], model.final_layer.linear):
         nn.init.zeros_(layer.weight)
     if model.config.dynamic:
-        initialize_routers(model, generator, token_bias, width_bias)
-
-
-def initialize_routers(
-    model: DiT, generator: torch.Generator, token_bias: float = 35.0, width_bias: float = 15.0
-) -> None:
-    """Xavier router weights, and biases that open every gate (15 for heads and groups, 35 for tokens)."""
-    for block in model.blocks:
-        linears = (block.attn_rate.router, block.mlp_rate.router, *block.token_selection.mlp_head[::2])
-        for linear, bias in zip(linears, (width_bias, width_bias, 0.0, token_bias), strict=True):
-            nn.init.xavier_uniform_(linear.weight, generator=generator)
-            nn.init.constant_(linear.bias, bias)
+        initialize_routers(model.blocks, generator, token_bias, width_bias)

@@ -16,11 +16,13 @@ from torch import Tensor
 
 from dydit.checkpoints.conventions import Stated, require_side, require_sigma
 from dydit.checkpoints.fit import Given, Inferred, Shapes, class_table, expected_shapes, require_fit
-from dydit.checkpoints.safe_load import listed, require_sane
+from dydit.checkpoints.safe_load import require_sane
 from dydit.errors import CheckpointError, ConfigError
 from dydit.models.config import Routers, parse_config
 from dydit.models.dit.config import DiTConfig, preset
 from dydit.models.dit.model import DiT, sine_position_embedding
+from dydit.models.transformer.states import block_count, require_stated_heads, shape_of
+from dydit.models.transformer.states import choose_heads as heads_of
 
 POSITIONS, LABELS = "pos_embed", "y_embedder.embedding_table.weight"
 ANCHORS = ("x_embedder.proj.weight", "pos_embed.proj.weight")
@@ -85,15 +87,10 @@ def infer_config(state: Mapping[str, Tensor], stated: Stated | None = None, give
     stated, given = stated or {}, given or Given()
     patch = _shape(state, "x_embedder.proj.weight", 4)
     hidden, channels, patch_size = patch[0], patch[1], patch[2]
-    depth = _depth(state)
+    depth = block_count({int(match[1]) for match in map(_BLOCK.match, state) if match}, "DiT")
     rows = _shape(state, "blocks.0.attn_rate.router.weight", 2)[0] if any(map(_ROUTER.match, state)) else None
     heads, routers = choose_heads(hidden, depth, rows, given.num_heads, _heads_from(stated, hidden))
-    stated_heads = stated.get("num_heads")
-    if type(stated_heads) is int and given.num_heads is None and stated_heads != heads:
-        raise CheckpointError(
-            f"contradicts itself: its training arguments say {stated_heads} heads, but its tensors allow {heads}; "
-            "give --num-heads"
-        )
+    require_stated_heads(stated, heads, given.num_heads)
     learn_sigma = _learns_sigma(_shape(state, "final_layer.linear.weight", 2)[0], patch_size, channels)
     require_sigma(stated, learn_sigma)
     side, side_notes = _input_size(state, patch_size, stated, given.input_size)
@@ -143,34 +140,9 @@ def _input_size(
 def choose_heads(
     hidden: int, depth: int, rows: int | None, given: int | None = None, hint: int | None = None
 ) -> tuple[int, Routers]:
-    """The head count H, and the router layout for it.
-
-    `rows`: rows of the width routers, which are H-1 or H; None for a static DiT. The first of these that is possible is
-    taken: `given` by the user; the `hint` of the training arguments; a preset of this hidden size and depth; for
-    routers, the only one of the two counts that divides `hidden`. Raises `CheckpointError` if there is none.
-    """
-    if rows is None:
-        layouts = {heads: Routers.NONE for heads in range(1, hidden + 1) if hidden % heads == 0}
-    else:
-        layouts = {rows + 1: Routers.FIRST_ON, rows: Routers.ALL_ROUTED}
-        layouts = {heads: layout for heads, layout in layouts.items() if heads > 0 and hidden % heads == 0}
-    if given is not None and given not in layouts:
-        fitting = "a divisor of it" if rows is None else " or ".join(map(str, layouts)) or "no head count"
-        raise CheckpointError(f"cannot have {given} heads: its hidden size {hidden} and its routers allow {fitting}")
+    """The head count and router layout of a DiT (`dydit.models.transformer.states.choose_heads`)."""
     published = [size.num_heads for size in _PRESETS if (size.hidden_size, size.depth) == (hidden, depth)]
-    for heads in (given, hint, *published):
-        if heads in layouts:
-            return heads, layouts[heads]
-    if rows is not None and len(layouts) == 1:
-        return next(iter(layouts.items()))
-    if rows is not None and not layouts:
-        raise CheckpointError(
-            f"has routers of {rows} rows: neither {rows} nor {rows + 1} heads divide {hidden} channels"
-        )
-    options = "" if rows is None else f" ({' or '.join(map(str, sorted(layouts)))})"
-    raise CheckpointError(
-        f"does not show its number of heads{options}; give it with --num-heads (num_heads=), here or to dydit convert"
-    )
+    return heads_of(hidden, rows, published, given, hint)
 
 
 def _heads_from(stated: Stated, hidden: int) -> int | None:
@@ -186,25 +158,7 @@ def _heads_from(stated: Stated, hidden: int) -> int | None:
 
 
 def _shape(state: Mapping[str, Tensor], name: str, dimensions: int) -> tuple[int, ...]:
-    if name not in state:
-        raise CheckpointError(
-            f"is not a checkpoint of a DiT: it has no {name}; it holds {listed(state) or 'no tensors'} "
-            "(expected an official DiT, a DyDiT training file, a diffusers DiT folder or a dydit file)"
-        )
-    shape = tuple(state[name].shape)
-    if len(shape) != dimensions or 0 in shape:
-        raise CheckpointError(
-            f"has {name} of shape {list(shape)}; expected {dimensions} dimensions, none of them empty"
-        )
-    return shape
-
-
-def _depth(state: Mapping[str, Tensor]) -> int:
-    numbers = {int(match[1]) for match in map(_BLOCK.match, state) if match}
-    # A few gaps are reported as missing tensors, by name. A very large number would make a very long list.
-    if not numbers or max(numbers) >= 2 * len(numbers):
-        raise CheckpointError("is not a checkpoint of a DiT: its blocks are not numbered from 0 on")
-    return max(numbers) + 1
+    return shape_of(state, name, dimensions, "DiT")
 
 
 def _learns_sigma(rows: int, patch_size: int, channels: int) -> bool:

@@ -1,15 +1,14 @@
 """Attention and MLP of a block as ONNX local functions, one for each kind of block, which the main graph calls.
 
-Shapes: x [rows, N, D]; modulation vectors [rows, 1, D]; T = rows*N tokens, flattened over the batch before routing. The
-weights of a function are inputs, so it does not depend on whether they are constants or graph inputs. The operations
-and their order are those of `dydit.models.dit.model`, so that rounding agrees. Below fp32, only matrix products and
-attention use the lower type, with casts before and after. The residual stream, modulation, routers and the sampler's
-step stay in fp32.
+Shapes: x [rows, N, D]; T = rows*N tokens, flattened over the batch before routing. The weights of a function are
+inputs, so it does not depend on whether they are constants or graph inputs. The operations and their order are those of
+the masked form, so that rounding agrees. Below fp32, only matrix products and attention use the lower type, with casts
+before and after. The residual stream, normalization, routers and the sampler's step stay in fp32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,18 +19,11 @@ from dydit.bundle.stored_weights import Precision
 from dydit.graph import products
 from dydit.graph.ops import CONTRIB, Ops, function
 from dydit.graph.products import layer_precision, linear, weight_names
-from dydit.models.dit.config import DiTConfig
+from dydit.models.transformer.config import TransformerConfig
+from dydit.models.transformer.norms import BranchNorm, Named
 
-NORM_EPS = 1e-6
 Values = Sequence[ir.Value]
-_VECTORS = ("shift", "scale", "gate")
 _ROUTER = ("router0_w", "router0_b", "router2_w", "router2_b")
-
-
-def modulate(ops: Ops, x: ir.Value, ones: ir.Value, shift: ir.Value, scale: ir.Value) -> ir.Value:
-    """LN(x) * scale + shift. `scale` already contains the 1 of adaLN."""
-    normed = ops.LayerNormalization(x, ones, axis=-1, epsilon=NORM_EPS)
-    return ops.Add(ops.Mul(normed, scale), shift)
 
 
 def flat(ops: Ops, x: ir.Value) -> ir.Value:
@@ -40,21 +32,26 @@ def flat(ops: Ops, x: ir.Value) -> ir.Value:
 
 
 def attention_function(
-    config: DiTConfig, precision: Precision, heads: int | None, gated: bool, fp16_layers: Sequence[str] = ()
+    config: TransformerConfig,
+    precision: Precision,
+    norm: BranchNorm,
+    heads: int | None,
+    gated: bool,
+    fp16_layers: Sequence[str] = (),
 ) -> ir.Function:
-    """x + gate * proj(gates * attention(modulated x)), for the given number of heads, or for any number (None).
+    """x and the attention branch, proj(gates * attention(normalized x)), for a number of heads, or for any (None).
 
     Weights: qkv [h*3*hd, D] head-major, proj [h*hd, D]; `gates` [h].
     `fp16_layers`: layers that stay in fp16, while the others have 8 bits.
     """
     qkv, proj = (layer_precision(precision, layer, fp16_layers) for layer in ("qkv", "proj"))
     qkv_names, proj_names = weight_names("qkv", qkv), weight_names("proj", proj)
-    inputs = ["x", "ones", *_VECTORS, *qkv_names, *proj_names, *(["gates"] if gated else [])]
+    inputs = ["x", *norm.inputs, *qkv_names, *proj_names, *(["gates"] if gated else [])]
 
     def body(ops: Ops, *arguments: ir.Value) -> Values:
         of = dict(zip(inputs, arguments, strict=True))
         x = of["x"]
-        hidden = ops.to_precision(flat(ops, modulate(ops, x, of["ones"], of["shift"], of["scale"])), qkv)
+        hidden = ops.to_precision(flat(ops, norm.read(ops, of, x)), qkv)
         joint = linear(ops, hidden, [of[name] for name in qkv_names], True, qkv)  # [T, h*3*hd]
         mixed = _attend(ops, config, joint, x, heads, qkv, proj)  # [T, h*hd]
         if gated:
@@ -62,7 +59,7 @@ def attention_function(
             mixed = ops.Mul(mixed, _per_channel(ops, gates, config.head_dim))
         out = linear(ops, mixed, [of[name] for name in proj_names], False, proj)
         out = ops.to_fp32(out, proj)
-        return (ops.Add(x, ops.Mul(of["gate"], ops.Reshape(out, ops.Shape(x)))),)
+        return (ops.Add(x, norm.scaled(ops, of, ops.Reshape(out, ops.Shape(x)))),)
 
     count = "" if heads is None else f"_{heads}"
     return function(f"attention{count}{'_gated' if gated else ''}{_fp16_suffix(fp16_layers)}", inputs, body)
@@ -75,7 +72,7 @@ def _fp16_suffix(fp16_layers: Sequence[str]) -> str:
 
 def _attend(
     ops: Ops,
-    config: DiTConfig,
+    config: TransformerConfig,
     joint: ir.Value,
     x: ir.Value,
     heads: int | None,
@@ -111,13 +108,15 @@ def _attend(
     return flat(ops, ops.Transpose(mixed, perm=[0, 2, 1, 3]))
 
 
-def attention_none_function(config: DiTConfig, precision: Precision) -> ir.Function:
+def attention_none_function(config: TransformerConfig, precision: Precision, norm: BranchNorm) -> ir.Function:
     """Attention without active heads: only the bias of the projection is added."""
+    inputs = ["x", *norm.joining, "proj_bias"]
 
-    def body(ops: Ops, x: ir.Value, gate: ir.Value, bias: ir.Value) -> Values:
-        return (ops.Add(x, ops.Mul(gate, ops.to_fp32(bias, precision))),)
+    def body(ops: Ops, *arguments: ir.Value) -> Values:
+        of = dict(zip(inputs, arguments, strict=True))
+        return (ops.Add(of["x"], norm.scaled(ops, of, ops.to_fp32(of["proj_bias"], precision))),)
 
-    return function("attention_none", ["x", "gate", "proj_bias"], body)
+    return function("attention_none", inputs, body)
 
 
 def _per_channel(ops: Ops, gates: ir.Value, channels: int) -> ir.Value:
@@ -134,13 +133,14 @@ class _Mlp:
     """
 
     ops: Ops
-    config: DiTConfig
+    config: TransformerConfig
+    norm: BranchNorm
     fc1: Precision
     fc2: Precision
-    of: Mapping[str, ir.Value]
+    of: Named
 
     def forward(self, hidden: ir.Value) -> ir.Value:
-        """Modulated tokens [n, D], fp32 -> the output of fc2 [n, D], in its precision."""
+        """Normalized tokens [n, D], fp32 -> the output of fc2 [n, D], in its precision."""
         ops, of = self.ops, self.of
         gates = None
         if "gates" in of:
@@ -150,18 +150,18 @@ class _Mlp:
             gates = factor if gates is None else ops.Mul(gates, factor)
         fc1 = [of[name] for name in weight_names("fc1", self.fc1)]
         fc2 = [of[name] for name in weight_names("fc2", self.fc2)]
-        return products.mlp(ops, ops.to_precision(hidden, self.fc1), fc1, fc2, gates, self.fc1, self.fc2)
+        entering = ops.to_precision(hidden, self.fc1)
+        return products.mlp(ops, entering, fc1, fc2, gates, self.config.GELU, self.fc1, self.fc2)
 
     def hidden(self) -> ir.Value:
-        """All tokens, modulated, [T, D]."""
-        of = self.of
-        return flat(self.ops, modulate(self.ops, of["x"], of["ones"], of["shift"], of["scale"]))
+        """All tokens, normalized, [T, D]."""
+        return flat(self.ops, self.norm.read(self.ops, self.of, self.of["x"]))
 
     def joined(self, branch: ir.Value) -> ir.Value:
-        """x + gate * branch [T, D]."""
+        """The stream with the output [T, D] of the MLP."""
         ops, x = self.ops, self.of["x"]
         branch = ops.to_fp32(ops.Reshape(branch, ops.Shape(x)), self.fc2)
-        return ops.Add(x, ops.Mul(self.of["gate"], branch))
+        return ops.Add(x, self.norm.scaled(ops, self.of, branch))
 
     def where(self, mask: ir.Value, rows: ir.Value) -> ir.Value:
         """Rows [T, D] where the mask [T] is on, else 0. Where, not Mul, because 0 * inf is NaN."""
@@ -173,14 +173,15 @@ Routed = tuple[ir.Value, list[ir.Value]]  # x after the block, and with capacity
 
 
 def mlp_function(
-    config: DiTConfig,
+    config: TransformerConfig,
     precision: Precision,
+    norm: BranchNorm,
     routing: Routing | None,
     gated: bool,
     factored: bool = False,
     fp16_layers: Sequence[str] = (),
 ) -> ir.Function:
-    """x + token_mask * gate * fc2(gates * GELU(fc1(modulated x))), with the given token routing (None: no routing).
+    """x and, for routed tokens, the branch fc2(gates * GELU(fc1(normalized x))). `routing`: None for all tokens.
 
     Weights: fc1 [g*gs, D], fc2 [g*gs, D] group-major; `gates` [g]; `factor` [g*gs], factors of fc2's smoothed inputs;
     `capacity`: token slots per row of a batch, which its rows share. Outputs: x, then with routing the token mask bool
@@ -188,7 +189,7 @@ def mlp_function(
     `fp16_layers`: layers that stay in fp16, while the others have 8 bits.
     """
     fc1, fc2 = (layer_precision(precision, layer, fp16_layers) for layer in ("fc1", "fc2"))
-    inputs = ["x", "ones", *_VECTORS, *weight_names("fc1", fc1), *weight_names("fc2", fc2)]
+    inputs = ["x", *norm.inputs, *weight_names("fc1", fc1), *weight_names("fc2", fc2)]
     inputs += _ROUTER if routing else ()
     inputs += ["capacity"] if routing is Routing.CAPACITY else []
     inputs += ["gates"] if gated else []
@@ -196,10 +197,10 @@ def mlp_function(
 
     def body(ops: Ops, *arguments: ir.Value) -> Values:
         of = dict(zip(inputs, arguments, strict=True))
-        mlp = _Mlp(ops, config, fc1, fc2, of)
+        mlp = _Mlp(ops, config, norm, fc1, fc2, of)
         if routing is None:
             return (mlp.joined(mlp.forward(mlp.hidden())),)
-        mask = _token_mask(ops, flat(ops, of["x"]), *(of[name] for name in _ROUTER))
+        mask = _token_mask(ops, config, flat(ops, of["x"]), *(of[name] for name in _ROUTER))
         x, extra = _ROUTED[routing](mlp, mask)
         return (x, mask, *extra)
 
@@ -207,16 +208,16 @@ def mlp_function(
     return function(f"{'_'.join(['mlp', *kind])}{_fp16_suffix(fp16_layers)}", inputs, body)
 
 
-def mlp_none_function(config: DiTConfig, precision: Precision, routed: bool) -> ir.Function:
+def mlp_none_function(config: TransformerConfig, precision: Precision, norm: BranchNorm, routed: bool) -> ir.Function:
     """The MLP without active groups: the bias of fc2 is added to the routed tokens."""
-    inputs = ["x", "gate", "fc2_bias", *(_ROUTER if routed else ())]
+    inputs = ["x", *norm.joining, "fc2_bias", *(_ROUTER if routed else ())]
 
-    def body(ops: Ops, x: ir.Value, gate: ir.Value, bias: ir.Value, *router: ir.Value) -> Values:
-        branch = ops.Mul(gate, ops.to_fp32(bias, precision))
+    def body(ops: Ops, *arguments: ir.Value) -> Values:
+        of = dict(zip(inputs, arguments, strict=True))
+        x, branch = of["x"], norm.scaled(ops, of, ops.to_fp32(of["fc2_bias"], precision))
         if not routed:
             return (ops.Add(x, branch),)
-        tokens = flat(ops, x)
-        mask = _token_mask(ops, tokens, *router)
+        mask = _token_mask(ops, config, flat(ops, x), *(of[name] for name in _ROUTER))
         shape = ops.Concat(ops.Shape(x, start=0, end=2), ops.constant([1]), axis=0)
         on = ops.Reshape(ops.Cast(mask, to=ir.DataType.FLOAT), shape)
         return (ops.Add(x, ops.Mul(branch, on)), mask)
@@ -224,10 +225,19 @@ def mlp_none_function(config: DiTConfig, precision: Precision, routed: bool) -> 
     return function("mlp_none_routed" if routed else "mlp_none", inputs, body)
 
 
-def _token_mask(ops: Ops, tokens: ir.Value, w0: ir.Value, b0: ir.Value, w2: ir.Value, b2: ir.Value) -> ir.Value:
-    """Whether each of the T tokens enters the MLP, bool [T]: whether its router logit, in fp32, is above 0."""
+def _token_mask(
+    ops: Ops, config: TransformerConfig, tokens: ir.Value, w0: ir.Value, b0: ir.Value, w2: ir.Value, b2: ir.Value
+) -> ir.Value:
+    """Whether each of the T tokens enters the MLP, bool [T]: whether its router logit, in fp32, is above 0.
+
+    The tokens in front of the patches always do.
+    """
     logits = ops.Gemm(ops.Relu(ops.Gemm(tokens, w0, b0, transB=1)), w2, b2, transB=1)
-    return ops.Reshape(ops.Greater(logits, ops.constant(0, np.float32)), ops.constant([-1]))
+    on = ops.Reshape(ops.Greater(logits, ops.constant(0, np.float32)), ops.constant([-1]))
+    if not config.extra_tokens:
+        return on
+    always = ops.constant(np.arange(config.tokens) < config.extra_tokens, np.bool_)
+    return ops.Reshape(ops.Or(ops.Reshape(on, ops.constant([-1, config.tokens])), always), ops.constant([-1]))
 
 
 def _dense(mlp: _Mlp, mask: ir.Value) -> Routed:
@@ -242,10 +252,9 @@ def _dynamic(mlp: _Mlp, mask: ir.Value) -> Routed:
     rows = ops.Div(ids, ops.constant([mlp.config.tokens]))
     stream = flat(ops, of["x"])
     entering = ops.Gather(stream, ids, axis=0)  # [n, D]
-    vectors = (ops.Gather(ops.Squeeze(of[name], ops.constant([1])), rows, axis=0) for name in _VECTORS)
-    shift, scale, gate = vectors
-    branch = mlp.forward(modulate(ops, entering, of["ones"], shift, scale))
-    leaving = ops.Add(entering, ops.Mul(gate, ops.to_fp32(branch, mlp.fc2)))
+    chosen = mlp.norm.at_rows(ops, of, rows)
+    branch = mlp.forward(mlp.norm.read(ops, chosen, entering))
+    leaving = ops.Add(entering, mlp.norm.scaled(ops, chosen, ops.to_fp32(branch, mlp.fc2)))
     stream = ops.ScatterND(stream, ops.Unsqueeze(ids, ops.constant([1])), leaving)
     return ops.Reshape(stream, ops.Shape(of["x"])), []
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dydit.errors import ConfigError
-from dydit.models.dit.config import DiTConfig
+from dydit.models.transformer.config import TransformerConfig
 
 
 def head_importance(qkv: Tensor, proj: Tensor, num_heads: int) -> Tensor:
@@ -30,20 +30,20 @@ def channel_importance(fc1: Tensor, fc2: Tensor) -> Tensor:
     return rows * columns
 
 
-def rank_and_permute(state: dict[str, Tensor], config: DiTConfig) -> dict[str, Tensor]:
-    """A static DiT's state dict with heads and MLP channels of every block in descending importance.
+def rank_and_permute(state: dict[str, Tensor], config: TransformerConfig) -> dict[str, Tensor]:
+    """A static model's state dict with heads and MLP channels of every block in descending importance.
 
     Channels are sorted one by one, so group 0 holds the most important ones. The model computes the same function.
     Raises `ConfigError` for a model with routers, because they were trained for its order.
     """
     if any(".attn_rate." in name or ".mlp_rate." in name for name in state):
-        raise ConfigError("the model already has routers; only a static DiT can be reordered by importance")
+        raise ConfigError("the model already has routers; only a static one can be reordered by importance")
     out = dict(state)
     for block in range(config.depth):
-        prefix = f"blocks.{block}."
+        prefix = f"{config.block_name(block)}."
         qkv, proj = state[prefix + "attn.qkv.weight"], state[prefix + "attn.proj.weight"]
         heads = _descending(head_importance(qkv, proj, config.num_heads))
-        for part in ("weight", "bias"):
+        for part in ("weight", "bias") if config.QKV_BIAS else ("weight",):
             rows = state[f"{prefix}attn.qkv.{part}"]
             split = rows.view(3, config.num_heads, config.head_dim, *rows.shape[1:])
             out[f"{prefix}attn.qkv.{part}"] = split[:, heads].reshape(rows.shape).clone()

@@ -1,0 +1,19 @@
+"""The parts of timestep embeddings in NumPy, in float64, from stored weights. No PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+
+def sinusoid(times: np.ndarray, frequencies: np.ndarray) -> np.ndarray:
+    """Times [T] -> [T, size], the cosines first."""
+    angles = np.asarray(times, np.float64)[:, None] * frequencies
+    return np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
+
+
+def linear(x: np.ndarray, weights: Mapping[str, np.ndarray], layer: str) -> np.ndarray:
+    """A stored linear layer, [out, in], on x [T, in]."""
+    out: np.ndarray = x @ np.asarray(weights[f"{layer}.weight"], np.float64).T + weights[f"{layer}.bias"]
+    return out

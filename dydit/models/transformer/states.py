@@ -1,0 +1,86 @@
+"""What the readers of state dicts share. Errors do not name the file: the caller does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from dydit.checkpoints.conventions import Stated
+from dydit.checkpoints.safe_load import listed
+from dydit.errors import CheckpointError
+from dydit.models.config import Routers
+
+_EXPECTED = {
+    "DiT": "an official DiT, a DyDiT training file, a diffusers DiT folder or a dydit file",
+    "U-ViT": "an official U-ViT, a training folder of it or a dydit file",
+}
+
+
+def shape_of(state: Mapping[str, Tensor], name: str, dimensions: int, title: str) -> tuple[int, ...]:
+    """The shape of a tensor. Raises `CheckpointError` if it is absent, empty or has other `dimensions`."""
+    if name not in state:
+        raise CheckpointError(
+            f"is not a checkpoint of a {title}: it has no {name}; it holds {listed(state) or 'no tensors'} "
+            f"(expected {_EXPECTED[title]})"
+        )
+    shape = tuple(state[name].shape)
+    if len(shape) != dimensions or 0 in shape:
+        raise CheckpointError(
+            f"has {name} of shape {list(shape)}; expected {dimensions} dimensions, none of them empty"
+        )
+    return shape
+
+
+def block_count(numbers: set[int], what: str) -> int:
+    """The number of blocks, from their numbers in names."""
+    # A few gaps are reported as missing tensors, by name. A very large number would make a very long list.
+    if not numbers or max(numbers) >= 2 * len(numbers):
+        raise CheckpointError(f"is not a checkpoint of a {what}: its blocks are not numbered from 0 on")
+    return max(numbers) + 1
+
+
+def choose_heads(
+    hidden: int,
+    rows: int | None,
+    published: Sequence[int],
+    given: int | None = None,
+    hint: int | None = None,
+) -> tuple[int, Routers]:
+    """The head count H, and the router layout for it.
+
+    `rows`: rows of the width routers, which are H-1 or H; None for a static model. The first of these that is possible
+    is taken: `given` by the user; the `hint` of the training arguments; that of a `published` model of these sizes; for
+    routers, the only one of the two counts that divides `hidden`. Raises `CheckpointError` if there is none.
+    """
+    if rows is None:
+        layouts = {heads: Routers.NONE for heads in range(1, hidden + 1) if hidden % heads == 0}
+    else:
+        layouts = {rows + 1: Routers.FIRST_ON, rows: Routers.ALL_ROUTED}
+        layouts = {heads: layout for heads, layout in layouts.items() if heads > 0 and hidden % heads == 0}
+    if given is not None and given not in layouts:
+        fitting = "a divisor of it" if rows is None else " or ".join(map(str, layouts)) or "no head count"
+        raise CheckpointError(f"cannot have {given} heads: its hidden size {hidden} and its routers allow {fitting}")
+    for heads in (given, hint, *published):
+        if heads in layouts:
+            return heads, layouts[heads]
+    if rows is not None and len(layouts) == 1:
+        return next(iter(layouts.items()))
+    if rows is not None and not layouts:
+        raise CheckpointError(
+            f"has routers of {rows} rows: neither {rows} nor {rows + 1} heads divide {hidden} channels"
+        )
+    options = "" if rows is None else f" ({' or '.join(map(str, sorted(layouts)))})"
+    raise CheckpointError(
+        f"does not show its number of heads{options}; give it with --num-heads (num_heads=), here or to dydit convert"
+    )
+
+
+def require_stated_heads(stated: Stated, heads: int, given: int | None) -> None:
+    """Raise `CheckpointError` if training arguments say another number of heads, and the user none."""
+    said = stated.get("num_heads")
+    if type(said) is int and given is None and said != heads:
+        raise CheckpointError(
+            f"contradicts itself: its training arguments say {said} heads, but its tensors allow {heads}; "
+            "give --num-heads"
+        )
