@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import shlex
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ import numpy as np
 
 from dydit.bundle.manifest import MANIFEST, FileEntry, Manifest, parse_manifest
 from dydit.bundle.stored_weights import WEIGHTS
+from dydit.bundle.texts import Texts
 from dydit.dtypes import DTYPES
 from dydit.errors import BackendError, BundleError, one_line
 from dydit.files import sha256_of, user_path
@@ -28,12 +30,13 @@ class Bundle:
 
     Files are read when they are needed, perhaps long after they were verified. `stamps` tell whether a file was
     replaced since then: inode, size and modification time of each file, as `open` read them. They are empty if the
-    bundle was not made by `open`.
+    bundle was not made by `open`. `texts`: of the run, for a model that texts condition; see `with_texts`.
     """
 
     path: Path
     manifest: Manifest
     stamps: dict[str, Stamp] = field(default_factory=dict, compare=False, repr=False)
+    texts: Texts | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def open(cls, path: Path | str, verify: bool = True) -> Bundle:
@@ -57,6 +60,11 @@ class Bundle:
         bundle = cls(folder, manifest, stamps)
         bundle._check_weights()
         return bundle
+
+    def with_texts(self, texts: Texts) -> Bundle:
+        """The bundle for a run with these texts. Labels are their numbers."""
+        model = self.manifest.model.with_texts(texts.count, texts.negative)
+        return dataclasses.replace(self, manifest=self.manifest.model_copy(update={"model": model}), texts=texts)
 
     def _check_weights(self) -> None:
         size = self.manifest.files[WEIGHTS].bytes

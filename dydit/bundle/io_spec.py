@@ -3,7 +3,7 @@
 The graph writer declares inputs and outputs from it, backends check feeds against it, and shape profiles for compilers
 are derived from it. A dimension is a number or a symbol: `batch` images; `rows` of the condition (`batch` rows, or
 twice that with classifier-free guidance: first the conditional rows, then the unconditional ones); `steps`; `labels`;
-and the widths of `unit_input`, in a graph that takes block weights as inputs.
+`texts` and their `text_tokens`; and the widths of `unit_input`, in a graph that takes block weights as inputs.
 """
 
 from __future__ import annotations
@@ -20,10 +20,13 @@ from dydit.models.architecture import Part
 from dydit.models.config import ModelConfig
 
 Dim = int | str
-BATCH, ROWS, STEPS, LABELS = "batch", "rows", "steps", "labels"
+BATCH, ROWS, STEPS, LABELS, TEXTS, TEXT_TOKENS = "batch", "rows", "steps", "labels", "texts", "text_tokens"
 CONDITION = "condition"
 """The input of a step that carries its timestep and label, one row for each row of the model. The conditioning graph
 computes it."""
+TEXT_VALUES, TEXT_BIAS, TEXT_ROWS = "text_values", "text_bias", "text_rows"
+"""The inputs of a step that carry texts, where a model has them: what the text graph computes of some texts, and which
+of these each row has."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,31 @@ def subnet_inputs(model: ModelConfig, gated: bool) -> tuple[TensorSpec, ...]:
         TensorSpec("cfg_scale", "float32", ()),
         TensorSpec(CONDITION, "float32", (ROWS, *model.condition_shape)),
     )
-    return (*specs, TensorSpec("gates", "float32", (model.units.size,))) if gated else specs
+    gates = (TensorSpec("gates", "float32", (model.units.size,)),) if gated else ()
+    rows = () if model.text is None else (TensorSpec(TEXT_ROWS, "int64", (ROWS,)),)
+    return (*specs, *text_outputs(model), *rows, *gates)
+
+
+def text_inputs(model: ModelConfig) -> tuple[TensorSpec, ...]:
+    """Inputs of the text graph: texts encoded by a language model, and which of their tokens are not padding."""
+    assert model.text is not None
+    return (
+        TensorSpec("embeddings", "float32", (TEXTS, TEXT_TOKENS, model.text.channels)),
+        TensorSpec("mask", "bool", (TEXTS, TEXT_TOKENS)),
+    )
+
+
+def text_outputs(model: ModelConfig) -> tuple[TensorSpec, ...]:
+    """Outputs of the text graph: keys and values of every block, and what is added to attention scores.
+
+    Empty for a model without texts.
+    """
+    if model.text is None:
+        return ()
+    return (
+        TensorSpec(TEXT_VALUES, "float32", (model.depth, TEXTS, 2, TEXT_TOKENS, model.hidden_size)),
+        TensorSpec(TEXT_BIAS, "float32", (TEXTS, TEXT_TOKENS)),
+    )
 
 
 def width_symbol(part: Part, rows: int) -> str:

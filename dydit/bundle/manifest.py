@@ -32,7 +32,7 @@ from dydit.quantization.smoothing import Smoothing
 from dydit.validation import Strict, first_problem
 
 SCHEMA_VERSION: Literal[3] = 3
-MANIFEST, CONDITIONING = "manifest.json", "conditioning.onnx"
+MANIFEST, CONDITIONING, TEXT_GRAPH = "manifest.json", "conditioning.onnx", "text.onnx"
 DYNAMIC_WIDTH_GRAPH, DYNAMIC_WIDTH_FULL_GRAPH = "sliding.onnx", "sliding-full.onnx"
 """The graph of dynamic width, and the same graph with a slot for every token."""
 _LEFT_OUT_WHILE_NONE = ("vae", "migration")  # fields that older bundles, and so their digests, do not have
@@ -212,7 +212,8 @@ class Manifest(Strict):
             raise ValueError(trouble)
         decoder = () if self.vae is None else (VAE_DECODER, VAE_WEIGHTS)
         subnets = (*(s.file for s in self.subnets), *(s.full_file for s in self.subnets))
-        for name in (WEIGHTS, CONDITIONING, *subnets, *decoder):
+        text = () if self.model.text is None else (TEXT_GRAPH,)
+        for name in (WEIGHTS, CONDITIONING, *text, *subnets, *decoder):
             if name is not None and name not in self.files:
                 raise ValueError(f"file {name!r} is used but not listed")
         if self.vae is not None and (reason := self.vae.unfit_reason(self.model)):

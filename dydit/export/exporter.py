@@ -18,6 +18,7 @@ from dydit.bundle.manifest import (
     DYNAMIC_WIDTH_GRAPH,
     MANIFEST,
     SCHEMA_VERSION,
+    TEXT_GRAPH,
     FileEntry,
     Manifest,
     PlanEntry,
@@ -104,6 +105,8 @@ def export_planned(
         weights = write_weights(folder / WEIGHTS, tensors, job.model, config.precision, copies)
         conditioning = architecture.conditioning_graph(job.model, Windows(weights), job.precision, job.smoothing)
         save_graph(conditioning, folder / CONDITIONING)
+        if job.model.text is not None:
+            save_graph(architecture.text_graph(job.model, Windows(weights), job.precision), folder / TEXT_GRAPH)
         subnets = _write_subnets(folder, job, weights, progress)
         manifest = _manifest(folder, checkpoint, config, job, weights, subnets, vae)
         (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")

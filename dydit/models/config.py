@@ -70,6 +70,14 @@ class ClassLabels:
         return self.count + (self.null is not None)
 
 
+@dataclass(frozen=True)
+class TextSpec:
+    """The texts that a model takes: of `tokens` each, as it was trained, with `channels` of the language model."""
+
+    tokens: int
+    channels: int
+
+
 class ModelConfig(Strict):
     """The configuration of a model. Each architecture has a subclass with its own sizes.
 
@@ -82,6 +90,7 @@ class ModelConfig(Strict):
     """
 
     UNSTATED: ClassVar[dict[str, Any]] = {"space": None, "process": None, "class_names": None}
+    OF_A_RUN: ClassVar[frozenset[str]] = frozenset()  # fields that are set for a run, and are in no file
 
     architecture: str
     hidden_size: int = Field(gt=0)
@@ -116,7 +125,11 @@ class ModelConfig(Strict):
         (pydantic would write the fields of `ModelConfig` alone where a field of another configuration is declared so.)
         """
         values = {name: getattr(self, name) for name in type(self).model_fields}
-        return {name: value for name, value in values.items() if value != self.UNSTATED.get(name, ...)}
+        return {
+            name: value
+            for name, value in values.items()
+            if name not in self.OF_A_RUN and value != self.UNSTATED.get(name, ...)
+        }
 
     @model_validator(mode="after")
     def _pixels_have_colours(self) -> Self:
@@ -148,6 +161,15 @@ class ModelConfig(Strict):
     @abstractmethod
     def classes(self) -> ClassLabels:
         """The class labels that the model takes."""
+
+    @property
+    def text(self) -> TextSpec | None:
+        """The texts that condition the model, in place of class labels; None for all other models."""
+        return None
+
+    def with_texts(self, count: int, negative: bool) -> Self:
+        """The model of a run with `count` texts, whose labels are their numbers. `negative`: whether there is one."""
+        raise ConfigError("this model takes class labels, not texts")
 
     @property
     @abstractmethod

@@ -70,6 +70,15 @@ class Architecture(ABC):
     def conditioning(self, config: Any, weights: Mapping[str, Tensor], timesteps: Tensor, labels: Tensor) -> Tensor:
         """The conditions of all (timestep, label) pairs: int64 [T], int64 [R] -> [T, R, *condition_shape]."""
 
+    def text_values(
+        self, config: Any, weights: Mapping[str, Tensor], embeddings: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """What steps take of texts (`io_spec.text_outputs`): embeddings [T, L, channels] and mask bool [T, L].
+
+        Only for models whose configuration has a `text`.
+        """
+        raise self._unable("it is not conditioned by texts")
+
     # In NumPy.
 
     @abstractmethod
@@ -116,6 +125,10 @@ class Architecture(ABC):
         self, config: Any, weights: Windows, precision: Precision, smoothing: Smoothing | None = None
     ) -> ir.Model:
         """(timesteps [T], labels [R]) -> condition f32 [T, R, *condition_shape]."""
+
+    def text_graph(self, config: Any, weights: Windows, precision: Precision) -> ir.Model:
+        """The graph with `io_spec.text_inputs` and `text_outputs`. Only for models whose configuration has a `text`."""
+        raise self._unable("it is not conditioned by texts")
 
     # Reading checkpoints. Without these, only checkpoints in dydit's own format can be read.
 

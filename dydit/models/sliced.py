@@ -38,6 +38,20 @@ class SlicedOutput:
 
 
 @dataclass(frozen=True)
+class StepTexts:
+    """The texts of a step (`io_spec`): `values` [L, texts, 2, tokens, D], `bias` [texts, tokens], `rows` int64 [R]."""
+
+    values: Tensor
+    bias: Tensor
+    rows: Tensor
+
+    def of_block(self, block: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys and values [R, tokens, D] of a block, and the bias [R, tokens], of every row."""
+        keys, values = self.values[block][self.rows].unbind(1)
+        return keys, values, self.bias[self.rows]
+
+
+@dataclass(frozen=True)
 class SlicedBlock:
     """A block's weights for its slots. With consecutive slots, they are views of the stored tensors.
 
@@ -90,6 +104,7 @@ class SlicedModel(ABC):
         self._units = {layer.name: layer for layer in config.units.layers}
         self.blocks = [_cut(config, weights, index, each) for index, each in enumerate(slots)]
         self._overflow = torch.zeros(0)
+        self._text: StepTexts | None = None
         self._tokens: list[Tensor] = []
         self._residuals: list[Tensor] = []
         self._take(weights)
@@ -116,15 +131,21 @@ class SlicedModel(ABC):
         condition: Tensor,
         gates: Tensor | None = None,
         debug: bool = False,
+        text_values: Tensor | None = None,
+        text_bias: Tensor | None = None,
+        text_rows: Tensor | None = None,
     ) -> SlicedOutput:
         """One sampler step on the inputs of a subnetwork's graph.
 
         x, history, noise [B, C, S, S]; coefficients [8]; cfg_scale []; condition [R, *condition_shape]; gates [U] of
-        0 or 1, by slot. With capacities, a block's routed tokens beyond `capacity * R` keep their residual and are
-        counted in `overflow`.
+        0 or 1, by slot; the text inputs of `io_spec.subnet_inputs`. With capacities, a block's routed tokens beyond
+        `capacity * R` keep their residual and are counted in `overflow`.
         """
         self._overflow = torch.zeros(self.config.depth, dtype=torch.int64)
         self._tokens, self._residuals = [], []
+        self._text = None
+        if text_values is not None and text_bias is not None and text_rows is not None:
+            self._text = StepTexts(text_values, text_bias, text_rows)
         parts = None if gates is None else gates.split([part.group.count for part in self.config.units.parts])
         output = self._output(x, condition, parts)
         state = sampler_step(x, history, output, noise, coefficients, cfg_scale, self.cfg_channels)

@@ -24,6 +24,7 @@ from dydit.runtime.backends.base import Backend, StepResult
 from dydit.runtime.noise_source import NoiseSource
 from dydit.runtime.request import Batch
 from dydit.runtime.resident import ResidentSubnets
+from dydit.runtime.text_conditioner import TextConditioner
 
 Progress = Callable[[int, int], None]
 T = TypeVar("T")
@@ -104,6 +105,7 @@ class StepRunner:
         self.backend, self.subnets, self.images = backend, subnets, images
         self.guidance = Guidance(cfg_scale, manifest.model.null_class)
         self._conditioner = Conditioner(backend, self.guidance.rows(np.asarray(labels, np.int64)))
+        self._texts = None if manifest.model.text is None else TextConditioner(backend)
         self._coefficients = np.asarray(manifest.sampling.coefficients, np.float32)
         self._multistep, self._noisy = manifest.sampling.multistep, frozenset(manifest.sampling.noisy_steps)
         self._subnet_of = {step: s.subnet for s in manifest.plan.segments for step in s.steps}
@@ -115,7 +117,9 @@ class StepRunner:
         with self.backend.lock:
             if self.backend.bundle.manifest is not self._manifest:
                 raise BackendError("the backend runs other steps now; make another StepRunner for them")
-            condition = self._conditioner.rows(step, self.guidance.rows(labels))
+            rows = self.guidance.rows(labels)
+            condition = self._conditioner.rows(step, rows)
+            texts = {} if self._texts is None else self._texts.feeds(rows)
         return {
             "x": state.x,
             "history": state.history_or(np.zeros_like),
@@ -123,6 +127,7 @@ class StepRunner:
             "coefficients": self._coefficients[step],
             "cfg_scale": np.asarray(self.guidance.scale, np.float32),
             CONDITION: condition,
+            **texts,
             "gates": self.backend.bundle.step_gates(step),
         }
 

@@ -9,6 +9,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from dydit.bundle.manifest import Manifest
+from dydit.bundle.texts import NEEDED
 from dydit.errors import ConfigError
 from dydit.models.config import ModelConfig, UserPath
 from dydit.validation import Strict
@@ -70,6 +71,10 @@ def check_labels(labels: Sequence[int], manifest: Manifest) -> None:
 def check_label(label: int, model: ModelConfig, where: str = "") -> None:
     """`check_labels` for one label. `where`: a beginning of the message."""
     classes = model.classes
+    if not classes.rows:
+        raise ConfigError(NEEDED)
+    if model.text is not None and not 0 <= label < classes.rows:
+        raise ConfigError(f"{where}text {label} is outside 0..{classes.rows - 1}, the texts of this run")
     if not 0 <= label < classes.rows:
         null = "" if classes.null is None else f", or {classes.null} for no class"
         raise ConfigError(f"{where}label {label} is outside 0..{classes.count - 1}, the classes of this model{null}")

@@ -22,8 +22,8 @@ from dydit.models.architecture import UnitLayer
 from dydit.models.dit.graph import conditioning_graph
 from dydit.models.dit.layout import stored_tensors
 from dydit.models.dit.sliced import SlicedDiT, conditioning
-from dydit.models.dit.smoothed import modulation_factors
 from dydit.models.sliced import Linear, SlicedBlock, plain_linear
+from dydit.models.transformer.modulation import modulation_factors
 from dydit.models.transformer.smoothed import smoothed_tensors
 from dydit.parity.parity import compare_weights
 from dydit.quantization.smoothing import Smoothing

@@ -78,7 +78,7 @@ class DiTArchitecture(Architecture):
         return smoothed_tensors(stored_tensors, state, config, smoothing, order)
 
     def condition_factors(self, config: DiTConfig, smoothing: Smoothing | None) -> np.ndarray | None:
-        from dydit.models.dit.smoothed import modulation_factors
+        from dydit.models.transformer.modulation import modulation_factors
 
         return modulation_factors(config, smoothing)
 

@@ -9,11 +9,11 @@ from pydantic import Field, model_validator
 from dydit.errors import ConfigError
 from dydit.models.config import ClassLabels, ModelConfig, Routers, parse_config
 from dydit.models.dit import units
-from dydit.models.transformer.config import TransformerConfig
+from dydit.models.transformer.config import ModulatedConfig
 from dydit.models.transformer.units import attention_macs, mlp_macs
 
 
-class DiTConfig(TransformerConfig):
+class DiTConfig(ModulatedConfig):
     """Sizes of a DiT (Peebles & Xie 2023) and the layout of its DyDiT routers.
 
     There are N = (input_size/patch_size)**2 tokens.
@@ -35,19 +35,6 @@ class DiTConfig(TransformerConfig):
     @property
     def classes(self) -> ClassLabels:
         return ClassLabels(self.num_classes, self.num_classes if self.null_class_row else None)
-
-    @property
-    def vectors(self) -> int:
-        """The number of modulation vectors, 6L+2.
-
-        Block l has 6l..6l+5: shift1, 1+scale1, gate1, shift2, 1+scale2, gate2. The last two are the final layer's shift
-        and 1+scale. The conditioning graph adds the 1 once, so that steps need not.
-        """
-        return 6 * self.depth + 2
-
-    @property
-    def condition_shape(self) -> tuple[int, ...]:
-        return (self.vectors, self.hidden_size)
 
     def stored_shapes(self) -> dict[str, tuple[int, ...]]:
         return units.stored_shapes(self)

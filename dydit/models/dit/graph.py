@@ -12,10 +12,10 @@ from dydit.bundle.stored_weights import Precision
 from dydit.graph.ops import Ops, silu
 from dydit.graph.sources import Windows, graph_value
 from dydit.graph.writer import GraphWriter, conditioning_model, typed
-from dydit.models.dit import ends
 from dydit.models.dit.config import DiTConfig
-from dydit.models.dit.smoothed import modulation_factors
+from dydit.models.transformer import ends
 from dydit.models.transformer.graph import write_attention, write_mlp
+from dydit.models.transformer.modulation import modulation_factors, scale_ones
 from dydit.models.transformer.norms import Modulated
 from dydit.quantization.smoothing import Smoothing
 
@@ -62,9 +62,8 @@ def conditioning_graph(
         weight, bias = (weights.rows(f"adaln.{piece}", first, end) for piece in ("weight", "bias"))
         layers.append(ops.Gemm(flat, weight, bias, transB=1))
     out = ops.to_fp32(ops.Concat(*layers, axis=1), precision)
-    ones = np.zeros((vectors, d), np.float32)
-    ones[[*(6 * b + k for b in range(config.depth) for k in (1, 4)), vectors - 1]] = 1
-    out = ops.Add(ops.Reshape(out, ops.constant([-1, vectors, d])), weights.local("scale_ones", ones[:, :1]))
+    ones = weights.local("scale_ones", scale_ones(config))
+    out = ops.Add(ops.Reshape(out, ops.constant([-1, vectors, d])), ones)
     factors = modulation_factors(config, smoothing)
     if factors is not None:
         out = ops.Mul(out, weights.local("modulation_factors", factors))

@@ -11,6 +11,7 @@ from torch import Tensor
 from dydit.models.dit.config import DiTConfig
 from dydit.models.dit.model import layer_norm
 from dydit.models.sliced import SlicedBlock
+from dydit.models.transformer.modulation import scale_vectors
 from dydit.models.transformer.modules import sinusoid, unpatchify
 from dydit.models.transformer.sliced import SlicedTransformer
 
@@ -49,7 +50,7 @@ class SlicedDiT(SlicedTransformer):
 def conditioning(config: DiTConfig, weights: Mapping[str, Tensor], timesteps: Tensor, labels: Tensor) -> Tensor:
     """Modulation of every (timestep, label) pair: int64 [T], int64 [R] -> [T, R, 6L+2, D].
 
-    `DiTConfig.vectors` describes the order of vectors. The 1 of each `1+scale` is added here.
+    `dydit.models.transformer.modulation` describes the order of vectors. The 1 of each `1+scale` is added here.
     """
     waves = sinusoid(timesteps, weights["time.frequencies"]).to(weights["time.0.weight"].dtype)
     hidden = F.silu(F.linear(waves, weights["time.0.weight"], weights["time.0.bias"]))
@@ -57,8 +58,7 @@ def conditioning(config: DiTConfig, weights: Mapping[str, Tensor], timesteps: Te
     c = t_emb[:, None] + weights["label.table"][labels]
     out = F.linear(F.silu(c).to(weights["adaln.weight"].dtype), weights["adaln.weight"], weights["adaln.bias"])
     out = out.to(c.dtype).view(len(timesteps), len(labels), -1, config.hidden_size)
-    scales = [vector for block in range(config.depth) for vector in (6 * block + 1, 6 * block + 4)]
-    out[..., [*scales, 6 * config.depth + 1], :] += 1
+    out[..., scale_vectors(config), :] += 1
     return out
 
 

@@ -79,3 +79,16 @@ class TransformerConfig(ModelConfig):
     def summary(self) -> str:
         heads = counted(self.num_heads, "head")
         return f"hidden {self.hidden_size}, {counted(self.depth, 'block')}, {heads}, patch {self.patch_size}"
+
+
+class ModulatedConfig(TransformerConfig):
+    """Sizes of a transformer whose blocks are modulated by vectors of a condition (adaLN)."""
+
+    @property
+    def vectors(self) -> int:
+        """The number of modulation vectors, 6L+2 (`dydit.models.transformer.modulation`)."""
+        return 6 * self.depth + 2
+
+    @property
+    def condition_shape(self) -> tuple[int, ...]:
+        return (self.vectors, self.hidden_size)

@@ -14,16 +14,17 @@ from typing import Self
 import numpy as np
 
 from dydit.bundle.bundle import Bundle
-from dydit.bundle.io_spec import check_feeds, conditioning_inputs, subnet_inputs
+from dydit.bundle.io_spec import check_feeds, conditioning_inputs, subnet_inputs, text_inputs, text_outputs
 from dydit.bundle.manifest import Manifest
+from dydit.bundle.texts import NEEDED
 from dydit.diffusion.steps import State
-from dydit.errors import BackendError
+from dydit.errors import BackendError, ConfigError
 from dydit.runtime.forks import register
 
 Arrays = Mapping[str, np.ndarray]
 DecodeTile = Callable[[np.ndarray], np.ndarray]
-_OF_THE_STEPS = {"sampling", "plan", "subnets", "masks", "digest"}
-"""What of a manifest may differ between bundles that one backend serves (`Backend.use`)."""
+_OF_A_RUN = {"model", "sampling", "plan", "subnets", "masks", "digest"}
+"""What of a manifest may differ between bundles that one backend serves (`Backend.use`): the steps, and texts."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,9 @@ class Backend(ABC):
         register(self)
 
     def use(self, bundle: Bundle) -> None:
-        """Run other steps from now on: those of another manifest of the same files (`dydit.planning.resampling`).
+        """Run other steps or texts from now on: those of another manifest of the same files.
+
+        See `dydit.planning.resampling` and `Bundle.with_texts`.
 
         Sessions, engines and weights stay. What depends on the steps compares its manifest with `bundle` when it is
         used next. A subnetwork loaded before serves only if the new manifest has it under the same number. Raises
@@ -154,7 +157,7 @@ class Backend(ABC):
             self.require_open()
             if bundle.path != self.bundle.path or not _same_files(bundle.manifest, self.bundle.manifest):
                 raise BackendError(f"this backend has the files of {self.bundle.path}; open another for {bundle.path}")
-            if bundle.manifest != self.bundle.manifest:
+            if bundle.manifest != self.bundle.manifest or bundle.texts is not self.bundle.texts:
                 self.require_no_run()
                 with self.loads:
                     self.bundle = bundle
@@ -173,6 +176,27 @@ class Backend(ABC):
     @abstractmethod
     def _conditioning(self, feeds: Arrays) -> np.ndarray:
         """Execute; feeds have been checked."""
+
+    def text_values(self, labels: np.ndarray) -> dict[str, np.ndarray]:
+        """What steps take of the run's texts with these labels, int64 [T]: see `io_spec.text_outputs`.
+
+        Raises `ConfigError` if the bundle has no texts (`Bundle.with_texts`).
+        """
+        model, texts = self.bundle.manifest.model, self.bundle.texts
+        if texts is None:
+            raise ConfigError(NEEDED)
+        feeds = {"embeddings": texts.embeddings[labels], "mask": texts.mask[labels]}
+        symbols = check_feeds(text_inputs(model), feeds, "text")
+        with self.lock:
+            self.require_open()
+            out = self._text_values(feeds)
+        for spec in text_outputs(model):
+            _check_output(out[spec.name], spec.concrete(symbols), "text")
+        return out
+
+    def _text_values(self, feeds: Arrays) -> dict[str, np.ndarray]:
+        """Execute; feeds have been checked."""
+        raise BackendError(f"{self.name} does not run models that texts condition; use backend='onnxruntime'")
 
     def expect(self, images: int) -> None:  # noqa: B027
         """Announce the batch size of the steps to come: a hint, for backends that are faster when they know it."""
@@ -219,8 +243,11 @@ class Backend(ABC):
 
 
 def _same_files(one: Manifest, other: Manifest) -> bool:
-    """Whether two manifests describe the same files, with or without the same steps."""
-    return all(getattr(one, name) == getattr(other, name) for name in Manifest.model_fields.keys() - _OF_THE_STEPS)
+    """Whether two manifests describe the same files, with or without the same steps and texts."""
+    same = Manifest.model_fields.keys() - _OF_A_RUN
+    return all(getattr(one, name) == getattr(other, name) for name in same) and (
+        one.model.model_dump() == other.model.model_dump()
+    )
 
 
 def _check_output(array: np.ndarray, shape: tuple[int, ...], what: str) -> None:

@@ -27,7 +27,7 @@ from dydit.runtime.backends.cores import thread_count
 from dydit.runtime.background import Pool
 
 STREAM_BYTES = 1 << 20  # residual stream of the images that a thread runs at once: what fits a core's own cache
-_PER_IMAGE, _PER_ROW = ("x", "history", "noise"), "condition"
+_PER_IMAGE, _PER_ROW = ("x", "history", "noise"), ("condition", "text_rows")
 _OUTPUTS = ("x_prev", "next_history")
 
 
@@ -76,8 +76,9 @@ class BatchSplitting:
 
 
 def feeds_of(feeds: Arrays, images: slice) -> Arrays:
-    """A step's inputs for some images of the batch. Of the condition: their conditional and unconditional rows."""
-    batch = len(feeds["x"])
-    rows = feeds[_PER_ROW].reshape(-1, batch, *feeds[_PER_ROW].shape[1:])[:, images]
-    chosen = dict(feeds, **{_PER_ROW: rows.reshape(-1, *rows.shape[2:])})
+    """A step's inputs for some images of the batch. Of what has rows: their conditional and unconditional ones."""
+    batch, chosen = len(feeds["x"]), dict(feeds)
+    for name in feeds.keys() & set(_PER_ROW):
+        rows = feeds[name].reshape(-1, batch, *feeds[name].shape[1:])[:, images]
+        chosen[name] = rows.reshape(-1, *rows.shape[2:])
     return chosen | {name: feeds[name][images] for name in _PER_IMAGE}

@@ -23,8 +23,8 @@ from pathlib import Path
 import numpy as np
 
 from dydit.bundle.bundle import Bundle
-from dydit.bundle.io_spec import residual_name, token_mask_name
-from dydit.bundle.manifest import CONDITIONING, Routing
+from dydit.bundle.io_spec import CONDITION, TEXT_BIAS, TEXT_VALUES, residual_name, token_mask_name
+from dydit.bundle.manifest import CONDITIONING, TEXT_GRAPH, Routing
 from dydit.bundle.stored_weights import Precision
 from dydit.errors import BackendError
 from dydit.extras import require
@@ -112,15 +112,18 @@ class OnnxRuntimeBackend(Backend):
             load_cuda_libraries(runtime())
 
     def _conditioning(self, feeds: Arrays) -> np.ndarray:
-        session = self._conditioner or self._open_conditioning()
+        session = self._conditioner or self._open_once(CONDITIONING, (CONDITION,))
         if self.options.device == "cuda":
             self._conditioner = session
-        return session.run(feeds, "conditioning")["condition"]
+        return session.run(feeds, "conditioning")[CONDITION]
 
-    def _open_conditioning(self) -> Session:
+    def _text_values(self, feeds: Arrays) -> dict[str, np.ndarray]:
+        return self._open_once(TEXT_GRAPH, (TEXT_VALUES, TEXT_BIAS)).run(feeds, "text")
+
+    def _open_once(self, file: str, outputs: tuple[str, ...]) -> Session:
+        """A session for a graph that is seldom needed."""
         options = dataclasses.replace(self.options, packed=False)
-        settings = SessionSettings(lazy=options.device == "cpu", gives=("condition",))
-        return Session(self.bundle.file(CONDITIONING), options, settings)
+        return Session(self.bundle.file(file), options, SessionSettings(lazy=options.device == "cpu", gives=outputs))
 
     def expect(self, images: int) -> None:
         self._splitting.expected = images

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dydit.bundle.bundle import Bundle
+from dydit.bundle.io_spec import TEXT_BIAS, TEXT_VALUES
 from dydit.errors import BackendError
 from dydit.models.registry import architecture_of
 from dydit.models.sliced import SlicedModel
@@ -77,6 +78,13 @@ class TorchBackend(Backend):
             table = architecture_of(model).conditioning(model, self._weights, timesteps, labels)
         array: np.ndarray = table.cpu().numpy()
         return array
+
+    def _text_values(self, feeds: Arrays) -> dict[str, np.ndarray]:
+        device, model = torch.device(self.options.device), self.bundle.manifest.model
+        with self.settings(), torch.inference_mode():
+            embeddings, mask = (torch.from_numpy(feeds[name]).to(device) for name in ("embeddings", "mask"))
+            values, bias = architecture_of(model).text_values(model, self._weights, embeddings, mask)
+        return {TEXT_VALUES: values.cpu().numpy(), TEXT_BIAS: bias.cpu().numpy()}
 
     def subnet(self, index: int, full_capacity: bool = False, debug: bool = False) -> Subnet:
         self.require_open()
