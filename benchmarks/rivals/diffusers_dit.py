@@ -25,7 +25,7 @@ from dydit.checkpoints.checkpoint import load_checkpoint
 from dydit.errors import UnavailableError
 from dydit.models.config import ModelConfig
 from dydit.models.dit.diffusers import diffusers_names
-from dydit.models.dit.model import NORM_EPS
+from dydit.models.transformer.modules import NORM_EPS
 
 
 class Diffusers(MeasuredTorch):

@@ -22,7 +22,8 @@ from dydit.checkpoints.safe_load import listed, require_sane
 from dydit.errors import CheckpointError
 from dydit.models.config import Routers, parse_config
 from dydit.models.dit.config import DiTConfig
-from dydit.models.dit.model import NORM_EPS, sine_position_embedding
+from dydit.models.dit.model import sine_position_embedding
+from dydit.models.transformer.modules import NORM_EPS
 
 DIFFUSERS_EPS = 1e-5  # diffusers always writes this; see the text above
 POSITIONS = "pos_embed.pos_embed"

@@ -8,7 +8,6 @@ one); N tokens of hidden size D, H heads. The output is epsilon, [B, C, S, S], o
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dydit.models.dit.config import DiTConfig
@@ -18,13 +17,14 @@ from dydit.models.transformer.modules import (
     PatchEmbed,
     RoutedBlock,
     initialize_routers,
+    layer_norm,
+    modulate,
     sine_frequencies,
     sinusoid,
     unpatchify,
 )
 
 FREQUENCIES = 256
-NORM_EPS = 1e-6
 
 
 def sine_position_embedding(config: DiTConfig) -> Tensor:
@@ -37,16 +37,6 @@ def sine_position_embedding(config: DiTConfig) -> Tensor:
     column = axis[None, :, :].expand(side, side, -1)
     row = axis[:, None, :].expand(side, side, -1)
     return torch.cat([column, row], -1).reshape(1, config.tokens, config.hidden_size).float()
-
-
-def layer_norm(x: Tensor) -> Tensor:
-    """LayerNorm without affine parameters, over the last axis."""
-    return F.layer_norm(x, x.shape[-1:], eps=NORM_EPS)
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """adaLN: x [B, N, D] scaled and shifted per image, shift and scale [B, D]."""
-    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
 class TimestepEmbedder(nn.Module):

@@ -2,48 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dydit.models.dit.config import DiTConfig
-from dydit.models.dit.model import layer_norm
-from dydit.models.sliced import SlicedBlock
 from dydit.models.transformer.modulation import scale_vectors
-from dydit.models.transformer.modules import sinusoid, unpatchify
-from dydit.models.transformer.sliced import SlicedTransformer
+from dydit.models.transformer.modules import sinusoid
+from dydit.models.transformer.sliced import ModulatedSliced
 
 
-class SlicedDiT(SlicedTransformer):
+class SlicedDiT(ModulatedSliced):
     """One subnetwork of a DiT. Its condition is the modulation [R, 6L+2, D]."""
-
-    def _output(self, x: Tensor, condition: Tensor, gates: Sequence[Tensor] | None) -> Tensor:
-        stream = self.patch_tokens(x) + self._position
-        stream = stream.repeat(len(condition) // len(x), 1, 1)
-        for block in self.blocks:
-            first = 6 * block.index
-            shift1, scale1, gate1, *vectors = condition[:, first : first + 6, None].unbind(1)  # six of [R, 1, D]
-            head_gates, group_gates = (None, None) if gates is None else gates[2 * block.index : 2 * block.index + 2]
-            stream = stream + gate1 * self.attention(block, _modulate(stream, shift1, scale1), head_gates)
-            stream = self._mlp(block, stream, vectors, group_gates)
-            self.finish_block(stream)
-        shift, scale = condition[:, -2, None], condition[:, -1, None]
-        return unpatchify(F.linear(_modulate(stream, shift, scale), *self._final), self.config)
-
-    def _mlp(self, block: SlicedBlock, x: Tensor, vectors: Sequence[Tensor], gates: Tensor | None) -> Tensor:
-        def at(vector: Tensor, rows: Tensor | None) -> Tensor:
-            return vector if rows is None else vector[rows, 0]
-
-        shift, scale, gate = vectors  # [R, 1, D]
-        return self.mlp(
-            block,
-            x,
-            gates,
-            lambda tokens, rows: _modulate(tokens, at(shift, rows), at(scale, rows)),
-            lambda branch, rows: at(gate, rows) * branch,
-        )
 
 
 @torch.inference_mode()
@@ -60,7 +32,3 @@ def conditioning(config: DiTConfig, weights: Mapping[str, Tensor], timesteps: Te
     out = out.to(c.dtype).view(len(timesteps), len(labels), -1, config.hidden_size)
     out[..., scale_vectors(config), :] += 1
     return out
-
-
-def _modulate(x: Tensor, shift: Tensor, scale_plus_one: Tensor) -> Tensor:
-    return layer_norm(x) * scale_plus_one + shift

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from dydit.models.routers import TokenRouter, WidthRouter
 from dydit.models.transformer.config import TransformerConfig
 
+NORM_EPS = 1e-6
+
 
 def sine_frequencies(size: int) -> Tensor:
     """The size/2 angular frequencies of a sinusoidal timestep embedding, `exp(-ln(10000) 2i/size)`, float32."""
@@ -27,6 +29,16 @@ def sinusoid(t: Tensor, frequencies: Tensor) -> Tensor:
     """Timesteps [B] -> [B, size] float32, the cosines first."""
     angles = t[:, None].float() * frequencies
     return torch.cat([angles.cos(), angles.sin()], -1)
+
+
+def layer_norm(x: Tensor) -> Tensor:
+    """LayerNorm without affine parameters, over the last axis."""
+    return F.layer_norm(x, x.shape[-1:], eps=NORM_EPS)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """adaLN: x [B, N, D] scaled and shifted per image, shift and scale [B, D]."""
+    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
 class PatchEmbed(nn.Module):

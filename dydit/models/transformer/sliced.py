@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from dydit.models.sliced import SlicedBlock, SlicedModel
+from dydit.models.transformer.modules import layer_norm, unpatchify
 
 
 class SlicedTransformer(SlicedModel):
@@ -65,3 +66,41 @@ class SlicedTransformer(SlicedModel):
         if gates is not None:
             hidden = hidden * gates[slots].repeat_interleave(self.config.group_dim).to(hidden.dtype)
         return self.linear(block, "fc2", hidden).to(x.dtype)
+
+
+class ModulatedSliced(SlicedTransformer):
+    """One subnetwork of a model whose condition is the modulation [R, 6L+2, D]."""
+
+    def _output(self, x: Tensor, condition: Tensor, gates: Sequence[Tensor] | None) -> Tensor:
+        stream = self.patch_tokens(x) + self._position
+        stream = stream.repeat(len(condition) // len(x), 1, 1)
+        for block in self.blocks:
+            first = 6 * block.index
+            shift1, scale1, gate1, *vectors = condition[:, first : first + 6, None].unbind(1)  # six of [R, 1, D]
+            head_gates, group_gates = (None, None) if gates is None else gates[2 * block.index : 2 * block.index + 2]
+            stream = stream + gate1 * self.attention(block, _modulate(stream, shift1, scale1), head_gates)
+            stream = self._modulated_mlp(block, self._between(block, stream), vectors, group_gates)
+            self.finish_block(stream)
+        shift, scale = condition[:, -2, None], condition[:, -1, None]
+        return unpatchify(F.linear(_modulate(stream, shift, scale), *self._final), self.config)
+
+    def _between(self, block: SlicedBlock, x: Tensor) -> Tensor:
+        """The stream [R, N, D] after what is between attention and MLP: nothing in a DiT."""
+        return x
+
+    def _modulated_mlp(self, block: SlicedBlock, x: Tensor, vectors: Sequence[Tensor], gates: Tensor | None) -> Tensor:
+        def at(vector: Tensor, rows: Tensor | None) -> Tensor:
+            return vector if rows is None else vector[rows, 0]
+
+        shift, scale, gate = vectors  # [R, 1, D]
+        return self.mlp(
+            block,
+            x,
+            gates,
+            lambda tokens, rows: _modulate(tokens, at(shift, rows), at(scale, rows)),
+            lambda branch, rows: at(gate, rows) * branch,
+        )
+
+
+def _modulate(x: Tensor, shift: Tensor, scale_plus_one: Tensor) -> Tensor:
+    return layer_norm(x) * scale_plus_one + shift
