@@ -27,7 +27,7 @@ from dydit.child_process import ChildDiedError, ChildProcess
 from dydit.diffusion.samplers import SamplerChoice
 from dydit.errors import BackendError, ConfigError, DeviationError, DyditError, UnavailableError
 from dydit.files import new_folder, require_absent, write_json
-from dydit.models.config import ModelConfig
+from dydit.models.config import ModelConfig, UserPath
 from dydit.parity.comparison import relative_l2
 from dydit.planning.resampling import resampled
 from dydit.reports.bench_report import BenchReport, Comparison, NotRun, Side, SideKind, SideResult
@@ -35,6 +35,7 @@ from dydit.reports.plot_style import write_picture
 from dydit.reports.plots import latency_png
 from dydit.reports.results import Machine, measured
 from dydit.reports.text import exponent
+from dydit.runtime.text_files import texts_for
 from dydit.validation import Strict
 
 REPORT = "bench.json"
@@ -61,6 +62,7 @@ class BenchConfig(Strict):
     device: str = "cpu"
     latents: Latents = Latents.RUN
     sampling: SamplerChoice = SamplerChoice()
+    texts: UserPath | None = None
 
 
 def sides_of(
@@ -122,6 +124,9 @@ def run_bench(
     """
     start, load_before = time.perf_counter(), os.getloadavg()[0]
     model, sampling, most = _common_run(sides, run_of, config.sampling)
+    texts = texts_for(model, config.texts, max(config.labels) + 1)
+    if texts is not None:
+        model = model.with_texts(texts.count, texts.negative)
     if len(config.labels) > most:
         raise ConfigError(f"{len(config.labels)} labels, but a bundle was exported for batches up to {most}")
     for label in config.labels:
@@ -234,7 +239,7 @@ def _common_run(
 
 
 def _job(side: Side, config: BenchConfig, model: ModelConfig, sampling: SamplingEntry, steps: tuple[int, ...]) -> Job:
-    shared = config.model_dump(include={"labels", "seed", "cfg_scale", "threads", "device", "latents"})
+    shared = config.model_dump(include={"labels", "seed", "cfg_scale", "threads", "device", "latents", "texts"})
     return Job(
         side=side,
         sizes=model.sizes.without_routers(),

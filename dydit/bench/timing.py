@@ -24,7 +24,7 @@ from dydit.diffusion.noise import INITIAL_DRAW, image_noise, step_draw
 from dydit.diffusion.process import Process
 from dydit.diffusion.samplers import Sampler, SamplerConfig
 from dydit.diffusion.steps import State, StateOnly, run_steps
-from dydit.models.config import ModelConfig
+from dydit.models.config import ModelConfig, UserPath
 from dydit.models.macs import flops_ratio, static_macs
 from dydit.planning.executed import computed_ratio, layers_in_16_bits
 from dydit.planning.resampling import with_run
@@ -33,6 +33,7 @@ from dydit.runtime.backends.base import Arrays, Backend, BackendOptions, StepRes
 from dydit.runtime.backends.registry import open_backend
 from dydit.runtime.loop import StepRunner, default_residency
 from dydit.runtime.resident import ResidentSubnets
+from dydit.runtime.text_files import with_texts_for
 from dydit.validation import Strict
 from dydit.words import counted
 
@@ -60,6 +61,7 @@ class Job(Strict):
     threads: int
     device: str
     latents: Latents
+    texts: UserPath | None = None
 
 
 class Round(Strict):
@@ -179,6 +181,9 @@ class _Timed(Backend):
         self.shares.update(dict.fromkeys(feeds["timesteps"].tolist(), seconds / len(table)))
         return table
 
+    def _text_values(self, feeds: Arrays) -> dict[str, np.ndarray]:
+        return self.inner._text_values(feeds)
+
     def subnet(self, index: int, full_capacity: bool = False, debug: bool = False) -> Subnet:
         return self.inner.subnet(index, full_capacity, debug)
 
@@ -191,7 +196,8 @@ class MeasuredBundle(Measured):
 
     def __init__(self, job: Job):
         # The benchmark has verified the files before it started the workers.
-        self.bundle = with_run(Bundle.open(job.side.path, verify=False), job.run)
+        opened = with_run(Bundle.open(job.side.path, verify=False), job.run)
+        self.bundle = with_texts_for(opened, job.texts, max(job.labels) + 1)
         super().__init__(job, self.bundle.manifest.model)
         options = BackendOptions(threads=job.threads, device=job.device, packed=job.side.packed)
         self.backend = _Timed(open_backend(job.side.backend, self.bundle, options))

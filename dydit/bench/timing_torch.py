@@ -19,7 +19,9 @@ from dydit.diffusion.sampler_step import sampler_step
 from dydit.errors import ConfigError
 from dydit.models.config import ModelConfig
 from dydit.models.routers import Gating, Masked, Recording, Static
+from dydit.models.text import TextRows
 from dydit.reports.bench_report import SideKind
+from dydit.runtime.text_files import texts_for
 
 
 class MeasuredTorch(Measured):
@@ -37,8 +39,12 @@ class MeasuredTorch(Measured):
         super().__init__(job, config)
         masked = config.dynamic and job.side.kind is SideKind.TORCH_MASKED
         self.gating: Gating = Masked() if masked else Static()
-        rows = Guidance(job.cfg_scale, config.null_class).rows(self.labels)
-        self.rows = torch.from_numpy(rows).to(self.device)
+        texts = texts_for(config, job.texts, max(job.labels) + 1)
+        if texts is not None:
+            config = config.with_texts(texts.count, texts.negative)
+        rows = torch.from_numpy(Guidance(job.cfg_scale, config.null_class).rows(self.labels))
+        given = rows if texts is None else TextRows.of(texts.embeddings, texts.mask)[rows]
+        self.rows: torch.Tensor | TextRows = given.to(self.device)
 
     def build(self, job: Job) -> tuple[Callable[..., torch.Tensor], ModelConfig]:
         """The model on the job's device, called with (x, t, y, gating), and its configuration.

@@ -21,6 +21,7 @@ from pydantic import AliasChoices, Field, field_validator, model_validator
 
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.manifest import PlanKind
+from dydit.bundle.texts import NEEDED, Texts
 from dydit.calibrate import capacity
 from dydit.calibrate.activation_ranges import ActivationRanges
 from dydit.calibrate.calibration_file import Calibration, OverflowRates, TokenCalibration, plan_sha256
@@ -33,11 +34,11 @@ from dydit.calibrate.smoothing_search import FoundSmoothing, find_smoothing
 from dydit.calibrate.tokens import TokenCounter, TokenCounts, merge, spread_labels, spread_scales
 from dydit.checkpoints.checkpoint import Checkpoint
 from dydit.diffusion.steps import State, run_steps
-from dydit.errors import BundleError, CalibrationError
+from dydit.errors import BundleError, CalibrationError, ConfigError
 from dydit.export.exporter import export, planned_steps
 from dydit.export.settings import ExportConfig
 from dydit.files import atomic_file, remove
-from dydit.models.config import ModelConfig
+from dydit.models.config import ModelConfig, UserPath
 from dydit.parity.frechet import FrechetReference
 from dydit.planning.plan import Plan
 from dydit.runtime.backends.base import BackendOptions, StepResult
@@ -47,6 +48,7 @@ from dydit.runtime.loop import StepRunner
 from dydit.runtime.noise_source import SeededNoise
 from dydit.runtime.request import DEFAULT_CFG_SCALE, UINT64, Batch
 from dydit.runtime.resident import ResidentSubnets
+from dydit.runtime.text_files import texts_for
 from dydit.validation import Strict
 
 Progress = Callable[[int, int], None]
@@ -77,6 +79,8 @@ class CalibrationConfig(Strict):
     percentile: float | None = Field(default=None, gt=0, le=1)
     activation_images: int = Field(default=32, ge=1)
     search: SearchConfig | None = None
+
+    texts: UserPath | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> CalibrationConfig:
@@ -122,6 +126,7 @@ def run_calibration(
     it may take. Raises `CalibrationError` for a static model and for too few samples (both before anything is sampled
     or written), and for latents that are not finite; `ConfigError` and `BackendError` as exporting and sampling do.
     """
+    checkpoint = checkpoint.with_texts(_texts(checkpoint.config, config))
     _require_possible(checkpoint, config)
     reference = _search_reference(checkpoint, exported, config)
     masks, plan = planned_steps(checkpoint, exported)
@@ -179,6 +184,13 @@ def run_calibration(
         groups=tuple(groups),
         smoothing=smoothing,
     )
+
+
+def _texts(model: ModelConfig, config: CalibrationConfig) -> Texts | None:
+    """The texts to sample, which decide ranges and token counts; random ones would not stand for them."""
+    if model.text is not None and config.texts is None:
+        raise ConfigError(NEEDED)
+    return texts_for(model, config.texts, 0)
 
 
 def _require_possible(checkpoint: Checkpoint, config: CalibrationConfig) -> None:
@@ -266,6 +278,8 @@ def work_name(checkpoint: Checkpoint, exported: ExportConfig, config: Calibratio
     }
     if checkpoint.config.process is not None:
         identity["process"] = checkpoint.config.process.model_dump(mode="json")
+    if checkpoint.texts is not None:
+        identity["texts"] = checkpoint.texts.digest
     return f"{hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]}.work"
 
 
@@ -273,7 +287,7 @@ def _sampling_bundle(checkpoint: Checkpoint, exported: ExportConfig, work: Path)
     """The model as one graph of dynamic width, exported into the work folder unless it is there undamaged."""
     folder = work / "bundle"
     with contextlib.suppress(BundleError):  # absent or damaged
-        return Bundle.open(folder)
+        return _with_texts(Bundle.open(folder), checkpoint)
     remove(folder)
     config = ExportConfig(
         **dict(exported.sampling(checkpoint.config.diffusion)),
@@ -281,7 +295,11 @@ def _sampling_bundle(checkpoint: Checkpoint, exported: ExportConfig, work: Path)
         max_batch=_at_once(checkpoint.config),
         cfg_channels=exported.cfg_channels,
     )
-    return export(checkpoint, folder, config)
+    return _with_texts(export(checkpoint, folder, config), checkpoint)
+
+
+def _with_texts(bundle: Bundle, checkpoint: Checkpoint) -> Bundle:
+    return bundle if checkpoint.texts is None else bundle.with_texts(checkpoint.texts)
 
 
 def _at_once(model: ModelConfig) -> int:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dydit.bundle.stored_weights import Precision
 from dydit.calibrate.activation_ranges import ActivationRanges
-from dydit.calibrate.sliced_sampler import SlicedSampler, spread_batches
+from dydit.calibrate.sliced_sampler import Condition, SlicedSampler, spread_batches
 from dydit.checkpoints.checkpoint import Checkpoint
 from dydit.diffusion.samplers import SamplerConfig
 from dydit.diffusion.steps import State, StateOnly, run_steps
@@ -166,7 +166,8 @@ class FakeQuantizedImages:
         spread = spread_batches(images, config.classes.count, cfg_scales, BATCH)
         self.batches = [(scale, batch) for scale, batches in spread for batch in batches]
         self.tick: Callable[[int], None] = lambda steps: None
-        self._step, self._drawn, self._conditions = -1, [np.empty(0)], [None]
+        self._step, self._drawn = -1, [np.empty(0)]
+        self._conditions: list[Condition] = []
 
     def initial(self) -> State[np.ndarray]:
         """The state that all images start from, with x [n, C, S, S]."""

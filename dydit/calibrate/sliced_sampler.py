@@ -16,10 +16,14 @@ from dydit.diffusion.samplers import SamplerConfig
 from dydit.diffusion.steps import State
 from dydit.export.settings import guided_channels
 from dydit.models.registry import architecture_of
-from dydit.models.sliced import Linear, SlicedModel
+from dydit.models.sliced import Linear, SlicedModel, text_feeds
+from dydit.models.text import TextRows
 from dydit.planning.masks import freeze_masks
 from dydit.quantization.smoothing import Smoothing
 from dydit.runtime.request import Batch, make_batches
+
+Condition = dict[str, Tensor]
+"""The inputs of `SlicedModel.step` that depend on the timestep and on the label of each row."""
 
 
 class SlicedSampler:
@@ -40,6 +44,8 @@ class SlicedSampler:
         self.weights = dict(self._architecture.stored_tensors(checkpoint.state, config, smoothing=smoothing))
         self._factors = self._architecture.condition_factors(config, smoothing)
         self._coefficients = torch.from_numpy(run.coefficients.astype(np.float32))
+        texts = checkpoint.texts
+        self._texts = None if texts is None else TextRows.of(texts.embeddings, texts.mask)
         self._channels = guided_channels(config, cfg_channels)
 
     def subnet(self, step: int, linear: Linear) -> SlicedModel:
@@ -47,12 +53,15 @@ class SlicedSampler:
         slots = self.config.units.slots(self.masks[step])
         return self._architecture.sliced(self.config, self.weights, slots, self._channels, linear=linear)
 
-    def condition(self, step: int, labels: np.ndarray, cfg_scale: float) -> Tensor:
+    def condition(self, step: int, labels: np.ndarray, cfg_scale: float) -> Condition:
         """What a step takes for labels [B] and, with guidance, for as many null classes after them."""
         rows = torch.from_numpy(Guidance(cfg_scale, self.config.null_class).rows(labels))
         time = torch.from_numpy(self.timesteps[step : step + 1])
         condition = self._architecture.conditioning(self.config, self.weights, time, rows)[0]
-        return condition if self._factors is None else condition * torch.from_numpy(self._factors)
+        if self._factors is not None:
+            condition = condition * torch.from_numpy(self._factors)
+        texts = {} if self._texts is None else text_feeds(self.config, self.weights, self._texts, rows)
+        return {"condition": condition, **texts}
 
     def step(
         self,
@@ -60,13 +69,13 @@ class SlicedSampler:
         step: int,
         state: State[np.ndarray],
         noise: np.ndarray,
-        condition: Tensor,
+        condition: Condition,
         cfg_scale: float,
     ) -> State[np.ndarray]:
         """The state after a step, f32 [B, C, S, S] each, with the subnetwork and the condition of this step."""
         x, before, drawn = map(torch.from_numpy, (state.x, state.history_or(np.zeros_like), noise))
         scale = torch.tensor(float(cfg_scale))
-        out = subnet.step(x, before, drawn, self._coefficients[step], scale, condition)
+        out = subnet.step(x, before, drawn, self._coefficients[step], scale, **condition)
         return State(out.x_prev.numpy(), out.next_history.numpy())
 
 

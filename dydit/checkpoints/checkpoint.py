@@ -15,6 +15,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -34,6 +35,9 @@ from dydit.models.config import ModelConfig, Space, parse_config, parse_model
 from dydit.models.dynamic import DynamicModel
 from dydit.models.registry import DEFAULT, architecture, architecture_of, architectures
 
+if TYPE_CHECKING:
+    from dydit.bundle.texts import Texts
+
 FORMAT, VERSION = "dydit", "1"
 TRAINING = "training arguments"
 RESERVED = ("format", "version", "config")
@@ -47,7 +51,7 @@ class Checkpoint:
     file, together with the name of the entry if that is not the default one; for a folder, of its weight files.
     `metadata`: the added text of our own format, or for a training file `weights`, the entry that was read ("ema",
     "model", ...). `notes`: assumptions and choices, for the user. The tensors of `state` may be mapped from the file,
-    and may share memory: do not write to them.
+    and may share memory: do not write to them. `texts`: of a run, for a model that texts condition; see `with_texts`.
     """
 
     config: ModelConfig
@@ -57,6 +61,13 @@ class Checkpoint:
     sha256: str
     metadata: dict[str, str]
     notes: tuple[str, ...] = ()
+    texts: Texts | None = field(default=None, repr=False)
+
+    def with_texts(self, texts: Texts | None) -> Checkpoint:
+        """The checkpoint for a run with these texts, whose labels are their numbers; as it is, if there are none."""
+        if texts is None:
+            return self
+        return dataclasses.replace(self, config=self.config.with_texts(texts.count, texts.negative), texts=texts)
 
     def model(self) -> DynamicModel:
         """A new model with these weights, in fp32 and eval mode. It shares no memory with `state`."""

@@ -21,7 +21,9 @@ from torch import Tensor
 from dydit.diffusion.sampler_step import sampler_step
 from dydit.models.architecture import Slots, UnitLayer, stored_name
 from dydit.models.config import ModelConfig
+from dydit.models.registry import architecture_of
 from dydit.models.routers import TOKEN_ROUTER
+from dydit.models.text import TextRows
 
 
 @dataclass(frozen=True)
@@ -185,6 +187,16 @@ class SlicedModel(ABC):
     def finish_block(self, x: Tensor) -> None:
         """Record the residual stream [R, N, D] after a block."""
         self._residuals.append(x)
+
+
+def text_feeds(
+    config: ModelConfig, weights: Mapping[str, Tensor], texts: TextRows, labels: Tensor
+) -> dict[str, Tensor]:
+    """The text inputs of `SlicedModel.step` for rows whose texts have these labels, int64 [R]."""
+    distinct, rows = labels.unique(return_inverse=True)
+    chosen = texts[distinct]
+    values, bias = architecture_of(config).text_values(config, weights, chosen.embeddings, chosen.mask)
+    return {"text_values": values, "text_bias": bias, "text_rows": rows}
 
 
 def _rows(stored: Tensor, slots: Sequence[int]) -> Tensor:

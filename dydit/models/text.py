@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+import torch
 from torch import Tensor
 
 
@@ -17,9 +19,18 @@ class TextRows:
     embeddings: Tensor
     mask: Tensor
 
+    @classmethod
+    def of(cls, embeddings: np.ndarray, mask: np.ndarray) -> TextRows:
+        """The same from NumPy arrays."""
+        return cls(torch.from_numpy(embeddings), torch.from_numpy(mask))
+
     def __len__(self) -> int:
         return len(self.embeddings)
 
     def __getitem__(self, rows: Tensor) -> TextRows:
         """The texts with these indices, int64 [R]."""
         return TextRows(self.embeddings[rows], self.mask[rows])
+
+    def to(self, device: torch.device) -> TextRows:
+        """The same on a device."""
+        return TextRows(self.embeddings.to(device), self.mask.to(device))

@@ -33,9 +33,11 @@ from dydit.export.exporter import stale_reasons
 from dydit.export.weights import Copies, stored_forms
 from dydit.files import new_folder, require_absent, write_json
 from dydit.models.architecture import block_of
-from dydit.models.config import ModelConfig
+from dydit.models.config import ModelConfig, UserPath
 from dydit.models.macs import flops_ratio
 from dydit.models.registry import architecture_of
+from dydit.models.sliced import text_feeds
+from dydit.models.text import TextRows
 from dydit.parity.checks import Verdict, exact_check, judge, locate, locate_in_run, skipped
 from dydit.parity.comparison import (
     PIXEL_SPAN,
@@ -58,6 +60,7 @@ from dydit.runtime.backends.registry import open_backend
 from dydit.runtime.images.pixels import ToPixels, picture_format
 from dydit.runtime.loop import StepRunner
 from dydit.runtime.resident import ResidentSubnets
+from dydit.runtime.text_files import with_texts_for
 from dydit.validation import Strict
 from dydit.words import counted
 
@@ -69,7 +72,8 @@ class ParityConfig(Strict):
     """What to compare: an image for each label (the null class is a label, too); `cfg_scale` 1 is no guidance.
 
     `every`: compare every n-th step and the last one from the reference's latents. The whole run always has all steps.
-    `sampling`: changes of the bundle's run (`dydit.planning.resampling.resampled`).
+    `sampling`: changes of the bundle's run (`dydit.planning.resampling.resampled`). `texts`: a file of texts, for a
+    model that they condition, whose labels are their numbers; by default random ones.
     """
 
     backend: str = "onnxruntime"
@@ -80,6 +84,7 @@ class ParityConfig(Strict):
     cfg_scale: float = Field(default=4.0, ge=0, allow_inf_nan=False)
     every: int = Field(default=1, ge=1)
     sampling: SamplerChoice = SamplerChoice()
+    texts: UserPath | None = None
 
 
 def compare_files(
@@ -111,8 +116,10 @@ def run_parity(
     labels that do not fit the bundle, and `BackendError` if the backend cannot run it.
     """
     start = time.perf_counter()
-    bundle = resampled(bundle, config.sampling)
+    bundle = with_texts_for(resampled(bundle, config.sampling), config.texts, max(config.labels) + 1)
     manifest = bundle.manifest
+    if manifest.model.sizes == checkpoint.config.sizes:
+        checkpoint = checkpoint.with_texts(bundle.texts)
     if len(config.labels) > manifest.max_batch:
         raise ConfigError(
             f"{counted(len(config.labels), 'label')}, but the bundle was exported for batches up to "
@@ -192,7 +199,8 @@ class _Parity:
         self.bundle, self.checkpoint, self.config, self.compared = bundle, checkpoint, config, compared
         self.model, sampling = bundle.manifest.model, bundle.manifest.sampling
         self.images = Images(config.labels, config.seed, config.cfg_scale)
-        self.reference = Reference(checkpoint.model(), sampling.config, sampling.cfg_channels)
+        self.texts = None if bundle.texts is None else TextRows.of(bundle.texts.embeddings, bundle.texts.mask)
+        self.reference = Reference(checkpoint.model(), sampling.config, sampling.cfg_channels, self.texts)
         self.timesteps = self.reference.timesteps
         self.tolerances = tolerances(bundle.manifest.precision)
         if picture_format(bundle.manifest) is None:
@@ -249,6 +257,7 @@ class _Parity:
         known = architecture_of(self.model)
         weights = dict(known.stored_tensors(self.checkpoint.state, self.model))
         labels = torch.from_numpy(self.images.row_labels(self.model))
+        texts = {} if self.texts is None else text_feeds(self.model, weights, self.texts, labels)
 
         def run(step: int) -> StepValues:
             slots = self.model.units.slots(self.trajectory.masks[step, 0])
@@ -263,6 +272,7 @@ class _Parity:
                 torch.tensor(self.config.cfg_scale),
                 condition,
                 debug=True,
+                **texts,
             )
             assert out.tokens is not None and out.residuals is not None
             ours = (each.numpy() for each in (out.x_prev, out.tokens, out.residuals, out.next_history))

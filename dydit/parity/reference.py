@@ -26,6 +26,7 @@ from dydit.errors import ConfigError
 from dydit.models.config import ModelConfig
 from dydit.models.dynamic import DynamicModel
 from dydit.models.routers import Gating, Masked, Recording, Static, TokenRouter
+from dydit.models.text import TextRows
 
 
 @dataclass(frozen=True)
@@ -101,9 +102,10 @@ class _Watched(Masked):
 
 
 class Reference:
-    """The masked model of a checkpoint, and the steps of a sampler."""
+    """The masked model of a checkpoint, and the steps of a sampler. `texts`: those that labels number, if any."""
 
-    def __init__(self, model: DynamicModel, sampling: SamplerConfig, cfg_channels: int):
+    def __init__(self, model: DynamicModel, sampling: SamplerConfig, cfg_channels: int, texts: TextRows | None = None):
+        self.texts = texts
         self.model, self.config, self.cfg_channels = model.eval(), model.config, cfg_channels
         run = sampling_run(self.config.diffusion, sampling, self.config.learn_sigma)
         self.timesteps, self.coefficients = run.times, run.coefficients
@@ -115,7 +117,8 @@ class Reference:
         """The state after a step: x, history, noise [B, C, S, S], labels [rows]."""
         x, rows = state.x, len(labels)
         timesteps = torch.full((rows,), float(self.timesteps[step]))
-        out = self.model(x.repeat(rows // len(x), 1, 1, 1), timesteps, labels, gating)
+        given = labels if self.texts is None else self.texts[labels]
+        out = self.model(x.repeat(rows // len(x), 1, 1, 1), timesteps, given, gating)
         row = torch.from_numpy(self.coefficients[step])
         return State(
             *sampler_step(x, state.history_or(torch.zeros_like), out, noise, row, cfg_scale, self.cfg_channels)

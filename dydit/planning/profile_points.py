@@ -18,6 +18,7 @@ from dydit.bench.bench import spread_steps
 from dydit.bench.timing import chained_run
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.manifest import PlanKind, Routing
+from dydit.bundle.texts import synthetic_texts
 from dydit.checkpoints.checkpoint import Checkpoint
 from dydit.diffusion.noise import INITIAL_DRAW, image_noise
 from dydit.diffusion.sampler_step import sampler_step
@@ -29,6 +30,7 @@ from dydit.models.config import ModelConfig
 from dydit.models.registry import architecture_of
 from dydit.models.routers import Masked, Recording
 from dydit.models.synthetic import synthetic_model
+from dydit.models.text import TextRows
 from dydit.planning.plan import Plan
 
 SHALLOW, DEEP = 1, 3
@@ -134,11 +136,13 @@ def token_share(checkpoint: Checkpoint) -> float:
     process = config.diffusion
     sampling = SamplerConfig(sampler=default_sampler(process), steps=RUN_STEPS)
     run = chained_run(process, sampling, steps, config.learn_sigma)
-    shares = []
+    shares, label = [], torch.tensor([0])
+    random = None if config.text is None else synthetic_texts(config, 1)
+    texts = None if random is None else TextRows.of(random.embeddings, random.mask)
 
     def step(index: int, state: State[Tensor]) -> StateOnly[Tensor]:
         x, recording = state.x, Recording(Masked(), config)
-        out = model(x, torch.tensor(run.times[index : index + 1]), torch.tensor([0]), recording)
+        out = model(x, torch.tensor(run.times[index : index + 1]), label if texts is None else texts[label], recording)
         shares.append(float(recording.decisions().tokens.mean()))
         row, zeros = torch.tensor(run.coefficients[index], dtype=torch.float32), torch.zeros_like(x)
         return StateOnly(State(*sampler_step(x, zeros, out, zeros, row, cfg_scale=1.0, guided_channels=0)))

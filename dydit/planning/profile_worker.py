@@ -24,6 +24,7 @@ from dydit.runtime.backends.base import Arrays, BackendOptions, Subnet
 from dydit.runtime.backends.registry import open_backend
 from dydit.runtime.loop import StepRunner
 from dydit.runtime.resident import ResidentSubnets
+from dydit.runtime.text_files import with_texts_for
 from dydit.validation import Strict
 
 GUIDANCE = 4.0
@@ -67,7 +68,7 @@ class _Bundle:
 
     def __init__(self, path: str, job: ProfileJob):
         # The parent process has just written it, so it needs no verification.
-        bundle = Bundle.open(path, verify=False)
+        bundle = with_texts_for(Bundle.open(path, verify=False), None, 1)
         self._segments, model = bundle.manifest.plan.segments, bundle.manifest.model
         backend = open_backend(job.backend, bundle, BackendOptions(threads=job.threads))
         backend.expect(job.batch)
