@@ -8,58 +8,23 @@ one); N tokens of hidden size D, H heads. The output is epsilon, [B, C, S, S], o
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dydit.models.dit.config import DiTConfig
 from dydit.models.dynamic import DynamicModel
 from dydit.models.routers import Gating, WidthRouter
 from dydit.models.transformer.modules import (
+    FREQUENCIES,
     PatchEmbed,
     RoutedBlock,
+    SinusoidEmbedder,
     initialize_routers,
+    layer_norm,
+    modulate,
     sine_frequencies,
-    sinusoid,
+    sine_positions,
     unpatchify,
 )
-
-FREQUENCIES = 256
-NORM_EPS = 1e-6
-
-
-def sine_position_embedding(config: DiTConfig) -> Tensor:
-    """The frozen 2-D sine-cosine position embedding, [1, N, D] float32: the first half of the channels
-    from the column, the second from the row."""
-    side, quarter = config.side, config.hidden_size // 4
-    omega = 1 / 10000 ** (torch.arange(quarter, dtype=torch.float64) / quarter)
-    angles = torch.arange(side, dtype=torch.float64)[:, None] * omega
-    axis = torch.cat([angles.sin(), angles.cos()], 1)
-    column = axis[None, :, :].expand(side, side, -1)
-    row = axis[:, None, :].expand(side, side, -1)
-    return torch.cat([column, row], -1).reshape(1, config.tokens, config.hidden_size).float()
-
-
-def layer_norm(x: Tensor) -> Tensor:
-    """LayerNorm without affine parameters, over the last axis."""
-    return F.layer_norm(x, x.shape[-1:], eps=NORM_EPS)
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """adaLN: x [B, N, D] scaled and shifted per image, shift and scale [B, D]."""
-    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
-
-
-class TimestepEmbedder(nn.Module):
-    """Timesteps [B] to t_emb [B, D]. The sinusoid is computed in fp32."""
-
-    def __init__(self, config: DiTConfig):
-        super().__init__()
-        d = config.hidden_size
-        self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, d), nn.SiLU(), nn.Linear(d, d))
-        self.register_buffer("frequencies", sine_frequencies(FREQUENCIES), persistent=False)
-
-    def forward(self, t: Tensor) -> Tensor:
-        return self.mlp(sinusoid(t, self.frequencies).to(self.mlp[0].weight.dtype))
 
 
 class LabelEmbedder(nn.Module):
@@ -111,9 +76,9 @@ class DiT(DynamicModel):
     def __init__(self, config: DiTConfig):
         super().__init__(config)
         self.x_embedder = PatchEmbed(config)
-        self.t_embedder = TimestepEmbedder(config)
+        self.t_embedder = SinusoidEmbedder(config.hidden_size)
         self.y_embedder = LabelEmbedder(config)
-        self.pos_embed = nn.Parameter(sine_position_embedding(config), requires_grad=False)
+        self.pos_embed = nn.Parameter(sine_positions(config), requires_grad=False)
         self.blocks = nn.ModuleList(Block(config, index) for index in range(config.depth))
         self.final_layer = FinalLayer(config)
 

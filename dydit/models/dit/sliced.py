@@ -9,9 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dydit.models.dit.config import DiTConfig
-from dydit.models.dit.model import layer_norm
 from dydit.models.sliced import SlicedBlock
-from dydit.models.transformer.modules import sinusoid, unpatchify
+from dydit.models.transformer.modules import layer_norm, sinusoid, unpatchify
 from dydit.models.transformer.sliced import SlicedTransformer
 
 
