@@ -40,7 +40,8 @@ def sine_positions(config: TransformerConfig, scale: int = 1) -> Tensor:
     """
     side, quarter = config.side, config.hidden_size // 4
     omega = 1 / 10000 ** (torch.arange(quarter, dtype=torch.float64) / quarter)
-    angles = torch.arange(side, dtype=torch.float64)[:, None] / scale * omega
+    places = torch.arange(side, dtype=torch.float32) / scale  # rounded to fp32, as in the original code
+    angles = places.double()[:, None] * omega
     axis = torch.cat([angles.sin(), angles.cos()], 1)
     column = axis[None, :, :].expand(side, side, -1)
     row = axis[:, None, :].expand(side, side, -1)

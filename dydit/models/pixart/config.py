@@ -1,0 +1,128 @@
+"""The configuration of a PixArt-alpha, and its published presets. NumPy only."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from dydit.errors import ConfigError
+from dydit.models.config import ClassLabels, parse_config
+from dydit.models.pixart import units
+from dydit.models.transformer.config import TransformerConfig
+from dydit.models.transformer.units import attention_macs, mlp_macs
+
+COUNTED_TEXT_TOKENS = 40
+PIXELS_PER_LATENT = 8
+
+
+class PixArtConfig(TransformerConfig):
+    """Sizes of a PixArt-alpha (Chen et al. 2023) and the layout of its DyDiT routers.
+
+    There are N = (input_size/patch_size)**2 tokens. `caption_channels`: those of the language model's output.
+    `text_tokens`: the longest text of training, with padding. `micro_conditions`: whether the model also reads the
+    resolution and the aspect ratio, as published at 1024 px. `interpolation_scale`: what the positions of patches are
+    divided by; by default that of the published model of this size.
+    """
+
+    architecture: Literal["pixart"] = "pixart"
+    patch_size: int = Field(default=2, gt=0)
+    caption_channels: int = Field(default=4096, gt=0)
+    text_tokens: int = Field(default=120, gt=0)
+    micro_conditions: bool = False
+    interpolation_scale: int = Field(gt=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_published_scale(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or values.get("interpolation_scale") is not None:
+            return values
+        side = values.get("input_size")
+        return {**values, "interpolation_scale": published_scale(side) if type(side) is int else 1}
+
+    @model_validator(mode="after")
+    def _divisible_for_embeddings(self) -> PixArtConfig:
+        if self.hidden_size % 4:
+            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of 4 (2-D sine position embedding)")
+        if self.micro_conditions and self.hidden_size % 3:
+            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of 3 (micro_conditions)")
+        return self
+
+    @property
+    def classes(self) -> ClassLabels:
+        """One class: texts take the place of labels."""
+        return ClassLabels(1, None)
+
+    @property
+    def pixels(self) -> int:
+        """The side of the images of the latents, which micro-conditions state."""
+        return PIXELS_PER_LATENT * self.input_size
+
+    @property
+    def vectors(self) -> int:
+        """The number of modulation vectors, 6L+2.
+
+        Block l has 6l..6l+5: shift1, 1+scale1, gate1, shift2, 1+scale2, gate2. The last two are the final layer's shift
+        and 1+scale. The conditioning graph adds the 1 once, so that steps need not.
+        """
+        return 6 * self.depth + 2
+
+    @property
+    def condition_shape(self) -> tuple[int, ...]:
+        return (self.vectors, self.hidden_size)
+
+    @property
+    def guided_channels(self) -> int:
+        return self.in_channels
+
+    def stored_shapes(self) -> dict[str, tuple[int, ...]]:
+        return units.stored_shapes(self)
+
+    @property
+    def low_precision(self) -> tuple[str, ...]:
+        return units.low_precision(self)
+
+    @property
+    def fp32_products(self) -> frozenset[str]:
+        return units.fp32_products(self)
+
+    @property
+    def derived(self) -> frozenset[str]:
+        return frozenset({"time.frequencies", "pos_embed"})
+
+    def is_conditioning(self, tensor: str) -> bool:
+        return units.is_conditioning(tensor)
+
+    @property
+    def macs(self) -> int:
+        """Blocks with texts of 40 tokens: 141.04 G for XL/2 at 256 px, the figure of DyDiT's paper."""
+        return self.macs_with(COUNTED_TEXT_TOKENS)
+
+    def macs_with(self, text_tokens: int) -> int:
+        """Multiply-adds of all blocks for one image and a text of `text_tokens`, which are 148.31 G for 120 of them.
+
+        Cross-attention to L tokens has 2ND^2 for queries and the projection, 2LD^2 for keys and values, and 2NLD.
+        """
+        n, d = self.tokens, self.hidden_size
+        cross = 2 * n * d * d + 2 * text_tokens * d * d + 2 * n * text_tokens * d
+        return self.depth * (attention_macs(self) + mlp_macs(self) + cross)
+
+
+def published_scale(input_size: int) -> int:
+    """The interpolation scale of the published models: 1 at 256 and 512 px, 2 at 1024 px."""
+    return max(input_size // 64, 1)
+
+
+PRESETS = ("XL/2",)
+
+
+def preset(name: str = "XL/2", input_size: int = 32, **changes: Any) -> PixArtConfig:
+    """The published sizes for a latent of `input_size`: 32 at 256 px, 64 at 512 px, 128 at 1024 px.
+
+    Only the last has micro-conditions. With routers, unless `changes` say otherwise. Raises `ConfigError`, which lists
+    the presets, for a name that is not one of them.
+    """
+    if name.removeprefix("PixArt-") not in PRESETS:
+        raise ConfigError(f"unknown preset {name!r}; expected one of: {', '.join(PRESETS)}")
+    values = {"hidden_size": 1152, "depth": 28, "num_heads": 16, "input_size": input_size}
+    return parse_config(PixArtConfig, {**values, "micro_conditions": input_size == 128, **changes})
