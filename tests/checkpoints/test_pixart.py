@@ -348,6 +348,8 @@ def test_the_scale_of_positions_is_read_from_them(tmp_path: Path) -> None:
         (lambda s: None, {"input_size": 16}, "has a pos_embed of inputs with a side of 8, not 16"),
         (lambda s: None, {"num_classes": 10}, "has no classes; remove --num-classes"),
         (lambda s: s.update(pos_embed=torch.ones(1, 15, 24)), {}, "has a pos_embed of 15 tokens; expected a square"),
+        (lambda s: s.update(pos_embed=torch.ones(1, 16, 1)), {}, "has a pos_embed that is not the sine embedding"),
+        (lambda s: s.update(pos_embed=torch.full((1, 16, 24), torch.nan)), {}, "not the sine embedding"),
         (lambda s: s.pop("t_block.1.weight"), {}, "1 missing (t_block.1.weight)"),
         (lambda s: s.pop("y_embedder.y_proj.fc1.weight"), {}, "a PixArt-alpha: it has no y_embedder.y_proj.fc1.weight"),
         (lambda s: s.update({"blocks.0.attn.sr.weight": torch.ones(2)}), {}, "1 unknown (blocks.0.attn.sr.weight)"),

@@ -163,8 +163,10 @@ class PixArt(DynamicModel):
 
 @torch.no_grad()
 def initialize(model: PixArt, generator: torch.Generator, token_bias: float = 35.0, width_bias: float = 15.0) -> None:
-    """Initialize as in PixArt-alpha, with a zero output layer, zero projections of cross-attention, and routers that
-    start with everything on."""
+    """Initialize as in PixArt-alpha, with zero projections of cross-attention and a zero output layer.
+
+    Routers start with everything on.
+    """
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
             nn.init.xavier_uniform_(module.weight.view(module.weight.shape[0], -1), generator=generator)

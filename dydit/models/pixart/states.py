@@ -133,11 +133,11 @@ def _scale(state: Mapping[str, Tensor], config: PixArtConfig) -> int:
     usual = published_scale(config.input_size)
     if POSITIONS not in state or config.micro_conditions:
         return usual
-    positions = state[POSITIONS].float()
-    for scale in dict.fromkeys((usual, *_SCALES)):
-        expected = sine_positions(config, scale)
-        if positions.shape == expected.shape and torch.allclose(positions, expected, rtol=0, atol=_TOLERANCE):
-            return scale
+    positions = state[POSITIONS]
+    if positions.shape == (1, config.tokens, config.hidden_size):
+        for scale in dict.fromkeys((usual, *_SCALES)):
+            if torch.allclose(positions.float(), sine_positions(config, scale), rtol=0, atol=_TOLERANCE):
+                return scale
     raise CheckpointError(
         "has a pos_embed that is not the sine embedding of a PixArt-alpha; if its model does not use it, remove "
         "pos_embed from the file and give --input-size (input_size=)"

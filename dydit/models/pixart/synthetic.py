@@ -1,5 +1,4 @@
-"""Random PixArt-alphas that behave like trained ones (`dydit.models.synthetic`), and routers that select a share of
-tokens."""
+"""Random PixArts that behave like trained ones (`dydit.models.synthetic`), and routers that pass a share of tokens."""
 
 from __future__ import annotations
 
