@@ -1,4 +1,4 @@
-"""Reads the folder of a diffusers DiT: a pipeline's `transformer/`, or the pipeline with that folder.
+"""Reads the folder of a diffusers DiT or PixArt: a pipeline's `transformer/`, or the pipeline with that folder.
 
 `config.json` describes the model. The weights are `diffusion_pytorch_model.safetensors` or `.bin`; or they have a
 variant in the name (`.fp16.safetensors`); or they are shards, which an index file (`.safetensors.index.json`, with a
@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from dydit.checkpoints.containers import Container, container_of
-from dydit.checkpoints.conventions import Setting, by_name, require_blocks, settings_in
+from dydit.checkpoints.conventions import Setting, by_name, require_blocks, settings_in, short
 from dydit.checkpoints.diffusers_scheduler import scheduler_claims
 from dydit.checkpoints.fit import Given, require_trained
 from dydit.checkpoints.pipeline_folder import class_names_of_folder, space_of_folder
@@ -55,7 +55,7 @@ class Folder:
 
 
 def read_folder(path: Path, given: Given) -> Folder:
-    """Read a diffusers DiT. Raises `CheckpointError` if it is none, is incomplete, or was trained in another way."""
+    """Read a diffusers model. Raises `CheckpointError` if it is none, is incomplete, or was trained in another way."""
     folder = _model_folder(path, given.weights)
     values = read_json(folder / CONFIG, CONFIG)
     known = _architecture(values)
@@ -85,9 +85,15 @@ def read_folder(path: Path, given: Given) -> Folder:
 
 
 def _architecture(values: dict[str, Any]) -> Architecture:
-    """The architecture of a `config.json`, by its class."""
-    kind = values.get("_class_name")
-    return next((each for each in architectures() if kind in each.diffusers_classes), architecture(DEFAULT))
+    """The architecture of a `config.json`. Raises `CheckpointError` for a class that no architecture has."""
+    known = next((each for each in architectures() if each.recognises_folder(values)), None)
+    if known is None and isinstance(kind := values.get("_class_name"), str):
+        classes = sorted({name for each in architectures() for name in each.diffusers_classes})
+        raise CheckpointError(
+            f"has a {CONFIG} with _class_name {short(kind)}, which dydit does not have; expected one of: "
+            f"{', '.join(classes)}"
+        )
+    return known or architecture(DEFAULT)
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
@@ -125,8 +131,8 @@ def _model_folder(path: Path, wanted: str | None) -> Path:
     ]
     hint = f"; if the checkpoint is one of its files, give that: {listed(files)}" if files else ""
     raise CheckpointError(
-        f"is not a diffusers DiT folder: expected {CONFIG} and {STEM}.safetensors in it or in its transformer/ "
-        f"folder{hint}"
+        f"is not the folder of a diffusers model: expected {CONFIG} and {STEM}.safetensors in it or in its "
+        f"transformer/ folder{hint}"
     )
 
 
@@ -157,7 +163,9 @@ def _choose(folder: Path, wanted: str | None) -> tuple[str, Path, tuple[str, ...
     if not variants:
         shards = [file.name for file in folder.iterdir() if file.name.startswith(STEM) and _SHARD.search(file.name)]
         hint = f"; it has shards ({listed(sorted(shards))}), but no index file that lists them" if shards else ""
-        raise CheckpointError(f"is not a diffusers DiT folder: expected {STEM}.safetensors beside its {CONFIG}{hint}")
+        raise CheckpointError(
+            f"is not the folder of a diffusers model: expected {STEM}.safetensors beside its {CONFIG}{hint}"
+        )
     if folder.name == "transformer_ema" and wanted == EMA:
         wanted = None
     if wanted == MODEL and wanted not in variants:

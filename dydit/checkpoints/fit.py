@@ -30,6 +30,9 @@ LIMITS = {
     "patch_size": 1 << 8,
     "in_channels": 1 << 16,
     "num_classes": 1 << 24,
+    "caption_channels": 1 << 16,
+    "text_tokens": 1 << 16,
+    "interpolation_scale": 1 << 16,
 }
 
 

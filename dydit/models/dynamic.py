@@ -26,9 +26,10 @@ class DynamicModel(nn.Module, ABC):
         self.config: Any = config
 
     @abstractmethod
-    def forward(self, x: Tensor, t: Tensor, y: Tensor, gating: Gating | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, y: Any, gating: Gating | None = None) -> Tensor:
         """Latents [B, C, S, S], timesteps [B], labels int64 [B] -> the output [B, C or 2C, S, S].
 
+        `y`: for a model that is conditioned by texts, `TextRows` of B texts.
         `gating`: by default `inference_gating()`.
         """
 

@@ -178,6 +178,10 @@ class Architecture(ABC):
         """Whether a tensor, by its published name, belongs to a router."""
         return False
 
+    def recognises_folder(self, values: Mapping[str, Any]) -> bool:
+        """Whether the `config.json` of a diffusers folder describes a model of this architecture."""
+        return values.get("_class_name") in self.diffusers_classes
+
     def diffusers_config(self, values: dict[str, Any]) -> ModelConfig:
         """The configuration that a diffusers `config.json` describes."""
         raise self._unable("folders of diffusers cannot be read")
@@ -212,7 +216,7 @@ class Architecture(ABC):
         return UnsupportedError(f"{self.title}: {reason}")
 
 
-_FOLDERS = {name: f"dydit.models.{name}" for name in ("dit", "uvit")}
+_FOLDERS = {name: f"dydit.models.{name}" for name in ("dit", "pixart", "uvit")}
 _known: dict[str, Architecture] = {}
 
 
@@ -232,8 +236,8 @@ def architecture(name: str) -> Architecture:
 
 
 def architectures() -> list[Architecture]:
-    """All known architectures."""
-    return [architecture(name) for name in sorted({*_FOLDERS, *_known})]
+    """All known architectures. The default one is the last, because others also have names of its tensors."""
+    return [architecture(name) for name in sorted({*_FOLDERS, *_known}, key=lambda name: (name == DEFAULT, name))]
 
 
 def architecture_of(config: ModelConfig) -> Architecture:

@@ -6,6 +6,8 @@ layers are zero and all of its gates are open, so every comparison would pass.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -28,7 +30,7 @@ def synthetic_model(config: ModelConfig, seed: int = 0, flops_ratio: float = 0.5
 
 
 @torch.no_grad()
-def recorded_pass(model: DynamicModel, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Recording]:
+def recorded_pass(model: DynamicModel, x: Tensor, t: Tensor, y: Any) -> tuple[Tensor, Recording]:
     """One inference pass: the output, and the recorded decisions of its routers."""
     recording = Recording(Masked(), model.config)
     return model(x, t, y, recording), recording

@@ -104,11 +104,15 @@ class StepRunner:
         self._manifest = manifest = backend.bundle.manifest
         self.backend, self.subnets, self.images = backend, subnets, images
         self.guidance = Guidance(cfg_scale, manifest.model.null_class)
-        self._conditioner = Conditioner(backend, self.guidance.rows(np.asarray(labels, np.int64)))
+        self._conditioner = Conditioner(backend, self._conditioned(self.guidance.rows(np.asarray(labels, np.int64))))
         self._texts = None if manifest.model.text is None else TextConditioner(backend)
         self._coefficients = np.asarray(manifest.sampling.coefficients, np.float32)
         self._multistep, self._noisy = manifest.sampling.multistep, frozenset(manifest.sampling.noisy_steps)
         self._subnet_of = {step: s.subnet for s in manifest.plan.segments for step in s.steps}
+
+    def _conditioned(self, labels: np.ndarray) -> np.ndarray:
+        """The labels on which conditions depend: where texts take the place of labels, one for all."""
+        return labels if self._manifest.model.text is None else np.zeros_like(labels)
 
     def feeds(
         self, step: int, state: State[np.ndarray], noise: np.ndarray, labels: np.ndarray
@@ -118,7 +122,7 @@ class StepRunner:
             if self.backend.bundle.manifest is not self._manifest:
                 raise BackendError("the backend runs other steps now; make another StepRunner for them")
             rows = self.guidance.rows(labels)
-            condition = self._conditioner.rows(step, rows)
+            condition = self._conditioner.rows(step, self._conditioned(rows))
             texts = {} if self._texts is None else self._texts.feeds(rows)
         return {
             "x": state.x,

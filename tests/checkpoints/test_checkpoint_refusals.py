@@ -139,7 +139,7 @@ def test_paths(tmp_path: Path) -> None:
     assert refusal(tmp_path / "absent.pt") == "does not exist"
     assert refusal(tmp_path / "loop") == "does not exist"
     assert refusal(tmp_path / "pipe") == "is not a regular file"
-    assert refusal(tmp_path / "folder").startswith("is not a diffusers DiT folder: expected config.json")
+    assert refusal(tmp_path / "folder").startswith("is not the folder of a diffusers model: expected config.json")
     assert refusal(tmp_path / ("long" * 100)).startswith("cannot be read: ")
 
 
@@ -202,7 +202,10 @@ def test_diffusers_folder_is_valid_before_it_is_spoiled(tmp_path: Path) -> None:
     [
         ({"norm_type": "ada_norm_single"}, "norm_type must be 'ada_norm_zero'"),
         ({"activation_fn": "geglu"}, "activation_fn must be 'gelu-approximate'"),
-        ({"_class_name": "PixArtTransformer2DModel"}, "_class_name must be 'DiTTransformer2DModel'"),
+        (
+            {"_class_name": "SD3Transformer2DModel"},
+            "SD3Transformer2DModel, which dydit does not have; expected one of: DiT",
+        ),
         ({"out_channels": 7}, "has 7 output channels for 4 input channels"),
         ({"num_layers": 3}, "missing (transformer_blocks.0"),
         ({"num_attention_heads": 8}, "wrong shape in"),

@@ -11,9 +11,15 @@ import torch
 
 from dydit.models.config import ModelConfig, Routers
 from dydit.models.dit.config import DiTConfig, preset
-from dydit.models.dit.model import FREQUENCIES, DiT, initialize, sine_position_embedding
+from dydit.models.dit.model import DiT, initialize
 from dydit.models.routers import GumbelSigmoid, Masked, Recording, Static
-from dydit.models.transformer.modules import initialize_routers, sine_frequencies, unpatchify
+from dydit.models.transformer.modules import (
+    FREQUENCIES,
+    initialize_routers,
+    sine_frequencies,
+    sine_positions,
+    unpatchify,
+)
 
 pytestmark = pytest.mark.numerics
 
@@ -278,7 +284,7 @@ def test_static_model_lacks_only_the_routers():
 
 def test_position_embedding():
     config = DiTConfig(hidden_size=16, depth=1, num_heads=1, patch_size=1, input_size=5)
-    table = sine_position_embedding(config)
+    table = sine_positions(config)
     assert table.shape == (1, 25, 16) and table.dtype == torch.float32
     grid = table[0].view(5, 5, 2, 8)  # row, column, (column half, row half), (4 sines, 4 cosines)
     assert torch.equal(grid[0, 0, 0], torch.tensor([0.0] * 4 + [1.0] * 4))

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from dydit.models.config import ModelConfig, Routers
 from dydit.models.dit.config import DiTConfig
 from dydit.models.dit.layout import stored_tensors
-from dydit.models.dit.model import FREQUENCIES, DiT
-from dydit.models.transformer.modules import sine_frequencies
+from dydit.models.dit.model import DiT
+from dydit.models.transformer.modules import FREQUENCIES, sine_frequencies
 
 CONFIG = DiTConfig(
     hidden_size=48,

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from dydit.bundle.manifest import PlanKind, Routing
+from dydit.bundle.texts import Texts
 from dydit.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from dydit.diffusion.process import NoiseSchedule, Process
 from dydit.diffusion.samplers import Sampler, Spacing
@@ -20,9 +21,11 @@ from dydit.export.settings import ExportConfig
 from dydit.models.architecture import UnitAxis
 from dydit.models.config import ModelConfig, Routers
 from dydit.models.dit.config import DiTConfig
+from dydit.models.pixart.config import PixArtConfig
 from dydit.models.synthetic import synthetic_model
 from dydit.models.uvit.config import UViTConfig
 from dydit.parity.parity import ParityConfig, run_parity
+from dydit.runtime.text_files import write_texts
 
 MAX_BATCH = 5
 CLASSES = 6
@@ -67,6 +70,21 @@ def uvits(draw, routers: tuple[Routers, ...]):
 
 
 @st.composite
+def pixarts(draw, routers: tuple[Routers, ...]):
+    """With and without micro-conditions and learned variance, texts of up to 7 tokens."""
+    shape = draw(sizes(routers))
+    micro = shape["hidden_size"] % 3 == 0 and draw(st.booleans())
+    return PixArtConfig(
+        **shape,
+        depth=draw(st.sampled_from([2, 3, 1])),
+        learn_sigma=draw(st.sampled_from([True, False])),
+        micro_conditions=micro,
+        caption_channels=draw(st.sampled_from([12, 5])),
+        text_tokens=draw(st.sampled_from([7, 1])),
+    )
+
+
+@st.composite
 def exports(draw, model: ModelConfig, routing: Routing, plan: PlanKind, sampler: Sampler):
     """Merged plans from one subnetwork to the exact one, and capacities from far too few slots to enough."""
     steps = draw(st.integers(6, 10))
@@ -91,13 +109,23 @@ def exports(draw, model: ModelConfig, routing: Routing, plan: PlanKind, sampler:
 def requests(draw, model: ModelConfig):
     """One image, three, or the most; labels with the null class; with guidance and without."""
     batch = draw(st.sampled_from([3, 1, MAX_BATCH]))
-    scales = [1.0] if model.null_class is None else [4.0, 1.0, 1.5, 0.0]
+    scales = [4.0, 1.0, 1.5, 0.0] if model.text is not None or model.null_class is not None else [1.0]
+    highest = CLASSES if model.text is not None else model.classes.rows - 1
     return ParityConfig(
-        labels=tuple(draw(st.lists(st.integers(0, model.classes.rows - 1), min_size=batch, max_size=batch))),
+        labels=tuple(draw(st.lists(st.integers(0, highest), min_size=batch, max_size=batch))),
         seed=draw(st.integers(0, 2**32)),
         cfg_scale=draw(st.sampled_from(scales)),
         threads=1,
     )
+
+
+@st.composite
+def texts_of(draw, model: ModelConfig):
+    """Texts with masks of every kind: of all tokens, with holes, of none."""
+    rng = np.random.default_rng(draw(st.integers(0, 100)))
+    embeddings = rng.normal(size=(CLASSES + 1, model.text.tokens, model.text.channels)).astype(np.float32)
+    mask = rng.random(embeddings.shape[:2]) < draw(st.sampled_from([0.6, 0.1, 1.0]))
+    return Texts(embeddings, mask, negative=True)
 
 
 def has_holes(axis: UnitAxis, masks: np.ndarray) -> bool:
@@ -119,7 +147,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("models", [dits, uvits])
+@pytest.mark.parametrize("models", [dits, uvits, pixarts])
 @pytest.mark.parametrize(("routing", "routers"), CASES)
 def test_every_hop_holds(routing, routers, models):
     seen: Counter[str] = Counter()
@@ -146,6 +174,11 @@ def test_every_hop_holds(routing, routers, models):
             save_checkpoint(folder / "model.safetensors", synthetic_model(model, seed, ratio), model)
             checkpoint = load_checkpoint(folder / "model.safetensors")
             bundle = export(checkpoint, folder / "bundle", config)
+            if model.text is not None:
+                texts = data.draw(texts_of(model))
+                write_texts(folder / "texts.npz", texts)
+                request = request.model_copy(update={"texts": folder / "texts.npz"})
+                seen["no text"] += not texts.mask.any(axis=1).all()
             report = run_parity(bundle, checkpoint, request)
             assert report.ok, report.summary
             masks = bundle.masks
@@ -166,6 +199,8 @@ def test_every_hop_holds(routing, routers, models):
     wanted = ["examples", "guided", "odd heads", "routed tokens", "history"]
     if routers != (Routers.NONE,):
         wanted += ["dynamic width", "gated", "holes", "closed", "skipped tokens"]
+    if models is pixarts:
+        wanted += ["no text"]
     if routing is Routing.CAPACITY:
         wanted += ["overflow"]
     assert not (missing := [what for what in wanted if not seen[what]]), (missing, seen)

@@ -22,8 +22,7 @@ from dydit.checkpoints.safe_load import listed, require_sane
 from dydit.errors import CheckpointError
 from dydit.models.config import Routers, parse_config
 from dydit.models.dit.config import DiTConfig
-from dydit.models.dit.model import sine_position_embedding
-from dydit.models.transformer.modules import NORM_EPS
+from dydit.models.transformer.modules import NORM_EPS, sine_positions
 
 DIFFUSERS_EPS = 1e-5  # diffusers always writes this; see the text above
 POSITIONS = "pos_embed.pos_embed"
@@ -137,7 +136,7 @@ def from_diffusers(state: Mapping[str, Tensor], config: DiTConfig, size: int) ->
     for name in shapes:
         sources = diffusers_names(name, config.depth)
         if name == "pos_embed" and POSITIONS not in state:
-            published[name] = sine_position_embedding(config)
+            published[name] = sine_positions(config)
         elif name.rpartition(".")[0] in _SHARED_PARTS:
             first = state[sources[0]]
             if different := [source for source in sources if not torch.equal(state[source], first)]:

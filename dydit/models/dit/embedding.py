@@ -6,10 +6,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from dydit.models.transformer.embedding import linear, sinusoid
+from dydit.models.transformer.embedding import mlp, sinusoid
 
 
 def timestep_embedding(weights: Mapping[str, np.ndarray], times: np.ndarray) -> np.ndarray:
     """Times [T] -> t_emb [T, D], in float64: the sinusoid, Linear, SiLU, Linear."""
-    hidden = linear(sinusoid(times, weights["time.frequencies"]), weights, "time.0")
-    return linear(hidden / (1 + np.exp(-hidden)), weights, "time.2")
+    return mlp(sinusoid(times, weights["time.frequencies"]), weights, "time")

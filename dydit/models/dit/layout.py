@@ -19,9 +19,8 @@ from torch import Tensor
 
 from dydit.models.architecture import Slots, stored_name
 from dydit.models.dit.config import DiTConfig
-from dydit.models.dit.model import FREQUENCIES
 from dydit.models.transformer.layout import block_tensors, packed, width_tensors
-from dydit.models.transformer.modules import sine_frequencies
+from dydit.models.transformer.modules import FREQUENCIES, sine_frequencies
 
 
 def stored_tensors(

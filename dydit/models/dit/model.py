@@ -14,42 +14,17 @@ from dydit.models.dit.config import DiTConfig
 from dydit.models.dynamic import DynamicModel
 from dydit.models.routers import Gating, WidthRouter
 from dydit.models.transformer.modules import (
+    FREQUENCIES,
     PatchEmbed,
     RoutedBlock,
+    SinusoidEmbedder,
     initialize_routers,
     layer_norm,
     modulate,
     sine_frequencies,
-    sinusoid,
+    sine_positions,
     unpatchify,
 )
-
-FREQUENCIES = 256
-
-
-def sine_position_embedding(config: DiTConfig) -> Tensor:
-    """The frozen 2-D sine-cosine position embedding, [1, N, D] float32: the first half of the channels
-    from the column, the second from the row."""
-    side, quarter = config.side, config.hidden_size // 4
-    omega = 1 / 10000 ** (torch.arange(quarter, dtype=torch.float64) / quarter)
-    angles = torch.arange(side, dtype=torch.float64)[:, None] * omega
-    axis = torch.cat([angles.sin(), angles.cos()], 1)
-    column = axis[None, :, :].expand(side, side, -1)
-    row = axis[:, None, :].expand(side, side, -1)
-    return torch.cat([column, row], -1).reshape(1, config.tokens, config.hidden_size).float()
-
-
-class TimestepEmbedder(nn.Module):
-    """Timesteps [B] to t_emb [B, D]. The sinusoid is computed in fp32."""
-
-    def __init__(self, config: DiTConfig):
-        super().__init__()
-        d = config.hidden_size
-        self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, d), nn.SiLU(), nn.Linear(d, d))
-        self.register_buffer("frequencies", sine_frequencies(FREQUENCIES), persistent=False)
-
-    def forward(self, t: Tensor) -> Tensor:
-        return self.mlp(sinusoid(t, self.frequencies).to(self.mlp[0].weight.dtype))
 
 
 class LabelEmbedder(nn.Module):
@@ -101,9 +76,9 @@ class DiT(DynamicModel):
     def __init__(self, config: DiTConfig):
         super().__init__(config)
         self.x_embedder = PatchEmbed(config)
-        self.t_embedder = TimestepEmbedder(config)
+        self.t_embedder = SinusoidEmbedder(config.hidden_size)
         self.y_embedder = LabelEmbedder(config)
-        self.pos_embed = nn.Parameter(sine_position_embedding(config), requires_grad=False)
+        self.pos_embed = nn.Parameter(sine_positions(config), requires_grad=False)
         self.blocks = nn.ModuleList(Block(config, index) for index in range(config.depth))
         self.final_layer = FinalLayer(config)
 

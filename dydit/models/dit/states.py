@@ -7,21 +7,21 @@ preset, the training arguments or the user, and is never guessed. Errors do not 
 from __future__ import annotations
 
 import contextlib
-import math
 import re
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from dydit.checkpoints.conventions import Stated, require_side, require_sigma
+from dydit.checkpoints.conventions import Stated, require_sigma
 from dydit.checkpoints.fit import Given, Inferred, Shapes, class_table, expected_shapes, require_fit
 from dydit.checkpoints.safe_load import require_sane
 from dydit.errors import CheckpointError, ConfigError
 from dydit.models.config import Routers, parse_config
 from dydit.models.dit.config import DiTConfig, preset
-from dydit.models.dit.model import DiT, sine_position_embedding
-from dydit.models.transformer.states import block_count, require_stated_heads, shape_of
+from dydit.models.dit.model import DiT
+from dydit.models.transformer.modules import sine_positions
+from dydit.models.transformer.states import block_count, learns_sigma, require_stated_heads, shape_of, side_of_positions
 from dydit.models.transformer.states import choose_heads as heads_of
 
 POSITIONS, LABELS = "pos_embed", "y_embedder.embedding_table.weight"
@@ -76,7 +76,7 @@ def complete(state: dict[str, Tensor], config: DiTConfig, size: int) -> None:
         return
     require_sane(config.tokens * config.hidden_size, size)
     require_fit(state, {name: shape for name, shape in shapes.items() if name != POSITIONS})
-    state[POSITIONS] = sine_position_embedding(config)
+    state[POSITIONS] = sine_positions(config)
 
 
 def infer_config(state: Mapping[str, Tensor], stated: Stated | None = None, given: Given | None = None) -> Inferred:
@@ -91,7 +91,7 @@ def infer_config(state: Mapping[str, Tensor], stated: Stated | None = None, give
     rows = _shape(state, "blocks.0.attn_rate.router.weight", 2)[0] if any(map(_ROUTER.match, state)) else None
     heads, routers = choose_heads(hidden, depth, rows, given.num_heads, _heads_from(stated, hidden))
     require_stated_heads(stated, heads, given.num_heads)
-    learn_sigma = _learns_sigma(_shape(state, "final_layer.linear.weight", 2)[0], patch_size, channels)
+    learn_sigma = learns_sigma(_shape(state, "final_layer.linear.weight", 2)[0], patch_size, channels)
     require_sigma(stated, learn_sigma)
     side, side_notes = _input_size(state, patch_size, stated, given.input_size)
     classes = class_table(_shape(state, LABELS, 2)[0], stated, given.num_classes)
@@ -115,15 +115,7 @@ def _input_size(
 ) -> tuple[int, tuple[str, ...]]:
     """The side of the inputs, from the position embedding, the user or the training arguments, and notes."""
     if POSITIONS in state:
-        tokens = _shape(state, POSITIONS, 3)[1]
-        side = math.isqrt(tokens)
-        if side * side != tokens:
-            raise CheckpointError(f"has a pos_embed of {tokens} tokens; expected a square number")
-        side *= patch_size
-        if given not in (None, side):
-            raise CheckpointError(f"has a pos_embed of inputs with a side of {side}, not {given}; remove --input-size")
-        require_side(stated, side)
-        return side, ()
+        return side_of_positions(_shape(state, POSITIONS, 3)[1], patch_size, stated, given), ()
     if given is not None:
         return given, ()
     pixels = stated.get("image_size")
@@ -159,13 +151,3 @@ def _heads_from(stated: Stated, hidden: int) -> int | None:
 
 def _shape(state: Mapping[str, Tensor], name: str, dimensions: int) -> tuple[int, ...]:
     return shape_of(state, name, dimensions, "DiT")
-
-
-def _learns_sigma(rows: int, patch_size: int, channels: int) -> bool:
-    ratio = rows / (patch_size**2 * channels)
-    if ratio not in (1, 2):
-        raise CheckpointError(
-            f"has a final layer of {rows} rows; expected {patch_size**2 * channels} (epsilon of {channels} channels in "
-            f"patches of {patch_size}) or twice that (with the variance)"
-        )
-    return ratio == 2

@@ -16,7 +16,10 @@ from torch import Tensor, nn
 from dydit.models.routers import TokenRouter, WidthRouter
 from dydit.models.transformer.config import TransformerConfig
 
+FREQUENCIES = 256
+"""The size of the sinusoid that `SinusoidEmbedder` embeds."""
 NORM_EPS = 1e-6
+"""Of the LayerNorm before adaLN."""
 
 
 def sine_frequencies(size: int) -> Tensor:
@@ -31,6 +34,20 @@ def sinusoid(t: Tensor, frequencies: Tensor) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], -1)
 
 
+def sine_positions(config: TransformerConfig, scale: int = 1) -> Tensor:
+    """The frozen 2-D sine-cosine position embedding, [1, patches, D] float32: the first half of the channels from the
+    column, the second from the row. `scale`: what columns and rows are divided by.
+    """
+    side, quarter = config.side, config.hidden_size // 4
+    omega = 1 / 10000 ** (torch.arange(quarter, dtype=torch.float64) / quarter)
+    places = torch.arange(side, dtype=torch.float32) / scale  # rounded to fp32, as in the original code
+    angles = places.double()[:, None] * omega
+    axis = torch.cat([angles.sin(), angles.cos()], 1)
+    column = axis[None, :, :].expand(side, side, -1)
+    row = axis[:, None, :].expand(side, side, -1)
+    return torch.cat([column, row], -1).reshape(1, config.patches, config.hidden_size).float()
+
+
 def layer_norm(x: Tensor) -> Tensor:
     """LayerNorm without affine parameters, over the last axis."""
     return F.layer_norm(x, x.shape[-1:], eps=NORM_EPS)
@@ -39,6 +56,18 @@ def layer_norm(x: Tensor) -> Tensor:
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """adaLN: x [B, N, D] scaled and shifted per image, shift and scale [B, D]."""
     return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+
+class SinusoidEmbedder(nn.Module):
+    """Numbers [B], such as timesteps, to embeddings [B, size]: an MLP of their sinusoid, which is computed in fp32."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, size), nn.SiLU(), nn.Linear(size, size))
+        self.register_buffer("frequencies", sine_frequencies(FREQUENCIES), persistent=False)
+
+    def forward(self, t: Tensor) -> Tensor:
+        return self.mlp(sinusoid(t, self.frequencies).to(self.mlp[0].weight.dtype))
 
 
 class PatchEmbed(nn.Module):

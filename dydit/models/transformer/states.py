@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from dydit.checkpoints.conventions import Stated
+from dydit.checkpoints.conventions import Stated, require_side
 from dydit.checkpoints.safe_load import listed
 from dydit.errors import CheckpointError
 from dydit.models.config import Routers
 
 _EXPECTED = {
     "DiT": "an official DiT, a DyDiT training file, a diffusers DiT folder or a dydit file",
+    "PixArt-alpha": "an original PixArt-alpha, a diffusers folder of it or a dydit file",
     "U-ViT": "an official U-ViT, a training folder of it or a dydit file",
 }
 
@@ -30,6 +32,32 @@ def shape_of(state: Mapping[str, Tensor], name: str, dimensions: int, title: str
             f"has {name} of shape {list(shape)}; expected {dimensions} dimensions, none of them empty"
         )
     return shape
+
+
+def side_of_positions(tokens: int, patch_size: int, stated: Stated, given: int | None) -> int:
+    """The side of the inputs of a model whose position embedding has `tokens`, all of them patches.
+
+    Raises `CheckpointError` if that is no square, or not what the user or the training arguments say.
+    """
+    side = math.isqrt(tokens)
+    if side * side != tokens:
+        raise CheckpointError(f"has a pos_embed of {tokens} tokens; expected a square number")
+    side *= patch_size
+    if given not in (None, side):
+        raise CheckpointError(f"has a pos_embed of inputs with a side of {side}, not {given}; remove --input-size")
+    require_side(stated, side)
+    return side
+
+
+def learns_sigma(rows: int, patch_size: int, channels: int) -> bool:
+    """Whether a final layer of `rows` also has the variance. Raises `CheckpointError` for any other number of rows."""
+    ratio = rows / (patch_size**2 * channels)
+    if ratio not in (1, 2):
+        raise CheckpointError(
+            f"has a final layer of {rows} rows; expected {patch_size**2 * channels} (epsilon of {channels} channels in "
+            f"patches of {patch_size}) or twice that (with the variance)"
+        )
+    return ratio == 2
 
 
 def block_count(numbers: set[int], what: str) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,16 +14,20 @@ from dydit.models.routers import Masked, TokenRouter
 from dydit.models.transformer.config import TransformerConfig
 from dydit.models.transformer.units import attention_macs, mlp_macs
 
-PROBE_STEPS = 50
+PROBE_STEPS, PROBES = 50, 4
 _FAR, _LIMIT = 8.0, 4.0  # channel 0 of routed (+) and other tokens (-), and the threshold of the router
 
 
 @torch.no_grad()
-def set_routers(model: DynamicModel, flops_ratio: float, generator: torch.Generator) -> None:
-    """Let a share p of units and of tokens pass, with `p*(attn + p*mlp) = flops_ratio*(attn + mlp)`."""
+def set_routers(model: DynamicModel, flops_ratio: float, generator: torch.Generator, y: Any = None) -> None:
+    """Let a share p of units and of tokens pass, with `p*(attn + p*mlp) = flops_ratio*(attn + mlp)`.
+
+    `y`: the conditions of `PROBES` images; by default class labels.
+    """
     density = _density(model.config, flops_ratio)
     _set_width_routers(model, density, generator)
-    _set_token_routers(model, density, generator)
+    y = torch.arange(PROBES) % model.config.classes.count if y is None else y
+    _set_token_routers(model, density, generator, y)
 
 
 def _density(config: TransformerConfig, ratio: float) -> float:
@@ -52,12 +58,12 @@ def _set_width_routers(model: DynamicModel, density: float, generator: torch.Gen
             router.bias.copy_(own - logits.mean(0) - _quantile(centred, 1 - share))
 
 
-def _set_token_routers(model: DynamicModel, density: float, generator: torch.Generator) -> None:
+def _set_token_routers(model: DynamicModel, density: float, generator: torch.Generator, y: Any) -> None:
     """Block by block, in the order of execution: set the bias so that a share `density` of probe tokens passes."""
     config = model.config
-    x = torch.randn(4, config.in_channels, config.input_size, config.input_size, generator=generator)
+    x = torch.randn(PROBES, config.in_channels, config.input_size, config.input_size, generator=generator)
     times = _times(config, torch.tensor([50.0, 350.0, 650.0, 950.0]) / (TRAIN_STEPS - 1))
-    model(x, times, torch.arange(4) % config.classes.count, _Calibrating(density))
+    model(x, times, y, _Calibrating(density))
 
 
 def _times(config: TransformerConfig, shares: Tensor) -> Tensor:
@@ -107,7 +113,7 @@ def route_by_channel(state: dict[str, Tensor], config: TransformerConfig, share:
         state[f"{name}.token_selection.mlp_head.2.bias"].fill_(-_LIMIT)
 
 
-def blank(state: dict[str, Tensor], layer: str) -> None:
-    """Keep a layer from writing to channel 0."""
-    state[f"{layer}.weight"][0] = 0
-    state[f"{layer}.bias"][0] = 0
+def blank(state: dict[str, Tensor], layer: str, channel: int = 0) -> None:
+    """Keep a layer from writing to a channel."""
+    state[f"{layer}.weight"][channel] = 0
+    state[f"{layer}.bias"][channel] = 0
