@@ -92,7 +92,7 @@ def observed(checkpoint: Checkpoint, config: ExportConfig, cfg_scale: float) -> 
     """What enters the layers, over images that are not among the samples."""
     segments = planned_steps(checkpoint, config)[1].segments
     labels, scales = [index % CLASSES for index in range(IMAGES)], [cfg_scale]
-    run = ObservedRun(segments, labels, scales, config.sampling(checkpoint.config.diffusion), seed=SEED)
+    run = ObservedRun(segments, labels, scales, config.sampling(checkpoint.config), seed=SEED)
     smoothing = find_smoothing(checkpoint, run)
     plain, divided = (observe(checkpoint, run, each) for each in (None, smoothing.smoothing))
     return Activations(plain, divided, smoothing)

@@ -85,7 +85,7 @@ def searched(
     """The result of each search, by the name of its bundle, and the export settings of all bundles."""
     segments = planned_steps(checkpoint, plain)[1].segments
     labels, scales = [index % CLASSES for index in range(RANGES_IMAGES)], [options.cfg_scale]
-    run = ObservedRun(segments, labels, scales, plain.sampling(checkpoint.config.diffusion), seed=RANGES_SEED)
+    run = ObservedRun(segments, labels, scales, plain.sampling(checkpoint.config), seed=RANGES_SEED)
     ranges = observe(checkpoint, run, progress=progress("activations")).choose(Method.MINMAX, RANGES_IMAGES)
     configs = {"fp32": plain, "fp16": plain.model_copy(update={"precision": Precision.FP16})}
     # Tokens that the fp32 bundle routes over a run of 20 images; only the order of the layers depends on them.

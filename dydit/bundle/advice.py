@@ -9,8 +9,8 @@ from typing import Any
 
 from dydit.bundle.manifest import Manifest, PlanKind
 from dydit.bundle.stored_weights import Precision
-from dydit.diffusion.process import Process
-from dydit.diffusion.samplers import DEFAULT_STEPS, SamplerConfig, default_sampler
+from dydit.diffusion.samplers import SamplerConfig
+from dydit.models.config import ModelConfig
 
 
 def quoted(path: Path | str) -> str:
@@ -23,23 +23,25 @@ def options_text(words: Sequence[str]) -> str:
     return "".join(f" {shlex.quote(word)}" for word in words)
 
 
-def sampler_words(sampling: SamplerConfig, process: Process | None = None) -> list[str]:
-    """The options of a sampler. `process`: of the model, to leave out the steps and the sampler if they are the default
-    of `dydit export`.
+def sampler_words(sampling: SamplerConfig, model: ModelConfig | None = None) -> list[str]:
+    """The options of a sampler. `model`: leave out the steps and the sampler if they are its usual ones, the default of
+    `dydit export`.
     """
-    words = [] if process and sampling.steps == DEFAULT_STEPS else [f"--steps {sampling.steps}"]
-    words += [] if process and sampling.sampler is default_sampler(process) else [f"--sampler {sampling.sampler}"]
+    usual = None if model is None else model.usual_run
+    same = usual is not None and sampling.sampler is usual.sampler
+    words = [] if same and usual is not None and sampling.steps == usual.steps else [f"--steps {sampling.steps}"]
+    words += [] if same else [f"--sampler {sampling.sampler}"]
     words += [] if sampling.spacing is None else [f"--timestep-spacing {sampling.spacing}"]
     return words + ([f"--eta {sampling.eta:g}"] if sampling.eta else [])
 
 
-def run_options(plan: dict[str, Any], sampling: SamplerConfig, process: Process) -> str:
+def run_options(plan: dict[str, Any], sampling: SamplerConfig, model: ModelConfig) -> str:
     """The options of `dydit calibrate` and `dydit export` for a run and its plan, without those that are the default
-    for a model of this process.
+    for the model.
 
     Each option has a space before it.
     """
-    words = sampler_words(sampling, process)
+    words = sampler_words(sampling, model)
     words += {"per-step": ["--per-step"], "sliding": ["--dynamic-width"]}.get(plan.get("plan", ""), [])
     words += [f"--max-subnets {plan['max_subnets']}"] if "max_subnets" in plan else []
     words += [f"--memory-budget {plan['memory_budget']}B"] if "memory_budget" in plan else []
@@ -75,5 +77,5 @@ def capacity_chain_of(manifest: Manifest) -> str:
     plan: dict[str, Any] = {"max_subnets": len(manifest.plan.segments)}
     if manifest.plan.kind in (PlanKind.PER_STEP, PlanKind.DYNAMIC_WIDTH):
         plan = {"plan": manifest.plan.kind.value}
-    run = run_options(plan, manifest.sampling.config, manifest.model.diffusion)
+    run = run_options(plan, manifest.sampling.config, manifest.model)
     return capacity_chain("CHECKPOINT", "CAL.json", "BUNDLE", run, manifest.precision)

@@ -167,7 +167,7 @@ def run_calibration(
     calibration = Calibration(
         checkpoint_sha256=checkpoint.sha256,
         process=checkpoint.config.process,
-        **dict(exported.sampling(checkpoint.config.diffusion)),
+        **dict(exported.sampling(checkpoint.config)),
         plan_sha256=plan_sha256(plan.bounds, masks),
         cfg_scales=config.cfg_scales,
         seed=config.seed,
@@ -245,7 +245,7 @@ def _ranges(
         segments=plan.segments,
         labels=spread_labels(config.activation_images, checkpoint.config.classes.count),
         cfg_scales=config.cfg_scales,
-        sampling=exported.sampling(checkpoint.config.diffusion),
+        sampling=exported.sampling(checkpoint.config),
         seed=config.seed,
         cfg_channels=exported.cfg_channels,
     )
@@ -273,7 +273,7 @@ def work_name(checkpoint: Checkpoint, exported: ExportConfig, config: Calibratio
     counts."""
     identity = {
         "checkpoint": checkpoint.sha256,
-        "run": exported.sampling(checkpoint.config.diffusion).model_dump(mode="json"),
+        "run": exported.sampling(checkpoint.config).model_dump(mode="json"),
         "images": config.model_dump(mode="json", include={"samples", "held_out", "seed", "cfg_scales"}),
     }
     if checkpoint.config.process is not None:
@@ -290,7 +290,7 @@ def _sampling_bundle(checkpoint: Checkpoint, exported: ExportConfig, work: Path)
         return _with_texts(Bundle.open(folder), checkpoint)
     remove(folder)
     config = ExportConfig(
-        **dict(exported.sampling(checkpoint.config.diffusion)),
+        **dict(exported.sampling(checkpoint.config)),
         plan=PlanKind.DYNAMIC_WIDTH,
         max_batch=_at_once(checkpoint.config),
         cfg_channels=exported.cfg_channels,

@@ -153,7 +153,7 @@ class _Search:
             inputs.ranges,
             inputs.segments,
             inputs.config.precision,
-            sampling=inputs.exported.sampling(self.model.diffusion),
+            sampling=inputs.exported.sampling(self.model),
             cfg_channels=inputs.exported.cfg_channels,
         )
         self.images, self.others = (

@@ -25,7 +25,6 @@ from dydit.commands.options import (
 from dydit.commands.output import print_json, say
 from dydit.commands.progress import show_progress
 from dydit.commands.suggestions import next_line, reading_words
-from dydit.diffusion.samplers import DEFAULT_STEPS
 from dydit.extras import CHECKPOINTS, GRAPHS, backend_modules, require
 from dydit.reports.text import extra_text
 from dydit.words import counted
@@ -37,7 +36,7 @@ if TYPE_CHECKING:
 @click.command(cls=Command)
 @click.argument("checkpoint", type=PATH)
 @click.option("--out", type=PATH, required=True, help="Calibration file to write (JSON). Must not exist.")
-@sampler_options(DEFAULT_STEPS)
+@sampler_options(as_exported=False)
 @plan_options
 @click.option(
     "--samples",
@@ -220,8 +219,8 @@ def command(
     if as_json:
         print_json(_facts(result, out))
         return
-    process = model.config.diffusion
-    words = [*shlex.split(run_options(plan, exported.sampling(process), process)), *reading_words(reading)]
+    run = run_options(plan, exported.sampling(model.config), model.config)
+    words = [*shlex.split(run), *reading_words(reading)]
     words += ["--precision", precision] if result.calibration.activations else []
     say(
         *_result_lines(result, out),

@@ -26,7 +26,6 @@ from dydit.commands.output import print_json, say, warn
 from dydit.commands.progress import show_progress
 from dydit.commands.suggestions import after_export, reading_words
 from dydit.commands.vae_options import decoder_line, vae_options
-from dydit.diffusion.samplers import DEFAULT_STEPS
 from dydit.extras import CHECKPOINTS, FITS, GRAPHS, VAES, require
 from dydit.reports.text import bytes_text, measured_lines
 from dydit.words import counted
@@ -53,7 +52,7 @@ def _read_calibration(_: click.Context, __: click.Parameter, path: Path | None) 
 @click.command(cls=Command)
 @click.argument("checkpoint", type=PATH)
 @click.option("--out", type=PATH, required=True, help="Folder for the bundle. Must not exist.")
-@sampler_options(DEFAULT_STEPS)
+@sampler_options(as_exported=False)
 @plan_options
 @click.option(
     "--cost",
@@ -155,8 +154,8 @@ def command(
         bundle, notes = export_measured(model, out, config, Cost(cost), cost_batch, progress.stage)
     manifest = bundle.manifest
     if keeps_every_token(manifest):
-        process = model.config.diffusion
-        run = run_options(plan, config.sampling(process), process) + options_text(reading_words(reading))
+        own = model.config
+        run = run_options(plan, config.sampling(own), own) + options_text(reading_words(reading))
         warn(_slots_warning(checkpoint, out, config, run))
     if as_json:
         print_json(_facts(manifest, out))

@@ -17,7 +17,7 @@ from pydantic import BaseModel
 from dydit.bundle.manifest import PlanKind
 from dydit.commands.output import warn
 from dydit.diffusion.process import TRAIN_STEPS, NoiseSchedule, Prediction
-from dydit.diffusion.samplers import Sampler, SamplerChoice, Spacing
+from dydit.diffusion.samplers import DEFAULT_STEPS, Sampler, SamplerChoice, Spacing
 from dydit.errors import BackendError, ConfigError
 from dydit.files import user_path
 from dydit.models.config import Space, parse_config
@@ -271,15 +271,17 @@ def sampling_options(command: Command) -> Command:
         chosen = {"steps": steps, "sampler": sampler, "spacing": spacing, "eta": eta}
         return command(sampling=parse_options(SamplerChoice, chosen), **rest)
 
-    return sampler_options(None)(with_sampling)
+    return sampler_options(as_exported=True)(with_sampling)
 
 
-def sampler_options(steps: int | None) -> Callable[[Command], Command]:
-    """`--steps`, `--sampler`, `--timestep-spacing` and `--eta`. `steps`: their default number; None: as exported."""
-    shown = "  [default: as exported]" if steps is None else ""
+def sampler_options(as_exported: bool) -> Callable[[Command], Command]:
+    """`--steps`, `--sampler`, `--timestep-spacing` and `--eta`. `as_exported`: whether a bundle has the defaults."""
+    shown = "  [default: as exported]" if as_exported else ""
     return all_of(
         click.option(
-            "--steps", type=click.IntRange(1, TRAIN_STEPS), default=steps, help=f"Number of sampling steps.{shown}"
+            "--steps",
+            type=click.IntRange(1, TRAIN_STEPS),
+            help=f"Number of sampling steps.{shown or f'  [default: {DEFAULT_STEPS}; for PixArt, 20]'}",
         ),
         click.option(
             "--sampler",
@@ -287,7 +289,7 @@ def sampler_options(steps: int | None) -> Callable[[Command], Command]:
             help="ddpm: ancestral sampling, with new noise in every step. ddim: deterministic, unless --eta is given. "
             "dpm-solver++: second order, for 10 to 50 steps. euler: for flow-matching models, deterministic. "
             "euler-maruyama: with new noise in every step, for flow matching and continuous time."
-            + (shown or "  [default: ddpm; in continuous time, euler-maruyama]"),
+            + (shown or "  [default: ddpm; in continuous time, euler-maruyama; for PixArt, dpm-solver++]"),
         ),
         click.option(
             "--timestep-spacing",
@@ -299,7 +301,7 @@ def sampler_options(steps: int | None) -> Callable[[Command], Command]:
         click.option(
             "--eta",
             type=click.FloatRange(0, 1),
-            default=None if steps is None else 0.0,
+            default=None if as_exported else 0.0,
             help="With --sampler ddim: amount of new noise, from 0 (none) to 1 (as much as ddpm)." + shown,
         ),
     )

@@ -121,7 +121,7 @@ def planned_steps(checkpoint: Checkpoint, config: ExportConfig) -> tuple[np.ndar
 
 def _masks_and_order(checkpoint: Checkpoint, config: ExportConfig) -> tuple[np.ndarray, Slots]:
     model = checkpoint.config
-    times = config.sampling(model.diffusion).times(model.diffusion)
+    times = config.sampling(model).times(model.diffusion)
     masks = freeze_masks(checkpoint.width_router_model(), times)
     order = activity_order(masks, model.units)
     return by_slot(masks, model.units, order), order
@@ -156,7 +156,7 @@ def _make_job(
     measured: Measured,
 ) -> _Job:
     model = checkpoint.config.stating(config.space, config.vae is not None)
-    sampling = config.sampling(model.diffusion)
+    sampling = config.sampling(model)
     return _Job(
         model=model,
         sampling=sampling,

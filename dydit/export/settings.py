@@ -9,8 +9,8 @@ from dydit.bundle.manifest import PlanKind, Routing
 from dydit.bundle.stored_weights import Precision
 from dydit.calibrate.activation_ranges import ActivationRanges
 from dydit.calibrate.calibration_file import Calibration, plan_sha256
-from dydit.diffusion.process import TRAIN_STEPS, Process
-from dydit.diffusion.samplers import DEFAULT_STEPS, Sampler, SamplerConfig, Spacing, default_sampler
+from dydit.diffusion.process import TRAIN_STEPS
+from dydit.diffusion.samplers import DEFAULT_STEPS, Sampler, SamplerConfig, Spacing
 from dydit.errors import ConfigError
 from dydit.models.config import ModelConfig, Space
 from dydit.planning.plan import Plan
@@ -29,8 +29,8 @@ def guided_channels(model: ModelConfig, asked: int | None) -> int:
 class ExportConfig(Strict):
     """How to export a checkpoint.
 
-    `steps`, `sampler`, `spacing`, `eta`: of the sampling run, see `SamplerConfig`. By default the sampler depends on
-    how the model was trained. `max_subnets` applies to `PlanKind.MAX_SUBNETS`, `memory_budget` (bytes) to
+    `steps`, `sampler`, `spacing`, `eta`: of the sampling run, see `SamplerConfig`. By default those of
+    `ModelConfig.usual_run`. `max_subnets` applies to `PlanKind.MAX_SUBNETS`, `memory_budget` (bytes) to
     `PlanKind.MEMORY_BUDGET`. `cfg_channels`: the number of channels that guidance acts on, by default
     what the architecture says, for DiT the first 3.
     Capacity routing takes `capacities`, MLP token slots per row, by block, or a `calibration`, which has them for each
@@ -40,7 +40,7 @@ class ExportConfig(Strict):
     not state it or states it wrongly.
     """
 
-    steps: int = Field(default=DEFAULT_STEPS, ge=1, le=TRAIN_STEPS)
+    steps: int | None = Field(default=None, ge=1, le=TRAIN_STEPS)
     sampler: Sampler | None = None
     spacing: Spacing | None = None
     eta: FiniteFloat = Field(default=0.0, ge=0, le=1)
@@ -85,11 +85,12 @@ class ExportConfig(Strict):
             raise ValueError("a model that samples pixels has no latents to decode; remove the VAE")
         return self
 
-    def sampling(self, process: Process) -> SamplerConfig:
-        """The sampler and its settings for a model of this process."""
-        return SamplerConfig(
-            sampler=self.sampler or default_sampler(process), steps=self.steps, spacing=self.spacing, eta=self.eta
-        )
+    def sampling(self, model: ModelConfig) -> SamplerConfig:
+        """The sampler and its settings for a model. Its usual number of steps goes with its usual sampler."""
+        usual = model.usual_run
+        sampler = self.sampler or usual.sampler
+        steps = self.steps or (usual.steps if sampler is usual.sampler else DEFAULT_STEPS)
+        return SamplerConfig(sampler=sampler, steps=steps, spacing=self.spacing, eta=self.eta)
 
     def calibration_for(self, checkpoint_sha256: str, model: ModelConfig, masks: np.ndarray, plan: Plan) -> Calibration:
         """The given calibration. `masks`: bool [S, U], by slot, of the plan's steps.
@@ -98,5 +99,5 @@ class ExportConfig(Strict):
         """
         assert self.calibration is not None
         digest = plan_sha256(plan.bounds, masks)
-        self.calibration.require(checkpoint_sha256, self.sampling(model.diffusion), digest, model.process)
+        self.calibration.require(checkpoint_sha256, self.sampling(model), digest, model.process)
         return self.calibration

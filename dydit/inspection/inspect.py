@@ -18,7 +18,6 @@ from dydit.bundle.manifest import MANIFEST, Manifest, Routing
 from dydit.bundle.measurements import StepTimes
 from dydit.bundle.stored_weights import fp16_name
 from dydit.bundle.vae_entry import VAE_DECODER, VAE_WEIGHTS
-from dydit.diffusion.samplers import DEFAULT_STEPS, SamplerConfig, default_sampler
 from dydit.errors import CheckpointError
 from dydit.files import user_path, write_atomic
 from dydit.models.config import ModelConfig
@@ -91,10 +90,10 @@ def inspect(path: Path | str, **reading: Any) -> Inspection:
     return inspect_checkpoint(path, **reading)
 
 
-def inspect_checkpoint(path: Path | str, steps: int = DEFAULT_STEPS, **reading: Any) -> Inspection:
-    """Inspect a checkpoint of any known format. Its width masks are those at the timesteps of a run of `steps` steps.
+def inspect_checkpoint(path: Path | str, steps: int | None = None, **reading: Any) -> Inspection:
+    """Inspect a checkpoint of any known format. Its width masks are those of a run of `steps` steps.
 
-    `reading`: options of `load_checkpoint`. Raises `CheckpointError` as that does.
+    `steps`: by default the usual number for the model. `reading`: options of `load_checkpoint`. Raises `CheckpointError` as that does.
     """
     try:
         from dydit.checkpoints.checkpoint import load_checkpoint
@@ -104,8 +103,8 @@ def inspect_checkpoint(path: Path | str, steps: int = DEFAULT_STEPS, **reading: 
         raise CheckpointError(f"reading a checkpoint needs {error.name}: pip install 'dydit[export]'") from error
     checkpoint = load_checkpoint(path, **reading)
     config = checkpoint.config
-    process = config.diffusion
-    timesteps = SamplerConfig(sampler=default_sampler(process), steps=steps).times(process)
+    run = config.usual_run
+    timesteps = (run if steps is None else run.model_copy(update={"steps": steps})).times(config.diffusion)
     masks = freeze_masks(checkpoint.width_router_model(), timesteps)
     is_router = architecture_of(config).is_router
     parameters = {name: tensor.numel() for name, tensor in checkpoint.state.items()}

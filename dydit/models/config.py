@@ -26,6 +26,7 @@ from pydantic import (
 
 from dydit.diffusion.guidance import Guidance
 from dydit.diffusion.process import Process
+from dydit.diffusion.samplers import SamplerConfig, default_sampler
 from dydit.errors import ConfigError
 from dydit.files import user_path
 from dydit.models.architecture import BlockSpec, UnitAxis
@@ -237,6 +238,11 @@ class ModelConfig(Strict):
     def diffusion(self) -> Process:
         """The process of training; if none is stated, the usual one."""
         return self.process or self.usual_process
+
+    @property
+    def usual_run(self) -> SamplerConfig:
+        """The sampler and the number of steps with which models of this kind are published."""
+        return SamplerConfig(sampler=default_sampler(self.diffusion))
 
     @property
     def guided_channels(self) -> int:

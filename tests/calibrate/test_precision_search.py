@@ -189,7 +189,7 @@ def test_losses_of_a_multistep_sampler_are_those_of_its_steps_with_their_history
     with np.load(folder / "trajectory.npz") as file:
         (path,) = file.values()
     assert path.shape == (STEPS + 1, 2, IMAGES, 4, 8, 8)
-    sampling = exported.sampling(model.config.diffusion)
+    sampling = exported.sampling(model.config)
     rows = sampling_run(model.config.diffusion, sampling, True).coefficients
     assert not path[0, 1].any() and all(path[step, 1].any() for step in range(1, STEPS + 1))
     # The last step ends without noise: its result is the estimate of x_0 that it leaves as history.

@@ -19,6 +19,7 @@ from dydit.diffusion.samplers import SamplerConfig, Spacing
 from dydit.errors import ConfigError
 from dydit.export.capacities import keeps_every_token
 from dydit.export.settings import ExportConfig
+from dydit.models.config import ModelConfig
 
 PLANS = [[], ["--max-subnets", 2], ["--per-step"], ["--dynamic-width"], ["--memory-budget", "50MB"]]
 
@@ -68,19 +69,21 @@ RUNS = [
 
 
 @pytest.mark.parametrize(("process", "sampler"), RUNS, ids=str)
-def test_the_options_of_a_run_give_that_run(checkpoint: Path, process: Process, sampler: str) -> None:
+def test_the_options_of_a_run_give_that_run(
+    checkpoint: Path, small_config: ModelConfig, process: Process, sampler: str
+) -> None:
     """An option that is left out must be the default for this model, which depends on how it was trained."""
-    fitting = 0
+    fitting, model = 0, small_config.model_copy(update={"process": process})
     for steps, spacing, eta in itertools.product((20, 250), (None, *Spacing), (0.0, 0.5)):
         config = SamplerConfig(sampler=sampler, steps=steps, spacing=spacing, eta=eta)
         try:
             config.times(process)
         except ConfigError:
             continue
-        words = shlex.split(run_options({}, config, process))
+        words = shlex.split(run_options({}, config, model))
         given = cli.commands["calibrate"].make_context("calibrate", [str(checkpoint), "--out", "CAL.json", *words])
         chosen = {name: given.params[name] for name in ("steps", "sampler", "spacing", "eta")}
-        assert ExportConfig(**chosen).sampling(process) == config, words
+        assert ExportConfig(**chosen).sampling(model) == config, words
         fitting += 1
     assert fitting >= 2
 

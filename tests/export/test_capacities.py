@@ -28,7 +28,7 @@ def calibrated(checkpoint, config: ExportConfig, capacities: Any = None, **chang
     given = capacities or tuple(tuple(range(k + 2, k + 2 + depth)) for k in range(len(plan.segments)))
     values: dict[str, Any] = {
         "checkpoint_sha256": checkpoint.sha256,
-        **dict(config.sampling(checkpoint.config.diffusion)),
+        **dict(config.sampling(checkpoint.config)),
         "plan_sha256": plan_sha256(plan.bounds, masks),
         "cfg_scales": (4.0,),
         "seed": 0,

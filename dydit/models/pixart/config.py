@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from dydit.diffusion.samplers import Sampler, SamplerConfig
 from dydit.errors import ConfigError
 from dydit.models.config import ClassLabels, TextSpec, parse_config
 from dydit.models.pixart import units
@@ -74,6 +75,10 @@ class PixArtConfig(ModulatedConfig):
     def pixels(self) -> int:
         """The side of the images of the latents, which micro-conditions state."""
         return PIXELS_PER_LATENT * self.input_size
+
+    @property
+    def usual_run(self) -> SamplerConfig:
+        return SamplerConfig(sampler=Sampler.DPM_SOLVER, steps=20)
 
     @property
     def guided_channels(self) -> int:
