@@ -93,7 +93,8 @@ def inspect(path: Path | str, **reading: Any) -> Inspection:
 def inspect_checkpoint(path: Path | str, steps: int | None = None, **reading: Any) -> Inspection:
     """Inspect a checkpoint of any known format. Its width masks are those of a run of `steps` steps.
 
-    `steps`: by default the usual number for the model. `reading`: options of `load_checkpoint`. Raises `CheckpointError` as that does.
+    `steps`: by default the usual number for the model. `reading`: options of `load_checkpoint`. Raises
+    `CheckpointError` as that does.
     """
     try:
         from dydit.checkpoints.checkpoint import load_checkpoint
