@@ -93,7 +93,7 @@ def require_blocks(stated: Stated, where: str = "training arguments") -> None:
     for name in _OTHER_BLOCKS:
         if stated.get(name) not in (None, False, 0, "", "none", "None"):
             raise CheckpointError(
-                f"has other blocks than a DiT: its {where} say {name} {short(stated[name])}, which dydit does not have"
+                f"has other blocks than the models of dydit: its {where} say {name} {short(stated[name])}"
             )
 
 

@@ -73,8 +73,8 @@ def unpack(loaded: Any, wanted: str | None = None) -> Unpacked:
     entries, unknown = _find(loaded)
     if unknown and wanted is None and not any(each.averaged for each in entries):
         raise CheckpointError(
-            f"has an average `{shown(unknown[0])}` whose tensors do not have the names of a DiT's; read other weights "
-            "with --weights (weights=), such as model"
+            f"has an average `{shown(unknown[0])}` whose tensors do not have the names of a model that dydit "
+            "knows; read other weights with --weights (weights=), such as model"
         )
     chosen = _choose(entries, wanted) if entries else _other(loaded)
     notes = []
