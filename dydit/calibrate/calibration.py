@@ -45,7 +45,7 @@ from dydit.runtime.backends.registry import open_backend
 from dydit.runtime.images.image_files import kept_arrays
 from dydit.runtime.loop import StepRunner
 from dydit.runtime.noise_source import SeededNoise
-from dydit.runtime.request import DEFAULT_CFG_SCALE, UINT64, Batch
+from dydit.runtime.request import UINT64, Batch
 from dydit.runtime.resident import ResidentSubnets
 from dydit.validation import Strict
 
@@ -62,15 +62,13 @@ class CalibrationConfig(Strict):
     A calibration image i has the noise of (seed, i), a held-out one that of (seed + 1, i). `activations`: the method
     for activation ranges, from `activation_images` calibration images; None: no ranges. `smooth`: smooth the layers
     where that lowers the error, and choose the ranges of smoothed inputs. `search`: search for the layers that stay in
-    16 bits; None: no search.
+    16 bits; None: no search. `cfg_scales`: if empty, `for_model` gives the default of the model.
     """
 
     samples: int = Field(default=128, ge=1)
     held_out: int = Field(default=64, ge=1)
     seed: int = Field(default=0, ge=0, lt=UINT64 - 1)
-    cfg_scales: tuple[Annotated[float, Field(ge=0, allow_inf_nan=False)], ...] = Field(
-        default=(DEFAULT_CFG_SCALE,), min_length=1
-    )
+    cfg_scales: tuple[Annotated[float, Field(ge=0, allow_inf_nan=False)], ...] = ()
     capacity: CapacityConfig = CapacityConfig()
     activations: Method | None = None
     smooth: bool = Field(default=False, validation_alias=AliasChoices("smooth", "migrate"))
@@ -90,6 +88,11 @@ class CalibrationConfig(Strict):
     @classmethod
     def _scales(cls, scales: tuple[float, ...]) -> tuple[float, ...]:
         return tuple(sorted(set(scales)))
+
+    def for_model(self, model: ModelConfig) -> CalibrationConfig:
+        """With guidance scales of a model. Raises `ConfigError` for those that it does not have."""
+        scales = tuple(map(model.guidance_scale, self.cfg_scales or (None,)))
+        return self.model_copy(update={"cfg_scales": scales})
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,7 @@ def run_calibration(
     it may take. Raises `CalibrationError` for a static model and for too few samples (both before anything is sampled
     or written), and for latents that are not finite; `ConfigError` and `BackendError` as exporting and sampling do.
     """
+    config = config.for_model(checkpoint.config)
     _require_possible(checkpoint, config)
     reference = _search_reference(checkpoint, exported, config)
     masks, plan = planned_steps(checkpoint, exported)
@@ -182,14 +186,12 @@ def run_calibration(
 
 
 def _require_possible(checkpoint: Checkpoint, config: CalibrationConfig) -> None:
-    """Raise `CalibrationError` for a static model or too few samples, `ConfigError` for impossible guidance."""
+    """Raise `CalibrationError` for a static model or too few samples."""
     model = checkpoint.config
     if not model.dynamic:
         raise CalibrationError(
             f"{checkpoint.path} is a static model: it has no token routers, so there is nothing to calibrate"
         )
-    for scale in config.cfg_scales:
-        model.require_guidance(scale)
     for images, what in ((config.samples, "sample"), (config.held_out, "held-out sample")):
         for scale, count in spread_scales(images, config.cfg_scales):
             require_samples(config.capacity, count, scale, what)
@@ -259,6 +261,7 @@ def kept_if_begun(work: Path) -> Iterator[None]:
 def work_name(checkpoint: Checkpoint, exported: ExportConfig, config: CalibrationConfig) -> str:
     """The name of a work folder. It depends only on what is sampled, so that runs with other choices share the
     counts."""
+    config = config.for_model(checkpoint.config)
     identity = {
         "checkpoint": checkpoint.sha256,
         "run": exported.sampling(checkpoint.config.diffusion).model_dump(mode="json"),

@@ -156,13 +156,15 @@ def labels_option(help: str, default: str | None = None) -> Callable[[Command], 
     )
 
 
-def cfg_scale_option(default: float) -> Callable[[Command], Command]:
-    """`--cfg-scale` with the command's own default."""
+def cfg_scale_option(default: float | None = None) -> Callable[[Command], Command]:
+    """`--cfg-scale`, by default that of the model (`ModelConfig.guidance_scale`), or the command's own."""
+    shown = "  [default: 4; 1 for an unconditional model]" if default is None else ""
     return click.option(
         "--cfg-scale",
         type=float,
         default=default,
-        help="Classifier-free guidance scale, at least 0. 1 disables guidance and halves the compute.",
+        help="Classifier-free guidance scale, at least 0. 1 disables guidance and halves the compute. The paper of "
+        f"U-ViT counts from 0: its 0.4 is 1.4 here.{shown}",
     )
 
 
