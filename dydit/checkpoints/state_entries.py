@@ -1,9 +1,10 @@
 """Finds the weights of a model in the file of a training script: their entry, and the prefix of their names.
 
 The structure of the file decides. If, at most three dictionaries deep, a name ends with one of an architecture's
-`anchors` (for a DiT its patch embedder), the text before it is a prefix, and all names with this prefix are one model.
-This covers plain state dicts, training files (`ema`, `model`, `state_dict`, ...), Lightning's files (one state dict for
-the model and other modules) and wrappers of PyTorch. Errors do not name the file: the caller does.
+`anchors` (of a DiT its patch embedder, of a U-ViT its middle block), the text before it is a prefix, and all names with
+this prefix are one model. This covers plain state dicts, training files (`ema`, `model`, `state_dict`, ...),
+Lightning's files (one state dict for the model and other modules) and wrappers of PyTorch. Errors do not name the file:
+the caller does.
 """
 
 from __future__ import annotations

@@ -246,7 +246,8 @@ def checkpoint_options(command: Command) -> Command:
             help="How noise was added in training: over 1000 steps of linear, scaled-linear or cosine betas; in "
             "continuous time (vp-sde); or by flow matching on the linear path (flow), whose time is 0 for noise and 1 "
             "for the image, as in SiT. Needed only if the checkpoint does not state it.  [default: what the checkpoint "
-            "states, otherwise linear; with --prediction velocity, flow]",
+            "states, otherwise that of the published models: linear for a DiT, vp-sde for a U-ViT, scaled-linear for "
+            "its H sizes; with --prediction velocity, flow]",
         ),
         click.option(
             "--betas",
