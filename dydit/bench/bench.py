@@ -46,7 +46,7 @@ Progress = Callable[[int, int], None]
 
 
 class BenchConfig(Strict):
-    """What to time: a batch of one image per label; `cfg_scale` 1 disables guidance.
+    """What to time: a batch of one image per label; `cfg_scale` 1 disables guidance; None: the default of the model.
 
     `steps_measured`: sampling steps of a round, spread evenly over the run (all, if it has fewer). `threads`: cores for
     each contender (0: all). `sampling`: changes of the run, for bundles that can run others (`resampled`).
@@ -54,7 +54,7 @@ class BenchConfig(Strict):
 
     labels: tuple[int, ...] = Field(default=(0,), min_length=1)
     seed: int = Field(default=0, ge=0)
-    cfg_scale: float = Field(default=4.0, ge=0, allow_inf_nan=False)
+    cfg_scale: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     steps_measured: int = Field(default=25, ge=1)
     repeats: int = Field(default=7, ge=1)
     warmup: int = Field(default=1, ge=1)
@@ -132,8 +132,8 @@ def run_bench(
     for label in config.labels:
         if not 0 <= label < model.classes.rows:
             raise ConfigError(f"label {label} is outside 0..{model.classes.rows - 1}")
-    model.require_guidance(config.cfg_scale)
-    config = config.model_copy(update={"threads": config.threads or Machine.here().cores})
+    settled = {"threads": config.threads or Machine.here().cores, "cfg_scale": model.guidance_scale(config.cfg_scale)}
+    config = config.model_copy(update=settled)
     steps = spread_steps(sampling.steps, config.steps_measured)
     turns = config.warmup + config.repeats
     with ExitStack() as stack:
@@ -228,9 +228,13 @@ def _common_run(
         raise ConfigError("there is nothing to time; give at least one bundle")
     first = manifests[0]
     for other in manifests[1:]:
+        if (model := first.model.sizes.without_routers()) != (second := other.model.sizes.without_routers()):
+            name, *values = model.difference(second)
+            raise ConfigError(
+                f"the bundles cannot be compared: their model sizes differ ({name} {values[0]} and {values[1]})"
+            )
         for what, ours, theirs in (
             ("sampling steps", first.sampling.steps, other.sampling.steps),
-            ("model sizes", first.model.sizes.without_routers(), other.model.sizes.without_routers()),
             ("guided channels", first.sampling.cfg_channels, other.sampling.cfg_channels),
         ):
             if ours != theirs:

@@ -15,11 +15,6 @@ import numpy as np
 from dydit.errors import ConfigError
 from dydit.models.config import ModelConfig, TextSpec
 
-NEEDED = (
-    "this model is conditioned by texts; give a file of their embeddings with --texts FILE, or in Python prompt_embeds "
-    "(see docs/usage.md, Texts)"
-)
-
 
 @dataclass(frozen=True, eq=False)
 class Texts:

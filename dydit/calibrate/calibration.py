@@ -21,7 +21,7 @@ from pydantic import AliasChoices, Field, field_validator, model_validator
 
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.manifest import PlanKind
-from dydit.bundle.texts import NEEDED, Texts
+from dydit.bundle.texts import Texts
 from dydit.calibrate import capacity
 from dydit.calibrate.activation_ranges import ActivationRanges
 from dydit.calibrate.calibration_file import Calibration, OverflowRates, TokenCalibration, plan_sha256
@@ -38,7 +38,7 @@ from dydit.errors import BundleError, CalibrationError, ConfigError
 from dydit.export.exporter import export, planned_steps
 from dydit.export.settings import ExportConfig
 from dydit.files import atomic_file, remove
-from dydit.models.config import ModelConfig, UserPath
+from dydit.models.config import TEXTS_NEEDED, ModelConfig, UserPath
 from dydit.parity.frechet import FrechetReference
 from dydit.planning.plan import Plan
 from dydit.runtime.backends.base import BackendOptions, StepResult
@@ -46,7 +46,7 @@ from dydit.runtime.backends.registry import open_backend
 from dydit.runtime.images.image_files import kept_arrays
 from dydit.runtime.loop import StepRunner
 from dydit.runtime.noise_source import SeededNoise
-from dydit.runtime.request import DEFAULT_CFG_SCALE, UINT64, Batch
+from dydit.runtime.request import UINT64, Batch
 from dydit.runtime.resident import ResidentSubnets
 from dydit.runtime.text_files import texts_for
 from dydit.validation import Strict
@@ -64,15 +64,13 @@ class CalibrationConfig(Strict):
     A calibration image i has the noise of (seed, i), a held-out one that of (seed + 1, i). `activations`: the method
     for activation ranges, from `activation_images` calibration images; None: no ranges. `smooth`: smooth the layers
     where that lowers the error, and choose the ranges of smoothed inputs. `search`: search for the layers that stay in
-    16 bits; None: no search.
+    16 bits; None: no search. `cfg_scales`: if empty, `for_model` gives the default of the model.
     """
 
     samples: int = Field(default=128, ge=1)
     held_out: int = Field(default=64, ge=1)
     seed: int = Field(default=0, ge=0, lt=UINT64 - 1)
-    cfg_scales: tuple[Annotated[float, Field(ge=0, allow_inf_nan=False)], ...] = Field(
-        default=(DEFAULT_CFG_SCALE,), min_length=1
-    )
+    cfg_scales: tuple[Annotated[float, Field(ge=0, allow_inf_nan=False)], ...] = ()
     capacity: CapacityConfig = CapacityConfig()
     activations: Method | None = None
     smooth: bool = Field(default=False, validation_alias=AliasChoices("smooth", "migrate"))
@@ -94,6 +92,11 @@ class CalibrationConfig(Strict):
     @classmethod
     def _scales(cls, scales: tuple[float, ...]) -> tuple[float, ...]:
         return tuple(sorted(set(scales)))
+
+    def for_model(self, model: ModelConfig) -> CalibrationConfig:
+        """With guidance scales of a model. Raises `ConfigError` for those that it does not have."""
+        scales = tuple(map(model.guidance_scale, self.cfg_scales or (None,)))
+        return self.model_copy(update={"cfg_scales": scales})
 
 
 @dataclass(frozen=True)
@@ -127,6 +130,7 @@ def run_calibration(
     or written), and for latents that are not finite; `ConfigError` and `BackendError` as exporting and sampling do.
     """
     checkpoint = checkpoint.with_texts(_texts(checkpoint.config, config))
+    config = config.for_model(checkpoint.config)
     _require_possible(checkpoint, config)
     reference = _search_reference(checkpoint, exported, config)
     masks, plan = planned_steps(checkpoint, exported)
@@ -189,19 +193,17 @@ def run_calibration(
 def _texts(model: ModelConfig, config: CalibrationConfig) -> Texts | None:
     """The texts to sample, which decide ranges and token counts; random ones would not stand for them."""
     if model.text is not None and config.texts is None:
-        raise ConfigError(NEEDED)
+        raise ConfigError(TEXTS_NEEDED)
     return texts_for(model, config.texts, 0)
 
 
 def _require_possible(checkpoint: Checkpoint, config: CalibrationConfig) -> None:
-    """Raise `CalibrationError` for a static model or too few samples, `ConfigError` for impossible guidance."""
+    """Raise `CalibrationError` for a static model or too few samples."""
     model = checkpoint.config
     if not model.dynamic:
         raise CalibrationError(
             f"{checkpoint.path} is a static model: it has no token routers, so there is nothing to calibrate"
         )
-    for scale in config.cfg_scales:
-        model.require_guidance(scale)
     for images, what in ((config.samples, "sample"), (config.held_out, "held-out sample")):
         for scale, count in spread_scales(images, config.cfg_scales):
             require_samples(config.capacity, count, scale, what)
@@ -271,6 +273,7 @@ def kept_if_begun(work: Path) -> Iterator[None]:
 def work_name(checkpoint: Checkpoint, exported: ExportConfig, config: CalibrationConfig) -> str:
     """The name of a work folder. It depends only on what is sampled, so that runs with other choices share the
     counts."""
+    config = config.for_model(checkpoint.config)
     identity = {
         "checkpoint": checkpoint.sha256,
         "run": exported.sampling(checkpoint.config).model_dump(mode="json"),

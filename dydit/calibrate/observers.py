@@ -92,7 +92,7 @@ def sample_watched(watch: Watch, checkpoint: Checkpoint, run: ObservedRun, progr
         raise ConfigError("calibration needs at least one label and one guidance scale")
     config = checkpoint.config
     for scale in run.cfg_scales:
-        config.require_guidance(scale)
+        config.guidance_scale(scale)
     sampler = SlicedSampler(checkpoint, run.sampling, run.cfg_channels)
     noise = SeededNoise(run.seed, (config.in_channels, config.input_size, config.input_size))
     batches = make_batches(run.labels, range(len(run.labels)), run.batch)

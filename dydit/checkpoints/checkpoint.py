@@ -24,8 +24,9 @@ from dydit.checkpoints.containers import Container, container_of
 from dydit.checkpoints.conventions import by_name, require_blocks, settings_in
 from dydit.checkpoints.diffusers_folder import json_object, read_folder
 from dydit.checkpoints.fit import Given, expected_shapes, require_fit, require_trained
+from dydit.checkpoints.nnet_folder import choose_file, is_nnet_folder
 from dydit.checkpoints.process_settings import claims_of
-from dydit.checkpoints.safe_load import explained_memory, plain_tensors, read_safetensors, read_torch, shown
+from dydit.checkpoints.safe_load import explained_memory, listed, plain_tensors, read_safetensors, read_torch, shown
 from dydit.checkpoints.state_entries import EMA, MODEL, is_average, unpack
 from dydit.checkpoints.stated_process import ProcessOptions, own_claims, read_process
 from dydit.diffusion.process import NoiseSchedule, Prediction
@@ -33,7 +34,7 @@ from dydit.errors import CheckpointError, ConfigError, one_line
 from dydit.files import atomic_file, new_file, require_absent, sha256_of, user_path
 from dydit.models.config import ModelConfig, Space, parse_config, parse_model
 from dydit.models.dynamic import DynamicModel
-from dydit.models.registry import DEFAULT, architecture, architecture_of, architectures
+from dydit.models.registry import Architecture, architecture_of, architectures
 
 if TYPE_CHECKING:
     from dydit.bundle.texts import Texts
@@ -47,11 +48,11 @@ RESERVED = ("format", "version", "config")
 class Checkpoint:
     """The weights of a model under the published names, in the dtype of the file, and what is known about them.
 
-    `source`: "dit" (official, static), "dydit" (with routers), "diffusers" or "dydit-safetensors". `sha256`: of the
-    file, together with the name of the entry if that is not the default one; for a folder, of its weight files.
-    `metadata`: the added text of our own format, or for a training file `weights`, the entry that was read ("ema",
-    "model", ...). `notes`: assumptions and choices, for the user. The tensors of `state` may be mapped from the file,
-    and may share memory: do not write to them. `texts`: of a run, for a model that texts condition; see `with_texts`.
+    `source`: "dit", "uvit" or "pixart" (official, static), "dydit" (with routers), "diffusers" or "dydit-safetensors".
+    `sha256`: of the file, together with the name of the entry if that is not the default one; for a folder, of the
+    weight files that were read. `metadata`: the added text of our own format, or for training files `weights`, the
+    entry that was read ("ema", "model", ...). `notes`: assumptions and choices, for the user. The tensors of `state`
+    may be mapped from the file, and may share memory: do not write to them. `texts`: of a run, see `with_texts`.
     """
 
     config: ModelConfig
@@ -119,6 +120,8 @@ def load_checkpoint(
     process = parse_config(ProcessOptions, {"prediction": prediction, "schedule": schedule, "betas": betas})
     path, given = user_path(path), Given(num_heads, weights, num_classes, input_size, process)
     try:
+        if path.is_dir() and is_nnet_folder(path):
+            return _load_nnet_folder(path, given)
         if path.is_dir():
             folder = read_folder(path, given)
             return Checkpoint(
@@ -143,6 +146,16 @@ def load_checkpoint(
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
+def _load_nnet_folder(folder: Path, given: Given) -> Checkpoint:
+    chosen = choose_file(folder, given.weights)
+    try:
+        checkpoint = _load_file(chosen.path, dataclasses.replace(given, weights=None))
+    except CheckpointError as error:
+        raise CheckpointError(f"{chosen.path.name} {error}") from error
+    notes = (*chosen.notes, *checkpoint.notes)
+    return dataclasses.replace(checkpoint, path=folder, metadata={"weights": chosen.entry}, notes=notes)
+
+
 def _load_file(path: Path, given: Given) -> Checkpoint:
     container, size = container_of(path), path.stat().st_size
     if container is Container.SAFETENSORS:
@@ -159,7 +172,7 @@ def _load_file(path: Path, given: Given) -> Checkpoint:
     settings = settings_in(loaded, header)
     stated = by_name(settings)
     require_blocks(stated, where)
-    known = next((each for each in architectures() if each.recognises(state)), architecture(DEFAULT))
+    known = _recognised(state)
     inferred = known.infer_config(state, stated, given)
     reading = read_process(claims_of(settings, f"its {where} say"), given.process, inferred.config.usual_process)
     config = inferred.config.model_copy(update={"process": reading.process})
@@ -171,6 +184,21 @@ def _load_file(path: Path, given: Given) -> Checkpoint:
     if not unpacked.by_default:  # bundles of different entries of a file must have different hashes
         sha256 = hashlib.sha256(f"{sha256} {unpacked.entry}".encode()).hexdigest()
     return Checkpoint(config, state, "dydit" if config.dynamic else known.name, path, sha256, metadata, notes)
+
+
+def _recognised(state: Mapping[str, Tensor]) -> Architecture:
+    """The architecture of a state dict, by its published names."""
+    for each in architectures():
+        if each.recognises(state):
+            return each
+    readable = sorted((each for each in architectures() if each.anchors), key=lambda each: each.title)
+    anchors = ", ".join(f"{each.anchors[0]} (of a {each.title})" for each in readable)
+    *titles, last = (each.title for each in readable)
+    raise CheckpointError(
+        f"is not a checkpoint that dydit can read: it has none of {anchors}; it holds {listed(state) or 'no tensors'} "
+        f"(expected an official {', '.join(titles)} or {last}, a training file or folder of one, a diffusers folder, "
+        "or a dydit file)"
+    )
 
 
 def _load_own(path: Path, tensors: dict[str, Tensor], header: dict[str, str], given: Given) -> Checkpoint:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from enum import StrEnum
 from pathlib import Path
 
+from dydit.checkpoints.nnet_folder import is_nnet_folder
 from dydit.errors import CheckpointError
 
 _LEGACY_MAGIC = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # a pickled number, the start of torch.save files until 1.6
@@ -49,10 +50,10 @@ def container_of(path: Path) -> Container:
 
 
 def looks_like_checkpoint(path: Path) -> bool:
-    """Whether `path` is a file in one of these containers, or a folder laid out as diffusers saves a model."""
+    """Whether `path` is a file in one of these containers, or a folder laid out as diffusers or U-ViT save a model."""
     if path.is_dir():
         names = ("config.json", "model_index.json", "transformer/config.json")
-        return any((path / name).is_file() for name in names)
+        return is_nnet_folder(path) or any((path / name).is_file() for name in names)
     try:
         return path.is_file() and bool(container_of(path))
     except (CheckpointError, OSError):

@@ -4,7 +4,7 @@ The names and shapes of a DiT's tensors do not show what its output means. Train
 safetensors file, and the scheduler of a diffusers pipeline often do. They are used or refused, and never ignored: a
 model that is sampled by another convention than that of its training would produce noise without an error. What they
 say about noise and predictions is read by `dydit.checkpoints.process_settings`. A file that states nothing is taken for
-a DiT. No PyTorch here. Errors do not name the file: the caller does.
+a published model. No PyTorch here. Errors do not name the file: the caller does.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def require_blocks(stated: Stated, where: str = "training arguments") -> None:
     for name in _OTHER_BLOCKS:
         if stated.get(name) not in (None, False, 0, "", "none", "None"):
             raise CheckpointError(
-                f"has other blocks than a DiT: its {where} say {name} {short(stated[name])}, which dydit does not have"
+                f"has other blocks than the models of dydit: its {where} say {name} {short(stated[name])}"
             )
 
 

@@ -22,6 +22,7 @@ from dydit.checkpoints.containers import Container, container_of
 from dydit.checkpoints.conventions import Setting, by_name, require_blocks, settings_in, short
 from dydit.checkpoints.diffusers_scheduler import scheduler_claims
 from dydit.checkpoints.fit import Given, require_trained
+from dydit.checkpoints.nnet_folder import AVERAGE, TRAINED
 from dydit.checkpoints.pipeline_folder import class_names_of_folder, space_of_folder
 from dydit.checkpoints.process_settings import claims_of
 from dydit.checkpoints.safe_load import listed, plain_tensors, read_safetensors, read_torch, shown
@@ -75,7 +76,7 @@ def read_folder(path: Path, given: Given) -> Folder:
             )
         tensors.update(part)
     size = sum(file.stat().st_size for file in files)
-    reading = read_process(claims, given.process)
+    reading = read_process(claims, given.process, config.usual_process)
     class_names, remarks = class_names_of_folder(path, config.classes.count)
     config = config.model_copy(update={"process": reading.process, "class_names": class_names})
     state = known.from_diffusers(plain_tensors(tensors, size), config, size)
@@ -126,13 +127,12 @@ def _model_folder(path: Path, wanted: str | None) -> Path:
     folder = next((at for at in (path, path / "transformer") if (at / CONFIG).is_file()), None)
     if folder is not None:
         return folder
-    files = [
-        file.name for file in sorted(path.iterdir()) if file.suffix in (".pt", ".pth", ".ckpt", ".safetensors", ".bin")
-    ]
-    hint = f"; if the checkpoint is one of its files, give that: {listed(files)}" if files else ""
+    names = (".pt", ".pth", ".ckpt", ".safetensors", ".bin")
+    inside = [each.name for each in sorted(path.iterdir()) if each.suffix in names]
+    hint = f"; if the checkpoint is one of these, give that: {listed(inside)}" if inside else ""
     raise CheckpointError(
-        f"is not the folder of a diffusers model: expected {CONFIG} and {STEM}.safetensors in it or in its "
-        f"transformer/ folder{hint}"
+        f"is not a checkpoint folder: expected {CONFIG} and {STEM}.safetensors of diffusers, in it or in its "
+        f"transformer/ folder, or {AVERAGE} or {TRAINED} of U-ViT's training{hint}"
     )
 
 
@@ -163,9 +163,7 @@ def _choose(folder: Path, wanted: str | None) -> tuple[str, Path, tuple[str, ...
     if not variants:
         shards = [file.name for file in folder.iterdir() if file.name.startswith(STEM) and _SHARD.search(file.name)]
         hint = f"; it has shards ({listed(sorted(shards))}), but no index file that lists them" if shards else ""
-        raise CheckpointError(
-            f"is not the folder of a diffusers model: expected {STEM}.safetensors beside its {CONFIG}{hint}"
-        )
+        raise CheckpointError(f"is not a diffusers folder: expected {STEM}.safetensors beside its {CONFIG}{hint}")
     if folder.name == "transformer_ema" and wanted == EMA:
         wanted = None
     if wanted == MODEL and wanted not in variants:

@@ -1,9 +1,10 @@
 """Finds the weights of a model in the file of a training script: their entry, and the prefix of their names.
 
 The structure of the file decides. If, at most three dictionaries deep, a name ends with one of an architecture's
-`anchors` (for a DiT its patch embedder), the text before it is a prefix, and all names with this prefix are one model.
-This covers plain state dicts, training files (`ema`, `model`, `state_dict`, ...), Lightning's files (one state dict for
-the model and other modules) and wrappers of PyTorch. Errors do not name the file: the caller does.
+`anchors` (of a DiT its patch embedder, of a U-ViT its middle block), the text before it is a prefix, and all names with
+this prefix are one model. This covers plain state dicts, training files (`ema`, `model`, `state_dict`, ...),
+Lightning's files (one state dict for the model and other modules) and wrappers of PyTorch. Errors do not name the file:
+the caller does.
 """
 
 from __future__ import annotations
@@ -73,8 +74,8 @@ def unpack(loaded: Any, wanted: str | None = None) -> Unpacked:
     entries, unknown = _find(loaded)
     if unknown and wanted is None and not any(each.averaged for each in entries):
         raise CheckpointError(
-            f"has an average `{shown(unknown[0])}` whose tensors do not have the names of a DiT's; read other weights "
-            "with --weights (weights=), such as model"
+            f"has an average `{shown(unknown[0])}` whose tensors do not have the names of a model that dydit "
+            "knows; read other weights with --weights (weights=), such as model"
         )
     chosen = _choose(entries, wanted) if entries else _other(loaded)
     notes = []

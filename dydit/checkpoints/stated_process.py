@@ -2,8 +2,9 @@
 
 Each setting is a claim: it allows some combinations of a noise schedule and a prediction, and may state betas. The
 process is what all claims allow. Claims that exclude each other are refused, and so is a setting that programs use in
-different senses, until the user says which one is meant. If only a part of the process is stated, the rest is DiT's,
-and a note says so. No PyTorch here. Errors do not name the file: the caller does.
+different senses, until the user says which one is meant. If only a part of the process is stated, the rest is that of
+the published models of the architecture, and a note says so. No PyTorch here. Errors do not name the file: the caller
+does.
 """
 
 from __future__ import annotations
@@ -196,7 +197,7 @@ def _schedule(
     if (either := next((claim for claim in every if claim.two_kinds), None)) is not None:
         senses = ", a name for linear betas in some programs, and for scaled-linear ones in others; give --schedule"
         raise _open(either, senses)
-    other = next((claim for claim in every if claim.has_betas and not _of_dit(claim)), None)
+    other = next((claim for claim in every if claim.has_betas and not _of(usual, claim)), None)
     if other is not None:
         raise _open(other, ", but nothing states the noise schedule; give --schedule, such as linear or scaled-linear")
     chosen = usual if usual.schedule in schedules else _DIT
@@ -221,14 +222,15 @@ def _betas(
         return None
     if start is None or end is None:
         half = next(claim for claim in every if claim.has_betas)
-        if schedule is not LINEAR or not _of_dit(half):
+        if schedule is not LINEAR or not _of(_DIT, half):
             raise _open(half, ", but only one of its two betas; give both with --betas START,END")
         return None
     return None if not _differ(start, expected[0]) and not _differ(end, expected[1]) else (start, end)
 
 
-def _of_dit(claim: Claim) -> bool:
-    start, end = _DIT.beta_range
+def _of(process: Process, claim: Claim) -> bool:
+    """Whether the betas that a claim states are those of a process."""
+    start, end = process.beta_range
     return not _differ(claim.start, start) and not _differ(claim.end, end)
 
 

@@ -35,7 +35,7 @@ from dydit.extras import CHECKPOINTS, backend_modules, require
 @click.option("--out", type=PATH, required=True, help="Folder for bench.json and bench.png. Must not exist.")
 @labels_option(default="0", help="Class numbers of the batch, one image for each: 207,360 or 0-9. Repeatable.")
 @seed_option
-@cfg_scale_option(4.0)
+@cfg_scale_option()
 @click.option(
     "--steps-measured",
     type=click.IntRange(min=1),

@@ -11,7 +11,7 @@ from dydit.commands.group import Command
 from dydit.commands.options import PATH, json_option, option_names
 from dydit.commands.output import print_json, say
 from dydit.commands.progress import show_progress
-from dydit.commands.suggestions import next_line
+from dydit.commands.suggestions import guidance_words, label_words, next_line
 from dydit.engines.fingerprint import HardwareCompatibility
 from dydit.engines.flavour import Flavour, default_flavour, installed_version, present_gpu
 from dydit.extras import require
@@ -88,7 +88,9 @@ def command(bundle: Path, flavour: str | None, jobs: int, inspect: bool, as_json
         return
     say(*report.text())
     if report.built:
+        model = opened.manifest.model
+        run_words = [*label_words(model), *guidance_words(model)]
         say(
             f"{bytes_text(report.bytes)} in {duration(report.seconds)}",
-            next_line("sample", bundle, "--labels", "0", "--backend", chosen.value, "--out", "SAMPLES"),
+            next_line("sample", bundle, *run_words, "--backend", chosen.value, "--out", "SAMPLES"),
         )

@@ -58,9 +58,8 @@ if TYPE_CHECKING:
     "cfg_scales",
     type=float,
     multiple=True,
-    default=(4.0,),
     help="Classifier-free guidance scale to calibrate for, at least 0. Repeatable: the images are divided between the "
-    "scales.",
+    "scales.  [default: 4; 1 for an unconditional model]",
 )
 @click.option(
     "--quantile",

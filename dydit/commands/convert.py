@@ -26,10 +26,11 @@ LARGE = 1 << 30
 def command(checkpoint: Path, out: Path, space: str | None, reading: dict[str, Any]) -> None:
     """Convert a checkpoint to dydit's own format: a safetensors file that contains the model's configuration.
 
-    CHECKPOINT is a DiT or DyDiT state dict, a training file that contains one, a diffusers DiT folder, or a file
-    written by dydit. No code in it is run. The new file also states how the model was trained, if CHECKPOINT or the
-    options do. A file that does not state it is read as a DiT, which predicts epsilon over linear betas. A file with
-    only the weights of a SiT cannot be told from a DiT: give --prediction velocity.
+    CHECKPOINT is a state dict of a DiT, a DyDiT or a U-ViT, a training file or folder that contains one, a diffusers
+    DiT folder, or a file written by dydit. No code in it is run. The new file also states how the model was trained, if
+    CHECKPOINT or the options do. A file that does not state it is read as a model as it was published: a DiT predicts
+    epsilon over linear betas, a U-ViT epsilon on the VP-SDE. A file with only the weights of a SiT cannot be told from
+    a DiT: give --prediction velocity.
     """
     require("dydit convert", CHECKPOINTS)
     from dydit.checkpoints.checkpoint import convert

@@ -156,13 +156,15 @@ def labels_option(help: str, default: str | None = None) -> Callable[[Command], 
     )
 
 
-def cfg_scale_option(default: float) -> Callable[[Command], Command]:
-    """`--cfg-scale` with the command's own default."""
+def cfg_scale_option(default: float | None = None) -> Callable[[Command], Command]:
+    """`--cfg-scale`, by default that of the model (`ModelConfig.guidance_scale`), or the command's own."""
+    shown = "  [default: 4; 1 for an unconditional model]" if default is None else ""
     return click.option(
         "--cfg-scale",
         type=float,
         default=default,
-        help="Classifier-free guidance scale, at least 0. 1 disables guidance and halves the compute.",
+        help="Classifier-free guidance scale, at least 0. 1 disables guidance and halves the compute. The paper of "
+        f"U-ViT counts from 0: its 0.4 is 1.4 here.{shown}",
     )
 
 
@@ -244,7 +246,8 @@ def checkpoint_options(command: Command) -> Command:
             help="How noise was added in training: over 1000 steps of linear, scaled-linear or cosine betas; in "
             "continuous time (vp-sde); or by flow matching on the linear path (flow), whose time is 0 for noise and 1 "
             "for the image, as in SiT. Needed only if the checkpoint does not state it.  [default: what the checkpoint "
-            "states, otherwise linear; with --prediction velocity, flow]",
+            "states, otherwise that of the published models: linear for a DiT, vp-sde for a U-ViT, scaled-linear for "
+            "its H sizes; with --prediction velocity, flow]",
         ),
         click.option(
             "--betas",

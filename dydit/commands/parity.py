@@ -40,9 +40,12 @@ if TYPE_CHECKING:
     help="The checkpoint that the bundle was exported from.",
 )
 @click.option("--out", type=PATH, required=True, help="Folder for parity.json and parity.png. Must not exist.")
-@labels_option(default="0,1", help="Class numbers, one image for each: 207,360 or 0-9. Repeatable.")
+@labels_option(
+    help="Class numbers, one image for each: 207,360 or 0-9. Repeatable.  [default: 0,1; for an unconditional model, "
+    "two images]"
+)
 @seed_option
-@cfg_scale_option(4.0)
+@cfg_scale_option()
 @click.option(
     "--every", type=click.IntRange(min=1), default=1, metavar="N", help="Compare every n-th step, and the last one."
 )

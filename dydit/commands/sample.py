@@ -50,7 +50,7 @@ def _parse_worker(_: click.Context, __: click.Parameter, value: str | None) -> W
 @click.argument("bundle", type=PATH)
 @labels_option(
     help="Class numbers, one image for each: 207,360 or 0-9. The number after the last class stands for no class. "
-    "Repeatable. Required unless --noise-from contains labels."
+    "Repeatable. Not needed if --noise-from contains labels, or the model is unconditional."
 )
 @click.option(
     "--out",
@@ -75,7 +75,7 @@ def _parse_worker(_: click.Context, __: click.Parameter, value: str | None) -> W
     default=0,
     help="Index of the first image. The index decides the noise and the file name of an image.",
 )
-@cfg_scale_option(4.0)
+@cfg_scale_option()
 @sampling_options
 @click.option("--batch-size", type=int, help="Number of images per batch.  [default: as many as the bundle allows]")
 @backend_options

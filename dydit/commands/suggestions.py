@@ -10,6 +10,7 @@ from typing import Any
 from dydit.bundle.manifest import Manifest
 from dydit.bundle.stored_weights import Precision
 from dydit.commands.options import DEFAULT_BACKEND
+from dydit.models.config import ModelConfig
 
 
 def next_line(*words: object) -> str:
@@ -20,11 +21,21 @@ def next_line(*words: object) -> str:
 def after_export(manifest: Manifest, bundle: Path, checkpoint: Path, reading: Mapping[str, Any]) -> list[str]:
     """The closing lines of an export: commands that work with this bundle."""
     backend = ["--backend", "torch"] if manifest.precision is Precision.BF16 else []
-    against = ["--against", checkpoint, *reading_words(reading)]
+    against, guidance = ["--against", checkpoint, *reading_words(reading)], guidance_words(manifest.model)
     return [
-        next_line("sample", bundle, "--labels", "0", *backend, "--out", "SAMPLES"),
-        next_line("parity", bundle, *against, *backend, "--out", "PARITY"),
+        next_line("sample", bundle, *label_words(manifest.model), *guidance, *backend, "--out", "SAMPLES"),
+        next_line("parity", bundle, *against, *guidance, *backend, "--out", "PARITY"),
     ]
+
+
+def label_words(model: ModelConfig) -> list[str]:
+    """The labels of a first run, which an unconditional model does not need."""
+    return [] if model.classes.unconditional else ["--labels", "0"]
+
+
+def guidance_words(model: ModelConfig) -> list[str]:
+    """The guidance of a run, where the default is impossible: of a model with classes, but without a null class."""
+    return ["--cfg-scale", "1"] if model.null_class is None and not model.classes.unconditional else []
 
 
 def backend_words(settings: Mapping[str, Any]) -> list[str]:

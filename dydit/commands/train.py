@@ -51,13 +51,13 @@ def recipe_settings() -> str:
     "--schedule",
     type=click.Choice([each.value for each in NoiseSchedule]),
     help="How noise is added in training, the same as model.process.schedule=... Default: that of the checkpoint init, "
-    "or linear, as in DiT. flow is the flow matching of SiT.",
+    "or of published models: linear for a DiT, vp-sde for a U-ViT. flow is the flow matching of SiT.",
 )
 @click.option(
     "--prediction",
     type=click.Choice([each.value for each in Prediction]),
     help="What the model predicts, the same as model.process.prediction=... Default: that of the checkpoint init, or "
-    "epsilon, as in DiT. A flow predicts velocity.",
+    "epsilon. A flow predicts velocity.",
 )
 def command(
     overrides: tuple[str, ...], recipe: str, out: Path, resume: bool, schedule: str | None, prediction: str | None

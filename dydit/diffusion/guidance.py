@@ -8,6 +8,9 @@ import numpy as np
 
 from dydit.errors import ConfigError
 
+DEFAULT_SCALE = 4.0
+"""The scale of a run that states none: that of DiT's published samples."""
+
 
 def is_guided(scale: float) -> bool:
     """Whether a scale needs two rows for each image, one with its class and one with the null class."""
@@ -31,8 +34,8 @@ class Guidance:
     def __post_init__(self) -> None:
         if self.scale != 1 and self.null_class is None:
             raise ConfigError(
-                f"guidance {self.scale:g} needs a null class, which this model does not have (it was trained without "
-                "label dropout); use --cfg-scale 1 (guidance_scale=1)"
+                f"guidance {self.scale:g} needs a null class, which this model does not have (it is unconditional, or "
+                "was trained without label dropout); use --cfg-scale 1 (guidance_scale=1)"
             )
 
     @property

@@ -19,7 +19,8 @@ from dydit.engines.network import Layer, Network
 from dydit.errors import BackendError
 from dydit.models.config import ModelConfig
 
-PRODUCTS = frozenset({"matrix_multiply", "einsum", "convolution", "deconvolution"})
+CONVOLUTIONS = frozenset({"convolution", "deconvolution"})
+PRODUCTS = frozenset({"matrix_multiply", "einsum"}) | CONVOLUTIONS
 ATTENTION = frozenset({"attention_input", "attention_output"})
 _HEAVY = PRODUCTS | ATTENTION
 # These pass values on unchanged, so a cast on their far side is still at the edge of what follows.
@@ -129,7 +130,12 @@ class _Check:
         return None
 
     def is_exempt(self, product: Layer) -> bool:
-        """Whether a product has one of the weights that stay fp32."""
+        """Whether a product has one of the weights that stay fp32.
+
+        TensorRT keeps the kernel of a convolution in the layer, without its name. All convolutions of models are fp32.
+        """
+        if product.kind in CONVOLUTIONS and len(product.inputs) == 1:
+            return True
         return not self._exempt.isdisjoint(name for operand in product.inputs for name in self._weights(operand))
 
     def _was_stored_in_8_bits(self, operand: str) -> bool:
@@ -198,13 +204,18 @@ class _Check:
         return any(producer.kind in _HEAVY for producer in self._producers(name, onward))
 
     def _is_island(self, name: str) -> bool:
-        """Whether a float32 value was in the lower type before, with no normalization in between."""
+        """Whether a float32 value was in the lower type before, with no normalization in between.
+
+        The residual stream is none: a part of it comes from the float32 product that embeds patches.
+        """
 
         def onward(layer: Layer) -> bool:
             ends = layer.kind in _HEAVY or layer.kind in ("normalization", "shape")
             return not ends and not self._casts_up(layer)
 
-        return any(map(self._casts_up, self._producers(name, onward)))
+        reached = self._producers(name, onward)
+        is_stream = any(each.kind in PRODUCTS and self.network.dtypes[each.outputs[0]] == "float32" for each in reached)
+        return any(map(self._casts_up, reached)) and not is_stream
 
     def _casts_up(self, layer: Layer) -> bool:
         return layer.kind == "cast" and self.network.dtypes[layer.inputs[0]] == self.low

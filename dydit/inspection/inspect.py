@@ -20,7 +20,8 @@ from dydit.bundle.stored_weights import fp16_name
 from dydit.bundle.vae_entry import VAE_DECODER, VAE_WEIGHTS
 from dydit.errors import CheckpointError
 from dydit.files import user_path, write_atomic
-from dydit.models.config import ModelConfig
+from dydit.models.architecture import WIDTH_ROUTER
+from dydit.models.config import ModelConfig, Routers
 from dydit.models.macs import unit_costs
 from dydit.models.registry import architecture_of
 from dydit.planning.costs import macs_costs, time_costs
@@ -243,15 +244,19 @@ def _unit_bytes(manifest: Manifest) -> np.ndarray:
 
 
 def _stored_model_facts(manifest: Manifest) -> ModelFacts:
-    """Facts of the stored weights. They do not contain the width routers, whose decisions are frozen into the plan."""
+    """Facts of the stored weights. Computed tensors, and rows of units without a logit, are no parameters."""
+    model = manifest.model
     counts = {name: math.prod(entry.shape) for name, entry in manifest.weights.items()}
     for copy in [fp16_name(name) for name in counts]:
         counts.pop(copy, None)
-    for name in manifest.model.derived:
+    for name in model.derived:
         del counts[name]
-    return _model_facts(
-        manifest.model, sum(counts.values()), sum(n for name, n in counts.items() if ".router." in name)
-    )
+    if model.routers is Routers.FIRST_ON:
+        for name in WIDTH_ROUTER:
+            rows = manifest.weights[name].shape[0]
+            counts[name] -= counts[name] // rows * len(model.units.parts)
+    routers = sum(count for name, count in counts.items() if ".router." in name or name in WIDTH_ROUTER)
+    return _model_facts(model, sum(counts.values()), routers)
 
 
 def _size_of(path: Path) -> int:

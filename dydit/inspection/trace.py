@@ -55,7 +55,7 @@ def trace_tokens(
     """
     manifest, model = bundle.manifest, bundle.manifest.model
     check_labels(labels, manifest)
-    model.require_guidance(cfg_scale)
+    model.guidance_scale(cfg_scale)
     check_batch_size(len(labels), manifest, len(labels))
     (batch,) = make_batches(labels, range(len(labels)), len(labels))
     noise = SeededNoise(seed, (model.in_channels, model.input_size, model.input_size))

@@ -24,7 +24,7 @@ from pydantic import (
     model_validator,
 )
 
-from dydit.diffusion.guidance import Guidance
+from dydit.diffusion.guidance import DEFAULT_SCALE, Guidance
 from dydit.diffusion.process import Process
 from dydit.diffusion.samplers import SamplerConfig, default_sampler
 from dydit.errors import ConfigError
@@ -34,6 +34,9 @@ from dydit.models.registry import DEFAULT, architecture
 from dydit.validation import SettingsError, Strict, problems_of
 
 T = TypeVar("T", bound=BaseModel)
+TEXTS_NEEDED = (
+    "this model is conditioned by texts; give a file of their embeddings (--texts FILE) or prompts (--prompt, prompt=)"
+)
 PICTURE_CHANNELS = (1, 3)
 """Channels of an image: grey, or RGB."""
 UserPath = Annotated[Path, AfterValidator(user_path)]
@@ -69,6 +72,11 @@ class ClassLabels:
     def rows(self) -> int:
         """The number of labels that the network takes, with `null`. Labels are below this number."""
         return self.count + (self.null is not None)
+
+    @property
+    def unconditional(self) -> bool:
+        """Whether there is nothing to choose: label 0 is the only one."""
+        return self.rows == 1
 
 
 @dataclass(frozen=True)
@@ -284,14 +292,36 @@ class ModelConfig(Strict):
         """The configuration without `space`, `process` and `class_names`, which affect no weight; for comparisons."""
         return self.model_copy(update={"space": None, "process": None, "class_names": None})
 
+    def difference(self, other: ModelConfig) -> tuple[str, Any, Any]:
+        """The first field in which the sizes of two models differ, with its values; they must differ in one."""
+        ours, theirs = self.sizes, other.sizes
+        for name in ("architecture", *type(ours).model_fields):
+            values = getattr(ours, name), getattr(theirs, name, None)
+            if values[0] != values[1]:
+                return name, *values
+        raise AssertionError(f"both are {ours}")
+
     @property
     def null_class(self) -> int | None:
         """The label for "no class" in classifier-free guidance; None if there is none."""
         return self.classes.null
 
-    def require_guidance(self, cfg_scale: float) -> None:
-        """Raise `ConfigError` if `cfg_scale` needs guidance and the model has no row for "no class"."""
-        Guidance(cfg_scale, self.null_class)
+    @property
+    def usual_guidance(self) -> float:
+        """The guidance scale of published examples."""
+        return DEFAULT_SCALE
+
+    def guidance_scale(self, given: float | None) -> float:
+        """The guidance scale of a run: the `given` one, by default `usual_guidance`, or 1 (none) for an unconditional
+        model.
+
+        Raises `ConfigError` if the scale needs guidance and the model has no row for "no class", or if a model that
+        texts condition has none.
+        """
+        if self.text is not None and not self.classes.rows:
+            raise ConfigError(TEXTS_NEEDED)
+        usual = 1.0 if self.classes.unconditional else self.usual_guidance
+        return Guidance(usual if given is None else given, self.null_class).scale
 
     @property
     def dynamic(self) -> bool:

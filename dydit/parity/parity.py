@@ -12,6 +12,7 @@ runs first and is never patched. All checks are made, also after one has failed.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -71,6 +72,7 @@ Progress = Callable[[int, int], None]
 class ParityConfig(Strict):
     """What to compare: an image for each label (the null class is a label, too); `cfg_scale` 1 is no guidance.
 
+    By default two images, with the default guidance of the model (`ModelConfig.guidance_scale`).
     `every`: compare every n-th step and the last one from the reference's latents. The whole run always has all steps.
     `sampling`: changes of the bundle's run (`dydit.planning.resampling.resampled`). `texts`: a file of texts, for a
     model that they condition, whose labels are their numbers; by default random ones.
@@ -79,12 +81,19 @@ class ParityConfig(Strict):
     backend: str = "onnxruntime"
     threads: int = Field(default=0, ge=0)
     device: str = "cpu"
-    labels: tuple[int, ...] = Field(default=(0, 1), min_length=1)
+    labels: tuple[int, ...] = ()
     seed: int = Field(default=0, ge=0)
-    cfg_scale: float = Field(default=4.0, ge=0, allow_inf_nan=False)
+    cfg_scale: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     every: int = Field(default=1, ge=1)
     sampling: SamplerChoice = SamplerChoice()
     texts: UserPath | None = None
+
+    def images(self, model: ModelConfig) -> Images:
+        """The images to sample. Raises `ConfigError` for what does not fit the model."""
+        labels = self.labels or (0, 1 % model.classes.rows)
+        images = Images(labels, self.seed, model.guidance_scale(self.cfg_scale))
+        images.row_labels(model)
+        return images
 
 
 def compare_files(
@@ -116,16 +125,15 @@ def run_parity(
     labels that do not fit the bundle, and `BackendError` if the backend cannot run it.
     """
     start = time.perf_counter()
-    bundle = with_texts_for(resampled(bundle, config.sampling), config.texts, max(config.labels) + 1)
+    bundle = with_texts_for(resampled(bundle, config.sampling), config.texts, max(config.labels, default=1) + 1)
     manifest = bundle.manifest
     if manifest.model.sizes == checkpoint.config.sizes:
         checkpoint = checkpoint.with_texts(bundle.texts)
-    if len(config.labels) > manifest.max_batch:
+    images = config.images(manifest.model)
+    if images.batch > manifest.max_batch:
         raise ConfigError(
-            f"{counted(len(config.labels), 'label')}, but the bundle was exported for batches up to "
-            f"{manifest.max_batch}"
+            f"{counted(images.batch, 'label')}, but the bundle was exported for batches up to {manifest.max_batch}"
         )
-    Images(config.labels, config.seed, config.cfg_scale).row_labels(manifest.model)
     steps = manifest.sampling.steps
     compared = sorted({*range(0, steps, config.every), steps - 1})
     if (other := _other_model(manifest, checkpoint.config)) is None:
@@ -139,7 +147,8 @@ def run_parity(
     report = ParityReport(
         bundle=str(bundle.path),
         checkpoint=str(checkpoint.path),
-        **config.model_dump(include={"backend", "threads", "device", "labels", "seed", "cfg_scale"}),
+        **config.model_dump(include={"backend", "threads", "device"}),
+        **dataclasses.asdict(images),
         steps=steps,
         sampler=manifest.sampling.sampler.value,
         routing=manifest.routing.value if manifest.routing else None,
@@ -173,9 +182,8 @@ def _other_model(manifest: Manifest, reference: ModelConfig) -> list[Check] | No
     """The checks of a bundle that cannot be compared step by step, because it is of another model; None if it can."""
     ours, theirs, what = manifest.model.sizes, reference.sizes, "the architecture differs"
     if ours != theirs:
-        names = (name for name in type(ours).model_fields if getattr(ours, name) != getattr(theirs, name, None))
-        name = next(names, "architecture")
-        where = f"{name} is {getattr(ours, name)} in the bundle and {getattr(theirs, name, None)} in the checkpoint"
+        name, own, other = ours.difference(theirs)
+        where = f"{name} is {own} in the bundle and {other} in the checkpoint"
     elif manifest.model.diffusion != reference.diffusion:
         what = "the training differs"
         where = f"{manifest.model.diffusion.words} in the bundle, {reference.diffusion.words} in the checkpoint"
@@ -198,7 +206,7 @@ class _Parity:
     ):
         self.bundle, self.checkpoint, self.config, self.compared = bundle, checkpoint, config, compared
         self.model, sampling = bundle.manifest.model, bundle.manifest.sampling
-        self.images = Images(config.labels, config.seed, config.cfg_scale)
+        self.images = config.images(self.model)
         self.texts = None if bundle.texts is None else TextRows.of(bundle.texts.embeddings, bundle.texts.mask)
         self.reference = Reference(checkpoint.model(), sampling.config, sampling.cfg_channels, self.texts)
         self.timesteps = self.reference.timesteps
@@ -269,7 +277,7 @@ class _Parity:
                 torch.from_numpy(self.trajectory.history[step]),
                 torch.from_numpy(self.images.noise(self.model, step)),
                 torch.from_numpy(self.reference.coefficients[step].astype(np.float32)),
-                torch.tensor(self.config.cfg_scale),
+                torch.tensor(self.images.cfg_scale),
                 condition,
                 debug=True,
                 **texts,
@@ -293,7 +301,7 @@ class _Parity:
         labels, state = self.images.row_labels(self.model), self.trajectory.state
         # Values come from the graphs that sampling uses; decisions come from the same graphs with more outputs.
         with ResidentSubnets(backend, 2) as plain, ResidentSubnets(backend, 2, debug=True) as with_debug:
-            runner, watched = (StepRunner(backend, each, labels, config.cfg_scale) for each in (plain, with_debug))
+            runner, watched = (StepRunner(backend, each, labels, self.images.cfg_scale) for each in (plain, with_debug))
 
             def run(step: int, before: State[np.ndarray], residuals: bool = False) -> StepValues:
                 feeds = (step, before, self.images.noise(self.model, step), labels[: self.images.batch])

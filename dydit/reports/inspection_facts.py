@@ -48,7 +48,7 @@ class ModelFacts(Result):
 
     config: ModelConfig
     process: Process = Field(default=Process(), description="how noise was added in training, and what is predicted")
-    process_assumed: bool = Field(default=True, description="whether nothing states the process, so it is DiT's")
+    process_assumed: bool = Field(default=True, description="whether nothing states the process")
     tokens: int
     parameters: int
     router_parameters: int
@@ -173,7 +173,7 @@ def bundle_text(facts: BundleFacts) -> str:
         *_width_lines(facts.model, facts.width),
         (
             "sampling",
-            f"{counted(facts.steps, f'{facts.sampler} step')}, guidance on {counted(facts.cfg_channels, 'channel')}, "
+            f"{counted(facts.steps, f'{facts.sampler} step')}, {_guidance_words(facts)}, "
             f"batch up to {facts.max_batch}, {facts.precision}{_kept_words(facts)}",
         ),
         ("routing", routing_text(facts)),
@@ -216,6 +216,14 @@ def routing_text(facts: BundleFacts) -> str:
     )
 
 
+def _guidance_words(facts: BundleFacts) -> str:
+    model = facts.model.config
+    if model.null_class is None:
+        return "without guidance"
+    every = "all " if facts.cfg_channels == model.in_channels > 1 else ""
+    return f"guidance on {every}{counted(facts.cfg_channels, 'channel')}"
+
+
 def _kept_words(facts: BundleFacts) -> str:
     kept = facts.layers_in_16_bits
     return f", of {counted(facts.layers, 'linear layer')} {kept} in 16 bits" if kept else ""
@@ -249,12 +257,15 @@ def _model_lines(model: ModelFacts, unstated: str) -> list[tuple[str, str]]:
     c = model.config
     kind = f"{c.title}, routers {c.routers}" if c.dynamic else f"{c.title}, static"
     shape = f"{c.in_channels}x{c.input_size}x{c.input_size}"
-    guidance = "" if c.null_class is not None else ", no null class, so no guidance"
     routers = f", including routers {model.router_parameters:,}" if model.router_parameters else ""
     classes = counted(c.classes.count, "class", "classes")
+    if c.classes.unconditional:
+        classes = "unconditional"
+    elif c.null_class is None:
+        classes += ", no null class, so no guidance"
     return [
         ("model", f"{kind}; {c.summary}"),
-        ("input", f"{shape}, {counted(model.tokens, 'token')}, {classes}{guidance}"),
+        ("input", f"{shape}, {counted(model.tokens, 'token')}, {classes}"),
         ("training", model.process.words),
         *([("", f"assumed: {unstated}")] if model.process_assumed else []),
         ("samples", c.space_words),

@@ -24,7 +24,7 @@ from dydit.runtime.images.image_files import to_pil, to_uint8
 from dydit.runtime.images.pixels import ToPixels, picture_format
 from dydit.runtime.images.vae_decoder import IMAGES_AT_ONCE
 from dydit.runtime.loop import MemoryStore, Progress, StepRunner, default_residency, sample
-from dydit.runtime.request import DEFAULT_CFG_SCALE, UINT64, Batch, make_batches
+from dydit.runtime.request import UINT64, Batch, make_batches
 from dydit.runtime.resident import ResidentSubnets
 from dydit.runtime.together import OnStep, sample_together, step_callback
 
@@ -121,7 +121,7 @@ class DyDiTPipeline:
     def __call__(
         self,
         class_labels: Sequence[int | str] | np.ndarray | int | str,
-        guidance_scale: float = DEFAULT_CFG_SCALE,
+        guidance_scale: float | None = None,
         seed: int | None = None,
         output_type: str = "pil",
         num_inference_steps: int | None = None,
@@ -143,7 +143,7 @@ class DyDiTPipeline:
     def __call__(
         self,
         class_labels: Sequence[int | str] | np.ndarray | int | str,
-        guidance_scale: float = DEFAULT_CFG_SCALE,
+        guidance_scale: float | None = None,
         seed: int | None = None,
         output_type: str = "pil",
         num_inference_steps: int | None = None,
@@ -164,7 +164,7 @@ class DyDiTPipeline:
     def __call__(
         self,
         class_labels: Any,
-        guidance_scale: Any = DEFAULT_CFG_SCALE,
+        guidance_scale: Any = None,
         seed: Any = None,
         output_type: str = "pil",
         num_inference_steps: Any = None,
@@ -184,8 +184,8 @@ class DyDiTPipeline:
         """Sample one image for each label. Up to its last bits, an image does not depend on the others of the call.
 
         `class_labels`: a label, or a sequence, array or range of them: numbers, or names where the bundle has them (see
-        `labels`). The model's label for "no class" is one, too. `guidance_scale` 1 disables guidance, and 0 ignores the
-        labels.
+        `labels`). The model's label for "no class" is one, too. An unconditional model takes the label 0 only.
+        `guidance_scale`: 1 disables guidance, and 0 ignores the labels; by default 4, or 1 for an unconditional model.
 
         `num_inference_steps`, `sampler`, `timestep_spacing`, `eta`: by default those of the export. Bundles of dynamic
         width and of static models run any others; other bundles were made for their own timesteps.
@@ -226,7 +226,7 @@ class DyDiTPipeline:
             bundle=bundle,
             labels=labels,
             images=_indices(image_indices, labels),
-            scale=real_number(guidance_scale, "guidance_scale", 0),
+            scale=bundle.manifest.model.guidance_scale(_optional(guidance_scale, real_number, "guidance_scale", 0)),
             noise=noise_of_call(bundle.manifest, len(labels), seed, generator, latents, noise),
             output_type=output_type,
             progress=progress,

@@ -9,43 +9,46 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from dydit.bundle.manifest import Manifest
-from dydit.bundle.texts import NEEDED
 from dydit.errors import ConfigError
-from dydit.models.config import ModelConfig, UserPath
+from dydit.models.config import TEXTS_NEEDED, ModelConfig, UserPath
 from dydit.validation import Strict
 
 UINT64 = 1 << 64
-DEFAULT_CFG_SCALE = 4.0
 
 
 class SampleRequest(Strict):
     """Images of `labels`, repeated in turn until there are `num` (by default one for each label).
 
-    Image i of the run draws its noise from (seed, first_image + i), so a run can be split over machines. `cfg_scale` 1
-    disables guidance and halves the compute. `noise_from`: an `.npz` file (see `dydit.runtime.noise_source`) with the
-    noise, and with the labels if `labels` is empty.
+    An unconditional model needs no labels. Image i of the run draws its noise from (seed, first_image + i), so a run
+    can be split over machines. `cfg_scale` 1 disables guidance and halves the compute; None: the default of the model.
+    `noise_from`: an `.npz` file (see `dydit.runtime.noise_source`) with the noise, and with the labels if `labels` is
+    empty.
     """
 
     labels: tuple[int, ...] = ()
     num: int | None = Field(default=None, ge=1)
     seed: int = Field(default=0, ge=0, lt=UINT64)
-    cfg_scale: float = Field(default=DEFAULT_CFG_SCALE, ge=0, allow_inf_nan=False)
+    cfg_scale: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     first_image: int = Field(default=0, ge=0, lt=UINT64)
     batch_size: int | None = Field(default=None, ge=1)
     noise_from: UserPath | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> SampleRequest:
-        if not self.labels and self.noise_from is None:
-            raise ValueError("give at least one label (--labels 0-9), or a noise file that holds labels")
         if self.first_image + self.images > UINT64:
             raise ValueError("image indices must be at most 2^64-1")
         return self
 
     @property
     def images(self) -> int:
-        """The number of images (0 if only a noise file tells)."""
+        """The number of images (0 if neither `num` nor `labels` tells)."""
         return self.num or len(self.labels)
+
+    def labels_for(self, model: ModelConfig) -> tuple[int, ...]:
+        """The labels that repeat. Raises `ConfigError` if there are none and the model is conditional."""
+        if not self.labels and not model.classes.unconditional:
+            raise ConfigError("give at least one label (--labels 0-9), or a noise file that holds labels")
+        return self.labels or (0,)
 
 
 @dataclass(frozen=True)
@@ -72,9 +75,11 @@ def check_label(label: int, model: ModelConfig, where: str = "") -> None:
     """`check_labels` for one label. `where`: a beginning of the message."""
     classes = model.classes
     if not classes.rows:
-        raise ConfigError(NEEDED)
+        raise ConfigError(TEXTS_NEEDED)
     if model.text is not None and not 0 <= label < classes.rows:
         raise ConfigError(f"{where}text {label} is outside 0..{classes.rows - 1}, the texts of this run")
+    if classes.unconditional and label:
+        raise ConfigError(f"{where}label {label}: this model is unconditional and takes label 0 only")
     if not 0 <= label < classes.rows:
         null = "" if classes.null is None else f", or {classes.null} for no class"
         raise ConfigError(f"{where}label {label} is outside 0..{classes.count - 1}, the classes of this model{null}")

@@ -53,6 +53,23 @@ class Digits:
         return self.images[indices], self.labels[indices]
 
 
+class Unlabelled:
+    """The images of other data for an unconditional model: every label is 0."""
+
+    classes = 1
+
+    def __init__(self, data: Dataset):
+        self.data, self.shape, self.flip = data, data.shape, data.flip
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def batch(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Images float32 [n, C, S, S] and zeros int64 [n]."""
+        images, labels = self.data.batch(indices)
+        return images, np.zeros_like(labels)
+
+
 @lru_cache(maxsize=1)
 def _load_digits() -> tuple[np.ndarray, np.ndarray]:
     from sklearn.datasets import load_digits
@@ -89,7 +106,7 @@ _KNOWN: dict[str, Callable[[], Dataset]] = {"digits": Digits}
 
 
 def open_data(name: str, model: ModelConfig) -> Dataset:
-    """The named data, checked against the model.
+    """The named data, checked against the model. An unconditional model gets it without labels.
 
     Raises `ConfigError` for an unknown name, and if image shape or number of classes do not fit the model.
     """
@@ -99,6 +116,8 @@ def open_data(name: str, model: ModelConfig) -> Dataset:
     expected = (model.in_channels, model.input_size, model.input_size)
     if data.shape != expected:
         raise ConfigError(f"data {name} has images of {data.shape}, but the model takes {expected}")
+    if model.classes.unconditional:
+        return Unlabelled(data)
     if data.classes > model.classes.count:
         raise ConfigError(f"data {name} has {data.classes} classes, but the model has {model.classes.count}")
     return data

@@ -131,7 +131,7 @@ class Recipe(Strict):
 
     @property
     def process(self) -> Process:
-        """How noise is added and what the model predicts: that of the model, DiT's if it states none."""
+        """How noise is added and what the model predicts: that of the model, or of published ones."""
         return self.model.diffusion
 
     def started_from(self, model: ModelConfig, where: str) -> Recipe:

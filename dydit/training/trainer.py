@@ -77,15 +77,16 @@ def starting_model(recipe: Recipe) -> DynamicModel:
     model = known.masked(recipe.model)
     if recipe.init is None:
         if recipe.stage is not Stage.STATIC:
-            kind = "static DiT" if recipe.stage is Stage.DYNAMIC else "dynamic DiT"
-            raise ConfigError(f"recipe {recipe.name} starts from a {kind}; give its checkpoint with init=PATH")
+            kind = "static" if recipe.stage is Stage.DYNAMIC else "dynamic"
+            raise ConfigError(f"recipe {recipe.name} starts from a {kind} model; give its checkpoint with init=PATH")
         known.initialize(model, generator)
         return model
     start = load_checkpoint(Path(recipe.init))
     sizes, wanted = start.config.sizes, recipe.model.sizes
     if sizes not in (wanted, wanted.without_routers()):
+        name, *values = sizes.difference(wanted if start.config.dynamic else wanted.without_routers())
         raise ConfigError(
-            f"init {recipe.init} is a model of other sizes ({start.config}) than that of the recipe ({recipe.model})"
+            f"init {recipe.init} is a model of other sizes than that of the recipe: {name} {values[0]}, not {values[1]}"
         )
     if start.config.process is not None and start.config.diffusion != recipe.model.diffusion:
         raise ConfigError(

@@ -355,4 +355,4 @@ def test_a_bundle_is_called_a_bundle_and_a_checkpoint_a_checkpoint(
 
 def test_a_folder_with_a_file_of_another_kind_says_which(tmp_path: Path) -> None:
     torch.save(published(), tmp_path / "0400000.pt")
-    assert "if the checkpoint is one of its files, give that: 0400000.pt" in refusal(tmp_path)
+    assert "if the checkpoint is one of these, give that: 0400000.pt" in refusal(tmp_path)

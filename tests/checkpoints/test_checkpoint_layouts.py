@@ -139,7 +139,7 @@ def test_weights_are_said_by_convert_and_kept(tmp_path: Path, run: Callable[...,
 )
 def test_an_average_that_cannot_be_read_is_not_passed_over(tmp_path: Path, weights: dict[str, Any]) -> None:
     path = saved(tmp_path / "a.pt", {"model": state_of(1), "ema": weights, "loss_ema": {"step": torch.ones(3)}})
-    assert refusal(path).startswith("has an average `ema` whose tensors do not have the names of a DiT's; read other")
+    assert refusal(path).startswith("has an average `ema` whose tensors do not have the names of a model")
     assert_state(load_checkpoint(path, weights="model"), state_of(1))
     for empty in ({}, None, {"decay": 0.9}):
         path = saved(tmp_path / "b.pt", {"model": state_of(1), "ema": empty})

@@ -112,7 +112,9 @@ def test_another_architecture(tmp_path: Path) -> None:
     resnet = {"conv1.weight": torch.ones(4, 3, 7, 7), "bn1.weight": torch.ones(4), "bn1.bias": torch.ones(4)}
     torch.save({**resnet, "fc.weight": torch.ones(10, 4), "fc.bias": torch.ones(10)}, tmp_path / "resnet.pt")
     message = refusal(tmp_path / "resnet.pt")
-    assert message.startswith("is not a checkpoint of a DiT: it has no x_embedder.proj.weight")
+    assert message.startswith(
+        "is not a checkpoint that dydit can read: it has none of x_embedder.proj.weight (of a DiT)"
+    )
     assert "it holds conv1.weight, bn1.weight, bn1.bias and 2 more" in message
 
 
@@ -139,7 +141,7 @@ def test_paths(tmp_path: Path) -> None:
     assert refusal(tmp_path / "absent.pt") == "does not exist"
     assert refusal(tmp_path / "loop") == "does not exist"
     assert refusal(tmp_path / "pipe") == "is not a regular file"
-    assert refusal(tmp_path / "folder").startswith("is not the folder of a diffusers model: expected config.json")
+    assert refusal(tmp_path / "folder").startswith("is not a checkpoint folder: expected config.json")
     assert refusal(tmp_path / ("long" * 100)).startswith("cannot be read: ")
 
 

@@ -59,7 +59,7 @@ def test_arguments_of_a_dit_are_accepted(tmp_path: Path) -> None:
         ({"noise_schedule": "sigmoid"}, "noise_schedule sigmoid"),
         ({"diffusion_steps": 4000}, "diffusion_steps 4000"),
         ({"zero_terminal_snr": 1}, "zero_terminal_snr 1"),
-        ({"use_rope": True}, "has other blocks than a DiT: its training arguments say use_rope True"),
+        ({"use_rope": True}, "has other blocks than the models of dydit: its training arguments say use_rope True"),
         ({"qk_norm": "rms"}, "qk_norm rms"),
         ({"learn_sigma": False}, "contradicts itself: its training arguments say learn_sigma False"),
         (

@@ -372,7 +372,7 @@ def test_folder_weights_without_their_configuration(tmp_path: Path) -> None:
     folder = written(tmp_path / "f")
     shutil.move(folder / f"{STEM}.safetensors", tmp_path / "alone.safetensors")
     assert "give the folder that holds both" in refusal(tmp_path / "alone.safetensors")
-    assert refusal(folder).startswith("is not the folder of a diffusers model: expected")
+    assert refusal(folder).startswith("is not a diffusers folder: expected")
 
 
 # Our own format

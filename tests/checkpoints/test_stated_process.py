@@ -19,6 +19,7 @@ SAYS = "its training arguments say"
 FLOW = Process(schedule="flow", prediction="velocity")
 ANY_VELOCITY = (Prediction.V, Prediction.VELOCITY)
 OURS = {"schedule": "flow"}
+VP_SDE, SCALED = Process(schedule="vp-sde"), Process(schedule="scaled-linear")  # of published U-ViTs
 
 
 def read(stated: dict[str, Any], **options: Any) -> Reading:
@@ -214,6 +215,41 @@ def test_what_the_user_states_of_a_file_that_states_nothing(options: dict[str, A
     assert read({}, **options).process == expected
 
 
+def read_as(usual: Process, stated: dict[str, Any], **options: Any) -> Reading:
+    return read_process(claims_of(stated.items(), SAYS), ProcessOptions(**options), usual)
+
+
+@pytest.mark.parametrize("usual", [VP_SDE, SCALED])
+def test_the_usual_process_of_an_architecture_is_assumed_with_a_note(usual: Process) -> None:
+    note = f"assumed {usual.schedule_words}; if that is wrong, give --schedule"
+    assert read_as(usual, {}) == read_as(usual, {"diffusion_steps": 1000}) == Reading(usual, (note,))
+    for prediction in ("epsilon", "x0", "v"):
+        expected = Reading(Process(schedule=usual.schedule, prediction=prediction), (note,))
+        assert read_as(usual, {}, prediction=prediction) == read_as(usual, {"prediction": prediction}) == expected
+    assert read_as(usual, {}, betas=usual.beta_range).process == usual
+    assert note in read_as(usual, {}, betas=usual.beta_range).notes
+
+
+@pytest.mark.parametrize("usual", [VP_SDE, SCALED])
+def test_what_is_stated_takes_the_place_of_the_usual_process(usual: Process) -> None:
+    for schedule in NoiseSchedule:
+        assert read_as(usual, {}, schedule=schedule).process.schedule == schedule
+    assert read_as(usual, {"noise_schedule": "cosine"}).process == Process(schedule="cosine")
+    assert read_as(usual, {}, prediction="velocity").process == FLOW
+
+
+@pytest.mark.parametrize("usual", [VP_SDE, SCALED])
+@pytest.mark.parametrize("betas", [(0.0001, 0.02), (0.2, 10.0)])
+def test_betas_of_another_process_leave_the_schedule_open(usual: Process, betas: tuple[float, float]) -> None:
+    """Betas of DiT's linear schedule are no reason to take the usual schedule, nor DiT's."""
+    stated = {"beta_start": betas[0], "beta_end": betas[1]}
+    for statement, options in (({}, {"betas": betas}), (stated, {})):
+        with pytest.raises(CheckpointError, match="but nothing states the noise schedule; give --schedule"):
+            read_as(usual, statement, **options)
+    with pytest.raises(CheckpointError, match="but only one of its two betas; give both with --betas"):
+        read_as(usual, {"beta_end": usual.beta_range[1]})
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -347,9 +383,10 @@ MEANINGS: dict[str, dict[Any, Meaning]] = {
     "lr": {1e-4: ANYTHING},
 }
 assert set(MEANINGS) - {"lr"} <= set(READERS)
+WITH_BETAS = [("linear", None), ("linear", (0.00085, 0.012)), ("scaled-linear", None), ("cosine", None)]
 EVERY = [
     Process(schedule=schedule, prediction=prediction, betas=betas)
-    for schedule, betas in [("linear", None), ("linear", (0.00085, 0.012)), ("scaled-linear", None), ("cosine", None)]
+    for schedule, betas in [*WITH_BETAS, ("vp-sde", None)]
     for prediction in ("epsilon", "x0", "v")
 ] + [FLOW]
 SETTINGS = st.lists(st.sampled_from(sorted(MEANINGS)), max_size=5, unique=True).flatmap(
@@ -366,9 +403,9 @@ OPTIONS = st.fixed_dictionaries(
 
 
 @settings(max_examples=200)
-@given(SETTINGS, st.just({}) | OPTIONS)
+@given(SETTINGS, st.just({}) | OPTIONS, st.sampled_from([Process(), VP_SDE, SCALED]))
 def test_a_process_agrees_with_everything_or_a_refusal_names_a_statement(
-    stated: dict[str, Any], options: dict[str, Any]
+    stated: dict[str, Any], options: dict[str, Any], usual: Process
 ) -> None:
     try:
         asked = ProcessOptions(**options)
@@ -386,18 +423,22 @@ def test_a_process_agrees_with_everything_or_a_refusal_names_a_statement(
         )
 
     try:
-        process = read_process(claims_of(stated.items(), SAYS), asked).process
+        process = read_process(claims_of(stated.items(), SAYS), asked, usual).process
     except CheckpointError as error:
         message = str(error)
         texts = [f"{name} {value}" for name, value in stated.items()]
         assert any(text in message for text in [*texts, *(f"--{name} " for name in options)]), message
         if not options and all(meaning.clear for meaning in meanings):
-            assert not any(map(agrees, EVERY)), "refused without a reason"
+            of_usual = [each for each in EVERY if each.schedule == usual.schedule]
+            assert not any(map(agrees, of_usual)), "refused without a reason"
         return
     if process is None:
-        assert not options and not any(meaning.positive for meaning in meanings) and agrees(Process())
+        assert usual == Process() and agrees(Process())
+        assert not options and not any(meaning.positive for meaning in meanings)
     else:
         assert agrees(process)
+        if process.schedule != usual.schedule:
+            assert not any(agrees(each) for each in EVERY if each.schedule == usual.schedule), "nothing says so"
         if process.flow and not options:
             assert stated["path_type"] == "Linear" and stated["prediction"] == "velocity", "only SiT's own statements"
 

@@ -33,6 +33,7 @@ from dydit.export.settings import ExportConfig
 from dydit.files import sha256_of
 from dydit.models.config import ModelConfig
 from dydit.models.dit.config import DiTConfig
+from dydit.models.uvit.config import preset
 from dydit.quickstart.quickstart import ASSETS
 
 release = pytest.mark.release
@@ -346,3 +347,26 @@ def test_a_bundle_whose_layers_are_in_8_and_in_16_bits_builds(
     report = build(bundle, jobs=2)
     assert [each.graph for each in report.built] == ["conditioning.onnx", "subnet-0000.onnx", "subnet-0001.onnx"]
     check_built(bundle, report)
+
+
+@pytest.mark.parametrize(
+    ("settings", "graphs"),
+    [
+        (
+            {"precision": "fp16", "max_subnets": 2, "capacities": (40, 65, 65)},
+            ["subnet-0000", "subnet-0000-full", "subnet-0001", "subnet-0001-full"],
+        ),
+        ({"precision": "int8-static", "max_subnets": 1}, ["subnet-0000"]),
+        ({"precision": "fp16", "plan": "sliding"}, ["sliding"]),
+    ],
+    ids=["fp16", "int8-static", "dynamic-width"],
+)
+def test_a_u_vit_builds(rtx, make_bundle, make_checkpoint, even_ranges, tmp_path: Path, settings, graphs) -> None:
+    """Its long skips read the residual stream in the lower type; its convolution and its end stay fp32."""
+    model = preset("cifar10-S/2", hidden_size=64, depth=3, num_heads=4, input_size=16)
+    ranges = {"activations": even_ranges(1, 3)} if settings["precision"] == "int8-static" else {}
+    shared = {"steps": 4, "max_batch": 4, "routing": "capacity"}
+    bundle = copy_of(make_bundle(make_checkpoint(model), **shared, **settings, **ranges), tmp_path / "copy")
+    report = build(bundle, jobs=2)
+    assert [each.graph for each in report.built] == ["conditioning.onnx", *(f"{name}.onnx" for name in graphs)]
+    assert build(bundle).built == ()

@@ -12,6 +12,7 @@ from dydit.bundle.bundle import Bundle
 from dydit.bundle.manifest import Routing
 from dydit.bundle.stored_weights import Precision
 from dydit.calibrate.activation_ranges import ActivationRanges
+from dydit.diffusion.process import Process
 from dydit.errors import CalibrationError
 from dydit.export.weights import write_weights
 from dydit.graph.library import FunctionLibrary
@@ -21,10 +22,11 @@ from dydit.graph.writer import subnet_graph
 from dydit.models.architecture import UnitLayer
 from dydit.models.dit.graph import conditioning_graph
 from dydit.models.dit.layout import stored_tensors
-from dydit.models.dit.sliced import SlicedDiT, conditioning
+from dydit.models.registry import architecture_of
 from dydit.models.sliced import Linear, SlicedBlock, plain_linear
 from dydit.models.transformer.modulation import modulation_factors
 from dydit.models.transformer.smoothed import smoothed_tensors
+from dydit.models.uvit.config import UViTConfig
 from dydit.parity.parity import compare_weights
 from dydit.quantization.smoothing import Smoothing
 from dydit.reports.parity_report import Status
@@ -43,24 +45,40 @@ def with_factors(weights: dict[str, torch.Tensor]) -> Linear:
     return linear
 
 
+U_VIT = UViTConfig(
+    hidden_size=64,
+    depth=3,
+    num_heads=4,
+    patch_size=2,
+    input_size=8,
+    in_channels=4,
+    num_classes=7,
+    null_class_row=True,
+    process=Process(),
+)
+
+
+@pytest.mark.parametrize("model", [None, U_VIT], ids=["dit", "uvit"])
 @settings(deadline=None, max_examples=30)  # the first makes a checkpoint
 @given(seed=st.integers(0, 10_000), share=st.floats(0, 1))
-def test_a_smoothed_model_is_the_same_bit_for_bit(make_checkpoint, make_smoothing, seed, share):
-    checkpoint = make_checkpoint()
+def test_a_smoothed_model_is_the_same_bit_for_bit(make_checkpoint, make_smoothing, model, seed, share):
+    """A DiT has the factors of qkv and fc1 in its modulation, a U-ViT in its LayerNorms."""
+    checkpoint = make_checkpoint(model)
     config, rng = checkpoint.config, np.random.default_rng(seed)
+    known = architecture_of(config)
     smoothing = make_smoothing(config, seed, share)
     axis = config.units
     order = axis.nested([tuple(rng.permutation(part.group.count).tolist()) for part in axis.parts])
-    plain = dict(stored_tensors(checkpoint.state, config, order))
-    moved = dict(smoothed_tensors(stored_tensors, checkpoint.state, config, smoothing, order))
+    plain = dict(known.stored_tensors(checkpoint.state, config, order))
+    moved = dict(known.stored_tensors(checkpoint.state, config, order, smoothing))
     state = [torch.from_numpy(rng.normal(size=(2, 4, 8, 8)).astype(np.float32)) for _ in range(3)]
-    modulation = conditioning(config, plain, torch.tensor([400]), torch.tensor([1, 2, 7, 7]))[0]
+    modulation = known.conditioning(config, plain, torch.tensor([400]), torch.tensor([1, 2, 7, 7]))[0]
     rest = (torch.tensor([0.1, 1.0, 0.2, 0.3, 0.4, -0.5, 0.15, 0.9]), torch.tensor(2.5))
-    expected = SlicedDiT(config, plain, UNITS, 3).step(*state, *rest, modulation, debug=True)
-    model = SlicedDiT(config, moved, UNITS, 3, linear=with_factors(moved))
-    factors = modulation_factors(config, smoothing)
+    expected = known.sliced(config, plain, UNITS, 3).step(*state, *rest, modulation, debug=True)
+    sliced = known.sliced(config, moved, UNITS, 3, linear=with_factors(moved))
+    factors = known.condition_factors(config, smoothing)
     modulation = modulation if factors is None else modulation * torch.from_numpy(factors)
-    found = model.step(*state, *rest, modulation, debug=True)
+    found = sliced.step(*state, *rest, modulation, debug=True)
     assert torch.equal(found.residuals, expected.residuals) and torch.equal(found.x_prev, expected.x_prev)
     assert torch.equal(found.next_history, expected.next_history)
     assert torch.equal(found.tokens, expected.tokens)

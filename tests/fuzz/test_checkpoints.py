@@ -35,12 +35,18 @@ from dydit.models.config import ModelConfig
 from dydit.models.dit.config import DiTConfig
 from dydit.models.dit.diffusers import diffusers_names
 from dydit.models.synthetic import synthetic_model
+from dydit.models.uvit.config import UViTConfig
 
 State = dict[str, torch.Tensor]
 CONFIG = DiTConfig(hidden_size=16, depth=2, num_heads=4, patch_size=2, input_size=4, num_classes=5)
 STATIC = CONFIG.without_routers()
 MODEL, EMA = (dict(synthetic_model(CONFIG, seed).state_dict()) for seed in (1, 2))
 PLAIN = dict(synthetic_model(STATIC, 3).state_dict())
+U_VIT_CONFIG = UViTConfig(
+    hidden_size=16, depth=3, num_heads=4, patch_size=2, input_size=4, num_classes=5, null_class_row=True
+)
+U_VIT, U_VIT_EMA = (dict(synthetic_model(U_VIT_CONFIG, seed).state_dict()) for seed in (4, 5))
+VP_SDE = Process(schedule="vp-sde")
 ARGUMENTS = {"model": "DiT", "image_size": 32, "num_classes": 5, "vae": "ema", "lr": 1e-4}
 STEM = "diffusion_pytorch_model"
 SPARE_MEMORY = 4 << 30
@@ -527,6 +533,46 @@ def odd_arguments(rng: random.Random, folder: Path) -> Case:
     )
     state = {each: tensor for each, tensor in EMA.items() if each != "pos_embed"} if rng.random() < 0.3 else EMA
     return Case(saved(rng, folder, training(state, args=argparse.Namespace(**{**ARGUMENTS, name: value}))), EMA)
+
+
+# U-ViT
+
+
+@mutation
+def names_of_a_u_vit(rng: random.Random, folder: Path) -> Case:
+    state, name = dict(U_VIT), some(rng, U_VIT)
+    other = rng.choice([name, f"{name}x", name.replace("_blocks.", "_blocks.9"), name.upper(), f"mid_block.{name}"])
+    state[other] = state.pop(name)
+    content = rng.choice([state, {"nnet_ema": state, "step": 3}, {f"module.{each}": state[each] for each in state}])
+    return Case(saved(rng, folder, content), U_VIT if other == name else None, U_VIT_CONFIG, other == name, VP_SDE)
+
+
+@mutation
+def shapes_of_a_u_vit(rng: random.Random, folder: Path) -> Case:
+    name = some(rng, {each: 0 for each in U_VIT if each != "label_emb.weight"})  # which may have any number of rows
+    shape = list(U_VIT[name].shape)
+    place = rng.randrange(len(shape))
+    shape[place] = rng.choice([0, shape[place] + 1, 2 * shape[place], 1 << 20 if len(shape) == 1 else 1 << 10])
+    return Case(saved(rng, folder, {**U_VIT, name: torch.ones(shape)}))
+
+
+@mutation
+def training_folder_of_a_u_vit(rng: random.Random, folder: Path) -> Case:
+    """One of its files is absent, or has a few other bytes, which checksums tell."""
+    states, wanted = {"ema": U_VIT_EMA, "model": U_VIT}, rng.choice([None, "ema", "model", "step"])
+    files = {"ema": folder / "nnet_ema.pth", "model": folder / "nnet.pth"}
+    for entry, state in states.items():
+        torch.save(state, files[entry])
+    (folder / "optimizer.pth").write_bytes(b"what is not read")
+    touched, absent = rng.choice([*states]), rng.random() < 0.5
+    if absent:
+        files.pop(touched).unlink()
+    else:
+        files[touched].write_bytes(mangled(rng, files[touched].read_bytes()))
+    chosen = wanted or next(iter(files))
+    state = states[chosen] if chosen in files else None
+    must_read = state is not None and (absent or chosen != touched)
+    return Case(folder, state, U_VIT_CONFIG, must_read, VP_SDE, {"weights": wanted})
 
 
 # Folders of diffusers

@@ -32,10 +32,7 @@ def test_facts_of_a_bundle(make_bundle, make_checkpoint):
     found = inspect_bundle(bundle.path)
     facts, manifest = found.facts, bundle.manifest
     plan = manifest.plan
-    state, sizes = checkpoint.state, checkpoint.config
-    first_units = 2 * sizes.depth * (sizes.hidden_size + 1)
-    stored = sum(tensor.numel() for tensor in state.values()) + first_units
-    assert facts.model.parameters == stored, "a row for unit 0 too, which is on at any time and has no router"
+    assert facts.model.parameters == sum(tensor.numel() for tensor in checkpoint.state.values())
     assert facts.model.static_macs == manifest.model.macs
     assert facts.width.flops_ratio == pytest.approx(plan.per_step_macs / plan.static_macs)
     assert facts.width.distinct_masks == len(set(manifest.masks)) and 0 < facts.width.toggling_units < facts.width.units
@@ -119,7 +116,7 @@ def test_a_checkpoint_and_its_bundle_agree(make_bundle, make_checkpoint):
     ours = inspect_checkpoint(checkpoint.path, steps=12)
     bundle = inspect_bundle(make_bundle().path)
     assert np.array_equal(ours.masks, bundle.masks) and ours.facts.width == bundle.facts.width
-    assert ours.facts.plans == bundle.facts.plans
+    assert ours.facts.plans == bundle.facts.plans and ours.facts.model == bundle.facts.model
     assert ours.facts.model.parameters == sum(tensor.numel() for tensor in checkpoint.state.values())
     assert 0 < ours.facts.model.router_parameters < ours.facts.model.parameters
     assert set(ours.pictures()) == {"masks.png"}

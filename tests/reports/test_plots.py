@@ -102,6 +102,17 @@ def test_tokens_are_light_or_dark_by_how_many_blocks_computed_them(titles):
     assert "0% of the tokens" in titles[0][0] and "100% of the tokens" in titles[1][0]
 
 
+def test_tokens_that_are_not_of_the_image_are_on_no_map():
+    """Those of time and class of a U-ViT stand before the patches, and are always on."""
+    images = np.zeros((2, 3, 8, 8))
+    patches = RNG.random((3, 6, 2, 16)) < 0.5
+    everything = np.concatenate([np.ones((3, 6, 2, 2), bool), patches], -1)
+    labels = ["class 0", "class 1"]
+    alone, beside = (pixels(tokens_png(images, each, [980, 500, 0], labels)) for each in (patches, everything))
+    for colour in (OFF, NAVY):
+        assert count(alone, colour) == pytest.approx(count(beside, colour), rel=0.02, abs=50)
+
+
 def test_an_image_of_one_channel_lies_over_its_tokens_as_an_outline():
     image = np.full((1, 1, 16, 16), -1.0)
     tokens = np.ones((1, 2, 1, 64), bool)

@@ -14,7 +14,6 @@ from dydit.runtime.request import SampleRequest, check_batch_size, check_labels,
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({}, "give at least one label"),
         ({"labels": (1,), "num": 0}, "num must be at least 1, not 0"),
         ({"labels": (1,), "seed": -1}, "seed must be at least 0, not -1"),
         ({"labels": (1,), "seed": 1 << 64}, "seed must be less than 18446744073709551616"),
@@ -49,3 +48,17 @@ def test_batches_cover_the_run_in_order():
     assert [batch.first for batch in batches] == [0, 2, 4]
     assert [batch.images for batch in batches] == [(10, 11), (12, 13), (14,)]
     assert [batch.labels.tolist() for batch in batches] == [[0, 1], [2, 0], [1]]
+
+
+def test_only_an_unconditional_model_needs_no_labels(small_config):
+    from dydit.models.uvit.config import preset
+
+    unconditional = preset("cifar10-S/2")
+    assert SampleRequest().labels_for(unconditional) == (0,)
+    assert SampleRequest(labels=(2, 1)).labels_for(small_config) == (2, 1)
+    with pytest.raises(ConfigError, match="give at least one label"):
+        SampleRequest(num=3).labels_for(small_config)
+    assert (unconditional.guidance_scale(None), small_config.guidance_scale(None)) == (1, 4)
+    assert (unconditional.guidance_scale(1), small_config.guidance_scale(1.5)) == (1, 1.5)
+    with pytest.raises(ConfigError, match="needs a null class"):
+        unconditional.guidance_scale(4)

@@ -76,3 +76,12 @@ def test_data_that_does_not_fit_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         open_data(name, static_config.model_copy(update=changes))
+
+
+def test_an_unconditional_model_gets_the_images_without_labels(static_config: ModelConfig) -> None:
+    unconditional = static_config.model_copy(update={"num_classes": 1, "null_class_row": False})
+    data, labelled = open_data("digits", unconditional), open_data("digits", static_config)
+    indices = np.array([3, 5])
+    images, labels = data.batch(indices)
+    assert np.array_equal(images, labelled.batch(indices)[0]) and labels.tolist() == [0, 0]
+    assert (len(data), data.shape, data.classes) == (len(labelled), labelled.shape, 1)

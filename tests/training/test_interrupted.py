@@ -50,7 +50,7 @@ def assert_line(error: BaseException) -> str:
 @pytest.mark.parametrize(
     ("recipe", "overrides", "words"),
     [
-        ("digits-dynamic", [], "starts from a static DiT; give its checkpoint with init=PATH"),
+        ("digits-dynamic", [], "starts from a static model; give its checkpoint with init=PATH"),
         ("digits-dynamic", ["init=nothing.safetensors"], "nothing.safetensors"),
         ("digits-dynamic", ["init={init}"], "is a model of other sizes"),
         ("digits-static", ["data=nothing"], "unknown data 'nothing'"),

@@ -81,6 +81,10 @@ class PixArtConfig(ModulatedConfig):
         return SamplerConfig(sampler=Sampler.DPM_SOLVER, steps=20)
 
     @property
+    def usual_guidance(self) -> float:
+        return 4.5
+
+    @property
     def guided_channels(self) -> int:
         return self.in_channels
 

@@ -16,9 +16,9 @@ import numpy as np
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.io_spec import check_feeds, conditioning_inputs, subnet_inputs, text_inputs, text_outputs
 from dydit.bundle.manifest import Manifest
-from dydit.bundle.texts import NEEDED
 from dydit.diffusion.steps import State
 from dydit.errors import BackendError, ConfigError
+from dydit.models.config import TEXTS_NEEDED
 from dydit.runtime.forks import register
 
 Arrays = Mapping[str, np.ndarray]
@@ -184,7 +184,7 @@ class Backend(ABC):
         """
         model, texts = self.bundle.manifest.model, self.bundle.texts
         if texts is None:
-            raise ConfigError(NEEDED)
+            raise ConfigError(TEXTS_NEEDED)
         feeds = {"embeddings": texts.embeddings[labels], "mask": texts.mask[labels]}
         symbols = check_feeds(text_inputs(model), feeds, "text")
         with self.lock:

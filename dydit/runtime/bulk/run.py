@@ -277,9 +277,9 @@ def _plan_run(
 ) -> Run:
     manifest, model = bundle.manifest, bundle.manifest.model
     file = None if request.noise_from is None else NoiseFile.read(request.noise_from, manifest)
-    labels = _labels(request, file)
+    turn = request.labels_for(model) if file is None else _labels_beside(request, file)
+    labels = [turn[image % len(turn)] for image in range(max(request.images, 1 if file is None else len(turn)))]
     check_labels(sorted(set(labels)), manifest)
-    model.require_guidance(request.cfg_scale)
     size = check_batch_size(request.batch_size, manifest, len(labels))
     images = range(request.first_image, request.first_image + len(labels))
     shape = (model.in_channels, model.input_size, model.input_size)
@@ -287,11 +287,11 @@ def _plan_run(
         "bundle": manifest.digest,
         "steps": manifest.sampling.steps,
         "sampler": manifest.sampling.sampler.value,
-        "labels": list(request.labels or labels),
+        "labels": list(turn),
         "num": len(labels),
         "seed": None if file else request.seed,
         "noise_sha256": file.sha256 if file else None,
-        "cfg_scale": request.cfg_scale,
+        "cfg_scale": model.guidance_scale(request.cfg_scale),
         "first_image": request.first_image,
         "batch_size": size,
         "backend": backend,
@@ -311,15 +311,13 @@ def _plan_run(
     )
 
 
-def _labels(request: SampleRequest, file: NoiseFile | None) -> list[int]:
-    """The label of every image."""
-    if file is None:
-        return [request.labels[i % len(request.labels)] for i in range(request.images)]
+def _labels_beside(request: SampleRequest, file: NoiseFile) -> tuple[int, ...]:
+    """The label of every image of a noise file. Raises `ConfigError` for a request of others."""
     if request.num not in (None, len(file.labels)):
         raise ConfigError(f"{file.path} holds noise for {len(file.labels)} images, but {request.num} are requested")
     if request.labels not in ((), file.labels):
         raise ConfigError(f"the labels differ from those of {file.path}; remove labels (--labels), or give the same")
-    return list(file.labels)
+    return file.labels
 
 
 def _finished_before(folder: RunFolder, run: Run, worker: Worker, known: dict[str, Any]) -> SampleSummary:

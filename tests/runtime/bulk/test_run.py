@@ -496,7 +496,7 @@ def test_repeated_steps_are_counted_over_interruptions(make_bundle, pixel_checkp
         (make_batches([3, 1, 3, 1, 3, 1, 3], range(7), 3), MemoryStore()),
     )
     with ResidentSubnets(backend) as subnets:
-        runner = StepRunner(backend, subnets, [1, 3], REQUEST.cfg_scale)
+        runner = StepRunner(backend, subnets, [1, 3], 4.0)
         stats = sample(runner, batches, SeededNoise(REQUEST.seed, (3, 8, 8)), store)
     assert whole.repeated_steps == stats.repeated_steps > 3, "more than one segment repeats steps"
     stopped_run(bundle, tmp_path / "parts", 11)

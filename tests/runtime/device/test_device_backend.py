@@ -9,6 +9,7 @@ from dydit.bundle.manifest import PlanKind, Routing
 from dydit.diffusion.samplers import Sampler
 from dydit.diffusion.steps import State
 from dydit.errors import BackendError
+from dydit.models.uvit.config import preset
 from dydit.runtime.backends.base import BackendOptions
 from dydit.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from dydit.runtime.device.backend import RESERVE, DeviceBackend
@@ -325,3 +326,14 @@ def test_a_decoder_that_fails_without_a_run_to_blame_is_an_error(vae_bundle, fak
     fixture = Fixture(vae_bundle, fake_device, limit=1000)
     with pytest.raises(BackendError, match="out of device memory"):
         fixture.backend.decode(latents_of(1))
+
+
+@pytest.mark.parametrize("classes", [{"num_classes": 7, "null_class_row": True}, {}], ids=["classes", "unconditional"])
+def test_a_run_of_a_u_vit_is_the_loop(classes, make_checkpoint, make_bundle, fake_device, expected):
+    config = preset("cifar10-S/2", hidden_size=32, depth=3, num_heads=4, input_size=8, **classes)
+    bundle = make_bundle(make_checkpoint(config), **OVERFLOWING)
+    fixture, scale = Fixture(bundle, fake_device), 1.4 if classes else 1.0
+    fixture.batches = make_batches(LABELS if classes else [0] * 5, IMAGES, 2)
+    wanted, theirs = expected(fixture, scale)
+    latents, stats = fixture.run(scale)
+    assert same(latents, wanted) and 0 < stats.repeated_steps == theirs.repeated_steps
