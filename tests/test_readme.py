@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import dydit
@@ -25,6 +26,8 @@ from dydit.bundle.manifest import Manifest, PlanKind, Routing
 from dydit.bundle.stored_weights import Precision
 from dydit.cli import cli
 from dydit.diffusion.noise import INITIAL_DRAW, normals
+from dydit.models.synthetic import synthetic_model
+from dydit.models.uvit.config import preset
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -113,6 +116,8 @@ def test_the_commands_and_then_the_python_code_run(run, monkeypatch, tmp_path: P
     monkeypatch.chdir(tmp_path)
     for name in ("DyDiT-XL.pt", "SiT-XL-2-256x256.pt", "model.pt"):  # a SiT has the tensors of a DiT
         shutil.copy(DIGITS, name)
+    small = preset("cifar10-S/2", hidden_size=32, depth=3, num_heads=4, input_size=8)
+    torch.save(synthetic_model(small).state_dict(), "cifar10_uvit_small.pth")
     (tmp_path / "dydit" / "assets").mkdir(parents=True)
     shutil.copytree(DIGITS.parent, "dydit/assets/digits")
     assert run("export", DIGITS, "--steps", 4, "--out", "quickstart/bundle").code == 0
@@ -130,8 +135,8 @@ def test_the_commands_and_then_the_python_code_run(run, monkeypatch, tmp_path: P
         assert result.code in ((0, 1) if name == "parity" else (0,)), (words, result.err)
         done.append(name)
     assert done[:8] == ["sample", "convert", "inspect", "export", "parity", "bench", "sample", "sample"]
-    assert done[8:11] == ["convert", "export", "export"]
-    assert done[11:] == ["export", "bench", "calibrate", "export", "calibrate", "export", "sample", "parity"]
+    assert done[8:13] == ["export", "sample", "convert", "export", "export"]
+    assert done[13:] == ["export", "bench", "calibrate", "export", "calibrate", "export", "sample", "parity"]
     assert python_code(README) == python_code(USAGE)
     exec(compile(python_code(README).replace("207", "2"), "README.md", "exec"), {})
     assert (tmp_path / "dog.png").stat().st_size > 0
