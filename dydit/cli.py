@@ -20,6 +20,7 @@ COMMANDS = {
     "quickstart": ("dydit.commands.quickstart", "Export, sample, check and time the models that come with dydit."),
     "train": ("dydit.commands.train", "Train a model with a recipe."),
     "convert": ("dydit.commands.convert", "Convert a checkpoint to dydit's own format."),
+    "encode": ("dydit.commands.encode", "Encode prompts for a model that texts condition."),
     "calibrate": ("dydit.commands.calibrate", "Choose token capacities and activation ranges for an export."),
     "export": ("dydit.commands.export", "Compile a checkpoint into a bundle."),
     "build": ("dydit.commands.build", "Build the TensorRT engines of a bundle."),

@@ -19,6 +19,7 @@ EXTRAS = {
     **dict.fromkeys(("accelerate", "sklearn"), "train"),
     **dict.fromkeys(("jinja2", "matplotlib"), "report"),
     **dict.fromkeys(("diffusers", "onnxscript"), "vae"),
+    "transformers": "text",
     "onnxruntime": "cpu",
 }
 """The extra that installs a module. `pyproject.toml` lists the packages of each extra."""
@@ -32,6 +33,8 @@ REPORTS = ("jinja2", "matplotlib")
 """What pictures and HTML reports need."""
 VAES = ("diffusers", "onnxscript")
 """What exporting a VAE decoder needs."""
+TEXTS = ("torch", "transformers")
+"""What encoding prompts needs."""
 TORCH_CPU = "pip install torch --index-url https://download.pytorch.org/whl/cpu"
 """Installs the build of PyTorch without CUDA, which is gigabytes smaller."""
 PACKAGES = {"onnx_ir": "onnx-ir", "sklearn": "scikit-learn"}

@@ -17,6 +17,7 @@ from dydit.commands.options import (
     parse_options,
     sampling_options,
     seed_option,
+    texts_option,
 )
 from dydit.commands.output import print_json, say_files
 from dydit.commands.progress import show_progress
@@ -34,6 +35,7 @@ from dydit.extras import CHECKPOINTS, backend_modules, require
 )
 @click.option("--out", type=PATH, required=True, help="Folder for bench.json and bench.png. Must not exist.")
 @labels_option(default="0", help="Class numbers of the batch, one image for each: 207,360 or 0-9. Repeatable.")
+@texts_option("Without it, random ones are timed. --labels are their numbers.")
 @seed_option
 @cfg_scale_option()
 @click.option(

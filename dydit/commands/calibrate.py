@@ -21,6 +21,7 @@ from dydit.commands.options import (
     plan_options,
     renamed,
     sampler_options,
+    texts_option,
 )
 from dydit.commands.output import print_json, say
 from dydit.commands.progress import show_progress
@@ -155,6 +156,7 @@ if TYPE_CHECKING:
     help="With --target-psnr or --target-fd-ratio: number of steps per segment, evenly spaced, at which the error of "
     "each layer in 8 bits is measured.",
 )
+@texts_option("Such a model needs them, because they decide what is measured.")
 @checkpoint_options
 @backend_options
 @json_option

@@ -19,6 +19,7 @@ from dydit.commands.options import (
     parse_options,
     sampling_options,
     seed_option,
+    texts_option,
 )
 from dydit.commands.output import print_json, say, say_files
 from dydit.commands.progress import show_progress
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     help="Class numbers, one image for each: 207,360 or 0-9. Repeatable.  [default: 0,1; for an unconditional model, "
     "two images]"
 )
+@texts_option("Without it, random ones are compared. --labels are their numbers.")
 @seed_option
 @cfg_scale_option()
 @click.option(

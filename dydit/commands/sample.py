@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from dydit.commands.encode import cut_lines, encode
 from dydit.commands.group import Command
 from dydit.commands.options import (
     PATH,
@@ -20,9 +21,11 @@ from dydit.commands.options import (
     labels_option,
     npz_option,
     parse_options,
+    prompt_options,
     sampling_options,
+    texts_option,
 )
-from dydit.commands.output import print_json, say
+from dydit.commands.output import print_json, say, warn
 from dydit.commands.progress import Progress, show_progress
 from dydit.diffusion.samplers import SamplerChoice
 from dydit.errors import ConfigError
@@ -31,6 +34,8 @@ from dydit.runtime.bulk.workers import GPUS, Worker, launched_worker, own_gpu, p
 from dydit.words import counted, duration
 
 if TYPE_CHECKING:
+    from dydit.bundle.texts import Texts
+    from dydit.models.config import ModelConfig
     from dydit.runtime.bulk.run import SampleSummary
 
 
@@ -52,6 +57,8 @@ def _parse_worker(_: click.Context, __: click.Parameter, value: str | None) -> W
     help="Class numbers, one image for each: 207,360 or 0-9. The number after the last class stands for no class. "
     "Repeatable. Not needed if --noise-from contains labels, or the model is unconditional."
 )
+@texts_option("All of them are sampled, unless --labels chooses some by their number.")
+@prompt_options(required=False)
 @click.option(
     "--out",
     type=PATH,
@@ -108,6 +115,11 @@ def command(
     latents_out: Path | None,
     worker: Worker,
     sampling: SamplerChoice,
+    texts: Path | None,
+    prompt: Sequence[str],
+    prompts: Path | None,
+    negative_prompt: str,
+    text_encoder: str | None,
     as_json: bool,
     **request: Any,
 ) -> None:
@@ -134,6 +146,8 @@ def command(
     config = parse_options(SampleRequest, request)
     outputs, options = OutputOptions(npz=npz, latents_out=latents_out), BackendOptions(threads=threads, device=device)
     opened = resampled(Bundle.open(bundle), sampling)
+    given = _texts(opened.manifest.model, texts, prompt, prompts, negative_prompt, text_encoder)
+    opened = opened if given is None else opened.with_texts(given)
     with _progress(worker) as (progress, steps, images):
         done = sample_to_folder(
             opened, config, out, outputs, backend, options, steps, images, worker, announce=progress.note
@@ -142,6 +156,31 @@ def command(
         print_json({**vars(done), "out": str(done.out)})
     else:
         _say_sampled(done)
+
+
+def _texts(
+    model: ModelConfig,
+    file: Path | None,
+    prompt: Sequence[str],
+    prompts: Path | None,
+    negative: str,
+    text_encoder: str | None,
+) -> Texts | None:
+    """The texts of a command line; None if there are none."""
+    from dydit.runtime.text_files import read_texts
+
+    if not prompt and prompts is None:
+        if text_encoder is not None:
+            raise click.UsageError("--text-encoder has no effect without --prompt or --prompts")
+        return None if file is None else read_texts(file, model)
+    if file is not None:
+        raise click.UsageError("--texts cannot be combined with prompts; give one of them")
+    if text_encoder is None:
+        raise click.UsageError("prompts need --text-encoder FOLDER; or encode them once with dydit encode")
+    encoded = encode(model, prompt, prompts, negative, text_encoder)
+    for line in cut_lines(encoded):
+        warn(line)
+    return encoded.texts
 
 
 @contextmanager

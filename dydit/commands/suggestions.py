@@ -29,12 +29,16 @@ def after_export(manifest: Manifest, bundle: Path, checkpoint: Path, reading: Ma
 
 
 def label_words(model: ModelConfig) -> list[str]:
-    """The labels of a first run, which an unconditional model does not need."""
+    """The labels or texts of a first run. An unconditional model needs none."""
+    if model.text is not None:
+        return ["--texts", "TEXTS.npz"]
     return [] if model.classes.unconditional else ["--labels", "0"]
 
 
 def guidance_words(model: ModelConfig) -> list[str]:
     """The guidance of a run, where the default is impossible: of a model with classes, but without a null class."""
+    if model.text is not None:
+        return []
     return ["--cfg-scale", "1"] if model.null_class is None and not model.classes.unconditional else []
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Literal, Self, overload
+from typing import Any, Literal, Self, Unpack, overload
 
 import numpy as np
 
@@ -19,11 +19,13 @@ from dydit.runtime.arguments import named, real_number, whole_number, whole_numb
 from dydit.runtime.backends.base import Backend, BackendOptions
 from dydit.runtime.backends.registry import open_backend, require_torch
 from dydit.runtime.call_noise import CallNoise, noise_of_call
+from dydit.runtime.call_texts import TextArguments, texts_of_call
 from dydit.runtime.class_labels import labels_of, names_of
 from dydit.runtime.images.image_files import to_pil, to_uint8
 from dydit.runtime.images.pixels import ToPixels, picture_format
 from dydit.runtime.images.vae_decoder import IMAGES_AT_ONCE
 from dydit.runtime.loop import MemoryStore, Progress, StepRunner, default_residency, sample
+from dydit.runtime.prompts import TextEncoder
 from dydit.runtime.request import UINT64, Batch, make_batches
 from dydit.runtime.resident import ResidentSubnets
 from dydit.runtime.together import OnStep, sample_together, step_callback
@@ -69,7 +71,7 @@ class _Call:
 
 
 class DyDiTPipeline:
-    """Samples images of classes from a bundle.
+    """Samples images of classes or texts from a bundle.
 
     >>> pipe = DyDiTPipeline.from_bundle("bundle")
     >>> pipe(class_labels=[207, 360], guidance_scale=4.0, seed=0).images[0].save("dog.png")
@@ -83,26 +85,39 @@ class DyDiTPipeline:
     `owns_backend`: whether `close` closes the backend, too. `resident`: how many subnetworks stay loaded (None: all).
     """
 
-    def __init__(self, backend: Backend, resident: int | None = None, owns_backend: bool = False):
+    def __init__(
+        self,
+        backend: Backend,
+        resident: int | None = None,
+        owns_backend: bool = False,
+        text_encoder: TextEncoder | Path | str | None = None,
+    ):
         self.backend = backend
         self._subnets = ResidentSubnets(backend, resident)
         self._resampled = lru_cache(KEPT_RUNS)(partial(resampled, backend.opened))
         self._to_pixels: ToPixels | None = None
+        self._text_encoder = text_encoder
         self._owns_backend, self._open = owns_backend, True
 
     @classmethod
     def from_bundle(
-        cls, path: Path | str, backend: str = "onnxruntime", device: Any = "cpu", threads: int = 0
+        cls,
+        path: Path | str,
+        backend: str = "onnxruntime",
+        device: Any = "cpu",
+        threads: int = 0,
+        text_encoder: Path | str | None = None,
     ) -> DyDiTPipeline:
         """Open a bundle and verify its files.
 
         `device`: "cpu", "cuda", or a `torch.device` of these. `threads`: CPU threads to use; 0 lets the backend choose.
-        Raises `BundleError`, `BackendError` and `ConfigError`, each saying what to do.
+        `text_encoder`: of prompts, see `TextEncoder`; it is loaded when it is first needed. Raises `BundleError`,
+        `BackendError` and `ConfigError`, each saying what to do.
         """
         options = BackendOptions(threads=whole_number(threads, "threads", 0, 1 << 12), device=str(device))
         bundle = Bundle.open(Path(path).expanduser().absolute())  # files are read later, perhaps from another folder
         resident = default_residency(bundle.manifest)
-        return cls(open_backend(backend, bundle, options), resident, owns_backend=True)
+        return cls(open_backend(backend, bundle, options), resident, owns_backend=True, text_encoder=text_encoder)
 
     @property
     def labels(self) -> dict[str, int]:
@@ -120,7 +135,7 @@ class DyDiTPipeline:
     @overload
     def __call__(
         self,
-        class_labels: Sequence[int | str] | np.ndarray | int | str,
+        class_labels: Sequence[int | str] | np.ndarray | int | str | None = None,
         guidance_scale: float | None = None,
         seed: int | None = None,
         output_type: str = "pil",
@@ -137,12 +152,13 @@ class DyDiTPipeline:
         return_dict: Literal[True] = True,
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        **texts: Unpack[TextArguments],
     ) -> PipelineOutput: ...
 
     @overload
     def __call__(
         self,
-        class_labels: Sequence[int | str] | np.ndarray | int | str,
+        class_labels: Sequence[int | str] | np.ndarray | int | str | None = None,
         guidance_scale: float | None = None,
         seed: int | None = None,
         output_type: str = "pil",
@@ -159,11 +175,12 @@ class DyDiTPipeline:
         return_dict: Literal[False],
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        **texts: Unpack[TextArguments],
     ) -> tuple[Any]: ...
 
     def __call__(
         self,
-        class_labels: Any,
+        class_labels: Any = None,
         guidance_scale: Any = None,
         seed: Any = None,
         output_type: str = "pil",
@@ -180,12 +197,15 @@ class DyDiTPipeline:
         return_dict: bool = True,
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        **texts: Unpack[TextArguments],
     ) -> PipelineOutput | tuple[Any]:
         """Sample one image for each label. Up to its last bits, an image does not depend on the others of the call.
 
         `class_labels`: a label, or a sequence, array or range of them: numbers, or names where the bundle has them (see
         `labels`). The model's label for "no class" is one, too. An unconditional model takes the label 0 only.
         `guidance_scale`: 1 disables guidance, and 0 ignores the labels; by default 4, or 1 for an unconditional model.
+
+        A model that texts condition takes `texts` in place of labels: see `TextArguments`.
 
         `num_inference_steps`, `sampler`, `timestep_spacing`, `eta`: by default those of the export. Bundles of dynamic
         width and of static models run any others; other bundles were made for their own timesteps.
@@ -215,7 +235,7 @@ class DyDiTPipeline:
                 eta=_optional(eta, real_number, "eta", 0, 1),
             )
         )
-        labels = labels_of(class_labels, bundle.manifest.model)
+        bundle, labels = self._conditioned(bundle, class_labels, texts)
         self._check_output(output_type)
         if progress is not None and not callable(progress):
             raise ConfigError(f"progress must be a function of (done, total), not {type(progress).__name__}")
@@ -234,6 +254,32 @@ class DyDiTPipeline:
         )
         output = self._run(call)
         return output if return_dict else (output.images,)
+
+    def _conditioned(self, bundle: Bundle, labels: Any, texts: TextArguments) -> tuple[Bundle, list[int]]:
+        """The bundle for the texts of a call, if there are any, and the label or the text of each image."""
+        if unknown := texts.keys() - TextArguments.__annotations__.keys():
+            raise TypeError(f"unexpected argument {min(unknown)!r}")
+        model = bundle.manifest.model
+        if model.text is None:
+            if texts:
+                raise ConfigError(f"this model takes class labels, not texts; remove {min(texts)}")
+            if labels is None and not model.classes.unconditional:
+                raise ConfigError("class_labels is missing; give at least one label")
+            return bundle, labels_of(0 if labels is None else labels, model)
+        if labels is not None:
+            raise ConfigError("this model takes texts, not class labels; give prompt=, or prompt_embeds=")
+        chosen, numbers = texts_of_call(model, texts, self._encoder)
+        return bundle.with_texts(chosen), numbers
+
+    def _encoder(self) -> TextEncoder:
+        if self._text_encoder is None:
+            raise ConfigError(
+                "prompts need a language model; open the bundle with text_encoder=, the folder of a diffusers pipeline "
+                "or of a T5 encoder, or give prompt_embeds"
+            )
+        if not isinstance(self._text_encoder, TextEncoder):
+            self._text_encoder = TextEncoder(self._text_encoder)
+        return self._text_encoder
 
     def _run(self, call: _Call) -> PipelineOutput:
         with self.backend.lock:

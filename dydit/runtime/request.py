@@ -19,10 +19,10 @@ UINT64 = 1 << 64
 class SampleRequest(Strict):
     """Images of `labels`, repeated in turn until there are `num` (by default one for each label).
 
-    An unconditional model needs no labels. Image i of the run draws its noise from (seed, first_image + i), so a run
-    can be split over machines. `cfg_scale` 1 disables guidance and halves the compute; None: the default of the model.
-    `noise_from`: an `.npz` file (see `dydit.runtime.noise_source`) with the noise, and with the labels if `labels` is
-    empty.
+    An unconditional model needs no labels, and a model that texts condition samples all of its texts by default. Image
+    i of the run draws its noise from (seed, first_image + i), so a run can be split over machines. `cfg_scale` 1
+    disables guidance and halves the compute; None: the default of the model. `noise_from`: an `.npz` file (see
+    `dydit.runtime.noise_source`) with the noise, and with the labels if `labels` is empty.
     """
 
     labels: tuple[int, ...] = ()
@@ -46,6 +46,8 @@ class SampleRequest(Strict):
 
     def labels_for(self, model: ModelConfig) -> tuple[int, ...]:
         """The labels that repeat. Raises `ConfigError` if there are none and the model is conditional."""
+        if not self.labels and model.text is not None:
+            return tuple(range(model.classes.count))
         if not self.labels and not model.classes.unconditional:
             raise ConfigError("give at least one label (--labels 0-9), or a noise file that holds labels")
         return self.labels or (0,)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -44,7 +45,7 @@ def read_texts(path: Path, model: ModelConfig) -> Texts:
         raise ConfigError(f"{path}: {error}") from error
 
 
-def write_texts(path: Path, texts: Texts) -> None:
+def write_texts(path: Path | BinaryIO, texts: Texts) -> None:
     """Write what `read_texts` reads."""
     count = texts.count
     arrays = {EMBEDDINGS: texts.embeddings[:count], MASK: texts.mask[:count].astype(np.uint8)}

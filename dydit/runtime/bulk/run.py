@@ -298,6 +298,7 @@ def _plan_run(
         "device": options.device,
         "threads": deciding_threads(backend, options),
         "npz": outputs.npz,
+        **({} if bundle.texts is None else {"texts_sha256": bundle.texts.digest}),
         "latents_out": None if outputs.latents_out is None else str(outputs.latents_out.resolve()),
     }
     return Run(
