@@ -24,6 +24,7 @@ pytest_plugins = (
     "tests.fixtures.engines",
     "tests.fixtures.graphs",
     "tests.fixtures.spoilt",
+    "tests.fixtures.texts",
     "tests.fixtures.training",
 )
 

@@ -21,7 +21,6 @@ from pydantic import AliasChoices, Field, field_validator, model_validator
 
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.manifest import PlanKind
-from dydit.bundle.texts import Texts
 from dydit.calibrate import capacity
 from dydit.calibrate.activation_ranges import ActivationRanges
 from dydit.calibrate.calibration_file import Calibration, OverflowRates, TokenCalibration, plan_sha256
@@ -129,7 +128,7 @@ def run_calibration(
     it may take. Raises `CalibrationError` for a static model and for too few samples (both before anything is sampled
     or written), and for latents that are not finite; `ConfigError` and `BackendError` as exporting and sampling do.
     """
-    checkpoint = checkpoint.with_texts(_texts(checkpoint.config, config))
+    checkpoint = with_texts(checkpoint, config)
     config = config.for_model(checkpoint.config)
     _require_possible(checkpoint, config)
     reference = _search_reference(checkpoint, exported, config)
@@ -190,11 +189,17 @@ def run_calibration(
     )
 
 
-def _texts(model: ModelConfig, config: CalibrationConfig) -> Texts | None:
-    """The texts to sample, which decide ranges and token counts; random ones would not stand for them."""
-    if model.text is not None and config.texts is None:
+def with_texts(checkpoint: Checkpoint, config: CalibrationConfig) -> Checkpoint:
+    """The checkpoint with the texts to sample, if texts condition it.
+
+    They decide ranges and token counts, so random ones would not stand for them. Raises `ConfigError` if there are
+    none.
+    """
+    if checkpoint.texts is not None:
+        return checkpoint
+    if checkpoint.config.text is not None and config.texts is None:
         raise ConfigError(TEXTS_NEEDED)
-    return texts_for(model, config.texts, 0)
+    return checkpoint.with_texts(texts_for(checkpoint.config, config.texts, 0))
 
 
 def _require_possible(checkpoint: Checkpoint, config: CalibrationConfig) -> None:
@@ -273,6 +278,7 @@ def kept_if_begun(work: Path) -> Iterator[None]:
 def work_name(checkpoint: Checkpoint, exported: ExportConfig, config: CalibrationConfig) -> str:
     """The name of a work folder. It depends only on what is sampled, so that runs with other choices share the
     counts."""
+    checkpoint = with_texts(checkpoint, config)
     config = config.for_model(checkpoint.config)
     identity = {
         "checkpoint": checkpoint.sha256,

@@ -10,6 +10,7 @@ from dydit.calibrate.calibration import (
     Progress,
     kept_if_begun,
     run_calibration,
+    with_texts,
     work_name,
 )
 from dydit.calibrate.plots_calibration import calibration_png
@@ -61,6 +62,7 @@ def calibrate_to_file(
     `require_free` does and if `out` cannot be written.
     """
     require_free(out, config)
+    checkpoint = with_texts(checkpoint, config)
     work = out.parent / f".{out.name}.{work_name(checkpoint, exported, config)}"
     with explained(out), parents(out), claimed(out):
         with kept_if_begun(work):

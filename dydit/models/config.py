@@ -320,6 +320,14 @@ class ModelConfig(Strict):
         """
         if self.text is not None and not self.classes.rows:
             raise ConfigError(TEXTS_NEEDED)
+        if self.text is not None:
+            scale = self.usual_guidance if given is None else given
+            if scale != 1 and self.null_class is None:
+                raise ConfigError(
+                    f"guidance {scale:g} needs a negative text beside the others (negative_prompt_embeds); or use "
+                    "--cfg-scale 1 (guidance_scale=1)"
+                )
+            return scale
         usual = 1.0 if self.classes.unconditional else self.usual_guidance
         return Guidance(usual if given is None else given, self.null_class).scale
 

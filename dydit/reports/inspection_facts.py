@@ -218,7 +218,7 @@ def routing_text(facts: BundleFacts) -> str:
 
 def _guidance_words(facts: BundleFacts) -> str:
     model = facts.model.config
-    if model.null_class is None:
+    if model.null_class is None and model.text is None:
         return "without guidance"
     every = "all " if facts.cfg_channels == model.in_channels > 1 else ""
     return f"guidance on {every}{counted(facts.cfg_channels, 'channel')}"
@@ -259,7 +259,9 @@ def _model_lines(model: ModelFacts, unstated: str) -> list[tuple[str, str]]:
     shape = f"{c.in_channels}x{c.input_size}x{c.input_size}"
     routers = f", including routers {model.router_parameters:,}" if model.router_parameters else ""
     classes = counted(c.classes.count, "class", "classes")
-    if c.classes.unconditional:
+    if c.text is not None:
+        classes = f"texts of {counted(c.text.tokens, 'token')} with {c.text.channels} channels"
+    elif c.classes.unconditional:
         classes = "unconditional"
     elif c.null_class is None:
         classes += ", no null class, so no guidance"

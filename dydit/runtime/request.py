@@ -47,6 +47,8 @@ class SampleRequest(Strict):
     def labels_for(self, model: ModelConfig) -> tuple[int, ...]:
         """The labels that repeat. Raises `ConfigError` if there are none and the model is conditional."""
         if not self.labels and model.text is not None:
+            if not model.classes.count:
+                raise ConfigError(TEXTS_NEEDED)
             return tuple(range(model.classes.count))
         if not self.labels and not model.classes.unconditional:
             raise ConfigError("give at least one label (--labels 0-9), or a noise file that holds labels")

@@ -278,7 +278,7 @@ def _plan_run(
     manifest, model = bundle.manifest, bundle.manifest.model
     file = None if request.noise_from is None else NoiseFile.read(request.noise_from, manifest)
     turn = request.labels_for(model) if file is None else _labels_beside(request, file)
-    labels = [turn[image % len(turn)] for image in range(max(request.images, 1 if file is None else len(turn)))]
+    labels = [turn[image % len(turn)] for image in range(request.num or len(turn))]
     check_labels(sorted(set(labels)), manifest)
     size = check_batch_size(request.batch_size, manifest, len(labels))
     images = range(request.first_image, request.first_image + len(labels))
