@@ -112,12 +112,29 @@ def test_a_launcher_is_told_what_to_start(launcher: str) -> None:
     assert words[: words.index("dydit")][-2:] == (["-m", "--"] if launcher == "torchrun" else ["--multi_gpu", "-m"])
 
 
-def test_the_commands_and_then_the_python_code_run(run, monkeypatch, tmp_path: Path) -> None:
+def save_pixart(folder: Path) -> None:
+    """Add a small PixArt of diffusers to the folder of a pipeline."""
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed: pip install 'dydit[vae]'")
+    model = diffusers.PixArtTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=1,
+        cross_attention_dim=16,
+        caption_channels=16,
+        sample_size=8,
+    )
+    torch.nn.init.normal_(model.proj_out.weight)
+    model.save_pretrained(folder / "transformer")
+
+
+def test_the_commands_and_then_the_python_code_run(run, monkeypatch, tmp_path: Path, text_encoder: Path) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("DyDiT-XL.pt", "SiT-XL-2-256x256.pt", "model.pt"):  # a SiT has the tensors of a DiT
         shutil.copy(DIGITS, name)
     small = preset("cifar10-S/2", hidden_size=32, depth=3, num_heads=4, input_size=8)
     torch.save(synthetic_model(small).state_dict(), "cifar10_uvit_small.pth")
+    shutil.copytree(text_encoder, "PixArt-XL-2-256x256")
+    save_pixart(Path("PixArt-XL-2-256x256"))
     (tmp_path / "dydit" / "assets").mkdir(parents=True)
     shutil.copytree(DIGITS.parent, "dydit/assets/digits")
     assert run("export", DIGITS, "--steps", 4, "--out", "quickstart/bundle").code == 0
@@ -135,8 +152,8 @@ def test_the_commands_and_then_the_python_code_run(run, monkeypatch, tmp_path: P
         assert result.code in ((0, 1) if name == "parity" else (0,)), (words, result.err)
         done.append(name)
     assert done[:8] == ["sample", "convert", "inspect", "export", "parity", "bench", "sample", "sample"]
-    assert done[8:13] == ["export", "sample", "convert", "export", "export"]
-    assert done[13:] == ["export", "bench", "calibrate", "export", "calibrate", "export", "sample", "parity"]
+    assert done[8:16] == ["export", "sample", "convert", "export", "export", "export", "encode", "sample"]
+    assert done[16:] == ["export", "bench", "calibrate", "export", "calibrate", "export", "sample", "parity"]
     assert python_code(README) == python_code(USAGE)
     exec(compile(python_code(README).replace("207", "2"), "README.md", "exec"), {})
     assert (tmp_path / "dog.png").stat().st_size > 0

@@ -121,6 +121,8 @@ class Recipe(Strict):
                 f"stage {self.stage} does not fit model.routers {self.model.routers}; stage static needs model.routers "
                 "none, and the other stages need a model with routers"
             )
+        if self.model.text is not None:
+            raise ValueError("model.architecture: a model that texts condition cannot be trained; it can be exported")
         if self.label_dropout and self.model.null_class is None:
             raise ValueError("label_dropout needs a model with a null class")
         if self.batch_size % 4:

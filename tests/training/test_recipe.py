@@ -7,6 +7,7 @@ from pydantic import ValidationError
 
 from dydit.diffusion.process import NoiseSchedule, Prediction, Process
 from dydit.errors import ConfigError
+from dydit.models.config import ModelConfig, parse_config
 from dydit.training.recipe import RECIPES, Recipe, Stage, find_recipes
 
 FLOW = Process(schedule=NoiseSchedule.FLOW, prediction=Prediction.VELOCITY)
@@ -142,3 +143,10 @@ def test_gate_noise_is_gone_at_the_last_iteration() -> None:
     assert recipe.gate_noise(0) == recipe.gate_noise(790) == 1
     assert recipe.gate_noise(999) == 0
     assert recipe.gate_noise(899) == pytest.approx(0.5)
+
+
+def test_a_model_of_texts_is_refused(pixart_config: ModelConfig) -> None:
+    (recipe,) = find_recipes("digits-dynamic")
+    values = {**recipe.model_dump(mode="json"), "model": pixart_config.model_dump(mode="json")}
+    with pytest.raises(ConfigError, match="a model that texts condition cannot be trained"):
+        parse_config(Recipe, values)
