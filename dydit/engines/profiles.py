@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from pydantic import model_validator
 
-from dydit.bundle.io_spec import BATCH, LABELS, ROWS, STEPS, TensorSpec, width_symbol
+from dydit.bundle.io_spec import BATCH, LABELS, ROWS, STEPS, TEXT_TOKENS, TEXTS, TensorSpec, width_symbol
 from dydit.bundle.manifest import Manifest
 from dydit.errors import BackendError
 from dydit.models.config import ModelConfig
@@ -50,17 +50,28 @@ def symbol_ranges(manifest: Manifest, opt_batch: int, max_batch: int) -> dict[st
     """Ranges of the symbols of a bundle's graphs.
 
     `rows` goes up to twice the batch, with guidance, and is tuned for that; so does `labels`, because each makes a row.
-    `steps`: those of the longest segment, but no more than `CONDITIONING_ELEMENTS` allow for all labels.
+    `steps`: those of the longest segment, but no more than `CONDITIONING_ELEMENTS` allow for all labels. `texts`: one
+    for each image, and the negative one; each of as many tokens as the model was trained with, for which it is tuned.
     """
     counts = [segment.count for segment in manifest.plan.segments]
     rows = Extent(min=1, opt=2 * opt_batch, max=2 * max_batch)
     row_elements = math.prod(manifest.model.condition_shape)
     steps = max(1, min(max(counts), CONDITIONING_ELEMENTS // (rows.max * row_elements)))
+    text = manifest.model.text
+    of_texts = (
+        {}
+        if text is None
+        else {
+            TEXTS: Extent(min=1, opt=opt_batch + 1, max=max_batch + 1),
+            TEXT_TOKENS: Extent(min=1, opt=text.tokens, max=text.tokens),
+        }
+    )
     return {
         BATCH: Extent(min=1, opt=opt_batch, max=max_batch),
         ROWS: rows,
         STEPS: Extent(min=1, opt=min(steps, -(-sum(counts) // len(counts))), max=steps),
         LABELS: rows,
+        **of_texts,
     }
 
 
