@@ -28,7 +28,8 @@ from dydit.bundle.vae_entry import vae_outputs
 from dydit.errors import BackendError
 from dydit.runtime.backends.base import Arrays, Backend, BackendOptions, StepResult, Subnet
 from dydit.runtime.device.execute import Device, Executor
-from dydit.runtime.device.launches import EngineMemory, fit_resident
+from dydit.runtime.device.launches import EngineMemory
+from dydit.runtime.device.memory_fit import fit_resident
 from dydit.runtime.device.memory_layout import LaunchOptions, RunShape
 from dydit.runtime.device.operations import CONDITIONER, DECODER, TEXT_CONDITIONER, EngineId
 from dydit.runtime.device.residency import conditioners_of, engine_of, engines_of

@@ -22,14 +22,12 @@ is valid only while its execution context keeps its shapes and addresses.
 from __future__ import annotations
 
 import dataclasses
-from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 from dydit.bundle.io_spec import TEXT_ROWS
 from dydit.bundle.manifest import Manifest
-from dydit.errors import BackendError
 from dydit.runtime.device import operations as op
 from dydit.runtime.device.memory_layout import LaunchOptions, Layout, RunShape
 from dydit.runtime.device.operations import (
@@ -56,7 +54,6 @@ _OUTSIDE_GRAPHS = (
     *("latents.0", "latents.1", "labels", "labels.all", "timesteps", "overflow", "noise.next"),
     *(*_TEXTS, *(f"{name}.next" for name in _TEXTS), f"{TEXT_ROWS}.all"),
 )
-_GIB = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -377,31 +374,3 @@ class LaunchPlan:
         ops: list[Operation] = [op.DropGraph(graph) for graph in sorted(graphs, key=dataclasses.astuple)]
         self._captured.difference_update(tuple(graphs))
         return ops
-
-
-def fit_resident(
-    manifest: Manifest,
-    shape: RunShape,
-    memory: Mapping[EngineId, EngineMemory],
-    options: LaunchOptions,
-    limit: int,
-) -> LaunchOptions:
-    """The options with as many resident subnetworks, up to their own limit, as fit in `limit` bytes.
-
-    Raises `BackendError` where not even two fit; with dynamic width, where the one engine does not.
-    """
-
-    def total(resident: int | None) -> int:
-        tried = dataclasses.replace(options, resident=resident)
-        return LaunchPlan(manifest, shape, memory, tried).memory.total
-
-    if total(options.resident) <= limit:
-        return options
-    if (least := total(2)) > limit:
-        loaded = "its one engine" if manifest.dynamic_width else "two subnetworks"
-        raise BackendError(
-            f"a batch of {max(shape.sizes)} images needs {least / _GIB:.1f} GiB of device memory with {loaded} "
-            f"loaded, but only {limit / _GIB:.1f} GiB are free; use a smaller batch size"
-        )
-    more = range(3, (options.resident or len(manifest.subnets)) + 1)
-    return dataclasses.replace(options, resident=2 + bisect_right(more, limit, key=total))
