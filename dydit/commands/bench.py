@@ -17,10 +17,10 @@ from dydit.commands.options import (
     parse_options,
     sampling_options,
     seed_option,
-    texts_option,
 )
 from dydit.commands.output import print_json, say_files
 from dydit.commands.progress import show_progress
+from dydit.commands.text_options import texts_option
 from dydit.extras import CHECKPOINTS, backend_modules, require
 
 

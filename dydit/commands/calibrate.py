@@ -21,11 +21,11 @@ from dydit.commands.options import (
     plan_options,
     renamed,
     sampler_options,
-    texts_option,
 )
 from dydit.commands.output import print_json, say
 from dydit.commands.progress import show_progress
 from dydit.commands.suggestions import next_line, reading_words
+from dydit.commands.text_options import texts_option
 from dydit.extras import CHECKPOINTS, GRAPHS, backend_modules, require
 from dydit.reports.text import extra_text
 from dydit.words import counted

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dydit.commands.group import Command
-from dydit.commands.options import PATH, checkpoint_options, json_option, prompt_options
+from dydit.commands.options import PATH, checkpoint_options, json_option
 from dydit.commands.output import print_json, say
 from dydit.commands.suggestions import next_line
+from dydit.commands.text_options import prompt_options
 from dydit.errors import ConfigError
 from dydit.extras import CHECKPOINTS, TEXTS, require
 from dydit.words import counted

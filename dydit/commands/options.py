@@ -156,37 +156,6 @@ def labels_option(help: str, default: str | None = None) -> Callable[[Command], 
     )
 
 
-def texts_option(what: str) -> Callable[[Command], Command]:
-    """`--texts`. `what`: how the command uses the file, or does without it."""
-    return click.option(
-        "--texts",
-        type=PATH,
-        metavar="FILE.npz",
-        help=f"Texts for a model that they condition, as `dydit encode` writes them. {what}",
-    )
-
-
-def prompt_options(required: bool) -> Callable[[Command], Command]:
-    """`--prompt`, `--prompts`, `--negative-prompt` and `--text-encoder`. `required`: whether the last one is."""
-    return all_of(
-        click.option("--prompt", multiple=True, metavar="TEXT", help="A prompt. Repeatable."),
-        click.option("--prompts", type=PATH, metavar="FILE", help="More prompts: a text file with one in each line."),
-        click.option(
-            "--negative-prompt",
-            default="",
-            metavar="TEXT",
-            help="What guidance leads away from.  [default: an empty prompt]",
-        ),
-        click.option(
-            "--text-encoder",
-            required=required,
-            metavar="FOLDER",
-            help="The T5 encoder of the prompts: a folder with it and its tokenizer, the folder of a diffusers "
-            "pipeline, or the name of a repository of the Hugging Face Hub.",
-        ),
-    )
-
-
 def cfg_scale_option(default: float | None = None) -> Callable[[Command], Command]:
     """`--cfg-scale`, by default that of the model (`ModelConfig.guidance_scale`), or the command's own."""
     shown = "  [default: 4; 1 for an unconditional model]" if default is None else ""

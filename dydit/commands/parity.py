@@ -19,11 +19,11 @@ from dydit.commands.options import (
     parse_options,
     sampling_options,
     seed_option,
-    texts_option,
 )
 from dydit.commands.output import print_json, say, say_files
 from dydit.commands.progress import show_progress
 from dydit.commands.suggestions import backend_words, next_line
+from dydit.commands.text_options import texts_option
 from dydit.extras import CHECKPOINTS, GRAPHS, backend_modules, require
 from dydit.reports.text import aligned
 

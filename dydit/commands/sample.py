@@ -21,12 +21,11 @@ from dydit.commands.options import (
     labels_option,
     npz_option,
     parse_options,
-    prompt_options,
     sampling_options,
-    texts_option,
 )
 from dydit.commands.output import print_json, say, warn
 from dydit.commands.progress import Progress, show_progress
+from dydit.commands.text_options import prompt_options, texts_option
 from dydit.diffusion.samplers import SamplerChoice
 from dydit.errors import ConfigError
 from dydit.extras import backend_modules, require

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from dydit.bundle.bundle import Bundle
-from dydit.bundle.io_spec import BATCH, TensorSpec, conditioning_inputs, subnet_inputs, unit_inputs
-from dydit.bundle.manifest import CONDITIONING
+from dydit.bundle.io_spec import BATCH, TensorSpec, conditioning_inputs, subnet_inputs, text_inputs, unit_inputs
+from dydit.bundle.manifest import CONDITIONING, TEXT_GRAPH
 from dydit.bundle.vae_entry import VAE_DECODER, vae_inputs
 from dydit.engines.build_workers import run_jobs
 from dydit.engines.builder import Job
@@ -150,6 +150,8 @@ def _wanted(bundle: Bundle, request: EngineRequest) -> list[_Wanted]:
     manifest = bundle.manifest
     ranges = symbol_ranges(manifest, request.opt_batch, request.max_batch)
     described: dict[str, tuple[TensorSpec, ...] | None] = {CONDITIONING: conditioning_inputs()}
+    if manifest.model.text is not None:
+        described[TEXT_GRAPH] = text_inputs(manifest.model)
     units: tuple[TensorSpec, ...] = ()
     if manifest.dynamic_width:
         units = unit_inputs(manifest.weights, manifest.model)

@@ -206,16 +206,22 @@ class _Check:
     def _is_island(self, name: str) -> bool:
         """Whether a float32 value was in the lower type before, with no normalization in between.
 
-        The residual stream is none: a part of it comes from the float32 product that embeds patches.
+        The residual stream is none, although what branches add to it was: it is fp32 for its own sake, and begins with
+        the float32 product that embeds patches.
         """
 
         def onward(layer: Layer) -> bool:
             ends = layer.kind in _HEAVY or layer.kind in ("normalization", "shape")
-            return not ends and not self._casts_up(layer)
+            return not ends and not self._casts_up(layer) and not self._adds_to_stream(layer)
 
         reached = self._producers(name, onward)
         is_stream = any(each.kind in PRODUCTS and self.network.dtypes[each.outputs[0]] == "float32" for each in reached)
         return any(map(self._casts_up, reached)) and not is_stream
+
+    def _adds_to_stream(self, layer: Layer) -> bool:
+        """Whether a layer adds to the residual stream, which is what a block normalizes."""
+        consumers = [each for name in layer.inputs for each in self.network.consumers.get(name, [])]
+        return layer.kind == "elementwise" and any(each.kind == "normalization" for each in consumers)
 
     def _casts_up(self, layer: Layer) -> bool:
         return layer.kind == "cast" and self.network.dtypes[layer.inputs[0]] == self.low

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from pydantic import model_validator
 
-from dydit.bundle.io_spec import BATCH, LABELS, ROWS, STEPS, TensorSpec, width_symbol
+from dydit.bundle.io_spec import BATCH, LABELS, ROWS, STEPS, TEXT_TOKENS, TEXTS, TensorSpec, text_outputs, width_symbol
 from dydit.bundle.manifest import Manifest
 from dydit.errors import BackendError
 from dydit.models.config import ModelConfig
@@ -18,6 +18,8 @@ from dydit.validation import Strict
 
 CONDITIONING_ELEMENTS = 1 << 28
 """The most numbers that one evaluation of the conditioning engine returns: 1 GiB, far below TensorRT's 2**31."""
+TENSOR_ELEMENTS = (1 << 31) - 1
+"""The most numbers that a tensor of TensorRT has."""
 
 
 class Extent(Strict):
@@ -50,7 +52,9 @@ def symbol_ranges(manifest: Manifest, opt_batch: int, max_batch: int) -> dict[st
     """Ranges of the symbols of a bundle's graphs.
 
     `rows` goes up to twice the batch, with guidance, and is tuned for that; so does `labels`, because each makes a row.
-    `steps`: those of the longest segment, but no more than `CONDITIONING_ELEMENTS` allow for all labels.
+    `steps`: those of the longest segment, but no more than `CONDITIONING_ELEMENTS` allow for all labels. `texts`: one
+    for each image, and the negative one; each of as many tokens as the model was trained with, for which it is tuned.
+    Raises `BackendError` if the keys and values of so many texts are more than `TENSOR_ELEMENTS`.
     """
     counts = [segment.count for segment in manifest.plan.segments]
     rows = Extent(min=1, opt=2 * opt_batch, max=2 * max_batch)
@@ -61,6 +65,24 @@ def symbol_ranges(manifest: Manifest, opt_batch: int, max_batch: int) -> dict[st
         ROWS: rows,
         STEPS: Extent(min=1, opt=min(steps, -(-sum(counts) // len(counts))), max=steps),
         LABELS: rows,
+        **_text_ranges(manifest.model, opt_batch, max_batch),
+    }
+
+
+def _text_ranges(model: ModelConfig, opt_batch: int, max_batch: int) -> dict[str, Extent]:
+    if model.text is None:
+        return {}
+    texts, tokens = max_batch + 1, model.text.tokens
+    numbers = max(math.prod(spec.concrete({TEXTS: texts, TEXT_TOKENS: tokens})) for spec in text_outputs(model))
+    if numbers > TENSOR_ELEMENTS:
+        fits = TENSOR_ELEMENTS * texts // numbers - 1
+        raise BackendError(
+            f"TensorRT cannot hold the keys and values of the texts of {max_batch} images in one tensor; build with "
+            f"--max-batch {fits} or less"
+        )
+    return {
+        TEXTS: Extent(min=1, opt=opt_batch + 1, max=texts),
+        TEXT_TOKENS: Extent(min=1, opt=tokens, max=tokens),
     }
 
 

@@ -215,7 +215,11 @@ class ModelConfig(Strict):
 
     @abstractmethod
     def is_conditioning(self, tensor: str) -> bool:
-        """Whether only the conditioning graph reads a stored tensor."""
+        """Whether no subnetwork reads a stored tensor, but only the conditioning graph or the text graph."""
+
+    def is_text(self, tensor: str) -> bool:
+        """Whether only the text graph reads a stored tensor. It then also is one of `is_conditioning`."""
+        return False
 
     @property
     @abstractmethod

@@ -36,6 +36,17 @@ def test_every_graph_gets_an_engine(bundle: Bundle, request_for: Requests, prete
     json.dumps(report.to_json(), allow_nan=False)
 
 
+def test_the_text_graph_gets_an_engine(text_bundle, tmp_path, request_for: Requests, pretence) -> None:
+    shutil.copytree(text_bundle().path, tmp_path / "bundle")
+    bundle = Bundle.open(tmp_path / "bundle")
+    report = build_engines(bundle, request_for(bundle))
+    assert [each.graph for each in report.built] == ["conditioning.onnx", "text.onnx", "subnet-0000.onnx"]
+    index = EngineStore.of(bundle, report.request).read()
+    assert index is not None
+    assert index.engines["text.onnx"].key.profile["mask"].max == (3, 6), "two images and the negative text"
+    assert index.engines["subnet-0000.onnx"].key.profile["text_values"].max == (2, 3, 2, 6, 64)
+
+
 def test_when_nothing_changed_nothing_is_built(bundle: Bundle, request_for: Requests, pretence) -> None:
     build_engines(bundle, request_for(bundle))
     pretence.built.clear()

@@ -137,6 +137,25 @@ def test_a_cast_before_the_modulation_is_found() -> None:
     assert kinds(network) == [("L2", Kind.CAST), ("L3", Kind.CAST)]
 
 
+CROSS = (  # a branch after BRANCH, without a normalization of its own
+    "h_x = cast f_stream",
+    "h_w = constant blocks.0.cross_q.weight",
+    "h_q = matrix_multiply h_x h_w",
+    "h_a = attention_input h_q h_k h_v",
+    "h_o = attention_output h_a",
+    "f_o = cast h_o",
+    "f_out = elementwise f_stream f_o",
+)
+
+
+def test_a_product_may_read_the_stream_itself() -> None:
+    """But not a sum that is no stream: it would be cast up and down between two products."""
+    stream = [line.replace("f_out = ", "f_stream = ") for line in BRANCH]
+    assert kinds(picture(*stream, *CROSS)) == []
+    aside = [line.replace("elementwise f_x f_5", "elementwise f_scale f_5") for line in stream]
+    assert (f"L{len(stream)}", Kind.CAST) in kinds(picture(*aside, *CROSS))
+
+
 def test_a_residual_stream_below_fp32_is_found() -> None:
     network = picture(
         "h_w = constant blocks.0.fc2.weight",
@@ -308,6 +327,18 @@ def test_what_we_export_has_no_faults(rtx, capacity_bundle, precision: Precision
                 if name == "conditioning.onnx" and other.dtype == precision.dtype:
                     continue  # adaLN stays fp32 where linear layers are in 8 bits
                 assert type_findings(network, other, model), f"{name} passes as {other}"
+
+
+@pytest.mark.parametrize("precision", [each for each in Precision if each is not Precision.INT8])
+def test_what_we_export_of_a_model_with_texts_has_no_faults(rtx, text_bundle, precision: Precision) -> None:
+    bundle = text_bundle(precision.value)
+    model = bundle.manifest.model
+    for name in ("conditioning.onnx", "text.onnx", bundle.manifest.subnets[0].file):
+        network = parsed(rtx, bundle.path / name)
+        assert type_findings(network, precision, model) == [], name
+        attends = sum(layer.kind == "attention_output" for layer in network.layers)
+        in_steps = name.startswith("subnet") and precision is not Precision.FP32
+        assert attends == 2 * model.depth * in_steps, "self-attention and cross-attention of each block"
 
 
 @pytest.mark.parametrize("precision", [Precision.INT8_STATIC, Precision.FP8])

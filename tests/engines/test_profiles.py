@@ -7,11 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from dydit.bundle.io_spec import TensorSpec, conditioning_inputs, subnet_inputs, unit_inputs
+from dydit.bundle.io_spec import TensorSpec, conditioning_inputs, subnet_inputs, text_inputs, unit_inputs
 from dydit.engines.profiles import CONDITIONING_ELEMENTS, Extent, shape_profile, symbol_ranges, width_ranges
 from dydit.errors import BackendError
 from dydit.models.config import ModelConfig
 from dydit.models.dit.config import preset
+from dydit.models.pixart.config import preset as pixart
 
 
 def product(shape: tuple[int, ...]) -> int:
@@ -51,6 +52,28 @@ def test_the_conditioning_goes_over_whole_segments_but_not_beyond_its_bound(capa
     elements = ranges["steps"].max * ranges["labels"].max * wide.model.vectors * wide.model.hidden_size
     assert ranges["steps"].max < longest
     assert 0 < elements <= CONDITIONING_ELEMENTS
+
+
+def test_every_image_may_have_a_text_of_its_own_besides_the_negative_one(capacity_bundle) -> None:
+    model = pixart("XL/2")
+    manifest = capacity_bundle().manifest
+    assert not {"texts", "text_tokens"} & symbol_ranges(manifest, 3, 4).keys()
+    with_texts = manifest.model_copy(update={"model": model})
+    ranges = symbol_ranges(with_texts, 3, 4)
+    assert ranges["texts"] == Extent(min=1, opt=4, max=5)
+    assert ranges["text_tokens"] == Extent(min=1, opt=120, max=120)
+    graph, step = (shape_profile(specs, ranges, "x") for specs in (text_inputs(model), subnet_inputs(model, False)))
+    assert (graph["embeddings"].min, graph["embeddings"].max) == ((1, 1, 4096), (5, 120, 4096))
+    assert step["text_values"].max == (28, 5, 2, 120, 1152) and step["text_rows"].max == (8,)
+    with pytest.raises(BackendError) as caught:
+        symbol_ranges(with_texts, 1, 400)
+    message = (
+        "TensorRT cannot hold the keys and values of the texts of 400 images in one tensor; build with --max-batch "
+    )
+    assert str(caught.value) == f"{message}276 or less"
+    assert symbol_ranges(with_texts, 1, 276)["texts"].max == 277
+    with pytest.raises(BackendError):
+        symbol_ranges(with_texts, 1, 277)
 
 
 def test_a_symbol_without_a_range_is_refused() -> None:

@@ -188,6 +188,23 @@ def test_a_bundle_of_dynamic_width_builds_into_one_engine_for_every_width(
     assert build(bundle).built == ()
 
 
+@pytest.mark.parametrize(
+    ("precision", "settings"),
+    [
+        ("fp16", {"capacities": (10, 16)}),
+        ("fp16", {"plan": "sliding", "routing": "dense"}),
+        ("int8-static", {}),
+        *(pytest.param(each, {}, marks=release) for each in ("fp32", "bf16", "fp8")),
+    ],
+)
+def test_a_model_that_texts_condition_builds(rtx, text_bundle, tmp_path: Path, precision: str, settings) -> None:
+    bundle = copy_of(text_bundle(precision, **settings), tmp_path / "copy")
+    report = build(bundle)
+    assert [each.graph for each in report.built][:2] == ["conditioning.onnx", "text.onnx"]
+    assert {each.graph for each in report.built} == {name for name in bundle.manifest.files if name.endswith(".onnx")}
+    assert build(bundle).built == ()
+
+
 def test_wrong_types_fail_the_build_before_it_and_are_logged(small) -> None:
     bundle = small("fp32")
     request = rtx_request(bundle).model_copy(update={"precision": Precision.FP16})

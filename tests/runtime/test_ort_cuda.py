@@ -9,12 +9,14 @@ import onnx
 import pytest
 
 from dydit.bundle.manifest import PlanKind, Routing
+from dydit.bundle.texts import synthetic_texts
 from dydit.errors import BackendError
+from dydit.models.pixart.config import PixArtConfig
 from dydit.runtime.backends.base import BackendOptions
 from dydit.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from dydit.runtime.backends.ort_cuda import OnnxRuntimeDeviceBackend, _BoundEngine, _Sessions, session_memory
 from dydit.runtime.device.execute import Tensor
-from dydit.runtime.device.operations import CONDITIONER, EngineId
+from dydit.runtime.device.operations import CONDITIONER, TEXT_CONDITIONER, EngineId
 from dydit.runtime.device.residency import engines_of
 from dydit.runtime.device.unit_weights import UnitWeights
 from dydit.runtime.loop import MemoryStore, StepRunner, sample
@@ -67,6 +69,30 @@ def test_whole_runs_are_the_loop(settings, make_bundle):
     assert not arrays
     with pytest.raises(BackendError, match="this backend was closed; open the bundle again"):
         run(backend)
+
+
+@pytest.fixture
+def pixart_bundle(make_bundle, make_checkpoint):
+    """`pixart_bundle(**export settings)`: a bundle of a model that texts condition, with texts for `LABELS`."""
+    config = PixArtConfig(hidden_size=64, depth=3, num_heads=4, input_size=8, caption_channels=24, text_tokens=6)
+
+    def make(**settings):
+        bundle = make_bundle(make_checkpoint(config), steps=6, **settings)
+        return bundle.with_texts(synthetic_texts(config, 7))
+
+    return make
+
+
+@pytest.mark.parametrize("plan", [PlanKind.PER_STEP, PlanKind.DYNAMIC_WIDTH])
+def test_whole_runs_with_texts_are_the_loop(plan, pixart_bundle):
+    bundle = pixart_bundle(routing=Routing.CAPACITY, capacities=(12, 14, 14), plan=plan)
+    backend = HostDeviceBackend(bundle, OPTIONS)
+    for scale in (4.0, 1.0):
+        latents, stats = run(backend, scale=scale)
+        expected, theirs = run(OnnxRuntimeBackend(bundle, OPTIONS), scale=scale)
+        assert near(latents, expected)
+        assert (stats.steps, stats.repeated_steps) == (theirs.steps, theirs.repeated_steps)
+    backend.close()
 
 
 def test_steps_find_their_inputs_at_the_same_places(make_bundle):
@@ -154,6 +180,19 @@ def test_memory_is_that_of_the_weights(make_bundle):
     entry, held = sliding.manifest.subnets[0], session_memory(sliding, EngineId(0)).weights
     units = UnitWeights(sliding.manifest).bindings(0)
     assert held == entry.weight_bytes - sum(each.nbytes for each in units), "what has one width only"
+
+
+def test_weights_of_the_text_graph_are_counted_once(pixart_bundle):
+    bundle = pixart_bundle(plan=PlanKind.DYNAMIC_WIDTH)
+    model, weights = bundle.manifest.model, bundle.manifest.weights
+    figures = {engine: session_memory(bundle, engine).weights for engine in engines_of(bundle.manifest)}
+    assert list(figures) == [CONDITIONER, TEXT_CONDITIONER, EngineId(0)]
+    graph = onnx.load(bundle.file("text.onnx"), load_external_data=False).graph
+    names = {each.name for each in graph.initializer if each.name in weights}
+    assert names == {name for name in weights if model.is_text(name)}
+    assert figures[TEXT_CONDITIONER] == sum(weights[name].nbytes for name in names)
+    units = sum(each.nbytes for each in UnitWeights(bundle.manifest).bindings(0))
+    assert sum(figures.values()) + units <= sum(each.nbytes for each in weights.values())
 
 
 def test_the_gpu_needs_pycuda(make_bundle, monkeypatch):

@@ -106,6 +106,9 @@ class PixArtConfig(ModulatedConfig):
     def is_conditioning(self, tensor: str) -> bool:
         return units.is_conditioning(tensor)
 
+    def is_text(self, tensor: str) -> bool:
+        return units.is_text(tensor)
+
     @property
     def macs(self) -> int:
         """Blocks with texts of 40 tokens: 141.04 G for XL/2 at 256 px, the figure of DyDiT's paper."""

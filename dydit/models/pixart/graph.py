@@ -57,8 +57,9 @@ def write_step(writer: GraphWriter) -> tuple[ir.Value, list[ir.Value]]:
 def cross_function(config: PixArtConfig, precision: Precision) -> ir.Function:
     """x + proj(attention of q(x) to the keys and values of each row's text), without normalization or gate.
 
-    x [rows, N, D]; values [L, texts, 2, tokens, D]; bias [texts, tokens]; rows int64 [rows]; block []. Scores and their
-    softmax are fp32 in every precision.
+    x [rows, N, D]; values [L, texts, 2, tokens, D]; bias [texts, tokens]; rows int64 [rows]; block []. In fp32, and in
+    int8, which runs only on ONNX Runtime, attention consists of three operators, with scores in fp32. In other
+    precisions it is the operator Attention, as in `dydit.models.transformer.blocks`.
     """
     heads, hd, kind = config.num_heads, config.head_dim, precision.attention
     inputs = ["x", "values", "bias", "rows", "block", "q_weight", "q_bias", "proj_weight", "proj_bias"]
@@ -74,14 +75,17 @@ def cross_function(config: PixArtConfig, precision: Precision) -> ir.Function:
         k, v = (by_head(ops.Squeeze(part, ops.constant([1]))) for part in ops.split(texts, 1, 2))
         q = ops.Gemm(ops.to_precision(flat(ops, x), precision), of["q_weight"], of["q_bias"], transB=1)
         q = by_head(ops.Reshape(q, ops.Shape(x)))
-        scale = ops.to_precision(ops.constant(hd**-0.5, np.float32), precision)
-        q = ops.between(ops.Mul(q, scale), precision, kind)
-        k, v = ops.to_precision(k, kind), ops.to_precision(v, kind)
-        scores = ops.to_fp32(ops.MatMul(q, ops.Transpose(k, perm=[0, 1, 3, 2])), kind)  # [rows, H, N, tokens]
-        bias = ops.Unsqueeze(ops.Gather(of["bias"], rows, axis=0), ops.constant([1, 2]))
-        share = ops.to_precision(ops.Softmax(ops.Add(scores, bias), axis=-1), kind)
-        mixed = flat(ops, ops.Transpose(ops.MatMul(share, v), perm=[0, 2, 1, 3]))
-        mixed = ops.between(mixed, kind, precision)
+        bias = ops.Unsqueeze(ops.Gather(of["bias"], rows, axis=0), ops.constant([1, 2]))  # [rows, 1, 1, tokens]
+        if kind.dtype == "float32":
+            q = ops.Mul(q, ops.constant(hd**-0.5, np.float32))
+            scores = ops.MatMul(q, ops.Transpose(k, perm=[0, 1, 3, 2]))  # [rows, H, N, tokens]
+            mixed = ops.MatMul(ops.Softmax(ops.Add(scores, bias), axis=-1), v)
+        else:
+            q = ops.between(q, precision, kind)
+            bias = ops.Expand(bias, ops.constant([1, 1, config.tokens, 1]))  # ONNX Runtime takes no other mask
+            k, v, bias = (ops.to_precision(each, kind) for each in (k, v, bias))
+            mixed = ops.Attention(q, k, v, bias, scale=hd**-0.5)
+        mixed = ops.between(flat(ops, ops.Transpose(mixed, perm=[0, 2, 1, 3])), kind, precision)
         out = ops.to_fp32(ops.Gemm(mixed, of["proj_weight"], of["proj_bias"], transB=1), precision)
         return (ops.Add(x, ops.Reshape(out, ops.Shape(x))),)
 

@@ -16,6 +16,8 @@ CROSS = (*CROSS_KV, "cross_q.weight", "cross_q.bias", "cross_proj.weight", "cros
 """The stored tensors of a block's cross-attention, within the block."""
 CONDITIONING = ("time.", "size.", "ratio.", "adaln.", "text.", "width.")
 """Prefixes of the stored tensors that no subnetwork reads, because they depend on the timestep and the text alone."""
+TEXT = "text."
+"""Prefix of the stored tensors of the caption projection."""
 _LOW_PRECISION = ("adaln.weight", "adaln.bias", "text.0.weight", "text.0.bias", "text.2.weight", "text.2.bias")
 
 
@@ -60,7 +62,12 @@ def fp32_products(config: PixArtConfig) -> frozenset[str]:
 
 def is_conditioning(tensor: str) -> bool:
     """Whether no subnetwork reads a stored tensor."""
+    return is_text(tensor) or (block_of(tensor) is None and tensor.startswith(CONDITIONING))
+
+
+def is_text(tensor: str) -> bool:
+    """Whether the text graph alone reads a stored tensor."""
     block = block_of(tensor)
     if block is not None:
         return tensor in {stored_name(block, name) for name in CROSS_KV}
-    return tensor.startswith(CONDITIONING)
+    return tensor.startswith(TEXT)

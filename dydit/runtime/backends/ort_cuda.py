@@ -133,14 +133,15 @@ def session_memory(bundle: Bundle, engine: EngineId) -> EngineMemory:
 
     With dynamic width, no session holds unit weights.
     """
-    manifest = bundle.manifest
+    manifest, model = bundle.manifest, bundle.manifest.model
     if engine.subnet is not None and not manifest.dynamic_width:
         return EngineMemory(0, manifest.subnets[engine.subnet].weight_bytes)
     sizes = {name: each.nbytes for name, each in manifest.weights.items()}
-    conditioning = sum(nbytes for name, nbytes in sizes.items() if manifest.model.is_conditioning(name))
+    texts = sum(nbytes for name, nbytes in sizes.items() if model.is_text(name))
+    conditioning = sum(nbytes for name, nbytes in sizes.items() if model.is_conditioning(name))
     if engine.subnet is None:
-        return EngineMemory(0, conditioning)
-    units = sum(sizes[spec.name] for spec in unit_inputs(manifest.weights, manifest.model))
+        return EngineMemory(0, texts if engine.texts else conditioning - texts)
+    units = sum(sizes[spec.name] for spec in unit_inputs(manifest.weights, model))
     return EngineMemory(0, sum(sizes.values()) - conditioning - units)
 
 

@@ -10,16 +10,29 @@ from functools import cached_property
 import numpy as np
 
 from dydit.bundle.bundle import Bundle
-from dydit.bundle.io_spec import BATCH, LABELS, ROWS, STEPS, conditioning_outputs, subnet_outputs
+from dydit.bundle.io_spec import (
+    BATCH,
+    LABELS,
+    ROWS,
+    STEPS,
+    TEXT_BIAS,
+    TEXT_TOKENS,
+    TEXT_VALUES,
+    TEXTS,
+    conditioning_outputs,
+    subnet_outputs,
+    text_outputs,
+)
 from dydit.bundle.manifest import Routing
 from dydit.bundle.vae_entry import vae_outputs
 from dydit.errors import BackendError
 from dydit.runtime.backends.base import Arrays, Backend, BackendOptions, StepResult, Subnet
 from dydit.runtime.device.execute import Device, Executor
-from dydit.runtime.device.launches import EngineMemory, fit_resident
+from dydit.runtime.device.launches import EngineMemory
+from dydit.runtime.device.memory_fit import fit_resident
 from dydit.runtime.device.memory_layout import LaunchOptions, RunShape
-from dydit.runtime.device.operations import CONDITIONER, DECODER, EngineId
-from dydit.runtime.device.residency import engine_of, engines_of
+from dydit.runtime.device.operations import CONDITIONER, DECODER, TEXT_CONDITIONER, EngineId
+from dydit.runtime.device.residency import conditioners_of, engine_of, engines_of
 from dydit.runtime.device.stepping import Stepper
 from dydit.runtime.device.whole_runs import DeviceSampler, WholeRunsBackend, close_whatever_state
 from dydit.runtime.loop import default_residency
@@ -100,6 +113,19 @@ class DeviceBackend(WholeRunsBackend):
             rows.append(np.concatenate(parts, axis=1))
         return np.concatenate(rows)
 
+    def _text_values(self, feeds: Arrays) -> dict[str, np.ndarray]:
+        most, tokens = self._text_limits
+        _require_tokens(feeds["mask"].shape[1], tokens)
+        outputs, parts = text_outputs(self.bundle.manifest.model), []
+        for first in range(0, len(feeds["mask"]), most):
+            part = {name: array[first : first + most] for name, array in feeds.items()}
+            count, length = part["mask"].shape
+            parts.append(self._stepper.run(TEXT_CONDITIONER, part, outputs, {TEXTS: count, TEXT_TOKENS: length}))
+        return {
+            name: np.concatenate([part[name] for part in parts], axis)
+            for name, axis in ((TEXT_VALUES, 1), (TEXT_BIAS, 0))
+        }
+
     def decode(self, tiles: np.ndarray) -> np.ndarray:
         """Tiles of latents f32 [B, C, tile, tile] to pixels f32 [B, 3, side, side], by the VAE decoder's engine.
 
@@ -130,7 +156,7 @@ class DeviceBackend(WholeRunsBackend):
     def _decoder_limit(self) -> int:
         """The most tiles that the decoder's engine takes at once."""
         self._stepper.load(DECODER)
-        return self._stepper.longest(DECODER, "latents")
+        return self._stepper.longest(DECODER, "latents")[0]
 
     def _clear_runs(self) -> bool:
         executors = [each for each in self._owned if isinstance(each, Executor)]
@@ -153,7 +179,13 @@ class DeviceBackend(WholeRunsBackend):
     def _conditioning_limits(self) -> tuple[int, int]:
         """The most timesteps and labels that the conditioning's engine takes at once."""
         self._stepper.load(CONDITIONER)
-        return self._stepper.longest(CONDITIONER, "timesteps"), self._stepper.longest(CONDITIONER, "labels")
+        return self._stepper.longest(CONDITIONER, "timesteps")[0], self._stepper.longest(CONDITIONER, "labels")[0]
+
+    @cached_property
+    def _text_limits(self) -> tuple[int, ...]:
+        """The most texts that the text graph's engine takes at once, and the most tokens of each."""
+        self._stepper.load(TEXT_CONDITIONER)
+        return self._stepper.longest(TEXT_CONDITIONER, "mask")
 
     def _make_sampler(self) -> DeviceSampler:
         device, manifest = self._make_device(), self.bundle.manifest
@@ -166,6 +198,7 @@ class DeviceBackend(WholeRunsBackend):
             conditioning_steps=device.longest(CONDITIONER, "timesteps")[0],
         )
         most_rows = device.longest(CONDITIONER, "labels")[0]
+        most_tokens = 0 if manifest.model.text is None else device.longest(TEXT_CONDITIONER, "mask")[1]
 
         def fit(shape: RunShape, wanted: LaunchOptions) -> LaunchOptions:
             if (rows := shape.rows(max(shape.sizes))) > most_rows:
@@ -173,6 +206,7 @@ class DeviceBackend(WholeRunsBackend):
                     f"the conditioning's engine takes at most {most_rows} labels at once, but this batch has {rows}; "
                     "use a smaller batch size, or build engines for larger batches"
                 )
+            _require_tokens(shape.text_tokens, most_tokens)
             state = executor.state
             held = sum(state.buffers.values()) + sum(self._memory[engine].weights for engine in state.engines)
             with device.activate():
@@ -183,14 +217,15 @@ class DeviceBackend(WholeRunsBackend):
 
     def _measure(self, executor: Executor) -> None:
         """Measure the memory of engines that no earlier run measured, by loading each once."""
-        executor.load(CONDITIONER)
+        for engine in conditioners_of(self.bundle.manifest):
+            executor.load(engine)
         wanted = engines_of(self.bundle.manifest)
         unknown = [engine for engine in wanted if engine not in self._memory]
         for engine in unknown:
-            if engine != CONDITIONER:
+            if engine.subnet is not None:
                 executor.load(engine)
             self._memory[engine] = executor.device.memory(engine)
-            if engine != CONDITIONER:
+            if engine.subnet is not None:
                 executor.unload(engine)
         if unknown:
             self._keep_memory(self._memory)
@@ -200,6 +235,15 @@ class DeviceBackend(WholeRunsBackend):
 
     def _free(self) -> None:
         self._finalizer()
+
+
+def _require_tokens(tokens: int, most: int) -> None:
+    """Raise `BackendError` for texts that are longer than the engines take."""
+    if tokens > most:
+        raise BackendError(
+            f"the texts have {tokens} tokens, but the model was trained with at most {most}, for which its engines "
+            "were built; encode the texts again with that limit, or use backend='onnxruntime' (--backend onnxruntime)"
+        )
 
 
 def _close_all(owned: list[Executor | Stepper]) -> None:

@@ -7,8 +7,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from dydit.bundle.bundle import Bundle
+from dydit.bundle.io_spec import TEXT_ROWS
 from dydit.diffusion.guidance import Guidance
 from dydit.diffusion.steps import State
+from dydit.errors import ConfigError
+from dydit.models.config import TEXTS_NEEDED, Texts
 from dydit.runtime.device.memory_layout import Layout
 from dydit.runtime.device.operations import ALIGNMENT, HostArray
 from dydit.runtime.noise_source import NoiseSource
@@ -40,6 +43,7 @@ class HostInputs:
             "gates": self._gates,
             "timesteps": self._timesteps,
             "labels.all": self._labels,
+            f"{TEXT_ROWS}.all": self._text_rows,
         }
 
     def array(self, source: HostArray) -> np.ndarray:
@@ -49,7 +53,11 @@ class HostInputs:
         if source.kind == "weights":
             assert source.name is not None
             return self._bundle.weight(source.name)
-        assert source.batch is not None and source.segment is not None
+        assert source.batch is not None
+        if source.kind in ("embeddings", "mask"):
+            texts = texts_of(self._bundle)
+            return np.asarray(getattr(texts, source.kind)[self._texts(source.batch)])
+        assert source.segment is not None
         if source.kind == "latents":
             batch = self._batches[source.batch]
             return pack(self._layout, self._load(source.batch) if source.segment else State(self._noise.initial(batch)))
@@ -70,8 +78,20 @@ class HostInputs:
         return _table(rows, np.float32, self._layout.timesteps_stride)
 
     def _labels(self) -> np.ndarray:
+        """The labels on which the condition depends. Where texts take the place of labels, it depends on none."""
         rows = [self._guidance.rows(batch.labels) for batch in self._batches]
+        if self._layout.has_texts:
+            rows = [np.zeros_like(row) for row in rows]
         return _table(rows, np.int64, self._layout.labels_stride)
+
+    def _text_rows(self) -> np.ndarray:
+        rows = [np.unique(self._guidance.rows(batch.labels), return_inverse=True)[1] for batch in self._batches]
+        return _table(rows, np.int64, self._layout.labels_stride)
+
+    def _texts(self, index: int) -> np.ndarray:
+        """The different texts of a batch, then some again, so that there are as many as the layout has room for."""
+        distinct = np.unique(self._guidance.rows(self._batches[index].labels))
+        return np.resize(distinct, self._layout.shape.texts)
 
     def _segment_noise(self, index: int, segment: int) -> np.ndarray:
         batch, layout = self._batches[index], self._layout
@@ -80,6 +100,25 @@ class HostInputs:
         for row, step in zip(table, steps, strict=True):
             row[: size * layout.image_bytes // 4] = self._noise.step(batch, step).reshape(-1)
         return table
+
+
+def texts_of(bundle: Bundle) -> Texts:
+    """The texts of a bundle's run. Raises `ConfigError` if it has none."""
+    if bundle.texts is None:
+        raise ConfigError(TEXTS_NEEDED)
+    return bundle.texts
+
+
+def text_sizes(bundle: Bundle, batches: Sequence[Batch], cfg_scale: float) -> tuple[int, int]:
+    """The most different texts that a batch has, and the tokens of each; zeros for a model that takes labels.
+
+    Raises `ConfigError` if the bundle has no texts.
+    """
+    model = bundle.manifest.model
+    if model.text is None:
+        return 0, 0
+    guidance = Guidance(cfg_scale, model.null_class)
+    return max(len(np.unique(guidance.rows(batch.labels))) for batch in batches), texts_of(bundle).tokens
 
 
 def pack(layout: Layout, state: State[np.ndarray]) -> np.ndarray:

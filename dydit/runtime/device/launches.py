@@ -4,10 +4,11 @@ Setup comes first: it allocates the buffers and uploads what the whole run needs
 it runs, over all batches:
 
     with dynamic width, the unit weights of the segment come to the front (`dydit.runtime.device.unit_weights`)
-    for each batch: noise, labels and latents are copied to the segment's buffers; condition is computed on the device;
+    for each batch: noise, labels and latents are copied to the segment's buffers; condition is computed on the device,
+                    and so is what the steps take of the batch's texts, unless it was the last batch that ran;
                     the steps run, each reading what the one before wrote; the latents are copied to the next buffer
-    meanwhile:      after the first batch the next segment's engine is loaded, and after each batch the next noise is
-                    uploaded on the copy stream
+    meanwhile:      after the first batch the next segment's engine is loaded, and after each batch the noise and texts
+                    of the next are uploaded on the copy stream
     with capacity routing: the overflow counters are read once; batches that overflowed run the whole segment again, at
                     full capacity, from the latents and noise with which they started it
 
@@ -21,13 +22,12 @@ is valid only while its execution context keeps its shapes and addresses.
 from __future__ import annotations
 
 import dataclasses
-from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from dydit.bundle.io_spec import TEXT_ROWS
 from dydit.bundle.manifest import Manifest
-from dydit.errors import BackendError
 from dydit.runtime.device import operations as op
 from dydit.runtime.device.memory_layout import LaunchOptions, Layout, RunShape
 from dydit.runtime.device.operations import (
@@ -35,6 +35,7 @@ from dydit.runtime.device.operations import (
     COMPUTE,
     CONDITIONER,
     COPY,
+    TEXT_CONDITIONER,
     Address,
     Body,
     EngineId,
@@ -44,12 +45,15 @@ from dydit.runtime.device.operations import (
     UnitOrder,
     aligned,
 )
-from dydit.runtime.device.residency import Stop, engine_of, engines_of, plan_residency
+from dydit.runtime.device.residency import Stop, conditioners_of, engine_of, engines_of, plan_residency
 
 WORKSPACE = "workspace"
-NOISE_READY, NOISE_TAKEN, SEGMENT_DONE = "noise ready", "noise taken", "segment done"
-_OUTSIDE_GRAPHS = ("latents.0", "latents.1", "labels", "labels.all", "timesteps", "overflow", "noise.next")
-_GIB = 1 << 30
+INPUTS_READY, INPUTS_TAKEN, SEGMENT_DONE = "inputs ready", "inputs taken", "segment done"
+_TEXTS = ("embeddings", "mask")
+_OUTSIDE_GRAPHS = (
+    *("latents.0", "latents.1", "labels", "labels.all", "timesteps", "overflow", "noise.next"),
+    *(*_TEXTS, *(f"{name}.next" for name in _TEXTS), f"{TEXT_ROWS}.all"),
+)
 
 
 @dataclass(frozen=True)
@@ -117,11 +121,12 @@ class LaunchPlan:
         self._memory = memory
         self._engines = [self._engine(index) for index in self.layout.visited]
         repeats = any(self._may_overflow(index) for index in self.layout.visited)
-        loaded = [key for key in self._state.engines if key != CONDITIONER and not key.full]
+        loaded = [key for key in self._state.engines if key.subnet is not None and not key.full]
         self._full = {key for key in self._state.engines if key.full}  # one that stays, or one that a failed run left
         self._residency = plan_residency(self._engines, loaded, self.options.resident, repeats)
         self._captured = set(self._state.graphs)
         self._unit_order = self._state.unit_order
+        self._batch_of_texts: int | None = None  # whose keys and values the engines find
 
     @cached_property
     def buffers(self) -> dict[str, int]:
@@ -136,7 +141,8 @@ class LaunchPlan:
         """The most memory that the run takes."""
         weights = {key: each.weights for key, each in self._memory.items()}
         workspace = self.buffers.get(WORKSPACE, 0)
-        engines = weights[CONDITIONER] + self._residency.peak_bytes(weights, repeats=self.layout.capacity)
+        conditioners = sum(weights[key] for key in conditioners_of(self.manifest))
+        engines = conditioners + self._residency.peak_bytes(weights, repeats=self.layout.capacity)
         return MemoryTotal(sum(self.buffers.values()) - workspace, workspace, engines)
 
     def setup(self) -> tuple[Operation, ...]:
@@ -152,7 +158,7 @@ class LaunchPlan:
             self._full.clear()
         ops += [op.Free(name) for name in changed if name in held]
         ops += [op.Allocate(name, self.buffers[name]) for name in changed]
-        engines = [key for key in (CONDITIONER,) if key not in self._state.engines]
+        engines = [key for key in conditioners_of(self.manifest) if key not in self._state.engines]
         ops += [op.LoadEngine(key) for key in (*engines, *self._residency.load)]
         if "zeros" in self.buffers:
             ops.append(op.Clear(Address("zeros"), self.buffers["zeros"]))
@@ -160,7 +166,7 @@ class LaunchPlan:
         if self.layout.unit_weights is not None and self._unit_order is None:
             ops += self.layout.unit_weights.fill()
             self._unit_order = self.layout.unit_weights.stored
-        return (*ops, *self._fetch_noise(self.layout.visited[0], self.layout.waiting(self.layout.visited[0])[0], True))
+        return (*ops, *self._fetch(self.layout.visited[0], self.layout.waiting(self.layout.visited[0])[0], True))
 
     def segments(self) -> Iterator[SegmentOps]:
         """Segment after segment. Each is computed when it is requested."""
@@ -190,8 +196,10 @@ class LaunchPlan:
         engine = self._engine(segment, full=True)
         ops: list[Operation] = [] if engine in self._full else [op.LoadEngine(engine)]
         for place, batch in enumerate(batches):
-            if nbytes := self._noise_bytes(segment, batch):
-                ops.append(op.Upload(Address("noise"), HostArray("noise", batch, segment), nbytes))
+            ops += [
+                op.Upload(Address(source.kind), source, nbytes)
+                for source, nbytes in self._inputs(segment, batch).items()
+            ]
             ops += self._visit(segment, batch, place, engine)
         ops.append(self._read_overflow(segment, batches, strict=True))
         if self.manifest.dynamic_width:  # later segments use the same engine
@@ -205,7 +213,7 @@ class LaunchPlan:
 
     def _uploads(self) -> list[Operation]:
         """Upload what the whole run needs, and the latents that it starts from."""
-        kinds = {"coefficients", "cfg_scale", "gates", "timesteps", "labels.all"}
+        kinds = {"coefficients", "cfg_scale", "gates", "timesteps", "labels.all", f"{TEXT_ROWS}.all"}
         sizes = self.layout.buffers | {"cfg_scale": 4}
         ops: list[Operation] = [
             op.Upload(Address(name), HostArray(name), sizes[name]) for name in sizes if name in kinds
@@ -217,36 +225,42 @@ class LaunchPlan:
                 ops.append(op.Upload(self.layout.latents(behind, batch), source, self.layout.state_bytes(size)))
         return ops
 
-    def _noise_bytes(self, segment: int, batch: int) -> int:
-        return len(self.layout.noise_steps(segment)) * self.layout.noise_stride(self.shape.sizes[batch])
+    def _inputs(self, segment: int, batch: int) -> dict[HostArray, int]:
+        """What a batch needs from the host for a segment, and its bytes: noise, and texts unless it ran last."""
+        noise = len(self.layout.noise_steps(segment)) * self.layout.noise_stride(self.shape.sizes[batch])
+        inputs = {HostArray("noise", batch, segment): noise} if noise else {}
+        if self.layout.has_texts and batch != self._batch_of_texts:
+            inputs |= {HostArray(each.name, batch): each.nbytes for each in self.layout.text_bindings()[0]}
+        return inputs
 
-    def _fetch_noise(self, segment: int, batch: int, first: bool = False) -> list[Operation]:
-        """Upload a batch's noise for a segment while other work runs, once the noise before it was copied away."""
-        nbytes = self._noise_bytes(segment, batch)
-        if not nbytes:
+    def _fetch(self, segment: int, batch: int, first: bool = False) -> list[Operation]:
+        """Upload a batch's inputs for a segment while other work runs, once those before were copied away."""
+        inputs = self._inputs(segment, batch)
+        if not inputs:
             return []
-        upload = op.Upload(Address("noise.next"), HostArray("noise", batch, segment), nbytes, COPY)
-        wait: list[Operation] = [] if first else [op.Wait(COPY, NOISE_TAKEN)]
-        return [*wait, upload, op.Record(NOISE_READY, COPY)]
+        wait: list[Operation] = [] if first else [op.Wait(COPY, INPUTS_TAKEN)]
+        uploads = [op.Upload(Address(f"{each.kind}.next"), each, nbytes, COPY) for each, nbytes in inputs.items()]
+        return [*wait, *uploads, op.Record(INPUTS_READY, COPY)]
 
-    def _take_noise(self, segment: int, batch: int) -> list[Operation]:
-        nbytes = self._noise_bytes(segment, batch)
-        if not nbytes:
+    def _take(self, segment: int, batch: int) -> list[Operation]:
+        """Copy what was fetched for a batch. If a repetition has left its texts in place, they are not needed."""
+        inputs = self._inputs(segment, batch)
+        if not inputs:
             return []
-        copy = op.Copy(Address("noise"), Address("noise.next"), nbytes)
-        return [op.Wait(COMPUTE, NOISE_READY), copy, op.Record(NOISE_TAKEN, COMPUTE)]
+        copies = [op.Copy(Address(each.kind), Address(f"{each.kind}.next"), nbytes) for each, nbytes in inputs.items()]
+        return [op.Wait(COMPUTE, INPUTS_READY), *copies, op.Record(INPUTS_TAKEN, COMPUTE)]
 
     def _run(self, segment: int, stop: Stop, following: int | None) -> list[Operation]:
         batches, ops = self.layout.waiting(segment), self._arrange(segment)
         for place, batch in enumerate(batches):
-            ops += self._take_noise(segment, batch)
+            ops += self._take(segment, batch)
             ops += self._visit(segment, batch, place, stop.engine)
             if place == 0 and stop.load:
                 ops.append(op.LoadEngine(stop.load))
             if place + 1 < len(batches):
-                ops += self._fetch_noise(segment, batches[place + 1])
+                ops += self._fetch(segment, batches[place + 1])
             elif following is not None:
-                ops += self._fetch_noise(following, self.layout.waiting(following)[0])
+                ops += self._fetch(following, self.layout.waiting(following)[0])
         if self._may_overflow(segment):
             ops.append(self._read_overflow(segment, batches))
         return ops
@@ -261,13 +275,15 @@ class LaunchPlan:
         return list(ops)
 
     def _visit(self, segment: int, batch: int, place: int, engine: EngineId) -> list[Operation]:
-        """Run a segment for a batch whose noise has been uploaded."""
+        """Run a segment for a batch whose noise and texts have been uploaded."""
         layout, size = self.layout, self.shape.sizes[batch]
         count, nbytes = layout.segments[segment].count, layout.state_bytes(size)
         labels = op.Copy(
             Address("labels"), Address("labels.all", batch * layout.labels_stride), 8 * self.shape.rows(size)
         )
         ops: list[Operation] = [labels, op.Copy(Address("x.0"), layout.latents(segment, batch), nbytes)]
+        if layout.has_texts:
+            ops += self._prepare_texts(batch)
         for chunk in layout.chunks(segment):
             inputs, outputs = layout.conditioning_bindings(chunk, size)
             ops.append(op.Launch(CONDITIONER, None, inputs, outputs))
@@ -281,8 +297,18 @@ class LaunchPlan:
             ops.append(op.Copy(Address("overflow", place * counters), Address("overflow.visit"), counters))
         return ops
 
+    def _prepare_texts(self, batch: int) -> list[Operation]:
+        """Make the texts of a batch those that steps read."""
+        source = Address(f"{TEXT_ROWS}.all", batch * self.layout.labels_stride)
+        ops: list[Operation] = [op.Copy(Address(TEXT_ROWS), source, 8 * self.shape.rows(self.shape.sizes[batch]))]
+        if batch != self._batch_of_texts:
+            ops.append(op.Launch(TEXT_CONDITIONER, None, *self.layout.text_bindings()))
+            self._batch_of_texts = batch
+        return ops
+
     def _captured_body(self, segment: int, chunk: range, size: int, body: Body) -> list[Operation]:
-        key = GraphKey(segment, chunk.start, len(chunk), size, self.shape.rows(size))
+        shape = self.shape
+        key = GraphKey(segment, chunk.start, len(chunk), size, shape.rows(size), shape.texts, shape.text_tokens)
         ops: list[Operation] = []
         if key not in self._captured:
             self._captured.add(key)
@@ -348,31 +374,3 @@ class LaunchPlan:
         ops: list[Operation] = [op.DropGraph(graph) for graph in sorted(graphs, key=dataclasses.astuple)]
         self._captured.difference_update(tuple(graphs))
         return ops
-
-
-def fit_resident(
-    manifest: Manifest,
-    shape: RunShape,
-    memory: Mapping[EngineId, EngineMemory],
-    options: LaunchOptions,
-    limit: int,
-) -> LaunchOptions:
-    """The options with as many resident subnetworks, up to their own limit, as fit in `limit` bytes.
-
-    Raises `BackendError` where not even two fit; with dynamic width, where the one engine does not.
-    """
-
-    def total(resident: int | None) -> int:
-        tried = dataclasses.replace(options, resident=resident)
-        return LaunchPlan(manifest, shape, memory, tried).memory.total
-
-    if total(options.resident) <= limit:
-        return options
-    if (least := total(2)) > limit:
-        loaded = "its one engine" if manifest.dynamic_width else "two subnetworks"
-        raise BackendError(
-            f"a batch of {max(shape.sizes)} images needs {least / _GIB:.1f} GiB of device memory with {loaded} "
-            f"loaded, but only {limit / _GIB:.1f} GiB are free; use a smaller batch size"
-        )
-    more = range(3, (options.resident or len(manifest.subnets)) + 1)
-    return dataclasses.replace(options, resident=2 + bisect_right(more, limit, key=total))

@@ -12,6 +12,10 @@ a segment are at the same addresses for every batch, so that a captured graph se
     noise, noise.next      a segment's noise for the current batch; for the batch that runs next, uploaded meanwhile
     condition              of consecutive steps of the segment, computed on the device
     labels, labels.all     of the current rows; of all batches
+    text_values, text_bias      of the current batch's texts, if the model takes texts; computed on the device
+    embeddings, mask            the texts of the current batch, from which these are computed
+    embeddings.next, mask.next  the texts of the batch that runs next, uploaded meanwhile
+    text_rows, text_rows.all    which of its batch's texts each row has; of all batches
     coefficients, cfg_scale, gates, timesteps    of the whole run
     overflow, overflow.visit    counters of a segment, for all its batches; for the current batch
     zeros                  noise of steps that add none; history, if the sampler has none
@@ -32,11 +36,18 @@ from dydit.bundle.io_spec import (
     LABELS,
     ROWS,
     STEPS,
+    TEXT_BIAS,
+    TEXT_ROWS,
+    TEXT_TOKENS,
+    TEXT_VALUES,
+    TEXTS,
     TensorSpec,
     conditioning_inputs,
     conditioning_outputs,
     subnet_inputs,
     subnet_outputs,
+    text_inputs,
+    text_outputs,
 )
 from dydit.bundle.manifest import Manifest, Routing
 from dydit.errors import ConfigError
@@ -46,15 +57,25 @@ from dydit.runtime.device.unit_weights import UnitWeights
 
 @dataclass(frozen=True)
 class RunShape:
-    """The sizes of a run: images per batch, whether it is guided, segments that each batch has already passed."""
+    """The sizes of a run: images per batch, whether it is guided, segments that each batch has already passed.
+
+    Of a model that texts condition also `texts`, the most different texts of a batch, and the tokens of each text.
+    """
 
     sizes: tuple[int, ...]
     guided: bool
     done: tuple[int, ...] = ()
+    texts: int = 0
+    text_tokens: int = 0
 
     def rows(self, size: int) -> int:
         """Rows of the condition of a batch of `size` images."""
         return 2 * size if self.guided else size
+
+    @property
+    def text_symbols(self) -> dict[str, int]:
+        """The values of the symbols of texts."""
+        return {TEXTS: self.texts, TEXT_TOKENS: self.text_tokens}
 
     def behind(self, batch: int) -> int:
         """How many segments a batch has passed already."""
@@ -105,6 +126,7 @@ class Layout:
         self.gates_stride = aligned(4 * model.units.size)
         self.overflow_stride = aligned(8 * model.depth)
         self.labels_stride = aligned(8 * shape.rows(self.largest))
+        self.has_texts = model.text is not None
 
     def history_offset(self, size: int) -> int:
         """Where the history begins in the state of a batch of `size`, in bytes."""
@@ -197,6 +219,11 @@ class Layout:
                 "step.gates": gated * 4 * model.units.size,
                 "step.overflow": self.capacity * self.overflow_stride,
             }
+        if self.has_texts:
+            inputs, outputs = self.text_bindings()
+            sizes |= {each.name: each.nbytes for each in (*inputs, *outputs)}
+            sizes |= {f"{each.name}.next": each.nbytes for each in inputs}
+            sizes |= {TEXT_ROWS: 8 * rows, f"{TEXT_ROWS}.all": batches * self.labels_stride}
         if self.unit_weights is not None:
             sizes |= self.unit_weights.buffers
         return {name: aligned(nbytes) for name, nbytes in sizes.items() if nbytes}
@@ -236,8 +263,9 @@ class Layout:
     ) -> tuple[tuple[Binding, ...], tuple[Binding, ...]]:
         """Inputs and outputs of a subnetwork's engine at the given addresses; with dynamic width, unit weights too."""
         model, entry = self.manifest.model, self.manifest.subnets[subnet]
-        symbols = {BATCH: size, ROWS: self.shape.rows(size)}
-        inputs = _bind(subnet_inputs(model, entry.gated), symbols, addresses)
+        symbols = {BATCH: size, ROWS: self.shape.rows(size), **self.shape.text_symbols}
+        of_texts = {name: Address(name) for name in (TEXT_VALUES, TEXT_BIAS, TEXT_ROWS)}
+        inputs = _bind(subnet_inputs(model, entry.gated), symbols, {**addresses, **of_texts})
         inputs += self.unit_weights.bindings(subnet) if self.unit_weights is not None else ()
         return inputs, _bind(subnet_outputs(model, self.capacity), symbols, addresses)
 
@@ -251,6 +279,16 @@ class Layout:
         }
         model = self.manifest.model
         return _bind(conditioning_inputs(), symbols, addresses), _bind(conditioning_outputs(model), symbols, addresses)
+
+    def text_bindings(self) -> tuple[tuple[Binding, ...], tuple[Binding, ...]]:
+        """Inputs and outputs of the text graph's engine. Batches with fewer texts repeat some (`HostInputs`)."""
+        inputs, outputs, symbols = (
+            text_inputs(self.manifest.model),
+            text_outputs(self.manifest.model),
+            self.shape.text_symbols,
+        )
+        addresses = {spec.name: Address(spec.name) for spec in (*inputs, *outputs)}
+        return _bind(inputs, symbols, addresses), _bind(outputs, symbols, addresses)
 
 
 def _bind(

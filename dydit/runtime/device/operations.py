@@ -23,8 +23,8 @@ def aligned(nbytes: int) -> int:
 
 @dataclass(frozen=True)
 class EngineId:
-    """An engine of the bundle: a subnetwork (`full`: its form at full capacity), or with None the conditioning, or
-    the VAE `decoder`.
+    """An engine of the bundle: a subnetwork (`full`: its form at full capacity), or with None the conditioning, the
+    graph of `texts`, or the VAE `decoder`.
 
     With dynamic width, one engine serves all subnetworks; it has the number of the first.
     """
@@ -32,28 +32,37 @@ class EngineId:
     subnet: int | None
     full: bool = False
     decoder: bool = False
+    texts: bool = False
 
     def __str__(self) -> str:
         if self.decoder:
             return "VAE decoder"
+        if self.texts:
+            return "text graph"
         if self.subnet is None:
             return "conditioning"
         return f"subnetwork {self.subnet}{' at full capacity' if self.full else ''}"
 
 
 CONDITIONER = EngineId(None)
+TEXT_CONDITIONER = EngineId(None, texts=True)
 DECODER = EngineId(None, decoder=True)
 
 
 @dataclass(frozen=True)
 class GraphKey:
-    """A captured graph: consecutive steps of a segment, at one batch size and number of the condition rows."""
+    """A captured graph: consecutive steps of a segment, at one batch size and number of the condition rows.
+
+    Where the model takes texts, also at one number of `texts` and of tokens in each.
+    """
 
     segment: int
     first: int
     count: int
     batch: int
     rows: int
+    texts: int = 0
+    text_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -147,7 +156,7 @@ class Arranged:
 
 @dataclass(frozen=True)
 class Launch:
-    """Run an engine once, on the compute stream. `step`: the sampling step (execution order); None: conditioning."""
+    """Run an engine once, on the compute stream. `step`: the sampling step (execution order); None: no step."""
 
     engine: EngineId
     step: int | None

@@ -10,14 +10,19 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from dydit.bundle.manifest import CONDITIONING, Manifest
+from dydit.bundle.manifest import CONDITIONING, TEXT_GRAPH, Manifest
 from dydit.bundle.vae_entry import VAE_DECODER
-from dydit.runtime.device.operations import CONDITIONER, EngineId
+from dydit.runtime.device.operations import CONDITIONER, TEXT_CONDITIONER, EngineId
 
 
 def engine_of(manifest: Manifest, subnet: int, full: bool = False) -> EngineId:
     """The engine that a subnetwork runs on; `full`: at full capacity."""
     return EngineId(0 if manifest.dynamic_width else subnet, full)
+
+
+def conditioners_of(manifest: Manifest) -> tuple[EngineId, ...]:
+    """The engines that are no subnetworks and that every run needs. They stay loaded."""
+    return (CONDITIONER,) if manifest.model.text is None else (CONDITIONER, TEXT_CONDITIONER)
 
 
 def engines_of(manifest: Manifest, segments: Sequence[int] | None = None) -> tuple[EngineId, ...]:
@@ -26,13 +31,15 @@ def engines_of(manifest: Manifest, segments: Sequence[int] | None = None) -> tup
     subnets = sorted({manifest.plan.segments[index].subnet for index in chosen})
     plain = [engine_of(manifest, index) for index in subnets]
     full = [engine_of(manifest, index, full=True) for index in subnets if manifest.subnets[index].full_file]
-    return (CONDITIONER, *dict.fromkeys(plain), *dict.fromkeys(full))
+    return (*conditioners_of(manifest), *dict.fromkeys(plain), *dict.fromkeys(full))
 
 
 def graph_of(manifest: Manifest, engine: EngineId) -> str:
     """The file of the graph that an engine is made from."""
     if engine.decoder:
         return VAE_DECODER
+    if engine.texts:
+        return TEXT_GRAPH
     if engine.subnet is None:
         return CONDITIONING
     entry = manifest.subnets[engine.subnet]
@@ -53,7 +60,7 @@ class Stop:
 class Residency:
     """Engines to unload and load before a run, those that are loaded then, and the run's segments.
 
-    The conditioning's engine is not counted here.
+    The engines of `conditioners_of` are not counted here.
     """
 
     unload: tuple[EngineId, ...]

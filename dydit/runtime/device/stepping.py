@@ -96,9 +96,9 @@ class Stepper:
         self._weights.do((*ready, *filled, *moves), lambda source: self._bundle.weight(str(source.name)))
         return [self._weights.tensor(binding) for binding in weights.bindings(subnet)]
 
-    def longest(self, engine: EngineId, name: str) -> int:
-        """The largest first dimension of an input of a loaded engine."""
-        return self._device.longest(engine, name)[0]
+    def longest(self, engine: EngineId, name: str) -> tuple[int, ...]:
+        """The largest shape of an input that a loaded engine takes."""
+        return self._device.longest(engine, name)
 
     def _buffer(self, name: str, nbytes: int) -> int:
         address, size = self._buffers.get(name, (0, 0))

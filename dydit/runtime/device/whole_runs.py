@@ -12,11 +12,12 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from dydit.bundle.bundle import Bundle
+from dydit.bundle.manifest import Manifest
 from dydit.diffusion.guidance import is_guided
 from dydit.errors import DyditError, one_line
 from dydit.runtime.backends.base import Backend
 from dydit.runtime.device.execute import CaptureError, Executor, RunCounts
-from dydit.runtime.device.inputs import HostInputs, unpack
+from dydit.runtime.device.inputs import HostInputs, text_sizes, unpack
 from dydit.runtime.device.launches import EngineMemory, LaunchPlan
 from dydit.runtime.device.memory_layout import LaunchOptions, RunShape
 from dydit.runtime.device.operations import EngineId
@@ -55,11 +56,15 @@ class DeviceSampler:
         return new is old or not new.dynamic_width or UnitWeights(new).has_places_of(UnitWeights(old))
 
     def use(self, bundle: Bundle) -> None:
-        """Run the steps of another manifest that it serves. Engines, weights and buffers stay; graphs do not."""
-        if bundle.manifest is not self._bundle.manifest:
+        """Run the steps or texts of another manifest that it serves. Engines, weights and buffers stay.
+
+        Graphs stay if only the texts are others.
+        """
+        if not _same_steps(bundle.manifest, self._bundle.manifest):
             self.unsettled = True
             self._executor.drop_graphs()
             self._bundle, self.unsettled = bundle, False
+        self._bundle = bundle
 
     def sample(
         self,
@@ -110,7 +115,8 @@ class DeviceSampler:
         """Run some batches through the segments that are left for them."""
         chosen = [batches[b] for b in waiting]
         sizes = tuple(len(batch.images) for batch in chosen)
-        shape = RunShape(sizes, is_guided(cfg_scale), tuple(store.done(b) for b in waiting))
+        texts, tokens = text_sizes(self._bundle, batches, cfg_scale)  # of all batches: a resumed run repeats its bits
+        shape = RunShape(sizes, is_guided(cfg_scale), tuple(store.done(b) for b in waiting), texts, tokens)
         options = dataclasses.replace(self.options, save_segments=not isinstance(store, MemoryStore))
         plan = LaunchPlan(self._bundle.manifest, shape, self._memory, self._fit(shape, options), self._executor.state)
         host = HostInputs(self._bundle, plan.layout, chosen, noise, lambda place: store.load(waiting[place]), cfg_scale)
@@ -121,6 +127,13 @@ class DeviceSampler:
             store.save(waiting[place], segments, state, repeated)
 
         return self._executor.run(plan, host.array, deliver, count)
+
+
+def _same_steps(one: Manifest, other: Manifest) -> bool:
+    """Whether two manifests of the same files run the same subnetworks at the same steps."""
+    return one is other or all(
+        getattr(one, name) == getattr(other, name) for name in ("sampling", "plan", "subnets", "masks")
+    )
 
 
 class WholeRunsBackend(Backend):

@@ -15,7 +15,7 @@ from dydit.errors import BackendError
 from dydit.runtime.backends.base import BackendOptions
 from dydit.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from dydit.runtime.device.launches import EngineMemory
-from dydit.runtime.device.operations import ALIGNMENT, COMPUTE, COPY, DECODER
+from dydit.runtime.device.operations import ALIGNMENT, COMPUTE, COPY, DECODER, TEXT_CONDITIONER
 from dydit.runtime.device.residency import engines_of
 from dydit.runtime.images.vae_decoder import VaeDecoder
 
@@ -24,7 +24,7 @@ MOST_SESSIONS = 64
 
 
 class PairwiseBackend(OnnxRuntimeBackend):
-    """Evaluates conditioning pair by pair, so that its bits do not depend on which pairs come together.
+    """Evaluates conditioning pair by pair, and text by text, so that bits do not depend on what comes together.
 
     To save time, backends of the same bundle share their latest sessions and all pairs, also after they are closed.
     """
@@ -47,8 +47,8 @@ class PairwiseBackend(OnnxRuntimeBackend):
     def _load(self, name, debug, apart):
         return self._shared(name, debug, apart, make=lambda: super(PairwiseBackend, self)._load(name, debug, apart))
 
-    def _open_conditioning(self):
-        return self._shared("conditioning", make=super()._open_conditioning)
+    def _open_once(self, file, outputs):
+        return self._shared(file, make=lambda: super(PairwiseBackend, self)._open_once(file, outputs))
 
     def _pair(self, timestep, label):
         if (timestep, label) not in self._pairs:
@@ -60,6 +60,16 @@ class PairwiseBackend(OnnxRuntimeBackend):
         labels = feeds["labels"].tolist()
         return np.stack([np.stack([self._pair(t, label) for label in labels]) for t in feeds["timesteps"].tolist()])
 
+    def _text_values(self, feeds):
+        parts = [super(PairwiseBackend, self)._text_values(one) for one in texts_apart(feeds)]
+        axes = {"text_values": 1, "text_bias": 0}
+        return {name: np.concatenate([part[name] for part in parts], axis) for name, axis in axes.items()}
+
+
+def texts_apart(feeds):
+    """The inputs of the text graph for each text."""
+    return [{name: feed[i : i + 1] for name, feed in feeds.items()} for i in range(len(feeds["mask"]))]
+
 
 class FakeDevice:
     """Queues work and does it only when the host waits, choosing between streams by a seeded draw.
@@ -68,9 +78,11 @@ class FakeDevice:
     what queued work uses, a captured context that is launched with other addresses: each fails the test.
     """
 
-    def __init__(self, bundle, activation=lambda engine: 1000, seed=0, limit=None, longest=(100, 100)):
+    def __init__(
+        self, bundle, activation=lambda engine: 1000, seed=0, limit=None, longest=(100, 100), texts=(100, 100)
+    ):
         self.bundle, self.activation, self.limit = bundle, activation, limit
-        self.extents = dict(zip(("timesteps", "labels"), longest, strict=True)) | {"latents": 3}
+        self.extents = {"timesteps": longest[:1], "labels": longest[1:], "latents": (3,), "mask": texts}
         self.free_bytes, self.loads = 1 << 40, []
         self.backend = PairwiseBackend(bundle)
         self.rng = np.random.default_rng(seed)
@@ -168,7 +180,7 @@ class FakeDevice:
 
     def longest(self, engine, name):
         assert engine in self.engines
-        return (self.extents[name],)
+        return self.extents[name]
 
     def free_memory(self):
         return self.free_bytes
@@ -210,11 +222,15 @@ class FakeDevice:
 
     def _evaluate(self, engine, feeds, outputs):
         if engine == DECODER:
-            assert len(feeds["latents"]) <= self.extents["latents"]
+            assert len(feeds["latents"]) <= self.extents["latents"][0]
             return [VaeDecoder(self.bundle.path, self.bundle.manifest.vae, BackendOptions(threads=1)).decode(**feeds)]
+        if engine == TEXT_CONDITIONER:
+            assert all(a <= b for a, b in zip(feeds["mask"].shape, self.extents["mask"], strict=True))
+            values = self.backend._text_values(feeds)
+            return [values[tensor.name] for tensor in outputs]
         if engine.subnet is None:
-            assert len(feeds["timesteps"]) <= self.extents["timesteps"]
-            assert len(feeds["labels"]) <= self.extents["labels"]
+            assert len(feeds["timesteps"]) <= self.extents["timesteps"][0]
+            assert len(feeds["labels"]) <= self.extents["labels"][0]
             return [self.backend.conditioning(feeds["timesteps"], feeds["labels"])]
         if self.bundle.manifest.dynamic_width:  # the engine's session on the device's weights, not the host's
             manifest = self.bundle.manifest

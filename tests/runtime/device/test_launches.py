@@ -16,7 +16,8 @@ from dydit.diffusion.samplers import Sampler
 from dydit.errors import BackendError, ConfigError
 from dydit.models.dit.config import DiTConfig
 from dydit.runtime.device import operations as op
-from dydit.runtime.device.launches import WORKSPACE, DeviceState, EngineMemory, LaunchPlan, fit_resident
+from dydit.runtime.device.launches import WORKSPACE, DeviceState, EngineMemory, LaunchPlan
+from dydit.runtime.device.memory_fit import fit_resident
 from dydit.runtime.device.memory_layout import LaunchOptions, RunShape
 from dydit.runtime.device.operations import ALIGNMENT, CONDITIONER, EngineId
 from dydit.runtime.device.residency import engines_of, plan_residency

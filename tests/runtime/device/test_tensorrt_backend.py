@@ -15,10 +15,12 @@ import pytest
 
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.manifest import CONDITIONING, PlanKind, Routing
+from dydit.bundle.texts import synthetic_texts
 from dydit.engines.fingerprint import EngineKey, make_request
 from dydit.engines.flavour import Flavour, Gpu
 from dydit.engines.store import EngineEntry, EngineStore, weights_of
 from dydit.errors import BackendError, BundleError
+from dydit.models.pixart.config import PixArtConfig
 from dydit.runtime.backends import tensorrt as backend
 from dydit.runtime.backends.registry import backend_status, open_backend
 from dydit.runtime.device.launches import EngineMemory
@@ -214,9 +216,29 @@ def opener(bundle, monkeypatch, fake_device):
     return make
 
 
+@pytest.fixture
+def texts_bundle(make_bundle, make_checkpoint, tmp_path) -> Bundle:
+    """A bundle of its own of a model that texts condition, with four texts and a negative one."""
+    model = PixArtConfig(hidden_size=64, depth=2, num_heads=4, input_size=8, caption_channels=24, text_tokens=6)
+    exported = make_bundle(make_checkpoint(model), routing=Routing.CAPACITY, steps=6, max_subnets=2)
+    shutil.copytree(exported.path, tmp_path / "texts")
+    return Bundle.open(tmp_path / "texts").with_texts(synthetic_texts(model, 4))
+
+
+def test_texts_go_through_whole_runs(texts_bundle, open_on):
+    check_whole_runs(texts_bundle, open_on(texts_bundle)())
+
+
 @pytest.mark.parametrize("bundle", [PlanKind.MAX_SUBNETS, PlanKind.DYNAMIC_WIDTH], indirect=True)
 def test_sampling_goes_through_whole_runs(bundle, opened):
     facts = opened()
+    check_whole_runs(bundle, facts)
+    (device,) = facts.devices
+    assert any(engine.full for engine in device.engines) == bundle.manifest.dynamic_width
+
+
+def check_whole_runs(bundle, facts):
+    """A run is that of ONNX Runtime, and has read every engine."""
     batches = make_batches([1, 2, 3], [0, 1, 2], 3)
     model = bundle.manifest.model
     noise = SeededNoise(0, (model.in_channels, model.input_size, model.input_size))
@@ -230,7 +252,7 @@ def test_sampling_goes_through_whole_runs(bundle, opened):
     assert results[0][1] == results[1][1]
     assert np.linalg.norm(results[0][0] - results[1][0]) < 1e-5 * np.linalg.norm(results[1][0])
     (device,) = facts.devices
-    assert device.replays and any(engine.full for engine in device.engines) == bundle.manifest.dynamic_width
+    assert device.replays
     assert set(facts.read) == {f"engine of {graph_of(bundle.manifest, e)}" for e in engines_of(bundle.manifest)}
 
 

@@ -21,7 +21,8 @@ from dydit.runtime.backends.base import BackendOptions
 from dydit.runtime.device import operations as op
 from dydit.runtime.device.backend import DeviceBackend
 from dydit.runtime.device.execute import Executor
-from dydit.runtime.device.launches import LaunchPlan, fit_resident
+from dydit.runtime.device.launches import LaunchPlan
+from dydit.runtime.device.memory_fit import fit_resident
 from dydit.runtime.device.memory_layout import LaunchOptions, RunShape
 from dydit.runtime.device.operations import CONDITIONER, EngineId
 from dydit.runtime.device.residency import engines_of
