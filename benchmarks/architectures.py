@@ -296,7 +296,7 @@ def table(models: Mapping[str, Part]) -> str:
         ("`dydit export`: time", lambda of: f"{of['export'][DYNAMIC_BUNDLE]['seconds']:.1f} s"),
         (
             "`dydit export`: peak memory, relative to the checkpoint",
-            lambda of: f"{of['export'][DYNAMIC_BUNDLE]['peak_of_checkpoint']:.2f}",
+            lambda of: _memory(of["export"][DYNAMIC_BUNDLE], "peak_of_checkpoint"),
         ),
         (
             "size of the bundle, in dense fp32 models",
@@ -304,7 +304,7 @@ def table(models: Mapping[str, Part]) -> str:
         ),
         (
             f"sampling in {SAMPLED_STEPS} steps: peak memory, in dense fp32 models",
-            lambda of: f"{of['sample']['peak_of_dense']:.2f}",
+            lambda of: _memory(of["sample"], "peak_of_dense"),
         ),
         ("ms per step: dynamic bundle", times(DYNAMIC_BUNDLE)),
         ("ms per step: static bundle", times(STATIC_BUNDLE)),
@@ -320,6 +320,10 @@ def table(models: Mapping[str, Part]) -> str:
     )
     head = ["", *(MODELS[name].title for name in models)]
     return markdown_table(head, [[title, *(text(of) for of in models.values())] for title, text in rows])
+
+
+def _memory(of: Part, ratio: str) -> str:
+    return f"{of[ratio]:.2f} ({of['peak_bytes'] / 1e9:.2f} GB)"
 
 
 def _of_bound(of: Part, kind: str) -> str:

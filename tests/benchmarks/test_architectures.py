@@ -48,8 +48,8 @@ def parts(milliseconds):
     )  # fmt: skip
     return {
         "checkpoint": {"dynamic_macs": BUDGET, "fixed_macs": FIXED},
-        "export": {"dynamic": {"seconds": 1, "peak_of_checkpoint": 1.5, "bundle_of_dense": 1.01}},
-        "sample": {"peak_of_dense": 1.2},
+        "export": {"dynamic": {"seconds": 1, "peak_bytes": 3e9, "peak_of_checkpoint": 1.5, "bundle_of_dense": 1.01}},
+        "sample": {"peak_bytes": 2.4e9, "peak_of_dense": 1.2},
         "step": {"report": report.to_json()},
     }
 
@@ -103,6 +103,7 @@ def test_the_table_of_a_report(script, tmp_path, capsys):
     assert head == "|  | DiT-XL/2, 256 px | PixArt-XL/2, 256 px |"
     cells = {row.split(" | ")[0].removeprefix("| "): row.split(" | ")[1] for row in rows}
     assert cells["all multiply-adds of the blocks allow; share that is reached"] == "1.67; 100%"
+    assert cells["sampling in 4 steps: peak memory, in dense fp32 models"] == "1.20 (2.40 GB)"
     assert cells["ms per step: PyTorch, masked"] == "300 (300 to 300)"
 
 
