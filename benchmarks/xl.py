@@ -23,23 +23,22 @@ one is missed. It takes about 25 minutes on two cores and 5 GB of disk, and noth
 from __future__ import annotations
 
 import json
-import os
 import resource
 import shutil
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dydit.bench.bench import BenchConfig, run_bench
-from dydit.bench.scripts import finish, random_checkpoint, run_dydit, run_process, script_parser
+from dydit.bench.scripts import finish, kept_part, random_checkpoint, run_dydit, run_process, script_parser
 from dydit.bench.timing import Latents
 from dydit.bundle.bundle import Bundle
 from dydit.diffusion.steps import State
-from dydit.files import write_json
 from dydit.models.dit.config import preset
 from dydit.planning.costs import macs_costs
 from dydit.planning.plan import optimal_plans
@@ -206,10 +205,7 @@ def main() -> int:
     }
     done: Part = {}
     for name, measure in parts.items():
-        file = work / f"{name}.json"
-        if not file.exists():
-            write_json(file, {**measure(work, done), "load_average": os.getloadavg()[0]})
-        done[name] = json.loads(file.read_text())
+        done[name] = kept_part(work / f"{name}.json", partial(measure, work, done))
         print(f"{name}: done", flush=True)
     limits = {
         f"{title} {value(done):.3g}, at most {most:g}": bool(value(done) <= most) for title, value, most in LIMITS

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import subprocess
 import sys
@@ -85,6 +86,14 @@ def work_folder(path: Path | None) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory() as folder:
         yield Path(folder)
+
+
+def kept_part(file: Path, measure: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+    """The figures in `file`. If there is no such file, they are measured and written, with the load average."""
+    if not file.exists():
+        write_json(file, {**measure(), "load_average": os.getloadavg()[0]})
+    figures: dict[str, Any] = json.loads(file.read_text())
+    return figures
 
 
 def progress(title: str) -> Progress:

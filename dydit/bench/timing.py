@@ -165,13 +165,16 @@ class Measured(ABC):
 
 
 class _Timed(Backend):
-    """A backend that measures conditioning. `shares`: seconds by timestep, of a call divided by the steps it serves."""
+    """A backend that measures conditioning. `shares`: seconds by timestep, of a call divided by the steps it serves.
+
+    `text_seconds`: of the text graph, which runs once for all steps. `spent`: of all of these calls.
+    """
 
     def __init__(self, inner: Backend):
         super().__init__(inner.bundle, inner.options)
         self.inner, self.name = inner, inner.name
         self.shares: dict[float, float] = {}
-        self.spent = 0.0
+        self.text_seconds = self.spent = 0.0
 
     def _conditioning(self, feeds: Arrays) -> np.ndarray:
         start = time.perf_counter()
@@ -182,7 +185,11 @@ class _Timed(Backend):
         return table
 
     def _text_values(self, feeds: Arrays) -> dict[str, np.ndarray]:
-        return self.inner._text_values(feeds)
+        start = time.perf_counter()
+        values = self.inner._text_values(feeds)
+        self.text_seconds = time.perf_counter() - start
+        self.spent += self.text_seconds
+        return values
 
     def subnet(self, index: int, full_capacity: bool = False, debug: bool = False) -> Subnet:
         return self.inner.subnet(index, full_capacity, debug)
@@ -235,6 +242,7 @@ class MeasuredBundle(Measured):
 
     def round(self) -> Round:
         runner = StepRunner(self.backend, self.subnets, self.labels, self.job.cfg_scale)
+        sampling = self.bundle.manifest.sampling
         times: list[float] = []
         overflows = 0
 
@@ -242,9 +250,10 @@ class MeasuredBundle(Measured):
             nonlocal overflows
             start, before = time.perf_counter(), self.backend.spent
             feeds = self._feeds(runner, k, x)
-            # Conditioning is computed for many steps at once, most of which are not measured.
+            # Conditioning and texts are computed for many steps at once, most of which are not measured.
             prepared = time.perf_counter() - start - (self.backend.spent - before)
-            prepared += self.backend.shares[self.bundle.manifest.sampling.timesteps[self.job.steps[k]]]
+            prepared += self.backend.shares[sampling.timesteps[self.job.steps[k]]]
+            prepared += self.backend.text_seconds / sampling.steps
             if not self.keep_all:
                 self._step(self.subnet_of[k], feeds)
             start = time.perf_counter()

@@ -28,6 +28,7 @@ from dydit.diffusion.process import Process
 from dydit.diffusion.samplers import Sampler, SamplerConfig
 from dydit.errors import BackendError, ConfigError, DeviationError, UnavailableError
 from dydit.models.config import Routers
+from dydit.models.pixart.config import PixArtConfig
 from dydit.models.transformer.units import attention_macs, mlp_macs
 from dydit.reports.bench_report import BenchReport, Reference, Side, SideKind, SideResult
 
@@ -138,6 +139,19 @@ def test_multiply_adds_are_those_that_the_bundle_computes(kind, make_bundle, sma
         assert exact.macs * 1.05 < decided.macs < static_macs(small_config)
     else:
         assert decided.macs == pytest.approx(np.mean(expected))
+
+
+def test_the_text_graph_is_not_counted_as_part_of_one_step(make_checkpoint, make_bundle):
+    """It runs once in a round, for all steps of the run, of which each counts its share."""
+    sizes = {"hidden_size": 32, "depth": 2, "num_heads": 4, "input_size": 8, "caption_channels": 16, "text_tokens": 6}
+    bundle = make_bundle(make_checkpoint(PixArtConfig(**sizes)), plan=PlanKind.DYNAMIC_WIDTH)
+    measured = open_side(job(bundle))
+    measured.load()
+    backend, before = measured.backend, measured.backend.spent
+    backend.shares.clear()
+    measured.round()
+    assert backend.text_seconds > 0
+    assert backend.spent - before == pytest.approx(backend.text_seconds + sum(backend.shares.values()))
 
 
 def side_result(name="ours", rounds=(1.0, 1.0), macs=50.0, precision="fp32", **side):
