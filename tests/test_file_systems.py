@@ -232,6 +232,7 @@ def test_an_address_space_that_is_too_small(exported, tmp_path, backend: str) ->
     """A process that may not have much memory ends in one line, and does not call the bundle damaged."""
     code = (
         "import resource, sys\nfrom dydit.cli import main\nimport torch, onnxruntime\n"
+        "import dydit.commands.exit_codes, dydit.commands.sample\n"
         "import dydit.runtime.bulk.run, dydit.runtime.backends.torch\n"
         "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
         "resource.setrlimit(resource.RLIMIT_AS, (used + int(sys.argv[1]),) * 2)\nsys.exit(main(sys.argv[2:]))\n"

@@ -326,9 +326,11 @@ def chunk_size(manifest: Manifest, batch: int, labels: int, guided: bool, device
     image_steps, batch_steps = (100, 24) if device == "cpu" else (20_000, 24)  # for each loading
     loads = 0.0 if manifest.dynamic_width else segments / steps * max(image_steps / batch, batch_steps)
     model, stored = manifest.model, manifest.weights.items()
-    weights = sum(math.prod(entry.shape) for name, entry in stored if model.is_conditioning(name))
+    conditioning = (entry for name, entry in stored if model.is_conditioning(name) and not model.is_text(name))
+    weights = sum(math.prod(entry.shape) for entry in conditioning)
     step = batch * (1 + guided) * manifest.plan.macs / steps
-    conditions = (labels + guided) * weights / max(1.0, 0.02 * step)
+    kinds = labels + guided if model.text is None else 1  # where texts condition the model, labels do not
+    conditions = kinds * weights / max(1.0, 0.02 * step)
     return max(1, math.ceil(loads), math.ceil(conditions))
 
 

@@ -123,12 +123,12 @@ def test_embeddings_give_what_their_prompts_give(saved: Path) -> None:
     assert distance(alone, by_prompt[1:]) < 1e-5, "an image does not depend on the texts of others"
 
 
-def test_padding_has_no_effect(text_bundle: Any) -> None:
+def test_padding_has_no_effect(pixart_bundle: Any) -> None:
     rng = np.random.default_rng(0)
     short = rng.normal(size=(2, 5, 16)).astype(np.float32)
     long = np.concatenate([short, rng.normal(size=(2, 7, 16)).astype(np.float32)], axis=1)
     negative, mask = short[:1, :1], np.arange(12) < 5
-    with DyDiTPipeline.from_bundle(text_bundle.path) as pipe:
+    with DyDiTPipeline.from_bundle(pixart_bundle.path) as pipe:
         one = pipe(prompt_embeds=short, negative_prompt_embeds=negative, seed=0, output_type="latent").images
         other = pipe(
             prompt_embeds=long,
@@ -166,8 +166,8 @@ def test_padding_has_no_effect(text_bundle: Any) -> None:
         ({"prompt_embeds": np.zeros((1, 2, 16)), "negative_prompt": "a"}, "negative_prompt goes with prompt"),
     ],
 )
-def test_what_does_not_fit_is_refused(text_bundle: Any, arguments: dict[str, Any], words: str) -> None:
-    with DyDiTPipeline.from_bundle(text_bundle.path) as pipe, pytest.raises(ConfigError, match=words):
+def test_what_does_not_fit_is_refused(pixart_bundle: Any, arguments: dict[str, Any], words: str) -> None:
+    with DyDiTPipeline.from_bundle(pixart_bundle.path) as pipe, pytest.raises(ConfigError, match=words):
         pipe(**arguments, seed=0, output_type="latent")
 
 
@@ -181,15 +181,15 @@ def test_texts_for_a_model_of_classes_and_unknown_arguments_are_refused(make_bun
             pipe(0, promt="a fox")
 
 
-def test_a_run_without_texts_is_refused(text_bundle: Any) -> None:
-    backend = open_backend("onnxruntime", text_bundle, BackendOptions(threads=1))
+def test_a_run_without_texts_is_refused(pixart_bundle: Any) -> None:
+    backend = open_backend("onnxruntime", pixart_bundle, BackendOptions(threads=1))
     with backend, pytest.raises(ConfigError, match="conditioned by texts"):
         backend.text_values(np.array([0]))
 
 
-def test_texts_are_computed_once_and_within_their_budget(text_bundle: Any) -> None:
-    texts = synthetic_texts(text_bundle.manifest.model, 6)
-    with open_backend("onnxruntime", text_bundle.with_texts(texts), BackendOptions(threads=1)) as backend:
+def test_texts_are_computed_once_and_within_their_budget(pixart_bundle: Any) -> None:
+    texts = synthetic_texts(pixart_bundle.manifest.model, 6)
+    with open_backend("onnxruntime", pixart_bundle.with_texts(texts), BackendOptions(threads=1)) as backend:
         asked: list[list[int]] = []
         compute = backend._text_values
 
@@ -213,8 +213,8 @@ def test_texts_are_computed_once_and_within_their_budget(text_bundle: Any) -> No
         assert asked[2:] == [[0, 6], [1, 6], [0, 6]]
 
 
-def test_files_are_read_as_they_were_written(text_bundle: Any, tmp_path: Path) -> None:
-    model = text_bundle.manifest.model
+def test_files_are_read_as_they_were_written(pixart_bundle: Any, tmp_path: Path) -> None:
+    model = pixart_bundle.manifest.model
     rng = np.random.default_rng(1)
     texts = make_texts(model, rng.normal(size=(3, 4, 16)), None, rng.normal(size=(1, 6, 16)), None, ["a", "b", "c"])
     write_texts(tmp_path / "t.npz", texts)

@@ -8,10 +8,11 @@ import numpy as np
 
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.io_spec import TEXT_ROWS
+from dydit.bundle.texts import Texts
 from dydit.diffusion.guidance import Guidance
 from dydit.diffusion.steps import State
 from dydit.errors import ConfigError
-from dydit.models.config import TEXTS_NEEDED, Texts
+from dydit.models.config import TEXTS_NEEDED
 from dydit.runtime.device.memory_layout import Layout
 from dydit.runtime.device.operations import ALIGNMENT, HostArray
 from dydit.runtime.noise_source import NoiseSource
