@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import PydanticSerializationError
 
 from dydit.errors import ConfigError
 
@@ -38,9 +40,33 @@ _WITHOUT_VALUE: Mapping[str, str] = {"missing": "is missing", "extra_forbidden":
 
 
 class Strict(BaseModel):
-    """Base of all our configurations: immutable, and unknown keys are refused."""
+    """Base of all our configurations: immutable, and unknown keys are refused.
+
+    An interrupt while a configuration is written out stays an interrupt. pydantic would turn one that arrives in a
+    serializer of ours into an error of serialization.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def model_dump(self, **settings: Any) -> dict[str, Any]:
+        """As pydantic's."""
+        with _interrupts_as_such():
+            return super().model_dump(**settings)
+
+    def model_dump_json(self, **settings: Any) -> str:
+        """As pydantic's."""
+        with _interrupts_as_such():
+            return super().model_dump_json(**settings)
+
+
+@contextlib.contextmanager
+def _interrupts_as_such() -> Iterator[None]:
+    try:
+        yield
+    except PydanticSerializationError as error:
+        if isinstance(error.__cause__, KeyboardInterrupt):
+            raise KeyboardInterrupt from error
+        raise
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import re
 from typing import Any
 
 import pytest
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, model_serializer
 
 import dydit
 from dydit.errors import ConfigError
@@ -109,3 +109,31 @@ def test_a_rule_of_several_fields_has_its_own_words() -> None:
     sizes = {"hidden_size": 64, "depth": 1, "num_heads": 5, "patch_size": 2, "input_size": 8}
     with pytest.raises(ConfigError, match=r"^hidden_size 64 is not a multiple of num_heads 5$"):
         parse_config(DiTConfig, sizes)
+
+
+class Interrupted(Strict):
+    """A configuration during whose writing an interrupt arrives."""
+
+    @model_serializer
+    def _written(self) -> dict[str, Any]:
+        raise KeyboardInterrupt
+
+
+def test_an_interrupt_while_a_configuration_is_written_stays_one() -> None:
+    class Holder(Strict):
+        inner: Interrupted
+
+    for each in (Interrupted(), Holder(inner=Interrupted())):
+        for write in (each.model_dump, each.model_dump_json):
+            with pytest.raises(KeyboardInterrupt):
+                write()
+
+
+def test_other_errors_of_writing_stay_what_they_are() -> None:
+    class Faulty(Strict):
+        @model_serializer
+        def _written(self) -> dict[str, Any]:
+            raise RuntimeError("broken")
+
+    with pytest.raises(Exception, match="broken"):
+        Faulty().model_dump()

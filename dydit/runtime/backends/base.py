@@ -18,7 +18,7 @@ from dydit.bundle.io_spec import check_feeds, conditioning_inputs, subnet_inputs
 from dydit.bundle.manifest import Manifest
 from dydit.diffusion.steps import State
 from dydit.errors import BackendError, ConfigError
-from dydit.models.config import TEXTS_NEEDED
+from dydit.models.config import TEXTS_NEEDED, ModelConfig
 from dydit.runtime.forks import register
 
 Arrays = Mapping[str, np.ndarray]
@@ -245,9 +245,12 @@ class Backend(ABC):
 def _same_files(one: Manifest, other: Manifest) -> bool:
     """Whether two manifests describe the same files, with or without the same steps and texts."""
     same = Manifest.model_fields.keys() - _OF_A_RUN
-    return all(getattr(one, name) == getattr(other, name) for name in same) and (
-        one.model.model_dump() == other.model.model_dump()
-    )
+    values = all(getattr(one, name) == getattr(other, name) for name in same)
+    return values and _without_texts(one.model) == _without_texts(other.model)
+
+
+def _without_texts(model: ModelConfig) -> ModelConfig:
+    return model if model.text is None else model.with_texts(0, negative=False)
 
 
 def _check_output(array: np.ndarray, shape: tuple[int, ...], what: str) -> None:
