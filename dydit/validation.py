@@ -64,7 +64,8 @@ def _interrupts_as_such() -> Iterator[None]:
     try:
         yield
     except PydanticSerializationError as error:
-        if isinstance(error.__cause__, KeyboardInterrupt):
+        # Its cause is kept when objects are written, but only its name when JSON is.
+        if isinstance(error.__cause__, KeyboardInterrupt) or KeyboardInterrupt.__name__ in str(error):
             raise KeyboardInterrupt from error
         raise
 
