@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from dydit.errors import CheckpointError, ConfigError
-from dydit.export.vae_graph import VaeOptions, export_decoder, load_vae, require_source
+from dydit.export.vae_graph import export_decoder
+from dydit.export.vae_model import VaeOptions, load_vae, require_source
 from dydit.export.vae_source import find_vae, main_weights
 from dydit.export.vae_weights import read_decoder
 from dydit.runtime.images.vae_decoder import VaeDecoder

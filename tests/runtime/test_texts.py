@@ -234,7 +234,7 @@ def test_files_are_read_as_they_were_written(pixart_bundle: Any, tmp_path: Path)
 
 
 def test_an_encoder_that_is_none_is_refused(tmp_path: Path, text_encoder: Path) -> None:
-    with pytest.raises(ConfigError, match="cannot be read as a T5 encoder with its tokenizer"):
+    with pytest.raises(ConfigError, match="cannot be read as a text encoder with its tokenizer"):
         TextEncoder(tmp_path)
     assert TextEncoder(text_encoder)
 
