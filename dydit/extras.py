@@ -20,6 +20,7 @@ EXTRAS = {
     **dict.fromkeys(("jinja2", "matplotlib"), "report"),
     **dict.fromkeys(("diffusers", "onnxscript"), "vae"),
     "transformers": "text",
+    "datasets": "data",
     "onnxruntime": "cpu",
 }
 """The extra that installs a module. `pyproject.toml` lists the packages of each extra."""
@@ -35,6 +36,8 @@ VAES = ("diffusers", "onnxscript")
 """What exporting a VAE decoder needs."""
 TEXTS = ("torch", "transformers")
 """What encoding prompts needs."""
+DATASETS = ("datasets",)
+"""What reading data sets of Hugging Face needs."""
 TORCH_CPU = "pip install torch --index-url https://download.pytorch.org/whl/cpu"
 """Installs the build of PyTorch without CUDA, which is gigabytes smaller."""
 PACKAGES = {"onnx_ir": "onnx-ir", "sklearn": "scikit-learn"}

@@ -8,7 +8,7 @@ if two more packages are installed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,19 +76,28 @@ class TextEncoder:
         if most is not None and tokens > (most := min(most, self._tokenizer.model_max_length)):
             raise ConfigError(f"{self.source} reads at most {most} tokens, not {tokens}")
 
-    def embed(self, captions: Sequence[str], tokens: int) -> list[np.ndarray]:
-        """What the language model gives for each caption, float32 [its tokens, channels], cut to `tokens`.
+    def embed(
+        self,
+        captions: Sequence[str],
+        tokens: int,
+        at_once: int = AT_ONCE,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> tuple[list[np.ndarray], int]:
+        """What the language model gives for each caption, float32 [its tokens, channels], and how many were cut.
 
-        Captions of similar length are computed together, with as little padding as there can be.
+        They are cut to `tokens`. Captions of similar length are computed together, `at_once` of them, with as little
+        padding as there can be.
         """
         lengths = [len(ids) for ids in self._tokenizer([prepared(each) for each in captions]).input_ids]
         order = sorted(range(len(captions)), key=lambda at: (lengths[at], at))
         rows: dict[int, np.ndarray] = {}
-        for first in range(0, len(order), AT_ONCE):
-            group = order[first : first + AT_ONCE]
+        for first in range(0, len(order), at_once):
+            progress(first, len(order))
+            group = order[first : first + at_once]
             embeddings, masks = self._encode([captions[at] for at in group], tokens, padding="longest")
             rows |= {at: embeddings[row][masks[row] > 0] for row, at in enumerate(group)}
-        return [rows[at] for at in range(len(captions))]
+        progress(len(order), len(order))
+        return [rows[at] for at in range(len(captions))], sum(length > tokens for length in lengths)
 
     def encode(self, model: ModelConfig, prompts: Sequence[str], negative: str | None = "") -> Encoded:
         """The prompts as texts for a model. `negative`: the negative prompt; None: guidance is not possible."""
