@@ -106,7 +106,7 @@ Examples:
     "--shard-size",
     type=NUMBER,
     metavar="N",
-    help="Images in a file.  [default: 10,000, fewer of large pixels, 1,000 with captions]",
+    help="Images in a file.  [default: 10,000, fewer of large images, 1,000 with captions]",
 )
 @click.option("--batch-size", type=NUMBER, default=32, metavar="N", help="Images or captions encoded at once.")
 @click.option("--workers", type=NUMBER, metavar="N", help="Processes that decode images.  [default: one a CPU]")

@@ -71,6 +71,7 @@ class Prepared:
 def prepare(settings: PrepareSettings, folder: Path, workers: int, progress: Stages) -> Prepared:
     """Prepare the folder, or go on with it. `workers`: processes that decode images.
 
+    A script that asks for several needs `if __name__ == "__main__":`, because each imports it.
     Raises `ConfigError` for a source or an image that cannot be read, and `OutputError` if the folder holds something
     else, or was begun with other settings.
     """

@@ -21,7 +21,8 @@ from dydit.validation import Strict, value_text
 
 STATE = "prepare.json"
 LARGEST_SHARD = 10_000
-SHARD_BYTES = 1 << 29
+SHARD_BYTES = 384 << 20
+"""Of pixels, or of latents of four channels and an eighth of the side; three times as much is in memory."""
 WITH_CAPTIONS = 1_000
 """Images in a shard with captions, whose embeddings are larger than images: 2 MB for five of 60 tokens of T5-XXL."""
 
@@ -126,7 +127,8 @@ def job_of(settings: PrepareSettings, source: Source) -> Job:
             f"{settings.source} has no captions to encode; remove --text-encoder, or give captions: --caption-column, "
             "metadata.jsonl, or a text file beside each image"
         )
-    shard_size = LARGEST_SHARD if settings.vae else min(LARGEST_SHARD, max(1, SHARD_BYTES // (channels * size * size)))
+    image_bytes = -(-size * size // 2) if settings.vae else channels * size * size
+    shard_size = min(LARGEST_SHARD, max(1, SHARD_BYTES // image_bytes))
     shard_size = min(shard_size, WITH_CAPTIONS) if settings.text_encoder else shard_size
     records = min(len(source), settings.limit or len(source))
     if not records:

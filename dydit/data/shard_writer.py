@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
@@ -97,8 +96,8 @@ def shard_bytes(tensors: dict[str, np.ndarray]) -> bytes:
     """The tensors as a safetensors file, the same bytes for the same values."""
     from safetensors.numpy import save
 
-    written: Any = save({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()})
-    return bytes(written)
+    written: bytes = save({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()})
+    return written
 
 
 def _starts(lengths: list[int]) -> np.ndarray:

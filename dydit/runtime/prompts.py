@@ -88,7 +88,7 @@ class TextEncoder:
         They are cut to `tokens`. Captions of similar length are computed together, `at_once` of them, with as little
         padding as there can be.
         """
-        lengths = [len(ids) for ids in self._tokenizer([prepared(each) for each in captions]).input_ids]
+        lengths = [len(ids) for ids in self._tokenizer([prepared(each) for each in captions], verbose=False).input_ids]
         order = sorted(range(len(captions)), key=lambda at: (lengths[at], at))
         rows: dict[int, np.ndarray] = {}
         for first in range(0, len(order), at_once):
