@@ -121,3 +121,15 @@ def open_data(name: str, model: ModelConfig) -> Dataset:
     if data.classes > model.classes.count:
         raise ConfigError(f"data {name} has {data.classes} classes, but the model has {model.classes.count}")
     return data
+
+
+def known_data() -> tuple[str, ...]:
+    """The names of all data."""
+    return tuple(_KNOWN)
+
+
+def find_data(name: str) -> Dataset:
+    """The named data, for no model in particular. Raises `ConfigError` for an unknown name."""
+    if name not in _KNOWN:
+        raise ConfigError(f"unknown data {name!r}; known: {', '.join(_KNOWN)}")
+    return _KNOWN[name]()
