@@ -41,14 +41,14 @@ class SmallSetMetrics:
 
 
 class Classifier(nn.Module):
-    """Three convolutions, a mean over the image, and two linear layers. Any image size from 8x8."""
+    """Three convolutions that halve the image, a mean over it, and two linear layers. Any image size from 8x8."""
 
     def __init__(self, channels: int, classes: int):
         super().__init__()
         layers: list[nn.Module] = []
         for inputs, outputs in ((channels, 32), (32, 64), (64, 64)):
-            convolution = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
-            layers += [convolution, nn.BatchNorm2d(outputs), nn.ReLU(), nn.MaxPool2d(2)]
+            convolution = nn.Conv2d(inputs, outputs, 3, stride=2, padding=1, bias=False)
+            layers += [convolution, nn.BatchNorm2d(outputs), nn.ReLU()]
         self.body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(256, FEATURES), nn.ReLU())
         self.head = nn.Linear(FEATURES, classes)
 
