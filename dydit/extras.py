@@ -38,7 +38,7 @@ TEXTS = ("torch", "transformers")
 """What encoding prompts needs."""
 INCEPTION = ("torch", "safetensors", "torch_fidelity")
 """What measuring samples with Inception features needs."""
-SMALL_SETS = ("torch", "safetensors", "sklearn")
+CLASSIFIERS = ("torch", "safetensors", "sklearn")
 """What measuring samples of a small data set needs."""
 TORCH_CPU = "pip install torch --index-url https://download.pytorch.org/whl/cpu"
 """Installs the build of PyTorch without CUDA, which is gigabytes smaller."""

@@ -13,7 +13,7 @@ from dydit.commands.options import PATH, device_option, json_option, parse_optio
 from dydit.commands.output import print_json, say, warn
 from dydit.commands.progress import show_progress
 from dydit.errors import ConfigError
-from dydit.extras import INCEPTION, SMALL_SETS, require
+from dydit.extras import CLASSIFIERS, INCEPTION, require
 from dydit.files import new_file, require_absent
 from dydit.reports.text import aligned
 from dydit.words import counted
@@ -40,7 +40,7 @@ def _parse_metrics(_: click.Context, __: click.Parameter, value: str | None) -> 
     "--reference",
     metavar="REFERENCE.npz|FOLDER|DATA",
     help="What to compare with: a reference of the ADM evaluator (VIRTUAL_imagenet256_labeled.npz), images like "
-    "SAMPLES, or the name of a small data set (digits).",
+    "SAMPLES, or the name of a small data set (digits, emoji).",
 )
 @click.option(
     "--inception",
@@ -117,9 +117,9 @@ def _is_data(reference: str | None) -> bool:
     """Whether a reference is the name of data. A file or folder of that name comes first."""
     if reference is None or Path(reference).exists():
         return False
-    from dydit.training.data import known_data
+    from dydit.data.opened import SMALL_SETS
 
-    return reference in known_data()
+    return reference in SMALL_SETS
 
 
 def _inception(
@@ -150,7 +150,7 @@ def _small_set(
 ) -> SmallSetEvaluation:
     if write_reference is not None or settings["metrics"] is not None or settings["inception"] is not None:
         raise ConfigError(f"{name} is measured without Inception; leave out --inception, --metrics, --write-reference")
-    require("dydit evaluate", SMALL_SETS)
+    require("dydit evaluate", CLASSIFIERS)
     from dydit.evaluation.known_set import evaluate_small_set
 
     return evaluate_small_set(samples, name, classifier)

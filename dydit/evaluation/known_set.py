@@ -9,15 +9,17 @@ from typing import Any
 import numpy as np
 
 from dydit import __version__
+from dydit.data.opened import open_data
+from dydit.data.small_sets import Digits
 from dydit.errors import ConfigError
 from dydit.evaluation.images import open_images
 from dydit.evaluation.small_set import SmallSetMeasure, as_model_images
 from dydit.files import sha256_of
 from dydit.runtime.noise_source import read_arrays
-from dydit.training.data import Digits, find_data
 from dydit.training.evaluate import evaluate_digits
 
 _BATCH = 256
+_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ def evaluate_small_set(samples: Path, name: str, classifier: Path | None = None)
     Digits are measured on their pixels (`dydit.training.evaluate`), other data with a classifier that is trained on
     them (`dydit.evaluation.small_set`); `classifier`: a file that keeps it. Raises `ConfigError`.
     """
-    data = find_data(name)
+    data = open_data(name)
     images = open_images(samples)
     channels, height, width = data.shape
     if images.shape[1:3] != (height, width):
@@ -57,8 +59,10 @@ def evaluate_small_set(samples: Path, name: str, classifier: Path | None = None)
             raise ConfigError("digits are measured without a classifier that could be kept; leave out --classifier")
         metrics = asdict(evaluate_digits(own, labels))
     else:
-        real, real_labels = data.batch(np.arange(len(data)))
-        measure = SmallSetMeasure.fit(real, real_labels, data.classes, cache=classifier)
+        # As training reads them: some may be mirrored, the same ones in every call.
+        generators = [np.random.default_rng([_SEED, index]) for index in range(len(data))]
+        real = data.batch(np.arange(len(data)), generators)
+        measure = SmallSetMeasure.fit(real.images, real.labels, data.classes, _SEED, classifier)
         metrics = asdict(measure.evaluate(own, labels))
     count = metrics.pop("samples")
     described = {"path": str(samples), "sha256": sha256_of(samples), "images": count}
