@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dydit.data.small_sets import Digits
 from dydit.errors import ConfigError
 from dydit.evaluation.small_set import SmallSetMeasure, as_model_images
 from dydit.runtime.images.image_files import to_rgb, to_uint8
-from dydit.data.small_sets import Digits
 
 
 @pytest.fixture(scope="module")
