@@ -102,13 +102,15 @@ def command(
         result = _small_set(samples, str(reference), classifier, write_reference, settings)
     else:
         result = _inception(samples, reference, classifier, write_reference, settings)
+    if as_json:  # before the file, so that a full disk does not cost the figures
+        print_json(result.to_json())
+    elif result.metrics:
+        say(aligned([[name, f"{value:.4f}"] for name, value in result.metrics.items()]))
     if out is not None:
         with new_file(out) as file:
             file.write((json.dumps(result.to_json(), indent=2, allow_nan=False) + "\n").encode())
     if as_json:
-        print_json(result.to_json())
         return
-    say(aligned([[name, f"{value:.4f}"] for name, value in result.metrics.items()]) or "no metrics were asked for")
     written = " and ".join(str(path) for path in (out, write_reference) if path is not None)
     say(f"{samples}: {counted(result.samples['images'], 'image')}{f'; wrote {written}' if written else ''}")
 

@@ -7,11 +7,11 @@ their order, and precision and recall by the third nearest neighbour.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from pydantic import Field
@@ -32,7 +32,6 @@ LEAST_IMAGES = 2049
 """The least images for a covariance of 2048 features of full rank."""
 BIASED_BELOW = 10_000
 """With fewer images, the FID is noticeably larger than with many."""
-Announce = Callable[[str], None]
 
 
 class Metric(StrEnum):
@@ -66,7 +65,7 @@ class EvaluateConfig(Strict):
     inception: UserPath
     metrics: tuple[Metric, ...] | None = Field(default=None, min_length=1)
     batch_size: int = Field(default=32, ge=1)
-    device: str = "cpu"
+    device: Literal["cpu", "cuda"] = "cpu"
     allow_few: bool = False
 
 
@@ -106,6 +105,8 @@ def evaluate(
     notes = _require_enough(metrics, images, against, config.allow_few)
     if new_reference is not None:
         require_absent(new_reference)
+    if against is not None and against.images is not None and against.images.shape[1:] != images.shape[1:]:
+        notes.append(f"{samples} and {reference} have images of different sizes; all are resized to 299x299 pixels")
     network = Inception.load(config.inception, config.device)
     spatial = Metric.SFID in metrics or new_reference is not None
 
@@ -138,7 +139,7 @@ def evaluate(
         reference=None if against is None else _reference_described(against),
         inception={"path": str(config.inception), "sha256": network.sha256},
         settings={"batch_size": config.batch_size, "device": config.device, "neighbours": NEIGHBOURS},
-        versions={"dydit": __version__, "torch": torch.__version__},
+        versions={"dydit": __version__, "torch": torch.__version__, "torch-fidelity": version("torch-fidelity")},
         notes=tuple(notes),
     )
 

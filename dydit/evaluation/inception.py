@@ -73,7 +73,7 @@ class Inception:
         torch.save(state, data)  # the library unpickles whatever it is given, so it is given what was read safely
         data.seek(0)
         try:
-            network = _extractor()("inception", [_POOL_NAME], feature_extractor_weights_path=data)
+            network = network_class()("inception", [_POOL_NAME], feature_extractor_weights_path=data)
         except RuntimeError as error:  # of load_state_dict, a line for each kind of problem
             reason = " ".join(str(error).split())
             raise CheckpointError(
@@ -155,7 +155,7 @@ def _is_script(path: Path) -> bool:
 
 
 @lru_cache(maxsize=1)
-def _extractor() -> Any:
+def network_class() -> Any:
     """The class of torch-fidelity's network.
 
     The `__init__` of the package imports all of its metrics, and with them torchvision, which the network does not need

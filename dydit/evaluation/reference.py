@@ -66,6 +66,8 @@ def _statistics(path: Path, mean: str, covariance: str, size: int) -> Normal:
             )
         if not np.isfinite(array).all():
             raise ConfigError(f"{path}: {name} holds NaN or infinite values")
+    if not np.allclose(arrays[covariance], arrays[covariance].T, rtol=1e-3):
+        raise ConfigError(f"{path}: {covariance} is not symmetric, so it is no covariance")
     return Normal(arrays[mean].astype(np.float64), arrays[covariance].astype(np.float64))
 
 

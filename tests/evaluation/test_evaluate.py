@@ -65,9 +65,9 @@ def test_features_are_those_of_torch_fidelity(
     """Its extractor, with all of its layers, is the other side; the spatial features are recomputed from its blocks."""
     from torch.nn import functional
 
-    from dydit.evaluation.inception import _extractor
+    from dydit.evaluation.inception import network_class
 
-    own = _extractor()("inception", ["2048"], feature_extractor_weights_path=str(inception_file))
+    own = network_class()("inception", ["2048"], feature_extractor_weights_path=str(inception_file))
     inputs: list[torch.Tensor] = []
     own.Mixed_6d.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
     (pool,) = own(torch.from_numpy(pictures(1)[:2]).permute(0, 3, 1, 2))
@@ -127,7 +127,9 @@ def test_figures_are_those_of_torch_fidelity(
 def test_progress_and_notes(evaluation: Evaluation, stages: Stages) -> None:
     counts = [("samples", 4, 6), ("samples", 6, 6), ("reference", 4, 7), ("reference", 7, 7)]
     assert stages.seen == counts
-    assert len(evaluation.notes) == 2 and all("fid and sfid of fewer than 10,000" in note for note in evaluation.notes)
+    *few, sizes = evaluation.notes
+    assert len(few) == 2 and all("fid and sfid of fewer than 10,000" in note for note in few)
+    assert "have images of different sizes" in sizes
 
 
 def test_a_written_reference_gives_the_same_figures(
@@ -194,6 +196,7 @@ def test_a_reference_that_lacks_something_is_refused(samples_file: Path, tmp_pat
         ({"mu": np.zeros(2048), "sigma": np.zeros(2048)}, r"sigma is float64 \[2048\]"),
         ({"mu": np.zeros(2048, int), "sigma": np.zeros((2048, 2048))}, "mu is int64"),
         ({"mu": np.full(2048, np.nan), "sigma": np.zeros((2048, 2048))}, "mu holds NaN"),
+        ({"mu": np.zeros(2048), "sigma": np.tri(2048)}, "sigma is not symmetric"),
         ({"mu": np.zeros(2048)}, "has no array 'sigma'"),
         ({"latents": np.zeros(3)}, "expected the images as arr_0"),
     ],
