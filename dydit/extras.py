@@ -20,6 +20,7 @@ EXTRAS = {
     **dict.fromkeys(("jinja2", "matplotlib"), "report"),
     **dict.fromkeys(("diffusers", "onnxscript"), "vae"),
     "transformers": "text",
+    "torch_fidelity": "evaluate",
     "onnxruntime": "cpu",
 }
 """The extra that installs a module. `pyproject.toml` lists the packages of each extra."""
@@ -35,9 +36,13 @@ VAES = ("diffusers", "onnxscript")
 """What exporting a VAE decoder needs."""
 TEXTS = ("torch", "transformers")
 """What encoding prompts needs."""
+INCEPTION = ("torch", "safetensors", "torch_fidelity")
+"""What measuring samples with Inception features needs."""
+CLASSIFIERS = ("torch", "safetensors", "sklearn")
+"""What measuring samples of a small data set needs."""
 TORCH_CPU = "pip install torch --index-url https://download.pytorch.org/whl/cpu"
 """Installs the build of PyTorch without CUDA, which is gigabytes smaller."""
-PACKAGES = {"onnx_ir": "onnx-ir", "sklearn": "scikit-learn"}
+PACKAGES = {"onnx_ir": "onnx-ir", "sklearn": "scikit-learn", "torch_fidelity": "torch-fidelity"}
 """Packages whose name differs from their module's name."""
 
 
