@@ -54,7 +54,8 @@ $(BASE): requirements/base.txt pyproject.toml | $(VENV)/.made
 	$(INSTALL_PACKAGE)
 	@touch $@
 
-$(DEV): requirements/dev.txt requirements/base.txt pyproject.toml | $(VENV)/.made
+$(DEV): requirements/dev.txt requirements/evaluate.txt requirements/base.txt pyproject.toml | $(VENV)/.made
 	$(PIP) install --requirement requirements/dev.txt
+	$(PIP) install --no-deps --requirement requirements/evaluate.txt
 	$(INSTALL_PACKAGE)
 	@touch $(BASE) $@

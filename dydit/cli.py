@@ -30,6 +30,7 @@ COMMANDS = {
     "attach-vae": ("dydit.commands.attach_vae", "Add a VAE decoder to a bundle of a latent model."),
     "parity": ("dydit.commands.parity", "Compare a bundle with its checkpoint."),
     "bench": ("dydit.commands.bench", "Measure the speed of a bundle, and of another one or PyTorch for comparison."),
+    "evaluate": ("dydit.commands.evaluate", "Measure the quality of sampled images: FID and others."),
     "inspect": ("dydit.commands.inspect", "Show what a checkpoint or a bundle contains."),
     "doctor": ("dydit.commands.doctor", "Test which backends work on this machine."),
 }
@@ -37,8 +38,9 @@ COMMANDS = {
 HELP = """Train dynamic Diffusion Transformers (DyDiT), compile them into ONNX graphs, and sample with them.
 
 The usual order is train or convert, then export, then sample. To train on your own images, run prepare first. Use
-parity to compare a bundle with PyTorch, bench to measure its speed, and inspect to see what it contains. Run calibrate
-before an export with int8-static, fp8 or --routing capacity. For TensorRT, run build after the export.
+parity to compare a bundle with PyTorch, bench to measure its speed, evaluate to measure the quality of samples, and
+inspect to see what it contains. Run calibrate before an export with int8-static, fp8 or --routing capacity. For
+TensorRT, run build after the export.
 """
 
 

@@ -21,6 +21,7 @@ EXTRAS = {
     **dict.fromkeys(("diffusers", "onnxscript"), "vae"),
     "transformers": "text",
     "datasets": "data",
+    "torch_fidelity": "evaluate",
     "onnxruntime": "cpu",
 }
 """The extra that installs a module. `pyproject.toml` lists the packages of each extra."""
@@ -38,9 +39,13 @@ TEXTS = ("torch", "transformers")
 """What encoding prompts needs."""
 DATASETS = ("datasets",)
 """What reading data sets of Hugging Face needs."""
+INCEPTION = ("torch", "safetensors", "torch_fidelity")
+"""What measuring samples with Inception features needs."""
+CLASSIFIERS = ("torch", "safetensors", "sklearn")
+"""What measuring samples of a small data set needs."""
 TORCH_CPU = "pip install torch --index-url https://download.pytorch.org/whl/cpu"
 """Installs the build of PyTorch without CUDA, which is gigabytes smaller."""
-PACKAGES = {"onnx_ir": "onnx-ir", "sklearn": "scikit-learn"}
+PACKAGES = {"onnx_ir": "onnx-ir", "sklearn": "scikit-learn", "torch_fidelity": "torch-fidelity"}
 """Packages whose name differs from their module's name."""
 
 

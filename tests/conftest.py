@@ -22,6 +22,7 @@ pytest_plugins = (
     "tests.fixtures.counts",
     "tests.fixtures.decoders",
     "tests.fixtures.engines",
+    "tests.fixtures.fidelity",
     "tests.fixtures.graphs",
     "tests.fixtures.spoilt",
     "tests.fixtures.texts",

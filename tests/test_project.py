@@ -134,7 +134,7 @@ def pins(name: str) -> dict[str, str]:
     return found
 
 
-@pytest.mark.parametrize("name", ["base.txt", "dev.txt"])
+@pytest.mark.parametrize("name", ["base.txt", "dev.txt", "evaluate.txt"])
 def test_requirements_are_exact_and_portable(name: str) -> None:
     for package in pins(name):
         assert not package.startswith(("nvidia", "cuda", "triton")), f"{package} belongs to one kind of machine"
@@ -152,6 +152,7 @@ def test_every_declared_dependency_is_pinned() -> None:
     base = names([*project["dependencies"], *extras["export"], *extras["report"], *extras["cpu"]])
     assert base <= pins("base.txt").keys()
     assert names([*extras["train"], *extras["tensorrt-rtx"], *extras["vae"], *extras["dev"]]) <= pins("dev.txt").keys()
+    assert names(extras["evaluate"]) <= pins("evaluate.txt").keys()
     rtx = {version for package, version in pins("dev.txt").items() if package.startswith("tensorrt-rtx-cu13")}
     assert len(rtx) == 1, "bindings and libraries are of one version"
 
@@ -168,7 +169,7 @@ def test_the_environment_is_the_pinned_one() -> None:
         pytest.skip("only CI promises to run in the pinned environment")
     from importlib.metadata import version
 
-    for package, wanted in pins("dev.txt").items():
+    for package, wanted in {**pins("dev.txt"), **pins("evaluate.txt")}.items():
         assert version(package).partition("+")[0] == wanted, package
 
 

@@ -40,6 +40,8 @@ def refusals(checkpoint: Path, bundle: Path, static: Path, missing: Path, out: P
         "parity: label": ["parity", bundle, "--against", checkpoint, "--labels", 99],
         "bench: label": ["bench", bundle, "--labels", 99],
         "bench: device": ["bench", bundle, "--device", "cuda"],
+        "evaluate: samples": ["evaluate", missing, "--inception", missing],
+        "evaluate: set": ["evaluate", missing, "--reference", "digits"],
         "inspect": ["inspect", missing],
         "calibrate: static": ["calibrate", static, *few],
         "calibrate: few": ["calibrate", checkpoint, "--steps", STEPS, "--samples", 1],

@@ -26,6 +26,7 @@ EXTRAS = {
     "export": ("read checkpoints, write bundles", ("onnx", "onnx_ir", "safetensors", "scipy", "torch")),
     "report": ("pictures and HTML reports", ("jinja2", "matplotlib")),
     "train": ("train models", ("accelerate", "sklearn")),
+    "evaluate": ("measure samples: FID and others", ("torch_fidelity",)),
     "vae": ("put a VAE decoder into a bundle", ("diffusers", "onnxscript")),
 }
 

@@ -1,7 +1,7 @@
 """The Fréchet distance of small sets of images to reference images, on features that need no network.
 
 The features of an image are its coordinates on the first principal components of the reference. The distance is that of
-the normal distributions fitted to both sets (`dydit.training.evaluate`). It tells whether one set of images is farther
+the normal distributions fitted to both sets (`dydit.evaluation.frechet`). It tells whether one set of images is farther
 from the reference than another set. It is not an FID, and distances to different references cannot be compared.
 """
 
@@ -15,9 +15,9 @@ from typing import Self
 import numpy as np
 
 from dydit.errors import ConfigError, one_line
+from dydit.evaluation.frechet import frechet_distance
 from dydit.files import sha256_of
 from dydit.models.config import ModelConfig
-from dydit.training.evaluate import frechet_distance
 
 COMPONENTS = 16
 LEAST_IMAGES = 4 * COMPONENTS

@@ -14,6 +14,7 @@ import numpy as np
 
 from dydit.data.small_sets import Digits, digits_pixels
 from dydit.errors import ConfigError
+from dydit.evaluation.frechet import frechet_distance
 from dydit.extras import require
 from dydit.models.config import ModelConfig
 from dydit.models.macs import flops_ratio
@@ -69,24 +70,6 @@ def _classifier() -> Any:
 
     data = Digits()
     return SVC(C=10.0, gamma="scale").fit(digits_pixels(data.images), data.labels)
-
-
-def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """Fréchet distance of the normals fitted to features a [n, F] and b [m, F] (Dowson & Landau 1982; as in the FID).
-
-    `|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a^(1/2) S_b S_a^(1/2))^(1/2))`, unbiased covariances, float64. Symmetric
-    square roots by eigendecomposition, so constant features cause no errors.
-    """
-    mean_a, mean_b = a.mean(0), b.mean(0)
-    cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    root = _symmetric_root(cov_a)
-    cross = np.sqrt(np.clip(np.linalg.eigvalsh(root @ cov_b @ root), 0, None)).sum()
-    return float(np.square(mean_a - mean_b).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * cross)
-
-
-def _symmetric_root(matrix: np.ndarray) -> np.ndarray:
-    values, vectors = np.linalg.eigh(matrix)
-    return np.asarray((vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T)
 
 
 def dynamics(config: ModelConfig, masks: np.ndarray, tokens: np.ndarray) -> Dynamics:

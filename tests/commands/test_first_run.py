@@ -24,7 +24,7 @@ from dydit.commands.suggestions import after_export, next_line
 
 DIGITS = Path(dydit.__file__).parent / "assets" / "digits" / "dydit.safetensors"
 OPTIONAL = ("torch", "onnx", "onnx_ir", "onnxruntime", "safetensors", "accelerate", "sklearn", "scipy", "matplotlib")
-OPTIONAL += ("jinja2", "diffusers", "onnxscript", "tensorrt", "tensorrt_rtx", "polygraphy")
+OPTIONAL += ("jinja2", "diffusers", "onnxscript", "tensorrt", "tensorrt_rtx", "polygraphy", "torch_fidelity")
 # Runs commands where only some of the optional packages can be imported; prints [[exit code, standard error], ...].
 WITHOUT = """
 import contextlib, io, json, sys
@@ -110,6 +110,16 @@ CALLS: dict[str, tuple[list[str], set[str], set[str]]] = {
     ),
     "decode": (["decode", "BUNDLE", "--vae", "FOLDER", "--out", "OUT"], DECODER, {"cpu", "export", "vae"}),
     "attach-vae": (["attach-vae", "BUNDLE", "--vae", "FOLDER"], DECODER, {"cpu", "export", "vae"}),
+    "evaluate": (
+        ["evaluate", "SAMPLES.npz", "--inception", "WEIGHTS"],
+        {"torch", "safetensors", "torch-fidelity"},
+        {"evaluate", "export"},
+    ),
+    "evaluate digits": (
+        ["evaluate", "SAMPLES.npz", "--reference", "digits"],
+        {"torch", "safetensors", "scikit-learn"},
+        {"export", "train"},
+    ),
     "inspect": (["inspect", "MODEL"], {"torch", "safetensors"}, {"export"}),
     "inspect --out": (["inspect", "BUNDLE", "--out", "OUT"], {"matplotlib"}, {"report"}),
     "build": (

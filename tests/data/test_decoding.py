@@ -43,7 +43,7 @@ def test_images_come_in_their_order(workers: int) -> None:
 def test_a_process_that_dies_is_one_line() -> None:
     before = set(psutil.Process().children())
     endless = itertools.cycle(records(8))
-    with Decoder(DECODING, 2) as decoder, pytest.raises(BackendError, match="was ended.*use fewer --workers"):
+    with Decoder(DECODING, 2) as decoder, pytest.raises(BackendError, match=r"was ended, .*use fewer --workers"):
         for number, _ in enumerate(decoder.decoded(endless)):
             if number == 40:
                 workers = [each for each in psutil.Process().children() if each not in before]
