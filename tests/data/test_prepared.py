@@ -25,8 +25,10 @@ from dydit.data.prepare import prepare
 from dydit.data.prepare_settings import PrepareSettings
 from dydit.data.prepared import PreparedData
 from dydit.data.shard_writer import ShardWriter, shard_bytes
+from dydit.diffusion.process import Process
 from dydit.errors import ConfigError
 from dydit.models.config import ModelConfig, Space
+from dydit.training.draws import Batch, BatchSource
 
 COUNT, TOKENS, SCALE = 13, 12, 0.18215
 TEXTS = ("a fox", "the owl in the snow", "red", "a photo of a red fox in the green snow")
@@ -224,6 +226,23 @@ def write_folder(folder: Path, tensors: dict[str, np.ndarray], count: int) -> No
     captions = {"encoder": "letters", "tokens": 6, "channels": 2, "no_caption": {**stored[1], "images": 0}}
     facts = {"space": "pixels", "shape": [1, 2, 2], "classes": 1, "mirrored": False, "source": "letters"}
     (folder / "dataset.json").write_text(json.dumps({**facts, "captions": captions, "shards": stored[:1]}))
+
+
+def test_batches_of_several_processes_are_one_and_drop_captions(latents: PreparedData) -> None:
+    def batch(process: int, processes: int) -> Batch:
+        return BatchSource(latents, 5, 16, 0.5, 3, Process(), process, processes).batch(2)
+
+    whole, parts = batch(0, 1), [batch(process, 4) for process in range(4)]
+    assert whole.captions is not None
+    for name in ("x0", "labels", "times", "noise"):
+        assert np.array_equal(getattr(whole, name), np.concatenate([getattr(each, name) for each in parts]))
+    embeddings = [each.captions.embeddings for each in parts if each.captions is not None]
+    assert np.array_equal(whole.captions.embeddings, np.concatenate(embeddings))
+    dropped, empty = whole.labels == 3, latents.no_caption()
+    assert 0 < dropped.sum() < 16
+    assert (whole.captions.embeddings[dropped] == empty.embeddings).all()
+    assert (whole.captions.mask[dropped] == empty.mask).all()
+    assert (whole.captions.mask[~dropped].sum(1) > 1).all()
 
 
 def test_data_go_to_other_processes(latents: PreparedData) -> None:

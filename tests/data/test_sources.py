@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ from PIL import Image
 from dydit.data.images import Crop, read_pixels
 from dydit.data.sources.opened import SourceKind, kind_of, open_source
 from dydit.data.sources.source import Choices, Record, Source
-from dydit.errors import ConfigError
+from dydit.errors import BackendError, ConfigError
 
 
 def image(value: int, side: int = 8) -> Image.Image:
@@ -67,6 +69,13 @@ def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
     (tmp_path / "data" / "cat").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere" / "up").symlink_to(tmp_path / "data")
     assert [each.name for each in records(opened(tmp_path / "data"))] == ["cat/a.png"]
+
+
+def test_names_may_be_any_bytes(tmp_path: Path) -> None:
+    save(tmp_path / os.fsdecode(b"caf\xe9") / os.fsdecode(b"\xff.png"), 6)
+    source = opened(tmp_path)
+    assert source.class_names == ("caf\\udce9",) and source.record(0).name == "caf\\udce9/\\udcff.png"
+    assert values(source) == [6]
 
 
 def test_captions_beside_images_and_in_metadata(tmp_path: Path) -> None:
@@ -261,6 +270,12 @@ def test_hugging_face_columns_of_other_kinds(tmp_path: Path) -> None:
         opened(tmp_path / "numbers")
     with pytest.raises(ConfigError, match="nobody/nothing cannot be read by Hugging Face datasets"):
         opened("nobody/nothing")
+
+
+def test_without_the_package_of_data_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(BackendError, match=r"needs datasets, which is not installed: pip install 'dydit\[data\]'"):
+        opened("somebody/something")
 
 
 def test_what_is_nothing_is_refused(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ class ImageFolder:
                 f"{self._folder} holds images ({flat[0]}) beside folders of images ({min(parents)}), so their classes "
                 "are not clear; move them into folders, or give one folder"
             )
-        self.class_names = tuple(sorted(parents)) or None
+        self.class_names = tuple(map(_printable, sorted(parents))) or None
         self.classes = len(parents) or 1
         self._numbers = {name: number for number, name in enumerate(sorted(parents))}
         self._metadata = _metadata(self._folder / METADATA, choices.caption_column)
@@ -56,7 +56,7 @@ class ImageFolder:
         """The record of a file."""
         name = self._names[index]
         label = self._numbers.get(name.partition("/")[0], 0)
-        return Record(name, self._folder / name, label, self._captions(name))
+        return Record(_printable(name), self._folder / name, label, self._captions(name))
 
     def _captions(self, name: str) -> tuple[str, ...]:
         if self._metadata is not None:
@@ -73,6 +73,11 @@ class ImageFolder:
 
     def _text_file(self, name: str) -> Path:
         return (self._folder / name).with_suffix(".txt")
+
+
+def _printable(name: str) -> str:
+    """A name that is valid text, whatever bytes the file system allows in names."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def image_files(folder: Path) -> Iterator[str]:
