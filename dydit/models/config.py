@@ -180,6 +180,10 @@ class ModelConfig(Strict):
         """The model of a run with `count` texts, whose labels are their numbers. `negative`: whether there is one."""
         raise ConfigError("this model takes class labels, not texts")
 
+    def with_classes(self, count: int) -> Self:
+        """The model with another number of classes, whose names are not stated."""
+        raise ConfigError(f"a {self.title} of this kind has no classes that could be changed")
+
     @property
     @abstractmethod
     def condition_shape(self) -> tuple[int, ...]:

@@ -26,6 +26,7 @@ class Purpose(IntEnum):
     BATCH = 2
     PROBE = 3
     INITIAL_WEIGHTS = 4
+    NEW_CLASSES = 5
 
 
 @dataclass(frozen=True)
