@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -125,7 +126,7 @@ def _rate_words(run: Recipe) -> str:
     rate = f"learning rate {run.learning_rate:g} ({run.learning_rate_schedule}{warm})"
     if run.stage is Stage.STATIC:
         return rate
-    return f"{rate}; target {run.lambda_target:g} of the multiply-adds, from iteration {run.ramp_iterations:,} on"
+    return f"{rate}; {run.lambda_target:g} of the multiply-adds from iteration {run.ramp_iterations:,}"
 
 
 def _memory_lines(run: Recipe) -> list[str]:
@@ -171,6 +172,7 @@ class _Soft(Gating):
         return logits.sigmoid()
 
 
+@lru_cache(maxsize=16)
 def _activations(model: ModelConfig) -> int:
     """Bytes that one image's backward pass needs, from tensors without memory."""
     with torch.device("meta"):
