@@ -7,7 +7,7 @@ model does not depend on how that is done.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dydit.models.architecture import Slots
-from dydit.models.config import ModelConfig, Routers
+from dydit.models.config import ModelConfig, Routers, TokenScope
 
 OPEN = 100.0
 """The logits of routers that are fixed open: far above what the noise of training gates subtracts."""
@@ -72,12 +72,13 @@ def width_router_rows(
 class TokenRouter(nn.Module):
     """SDT: `Linear(D, D/16), ReLU, Linear(D/16, 1)` on tokens: [B, N, D] -> logits [B, N].
 
-    The logits of `ModelConfig.extra_tokens` are +inf.
+    The logits of `ModelConfig.extra_tokens` are +inf. With `TokenScope.LAYER`, all others are their mean.
     """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         hidden, self.always = config.token_router_hidden, config.extra_tokens
+        self.together = config.token_scope is TokenScope.LAYER
         self.mlp_head = nn.Sequential(nn.Linear(config.hidden_size, hidden), nn.ReLU(), nn.Linear(hidden, 1))
 
     @torch.no_grad()
@@ -93,8 +94,21 @@ class TokenRouter(nn.Module):
         return not self.mlp_head[2].weight.requires_grad
 
     def forward(self, x: Tensor) -> Tensor:
+        return self._of_all(self._logits(x), x, torch.inf)
+
+    def gated(self, x: Tensor, gate: Callable[[Tensor], Tensor]) -> Tensor:
+        """The gates [B, N] of tokens. `gate` turns logits into gates, once for an image with `TokenScope.LAYER`."""
+        return self._of_all(gate(self._logits(x)), x, 1.0) if self.together else gate(self(x))
+
+    def _logits(self, x: Tensor) -> Tensor:
+        """One logit for each token that is not always routed, or for an image."""
         logits = self.mlp_head(x[:, self.always :]).squeeze(-1)
-        return F.pad(logits, (self.always, 0), value=torch.inf) if self.always else logits
+        return logits.mean(1, keepdim=True) if self.together else logits
+
+    def _of_all(self, values: Tensor, x: Tensor, always: float) -> Tensor:
+        """A value for every token [B, N], which is `always` for those that are always routed."""
+        values = values.expand(-1, x.shape[1] - self.always)
+        return F.pad(values, (self.always, 0), value=always) if self.always else values
 
 
 class Gating:
@@ -106,7 +120,7 @@ class Gating:
 
     def tokens(self, block: int, router: TokenRouter | None, x: Tensor) -> Tensor | None:
         """Gates of tokens, [B, N], from the residual stream x [B, N, D] after attention."""
-        return None if router is None else self.gate(router(x))
+        return None if router is None else router.gated(x, self.gate)
 
     def gate(self, logits: Tensor) -> Tensor:
         """Logits to gates of the same shape."""

@@ -24,6 +24,7 @@ def starting_model(recipe: Recipe) -> DynamicModel:
 
     New weights without `init`. For a dynamic run: a static checkpoint, reordered by importance, with new routers. A
     checkpoint with routers is used as it is. A checkpoint of other classes gets a new class table (`kept_classes`).
+    Routers that the recipe fixes are excluded from training. Raises `ConfigError` if the start does not fit the recipe.
     """
     generator = torch.Generator().manual_seed(int(stream(recipe.seed, Purpose.INITIAL_WEIGHTS).integers(0, 2**62)))
     known = architecture_of(recipe.model)
@@ -54,6 +55,8 @@ def starting_model(recipe: Recipe) -> DynamicModel:
         classes = torch.Generator().manual_seed(int(stream(recipe.seed, Purpose.NEW_CLASSES).integers(0, 2**62)))
         state = known.with_classes(state, start.config, kept, classes)
     if sizes == wanted:
+        if recipe.random_routers and recipe.stage is Stage.DYNAMIC:
+            raise ConfigError(f"random_routers adds routers to a static model, but init {recipe.init} has its own")
         model.load_state_dict(state)
     else:
         model.load_state_dict(known.ordered_by_importance(state, start.config), strict=False)
@@ -72,18 +75,14 @@ def fix_routers(model: DynamicModel, recipe: Recipe) -> DynamicModel:
     """Exclude the routers from training that the recipe fixes: open ones (`routed`), or all (`random_routers`)."""
     if not model.config.dynamic:
         return model
-    if recipe.routed is Routed.TOKENS:
-        for width in model.width_routers():
+    for width in model.width_routers():
+        if recipe.routed is Routed.TOKENS:
             width.open()
-    if recipe.routed is Routed.WIDTH:
-        for tokens in model.token_routers():
+        width.requires_grad_(recipe.routed is not Routed.TOKENS and not recipe.random_routers)
+    for tokens in model.token_routers():
+        if recipe.routed is Routed.WIDTH:
             tokens.open()
-    if recipe.routed is Routed.TOKENS or recipe.random_routers:
-        for width in model.width_routers():
-            width.requires_grad_(False)
-    if recipe.routed is Routed.WIDTH or recipe.random_routers:
-        for tokens in model.token_routers():
-            tokens.requires_grad_(False)
+        tokens.requires_grad_(recipe.routed is not Routed.WIDTH and not recipe.random_routers)
     return model
 
 

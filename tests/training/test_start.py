@@ -250,3 +250,6 @@ def test_random_routers_are_drawn_once(tmp_path: Path, from_static: Make, small_
     first, second = train_sequence([recipe, settled], tmp_path / "runs")
     before, after = (routers_of(load_checkpoint(each.model).model()) for each in (first, second))
     assert all(value.equal(after[name]) for name, value in before.items())
+    again = recipe.model_copy(update={"init": str(first.model)})
+    with pytest.raises(ConfigError, match=r"random_routers adds routers to a static model, but init .* has its own"):
+        starting_model(again)
