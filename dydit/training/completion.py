@@ -14,6 +14,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from dydit.data.opened import open_data
 from dydit.errors import CheckpointError, ConfigError
 from dydit.files import user_path
 from dydit.models.config import ModelConfig, Routers, Space, TextSpec, parse_config
@@ -37,11 +38,8 @@ class DataFacts:
 
 def data_facts(name: str) -> DataFacts:
     """The facts about the named data. Raises `ConfigError` for an unknown name."""
-    from dydit.training.data import Digits
-
-    if name != "digits":
-        raise ConfigError(f"unknown data {name!r}; known: digits")
-    return DataFacts(Digits.shape, Digits.classes)
+    data = open_data(name)
+    return DataFacts(data.shape, data.classes, data.class_names, data.text, data.space)
 
 
 def complete_runs(

@@ -1,4 +1,6 @@
-"""All randomness of a run, as a pure function of (seed, iteration, process). There is no state to save for a resume.
+"""All randomness of a run, as a pure function of (seed, iteration, position in the batch).
+
+There is no state to save for a resume, and any number of processes draws the same batch, of which each has a share.
 
 Philox generators are keyed through NumPy's SeedSequence. Numbers are drawn on the CPU, so they are equal on every
 device.
@@ -6,14 +8,15 @@ device.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import lru_cache
 
 import numpy as np
 
+from dydit.data.dataset import Dataset, EncodedCaptions
 from dydit.diffusion.process import TRAIN_STEPS, Process
-from dydit.training.data import Dataset
 
 QUARTERS = 4
 _FRACTIONS = 1 << 24  # float32 represents all multiples of 1/2^24 in 0 .. 1
@@ -26,7 +29,8 @@ class Purpose(IntEnum):
     BATCH = 2
     PROBE = 3
     INITIAL_WEIGHTS = 4
-    NEW_CLASSES = 5
+    GATES = 5
+    NEW_CLASSES = 6
 
 
 @dataclass(frozen=True)
@@ -35,9 +39,11 @@ class Batch:
 
     x0: np.ndarray  # [b, C, S, S] float32
     labels: np.ndarray  # [b] int64, the null class where the label was dropped
+    captions: EncodedCaptions | None  # of the images, the empty caption where it was dropped
     times: np.ndarray  # [b] the model's own times: int64, or float32 where time is continuous
     noise: np.ndarray  # [b, C, S, S] float32
-    gate_seed: int
+    gate_seed: int  # of the whole iteration, the same in all processes
+    first: int  # position of the first image in the batch of all processes
 
 
 def stream(seed: int, purpose: Purpose, *where: int) -> np.random.Generator:
@@ -57,14 +63,15 @@ def sample_indices(seed: int, first: int, count: int, total: int) -> np.ndarray:
     return np.array([orders[position // total][position % total] for position in positions], np.int64)
 
 
-def stratified_times(rng: np.random.Generator, process: Process, first: int, count: int) -> np.ndarray:
-    """The model's own times for batch elements `first ..`, [count]: each from one of the four quarters in turn.
+def stratified_times(generators: Sequence[np.random.Generator], process: Process, first: int) -> np.ndarray:
+    """The model's own times for batch elements `first ..`, [n]: each from one of the four quarters in turn.
 
     int64 in 0..999, or where time is continuous float32 in 0 .. 1 (flow) or 0 .. 999 (vp-sde), uniform in each quarter.
     """
     steps = TRAIN_STEPS if process.discrete else _FRACTIONS
     width = steps // QUARTERS
-    drawn = (np.arange(first, first + count) % QUARTERS) * width + rng.integers(0, width, count)
+    within = np.array([each.integers(0, width) for each in generators], np.int64)
+    drawn = np.arange(first, first + len(within)) % QUARTERS * width + within
     if process.discrete:
         return drawn
     last = 1 if process.flow else TRAIN_STEPS - 1
@@ -90,27 +97,44 @@ class BatchSource:
     def batch(self, iteration: int) -> Batch:
         """This process' share of iteration `iteration` (from 0)."""
         share = self.batch_size // self.processes
-        offset = self.process * share
-        indices = sample_indices(self.seed, iteration * self.batch_size + offset, share, len(self.data))
-        return self._draw(
-            stream(self.seed, Purpose.BATCH, iteration, self.process), indices, offset, self.label_dropout
-        )
+        first = self.process * share
+        indices = sample_indices(self.seed, iteration * self.batch_size + first, share, len(self.data))
+        generators = [stream(self.seed, Purpose.BATCH, iteration, first + at) for at in range(share)]
+        gate_seed = int(stream(self.seed, Purpose.GATES, iteration).integers(0, 2**62))
+        return self._draw(generators, indices, first, self.label_dropout, gate_seed)
 
     def probe(self, count: int) -> Batch:
-        """A fixed batch for monitoring a run: the first `count` images, with all labels."""
+        """A fixed batch for monitoring a run: the first `count` images, with all labels and captions."""
         indices = sample_indices(self.seed, 0, count, len(self.data))
-        return self._draw(stream(self.seed, Purpose.PROBE), indices, 0, 0.0)
+        return self._draw([stream(self.seed, Purpose.PROBE, at) for at in range(count)], indices, 0, 0.0, 0)
 
-    def _draw(self, rng: np.random.Generator, indices: np.ndarray, offset: int, dropout: float) -> Batch:
-        images, labels = self.data.batch(indices)
-        if self.data.flip:
-            mirrored = rng.random(len(indices)) < 0.5
-            images = np.where(mirrored[:, None, None, None], images[..., ::-1], images)
-        dropped = rng.random(len(indices)) < dropout
+    def _draw(
+        self,
+        generators: Sequence[np.random.Generator],
+        indices: np.ndarray,
+        first: int,
+        dropout: float,
+        gate_seed: int,
+    ) -> Batch:
+        examples = self.data.batch(indices, generators)
+        dropped = np.array([each.random() < dropout for each in generators])
+        captions = examples.captions
+        shape = examples.images.shape[1:]
         return Batch(
-            x0=np.ascontiguousarray(images, np.float32),
-            labels=np.where(dropped, self.null_class, labels),
-            times=stratified_times(rng, self.diffusion, offset, len(indices)),
-            noise=rng.standard_normal(images.shape, np.float32),
-            gate_seed=int(rng.integers(0, 2**62)),
+            x0=np.ascontiguousarray(examples.images, np.float32),
+            labels=np.where(dropped, self.null_class, examples.labels),
+            captions=None if captions is None else _without(captions, dropped, self.data.no_caption()),
+            times=stratified_times(generators, self.diffusion, first),
+            noise=np.stack([each.standard_normal(shape, np.float32) for each in generators]),
+            gate_seed=gate_seed,
+            first=first,
         )
+
+
+def _without(captions: EncodedCaptions, dropped: np.ndarray, empty: EncodedCaptions) -> EncodedCaptions:
+    """Captions [n, L, channels], with the empty one, padded to L tokens, in place of those of `dropped`, bool [n]."""
+    embeddings, mask = captions.embeddings.copy(), captions.mask.copy()
+    tokens = empty.mask.shape[1]
+    embeddings[dropped], mask[dropped] = 0, False
+    embeddings[dropped, :tokens], mask[dropped, :tokens] = empty.embeddings, empty.mask
+    return EncodedCaptions(embeddings, mask)

@@ -18,11 +18,11 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from dydit.data.opened import open_data
 from dydit.models.config import ModelConfig
 from dydit.models.registry import architecture_of
 from dydit.models.routers import Gating, Static
 from dydit.models.text import TextRows
-from dydit.training.data import open_data
 from dydit.training.losses import ProcessTensors
 from dydit.training.objective import Objective
 from dydit.training.recipe import Precision, Recipe, Stage
@@ -76,7 +76,7 @@ class StepTime:
 def describe(recipes: Sequence[Recipe], measure: Callable[[Recipe], StepTime] | None = None) -> list[str]:
     """The lines of a dry run. `measure`: how a step is measured; by default on this machine."""
     last = recipes[-1]
-    images = len(open_data(last.data, last.model)) if last.data else None
+    images = len(open_data(last.data)) if last.data else None
     lines = [_row("data", _data_words(last, images)), *_model_lines(last.model)]
     for number, run in enumerate(recipes):
         lines += [_row("" if number else "run", _length_words(run, images)), _row("", _rate_words(run))]

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from dydit.data.small_sets import Digits, digits_pixels
 from dydit.errors import ConfigError
 from dydit.extras import require
 from dydit.models.config import ModelConfig
 from dydit.models.macs import flops_ratio
-from dydit.training.data import Digits, digits_pixels
 
 
 @dataclass(frozen=True)

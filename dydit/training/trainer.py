@@ -20,12 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from dydit.checkpoints.checkpoint import save_checkpoint
+from dydit.data.opened import data_for
 from dydit.errors import CheckpointError, ConfigError, TrainingError
 from dydit.files import sha256_of, user_path, write_json
 from dydit.models.dynamic import DynamicModel
 from dydit.models.registry import architecture_of
 from dydit.training.curves import draw_curves
-from dydit.training.data import open_data
 from dydit.training.draws import BatchSource
 from dydit.training.losses import ProcessTensors
 from dydit.training.objective import Objective, probe, tensors
@@ -100,7 +100,7 @@ def train(recipe: Recipe, out: Path, resume: bool = False, progress: Progress | 
     from accelerate import Accelerator
 
     out = user_path(out)
-    data = open_data(recipe.data, recipe.model)
+    data = data_for(recipe.data, recipe.model)
     recipe = with_process_of_start(recipe)
     accelerator = Accelerator(mixed_precision="bf16" if recipe.precision is Precision.BF16 else "no")
     leave_group_at_exit()

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dydit.data.small_sets import Digits
 from dydit.errors import ConfigError
 from dydit.models.dit.config import DiTConfig
 from dydit.parity.frechet import COMPONENTS, LEAST_IMAGES, FrechetReference, pictures
-from dydit.training.data import Digits
 
 DIGITS = DiTConfig(hidden_size=64, depth=1, num_heads=4, patch_size=2, input_size=16, in_channels=1, num_classes=10)
 

@@ -14,7 +14,7 @@ from dydit.errors import CheckpointError, ConfigError
 from dydit.models.config import ModelConfig, Routers, Space, TextSpec
 from dydit.models.registry import architecture
 from dydit.models.synthetic import synthetic_model
-from dydit.training.completion import DataFacts, complete_model, require_fit
+from dydit.training.completion import DataFacts, complete_model, data_facts, require_fit
 from dydit.training.recipe import Recipe, Stage
 from dydit.training.recipe_files import find_recipes
 
@@ -75,6 +75,15 @@ def test_the_data_decide_what_nothing_else_states() -> None:
     texts = DataFacts((4, 8, 8), 0, text=TextSpec(20, 384))
     pixart = {"architecture": "pixart", "hidden_size": 48, "depth": 2, "num_heads": 4}
     assert completed(pixart, "static", None, texts).text == TextSpec(20, 384)
+
+
+def test_facts_of_data_reach_the_recipe() -> None:
+    sizes = ["model.hidden_size=32", "model.depth=2", "model.num_heads=2", "model.patch_size=4", "data=emoji"]
+    (recipe,) = find_recipes("dit-s2", [*sizes, "model.input_size=32"])
+    assert (recipe.model.in_channels, recipe.model.classes.count, recipe.model.space) == (3, 9, Space.PIXELS)
+    assert recipe.model.class_names is not None and "Flags" in recipe.model.class_names
+    facts = data_facts("digits")
+    assert (facts.shape, facts.classes, facts.class_names, facts.text) == ((1, 16, 16), 10, None, None)
 
 
 @pytest.mark.parametrize("routers", [Routers.NONE, Routers.FIRST_ON, Routers.ALL_ROUTED])
@@ -151,5 +160,5 @@ def test_a_start_that_cannot_be_read(tmp_path: Path) -> None:
         find_recipes("finetune", [f"init={tmp_path / 'bad.pt'}", "data=digits"])
     (recipe,) = find_recipes("digits-dynamic", [f"init={tmp_path / 'none.pt'}"])
     assert isinstance(recipe, Recipe), "refused when the run starts"
-    with pytest.raises(ConfigError, match="unknown data 'nothing'; known: digits"):
+    with pytest.raises(ConfigError, match="unknown data 'nothing'; known: digits, emoji"):
         find_recipes("digits", ["data=nothing"])

@@ -1,35 +1,43 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dydit.data.dataset import EncodedCaptions, Examples
+from dydit.data.small_sets import Digits
 from dydit.diffusion.process import NoiseSchedule, Prediction, Process
-from dydit.training.data import Digits
+from dydit.models.config import Space, TextSpec
 from dydit.training.draws import Batch, BatchSource, Purpose, sample_indices, stratified_times, stream
 
 FLOW = Process(schedule=NoiseSchedule.FLOW, prediction=Prediction.VELOCITY)
 VP_SDE = Process(schedule=NoiseSchedule.VP_SDE)
 
 
-class Ramp:
-    """Images whose pixels tell their index and column; mirrored ones are told apart."""
+class Captioned:
+    """Images whose pixels tell their index, with captions of one token and an empty caption of two."""
 
-    shape = (1, 4, 4)
-    num_classes = 3
-
-    def __init__(self, flip: bool):
-        self.flip = flip
+    shape, space, classes, class_names = (1, 4, 4), Space.PIXELS, 3, None
+    text = TextSpec(3, 2)
 
     def __len__(self) -> int:
         return 40
 
-    def batch(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        columns = np.arange(4, dtype=np.float32) / 10
-        return np.broadcast_to(indices[:, None, None, None] + columns, (len(indices), 1, 4, 4)), indices % 3
+    def batch(self, indices: np.ndarray, generators: Sequence[np.random.Generator]) -> Examples:
+        count = len(indices)
+        images = np.broadcast_to(indices[:, None, None, None], (count, *self.shape)).astype(np.float32)
+        embeddings = np.ones((count, 3, 2), np.float32)
+        return Examples(images, indices % 3, EncodedCaptions(embeddings, np.tile([True, False, False], (count, 1))))
+
+    def no_caption(self) -> EncodedCaptions:
+        return EncodedCaptions(np.full((1, 2, 2), 7, np.float32), np.ones((1, 2), bool))
+
+
+def generators(count: int, seed: int = 0) -> list[np.random.Generator]:
+    return [np.random.default_rng([seed, each]) for each in range(count)]
 
 
 @pytest.fixture
@@ -61,23 +69,23 @@ def test_epochs_are_shuffled_differently() -> None:
 @given(st.integers(0, 99), st.integers(0, 50), st.integers(1, 64))
 def test_timesteps_come_from_the_quarters_in_turn(seed: int, first: int, count: int) -> None:
     quarters = (first + np.arange(count)) % 4
-    timesteps = stratified_times(np.random.default_rng(seed), Process(), first, count)
-    assert (timesteps == quarters * 250 + np.random.default_rng(seed).integers(0, 250, count)).all()
+    timesteps = stratified_times(generators(count, seed), Process(), first)
+    assert (timesteps == quarters * 250 + [each.integers(0, 250) for each in generators(count, seed)]).all()
     for process, last in ((FLOW, 1), (VP_SDE, 999)):
-        times = stratified_times(np.random.default_rng(seed), process, first, count)
+        times = stratified_times(generators(count, seed), process, first)
         assert times.dtype == np.float32
         assert (times >= quarters / 4 * last).all() and (times <= (quarters + 1) / 4 * last).all()
 
 
 def test_timesteps_cover_their_quarters() -> None:
-    timesteps = stratified_times(np.random.default_rng(0), Process(), 0, 40_000)
+    timesteps = stratified_times([np.random.default_rng(0)] * 40_000, Process(), 0)
     assert timesteps.dtype == np.int64
     assert len(np.unique(timesteps)) == 1000 and timesteps.min() == 0 and timesteps.max() == 999
 
 
 @pytest.mark.parametrize(("process", "last"), [(FLOW, 1), (VP_SDE, 999)])
 def test_continuous_times_are_uniform(process: Process, last: int) -> None:
-    times = np.sort(stratified_times(np.random.default_rng(0), process, 0, 40_000)) / last
+    times = np.sort(stratified_times([np.random.default_rng(0)] * 40_000, process, 0)) / last
     assert np.abs(times - np.arange(40_000) / 40_000).max() < 0.01
     assert len(np.unique(times)) > 39_000
 
@@ -96,24 +104,41 @@ def same(a: Batch, b: Batch) -> bool:
     return a.gate_seed == b.gate_seed and all((getattr(a, name) == getattr(b, name)).all() for name in arrays)
 
 
-def test_a_batch_depends_on_seed_iteration_and_process_alone(source: Callable[..., BatchSource]) -> None:
+def test_a_batch_depends_on_seed_and_iteration_alone(source: Callable[..., BatchSource]) -> None:
     reference = source().batch(7)
     late = source()
     late.batch(3)
     assert same(late.batch(7), reference)
     assert not (source().batch(8).noise == reference.noise).any()
     assert not (source(seed=4).batch(7).noise == reference.noise).any()
-    other = source(processes=2, process=1).batch(7)
-    assert not (other.noise == reference.noise[8:]).any()
 
 
-def test_processes_share_the_images_and_keep_the_quarters(source: Callable[..., BatchSource]) -> None:
-    whole = source(label_dropout=0.0).batch(5)
-    parts = [source(label_dropout=0.0, process=process, processes=4).batch(5) for process in range(4)]
-    assert (np.concatenate([part.x0 for part in parts]) == whole.x0).all()
-    assert (np.concatenate([part.labels for part in parts]) == whole.labels).all()
-    assert (np.concatenate([part.times for part in parts]) // 250 == whole.times // 250).all()
-    assert len({part.gate_seed for part in parts}) == 4
+@pytest.mark.parametrize("processes", [2, 4, 8])
+@pytest.mark.parametrize("process", [Process(), FLOW])
+def test_processes_share_the_batch_of_one(source: Callable[..., BatchSource], processes: int, process: Process) -> None:
+    whole = source(diffusion=process, data=Captioned()).batch(5)
+    parts = [
+        source(diffusion=process, data=Captioned(), process=each, processes=processes).batch(5)
+        for each in range(processes)
+    ]
+    for name in ("x0", "labels", "times", "noise"):
+        assert (np.concatenate([getattr(part, name) for part in parts]) == getattr(whole, name)).all(), name
+    captions = [part.captions for part in parts]
+    assert (np.concatenate([each.embeddings for each in captions if each]) == whole.captions.embeddings).all()  # type: ignore[union-attr]
+    assert {part.gate_seed for part in parts} == {whole.gate_seed}
+    assert [part.first for part in parts] == [each * 16 // processes for each in range(processes)]
+
+
+def test_dropped_captions_are_the_empty_one(source: Callable[..., BatchSource]) -> None:
+    batch = source(data=Captioned(), null_class=3, batch_size=40).batch(0)
+    assert batch.captions is not None
+    dropped = batch.labels == 3
+    assert 5 < dropped.sum() < 35
+    assert (batch.captions.embeddings[dropped] == [[7, 7], [7, 7], [0, 0]]).all()
+    assert (batch.captions.mask[dropped] == [True, True, False]).all()
+    assert (batch.captions.mask[~dropped] == [True, False, False]).all() and (
+        batch.captions.embeddings[~dropped] == 1
+    ).all()
 
 
 def test_labels_are_dropped_at_their_rate(source: Callable[..., BatchSource]) -> None:
@@ -132,13 +157,6 @@ def test_noise_is_normal(source: Callable[..., BatchSource]) -> None:
 def test_the_probe_keeps_its_labels_and_stays(source: Callable[..., BatchSource]) -> None:
     assert same(source().probe(32), source().probe(32))
     assert (source().probe(32).labels < 10).all()
-
-
-def test_images_are_mirrored_only_where_the_data_says_so(source: Callable[..., BatchSource]) -> None:
-    plain = source(data=Ramp(flip=False)).batch(0).x0
-    assert (np.diff(plain[:, 0, 0]) > 0).all()
-    rising = (np.diff(source(data=Ramp(flip=True), batch_size=40).batch(0).x0[:, 0, 0]) > 0).all(1)
-    assert 5 < rising.sum() < 35
 
 
 def test_streams_of_different_purposes_differ() -> None:

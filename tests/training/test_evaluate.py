@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dydit.data.small_sets import Digits
 from dydit.errors import ConfigError
 from dydit.models.config import ModelConfig
 from dydit.models.transformer.units import attention_macs, mlp_macs
-from dydit.training.data import Digits
 from dydit.training.evaluate import dynamics, evaluate_digits, frechet_distance
 
 
@@ -22,7 +22,7 @@ def test_real_digits_are_judged_real() -> None:
 def test_the_classifier_is_good_on_digits_that_it_has_not_seen() -> None:
     from sklearn.svm import SVC
 
-    from dydit.training.data import digits_pixels
+    from dydit.data.small_sets import digits_pixels
 
     data = Digits()
     features = digits_pixels(data.images)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dydit.checkpoints.checkpoint import load_checkpoint, save_checkpoint
+from dydit.data.small_sets import Digits
 from dydit.diffusion.process import NoiseSchedule, Prediction, Process
 from dydit.diffusion.samplers import Sampler
 from dydit.errors import ConfigError
@@ -22,7 +23,6 @@ from dydit.export.settings import ExportConfig
 from dydit.models.config import ModelConfig
 from dydit.models.dit.model import DiT
 from dydit.runtime.pipeline import DyDiTPipeline
-from dydit.training.data import Digits
 from dydit.training.draws import BatchSource
 from dydit.training.losses import ProcessTensors
 from dydit.training.objective import Objective, probe, tensors

@@ -257,7 +257,7 @@ def test_the_learning_rate_warms_up_and_falls(small_recipe: Make) -> None:
 def test_the_probe_sees_the_gates_of_inference(
     static_config: ModelConfig, dynamic_recipe: Make, randomised: Randomised
 ) -> None:
-    from dydit.training.data import Digits
+    from dydit.data.small_sets import Digits
 
     batch = BatchSource(Digits(), 0, 8, 0.1, 10, Process()).probe(32)
     model = randomised(dynamic_recipe().model)

@@ -5,14 +5,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dydit.data.opened import data_for, open_data
+from dydit.data.small_sets import Digits, Emoji, digits_pixels, enlarge
 from dydit.errors import ConfigError
 from dydit.models.config import ModelConfig
-from dydit.training.data import Digits, digits_pixels, enlarge, open_data
+
+
+def generators(count: int) -> list[np.random.Generator]:
+    return [np.random.default_rng(each) for each in range(count)]
 
 
 def test_digits_are_images_in_range_with_their_labels() -> None:
     data = Digits()
-    images, labels = data.batch(np.array([0, 5, 1796]))
+    examples = data.batch(np.array([0, 5, 1796]), generators(3))
+    images, labels = examples.images, examples.labels
     assert images.dtype == np.float32 and images.shape == (3, 1, 16, 16)
     assert labels.dtype == np.int64 and labels.tolist() == [0, 5, 8]
     assert len(data) == 1797 and data.images.min() == -1 and data.images.max() == 1
@@ -65,7 +71,7 @@ def test_pixels_refuse_other_shapes() -> None:
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("imagenet", {}, "unknown data 'imagenet'; known: digits"),
+        ("imagenet", {}, "unknown data 'imagenet'; known: digits, emoji"),
         ("digits", {"input_size": 32}, r"images of \(1, 16, 16\), but the model takes \(1, 32, 32\)"),
         ("digits", {"in_channels": 3}, "but the model takes"),
         ("digits", {"num_classes": 9}, "10 classes, but the model has 9"),
@@ -75,13 +81,36 @@ def test_data_that_does_not_fit_is_refused(
     name: str, changes: dict[str, int], message: str, static_config: ModelConfig
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        open_data(name, static_config.model_copy(update=changes))
+        data_for(name, static_config.model_copy(update=changes))
 
 
 def test_an_unconditional_model_gets_the_images_without_labels(static_config: ModelConfig) -> None:
     unconditional = static_config.model_copy(update={"num_classes": 1, "null_class_row": False})
-    data, labelled = open_data("digits", unconditional), open_data("digits", static_config)
+    data, labelled = data_for("digits", unconditional), data_for("digits", static_config)
     indices = np.array([3, 5])
-    images, labels = data.batch(indices)
-    assert np.array_equal(images, labelled.batch(indices)[0]) and labels.tolist() == [0, 0]
+    examples = data.batch(indices, generators(2))
+    assert np.array_equal(examples.images, labelled.batch(indices, generators(2)).images)
+    assert examples.labels.tolist() == [0, 0]
     assert (len(data), data.shape, data.classes) == (len(labelled), labelled.shape, 1)
+
+
+def test_emoji_are_colour_images_with_classes_and_captions() -> None:
+    data = open_data("emoji")
+    assert isinstance(data, Emoji)
+    assert len(data) == len(data.labels) == len(data.captions) == 1906 and data.shape == (3, 32, 32)
+    assert data.classes == 9 and "Flags" in data.class_names and np.bincount(data.labels).min() > 80
+    examples = data.batch(np.arange(1906), generators(1906))
+    assert examples.images.dtype == np.float32 and examples.images.min() == -1 and examples.images.max() == 1
+    red = data.images[data.captions.index("heavy black heart")].astype(int)
+    assert red[0, 16, 16] > 200 > 100 > red[2, 16, 16], "the heart is red"
+
+
+def test_emoji_are_mirrored_but_for_flags_and_symbols() -> None:
+    data = Emoji()
+    images = data.batch(np.arange(len(data)), generators(len(data))).images
+    plain = data.images / np.float32(127.5) - 1
+    mirrored = (images != plain).any((1, 2, 3))
+    names = np.array(data.class_names)[data.labels]
+    kept = np.isin(names, ["Flags", "Symbols"])
+    assert not mirrored[kept].any() and 0.4 < mirrored[~kept].mean() < 0.6
+    assert (images[mirrored] == plain[mirrored][..., ::-1]).all()
