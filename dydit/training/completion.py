@@ -159,8 +159,8 @@ def require_fit(model: ModelConfig, data: DataFacts, name: str) -> None:
     expected = (model.in_channels, model.input_size, model.input_size)
     if data.shape != expected:
         raise ConfigError(
-            f"data {name} has images of {data.shape}, but the model takes {expected}; change model.input_size and "
-            "model.in_channels, or prepare the data for this model"
+            f"data {name} has images of {data.shape}, but the model takes {expected}; give data of this shape, or a "
+            "model for these data"
         )
     if data.space is not None and model.space is not None and data.space is not model.space:
         raise ConfigError(f"data {name} holds {data.space.value}, but the model is one of {model.space.value}")

@@ -62,7 +62,7 @@ class Recipe(Strict):
     stage: Stage
     model: ModelConfig = Field(
         description="sizes of the model; model.process: how noise is added and what the model predicts, as --schedule "
-        "and --prediction set it"
+        "and --prediction set it; model.token_scope: token, or layer to skip MLPs for all tokens of an image together"
     )
     data: str
     init: str | None = Field(default=None, description="checkpoint to start from; new weights if absent")

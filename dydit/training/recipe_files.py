@@ -194,7 +194,8 @@ def _fields_of_models(named: Any) -> dict[str, Any]:
     kinds = [architecture(named)] if isinstance(named, str) else architectures()
     fields: dict[str, Any] = {"preset": None}
     for each in kinds:
-        fields |= each.config.model_fields
+        config = each.config
+        fields |= {name: field for name, field in config.model_fields.items() if name not in config.OF_A_RUN}
     return fields
 
 

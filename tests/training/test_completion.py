@@ -126,7 +126,7 @@ def test_the_process_is_not_decided_here(static_config: ModelConfig, start: Any)
     [
         (
             DataFacts((3, 16, 16), 10),
-            r"mine has images of \(3, 16, 16\), but the model takes \(1, 16, 16\); change",
+            r"mine has images of \(3, 16, 16\), but the model takes \(1, 16, 16\); give",
         ),
         (DataFacts((1, 32, 32), 10), r"images of \(1, 32, 32\)"),
         (DataFacts((1, 16, 16), 11), "data mine has 11 classes, but the model has 10"),
