@@ -26,6 +26,7 @@ from dydit.models.text import TextRows
 from dydit.training.losses import ProcessTensors
 from dydit.training.objective import Objective
 from dydit.training.recipe import Precision, Recipe, Stage
+from dydit.training.start import start_note
 from dydit.words import counted, duration
 
 FP32 = 4
@@ -78,6 +79,8 @@ def describe(recipes: Sequence[Recipe], measure: Callable[[Recipe], StepTime] | 
     last = recipes[-1]
     images = len(open_data(last.data)) if last.data else None
     lines = [_row("data", _data_words(last, images)), *_model_lines(last.model)]
+    if note := start_note(recipes[0]):
+        lines.append(_row("start", note))
     for number, run in enumerate(recipes):
         lines += [_row("" if number else "run", _length_words(run, images)), _row("", _rate_words(run))]
     lines += _memory_lines(max(recipes, key=lambda run: memory(run).total))

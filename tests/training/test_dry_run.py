@@ -90,14 +90,16 @@ def test_a_step_is_measured(kind: str, small_recipe: Any, static_config: ModelCo
 
 def test_the_command_says_and_writes_nothing_else(run: Any, tmp_path: Path, static_config: ModelConfig) -> None:
     init = tmp_path / "start.safetensors"
-    save_checkpoint(init, synthetic_model(static_config), static_config)
+    config = static_config.with_classes(12)
+    save_checkpoint(init, synthetic_model(config), config)
     before = sorted(tmp_path.iterdir())
     call = ["train", "--recipe", "finetune", "--init", init, "--dry-run"]
     done = run(*call)
     assert done.code == 0, done.err
-    assert "data    not given (--data PATH); the recipe takes 1x16x16, 10 classes" in done.out.splitlines()
+    assert "data    not given (--data PATH); the recipe takes 1x16x16, 12 classes" in done.out.splitlines()
     done = run(*call, "--data", "digits", "--out", tmp_path / "out", "settle.iterations=100")
     assert "data    digits: 1,797 images of 1x16x16, 10 classes" in done.out.splitlines()
+    assert f"start   the class table of {init} (12 classes) is rebuilt for 10 classes" in done.out
     assert "finetune-settle: 100 iterations of 64 images, 3.56 epochs" in done.out
     assert sorted(tmp_path.iterdir()) == before
     assert run("train", "--recipe", "finetune", "--init", init).code == 2, "--out is missing"
