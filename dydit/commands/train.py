@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -14,7 +16,8 @@ from dydit.commands.progress import show_progress
 from dydit.commands.suggestions import next_line
 from dydit.diffusion.process import NoiseSchedule, Prediction
 from dydit.extras import CHECKPOINTS, require
-from dydit.training.recipe import RECIPES, Recipe
+from dydit.training.recipe import Recipe
+from dydit.training.recipe_files import descriptions, find_recipes, recipe_text
 from dydit.words import counted, duration
 
 
@@ -27,21 +30,52 @@ def recipe_settings() -> str:
     return "\n".join(lines)
 
 
+class _UnlessDry(click.Option):
+    """An option that is required, unless --dry-run is given."""
+
+    def process_value(self, ctx: click.Context, value: Any) -> Any:
+        if ctx.params.get("dry_run") and self.value_is_missing(value):
+            return None
+        return super().process_value(ctx, value)
+
+
+def _list_recipes(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
+    if asked:
+        lines = descriptions()
+        width = max(map(len, lines))
+        for name, line in lines.items():
+            click.echo(f"{name:{width}}  {line}")
+        ctx.exit()
+
+
+def _show_recipe(ctx: click.Context, _: click.Parameter, name: str | None) -> None:
+    if name is not None:
+        click.echo(recipe_text(name), nl=False)
+        ctx.exit()
+
+
 @click.command(
     cls=Command, epilog=f"\b\nSettings and their defaults (a recipe may set other defaults):\n{recipe_settings()}"
 )
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option(
     "--recipe",
-    type=click.Choice(tuple(RECIPES)),
     required=True,
-    help="What to train. digits consists of three runs: a static model, a dynamic model that starts from its weights, "
-    "and a last run whose gates decide as they do at inference. digits-static, digits-dynamic and digits-settle are "
-    "these runs one by one.",
+    metavar="NAME|FILE",
+    help="What to train: a recipe of dydit (see --list-recipes), or a TOML file, whose path has a / or ends in .toml. "
+    "A recipe may consist of several runs: digits trains a static model, a dynamic model that starts from its weights, "
+    "and in a last run the same with gates that decide as they do at inference. digits-static, digits-dynamic and "
+    "digits-settle are these runs one by one.",
 )
 @click.option(
-    "--out", type=PATH, required=True, help="Folder for the run. Must be empty or absent, unless --resume is given."
+    "--out",
+    cls=_UnlessDry,
+    type=PATH,
+    required=True,
+    help="Folder for the run. Must be empty or absent, unless --resume is given.",
 )
+@click.option("--data", metavar="NAME|FOLDER", help="Data to train on, the same as data=...")
+@click.option("--init", metavar="CHECKPOINT", help="Checkpoint to start from, the same as init=...")
 @click.option(
     "--resume",
     is_flag=True,
@@ -59,8 +93,39 @@ def recipe_settings() -> str:
     help="What the model predicts, the same as model.process.prediction=... Default: that of the checkpoint init, or "
     "epsilon. A flow predicts velocity.",
 )
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    is_eager=True,
+    help="Print the data, the model, the schedule, and estimates of memory and time, and write nothing. The time is "
+    "estimated from a few steps of a small part of the model on this machine.",
+)
+@click.option(
+    "--list-recipes",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_list_recipes,
+    help="List the recipes of dydit, and exit.",
+)
+@click.option(
+    "--show-recipe",
+    is_eager=True,
+    expose_value=False,
+    callback=_show_recipe,
+    metavar="NAME",
+    help="Print the file of a recipe, to be copied and changed, and exit.",
+)
 def command(
-    overrides: tuple[str, ...], recipe: str, out: Path, resume: bool, schedule: str | None, prediction: str | None
+    overrides: tuple[str, ...],
+    recipe: str,
+    out: Path | None,
+    data: str | None,
+    init: str | None,
+    resume: bool,
+    schedule: str | None,
+    prediction: str | None,
+    dry_run: bool,
 ) -> None:
     """Train a model with a recipe, on the CPU or the GPUs of this machine.
 
@@ -69,16 +134,29 @@ def command(
     model.safetensors, train.json, log.jsonl and curves.png.
     """
     require("dydit train", [*CHECKPOINTS, "accelerate", "sklearn", "matplotlib"])
-    from dydit.training.recipe import find_recipes
-    from dydit.training.sequence import train_sequence
+    stated = _as_overrides(
+        {"data": data, "init": init, "model.process.schedule": schedule, "model.process.prediction": prediction}
+    )
+    recipes = find_recipes(recipe, [*overrides, *stated], data_needed=not dry_run)
+    if dry_run:
+        from dydit.training.dry_run import describe
 
-    process = {"schedule": schedule, "prediction": prediction}
-    stated = [f"model.process.{name}={value}" for name, value in process.items() if value is not None]
-    recipes = find_recipes(recipe, [*overrides, *stated])
+        click.echo("\n".join(describe(recipes)))
+        return
+    assert out is not None
+    from dydit.training.sequence import train_sequence
+    from dydit.training.start import start_note
+
     with show_progress("train") as progress:
+        if note := start_note(recipes[0]):
+            progress.note(note)
         results = train_sequence(recipes, out, resume, progress)
     for result in results:
         iterations = counted(result.summary["iterations"], "iteration")
         note = f"; {result.note}" if result.note else ""
         say(f"{result.model}: {iterations} in {duration(result.summary['seconds'])}{note}")
     say(next_line("export", results[-1].model, "--out", "BUNDLE"))
+
+
+def _as_overrides(values: Mapping[str, str | None]) -> list[str]:
+    return [f"{name}={value}" for name, value in values.items() if value is not None]

@@ -51,6 +51,13 @@ class Routers(StrEnum):
     ALL_ROUTED = "all-routed"  # a logit for every unit, as in an older release; every unit may be off
 
 
+class TokenScope(StrEnum):
+    """What a token router decides on."""
+
+    TOKEN = "token"  # every token of an image
+    LAYER = "layer"  # all tokens of an image together, by the mean of their logits: the MLP is skipped or not
+
+
 class Space(StrEnum):
     """What a model was trained on, and therefore samples."""
 
@@ -92,13 +99,19 @@ class ModelConfig(Strict):
 
     `hidden_size`: channels D of the residual stream. `depth`: the number of blocks L. `input_size`: the side of the
     square of latents or pixels, which has `in_channels` channels. `learn_sigma`: whether the output has as many further
-    channels, for the variance. `space`: what the model was trained on. Weights do not show it, so it is None unless the
-    checkpoint, its folder or the user states it; `samples_pixels` then depends on the number of channels. `process`:
-    how noise was added in training, and what the output predicts; None if nothing states it.
+    channels, for the variance. `token_scope`: what token routers decide on. `space`: what the model was trained on.
+    Weights do not show it, so it is None unless the checkpoint, its folder or the user states it; `samples_pixels` then
+    depends on the number of channels. `process`: how noise was added in training, and what the output predicts; None if
+    nothing states it.
     `class_names`: a text for each class, of one or more names with commas between them; None if nothing states them.
     """
 
-    UNSTATED: ClassVar[dict[str, Any]] = {"space": None, "process": None, "class_names": None}
+    UNSTATED: ClassVar[dict[str, Any]] = {
+        "token_scope": TokenScope.TOKEN,
+        "space": None,
+        "process": None,
+        "class_names": None,
+    }
     OF_A_RUN: ClassVar[frozenset[str]] = frozenset()  # fields that are set for a run, and are in no file
 
     architecture: str
@@ -108,6 +121,7 @@ class ModelConfig(Strict):
     in_channels: int = Field(default=4, gt=0)
     learn_sigma: bool = True
     routers: Routers = Routers.FIRST_ON
+    token_scope: TokenScope = TokenScope.TOKEN
     space: Space | None = None
     process: Process | None = None
     class_names: tuple[str, ...] | None = Field(default=None, repr=False)
@@ -179,6 +193,10 @@ class ModelConfig(Strict):
     def with_texts(self, count: int, negative: bool) -> Self:
         """The model of a run with `count` texts, whose labels are their numbers. `negative`: whether there is one."""
         raise ConfigError("this model takes class labels, not texts")
+
+    def with_classes(self, count: int) -> Self:
+        """The model with another number of classes, whose names are not stated."""
+        raise ConfigError(f"a {self.title} of this kind has no classes that could be changed")
 
     @property
     @abstractmethod
@@ -293,8 +311,9 @@ class ModelConfig(Strict):
 
     @property
     def sizes(self) -> Self:
-        """The configuration without `space`, `process` and `class_names`, which affect no weight; for comparisons."""
-        return self.model_copy(update={"space": None, "process": None, "class_names": None})
+        """The configuration without what affects no weight, such as `space` and `class_names`; for comparisons."""
+        unused = {} if self.dynamic else {"token_scope": TokenScope.TOKEN}
+        return self.model_copy(update={"space": None, "process": None, "class_names": None, **unused})
 
     def difference(self, other: ModelConfig) -> tuple[str, Any, Any]:
         """The first field in which the sizes of two models differ, with its values; they must differ in one."""
@@ -353,7 +372,7 @@ class ModelConfig(Strict):
 
     def without_routers(self) -> Self:
         """The static model of the same sizes."""
-        return self.model_copy(update={"routers": Routers.NONE})
+        return self.model_copy(update={"routers": Routers.NONE, "token_scope": TokenScope.TOKEN})
 
 
 @lru_cache(64)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dydit.models.config import ModelConfig
-from dydit.models.routers import Gating, Masked, Static, WidthRouter
+from dydit.models.routers import Gating, Masked, Static, TokenRouter, WidthRouter
 
 
 class DynamicModel(nn.Module, ABC):
@@ -40,6 +40,10 @@ class DynamicModel(nn.Module, ABC):
     @abstractmethod
     def width_routers(self) -> Sequence[WidthRouter]:
         """The width routers of all parts, in the order of the axis of units (`UnitAxis.parts`)."""
+
+    def token_routers(self) -> Sequence[TokenRouter]:
+        """The token routers of all blocks."""
+        return [module for module in self.modules() if isinstance(module, TokenRouter)]
 
     def ordered_blocks(self) -> Sequence[nn.Module]:
         """The blocks in the order of execution, for models that do not have all of them in `blocks`."""

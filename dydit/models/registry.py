@@ -192,6 +192,10 @@ class Architecture(ABC):
 
     # New models.
 
+    def preset(self, name: str, **changes: Any) -> ModelConfig:
+        """A published model by name. Raises `ConfigError`, which lists the names, for any other name."""
+        raise self._unable("it has no presets")
+
     def initialize(self, model: Any, generator: torch.Generator) -> None:
         """Initialize weights for training, with routers that start with everything on."""
         raise self._unable("it cannot be trained")
@@ -199,6 +203,19 @@ class Architecture(ABC):
     def initialize_routers(self, model: Any, generator: torch.Generator, token_bias: float, width_bias: float) -> None:
         """Initialize router weights, with biases that open every gate."""
         raise self._unable("it cannot be trained")
+
+    def randomize_routers(self, model: Any, flops_ratio: float, generator: torch.Generator) -> None:
+        """Change initialized routers so that they decide at random, at a FLOPs ratio near `flops_ratio`."""
+        raise self._unable("it cannot be trained")
+
+    def with_classes(
+        self, state: Mapping[str, Tensor], config: Any, kept: Sequence[int | None], generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """A state dict of `config` with another class table: for each new class the class whose row it keeps, or None.
+
+        The other rows are drawn as for a new model. The row for "no class" is kept.
+        """
+        raise self._unable("its classes cannot be changed")
 
     def ordered_by_importance(self, state: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
         """A static model's state dict with its units in descending importance. The model computes the same function."""

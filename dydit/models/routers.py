@@ -7,7 +7,7 @@ model does not depend on how that is done.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -15,8 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dydit.models.architecture import Slots
-from dydit.models.config import ModelConfig, Routers
+from dydit.models.config import ModelConfig, Routers, TokenScope
 
+OPEN = 100.0
+"""The logits of routers that are fixed open: far above what the noise of training gates subtracts."""
 TOKEN_ROUTER = ("router.0.weight", "router.0.bias", "router.2.weight", "router.2.bias")
 """The stored tensors of a token router, within its block. Every block of a dynamic model has them."""
 
@@ -31,6 +33,17 @@ class WidthRouter(nn.Module):
         super().__init__()
         self.first_on = config.routers is Routers.FIRST_ON
         self.router = nn.Linear(config.hidden_size, units - self.first_on)
+
+    @torch.no_grad()
+    def open(self) -> None:
+        """Turn every unit on at all timesteps."""
+        self.router.weight.zero_()
+        self.router.bias.fill_(OPEN)
+
+    @property
+    def fixed(self) -> bool:
+        """Whether the router is excluded from training."""
+        return not self.router.weight.requires_grad
 
     def forward(self, t_emb: Tensor) -> Tensor:
         logits = self.router(t_emb)
@@ -59,17 +72,43 @@ def width_router_rows(
 class TokenRouter(nn.Module):
     """SDT: `Linear(D, D/16), ReLU, Linear(D/16, 1)` on tokens: [B, N, D] -> logits [B, N].
 
-    The logits of `ModelConfig.extra_tokens` are +inf.
+    The logits of `ModelConfig.extra_tokens` are +inf. With `TokenScope.LAYER`, all others are their mean.
     """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         hidden, self.always = config.token_router_hidden, config.extra_tokens
+        self.together = config.token_scope is TokenScope.LAYER
         self.mlp_head = nn.Sequential(nn.Linear(config.hidden_size, hidden), nn.ReLU(), nn.Linear(hidden, 1))
 
+    @torch.no_grad()
+    def open(self) -> None:
+        """Let every token pass."""
+        for parameter in self.parameters():
+            parameter.zero_()
+        self.mlp_head[2].bias.fill_(OPEN)
+
+    @property
+    def fixed(self) -> bool:
+        """Whether the router is excluded from training."""
+        return not self.mlp_head[2].weight.requires_grad
+
     def forward(self, x: Tensor) -> Tensor:
+        return self._of_all(self._logits(x), x, torch.inf)
+
+    def gated(self, x: Tensor, gate: Callable[[Tensor], Tensor]) -> Tensor:
+        """The gates [B, N] of tokens. `gate` turns logits into gates, once for an image with `TokenScope.LAYER`."""
+        return self._of_all(gate(self._logits(x)), x, 1.0) if self.together else gate(self(x))
+
+    def _logits(self, x: Tensor) -> Tensor:
+        """One logit for each token that is not always routed, or for an image."""
         logits = self.mlp_head(x[:, self.always :]).squeeze(-1)
-        return F.pad(logits, (self.always, 0), value=torch.inf) if self.always else logits
+        return logits.mean(1, keepdim=True) if self.together else logits
+
+    def _of_all(self, values: Tensor, x: Tensor, always: float) -> Tensor:
+        """A value for every token [B, N], which is `always` for those that are always routed."""
+        values = values.expand(-1, x.shape[1] - self.always)
+        return F.pad(values, (self.always, 0), value=always) if self.always else values
 
 
 class Gating:
@@ -81,7 +120,7 @@ class Gating:
 
     def tokens(self, block: int, router: TokenRouter | None, x: Tensor) -> Tensor | None:
         """Gates of tokens, [B, N], from the residual stream x [B, N, D] after attention."""
-        return None if router is None else self.gate(router(x))
+        return None if router is None else router.gated(x, self.gate)
 
     def gate(self, logits: Tensor) -> Tensor:
         """Logits to gates of the same shape."""
@@ -105,14 +144,28 @@ class Masked(Gating):
         return (logits.float() > 0).to(logits.dtype)
 
 
+_AT_INFERENCE = Masked()
+
+
 class GumbelSigmoid(Gating):
     """Training: 1 if sigmoid((logit + G1 - G2)/tau) > 0.5, otherwise 0, with G ~ Gumbel(0, 1).
 
-    The gradient is that of the sigmoid. `generator` draws the noise, so that a run can be repeated bit for bit.
+    The gradient is that of the sigmoid. `generator` draws the noise, so that a run can be repeated bit for bit. Routers
+    that are excluded from training decide as at inference, and pass no gradient to what they read.
     """
 
     def __init__(self, generator: torch.Generator, temperature: float = 5.0):
         self.generator, self.temperature = generator, temperature
+
+    def units(self, block: int, group: int, router: WidthRouter | None, t_emb: Tensor) -> Tensor | None:
+        if router is not None and router.fixed:
+            return _AT_INFERENCE.units(block, group, router, t_emb)
+        return super().units(block, group, router, t_emb)
+
+    def tokens(self, block: int, router: TokenRouter | None, x: Tensor) -> Tensor | None:
+        if router is not None and router.fixed:
+            return _AT_INFERENCE.tokens(block, router, x)
+        return super().tokens(block, router, x)
 
     def gate(self, logits: Tensor) -> Tensor:
         # G1 - G2 of two Gumbels is Logistic(0, 1): log u - log(1-u). An always-on unit has logit +inf and stays on.

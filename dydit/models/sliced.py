@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dydit.diffusion.sampler_step import sampler_step
 from dydit.models.architecture import Slots, UnitLayer, stored_name
-from dydit.models.config import ModelConfig
+from dydit.models.config import ModelConfig, TokenScope
 from dydit.models.registry import architecture_of
 from dydit.models.routers import TOKEN_ROUTER
 from dydit.models.text import TextRows
@@ -169,7 +169,10 @@ class SlicedModel(ABC):
         """
         assert block.router is not None
         first, first_bias, last, last_bias = block.router
-        routed = F.linear(F.relu(F.linear(x, first, first_bias)), last, last_bias)[..., 0] > 0
+        logits = F.linear(F.relu(F.linear(x, first, first_bias)), last, last_bias)[..., 0]
+        if self.config.token_scope is TokenScope.LAYER:
+            logits = logits[:, self.config.extra_tokens :].mean(1, keepdim=True).repeat(1, x.shape[1])
+        routed = logits > 0
         routed[:, : self.config.extra_tokens] = True
         self._tokens.append(routed)
         chosen, flat = routed.flatten().nonzero()[:, 0], x.flatten(0, 1)

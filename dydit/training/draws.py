@@ -30,6 +30,7 @@ class Purpose(IntEnum):
     PROBE = 3
     INITIAL_WEIGHTS = 4
     GATES = 5
+    NEW_CLASSES = 6
 
 
 @dataclass(frozen=True)

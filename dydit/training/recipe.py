@@ -1,24 +1,18 @@
 """Recipes: all settings that decide the outcome of a training run, in one frozen configuration.
 
-A named recipe is one run or a sequence of runs (static, dynamic, settle); each later run starts from the weights of the
-one before it. `key=value` overrides a setting, `model.depth=12` a nested one. In a sequence, `static.key`,
-`dynamic.key` and `settle.key` override the setting of one run, and a bare key that of all runs.
+Recipe files, which `dydit.training.recipe_files` reads, state the settings of one run or of a sequence of runs.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from enum import StrEnum
-from typing import Any, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
-from dydit.diffusion.process import NoiseSchedule, Prediction, Process
+from dydit.diffusion.process import Process
 from dydit.errors import ConfigError
-from dydit.models.config import ModelConfig, parse_config
-from dydit.models.dit.config import preset
-from dydit.models.registry import DEFAULT, architecture
+from dydit.models.config import ModelConfig
 from dydit.validation import Strict
 
 
@@ -44,6 +38,21 @@ class LearningRateSchedule(StrEnum):
     COSINE = "cosine"  # half a cosine, to a twentieth of the peak
 
 
+class StartWeights(StrEnum):
+    """Which weights of a training file a run starts from."""
+
+    EMA = "ema"  # the moving average
+    MODEL = "model"  # the weights themselves
+
+
+class Routed(StrEnum):
+    """Which routers are trained. The others are fixed open."""
+
+    BOTH = "both"
+    WIDTH = "width"  # heads and channel groups only; every token enters the MLP
+    TOKENS = "tokens"  # tokens only; every head and channel group is on
+
+
 class Recipe(Strict):
     """One training run. Defaults are those of the paper for lambda 0.5 (Zhao et al. 2025, and their code)."""
 
@@ -53,10 +62,13 @@ class Recipe(Strict):
     stage: Stage
     model: ModelConfig = Field(
         description="sizes of the model; model.process: how noise is added and what the model predicts, as --schedule "
-        "and --prediction set it"
+        "and --prediction set it; model.token_scope: token, or layer to skip MLPs for all tokens of an image together"
     )
     data: str
     init: str | None = Field(default=None, description="checkpoint to start from; new weights if absent")
+    init_weights: StartWeights | None = Field(
+        default=None, description="which weights of a training file `init`: ema or model; the average if it has one"
+    )
 
     iterations: int = Field(gt=0)
     batch_size: int = Field(default=256, gt=0, description="images per iteration, over all processes")
@@ -66,6 +78,8 @@ class Recipe(Strict):
     router_learning_rate: float = Field(
         default=1.0, gt=0, le=1e6, description="learning rate of the routers, as a multiple of `learning_rate`"
     )
+    betas: tuple[float, float] = (0.9, 0.999)
+    adam_eps: float = 1e-8
     weight_decay: float = Field(default=0.0, ge=0)
     clip_norm: float | None = Field(
         default=None, gt=0, description="scale gradients of a larger norm down to this norm"
@@ -110,6 +124,13 @@ class Recipe(Strict):
     )
     width_bias: float = 15.0
     token_bias: float = 35.0
+    routed: Routed = Field(
+        default=Routed.BOTH, description="which routers are trained: both, width or tokens; the others are fixed open"
+    )
+    random_routers: bool = Field(
+        default=False,
+        description="draw routers at random, so that they keep about lambda_target of the multiply-adds, and fix them",
+    )
 
     log_every: int = Field(default=50, gt=0)
     save_every: int = Field(default=500, gt=0)
@@ -125,6 +146,8 @@ class Recipe(Strict):
             raise ValueError("model.architecture: a model that texts condition cannot be trained; it can be exported")
         if self.label_dropout and self.model.null_class is None:
             raise ValueError("label_dropout needs a model with a null class")
+        if self.random_routers and self.routed is not Routed.BOTH:
+            raise ValueError(f"random_routers draws all routers; set routed to both, not {self.routed}")
         if self.batch_size % 4:
             raise ValueError(
                 f"batch_size {self.batch_size} is not a multiple of 4 (timesteps are drawn from four quarters)"
@@ -183,113 +206,3 @@ class Recipe(Strict):
             return 1.0
         left = self.iterations - 1 - iteration
         return min(1.0, left / (self.noise_anneal * self.iterations))
-
-
-_DIGITS = preset("digits")
-_DIGITS_STATIC = {
-    "name": "digits-static",
-    "stage": "static",
-    "model": _DIGITS.model_dump(mode="json"),
-    "data": "digits",
-    "iterations": 8000,
-    "batch_size": 32,
-    "learning_rate": 1e-3,
-    "learning_rate_schedule": "cosine",
-    "learning_rate_warmup": 100,
-    "clip_norm": 1.0,
-    "ema_decay": 0.998,
-}
-_DIGITS_DYNAMIC = {
-    **_DIGITS_STATIC,
-    "name": "digits-dynamic",
-    "stage": "dynamic",
-    "model": {**_DIGITS.model_dump(mode="json"), "routers": "first-on"},
-    "iterations": 4000,
-    "learning_rate": 5e-4,
-    "router_learning_rate": 10.0,
-    "width_bias": 5.0,
-    "token_bias": 3.0,
-    "token_weight": 10.0,
-    "token_target": 0.6,
-    "token_spread": 0.1,
-    "noise_anneal": 0.2,
-}
-_DIGITS_SETTLE = {
-    **_DIGITS_DYNAMIC,
-    "name": "digits-settle",
-    "stage": "settle",
-    "iterations": 1200,
-    "ramp_iterations": 0,
-    "ramp_hold": 0,
-    "ema_decay": 0.99,
-    "noise_anneal": 0.0,
-}
-RECIPES: dict[str, tuple[dict[str, Any], ...]] = {
-    "digits-static": (_DIGITS_STATIC,),
-    "digits-dynamic": (_DIGITS_DYNAMIC,),
-    "digits-settle": (_DIGITS_SETTLE,),
-    "digits": (_DIGITS_STATIC, _DIGITS_DYNAMIC, _DIGITS_SETTLE),
-}
-
-
-def find_recipes(name: str, overrides: Sequence[str] = ()) -> tuple[Recipe, ...]:
-    """The runs of the named recipe, with `key=value` overrides applied.
-
-    Raises `ConfigError` for an unknown recipe or key (naming those that exist) and for a value outside its range.
-    """
-    if name not in RECIPES:
-        raise ConfigError(f"unknown recipe {name!r}; known: {', '.join(RECIPES)}")
-    runs = [json.loads(json.dumps(run)) for run in RECIPES[name]]
-    stages = [run["stage"] for run in runs]
-    for word in overrides:
-        key, equals, text = word.partition("=")
-        if not equals:
-            raise ConfigError(f"{word!r} does not have the form key=value")
-        chosen = runs
-        first, _, rest = key.partition(".")
-        if first in tuple(Stage):
-            if first not in stages:
-                raise ConfigError(f"{word!r}: recipe {name} has no {first} run; it has {', '.join(stages)}")
-            chosen, key = [runs[stages.index(first)]], rest
-        for run in chosen:
-            _set(run, key.split("."), _value(text), Recipe, word)
-    for run in runs:
-        _complete_process(run["model"])
-    return tuple(parse_config(Recipe, run) for run in runs)
-
-
-def _set(values: dict[str, Any], path: list[str], value: Any, kind: type[BaseModel], word: str) -> None:
-    known = kind.model_fields
-    if path[0] not in known:
-        raise ConfigError(f"{word!r}: unknown setting {path[0]!r}; known: {', '.join(known)}")
-    if len(path) == 1:
-        values[path[0]] = value
-        return
-    annotation = known[path[0]].annotation
-    kinds = (each for each in (annotation, *get_args(annotation)) if isinstance(each, type))
-    nested = next((each for each in kinds if issubclass(each, BaseModel)), None)
-    if nested is None:
-        raise ConfigError(f"{word!r}: {path[0]} has no settings of its own")
-    if not isinstance(values.get(path[0]), dict):
-        values[path[0]] = {}
-    if nested is ModelConfig:
-        nested = architecture(str(values[path[0]].get("architecture", DEFAULT))).config
-    _set(values[path[0]], path[1:], value, nested, word)
-
-
-def _complete_process(model: Any) -> None:
-    """A flow predicts the velocity, and nothing else does, so that either of the two may be left out."""
-    process = model.get("process") if isinstance(model, dict) else None
-    if isinstance(process, dict):
-        if process.get("schedule") == NoiseSchedule.FLOW:
-            process.setdefault("prediction", Prediction.VELOCITY.value)
-        if process.get("prediction") == Prediction.VELOCITY:
-            process.setdefault("schedule", NoiseSchedule.FLOW.value)
-
-
-def _value(text: str) -> Any:
-    """The value of JSON text (numbers, true, null), else the text itself, which pydantic validates."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text

@@ -8,7 +8,8 @@ from pathlib import Path
 from dydit.errors import ConfigError, OutputError
 from dydit.files import user_path
 from dydit.training.recipe import Recipe
-from dydit.training.trainer import Progress, TrainResult, train, with_process_of_start
+from dydit.training.start import with_process_of_start
+from dydit.training.trainer import Progress, TrainResult, train
 from dydit.training.training_folder import check_folder, has_run, stored_recipe
 
 
@@ -31,7 +32,7 @@ def train_sequence(
     results: list[TrainResult] = []
     for recipe, folder in zip(recipes, folders, strict=True):
         if results:
-            recipe = recipe.model_copy(update={"init": str(results[-1].model)})
+            recipe = recipe.model_copy(update={"init": str(results[-1].model), "init_weights": None})
         results.append(train(recipe, folder, resume, progress))
     return results
 

@@ -19,18 +19,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dydit.checkpoints.checkpoint import load_checkpoint, save_checkpoint
+from dydit.checkpoints.checkpoint import save_checkpoint
 from dydit.data.opened import data_for
 from dydit.errors import CheckpointError, ConfigError, TrainingError
 from dydit.files import sha256_of, user_path, write_json
 from dydit.models.dynamic import DynamicModel
 from dydit.models.registry import architecture_of
 from dydit.training.curves import draw_curves
-from dydit.training.draws import BatchSource, Purpose, stream
+from dydit.training.draws import BatchSource
 from dydit.training.losses import ProcessTensors
 from dydit.training.objective import Objective, probe, tensors
 from dydit.training.processes import agreed, leave_group_at_exit, stopped_by_sigterm
 from dydit.training.recipe import LearningRateSchedule, Precision, Recipe, Stage
+from dydit.training.start import model_to_resume, starting_model, with_process_of_start
 from dydit.training.state import (
     CURVES,
     MODEL,
@@ -64,51 +65,6 @@ class TrainResult:
     model: Path
     summary: dict[str, Any]
     note: str = field(default="", compare=False)
-
-
-def starting_model(recipe: Recipe) -> DynamicModel:
-    """The model that a run starts from.
-
-    New weights without `init`. For a dynamic run: a static checkpoint, reordered by importance, with new routers. A
-    checkpoint with routers is used as it is.
-    """
-    generator = torch.Generator().manual_seed(int(stream(recipe.seed, Purpose.INITIAL_WEIGHTS).integers(0, 2**62)))
-    known = architecture_of(recipe.model)
-    model = known.masked(recipe.model)
-    if recipe.init is None:
-        if recipe.stage is not Stage.STATIC:
-            kind = "static" if recipe.stage is Stage.DYNAMIC else "dynamic"
-            raise ConfigError(f"recipe {recipe.name} starts from a {kind} model; give its checkpoint with init=PATH")
-        known.initialize(model, generator)
-        return model
-    start = load_checkpoint(Path(recipe.init))
-    sizes, wanted = start.config.sizes, recipe.model.sizes
-    if sizes not in (wanted, wanted.without_routers()):
-        name, *values = sizes.difference(wanted if start.config.dynamic else wanted.without_routers())
-        raise ConfigError(
-            f"init {recipe.init} is a model of other sizes than that of the recipe: {name} {values[0]}, not {values[1]}"
-        )
-    if start.config.process is not None and start.config.diffusion != recipe.model.diffusion:
-        raise ConfigError(
-            f"init {recipe.init} was trained in another way than recipe {recipe.name} trains: "
-            f"{start.config.process.words}, not {recipe.model.diffusion.words}; change model.process or init"
-        )
-    if sizes == wanted:
-        model.load_state_dict(start.state)
-        return model
-    model.load_state_dict(known.ordered_by_importance(start.state, start.config), strict=False)
-    known.initialize_routers(model, generator, recipe.token_bias, recipe.width_bias)
-    return model
-
-
-def with_process_of_start(recipe: Recipe) -> Recipe:
-    """The recipe with the process of its `init`. A file that does not exist is refused where it is needed.
-
-    Raises `ConfigError` if the recipe states another process, and `CheckpointError` if the checkpoint is unusable.
-    """
-    if recipe.init is None or not user_path(Path(recipe.init)).exists():
-        return recipe
-    return recipe.started_from(load_checkpoint(Path(recipe.init)).config, f"init {recipe.init}")
 
 
 def make_optimizer(model: DynamicModel, recipe: Recipe) -> torch.optim.AdamW:
@@ -185,7 +141,7 @@ class _Run:
                 f"{out} holds a finished run, but not its last state, so it cannot be resumed; start a new run in "
                 f"another folder, for example with init={out / MODEL}"
             )
-        model = architecture_of(recipe.model).masked(recipe.model) if saved else starting_model(recipe)
+        model = model_to_resume(recipe) if saved else starting_model(recipe)
         model.train().to(accelerator.device)
         self.ema = copy.deepcopy(model).eval().requires_grad_(False)
         optimizer = make_optimizer(model, recipe)

@@ -155,7 +155,7 @@ def test_a_pipeline_with_an_autoencoder_samples_latents(tmp_path: Path) -> None:
 
 
 def test_pixels_of_the_shipped_recipe_are_pixels() -> None:
-    from dydit.training.recipe import find_recipes
+    from dydit.training.recipe_files import find_recipes
 
     assert all(recipe.model.samples_pixels and not recipe.model.space_is_assumed for recipe in find_recipes("digits"))
 

@@ -17,7 +17,7 @@ from dydit.commands.options import parse_betas
 from dydit.commands.suggestions import reading_words
 from dydit.diffusion.process import Process
 from dydit.errors import ConfigError
-from dydit.training.trainer import starting_model
+from dydit.training.start import starting_model
 
 FLOW, V = Process(schedule="flow", prediction="velocity"), Process(prediction="v", schedule="cosine")
 AS_V = ["--prediction", "v", "--schedule", "cosine"]

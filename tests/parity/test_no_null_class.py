@@ -21,7 +21,8 @@ from dydit.models.dit.config import DiTConfig
 from dydit.models.synthetic import synthetic_model
 from dydit.parity.reference import Images, Reference
 from dydit.runtime.pipeline import DyDiTPipeline
-from dydit.training.recipe import Recipe, find_recipes
+from dydit.training.recipe import Recipe
+from dydit.training.recipe_files import find_recipes
 
 REFUSED = "needs a null class, which this model does not have"
 

@@ -25,8 +25,9 @@ from dydit.training.losses import ProcessTensors
 from dydit.training.objective import Objective, probe
 from dydit.training.recipe import Recipe, Stage
 from dydit.training.sequence import train_sequence
+from dydit.training.start import starting_model
 from dydit.training.state import read_log
-from dydit.training.trainer import learning_rate, make_optimizer, starting_model, train
+from dydit.training.trainer import learning_rate, make_optimizer, train
 
 Make = Callable[..., Recipe]
 Randomised = Callable[..., DiT]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -70,6 +71,17 @@ def test_a_run_may_get_longer_and_nothing_else(tmp_path: Path, small_recipe: Mak
         match=r"differs in iterations \(12 in the folder, 13 requested\), seed \(0 in the folder, 1 requested",
     ):
         check_folder(tmp_path / "run", small_recipe(iterations=13, seed=1), resume=True)
+
+
+def test_a_run_of_an_older_dydit_has_the_defaults_of_newer_settings(tmp_path: Path, small_recipe: Make) -> None:
+    begun(tmp_path / "run", small_recipe())
+    file = tmp_path / "run" / "recipe.json"
+    stored = json.loads(file.read_text())
+    newer = {"betas", "adam_eps", "init_weights", "routed", "random_routers"}
+    file.write_text(json.dumps({key: value for key, value in stored.items() if key not in newer}))
+    check_folder(tmp_path / "run", small_recipe(), resume=True)
+    with pytest.raises(ConfigError, match=r"differs in routed \(both in the folder, width requested\)"):
+        check_folder(tmp_path / "run", small_recipe(routed="width"), resume=True)
 
 
 def test_a_start_is_known_by_its_content(tmp_path: Path, small_recipe: Make) -> None:

@@ -144,6 +144,23 @@ class DiTArchitecture(Architecture):
 
         initialize_routers(model.blocks, generator, token_bias, width_bias)
 
+    def preset(self, name: str, **changes: Any) -> DiTConfig:
+        from dydit.models.dit.config import preset
+
+        return preset(name, **changes)
+
+    def randomize_routers(self, model: DiT, flops_ratio: float, generator: torch.Generator) -> None:
+        from dydit.models.transformer.synthetic import set_routers
+
+        set_routers(model, flops_ratio, generator)
+
+    def with_classes(
+        self, state: Mapping[str, Tensor], config: DiTConfig, kept: Sequence[int | None], generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        from dydit.models.dit.states import with_classes
+
+        return with_classes(state, config, kept, generator)
+
     def ordered_by_importance(self, state: dict[str, Tensor], config: DiTConfig) -> dict[str, Tensor]:
         from dydit.models.transformer.importance import rank_and_permute
 

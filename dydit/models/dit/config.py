@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -35,6 +35,9 @@ class DiTConfig(ModulatedConfig):
     @property
     def classes(self) -> ClassLabels:
         return ClassLabels(self.num_classes, self.num_classes if self.null_class_row else None)
+
+    def with_classes(self, count: int) -> Self:
+        return self.model_copy(update={"num_classes": count, "class_names": None})
 
     def stored_shapes(self) -> dict[str, tuple[int, ...]]:
         return units.stored_shapes(self)

@@ -26,6 +26,9 @@ from dydit.models.transformer.modules import (
     unpatchify,
 )
 
+LABEL_STD = 0.02
+"""The standard deviation of new rows of the class table."""
+
 
 class LabelEmbedder(nn.Module):
     """Labels [B] to y_emb [B, D]."""
@@ -108,7 +111,7 @@ def initialize(model: DiT, generator: torch.Generator, token_bias: float = 35.0,
         if isinstance(module, nn.Linear | nn.Conv2d):
             nn.init.xavier_uniform_(module.weight.view(module.weight.shape[0], -1), generator=generator)
             nn.init.zeros_(module.bias)
-    nn.init.normal_(model.y_embedder.embedding_table.weight, std=0.02, generator=generator)
+    nn.init.normal_(model.y_embedder.embedding_table.weight, std=LABEL_STD, generator=generator)
     for layer in (model.t_embedder.mlp[0], model.t_embedder.mlp[2]):
         nn.init.normal_(layer.weight, std=0.02, generator=generator)
     last = [block.adaLN_modulation[1] for block in model.blocks]

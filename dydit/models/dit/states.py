@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -19,9 +19,16 @@ from dydit.checkpoints.safe_load import require_sane
 from dydit.errors import CheckpointError, ConfigError
 from dydit.models.config import Routers, parse_config
 from dydit.models.dit.config import DiTConfig, preset
-from dydit.models.dit.model import DiT
+from dydit.models.dit.model import LABEL_STD, DiT
 from dydit.models.transformer.modules import sine_positions
-from dydit.models.transformer.states import block_count, learns_sigma, require_stated_heads, shape_of, side_of_positions
+from dydit.models.transformer.states import (
+    block_count,
+    learns_sigma,
+    rebuilt_class_table,
+    require_stated_heads,
+    shape_of,
+    side_of_positions,
+)
 from dydit.models.transformer.states import choose_heads as heads_of
 
 POSITIONS, LABELS = "pos_embed", "y_embedder.embedding_table.weight"
@@ -77,6 +84,13 @@ def complete(state: dict[str, Tensor], config: DiTConfig, size: int) -> None:
     require_sane(config.tokens * config.hidden_size, size)
     require_fit(state, {name: shape for name, shape in shapes.items() if name != POSITIONS})
     state[POSITIONS] = sine_positions(config)
+
+
+def with_classes(
+    state: Mapping[str, Tensor], config: DiTConfig, kept: Sequence[int | None], generator: torch.Generator
+) -> dict[str, Tensor]:
+    """See `Architecture.with_classes`."""
+    return {**state, LABELS: rebuilt_class_table(state[LABELS], kept, config.null_class, LABEL_STD, generator)}
 
 
 def infer_config(state: Mapping[str, Tensor], stated: Stated | None = None, given: Given | None = None) -> Inferred:

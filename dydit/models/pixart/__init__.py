@@ -176,6 +176,17 @@ class PixArtArchitecture(Architecture):
 
         initialize_routers(model.blocks, generator, token_bias, width_bias)
 
+    def preset(self, name: str, **changes: Any) -> PixArtConfig:
+        from dydit.models.pixart.config import preset
+
+        return preset(name, **changes)
+
+    def randomize_routers(self, model: PixArt, flops_ratio: float, generator: torch.Generator) -> None:
+        from dydit.models.pixart.synthetic import random_texts
+        from dydit.models.transformer.synthetic import set_routers
+
+        set_routers(model, flops_ratio, generator, random_texts(model.config, generator))
+
     def ordered_by_importance(self, state: dict[str, Tensor], config: PixArtConfig) -> dict[str, Tensor]:
         from dydit.models.transformer.importance import rank_and_permute
 

@@ -29,11 +29,11 @@ def synthetic_model(config: PixArtConfig, seed: int, flops_ratio: float) -> PixA
         block.cross_attn.proj.weight.mul_(0.5)
     model.final_layer.linear.weight.mul_(0.5)
     if config.dynamic:
-        set_routers(model, flops_ratio, generator, _texts(config, generator))
+        set_routers(model, flops_ratio, generator, random_texts(config, generator))
     return model
 
 
-def _texts(config: PixArtConfig, generator: torch.Generator) -> TextRows:
+def random_texts(config: PixArtConfig, generator: torch.Generator) -> TextRows:
     """Random texts of different lengths."""
     embeddings = torch.randn(PROBES, config.text_tokens, config.caption_channels, generator=generator)
     lengths = torch.linspace(1, config.text_tokens, PROBES).round()

@@ -19,6 +19,7 @@ from dydit.bundle.stored_weights import Precision
 from dydit.graph import products
 from dydit.graph.ops import CONTRIB, Ops, function
 from dydit.graph.products import layer_precision, linear, weight_names
+from dydit.models.config import TokenScope
 from dydit.models.transformer.config import TransformerConfig
 from dydit.models.transformer.norms import BranchNorm, Named
 
@@ -230,9 +231,14 @@ def _token_mask(
 ) -> ir.Value:
     """Whether each of the T tokens enters the MLP, bool [T]: whether its router logit, in fp32, is above 0.
 
-    The tokens in front of the patches always do.
+    The tokens in front of the patches always do. With `TokenScope.LAYER`, the mean logit of the others decides.
     """
     logits = ops.Gemm(ops.Relu(ops.Gemm(tokens, w0, b0, transB=1)), w2, b2, transB=1)
+    if config.token_scope is TokenScope.LAYER:
+        of_images = ops.Reshape(logits, ops.constant([-1, config.tokens]))
+        ends = (ops.constant([each]) for each in (config.extra_tokens, config.tokens, 1))
+        mean = ops.ReduceMean(ops.Slice(of_images, *ends), ops.constant([1]), keepdims=1)
+        logits = ops.Expand(mean, ops.Shape(of_images))
     on = ops.Reshape(ops.Greater(logits, ops.constant(0, np.float32)), ops.constant([-1]))
     if not config.extra_tokens:
         return on

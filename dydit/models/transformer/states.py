@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from dydit.checkpoints.conventions import Stated, require_side
@@ -47,6 +48,20 @@ def side_of_positions(tokens: int, patch_size: int, stated: Stated, given: int |
         raise CheckpointError(f"has a pos_embed of inputs with a side of {side}, not {given}; remove --input-size")
     require_side(stated, side)
     return side
+
+
+def rebuilt_class_table(
+    table: Tensor, kept: Sequence[int | None], null: int | None, std: float, generator: torch.Generator
+) -> Tensor:
+    """A class table with a row for each new class: the row of the class in `kept`, or normal values of deviation `std`.
+
+    `null`: the row for "no class", which becomes the last one.
+    """
+    new = torch.randn(len(kept), table.shape[1], generator=generator).to(table) * std
+    for row, old in enumerate(kept):
+        if old is not None:
+            new[row] = table[old]
+    return new if null is None else torch.cat([new, table[null : null + 1]])
 
 
 def learns_sigma(rows: int, patch_size: int, channels: int) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dydit.models.registry import Architecture
 from dydit.models.uvit.config import UViTConfig
@@ -137,6 +137,23 @@ class UViTArchitecture(Architecture):
         from dydit.models.transformer.modules import initialize_routers
 
         initialize_routers(model.ordered_blocks(), generator, token_bias, width_bias)
+
+    def preset(self, name: str, **changes: Any) -> UViTConfig:
+        from dydit.models.uvit.config import preset
+
+        return preset(name, **changes)
+
+    def randomize_routers(self, model: UViT, flops_ratio: float, generator: torch.Generator) -> None:
+        from dydit.models.transformer.synthetic import set_routers
+
+        set_routers(model, flops_ratio, generator)
+
+    def with_classes(
+        self, state: Mapping[str, Tensor], config: UViTConfig, kept: Sequence[int | None], generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        from dydit.models.uvit.states import with_classes
+
+        return with_classes(state, config, kept, generator)
 
     def ordered_by_importance(self, state: dict[str, Tensor], config: UViTConfig) -> dict[str, Tensor]:
         from dydit.models.transformer.importance import rank_and_permute

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -88,6 +88,9 @@ class UViTConfig(TransformerConfig):
     @property
     def guided_channels(self) -> int:
         return self.in_channels
+
+    def with_classes(self, count: int) -> Self:
+        return self.model_copy(update={"num_classes": count, "class_names": None})
 
     def stored_shapes(self) -> dict[str, tuple[int, ...]]:
         return units.stored_shapes(self)

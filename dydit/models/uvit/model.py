@@ -26,6 +26,8 @@ from dydit.models.transformer.modules import (
 from dydit.models.uvit.config import UViTConfig
 
 NORM_EPS = 1e-5
+LABEL_STD = 1.0
+"""The standard deviation of new rows of the class table."""
 
 
 class Block(RoutedBlock):
@@ -115,7 +117,7 @@ def initialize(model: UViT, generator: torch.Generator, token_bias: float = 35.0
             bound = module.weight.shape[1:].numel() ** -0.5
             nn.init.uniform_(module.bias, -bound, bound, generator=generator)
         elif isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, generator=generator)
+            nn.init.normal_(module.weight, std=LABEL_STD, generator=generator)
         elif isinstance(module, nn.LayerNorm):
             module.reset_parameters()
     nn.init.trunc_normal_(model.pos_embed, std=0.02, generator=generator)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -17,9 +17,17 @@ from dydit.checkpoints.conventions import Stated, require_side
 from dydit.checkpoints.fit import ClassTable, Given, Inferred, Shapes, class_table, expected_shapes, require_fit
 from dydit.errors import CheckpointError
 from dydit.models.config import parse_config
-from dydit.models.transformer.states import block_count, choose_heads, require_stated_heads, shape_of
+from dydit.models.transformer.states import (
+    block_count,
+    choose_heads,
+    rebuilt_class_table,
+    require_stated_heads,
+    shape_of,
+)
 from dydit.models.uvit.config import PRESETS, UViTConfig, preset
-from dydit.models.uvit.model import UViT
+from dydit.models.uvit.model import LABEL_STD, UViT
+
+LABELS = "label_emb.weight"
 
 _BLOCK = r"(?:in_blocks\.[0-9]{1,6}|mid_block|out_blocks\.[0-9]{1,6})"
 _HALVES = {name: re.compile(rf"{name}\.([0-9]{{1,6}})\.") for name in ("in_blocks", "out_blocks")}
@@ -58,6 +66,13 @@ def is_router(name: str) -> bool:
 def complete(state: dict[str, Tensor], config: UViTConfig, size: int) -> None:
     """Check that `state` is a complete model."""
     require_fit(state, expected_shapes(config))
+
+
+def with_classes(
+    state: Mapping[str, Tensor], config: UViTConfig, kept: Sequence[int | None], generator: torch.Generator
+) -> dict[str, Tensor]:
+    """See `Architecture.with_classes`."""
+    return {**state, LABELS: rebuilt_class_table(state[LABELS], kept, config.null_class, LABEL_STD, generator)}
 
 
 def infer_config(state: Mapping[str, Tensor], stated: Stated | None = None, given: Given | None = None) -> Inferred:
@@ -108,8 +123,8 @@ def _half(state: Mapping[str, Tensor]) -> int:
 
 def _classes(state: Mapping[str, Tensor], stated: Stated, given: Given) -> ClassTable | None:
     """How to read the class table; None for an unconditional model."""
-    if "label_emb.weight" in state:
-        return class_table(_shape(state, "label_emb.weight", 2)[0], stated, given.num_classes)
+    if LABELS in state:
+        return class_table(_shape(state, LABELS, 2)[0], stated, given.num_classes)
     if given.num_classes not in (None, 0):
         raise CheckpointError("has no class table: it is unconditional; remove --num-classes")
     return None
