@@ -146,7 +146,13 @@ def serve(answer: Callable[[str], Mapping[str, Any]]) -> int:
 def _end_with_parent() -> None:
     """Have the system kill this process when the one that started it dies, even in the midst of a job."""
     parent = os.environ.get(_PARENT)
-    if sys.platform == "linux" and parent is not None:
+    if parent is not None:
+        end_with(int(parent))
+
+
+def end_with(parent: int) -> None:
+    """Have the system kill this process when its parent dies. `parent`: the parent's number, if it is still alive."""
+    if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != int(parent):
+        if os.getppid() != parent:
             os._exit(1)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 # Name of the command: (its module, its line in `dydit --help`).
 COMMANDS = {
     "quickstart": ("dydit.commands.quickstart", "Export, sample, check and time the models that come with dydit."),
+    "prepare": ("dydit.commands.prepare", "Turn images into training data."),
     "train": ("dydit.commands.train", "Train a model with a recipe."),
     "convert": ("dydit.commands.convert", "Convert a checkpoint to dydit's own format."),
     "encode": ("dydit.commands.encode", "Encode prompts for a model that texts condition."),
@@ -36,9 +37,10 @@ COMMANDS = {
 
 HELP = """Train dynamic Diffusion Transformers (DyDiT), compile them into ONNX graphs, and sample with them.
 
-The usual order is train or convert, then export, then sample. Use parity to compare a bundle with PyTorch, bench to
-measure its speed, evaluate to measure the quality of samples, and inspect to see what it contains. Run calibrate
-before an export with int8-static, fp8 or --routing capacity. For TensorRT, run build after the export.
+The usual order is train or convert, then export, then sample. To train on your own images, run prepare first. Use
+parity to compare a bundle with PyTorch, bench to measure its speed, evaluate to measure the quality of samples, and
+inspect to see what it contains. Run calibrate before an export with int8-static, fp8 or --routing capacity. For
+TensorRT, run build after the export.
 """
 
 

@@ -20,6 +20,7 @@ EXTRAS = {
     **dict.fromkeys(("jinja2", "matplotlib"), "report"),
     **dict.fromkeys(("diffusers", "onnxscript"), "vae"),
     "transformers": "text",
+    "datasets": "data",
     "torch_fidelity": "evaluate",
     "onnxruntime": "cpu",
 }
@@ -36,6 +37,8 @@ VAES = ("diffusers", "onnxscript")
 """What exporting a VAE decoder needs."""
 TEXTS = ("torch", "transformers")
 """What encoding prompts needs."""
+DATASETS = ("datasets",)
+"""What reading data sets of Hugging Face needs."""
 INCEPTION = ("torch", "safetensors", "torch_fidelity")
 """What measuring samples with Inception features needs."""
 CLASSIFIERS = ("torch", "safetensors", "sklearn")

@@ -50,6 +50,11 @@ def refusals(checkpoint: Path, bundle: Path, static: Path, missing: Path, out: P
             *["calibrate", checkpoint, *few, "--activations", "minmax", "--target-fd-ratio", 2],
             *["--reference", missing],
         ],
+        "prepare: source": ["prepare", missing, "--size", 8],
+        "prepare: size": ["prepare", checkpoint.parent, "--kind", "folder"],
+        "prepare: vae": ["prepare", "digits", "--vae", missing],
+        "prepare: captions": ["prepare", "digits", "--text-encoder", missing],
+        "prepare: text encoder": ["prepare", "emoji", "--text-encoder", missing],
         "train: setting": ["train", "--recipe", "digits", "iterations=none"],
         "quickstart: scale": ["quickstart", "--cfg-scale", -1],
     }

@@ -27,7 +27,7 @@ def command(bundle: Path, vae: str, as_json: bool, **scaling: Any) -> None:
     require("dydit attach-vae", ("torch", *GRAPHS, *VAES, "onnxruntime"))
     from dydit.bundle.bundle import Bundle
     from dydit.export.attach import attach_vae
-    from dydit.export.vae_graph import require_source
+    from dydit.export.vae_model import require_source
 
     Bundle.open(bundle, verify=False)  # refuses what is not a bundle, before the VAE is read
     require_source(vae)

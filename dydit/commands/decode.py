@@ -41,7 +41,8 @@ def command(
     grid.png and samples.json.
     """
     require("dydit decode", ("torch", *GRAPHS, *VAES, "onnxruntime"))
-    from dydit.export.vae_graph import export_decoder, require_source
+    from dydit.export.vae_graph import export_decoder
+    from dydit.export.vae_model import require_source
     from dydit.runtime.backends.base import BackendOptions
     from dydit.runtime.backends.session import runtime
     from dydit.runtime.images.decode import SavedLatents, decode_to_folder

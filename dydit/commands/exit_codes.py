@@ -23,7 +23,7 @@ from dydit.extras import EXTRAS, as_installed, install_command
 
 OK, CHECK_FAILED, BAD_INPUT, INTERRUPTED, PIPE_CLOSED, TERMINATED = 0, 1, 2, 130, 141, 143
 HOW_TO_RESUME = {
-    **dict.fromkeys(("sample", "decode", "calibrate", "build"), "run the same command again to resume"),
+    **dict.fromkeys(("sample", "decode", "calibrate", "build", "prepare"), "run the same command again to resume"),
     "quickstart": "run the same command again to resume after the last finished stage",
     "train": "run the same command with --resume to continue from the last saved state",
 }

@@ -137,7 +137,7 @@ def command(
     from dydit.checkpoints.checkpoint import load_checkpoint
     from dydit.export.capacities import keeps_every_token
     from dydit.export.settings import ExportConfig
-    from dydit.export.vae_graph import require_source
+    from dydit.export.vae_model import require_source
     from dydit.files import require_absent
     from dydit.planning.measured_export import Cost, default_plan, export_measured
 

@@ -35,7 +35,8 @@ def prompt_options(required: bool) -> Callable[[Command], Command]:
             "--text-encoder",
             required=required,
             metavar="FOLDER",
-            help="The T5 encoder of the prompts: a folder with it and its tokenizer, the folder of a diffusers "
-            "pipeline, or the name of a repository of the Hugging Face Hub.",
+            help="The text encoder that the model was trained with (T5, CLIP, BERT or another one of transformers): a "
+            "folder with it and its tokenizer, the folder of a diffusers pipeline, or the name of a repository of the "
+            "Hugging Face Hub.",
         ),
     )

@@ -12,7 +12,7 @@ from dydit.bundle.vae_entry import VaeEntry
 from dydit.commands.options import Command, all_of
 
 if TYPE_CHECKING:
-    from dydit.export.vae_graph import VaeOptions
+    from dydit.export.vae_model import VaeOptions
 
 
 def _expand_home(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
@@ -58,7 +58,7 @@ def vae_options(*, required: bool) -> Callable[[Command], Command]:
 
 def parse_vae_options(options: dict[str, Any]) -> VaeOptions:
     """`--vae-tile`, `--vae-scale` and `--vae-shift` as settings of a decoder."""
-    from dydit.export.vae_graph import VaeOptions
+    from dydit.export.vae_model import VaeOptions
     from dydit.models.config import parse_config
 
     return parse_config(VaeOptions, {name.removeprefix("vae_"): value for name, value in options.items()})

@@ -3,15 +3,18 @@
     dataset.json             `DatasetInfo`: shape, classes, captions, and every shard with its SHA-256
     shard-00000.safetensors  a part of the images, in order:
         images      uint8 [n, C, S, S]              of pixels, or
-        moments     float16 [n, F, 2C, S, S]        of latents: mean and standard deviation, scaled; F is 2 if the
-                                                    mirrored image has latents of its own, else 1
+        moments     float16 [n, F, 2C, S, S]        of latents: mean, then standard deviation, both scaled and shifted
+                                                    as the autoencoder's configuration says; F is 2 if the mirrored
+                                                    image has latents of its own (the second), else 1
         labels      int64 [n]
-        captions    int64 [n + 1]                   captions of image i are captions[i] .. captions[i + 1] - 1
+        captions    int64 [n + 1]                   image i has the captions numbers[captions[i] : captions[i + 1]]
+        numbers     int64 [k]                       of captions: images may share one, which is stored once in a shard
         tokens      int64 [m + 1]                   tokens of caption j are tokens[j] .. tokens[j + 1] - 1
         embeddings  float16 [tokens, channels]      the language model's output, without padding
+    prepare.json             the settings of `dydit prepare`, and the shards that it has finished; nothing else reads it
     no_caption.safetensors   embeddings float16 [tokens, channels]: those of the empty caption
 
-`captions`, `tokens`, `embeddings` and `no_caption.safetensors` are there where texts condition the model.
+`captions`, `numbers`, `tokens`, `embeddings` and `no_caption.safetensors` are there where texts condition the model.
 `dataset.json` is written last, so a folder without it is unfinished.
 """
 
@@ -19,6 +22,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, Self
 
@@ -32,15 +36,16 @@ from dydit.validation import Strict
 FORMAT: Literal[1] = 1
 INFO, NO_CAPTION = "dataset.json", "no_caption.safetensors"
 IMAGES, MOMENTS, LABELS = "images", "moments", "labels"
-CAPTIONS, TOKENS, EMBEDDINGS = "captions", "tokens", "embeddings"
+CAPTIONS, NUMBERS, TOKENS, EMBEDDINGS = "captions", "numbers", "tokens", "embeddings"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 class StoredFile(Strict):
-    """A file of the folder, with the number of images in it (0 for `no_caption.safetensors`)."""
+    """A file of the folder: its size, its hash, and the number of images in it (0 for `no_caption.safetensors`)."""
 
     file: str
     images: int = Field(ge=0)
+    bytes: int = Field(gt=0)
     sha256: str
 
     @field_validator("file")
@@ -70,9 +75,9 @@ class Captions(Strict):
 class DatasetInfo(Strict):
     """What `dataset.json` says.
 
-    `shape`: (C, S, S) of an image or latent. `mirrored`: whether half of the images are mirrored when they are read.
-    `autoencoder`: the one that made the latents, as it was named; None for pixels. `source`: where the images came
-    from. `skipped`: images that could not be read, with the reason.
+    `shape`: (C, S, S) of an image or latent. `mirrored`: whether half of the images are mirrored when they are read,
+    but for those of the classes `not_mirrored`. `autoencoder`: the one that made the latents, as it was named; None for
+    pixels. `source`: where the images came from. `skipped`: images that could not be read, with the reason.
     """
 
     format: Literal[1] = FORMAT
@@ -81,6 +86,7 @@ class DatasetInfo(Strict):
     classes: int = Field(gt=0)
     class_names: tuple[str, ...] | None = None
     mirrored: bool
+    not_mirrored: tuple[int, ...] = ()
     autoencoder: str | None = None
     captions: Captions | None = None
     source: str
@@ -130,11 +136,30 @@ def read_info(folder: Path) -> DatasetInfo:
     return parse_config(DatasetInfo, values, str(folder / INFO))
 
 
-def check_files(folder: Path, info: DatasetInfo) -> None:
-    """Compare the SHA-256 of every file. Raises `ConfigError`, which names the first one that differs."""
+def check_sizes(folder: Path, info: DatasetInfo) -> None:
+    """Check that every file is there, and as large as it was. Raises `ConfigError`, which names the first that is not.
+
+    This is what opening the data can afford; `check_files` reads everything.
+    """
     for stored in info.files:
         path = folder / stored.file
         if not path.is_file():
-            raise ConfigError(f"{path} is missing; run dydit prepare again")
-        if sha256_of(path) != stored.sha256:
-            raise ConfigError(f"{path} was changed: its SHA-256 differs; remove {folder} and run dydit prepare again")
+            raise ConfigError(f"{path} is missing; {_again(folder)}")
+        if (size := path.stat().st_size) != stored.bytes:
+            raise ConfigError(f"{path} has {size:,} bytes; expected {stored.bytes:,}: it was changed; {_again(folder)}")
+
+
+def check_files(
+    folder: Path, info: DatasetInfo, progress: Callable[[int, int], None] = lambda done, total: None
+) -> None:
+    """Compare the SHA-256 of every file. Raises `ConfigError`, which names the first one that differs."""
+    check_sizes(folder, info)
+    for number, stored in enumerate(info.files):
+        progress(number, len(info.files))
+        if sha256_of(folder / stored.file) != stored.sha256:
+            raise ConfigError(f"{folder / stored.file} was changed: its SHA-256 differs; {_again(folder)}")
+    progress(len(info.files), len(info.files))
+
+
+def _again(folder: Path) -> str:
+    return f"remove {folder} and run dydit prepare again"

@@ -19,7 +19,8 @@ from dydit.bundle.bundle import Bundle
 from dydit.bundle.manifest import MANIFEST, FileEntry, Manifest
 from dydit.bundle.vae_entry import VAE_DECODER, VAE_WEIGHTS
 from dydit.errors import ConfigError
-from dydit.export.vae_graph import VaeOptions, export_vae
+from dydit.export.vae_graph import export_vae
+from dydit.export.vae_model import VaeOptions
 from dydit.files import explained, fsync_path, sha256_of, write_atomic
 from dydit.locks import FileLock
 

@@ -38,7 +38,8 @@ from dydit.diffusion.samplers import SamplerConfig
 from dydit.export.capacities import Capacities, segment_capacities
 from dydit.export.input_scales import Scales, planned_smoothing, segment_scales, weight_copies
 from dydit.export.settings import ExportConfig, guided_channels
-from dydit.export.vae_graph import VaeOptions, export_vae
+from dydit.export.vae_graph import export_vae
+from dydit.export.vae_model import VaeOptions
 from dydit.export.weights import write_weights
 from dydit.files import new_folder, require_absent, sha256_of, user_path
 from dydit.graph.library import FunctionLibrary

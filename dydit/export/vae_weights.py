@@ -1,8 +1,8 @@
-"""Reads the weights of an autoencoder's decoder, under the names that diffusers gives them.
+"""Reads the weights of an autoencoder's decoder or encoder, under the names that diffusers gives them.
 
 Supported are diffusers' files, also with the names of attention in its first releases, and original files of latent
-diffusion (`kl-f8`, `vq-f4`), also inside a checkpoint of the whole model. The encoder is not read. No code in a file is
-executed. Errors do not name the file.
+diffusion (`kl-f8`, `vq-f4`), also inside a checkpoint of the whole model. The half that is not asked for is not read.
+No code in a file is executed. Errors do not name the file.
 """
 
 from __future__ import annotations
@@ -20,31 +20,41 @@ from dydit.checkpoints.safe_load import listed, read_safetensors, read_torch, sh
 from dydit.errors import CheckpointError
 
 ANCHOR = "decoder.conv_in.weight"  # in every supported file
+ENCODER_ANCHOR = "encoder.conv_in.weight"
 CODEBOOK = "quantize.embedding.weight"
-_PARTS = ("decoder.", "post_quant_conv.", CODEBOOK)
+_DECODER_PARTS = ("decoder.", "post_quant_conv.", CODEBOOK)
+_ENCODER_PARTS = ("encoder.", "quant_conv.")
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 _LDM_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
 _LDM_LEVEL = re.compile(r"decoder\.up\.(\d{1,3})\.")
+_LDM_DOWN = re.compile(r"encoder\.down\.(\d{1,3})\.")
 _UP_BLOCK = re.compile(r"decoder\.up_blocks\.(\d{1,3})\.resnets\.(\d{1,3})\.conv2\.weight")
 
 
 def read_decoder(files: Sequence[Path]) -> dict[str, Tensor]:
     """The decoder's tensors in fp32, under diffusers' names: `decoder.*`, `post_quant_conv.*` and the codebook."""
+    return _read_half(files, ANCHOR, _DECODER_PARTS, "decoder")
+
+
+def read_encoder(files: Sequence[Path]) -> dict[str, Tensor]:
+    """The encoder's tensors in fp32, under diffusers' names: `encoder.*` and `quant_conv.*`."""
+    return _read_half(files, ENCODER_ANCHOR, _ENCODER_PARTS, "encoder")
+
+
+def _read_half(files: Sequence[Path], anchor: str, parts: tuple[str, ...], half: str) -> dict[str, Tensor]:
     state: dict[Any, Any] = {}
     for path in files:
         state |= _read(path)
-    starts = [name.removesuffix(ANCHOR) for name in state if isinstance(name, str) and name.endswith(ANCHOR)]
+    starts = [name.removesuffix(anchor) for name in state if isinstance(name, str) and name.endswith(anchor)]
     prefixes = [prefix for prefix in starts if not prefix or prefix.endswith(".")]
     if not prefixes:
-        raise CheckpointError(f"holds no decoder of an autoencoder: no {ANCHOR}; it holds {listed(map(str, state))}")
+        raise CheckpointError(f"holds no {half} of an autoencoder: no {anchor}; it holds {listed(map(str, state))}")
     if len(prefixes) > 1 and "" not in prefixes:
         raise CheckpointError(f"holds several autoencoders ({listed(prefixes)}); give a file with one")
     prefix = "" if "" in prefixes else prefixes[0]
     names = [name for name in state if isinstance(name, str) and name.startswith(prefix)]
-    decoder = {name.removeprefix(prefix): state[name] for name in names}
-    return _diffusers_names(
-        {name: _fp32(name, value) for name, value in decoder.items() if name.startswith(_PARTS)},
-    )
+    inner = {name.removeprefix(prefix): state[name] for name in names}
+    return _diffusers_names({name: _fp32(name, value) for name, value in inner.items() if name.startswith(parts)})
 
 
 def infer_config(state: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -96,9 +106,10 @@ def _fp32(name: str, value: Any) -> Tensor:
 
 def _diffusers_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     levels = [int(match[1]) for match in map(_LDM_LEVEL.match, state) if match]
+    is_ldm = bool(levels) or any(map(_LDM_DOWN.match, state))
     renamed = {}
     for name, tensor in state.items():
-        new = _from_ldm(name, max(levels)) if levels else name
+        new = _from_ldm(name, max(levels, default=0)) if is_ldm else name
         if ".attentions." in new:
             new = _renamed_part(new, _OLD_ATTENTION)
             if (
@@ -110,13 +121,15 @@ def _diffusers_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _from_ldm(name: str, last: int) -> str:
-    """diffusers' name for a tensor of latent diffusion's decoder, which numbers its levels from the finest one."""
+    """diffusers' name for a tensor of latent diffusion, which numbers the decoder's levels from the finest one, too."""
     name = re.sub(r"\.mid\.block_([12])\.", lambda match: f".mid_block.resnets.{int(match[1]) - 1}.", name)
     name = name.replace(".mid.attn_1.", ".mid_block.attentions.0.").replace(".upsample.", ".upsamplers.0.")
+    name = name.replace(".downsample.", ".downsamplers.0.")
     name = _LDM_LEVEL.sub(lambda match: f"decoder.up_blocks.{last - int(match[1])}.", name)
-    name = re.sub(r"(up_blocks\.\d+)\.block\.", r"\1.resnets.", name)
-    name = re.sub(r"(up_blocks\.\d+)\.attn\.", r"\1.attentions.", name)
-    name = name.replace("decoder.norm_out.", "decoder.conv_norm_out.").replace(".nin_shortcut.", ".conv_shortcut.")
+    name = _LDM_DOWN.sub(r"encoder.down_blocks.\1.", name)
+    name = re.sub(r"((?:up|down)_blocks\.\d+)\.block\.", r"\1.resnets.", name)
+    name = re.sub(r"((?:up|down)_blocks\.\d+)\.attn\.", r"\1.attentions.", name)
+    name = re.sub(r"coder\.norm_out\.", "coder.conv_norm_out.", name).replace(".nin_shortcut.", ".conv_shortcut.")
     return _renamed_part(name, _LDM_ATTENTION) if ".attentions." in name else name
 
 

@@ -275,7 +275,7 @@ class DyDiTPipeline:
         if self._text_encoder is None:
             raise ConfigError(
                 "prompts need a language model; open the bundle with text_encoder=, the folder of a diffusers pipeline "
-                "or of a T5 encoder, or give prompt_embeds"
+                "or of a text encoder, or give prompt_embeds"
             )
         if not isinstance(self._text_encoder, TextEncoder):
             self._text_encoder = TextEncoder(self._text_encoder)

@@ -71,7 +71,7 @@ def test_pixels_refuse_other_shapes() -> None:
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("imagenet", {}, "unknown data 'imagenet'; known: digits, emoji"),
+        ("imagenet", {}, "unknown data 'imagenet'; known: digits, emoji, and the path"),
         ("digits", {"input_size": 32}, r"images of \(1, 16, 16\), but the model takes \(1, 32, 32\)"),
         ("digits", {"in_channels": 3}, "but the model takes"),
         ("digits", {"num_classes": 9}, "10 classes, but the model has 9"),

@@ -15,7 +15,8 @@ import pytest
 from dydit.bundle.vae_entry import VAE_DECODER, VAE_WEIGHTS
 from dydit.errors import BackendError, CheckpointError, ConfigError
 from dydit.export import vae_graph
-from dydit.export.vae_graph import VaeOptions, export_vae, load_vae
+from dydit.export.vae_graph import export_vae
+from dydit.export.vae_model import VaeOptions, load_vae
 from dydit.models.config import ModelConfig
 from dydit.models.dit.config import DiTConfig
 from dydit.runtime.images.vae_decoder import VaeDecoder
@@ -217,7 +218,7 @@ def test_a_scale_that_is_not_stated_is_assumed_for_the_first_autoencoders_alone(
     later = diffusers.AutoencoderKL(block_out_channels=(4, 4), down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=16, norm_num_groups=2)  # fmt: skip
     source = saved(later, tmp_path / "later", scaling_factor=None)
-    with pytest.raises(ConfigError, match="states no scaling factor, which decoding needs; give"):
+    with pytest.raises(ConfigError, match="states no scaling factor, which its latents need; give"):
         decoded(tmp_path / "b", source, random_latents(16))
 
 

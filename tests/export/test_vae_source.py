@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from dydit.errors import CheckpointError, ConfigError
-from dydit.export.vae_graph import VaeOptions, export_decoder, load_vae, require_source
+from dydit.export.vae_graph import export_decoder
+from dydit.export.vae_model import VaeOptions, load_vae, load_vae_encoder, require_source
 from dydit.export.vae_source import find_vae, main_weights
 from dydit.export.vae_weights import read_decoder
 from dydit.runtime.images.vae_decoder import VaeDecoder
@@ -125,10 +126,10 @@ LDM_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "t
 
 
 def as_latent_diffusion(state: dict, levels: int) -> dict:
-    """The decoder under the names of the original code, whose `up.0` is the finest level."""
+    """Decoder and encoder under the names of the original code, whose `up.0` is the finest level."""
     renamed = {}
     for name, each in state.items():
-        if name.startswith("decoder."):
+        if name.startswith(("decoder.", "encoder.")):
             name = re.sub(r"mid_block\.resnets\.(\d)", lambda match: f"mid.block_{int(match[1]) + 1}", name)
             name = name.replace("mid_block.attentions.0", "mid.attn_1").replace("conv_norm_out", "norm_out")
             name = re.sub(r"up_blocks\.(\d)", lambda match: f"up.{levels - 1 - int(match[1])}", name)
@@ -136,6 +137,8 @@ def as_latent_diffusion(state: dict, levels: int) -> dict:
                 name.replace(".resnets.", ".block.")
                 .replace(".attentions.", ".attn.")
                 .replace("upsamplers.0", "upsample")
+                .replace("downsamplers.0", "downsample")
+                .replace("down_blocks.", "down.")
             )
             name = name.replace("conv_shortcut", "nin_shortcut")
             if ".attn" in name:
@@ -183,6 +186,41 @@ def test_an_original_checkpoint_of_latent_diffusion(wide, original, tmp_path):
     with torch.no_grad():
         wanted, ours = (each.decode(latents, return_dict=False)[0] for each in (wide, load_vae(str(original)).module))
     assert wanted.std() > 0.01 and (ours - wanted).norm() < 1e-5 * wanted.norm()
+
+
+def encoded(module, images):
+    with torch.no_grad():
+        drawn = module.encode(images).latent_dist
+    return torch.cat([drawn.mean, drawn.std])
+
+
+def test_the_encoder_alone_is_read(wide, original, autoencoder, state, tmp_path):
+    from safetensors.torch import save_file
+
+    assert {"encoder.down.0.downsample.conv.weight", "encoder.down.1.block.0.norm1.weight"} <= {
+        *torch.load(original)["state_dict"]
+    }
+    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    for source, whole in ((original, wide), (autoencoder.folder, autoencoder.module)):
+        vae = load_vae_encoder(str(source))
+        wanted = encoded(whole, images)
+        assert wanted.std() > 0.01 and (encoded(vae.module, images) - wanted).norm() < 1e-5 * wanted.norm()
+        assert all(
+            each.is_meta == name.startswith(("decoder.", "post_")) for name, each in vae.module.named_parameters()
+        )
+    (tmp_path / "halves").mkdir()
+    shutil.copy(autoencoder.folder / "config.json", tmp_path / "halves")
+    file = tmp_path / "halves" / "half.safetensors"
+    save_file({name: each for name, each in state.items() if not name.startswith("decoder.")}, file)
+    difference = encoded(load_vae_encoder(str(file)).module, images) - wanted
+    assert difference.norm() < 1e-5 * wanted.norm()
+    with pytest.raises(CheckpointError, match=r"holds no decoder of an autoencoder: no decoder\.conv_in\.weight"):
+        load_vae(str(file))
+    save_file({name: each for name, each in state.items() if not name.startswith("encoder.")}, file)
+    with pytest.raises(
+        CheckpointError, match=r"--vae .*holds no encoder of an autoencoder: no encoder\.conv_in\.weight"
+    ):
+        load_vae_encoder(str(file))
 
 
 @pytest.mark.release

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -234,9 +235,50 @@ def test_files_are_read_as_they_were_written(pixart_bundle: Any, tmp_path: Path)
 
 
 def test_an_encoder_that_is_none_is_refused(tmp_path: Path, text_encoder: Path) -> None:
-    with pytest.raises(ConfigError, match="cannot be read as a T5 encoder with its tokenizer"):
+    with pytest.raises(ConfigError, match="cannot be read as a text encoder with its tokenizer"):
         TextEncoder(tmp_path)
     assert TextEncoder(text_encoder)
+
+
+def test_bert_encodes_prompts(bert_encoder: Path, pixart_config: Any) -> None:
+    from transformers import AutoModel, AutoTokenizer
+
+    encoder, model = TextEncoder(bert_encoder), pixart_config.model_copy(update={"caption_channels": 20})
+    texts = encoder.encode(model, PROMPTS, "green").texts
+    inputs = AutoTokenizer.from_pretrained(bert_encoder)(["photo of the green owl"], return_tensors="pt")
+    with torch.no_grad():
+        wanted = AutoModel.from_pretrained(bert_encoder).eval()(**inputs).last_hidden_state[0].numpy()
+    assert encoder.channels == 20 and texts.mask[1].sum() == len(wanted) == 7
+    np.testing.assert_allclose(texts.embeddings[1, :7], wanted, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ConfigError, match="reads at most 16 tokens, not 17"):
+        encoder.encode(model.model_copy(update={"text_tokens": 17}), PROMPTS)
+
+
+@pytest.mark.parametrize("kind", ["clip", "bart"])
+def test_the_text_part_of_a_larger_model_is_used(kind: str, text_encoder: Path, tmp_path: Path) -> None:
+    from transformers import BartConfig, BartModel, CLIPConfig, CLIPModel
+
+    torch.manual_seed(6)
+    small: dict[str, Any] = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    if kind == "clip":
+        texts = {**small, "hidden_size": 12, "vocab_size": 13, "max_position_embeddings": 16, "eos_token_id": 1}
+        images = {**small, "hidden_size": 8, "image_size": 8, "patch_size": 4}
+        whole = CLIPModel(CLIPConfig(text_config=texts, vision_config=images)).eval()
+        part = whole.text_model
+    else:
+        layers = {"encoder_layers": 2, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+        sizes = {"encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "d_model": 12, "vocab_size": 13}
+        whole = BartModel(BartConfig(**sizes, **layers, max_position_embeddings=16, pad_token_id=0)).eval()
+        part = whole.get_encoder()
+    shutil.copytree(text_encoder / "tokenizer", tmp_path, dirs_exist_ok=True)
+    whole.save_pretrained(tmp_path)
+    encoder = TextEncoder(tmp_path)
+    rows, cut = encoder.embed(["a red fox", "the owl " * 9], 12)
+    ids = torch.tensor([[3, 4, 6, 1]])  # a, red, fox, end
+    with torch.no_grad():
+        wanted = part(ids, attention_mask=torch.ones_like(ids)).last_hidden_state[0].numpy()
+    assert (encoder.channels, cut, [len(each) for each in rows]) == (12, 1, [4, 12])
+    np.testing.assert_allclose(rows[0], wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_prompts_that_are_too_long_are_named(text_encoder: Path, pixart_config: Any) -> None:

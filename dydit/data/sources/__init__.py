@@ -1,0 +1,1 @@
+"""Where `dydit prepare` takes images from: one module for each kind of source, and how a kind is recognised."""
