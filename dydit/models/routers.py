@@ -138,10 +138,10 @@ class Recording(Gating):
     config: ModelConfig
     _units: dict[tuple[int, int], Tensor | None] = field(default_factory=dict)
     _tokens: dict[int, Tensor | None] = field(default_factory=dict)
-    _batch: int = 0
+    _ones: Tensor | None = None
 
     def units(self, block: int, group: int, router: WidthRouter | None, t_emb: Tensor) -> Tensor | None:
-        self._batch = t_emb.shape[0]
+        self._ones = t_emb.new_ones(t_emb.shape[0], 1)
         self._units[block, group] = gates = self.inner.units(block, group, router, t_emb)
         return gates
 
@@ -157,4 +157,7 @@ class Recording(Gating):
         return Decisions(torch.cat(units, dim=1), torch.stack(tokens))
 
     def _or_ones(self, gates: Tensor | None, width: int) -> Tensor:
-        return torch.ones(self._batch, width) if gates is None else gates
+        if gates is not None:
+            return gates
+        assert self._ones is not None, "no pass was recorded"
+        return self._ones.expand(-1, width)

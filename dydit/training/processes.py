@@ -7,9 +7,12 @@ import contextlib
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dydit.errors import DyditError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def leave_group_at_exit() -> None:
@@ -45,6 +48,21 @@ def agreed(accelerator: Any, action: Callable[[], Any]) -> Any:
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
+
+
+def over_processes(local: Tensor) -> Tensor:
+    """The mean of a statistic over all processes, for a loss that is not a mean over images.
+
+    Its gradient is that of this process' statistic. Training averages the gradients of the processes, which makes the
+    result exactly the gradient of the loss of the whole batch: d f(mean) = f'(mean) * mean over processes of d local.
+    """
+    from torch import distributed
+
+    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
+        return local
+    mean = local.detach().clone()
+    distributed.all_reduce(mean)
+    return mean / distributed.get_world_size() + (local - local.detach())
 
 
 @contextlib.contextmanager

@@ -28,7 +28,7 @@ from dydit.models.registry import architecture_of
 from dydit.training.curves import draw_curves
 from dydit.training.draws import BatchSource, Purpose, stream
 from dydit.training.losses import ProcessTensors
-from dydit.training.objective import Objective, probe, tensors
+from dydit.training.objective import Inputs, Objective, probe
 from dydit.training.processes import agreed, leave_group_at_exit, stopped_by_sigterm
 from dydit.training.recipe import LearningRateSchedule, Precision, Recipe, Stage
 from dydit.training.state import (
@@ -261,8 +261,7 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["multiple"]
         batch = self.source.batch(iteration)
-        x0, t, y, noise = tensors(batch, self.accelerator.device)
-        parts = self.objective(x0, t, y, noise, batch.gate_seed, iteration)
+        parts = self.objective(Inputs.of(batch, self.accelerator.device), iteration)
         self.accelerator.backward(parts["loss"])
         limit = recipe.grad_norm_limit or math.inf
         parameters = [p for p in self.model.parameters() if p.requires_grad]
@@ -304,7 +303,8 @@ class _Run:
             entry["target"] = recipe.target(counters.iteration - 1)
         self.require_finite()
         if self.accelerator.is_main_process:
-            entry |= probe(self.ema, self.source.probe(PROBE_IMAGES), self.process)
+            batch = Inputs.of(self.source.probe(PROBE_IMAGES), self.accelerator.device)
+            entry |= probe(self.ema, batch, self.process)
             self.require_finite(entry["probe_mse"])
             append_log(self.out, entry)
         counters.sums, counters.summed = {}, 0
