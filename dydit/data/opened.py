@@ -48,14 +48,34 @@ def open_data(name: str) -> Dataset:
 def data_for(name: str, model: ModelConfig) -> Dataset:
     """The named data, checked against the model. An unconditional model gets it without labels.
 
-    Raises `ConfigError` as `open_data`, and if image shape or number of classes do not fit the model.
+    Raises `ConfigError` as `open_data`, and if image shape, number of classes or captions do not fit the model.
     """
     data = open_data(name)
     expected = (model.in_channels, model.input_size, model.input_size)
     if data.shape != expected:
         raise ConfigError(f"data {name} has images of {data.shape}, but the model takes {expected}")
+    if model.text is not None:
+        _check_captions(name, data.text, model.text)
+        return data
     if model.classes.unconditional:
         return Unlabelled(data)
     if data.classes > model.classes.count:
         raise ConfigError(f"data {name} has {data.classes} classes, but the model has {model.classes.count}")
     return data
+
+
+def _check_captions(name: str, given: TextSpec | None, wanted: TextSpec) -> None:
+    """Check that data have captions which the model can take."""
+    if given is None:
+        raise ConfigError(
+            f"data {name} has no encoded captions, but texts condition the model; make it with dydit prepare"
+        )
+    if given.channels != wanted.channels:
+        raise ConfigError(
+            f"data {name} has captions of {given.channels} channels, but the model takes {wanted.channels}; prepare it "
+            "with the model's text encoder"
+        )
+    if given.tokens > wanted.tokens:
+        raise ConfigError(
+            f"data {name} has captions of up to {given.tokens} tokens, but the model takes {wanted.tokens}"
+        )

@@ -21,6 +21,11 @@ TOKEN_ROUTER = ("router.0.weight", "router.0.bias", "router.2.weight", "router.2
 """The stored tensors of a token router, within its block. Every block of a dynamic model has them."""
 
 
+def without_autocast(x: Tensor) -> torch.autocast:
+    """Turns mixed precision off where it would round decisions: routers and what they read are fp32 in training."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
 class WidthRouter(nn.Module):
     """TDW: one logit per unit of a group, from the output of `DynamicModel.embed_timestep`: [B, D] -> [B, units].
 
@@ -33,7 +38,8 @@ class WidthRouter(nn.Module):
         self.router = nn.Linear(config.hidden_size, units - self.first_on)
 
     def forward(self, t_emb: Tensor) -> Tensor:
-        logits = self.router(t_emb)
+        with without_autocast(t_emb):
+            logits = self.router(t_emb)
         return F.pad(logits, (1, 0), value=torch.inf) if self.first_on else logits
 
 
@@ -68,7 +74,8 @@ class TokenRouter(nn.Module):
         self.mlp_head = nn.Sequential(nn.Linear(config.hidden_size, hidden), nn.ReLU(), nn.Linear(hidden, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        logits = self.mlp_head(x[:, self.always :]).squeeze(-1)
+        with without_autocast(x):
+            logits = self.mlp_head(x[:, self.always :]).squeeze(-1)
         return F.pad(logits, (self.always, 0), value=torch.inf) if self.always else logits
 
 

@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dydit.models.config import ModelConfig
-from dydit.models.routers import Decisions, Gating, TokenRouter, WidthRouter
+from dydit.models.routers import Decisions, Gating, Masked, TokenRouter, WidthRouter
+
+_AT_INFERENCE = Masked()
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,8 @@ class AnnealedGumbelSigmoid(Gating):
     """`GumbelSigmoid` with the noise given. Noise of 0 gives the gates of inference, and noise of factor 1 the paper's.
 
     Noise flips gates whose logits are near 0, so a model that meets its target while noisy may miss it without.
-    Annealing the noise at the end of training closes that gap. Gradients stay those of the sigmoid.
+    Annealing the noise at the end of training closes that gap. Gradients stay those of the sigmoid. Routers that are
+    not trained decide as at inference.
     """
 
     def __init__(self, config: ModelConfig, noise: GateNoise, temperature: float):
@@ -50,12 +53,19 @@ class AnnealedGumbelSigmoid(Gating):
         self.slices = {(part.block, part.index): part.units for part in config.units.parts}
 
     def units(self, block: int, group: int, router: WidthRouter | None, t_emb: Tensor) -> Tensor | None:
-        if router is None:
-            return None
+        if router is None or _is_fixed(router):
+            return _AT_INFERENCE.units(block, group, router, t_emb)
         return noisy_gates(router(t_emb), self.noise.units[:, self.slices[block, group]], self.temperature)
 
     def tokens(self, block: int, router: TokenRouter | None, x: Tensor) -> Tensor | None:
-        return None if router is None else noisy_gates(router(x), self.noise.tokens[block], self.temperature)
+        if router is None or _is_fixed(router):
+            return _AT_INFERENCE.tokens(block, router, x)
+        return noisy_gates(router(x), self.noise.tokens[block], self.temperature)
+
+
+def _is_fixed(router: nn.Module) -> bool:
+    """Whether no parameter of a router is trained."""
+    return not any(parameter.requires_grad for parameter in router.parameters())
 
 
 def noisy_gates(logits: Tensor, noise: Tensor, temperature: float) -> Tensor:

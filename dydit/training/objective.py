@@ -23,7 +23,7 @@ from dydit.training.losses import (
     relative_detail,
     token_loss,
 )
-from dydit.training.recipe import Recipe, Stage
+from dydit.training.recipe import Precision, Recipe, Stage
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,10 @@ class Objective(nn.Module):
         x_t = add_noise(self.process, x0, t, noise)
 
         def diffusion(gating: Gating) -> tuple[Tensor, Tensor]:
-            return diffusion_loss(self.process, self.model(x_t, t, batch.y, gating), x0, x_t, t, noise)
+            bf16 = self.recipe.precision is Precision.BF16
+            with torch.autocast(x_t.device.type, torch.bfloat16, enabled=bf16):
+                output = self.model(x_t, t, batch.y, gating)
+            return diffusion_loss(self.process, output, x0, x_t, t, noise)
 
         if self.recipe.stage is Stage.STATIC:
             mse, vb = (part.mean() for part in diffusion(Static()))

@@ -56,6 +56,7 @@ def check_folder(out: Path, recipe: Recipe, resume: bool, any_init: bool = False
     if not resume:
         raise OutputError(f"{out} is not empty; choose another folder, or continue its run with --resume")
     stored, requested = stored_recipe(out), identity(recipe)
+    stored |= {key: value for key, value in _defaults().items() if key not in stored}
     if any_init:
         stored = {**stored, "init": requested["init"]}
     different = differing_settings(stored, requested)
@@ -113,6 +114,12 @@ def identity(recipe: Recipe) -> dict[str, Any]:
     if recipe.init is not None and Path(recipe.init).is_file():
         values["init"] = f"sha256:{sha256_of(Path(recipe.init))}"
     return values
+
+
+def _defaults() -> dict[str, Any]:
+    """The defaults of settings, as JSON has them: a run of an older dydit has the defaults of newer settings."""
+    fields = Recipe.model_fields.items()
+    return {name: json.loads(json.dumps(field.default)) for name, field in fields if not field.is_required()}
 
 
 def differing_settings(stored: Any, requested: Any, prefix: str = "") -> list[str]:

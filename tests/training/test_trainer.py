@@ -23,10 +23,11 @@ from dydit.models.routers import Static
 from dydit.training.draws import BatchSource
 from dydit.training.losses import ProcessTensors
 from dydit.training.objective import Inputs, Objective, probe
+from dydit.training.optimizer import learning_rate, make_optimizer
 from dydit.training.recipe import Recipe, Stage
 from dydit.training.sequence import train_sequence
 from dydit.training.state import read_log
-from dydit.training.trainer import learning_rate, make_optimizer, starting_model, train
+from dydit.training.trainer import starting_model, train
 
 Make = Callable[..., Recipe]
 Randomised = Callable[..., DiT]
