@@ -125,12 +125,12 @@ def train(recipe: Recipe, out: Path, resume: bool = False, progress: Progress | 
     if `init` or a state cannot be used, and `TrainingError` if the run diverges. A run that is refused leaves nothing
     behind.
     """
+    require_trackers(recipe.trackers)  # before accelerate looks for them
     from accelerate import Accelerator
 
     out = user_path(out)
     data = data_for(recipe.data, recipe.model)
     recipe = with_process_of_start(recipe)
-    require_trackers(recipe.trackers)
     # The objective sets the precision itself: accelerate has one for each process, but a sequence may have several.
     accelerator = Accelerator(
         mixed_precision="no", log_with=[each.value for each in recipe.trackers] or None, project_dir=str(out / TRACKERS)
