@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -100,6 +101,19 @@ class Objective(nn.Module):
         target, weight, spread = self.recipe.token_target, self.recipe.token_weight, self.recipe.token_spread
         loss = token_loss(tokens, target, weight, batch.first)
         return loss + detail_loss(tokens, relative_detail(batch.x0), target, spread, weight) if spread else loss
+
+
+def compile_model(model: DynamicModel, **options: Any) -> None:
+    """Let `torch.compile` compile what the model computes, at its first call; names of weights stay the same.
+
+    It is one graph for each way of running it (dynamic, complete), because gates depend on tensors alone.
+    """
+    import torch._dynamo.config as dynamo
+
+    # With checkpointing, gates are recorded when a block runs first. Without the setting, each gate splits the graph.
+    if hasattr(dynamo, "skip_fwd_side_effects_in_bwd_under_checkpoint"):  # PyTorch 2.9
+        dynamo.skip_fwd_side_effects_in_bwd_under_checkpoint = True
+    model.compile(**options)
 
 
 @torch.no_grad()

@@ -29,7 +29,7 @@ from dydit.models.registry import architecture_of
 from dydit.training.curves import draw_curves
 from dydit.training.draws import Batch, BatchSource, Purpose, stream
 from dydit.training.losses import ProcessTensors
-from dydit.training.objective import Inputs, Objective, probe
+from dydit.training.objective import Inputs, Objective, compile_model, probe
 from dydit.training.optimizer import learning_rate, make_optimizer
 from dydit.training.prefetch import Prefetch
 from dydit.training.processes import agreed, leave_group_at_exit, require_whole_models, stopped_by_sigterm
@@ -184,7 +184,7 @@ class _Run:
         self.process = ProcessTensors.of(recipe.process, accelerator.device)
         self.model, self.plain_optimizer = model, optimizer
         if recipe.compile:
-            model.compile()
+            compile_model(model)
         self.objective, self.optimizer = accelerator.prepare(Objective(model, recipe, self.process), optimizer)
         if 0 < self.counters.planned < recipe.iterations:
             self.counters.made_longer_at.append(self.counters.iteration)

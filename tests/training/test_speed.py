@@ -23,7 +23,7 @@ from dydit.models.text import TextRows
 from dydit.models.uvit.config import UViTConfig
 from dydit.training.draws import BatchSource
 from dydit.training.losses import ProcessTensors
-from dydit.training.objective import Inputs, Objective
+from dydit.training.objective import Inputs, Objective, compile_model
 from dydit.training.optimizer import make_optimizer
 from dydit.training.prefetch import Prefetch
 from dydit.training.processes import require_whole_models
@@ -204,6 +204,31 @@ def test_models_in_pieces_are_refused(kind: str) -> None:
     with pytest.raises(ConfigError, match=f"configured for {kind}, which splits the model"):
         require_whole_models(kind)
     require_whole_models("MULTI_GPU")
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_model_is_compiled_once_for_all_iterations(
+    small_recipe: Make, config: ModelConfig, checkpointing: bool
+) -> None:
+    """Its graphs are counted, and run without code generation, which takes minutes: see below."""
+    graphs = []
+
+    def count(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    settings = {"warmup_iterations": 3, "iterations": 10, "noise_anneal": 1.0}
+    objective, batch = objective_and_batch(small_recipe, config, **settings)
+    expected = [objective(batch, iteration) for iteration in range(5)]
+    objective.model.checkpointing = checkpointing
+    compile_model(objective.model, backend=count)
+    names = list(objective.model.state_dict())
+    found = [objective(batch, iteration) for iteration in range(5)]
+    found[-1]["loss"].backward()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    assert len(graphs) == 2, "the dynamic and the complete model"
+    assert names == list(synthetic_model(config).state_dict())
+    torch._dynamo.reset()
 
 
 @pytest.mark.release

@@ -55,6 +55,7 @@ class UViT(DynamicModel):
     def __init__(self, config: UViTConfig):
         super().__init__(config)
         d, p, c = config.hidden_size, config.patch_size, config.in_channels
+        self.first_time = config.first_time
         self.patch_embed = PatchEmbed(config)
         mlp = nn.Sequential(nn.Linear(d, 4 * d), nn.SiLU(), nn.Linear(4 * d, d))
         self.time_embed = mlp if config.mlp_time_embed else nn.Identity()
@@ -88,7 +89,7 @@ class UViT(DynamicModel):
         return self.final_layer(unpatchify(patches, self.config))
 
     def embed_timestep(self, t: Tensor) -> Tensor:
-        waves = sinusoid(t + self.config.first_time, self.frequencies)
+        waves = sinusoid(t + self.first_time, self.frequencies)
         with without_autocast(t):
             embedded: Tensor = self.time_embed(waves.to(self.pos_embed.dtype))
         return embedded
