@@ -17,6 +17,7 @@ from dydit.errors import BackendError
 EXTRAS = {
     **dict.fromkeys(("torch", "onnx", "onnx_ir", "safetensors", "scipy"), "export"),
     **dict.fromkeys(("accelerate", "sklearn"), "train"),
+    **dict.fromkeys(("tensorboard", "wandb"), "trackers"),
     **dict.fromkeys(("jinja2", "matplotlib"), "report"),
     **dict.fromkeys(("diffusers", "onnxscript"), "vae"),
     "transformers": "text",

@@ -78,7 +78,7 @@ def data_for(name: str, model: ModelConfig) -> Dataset:
 
 def _with_captions(name: str, data: Dataset, wanted: TextSpec) -> Dataset:
     """The data with captions as a model takes them."""
-    if data.text is None or not isinstance(data, PreparedData):
+    if data.text is None:
         raise ConfigError(
             f"data {name} has no encoded captions, but texts condition the model; make it with dydit prepare "
             "--text-encoder"
@@ -93,4 +93,4 @@ def _with_captions(name: str, data: Dataset, wanted: TextSpec) -> Dataset:
             f"data {name} has captions of up to {data.text.tokens} tokens, but the model takes {wanted.tokens}; "
             f"prepare it with --text-tokens {wanted.tokens}"
         )
-    return data.padded_to(wanted.tokens)
+    return data.padded_to(wanted.tokens) if isinstance(data, PreparedData) else data

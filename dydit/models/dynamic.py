@@ -6,7 +6,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dydit.models.config import ModelConfig
 from dydit.models.routers import Gating, Masked, Static, TokenRouter, WidthRouter
@@ -20,6 +22,8 @@ class DynamicModel(nn.Module, ABC):
     """
 
     blocks: nn.ModuleList
+    checkpointing = False
+    """Whether training keeps no intermediate values of blocks, and computes them again in the backward pass."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -44,6 +48,13 @@ class DynamicModel(nn.Module, ABC):
     def token_routers(self) -> Sequence[TokenRouter]:
         """The token routers of all blocks."""
         return [module for module in self.modules() if isinstance(module, TokenRouter)]
+
+    def run_block(self, block: nn.Module, x: Tensor, *others: Any) -> Tensor:
+        """The stream after a block: `block(x, *others)`, with `checkpointing` if it is on."""
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, x, *others, use_reentrant=False, preserve_rng_state=False)
+        out: Tensor = block(x, *others)
+        return out
 
     def ordered_blocks(self) -> Sequence[nn.Module]:
         """The blocks in the order of execution, for models that do not have all of them in `blocks`."""

@@ -8,6 +8,7 @@ model does not depend on how that is done.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -21,6 +22,12 @@ OPEN = 100.0
 """The logits of routers that are fixed open: far above what the noise of training gates subtracts."""
 TOKEN_ROUTER = ("router.0.weight", "router.0.bias", "router.2.weight", "router.2.bias")
 """The stored tensors of a token router, within its block. Every block of a dynamic model has them."""
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """Turns mixed precision off where it would round decisions: routers and what they read are fp32 in training."""
+    # Tensors without memory ("meta") have no autocast.
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 class WidthRouter(nn.Module):
@@ -46,7 +53,8 @@ class WidthRouter(nn.Module):
         return not self.router.weight.requires_grad
 
     def forward(self, t_emb: Tensor) -> Tensor:
-        logits = self.router(t_emb)
+        with without_autocast(t_emb):
+            logits = self.router(t_emb)
         return F.pad(logits, (1, 0), value=torch.inf) if self.first_on else logits
 
 
@@ -102,7 +110,8 @@ class TokenRouter(nn.Module):
 
     def _logits(self, x: Tensor) -> Tensor:
         """One logit for each token that is not always routed, or for an image."""
-        logits = self.mlp_head(x[:, self.always :]).squeeze(-1)
+        with without_autocast(x):
+            logits = self.mlp_head(x[:, self.always :]).squeeze(-1)
         return logits.mean(1, keepdim=True) if self.together else logits
 
     def _of_all(self, values: Tensor, x: Tensor, always: float) -> Tensor:
@@ -144,37 +153,6 @@ class Masked(Gating):
         return (logits.float() > 0).to(logits.dtype)
 
 
-_AT_INFERENCE = Masked()
-
-
-class GumbelSigmoid(Gating):
-    """Training: 1 if sigmoid((logit + G1 - G2)/tau) > 0.5, otherwise 0, with G ~ Gumbel(0, 1).
-
-    The gradient is that of the sigmoid. `generator` draws the noise, so that a run can be repeated bit for bit. Routers
-    that are excluded from training decide as at inference, and pass no gradient to what they read.
-    """
-
-    def __init__(self, generator: torch.Generator, temperature: float = 5.0):
-        self.generator, self.temperature = generator, temperature
-
-    def units(self, block: int, group: int, router: WidthRouter | None, t_emb: Tensor) -> Tensor | None:
-        if router is not None and router.fixed:
-            return _AT_INFERENCE.units(block, group, router, t_emb)
-        return super().units(block, group, router, t_emb)
-
-    def tokens(self, block: int, router: TokenRouter | None, x: Tensor) -> Tensor | None:
-        if router is not None and router.fixed:
-            return _AT_INFERENCE.tokens(block, router, x)
-        return super().tokens(block, router, x)
-
-    def gate(self, logits: Tensor) -> Tensor:
-        # G1 - G2 of two Gumbels is Logistic(0, 1): log u - log(1-u). An always-on unit has logit +inf and stays on.
-        uniform = torch.rand(logits.shape, generator=self.generator, device=logits.device)
-        soft = torch.sigmoid((logits.float() + torch.logit(uniform, eps=1e-7)) / self.temperature)
-        hard = (soft > 0.5).to(soft.dtype)
-        return (hard - soft.detach() + soft).to(logits.dtype)
-
-
 @dataclass
 class Decisions:
     """The gates of one forward pass: of units [B, U], and of tokens [L, B, N]."""
@@ -191,10 +169,10 @@ class Recording(Gating):
     config: ModelConfig
     _units: dict[tuple[int, int], Tensor | None] = field(default_factory=dict)
     _tokens: dict[int, Tensor | None] = field(default_factory=dict)
-    _batch: int = 0
+    _ones: Tensor | None = None
 
     def units(self, block: int, group: int, router: WidthRouter | None, t_emb: Tensor) -> Tensor | None:
-        self._batch = t_emb.shape[0]
+        self._ones = t_emb.new_ones(t_emb.shape[0], 1)
         self._units[block, group] = gates = self.inner.units(block, group, router, t_emb)
         return gates
 
@@ -210,4 +188,7 @@ class Recording(Gating):
         return Decisions(torch.cat(units, dim=1), torch.stack(tokens))
 
     def _or_ones(self, gates: Tensor | None, width: int) -> Tensor:
-        return torch.ones(self._batch, width) if gates is None else gates
+        if gates is not None:
+            return gates
+        assert self._ones is not None, "no pass was recorded"
+        return self._ones.expand(-1, width)

@@ -94,10 +94,13 @@ class BatchSource:
     process: int = 0
     processes: int = 1
 
-    def batch(self, iteration: int) -> Batch:
-        """This process' share of iteration `iteration` (from 0)."""
-        share = self.batch_size // self.processes
-        first = self.process * share
+    def batch(self, iteration: int, part: int = 0, parts: int = 1) -> Batch:
+        """This process' share of iteration `iteration` (from 0), or of one of `parts` equal parts of its batch.
+
+        A part is a range of the batch of all processes, so it consists of the same images for any number of processes.
+        """
+        share = self.batch_size // parts // self.processes
+        first = part * (self.batch_size // parts) + self.process * share
         indices = sample_indices(self.seed, iteration * self.batch_size + first, share, len(self.data))
         generators = [stream(self.seed, Purpose.BATCH, iteration, first + at) for at in range(share)]
         gate_seed = int(stream(self.seed, Purpose.GATES, iteration).integers(0, 2**62))

@@ -24,7 +24,7 @@ from dydit.models.registry import architecture_of
 from dydit.models.routers import Gating, Static
 from dydit.models.text import TextRows
 from dydit.training.losses import ProcessTensors
-from dydit.training.objective import Objective
+from dydit.training.objective import Inputs, Objective
 from dydit.training.recipe import Precision, Recipe, Stage
 from dydit.training.start import start_note
 from dydit.words import counted, duration
@@ -136,7 +136,9 @@ def _memory_lines(run: Recipe) -> list[str]:
     needed = memory(run)
     whole = {"weights": 1, "EMA": 1, "gradients": 1, "moments": 2}
     parts = [f"{name} {_size(times * needed.weights)}" for name, times in whole.items()]
-    activations = f"about {_size(needed.activations)} of activations for {counted(run.batch_size, 'image')}"
+    activations = (
+        f"about {_size(needed.activations)} of activations for {counted(run.batch_size // run.accumulate, 'image')}"
+    )
     return [
         _row("memory", f"about {_size(needed.total)}: {', '.join(parts)},"),
         _row("", f"and {activations}, which several processes share"),
@@ -162,10 +164,13 @@ def parameters(model: ModelConfig) -> int:
 
 def memory(recipe: Recipe) -> Memory:
     """The bytes that a run needs."""
-    one, more = (_activations(_of_depth(recipe.model, depth)) for depth in (1, 3))
-    image = one + (more - one) * (recipe.model.depth - 1) / 2
+    model = recipe.model
+    one, more = (_activations(_of_depth(model, depth)) for depth in (1, 3))
+    # With checkpointing, only the stream before each further block is stored.
+    block = FP32 * model.tokens * model.hidden_size if recipe.checkpointing else (more - one) / 2
     share = 0.5 if recipe.precision is Precision.BF16 else 1.0
-    return Memory(FP32 * parameters(recipe.model), round(share * image * recipe.batch_size))
+    images = recipe.batch_size // recipe.accumulate
+    return Memory(FP32 * parameters(model), round(share * (one + block * (model.depth - 1)) * images))
 
 
 class _Soft(Gating):
@@ -235,13 +240,11 @@ def measured_step(recipe: Recipe) -> StepTime:
     images = QUARTERS * min(most, math.ceil(MEASURED_MACS / (QUARTERS * max(1, model.macs))))
     with torch.device(device):
         x, t, y = _inputs(model, images)
-        noise = torch.randn_like(x)
+        batch = Inputs(x, t, y, torch.randn_like(x), gate_seed=0, first=0)
     seconds = []
     for _ in range(1 + MEASURED_STEPS):
         started = time.perf_counter()
-        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision is Precision.BF16):
-            loss = objective(x, t, y, noise, 0, 0)["loss"]
-        loss.backward()
+        objective(batch, 0)["loss"].backward()
         optimizer.step()
         optimizer.zero_grad()
         if device.type == "cuda":

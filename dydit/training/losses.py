@@ -1,4 +1,4 @@
-"""The losses of DiT, SiT and DyDiT: pure functions of tensors.
+"""The losses of DiT, SiT and DyDiT: functions of tensors, and of those of the other processes where a mean is squared.
 
 Shapes: x0, x_t, noise [B, C, S, S]; t [B], the model's own times (`dydit.diffusion.process`); a model's output
 [B, C, S, S], or [B, 2C, S, S], whose second half is the raw variance v where that is learned. All in fp32.
@@ -15,10 +15,8 @@ from torch import Tensor
 
 from dydit.diffusion.process import TRAIN_STEPS, Prediction, Process
 from dydit.diffusion.schedule import Schedule
-from dydit.models.config import ModelConfig
-from dydit.models.macs import flops_ratio
-from dydit.models.routers import Decisions, GumbelSigmoid
 from dydit.training.draws import QUARTERS
+from dydit.training.processes import over_processes
 
 
 @dataclass(frozen=True)
@@ -78,8 +76,18 @@ class ProcessTensors:
         """alpha and sigma of x_t = alpha x_0 + sigma eps at times t [B], each fp32 [B, 1, 1, 1]."""
         if self.table is not None:
             return _at(self.table[0], t), _at(self.table[1], t)
-        alpha, sigma = self.process.alpha_sigma(t.cpu().double().numpy())
-        return _per_image(_fp32(alpha, t.device)), _per_image(_fp32(sigma, t.device))
+        alpha, sigma = _continuous(self.process, t)
+        return _per_image(alpha), _per_image(sigma)
+
+
+def _continuous(process: Process, t: Tensor) -> tuple[Tensor, Tensor]:
+    """`Process.alpha_sigma` of continuous times on a device, each fp32 [B], without waiting for the device."""
+    if process.flow:
+        return t.float(), 1 - t.float()
+    first, last = process.beta_range
+    s = t.to(torch.float32 if t.device.type == "mps" else torch.float64) / (TRAIN_STEPS - 1)
+    log_squared = -(first * s + (last - first) * s.square() / 2)
+    return (log_squared / 2).exp().float(), (-torch.expm1(log_squared)).sqrt().float()
 
 
 def _fp32(array: np.ndarray, device: torch.device | str) -> Tensor:
@@ -164,54 +172,32 @@ def discretized_normal_log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor) 
     return torch.log(probability.clamp(min=1e-12))
 
 
-def achieved_ratio(config: ModelConfig, decisions: Decisions) -> Tensor:
-    """The FLOPs ratio of each image, [B]; differentiable."""
-    parts = [part.group.count for part in config.units.parts]
-    counts = torch.stack([gates.sum(-1) for gates in decisions.units.split(parts, dim=-1)], dim=-1)
-    ratio: Tensor = flops_ratio(config, counts, decisions.tokens.mean(-1).T)
-    return ratio
-
-
 def flops_loss(ratio: Tensor, target: float, weight: float) -> Tensor:
-    """`weight * (mean over the batch of F_dyn/F_static - target)^2`, a scalar (DyDiT, section 3.4)."""
-    return weight * (ratio.mean() - target).square()
+    """`weight * (mean over the batch of F_dyn/F_static - target)^2`, a scalar (DyDiT, section 3.4).
 
-
-class AnnealedGumbelSigmoid(GumbelSigmoid):
-    """`GumbelSigmoid` whose noise is multiplied by `noise`: 1 as in the paper; at 0 the gates are those of inference.
-
-    Noise flips gates whose logits are near 0, so a model that meets its target while noisy may miss it without.
-    Annealing the noise at the end of training closes that gap. Gradients stay those of the sigmoid.
+    ratio [b], of this process' images; the mean is that of all processes.
     """
-
-    def __init__(self, generator: torch.Generator, temperature: float, noise: float):
-        super().__init__(generator, temperature)
-        self.noise = noise
-
-    def gate(self, logits: Tensor) -> Tensor:
-        """Logits to gates of the same shape."""
-        uniform = torch.rand(logits.shape, generator=self.generator, device=logits.device)
-        logistic = self.noise * torch.logit(uniform, eps=1e-7)
-        soft = torch.sigmoid((logits.float() + logistic) / self.temperature)
-        hard = (logits.float() + logistic > 0).to(soft.dtype)
-        return (hard - soft.detach() + soft).to(logits.dtype)
+    return weight * (over_processes(ratio.mean()) - target).square()
 
 
-def token_loss(tokens: Tensor, target: float, weight: float) -> Tensor:
-    """`weight * mean over blocks and quarters of (share of tokens - target)^2`, a scalar; tokens [L, B, N].
+def token_loss(tokens: Tensor, target: float, weight: float, first: int = 0) -> Tensor:
+    """`weight * mean over blocks and quarters of (share of tokens - target)^2`, a scalar; tokens [L, b, N].
 
     Not in the paper, which trains far longer. In a short run, the fastest way to meet the FLOPs loss is to turn the MLP
     of whole blocks off for every token. This loss aims at a share of tokens for each block and quarter of the times
     (batch element i belongs to quarter i mod 4), so a router can only choose among tokens, within and between images.
+    `first`: the position of the first image in the batch of all processes; the shares are those of that batch.
     """
-    shares = tokens.mean(-1).unflatten(1, (-1, QUARTERS)).mean(1)  # [L, 4]
+    quarters = (torch.arange(tokens.shape[1], device=tokens.device) + first) % QUARTERS
+    member = torch.nn.functional.one_hot(quarters, QUARTERS).to(tokens.dtype)  # [b, 4]
+    shares = over_processes(tokens.mean(-1) @ member * (QUARTERS / tokens.shape[1]))  # [L, 4]
     return weight * (shares - target).square().mean()
 
 
 def detail_loss(tokens: Tensor, detail: Tensor, target: float, spread: float, weight: float) -> Tensor:
     """`weight * mean over images of (share of tokens - target * (1 + spread * detail))^2`, a scalar.
 
-    tokens [L, B, N], detail [B] from `relative_detail`. Not in the paper either. An image with more detail should get
+    tokens [L, b, N], detail [b] from `relative_detail`. Not in the paper either. An image with more detail should get
     more tokens; in a short run the routers learn where tokens matter, but not which images need more of them.
     """
     wanted = target * (1 + spread * detail)
@@ -219,10 +205,12 @@ def detail_loss(tokens: Tensor, detail: Tensor, target: float, spread: float, we
 
 
 def relative_detail(x0: Tensor) -> Tensor:
-    """How much detail each image of a batch has, [B]: total variation, in standard deviations from the batch's mean.
+    """How much detail each image of a batch has, [b]: total variation, in standard deviations from the batch's mean.
 
-    x0 [B, C, S, S], images or latents. 0 for all where they are equal.
+    x0 [b, C, S, S], images or latents; mean and deviation are those of the images of all processes. 0 for all where
+    they are equal.
     """
     variation = sum(x0.diff(dim=axis).abs().mean((1, 2, 3)) for axis in (2, 3))
     assert isinstance(variation, Tensor)
-    return (variation - variation.mean()) / variation.std(correction=0).clamp(min=1e-12)
+    centred = variation - over_processes(variation.mean())
+    return centred / over_processes(centred.square().mean()).sqrt().clamp(min=1e-12)

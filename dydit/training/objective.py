@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from dydit.models.dynamic import DynamicModel
 from dydit.models.routers import Gating, Masked, Recording, Static
+from dydit.models.text import TextRows
 from dydit.training.draws import Batch
+from dydit.training.gates import GateNoise, GumbelSigmoid, achieved_ratio
 from dydit.training.losses import (
-    AnnealedGumbelSigmoid,
     ProcessTensors,
-    achieved_ratio,
     add_noise,
     detail_loss,
     diffusion_loss,
@@ -21,7 +24,35 @@ from dydit.training.losses import (
     relative_detail,
     token_loss,
 )
-from dydit.training.recipe import Recipe, Stage
+from dydit.training.recipe import Precision, Recipe, Stage
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A `Batch` on a device. `y`: labels int64 [b], or the texts of a model that they condition."""
+
+    x0: Tensor
+    t: Tensor
+    y: Tensor | TextRows
+    noise: Tensor
+    gate_seed: int
+    first: int
+
+    @classmethod
+    def of(cls, batch: Batch, device: torch.device, texts: bool = False) -> Inputs:
+        """A batch on a device. `texts`: whether the model takes captions in place of labels."""
+
+        def put(array: np.ndarray) -> Tensor:
+            value = torch.from_numpy(np.ascontiguousarray(array))
+            # From pinned memory, copies do not wait for the device.
+            return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)
+
+        if texts:
+            assert batch.captions is not None, "data without captions"
+            y: Tensor | TextRows = TextRows(put(batch.captions.embeddings), put(batch.captions.mask))
+        else:
+            y = put(batch.labels)
+        return cls(put(batch.x0), put(batch.times), y, put(batch.noise), batch.gate_seed, batch.first)
 
 
 class Objective(nn.Module):
@@ -31,27 +62,28 @@ class Objective(nn.Module):
         super().__init__()
         self.model, self.recipe, self.process = model, recipe, process
 
-    def forward(
-        self, x0: Tensor, t: Tensor, y: Tensor, noise: Tensor, gate_seed: int, iteration: int
-    ) -> dict[str, Tensor]:
-        """Scalars: `loss`, to be minimised, and its parts. x0, noise [b, C, S, S], t and y [b]."""
+    def forward(self, batch: Inputs, iteration: int) -> dict[str, Tensor]:
+        """Scalars: `loss`, to be minimised, and its parts."""
+        x0, t, noise = batch.x0, batch.t, batch.noise
         x_t = add_noise(self.process, x0, t, noise)
 
         def diffusion(gating: Gating) -> tuple[Tensor, Tensor]:
-            return diffusion_loss(self.process, self.model(x_t, t, y, gating), x0, x_t, t, noise)
+            bf16 = self.recipe.precision is Precision.BF16
+            with torch.autocast(x_t.device.type, torch.bfloat16, enabled=bf16):
+                output = self.model(x_t, t, batch.y, gating)
+            return diffusion_loss(self.process, output, x0, x_t, t, noise)
 
         if self.recipe.stage is Stage.STATIC:
             mse, vb = (part.mean() for part in diffusion(Static()))
             return {"loss": mse + vb, "mse": mse, "vb": vb}
-        generator = torch.Generator(x0.device).manual_seed(gate_seed)
-        gumbel = AnnealedGumbelSigmoid(generator, self.recipe.temperature, self.recipe.gate_noise(iteration))
-        gating = Recording(gumbel, self.model.config)
+        gating = Recording(self._gates(batch, iteration), self.model.config)
         mse, vb = (part.mean() for part in diffusion(gating))
-        ratio = achieved_ratio(self.model.config, gating.decisions())
+        decisions = gating.decisions()
+        ratio = achieved_ratio(self.model.config, decisions)
         flops = flops_loss(ratio, self.recipe.target(iteration), self.recipe.flops_weight)
         parts = {"loss": mse + vb + flops, "mse": mse, "vb": vb, "flops": flops, "ratio": ratio.mean()}
         if self.recipe.token_weight:
-            parts["token"] = self._token_loss(gating.decisions().tokens, x0)
+            parts["token"] = self._token_loss(decisions.tokens, batch)
             parts["loss"] = parts["loss"] + parts["token"]
         if iteration < self.recipe.warmup_iterations:
             whole = diffusion(Static())
@@ -59,33 +91,46 @@ class Objective(nn.Module):
             parts["loss"] = parts["loss"] + parts["complete"]
         return parts
 
-    def _token_loss(self, tokens: Tensor, x0: Tensor) -> Tensor:
+    def _gates(self, batch: Inputs, iteration: int) -> Gating:
+        recipe, config = self.recipe, self.model.config
+        rows, factor = slice(batch.first, batch.first + len(batch.x0)), recipe.gate_noise(iteration)
+        noise = GateNoise.draw(config, batch.gate_seed, recipe.batch_size, rows, batch.x0.device, factor)
+        return GumbelSigmoid(config, noise, recipe.temperature)
+
+    def _token_loss(self, tokens: Tensor, batch: Inputs) -> Tensor:
         target, weight, spread = self.recipe.token_target, self.recipe.token_weight, self.recipe.token_spread
-        loss = token_loss(tokens, target, weight)
-        return loss + detail_loss(tokens, relative_detail(x0), target, spread, weight) if spread else loss
+        loss = token_loss(tokens, target, weight, batch.first)
+        return loss + detail_loss(tokens, relative_detail(batch.x0), target, spread, weight) if spread else loss
 
 
-def tensors(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A batch on a device: x0, times, labels, noise."""
-    arrays = (batch.x0, batch.times, batch.labels, batch.noise)
-    x0, t, y, noise = (torch.from_numpy(np.ascontiguousarray(array)).to(device) for array in arrays)
-    return x0, t, y, noise
+def compile_model(model: DynamicModel, **options: Any) -> None:
+    """Let `torch.compile` compile what the model computes, at its first call; names of weights stay the same.
+
+    It is one graph for each way of running it (dynamic, complete), because gates depend on tensors alone.
+    """
+    import torch._dynamo.config as dynamo
+
+    # With checkpointing, gates are recorded when a block runs first. Without the setting, each gate splits the graph.
+    if hasattr(dynamo, "skip_fwd_side_effects_in_bwd_under_checkpoint"):  # PyTorch 2.9
+        dynamo.skip_fwd_side_effects_in_bwd_under_checkpoint = True
+    model.compile(**options)
 
 
 @torch.no_grad()
-def probe(model: DynamicModel, batch: Batch, process: ProcessTensors) -> dict[str, float]:
+def probe(model: DynamicModel, batch: Inputs, process: ProcessTensors) -> dict[str, float]:
     """Evaluate the model without gate noise on a fixed batch: mean squared error, FLOPs ratio, token ratio."""
-    x0, t, y, noise = tensors(batch, next(model.parameters()).device)
+    x0, t, noise = batch.x0, batch.t, batch.noise
     gating = Recording(Masked() if model.config.dynamic else Static(), model.config)
-    output = model(add_noise(process, x0, t, noise), t, y, gating)
+    output = model(add_noise(process, x0, t, noise), t, batch.y, gating)
     target = regression_target(process, x0, t, noise)
     out = {"probe_mse": float((output[:, : x0.shape[1]] - target).square().mean())}
     if model.config.dynamic:
         decisions = gating.decisions()
         per_image = decisions.tokens.mean((0, 2))
+        units = decisions.units.cpu().numpy()
         out |= {
             "probe_ratio": float(achieved_ratio(model.config, decisions).mean()),
-            **{f"probe_{name}": share for name, share in model.config.units.shares(decisions.units.numpy()).items()},
+            **{f"probe_{name}": share for name, share in model.config.units.shares(units).items()},
             "probe_tokens": float(per_image.mean()),
             "probe_tokens_std": float(per_image.std()),
         }

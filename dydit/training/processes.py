@@ -7,9 +7,12 @@ import contextlib
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dydit.errors import DyditError
+from dydit.errors import ConfigError, DyditError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def leave_group_at_exit() -> None:
@@ -29,6 +32,19 @@ def _leave_group() -> None:
         distributed.destroy_process_group()
 
 
+def require_whole_models(distributed_type: str) -> None:
+    """Raise `ConfigError` if `accelerate` is configured to split a model over processes.
+
+    States, the EMA and checkpoints are written by one process, which therefore needs the whole model.
+    """
+    if distributed_type in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "TP"):
+        raise ConfigError(
+            f"accelerate is configured for {distributed_type}, which splits the model over processes, but each process "
+            "trains the whole model here; turn it off (accelerate launch --multi_gpu), and use checkpointing=true and "
+            "accumulate=N to save memory"
+        )
+
+
 def agreed(accelerator: Any, action: Callable[[], Any]) -> Any:
     """Run `action` in the main process; its result is returned, and its `DyditError` raised, in all processes."""
     if accelerator.num_processes == 1:
@@ -45,6 +61,21 @@ def agreed(accelerator: Any, action: Callable[[], Any]) -> Any:
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
+
+
+def over_processes(local: Tensor) -> Tensor:
+    """The mean of a statistic over all processes, for a loss that is not a mean over images.
+
+    Its gradient is that of this process' statistic. Training averages the gradients of the processes, which makes the
+    result exactly the gradient of the loss of the whole batch: d f(mean) = f'(mean) * mean over processes of d local.
+    """
+    from torch import distributed
+
+    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
+        return local
+    mean = local.detach().clone()
+    distributed.all_reduce(mean)
+    return mean / distributed.get_world_size() + (local - local.detach())
 
 
 @contextlib.contextmanager

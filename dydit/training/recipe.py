@@ -31,6 +31,13 @@ class Precision(StrEnum):
     BF16 = "bf16"
 
 
+class Tracker(StrEnum):
+    """Where the lines of the log are sent, too."""
+
+    TENSORBOARD = "tensorboard"  # event files in the folder `trackers` of the run
+    WANDB = "wandb"  # the project "dydit"
+
+
 class LearningRateSchedule(StrEnum):
     """What the learning rate does after its linear warm-up."""
 
@@ -78,8 +85,6 @@ class Recipe(Strict):
     router_learning_rate: float = Field(
         default=1.0, gt=0, le=1e6, description="learning rate of the routers, as a multiple of `learning_rate`"
     )
-    betas: tuple[float, float] = (0.9, 0.999)
-    adam_eps: float = 1e-8
     weight_decay: float = Field(default=0.0, ge=0)
     clip_norm: float | None = Field(
         default=None, gt=0, description="scale gradients of a larger norm down to this norm"
@@ -135,6 +140,25 @@ class Recipe(Strict):
     log_every: int = Field(default=50, gt=0)
     save_every: int = Field(default=500, gt=0)
 
+    betas: tuple[float, float] = Field(default=(0.9, 0.999), description="of AdamW")
+    adam_eps: float = Field(default=1e-8, gt=0, description="of AdamW")
+    accumulate: int = Field(
+        default=1,
+        gt=0,
+        description="parts of a batch that run one after another, to save memory; flops_weight and the token losses "
+        "then see the means of a part of the batch (of all processes)",
+    )
+    checkpointing: bool = Field(
+        default=False, description="compute blocks a second time in the backward pass, to save memory"
+    )
+    compile: bool = Field(default=False, description="compile the model with torch.compile")
+    trackers: tuple[Tracker, ...] = Field(
+        default=(), description='where the log is sent, too: ["tensorboard"], ["wandb"] or both'
+    )
+    sample_every: int | None = Field(
+        default=None, gt=0, description="iterations between pictures of samples, samples-*.png; none if absent"
+    )
+
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
         if (self.stage is not Stage.STATIC) != self.model.dynamic:
@@ -142,9 +166,7 @@ class Recipe(Strict):
                 f"stage {self.stage} does not fit model.routers {self.model.routers}; stage static needs model.routers "
                 "none, and the other stages need a model with routers"
             )
-        if self.model.text is not None:
-            raise ValueError("model.architecture: a model that texts condition cannot be trained; it can be exported")
-        if self.label_dropout and self.model.null_class is None:
+        if self.label_dropout and self.model.null_class is None and self.model.text is None:
             raise ValueError("label_dropout needs a model with a null class")
         if self.random_routers and self.routed is not Routed.BOTH:
             raise ValueError(f"random_routers draws all routers; set routed to both, not {self.routed}")
@@ -152,6 +174,13 @@ class Recipe(Strict):
             raise ValueError(
                 f"batch_size {self.batch_size} is not a multiple of 4 (timesteps are drawn from four quarters)"
             )
+        if self.batch_size % (4 * self.accumulate):
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of {4 * self.accumulate}: each of the "
+                f"{self.accumulate} parts of a batch (accumulate) has timesteps from four quarters"
+            )
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas {self.betas[0]:g} and {self.betas[1]:g} are not both from 0 to below 1")
         return self
 
     @property

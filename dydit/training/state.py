@@ -3,6 +3,8 @@
     recipe.json              the recipe, with a hash for `init`; a run can only be resumed with the same recipe
     log.jsonl                one line every `log_every` iterations; nothing in it depends on the clock
     state-00000500/          weights, EMA and optimizer moments (tensors.safetensors) and the counters (state.json)
+    samples-00001000.png     samples of the EMA weights (dydit/training/samples.py), every `sample_every` iterations
+    trackers/                what trackers write, if there are any (dydit/training/trackers.py)
     model.safetensors        the EMA weights, at the end
     train.json, curves.png   the summary, at the end; a run is finished if it has as many iterations as the recipe
     .lock                    held by the process that trains
@@ -108,9 +110,10 @@ def load_state(path: Path, model: nn.Module, ema: nn.Module, optimizer: torch.op
         for parameter in group["params"]:
             names = {key: f"optimizer.{key}.{named[parameter]}" for key in keys}
             entries = {key: tensors[name] for key, name in names.items() if name in tensors}
-            # AdamW keeps the step counter on the CPU, and the moments on their parameter's device.
+            # AdamW keeps the step counter on the CPU, unless it is fused, and the moments on their parameter's device.
             optimizer.state[parameter] = {
-                key: value if key == "step" else value.to(parameter.device) for key, value in entries.items()
+                key: value if key == "step" and not group.get("fused") else value.to(parameter.device)
+                for key, value in entries.items()
             }
     return counters
 

@@ -17,20 +17,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
 
 from dydit.checkpoints.checkpoint import save_checkpoint
 from dydit.data.opened import data_for
-from dydit.errors import CheckpointError, ConfigError, TrainingError
+from dydit.errors import CheckpointError, ConfigError, TrainingError, one_line
 from dydit.files import sha256_of, user_path, write_json
-from dydit.models.dynamic import DynamicModel
-from dydit.models.registry import architecture_of
 from dydit.training.curves import draw_curves
-from dydit.training.draws import BatchSource
+from dydit.training.draws import Batch, BatchSource
 from dydit.training.losses import ProcessTensors
-from dydit.training.objective import Objective, probe, tensors
-from dydit.training.processes import agreed, leave_group_at_exit, stopped_by_sigterm
-from dydit.training.recipe import LearningRateSchedule, Precision, Recipe, Stage
+from dydit.training.objective import Inputs, Objective, compile_model, probe
+from dydit.training.optimizer import learning_rate, make_optimizer
+from dydit.training.prefetch import Prefetch
+from dydit.training.processes import agreed, leave_group_at_exit, require_whole_models, stopped_by_sigterm
+from dydit.training.recipe import Recipe, Stage
+from dydit.training.samples import Conditions, write_samples
 from dydit.training.start import model_to_resume, starting_model, with_process_of_start
 from dydit.training.state import (
     CURVES,
@@ -45,6 +47,8 @@ from dydit.training.state import (
     states,
     truncate_log,
 )
+from dydit.training.trackers import FOLDER as TRACKERS
+from dydit.training.trackers import finish_trackers, require_trackers, start_trackers, track
 from dydit.training.training_folder import check_folder, finished_summary, held_folder, identity
 
 PROBE_IMAGES = 64
@@ -67,28 +71,6 @@ class TrainResult:
     note: str = field(default="", compare=False)
 
 
-def make_optimizer(model: DynamicModel, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW with two parameter groups. `multiple` in a group scales its learning rate; the routers have their own."""
-    routers: list[nn.Parameter] = []
-    rest: list[nn.Parameter] = []
-    is_router = architecture_of(recipe.model).is_router
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            (routers if is_router(name) else rest).append(parameter)
-    groups: list[dict[str, Any]] = [{"params": rest, "multiple": 1.0}]
-    if routers:
-        groups.append({"params": routers, "multiple": recipe.router_learning_rate})
-    return torch.optim.AdamW(groups, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
-
-
-def learning_rate(recipe: Recipe, iteration: int) -> float:
-    """The learning rate at an iteration: linear warm-up, then constant or half a cosine down to 1/20 of the peak."""
-    peak = recipe.learning_rate * min(1.0, (iteration + 1) / max(1, recipe.learning_rate_warmup))
-    if recipe.learning_rate_schedule is LearningRateSchedule.CONSTANT:
-        return peak
-    return peak * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * iteration / recipe.iterations)))
-
-
 def train(recipe: Recipe, out: Path, resume: bool = False, progress: Progress | None = None) -> TrainResult:
     """Run `recipe` in the folder `out`; with `resume`, from the last state in it.
 
@@ -97,16 +79,22 @@ def train(recipe: Recipe, out: Path, resume: bool = False, progress: Progress | 
     if `init` or a state cannot be used, and `TrainingError` if the run diverges. A run that is refused leaves nothing
     behind.
     """
+    require_trackers(recipe.trackers)  # before accelerate looks for them
     from accelerate import Accelerator
 
     out = user_path(out)
     data = data_for(recipe.data, recipe.model)
     recipe = with_process_of_start(recipe)
-    accelerator = Accelerator(mixed_precision="bf16" if recipe.precision is Precision.BF16 else "no")
+    # The objective sets the precision itself: accelerate has one for each process, but a sequence may have several.
+    accelerator = Accelerator(
+        mixed_precision="no", log_with=[each.value for each in recipe.trackers] or None, project_dir=str(out / TRACKERS)
+    )
     leave_group_at_exit()
-    if recipe.batch_size % accelerator.num_processes:
+    require_whole_models(accelerator.distributed_type.value)
+    if recipe.batch_size % (accelerator.num_processes * recipe.accumulate):
+        parts = f" in {recipe.accumulate} parts (accumulate)" if recipe.accumulate > 1 else ""
         raise ConfigError(
-            f"batch_size {recipe.batch_size} is not a multiple of the {accelerator.num_processes} processes"
+            f"batch_size {recipe.batch_size} is not a multiple of the {accelerator.num_processes} processes{parts}"
         )
     source = BatchSource(
         data=data,
@@ -144,43 +132,69 @@ class _Run:
         model = model_to_resume(recipe) if saved else starting_model(recipe)
         model.train().to(accelerator.device)
         self.ema = copy.deepcopy(model).eval().requires_grad_(False)
+        model.checkpointing = recipe.checkpointing
         optimizer = make_optimizer(model, recipe)
         self.counters = load_state(saved[-1], model, self.ema, optimizer) if saved else Counters()
         self.process = ProcessTensors.of(recipe.process, accelerator.device)
         self.model, self.plain_optimizer = model, optimizer
+        if recipe.compile:
+            compile_model(model)
         self.objective, self.optimizer = accelerator.prepare(Objective(model, recipe, self.process), optimizer)
         if 0 < self.counters.planned < recipe.iterations:
             self.counters.made_longer_at.append(self.counters.iteration)
         self.counters.planned = recipe.iterations
+        self.averages, self.weights = list(self.ema.parameters()), list(model.parameters())
+        self.sums = {key: self.number(value) for key, value in self.counters.sums.items()}
+        if accelerator.is_main_process:
+            self.probe = self.inputs(source.probe(PROBE_IMAGES))
+            self.conditions = Conditions.of(recipe.model, source, accelerator.device) if recipe.sample_every else None
         if accelerator.is_main_process:
             truncate_log(out, self.counters.iteration, recipe.log_every)
             write_json(
                 out / RECIPE, identity(recipe)
             )  # last, after all checks: from here on this is the folder of the run
+        start_trackers(accelerator, recipe, out)
+
+    def inputs(self, batch: Batch) -> Inputs:
+        """A batch on the device."""
+        return Inputs.of(batch, self.accelerator.device, self.recipe.model.text is not None)
+
+    def number(self, value: float | Tensor) -> Tensor:
+        """A number on the device, in fp64 where it has that."""
+        device = self.accelerator.device
+        return torch.as_tensor(value, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
 
     def run(self) -> TrainResult:
         """Run to the end. An interrupt is raised again with a message that says how to resume."""
         try:
             with stopped_by_sigterm():
-                self.iterate()
+                with Prefetch(self.source, self.recipe.accumulate, self.recipe.iterations) as batches:
+                    self.iterate(batches)
                 return self.finish()
         except KeyboardInterrupt as stop:
             raise KeyboardInterrupt(
                 f"interrupted after {self.counters.iteration} of {self.recipe.iterations} iterations; the same command "
                 f"with --resume continues {self.last_state()}"
             ) from stop
+        except TorchDynamoException as error:
+            reason = one_line(error)
+            raise TrainingError(f"the model cannot be compiled ({reason}); train it with compile=false") from error
+        finally:
+            finish_trackers(self.accelerator)
 
-    def iterate(self) -> None:
+    def iterate(self, batches: Prefetch) -> None:
         """Run the iterations that are left, and write the log and the states."""
         recipe, counters = self.recipe, self.counters
         before, started = counters.seconds, time.monotonic()
         while counters.iteration < recipe.iterations:
-            self.step(counters.iteration)
+            self.step(counters.iteration, batches)
             counters.iteration += 1
             counters.seconds = before + time.monotonic() - started
             entry, last = None, counters.iteration == recipe.iterations
             if counters.iteration % recipe.log_every == 0:
                 entry = self.log()
+            if recipe.sample_every and counters.iteration % recipe.sample_every == 0:
+                self.sample()
             if counters.iteration % recipe.save_every == 0 or last:
                 self.save()
             if last and counters.summed:  # after the state: the log of a longer run has no line here
@@ -196,7 +210,8 @@ class _Run:
     def require_finite(self, loss: float | None = None) -> None:
         """Raise `TrainingError` if weights are not finite: no state, log or result may be written with them."""
         parameters = [*self.model.named_parameters(), *self.ema.named_parameters()]
-        bad = next((name for name, value in parameters if not bool(value.isfinite().all())), None)
+        finite = torch.stack([value.isfinite().all() for _, value in parameters]).tolist()
+        bad = next((name for (name, _), each in zip(parameters, finite, strict=True) if not each), None)
         if bad is not None or (loss is not None and not math.isfinite(loss)):
             what = f"{bad} holds values that are not finite" if bad else f"the probe's error is {loss}"
             raise self.failure(f"the run diverged: {what} after iteration {self.counters.iteration}")
@@ -210,16 +225,33 @@ class _Run:
             f"another folder, with learning_rate below {self.recipe.learning_rate:g} or with a lower clip_norm"
         )
 
-    def step(self, iteration: int) -> None:
-        """One iteration: exactly one optimizer step, or none if the gradient norm is above the limit."""
+    def backward(self, iteration: int, batches: Prefetch) -> dict[str, Tensor]:
+        """Add the gradients of all parts of a batch; returns the metrics, means over the parts.
+
+        The loss is the mean of those of the parts. Where it squares a mean over images (the FLOPs and token losses),
+        that mean is over the images of the part, of all processes.
+        """
+        parts = self.recipe.accumulate
+        means: dict[str, Tensor] = {}
+        for part in range(parts):
+            last = part == parts - 1
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.objective):
+                losses = self.objective(self.inputs(batches.batch(iteration, part)), iteration)
+                self.accelerator.backward(losses["loss"] / parts)
+            for key, value in losses.items():
+                means[key] = means.get(key, 0) + value.detach() / parts
+        return means
+
+    def step(self, iteration: int, batches: Prefetch) -> None:
+        """One iteration: exactly one optimizer step, or none if the gradient norm is above the limit.
+
+        It waits for the device once, for that decision.
+        """
         recipe, counters = self.recipe, self.counters
         rate = learning_rate(recipe, iteration)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["multiple"]
-        batch = self.source.batch(iteration)
-        x0, t, y, noise = tensors(batch, self.accelerator.device)
-        parts = self.objective(x0, t, y, noise, batch.gate_seed, iteration)
-        self.accelerator.backward(parts["loss"])
+        parts = self.backward(iteration, batches)
         limit = recipe.grad_norm_limit or math.inf
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         norm = float(self.accelerator.clip_grad_norm_(parameters, recipe.clip_norm or math.inf))
@@ -230,29 +262,39 @@ class _Run:
             counters.skipped, counters.skipped_in_a_row = counters.skipped + 1, counters.skipped_in_a_row + 1
             if not math.isfinite(norm):
                 self.require_finite()
+                if iteration == 0:
+                    raise TrainingError(
+                        f"the loss of the first iteration is {float(parts['loss']):g}, and the norm of its gradient "
+                        f"{norm:g}; check that the data, and the weights of init, are finite"
+                    )
             if counters.skipped_in_a_row >= HOPELESS:
+                skipped = f"{HOPELESS} steps in a row were skipped, the last at iteration {iteration}"
+                if not math.isfinite(norm):
+                    raise self.failure(f"{skipped}, because the gradient norm is {norm:g}")
                 raise self.failure(
-                    f"{HOPELESS} steps in a row were skipped, the last at iteration {iteration}, because the gradient "
-                    f"norm ({norm:.3g}) stays above grad_norm_limit ({limit:g}; a higher limit may help)"
+                    f"{skipped}, because the gradient norm ({norm:.3g}) stays above grad_norm_limit ({limit:g}; a "
+                    "higher limit may help)"
                 )
         self.optimizer.zero_grad()
         with torch.no_grad():
-            for average, value in zip(self.ema.parameters(), self.model.parameters(), strict=True):
-                average.lerp_(value, 1 - recipe.ema_decay)
-        self.count({**{key: value.detach() for key, value in parts.items()}, "grad_norm": torch.tensor(norm)})
+            torch._foreach_lerp_(self.averages, self.weights, 1 - recipe.ema_decay)
+        self.count({**parts, "grad_norm": self.number(norm)})
 
     def count(self, parts: dict[str, Tensor]) -> None:
         """Add an iteration's metrics, averaged over processes, to the sums since the last line of the log."""
-        values = torch.stack([part.float().to(self.accelerator.device) for part in parts.values()])
-        values = self.accelerator.reduce(values, "mean")
-        for key, value in zip(parts, values.tolist(), strict=True):
-            if math.isfinite(value):
-                self.counters.sums[key] = self.counters.sums.get(key, 0.0) + value
+        values = self.accelerator.reduce(torch.stack([self.number(part) for part in parts.values()]), "mean")
+        for key, value in zip(parts, torch.where(values.isfinite(), values, 0), strict=True):
+            self.sums[key] = self.sums[key] + value if key in self.sums else value
         self.counters.summed += 1
+
+    def read_sums(self) -> None:
+        """Read the sums from the device into the counters."""
+        self.counters.sums = {key: float(value) for key, value in self.sums.items()}
 
     def log(self) -> dict[str, Any]:
         """Write a line of the log: means since the last line, and the probe of the EMA model."""
         recipe, counters = self.recipe, self.counters
+        self.read_sums()
         entry: dict[str, Any] = {"iteration": counters.iteration}
         entry |= {key: total / counters.summed for key, total in counters.sums.items()}
         entry |= {"learning_rate": learning_rate(recipe, counters.iteration - 1), "skipped": counters.skipped}
@@ -260,15 +302,24 @@ class _Run:
             entry["target"] = recipe.target(counters.iteration - 1)
         self.require_finite()
         if self.accelerator.is_main_process:
-            entry |= probe(self.ema, self.source.probe(PROBE_IMAGES), self.process)
+            entry |= probe(self.ema, self.probe, self.process)
             self.require_finite(entry["probe_mse"])
             append_log(self.out, entry)
-        counters.sums, counters.summed = {}, 0
+            track(self.accelerator, entry)
+        self.sums, counters.sums, counters.summed = {}, {}, 0
         return entry
+
+    def sample(self) -> None:
+        """Write a picture of samples of the EMA weights."""
+        self.require_finite()
+        if self.accelerator.is_main_process:
+            assert self.conditions is not None
+            write_samples(self.out, self.counters.iteration, self.ema, self.conditions, self.recipe.seed)
 
     def save(self) -> None:
         """Write the state of this iteration, which replaces the one before."""
         self.require_finite()
+        self.read_sums()
         if self.accelerator.is_main_process:
             save_state(self.out, self.counters, self.model, self.ema, self.plain_optimizer)
         self.accelerator.wait_for_everyone()

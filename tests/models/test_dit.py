@@ -12,7 +12,7 @@ import torch
 from dydit.models.config import ModelConfig, Routers
 from dydit.models.dit.config import DiTConfig, preset
 from dydit.models.dit.model import DiT, initialize
-from dydit.models.routers import GumbelSigmoid, Masked, Recording, Static
+from dydit.models.routers import Masked, Recording, Static
 from dydit.models.transformer.modules import (
     FREQUENCIES,
     initialize_routers,
@@ -20,6 +20,7 @@ from dydit.models.transformer.modules import (
     sine_positions,
     unpatchify,
 )
+from tests.fixtures.training import gumbel
 
 pytestmark = pytest.mark.numerics
 
@@ -336,9 +337,9 @@ def test_initialised_model_predicts_nothing_and_opens_every_gate():
     assert not model(x.float(), t, y, recording).any()
     decisions = recording.decisions()
     assert (decisions.units == 1).all() and (decisions.tokens == 1).all()
-    gumbel = Recording(GumbelSigmoid(torch.Generator().manual_seed(0)), CONFIG)
-    model(x.float(), t, y, gumbel)
-    assert gumbel.decisions().tokens.mean() == 1 and gumbel.decisions().units.mean() > 0.99
+    noisy = gumbel(CONFIG, len(x))
+    model(x.float(), t, y, noisy)
+    assert noisy.decisions().tokens.mean() == 1 and noisy.decisions().units.mean() > 0.99
     assert model.blocks[0].attn_rate.router.bias.tolist() == [15.0] * 3
     assert model.blocks[0].token_selection.mlp_head[2].bias.tolist() == [35.0]
     assert model.blocks[0].attn.qkv.weight.std() > 0

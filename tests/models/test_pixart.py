@@ -14,10 +14,11 @@ from dydit.models.config import Routers, parse_config, parse_model
 from dydit.models.pixart.config import PixArtConfig, preset
 from dydit.models.pixart.model import PixArt, initialize
 from dydit.models.registry import architecture_of
-from dydit.models.routers import GumbelSigmoid, Masked, Recording, Static
+from dydit.models.routers import Masked, Recording, Static
 from dydit.models.synthetic import recorded_pass, synthetic_model
 from dydit.models.text import TextRows
 from dydit.models.transformer.modules import sine_positions
+from tests.fixtures.training import gumbel
 
 pytestmark = pytest.mark.numerics
 
@@ -138,9 +139,9 @@ def test_an_initialised_model_predicts_nothing_and_opens_every_gate() -> None:
     assert not model(x.float(), t, y, recording).any()
     decisions = recording.decisions()
     assert (decisions.units == 1).all() and (decisions.tokens == 1).all()
-    gumbel = Recording(GumbelSigmoid(torch.Generator().manual_seed(0)), MICRO)
-    model(x.float(), t, y, gumbel)
-    assert gumbel.decisions().tokens.mean() == 1 and gumbel.decisions().units.mean() > 0.95
+    noisy = gumbel(MICRO, len(x))
+    model(x.float(), t, y, noisy)
+    assert noisy.decisions().tokens.mean() == 1 and noisy.decisions().units.mean() > 0.95
     again = PixArt(MICRO)
     initialize(again, torch.Generator().manual_seed(0))
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))

@@ -7,7 +7,8 @@ import torch
 
 from dydit.models.config import Routers
 from dydit.models.dit.config import DiTConfig
-from dydit.models.routers import GumbelSigmoid, Masked, Recording, Static, TokenRouter, WidthRouter
+from dydit.models.routers import Masked, Recording, Static, TokenRouter, WidthRouter
+from tests.fixtures.training import gumbel
 
 CONFIG = DiTConfig(hidden_size=64, depth=3, num_heads=4, patch_size=2, input_size=8, num_classes=7)
 ALL_ROUTED = CONFIG.model_copy(update={"routers": Routers.ALL_ROUTED})
@@ -16,10 +17,6 @@ ALL_ROUTED = CONFIG.model_copy(update={"routers": Routers.ALL_ROUTED})
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
-
-
-def gumbel(seed: int = 0, **settings) -> GumbelSigmoid:
-    return GumbelSigmoid(torch.Generator().manual_seed(seed), **settings)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
@@ -58,47 +55,6 @@ def test_token_router_is_a_two_layer_perceptron():
     expected = torch.clamp(x @ first.weight.T + first.bias, min=0) @ last.weight[0] + last.bias
     assert router(x).shape == (2, 16)
     assert torch.allclose(router(x), expected, atol=1e-12)
-
-
-@pytest.mark.parametrize("temperature", [5.0, 0.5])
-def test_gumbel_gate_is_on_with_the_sigmoids_probability(temperature):
-    """P[logit + Logistic(0, 1) > 0] = sigmoid(logit), whatever the temperature; five standard errors."""
-    n = 40_000
-    for logit in (-3.0, -0.7, 0.0, 0.4, 2.5):
-        gates = gumbel(temperature=temperature).gate(torch.full((n,), logit))
-        assert set(gates.unique().tolist()) <= {0.0, 1.0}, "hard: exactly 0 or exactly 1"
-        p = torch.sigmoid(torch.tensor(logit)).item()
-        assert abs(gates.mean().item() - p) < 5 * (p * (1 - p) / n) ** 0.5
-
-
-def test_gumbel_gradient_is_the_sigmoids():
-    logits = torch.linspace(-8, 8, 200, requires_grad=True)
-    gates = gumbel(seed=3).gate(logits)
-    weight = torch.arange(200.0)
-    (gates * weight).sum().backward()
-    uniform = torch.rand(200, generator=torch.Generator().manual_seed(3))
-    noise = torch.log(uniform) - torch.log1p(-uniform)
-    soft = torch.sigmoid((logits.detach() + noise) / 5)
-    assert torch.allclose(logits.grad, weight * soft * (1 - soft) / 5, rtol=1e-3, atol=1e-6)
-    assert torch.equal(gates.detach(), (logits.detach() + noise > 0).float())
-    assert 0 < gates.detach().mean() < 1
-
-
-def test_gumbel_always_on_unit_stays_on_without_a_gradient():
-    router = WidthRouter(CONFIG, CONFIG.num_heads)
-    t_emb = torch.randn(2000, 64, requires_grad=True)
-    gates = gumbel().gate(router(t_emb))
-    assert (gates[:, 0] == 1).all()
-    gates[:, 0].sum().backward()
-    assert torch.equal(t_emb.grad, torch.zeros_like(t_emb)), "and no NaN from an infinite logit"
-
-
-def test_gumbel_repeats_with_its_generator_and_keeps_dtype():
-    logits = torch.zeros(100, dtype=torch.bfloat16)
-    first, second = gumbel(1), gumbel(1)
-    a, b, c = first.gate(logits), second.gate(logits), second.gate(logits)
-    assert torch.equal(a, b) and not torch.equal(b, c)
-    assert a.dtype == torch.bfloat16 and set(a.tolist()) == {0.0, 1.0}
 
 
 def test_static_ignores_routers():
@@ -150,7 +106,7 @@ def test_recording_counts_what_was_not_gated_as_on():
 
 
 def test_gradients_flow_through_recorded_decisions():
-    recording = Recording(gumbel(), CONFIG)
+    recording = gumbel(CONFIG, 4)
     routers = [WidthRouter(CONFIG, CONFIG.num_heads) for _ in range(3)]
     for block, router in enumerate(routers):
         recording.units(block, 0, router, torch.randn(4, 64))

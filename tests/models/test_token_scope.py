@@ -11,9 +11,10 @@ import torch
 
 from dydit.models.config import ModelConfig, Routers, TokenScope, parse_config
 from dydit.models.dit.config import DiTConfig
-from dydit.models.routers import GumbelSigmoid, Masked, Recording, TokenRouter
+from dydit.models.routers import Masked, Recording, TokenRouter
 from dydit.models.synthetic import synthetic_model
 from dydit.models.uvit.config import UViTConfig
+from tests.fixtures.training import gumbel
 
 LAYER = {"token_scope": TokenScope.LAYER}
 UVIT = UViTConfig(hidden_size=64, depth=3, num_heads=4, patch_size=2, input_size=8, in_channels=4, num_classes=7)
@@ -38,8 +39,7 @@ def test_one_decision_is_that_of_the_mean_logit(config: ModelConfig) -> None:
 @pytest.mark.parametrize("noisy", [True, False])
 def test_all_tokens_of_an_image_go_together(config: ModelConfig, noisy: bool) -> None:
     model = synthetic_model(config)
-    gating = GumbelSigmoid(torch.Generator().manual_seed(1)) if noisy else Masked()
-    recording = Recording(gating, config)
+    recording = gumbel(config, 64, seed=1) if noisy else Recording(Masked(), config)
     x = torch.randn(64, config.in_channels, config.input_size, config.input_size)
     y = model(x, torch.arange(64) * 15, torch.arange(64) % 7, recording)
     tokens = recording.decisions().tokens  # [L, B, N]

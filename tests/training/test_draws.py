@@ -129,6 +129,18 @@ def test_processes_share_the_batch_of_one(source: Callable[..., BatchSource], pr
     assert [part.first for part in parts] == [each * 16 // processes for each in range(processes)]
 
 
+@pytest.mark.parametrize(("processes", "parts"), [(1, 4), (2, 2), (4, 2)])
+def test_parts_of_a_batch_are_ranges_of_it(source: Callable[..., BatchSource], processes: int, parts: int) -> None:
+    """A part has the same images for any number of processes."""
+    whole = source().batch(5)
+    for part in range(parts):
+        shares = [source(process=each, processes=processes).batch(5, part, parts) for each in range(processes)]
+        rows = slice(16 // parts * part, 16 // parts * (part + 1))
+        for name in ("x0", "labels", "times", "noise"):
+            assert (np.concatenate([getattr(share, name) for share in shares]) == getattr(whole, name)[rows]).all()
+        assert [share.first for share in shares] == [rows.start + each * len(shares[0].x0) for each in range(processes)]
+
+
 def test_dropped_captions_are_the_empty_one(source: Callable[..., BatchSource]) -> None:
     batch = source(data=Captioned(), null_class=3, batch_size=40).batch(0)
     assert batch.captions is not None

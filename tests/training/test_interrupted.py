@@ -108,8 +108,8 @@ def poison(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
     """Weights that are NaN after the step of an iteration."""
     original = _Run.step
 
-    def step(self: Any, iteration: int) -> None:
-        original(self, iteration)
+    def step(self: Any, iteration: int, batches: Any) -> None:
+        original(self, iteration, batches)
         if iteration == at:
             with torch.no_grad():
                 next(self.model.parameters())[..., 0] = float("nan")

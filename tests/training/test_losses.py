@@ -12,19 +12,12 @@ from dydit.diffusion.coefficients import sampling_run
 from dydit.diffusion.process import NoiseSchedule, Prediction, Process
 from dydit.diffusion.samplers import SamplerConfig
 from dydit.diffusion.schedule import Schedule
-from dydit.models.config import ModelConfig
-from dydit.models.dit.model import DiT
-from dydit.models.routers import Decisions, GumbelSigmoid, Masked, Recording
-from dydit.models.transformer.units import attention_macs, mlp_macs
 from dydit.training.losses import (
-    AnnealedGumbelSigmoid,
     ProcessTensors,
-    achieved_ratio,
     add_noise,
     detail_loss,
     diffusion_loss,
     discretized_normal_log_likelihood,
-    flops_loss,
     normal_kl,
     regression_target,
     relative_detail,
@@ -213,72 +206,6 @@ def test_the_likelihood_of_all_256_values_sums_to_one() -> None:
         assert float(log.exp().sum()) == pytest.approx(1, abs=1e-6)
 
 
-def test_the_flops_ratio_counts_what_is_on(dynamic_config: ModelConfig) -> None:
-    units, tokens = torch.zeros(3, 16), torch.zeros(2, 3, dynamic_config.tokens)
-    (heads0, groups0), (heads1, _) = dynamic_config.units.nested([part.units for part in dynamic_config.units.parts])
-    units[:, [heads0.start, heads1.start]] = 1
-    units[2, heads1] = 1
-    units[1, groups0] = 1
-    tokens[0, 1, :8] = 1
-    attention, mlp = attention_macs(dynamic_config), mlp_macs(dynamic_config)
-    whole = 2 * (attention + mlp)
-    expected = [attention * 2 / 4 / whole, (attention * 2 / 4 + mlp / 2) / whole, attention * 5 / 4 / whole]
-    got = achieved_ratio(dynamic_config, Decisions(units, tokens))
-    torch.testing.assert_close(got, torch.tensor(expected))
-    assert float(flops_loss(got, 0.5, 2.0)) == pytest.approx(2 * (np.mean(expected) - 0.5) ** 2)
-
-
-@pytest.mark.parametrize("target", [0.01, 0.999])
-def test_the_flops_loss_pushes_every_router_towards_the_target(
-    target: float, dynamic_config: ModelConfig, randomised: Callable[..., DiT]
-) -> None:
-    model = randomised(dynamic_config)
-    gating = Recording(GumbelSigmoid(torch.Generator().manual_seed(0)), dynamic_config)
-    model(draws16(), torch.tensor([3, 600]), torch.tensor([1, 2]), gating)
-    ratio = achieved_ratio(dynamic_config, gating.decisions())
-    assert 0.05 < float(ratio.detach().mean()) < 0.95
-    flops_loss(ratio, target, 2.0).backward()
-    sign = 1 if target < 0.5 else -1
-    for block in model.blocks:
-        for bias in (block.attn_rate.router.bias, block.mlp_rate.router.bias, block.token_selection.mlp_head[2].bias):
-            assert (sign * bias.grad > 0).all()
-
-
-def draws16() -> torch.Tensor:
-    return torch.randn(2, 1, 16, 16, generator=torch.Generator().manual_seed(5))
-
-
-def test_without_noise_the_gates_are_those_of_inference() -> None:
-    logits = torch.tensor([-2.0, -1e-7, 0.0, 1e-7, 0.3, math.inf])
-    gates = AnnealedGumbelSigmoid(torch.Generator().manual_seed(0), 5.0, noise=0.0).gate(logits)
-    assert gates.round().equal(Masked().gate(logits))
-    torch.testing.assert_close(gates, Masked().gate(logits))
-
-
-def test_with_full_noise_the_gates_are_those_of_the_paper() -> None:
-    logits = torch.randn(1000, generator=torch.Generator().manual_seed(1))
-    full = AnnealedGumbelSigmoid(torch.Generator().manual_seed(2), 5.0, noise=1.0).gate(logits)
-    paper = GumbelSigmoid(torch.Generator().manual_seed(2), 5.0).gate(logits)
-    assert full.equal(paper)
-    none = AnnealedGumbelSigmoid(torch.Generator().manual_seed(2), 5.0, noise=0.0).gate(logits)
-    half = AnnealedGumbelSigmoid(torch.Generator().manual_seed(2), 5.0, noise=0.5).gate(logits)
-    flips = [(gates.round() != none.round()).float().mean() for gates in (none, half, full)]
-    assert flips[0] == 0 and 0.05 < flips[1] < flips[2]
-
-
-def test_gates_are_open_as_often_as_the_sigmoid_says() -> None:
-    for logit in (-1.0, 0.5):
-        gates = AnnealedGumbelSigmoid(torch.Generator().manual_seed(3), 5.0, 1.0).gate(torch.full((20_000,), logit))
-        assert float(gates.mean()) == pytest.approx(1 / (1 + math.exp(-logit)), abs=0.015)
-
-
-def test_gradients_of_gates_are_the_sigmoids() -> None:
-    logits = torch.tensor([-3.0, 0.0, 4.0], requires_grad=True)
-    AnnealedGumbelSigmoid(torch.Generator().manual_seed(0), 5.0, noise=0.0).gate(logits).sum().backward()
-    soft = torch.sigmoid(logits.detach() / 5)
-    torch.testing.assert_close(logits.grad, soft * (1 - soft) / 5)
-
-
 def test_the_token_loss_holds_each_block_and_quarter_to_its_share() -> None:
     tokens = torch.zeros(2, 8, 10)  # 2 blocks; batch element i is of quarter i mod 4
     tokens[0, :, :5] = 1  # half of the tokens at every timestep
@@ -286,6 +213,8 @@ def test_the_token_loss_holds_each_block_and_quarter_to_its_share() -> None:
     assert float(token_loss(tokens[:1], 0.5, 3.0)) == 0
     assert float(token_loss(tokens[1:], 0.5, 3.0)) == pytest.approx(3 * 0.25)
     assert float(token_loss(tokens, 0.5, 3.0)) == pytest.approx(3 * 0.125)
+    # Elements 3 .. 6 of a batch are of quarters 3, 0, 1 and 2.
+    assert float(token_loss(tokens[1:, 3:7], 0.5, 3.0, first=3)) == pytest.approx(3 * 0.25)
 
 
 def test_detail_is_the_total_variation_in_standard_deviations() -> None:

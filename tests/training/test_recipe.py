@@ -146,8 +146,33 @@ def test_gate_noise_is_gone_at_the_last_iteration() -> None:
     assert recipe.gate_noise(899) == pytest.approx(0.5)
 
 
-def test_a_model_of_texts_is_refused(pixart_config: ModelConfig) -> None:
+def test_a_model_of_texts_is_trained_with_captions_dropped(pixart_config: ModelConfig) -> None:
+    """Dropped captions are the empty one, so that no row for "no class" is needed."""
     (recipe,) = find_recipes("digits-dynamic")
     values = {**recipe.model_dump(mode="json"), "model": pixart_config.model_dump(mode="json")}
-    with pytest.raises(ConfigError, match="a model that texts condition cannot be trained"):
-        parse_config(Recipe, values)
+    assert parse_config(Recipe, values).label_dropout == 0.1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["accumulate=3"], "batch_size 32 is not a multiple of 12"),
+        (["accumulate=0"], "accumulate"),
+        (["betas=[0.9, 1]"], "betas 0.9 and 1 are not both"),
+        (["betas=[0.9]"], "betas"),
+        (["adam_eps=0"], "adam_eps"),
+        (['trackers=["aim"]'], "trackers"),
+        (["sample_every=0"], "sample_every"),
+    ],
+)
+def test_settings_of_the_loop_have_ranges(words: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        find_recipes("digits-static", words)
+
+
+def test_settings_of_the_loop_are_set_by_words() -> None:
+    words = ["betas=[0.9, 0.95]", "accumulate=4", 'trackers=["tensorboard"]', "sample_every=100", "compile=true"]
+    (recipe,) = find_recipes("digits-static", words)
+    assert (recipe.betas, recipe.accumulate, recipe.sample_every) == ((0.9, 0.95), 4, 100)
+    assert recipe.compile and recipe.trackers == ("tensorboard",)
+    assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe

@@ -17,16 +17,17 @@ from dydit.errors import CheckpointError, ConfigError
 from dydit.models.config import ModelConfig, Routers
 from dydit.models.dynamic import DynamicModel
 from dydit.models.registry import architecture_of
-from dydit.models.routers import GumbelSigmoid, Recording
 from dydit.models.synthetic import recorded_pass, synthetic_model
 from dydit.models.transformer.states import rebuilt_class_table
 from dydit.models.uvit.config import UViTConfig
-from dydit.training.losses import ProcessTensors, achieved_ratio
-from dydit.training.objective import Objective
+from dydit.training.gates import achieved_ratio
+from dydit.training.losses import ProcessTensors
+from dydit.training.objective import Inputs, Objective
 from dydit.training.recipe import Recipe, Stage
 from dydit.training.sequence import train_sequence
 from dydit.training.start import kept_classes, start_note, starting_model
 from dydit.training.trainer import make_optimizer, train
+from tests.fixtures.training import gumbel
 
 Make = Callable[..., Recipe]
 Save = Callable[..., str]
@@ -193,7 +194,7 @@ def test_unwanted_routers_are_open_and_fixed(from_static: Make, routed: str) -> 
     model = starting_model(recipe)
     units, tokens, _ = decisions(model)
     assert bool(tokens.all()) == (routed == "width") and bool(units.all()) == (routed == "tokens")
-    noisy = Recording(GumbelSigmoid(torch.Generator().manual_seed(0)), model.config)
+    noisy = gumbel(model.config, 64)
     x = torch.randn(64, 1, 16, 16)
     model(x, torch.arange(64) * 15, torch.arange(64) % 10, noisy)
     gates = noisy.decisions()
@@ -221,7 +222,8 @@ def test_fixed_routers_are_no_way_to_the_target(from_static: Make) -> None:
     model = starting_model(recipe)
     objective = Objective(model, recipe, ProcessTensors.of(recipe.process))
     x = torch.randn(8, 1, 16, 16)
-    parts = objective(x, torch.arange(8) * 100, torch.arange(8), torch.randn_like(x), 0, 0)
+    batch = Inputs(x, torch.arange(8) * 100, torch.arange(8), torch.randn_like(x), gate_seed=0, first=0)
+    parts = objective(batch, 0)
     assert parts["flops"] > 0 and not parts["flops"].requires_grad and parts["loss"].requires_grad
 
 

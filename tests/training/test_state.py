@@ -10,9 +10,9 @@ import torch
 from dydit.errors import CheckpointError, OutputError
 from dydit.models.config import ModelConfig
 from dydit.models.dit.model import DiT
+from dydit.training.optimizer import make_optimizer
 from dydit.training.recipe import Recipe
 from dydit.training.state import Counters, append_log, load_state, read_log, save_state, states, truncate_log
-from dydit.training.trainer import make_optimizer
 
 Make = Callable[..., Recipe]
 Randomised = Callable[..., DiT]

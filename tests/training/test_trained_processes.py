@@ -25,7 +25,7 @@ from dydit.models.dit.model import DiT
 from dydit.runtime.pipeline import DyDiTPipeline
 from dydit.training.draws import BatchSource
 from dydit.training.losses import ProcessTensors
-from dydit.training.objective import Objective, probe, tensors
+from dydit.training.objective import Inputs, Objective, probe
 from dydit.training.recipe import Recipe
 from dydit.training.sequence import train_sequence
 from dydit.training.state import read_log
@@ -99,10 +99,9 @@ def test_an_oracle_has_no_loss_and_its_second_half_is_not_trained(
     small_recipe: Make, static_config: ModelConfig, process: Process
 ) -> None:
     recipe = small_recipe(model=of(static_config, process))
-    batch = BatchSource(Digits(), 0, 8, 0.1, 10, process).probe(16)
-    x0, t, y, noise = tensors(batch, torch.device("cpu"))
-    oracle: Any = Oracle(recipe.model, x0, noise, torch.ones_like(x0))
-    parts = Objective(oracle, recipe, ProcessTensors.of(process))(x0, t, y, noise, 7, 0)
+    batch = Inputs.of(BatchSource(Digits(), 0, 8, 0.1, 10, process).probe(16), torch.device("cpu"))
+    oracle: Any = Oracle(recipe.model, batch.x0, batch.noise, torch.ones_like(batch.x0))
+    parts = Objective(oracle, recipe, ProcessTensors.of(process))(batch, 0)
     assert float(parts["mse"].detach()) < 1e-12
     parts["loss"].backward()
     has_term = process.discrete and process.prediction is Prediction.EPSILON

@@ -22,12 +22,13 @@ from dydit.models.dit.model import DiT
 from dydit.models.routers import Static
 from dydit.training.draws import BatchSource
 from dydit.training.losses import ProcessTensors
-from dydit.training.objective import Objective, probe
+from dydit.training.objective import Inputs, Objective, probe
+from dydit.training.optimizer import learning_rate, make_optimizer
 from dydit.training.recipe import Recipe, Stage
 from dydit.training.sequence import train_sequence
 from dydit.training.start import starting_model
 from dydit.training.state import read_log
-from dydit.training.trainer import learning_rate, make_optimizer, train
+from dydit.training.trainer import train
 
 Make = Callable[..., Recipe]
 Randomised = Callable[..., DiT]
@@ -223,10 +224,10 @@ def test_warm_up_adds_the_complete_models_loss(dynamic_recipe: Make, randomised:
     process, model = ProcessTensors.of(Process()), randomised(recipe.model)
     objective = Objective(model, recipe, process)
     x0, noise = torch.rand(4, 1, 16, 16), torch.randn(4, 1, 16, 16)
-    arguments = (x0, torch.tensor([0, 300, 600, 999]), torch.tensor([1, 2, 3, 10]), noise, 7)
-    during, after = objective(*arguments, 4), objective(*arguments, 5)
+    batch = Inputs(x0, torch.tensor([0, 300, 600, 999]), torch.tensor([1, 2, 3, 10]), noise, 7, 0)
+    during, after = objective(batch, 4), objective(batch, 5)
     assert "complete" in during and "complete" not in after
-    plain = Objective(model, recipe.model_copy(update={"stage": Stage.STATIC}), process)(*arguments, 4)
+    plain = Objective(model, recipe.model_copy(update={"stage": Stage.STATIC}), process)(batch, 4)
     torch.testing.assert_close(during["complete"], plain["loss"])
     parts = during["mse"] + during["vb"] + during["flops"] + during["complete"]
     torch.testing.assert_close(during["loss"], parts)
@@ -259,7 +260,7 @@ def test_the_probe_sees_the_gates_of_inference(
 ) -> None:
     from dydit.data.small_sets import Digits
 
-    batch = BatchSource(Digits(), 0, 8, 0.1, 10, Process()).probe(32)
+    batch = Inputs.of(BatchSource(Digits(), 0, 8, 0.1, 10, Process()).probe(32), torch.device("cpu"))
     model = randomised(dynamic_recipe().model)
     seen = probe(model, batch, ProcessTensors.of(Process()))
     assert all(0.1 < seen[key] < 0.9 for key in ("probe_ratio", "probe_heads", "probe_groups", "probe_tokens"))

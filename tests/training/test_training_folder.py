@@ -73,15 +73,23 @@ def test_a_run_may_get_longer_and_nothing_else(tmp_path: Path, small_recipe: Mak
         check_folder(tmp_path / "run", small_recipe(iterations=13, seed=1), resume=True)
 
 
-def test_a_run_of_an_older_dydit_has_the_defaults_of_newer_settings(tmp_path: Path, small_recipe: Make) -> None:
-    begun(tmp_path / "run", small_recipe())
-    file = tmp_path / "run" / "recipe.json"
-    stored = json.loads(file.read_text())
-    newer = {"betas", "adam_eps", "init_weights", "routed", "random_routers"}
-    file.write_text(json.dumps({key: value for key, value in stored.items() if key not in newer}))
-    check_folder(tmp_path / "run", small_recipe(), resume=True)
-    with pytest.raises(ConfigError, match=r"differs in routed \(both in the folder, width requested\)"):
-        check_folder(tmp_path / "run", small_recipe(routed="width"), resume=True)
+def test_a_run_of_before_a_setting_existed_has_its_default(tmp_path: Path, small_recipe: Make) -> None:
+    recipe = small_recipe()
+    out = tmp_path / "run"
+    begun(out, recipe)
+    values = json.loads((out / "recipe.json").read_text())
+    for name in ("betas", "accumulate", "compile", "trackers", "sample_every"):
+        del values[name]
+    (out / "recipe.json").write_text(json.dumps(values))
+    check_folder(out, recipe, resume=True)
+    with pytest.raises(
+        ConfigError, match=r"differs in betas \(\[0.9, 0.999\] in the folder, \[0.9, 0.95\] requested\)"
+    ):
+        check_folder(out, small_recipe(betas=(0.9, 0.95)), resume=True)
+    del values["learning_rate"], values["stage"]
+    (out / "recipe.json").write_text(json.dumps(values))
+    with pytest.raises(ConfigError, match=r"differs in learning_rate \(0.0001 in the folder.*stage \(None"):
+        check_folder(out, recipe, resume=True)
 
 
 def test_a_start_is_known_by_its_content(tmp_path: Path, small_recipe: Make) -> None:

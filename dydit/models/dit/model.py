@@ -91,7 +91,7 @@ class DiT(DynamicModel):
         c = t_emb + self.y_embedder(y)
         x = self.x_embedder(x) + self.pos_embed
         for block in self.blocks:
-            x = block(x, c, t_emb, gating)
+            x = self.run_block(block, x, c, t_emb, gating)
         return unpatchify(self.final_layer(x, c), self.config)
 
     def embed_timestep(self, t: Tensor) -> Tensor:

@@ -144,10 +144,10 @@ class PixArt(DynamicModel):
         t_emb = self.embed_timestep(t)
         shared = self.t_block(t_emb).unflatten(-1, (6, -1))
         text, text_bias = self.y_embedder(y)
-        x = self.x_embedder(x)
+        x = self.x_embedder(x).to(t_emb.dtype)  # in mixed precision, the stream is fp32
         x = x + self.pos_embed.to(x.dtype)
         for block in self.blocks:
-            x = block(x, shared, text, text_bias, t_emb, gating)
+            x = self.run_block(block, x, shared, text, text_bias, t_emb, gating)
         return unpatchify(self.final_layer(x, t_emb), self.config)
 
     def embed_timestep(self, t: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dydit.models.routers import TokenRouter, WidthRouter
+from dydit.models.routers import TokenRouter, WidthRouter, without_autocast
 from dydit.models.transformer.config import TransformerConfig
 
 FREQUENCIES = 256
@@ -67,7 +67,8 @@ class SinusoidEmbedder(nn.Module):
         self.register_buffer("frequencies", sine_frequencies(FREQUENCIES), persistent=False)
 
     def forward(self, t: Tensor) -> Tensor:
-        return self.mlp(sinusoid(t, self.frequencies).to(self.mlp[0].weight.dtype))
+        with without_autocast(t):
+            return self.mlp(sinusoid(t, self.frequencies).to(self.mlp[0].weight.dtype))
 
 
 class PatchEmbed(nn.Module):
@@ -95,7 +96,7 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).view(b, n, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         out = F.scaled_dot_product_attention(q, k, v)  # [B, H, N, head_dim]
         if head_gates is not None:
-            out = out * head_gates[:, :, None, None]
+            out = out * head_gates[:, :, None, None].to(out.dtype)
         return self.proj(out.transpose(1, 2).reshape(b, n, d))
 
 
@@ -111,7 +112,7 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor, group_gates: Tensor | None) -> Tensor:
         hidden = self.fc1(x)
         if group_gates is not None:
-            grouped = hidden.unflatten(-1, (self.groups, -1)) * group_gates[:, None, :, None]
+            grouped = hidden.unflatten(-1, (self.groups, -1)) * group_gates[:, None, :, None].to(hidden.dtype)
             hidden = grouped.flatten(-2)
         return self.fc2(F.gelu(hidden, approximate=self.gelu))
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dydit.models.dynamic import DynamicModel
-from dydit.models.routers import Gating, WidthRouter
+from dydit.models.routers import Gating, WidthRouter, without_autocast
 from dydit.models.transformer.modules import (
     PatchEmbed,
     RoutedBlock,
@@ -43,7 +43,7 @@ class Block(RoutedBlock):
     def forward(self, x: Tensor, skip: Tensor | None, t_emb: Tensor, gating: Gating) -> Tensor:
         if self.skip_linear is not None:
             assert skip is not None
-            x = self.skip_linear(torch.cat([x, skip], -1))
+            x = self.skip_linear(torch.cat([x, skip], -1)).to(x.dtype)  # in mixed precision, the stream stays fp32
         x = x + self.attn(self.norm1(x), gating.units(self.index, 0, self.attn_rate, t_emb))
         groups = gating.units(self.index, 1, self.mlp_rate, t_emb)
         tokens = gating.tokens(self.index, self.token_selection, x)
@@ -57,6 +57,7 @@ class UViT(DynamicModel):
     def __init__(self, config: UViTConfig):
         super().__init__(config)
         d, p, c = config.hidden_size, config.patch_size, config.in_channels
+        self.first_time = config.first_time
         self.patch_embed = PatchEmbed(config)
         mlp = nn.Sequential(nn.Linear(d, 4 * d), nn.SiLU(), nn.Linear(4 * d, d))
         self.time_embed = mlp if config.mlp_time_embed else nn.Identity()
@@ -81,17 +82,18 @@ class UViT(DynamicModel):
         x = torch.cat([*extra, self.patch_embed(x)], 1) + self.pos_embed
         skips: list[Tensor] = []
         for block in self.in_blocks:
-            x = block(x, None, t_emb, gating)
+            x = self.run_block(block, x, None, t_emb, gating)
             skips.append(x)
-        x = self.mid_block(x, None, t_emb, gating)
+        x = self.run_block(self.mid_block, x, None, t_emb, gating)
         for block in self.out_blocks:
-            x = block(x, skips.pop(), t_emb, gating)
+            x = self.run_block(block, x, skips.pop(), t_emb, gating)
         patches = self.decoder_pred(self.norm(x))[:, self.config.extra_tokens :]
         return self.final_layer(unpatchify(patches, self.config))
 
     def embed_timestep(self, t: Tensor) -> Tensor:
-        waves = sinusoid(t + self.config.first_time, self.frequencies)
-        embedded: Tensor = self.time_embed(waves.to(self.pos_embed.dtype))
+        waves = sinusoid(t + self.first_time, self.frequencies)
+        with without_autocast(t):
+            embedded: Tensor = self.time_embed(waves.to(self.pos_embed.dtype))
         return embedded
 
     def ordered_blocks(self) -> list[nn.Module]:
