@@ -72,6 +72,7 @@ def test_the_data_decide_what_nothing_else_states() -> None:
     assert completed({**sizes, "input_size": 16}, "static", None, PHOTOS).input_size == 16
     uvit = {**sizes, "architecture": "uvit", "learn_sigma": False, "depth": 3}
     assert completed(uvit, "static", None, PHOTOS).classes.unconditional, "unless a U-ViT's classes are stated"
+    assert completed({**uvit, "null_class_row": True}, "static", None, PHOTOS).classes.count == 3
     texts = DataFacts((4, 8, 8), 0, text=TextSpec(20, 384))
     pixart = {"architecture": "pixart", "hidden_size": 48, "depth": 2, "num_heads": 4}
     assert completed(pixart, "static", None, texts).text == TextSpec(20, 384)
