@@ -1,10 +1,12 @@
 """The code in the documents: its commands parse and, on the shipped model in few steps, run in their order.
 
-README, docs/usage.md: what users type. docs/bundle.md: what other programs rely on. And every link leads somewhere.
+README, docs/usage.md, docs/training.md: what users type. docs/bundle.md: what other programs rely on. And every link
+leads somewhere.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -16,6 +18,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pytest
 import torch
@@ -32,6 +35,7 @@ from dydit.models.uvit.config import preset
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 USAGE = (ROOT / "docs" / "usage.md").read_text()
+TRAINING = (ROOT / "docs" / "training.md").read_text()
 BUNDLE = (ROOT / "docs" / "bundle.md").read_text()
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 DIGITS = Path(dydit.__file__).parent / "assets" / "digits" / "dydit.safetensors"
@@ -43,7 +47,7 @@ FEW = {
     "bench": ["--repeats", "1", "--steps-measured", "1"],
     "sample": ["--num", "2"],
 }
-NOT_RUN = ("quickstart", "train", "doctor", "build")
+NOT_RUN = ("quickstart", "prepare", "train", "evaluate", "doctor", "build")
 """These take long, or need what is not everywhere; they have tests of their own."""
 LAUNCHED = ("torchrun", "accelerate")
 
@@ -61,7 +65,7 @@ def dydit_calls(text: str) -> list[list[str]]:
 
 def inline_calls() -> list[list[str]]:
     """Those within a sentence, `dydit calibrate --smooth`, which need not be complete."""
-    spans = re.findall(r"`dydit ([^`]+)`", README + USAGE)
+    spans = re.findall(r"`dydit ([^`]+)`", README + USAGE + TRAINING)
     return [shlex.split(span) for span in spans if "..." not in span]
 
 
@@ -85,10 +89,11 @@ def test_readme_is_short() -> None:
 
 
 def test_every_call_parses() -> None:
-    calls = dydit_calls(README + USAGE)
-    assert len(calls) >= 20
+    calls = dydit_calls(README + USAGE + TRAINING)
+    assert len(calls) >= 30
     for name, *arguments in calls:
-        cli.commands[name].make_context(name, without_missing_files(arguments))
+        with contextlib.suppress(click.exceptions.Exit):  # what only prints something, such as --list-recipes
+            cli.commands[name].make_context(name, without_missing_files(arguments))
 
 
 def test_every_option_in_a_sentence_exists() -> None:
@@ -101,15 +106,15 @@ def test_every_option_in_a_sentence_exists() -> None:
 def test_options_in_sentences_exist_somewhere() -> None:
     known = {option for command in cli.commands.values() for each in command.params for option in each.opts}
     others = {"--multi_gpu", "--nproc-per-node", "--index-url", "--help", "--debug"}
-    spans = " ".join(re.findall(r"`([^`]+)`", README + USAGE))
+    spans = " ".join(re.findall(r"`([^`]+)`", README + USAGE + TRAINING))
     assert set(re.findall(r"--[a-z][a-z_-]+", spans)) <= known | others
 
 
 @pytest.mark.parametrize("launcher", LAUNCHED)
 def test_a_launcher_is_told_what_to_start(launcher: str) -> None:
-    (words,) = (each for each in shell_lines(USAGE) if each[0] == launcher)
-    # torchrun abbreviates options of its own: without `--` it takes `--num` for one.
-    assert words[: words.index("dydit")][-2:] == (["-m", "--"] if launcher == "torchrun" else ["--multi_gpu", "-m"])
+    for words in (each for each in shell_lines(USAGE + TRAINING) if each[0] == launcher):
+        # torchrun abbreviates options of its own: without `--` it takes `--num` for one.
+        assert words[: words.index("dydit")][-2:] == (["-m", "--"] if launcher == "torchrun" else ["--multi_gpu", "-m"])
 
 
 def save_pixart(folder: Path) -> None:
@@ -171,7 +176,7 @@ def test_the_python_code_of_the_usage_runs_block_after_block(run, monkeypatch, t
 
 def test_extras_that_they_name_exist() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    text = README + USAGE + (ROOT / "docs" / "hardware.md").read_text()
+    text = README + USAGE + TRAINING + (ROOT / "docs" / "hardware.md").read_text()
     named = {name for names in re.findall(r"'(?:\.|dydit)\[([a-z,-]+)\]'", text) for name in names.split(",")}
     assert named and named <= project["optional-dependencies"].keys()
 
