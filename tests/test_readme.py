@@ -142,13 +142,15 @@ def test_the_commands_and_then_the_python_code_run(run, monkeypatch, tmp_path: P
     save_pixart(Path("PixArt-XL-2-256x256"))
     (tmp_path / "dydit" / "assets").mkdir(parents=True)
     shutil.copytree(DIGITS.parent, "dydit/assets/digits")
+    Path("run/settle").mkdir(parents=True)
+    shutil.copy(DIGITS, "run/settle/model.safetensors")
     assert run("export", DIGITS, "--steps", 4, "--out", "quickstart/bundle").code == 0
     done, seen = [], set()
     for words in [*shell_lines(README), *shell_lines(USAGE)]:
         if words[0] != "dydit" or words[1] in NOT_RUN or "--worker" in words or tuple(words) in seen:
             continue
         seen.add(tuple(words))
-        name, *arguments = [word.replace("207,360", "2,3") for word in words[1:]]
+        name, *arguments = [word.replace("207,360", "2,3").replace("cat,dog", "4,5") for word in words[1:]]
         if "--vae" in arguments:  # digits are pixels
             at = arguments.index("--vae")
             del arguments[at : at + 2]
@@ -157,8 +159,9 @@ def test_the_commands_and_then_the_python_code_run(run, monkeypatch, tmp_path: P
         assert result.code in ((0, 1) if name == "parity" else (0,)), (words, result.err)
         done.append(name)
     assert done[:8] == ["sample", "convert", "inspect", "export", "parity", "bench", "sample", "sample"]
-    assert done[8:16] == ["export", "sample", "convert", "export", "export", "export", "encode", "sample"]
-    assert done[16:] == ["export", "bench", "calibrate", "export", "calibrate", "export", "sample", "parity"]
+    assert done[8:10] == ["export", "sample"], "of one's own images"
+    assert done[10:18] == ["export", "sample", "convert", "export", "export", "export", "encode", "sample"]
+    assert done[18:] == ["export", "bench", "calibrate", "export", "calibrate", "export", "sample", "parity"]
     assert python_code(README) == python_code(USAGE)
     exec(compile(python_code(README).replace("207", "2"), "README.md", "exec"), {})
     assert (tmp_path / "dog.png").stat().st_size > 0
