@@ -88,7 +88,7 @@ def _start_of(run: Mapping[str, Any], name: str) -> ModelConfig | None:
     if not sized:
         raise ConfigError(
             f"recipe {name} does not state the sizes of its model; give the checkpoint that it starts from with "
-            "--init PATH, or a preset with model.preset=NAME"
+            "--init PATH, or a preset with model.preset=NAME; --recipe scratch trains a new model"
         )
     return None
 

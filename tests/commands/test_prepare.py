@@ -48,7 +48,7 @@ def test_images_become_data(run: Any, photos: Path, tmp_path: Path) -> None:
     done = run("prepare", photos, "--size", 8, "--out", tmp_path / "data", "--shard-size", 100, "--workers", 1)
     assert done.code == 0 and done.err == "", done.err
     assert "160 images of 3x8x8 in 2 classes, in 2 shards\n" in done.out
-    assert f"Next: dydit train --recipe RECIPE --data {tmp_path}/data --out RUN" in done.out
+    assert f"Next: dydit train --recipe scratch --data {tmp_path}/data --out RUN\n" in done.out
     data = PreparedData(tmp_path / "data")
     assert (len(data), data.class_names, data.info.mirrored) == (160, ("class0", "class1"), True)
     assert not list(tmp_path.glob(".*")) and set(content(tmp_path / "data")) == {
