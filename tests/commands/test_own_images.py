@@ -21,7 +21,7 @@ from dydit.training.state import read_log
 CLASSES = {"cat": 200, "dog": 160, "snow owl": 140}
 TINY = [
     *("model.hidden_size=32", "model.depth=2", "model.num_heads=2", "model.patch_size=4", "batch_size=8"),
-    *("static.iterations=20", "dynamic.iterations=40", "settle.iterations=6", "ema_decay=0.5", "log_every=2"),
+    *("static.iterations=20", "dynamic.iterations=40", "settle.iterations=6", "ema_decay=0.5", "log_every=5"),
     *("learning_rate=3e-3", "learning_rate_warmup=0", "router_learning_rate=10", "width_bias=1", "token_bias=1"),
     *("dynamic.ramp_hold=0", "dynamic.ramp_iterations=5", "flops_weight=20"),
 ]
@@ -96,7 +96,7 @@ def test_latents_with_classes(run: Any, follow: Follow, photos: Path, autoencode
     last = read_log(tmp_path / "run/settle")[-1]
     assert last["ratio"] < 0.95 and last["probe_tokens"] < 1, "gates and tokens were switched off"
     losses = [entry["mse"] for entry in read_log(tmp_path / "run/static")]
-    assert min(losses[-3:]) < losses[0]
+    assert losses[-1] < losses[0]
     for path in (tmp_path / "bundle", tmp_path / "run/settle/model.safetensors"):
         assert "0 cat, 1 dog, 2 snow owl\n" in run("inspect", path).out
 
