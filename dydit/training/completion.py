@@ -64,6 +64,11 @@ def complete_runs(
         facts = data_facts(values["data"]) if isinstance(values["data"], str) and values["data"] else None
         if isinstance(values["model"], Mapping):
             values["model"] = complete_model(values["model"], values.get("stage"), start, facts)
+            if facts is None and "input_size" not in values["model"]:
+                raise ConfigError(
+                    f"recipe {name} takes the size of images from the data; give them with --data PATH, or the size "
+                    "with model.input_size=N"
+                )
             model = _parsed(values["model"])
             if model is not None and model.classes.unconditional:
                 values.setdefault("label_dropout", 0.0)  # there are no labels to drop
