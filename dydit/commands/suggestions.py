@@ -12,6 +12,7 @@ from dydit.bundle.stored_weights import Precision
 from dydit.commands.options import DEFAULT_BACKEND
 from dydit.files import user_path
 from dydit.models.config import ModelConfig
+from dydit.training.recipe import Recipe, Stage
 
 if TYPE_CHECKING:
     from dydit.data.dataset_folder import DatasetInfo
@@ -32,14 +33,18 @@ def after_prepare(info: DatasetInfo, data: Path) -> list[str]:
     ]
 
 
-def after_training(model: Path, data: str) -> str:
-    """The closing line of a training: the export of its model, with a decoder for latents of prepared data."""
+def after_training(model: Path, recipe: Recipe) -> list[str]:
+    """The closing lines of a training: routers for a static model; the export, with a decoder for prepared latents."""
     from dydit.data.dataset_folder import is_dataset_folder
     from dydit.data.opened import SMALL_SETS
 
-    folder = user_path(data)
-    known = data not in SMALL_SETS and is_dataset_folder(folder)
-    return next_line("export", model, *(_decoder_words(folder) if known else ()), "--out", "BUNDLE")
+    data = user_path(recipe.data)
+    prepared = recipe.data not in SMALL_SETS and is_dataset_folder(data)
+    given = ["--init", model, "--data", data if prepared else recipe.data, "--out", "RUN"]
+    return [
+        *([next_line("train", "--recipe", "finetune", *given)] if recipe.stage is Stage.STATIC else []),
+        next_line("export", model, *(_decoder_words(data) if prepared else ()), "--out", "BUNDLE"),
+    ]
 
 
 def _decoder_words(folder: Path) -> list[object]:

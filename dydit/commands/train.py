@@ -155,7 +155,7 @@ def command(
         iterations = counted(result.summary["iterations"], "iteration")
         note = f"; {result.note}" if result.note else ""
         say(f"{result.model}: {iterations} in {duration(result.summary['seconds'])}{note}")
-    say(after_training(results[-1].model, recipes[-1].data))
+    say(*after_training(results[-1].model, recipes[-1]))
 
 
 def _as_overrides(values: Mapping[str, str | None]) -> list[str]:

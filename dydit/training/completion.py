@@ -141,9 +141,11 @@ def _decide_by_data(
         model.setdefault("caption_channels", data.text.channels)
         model.setdefault("text_tokens", data.text.tokens)
     if "num_classes" in fields and "num_classes" not in stated:
-        # Kinds of models that are unconditional by default have classes if there is a row for "no class".
-        conditional = model.get("num_classes", fields["num_classes"].default) != 0 or model.get("null_class_row")
-        model |= {"num_classes": data.classes} if conditional else {}
+        # Kinds of models that are unconditional by default have classes if another field is valid with classes only.
+        conditional = model.get("num_classes", fields["num_classes"].default) != 0
+        with_classes = {**model, "num_classes": data.classes}
+        needs_classes = _parsed(model) is None and _parsed(with_classes) is not None
+        model |= {"num_classes": data.classes} if conditional or needs_classes else {}
     parsed = _parsed(model)
     if parsed is not None and parsed.space is None and data.space is not None:
         is_other = parsed.samples_pixels != (data.space is Space.PIXELS)

@@ -190,9 +190,15 @@ def test_names_where_a_bundle_has_none(run: Any, make_bundle: Any, tmp_path: Pat
     assert refused.err == "dydit: error: --labels must be integers, not 'cat': this bundle has no names of classes\n"
 
 
-def test_fine_tuning_without_a_checkpoint_names_the_recipe_for_a_new_model(
-    run: Any, photos: Path, tmp_path: Path
-) -> None:
-    assert run("prepare", photos, "--size", 8, "--limit", 8, "--out", tmp_path / "data").code == 0
+def test_a_static_model_and_its_routers_in_two_commands(run: Any, follow: Follow, photos: Path, tmp_path: Path) -> None:
+    prepared = run("prepare", photos, "--size", 8, "--limit", 8, "--out", tmp_path / "data")
     refused = run("train", "--recipe", "finetune", "--data", tmp_path / "data", "--out", tmp_path / "run")
     assert refused.code == 2 and "--recipe scratch trains a new model" in refused.err
+    assert prepared.code == 0 and not (tmp_path / "run").exists()
+    tiny, data = [word for word in TINY if not word.startswith(("dynamic.", "settle."))], tmp_path / "data"
+    static = run("train", "--recipe", "scratch-static", "--data", data, "--out", tmp_path / "run", *tiny)
+    lengths = ("batch_size=8", "iterations=2", "ema_decay=0.5")
+    tuned = follow(static, "train", *lengths, RUN=tmp_path / "tuned")
+    assert f"Next: dydit export {tmp_path}/run/model.safetensors --out BUNDLE\n" in static.out
+    assert tuned.code == 0 and tuned.out.count("Next: ") == 1, tuned.err
+    assert load_checkpoint(tmp_path / "tuned/settle/model.safetensors").config.dynamic
