@@ -146,9 +146,12 @@ def command(
     from dydit.runtime.bulk.run import OutputOptions, sample_to_folder
     from dydit.runtime.request import SampleRequest
 
+    # Names of classes are numbers once the bundle is open; everything else is checked before.
+    unnamed = tuple(0 if isinstance(each, str) else each for each in labels)
+    config = parse_options(SampleRequest, {**request, "labels": unnamed})
     outputs, options = OutputOptions(npz=npz, latents_out=latents_out), BackendOptions(threads=threads, device=device)
     opened = resampled(Bundle.open(bundle), sampling)
-    config = parse_options(SampleRequest, {**request, "labels": _numbers(labels, opened.manifest.model)})
+    config = config.model_copy(update={"labels": _numbers(labels, opened.manifest.model)})
     given = _texts(opened.manifest.model, texts, prompt, prompts, negative_prompt, text_encoder)
     opened = opened if given is None else opened.with_texts(given)
     with _progress(worker) as (progress, steps, images):
@@ -161,10 +164,10 @@ def command(
         _say_sampled(done)
 
 
-def _numbers(labels: tuple[Label, ...], model: ModelConfig) -> list[int]:
+def _numbers(labels: tuple[Label, ...], model: ModelConfig) -> tuple[int, ...]:
     """The labels with numbers in place of names. Raises `ConfigError` for a name that stands for no class."""
     known = names_of(model)
-    return [number_of(each, known, "--labels") if isinstance(each, str) else each for each in labels]
+    return tuple(number_of(each, known, "--labels") if isinstance(each, str) else each for each in labels)
 
 
 def _texts(
