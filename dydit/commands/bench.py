@@ -8,12 +8,12 @@ from typing import Any
 import click
 
 from dydit.commands.group import Command
+from dydit.commands.label_options import labels_option
 from dydit.commands.options import (
     PATH,
     backend_options,
     cfg_scale_option,
     json_option,
-    labels_option,
     parse_options,
     sampling_options,
     seed_option,

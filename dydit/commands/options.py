@@ -27,7 +27,6 @@ from dydit.validation import SettingsError
 T = TypeVar("T", bound=BaseModel)
 Command = Callable[..., Any]
 """The function of a command."""
-MOST_LABELS = 1_000_000
 DEFAULT_BACKEND = "onnxruntime"
 BYTE_UNITS = {
     "B": 1,
@@ -38,24 +37,6 @@ _UNITS_BY_LOWER_CASE = {unit.lower(): size for unit, size in BYTE_UNITS.items()}
 
 
 # Values
-
-
-def parse_labels(text: str) -> tuple[int, ...]:
-    """Class numbers in the order written: `207,360`, `0-9`, or both."""
-    labels: list[int] = []
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d{1,9})\s*(?:-\s*(\d{1,9})\s*)?", part, re.ASCII)
-        if not match:
-            raise click.BadParameter(f"{part!r} in {text!r} is not a class number; write labels as 207,360 or 0-9")
-        first, last = int(match[1]), int(match[2] or match[1])
-        if last < first:
-            raise click.BadParameter(f"the range {part.strip()} is reversed; write {last}-{first}")
-        if len(labels) + last - first >= MOST_LABELS:
-            raise click.BadParameter(
-                f"{text!r} has more than {MOST_LABELS:,} labels; list fewer, and repeat them with --num"
-            )
-        labels.extend(range(first, last + 1))
-    return tuple(labels)
 
 
 def parse_bytes(text: str) -> int:
@@ -137,23 +118,6 @@ def all_of(*options: Callable[[Command], Command]) -> Callable[[Command], Comman
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, and nothing else.")
 
 seed_option = click.option("--seed", type=int, default=0, help="Seed for the initial and per-step noise.")
-
-
-def labels_option(help: str, default: str | None = None) -> Callable[[Command], Command]:
-    """`--labels`, which may be repeated; the command gets the labels of all of them as one tuple."""
-
-    def joined(_: click.Context, __: click.Parameter, values: tuple[tuple[int, ...], ...]) -> tuple[int, ...]:
-        return tuple(label for labels in values for label in labels)
-
-    return click.option(
-        "--labels",
-        type=parse_labels,
-        multiple=True,
-        default=[default] if default else None,
-        callback=joined,
-        metavar="LABELS",
-        help=help,
-    )
 
 
 def cfg_scale_option(default: float | None = None) -> Callable[[Command], Command]:

@@ -9,13 +9,13 @@ import click
 
 from dydit.commands.exit_codes import CHECK_FAILED, OK
 from dydit.commands.group import Command
+from dydit.commands.label_options import labels_option
 from dydit.commands.options import (
     PATH,
     backend_options,
     cfg_scale_option,
     checkpoint_options,
     json_option,
-    labels_option,
     parse_options,
     sampling_options,
     seed_option,

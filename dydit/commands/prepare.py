@@ -12,7 +12,7 @@ from dydit.commands.group import Command
 from dydit.commands.options import PATH, device_option, option_names
 from dydit.commands.output import say
 from dydit.commands.progress import show_progress
-from dydit.commands.suggestions import next_line
+from dydit.commands.suggestions import after_prepare
 from dydit.extras import require
 from dydit.words import counted
 
@@ -137,7 +137,7 @@ def command(source: str, out: Path | None, check: bool, workers: int | None, **s
         parsed = parse_config(PrepareSettings, {"source": source, **settings})
     with show_progress("prepare") as progress:
         prepared = prepare(parsed, out, workers or available_cores(), progress)
-    say(*_lines(prepared, out), next_line("train", "--recipe", "RECIPE", "--data", out, "--out", "RUN"))
+    say(*_lines(prepared, out), *after_prepare(prepared.info, out))
 
 
 def _lines(prepared: Prepared, out: Path) -> list[str]:

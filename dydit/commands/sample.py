@@ -13,12 +13,12 @@ import click
 
 from dydit.commands.encode import cut_lines, encode
 from dydit.commands.group import Command
+from dydit.commands.label_options import Label, labels_option
 from dydit.commands.options import (
     PATH,
     backend_options,
     cfg_scale_option,
     json_option,
-    labels_option,
     npz_option,
     parse_options,
     sampling_options,
@@ -30,6 +30,7 @@ from dydit.diffusion.samplers import SamplerChoice
 from dydit.errors import ConfigError
 from dydit.extras import backend_modules, require
 from dydit.runtime.bulk.workers import GPUS, Worker, launched_worker, own_gpu, parse_worker
+from dydit.runtime.class_labels import names_of, number_of
 from dydit.words import counted, duration
 
 if TYPE_CHECKING:
@@ -53,8 +54,10 @@ def _parse_worker(_: click.Context, __: click.Parameter, value: str | None) -> W
 @click.command(cls=Command)
 @click.argument("bundle", type=PATH)
 @labels_option(
-    help="Class numbers, one image for each: 207,360 or 0-9. The number after the last class stands for no class. "
-    "Repeatable. Not needed if --noise-from contains labels, or the model is unconditional."
+    names=True,
+    help="Classes, one image for each: numbers (207,360 or 0-9), or names (cat,dog) if the model has any. The number "
+    "after the last class stands for no class. Repeatable. Not needed if --noise-from contains labels, or the model is "
+    "unconditional.",
 )
 @texts_option("All of them are sampled, unless --labels chooses some by their number.")
 @prompt_options(required=False)
@@ -113,6 +116,7 @@ def command(
     npz: bool,
     latents_out: Path | None,
     worker: Worker,
+    labels: tuple[Label, ...],
     sampling: SamplerChoice,
     texts: Path | None,
     prompt: Sequence[str],
@@ -142,9 +146,12 @@ def command(
     from dydit.runtime.bulk.run import OutputOptions, sample_to_folder
     from dydit.runtime.request import SampleRequest
 
-    config = parse_options(SampleRequest, request)
+    # Names of classes are numbers once the bundle is open; everything else is checked before.
+    unnamed = tuple(0 if isinstance(each, str) else each for each in labels)
+    config = parse_options(SampleRequest, {**request, "labels": unnamed})
     outputs, options = OutputOptions(npz=npz, latents_out=latents_out), BackendOptions(threads=threads, device=device)
     opened = resampled(Bundle.open(bundle), sampling)
+    config = config.model_copy(update={"labels": _numbers(labels, opened.manifest.model)})
     given = _texts(opened.manifest.model, texts, prompt, prompts, negative_prompt, text_encoder)
     opened = opened if given is None else opened.with_texts(given)
     with _progress(worker) as (progress, steps, images):
@@ -155,6 +162,12 @@ def command(
         print_json({**vars(done), "out": str(done.out)})
     else:
         _say_sampled(done)
+
+
+def _numbers(labels: tuple[Label, ...], model: ModelConfig) -> tuple[int, ...]:
+    """The labels with numbers in place of names. Raises `ConfigError` for a name that stands for no class."""
+    known = names_of(model)
+    return tuple(number_of(each, known, "--labels") if isinstance(each, str) else each for each in labels)
 
 
 def _texts(

@@ -13,7 +13,7 @@ from dydit.commands.group import Command
 from dydit.commands.options import PATH
 from dydit.commands.output import say
 from dydit.commands.progress import show_progress
-from dydit.commands.suggestions import next_line
+from dydit.commands.suggestions import after_training
 from dydit.diffusion.process import NoiseSchedule, Prediction
 from dydit.extras import CHECKPOINTS, require
 from dydit.training.recipe import Recipe
@@ -155,7 +155,7 @@ def command(
         iterations = counted(result.summary["iterations"], "iteration")
         note = f"; {result.note}" if result.note else ""
         say(f"{result.model}: {iterations} in {duration(result.summary['seconds'])}{note}")
-    say(next_line("export", results[-1].model, "--out", "BUNDLE"))
+    say(*after_training(results[-1].model, recipes[-1]))
 
 
 def _as_overrides(values: Mapping[str, str | None]) -> list[str]:

@@ -11,7 +11,7 @@
         numbers     int64 [k]                       of captions: images may share one, which is stored once in a shard
         tokens      int64 [m + 1]                   tokens of caption j are tokens[j] .. tokens[j + 1] - 1
         embeddings  float16 [tokens, channels]      the language model's output, without padding
-    prepare.json             the settings of `dydit prepare`, and the shards that it has finished; nothing else reads it
+    prepare.json             the settings of `dydit prepare`, and the shards that it has finished; no data are in it
     no_caption.safetensors   embeddings float16 [tokens, channels]: those of the empty caption
 
 `captions`, `numbers`, `tokens`, `embeddings` and `no_caption.safetensors` are there where texts condition the model.

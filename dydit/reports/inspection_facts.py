@@ -15,6 +15,7 @@ from dydit.reports.text import aligned, bytes_text, count_text, measured_lines
 from dydit.words import counted
 
 ROWS_SHOWN = 12
+CLASSES_SHOWN = 8
 
 
 class WidthFacts(Result):
@@ -268,6 +269,7 @@ def _model_lines(model: ModelFacts, unstated: str) -> list[tuple[str, str]]:
     return [
         ("model", f"{kind}; {c.summary}"),
         ("input", f"{shape}, {counted(model.tokens, 'token')}, {classes}"),
+        *([("classes", _class_names(c.class_names))] if c.class_names else []),
         ("training", model.process.words),
         *([("", f"assumed: {unstated}")] if model.process_assumed else []),
         ("samples", c.space_words),
@@ -278,6 +280,13 @@ def _model_lines(model: ModelFacts, unstated: str) -> list[tuple[str, str]]:
             f"including blocks {count_text(model.block_macs)}",
         ),
     ]
+
+
+def _class_names(names: Sequence[str]) -> str:
+    """The numbers and first names of the first classes: `0 cat, 1 dog`."""
+    shown = [f"{number} {name.split(',')[0].strip()}" for number, name in enumerate(names[:CLASSES_SHOWN])]
+    more = len(names) - len(shown)
+    return ", ".join([*shown, *([f"... {more} more (--json lists them)"] if more else [])])
 
 
 def _width_lines(model: ModelFacts, width: WidthFacts) -> list[tuple[str, str]]:

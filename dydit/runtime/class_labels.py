@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 from dydit.errors import ConfigError
@@ -27,7 +27,7 @@ def labels_of(given: Any, model: ModelConfig) -> list[int]:
     if not listed:
         raise ConfigError(f"{ARGUMENT} is empty; give at least one label")
     known = names_of(model) if any(isinstance(each, str) for each in listed) else {}
-    labels = [_named(each, known) if isinstance(each, str) else _number(each) for each in listed]
+    labels = [number_of(each, known, ARGUMENT) if isinstance(each, str) else _number(each) for each in listed]
     for label in labels:
         check_label(label, model, f"{ARGUMENT}: ")
     return labels
@@ -47,17 +47,22 @@ def _number(value: Any) -> int:
     return whole_number(value, ARGUMENT, 0, (1 << 63) - 1)
 
 
-def _named(name: str, known: dict[str, list[int]]) -> int:
+def number_of(name: str, known: Mapping[str, Sequence[int]], where: str) -> int:
+    """The class that has a name, of the `known` ones (`names_of`).
+
+    `where`: what was given, at the start of errors. Raises `ConfigError` if no class has it, or several have.
+    """
     if not known:
-        raise ConfigError(f"{ARGUMENT} must be integers, not {short(name)}: this bundle has no names of classes")
+        raise ConfigError(f"{where} must be integers, not {short(name)}: this bundle has no names of classes")
     labels = known.get(name.strip(), [])
     if len(labels) == 1:
         return labels[0]
     if labels:
         raise ConfigError(
-            f"{ARGUMENT}: {short(name)} is a name of the classes {', '.join(map(str, labels))}; give a number"
+            f"{where}: {short(name)} is a name of the classes {', '.join(map(str, labels))}; give a number"
         )
     folded = {each.casefold(): each for each in known}
     near = [folded[each] for each in difflib.get_close_matches(name.casefold(), folded, _SUGGESTIONS)]
-    hint = f"did you mean {' or '.join(map(short, near))}?" if near else "the pipeline's `labels` lists the names"
-    raise ConfigError(f"{ARGUMENT}: no class has the name {short(name)}; {hint}")
+    lists = "the pipeline's `labels` lists the names" if where == ARGUMENT else "`dydit inspect --json` lists the names"
+    hint = f"did you mean {' or '.join(map(short, near))}?" if near else lists
+    raise ConfigError(f"{where}: no class has the name {short(name)}; {hint}")

@@ -64,6 +64,11 @@ def complete_runs(
         facts = data_facts(values["data"]) if isinstance(values["data"], str) and values["data"] else None
         if isinstance(values["model"], Mapping):
             values["model"] = complete_model(values["model"], values.get("stage"), start, facts)
+            if facts is None and "input_size" not in values["model"]:
+                raise ConfigError(
+                    f"recipe {name} takes the size of images from the data; give them with --data PATH, or the size "
+                    "with model.input_size=N"
+                )
             model = _parsed(values["model"])
             if model is not None and model.classes.unconditional:
                 values.setdefault("label_dropout", 0.0)  # there are no labels to drop
@@ -88,7 +93,7 @@ def _start_of(run: Mapping[str, Any], name: str) -> ModelConfig | None:
     if not sized:
         raise ConfigError(
             f"recipe {name} does not state the sizes of its model; give the checkpoint that it starts from with "
-            "--init PATH, or a preset with model.preset=NAME"
+            "--init PATH, or a preset with model.preset=NAME; --recipe scratch trains a new model"
         )
     return None
 
@@ -136,9 +141,11 @@ def _decide_by_data(
         model.setdefault("caption_channels", data.text.channels)
         model.setdefault("text_tokens", data.text.tokens)
     if "num_classes" in fields and "num_classes" not in stated:
-        # Kinds of models that are unconditional by default have classes if there is a row for "no class".
-        conditional = model.get("num_classes", fields["num_classes"].default) != 0 or model.get("null_class_row")
-        model |= {"num_classes": data.classes} if conditional else {}
+        # Kinds of models that are unconditional by default have classes if another field is valid with classes only.
+        conditional = model.get("num_classes", fields["num_classes"].default) != 0
+        with_classes = {**model, "num_classes": data.classes}
+        needs_classes = _parsed(model) is None and _parsed(with_classes) is not None
+        model |= {"num_classes": data.classes} if conditional or needs_classes else {}
     parsed = _parsed(model)
     if parsed is not None and parsed.space is None and data.space is not None:
         is_other = parsed.samples_pixels != (data.space is Space.PIXELS)

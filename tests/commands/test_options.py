@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dydit.commands.export import parse_guided_channels
-from dydit.commands.options import BYTE_UNITS, parse_bytes, parse_labels
+from dydit.commands.label_options import parse_labels, parse_named_labels
+from dydit.commands.options import BYTE_UNITS, parse_bytes
 from dydit.commands.train import recipe_settings
 
 
@@ -26,6 +27,17 @@ def test_labels(text: str, labels: tuple[int, ...]) -> None:
 def test_labels_that_are_none(text: str) -> None:
     with pytest.raises(click.BadParameter):
         parse_labels(text)
+
+
+@pytest.mark.parametrize("text", ["", ",", "cat,", "-1", "cat,3-1", "1.5", "cat,0-1000000", "0,0-999999"])
+def test_named_labels_that_are_none(text: str) -> None:
+    with pytest.raises(click.BadParameter):
+        parse_named_labels(text)
+
+
+def test_named_labels() -> None:
+    assert parse_named_labels("cat, 3,0-1 ,tabby cat,a-b,7up") == ("cat", 3, 0, 1, "tabby cat", "a-b", "7up")
+    assert parse_named_labels("0-999999") == tuple(range(1_000_000))
 
 
 @settings(max_examples=25, deadline=None)

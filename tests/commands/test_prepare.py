@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -48,7 +49,7 @@ def test_images_become_data(run: Any, photos: Path, tmp_path: Path) -> None:
     done = run("prepare", photos, "--size", 8, "--out", tmp_path / "data", "--shard-size", 100, "--workers", 1)
     assert done.code == 0 and done.err == "", done.err
     assert "160 images of 3x8x8 in 2 classes, in 2 shards\n" in done.out
-    assert f"Next: dydit train --recipe RECIPE --data {tmp_path}/data --out RUN" in done.out
+    assert f"Next: dydit train --recipe scratch --data {tmp_path}/data --out RUN\n" in done.out
     data = PreparedData(tmp_path / "data")
     assert (len(data), data.class_names, data.info.mirrored) == (160, ("class0", "class1"), True)
     assert not list(tmp_path.glob(".*")) and set(content(tmp_path / "data")) == {
@@ -218,7 +219,14 @@ import safetensors.numpy
 from dydit.data.prepare import prepare
 from dydit.data.prepare_settings import PrepareSettings
 
-settings, out = PrepareSettings.model_validate_json(sys.argv[1]), Path(sys.argv[2])
+settings, out, wanted = PrepareSettings.model_validate_json(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+if settings.vae is not None:
+    import torch
+    import diffusers.models.autoencoders.autoencoder_kl
+    import transformers.models.auto.modeling_auto
+    import transformers.models.t5.modeling_t5
+
+    torch.set_num_threads(1)  # in each process that is forked, too
 
 class Stages:
     def stage(self, title, done, total):
@@ -242,9 +250,9 @@ def run(folder, kill_after=None):
 status, duration = run(out / "reference")
 assert status == 0
 random.seed(3)
-outcomes, listed = [], []
-for number in range(4):
-    folder = out / f"killed-{number}"
+outcomes, listed, folders = [], [], 0
+while outcomes.count(-signal.SIGKILL) < wanted:
+    folder, folders = out / f"killed-{folders}", folders + 1
     for _ in range(5):
         status, _ = run(folder, duration * random.uniform(0.02, 0.7))
         outcomes.append(status)
@@ -253,22 +261,39 @@ for number in range(4):
         if status == 0:
             break
     assert run(folder)[0] == 0
-print(json.dumps({"outcomes": outcomes, "listed": listed, "left": sorted(path.name for path in out.iterdir())}))
+left = sorted(path.name for path in out.iterdir())
+print(json.dumps({"outcomes": outcomes, "listed": listed, "folders": folders, "left": left}))
 """
+
+
+def assert_same_after_kills(settings: dict[str, Any], out: Path, shards: int) -> dict[str, bytes]:
+    """Ten runs are killed at random moments, and each folder ends with the bytes of an undisturbed run."""
+    call = [sys.executable, "-c", DRIVER, json.dumps(settings), str(out), "10"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(call, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    assert facts["outcomes"].count(-signal.SIGKILL) >= 10, facts
+    assert any(0 < count < shards for count in facts["listed"]), facts
+    assert facts["left"] == sorted([*(f"killed-{number}" for number in range(facts["folders"])), "reference"])
+    wanted = content(out / "reference")
+    for number in range(facts["folders"]):
+        assert content(out / f"killed-{number}") == wanted
+    return wanted
 
 
 def test_killed_at_any_moment_it_ends_with_the_same_bytes(photos: Path, tmp_path: Path) -> None:
     settings = {"source": str(photos), "size": 64, "shard_size": 9}
-    call = [sys.executable, "-c", DRIVER, json.dumps(settings), str(tmp_path)]
-    done = subprocess.run(call, capture_output=True, text=True, cwd=ROOT, check=False)
-    assert done.returncode == 0, done.stderr
-    facts = json.loads(done.stdout)
-    assert -signal.SIGKILL in facts["outcomes"] and any(0 < count < 18 for count in facts["listed"]), facts
-    assert facts["left"] == [*(f"killed-{number}" for number in range(4)), "reference"]
-    wanted = content(tmp_path / "reference")
-    assert len(wanted) == 18 + 2
-    for number in range(4):
-        assert content(tmp_path / f"killed-{number}") == wanted
+    assert len(assert_same_after_kills(settings, tmp_path, 18)) == 18 + 2
+
+
+@pytest.mark.release
+def test_killed_at_any_moment_latents_and_captions_are_the_same(
+    autoencoder: Any, text_encoder: Path, tmp_path: Path
+) -> None:
+    models = {"vae": str(autoencoder.folder), "text_encoder": str(text_encoder), "text_tokens": 12}
+    settings = {"source": "emoji", "limit": 120, "size": 32, "shard_size": 10, "batch_size": 4, **models}
+    assert len(assert_same_after_kills(settings, tmp_path, 12)) == 12 + 3
 
 
 class Interrupting(Progress):

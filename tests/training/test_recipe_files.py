@@ -88,6 +88,7 @@ def test_the_recipes_of_the_paper_are_there() -> None:
     more = {
         "digits",
         "finetune",
+        "scratch",
         "dit-xl2-imagenet-10-percent",
         "dit-xl2-512",
         "uvit-cifar10",
@@ -105,7 +106,8 @@ def test_every_recipe_is_valid(name: str) -> None:
     for run in read_draft(name).values:
         assert run["name"] == f"{name}-{run['stage']}" and run["iterations"] > 0
     try:
-        recipes = find_recipes(name, ["model.preset=S/2"] if name == "finetune" else [], data_needed=False)
+        needed = {"finetune": ["model.preset=S/2"], "scratch": ["data=emoji"]}.get(name, [])
+        recipes = find_recipes(name, needed, data_needed=False)
     except ConfigError as error:
         assert NO_TEXTS in str(error) and name.startswith("pixart")
         return
@@ -140,6 +142,19 @@ def test_a_recipe_of_foreign_data_asks_for_it() -> None:
         find_recipes("dit-s2")
     with pytest.raises(ConfigError, match="does not state the sizes of its model; give the checkpoint"):
         find_recipes("finetune", ["data=digits"])
+    with pytest.raises(ConfigError, match="recipe scratch takes the size of images from the data; give them with"):
+        find_recipes("scratch", data_needed=False)
+    with pytest.raises(ConfigError, match="recipe scratch trains on data of yours; give it with --data PATH"):
+        find_recipes("scratch")
+
+
+def test_a_new_model_needs_nothing_but_data() -> None:
+    recipes = find_recipes("scratch", ["data=emoji"])
+    assert [each.stage for each in recipes] == list(Stage)
+    sizes = preset("S/2", 32, in_channels=3, num_classes=9, routers=Routers.NONE)
+    assert recipes[0].model.sizes == sizes.sizes
+    (described,) = find_recipes("scratch-static", ["model.input_size=32"], data_needed=False)
+    assert described.model.sizes == preset("S/2", routers=Routers.NONE).sizes
 
 
 # Files
