@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from textwrap import fill
 from typing import Any
 
 from dydit.reports.plot_style import ACCENT, INK, MUTED, SECOND, drawing, headline, png
@@ -42,14 +43,16 @@ def ablations_png(
 
 def _sweep(axis: Any, curves: Sequence[Curve], marks: Mapping[str, tuple[float, float]]) -> None:
     axis.axhline(1, color=MUTED, lw=0.8, ls=":")
-    for curve, colour in zip(reversed(curves), reversed(_COLOURS[: len(curves)]), strict=True):  # the first on top
+    for place, (curve, colour) in enumerate(zip(curves, _COLOURS, strict=False)):
         x, y, texts = zip(*curve.points, strict=True)
-        axis.plot(x, y, "o-", ms=5, mec="white", mew=1, color=colour, label=curve.label)
-        for text, place in zip(texts, zip(x, y, strict=True), strict=True):
-            axis.annotate(text, place, (0, 5), ha="center", color=colour, **_BESIDE)
+        style = {"color": colour, "ms": 5, "mec": "white", "mew": 1, "zorder": 3 - place / 10}  # the first is on top
+        axis.plot(x, y, "o-", label=curve.label, **style)
+        for text, point in zip(texts, zip(x, y, strict=True), strict=True):
+            axis.annotate(text, point, (0, 5), ha="center", color=colour, **_BESIDE)
     for label, mark in marks.items():
-        axis.plot(*mark, "s", ms=6, mew=1.4, color="white", mec=ACCENT, label=label, zorder=3)
+        axis.plot(*mark, "s", ms=6, mew=1.4, color="white", mec=ACCENT, label=label, zorder=4)
     axis.set_yscale("log")
+    axis.margins(y=0.1)
     axis.set(xlabel="speed-up over the static model", ylabel="distance ÷ static model's\n(lower is better)")
     axis.set_title("Sweep of lambda, which stands beside each point")
     axis.legend(loc="upper left")
@@ -65,8 +68,8 @@ def _ablations(axis: Any, bars: Mapping[str, tuple[float, float]]) -> None:
             axis.annotate(f"{value:.2f}", (max(1, value), place), (4, 0), va="center", color=INK, **_BESIDE)
     axis.axvline(1, color=INK, lw=0.8)
     axis.set_xscale("log")
-    axis.set_xlim(right=axis.get_xlim()[1] * 1.15)  # room for the last number
-    axis.set_yticks(range(len(bars)), bars)
+    axis.set_xlim(right=axis.get_xlim()[1] * 1.3)  # room for the last number
+    axis.set_yticks(range(len(bars)), [fill(title, 22) for title in bars])
     axis.invert_yaxis()
     axis.set_title("Ablations")
     axis.set_xlabel("distance ÷ that of the complete model")

@@ -145,10 +145,20 @@ def test_the_tables_of_a_report(script, report, capsys):
     ours, paper = order.split("In the paper")
     layer, full = script.ROWS["layer"].title, script.ABLATIONS[script.FULL].title
     assert ours.index(layer) < ours.index(full) and paper.index(full) < paper.index(layer)
-    assert any("at least 0.385; for lambda 0.5 it is 0.510" in line for line in lines)
+    assert any("the FLOPs ratio is at least 0.385." in line for line in lines)
+    (missed,) = (line for line in lines if line.startswith("Not within"))
+    assert "lambda 0.4 (0.510)" in missed and "tokens only" not in missed and "static" not in missed
 
 
-def test_a_report_of_some_rows_has_no_others(script, capsys):
+def test_ablations_without_the_full_model_stand_beside_the_static_one(script):
+    rows = {name: parts(script, name, value, 50) for name, value in ((script.START, 0.1), ("width", 0.15))}
+    head, _, line = [line for line in script.tables(rows, "digits").splitlines() if line.startswith("|")][-3:]
+    column = [cell.strip() for cell in head.split("|")].index("÷ static, where all rows start")
+    assert line.split("|")[column].strip() == "1.50"
+    size(script.plot(rows, "digits"))
+
+
+def test_a_report_of_some_rows_has_no_others(script):
     rows = {name: parts(script, name, 0.1, 50) for name in (script.START, "lambda-0.9")}
     text = script.tables(rows, "digits")
     assert "lambda 0.9" in text and "lambda 0.5" not in text and "Token routers" not in text
@@ -200,4 +210,4 @@ def test_a_run_of_two_rows(script, tmp_path, capsys):
     assert files == {path: path.read_bytes() for path in work.rglob("*.json")}, "nothing is measured twice"
     with pytest.raises(SystemExit, match="other settings"):
         script.main([*words, "--samples", "80"])
-    assert "random routers" in capsys.readouterr().out
+    assert "| random routers |" in capsys.readouterr().out
