@@ -48,6 +48,7 @@ from dydit.bench.scripts import (
     markdown_table,
     progress,
     random_checkpoint,
+    require_settings,
     run_dydit,
     run_process,
     script_parser,
@@ -57,7 +58,6 @@ from dydit.bench.scripts import (
 from dydit.bench.timing import Latents
 from dydit.bundle.bundle import Bundle
 from dydit.diffusion.samplers import SamplerChoice
-from dydit.files import write_json
 from dydit.models.config import ModelConfig
 from dydit.models.dit import config as dit
 from dydit.models.macs import static_macs
@@ -328,16 +328,6 @@ def _memory(of: Part, ratio: str) -> str:
 
 def _of_bound(of: Part, kind: str) -> str:
     return f"{of['summary'][f'allowed{kind}']:.2f}; {of['summary'][f'reached{kind}']:.0%}"
-
-
-def require_settings(work: Path, settings: Part) -> None:
-    """Refuse a folder whose figures were measured with other settings."""
-    file = work / "settings.json"
-    if not file.exists():
-        work.mkdir(parents=True, exist_ok=True)
-        write_json(file, settings)
-    elif json.loads(file.read_text()) != settings:
-        raise SystemExit(f"{work} holds figures of other settings; choose another --work")
 
 
 CHILDREN: dict[str, Callable[[Task], Part]] = {"checkpoint": make_checkpoints, "sample": sample_image}

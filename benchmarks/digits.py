@@ -20,11 +20,9 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from dydit.bench.scripts import finish, sampled_latents, script_parser, work_folder
+from dydit.bench.scripts import finish, kept_bundle, sampled_latents, script_parser, work_folder
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.manifest import PlanKind
-from dydit.checkpoints.checkpoint import load_checkpoint
-from dydit.export.exporter import export
 from dydit.export.settings import ExportConfig
 from dydit.inspection.trace import trace_tokens
 from dydit.quickstart.quickstart import ASSETS
@@ -37,12 +35,8 @@ MOST_AT_ONCE = 100
 
 def sampled(path: Path, work: Path, steps: int, request: SampleRequest) -> tuple[Bundle, dict[str, float]]:
     """Export a model to `work/bundle` and sample it, or continue there; returns its bundle and its figures."""
-    checkpoint, folder = load_checkpoint(path), work / "bundle"
-    if not folder.exists():
-        export(checkpoint, folder, ExportConfig(steps=steps, plan=PlanKind.PER_STEP, max_batch=MOST_AT_ONCE))
-    bundle = Bundle.open(folder)
-    if bundle.manifest.checkpoint_sha256 != checkpoint.sha256 or bundle.manifest.sampling.steps != steps:
-        raise SystemExit(f"{work} holds another model or other steps; choose another --work")
+    config = ExportConfig(steps=steps, plan=PlanKind.PER_STEP, max_batch=MOST_AT_ONCE)
+    bundle = kept_bundle(path, work / "bundle", config)
     metrics = evaluate_digits(*sampled_latents(bundle, work / "samples", request, threads=1))
     return bundle, {**asdict(metrics), "subnets": len(bundle.manifest.subnets)}
 

@@ -35,6 +35,7 @@ from dydit.runtime.request import SampleRequest
 
 if TYPE_CHECKING:  # it imports PyTorch, which most processes whose memory is measured do without
     from dydit.checkpoints.checkpoint import Checkpoint
+    from dydit.export.settings import ExportConfig
 
 Progress = Callable[[int, int], None]
 OPTIONS = {
@@ -74,7 +75,7 @@ def script_parser(
 
 def settings_of(options: argparse.Namespace) -> dict[str, Any]:
     """The options that influence the figures: all but those that hold files and folders."""
-    return {name: value for name, value in vars(options).items() if name not in ("json", "picture", "work")}
+    return {name: value for name, value in vars(options).items() if name not in ("json", "picture", "plot", "work")}
 
 
 @contextlib.contextmanager
@@ -94,6 +95,16 @@ def kept_part(file: Path, measure: Callable[[], Mapping[str, Any]]) -> dict[str,
         write_json(file, {**measure(), "load_average": os.getloadavg()[0]})
     figures: dict[str, Any] = json.loads(file.read_text())
     return figures
+
+
+def require_settings(work: Path, settings: Mapping[str, Any]) -> None:
+    """Refuse a folder whose figures were measured with other settings; `settings.json` in it has them."""
+    file = work / "settings.json"
+    if not file.exists():
+        work.mkdir(parents=True, exist_ok=True)
+        write_json(file, settings)
+    elif json.loads(file.read_text()) != settings:
+        raise SystemExit(f"{work} holds figures of other settings; choose another --work")
 
 
 def progress(title: str) -> Progress:
@@ -138,6 +149,21 @@ def static_checkpoint(path: Path, dynamic: Checkpoint) -> Checkpoint:
     config = dynamic.config.without_routers()
     save_checkpoint(path, {name: dynamic.state[name] for name in expected_shapes(config)}, config)
     return load_checkpoint(path)
+
+
+def kept_bundle(path: Path, folder: Path, config: ExportConfig) -> Bundle:
+    """The bundle of the checkpoint `path` in `folder`, exported if there is none; another model or run is refused."""
+    from dydit.checkpoints.checkpoint import load_checkpoint
+    from dydit.export.exporter import export
+
+    checkpoint = load_checkpoint(path)
+    if not folder.exists():
+        export(checkpoint, folder, config)
+    bundle = Bundle.open(folder)
+    same = bundle.manifest.checkpoint_sha256 == checkpoint.sha256
+    if not same or bundle.manifest.sampling.config != config.sampling(checkpoint.config):
+        raise SystemExit(f"{folder} holds another model or another run; choose another --work")
+    return bundle
 
 
 def bundle_bytes(bundle: Bundle) -> int:

@@ -22,6 +22,7 @@ from dydit.reports.inspection_facts import PlanRow
 from dydit.reports.parity_report import Check, FlippedImage, ParityReport, Status
 from dydit.reports.plot_style import ACCENT, ACCENT_LIGHT, OFF, SECOND, timestep_ticks
 from dydit.reports.plots import bound_of, latency_png, parity_png, plan_png, ranking_png
+from dydit.reports.plots_ablations import Curve, ablations_png
 from dydit.reports.plots_masks import masks_png, samples_png, tokens_png
 from dydit.reports.results import Machine
 
@@ -334,3 +335,15 @@ def test_without_matplotlib_one_line_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(DyditError, match=r"pip install 'dydit\[report\]'"):
         masks_png(np.ones((3, axis.size), bool), axis, times(3))
+
+
+def test_ablations_have_bars_as_long_as_their_distances():
+    curves = [Curve("ours", ((1, 1, ""), (1.5, 1.3, "0.5"))), Curve("theirs", ((1, 1, ""), (2, 0.9, "0.5")))]
+    inks = []
+    for ours in (1.5, 3.0, 6.0):
+        bars = {"full": (1.0, 1.0), "a title of more than one line": (ours, 6.0)}
+        inks.append(count(pixels(ablations_png(curves, {"control": (1, 1.1)}, bars, "detail")), ACCENT))
+    assert inks[0] < inks[1] < inks[2]
+    alone = pixels(ablations_png(curves, {}, {}, "detail"))
+    assert count(alone, ACCENT) < inks[0], "the sweep alone"
+    assert count(alone, SECOND) == 0 < count(pixels(ablations_png([*curves, curves[1]], {}, {}, "detail")), SECOND)

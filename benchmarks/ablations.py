@@ -1,0 +1,400 @@
+"""The paper's sweep of lambda and its ablations on a small model: quality and speed-up, beside the paper's figures.
+
+    python benchmarks/ablations.py --work DIR [--json docs/benchmarks/ablations.json] [--plot docs/images/ablations.png]
+    python benchmarks/ablations.py --markdown docs/benchmarks/ablations.json [--plot FILE]
+
+Each row starts from one static checkpoint, and runs `dynamic` and `settle` of the recipe of the data with a few other
+settings: a lambda; only the width routers or only the token routers; random routers, which stay; one decision for all
+tokens of an image in a block (layer skipping). The last row, which the paper does not have, trains the static model for
+as many iterations. Each row is exported with a subnetwork for each step in fp32, and samples on onnxruntime. Parts:
+
+  train     the row's runs, from --static (default: the static digits model that comes with dydit)
+  quality   `dydit evaluate --reference DATA` on --samples images: class consistency and Frechet distance
+  routing   the FLOPs ratio that the routers decide in a run of up to 100 images
+  latency   milliseconds of a step beside the static bundle, taking turns (`dydit.bench.bench`)
+
+The token losses, which are not in the paper, pull the share of tokens to a target. It falls with lambda, from 1 through
+the recipe's; with token routers alone it is the share at which the FLOPs ratio is lambda. Fixed routers have no losses.
+
+Data and measures differ from the paper's, so only orders can be compared: each distance is divided by that of its own
+baseline. Runs have 0.4 of the recipe's iterations, about two hours on two idle cores; --iterations-scale 1 has all. DIR
+keeps everything, so that a killed script continues. The second command prints the tables of a report.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dydit.bench.bench import BenchConfig, run_bench
+from dydit.bench.scripts import (
+    finish,
+    kept_bundle,
+    kept_part,
+    markdown_table,
+    progress,
+    require_settings,
+    script_parser,
+    settings_of,
+)
+from dydit.bundle.bundle import Bundle
+from dydit.bundle.manifest import PlanKind
+from dydit.diffusion.samplers import Sampler
+from dydit.errors import ConfigError, DyditError
+from dydit.evaluation.known_set import evaluate_small_set
+from dydit.export.settings import ExportConfig
+from dydit.files import sha256_of, write_atomic
+from dydit.inspection.trace import trace_tokens
+from dydit.models.config import ModelConfig
+from dydit.models.macs import flops_ratio
+from dydit.quickstart.quickstart import ASSETS
+from dydit.reports.bench_report import BenchReport, Side, SideKind
+from dydit.reports.plots_ablations import Curve, ablations_png
+from dydit.runtime.backends.base import BackendOptions
+from dydit.runtime.bulk.run import OutputOptions, sample_to_folder
+from dydit.runtime.request import SampleRequest
+from dydit.training.evaluate import dynamics
+from dydit.training.recipe import Recipe, Routed, Stage
+from dydit.training.recipe_files import find_recipes
+from dydit.training.sequence import train_sequence
+from dydit.training.training_folder import has_run
+
+Figures = dict[str, Any]
+RECIPES = {"digits": "digits", "emoji": "uvit-emoji"}
+TRACED, NEAR = 100, 0.02
+LEAST_TOKENS = 0.02  # target of the token losses where token routers alone cannot reach lambda
+START, LONGER, FULL = "static", "static-longer", "lambda-0.5"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A model that is trained. `target`: its lambda; 1: it is static. `overrides`: of its runs, as on the command line.
+    `paper`: in the paper's ablation of DiT-S, the mean FID over five data sets."""
+
+    title: str
+    target: float
+    overrides: tuple[str, ...] = ()
+    paper: float = float("nan")
+
+    @property
+    def token_losses(self) -> bool:
+        """Whether its token routers are trained."""
+        return not {"routed=width", "random_routers=true"} & set(self.overrides)
+
+
+SWEEP = {f"lambda-{value}": Row(f"lambda {value}", value) for value in (0.9, 0.8, 0.7, 0.5, 0.4, 0.3)}
+ABLATIONS = {
+    FULL: Row("width and tokens", 0.5, paper=16.94),
+    "width": Row("width only", 0.5, ("routed=width",), 20.93),
+    "tokens": Row("tokens only", 0.5, ("routed=tokens",), 35.12),
+    "random": Row("random routers", 0.5, ("random_routers=true",), 136.01),
+    "layer": Row("layer skipping instead of token skipping", 0.5, ("model.token_scope=layer",), 18.29),
+}
+ROWS = {**ABLATIONS, **SWEEP, LONGER: Row("static, trained as much longer", 1)}
+SHOWN = {START: Row("static, where all rows start", 1), **ROWS}
+
+
+@dataclass(frozen=True)
+class Published:
+    """A row of the paper's tables (Zhao et al. 2025): ImageNet at 256 pixels, 250 DDPM steps, a V100."""
+
+    speed_up: float
+    gflops: float
+    fid: float
+
+
+PAPER: dict[str, dict[float, Published]] = {
+    "DiT-S": {
+        1: Published(1.00, 6.07, 21.46),
+        0.9: Published(1.03, 5.72, 21.06),
+        0.8: Published(1.16, 4.94, 21.95),
+        0.7: Published(1.27, 4.34, 23.01),
+        0.5: Published(1.54, 3.16, 28.75),
+        0.4: Published(1.71, 2.63, 36.21),
+        0.3: Published(2.03, 1.96, 59.28),
+    },
+    "DiT-XL": {
+        1: Published(1.00, 118.69, 2.27),
+        0.7: Published(1.32, 84.33, 2.12),
+        0.6: Published(1.49, 67.83, 2.18),
+        0.5: Published(1.73, 57.88, 2.07),
+        0.3: Published(2.40, 38.85, 3.36),
+    },
+}
+"""By lambda; 1 is the static model."""
+
+
+# Training
+
+
+def lowest_ratio(model: ModelConfig) -> float:
+    """The FLOPs ratio with all heads and channel groups and no token in any MLP: token routers alone reach no less."""
+    counts = model.units.counts(np.ones((1, model.units.size), bool))
+    return float(flops_ratio(model, counts, np.zeros((1, model.depth)))[0])
+
+
+def token_target(recipe: Recipe, row: Row) -> float:
+    """The target of the token losses of a row whose recipe, without overrides, is `recipe`."""
+    if f"routed={Routed.TOKENS}" in row.overrides:
+        lowest = lowest_ratio(recipe.model)
+        return max(LEAST_TOKENS, (row.target - lowest) / (1 - lowest))
+    return 1 - (1 - recipe.token_target) * (1 - row.target) / (1 - recipe.lambda_target)
+
+
+def runs_of(row: Row, data: str, static: Path, scale: float) -> tuple[Recipe, ...]:
+    """The runs of a row: dynamic and settle, or a static one of as many iterations. `scale`: of all iterations."""
+    name = RECIPES[data]
+    plain = [find_recipes(f"{name}-{stage}")[0] for stage in (Stage.DYNAMIC, Stage.SETTLE)]
+    if row.target == 1:
+        iterations = sum(max(1, round(scale * recipe.iterations)) for recipe in plain)
+        words = [f"init={static}", f"iterations={iterations}", f"learning_rate={plain[0].learning_rate}"]
+        words.append(f"learning_rate_warmup={round(scale * plain[0].learning_rate_warmup)}")
+        return find_recipes(f"{name}-{Stage.STATIC}", words)
+    runs = []
+    for recipe in plain:
+        words = [f"iterations={max(1, round(scale * recipe.iterations))}", f"lambda_target={row.target}"]
+        for setting in ("learning_rate_warmup", "ramp_iterations", "ramp_hold"):
+            words.append(f"{setting}={round(scale * getattr(recipe, setting))}")
+        words.append(f"token_target={token_target(recipe, row):.4f}" if row.token_losses else "token_weight=0")
+        words += [f"init={static}"] * (recipe.stage is Stage.DYNAMIC)
+        runs += find_recipes(f"{name}-{recipe.stage}", [*words, *row.overrides])
+    return tuple(runs)
+
+
+def trained(row: Row, folder: Path, title: str, options: Namespace) -> tuple[Path, Figures]:
+    """The checkpoint of a row, and what its training took; continues in `folder`."""
+    recipes, show = runs_of(row, options.data, options.static, options.iterations_scale), progress(f"{title}: training")
+    resume = any(map(has_run, (folder, *(folder / stage for stage in Stage))))
+    results = train_sequence(recipes, folder, resume, lambda done, total, _: show(done, total))
+    return results[-1].model, {key: sum(each.summary[key] for each in results) for key in ("iterations", "seconds")}
+
+
+# Measuring
+
+
+def labels_of(bundle: Bundle, images: int) -> tuple[int, ...]:
+    """All classes in turn."""
+    return tuple(image % bundle.manifest.model.classes.count for image in range(images))
+
+
+def quality(bundle: Bundle, folder: Path, options: Namespace) -> Figures:
+    """Class consistency and Frechet distance of samples; continues in `folder`."""
+    settings = {"cfg_scale": options.cfg_scale, "batch_size": options.batch, "seed": options.seed}
+    request = SampleRequest(labels=labels_of(bundle, options.samples), **settings)
+    backend, show = BackendOptions(threads=options.threads), progress(f"{folder.parent.name}: sampling")
+    sample_to_folder(bundle, request, folder, OutputOptions(npz=True), options=backend, progress=show)
+    classifier = None if options.data == "digits" else options.work / "classifier.safetensors"
+    return evaluate_small_set(folder / "samples.npz", options.data, classifier).metrics
+
+
+def routing(bundle: Bundle, options: Namespace) -> Figures:
+    """What the routers decide in a run."""
+    backend, labels = BackendOptions(threads=options.threads), labels_of(bundle, min(TRACED, options.samples))
+    tokens = trace_tokens(bundle, labels, options.cfg_scale, options.seed, backend).tokens
+    return asdict(dynamics(bundle.manifest.model, bundle.manifest.step_masks(), tokens))
+
+
+def latency(bundle: Bundle, static: Bundle, options: Namespace) -> Figures:
+    """A step of a row's bundle and of the static one, in turns."""
+    named = {"row": bundle, START: static}
+    sides = [Side(name=name, kind=SideKind.BUNDLE, path=str(each.path)) for name, each in named.items()]
+    settings = {key: getattr(options, key) for key in ("cfg_scale", "repeats", "threads")}
+    config = BenchConfig(labels=labels_of(bundle, options.batch), **settings)
+    return {"report": run_bench(sides, config, progress=progress(f"{bundle.path.parent.name}: timing")).to_json()}
+
+
+def measure(names: Sequence[str], options: Namespace) -> dict[str, Figures]:
+    """The parts of the static model that all start from, and of each row; those that DIR has are not measured again."""
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    folders = {name: options.work / name for name in (START, *names)}
+    sampling, room = Sampler(options.sampler), max(TRACED, options.batch)
+    config = ExportConfig(steps=options.steps, sampler=sampling, plan=PlanKind.PER_STEP, max_batch=room)
+    static = kept_bundle(options.static, folders[START] / "bundle", config)
+    if static.manifest.model.dynamic:
+        raise ConfigError(f"{options.static} has routers; give a static model, from which all rows start")
+    parts: dict[str, Figures] = {}
+    for name, folder in folders.items():
+        parts[name], bundle = {}, static
+        if name != START:
+            model, parts[name]["train"] = trained(ROWS[name], folder / "train", name, options)
+            bundle = kept_bundle(model, folder / "bundle", config)
+        measures: dict[str, Callable[[], Figures]] = {"quality": partial(quality, bundle, folder / "samples", options)}
+        if bundle.manifest.model.dynamic:
+            parts[name]["lowest_ratio"] = lowest_ratio(bundle.manifest.model)
+            measures["routing"] = partial(routing, bundle, options)
+            measures["latency"] = partial(latency, bundle, static, options)
+        parts[name] |= {part: kept_part(folder / f"{part}.json", measured) for part, measured in measures.items()}
+        parts[name]["summary"] = summary(parts[name])
+    return parts
+
+
+def summary(parts: Figures) -> Figures:
+    """The figures of a row that the tables have. A static row has the speed of the static model."""
+    figures = {key: parts["quality"][key] for key in ("class_consistency", "frechet_distance")}
+    if "latency" not in parts:
+        return {**figures, "flops_ratio": 1.0, "speed_up": 1.0}
+    report = BenchReport.parse(parts["latency"]["report"])
+    pair = report.comparison(START)
+    return {
+        **figures,
+        **{key: parts["routing"][key] for key in ("flops_ratio", "token_ratio", "distinct_masks")},
+        "ms": report.side("row").median_ms,
+        "static_ms": report.side(START).median_ms,
+        "speed_up": pair.median,
+        "allowed": pair.allowed,
+        "reached": pair.achieved,
+    }
+
+
+# Reporting
+
+
+def tables(rows: Mapping[str, Figures], data: str) -> str:
+    """The sweep, the ablations and remarks, as Markdown. `rows`: parts and `summary` of each, as in the report."""
+    figures = {name: each["summary"] for name, each in rows.items()}
+    lines = [
+        [SHOWN[name].title, *_cells(figures[name], figures[START]), *_published(name)]
+        for name in (START, *SWEEP, LONGER)
+        if name in figures
+    ]
+    head = ["", *_HEAD, "÷ static", *(f"{model}: GFLOPs; speed-up; FID, ÷ static" for model in PAPER)]
+    blocks = [f"The sweep on {data}, and the paper's on ImageNet:", markdown_table(head, lines)]
+    ablated = {name: figures[name] for name in ABLATIONS if name in figures}
+    if ablated:
+        base = FULL if FULL in ablated else START
+        head = ["", *_HEAD, f"÷ {(SHOWN | ABLATIONS)[base].title}", "DiT-S, five sets: mean FID, ÷ width and tokens"]
+        lines = [
+            [row.title, *_cells(each, figures[base]), f"{row.paper:.2f}, {row.paper / ABLATIONS[FULL].paper:.2f}"]
+            for row, each in ((ABLATIONS[name], each) for name, each in ablated.items())
+        ]
+        blocks += [f"The ablations on {data} at lambda 0.5, and the paper's:", markdown_table(head, lines)]
+        blocks.append(orders(ablated))
+    return "\n\n".join([*blocks, *remarks(rows)])
+
+
+_HEAD = ("FLOPs ratio", "ms per step (static)", "speed-up", "allowed; reached", "class consistency", "Fréchet distance")
+
+
+def _cells(of: Figures, base: Figures) -> list[str]:
+    """The cells of `_HEAD`, and the distance relative to that of `base`."""
+    times = ["-", "1", "-"]
+    if "ms" in of:
+        times = [f"{of['ms']:.1f} ({of['static_ms']:.1f})", f"{of['speed_up']:.2f}"]
+        times.append(f"{of['allowed']:.2f}; {of['reached']:.0%}")
+    distance = of["frechet_distance"]
+    quality = [f"{of['class_consistency']:.1%}", f"{distance:.4f}", f"{distance / base['frechet_distance']:.2f}"]
+    return [f"{of['flops_ratio']:.3f}", *times, *quality]
+
+
+def _published(name: str) -> list[str]:
+    """What the paper has for each of its models at the lambda of a row."""
+    if name == LONGER:
+        return ["-"] * len(PAPER)
+    rows = [(of.get(SHOWN[name].target), of[1].fid) for of in PAPER.values()]
+    return [
+        f"{row.gflops:.2f}; {row.speed_up:.2f}; {row.fid:.2f}, {row.fid / fid:.2f}" if row else "-" for row, fid in rows
+    ]
+
+
+def orders(ablated: Mapping[str, Figures]) -> str:
+    """The rows of the ablation from the best to the worst, ours and the paper's."""
+    by_paper = sorted(ablated, key=lambda name: ABLATIONS[name].paper)
+    by_ours = sorted(by_paper, key=lambda name: float(ablated[name]["frechet_distance"]))
+    ours, paper = (", ".join(ABLATIONS[name].title for name in names) for names in (by_ours, by_paper))
+    return f"From the best to the worst, here: {ours}. In the paper: {paper}."
+
+
+def remarks(rows: Mapping[str, Figures]) -> list[str]:
+    """What a reader has to know about the figures."""
+    text = [
+        "Data, sizes, hardware and measures differ from the paper's (ImageNet at 256 pixels and FID, a V100), so only "
+        "the order of the figures can be compared."
+    ]
+    ratios = {name: rows[name]["summary"]["flops_ratio"] for name in ROWS if name in rows}
+    if missed := [name for name, ratio in ratios.items() if abs(ratio - ROWS[name].target) > NEAR]:
+        listed = ", ".join(f"{(SHOWN | ABLATIONS)[name].title} ({ratios[name]:.3f})" for name in missed)
+        text.append(f"Not within {NEAR} of their lambda, so that their quality is that of another compute: {listed}.")
+    if "tokens" in rows:
+        text.append(
+            "Token routers cannot shrink attention: whatever the lambda, with them alone the FLOPs ratio is at least "
+            f"{rows['tokens']['lowest_ratio']:.3f}."
+        )
+    return text
+
+
+def plot(rows: Mapping[str, Figures], data: str) -> bytes:
+    """The picture of a report. `rows`: as for `tables`."""
+    figures = {name: each["summary"] for name, each in rows.items()}
+    base = figures[START]["frechet_distance"]
+    places = {name: (each["speed_up"], each["frechet_distance"] / base) for name, each in figures.items()}
+    ours = ((*places[name], f"{row.target:g}") for name, row in SWEEP.items() if name in places)
+    curves = [Curve(f"ours, {data}", ((1.0, 1.0, ""), *ours))]
+    for model, of in PAPER.items():
+        points = ((row.speed_up, row.fid / of[1].fid, f"{at:g}" if at < 1 else "") for at, row in of.items())
+        curves.append(Curve(f"the paper, {model}", tuple(points)))
+    marks = {ROWS[LONGER].title: places[LONGER]} if LONGER in places else {}
+    bars = {
+        row.title: (places[name][1] / places[FULL][1], row.paper / ABLATIONS[FULL].paper)
+        for name, row in ABLATIONS.items()
+        if FULL in places and name in places
+    }
+    detail = f"Ours: {data}, CPU. The paper: ImageNet (ablations: DiT-S, five sets), V100. Only orders can be compared."
+    return ablations_png(curves, marks, bars, detail)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train and measure what is not there yet, print, and draw."""
+    parser = script_parser(
+        __doc__,
+        {"steps": "sampling steps", "sampler": "sampler", "iterations_scale": "factor on the iterations of all runs"},
+        samples=1000,
+        steps=20,
+        sampler=Sampler.DPM_SOLVER.value,
+        cfg_scale=1.5,
+        batch=20,
+        repeats=7,
+        threads=0,
+        seed=0,
+        iterations_scale=0.4,
+    )
+    parser.add_argument("--work", type=Path, help="folder for runs, bundles, samples and figures")
+    parser.add_argument("--data", choices=list(RECIPES), default="digits", help="what to train on  [digits]")
+    parser.add_argument("--static", type=Path, help="the static checkpoint that all rows start from")
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW", help=" ".join(ROWS))
+    parser.add_argument("--plot", type=Path, help="draw the sweep and the ablations into this PNG file")
+    parser.add_argument("--markdown", type=Path, metavar="JSON", help="print the tables of a report, measure nothing")
+    options = parser.parse_args(arguments)
+    if options.markdown:
+        report = json.loads(options.markdown.read_text())
+    else:
+        if options.work is None:
+            parser.error("give --work DIR, or --markdown JSON")
+        if options.static is None and options.data != "digits":
+            parser.error(f"--data {options.data} needs --static, a model of `dydit train --recipe {RECIPES['emoji']}`")
+        options.static = options.static or ASSETS / "dit.safetensors"
+        settings = {key: value for key, value in settings_of(options).items() if key not in ("rows", "markdown")}
+        try:
+            settings["static"] = sha256_of(options.static)
+            require_settings(options.work, settings)
+            report = {"settings": settings, "rows": measure(options.rows, options)}
+        except (DyditError, OSError) as error:
+            print(error, file=sys.stderr)
+            return 2
+    print(tables(report["rows"], report["settings"]["data"]))
+    if options.plot:
+        write_atomic(options.plot, plot(report["rows"], report["settings"]["data"]))
+    return 0 if options.markdown else finish(options, report, {})
+
+
+if __name__ == "__main__":
+    sys.exit(main())
