@@ -17,12 +17,12 @@ from dydit.calibrate.range_methods import Method
 from dydit.diffusion.samplers import Sampler, SamplerConfig
 from dydit.diffusion.steps import State, run_steps
 from dydit.parity.comparison import relative_l2
-from dydit.runtime.backends.int8_exactness import products_are_exact
 from dydit.runtime.backends.registry import open_backend
 from dydit.runtime.loop import StepRunner
 from dydit.runtime.noise_source import SeededNoise
 from dydit.runtime.request import Batch
 from dydit.runtime.resident import ResidentSubnets
+from tests.fixtures.cpu import require_exact_int8
 
 LAYERS = ("qkv", "proj", "fc1", "fc2")
 
@@ -72,8 +72,8 @@ def test_it_is_what_the_exported_bundle_computes(
     Not by nothing: attention in fp16 is computed otherwise, and what lies on the edge between two steps of a scale may
     then fall to either side, as may a token near its router's zero.
     """
-    if precision is Precision.INT8_STATIC and not products_are_exact(onnxruntime):
-        pytest.skip("this CPU has no VNNI: 8-bit products saturate")
+    if precision is Precision.INT8_STATIC:
+        require_exact_int8()
     kept = kept_of(which, (SEGMENTS, 3, len(LAYERS)))
     bundle = make_bundle(
         plan=PlanKind.MAX_SUBNETS, max_subnets=SEGMENTS, precision=precision, activations=with_kept(ranges, kept)
@@ -105,8 +105,8 @@ def test_it_is_what_a_smoothed_bundle_computes(
     precision, segments, make_checkpoint, make_bundle, make_smoothing, small_config
 ) -> None:
     """With layers of both kinds; and what is not quantised is the model, bit for bit."""
-    if precision is Precision.INT8_STATIC and not products_are_exact(onnxruntime):
-        pytest.skip("this CPU has no VNNI: 8-bit products saturate")
+    if precision is Precision.INT8_STATIC:
+        require_exact_int8()
     smoothing = make_smoothing(small_config, share=0.7)
     seen = observe(make_checkpoint(), ObservedRun(segments, LABELS, [SCALE], SAMPLING), smoothing)
     ranges = seen.choose(Method.MINMAX, len(LABELS)).model_copy(update={"smoothing": smoothing})

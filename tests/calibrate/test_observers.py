@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import onnxruntime
 import pytest
 
 from dydit.bundle.manifest import PlanKind
@@ -16,8 +15,8 @@ from dydit.errors import CalibrationError, ConfigError
 from dydit.inspection.trace import trace_tokens
 from dydit.models.config import parse_config
 from dydit.parity.comparison import relative_l2
-from dydit.runtime.backends.int8_exactness import products_are_exact
 from dydit.runtime.pipeline import DyDiTPipeline
+from tests.fixtures.cpu import require_exact_int8
 
 LAYERS = ("qkv", "proj", "fc1", "fc2")
 
@@ -77,8 +76,8 @@ def test_segments_together_are_the_whole_run(seen, make_checkpoint):
 
 @pytest.mark.parametrize("precision", [Precision.INT8_STATIC, Precision.FP8])
 def test_8_bits_keep_the_picture(precision, seen, bundle, make_bundle):
-    if precision is Precision.INT8_STATIC and not products_are_exact(onnxruntime):
-        pytest.skip("this CPU has no VNNI: 8-bit products saturate")
+    if precision is Precision.INT8_STATIC:
+        require_exact_int8()
     ranges = seen.choose(Method.MINMAX, len(LABELS))
     low = make_bundle(plan=PlanKind.MAX_SUBNETS, max_subnets=4, precision=precision, activations=ranges)
     images = []

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import pytest
 
 from dydit.bundle.stored_weights import Precision
@@ -26,7 +25,7 @@ from dydit.export.settings import ExportConfig
 from dydit.models.config import parse_config
 from dydit.parity.frechet import FrechetReference
 from dydit.quickstart.quickstart import ASSETS
-from dydit.runtime.backends.int8_exactness import products_are_exact
+from tests.fixtures.cpu import require_exact_int8
 
 pytestmark = pytest.mark.numerics
 
@@ -207,8 +206,8 @@ def test_an_exported_bundle_of_digits_keeps_the_target_on_the_images_searched_on
     from dydit.checkpoints.checkpoint import load_checkpoint
     from dydit.runtime.pipeline import DyDiTPipeline
 
-    if precision is Precision.INT8_STATIC and not products_are_exact(onnxruntime):
-        pytest.skip("this CPU has no VNNI: 8-bit products saturate")
+    if precision is Precision.INT8_STATIC:
+        require_exact_int8()
     digits, exported, target = load_checkpoint(ASSETS / "dydit.safetensors"), ExportConfig(steps=8, max_subnets=2), 50.0
     plan, labels = planned_steps(digits, exported)[1], [image * 10 // IMAGES for image in range(IMAGES)]
     run = ObservedRun(plan.segments, range(10), [SCALE], SamplerConfig(steps=8))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 
@@ -21,10 +20,10 @@ from dydit.export.exporter import export, planned_steps
 from dydit.export.settings import ExportConfig
 from dydit.models.synthetic import synthetic_model
 from dydit.parity.comparison import relative_l2
-from dydit.runtime.backends.int8_exactness import products_are_exact
 from dydit.runtime.backends.registry import open_backend
 from dydit.runtime.loop import StepRunner
 from dydit.runtime.resident import ResidentSubnets
+from tests.fixtures.cpu import require_exact_int8
 
 LAYERS = ("qkv", "proj", "fc1", "fc2")
 
@@ -119,8 +118,8 @@ def step_errors(exact: Bundle, low: Bundle) -> np.ndarray:
 @pytest.mark.parametrize(("precision", "factor"), [("int8-static", 5.0), ("fp8", 0.9)])
 def test_a_step_in_8_bits_keeps_more(found, outliers, tmp_path, precision, factor):
     """E4M3 rounds relatively to a value, so there a smoothing changes little."""
-    if precision == "int8-static" and not products_are_exact(onnxruntime):
-        pytest.skip("this CPU has no VNNI: 8-bit products saturate")
+    if precision == "int8-static":
+        require_exact_int8()
     errors = []
     exact = export(outliers, tmp_path / "exact", ExportConfig(**PLAN))
     for smoothing in (None, found.smoothing):

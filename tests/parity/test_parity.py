@@ -6,7 +6,6 @@ import json
 import shutil
 
 import numpy as np
-import onnxruntime
 import pytest
 
 from dydit.bundle.bundle import Bundle
@@ -18,13 +17,10 @@ from dydit.errors import ConfigError
 from dydit.models.config import Routers
 from dydit.parity.parity import REPORT, ParityConfig, run_parity
 from dydit.reports.parity_report import ParityReport, Status
-from dydit.runtime.backends.int8_exactness import products_are_exact
+from tests.fixtures.cpu import needs_exact_int8
 
 pytestmark = pytest.mark.numerics
 
-needs_vnni = pytest.mark.skipif(
-    not products_are_exact(onnxruntime), reason="this CPU has no VNNI: 8-bit products saturate"
-)
 CONFIG = ParityConfig(labels=(1, 4, 7), threads=1)  # 7 is the null class
 ONE = ParityConfig(labels=(2,), threads=1, every=4)
 
@@ -65,7 +61,7 @@ def test_the_torch_backend_and_the_exact_plan(make_checkpoint, make_bundle):
         ("fp16", "onnxruntime", 0.01778),
         ("fp16", "torch", 0.01778),
         ("bf16", "torch", 0.01778),
-        pytest.param("int8", "onnxruntime", 0.05623, marks=needs_vnni),
+        pytest.param("int8", "onnxruntime", 0.05623, marks=needs_exact_int8),
     ],
 )
 def test_below_fp32_the_picture_counts(make_checkpoint, make_bundle, small_config, precision, backend, tolerance):

@@ -27,6 +27,7 @@ from dydit.models.synthetic import synthetic_model
 from dydit.models.uvit.config import UViTConfig
 from dydit.parity.parity import ParityConfig, run_parity
 from dydit.runtime.text_files import write_texts
+from tests.fixtures.cpu import needs_exact_int8
 
 MAX_BATCH = 5
 CLASSES = 6
@@ -207,9 +208,11 @@ def test_every_hop_holds(routing, routers, models):
     assert not (missing := [what for what in wanted if not seen[what]]), (missing, seen)
 
 
-BELOW_FP32 = [("fp16", "onnxruntime"), ("bf16", "torch"), ("int8", "onnxruntime")]
+INT8 = pytest.param("int8", "onnxruntime", marks=needs_exact_int8)
+BELOW_FP32 = [("fp16", "onnxruntime"), ("bf16", "torch"), INT8]
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize(("precision", "backend"), BELOW_FP32)
 @pytest.mark.parametrize("models", [dits, uvits, pixarts])
 def test_steps_hold_below_fp32(models, precision, backend):

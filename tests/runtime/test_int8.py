@@ -14,12 +14,9 @@ from dydit.runtime.backends import int8_exactness as int8
 from dydit.runtime.backends.base import BackendOptions
 from dydit.runtime.backends.registry import open_backend
 from dydit.runtime.pipeline import DyDiTPipeline
+from tests.fixtures.cpu import needs_exact_int8
 
 pytestmark = pytest.mark.numerics
-
-needs_vnni = pytest.mark.skipif(
-    not int8.products_are_exact(onnxruntime), reason="this CPU has no VNNI: 8-bit products saturate"
-)
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +24,7 @@ def bundle(make_bundle):
     return make_bundle(precision=Precision.INT8, plan=PlanKind.PER_STEP)
 
 
-@needs_vnni
+@needs_exact_int8
 def test_images_are_near_those_of_fp32_and_do_not_depend_on_the_batch(bundle, make_bundle, relative):
     labels = [1, 2, 3]
     with DyDiTPipeline.from_bundle(bundle.path, threads=1) as pipe:
