@@ -36,20 +36,8 @@ def starting_model(recipe: Recipe) -> DynamicModel:
         known.initialize(model, generator)
         return model
     start = load_checkpoint(Path(recipe.init), weights=recipe.init_weights)
-    sizes, wanted = start.config.sizes, recipe.model.sizes
     kept = kept_classes(start.config, recipe.model)
-    if kept is not None:
-        sizes = start.config.with_classes(len(kept)).sizes
-    if sizes not in (wanted, wanted.without_routers()):
-        name, *values = sizes.difference(wanted if start.config.dynamic else wanted.without_routers())
-        raise ConfigError(
-            f"init {recipe.init} is a model of other sizes than that of the recipe: {name} {values[0]}, not {values[1]}"
-        )
-    if start.config.process is not None and start.config.diffusion != recipe.model.diffusion:
-        raise ConfigError(
-            f"init {recipe.init} was trained in another way than recipe {recipe.name} trains: "
-            f"{start.config.process.words}, not {recipe.model.diffusion.words}; change model.process or init"
-        )
+    sizes, wanted = _require_fit(recipe, start.config, kept), recipe.model.sizes
     state = start.state
     if kept is not None:
         classes = torch.Generator().manual_seed(int(stream(recipe.seed, Purpose.NEW_CLASSES).integers(0, 2**62)))
@@ -136,14 +124,38 @@ def kept_classes(start: ModelConfig, wanted: ModelConfig) -> Sequence[int | None
     return [None if name is None else rows.get(name) for name in names]
 
 
+def _require_fit(recipe: Recipe, start: ModelConfig, kept: Sequence[int | None] | None) -> ModelConfig:
+    """The sizes of a start with the class table that is wanted.
+
+    Raises `ConfigError` if they are not those of the recipe's model, or the start was trained in another way.
+    """
+    wanted = recipe.model.sizes
+    sizes = (start if kept is None else start.with_classes(len(kept))).sizes
+    if sizes not in (wanted, wanted.without_routers()):
+        name, *values = sizes.difference(wanted if start.dynamic else wanted.without_routers())
+        raise ConfigError(
+            f"init {recipe.init} is a model of other sizes than that of the recipe: {name} {values[0]}, not {values[1]}"
+        )
+    if start.process is not None and start.diffusion != recipe.model.diffusion:
+        raise ConfigError(
+            f"init {recipe.init} was trained in another way than recipe {recipe.name} trains: {start.process.words}, "
+            f"not {recipe.model.diffusion.words}; change model.process or init"
+        )
+    return sizes
+
+
 def start_note(recipe: Recipe) -> str:
-    """What changes about the classes of the checkpoint that a run starts from, as a sentence; "" if nothing does."""
+    """What changes about the classes of the checkpoint that a run starts from, as a sentence; "" if nothing does.
+
+    Raises `ConfigError` if the start does not fit the recipe, as `starting_model` does.
+    """
     if recipe.init is None or not user_path(Path(recipe.init)).exists():
         return ""
     start = start_config(recipe.init, recipe.init_weights)
     kept = kept_classes(start, recipe.model)
     if kept is None:
         return ""
+    _require_fit(recipe, start, kept)
     rows = sum(row is not None for row in kept)
     same = f"{rows} rows of classes with equal names are kept" if rows else "all of its rows for classes are new"
     null = "; the row for no class is kept" if start.null_class is not None else ""
