@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,17 +18,12 @@ from dydit.reports.bench_report import BenchReport, Side, SideKind, SideResult
 from dydit.reports.results import Machine
 from dydit.training.recipe import Routed, Stage
 
-FILE = Path(__file__).parents[2] / "benchmarks" / "ablations.py"
 STATIC = ASSETS / "dit.safetensors"
 
 
 @pytest.fixture
-def script(monkeypatch):
-    spec = importlib.util.spec_from_file_location(FILE.stem, FILE)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, FILE.stem, module)
-    spec.loader.exec_module(module)
-    return module
+def script(load_script):
+    return load_script("ablations")
 
 
 @pytest.fixture

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -14,18 +11,13 @@ from dydit.models.macs import static_macs
 from dydit.reports.bench_report import BenchReport, Side, SideKind, SideResult
 from dydit.reports.results import Machine
 
-FILE = Path(__file__).parents[2] / "benchmarks" / "architectures.py"
 KINDS = {STATIC: SideKind.TORCH_STATIC, MASKED: SideKind.TORCH_MASKED}
 BUDGET, FIXED = 80, 20
 
 
 @pytest.fixture
-def script(monkeypatch):
-    spec = importlib.util.spec_from_file_location(FILE.stem, FILE)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, FILE.stem, module)
-    spec.loader.exec_module(module)
-    return module
+def script(load_script):
+    return load_script("architectures")
 
 
 def side(name, milliseconds, macs):

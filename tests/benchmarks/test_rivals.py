@@ -6,34 +6,29 @@ import importlib.util
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
 
-import onnxruntime
 import pytest
 
 from dydit.checkpoints.fit import expected_shapes
 from dydit.models.config import Routers
-from dydit.runtime.backends.int8_exactness import products_are_exact
+from tests.fixtures.cpu import EXACT_INT8
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "rivals"
 QUICK = ("--steps", "2", "--repeats", "2", "--threads", "1", "--images", "2")
 COMPILED, DIFFUSERS = "torch.compile static", "diffusers static"
 
 
-def script(name, monkeypatch):
-    """A file of the folder as a module."""
+@pytest.fixture
+def script(load_script, monkeypatch):
+    """`script(name)`: a file of the folder as a module, which finds the others."""
     monkeypatch.syspath_prepend(str(FOLDER))
-    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, name, module)
-    spec.loader.exec_module(module)
-    return module
+    return lambda name: load_script(name, "rivals")
 
 
 @pytest.fixture
-def run(monkeypatch):
-    return script("run", monkeypatch)
+def run(script):
+    return script("run")
 
 
 def only(*names):
@@ -56,7 +51,7 @@ def test_every_side_computes_what_the_reference_computes(run, make_checkpoint, t
     need("onnxscript")
     path = make_checkpoint().path
     names = [name for name in run.NAMES if name not in (COMPILED, DIFFUSERS)]  # slow to start; below
-    if not products_are_exact(onnxruntime):
+    if not EXACT_INT8:
         names.remove(run.INT8)  # the backend refuses it: this CPU has no VNNI
     arguments = ["--checkpoint", path, "--json", tmp_path / "r.json", "--plot", tmp_path / "r.png", *QUICK]
     assert run.main([str(each) for each in (*arguments, *only(*names))]) == 0
@@ -120,9 +115,9 @@ def test_a_static_checkpoint_is_refused(run, make_checkpoint, small_config, caps
 
 class TestDiffusers:
     @pytest.fixture
-    def baseline(self, monkeypatch):
+    def baseline(self, script):
         need("diffusers")
-        return script("diffusers_dit", monkeypatch)
+        return script("diffusers_dit")
 
     def test_names_go_there_and_back(self, baseline, make_checkpoint, small_config):
         from dydit.models.dit.diffusers import from_diffusers

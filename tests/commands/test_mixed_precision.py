@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import pytest
 
 from dydit.bundle.bundle import Bundle
 from dydit.calibrate.calibration_file import read_calibration
-from dydit.runtime.backends.int8_exactness import products_are_exact
+from tests.fixtures.cpu import require_exact_int8
 
 STEPS = 6
 SMALL = ["--steps", STEPS, "--max-subnets", 2, "--samples", 4, "--held-out", 4, "--batch-size", 2, "--quantile", 0.9]
@@ -48,8 +47,8 @@ def assert_refused(done: Any, *words: str) -> None:
 def test_a_target_then_a_bundle_of_8_and_16_bits(
     run, checkpoint: Path, tmp_path: Path, precision: str, more: list[str]
 ) -> None:
-    if precision == "int8-static" and not products_are_exact(onnxruntime):
-        pytest.skip("this CPU has no VNNI: 8-bit products saturate")
+    if precision == "int8-static":
+        require_exact_int8()
     file, bundle = tmp_path / "c.json", tmp_path / "bundle"
     call = ["calibrate", checkpoint, *SMALL, *SEARCH, "--precision", precision, *more]
     done = run(*call, "--target-psnr", 1, "--out", tmp_path / "low.json", "--json")

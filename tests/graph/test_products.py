@@ -12,12 +12,9 @@ from dydit.bundle.stored_weights import Precision
 from dydit.graph import products
 from dydit.graph.ops import CONTRIB, DOMAIN, IR_VERSION, OPSET, Ops, function
 from dydit.quantization.quantize import quantize
-from dydit.runtime.backends.int8_exactness import products_are_exact
+from tests.fixtures.cpu import needs_exact_int8
 
-pytestmark = [
-    pytest.mark.numerics,
-    pytest.mark.skipif(not products_are_exact(onnxruntime), reason="this CPU has no VNNI: 8-bit products saturate"),
-]
+pytestmark = [pytest.mark.numerics, needs_exact_int8]
 IN, OUT = 24, 40
 RNG = np.random.default_rng(0)
 
