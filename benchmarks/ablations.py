@@ -17,8 +17,8 @@ The token losses, which are not in the paper, pull the share of tokens to a targ
 the recipe's; with token routers alone it is the share at which the FLOPs ratio is lambda. Fixed routers have no losses.
 
 Data and measures differ from the paper's, so only orders can be compared: each distance is divided by that of its own
-baseline. Runs have 0.4 of the recipe's iterations, about two hours on two idle cores; --iterations-scale 1 has all. DIR
-keeps everything, so that a killed script continues. The second command prints the tables of a report.
+baseline. Runs have 0.4 of the recipe's iterations; --iterations-scale 1 has all. DIR keeps everything, so that a killed
+script continues. The second command prints the tables of a report.
 """
 
 from __future__ import annotations

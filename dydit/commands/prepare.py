@@ -52,7 +52,7 @@ Examples:
     "--size",
     type=NUMBER,
     metavar="PIXELS",
-    help="Side of the square that each image becomes.  [default: that of the images, where all have one]",
+    help="Side of the square that each image becomes.  [default: that of the images, if all have the same]",
 )
 @click.option(
     "--channels",
@@ -68,7 +68,7 @@ Examples:
 @click.option(
     "--mirror/--no-mirror",
     default=None,
-    help="Mirror half of the images at random when they are read in training. Latents are then stored of both forms, "
+    help="Mirror half of the images at random when they are read in training. Latents of both forms are then stored, "
     "which doubles the time and the size.  [default: --mirror, but for digits, and for flags and symbols of emoji]",
 )
 @click.option(

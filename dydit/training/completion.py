@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ def complete_runs(
     data contradict each other; `CheckpointError` if the start cannot be read.
     """
     start = _start_of(runs[0], name)
+    facts_of = cache(data_facts)  # the runs of a recipe usually have the same data
     recipes = []
     for number, run in enumerate(runs):
         values = dict(run)
@@ -61,7 +63,7 @@ def complete_runs(
             if data_needed:
                 raise ConfigError(f"recipe {name} trains on data of yours; give it with --data PATH")
             values["data"] = NO_DATA
-        facts = data_facts(values["data"]) if isinstance(values["data"], str) and values["data"] else None
+        facts = facts_of(values["data"]) if isinstance(values["data"], str) and values["data"] else None
         if isinstance(values["model"], Mapping):
             values["model"] = complete_model(values["model"], values.get("stage"), start, facts)
             if facts is None and "input_size" not in values["model"]:

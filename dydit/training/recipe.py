@@ -74,7 +74,9 @@ class Recipe(Strict):
     data: str
     init: str | None = Field(default=None, description="checkpoint to start from; new weights if absent")
     init_weights: StartWeights | None = Field(
-        default=None, description="which weights of a training file `init`: ema or model; the average if it has one"
+        default=None,
+        description="which weights to take from `init`, if it is a training file: ema (the default, where it has them) "
+        "or model",
     )
 
     iterations: int = Field(gt=0)
