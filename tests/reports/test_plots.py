@@ -23,7 +23,8 @@ from dydit.reports.parity_report import Check, FlippedImage, ParityReport, Statu
 from dydit.reports.plot_style import ACCENT, ACCENT_LIGHT, OFF, SECOND, timestep_ticks
 from dydit.reports.plots import bound_of, latency_png, parity_png, plan_png, ranking_png
 from dydit.reports.plots_ablations import Curve, ablations_png
-from dydit.reports.plots_masks import masks_png, samples_png, tokens_png
+from dydit.reports.plots_masks import masks_png, tokens_png
+from dydit.reports.plots_samples import samples_png
 from dydit.reports.results import Machine
 
 NAVY = "#0c2f4f"

@@ -14,7 +14,8 @@ from dydit.reports.bench_report import BenchReport, NotRun, Side, SideKind, Side
 from dydit.reports.inspection_facts import PlanRow
 from dydit.reports.parity_report import Check, FlippedImage, ParityReport, Status
 from dydit.reports.plots import latency_png, parity_png, plan_png, ranking_png
-from dydit.reports.plots_masks import masks_png, samples_png, tokens_png
+from dydit.reports.plots_masks import masks_png, tokens_png
+from dydit.reports.plots_samples import samples_png
 from dydit.reports.results import Machine
 
 pytestmark = pytest.mark.usefixtures("layout")
