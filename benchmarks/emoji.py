@@ -1,22 +1,21 @@
-"""The emoji models: quality beside a static control, what the routers save, parity, and the speed-up.
+"""The emoji models: quality beside a static model trained equally long, what routing saves, parity, and the speed-up.
 
     dydit train --recipe uvit-emoji --out RUN
-    dydit train --recipe uvit-emoji-static --init RUN/static/model.safetensors --out CONTROL iterations=3300 \
+    dydit train --recipe uvit-emoji-static --init RUN/static/model.safetensors --out STATIC iterations=3300 \
         learning_rate=5e-4
-    python benchmarks/emoji.py uvit --static RUN/static/model.safetensors --dynamic RUN/settle/model.safetensors \
-        --control CONTROL/model.safetensors --work DIR --json docs/benchmarks/emoji_uvit.json --pictures docs/images
+    python benchmarks/emoji.py uvit --static STATIC/model.safetensors --dynamic RUN/settle/model.safetensors \
+        --work DIR --json docs/benchmarks/emoji_uvit.json --pictures docs/images
 
-For PixArt the recipe is pixart-emoji, and both commands take --data DATA, the folder that `dydit prepare emoji
---text-encoder ...` writes; `benchmarks/emoji.py pixart` takes it, too. Without checkpoints, those in docs/models are
-measured. The control, which the paper does not have, is the static model trained for as many further iterations as the
-dynamic one.
+The second command trains the static model that the dynamic one starts from for as many further iterations as that has,
+a control that the paper does not have. For PixArt the recipe is pixart-emoji, and all three commands take --data DATA,
+the folder that `dydit prepare emoji --text-encoder ...` writes. Without checkpoints, those in docs/models are measured.
 
-All three sample the same labels from the same noise on onnxruntime, with an exact subnetwork for each step. A U-ViT
-samples all classes in turn; a PixArt samples the captions of emoji that are spread over all of them. Quality is
-measured as `dydit evaluate --reference emoji` does. --work keeps all parts, so that an interrupted script continues.
-Limits: FLOPs ratio within 0.03 of the lambda of the recipe; Fréchet distance at most 1.15 times the control's; more
-than 20 distinct masks; a standard deviation over images of the share of tokens above 0.02; parity. Exit code 1 where
-one is missed.
+Both models sample the same labels from the same noise on onnxruntime, with an exact subnetwork for each step. A U-ViT
+samples all classes in turn; a PixArt samples the names of emoji that are spread over all of them. Quality is measured
+as `dydit evaluate --reference emoji` does. --work keeps all parts, so that an interrupted script continues. Limits:
+FLOPs ratio within 0.03 of the lambda of the recipe; Fréchet distance at most 1.15 times the static model's; more than
+20 distinct masks; a standard deviation over images of the share of tokens above 0.02; parity. Exit code 1 where one is
+missed.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ from dydit.runtime.text_files import write_texts
 from dydit.training.recipe_files import find_recipes
 
 MODELS = Path(__file__).parents[1] / "docs" / "models"
-STATIC, CONTROL, DYNAMIC = "static", "control", "dynamic"
+STATIC, DYNAMIC = "static", "dynamic"
 TRACED, SHOWN_STEPS, SHOWN_IMAGES, ROWS = 100, 6, 6, 3
 NEAR, MOST_DISTANCE, LEAST_MASKS, LEAST_DEVIATION = 0.03, 1.15, 20, 0.02
 CAPTIONS = (
@@ -100,11 +99,11 @@ def chosen_texts(data: PreparedData, count: int) -> tuple[Texts, np.ndarray]:
 
 
 def exported(options: Namespace) -> Bundles:
-    """The three bundles; those in --work stay."""
+    """Both bundles; those in --work stay."""
     config = ExportConfig(
         steps=options.steps, sampler=Sampler(options.sampler), plan=PlanKind.PER_STEP, max_batch=TRACED
     )
-    paths = {STATIC: options.static, CONTROL: options.control, DYNAMIC: options.dynamic}
+    paths = {STATIC: options.static, DYNAMIC: options.dynamic}
     bundles = {name: kept_bundle(path, options.work / name / "bundle", config) for name, path in paths.items()}
     if options.model == "uvit":
         return Bundles(bundles, bundles[DYNAMIC].manifest.model.class_names or Emoji().class_names or ())
@@ -144,8 +143,8 @@ def measure(bundles: Bundles, measures: Measures, options: Namespace) -> tuple[d
 
 
 def stepped(bundles: Bundles, measures: Measures) -> BenchReport:
-    """A step of the dynamic model and of the control, taking turns."""
-    return latency(bundles.dynamic, bundles.by_name[CONTROL], measures, bundles.texts, progress("timing"))
+    """A step of the dynamic model and of the static one, taking turns."""
+    return latency(bundles.dynamic, bundles.by_name[STATIC], measures, bundles.texts, progress("timing"))
 
 
 def checked(bundles: Bundles, measures: Measures, options: Namespace) -> dict[str, Any]:
@@ -165,8 +164,8 @@ def limits(figures: dict[str, Any], target: float) -> dict[str, bool]:
     routed, distance = figures["routing"], figures[DYNAMIC]["frechet_distance"]
     return {
         f"FLOPs ratio within {NEAR} of {target}": abs(routed["flops_ratio"] - target) <= NEAR,
-        f"Frechet distance at most {MOST_DISTANCE} of the control's": distance
-        <= MOST_DISTANCE * figures[CONTROL]["frechet_distance"],
+        f"Frechet distance at most {MOST_DISTANCE} of the static model's": distance
+        <= MOST_DISTANCE * figures[STATIC]["frechet_distance"],
         f"more than {LEAST_MASKS} distinct masks": routed["distinct_masks"] > LEAST_MASKS,
         f"deviation of the share of tokens over images above {LEAST_DEVIATION}": routed["token_ratio_std"]
         > LEAST_DEVIATION,
@@ -181,14 +180,14 @@ def sampled_images(folder: Path, count: int) -> np.ndarray:
 
 
 def draw(bundles: Bundles, trace: Trace, options: Namespace) -> None:
-    """Write three pictures: samples of the control and of the dynamic model side by side, masks, and routed tokens."""
+    """Write three pictures: samples of both models side by side, masks, and routed tokens."""
     manifest, name = bundles.dynamic.manifest, f"emoji-{options.model}"
     columns = bundles.names[: len(CAPTIONS)] if bundles.texts else bundles.names
     groups = {}
-    for model, title in ((CONTROL, "static"), (DYNAMIC, "dynamic")):
+    for model in bundles.by_name:
         rows = 1 if bundles.texts else ROWS
         images = sampled_images(options.work / model / "samples", rows * len(columns))
-        groups[title] = images.reshape(rows, len(columns), *images.shape[1:])
+        groups[model] = images.reshape(rows, len(columns), *images.shape[1:])
     times = np.asarray(manifest.sampling.timesteps)
     shown = np.linspace(0, len(times) - 1, SHOWN_STEPS).astype(int)
     images = slice(0, SHOWN_IMAGES)
@@ -222,7 +221,7 @@ def main() -> int:
         seed=0,
     )
     parser.add_argument("model", choices=["uvit", "pixart"], help="which models")
-    for name in (STATIC, CONTROL, DYNAMIC):
+    for name in (STATIC, DYNAMIC):
         parser.add_argument(f"--{name}", type=Path, help=f"the {name} checkpoint")
     parser.add_argument("--data", type=Path, help="for pixart: the folder of `dydit prepare emoji`")
     parser.add_argument("--work", type=Path, required=True, help="folder that keeps bundles, samples and figures")
@@ -230,12 +229,12 @@ def main() -> int:
     options = parser.parse_args()
     if options.model == "pixart" and options.data is None:
         parser.error("pixart needs --data, a folder that `dydit prepare emoji --text-encoder ...` writes")
-    for name in (STATIC, CONTROL, DYNAMIC):
+    for name in (STATIC, DYNAMIC):
         shipped = MODELS / f"emoji-{options.model}" / f"{name}.safetensors"
         setattr(options, name, getattr(options, name) or shipped)
-    files = (STATIC, CONTROL, DYNAMIC, "data", "pictures")
+    files = (STATIC, DYNAMIC, "data", "pictures")
     settings = {name: value for name, value in settings_of(options).items() if name not in files}
-    settings |= {name: sha256_of(getattr(options, name)) for name in (STATIC, CONTROL, DYNAMIC)}
+    settings |= {name: sha256_of(getattr(options, name)) for name in (STATIC, DYNAMIC)}
     require_settings(options.work, settings)
     names = ("samples", "batch", "cfg_scale", "seed", "threads", "repeats")
     measures = Measures(**{name: getattr(options, name) for name in names})
