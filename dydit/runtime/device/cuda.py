@@ -61,25 +61,25 @@ class CudaMemory:
     """
 
     def __init__(self, driver: Driver | None = None):
-        self.driver = open_driver() if driver is None else driver
+        self._driver = open_driver() if driver is None else driver
         self._memory: set[int] = set()
         self._events: dict[str, Any] = {}
-        self._ring = PinnedRing(self.driver)
+        self._ring = PinnedRing(self._driver)
         with self.activate(), _explained("start"):
-            self._streams = {name: self.driver.make_stream() for name in (COMPUTE, COPY)}
+            self._streams = {name: self._driver.make_stream() for name in (COMPUTE, COPY)}
 
     @contextmanager
     def activate(self) -> Iterator[None]:
         with _explained("be used"):
-            self.driver.push()
+            self._driver.push()
         try:
             yield
         finally:
-            self.driver.pop()
+            self._driver.pop()
 
     def free_memory(self) -> int:
         with _explained("say how much memory is free"):
-            return self.driver.free_memory()
+            return self._driver.free_memory()
 
     @property
     def stream(self) -> int:
@@ -88,14 +88,14 @@ class CudaMemory:
 
     def allocate(self, nbytes: int) -> int:
         with _explained(f"allocate {nbytes / _MIB:.0f} MiB (use a smaller batch size, or free memory)"):
-            address = self.driver.allocate(nbytes)
+            address = self._driver.allocate(nbytes)
         self._memory.add(address)
         return address
 
     def free(self, address: int) -> None:
         self._memory.discard(address)
         with _explained("free memory"):
-            self.driver.free(address)
+            self._driver.free(address)
 
     def upload(self, to: int, data: np.ndarray, stream: str) -> None:
         with _explained("receive data"):
@@ -107,30 +107,30 @@ class CudaMemory:
 
     def copy(self, to: int, source: int, nbytes: int) -> None:
         with _explained("copy data"):
-            self.driver.copy(to, source, nbytes, self.stream)
+            self._driver.copy(to, source, nbytes, self.stream)
 
     def clear(self, to: int, nbytes: int) -> None:
         with _explained("clear memory"):
-            self.driver.clear(to, nbytes, self.stream)
+            self._driver.clear(to, nbytes, self.stream)
 
     def record(self, event: str, stream: str) -> None:
         with _explained("record an event"):
             if event not in self._events:
-                self._events[event] = self.driver.make_event()
-            self.driver.record(self._events[event], self._streams[stream])
+                self._events[event] = self._driver.make_event()
+            self._driver.record(self._events[event], self._streams[stream])
 
     def wait(self, stream: str, event: str) -> None:
         with _explained("wait for an event"):
-            self.driver.wait(self._streams[stream], self._events[event])
+            self._driver.wait(self._streams[stream], self._events[event])
 
     def synchronize(self, event: str) -> None:
         with _explained("finish its work"):
-            self.driver.synchronize(self._events[event])
+            self._driver.synchronize(self._events[event])
 
     def idle(self) -> None:
         with _explained("finish its work"):
             for stream in self._streams.values():
-                self.driver.synchronize_stream(stream)
+                self._driver.synchronize_stream(stream)
 
     def close(self) -> None:
         """Free all that is left on the device, streams and events too, and release its context."""
@@ -139,14 +139,14 @@ class CudaMemory:
                 self.idle()
             with _explained("free its memory"):
                 while self._memory:
-                    self.driver.free(self._memory.pop())
+                    self._driver.free(self._memory.pop())
                 self._ring.close()
                 while self._events:
-                    self.driver.destroy_event(self._events.popitem()[1])
+                    self._driver.destroy_event(self._events.popitem()[1])
                 while self._streams:
-                    self.driver.destroy_stream(self._streams.popitem()[1])
+                    self._driver.destroy_stream(self._streams.popitem()[1])
         with _explained("be released"):
-            self.driver.close()
+            self._driver.close()
 
 
 class CudaDevice(CudaMemory):
@@ -177,14 +177,14 @@ class CudaDevice(CudaMemory):
         self._engines[engine].launch(inputs, outputs, workspace, self.stream, self._capturing)
 
     def begin_capture(self) -> None:
-        self._capturing = True
         with _captured():
-            self.driver.begin_capture(self.stream)
+            self._driver.begin_capture(self.stream)
+        self._capturing = True
 
     def end_capture(self) -> int:
         with _captured():
             try:
-                graph = self.driver.end_capture(self.stream)
+                graph = self._driver.end_capture(self.stream)
             finally:
                 self._capturing = False
         self._graphs.add(graph)
@@ -192,21 +192,21 @@ class CudaDevice(CudaMemory):
 
     def replay(self, graph: int) -> None:
         with _captured():
-            self.driver.launch_graph(graph, self.stream)
+            self._driver.launch_graph(graph, self.stream)
 
     def drop(self, graph: int) -> None:
         self._graphs.discard(graph)
         with _captured():
-            self.driver.destroy_graph(graph)
+            self._driver.destroy_graph(graph)
 
     def close(self) -> None:
         with self.activate():
             with suppress(DyditError):
-                if self._capturing:  # interrupted in the middle
+                if self._capturing:  # interrupted before its end
                     self.end_capture()
                 self.idle()
             while self._graphs:
-                self.driver.destroy_graph(self._graphs.pop())
+                self._driver.destroy_graph(self._graphs.pop())
             while self._engines:
                 self._engines.popitem()[1].close()
         super().close()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -25,8 +26,7 @@ class PyCudaDriver:
     def __init__(self, cuda: Any, graphs: Graphs | None = None):
         self._cuda, self._graphs = cuda, graphs
         try:
-            cuda.init()
-            self._context = cuda.Device(0).retain_primary_context()
+            self._context = _primary_context(cuda)
         except cuda.Error as error:
             raise BackendError(f"the NVIDIA driver does not start: {one_line(error)}") from error
         self._memory: dict[int, Any] = {}
@@ -150,5 +150,14 @@ class PyCudaDriver:
         return self._graphs
 
     def close(self) -> None:
-        with self._explained():
-            self._context.detach()
+        """Nothing to do: the context stays, as `_primary_context` says."""
+
+
+@cache
+def _primary_context(cuda: Any) -> Any:
+    """The primary context of the first GPU, kept until the process ends.
+
+    PyCUDA makes a context current to release it, and leaves a primary one current in that thread.
+    """
+    cuda.init()
+    return cuda.Device(0).retain_primary_context()

@@ -14,13 +14,14 @@ from dydit.diffusion.steps import State
 from dydit.errors import BackendError
 from dydit.runtime.device.execute import Executor
 from dydit.runtime.device.inputs import HostInputs, pack, unpack
-from dydit.runtime.device.launches import LaunchPlan
+from dydit.runtime.device.launches import INPUTS_READY, INPUTS_TAKEN, LaunchPlan
 from dydit.runtime.device.memory_layout import LaunchOptions, RunShape
 from dydit.runtime.device.operations import ALIGNMENT, CONDITIONER, EngineId
 from dydit.runtime.loop import MemoryStore, StepRunner, sample
 from dydit.runtime.noise_source import SeededNoise
 from dydit.runtime.request import make_batches
 from dydit.runtime.resident import ResidentSubnets
+from tests.fixtures.fake_driver import Check, Fault
 from tests.fixtures.states import values_of
 
 LABELS, IMAGES = [3, 1, 3, 0, 6], [0, 1, 2, 40, 41]
@@ -286,6 +287,30 @@ def test_after_a_failure_the_device_can_be_used_or_closed(make_bundle, fake_devi
     assert all(np.array_equal(a, b) for a, b in zip(latents, expected, strict=True))
     run.executor.close()
     assert not run.device.driver.memory
+
+
+@pytest.mark.parametrize("event", [INPUTS_READY, INPUTS_TAKEN])
+def test_a_wait_that_is_left_out_is_a_fault(event, make_bundle, fake_device, figures):
+    run = Run(make_bundle(**KINDS["merged"]), fake_device, figures)
+    wait = run.device.wait
+    run.device.wait = lambda stream, name: None if name == event else wait(stream, name)
+    with pytest.raises(Fault) as caught:
+        run(2)
+    assert caught.value.check is Check.ORDER
+    run.device.driver.faults.clear()
+
+
+def test_memory_of_a_graph_that_is_freed_is_a_fault(make_bundle, fake_device, figures):
+    """Whatever a step reads or writes keeps its place as long as graphs live."""
+    run = Run(make_bundle(**KINDS["merged"]), fake_device, figures)
+    run(2)
+    with run.device.activate():
+        run.device.free(run.executor._buffers["step.condition"][0])
+    run.executor._buffers["step.condition"] = (run.executor._buffers["condition"][0], 0)
+    with pytest.raises(Fault) as caught:
+        run(2)
+    assert caught.value.check in (Check.FREED, Check.GRAPH_MEMORY)
+    run.device.driver.faults.clear()
 
 
 def test_a_capture_that_fails_is_ended(make_bundle, fake_device, figures):
