@@ -74,6 +74,7 @@ def test_other_libraries_go_on_after_it_is_closed(opened):
     if not torch.cuda.is_available():
         pytest.skip(f"torch {torch.__version__} finds no GPU")
     before = torch.arange(1000, device="cuda")
+    torch.cuda.synchronize()
     memory = CudaMemory(opened)
     with memory.activate():
         address = memory.allocate(1024)
