@@ -21,7 +21,7 @@ from dydit.runtime.loop import MemoryStore, StepRunner, sample
 from dydit.runtime.noise_source import SeededNoise
 from dydit.runtime.request import make_batches
 from dydit.runtime.resident import ResidentSubnets
-from tests.fixtures.fake_driver import Check, Fault
+from tests.fixtures.driver_faults import Check, Fault
 from tests.fixtures.states import values_of
 
 LABELS, IMAGES = [3, 1, 3, 0, 6], [0, 1, 2, 40, 41]

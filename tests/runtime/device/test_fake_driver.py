@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from dydit.errors import BackendError
-from tests.fixtures.fake_driver import Check, FakeDriver, Fault
+from tests.fixtures.driver_faults import Check, Fault
+from tests.fixtures.fake_driver import FakeDriver
 
 SIZE = 1024
 
