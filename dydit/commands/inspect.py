@@ -59,7 +59,11 @@ def command(
 
     if out is not None:
         require_absent(out)
-    inspection = inspect_preset(preset, roofline) if path is None else inspect(path, roofline, **reading)
+    if path is not None:
+        inspection = inspect(path, roofline, **reading)
+    else:
+        assert preset is not None
+        inspection = inspect_preset(preset, roofline)
     if out is not None:
         with new_folder(out) as folder:
             inspection.write_pictures(folder)

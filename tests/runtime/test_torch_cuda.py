@@ -15,7 +15,7 @@ from dydit.models.pixart.config import PixArtConfig
 from dydit.models.uvit.config import UViTConfig
 from dydit.runtime.backends.base import BackendOptions
 from dydit.runtime.backends.torch import TorchBackend
-from dydit.runtime.backends.torch_cuda import TorchDeviceBackend
+from dydit.runtime.backends.torch_cuda import TorchDeviceBackend, without_tf32
 from dydit.runtime.device.execute import Tensor
 from dydit.runtime.device.operations import CONDITIONER, DECODER, EngineId
 from dydit.runtime.device.residency import engines_of
@@ -43,7 +43,7 @@ def bundle_of(make_bundle, make_checkpoint):
 
     def make(name="dit", **settings):
         checkpoint = make_checkpoint(MODELS[name]) if name in MODELS else None
-        bundle = make_bundle(checkpoint, steps=6, **settings)
+        bundle = make_bundle(checkpoint, steps=4, **settings)
         return bundle.with_texts(synthetic_texts(MODELS[name], 7)) if name == "pixart" else bundle
 
     return make
@@ -85,7 +85,7 @@ def test_whole_runs_are_the_loop_with_and_without_graphs(model, settings, bundle
             expected[seed, scale] = run(backend, seed, scale)
     for graphs in (True, False):
         backend = HostTorchBackend(bundle, OPTIONS, graphs=graphs)
-        for (seed, scale), (latents, theirs) in expected.items():
+        for (seed, scale), (latents, theirs) in list(expected.items())[: 1 + graphs]:
             ours, stats = run(backend, seed, scale)
             assert near(ours, latents)
             # The device repeats whole segments; so of a merged plan also steps that did not overflow.
@@ -159,11 +159,13 @@ def test_no_step_waits_for_the_device(model, settings, bundle_of):
         device = backend._sampler._executor.device
 
         def launch(engine, inputs, outputs, workspace):
-            for each in (*inputs, *outputs):  # views of memory, which are made once
-                device._view(each)
-            with Waiting() as mode:
-                type(device).launch(device, engine, inputs, outputs, workspace)
+            feeds = {each.name: device._view(each) for each in inputs}
+            # What would be made on the host, beside the device of its inputs, is made on another device here.
+            with torch.inference_mode(), torch.device("meta"), Waiting() as mode:
+                results = device._engines[engine](feeds)
+            assert {results[each.name].device.type for each in outputs} == {"cpu"}
             noted.setdefault(engine, []).append(mode)
+            type(device).launch(device, engine, inputs, outputs, workspace)
 
         device.launch = launch
         run(backend)
@@ -178,6 +180,38 @@ def test_the_check_finds_waits(bundle_of):
     with TorchBackend(bundle_of(**OVERFLOWING), OPTIONS) as backend, Waiting() as mode:
         run(backend)
     assert "nonzero" in mode.found
+    x = torch.arange(4.0)
+    for waits in (lambda: x[x > 1], lambda: x.sum().item(), lambda: bool(x.any()), lambda: x[torch.tensor([1])]):
+        with Waiting() as mode:
+            waits()
+        assert mode.found
+
+
+def test_fp32_products_are_not_rounded_to_tf32_while_engines_run():
+    settings = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [each.allow_tf32 for each in settings]
+    try:
+        for each in settings:
+            each.allow_tf32 = True
+        with pytest.raises(ValueError, match="inside"), without_tf32():
+            assert not any(each.allow_tf32 for each in settings)
+            raise ValueError("inside")
+        assert all(each.allow_tf32 for each in settings)
+    finally:
+        for each, value in zip(settings, before, strict=True):
+            each.allow_tf32 = value
+
+
+def test_a_capture_that_fails_is_followed_by_the_run_without_graphs(bundle_of):
+    """Any error of PyTorch within a capture is one of the capture: the run starts again without."""
+    bundle = bundle_of(**OVERFLOWING)
+    with HostTorchBackend(bundle, OPTIONS, graphs=False) as backend:
+        expected, _ = run(backend)
+    with HostTorchBackend(bundle, OPTIONS) as backend:
+        backend._sampler._executor.device.records = False
+        with pytest.warns(UserWarning, match="PyTorch failed in subnetwork 0.*continuing without CUDA graphs"):
+            latents, _ = run(backend)
+        assert np.array_equal(latents, expected) and not backend._executor.device.replays
 
 
 def test_tokens_are_counted_and_none_beyond_its_slots_is_changed(bundle_of):

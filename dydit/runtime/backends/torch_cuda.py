@@ -49,13 +49,13 @@ class CudaTorch(TorchEngines, CudaMemory):
             return super().allocate(nbytes)
 
     def begin_capture(self) -> None:
-        graph = torch.cuda.CUDAGraph()
-        with self._recording():  # thread-local: other threads may allocate meanwhile
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-        self._graph = graph
+        with self._recording():
+            graph = torch.cuda.CUDAGraph()
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")  # other threads may allocate
+        self._graph, self.failure = graph, CaptureError
 
     def end_capture(self) -> Any:
-        graph, self._graph = self._graph, None
+        graph, self._graph, self.failure = self._graph, None, BackendError
         with self._recording():
             graph.capture_end()
         return graph
@@ -80,12 +80,12 @@ class CudaTorch(TorchEngines, CudaMemory):
         stack = ExitStack()
         stack.enter_context(super()._queued())
         stack.enter_context(torch.cuda.stream(self._stream))
-        stack.enter_context(_without_tf32())
+        stack.enter_context(without_tf32())
         return stack
 
 
 @contextmanager
-def _without_tf32() -> Iterator[None]:
+def without_tf32() -> Iterator[None]:
     """fp32 products are not rounded to TF32: routing decisions depend on them."""
     settings = (torch.backends.cuda.matmul, torch.backends.cudnn)
     before = [each.allow_tf32 for each in settings]

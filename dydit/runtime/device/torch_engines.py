@@ -48,6 +48,8 @@ class TorchEngines:
     """
 
     kind: str
+    failure: type[BackendError] = BackendError
+    """What an error of PyTorch is raised as; a device that captures says `CaptureError` meanwhile."""
 
     def __init__(self, bundle: Bundle, weights: Named, settings: Settings):
         super().__init__()
@@ -77,7 +79,7 @@ class TorchEngines:
                 for each in outputs:
                     self._view(each).copy_(results[each.name])
         except RuntimeError as error:
-            raise BackendError(f"PyTorch failed in {engine}: {one_line(error)}") from error
+            raise self.failure(f"PyTorch failed in {engine}: {one_line(error)}") from error
 
     def _queued(self) -> AbstractContextManager[object]:
         """What holds while work of PyTorch is queued on the device's compute stream."""
