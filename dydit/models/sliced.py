@@ -21,6 +21,7 @@ from torch import Tensor
 from dydit.diffusion.sampler_step import sampler_step
 from dydit.models.architecture import Slots, UnitLayer, stored_name
 from dydit.models.config import ModelConfig, TokenScope
+from dydit.models.pointwise import PLAIN, Pointwise
 from dydit.models.registry import architecture_of
 from dydit.models.routers import TOKEN_ROUTER
 from dydit.models.text import TextRows
@@ -109,7 +110,7 @@ class SlicedModel(ABC):
         self.config: Any = config
         self._units = {layer.name: layer for layer in config.units.layers}
         self.blocks = [_cut(config, weights, index, each) for index, each in enumerate(slots)]
-        self._fixed_shapes = False
+        self._fixed_shapes, self.pointwise = False, PLAIN
         self._overflow = torch.zeros(0)
         self._text: StepTexts | None = None
         self._tokens: list[Tensor] = []
@@ -127,14 +128,15 @@ class SlicedModel(ABC):
         Calls `linear`, `route` and `finish_block` for each block.
         """
 
-    def with_fixed_shapes(self) -> Self:
+    def with_fixed_shapes(self, pointwise: Pointwise = PLAIN) -> Self:
         """This model with token routing whose shapes do not depend on the data, as CUDA graphs need it.
 
         With capacities, the tokens of a batch are compacted into `capacity * R` slots by a prefix sum, and empty slots
         compute a token whose result is not used. Without, or with a slot for each token, the MLP computes all tokens,
         and those that are not routed keep their residual. A step then has no operation for which the host waits.
+        `pointwise`: what computes between products.
         """
-        self._fixed_shapes = True
+        self._fixed_shapes, self.pointwise = True, pointwise
         return self
 
     @torch.inference_mode()
@@ -170,6 +172,10 @@ class SlicedModel(ABC):
             return SlicedOutput(*state, self._overflow)
         return SlicedOutput(*state, self._overflow, torch.stack(self._tokens), torch.stack(self._residuals))
 
+    def entering_type(self, block: SlicedBlock, layer: str) -> torch.dtype | None:
+        """The type in which normalized tokens are given to a layer; None: in that of the stream."""
+        return block.layers[layer][0].dtype if self.pointwise.narrow else None
+
     def linear(self, block: SlicedBlock, layer: str, x: Tensor) -> Tensor:
         """Compute a layer that a block's units own, by its name, on x [..., in]."""
         return self._linear(block, self._units[layer], x)
@@ -202,15 +208,14 @@ class SlicedModel(ABC):
         flat, tokens = x.flatten(0, 1), x.shape[1]
         ids = torch.arange(len(flat), device=x.device)
         if room is None or room >= len(flat):
-            return torch.where(routed[:, None], flat + branch(flat, ids // tokens), flat).view_as(x)
+            return self.pointwise.kept(flat, branch(flat, ids // tokens), routed).view_as(x)
         slot = routed.cumsum(0) - 1
         fits = routed & (slot < room)
         self._overflow[block.index] = (slot[-1] + 1 - room).clamp(min=0)
         # Tokens without a slot are written behind the last one.
         table = ids.new_zeros(room + 1).scatter_(0, torch.where(fits, slot, room), ids)[:room]
         entering = flat.index_select(0, table)
-        leaving = entering + branch(entering, table // tokens)
-        return torch.where(fits[:, None], leaving.index_select(0, torch.where(fits, slot, 0)), flat).view_as(x)
+        return self.pointwise.left(flat, entering, branch(entering, table // tokens), slot, fits).view_as(x)
 
     def keep_every_token(self, x: Tensor) -> None:
         """Record that all tokens of a block [R, N, D] pass, because no token router decides on them."""

@@ -43,6 +43,7 @@ def test_whole_runs_are_those_of_the_cpu_and_of_single_steps(kind, make_bundle, 
     assert np.array_equal(run(backend), latents), "replayed"
     assert np.array_equal(run(on_gpu(bundle, graphs=False)), latents), "the same kernels without graphs"
     assert median_distance(run(backend, 3), expected) < NEAR, "another batch size"
+    assert median_distance(run(on_gpu(bundle, fuse=False)), expected) < NEAR
     assert median_distance(latents, run(TorchBackend(bundle, BackendOptions(device="cuda")))) < NEAR
 
 

@@ -17,6 +17,7 @@ from dydit.models.dit.config import DiTConfig
 from dydit.models.dit.layout import stored_tensors
 from dydit.models.dit.model import DiT
 from dydit.models.dit.sliced import SlicedDiT, conditioning
+from dydit.models.pointwise import fused
 from dydit.models.routers import Masked, Recording, Static
 
 pytestmark = pytest.mark.numerics
@@ -252,6 +253,25 @@ def test_fixed_shapes_change_no_value_no_decision_and_no_count(t, guided, capaci
     assert torch.equal(fixed.tokens, gathered.tokens) and torch.equal(fixed.overflow, gathered.overflow)
     assert relative(fixed.residuals, gathered.residuals) < 1e-12
     assert relative(fixed.x_prev, gathered.x_prev) < 1e-12
+
+
+@pytest.mark.parametrize("capacities", [None, [3, 9, 16]])
+def test_functions_between_products_can_be_compiled(capacities):
+    """Traced without a break, and without a fused kernel, which needs a compiler: the values stay, also in fp16."""
+    model = random_model(CONFIG)
+    step, slots = Step(model), CONFIG.units.slots(width_mask(model, 500))
+    single = {name: tensor.float() for name, tensor in step.weights.items()}
+    low = {
+        name: each.half() if name in (*CONFIG.units.weights, *CONFIG.units.biases) else each
+        for name, each in single.items()
+    }
+    inputs, gates = [each.float() for each in step.inputs()], torch.ones(CONFIG.units.size)
+    for weights, bound in ((single, 1e-5), (low, 1e-2)):
+        ways = (CONFIG, weights, slots, 3, capacities)
+        plain = SlicedDiT(*ways).with_fixed_shapes().step(*inputs, gates=gates)
+        traced = SlicedDiT(*ways).with_fixed_shapes(fused("eager", whole=True)).step(*inputs, gates=gates)
+        assert relative(traced.x_prev, plain.x_prev) < bound
+        assert torch.equal(traced.overflow, plain.overflow)
 
 
 def test_tokens_without_a_slot_keep_their_residual_bit_for_bit_with_fixed_shapes():

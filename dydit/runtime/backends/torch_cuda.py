@@ -10,6 +10,7 @@ Single steps, and the decoder, are those of `dydit.runtime.backends.torch`.
 
 from __future__ import annotations
 
+import importlib.util
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -20,6 +21,7 @@ import torch
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.manifest import Routing
 from dydit.errors import BackendError, one_line
+from dydit.models.pointwise import PLAIN, Pointwise, fused
 from dydit.runtime.backends.base import BackendOptions
 from dydit.runtime.backends.torch import TorchBackend
 from dydit.runtime.device.cuda import CudaMemory, pycuda_driver
@@ -35,8 +37,8 @@ class CudaTorch(TorchEngines, CudaMemory):
 
     kind = "cuda"
 
-    def __init__(self, bundle: Bundle, weights: Named, settings: Settings):
-        super().__init__(bundle, weights, settings)
+    def __init__(self, bundle: Bundle, weights: Named, settings: Settings, pointwise: Pointwise = PLAIN):
+        super().__init__(bundle, weights, settings, pointwise)
         self._stream = torch.cuda.ExternalStream(self.stream)
         self._pool = torch.cuda.graph_pool_handle()
         self._graph: Any = None
@@ -101,16 +103,22 @@ def without_tf32() -> Iterator[None]:
 class TorchDeviceBackend(WholeRunsBackend, TorchBackend):
     """The PyTorch backend with whole runs on the device; single steps are those of `TorchBackend`.
 
-    Needs a CUDA build of PyTorch and PyCUDA. `graphs`: capture segments as CUDA graphs. `engines`: the device of whole
-    runs. A bundle with dynamic routing runs with all tokens in its MLPs, because the number of routed tokens is known
-    only to the GPU: no token is dropped, and none is saved.
+    Needs a CUDA build of PyTorch and PyCUDA. `graphs`: capture segments as CUDA graphs. `fuse`: compile what is between
+    products, which takes some seconds once and needs Triton, a part of PyTorch's CUDA builds; by default where it is
+    installed. `engines`: the device of whole runs.
+
+    A bundle with dynamic routing runs with all tokens in its MLPs, because the number of routed tokens is known only to
+    the GPU: no token is dropped, and none is saved.
     """
 
     engines: type[TorchEngines] = CudaTorch
 
-    def __init__(self, bundle: Bundle, options: BackendOptions | None = None, graphs: bool = True):
+    def __init__(
+        self, bundle: Bundle, options: BackendOptions | None = None, graphs: bool = True, fuse: bool | None = None
+    ):
         super().__init__(bundle, options)
         self._graphs = graphs
+        self._fuse = importlib.util.find_spec("triton") is not None if fuse is None else fuse
         if self.engines is CudaTorch:
             pycuda_driver()
         self._executor: Executor | None = None
@@ -123,7 +131,8 @@ class TorchDeviceBackend(WholeRunsBackend, TorchBackend):
                 "with --routing capacity to save those that are not routed",
                 stacklevel=4,
             )
-        device: Any = self.engines(self.bundle, self._weights, self.settings)
+        pointwise = fused() if self._fuse else PLAIN
+        device: Any = self.engines(self.bundle, self._weights, self.settings, pointwise)
         self._executor = Executor(device)
         options = LaunchOptions(
             graphs=self._graphs, fixed=True, fixed_shapes=True, resident=default_residency(manifest)

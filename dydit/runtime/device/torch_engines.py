@@ -27,6 +27,7 @@ from dydit.bundle.manifest import Manifest, Routing
 from dydit.dtypes import DTYPES
 from dydit.errors import BackendError, one_line
 from dydit.models.architecture import Slots
+from dydit.models.pointwise import PLAIN, Pointwise
 from dydit.models.registry import architecture_of
 from dydit.models.sliced import SlicedModel
 from dydit.runtime.device.execute import Tensor
@@ -44,22 +45,23 @@ class TorchEngines:
     """PyTorch as the engines of a `Device`; the other base class is its memory.
 
     `weights`: every stored tensor, on the device (`mapped_weights`). `settings`: what holds while PyTorch computes.
-    `kind`: the device of PyTorch, `cpu` or `cuda`.
+    `pointwise`: what computes between products. `kind`: the device of PyTorch, `cpu` or `cuda`.
     """
 
     kind: str
     failure: type[BackendError] = BackendError
     """What an error of PyTorch is raised as; a device that captures says `CaptureError` meanwhile."""
 
-    def __init__(self, bundle: Bundle, weights: Named, settings: Settings):
+    def __init__(self, bundle: Bundle, weights: Named, settings: Settings, pointwise: Pointwise = PLAIN):
         super().__init__()
         self._manifest, self._weights, self._settings = bundle.manifest, weights, settings
+        self._pointwise = pointwise
         self._engines: dict[EngineId, Run] = {}
         self._views: dict[Tensor, torch.Tensor] = {}
 
     def load(self, engine: EngineId) -> None:
         with self._queued():
-            self._engines[engine] = make_engine(self._manifest, self._weights, engine)
+            self._engines[engine] = make_engine(self._manifest, self._weights, engine, self._pointwise)
 
     def unload(self, engine: EngineId) -> None:
         del self._engines[engine]
@@ -137,7 +139,7 @@ def engine_memory(manifest: Manifest) -> dict[EngineId, EngineMemory]:
     return memory
 
 
-def make_engine(manifest: Manifest, weights: Named, engine: EngineId) -> Run:
+def make_engine(manifest: Manifest, weights: Named, engine: EngineId, pointwise: Pointwise = PLAIN) -> Run:
     """The computation of an engine. Raises `BackendError` for the VAE decoder, which PyTorch does not run."""
     model = manifest.model
     if engine.decoder:
@@ -155,16 +157,16 @@ def make_engine(manifest: Manifest, weights: Named, engine: EngineId) -> Run:
             CONDITION: architecture_of(model).conditioning(model, weights, of["timesteps"], of["labels"])
         }
     if manifest.dynamic_width:
-        return _DynamicWidth(manifest, weights, engine)
-    return _step_of(_subnet(manifest, weights, engine, manifest.subnets[engine.subnet].units))
+        return _DynamicWidth(manifest, weights, engine, pointwise)
+    return _step_of(_subnet(manifest, weights, engine, manifest.subnets[engine.subnet].units, pointwise))
 
 
-def _subnet(manifest: Manifest, weights: Named, engine: EngineId, units: Slots) -> SlicedModel:
+def _subnet(manifest: Manifest, weights: Named, engine: EngineId, units: Slots, pointwise: Pointwise) -> SlicedModel:
     assert engine.subnet is not None
     model, entry = manifest.model, manifest.subnets[engine.subnet]
     capacities = None if engine.full or manifest.routing is not Routing.CAPACITY else entry.capacities
     sliced = architecture_of(model).sliced(model, weights, units, manifest.sampling.cfg_channels, capacities)
-    return sliced.with_fixed_shapes()
+    return sliced.with_fixed_shapes(pointwise)
 
 
 def _step_of(model: SlicedModel) -> Run:
@@ -181,8 +183,8 @@ class _DynamicWidth:
     Its widths are those of the inputs, so a part without units has one unit of zeros, as its graph has.
     """
 
-    def __init__(self, manifest: Manifest, weights: Named, engine: EngineId):
-        self._manifest, self._weights, self._engine = manifest, weights, engine
+    def __init__(self, manifest: Manifest, weights: Named, engine: EngineId, pointwise: Pointwise):
+        self._manifest, self._weights, self._engine, self._pointwise = manifest, weights, engine, pointwise
         self._names = tuple(spec.name for spec in unit_inputs(manifest.weights, manifest.model))
         self._steps: dict[tuple[tuple[int, int], ...], Run] = {}
 
@@ -197,4 +199,5 @@ class _DynamicWidth:
         by_unit = {name: inputs[name].unflatten(0, (-1, stored[name].shape[1])) for name in self._names}
         first = (by_unit[part.stored(part.group.unit_tensors[0])] for part in axis.parts)
         units = axis.nested([tuple(range(len(each))) for each in first])
-        return _step_of(_subnet(self._manifest, {**self._weights, **by_unit}, self._engine, units))
+        weights = {**self._weights, **by_unit}
+        return _step_of(_subnet(self._manifest, weights, self._engine, units, self._pointwise))
