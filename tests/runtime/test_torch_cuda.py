@@ -9,10 +9,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dydit.bundle.manifest import PlanKind, Routing
 from dydit.bundle.texts import synthetic_texts
+from dydit.diffusion.samplers import SamplerChoice
 from dydit.errors import BackendError
 from dydit.models.config import TokenScope
 from dydit.models.pixart.config import PixArtConfig
 from dydit.models.uvit.config import UViTConfig
+from dydit.planning.resampling import resampled
 from dydit.runtime.backends.base import BackendOptions
 from dydit.runtime.backends.torch import TorchBackend
 from dydit.runtime.backends.torch_cuda import TorchDeviceBackend, without_tf32
@@ -38,11 +40,14 @@ MODELS = {
 
 
 @pytest.fixture
-def bundle_of(make_bundle, make_checkpoint):
-    """`bundle_of(model, **export settings)`: a bundle of `dit`, `pixart` or `uvit`, with texts if it takes them."""
+def bundle_of(make_bundle, make_checkpoint, small_config):
+    """`bundle_of(model, **export settings)`: a bundle of `dit`, `pixart` or `uvit`, with texts if it takes them; or
+    of `static`, a DiT without routers.
+    """
+    models = {**MODELS, "static": small_config.without_routers()}
 
     def make(name="dit", **settings):
-        checkpoint = make_checkpoint(MODELS[name]) if name in MODELS else None
+        checkpoint = make_checkpoint(models[name]) if name in models else None
         bundle = make_bundle(checkpoint, steps=4, **settings)
         return bundle.with_texts(synthetic_texts(MODELS[name], 7)) if name == "pixart" else bundle
 
@@ -70,6 +75,7 @@ def near(a, b, bound=1e-5) -> bool:
         ("dit", {**OVERFLOWING, "plan": PlanKind.PER_STEP}),
         ("dit", {**OVERFLOWING, "plan": PlanKind.DYNAMIC_WIDTH}),
         ("dit", {"routing": Routing.DENSE}),
+        ("static", {}),
         ("dit", {"sampler": "dpm-solver++", "routing": Routing.CAPACITY, "capacities": (15, 15, 15)}),
         ("pixart", {**OVERFLOWING, "max_subnets": 2}),
         ("pixart", {**OVERFLOWING, "plan": PlanKind.DYNAMIC_WIDTH}),
@@ -98,6 +104,19 @@ def test_whole_runs_are_the_loop_with_and_without_graphs(model, settings, bundle
             assert any(theirs.repeated_steps for _, theirs in expected.values()), "no token overflowed"
         backend.close()
         assert not device._arrays and not device._engines
+
+
+def test_other_steps_run_on_the_same_engines(bundle_of):
+    bundle = bundle_of(**OVERFLOWING, plan=PlanKind.DYNAMIC_WIDTH)
+    other = resampled(bundle, SamplerChoice(steps=3, sampler="dpm-solver++"))
+    with TorchBackend(other, OPTIONS) as backend:
+        expected, _ = run(backend)
+    with HostTorchBackend(bundle, OPTIONS) as backend:
+        first, _ = run(backend)
+        backend.use(other)
+        assert near(run(backend)[0], expected)
+        backend.use(bundle)
+        assert np.array_equal(run(backend)[0], first)
 
 
 def test_dynamic_routing_runs_with_all_tokens_and_says_so(bundle_of):
