@@ -86,6 +86,10 @@ def _open_onnxruntime(bundle: Bundle, options: BackendOptions) -> Backend:
 
 def _open_torch(bundle: Bundle, options: BackendOptions) -> Backend:
     require_torch()
+    if options.device == "cuda" and driver.is_installed():
+        from dydit.runtime.backends.torch_cuda import TorchDeviceBackend
+
+        return TorchDeviceBackend(bundle, options)
     from dydit.runtime.backends.torch import TorchBackend
 
     return TorchBackend(bundle, options)
