@@ -31,9 +31,8 @@ from dydit.files import new_folder
 from dydit.models.macs import flops_ratio, static_macs
 from dydit.parity.comparison import picture_error, relative_l2
 from dydit.parity.tolerances import tolerances
-from dydit.quickstart.quickstart import ASSETS
 from dydit.reports.results import measured
-from dydit.runtime.backends.base import BackendOptions
+from dydit.runtime.backends.base import Backend, BackendOptions
 from dydit.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from dydit.runtime.loop import MemoryStore, StepRunner, sample
 from dydit.runtime.noise_source import SeededNoise
@@ -64,6 +63,7 @@ def models(settings: Settings, work: Work, emit: Emit) -> None:
 
     from dydit.checkpoints.checkpoint import load_checkpoint
     from dydit.models.synthetic import recorded_pass
+    from dydit.quickstart.quickstart import ASSETS
 
     if settings.model == "digits":
         shutil.copyfile(ASSETS / "dydit.safetensors", work.dynamic)
@@ -143,12 +143,7 @@ def small(settings: Settings, work: Work, emit: Emit) -> None:
         config = ExportConfig(routing=Routing.CAPACITY, precision=precision, **chosen)
         export(checkpoint, work.bundle(precision), config)
     backend = OnnxRuntimeBackend(Bundle.open(work.bundle(Precision.FP32)), BackendOptions())
-    batch, noise = small_images()
-    latents = [noise.initial(batch)]
-    with ResidentSubnets(backend, 2) as subnets:
-        step = StepRunner(backend, subnets, SMALL_LABELS, CFG_SCALE).steps_of(batch, noise)
-        run_steps(step, State(latents[0]), range(SMALL_STEPS), lambda _, result: latents.append(result.x_prev))
-    np.savez(work.reference, latents=np.stack(latents))
+    np.savez(work.reference, latents=reference_latents(backend))
     emit("images", len(SMALL_LABELS))
 
 
@@ -164,14 +159,29 @@ def check(settings: Settings, work: Work, emit: Emit, configuration: str, precis
     Engines do not show which tokens they route, so an image whose token is routed otherwise cannot be set aside as in
     `dydit parity`. Therefore the median image is judged, by `dydit.parity.tolerances`, and the worst is reported.
     """
-    chosen, allowed = CONFIGURATIONS[configuration], tolerances(Precision(precision))
+    chosen = CONFIGURATIONS[configuration]
     if chosen.has_engines:
         build_engines(chosen, work, precision)
         emit("built", True)
     with np.load(work.reference) as file:
         expected = file["latents"]
-    batch, noise = small_images()
     backend = open_configuration(chosen, Bundle.open(work.bundle(precision, chosen)), settings.device)
+    compare(backend, expected, Precision(precision), emit)
+
+
+def reference_latents(backend: Backend) -> np.ndarray:
+    """The latents before and after each step of the checks' images, f32 [steps + 1, B, C, S, S], by single steps."""
+    batch, noise = small_images()
+    latents, steps = [noise.initial(batch)], backend.bundle.manifest.sampling.steps
+    with ResidentSubnets(backend, 2) as subnets:
+        step = StepRunner(backend, subnets, SMALL_LABELS, CFG_SCALE).steps_of(batch, noise)
+        run_steps(step, State(latents[0]), range(steps), lambda _, result: latents.append(result.x_prev))
+    return np.stack(latents)
+
+
+def compare(backend: Backend, expected: np.ndarray, precision: Precision, emit: Emit) -> None:
+    """Run the checks' images on a backend, whole and step by step, and compare both with `reference_latents`."""
+    allowed, (batch, noise) = tolerances(precision), small_images()
     store, steps = MemoryStore(), []
     with ResidentSubnets(backend, 2) as subnets:
         runner = StepRunner(backend, subnets, batch.labels, CFG_SCALE)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from tasks import BUNDLES, COMPILED, DENSE, PRECISIONS, STATIC, Settings
+from timing import macs_share
 
 from dydit.bench.scripts import markdown_table
 from dydit.errors import ConfigError
@@ -90,10 +91,10 @@ class Report:
                 row |= parts.get(name) or {"reason": self.why(task_name)}
                 if "ms" in row:
                     static = name in (DENSE, STATIC, COMPILED)
-                    bound = 2e3 * batch * macs["static" if static else "dynamic"] / (tflops * 1e12) if tflops else None
                     row["images_per_second"] = 1e3 * batch / (row["ms"] * self.settings.steps)
                     row["speedup"] = None if name in (DENSE, STATIC) or not baseline else baseline / row["ms"]
-                    row["macs_share"] = None if bound is None else bound / row["ms"]
+                    work = macs["static" if static else "dynamic"] if tflops else None
+                    row["macs_share"] = macs_share(batch, work, tflops, row["ms"]) if tflops else None
                 yield row
 
 

@@ -1,9 +1,10 @@
 """What runs on one NVIDIA GPU, and how fast.
 
-    python benchmarks/gpu/run.py --work DIR [--minutes 9] [--out DIR2] [--model XL/2]
+    python benchmarks/gpu/run.py --work DIR [--minutes 60] [--out DIR2] [--model XL/2]
     python benchmarks/gpu/run.py --work DIR --dry-run
 
-It makes the table of a GPU for docs/hardware.md.
+It makes the table of a GPU for docs/hardware.md, on a machine where packages can be installed. `nine_minutes.py` is for
+one where they cannot: it needs only PyTorch, and measures what PyTorch can run.
 
 It lists what is installed, measures a large matrix product as the GPU's ceiling, runs a small model in every backend
 configuration (`tasks.BUNDLES`) and compares its images with the CPU's, and times the static model, 16 merged

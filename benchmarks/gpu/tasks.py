@@ -16,7 +16,6 @@ from pydantic import Field
 from dydit.bundle.manifest import PlanKind
 from dydit.models.config import ModelConfig
 from dydit.models.dit.config import DiTConfig, preset
-from dydit.quickstart.quickstart import ASSETS
 from dydit.validation import Strict
 
 MODELS = ("digits", "S/2", "XL/2")
@@ -66,6 +65,7 @@ class Settings(Strict):
             return SMALL.model_copy(update={"depth": 2, "input_size": 8})
         if self.model == "digits":
             from dydit.checkpoints.checkpoint import load_checkpoint  # imports PyTorch
+            from dydit.quickstart.quickstart import ASSETS
 
             return load_checkpoint(ASSETS / "dydit.safetensors").config
         return preset(self.model)

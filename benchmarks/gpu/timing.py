@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, Protocol
 
 import numpy as np
 from tasks import COMPILED, CONFIGURATIONS, MASKED, PYTORCH, Configuration, Settings, Work
@@ -28,24 +29,13 @@ CFG_SCALE, GUIDED_CHANNELS, SEED = 4.0, 3, 0
 SHARE = 0.9
 """Of a task's time, what may be used before its process is ended."""
 TYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-WARMUP, ROUNDS = 5, 20
 
 
 def ceiling(settings: Settings, work: Work, emit: Emit) -> None:
-    """Emit TFLOP/s of a large square matrix product in the precision that is timed: the median of `ROUNDS`."""
-    import torch
+    """Emit TFLOP/s of a large square matrix product in the precision that is timed, by CUDA events."""
+    from ceilings import Clock, product  # imports PyTorch
 
-    torch.backends.cuda.matmul.allow_tf32 = False
-    n, dtype, times = 256 if settings.gpu is None else 8192, getattr(torch, TYPES[settings.precision]), []
-    a, b = (torch.randn(n, n, device=settings.device).to(dtype) for _ in range(2))
-    for _ in range(WARMUP + ROUNDS):
-        start = time.perf_counter()
-        torch.mm(a, b)
-        if settings.gpu is not None:
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    seconds = float(np.median(times[WARMUP:]))
-    emit("product", {"n": n, "ms": 1e3 * seconds, "tflops": 2 * n**3 / seconds / 1e12})
+    emit("product", product(Clock(settings.device), TYPES[settings.precision], 256 if settings.gpu is None else 8192))
 
 
 def open_configuration(configuration: Configuration, bundle: Bundle, device: str) -> Backend:
@@ -156,17 +146,37 @@ def time_contenders(
     batch: int,
     seconds: float,
 ) -> None:
+    """`take_turns` of contenders of a configuration, in a share of `seconds`."""
+    openers = {name: partial(open_contender, settings, work, configuration, name, batch) for name in contenders}
+    deadline = time.monotonic() + SHARE * seconds
+    take_turns(openers, emit, lambda loaded: device_memory(settings), settings.repeats, deadline)
+
+
+class Contender(Protocol):
+    """Something that is timed in rounds."""
+
+    def round(self) -> Round:
+        """Time one round."""
+
+
+def take_turns(
+    openers: Mapping[str, Callable[[], Contender]],
+    emit: Emit,
+    memory: Callable[[bool], int | None],
+    repeats: int,
+    deadline: float,
+) -> None:
     """Emit each contender's figures, again after each of its rounds, or why it has none.
 
-    All are loaded and make a round that does not count; then they take turns. No round starts that would not end within
-    `seconds`. Device memory is what the driver counts after the first round, less what it counted before loading:
-    weights, activations, and what the library keeps.
+    All are loaded and make a round that does not count; then they take turns. No round starts that would not end before
+    `deadline`, of the monotonic clock. Device memory is what `memory(True)` counted after the first round, less what
+    `memory(False)` counted before loading: weights, activations, and what the library keeps.
     """
-    deadline, opened, figures = time.monotonic() + SHARE * seconds, {}, {}
-    for name in contenders:
-        start, before = time.monotonic(), device_memory(settings)
+    opened, figures = {}, {}
+    for name, opener in openers.items():
+        start, before = time.monotonic(), memory(False)
         try:
-            contender = open_contender(settings, work, configuration, name, batch)
+            contender = opener()
             loaded = time.monotonic()
             contender.round()
         except UnavailableError as error:
@@ -175,11 +185,11 @@ def time_contenders(
             emit(name, {"reason": f"failed: {type(error).__name__}: {one_line(error)[:300]}"})
         else:
             opened[name] = contender, time.monotonic() - loaded
-            after = device_memory(settings)
-            memory = None if before is None or after is None else max(0, after - before)
-            loading = {"load_seconds": loaded - start, "memory_bytes": memory}
+            after = memory(True)
+            used = None if before is None or after is None else max(0, after - before)
+            loading = {"load_seconds": loaded - start, "memory_bytes": used}
             figures[name] = {**loading, "round_ms": [], "repeated_steps": 0}
-    for _ in range(settings.repeats):
+    for _ in range(repeats):
         for name, (contender, round_seconds) in list(opened.items()):
             if time.monotonic() + round_seconds > deadline:
                 continue
@@ -194,6 +204,11 @@ def time_contenders(
             values["repeated_steps"] += result.overflows
             values |= {"steps": len(result.ms), "ms": float(np.median(values["round_ms"]))}
             emit(name, values)
+
+
+def macs_share(batch: int, macs: float, tflops: float, ms: float) -> float:
+    """Of a step's time, the share that its multiply-adds alone would take at the ceiling. `macs`: of one image."""
+    return 2e3 * batch * macs / (tflops * 1e12) / ms
 
 
 def device_memory(settings: Settings, field: str = "memory.used") -> int | None:

@@ -21,7 +21,8 @@ from dydit.models.routers import Masked, Recording
 def synthetic_model(config: ModelConfig, seed: int = 0, flops_ratio: float = 0.5) -> DynamicModel:
     """A model with random weights whose routers are set so that its FLOPs ratio comes near `flops_ratio`.
 
-    The ratio is a mean over evenly spread timesteps, on standard normal latents. It is not exact.
+    The ratio is a mean over evenly spread timesteps, on standard normal latents. It is not exact. The model is made on
+    PyTorch's default device; each kind of device draws other weights.
     Raises `ConfigError` for a ratio outside (0, 1].
     """
     if not 0 < flops_ratio <= 1:

@@ -17,7 +17,8 @@ from dydit.models.routers import Masked
 def freeze_masks(model: DynamicModel, timesteps: np.ndarray) -> np.ndarray:
     """The width masks of the given timesteps [S], read in f32: bool [S, U], by checkpoint unit.
 
-    The model's own routers and gating decide, on the model's own timestep embedding.
+    The model's own routers and gating decide, on the model's own timestep embedding. The model is on PyTorch's default
+    device.
     """
     config = model.config
     masks = np.ones((len(timesteps), config.units.size), bool)
@@ -29,7 +30,7 @@ def freeze_masks(model: DynamicModel, timesteps: np.ndarray) -> np.ndarray:
     for step, timestep in enumerate(timesteps):
         t_emb = model.embed_timestep(torch.tensor([timestep], dtype=torch.float32))
         for part, router in zip(config.units.parts, routers, strict=True):
-            masks[step, part.units] = gating.gate(router(t_emb))[0].numpy() > 0
+            masks[step, part.units] = gating.gate(router(t_emb))[0].cpu().numpy() > 0
     return masks
 
 

@@ -106,6 +106,22 @@ def test_whole_runs_are_the_loop_with_and_without_graphs(model, settings, bundle
         assert not device.driver.memory and not device._engines
 
 
+def test_graphs_of_a_run_can_be_replayed_alone(bundle_of):
+    """For measuring: what they compute is of no use, and a later run is not touched by it."""
+    with HostTorchBackend(bundle_of(**OVERFLOWING), OPTIONS) as backend:
+        with pytest.raises(BackendError, match="sample a run first"):
+            _ = backend.executor
+        latents, _ = run(backend)
+        device = backend.executor.device
+        before = device.replays
+        assert backend.executor.replay(2, 4) == backend.bundle.manifest.sampling.steps
+        assert backend.executor.replay(3, 6) == 0, "no batch of that size ran"
+        with device.activate():
+            device.idle()
+        assert device.replays == before + len(backend.bundle.manifest.plan.segments)
+        assert np.array_equal(run(backend)[0], latents)
+
+
 def test_other_steps_run_on_the_same_engines(bundle_of):
     bundle = bundle_of(**OVERFLOWING, plan=PlanKind.DYNAMIC_WIDTH)
     other = resampled(bundle, SamplerChoice(steps=3, sampler="dpm-solver++"))

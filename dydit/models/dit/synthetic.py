@@ -13,7 +13,7 @@ from dydit.models.transformer.synthetic import blank, route_by_channel, set_rout
 @torch.no_grad()
 def synthetic_model(config: DiTConfig, seed: int, flops_ratio: float) -> DiT:
     """A synthetic DiT. A share p of units and of tokens is on, with `p*(attn + p*mlp) = flops_ratio*(attn + mlp)`."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
     model = DiT(config).eval()
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):

@@ -15,7 +15,7 @@ from dydit.models.transformer.synthetic import PROBES, blank, set_routers
 @torch.no_grad()
 def synthetic_model(config: PixArtConfig, seed: int, flops_ratio: float) -> PixArt:
     """A synthetic model. A share p of units and of tokens is on, with `p*(attn + p*mlp) = flops_ratio*(attn + mlp)`."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
     model = PixArt(config).eval()
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):

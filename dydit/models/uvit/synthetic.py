@@ -13,7 +13,7 @@ from dydit.models.uvit.model import UViT
 @torch.no_grad()
 def synthetic_model(config: UViTConfig, seed: int, flops_ratio: float) -> UViT:
     """A synthetic U-ViT. A share p of units and of tokens is on, with `p*(attn + p*mlp) = flops_ratio*(attn + mlp)`."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
     model = UViT(config).eval()
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):

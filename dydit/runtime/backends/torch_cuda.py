@@ -146,6 +146,13 @@ class TorchDeviceBackend(WholeRunsBackend, TorchBackend):
         )
         return DeviceSampler(self._executor, self.bundle, engine_memory(manifest), options)
 
+    @property
+    def executor(self) -> Executor:
+        """What whole runs left on the device, for measuring. Raises `BackendError` before the first of them."""
+        if self._executor is None:
+            raise BackendError("nothing ran yet: sample a run first")
+        return self._executor
+
     def _clear_runs(self) -> bool:
         executor, self._executor, self._made_sampler = self._executor, None, None
         if executor is not None:
