@@ -23,7 +23,14 @@ from dydit.dtypes import DTYPES
 from dydit.errors import BackendError, one_line
 from dydit.runtime.backends.base import BackendOptions
 from dydit.runtime.backends.onnxruntime import OnnxRuntimeBackend
-from dydit.runtime.backends.session import base_options, error_types, open_session, require_provider, runtime
+from dydit.runtime.backends.session import (
+    GRAPHS_OPTION,
+    base_options,
+    error_types,
+    open_session,
+    require_provider,
+    runtime,
+)
 from dydit.runtime.device.cuda import CudaMemory, pycuda_driver
 from dydit.runtime.device.execute import Executor, Tensor
 from dydit.runtime.device.launches import EngineMemory
@@ -53,8 +60,10 @@ class _BoundEngine:
         self._captured: dict[tuple[Tensor, ...], int] = {}  # by shapes and addresses
 
     def _open(self, file: Path, options: BackendOptions, stream: int) -> Any:
-        values = {"user_compute_stream": str(stream), "enable_cuda_graph": str(int(self._graphs))}
+        values = {"user_compute_stream": str(stream), GRAPHS_OPTION: str(int(self._graphs))}
         settings = base_options(self._ort, options)
+        # Weights would otherwise lie in the arena, whose blocks are reused for activations.
+        settings.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
         session, self._weights = open_session(self._ort, file, self._device, settings, values)
         return session
 

@@ -12,7 +12,15 @@ from typing import Any
 
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.vae_entry import VAE_DECODER
-from dydit.engines.flavour import Flavour, Gpu, default_flavour, is_installed, load_flavour, present_gpu
+from dydit.engines.flavour import (
+    Flavour,
+    Gpu,
+    default_flavour,
+    is_installed,
+    load_flavour,
+    present_gpu,
+    require_target,
+)
 from dydit.engines.store import EngineStore, open_store
 from dydit.errors import BackendError, DyditError
 from dydit.runtime.backends.base import BackendOptions, DecodeTile
@@ -84,8 +92,17 @@ def open_engines(bundle: Bundle, flavour: Flavour | None) -> tuple[Any, EngineSt
 def describe(flavour: Flavour | None = None) -> str:
     """Versions and GPU, for `dydit doctor`. Raises `BackendError` for what is missing."""
     flavours = _flavours(flavour)
-    versions = ", ".join(f"{each} {load_flavour(each).__version__}" for each in flavours)
-    return f"{versions} on {_require_gpu()}"
+    versions = {each: f"{each} {load_flavour(each).__version__}" for each in flavours}
+    gpu, refusals = _require_gpu(), []
+    for each in flavours:
+        try:
+            require_target(each, gpu)
+        except BackendError as error:
+            refusals.append(error)
+            del versions[each]
+    if not versions:
+        raise refusals[0]
+    return f"{', '.join(versions.values())} on {gpu}"
 
 
 def _flavours(flavour: Flavour | None) -> list[Flavour]:
