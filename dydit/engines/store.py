@@ -185,11 +185,11 @@ class EngineStore:
     def write_runtime_cache(self, data: bytes) -> None:
         """Save what a run compiled."""
         record = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
-        self.keep(RUNTIME_CACHE, data)
-        self.keep(RUNTIME_RECORD, (json.dumps(record) + "\n").encode())
+        if self.keep(RUNTIME_CACHE, data):
+            self.keep(RUNTIME_RECORD, (json.dumps(record) + "\n").encode())
 
-    def keep(self, name: str, data: bytes) -> None:
-        """Save a file beside the engines, which makes the next process faster.
+    def keep(self, name: str, data: bytes) -> bool:
+        """Save a file beside the engines, which makes the next process faster; returns whether it was saved.
 
         A failure is only a warning: a bundle may be read-only, or its disk full, and still run.
         """
@@ -197,6 +197,8 @@ class EngineStore:
             write_atomic(self.folder / name, data)
         except (OSError, DyditError) as error:
             warnings.warn(f"{name} cannot be saved for the next process: {one_line(error)}", stacklevel=2)
+            return False
+        return True
 
 
 def weights_of(manifest: Manifest, graph: str) -> str:

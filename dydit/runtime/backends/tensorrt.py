@@ -7,6 +7,7 @@ engines. None is imported or looked for before a backend is opened, and an error
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,7 +23,7 @@ from dydit.engines.flavour import (
     require_target,
 )
 from dydit.engines.store import EngineStore, open_store
-from dydit.errors import BackendError, DyditError
+from dydit.errors import BackendError, DyditError, one_line
 from dydit.runtime.backends.base import BackendOptions, DecodeTile
 from dydit.runtime.device.backend import DeviceBackend
 from dydit.runtime.device.cuda import CudaDevice, pycuda_driver
@@ -64,11 +65,18 @@ class TensorRTBackend(DeviceBackend):
         return self.decode if index is not None and VAE_DECODER in index.engines else None
 
     def _after_run(self) -> None:
-        """Save the kernels that were compiled for the run, for the next process."""
-        if self._runtime.contexts != self._saved_contexts:
-            self._saved_contexts = self._runtime.contexts
-            if (compiled := self._runtime.compiled()) is not None:
-                self._store.write_runtime_cache(compiled)
+        """Save the kernels that were compiled for the run, for the next process. What fails here fails no run."""
+        if self._runtime.contexts == self._saved_contexts:
+            return
+        self._saved_contexts = self._runtime.contexts
+        try:
+            with self._in_context():
+                compiled = self._runtime.compiled()
+        except (RuntimeError, DyditError) as error:
+            warnings.warn(f"compiled kernels cannot be saved for the next process: {one_line(error)}", stacklevel=2)
+            return
+        if compiled is not None:
+            self._store.write_runtime_cache(compiled)
 
     def _keep_memory(self, memory: Mapping[EngineId, EngineMemory]) -> None:
         hashes = _hashes(self.bundle, self._store)
