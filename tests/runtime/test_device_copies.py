@@ -42,6 +42,14 @@ def test_they_are_those_that_the_package_onnx_reads():
     assert [each.to_host for each in copies(WITH_COPIES)] == read
 
 
+def test_what_is_no_graph_is_refused(tmp_path):
+    (tmp_path / "text").write_bytes(b"this is not a graph")
+    with pytest.raises(ValueError, match="not an ONNX graph"):
+        copies(tmp_path / "text")
+    with pytest.raises(OSError, match="No such file"):
+        copies(tmp_path / "missing")
+
+
 def test_a_graph_that_runs_on_one_device_has_none(make_bundle, tmp_path):
     bundle = make_bundle(routing=Routing.CAPACITY, steps=3)
     options = base_options(onnxruntime, BackendOptions(threads=1))

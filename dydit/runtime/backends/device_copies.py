@@ -32,7 +32,7 @@ class Copy:
 def copies(graph: str | Path) -> list[Copy]:
     """The copies in an optimised graph that ONNX Runtime wrote. Weights that it refers to are not read.
 
-    Raises `OSError` if the file cannot be read.
+    Raises `OSError` if the file cannot be read, `ValueError` if it is not a graph.
     """
     nodes = list(_nodes(Path(graph).read_bytes()))
     sources = {name: _title(node) for node in nodes for name in node.output}
@@ -51,8 +51,13 @@ def _title(node: Any) -> str:
 
 
 def _nodes(data: bytes) -> Iterable[Any]:
+    from google.protobuf.message import DecodeError
+
     model = _model_class()()
-    model.ParseFromString(data)
+    try:
+        model.ParseFromString(data)
+    except DecodeError as error:
+        raise ValueError(f"not an ONNX graph: {error}") from error
     return model.graph.node
 
 
@@ -66,7 +71,7 @@ def _model_class() -> Any:
 
     kinds = descriptor_pb2.FieldDescriptorProto
     file = descriptor_pb2.FileDescriptorProto(name="dydit/optimised.proto", package="dydit", syntax="proto2")
-    fields = {
+    fields: dict[str, list[tuple[str, int, str | None]]] = {
         "Node": [("input", 1, None), ("output", 2, None), ("name", 3, None), ("op_type", 4, None)],
         "Graph": [("node", 1, ".dydit.Node")],
         "Model": [("graph", 7, ".dydit.Graph")],

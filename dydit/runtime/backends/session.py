@@ -200,7 +200,7 @@ def _watched(ort: Any, start: Callable[[], Any], options: Any, name: str) -> Any
             options.optimized_model_filepath = str(saved)
             session = start()
             found = copies(saved)
-    except (OSError, *error_types(ort)):
+    except (OSError, ImportError, *error_types(ort)):
         options.optimized_model_filepath = ""
         return start()
     if found:
