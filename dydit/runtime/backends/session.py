@@ -194,13 +194,14 @@ def _watched(ort: Any, start: Callable[[], Any], options: Any, name: str) -> Any
     ONNX Runtime shows its copies only in an optimised graph that it saves. A graph that cannot be saved is not watched.
     """
     found: list[Copy] = []
+    not_watched: tuple[type[Exception], ...] = (OSError, ImportError, *error_types(ort))
     try:
         with tempfile.TemporaryDirectory(prefix="dydit-") as folder:
             saved = Path(folder, "optimised.onnx")
             options.optimized_model_filepath = str(saved)
             session = start()
             found = copies(saved)
-    except (OSError, ImportError, *error_types(ort)):
+    except not_watched:
         options.optimized_model_filepath = ""
         return start()
     if found:
