@@ -27,7 +27,7 @@ import json
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from dydit.bench.bench import BenchConfig, run_bench
 from dydit.bench.scripts import (
     finish,
     kept_bundle,
@@ -46,23 +45,19 @@ from dydit.bench.scripts import (
     script_parser,
     settings_of,
 )
+from dydit.bench.small_models import Measures, latency, latency_figures, quality, routing_figures
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.manifest import PlanKind
 from dydit.diffusion.samplers import Sampler
 from dydit.errors import ConfigError, DyditError
-from dydit.evaluation.known_set import evaluate_small_set
 from dydit.export.settings import ExportConfig
 from dydit.files import sha256_of, write_atomic
 from dydit.inspection.trace import trace_tokens
 from dydit.models.config import ModelConfig
 from dydit.models.macs import flops_ratio
 from dydit.quickstart.quickstart import ASSETS
-from dydit.reports.bench_report import BenchReport, Side, SideKind
+from dydit.reports.bench_report import BenchReport
 from dydit.reports.plots_ablations import Curve, ablations_png
-from dydit.runtime.backends.base import BackendOptions
-from dydit.runtime.bulk.run import OutputOptions, sample_to_folder
-from dydit.runtime.request import SampleRequest
-from dydit.training.evaluate import dynamics
 from dydit.training.recipe import Recipe, Routed, Stage
 from dydit.training.recipe_files import find_recipes
 from dydit.training.sequence import train_sequence
@@ -181,35 +176,30 @@ def trained(row: Row, folder: Path, title: str, options: Namespace) -> tuple[Pat
 # Measuring
 
 
-def labels_of(bundle: Bundle, images: int) -> tuple[int, ...]:
-    """All classes in turn."""
-    return tuple(image % bundle.manifest.model.classes.count for image in range(images))
+def measures_of(options: Namespace) -> Measures:
+    """How all rows are measured."""
+    names = ("samples", "batch", "cfg_scale", "seed", "threads", "repeats")
+    return Measures(**{name: getattr(options, name) for name in names})
 
 
-def quality(bundle: Bundle, folder: Path, options: Namespace) -> Figures:
-    """Class consistency and Frechet distance of samples; continues in `folder`."""
-    settings = {"cfg_scale": options.cfg_scale, "batch_size": options.batch, "seed": options.seed}
-    request = SampleRequest(labels=labels_of(bundle, options.samples), **settings)
-    backend, show = BackendOptions(threads=options.threads), progress(f"{folder.parent.name}: sampling")
-    sample_to_folder(bundle, request, folder, OutputOptions(npz=True), options=backend, progress=show)
+def sampled(name: str, bundle: Bundle, folder: Path, options: Namespace) -> Figures:
+    """The quality of a row's samples; continues in `folder`."""
     classifier = None if options.data == "digits" else options.work / "classifier.safetensors"
-    return evaluate_small_set(folder / "samples.npz", options.data, classifier).metrics
+    show = progress(f"{name}: sampling")
+    return quality(bundle, folder / "samples", measures_of(options), options.data, classifier, progress=show)
 
 
-def routing(bundle: Bundle, options: Namespace) -> Figures:
+def routed(bundle: Bundle, options: Namespace) -> Figures:
     """What the routers decide in a run."""
-    backend, labels = BackendOptions(threads=options.threads), labels_of(bundle, min(TRACED, options.samples))
-    tokens = trace_tokens(bundle, labels, options.cfg_scale, options.seed, backend).tokens
-    return asdict(dynamics(bundle.manifest.model, bundle.manifest.step_masks(), tokens))
+    measures = measures_of(options)
+    labels = measures.labels(bundle, min(TRACED, measures.samples))
+    trace = trace_tokens(bundle, labels, measures.cfg_scale, measures.seed, measures.options)
+    return routing_figures(bundle, trace.tokens)
 
 
-def latency(bundle: Bundle, static: Bundle, options: Namespace) -> Figures:
+def timed(name: str, bundle: Bundle, static: Bundle, options: Namespace) -> Figures:
     """A step of a row's bundle and of the static one, in turns."""
-    named = {"row": bundle, START: static}
-    sides = [Side(name=name, kind=SideKind.BUNDLE, path=str(each.path)) for name, each in named.items()]
-    settings = {key: getattr(options, key) for key in ("cfg_scale", "repeats", "threads")}
-    config = BenchConfig(labels=labels_of(bundle, options.batch), **settings)
-    return {"report": run_bench(sides, config, progress=progress(f"{bundle.path.parent.name}: timing")).to_json()}
+    return {"report": latency(bundle, static, measures_of(options), progress=progress(f"{name}: timing")).to_json()}
 
 
 def measure(names: Sequence[str], options: Namespace) -> dict[str, Figures]:
@@ -228,12 +218,12 @@ def measure(names: Sequence[str], options: Namespace) -> dict[str, Figures]:
         if name != START:
             model, parts[name]["train"] = trained(ROWS[name], folder / "train", name, options)
             bundle = kept_bundle(model, folder / "bundle", config)
-        measures: dict[str, Callable[[], Figures]] = {"quality": partial(quality, bundle, folder / "samples", options)}
+        wanted: dict[str, Callable[[], Figures]] = {"quality": partial(sampled, name, bundle, folder, options)}
         if bundle.manifest.model.dynamic:
             parts[name]["lowest_ratio"] = lowest_ratio(bundle.manifest.model)
-            measures["routing"] = partial(routing, bundle, options)
-            measures["latency"] = partial(latency, bundle, static, options)
-        parts[name] |= {part: kept_part(folder / f"{part}.json", measured) for part, measured in measures.items()}
+            wanted["routing"] = partial(routed, bundle, options)
+            wanted["latency"] = partial(timed, name, bundle, static, options)
+        parts[name] |= {part: kept_part(folder / f"{part}.json", measured) for part, measured in wanted.items()}
         parts[name]["summary"] = summary(parts[name])
     return parts
 
@@ -244,15 +234,10 @@ def summary(parts: Figures) -> Figures:
     if "latency" not in parts:
         return {**figures, "flops_ratio": 1.0, "speed_up": 1.0}
     report = BenchReport.parse(parts["latency"]["report"])
-    pair = report.comparison(START)
     return {
         **figures,
         **{key: parts["routing"][key] for key in ("flops_ratio", "token_ratio", "distinct_masks")},
-        "ms": report.side("row").median_ms,
-        "static_ms": report.side(START).median_ms,
-        "speed_up": pair.median,
-        "allowed": pair.allowed,
-        "reached": pair.achieved,
+        **latency_figures(report),
     }
 
 

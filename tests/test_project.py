@@ -36,10 +36,14 @@ LIGHT = {
     *("dydit.models.architecture", "dydit.models.config", "dydit.models.registry", "dydit.models.macs"),
     *("dydit.models.dit", "dydit.models.dit.config", "dydit.models.dit.units"),
     *("dydit.planning.costs", "dydit.planning.plan", "dydit.planning.profile_worker", "dydit.planning.sizes"),
+    *("dydit.inspection.gpus", "dydit.planning.step_work"),
     *("dydit.reports.results", "dydit.reports.text", "dydit.training.recipe"),
     *("dydit.calibrate.activation_ranges", "dydit.calibrate.calibration_file", "dydit.calibrate.capacity"),
     *(name for name in MODULES if name.split(".")[1:2] and name.split(".")[1] in LIGHT_ROOMS),
-} - {"dydit.diffusion.sampler_step", "dydit.runtime.backends.torch"}
+} - {
+    *("dydit.diffusion.sampler_step", "dydit.runtime.backends.torch", "dydit.runtime.backends.torch_cuda"),
+    "dydit.runtime.device.torch_engines",
+}
 
 
 def lint_imports(root: Path) -> subprocess.CompletedProcess[str]:

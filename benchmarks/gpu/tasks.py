@@ -101,10 +101,10 @@ PYTORCH = Configuration("pytorch", "pytorch", ("torch-cuda",))
 BUNDLES = (
     Configuration("torch", "torch", ("torch-cuda",)),
     Configuration("onnxruntime", "onnxruntime", ("onnxruntime-cuda",)),
-    Configuration("onnxruntime-loop", "onnxruntime", ("onnxruntime-cuda", "pycuda"), whole=True),
-    Configuration("onnxruntime-graphs", "onnxruntime", ("onnxruntime-cuda", "pycuda"), whole=True, graphs=True),
-    Configuration("tensorrt-rtx", "tensorrt-rtx", ("tensorrt-rtx", "pycuda"), whole=True, graphs=True),
-    Configuration("tensorrt", "tensorrt", ("tensorrt", "pycuda"), whole=True, graphs=True),
+    Configuration("onnxruntime-loop", "onnxruntime", ("onnxruntime-cuda", "driver-package"), whole=True),
+    Configuration("onnxruntime-graphs", "onnxruntime", ("onnxruntime-cuda", "driver-package"), whole=True, graphs=True),
+    Configuration("tensorrt-rtx", "tensorrt-rtx", ("tensorrt-rtx", "driver-package"), whole=True, graphs=True),
+    Configuration("tensorrt", "tensorrt", ("tensorrt", "driver-package"), whole=True, graphs=True),
 )
 CONFIGURATIONS = {each.name: each for each in (*BUNDLES, PYTORCH)}
 

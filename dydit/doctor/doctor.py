@@ -17,10 +17,10 @@ from dydit.words import counted
 
 Probe = Callable[[str], Finding]
 
-DEVICES = ("driver", "onnxruntime-cuda", "torch-cuda", "tensorrt", "tensorrt-rtx", "pycuda")
+DEVICES = ("driver", "onnxruntime-cuda", "torch-cuda", "tensorrt", "tensorrt-rtx", "driver-package")
 # The flavours of TensorRT with what else building needs; and what running engines needs.
 BUILDERS: dict[str, tuple[str, ...]] = {"tensorrt": ("driver",), "tensorrt-rtx": ()}
-RUNNING = {"driver": NO_GPU, "pycuda": "PyCUDA"}
+RUNNING = {"driver": NO_GPU, "driver-package": "PyCUDA or cuda-bindings"}
 # Each extra: (its purpose, its modules). The modules are looked up, not imported.
 EXTRAS = {
     "export": ("read checkpoints, write bundles", ("onnx", "onnx_ir", "safetensors", "scipy", "torch")),

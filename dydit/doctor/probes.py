@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError
 from importlib.util import find_spec
 from typing import Any
 
@@ -193,19 +193,22 @@ def driver() -> str:
     return f"CUDA up to {number.value // 1000}.{number.value % 1000 // 10}; {', '.join(names)}"
 
 
-def pycuda() -> str:
-    """Import PyCUDA and create the primary context of the first GPU."""
+def driver_package() -> str:
+    """Import PyCUDA or cuda-bindings, and open the primary context of the first GPU."""
+    from dydit.runtime.device.driver import INSTALL, open_driver, require_driver
+
     try:
-        cuda = importlib.import_module("pycuda.driver")
-    except (ImportError, OSError) as error:
-        raise Unavailable(f"pycuda cannot be imported: {one_line(error)[:160]}", "pip install 'dydit[gpu]'") from error
+        found = require_driver()
+    except BackendError as error:
+        raise Unavailable(str(error).removesuffix(f"; {INSTALL}")[:320], "pip install 'dydit[gpu]'") from error
     try:
-        cuda.init()
-        device = cuda.Device(0)
-        device.retain_primary_context()
-    except cuda.Error as error:
-        raise Unavailable(f"pycuda {version('pycuda')}: {one_line(error)[:160]}", NO_GPU) from error
-    return f"pycuda {version('pycuda')} on {device.name()}"
+        opened = open_driver()
+        opened.push()
+        opened.pop()
+        opened.close()
+    except BackendError as error:
+        raise Unavailable(f"{found}: {one_line(error)[:160]}", NO_GPU) from error
+    return found
 
 
 def registry() -> str:
@@ -224,7 +227,7 @@ PROBES: dict[str, Callable[[], str]] = {
     "driver": driver,
     "tensorrt": tensorrt,
     "tensorrt-rtx": tensorrt_rtx,
-    "pycuda": pycuda,
+    "driver-package": driver_package,
 }
 
 

@@ -36,11 +36,14 @@ class SmallSetEvaluation:
         return dict(vars(self))
 
 
-def evaluate_small_set(samples: Path, name: str, classifier: Path | None = None) -> SmallSetEvaluation:
+def evaluate_small_set(
+    samples: Path, name: str, classifier: Path | None = None, labels: np.ndarray | None = None
+) -> SmallSetEvaluation:
     """Measure an `.npz` file as `dydit sample --npz` writes it (`arr_0` images, `arr_1` labels) against the named data.
 
     Digits are measured on their pixels (`dydit.training.evaluate`), other data with a classifier that is trained on
-    them (`dydit.evaluation.small_set`); `classifier`: a file that keeps it. Raises `ConfigError`.
+    them (`dydit.evaluation.small_set`); `classifier`: a file that keeps it. `labels`: int [n] in place of `arr_1`,
+    which counts texts if texts condition the model. Raises `ConfigError`.
     """
     data = open_data(name)
     images = open_images(samples)
@@ -50,7 +53,7 @@ def evaluate_small_set(samples: Path, name: str, classifier: Path | None = None)
         raise ConfigError(f"{samples} has images of {size} pixels, but {name} has {height}x{width}")
     if not samples.is_file():
         raise ConfigError(f"{samples} holds no labels; give the samples.npz that `dydit sample --npz` writes")
-    labels = read_arrays(samples, ("arr_1",), "samples")["arr_1"]
+    labels = read_arrays(samples, ("arr_1",), "samples")["arr_1"] if labels is None else labels
     if labels.shape != (images.shape[0],) or not np.issubdtype(labels.dtype, np.integer):
         raise ConfigError(f"{samples}: arr_1 is {labels.dtype.name} {list(labels.shape)}, expected a label an image")
     own = as_model_images(np.concatenate(list(images.batches(_BATCH))), channels)

@@ -18,12 +18,14 @@ from dydit.bundle.manifest import MANIFEST, Manifest, Routing
 from dydit.bundle.measurements import StepTimes
 from dydit.bundle.stored_weights import fp16_name
 from dydit.bundle.vae_entry import VAE_DECODER, VAE_WEIGHTS
-from dydit.errors import CheckpointError
+from dydit.errors import CheckpointError, ConfigError
 from dydit.files import user_path, write_atomic
+from dydit.inspection.gpus import GPUS, Gpu
+from dydit.inspection.roofline import bundle_roofline, model_roofline
 from dydit.models.architecture import WIDTH_ROUTER
 from dydit.models.config import ModelConfig, Routers
 from dydit.models.macs import unit_costs
-from dydit.models.registry import architecture_of
+from dydit.models.registry import architecture_of, published
 from dydit.planning.costs import macs_costs, time_costs
 from dydit.planning.executed import layers_in_16_bits
 from dydit.planning.plan import Plan, optimal_plans, per_step_plan, segment_costs
@@ -34,27 +36,34 @@ from dydit.reports.inspection_facts import (
     DecoderFacts,
     ModelFacts,
     PlanRow,
+    PresetFacts,
     SegmentFacts,
     SubnetFacts,
     WidthFacts,
     bundle_text,
     checkpoint_text,
+    preset_text,
 )
 from dydit.reports.plots import plan_png
 from dydit.reports.plots_masks import masks_png
+from dydit.reports.roofline import RooflineFacts, roofline_text
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """Facts, and the masks that they were computed from, bool [S, U] by unit of the checkpoint, at `timesteps`."""
+    """Facts, and the masks that they were computed from, bool [S, U] by unit of the checkpoint, at `timesteps`.
 
-    facts: CheckpointFacts | BundleFacts
+    `roofline`: the least times of a step on a GPU, if they were asked for. A preset has no masks (S = 0).
+    """
+
+    facts: CheckpointFacts | BundleFacts | PresetFacts
     masks: np.ndarray
     timesteps: tuple[float, ...]
+    roofline: RooflineFacts | None = None
 
     def pictures(self) -> dict[str, bytes]:
-        """PNG files by name. A static model has none."""
-        if not self.facts.model.config.dynamic:
+        """PNG files by name. A static model has none, and a preset has none."""
+        if isinstance(self.facts, PresetFacts) or not self.facts.model.config.dynamic:
             return {}
         pictures = {"masks.png": masks_png(self.masks, self.facts.model.config.units, self.timesteps)}
         if isinstance(self.facts, BundleFacts):
@@ -68,7 +77,11 @@ class Inspection:
 
     def text(self) -> str:
         """For a terminal: aligned columns, lines of at most about 100 characters."""
-        return bundle_text(self.facts) if isinstance(self.facts, BundleFacts) else checkpoint_text(self.facts)
+        if isinstance(self.facts, PresetFacts):
+            text = preset_text(self.facts)
+        else:
+            text = bundle_text(self.facts) if isinstance(self.facts, BundleFacts) else checkpoint_text(self.facts)
+        return text if self.roofline is None else f"{text}\n\n{roofline_text(self.roofline)}"
 
     def write_pictures(self, out: Path) -> list[Path]:
         """Write the pictures into the folder `out`, where they replace those of the same name; returns their paths."""
@@ -79,24 +92,43 @@ class Inspection:
         return paths
 
     def to_json(self) -> dict[str, object]:
-        """The facts as plain data."""
-        return self.facts.to_json()
+        """The facts as plain data, and `roofline` if there is one."""
+        return self.facts.to_json() | ({} if self.roofline is None else {"roofline": self.roofline.to_json()})
 
 
-def inspect(path: Path | str, **reading: Any) -> Inspection:
-    """Inspect a bundle if `path` is a folder with a manifest, else a checkpoint (`reading`: see below)."""
+def inspect(path: Path | str, roofline: str | None = None, **reading: Any) -> Inspection:
+    """Inspect a bundle if `path` is a folder with a manifest, else a checkpoint (`reading`: see below).
+
+    `roofline`: the name of a GPU, for which the least times of a step are added. Raises `ConfigError`, which lists the
+    known GPUs, for another name, and for a precision that the GPU does not have.
+    """
     path = user_path(path)
     if (path / MANIFEST).exists():
-        return inspect_bundle(path)
-    return inspect_checkpoint(path, **reading)
+        return inspect_bundle(path, roofline)
+    return inspect_checkpoint(path, roofline=roofline, **reading)
 
 
-def inspect_checkpoint(path: Path | str, steps: int | None = None, **reading: Any) -> Inspection:
+def inspect_preset(name: str, roofline: str | None = None) -> Inspection:
+    """Inspect the static model of a preset, such as `DiT-XL/2`, which has no weights.
+
+    Raises `ConfigError`, which lists the presets, for another name. `roofline`: as in `inspect`.
+    """
+    config = published(name).without_routers()
+    parameters = {key: math.prod(shape) for key, shape in config.stored_shapes().items() if key not in config.derived}
+    model = _model_facts(config, sum(parameters.values()), 0)
+    table = None if roofline is None else model_roofline(config, None, _gpu(roofline))
+    return Inspection(PresetFacts(name=name, model=model), np.zeros((0, config.units.size), bool), (), table)
+
+
+def inspect_checkpoint(
+    path: Path | str, steps: int | None = None, roofline: str | None = None, **reading: Any
+) -> Inspection:
     """Inspect a checkpoint of any known format. Its width masks are those of a run of `steps` steps.
 
-    `steps`: by default the usual number for the model. `reading`: options of `load_checkpoint`. Raises
-    `CheckpointError` as that does.
+    `steps`: by default the usual number for the model. `reading`: options of `load_checkpoint`. `roofline`: as in
+    `inspect`. Raises `CheckpointError` as `load_checkpoint` does.
     """
+    gpu = None if roofline is None else _gpu(roofline)
     try:
         from dydit.checkpoints.checkpoint import load_checkpoint
         from dydit.planning.masks import freeze_masks
@@ -123,16 +155,19 @@ def inspect_checkpoint(path: Path | str, steps: int | None = None, **reading: An
         width=_width_facts(masks, config),
         plans=_rows(masks, config, sizes, None),
     )
-    return Inspection(facts, masks, tuple(timesteps.tolist()))
+    table = None if gpu is None else model_roofline(config, masks, gpu)
+    return Inspection(facts, masks, tuple(timesteps.tolist()), table)
 
 
-def inspect_bundle(path: Path | str) -> Inspection:
+def inspect_bundle(path: Path | str, roofline: str | None = None) -> Inspection:
     """Inspect a bundle, after its files have been verified by their hashes.
 
-    Raises `BundleError` as `Bundle.open` does.
+    Raises `BundleError` as `Bundle.open` does. `roofline`: as in `inspect`.
     """
+    gpu = None if roofline is None else _gpu(roofline)
     bundle = Bundle.open(path)
     manifest, config = bundle.manifest, bundle.manifest.model
+    table = None if gpu is None else bundle_roofline(manifest, gpu)
     masks = manifest.checkpoint_masks()
     unit_sizes = _unit_bytes(manifest)
     subnets = tuple(_subnet_facts(manifest, index) for index in range(len(manifest.subnets)))
@@ -183,7 +218,13 @@ def inspect_bundle(path: Path | str) -> Inspection:
         tools=manifest.tools,
         decoder=decoder,
     )
-    return Inspection(facts, masks, manifest.sampling.timesteps)
+    return Inspection(facts, masks, manifest.sampling.timesteps, table)
+
+
+def _gpu(name: str) -> Gpu:
+    if name not in GPUS:
+        raise ConfigError(f"no figures of a GPU {name!r} are known; choose one of: {', '.join(GPUS)}")
+    return GPUS[name]
 
 
 def _decoder_facts(manifest: Manifest) -> DecoderFacts | None:

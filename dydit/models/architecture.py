@@ -104,7 +104,8 @@ class UnitGroup:
 
     `macs`: multiply-adds that one unit adds to a step for one image, with all tokens. `routed`: whether only the tokens
     that the block's token router selects pass through its layers. `attention`: whether attention, which stays in fp16
-    with calibrated 8 bits, is between its layers. `title`: the name of its units in reports.
+    with calibrated 8 bits, is between its layers. `attention_macs`: the part of `macs` that is attention and no layer.
+    `title`: the name of its units in reports.
     """
 
     name: str
@@ -114,6 +115,7 @@ class UnitGroup:
     routed: bool = False
     attention: bool = False
     title: str = ""
+    attention_macs: float = 0.0
 
     @property
     def unit_tensors(self) -> tuple[str, ...]:
@@ -124,6 +126,26 @@ class UnitGroup:
     def all_unit_tensors(self) -> tuple[str, ...]:
         """`unit_tensors`, and those that may be stored with 8 bits."""
         return (*self.unit_tensors, *(name for layer in self.layers for name in layer.quantized_unit_tensors))
+
+
+@dataclass(frozen=True)
+class Product:
+    """A matrix product of a step, or an attention, that no unit owns. Numbers are those of one row of the batch.
+
+    `macs`: multiply-adds. `reads`, `writes`: values of its inputs and outputs, without weights. `weight`: the stored
+    name of its weight; None for attention. `once`: whether it is computed once for an image, even with guidance.
+    """
+
+    macs: int
+    reads: int
+    writes: int
+    weight: str | None = None
+    once: bool = False
+
+    @classmethod
+    def of(cls, weight: str, vectors: int, inputs: int, outputs: int, once: bool = False) -> Product:
+        """A linear layer on a number of vectors."""
+        return cls(vectors * inputs * outputs, vectors * inputs, vectors * outputs, weight, once)
 
 
 @dataclass(frozen=True)

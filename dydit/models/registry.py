@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from dydit.errors import ConfigError, UnsupportedError
+from dydit.errors import ConfigError, DyditError, UnsupportedError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from dydit.checkpoints.fit import Given, Inferred, Shapes
     from dydit.graph.sources import Windows
     from dydit.graph.writer import GraphWriter
-    from dydit.models.architecture import Slots
+    from dydit.models.architecture import Product, Slots
     from dydit.models.config import ModelConfig
     from dydit.models.dynamic import DynamicModel
     from dydit.models.sliced import Linear, SlicedModel
@@ -103,6 +103,10 @@ class Architecture(ABC):
         `order`: the model's unit in each slot, by block and unit group; by default, unit i is in slot i. `smoothing`:
         applied to the weights; layers with `scaled_inputs` also get a tensor of factors.
         """
+
+    def step_products(self, config: Any) -> Sequence[Product]:
+        """The products of a step that no unit owns, for estimates of its bytes and operations. By default none."""
+        return ()
 
     def condition_factors(self, config: Any, smoothing: Smoothing | None) -> np.ndarray | None:
         """The factors of smoothing on a row of `conditioning`, f32 of `condition_shape`; None if there are none."""
@@ -255,6 +259,20 @@ def architecture(name: str) -> Architecture:
 def architectures() -> list[Architecture]:
     """All known architectures. The default one is the last, because others also have names of its tensors."""
     return [architecture(name) for name in sorted({*_FOLDERS, *_known}, key=lambda name: (name == DEFAULT, name))]
+
+
+def published(name: str) -> ModelConfig:
+    """The published model of any architecture with a name: `DiT-XL/2`, `PixArt-XL/2`, `imagenet256-H/2`, ...
+
+    Raises `ConfigError`, which lists the names, for any other name.
+    """
+    problems = []
+    for each in reversed(architectures()):
+        try:
+            return each.preset(name)
+        except DyditError as error:
+            problems.append(f"{each.title}: {error}")
+    raise ConfigError("; ".join(problems))
 
 
 def architecture_of(config: ModelConfig) -> Architecture:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -161,15 +161,17 @@ class Decisions:
     tokens: Tensor
 
 
-@dataclass
 class Recording(Gating):
-    """Wraps a gating and records its gates, for `decisions()` after the pass. Without a gate, 1 is recorded."""
+    """Wraps a gating and records its gates, for `decisions()` after the pass. Without a gate, 1 is recorded.
 
-    inner: Gating
-    config: ModelConfig
-    _units: dict[tuple[int, int], Tensor | None] = field(default_factory=dict)
-    _tokens: dict[int, Tensor | None] = field(default_factory=dict)
-    _ones: Tensor | None = None
+    It is no dataclass, because FSDP copies a dataclass that holds tensors, so that records would be lost.
+    """
+
+    def __init__(self, inner: Gating, config: ModelConfig):
+        self.inner, self.config = inner, config
+        self._units: dict[tuple[int, int], Tensor | None] = {}
+        self._tokens: dict[int, Tensor | None] = {}
+        self._ones: Tensor | None = None
 
     def units(self, block: int, group: int, router: WidthRouter | None, t_emb: Tensor) -> Tensor | None:
         self._ones = t_emb.new_ones(t_emb.shape[0], 1)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from torch import Tensor
 from dydit.diffusion.sampler_step import sampler_step
 from dydit.models.architecture import Slots, UnitLayer, stored_name
 from dydit.models.config import ModelConfig, TokenScope
+from dydit.models.pointwise import PLAIN, Pointwise
 from dydit.models.registry import architecture_of
 from dydit.models.routers import TOKEN_ROUTER
 from dydit.models.text import TextRows
@@ -83,6 +84,10 @@ def plain_linear(block: SlicedBlock, layer: UnitLayer, x: Tensor) -> Tensor:
     return F.linear(x, weight, bias) if layer.out_major else x @ weight + bias
 
 
+Branch = Callable[[Tensor, Tensor], Tensor]
+"""`branch(tokens [T, D], rows int64 [T])` returns what an MLP adds to tokens of the given rows of the batch."""
+
+
 class SlicedModel(ABC):
     """One subnetwork on stored weights.
 
@@ -105,6 +110,7 @@ class SlicedModel(ABC):
         self.config: Any = config
         self._units = {layer.name: layer for layer in config.units.layers}
         self.blocks = [_cut(config, weights, index, each) for index, each in enumerate(slots)]
+        self._fixed_shapes, self.pointwise = False, PLAIN
         self._overflow = torch.zeros(0)
         self._text: StepTexts | None = None
         self._tokens: list[Tensor] = []
@@ -121,6 +127,17 @@ class SlicedModel(ABC):
 
         Calls `linear`, `route` and `finish_block` for each block.
         """
+
+    def with_fixed_shapes(self, pointwise: Pointwise = PLAIN) -> Self:
+        """This model with token routing whose shapes do not depend on the data, as CUDA graphs need it.
+
+        With capacities, the tokens of a batch are compacted into `capacity * R` slots by a prefix sum, and empty slots
+        compute a token whose result is not used. Without, or with a slot for each token, the MLP computes all tokens,
+        and those that are not routed keep their residual. A step then has no operation for which the host waits.
+        `pointwise`: what computes between products.
+        """
+        self._fixed_shapes, self.pointwise = True, pointwise
+        return self
 
     @torch.inference_mode()
     def step(
@@ -143,7 +160,7 @@ class SlicedModel(ABC):
         0 or 1, by slot; the text inputs of `io_spec.subnet_inputs`. With capacities, a block's routed tokens beyond
         `capacity * R` keep their residual and are counted in `overflow`.
         """
-        self._overflow = torch.zeros(self.config.depth, dtype=torch.int64)
+        self._overflow = torch.zeros(self.config.depth, dtype=torch.int64, device=x.device)
         self._tokens, self._residuals = [], []
         self._text = None
         if text_values is not None and text_bias is not None and text_rows is not None:
@@ -155,17 +172,18 @@ class SlicedModel(ABC):
             return SlicedOutput(*state, self._overflow)
         return SlicedOutput(*state, self._overflow, torch.stack(self._tokens), torch.stack(self._residuals))
 
+    def entering_type(self, block: SlicedBlock, layer: str) -> torch.dtype | None:
+        """The type in which normalized tokens are given to a layer; None: in that of the stream."""
+        return block.layers[layer][0].dtype if self.pointwise.narrow else None
+
     def linear(self, block: SlicedBlock, layer: str, x: Tensor) -> Tensor:
         """Compute a layer that a block's units own, by its name, on x [..., in]."""
         return self._linear(block, self._units[layer], x)
 
-    def route(
-        self, block: SlicedBlock, x: Tensor, branch: Callable[[Tensor, Tensor], Tensor], has_units: bool
-    ) -> Tensor:
+    def route(self, block: SlicedBlock, x: Tensor, branch: Branch, has_units: bool) -> Tensor:
         """The residual stream [R, N, D] after a branch through which only the routed tokens pass.
 
-        `branch(tokens [T, D], rows int64 [T])` returns what is added to these tokens. `has_units`: whether the branch
-        has active units. Without them it is only a bias, which needs no token slots.
+        `has_units`: whether the branch has active units. Without them it is only a bias, which needs no token slots.
         """
         assert block.router is not None
         first, first_bias, last, last_bias = block.router
@@ -173,15 +191,31 @@ class SlicedModel(ABC):
         if self.config.token_scope is TokenScope.LAYER:
             logits = logits[:, self.config.extra_tokens :].mean(1, keepdim=True).repeat(1, x.shape[1])
         routed = logits > 0
-        routed[:, : self.config.extra_tokens] = True
+        routed[:, : self.config.extra_tokens].fill_(True)
         self._tokens.append(routed)
+        room = None if self.capacities is None or not has_units else self.capacities[block.index] * len(x)
+        if self._fixed_shapes:
+            return self._in_slots(block, x, routed.flatten(), branch, room)
         chosen, flat = routed.flatten().nonzero()[:, 0], x.flatten(0, 1)
-        if self.capacities is not None and has_units:
-            room = self.capacities[block.index] * len(x)
+        if room is not None:
             self._overflow[block.index] = max(0, len(chosen) - room)
             chosen = chosen[:room]
         entering = flat[chosen]
         return flat.index_copy(0, chosen, entering + branch(entering, chosen // x.shape[1])).view_as(x)
+
+    def _in_slots(self, block: SlicedBlock, x: Tensor, routed: Tensor, branch: Branch, room: int | None) -> Tensor:
+        """The stream after a branch that computes `room` slots, or all tokens if it is None. `routed`: bool [R*N]."""
+        flat, tokens = x.flatten(0, 1), x.shape[1]
+        ids = torch.arange(len(flat), device=x.device)
+        if room is None or room >= len(flat):
+            return self.pointwise.kept(flat, branch(flat, ids // tokens), routed).view_as(x)
+        slot = routed.cumsum(0) - 1
+        fits = routed & (slot < room)
+        self._overflow[block.index] = (slot[-1] + 1 - room).clamp(min=0)
+        # Tokens without a slot are written behind the last one.
+        table = ids.new_zeros(room + 1).scatter_(0, torch.where(fits, slot, room), ids)[:room]
+        entering = flat.index_select(0, table)
+        return self.pointwise.left(flat, entering, branch(entering, table // tokens), slot, fits).view_as(x)
 
     def keep_every_token(self, x: Tensor) -> None:
         """Record that all tokens of a block [R, N, D] pass, because no token router decides on them."""

@@ -18,7 +18,8 @@ from dydit.reports.html_report import ReportContent, write_report
 from dydit.reports.inspection_facts import BundleFacts
 from dydit.reports.parity_report import ParityReport
 from dydit.reports.plots import latency_png, parity_png
-from dydit.reports.plots_masks import samples_png, tokens_png
+from dydit.reports.plots_masks import tokens_png
+from dydit.reports.plots_samples import samples_png
 from dydit.reports.results import Line, Machine, Result
 from dydit.reports.text import decisions_text, exponent, guidance_text
 from dydit.words import counted

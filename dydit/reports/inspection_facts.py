@@ -72,6 +72,14 @@ class CheckpointFacts(Result):
     plans: tuple[PlanRow, ...]
 
 
+class PresetFacts(Result):
+    """A published model without routers, of which there are no weights."""
+
+    kind: str = "preset"
+    name: str
+    model: ModelFacts
+
+
 class SubnetFacts(Result):
     """One subnetwork of a bundle. `units`: number of units of each group over all blocks."""
 
@@ -162,6 +170,11 @@ def checkpoint_text(facts: CheckpointFacts) -> str:
     if not facts.model.config.dynamic:
         return aligned(head)
     return f"{aligned(head)}\n\n{_plan_table(facts.plans, None)}"
+
+
+def preset_text(facts: PresetFacts) -> str:
+    """Facts of a preset for a terminal."""
+    return aligned([("preset", facts.name), *_model_lines(facts.model, "as published models of this kind")])
 
 
 def bundle_text(facts: BundleFacts) -> str:

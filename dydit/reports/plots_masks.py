@@ -1,4 +1,4 @@
-"""Pictures of dynamic width over the timesteps (masks), of routed tokens over the image, and of samples.
+"""Pictures of dynamic width over the timesteps (masks), and of routed tokens over the image.
 
 Each function returns the bytes of a PNG.
 """
@@ -13,6 +13,7 @@ import numpy as np
 
 from dydit.models.architecture import UnitAxis
 from dydit.reports.plot_style import ACCENT, OFF, SECOND, drawing, headline, png, ramp, timestep_ticks
+from dydit.reports.plots_samples import bare, picture_cell
 from dydit.words import counted
 
 
@@ -113,7 +114,7 @@ def tokens_png(
         )
         axes = figure.subplots(rows, shown + 1, squeeze=False)
         for row in range(rows):
-            _picture_cell(axes[row, 0], images[row])
+            picture_cell(axes[row, 0], images[row])
             axes[row, 0].set_ylabel(labels[row], rotation=0, ha="right", va="center", labelpad=8)
             for column in range(shown):
                 drawn = _heat_cell(axes[row, column + 1], counts[column, row], images[row], heat)
@@ -132,14 +133,6 @@ def _count_colours(depth: int) -> Any:
     return ListedColormap(ramp()(np.linspace(0, 1, depth + 1)))
 
 
-def _picture_cell(axis: Any, image: np.ndarray) -> None:
-    pixels = np.clip((image[:3] + 1) / 2, 0, 1)
-    pixels = pixels.transpose(1, 2, 0) if len(pixels) == 3 else pixels[0]
-    size = image.shape[-1]
-    axis.imshow(pixels, cmap="gray", vmin=0, vmax=1, extent=(0, size, size, 0), interpolation="nearest")
-    _bare(axis)
-
-
 def _heat_cell(axis: Any, counts: np.ndarray, image: np.ndarray, colours: Any) -> Any:
     size = image.shape[-1]
     limits = {"vmin": -0.5, "vmax": colours.N - 0.5}
@@ -148,13 +141,8 @@ def _heat_cell(axis: Any, counts: np.ndarray, image: np.ndarray, colours: Any) -
         centres = np.arange(size) + 0.5
         axis.contour(centres, centres, image[0], levels=[0], colors="white", linewidths=2.2)
         axis.contour(centres, centres, image[0], levels=[0], colors=SECOND, linewidths=1.1)
-    _bare(axis)
+    bare(axis)
     return drawn
-
-
-def _bare(axis: Any) -> None:
-    axis.set(xticks=(), yticks=())
-    axis.spines[:].set_visible(False)
 
 
 def _count_bar(figure: Any, axes: Any, drawn: Any, depth: int) -> None:
@@ -165,22 +153,3 @@ def _count_bar(figure: Any, axes: Any, drawn: Any, depth: int) -> None:
     bar.set_label(f"blocks (of {depth}){gap}that computed{gap}the token")
     bar.outline.set_visible(False)
     bar.ax.tick_params(length=0)
-
-
-def samples_png(images: np.ndarray, labels: Sequence[int]) -> bytes:
-    """A sheet of samples with a column for each class: images f32 [n, C, S, S] in [-1, 1], C = 1 or 3; labels [n]."""
-    classes = sorted(set(labels))
-    columns = [[image for image, label in zip(images, labels, strict=True) if label == wanted] for wanted in classes]
-    rows = max(map(len, columns))
-    cell = min(0.95, 9.8 / len(classes))
-    with drawing(len(classes) * cell + 0.2, rows * cell + 0.35) as figure:
-        figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.0, hspace=0.0)
-        axes = figure.subplots(rows, len(classes), squeeze=False)
-        for column, (label, pictures) in enumerate(zip(classes, columns, strict=True)):
-            axes[0, column].set_title(str(label), loc="center", fontsize=9.5)
-            for row in range(rows):
-                if row < len(pictures):
-                    _picture_cell(axes[row, column], pictures[row])
-                else:
-                    axes[row, column].set_axis_off()
-        return png(figure)

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from dydit.errors import ConfigError, DyditError
+from dydit.errors import DyditError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,19 +30,6 @@ def _leave_group() -> None:
 
     if distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
-
-
-def require_whole_models(distributed_type: str) -> None:
-    """Raise `ConfigError` if `accelerate` is configured to split a model over processes.
-
-    States, the EMA and checkpoints are written by one process, which therefore needs the whole model.
-    """
-    if distributed_type in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "TP"):
-        raise ConfigError(
-            f"accelerate is configured for {distributed_type}, which splits the model over processes, but each process "
-            "trains the whole model here; turn it off (accelerate launch --multi_gpu), and use checkpointing=true and "
-            "accumulate=N to save memory"
-        )
 
 
 def agreed(accelerator: Any, action: Callable[[], Any]) -> Any:

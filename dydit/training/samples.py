@@ -84,11 +84,11 @@ def sample(model: DynamicModel, conditions: Conditions, seed: int) -> np.ndarray
     return final.float().cpu().numpy()
 
 
-def write_samples(out: Path, iteration: int, model: DynamicModel, conditions: Conditions, seed: int) -> None:
-    """Sample, and write the picture of an iteration."""
+def write_samples(out: Path, iteration: int, images: np.ndarray, config: ModelConfig) -> None:
+    """Write the picture of an iteration: of 16 images or latents, f32 [16, C, S, S]."""
     from PIL import Image
 
-    images, pixels = sample(model, conditions, seed), model.config.samples_pixels
+    pixels = config.samples_pixels
     images = np.nan_to_num(images / (1.0 if pixels else LATENT_RANGE))
     channels = 3 if images.shape[1] >= 3 else 1
     values = np.clip((images[:, :channels] + 1) * 127.5, 0, 255).round().astype(np.uint8)

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from dydit.errors import CheckpointError, OutputError, one_line
 from dydit.files import explained, new_folder, sha256_of, write_atomic
+from dydit.training.spread import spread_like, whole
 
 RECIPE, LOG, MODEL, SUMMARY, CURVES = "recipe.json", "log.jsonl", "model.safetensors", "train.json", "curves.png"
 _TENSORS, _COUNTERS = "tensors.safetensors", "state.json"
@@ -57,19 +58,29 @@ def states(out: Path) -> list[Path]:
     return sorted(complete, key=lambda path: int(path.name[6:]))
 
 
-def save_state(
-    out: Path, counters: Counters, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer
-) -> None:
-    """Write `state-<iteration>`, then remove the older ones."""
-    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
-    tensors |= {f"ema.{name}": value for name, value in ema.state_dict().items()}
+def state_tensors(
+    model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer, keep: bool = True
+) -> dict[str, Tensor]:
+    """Weights, EMA and moments on the CPU. All processes call it together; one that does not `keep` them gets none."""
+    named = {f"model.{name}": value for name, value in model.state_dict().items()}
+    named |= {f"ema.{name}": value for name, value in ema.state_dict().items()}
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"optimizer.{key}.{name}"] = value
+            named[f"optimizer.{key}.{name}"] = value
+    tensors = {}
+    for name, value in named.items():
+        complete = whole(value.detach())
+        if keep:
+            tensors[name] = complete.cpu().contiguous()
+    return tensors
+
+
+def save_state(out: Path, counters: Counters, tensors: dict[str, Tensor]) -> None:
+    """Write `state-<iteration>` with `state_tensors`, then remove the older ones."""
     older = states(out)
     with new_folder(out / f"state-{counters.iteration:08d}") as part:
         try:
-            save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, part / _TENSORS)
+            save_file(tensors, part / _TENSORS)
         except SafetensorError as error:  # it wraps what the system reports, such as a full disk
             raise _system_error(error, part / _TENSORS) from error
         values = {"format": FORMAT, "sha256": sha256_of(part / _TENSORS), **asdict(counters)}
@@ -97,8 +108,8 @@ def load_state(path: Path, model: nn.Module, ema: nn.Module, optimizer: torch.op
             raise ValueError(f"{_TENSORS} was changed: its SHA-256 differs")
         counters = Counters(**values)
         tensors = load_file(path / _TENSORS)
-        model.load_state_dict(_with_prefix(tensors, "model."))
-        ema.load_state_dict(_with_prefix(tensors, "ema."))
+        for prefix, module in (("model.", model), ("ema.", ema)):
+            _load(module, {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)})
     except (SafetensorError, OSError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise CheckpointError(
             f"the training state {path} cannot be read ({one_line(error)}); restore it from a copy, or remove it: "
@@ -112,14 +123,22 @@ def load_state(path: Path, model: nn.Module, ema: nn.Module, optimizer: torch.op
             entries = {key: tensors[name] for key, name in names.items() if name in tensors}
             # AdamW keeps the step counter on the CPU, unless it is fused, and the moments on their parameter's device.
             optimizer.state[parameter] = {
-                key: value if key == "step" and not group.get("fused") else value.to(parameter.device)
+                key: _moment(value, parameter, on_cpu=key == "step" and not group.get("fused"))
                 for key, value in entries.items()
             }
     return counters
 
 
-def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+def _load(module: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Load whole tensors into a module whose weights may be spread over processes."""
+    present = module.state_dict()
+    module.load_state_dict({name: spread_like(each, present.get(name, each)) for name, each in tensors.items()})
+
+
+def _moment(value: Tensor, parameter: Tensor, on_cpu: bool) -> Tensor:
+    if on_cpu:
+        return value
+    return spread_like(value, parameter) if value.shape == parameter.shape else value.to(parameter.device)
 
 
 def append_log(out: Path, entry: dict[str, Any]) -> None:

@@ -30,9 +30,10 @@ from dydit.training.losses import ProcessTensors
 from dydit.training.objective import Inputs, Objective, compile_model, probe
 from dydit.training.optimizer import learning_rate, make_optimizer
 from dydit.training.prefetch import Prefetch
-from dydit.training.processes import agreed, leave_group_at_exit, require_whole_models, stopped_by_sigterm
+from dydit.training.processes import agreed, leave_group_at_exit, stopped_by_sigterm
 from dydit.training.recipe import Recipe, Stage
-from dydit.training.samples import Conditions, write_samples
+from dydit.training.samples import Conditions, sample, write_samples
+from dydit.training.spread import Whole, local, spread_of, whole
 from dydit.training.start import model_to_resume, starting_model, with_process_of_start
 from dydit.training.state import (
     CURVES,
@@ -44,6 +45,7 @@ from dydit.training.state import (
     load_state,
     read_log,
     save_state,
+    state_tensors,
     states,
     truncate_log,
 )
@@ -90,7 +92,7 @@ def train(recipe: Recipe, out: Path, resume: bool = False, progress: Progress | 
         mixed_precision="no", log_with=[each.value for each in recipe.trackers] or None, project_dir=str(out / TRACKERS)
     )
     leave_group_at_exit()
-    require_whole_models(accelerator.distributed_type.value)
+    spread = spread_of(accelerator, recipe.compile)
     if recipe.batch_size % (accelerator.num_processes * recipe.accumulate):
         parts = f" in {recipe.accumulate} parts (accumulate)" if recipe.accumulate > 1 else ""
         raise ConfigError(
@@ -115,14 +117,23 @@ def train(recipe: Recipe, out: Path, resume: bool = False, progress: Progress | 
                 f"it was finished already; use --resume with more iterations than {recipe.iterations} to make it longer"
             )
             return TrainResult(out / MODEL, finished, note)
-        return _Run(recipe, out, source, accelerator, progress).run()
+        return _Run(recipe, out, source, accelerator, spread, progress).run()
 
 
 class _Run:
     """A run: its modules, optimizer and counters."""
 
-    def __init__(self, recipe: Recipe, out: Path, source: BatchSource, accelerator: Any, progress: Progress | None):
-        self.recipe, self.out, self.source, self.accelerator, self.progress = recipe, out, source, accelerator, progress
+    def __init__(
+        self,
+        recipe: Recipe,
+        out: Path,
+        source: BatchSource,
+        accelerator: Any,
+        spread: Whole,
+        progress: Progress | None,
+    ):
+        self.recipe, self.out, self.source, self.progress = recipe, out, source, progress
+        self.accelerator, self.spread = accelerator, spread
         saved = states(out)
         if not saved and (out / SUMMARY).is_file():
             raise CheckpointError(
@@ -133,19 +144,21 @@ class _Run:
         model.train().to(accelerator.device)
         self.ema = copy.deepcopy(model).eval().requires_grad_(False)
         model.checkpointing = recipe.checkpointing
+        for each in (model, self.ema):
+            spread.place(each)
         optimizer = make_optimizer(model, recipe)
         self.counters = load_state(saved[-1], model, self.ema, optimizer) if saved else Counters()
         self.process = ProcessTensors.of(recipe.process, accelerator.device)
         self.model, self.plain_optimizer = model, optimizer
         if recipe.compile:
             compile_model(model)
-        self.objective, self.optimizer = accelerator.prepare(Objective(model, recipe, self.process), optimizer)
+        self.objective, self.optimizer = spread.prepared(Objective(model, recipe, self.process), optimizer)
         if 0 < self.counters.planned < recipe.iterations:
             self.counters.made_longer_at.append(self.counters.iteration)
         self.counters.planned = recipe.iterations
         self.averages, self.weights = list(self.ema.parameters()), list(model.parameters())
         self.sums = {key: self.number(value) for key, value in self.counters.sums.items()}
-        if accelerator.is_main_process:
+        if self.evaluates:
             self.probe = self.inputs(source.probe(PROBE_IMAGES))
             self.conditions = Conditions.of(recipe.model, source, accelerator.device) if recipe.sample_every else None
         if accelerator.is_main_process:
@@ -154,6 +167,11 @@ class _Run:
                 out / RECIPE, identity(recipe)
             )  # last, after all checks: from here on this is the folder of the run
         start_trackers(accelerator, recipe, out)
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether this process runs the EMA model: the main one, or all of them, if each has a part of the weights."""
+        return self.spread.split or bool(self.accelerator.is_main_process)
 
     def inputs(self, batch: Batch) -> Inputs:
         """A batch on the device."""
@@ -210,7 +228,8 @@ class _Run:
     def require_finite(self, loss: float | None = None) -> None:
         """Raise `TrainingError` if weights are not finite: no state, log or result may be written with them."""
         parameters = [*self.model.named_parameters(), *self.ema.named_parameters()]
-        finite = torch.stack([value.isfinite().all() for _, value in parameters]).tolist()
+        own = torch.stack([local(value).isfinite().all() for _, value in parameters])
+        finite = self.spread.everywhere(own).tolist()
         bad = next((name for (name, _), each in zip(parameters, finite, strict=True) if not each), None)
         if bad is not None or (loss is not None and not math.isfinite(loss)):
             what = f"{bad} holds values that are not finite" if bad else f"the probe's error is {loss}"
@@ -235,7 +254,7 @@ class _Run:
         means: dict[str, Tensor] = {}
         for part in range(parts):
             last = part == parts - 1
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.objective):
+            with contextlib.nullcontext() if last else self.spread.without_exchange(self.objective):
                 losses = self.objective(self.inputs(batches.batch(iteration, part)), iteration)
                 self.accelerator.backward(losses["loss"] / parts)
             for key, value in losses.items():
@@ -254,7 +273,7 @@ class _Run:
         parts = self.backward(iteration, batches)
         limit = recipe.grad_norm_limit or math.inf
         parameters = [p for p in self.model.parameters() if p.requires_grad]
-        norm = float(self.accelerator.clip_grad_norm_(parameters, recipe.clip_norm or math.inf))
+        norm = self.spread.clip(parameters, recipe.clip_norm or math.inf)
         if math.isfinite(norm) and norm <= limit:
             self.optimizer.step()
             counters.skipped_in_a_row = 0
@@ -301,9 +320,10 @@ class _Run:
         if recipe.stage is not Stage.STATIC:
             entry["target"] = recipe.target(counters.iteration - 1)
         self.require_finite()
-        if self.accelerator.is_main_process:
+        if self.evaluates:
             entry |= probe(self.ema, self.probe, self.process)
             self.require_finite(entry["probe_mse"])
+        if self.accelerator.is_main_process:
             append_log(self.out, entry)
             track(self.accelerator, entry)
         self.sums, counters.sums, counters.summed = {}, {}, 0
@@ -312,16 +332,19 @@ class _Run:
     def sample(self) -> None:
         """Write a picture of samples of the EMA weights."""
         self.require_finite()
-        if self.accelerator.is_main_process:
+        if self.evaluates:
             assert self.conditions is not None
-            write_samples(self.out, self.counters.iteration, self.ema, self.conditions, self.recipe.seed)
+            images = sample(self.ema, self.conditions, self.recipe.seed)
+            if self.accelerator.is_main_process:
+                write_samples(self.out, self.counters.iteration, images, self.recipe.model)
 
     def save(self) -> None:
         """Write the state of this iteration, which replaces the one before."""
         self.require_finite()
         self.read_sums()
+        tensors = state_tensors(self.model, self.ema, self.plain_optimizer, keep=self.accelerator.is_main_process)
         if self.accelerator.is_main_process:
-            save_state(self.out, self.counters, self.model, self.ema, self.plain_optimizer)
+            save_state(self.out, self.counters, tensors)
         self.accelerator.wait_for_everyone()
 
     def finish(self) -> TrainResult:
@@ -343,8 +366,9 @@ class _Run:
             "torch": torch.__version__,
             "last": log[-1] if log else {},
         }
+        weights = {name: whole(value) for name, value in self.ema.state_dict().items()}
         if self.accelerator.is_main_process:
-            save_checkpoint(out / MODEL, self.ema, recipe.model, {"recipe": json.dumps(stored_recipe)})
+            save_checkpoint(out / MODEL, weights, recipe.model, {"recipe": json.dumps(stored_recipe)})
             draw_curves(log, out / CURVES, recipe.name, recipe.process.prediction)
             summary["model_sha256"] = sha256_of(out / MODEL)
             write_json(out / SUMMARY, summary)

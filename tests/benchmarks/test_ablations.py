@@ -97,7 +97,7 @@ def parts(script, name, distance, milliseconds):
     """The parts of a row beside a static model of 100 ms a step."""
     found = {"quality": {"class_consistency": 0.99, "frechet_distance": distance}}
     if name not in (script.START, script.LONGER):
-        sides = side("row", milliseconds, 50), side(script.START, 100, 100)
+        sides = side("dynamic", milliseconds, 50), side(script.START, 100, 100)
         report = BenchReport(
             batch=1, cfg_scale=1, latents="run", threads=1, repeats=2, warmup=1, seed=0, steps=20, steps_measured=(0,),
             timesteps=(999,), sides=sides, comparisons=(compare_sides(*sides),), load_average=(0, 0),

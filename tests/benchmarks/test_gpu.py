@@ -167,12 +167,15 @@ class TestRunner:
     def test_the_reason_is_what_doctor_misses_or_the_task_that_failed(self, make_runner, gpu):
         settings = on_a_gpu(gpu)
         runner = make_runner(settings=settings)
-        rows = [{"name": name, "ok": name != "pycuda", "detail": f"{name} is so"} for name in ("driver", "pycuda")]
+        rows = [
+            {"name": name, "ok": name != "driver-package", "detail": f"{name} is so"}
+            for name in ("driver", "driver-package")
+        ]
         runner.report.tasks["installed"] = {"status": "done", "parts": {"doctor": {"devices": rows}}}
         runner.report.tasks["small bundles"] = {"status": "done"}
         chosen = {task.name: task for task in gpu.tasks.tasks(settings)}
         assert runner.obstacle(chosen["check: torch fp16"]) is None
-        assert runner.obstacle(chosen["check: onnxruntime-graphs fp16"]) == "pycuda: pycuda is so"
+        assert runner.obstacle(chosen["check: onnxruntime-graphs fp16"]) == "driver-package: driver-package is so"
         timing = chosen["time: pytorch batch 8"]
         models = runner.report.tasks["models"] = {"status": "failed"}
         assert runner.obstacle(timing) == "needs the task 'models': failed"

@@ -63,13 +63,14 @@ def test_every_probe_answers_in_one_line(name):
         ("torch", "torch-cpu", "pip install 'dydit[export]'"),
         ("tensorrt", "tensorrt", "pip install 'dydit[tensorrt]'"),
         ("tensorrt_rtx", "tensorrt-rtx", "pip install 'dydit[tensorrt-rtx]'"),
-        ("pycuda.driver", "pycuda", "pip install 'dydit[gpu]'"),
+        ("pycuda.driver", "driver-package", "pip install 'dydit[gpu]'"),
     ],
 )
 def test_a_missing_package_names_the_command(monkeypatch, module, probe, fix):
-    monkeypatch.setitem(sys.modules, module, None)
+    for name in (module, "cuda.bindings.driver") if probe == "driver-package" else (module,):
+        monkeypatch.setitem(sys.modules, name, None)
     finding = attempt(probe)
-    assert not finding.ok and finding.fix == fix and module in finding.detail
+    assert not finding.ok and finding.fix == fix and module.split(".")[0] in finding.detail
 
 
 def test_wrong_numbers_are_noticed(monkeypatch):
@@ -129,11 +130,13 @@ def test_nothing_works():
 
 
 def test_without_a_driver_packages_are_not_enough():
-    missing = Finding(ok=False, detail="no pycuda", fix="pip install 'dydit[gpu]'")
-    with_driver = run_doctor(fake(pycuda=missing))
-    without = run_doctor(fake(pycuda=missing, driver=Finding(ok=False, detail="no driver", fix="an NVIDIA GPU")))
-    assert row(with_driver.devices, "pycuda").fix == "pip install 'dydit[gpu]'"
-    assert row(without.devices, "pycuda").fix == "pip install 'dydit[gpu]', on a machine with a GPU"
+    missing = Finding(ok=False, detail="no package", fix="pip install 'dydit[gpu]'")
+    with_driver = run_doctor(fake(driver_package=missing))
+    without = run_doctor(
+        fake(driver_package=missing, driver=Finding(ok=False, detail="no driver", fix="an NVIDIA GPU"))
+    )
+    assert row(with_driver.devices, "driver-package").fix == "pip install 'dydit[gpu]'"
+    assert row(without.devices, "driver-package").fix == "pip install 'dydit[gpu]', on a machine with a GPU"
     assert row(without.devices, "driver").fix == "an NVIDIA GPU"
     rtx = Finding(ok=False, detail="no tensorrt_rtx", fix="pip install rtx")
     without = run_doctor(fake(tensorrt_rtx=rtx, driver=Finding(ok=False, detail="no driver")))
@@ -144,12 +147,14 @@ def test_what_builds_engines_and_what_is_missing_to_run_them_is_said():
     gone = Finding(ok=False, detail="no driver")
     both = "TensorRT engines can be built here by: tensorrt, tensorrt-rtx; they can also be run here"
     assert run_doctor(fake()).engines == both
-    no_gpu = run_doctor(fake(driver=gone, pycuda=Finding(ok=False, detail="no pycuda")))
-    needs = "running them here needs an NVIDIA GPU and its driver and PyCUDA"
+    no_gpu = run_doctor(fake(driver=gone, driver_package=Finding(ok=False, detail="no package")))
+    needs = "running them here needs an NVIDIA GPU and its driver and PyCUDA or cuda-bindings"
     said = f"TensorRT engines can be built here by: tensorrt-rtx; {needs}"
     assert no_gpu.engines == said, "tensorrt builds on the GPU alone"
     assert f"\n\n{said}\nbackends that run bundles here:" in no_gpu.text()
-    assert run_doctor(fake(pycuda=gone)).engines.endswith("tensorrt-rtx; running them here needs PyCUDA")
+    assert run_doctor(fake(driver_package=gone)).engines.endswith(
+        "tensorrt-rtx; running them here needs PyCUDA or cuda-bindings"
+    )
 
 
 def test_where_nothing_builds_engines_the_flavour_that_needs_no_gpu_is_named():

@@ -1,4 +1,5 @@
-"""Everything in this folder needs an NVIDIA GPU and PyCUDA, most of it TensorRT; it skips, saying what is missing."""
+"""Everything in this folder needs an NVIDIA GPU and PyCUDA or cuda-bindings, most of it TensorRT; it skips and says
+what is missing."""
 
 from __future__ import annotations
 
@@ -19,12 +20,12 @@ def missing() -> str | None:
     """Why these tests cannot run here; None where they can."""
     from dydit.engines.flavour import present_gpu
     from dydit.errors import BackendError
-    from dydit.runtime.device.cuda import pycuda_driver
+    from dydit.runtime.device.driver import require_driver
 
     if present_gpu() is None:
         return "no NVIDIA GPU or driver on this machine"
     try:
-        pycuda_driver()
+        require_driver()
     except BackendError as error:
         return str(error)
     return None

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dydit.diffusion.coefficients import COEFFICIENTS, sampling_run
 from dydit.diffusion.process import TRAIN_STEPS, Process
@@ -15,6 +17,7 @@ from dydit.models.dit.config import DiTConfig
 from dydit.models.dit.layout import stored_tensors
 from dydit.models.dit.model import DiT
 from dydit.models.dit.sliced import SlicedDiT, conditioning
+from dydit.models.pointwise import fused
 from dydit.models.routers import Masked, Recording, Static
 
 pytestmark = pytest.mark.numerics
@@ -227,3 +230,59 @@ def test_consecutive_slots_share_memory_with_the_stored_weights():
         a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr() for a, b in zip(cut, stored, strict=True)
     ]
     assert pointers == [True, True, False]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.sampled_from([0, 500, 999]),
+    st.booleans(),
+    st.none() | st.lists(st.integers(1, CONFIG.tokens), min_size=3, max_size=3),
+    st.sampled_from([-1e3, -0.5, 0.0, 0.5, 1e3]),
+    st.sets(st.integers(0, 23)),
+)
+def test_fixed_shapes_change_no_value_no_decision_and_no_count(t, guided, capacities, bias, off):
+    """`off`: units that are off; parts may be empty. `bias`: no token is routed, some are, or all."""
+    model = random_model(CONFIG)
+    for block in model.blocks:
+        block.token_selection.mlp_head[2].bias.data += bias
+    step, mask = Step(model, t, guided), width_mask(model, t)
+    mask[list(off)] = False
+    ways = (CONFIG, step.weights, CONFIG.units.slots(mask), 3, capacities)
+    gathered = SlicedDiT(*ways).step(*step.inputs(), debug=True)
+    fixed = SlicedDiT(*ways).with_fixed_shapes().step(*step.inputs(), debug=True)
+    assert torch.equal(fixed.tokens, gathered.tokens) and torch.equal(fixed.overflow, gathered.overflow)
+    assert relative(fixed.residuals, gathered.residuals) < 1e-12
+    assert relative(fixed.x_prev, gathered.x_prev) < 1e-12
+
+
+@pytest.mark.parametrize("capacities", [None, [3, 9, 16]])
+def test_functions_between_products_can_be_compiled(capacities):
+    """Traced without a break, and without a fused kernel, which needs a compiler: the values stay, also in fp16."""
+    model = random_model(CONFIG)
+    step, slots = Step(model), CONFIG.units.slots(width_mask(model, 500))
+    single = {name: tensor.float() for name, tensor in step.weights.items()}
+    low = {
+        name: each.half() if name in (*CONFIG.units.weights, *CONFIG.units.biases) else each
+        for name, each in single.items()
+    }
+    inputs, gates = [each.float() for each in step.inputs()], torch.ones(CONFIG.units.size)
+    for weights, bound in ((single, 1e-5), (low, 1e-2)):
+        ways = (CONFIG, weights, slots, 3, capacities)
+        plain = SlicedDiT(*ways).with_fixed_shapes().step(*inputs, gates=gates)
+        traced = SlicedDiT(*ways).with_fixed_shapes(fused("eager", whole=True)).step(*inputs, gates=gates)
+        assert relative(traced.x_prev, plain.x_prev) < bound
+        assert torch.equal(traced.overflow, plain.overflow)
+
+
+def test_tokens_without_a_slot_keep_their_residual_bit_for_bit_with_fixed_shapes():
+    model = random_model(CONFIG)
+    step = Step(model)
+    slots = CONFIG.units.slots(width_mask(model, step.t))
+    tight = SlicedDiT(CONFIG, step.weights, slots, 3, [3] * 3).with_fixed_shapes().step(*step.inputs(), debug=True)
+    # The first block's MLP off: only the bias of fc2 is added, to all routed tokens.
+    without = {**step.weights, "blocks.0.fc2.bias": torch.zeros(64, dtype=torch.float64)}
+    none = (slots[0][0], ()), *slots[1:]
+    before = SlicedDiT(CONFIG, without, none, 3).with_fixed_shapes().step(*step.inputs(), debug=True).residuals[0]
+    dropped = tight.tokens[0].flatten().nonzero()[3 * 6 :, 0]
+    assert len(dropped) == tight.overflow[0] > 0
+    assert torch.equal(tight.residuals[0].flatten(0, 1)[dropped], before.flatten(0, 1)[dropped])

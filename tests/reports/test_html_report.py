@@ -19,7 +19,8 @@ from dydit.reports.bench_report import BenchReport, Comparison, Side, SideKind, 
 from dydit.reports.html_report import ReportContent, render_report, write_report
 from dydit.reports.parity_report import FlippedImage, Status
 from dydit.reports.plots import latency_png, parity_png
-from dydit.reports.plots_masks import samples_png, tokens_png
+from dydit.reports.plots_masks import tokens_png
+from dydit.reports.plots_samples import samples_png
 from dydit.reports.results import Line, Machine
 
 SECTIONS = ("samples", "masks", "tokens", "parity", "latency", "plan", "machine")

@@ -23,7 +23,8 @@ from dydit.reports.parity_report import Check, FlippedImage, ParityReport, Statu
 from dydit.reports.plot_style import ACCENT, ACCENT_LIGHT, OFF, SECOND, timestep_ticks
 from dydit.reports.plots import bound_of, latency_png, parity_png, plan_png, ranking_png
 from dydit.reports.plots_ablations import Curve, ablations_png
-from dydit.reports.plots_masks import masks_png, samples_png, tokens_png
+from dydit.reports.plots_masks import masks_png, tokens_png
+from dydit.reports.plots_samples import samples_png, side_by_side_png
 from dydit.reports.results import Machine
 
 NAVY = "#0c2f4f"
@@ -347,3 +348,12 @@ def test_ablations_have_bars_as_long_as_their_distances():
     alone = pixels(ablations_png(curves, {}, {}, "detail"))
     assert count(alone, ACCENT) < inks[0], "the sweep alone"
     assert count(alone, SECOND) == 0 < count(pixels(ablations_png([*curves, curves[1]], {}, {}, "detail")), SECOND)
+
+
+def test_models_side_by_side_have_the_same_columns():
+    dark, bright = np.full((2, 3, 3, 8, 8), -1.0), np.ones((1, 3, 3, 8, 8))
+    array = pixels(side_by_side_png({"static": dark, "dynamic": bright}, ["a", "b", "a long name of a class"]))
+    gray = array if array.ndim == 2 else array.min(-1)
+    inner = gray[:, gray.shape[1] // 4 : -gray.shape[1] // 4]
+    black = (inner == 0).mean(1) > 0.5
+    assert 0.3 < black.mean() < 0.7 and not black[-len(black) // 4 :].any(), "two of three rows, and they come first"

@@ -14,7 +14,8 @@ from dydit.reports.bench_report import BenchReport, NotRun, Side, SideKind, Side
 from dydit.reports.inspection_facts import PlanRow
 from dydit.reports.parity_report import Check, FlippedImage, ParityReport, Status
 from dydit.reports.plots import latency_png, parity_png, plan_png, ranking_png
-from dydit.reports.plots_masks import masks_png, samples_png, tokens_png
+from dydit.reports.plots_masks import masks_png, tokens_png
+from dydit.reports.plots_samples import samples_png, side_by_side_png
 from dydit.reports.results import Machine
 
 pytestmark = pytest.mark.usefixtures("layout")
@@ -147,3 +148,11 @@ def test_tokens(shown, depth, rows, side):
 @pytest.mark.parametrize("classes", [1, 40])
 def test_samples(classes):
     samples_png(np.zeros((classes, 3, 8, 8)), range(classes))
+
+
+@pytest.mark.parametrize(
+    "columns", [["a"], ["Animals & Nature", "People & Body"] * 4, ["smiling face with sunglasses"] * 8]
+)
+def test_models_side_by_side(columns):
+    shape = (2, len(columns), 3, 8, 8)
+    side_by_side_png({"static": np.zeros(shape), "dynamic": np.zeros(shape)}, columns)

@@ -15,7 +15,7 @@ from dydit.runtime.call_noise import noise_of_call
 from dydit.runtime.noise_source import SeededNoise
 from dydit.runtime.pipeline import DyDiTPipeline
 from dydit.runtime.request import make_batches
-from tests.fixtures.host_device import HostDeviceBackend
+from tests.fixtures.simulated_device import SimulatedDeviceBackend
 
 IMAGE, LABELS, STEPS = (4, 8, 8), [1, 2, 3, 4, 5], 4
 SHAPE = (len(LABELS), *IMAGE)
@@ -31,7 +31,7 @@ def bundle(make_bundle):
 @pytest.fixture(scope="module", params=["onnxruntime", "device"])
 def pipe(request, bundle):
     if request.param == "device":
-        with HostDeviceBackend(bundle, BackendOptions(threads=1)) as backend, DyDiTPipeline(backend) as pipe:
+        with SimulatedDeviceBackend(bundle, BackendOptions(threads=1)) as backend, DyDiTPipeline(backend) as pipe:
             yield pipe
     else:
         with DyDiTPipeline.from_bundle(bundle.path, threads=1) as pipe:

@@ -19,7 +19,7 @@ from dydit.runtime.noise_source import SeededNoise
 from dydit.runtime.pipeline import DyDiTPipeline
 from dydit.runtime.request import make_batches
 from dydit.runtime.resident import ResidentSubnets
-from tests.fixtures.host_device import HostDeviceBackend
+from tests.fixtures.simulated_device import SimulatedDeviceBackend
 
 CALLS = 6
 PLANS = {
@@ -31,7 +31,7 @@ PLANS = {
 OPENERS = {
     "onnxruntime": lambda bundle: open_backend("onnxruntime", bundle, BackendOptions(threads=2)),
     "torch": lambda bundle: open_backend("torch", bundle, BackendOptions(threads=1)),
-    "device": lambda bundle: HostDeviceBackend(bundle, BackendOptions(threads=1)),
+    "device": lambda bundle: SimulatedDeviceBackend(bundle, BackendOptions(threads=1)),
 }
 
 

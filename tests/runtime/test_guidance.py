@@ -11,13 +11,13 @@ from dydit.errors import ConfigError
 from dydit.runtime.backends.base import BackendOptions
 from dydit.runtime.backends.registry import open_backend
 from dydit.runtime.pipeline import DyDiTPipeline
-from tests.fixtures.host_device import HostDeviceBackend
+from tests.fixtures.simulated_device import SimulatedDeviceBackend
 
 OPTIONS = BackendOptions(threads=1)
 OPENERS = {
     "onnxruntime": lambda bundle: open_backend("onnxruntime", bundle, OPTIONS),
     "torch": lambda bundle: open_backend("torch", bundle, OPTIONS),
-    "device": lambda bundle: HostDeviceBackend(bundle, OPTIONS),
+    "device": lambda bundle: SimulatedDeviceBackend(bundle, OPTIONS),
 }
 
 

@@ -22,7 +22,7 @@ from dydit.runtime.backends.registry import open_backend
 from dydit.runtime.background import Pool
 from dydit.runtime.dynamic_width import DynamicWidthWeights
 from dydit.runtime.pipeline import DyDiTPipeline
-from tests.fixtures.host_device import HostDeviceBackend
+from tests.fixtures.simulated_device import SimulatedDeviceBackend
 
 INTERRUPTS = int(os.environ.get("DYDIT_INTERRUPTS", "30"))
 DYNAMIC, PER_STEP = {"plan": PlanKind.DYNAMIC_WIDTH, "steps": 3}, {"plan": PlanKind.PER_STEP, "steps": 3}
@@ -34,7 +34,7 @@ WAYS = {
     "onnxruntime, per step": (PER_STEP, lambda bundle: open_backend("onnxruntime", bundle, BackendOptions(2))),
     "torch, per step": (PER_STEP, lambda bundle: open_backend("torch", bundle, BackendOptions(1))),
     "torch, dynamic width": (DYNAMIC, lambda bundle: open_backend("torch", bundle, BackendOptions(1))),
-    "device, dynamic width": (DYNAMIC, lambda bundle: HostDeviceBackend(bundle, BackendOptions(1))),
+    "device, dynamic width": (DYNAMIC, lambda bundle: SimulatedDeviceBackend(bundle, BackendOptions(1))),
 }
 
 

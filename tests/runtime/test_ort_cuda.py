@@ -14,7 +14,8 @@ from dydit.errors import BackendError
 from dydit.models.pixart.config import PixArtConfig
 from dydit.runtime.backends.base import BackendOptions
 from dydit.runtime.backends.onnxruntime import OnnxRuntimeBackend
-from dydit.runtime.backends.ort_cuda import OnnxRuntimeDeviceBackend, _BoundEngine, _Sessions, session_memory
+from dydit.runtime.backends.ort_cuda import CudaSessions, OnnxRuntimeDeviceBackend, _BoundEngine, session_memory
+from dydit.runtime.device.cuda import CudaMemory
 from dydit.runtime.device.execute import Tensor
 from dydit.runtime.device.operations import CONDITIONER, TEXT_CONDITIONER, EngineId
 from dydit.runtime.device.residency import engines_of
@@ -23,7 +24,8 @@ from dydit.runtime.loop import MemoryStore, StepRunner, sample
 from dydit.runtime.noise_source import SeededNoise
 from dydit.runtime.request import make_batches
 from dydit.runtime.resident import ResidentSubnets
-from tests.fixtures.host_device import HostDeviceBackend, HostMemory, HostSessions
+from tests.fixtures.fake_driver import FakeDriver
+from tests.fixtures.simulated_device import SimulatedDeviceBackend, SimulatedSessions
 
 LABELS, IMAGES = [3, 1, 3, 0, 6], [0, 1, 2, 40, 41]
 OPTIONS = BackendOptions(threads=1)
@@ -56,17 +58,17 @@ def near(a, b) -> bool:
 )
 def test_whole_runs_are_the_loop(settings, make_bundle):
     bundle = make_bundle(**settings)
-    backend = HostDeviceBackend(bundle, OPTIONS)
+    backend = SimulatedDeviceBackend(bundle, OPTIONS)
     for seed, scale in ((5, 4.0), (6, 1.0)):
         latents, stats = run(backend, seed, scale)
         expected, theirs = run(OnnxRuntimeBackend(bundle, OPTIONS), seed, scale)
         assert near(latents, expected)
         assert (stats.steps, stats.repeated_steps) == (theirs.steps, theirs.repeated_steps)
     assert stats.repeated_steps == 0 or "capacities" in settings
-    arrays = backend._executor.device._arrays
-    assert len(arrays) > 10
+    driver = backend._executor.device.driver
+    assert len(driver.memory) > 10
     backend.close()
-    assert not arrays
+    assert not driver.memory and not driver.faults and not driver.pageable
     with pytest.raises(BackendError, match="this backend was closed; open the bundle again"):
         run(backend)
 
@@ -86,7 +88,7 @@ def pixart_bundle(make_bundle, make_checkpoint):
 @pytest.mark.parametrize("plan", [PlanKind.PER_STEP, PlanKind.DYNAMIC_WIDTH])
 def test_whole_runs_with_texts_are_the_loop(plan, pixart_bundle):
     bundle = pixart_bundle(routing=Routing.CAPACITY, capacities=(12, 14, 14), plan=plan)
-    backend = HostDeviceBackend(bundle, OPTIONS)
+    backend = SimulatedDeviceBackend(bundle, OPTIONS)
     for scale in (4.0, 1.0):
         latents, stats = run(backend, scale=scale)
         expected, theirs = run(OnnxRuntimeBackend(bundle, OPTIONS), scale=scale)
@@ -99,13 +101,13 @@ def test_steps_find_their_inputs_at_the_same_places(make_bundle):
     """What the provider's graphs ask for: one set of addresses for each session and batch size."""
     seen = {}
 
-    class Noting(HostSessions):
+    class Noting(SimulatedSessions):
         def launch(self, engine, inputs, outputs, workspace):
             shapes = tuple(each.shape for each in inputs)
             seen.setdefault((engine, shapes), set()).add(tuple(each.address for each in (*inputs, *outputs)))
             super().launch(engine, inputs, outputs, workspace)
 
-    backend = HostDeviceBackend(make_bundle(routing=Routing.DENSE), OPTIONS)
+    backend = SimulatedDeviceBackend(make_bundle(routing=Routing.DENSE), OPTIONS)
     sampler = backend._sampler
     sampler._executor.device.__class__ = Noting
     run(backend), run(backend, seed=8)
@@ -117,11 +119,13 @@ def test_steps_find_their_inputs_at_the_same_places(make_bundle):
 def test_graphs_are_told_apart_by_shapes_and_addresses(make_bundle):
     """A graph that the provider captured holds addresses: at others it must not be replayed."""
     bundle = make_bundle(routing=Routing.DENSE)
-    device = HostSessions(bundle, OPTIONS)
-    device.load(CONDITIONER)
-    engine, places = device._engines[CONDITIONER], [device.allocate(1 << 16) for _ in range(4)]
-    for place in places:
-        device.clear(place, 1 << 16)
+    device = SimulatedSessions(bundle, OPTIONS)
+    with device.activate():
+        device.load(CONDITIONER)
+        engine, places = device._engines[CONDITIONER], [device.allocate(1 << 16) for _ in range(4)]
+        for place in places:
+            device.clear(place, 1 << 16)
+        device.idle()
     engine._graphs = True
     vectors = 6 * bundle.manifest.model.depth + 2
     for steps, labels, out in ((1, 1, 2), (1, 1, 3), (2, 1, 2), (1, 0, 2), (1, 1, 2)):
@@ -133,14 +137,17 @@ def test_graphs_are_told_apart_by_shapes_and_addresses(make_bundle):
 def test_a_capture_that_fails_is_run_again_without_graphs(make_bundle):
     """Once: the provider captures in a session's first runs, not when it is opened."""
     bundle = make_bundle(routing=Routing.DENSE)
-    device = HostSessions(bundle, OPTIONS)
-    device.load(CONDITIONER)
-    engine, vectors = device._engines[CONDITIONER], 6 * bundle.manifest.model.depth + 2
+    device, vectors = SimulatedSessions(bundle, OPTIONS), 6 * bundle.manifest.model.depth + 2
     given = {"timesteps": np.array([3.0], np.float32), "labels": np.array([1])}
-    inputs = [Tensor(name, each.dtype.name, each.shape, device.allocate(64)) for name, each in given.items()]
-    for tensor, each in zip(inputs, given.values(), strict=True):
-        device.upload(tensor.address, each, "compute")
-    out = Tensor("condition", "float32", (1, 1, vectors, 64), device.allocate(vectors * 256))
+    with device.activate():
+        device.load(CONDITIONER)
+        inputs = [Tensor(name, each.dtype.name, each.shape, device.allocate(64)) for name, each in given.items()]
+        for tensor, each in zip(inputs, given.values(), strict=True):
+            device.upload(tensor.address, each, "compute")
+        out = Tensor("condition", "float32", (1, 1, vectors, 64), device.allocate(vectors * 256))
+        device.clear(out.address, vectors * 256)
+        device.idle()
+    engine = device._engines[CONDITIONER]
 
     class Capturing:
         """A session whose runs are refused, as where the provider cannot capture what it is told to."""
@@ -156,7 +163,8 @@ def test_a_capture_that_fails_is_run_again_without_graphs(make_bundle):
     with pytest.warns(UserWarning, match=r"conditioning.onnx runs without CUDA graphs: operation not permitted"):
         engine.launch(inputs, [out], "conditioning")
     expected = OnnxRuntimeBackend(bundle, OPTIONS)._conditioning(given)
-    data = device.download(out.address, vectors * 256).view(np.float32)
+    with device.activate():
+        data = device.download(out.address, vectors * 256).view(np.float32)
     assert np.array_equal(data.reshape(expected.shape), expected)
     engine.launch(inputs, [out], "conditioning")
     assert refusing.runs == 1 and not engine._graphs
@@ -172,35 +180,28 @@ def test_bf16_is_bound_by_its_onnx_number(tmp_path):
     values = [helper.make_tensor_value_info(*each, [4]) for each in (("w", types.BFLOAT16), ("y", types.FLOAT))]
     graph = helper.make_graph([node], "cast", values[:1], values[1:])
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=11), tmp_path / "c.onnx")
-    engine, memory = _BoundEngine(tmp_path / "c.onnx", "cpu", OPTIONS, 0, graphs=False), HostMemory()
-    w, y = memory.allocate(8), memory.allocate(16)
+    engine, memory = _BoundEngine(tmp_path / "c.onnx", "cpu", OPTIONS, 0, graphs=False), CudaMemory(FakeDriver())
     numbers = np.array([1.0, -2.0, 0.5, 96.0], np.float32)
-    memory.upload(w, (numbers.view(np.uint32) >> 16).astype(np.uint16), "compute")
-    engine.launch([Tensor("w", "bfloat16", (4,), w)], [Tensor("y", "float32", (4,), y)], "cast")
-    assert np.array_equal(memory.download(y, 16).view(np.float32), numbers)
-
-
-def test_memory_of_the_host_is_aligned_and_copied():
-    memory = HostMemory()
-    a, b = memory.allocate(1000), memory.allocate(1000)
-    assert a % 256 == b % 256 == 0
-    data = np.arange(200, dtype=np.float32)
-    memory.upload(a, data, "compute")
-    memory.clear(b, 1000)
-    memory.copy(b + 256, a, 400)
-    assert np.array_equal(memory.download(b + 256, 400).view(np.float32), data[:100])
-    assert not memory.download(b, 256).any() and not memory.download(b + 656, 300).any()
-    memory.free(a)
+    with memory.activate():
+        w, y = memory.allocate(8), memory.allocate(16)
+        memory.upload(w, (numbers.view(np.uint32) >> 16).astype(np.uint16), "compute")
+        memory.idle()
+        engine.launch([Tensor("w", "bfloat16", (4,), w)], [Tensor("y", "float32", (4,), y)], "cast")
+        assert np.array_equal(memory.download(y, 16).view(np.float32), numbers)
+    memory.close()
 
 
 def test_what_a_session_cannot_run_is_one_line(make_bundle):
-    device = HostSessions(make_bundle(), OPTIONS)
-    device.load(CONDITIONER)
-    place = device.allocate(1 << 20)
+    device = SimulatedSessions(make_bundle(), OPTIONS)
+    with device.activate():
+        device.load(CONDITIONER)
+        place = device.allocate(1 << 20)
+        device.clear(place, 1 << 20)
     wrong = [Tensor("timesteps", "int64", (2,), place), Tensor("labels", "int64", (1,), place)]
     out = [Tensor("condition", "float32", (2, 1, 20, 64), place)]
-    with pytest.raises(BackendError, match="onnxruntime failed in conditioning") as caught:
+    with device.activate(), pytest.raises(BackendError, match="onnxruntime failed in conditioning") as caught:
         device.launch(CONDITIONER, wrong, out, (0, 0))
+        device.idle()
     assert "\n" not in str(caught.value)
 
 
@@ -230,13 +231,15 @@ def test_weights_of_the_text_graph_are_counted_once(pixart_bundle):
     assert sum(figures.values()) + units <= sum(each.nbytes for each in weights.values())
 
 
-def test_the_gpu_needs_pycuda(make_bundle, monkeypatch):
+def test_the_gpu_needs_a_driver_layer(make_bundle, monkeypatch):
     from dydit.runtime.backends import onnxruntime
 
     real = onnxruntime.runtime()
     monkeypatch.setattr(real, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
     monkeypatch.setitem(sys.modules, "pycuda", None)
-    with pytest.raises(BackendError, match="pycuda cannot be imported"):
+    monkeypatch.setitem(sys.modules, "cuda", None)
+    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", None)
+    with pytest.raises(BackendError, match=r"pycuda cannot be imported .* and cuda-bindings cannot be imported"):
         OnnxRuntimeDeviceBackend(make_bundle(), BackendOptions(device="cuda"))
 
 
@@ -284,10 +287,8 @@ class TestCudaSessions:
 
     @pytest.mark.parametrize("graphs", [True, False])
     def test_graphs_can_be_left_out(self, graphs, asked, make_bundle):
-        class WithoutGpu(_Sessions, HostMemory):
-            kind, stream = "cuda", 0
-
-        device = WithoutGpu(make_bundle(routing=Routing.DENSE), BackendOptions(device="cuda"), graphs)
-        with pytest.raises(BackendError, match="could not start"):
+        bundle = make_bundle(routing=Routing.DENSE)
+        device = CudaSessions(bundle, BackendOptions(device="cuda"), graphs, FakeDriver())
+        with device.activate(), pytest.raises(BackendError, match="could not start"):
             device.load(EngineId(0))
         assert asked[-1]["enable_cuda_graph"] == str(int(graphs))

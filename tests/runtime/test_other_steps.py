@@ -23,12 +23,12 @@ from dydit.runtime.backends.registry import open_backend
 from dydit.runtime.loop import StepRunner
 from dydit.runtime.pipeline import DyDiTPipeline
 from dydit.runtime.resident import ResidentSubnets
-from tests.fixtures.host_device import HostDeviceBackend
+from tests.fixtures.simulated_device import SimulatedDeviceBackend
 
 OPENERS = {
     "onnxruntime": lambda bundle: open_backend("onnxruntime", bundle, BackendOptions(threads=1)),
     "torch": lambda bundle: open_backend("torch", bundle, BackendOptions(threads=1)),
-    "device": lambda bundle: HostDeviceBackend(bundle, BackendOptions(threads=1)),
+    "device": lambda bundle: SimulatedDeviceBackend(bundle, BackendOptions(threads=1)),
 }
 CHOICES = (
     {},

@@ -16,13 +16,13 @@ from dydit.runtime.backends.registry import open_backend
 from dydit.runtime.loop import StepRunner
 from dydit.runtime.pipeline import DyDiTPipeline
 from dydit.runtime.resident import ResidentSubnets
-from tests.fixtures.host_device import HostDeviceBackend
+from tests.fixtures.simulated_device import SimulatedDeviceBackend
 
 LABELS = [1, 2, 3, 4, 5]
 OPENERS = {
     "onnxruntime": lambda bundle: open_backend("onnxruntime", bundle, BackendOptions(threads=2)),
     "torch": lambda bundle: open_backend("torch", bundle, BackendOptions(threads=1)),
-    "device": lambda bundle: HostDeviceBackend(bundle, BackendOptions(threads=1)),
+    "device": lambda bundle: SimulatedDeviceBackend(bundle, BackendOptions(threads=1)),
 }
 
 
@@ -45,7 +45,7 @@ def unchanged(pipe, step, timestep, callback_kwargs):
 
 def near(pipe, ours, theirs):
     """Whole runs on a device compute the condition of other steps together, and round otherwise."""
-    if isinstance(pipe.backend, HostDeviceBackend):
+    if isinstance(pipe.backend, SimulatedDeviceBackend):
         return np.linalg.norm(ours - theirs) < 1e-5 * np.linalg.norm(theirs)
     return np.array_equal(ours, theirs)
 

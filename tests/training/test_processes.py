@@ -1,4 +1,4 @@
-"""Any number of processes trains the same model: two of them, by gloo, against one."""
+"""Any number of processes trains the same model: two of them, by gloo, against one; with weights whole and split."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,12 +16,14 @@ from safetensors.torch import load_file
 
 from dydit.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from dydit.data.small_sets import Digits
+from dydit.errors import ConfigError
 from dydit.models.config import ModelConfig
 from dydit.models.dit.model import DiT
 from dydit.training.draws import BatchSource
 from dydit.training.losses import ProcessTensors
 from dydit.training.objective import Inputs, Objective
 from dydit.training.recipe import Recipe
+from dydit.training.spread import spread_of
 from dydit.training.state import read_log
 from dydit.training.trainer import train
 
@@ -53,17 +56,19 @@ from dydit.training.recipe import Recipe
 from dydit.training.trainer import train
 torch.set_num_threads(1)
 for file, out in zip(sys.argv[1::2], sys.argv[2::2]):
-    train(Recipe.model_validate_json(Path(file).read_text()), Path(out))
+    train(Recipe.model_validate_json(Path(file).read_text()), Path(out), resume=Path(out).exists())
 """
+SPLIT = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+"""What `accelerate launch --use_fsdp --fsdp_version 2` sets."""
 
 
-def two_processes(script: str, *arguments: object) -> None:
+def two_processes(script: str, *arguments: object, **environment: str) -> None:
     """Run a script in two processes of one group."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
-    common = {**os.environ, **group, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    common = {**os.environ, **group, **environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", script, *map(str, arguments)]
     runs = [
         subprocess.Popen(
@@ -123,8 +128,9 @@ def test_the_mean_gradient_of_two_processes_is_that_of_the_whole_batch(tmp_path:
     assert not torch.allclose(part[name], whole[name], rtol=1e-2)
 
 
+@pytest.mark.parametrize("environment", [{}, SPLIT], ids=["whole", "split"])
 def test_two_processes_give_the_losses_of_one(
-    tmp_path: Path, small_recipe: Callable[..., Recipe], dynamic_recipe: Recipe
+    tmp_path: Path, small_recipe: Callable[..., Recipe], dynamic_recipe: Recipe, environment: dict[str, str]
 ) -> None:
     static = small_recipe(iterations=STEPS, log_every=10, save_every=STEPS)
     arguments: list[object] = []
@@ -132,10 +138,54 @@ def test_two_processes_give_the_losses_of_one(
         (tmp_path / f"{name}.json").write_text(recipe.model_dump_json())
         arguments += [tmp_path / f"{name}.json", tmp_path / f"{name}-two"]
         train(recipe, tmp_path / f"{name}-one")
-    two_processes(RUNS, *arguments)
+    two_processes(RUNS, *arguments, **environment)
     for name in ("static", "dynamic"):
         one, two = (read_log(tmp_path / f"{name}-{count}") for count in ("one", "two"))
         assert len(one) == len(two) == STEPS // 10
         for left, right in zip(one, two, strict=True):
             assert right == pytest.approx(left, rel=1e-5, abs=1e-5), (name, left["iteration"])
     assert {"flops", "token", "ratio"} <= one[0].keys() and 0.1 < one[-1]["ratio"] < 0.95
+
+
+def test_a_run_of_split_weights_is_resumed_with_whole_ones_and_the_other_way(
+    tmp_path: Path, dynamic_recipe: Recipe
+) -> None:
+    """And so is a run of two processes by one."""
+    recipe = dynamic_recipe.model_copy(update={"iterations": 8, "log_every": 2, "save_every": 4, "sample_every": 4})
+    begun, short = recipe.model_copy(update={"iterations": 4}), tmp_path / "short.json"
+    (tmp_path / "recipe.json").write_text(recipe.model_dump_json())
+    short.write_text(begun.model_dump_json())
+    train(recipe, tmp_path / "one")
+    two_processes(RUNS, short, tmp_path / "split", **SPLIT)
+    train(begun, tmp_path / "whole")
+    train(recipe, tmp_path / "split", resume=True)
+    two_processes(RUNS, tmp_path / "recipe.json", tmp_path / "whole", **SPLIT)
+    expected = load_checkpoint(tmp_path / "one" / "model.safetensors").state
+    for name in ("split", "whole"):
+        assert read_log(tmp_path / name)[-1] == pytest.approx(read_log(tmp_path / "one")[-1], rel=1e-5, abs=1e-5)
+        state = load_checkpoint(tmp_path / name / "model.safetensors").state
+        for key, value in expected.items():
+            torch.testing.assert_close(state[key], value, rtol=1e-4, atol=1e-5)
+        assert (tmp_path / name / "samples-00000004.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("kind", "environment", "compiled", "message"),
+    [
+        ("DEEPSPEED", {}, False, "configured for DEEPSPEED, which is not supported; use FSDP"),
+        ("FSDP", {"FSDP_VERSION": "1"}, False, "version 1 of FSDP; use version 2"),
+        ("FSDP", {"FSDP_OFFLOAD_PARAMS": "true"}, False, "keep weights on the CPU"),
+        ("FSDP", {}, True, "compile=true does not work with FSDP"),
+    ],
+)
+def test_what_is_not_supported_is_refused(
+    monkeypatch: pytest.MonkeyPatch, kind: str, environment: dict[str, str], compiled: bool, message: str
+) -> None:
+    for name, value in ({**SPLIT, **environment} if kind == "FSDP" else environment).items():
+        monkeypatch.setenv(name, value)
+    accelerator = SimpleNamespace(distributed_type=SimpleNamespace(value=kind), num_processes=2)
+    with pytest.raises(ConfigError, match=message):
+        spread_of(accelerator, compiled)
+    accelerator.num_processes = 1
+    if kind == "FSDP":
+        assert not spread_of(accelerator, compiled).split, "one process has all weights"

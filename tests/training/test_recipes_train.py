@@ -108,9 +108,10 @@ def toy_data(
     root: Path = tmp_path_factory.mktemp("recipes")
     vae: dict[str, Any] = {"vae": str(autoencoder.folder), "batch_size": 16}
 
-    def made(key: str, write: Callable[[Path], None], **settings: Any) -> str:
+    def made(key: str, write: Callable[[Path], None] | None, **settings: Any) -> str:
         if not (root / key / "data").is_dir():
-            write(root / key / "source")
+            if write is not None:
+                write(root / key / "source")
             stated = PrepareSettings.model_validate({"source": str(root / key / "source"), **settings})
             prepare(stated, root / key / "data", 1, Progress())
         return str(root / key / "data")
@@ -120,6 +121,8 @@ def toy_data(
             return name.removeprefix("uvit-")
         if name == "uvit-cifar10":
             return made(name, cifar10)
+        if name == "pixart-emoji":
+            return made(name, None, source="emoji", limit=12, text_encoder=str(text_encoder), text_tokens=12)
         if name == "pixart-coco":
             return made(name, coco, size=64, mirror=False, text_encoder=str(text_encoder), text_tokens=12, **vae)
         if name in ("scratch", "finetune"):

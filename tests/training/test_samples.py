@@ -63,11 +63,11 @@ def test_pictures_show_every_image_at_its_place(
     ):
         model = randomised(config)
         conditions = Conditions.of(config, source(config), CPU)
-        write_samples(tmp_path, 7, model, conditions, 0)
+        images = sample(model, conditions, 0)
+        write_samples(tmp_path, 7, images, config)
         with Image.open(tmp_path / name) as file:
             grid = np.asarray(file)
         assert grid.shape == (64, 64)
-        images = sample(model, conditions, 0)
         for image in (0, 6, 15):
             row, column = divmod(image, SIDE)
             shown = grid[16 * row : 16 * row + 16, 16 * column : 16 * column + 16] / 127.5 - 1
@@ -95,5 +95,6 @@ def test_an_interrupted_run_writes_the_pictures_of_a_whole_one(
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     # They are of the EMA weights, which are the result.
     conditions = Conditions.of(recipe.model, source(recipe.model), CPU)
-    write_samples(tmp_path, 12, load_checkpoint(result.model).model(), conditions, recipe.seed)
+    images = sample(load_checkpoint(result.model).model(), conditions, recipe.seed)
+    write_samples(tmp_path, 12, images, recipe.model)
     assert (tmp_path / pictures[-1]).read_bytes() == (tmp_path / "whole" / pictures[-1]).read_bytes()

@@ -26,7 +26,6 @@ from dydit.training.losses import ProcessTensors
 from dydit.training.objective import Inputs, Objective, compile_model
 from dydit.training.optimizer import make_optimizer
 from dydit.training.prefetch import Prefetch
-from dydit.training.processes import require_whole_models
 from dydit.training.recipe import Recipe
 from dydit.training.state import read_log
 from dydit.training.trainer import train
@@ -197,13 +196,6 @@ def test_the_optimizer_has_the_settings_of_the_recipe(
     recipe = small_recipe(betas=(0.8, 0.95), adam_eps=1e-6, weight_decay=0.1)
     (group,) = make_optimizer(randomised(static_config), recipe).param_groups
     assert (group["betas"], group["eps"], group["weight_decay"], group["fused"]) == ((0.8, 0.95), 1e-6, 0.1, True)
-
-
-@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
-def test_models_in_pieces_are_refused(kind: str) -> None:
-    with pytest.raises(ConfigError, match=f"configured for {kind}, which splits the model"):
-        require_whole_models(kind)
-    require_whole_models("MULTI_GPU")
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

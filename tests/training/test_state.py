@@ -12,7 +12,16 @@ from dydit.models.config import ModelConfig
 from dydit.models.dit.model import DiT
 from dydit.training.optimizer import make_optimizer
 from dydit.training.recipe import Recipe
-from dydit.training.state import Counters, append_log, load_state, read_log, save_state, states, truncate_log
+from dydit.training.state import (
+    Counters,
+    append_log,
+    load_state,
+    read_log,
+    save_state,
+    state_tensors,
+    states,
+    truncate_log,
+)
 
 Make = Callable[..., Recipe]
 Randomised = Callable[..., DiT]
@@ -33,7 +42,7 @@ def test_a_state_comes_back_whole(
 ) -> None:
     model, ema, optimizer = trained(static_config, small_recipe(), randomised)
     counters = Counters(iteration=8, skipped=1, skipped_in_a_row=1, seconds=1.5, sums={"loss": 0.1 + 0.2}, summed=2)
-    save_state(tmp_path, counters, model, ema, optimizer)
+    save_state(tmp_path, counters, state_tensors(model, ema, optimizer))
     other, other_ema = DiT(static_config), DiT(static_config)
     other_optimizer = make_optimizer(other, small_recipe())
     assert load_state(states(tmp_path)[-1], other, other_ema, other_optimizer) == counters
@@ -51,7 +60,7 @@ def test_only_the_newest_state_is_kept(
 ) -> None:
     parts = trained(static_config, small_recipe(), randomised)
     for iteration in (4, 100_000_000, 8):  # sorted by number, not by name
-        save_state(tmp_path, Counters(iteration=iteration), *parts)
+        save_state(tmp_path, Counters(iteration=iteration), state_tensors(*parts))
         assert [int(path.name[6:]) for path in states(tmp_path)] == [iteration]
 
 
@@ -67,7 +76,7 @@ def test_a_damaged_state_is_explained(
     tmp_path: Path, static_config: ModelConfig, small_recipe: Make, randomised: Randomised
 ) -> None:
     model, ema, optimizer = trained(static_config, small_recipe(), randomised)
-    save_state(tmp_path, Counters(iteration=8), model, ema, optimizer)
+    save_state(tmp_path, Counters(iteration=8), state_tensors(model, ema, optimizer))
     path = states(tmp_path)[-1]
     tensors, counters = path / "tensors.safetensors", path / "state.json"
     whole, said = tensors.read_bytes(), counters.read_text()
@@ -96,7 +105,7 @@ def test_a_state_of_before_formats_is_read(
     tmp_path: Path, static_config: ModelConfig, small_recipe: Make, randomised: Randomised
 ) -> None:
     model, ema, optimizer = trained(static_config, small_recipe(), randomised)
-    save_state(tmp_path, Counters(iteration=8), model, ema, optimizer)
+    save_state(tmp_path, Counters(iteration=8), state_tensors(model, ema, optimizer))
     file = states(tmp_path)[-1] / "state.json"
     values = json.loads(file.read_text())
     file.write_text(

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from dydit.checkpoints.fit import Given, Inferred, Shapes
     from dydit.graph.sources import Windows
     from dydit.graph.writer import GraphWriter
-    from dydit.models.architecture import Slots
+    from dydit.models.architecture import Product, Slots
     from dydit.models.dit.model import DiT
     from dydit.models.dit.sliced import SlicedDiT
     from dydit.models.sliced import Linear
@@ -143,6 +143,11 @@ class DiTArchitecture(Architecture):
         from dydit.models.transformer.modules import initialize_routers
 
         initialize_routers(model.blocks, generator, token_bias, width_bias)
+
+    def step_products(self, config: DiTConfig) -> Sequence[Product]:
+        from dydit.models.transformer.units import step_products
+
+        return step_products(config)
 
     def preset(self, name: str, **changes: Any) -> DiTConfig:
         from dydit.models.dit.config import preset

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dydit.models.dit.config import DiTConfig
-from dydit.models.transformer.modulation import scale_vectors
+from dydit.models.transformer.modulation import add_ones
 from dydit.models.transformer.modules import sinusoid
 from dydit.models.transformer.sliced import ModulatedSliced
 
@@ -30,5 +30,5 @@ def conditioning(config: DiTConfig, weights: Mapping[str, Tensor], timesteps: Te
     c = t_emb[:, None] + weights["label.table"][labels]
     out = F.linear(F.silu(c).to(weights["adaln.weight"].dtype), weights["adaln.weight"], weights["adaln.bias"])
     out = out.to(c.dtype).view(len(timesteps), len(labels), -1, config.hidden_size)
-    out[..., scale_vectors(config), :] += 1
+    add_ones(out)
     return out

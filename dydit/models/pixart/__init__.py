@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from dydit.checkpoints.fit import Given, Inferred, Shapes
     from dydit.graph.sources import Windows
     from dydit.graph.writer import GraphWriter
-    from dydit.models.architecture import Slots
+    from dydit.models.architecture import Product, Slots
     from dydit.models.pixart.model import PixArt
     from dydit.models.pixart.sliced import SlicedPixArt
     from dydit.models.sliced import Linear
@@ -175,6 +175,11 @@ class PixArtArchitecture(Architecture):
         from dydit.models.transformer.modules import initialize_routers
 
         initialize_routers(model.blocks, generator, token_bias, width_bias)
+
+    def step_products(self, config: PixArtConfig) -> Sequence[Product]:
+        from dydit.models.pixart.units import step_products
+
+        return step_products(config)
 
     def preset(self, name: str, **changes: Any) -> PixArtConfig:
         from dydit.models.pixart.config import preset

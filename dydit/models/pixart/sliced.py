@@ -12,7 +12,7 @@ from dydit.models.architecture import stored_name
 from dydit.models.pixart.config import PixArtConfig
 from dydit.models.pixart.model import text_bias
 from dydit.models.sliced import SlicedBlock
-from dydit.models.transformer.modulation import scale_vectors
+from dydit.models.transformer.modulation import add_ones
 from dydit.models.transformer.modules import sinusoid
 from dydit.models.transformer.sliced import ModulatedSliced
 
@@ -67,7 +67,7 @@ def conditioning(config: PixArtConfig, weights: Mapping[str, Tensor], timesteps:
     tables = weights["adaln.tables"]
     blocks = (six + tables[:-2].unflatten(0, (config.depth, 6))).flatten(1, 2)
     out = torch.cat([blocks, e[:, None] + tables[-2:]], 1)
-    out[:, scale_vectors(config)] += 1
+    add_ones(out)
     return out[:, None].expand(-1, len(labels), -1, -1).contiguous()
 
 

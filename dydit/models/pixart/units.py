@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dydit.models.architecture import block_of, stored_name
+from dydit.models.architecture import Product, block_of, stored_name
+from dydit.models.transformer import units
 from dydit.models.transformer.units import block_shapes, in_every_block, token_router_products, width_router_shapes
 
 if TYPE_CHECKING:
@@ -46,6 +47,20 @@ def stored_shapes(config: PixArtConfig) -> dict[str, Shape]:
 def _two_layers(name: str, inputs: int, size: int) -> dict[str, Shape]:
     first: dict[str, Shape] = {f"{name}.0.weight": (size, inputs), f"{name}.0.bias": (size,)}
     return first | {f"{name}.2.weight": (size, size), f"{name}.2.bias": (size,)}
+
+
+def step_products(config: PixArtConfig) -> tuple[Product, ...]:
+    """The products of a step outside of unit groups: those of every transformer, and cross-attention.
+
+    Each row reads the keys and values of its text, with as many tokens as the model was trained with.
+    """
+    n, d, tokens = config.tokens, config.hidden_size, config.text_tokens
+    products = list(units.step_products(config))
+    for block in range(config.depth):
+        q, proj = (stored_name(block, f"cross_{layer}.weight") for layer in ("q", "proj"))
+        mixing = Product(2 * n * tokens * d, n * d + 2 * tokens * d, n * d)
+        products += [Product.of(q, n, d, d), mixing, Product.of(proj, n, d, d)]
+    return tuple(products)
 
 
 def low_precision(config: PixArtConfig) -> tuple[str, ...]:

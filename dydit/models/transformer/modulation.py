@@ -10,6 +10,8 @@ after its 1 was added. Multiplying adaLN's weights instead would be equally exac
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from dydit.models.transformer.config import ModulatedConfig
@@ -18,16 +20,17 @@ from dydit.quantization.smoothing import Smoothing
 _SCALED = {"qkv": (0, 1), "fc1": (3, 4)}  # the indices of a layer's shift and scale among its block's vectors
 
 
-def scale_vectors(config: ModulatedConfig) -> list[int]:
-    """The indices of the vectors that are scales."""
-    return [*(6 * block + place for block in range(config.depth) for place in (1, 4)), config.vectors - 1]
-
-
 def scale_ones(config: ModulatedConfig) -> np.ndarray:
     """What is added to vectors: 1 for scales, 0 for the others, f32 [6L+2, 1]."""
     ones = np.zeros((config.vectors, 1), np.float32)
-    ones[scale_vectors(config)] = 1
+    add_ones(ones)
     return ones
+
+
+def add_ones(vectors: Any) -> None:
+    """Add the 1 of each `1+scale` to vectors [..., 6L+2, D] in place, by slices, which need no table on the device."""
+    vectors[..., 1:-2:3, :] += 1
+    vectors[..., -1, :] += 1
 
 
 def modulation_factors(model: ModulatedConfig, smoothing: Smoothing | None) -> np.ndarray | None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dydit.models.pointwise import PLAIN
 from dydit.models.sliced import SlicedBlock, SlicedModel
-from dydit.models.transformer.modules import layer_norm, unpatchify
+from dydit.models.transformer.modules import NORM_EPS, unpatchify
 
 
 class SlicedTransformer(SlicedModel):
@@ -25,16 +27,19 @@ class SlicedTransformer(SlicedModel):
         return F.linear(patches, *self._embed)
 
     def attention(self, block: SlicedBlock, x: Tensor, gates: Tensor | None) -> Tensor:
-        """The output of the attention branch for normalized tokens [R, N, D]. `gates`: of every head, or None."""
+        """The output of the attention branch for normalized tokens [R, N, D], in the type of its product.
+
+        `gates`: of every head, or None.
+        """
         slots = block.slots[0]
         if not len(slots):
-            return block.bias("proj").to(x.dtype)
+            return block.bias("proj")
         qkv = self.linear(block, "qkv", x).view(*x.shape[:2], len(slots), 3, -1)
         q, k, v = qkv.permute(3, 0, 2, 1, 4)
         out = F.scaled_dot_product_attention(q, k, v)  # [R, h, N, hd]
         if gates is not None:
             out = out * gates[slots][:, None, None].to(out.dtype)
-        return self.linear(block, "proj", out.transpose(1, 2).flatten(2)).to(x.dtype)
+        return self.linear(block, "proj", out.transpose(1, 2).flatten(2))
 
     def mlp(
         self,
@@ -42,30 +47,31 @@ class SlicedTransformer(SlicedModel):
         x: Tensor,
         gates: Tensor | None,
         normed: Callable[[Tensor, Tensor | None], Tensor],
-        scaled: Callable[[Tensor, Tensor | None], Tensor] = lambda branch, rows: branch,
+        scaled: Callable[[Tensor, Tensor | None], Tensor] | None = None,
     ) -> Tensor:
         """The stream [R, N, D] after the MLP of a block.
 
         `normed`, `scaled`: what is done before and after the MLP, with the stream (rows None), or with single tokens
-        [n, D] and the rows that they are from.
+        [n, D] and the rows that they are from. Without `scaled`, what the MLP gives is added as it is.
         """
+
+        def branch_of(tokens: Tensor, rows: Tensor | None) -> Tensor:
+            out = self._feed_forward(block, normed(tokens, rows), gates)
+            return out.to(x.dtype) if scaled is None else scaled(out, rows)
+
         if block.router is None:
             self.keep_every_token(x)
-            return x + scaled(self._feed_forward(block, normed(x, None), gates), None)
-
-        def branch(tokens: Tensor, rows: Tensor) -> Tensor:
-            return scaled(self._feed_forward(block, normed(tokens, rows), gates), rows)
-
-        return self.route(block, x, branch, has_units=len(block.slots[1]) > 0)
+            return x + branch_of(x, None)
+        return self.route(block, x, branch_of, has_units=len(block.slots[1]) > 0)
 
     def _feed_forward(self, block: SlicedBlock, x: Tensor, gates: Tensor | None) -> Tensor:
         slots = block.slots[1]
         if not len(slots):
-            return block.bias("fc2").to(x.dtype).expand_as(x)
-        hidden = F.gelu(self.linear(block, "fc1", x), approximate=self.config.GELU)
-        if gates is not None:
-            hidden = hidden * gates[slots].repeat_interleave(self.config.group_dim).to(hidden.dtype)
-        return self.linear(block, "fc2", hidden).to(x.dtype)
+            return block.bias("fc2").expand_as(x)
+        of_groups = None if gates is None else gates[slots]
+        hidden = self.linear(block, "fc1", x)
+        hidden = self.pointwise.activated(hidden, of_groups, self.config.group_dim, self.config.GELU)
+        return self.linear(block, "fc2", hidden)
 
 
 class ModulatedSliced(SlicedTransformer):
@@ -78,29 +84,30 @@ class ModulatedSliced(SlicedTransformer):
             first = 6 * block.index
             shift1, scale1, gate1, *vectors = condition[:, first : first + 6, None].unbind(1)  # six of [R, 1, D]
             head_gates, group_gates = (None, None) if gates is None else gates[2 * block.index : 2 * block.index + 2]
-            stream = stream + gate1 * self.attention(block, _modulate(stream, shift1, scale1), head_gates)
+            entering = self._modulated(stream, shift1, scale1, None, self.entering_type(block, "qkv"))
+            stream = self.pointwise.gated(stream, gate1, self.attention(block, entering, head_gates))
             stream = self._modulated_mlp(block, self._between(block, stream), vectors, group_gates)
             self.finish_block(stream)
         shift, scale = condition[:, -2, None], condition[:, -1, None]
-        return unpatchify(F.linear(_modulate(stream, shift, scale), *self._final), self.config)
+        last = PLAIN.modulated(stream, shift, scale, None, NORM_EPS, None)
+        return unpatchify(F.linear(last, *self._final), self.config)
 
     def _between(self, block: SlicedBlock, x: Tensor) -> Tensor:
         """The stream [R, N, D] after what is between attention and MLP: nothing in a DiT."""
         return x
 
     def _modulated_mlp(self, block: SlicedBlock, x: Tensor, vectors: Sequence[Tensor], gates: Tensor | None) -> Tensor:
-        def at(vector: Tensor, rows: Tensor | None) -> Tensor:
-            return vector if rows is None else vector[rows, 0]
-
         shift, scale, gate = vectors  # [R, 1, D]
+        dtype = self.entering_type(block, "fc1")
         return self.mlp(
             block,
             x,
             gates,
-            lambda tokens, rows: _modulate(tokens, at(shift, rows), at(scale, rows)),
-            lambda branch, rows: at(gate, rows) * branch,
+            lambda tokens, rows: self._modulated(tokens, shift, scale, rows, dtype),
+            lambda branch, rows: self.pointwise.scaled(branch, gate, rows, x.dtype),
         )
 
-
-def _modulate(x: Tensor, shift: Tensor, scale_plus_one: Tensor) -> Tensor:
-    return layer_norm(x) * scale_plus_one + shift
+    def _modulated(
+        self, x: Tensor, shift: Tensor, scale: Tensor, rows: Tensor | None, dtype: torch.dtype | None
+    ) -> Tensor:
+        return self.pointwise.modulated(x, shift, scale, rows, NORM_EPS, dtype)

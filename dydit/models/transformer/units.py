@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from dydit.models.architecture import WIDTH_ROUTER, BlockSpec, Side, UnitGroup, UnitLayer, stored_name
+from dydit.models.architecture import WIDTH_ROUTER, BlockSpec, Product, Side, UnitGroup, UnitLayer, stored_name
 
 if TYPE_CHECKING:
     from dydit.models.transformer.config import TransformerConfig
@@ -53,6 +53,26 @@ def token_router_products(config: TransformerConfig) -> frozenset[str]:
     return frozenset(stored_name(block, f"{layer}.weight") for block in blocks for layer in TOKEN_ROUTER_LAYERS)
 
 
+def step_products(config: TransformerConfig) -> tuple[Product, ...]:
+    """The products of a step outside of unit groups that every model has: embedding, final layer, token routers."""
+    d, hidden, patch = config.hidden_size, config.token_router_hidden, config.patch_features
+    outputs = config.patch_size**2 * config.out_channels
+    first, second = (f"{layer}.weight" for layer in TOKEN_ROUTER_LAYERS)
+    routers = (
+        product
+        for block in (range(config.depth) if config.dynamic else ())
+        for product in (
+            Product.of(stored_name(block, first), config.tokens, d, hidden),
+            Product.of(stored_name(block, second), config.tokens, hidden, 1),
+        )
+    )
+    return (
+        Product.of("embed.weight", config.patches, patch, d, once=True),
+        *routers,
+        Product.of("final.weight", config.patches, d, outputs),
+    )
+
+
 def attention_macs(config: TransformerConfig) -> int:
     """Multiply-adds of one block's attention for one image, all heads on: 4ND^2 + 2N^2 D."""
     n, d = config.patches, config.hidden_size
@@ -68,10 +88,19 @@ def block_spec(config: TransformerConfig) -> BlockSpec:
     """The block of a model, all of whose blocks have the same units."""
     d, units, head, group = config.hidden_size, config.num_heads, config.head_dim, config.group_dim
     attention = (UnitLayer(QKV, Side.OUTPUT, 3 * head, d), UnitLayer(PROJ, Side.INPUT, head, d))
+    mixing = 2 * config.patches**2 * head
     mlp = (UnitLayer(FC1, Side.OUTPUT, group, d), UnitLayer(FC2, Side.INPUT, group, d, scaled_inputs=True))
     return BlockSpec(
         (
-            UnitGroup(HEADS, units, attention, attention_macs(config) / units, attention=True, title="attention heads"),
+            UnitGroup(
+                HEADS,
+                units,
+                attention,
+                attention_macs(config) / units,
+                attention=True,
+                title="attention heads",
+                attention_macs=mixing,
+            ),
             UnitGroup(GROUPS, units, mlp, mlp_macs(config) / units, routed=True, title="channel groups"),
         )
     )

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from dydit.checkpoints.fit import Given, Inferred, Shapes
     from dydit.graph.sources import Windows
     from dydit.graph.writer import GraphWriter
-    from dydit.models.architecture import Slots
+    from dydit.models.architecture import Product, Slots
     from dydit.models.sliced import Linear
     from dydit.models.uvit.model import UViT
     from dydit.models.uvit.sliced import SlicedUViT
@@ -137,6 +137,11 @@ class UViTArchitecture(Architecture):
         from dydit.models.transformer.modules import initialize_routers
 
         initialize_routers(model.ordered_blocks(), generator, token_bias, width_bias)
+
+    def step_products(self, config: UViTConfig) -> Sequence[Product]:
+        from dydit.models.uvit.units import step_products
+
+        return step_products(config)
 
     def preset(self, name: str, **changes: Any) -> UViTConfig:
         from dydit.models.uvit.config import preset

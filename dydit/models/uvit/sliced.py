@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dydit.models.architecture import stored_name
+from dydit.models.pointwise import PLAIN
 from dydit.models.sliced import SlicedBlock
 from dydit.models.transformer.modules import sinusoid, unpatchify
 from dydit.models.transformer.sliced import SlicedTransformer
@@ -40,26 +41,28 @@ class SlicedUViT(SlicedTransformer):
             if index in self._skips:
                 stream = self._joined(index, stream, skips.pop())
             heads, groups = (None, None) if gates is None else gates[2 * index : 2 * index + 2]
-            stream = stream + self.attention(block, self._normed(stream, self._norms[index][0]), heads)
+            entering = self._normed(stream, self._norms[index][0], self.entering_type(block, "qkv"))
+            stream = stream + self.attention(block, entering, heads).to(stream.dtype)
             stream = self._mlp(block, stream, groups)
             self.finish_block(stream)
             if index < self.config.half:
                 skips.append(stream)
-        patches = F.linear(self._normed(stream[:, self.config.extra_tokens :], self._norm), *self._final)
+        last = PLAIN.normed(stream[:, self.config.extra_tokens :], *self._norm, NORM_EPS, None)
+        patches = F.linear(last, *self._final)
         image = unpatchify(patches, self.config)
         return image if self._conv is None else F.conv2d(image, *self._conv, padding=1)
 
     def _mlp(self, block: SlicedBlock, x: Tensor, gates: Tensor | None) -> Tensor:
         norm = self._norms[block.index][1]
-        return self.mlp(block, x, gates, lambda tokens, rows: self._normed(tokens, norm))
+        dtype = self.entering_type(block, "fc1")
+        return self.mlp(block, x, gates, lambda tokens, rows: self._normed(tokens, norm, dtype))
 
     def _joined(self, block: int, stream: Tensor, skip: Tensor) -> Tensor:
         weight, bias = self._skips[block]
         return F.linear(torch.cat([stream, skip], -1).to(weight.dtype), weight, bias).to(stream.dtype)
 
-    @staticmethod
-    def _normed(x: Tensor, norm: tuple[Tensor, Tensor]) -> Tensor:
-        return F.layer_norm(x, x.shape[-1:], *norm, eps=NORM_EPS)
+    def _normed(self, x: Tensor, norm: tuple[Tensor, Tensor], dtype: torch.dtype | None) -> Tensor:
+        return self.pointwise.normed(x, *norm, NORM_EPS, dtype)
 
 
 @torch.inference_mode()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dydit.models.architecture import stored_name
+from dydit.models.architecture import Product, stored_name
+from dydit.models.transformer import units
 from dydit.models.transformer.units import block_shapes, in_every_block, token_router_products, width_router_shapes
 
 if TYPE_CHECKING:
@@ -38,6 +39,17 @@ def stored_shapes(config: UViTConfig) -> dict[str, Shape]:
     if config.num_classes:
         shapes["label.table"] = (config.classes.rows, d)
     return shapes | width_router_shapes(config)
+
+
+def step_products(config: UViTConfig) -> tuple[Product, ...]:
+    """The products of a step outside of unit groups: those of every transformer, long skips, and the convolution."""
+    d, c, pixels = config.hidden_size, config.out_channels, config.input_size**2
+    skips = (
+        Product.of(stored_name(block, SKIP[0]), config.tokens, 2 * d, d)
+        for block in filter(config.has_skip, range(config.depth))
+    )
+    conv = (Product(9 * c * c * pixels, c * pixels, c * pixels, "conv.weight"),) if config.conv else ()
+    return (*units.step_products(config), *skips, *conv)
 
 
 def skip_tensors(config: UViTConfig) -> tuple[str, ...]:

@@ -31,7 +31,8 @@ from dydit.runtime.backends.session import (
     require_provider,
     runtime,
 )
-from dydit.runtime.device.cuda import CudaMemory, pycuda_driver
+from dydit.runtime.device.cuda import CudaMemory
+from dydit.runtime.device.driver import Driver, require_driver
 from dydit.runtime.device.execute import Executor, Tensor
 from dydit.runtime.device.launches import EngineMemory
 from dydit.runtime.device.memory_layout import LaunchOptions
@@ -98,14 +99,13 @@ class _BoundEngine:
         self._session.run_with_iobinding(binding, options)
 
 
-class _Sessions:
-    """Sessions as the engines of a `Device` that captures no graphs of its own; the other base class is its memory."""
+class CudaSessions(CudaMemory):
+    """Sessions of the CUDA provider as the engines of a `Device` that captures no graphs of its own."""
 
-    kind: str
-    stream: int
+    kind = "cuda"
 
-    def __init__(self, bundle: Bundle, options: BackendOptions, graphs: bool = True):
-        super().__init__()
+    def __init__(self, bundle: Bundle, options: BackendOptions, graphs: bool = True, driver: Driver | None = None):
+        super().__init__(driver)
         self._bundle, self._options, self._graphs = bundle, options, graphs
         self._engines: dict[EngineId, _BoundEngine] = {}
 
@@ -119,6 +119,10 @@ class _Sessions:
 
     def unload(self, engine: EngineId) -> None:
         del self._engines[engine]
+
+    def close(self) -> None:
+        self._engines.clear()
+        super().close()
 
     def memory(self, engine: EngineId) -> EngineMemory:
         return session_memory(self._bundle, engine)
@@ -144,12 +148,6 @@ class _Sessions:
         raise NotImplementedError
 
 
-class CudaSessions(_Sessions, CudaMemory):
-    """Sessions of the CUDA provider."""
-
-    kind = "cuda"
-
-
 def session_memory(bundle: Bundle, engine: EngineId) -> EngineMemory:
     """Bytes of the weights that a session holds. Its activations are not counted: onnxruntime allocates them itself.
 
@@ -170,8 +168,8 @@ def session_memory(bundle: Bundle, engine: EngineId) -> EngineMemory:
 class OnnxRuntimeDeviceBackend(WholeRunsBackend, OnnxRuntimeBackend):
     """The ONNX Runtime backend with whole runs on the device; single steps are those of `OnnxRuntimeBackend`.
 
-    Needs onnxruntime-gpu and PyCUDA. `graphs`: let the provider capture CUDA graphs where it can. `sessions`: the
-    device of whole runs.
+    Needs onnxruntime-gpu, and PyCUDA or cuda-bindings. `graphs`: let the provider capture CUDA graphs where it can.
+    `sessions`: the device of whole runs.
     """
 
     sessions: type[CudaSessions] = CudaSessions
@@ -180,7 +178,7 @@ class OnnxRuntimeDeviceBackend(WholeRunsBackend, OnnxRuntimeBackend):
         super().__init__(bundle, options)
         self._graphs = graphs
         if self.sessions is CudaSessions:
-            pycuda_driver()
+            require_driver()
         self._executor: Executor | None = None
 
     def _make_sampler(self) -> DeviceSampler:

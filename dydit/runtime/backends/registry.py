@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 from collections.abc import Callable
 from functools import partial
 
@@ -13,6 +12,7 @@ from dydit.errors import BackendError, one_line
 from dydit.extras import require_release
 from dydit.runtime.backends.base import Backend, BackendOptions
 from dydit.runtime.backends.cores import thread_count
+from dydit.runtime.device import driver
 
 BACKENDS = ("onnxruntime", "torch")
 DEVICES = ("cpu", "cuda")
@@ -75,7 +75,7 @@ def _status(name: str) -> tuple[str, bool, str]:
 
 
 def _open_onnxruntime(bundle: Bundle, options: BackendOptions) -> Backend:
-    if options.device == "cuda" and importlib.util.find_spec("pycuda"):
+    if options.device == "cuda" and driver.is_installed():
         from dydit.runtime.backends.ort_cuda import OnnxRuntimeDeviceBackend
 
         return OnnxRuntimeDeviceBackend(bundle, options)
@@ -86,6 +86,10 @@ def _open_onnxruntime(bundle: Bundle, options: BackendOptions) -> Backend:
 
 def _open_torch(bundle: Bundle, options: BackendOptions) -> Backend:
     require_torch()
+    if options.device == "cuda" and driver.is_installed():
+        from dydit.runtime.backends.torch_cuda import TorchDeviceBackend
+
+        return TorchDeviceBackend(bundle, options)
     from dydit.runtime.backends.torch import TorchBackend
 
     return TorchBackend(bundle, options)

@@ -1,7 +1,8 @@
 """The TensorRT backend, for both flavours: engines that `dydit build` put into the bundle, on an NVIDIA GPU.
 
-The work is done in `dydit.runtime.device`. This module provides what that needs: a flavour of TensorRT, a GPU, PyCUDA,
-engines. None is imported or looked for before a backend is opened, and an error says in one line what is missing.
+The work is done in `dydit.runtime.device`. This module provides what that needs: a flavour of TensorRT, a GPU, a
+package with the CUDA driver, engines. None is imported or looked for before a backend is opened, and an error says in
+one line what is missing.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from dydit.engines.store import EngineStore, open_store
 from dydit.errors import BackendError, DyditError, one_line
 from dydit.runtime.backends.base import BackendOptions, DecodeTile
 from dydit.runtime.device.backend import DeviceBackend
-from dydit.runtime.device.cuda import CudaDevice, pycuda_driver
+from dydit.runtime.device.cuda import CudaDevice
+from dydit.runtime.device.driver import require_driver
 from dydit.runtime.device.engine_runtime import Runtime
 from dydit.runtime.device.launches import EngineMemory
 from dydit.runtime.device.operations import EngineId
@@ -126,7 +128,7 @@ def _require_gpu() -> Gpu:
             "TensorRT engines need an NVIDIA GPU, but no driver or GPU was found here; use "
             "backend='onnxruntime' (--backend onnxruntime)"
         )
-    pycuda_driver()
+    require_driver()
     return gpu
 
 

@@ -1,132 +1,166 @@
-"""An NVIDIA GPU as a `Device`: PyCUDA for context, memory, streams and events, TensorRT for engines.
+"""An NVIDIA GPU as a `Device`, on a `Driver` and on engines that run on its stream.
 
-It uses the device's primary context, as PyTorch and ONNX Runtime do, so that all of them work in one process. The
-context is current in a thread only inside `activate`. Streams do not wait for the legacy default stream. PyCUDA
-(2026.1) has no CUDA graphs, so the six driver functions that capture and replay them are called directly.
-
-The logic is in `dydit.runtime.device.execute`, which is tested without a GPU.
+The context is current in a thread only inside `activate`. Every call of the driver is made here or in
+`dydit.runtime.device.pinned`; the logic of runs is in `dydit.runtime.device.execute`. The tests run all of it on a
+driver that is simulated, and that refuses what a real one would.
 """
 
 from __future__ import annotations
 
-import ctypes
-import importlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, suppress
+from typing import Any, Protocol
 
 import numpy as np
 
-from dydit.errors import BackendError, one_line
-from dydit.runtime.device.engine_runtime import LoadedEngine, Runtime
+from dydit.errors import BackendError, DyditError
+from dydit.runtime.device.driver import Driver, open_driver
 from dydit.runtime.device.execute import CaptureError, Tensor
 from dydit.runtime.device.launches import EngineMemory
 from dydit.runtime.device.operations import COMPUTE, COPY, EngineId
+from dydit.runtime.device.pinned import PinnedRing
 
-_NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
-_THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL: other threads, PyTorch's say, may allocate meanwhile
 _MIB = 1 << 20
 
 
-class CudaMemory:
-    """The first GPU's memory and streams, as `Device` describes. Raises `BackendError` for errors of the driver."""
+class Engine(Protocol):
+    """A loaded engine."""
 
-    def __init__(self) -> None:
-        self._cuda = pycuda_driver()
-        with self._explained("start"):
-            self._cuda.init()
-            self._context = self._cuda.Device(0).retain_primary_context()
-        self._memory: dict[int, Any] = {}
+    @property
+    def memory(self) -> EngineMemory:
+        """What it needs."""
+
+    def longest(self, name: str) -> tuple[int, ...]:
+        """The largest shape of an input that it takes."""
+
+    def launch(
+        self,
+        inputs: Sequence[Tensor],
+        outputs: Sequence[Tensor],
+        workspace: tuple[int, int],
+        stream: int,
+        capturing: bool,
+    ) -> None:
+        """Queue one execution on a CUDA stream; `workspace`: address and bytes for its activations."""
+
+    def close(self) -> None:
+        """Free it."""
+
+
+class Engines(Protocol):
+    """Loads engines onto the GPU whose context is current."""
+
+    def load(self, engine: EngineId) -> Engine:
+        """An engine. Raises `BackendError` where it cannot be loaded."""
+
+
+class CudaMemory:
+    """The first GPU's memory and streams, as `Device` describes. Raises `BackendError` for errors of the driver.
+
+    `driver`: by default the one that is installed.
+    """
+
+    def __init__(self, driver: Driver | None = None):
+        self._driver = open_driver() if driver is None else driver
+        self._memory: set[int] = set()
         self._events: dict[str, Any] = {}
-        with self.activate():
-            self._streams = {name: self._cuda.Stream(_NON_BLOCKING) for name in (COMPUTE, COPY)}
+        self._ring = PinnedRing(self._driver)
+        with self.activate(), _explained("start"):
+            self._streams = {name: self._driver.make_stream() for name in (COMPUTE, COPY)}
 
     @contextmanager
     def activate(self) -> Iterator[None]:
-        with self._explained("be used"):
-            self._context.push()
+        with _explained("be used"):
+            self._driver.push()
         try:
             yield
         finally:
-            self._cuda.Context.pop()
-
-    @contextmanager
-    def _explained(self, what: str) -> Iterator[None]:
-        try:
-            yield
-        except self._cuda.Error as error:
-            raise BackendError(f"the GPU cannot {what}: {one_line(error)}") from error
+            self._driver.pop()
 
     def free_memory(self) -> int:
-        with self._explained("say how much memory is free"):
-            return int(self._cuda.mem_get_info()[0])
+        with _explained("say how much memory is free"):
+            return self._driver.free_memory()
 
     @property
     def stream(self) -> int:
         """The handle of the compute stream."""
-        return int(self._streams[COMPUTE].handle)
+        return self._streams[COMPUTE]
 
     def allocate(self, nbytes: int) -> int:
-        with self._explained(f"allocate {nbytes / _MIB:.0f} MiB (use a smaller batch size, or free memory)"):
-            allocation = self._cuda.mem_alloc(nbytes)
-        self._memory[int(allocation)] = allocation
-        return int(allocation)
+        with _explained(f"allocate {nbytes / _MIB:.0f} MiB (use a smaller batch size, or free memory)"):
+            address = self._driver.allocate(nbytes)
+        self._memory.add(address)
+        return address
 
     def free(self, address: int) -> None:
-        with self._explained("free memory"):
-            self._memory.pop(address).free()
+        self._memory.discard(address)
+        with _explained("free memory"):
+            self._driver.free(address)
 
     def upload(self, to: int, data: np.ndarray, stream: str) -> None:
-        """Copy contiguous host data. The driver copies pageable memory before it returns."""
-        with self._explained("receive data"):
-            self._cuda.memcpy_htod_async(to, data, self._streams[stream])
+        with _explained("receive data"):
+            self._ring.upload(to, data, self._streams[stream])
 
     def download(self, source: int, nbytes: int) -> np.ndarray:
-        data = np.empty(nbytes, np.uint8)
-        with self._explained("finish its work"):
-            self._streams[COMPUTE].synchronize()
-            self._cuda.memcpy_dtoh(data, source)
-        return data
+        with _explained("finish its work"):
+            return self._ring.download(source, nbytes, self.stream)
 
     def copy(self, to: int, source: int, nbytes: int) -> None:
-        with self._explained("copy data"):
-            self._cuda.memcpy_dtod_async(to, source, nbytes, self._streams[COMPUTE])
+        with _explained("copy data"):
+            self._driver.copy(to, source, nbytes, self.stream)
 
     def clear(self, to: int, nbytes: int) -> None:
-        with self._explained("clear memory"):
-            self._cuda.memset_d8_async(to, 0, nbytes, self._streams[COMPUTE])
+        with _explained("clear memory"):
+            self._driver.clear(to, nbytes, self.stream)
 
     def record(self, event: str, stream: str) -> None:
-        with self._explained("record an event"):
+        with _explained("record an event"):
             if event not in self._events:
-                self._events[event] = self._cuda.Event(self._cuda.event_flags.DISABLE_TIMING)
-            self._events[event].record(self._streams[stream])
+                self._events[event] = self._driver.make_event()
+            self._driver.record(self._events[event], self._streams[stream])
 
     def wait(self, stream: str, event: str) -> None:
-        with self._explained("wait for an event"):
-            self._streams[stream].wait_for_event(self._events[event])
+        with _explained("wait for an event"):
+            self._driver.wait(self._streams[stream], self._events[event])
 
     def synchronize(self, event: str) -> None:
-        with self._explained("finish its work"):
-            self._events[event].synchronize()
+        with _explained("finish its work"):
+            self._driver.synchronize(self._events[event])
 
     def idle(self) -> None:
-        with self._explained("finish its work"):
+        with _explained("finish its work"):
             for stream in self._streams.values():
-                stream.synchronize()
+                self._driver.synchronize_stream(stream)
+
+    def close(self) -> None:
+        """Free all that is left on the device, streams and events too, and release its context."""
+        with self.activate():
+            with suppress(DyditError):
+                self.idle()
+            with _explained("free its memory"):
+                while self._memory:
+                    self._driver.free(self._memory.pop())
+                self._ring.close()
+                while self._events:
+                    self._driver.destroy_event(self._events.popitem()[1])
+                while self._streams:
+                    self._driver.destroy_stream(self._streams.popitem()[1])
+        with _explained("be released"):
+            self._driver.close()
 
 
 class CudaDevice(CudaMemory):
-    """The first GPU, with TensorRT engines."""
+    """The first GPU, with engines that `engines` loads, TensorRT's say."""
 
-    def __init__(self, runtime: Runtime):
-        super().__init__()
-        self._graphs, self._runtime = _DriverGraphs(), runtime
-        self._engines: dict[EngineId, LoadedEngine] = {}
+    def __init__(self, engines: Engines, driver: Driver | None = None):
+        super().__init__(driver)
+        self._loader = engines
+        self._engines: dict[EngineId, Engine] = {}
+        self._graphs: set[int] = set()
         self._capturing = False
 
     def load(self, engine: EngineId) -> None:
-        self._engines[engine] = self._runtime.load(engine)
+        self._engines[engine] = self._loader.load(engine)
 
     def unload(self, engine: EngineId) -> None:
         self._engines.pop(engine).close()
@@ -143,68 +177,54 @@ class CudaDevice(CudaMemory):
         self._engines[engine].launch(inputs, outputs, workspace, self.stream, self._capturing)
 
     def begin_capture(self) -> None:
-        self._graphs.begin(self.stream)
+        with _captured():
+            self._driver.begin_capture(self.stream)
         self._capturing = True
 
-    def end_capture(self) -> Any:
-        self._capturing = False
-        return self._graphs.end(self.stream)
+    def end_capture(self) -> int:
+        with _captured():
+            try:
+                graph = self._driver.end_capture(self.stream)
+            finally:
+                self._capturing = False
+        self._graphs.add(graph)
+        return graph
 
-    def replay(self, graph: Any) -> None:
-        self._graphs.launch(graph, self.stream)
+    def replay(self, graph: int) -> None:
+        with _captured():
+            self._driver.launch_graph(graph, self.stream)
 
-    def drop(self, graph: Any) -> None:
-        self._graphs.destroy(graph)
+    def drop(self, graph: int) -> None:
+        self._graphs.discard(graph)
+        with _captured():
+            self._driver.destroy_graph(graph)
 
-
-class _DriverGraphs:
-    """Capture and replay by the driver API. Handles are integers."""
-
-    def __init__(self) -> None:
-        try:
-            self._library = ctypes.CDLL("libcuda.so.1")
-        except OSError as error:
-            raise BackendError(
-                "no NVIDIA driver (libcuda) on this machine; use backend='onnxruntime' (--backend onnxruntime)"
-            ) from error
-
-    def begin(self, stream: int) -> None:
-        """Start recording a stream."""
-        self._call("cuStreamBeginCapture_v2", ctypes.c_void_p(stream), ctypes.c_int(_THREAD_LOCAL))
-
-    def end(self, stream: int) -> int:
-        """Stop recording, and make the graph runnable."""
-        graph, executable = ctypes.c_void_p(), ctypes.c_void_p()
-        self._call("cuStreamEndCapture", ctypes.c_void_p(stream), ctypes.byref(graph))
-        try:
-            self._call("cuGraphInstantiateWithFlags", ctypes.byref(executable), graph, ctypes.c_ulonglong(0))
-        finally:
-            self._call("cuGraphDestroy", graph)
-        assert executable.value is not None
-        return executable.value
-
-    def launch(self, graph: int, stream: int) -> None:
-        """Run a graph on a stream."""
-        self._call("cuGraphLaunch", ctypes.c_void_p(graph), ctypes.c_void_p(stream))
-
-    def destroy(self, graph: int) -> None:
-        """Free a runnable graph."""
-        self._call("cuGraphExecDestroy", ctypes.c_void_p(graph))
-
-    def _call(self, function: str, *arguments: Any) -> None:
-        if code := getattr(self._library, function)(*arguments):
-            text = ctypes.c_char_p()
-            self._library.cuGetErrorString(code, ctypes.byref(text))
-            reason = (text.value or b"unknown").decode(errors="replace")
-            raise CaptureError(f"CUDA graphs do not work here: {function} failed ({code}, {reason})")
+    def close(self) -> None:
+        with self.activate():
+            with suppress(DyditError):
+                if self._capturing:  # interrupted before its end
+                    self.end_capture()
+                self.idle()
+            while self._graphs:
+                self._driver.destroy_graph(self._graphs.pop())
+            while self._engines:
+                self._engines.popitem()[1].close()
+        super().close()
 
 
-def pycuda_driver() -> Any:
-    """The module pycuda.driver. Raises `BackendError` with what to install where it is missing."""
+@contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """Say what the GPU cannot do, before the driver's reason."""
     try:
-        return importlib.import_module("pycuda.driver")
-    except (ImportError, OSError) as error:
-        raise BackendError(
-            f"pycuda cannot be imported ({one_line(error)}); pip install 'dydit[gpu]' (pip compiles it here, which "
-            "needs the CUDA headers)"
-        ) from error
+        yield
+    except BackendError as error:
+        raise BackendError(f"the GPU cannot {what}: {error}") from error
+
+
+@contextmanager
+def _captured() -> Iterator[None]:
+    """Work that can be done without graphs if this fails."""
+    try:
+        yield
+    except BackendError as error:
+        raise CaptureError(f"CUDA graphs do not work here: {error}") from error

@@ -1,7 +1,7 @@
 """Runs the operations of a `LaunchPlan` on a `Device`.
 
-This is the only interpreter of the operations: on a GPU (`dydit.runtime.device.cuda`) and, in tests, on a device made
-of NumPy arrays whose streams run in any order that the events allow.
+This is the only interpreter of the operations. Its device is `dydit.runtime.device.cuda`, on the driver of a GPU or,
+in tests, on a simulated one whose streams run in any order that the events allow.
 """
 
 from __future__ import annotations
@@ -99,6 +99,9 @@ class Device(Protocol):
 
     def drop(self, graph: Any) -> None:
         """Free a graph that is not running."""
+
+    def close(self) -> None:
+        """Free all that is left, and the device itself: it cannot be used any more."""
 
 
 Host = Callable[[HostArray], np.ndarray]
@@ -198,7 +201,14 @@ class Executor:
             self._all(tuple(op.DropGraph(graph) for graph in self._graphs))
 
     def close(self) -> None:
-        """Free everything on the device."""
+        """Free everything on the device, and the device."""
+        try:
+            self.free()
+        finally:
+            self.device.close()
+
+    def free(self) -> None:
+        """Free what this executor has on the device. It can be used again."""
         self._unit_order = None
         with self.device.activate():
             with suppress(DyditError):

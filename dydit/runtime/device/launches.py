@@ -127,6 +127,7 @@ class LaunchPlan:
         self._captured = set(self._state.graphs)
         self._unit_order = self._state.unit_order
         self._batch_of_texts: int | None = None  # whose keys and values the engines find
+        self._taken = False  # whether INPUTS_TAKEN was recorded
 
     @cached_property
     def buffers(self) -> dict[str, int]:
@@ -166,7 +167,7 @@ class LaunchPlan:
         if self.layout.unit_weights is not None and self._unit_order is None:
             ops += self.layout.unit_weights.fill()
             self._unit_order = self.layout.unit_weights.stored
-        return (*ops, *self._fetch(self.layout.visited[0], self.layout.waiting(self.layout.visited[0])[0], True))
+        return (*ops, *self._fetch(self.layout.visited[0], self.layout.waiting(self.layout.visited[0])[0]))
 
     def segments(self) -> Iterator[SegmentOps]:
         """Segment after segment. Each is computed when it is requested."""
@@ -233,12 +234,12 @@ class LaunchPlan:
             inputs |= {HostArray(each.name, batch): each.nbytes for each in self.layout.text_bindings()[0]}
         return inputs
 
-    def _fetch(self, segment: int, batch: int, first: bool = False) -> list[Operation]:
+    def _fetch(self, segment: int, batch: int) -> list[Operation]:
         """Upload a batch's inputs for a segment while other work runs, once those before were copied away."""
         inputs = self._inputs(segment, batch)
         if not inputs:
             return []
-        wait: list[Operation] = [] if first else [op.Wait(COPY, INPUTS_TAKEN)]
+        wait: list[Operation] = [op.Wait(COPY, INPUTS_TAKEN)] if self._taken else []
         uploads = [op.Upload(Address(f"{each.kind}.next"), each, nbytes, COPY) for each, nbytes in inputs.items()]
         return [*wait, *uploads, op.Record(INPUTS_READY, COPY)]
 
@@ -247,6 +248,7 @@ class LaunchPlan:
         inputs = self._inputs(segment, batch)
         if not inputs:
             return []
+        self._taken = True
         copies = [op.Copy(Address(each.kind), Address(f"{each.kind}.next"), nbytes) for each, nbytes in inputs.items()]
         return [op.Wait(COMPUTE, INPUTS_READY), *copies, op.Record(INPUTS_TAKEN, COMPUTE)]
 

@@ -86,14 +86,16 @@ class RunShape:
 class LaunchOptions:
     """How to run. No option changes what is computed.
 
-    `graphs`: capture segments as CUDA graphs (dynamic routing cannot be captured and runs without). `fixed`: steps read
-    their inputs at fixed addresses even without graphs. `resident`: subnetworks that are loaded at a time, at least 2
+    `graphs`: capture segments as CUDA graphs (dynamic routing cannot be captured and runs without, unless engines have
+    `fixed_shapes`: they compute all tokens then). `fixed`: steps read their inputs at fixed addresses even without
+    graphs. `resident`: subnetworks that are loaded at a time, at least 2
     (None: all). `condition_bytes`, `conditioning_steps`: how much condition is computed ahead, at most; the latter is
     what the engine's profile allows. `save_segments`: download latents after every segment, not only the last.
     """
 
     graphs: bool = True
     fixed: bool = False
+    fixed_shapes: bool = False
     resident: int | None = None
     condition_bytes: int = 1 << 30
     conditioning_steps: int = 1 << 30
@@ -119,7 +121,7 @@ class Layout:
             )
         self.largest = max(shape.sizes)
         self.capacity = manifest.routing is Routing.CAPACITY
-        self.capturing = options.graphs and manifest.routing is not Routing.DYNAMIC
+        self.capturing = options.graphs and (options.fixed_shapes or manifest.routing is not Routing.DYNAMIC)
         self.image_bytes = 4 * model.in_channels * model.input_size**2
         self.multistep, self._noisy = manifest.sampling.multistep, frozenset(manifest.sampling.noisy_steps)
         self.condition_row = 4 * math.prod(model.condition_shape)

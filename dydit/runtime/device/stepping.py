@@ -43,7 +43,7 @@ class Stepper:
         if self._unit_weights is not None:
             weights = UnitWeights(bundle.manifest)
             if not weights.has_places_of(self._unit_weights):
-                self._weights.close()
+                self._weights.free()
             self._unit_weights = weights
         self._bundle = bundle
 
@@ -117,13 +117,20 @@ class Stepper:
         return address
 
     def close(self) -> None:
-        """Free buffers and engines."""
-        with self._lock, self._device.activate():
-            self._device.idle()
-            for engine in [engine for engine, users in self._users.items() if users > 0]:
-                self._device.unload(engine)
-            self._users.clear()
-            self._weights.close()
-            for address, _ in self._buffers.values():
-                self._device.free(address)
-            self._buffers.clear()
+        """Free buffers, engines and the device."""
+        with self._lock:
+            try:
+                with self._device.activate():
+                    self._free()
+            finally:
+                self._device.close()
+
+    def _free(self) -> None:
+        self._device.idle()
+        for engine in [engine for engine, users in self._users.items() if users > 0]:
+            self._device.unload(engine)
+        self._users.clear()
+        self._weights.free()
+        for address, _ in self._buffers.values():
+            self._device.free(address)
+        self._buffers.clear()

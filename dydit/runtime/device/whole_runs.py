@@ -192,7 +192,7 @@ class WholeRunsBackend(Backend):
 def close_whatever_state(executor: Executor) -> None:
     """Free what an executor has on its device, even if an interrupt left its records wrong.
 
-    What cannot be freed is freed together with the device.
+    What it does not know of is freed together with the device.
     """
     with contextlib.suppress(Exception):
-        executor.close()
+        executor.close()  # which closes the device in any case

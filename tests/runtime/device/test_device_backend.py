@@ -110,7 +110,7 @@ def test_single_steps_are_those_of_the_engines(sampler, make_bundle, fake_device
     (device,) = fixture.devices
     assert set(device.engines) == {CONDITIONER}, "closed subnetworks are gone"
     fixture.backend.close()
-    assert not device.arena and not device.engines
+    assert not device.driver.memory and not device.engines
 
 
 def test_conditioning_is_cut_to_what_the_engine_takes(make_bundle, fake_device, relative_to):
@@ -134,9 +134,9 @@ def test_a_whole_run_is_the_loop(kind, sampler, make_bundle, fake_device, expect
         assert (stats.images, stats.steps, stats.repeated_steps) == (5, theirs.steps, theirs.repeated_steps)
         assert seen[-1] == (36, 36) and seen == sorted(seen)
     (device,) = fixture.devices
-    memory = sum(len(a) for a in device.arena.values())
+    memory = sum(device.driver.memory.values())
     fixture.run()
-    assert sum(len(a) for a in device.arena.values()) == memory
+    assert sum(device.driver.memory.values()) == memory
 
 
 @pytest.mark.parametrize("sampler", [Sampler.DDPM, Sampler.DPM_SOLVER])
@@ -179,7 +179,7 @@ def test_where_graphs_cannot_be_captured_it_runs_without(make_bundle, fake_devic
 
     class Refusing(fake_device):
         def launch(self, *arguments):
-            if self.recording is not None:
+            if self.driver.capturing:
                 raise kind("this engine cannot be captured")
             super().launch(*arguments)
 
@@ -190,10 +190,10 @@ def test_where_graphs_cannot_be_captured_it_runs_without(make_bundle, fake_devic
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fixture.run()
-        assert not fixture.devices[0].graphs and fixture.devices[0].replays == 0
+        assert not fixture.devices[0].driver.graphs and fixture.devices[0].driver.replays == 0
         fixture.backend._clear_runs()
         fixture.run()
-    assert len(fixture.devices) == 2 and not fixture.devices[1].captures, "it is tried and said once"
+    assert len(fixture.devices) == 2 and not fixture.devices[1].driver.captures, "it is tried and said once"
 
 
 def test_what_engines_need_is_found_out_once(make_bundle, fake_device):
@@ -229,13 +229,13 @@ def test_residency_follows_the_memory_that_is_free(make_bundle, fake_device, exp
         peaks.append(len(device.engines))
 
     device.load = watched
-    device.free_bytes = RESERVE + (5 << 29)
+    device.driver.free_bytes = RESERVE + (5 << 29)
     latents, _ = fixture.run()
     assert max(peaks) == 3, "the conditioning and two subnetworks"
     assert same(latents, expected(fixture)[0])
     small = Fixture(bundle, fake_device, known)
     small.backend._sampler  # noqa: B018
-    small.devices[0].free_bytes = RESERVE + (1 << 30)
+    small.devices[0].driver.free_bytes = RESERVE + (1 << 30)
     with pytest.raises(BackendError, match=r"needs 3.0 GiB .* with two subnetworks loaded, but only 2.0 GiB are free"):
         small.run()
 
@@ -286,10 +286,10 @@ def test_a_backend_that_nobody_holds_frees_the_device(make_bundle, fake_device):
     fixture = Fixture(make_bundle(routing=Routing.DENSE), fake_device)
     fixture.run()
     (device,) = fixture.devices
-    assert device.arena
+    assert device.driver.memory
     del fixture.backend
     gc.collect()
-    assert not device.arena and not device.engines and not device.graphs
+    assert not device.driver.memory and not device.engines and not device.driver.graphs
 
 
 def latents_of(count):
@@ -307,7 +307,7 @@ def test_the_decoder_is_an_engine_like_the_others(vae_bundle, fake_device, relat
     fixture.backend.decode(latents_of(2))
     assert device.loads == [DECODER]
     fixture.backend.close()
-    assert not device.arena and not device.engines
+    assert not device.driver.memory and not device.engines
 
 
 def test_the_decoder_takes_the_place_of_runs_where_there_is_none_else(vae_bundle, fake_device, expected):
@@ -317,7 +317,7 @@ def test_the_decoder_takes_the_place_of_runs_where_there_is_none_else(vae_bundle
 
     class Full(fake_device):
         def allocate(self, nbytes):
-            if running.arena:
+            if running.driver.memory:
                 raise BackendError("the GPU cannot allocate")
             return super().allocate(nbytes)
 
@@ -327,7 +327,7 @@ def test_the_decoder_takes_the_place_of_runs_where_there_is_none_else(vae_bundle
 
     fixture.backend._make_device = make
     assert fixture.backend.decode(latents[0]).shape == (2, 3, 16, 16)
-    assert not running.arena and not running.engines and not running.graphs
+    assert not running.driver.memory and not running.engines and not running.driver.graphs
     again, _ = fixture.run()
     assert same(again, latents) and len(fixture.devices) == 3
 

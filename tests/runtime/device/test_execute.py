@@ -14,13 +14,14 @@ from dydit.diffusion.steps import State
 from dydit.errors import BackendError
 from dydit.runtime.device.execute import Executor
 from dydit.runtime.device.inputs import HostInputs, pack, unpack
-from dydit.runtime.device.launches import LaunchPlan
+from dydit.runtime.device.launches import INPUTS_READY, INPUTS_TAKEN, LaunchPlan
 from dydit.runtime.device.memory_layout import LaunchOptions, RunShape
 from dydit.runtime.device.operations import ALIGNMENT, CONDITIONER, EngineId
 from dydit.runtime.loop import MemoryStore, StepRunner, sample
 from dydit.runtime.noise_source import SeededNoise
 from dydit.runtime.request import make_batches
 from dydit.runtime.resident import ResidentSubnets
+from tests.fixtures.driver_faults import Check, Fault
 from tests.fixtures.states import values_of
 
 LABELS, IMAGES = [3, 1, 3, 0, 6], [0, 1, 2, 40, 41]
@@ -131,9 +132,9 @@ def test_the_list_is_the_loop(kind, options, make_bundle, fake_device, figures):
         bound = 1e-5 if kind.endswith("overflowing") else 0
         assert np.abs(got - near).max() <= bound * np.abs(near).max()
     capturing = options.get("graphs", True) and not kind.endswith("dynamic")
-    assert bool(run.device.captures) == capturing
+    assert bool(run.device.driver.captures) == capturing
     if capturing:
-        assert run.device.replays == 3 / 2 * run.device.captures, "three batches of two sizes"
+        assert run.device.driver.replays == 3 / 2 * run.device.driver.captures, "three batches of two sizes"
     if kind.endswith(("overflowing", "seldom")):
         assert counts.repeated_steps >= stats.repeated_steps > 0 and counts.overflowed_tokens > 0
         assert kind.endswith("overflowing") or counts.repeated_steps == stats.repeated_steps < counts.steps
@@ -163,16 +164,16 @@ def test_runs_in_a_row_use_memory_engines_and_graphs_again(kind, make_bundle, fa
     bundle = make_bundle(**KINDS[kind])
     run = Run(bundle, fake_device, figures)
     run(2, count=4), run(3, count=3), run(3, count=3, scale=1.0), run(2, count=4)
-    memory, captures = dict(run.executor.state.buffers), run.device.captures
+    memory, captures = dict(run.executor.state.buffers), run.device.driver.captures
     for seed, size, scale in ((1, 2, 4.0), (2, 3, 4.0), (3, 3, 1.0), (4, 2, 4.0), (5, 3, 4.0)):
         count = 4 if size == 2 else 3
         latents, _ = run(size, scale, seed, count)
         expected, _ = by_loop(bundle, run.device.backend, size, scale, seed, count)
         assert all(np.array_equal(a, b) for a, b in zip(latents, expected, strict=True))
-    assert run.executor.state.buffers == memory and run.device.captures == captures
+    assert run.executor.state.buffers == memory and run.device.driver.captures == captures
     assert len(run.executor.state.engines) == 1 + len(bundle.manifest.subnets)
     run.executor.close()
-    assert not run.device.arena and not run.device.engines and not run.device.graphs
+    assert not run.device.driver.memory and not run.device.engines and not run.device.driver.graphs
 
 
 @pytest.mark.parametrize("kind", ["overflowing", "multistep", "multistep overflowing"])
@@ -241,14 +242,14 @@ def test_the_host_waits_once_for_each_segment_at_most(make_bundle, fake_device, 
     segments = len(seldom.manifest.plan.segments)
     run = Run(merged, fake_device, figures)
     run(5)
-    assert run.device.waits == 1, "for the result alone"
+    assert run.device.driver.waits == 1, "for the result alone"
     run = Run(merged, fake_device, figures, resident=2)
     run(5)
-    assert run.device.waits == len(merged.manifest.plan.segments) - 2 + 1, "before an engine goes"
+    assert run.device.driver.waits == len(merged.manifest.plan.segments) - 2 + 1, "before an engine goes"
     run = Run(seldom, fake_device, figures)
     _, counts = run(5)
     repeats = counts.repeated_steps
-    assert 0 < repeats < segments == 12 and run.device.waits == segments + repeats + 1
+    assert 0 < repeats < segments == 12 and run.device.driver.waits == segments + repeats + 1
 
 
 def test_full_capacity_that_overflows_is_an_error(make_bundle, fake_device, figures):
@@ -270,7 +271,7 @@ def test_full_capacity_that_overflows_is_an_error(make_bundle, fake_device, figu
 def test_after_a_failure_the_device_can_be_used_or_closed(make_bundle, fake_device, figures):
     bundle = make_bundle(**KINDS["merged"])
     run = Run(bundle, fake_device, figures)
-    evaluate, calls = run.device._evaluate, []
+    evaluate, calls = run.device.evaluate, []
 
     def fail_once(*args):
         calls.append(args)
@@ -278,14 +279,38 @@ def test_after_a_failure_the_device_can_be_used_or_closed(make_bundle, fake_devi
             raise BackendError("the device fell off the bus")
         return evaluate(*args)
 
-    run.device._evaluate = fail_once
+    run.device.evaluate = fail_once
     with pytest.raises(BackendError, match="fell off"):
         run(2)
     latents, _ = run(2)
     expected, _ = by_loop(bundle, run.device.backend, 2)
     assert all(np.array_equal(a, b) for a, b in zip(latents, expected, strict=True))
     run.executor.close()
-    assert not run.device.arena
+    assert not run.device.driver.memory
+
+
+@pytest.mark.parametrize("event", [INPUTS_READY, INPUTS_TAKEN])
+def test_a_wait_that_is_left_out_is_a_fault(event, make_bundle, fake_device, figures):
+    run = Run(make_bundle(**KINDS["merged"]), fake_device, figures)
+    wait = run.device.wait
+    run.device.wait = lambda stream, name: None if name == event else wait(stream, name)
+    with pytest.raises(Fault) as caught:
+        run(2)
+    assert caught.value.check is Check.ORDER
+    run.device.driver.faults.clear()
+
+
+def test_memory_of_a_graph_that_is_freed_is_a_fault(make_bundle, fake_device, figures):
+    """Whatever a step reads or writes keeps its place as long as graphs live."""
+    run = Run(make_bundle(**KINDS["merged"]), fake_device, figures)
+    run(2)
+    with run.device.activate():
+        run.device.free(run.executor._buffers["step.condition"][0])
+    run.executor._buffers["step.condition"] = (run.executor._buffers["condition"][0], 0)
+    with pytest.raises(Fault) as caught:
+        run(2)
+    assert caught.value.check in (Check.FREED, Check.GRAPH_MEMORY)
+    run.device.driver.faults.clear()
 
 
 def test_a_capture_that_fails_is_ended(make_bundle, fake_device, figures):
@@ -293,25 +318,25 @@ def test_a_capture_that_fails_is_ended(make_bundle, fake_device, figures):
     launch = run.device.launch
 
     def refuse(engine, *args):
-        if run.device.recording is not None:
+        if run.device.driver.capturing:
             raise BackendError("this engine cannot be captured")
         launch(engine, *args)
 
     run.device.launch = refuse
     with pytest.raises(BackendError, match="cannot be captured"):
         run(2)
-    assert run.device.recording is None and not run.executor.state.graphs
+    assert not run.device.driver.capturing and not run.executor.state.graphs
     run.device.launch = launch
     run(2)
 
 
 def test_too_little_memory_is_said_before_anything_runs(make_bundle, fake_device, figures):
     run = Run(make_bundle(**KINDS["merged"]), fake_device, figures)
-    run.device.limit = 10_000
+    run.device.driver.limit = 10_000
     with pytest.raises(BackendError, match="out of device memory"):
         run(2)
     assert not run.device.log
-    run.device.limit = None
+    run.device.driver.limit = None
     run(2)
 
 

@@ -97,6 +97,7 @@ class Machine:
     peak: int = 0
     batch: int | None = None
     warming: bool = False
+    recorded: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.buffers, self.engines = dict(self.state.buffers), list(self.state.engines)
@@ -323,9 +324,12 @@ class Machine:
     # streams and the host
 
     def Record(self, each):
-        pass
+        self.recorded.add(each.event)
 
-    Wait = Synchronize = Record
+    def Wait(self, each):
+        assert each.event in self.recorded
+
+    Synchronize = Wait
 
     def ReadOverflow(self, each):
         for i, batch in enumerate(each.batches):

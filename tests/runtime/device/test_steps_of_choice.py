@@ -71,7 +71,7 @@ def test_whole_runs_of_other_steps_and_back(bundle, fake_device, pairwise, monke
     loads = [engine for engine in device.loads if engine != CONDITIONER and not engine.full]
     assert loads.count(EngineId(0)) <= 2, "once to measure its memory"
     backend.close()
-    assert not device.arena and not device.engines and not device.graphs
+    assert not device.driver.memory and not device.engines and not device.driver.graphs
 
 
 def test_graphs_of_the_same_steps_stay(bundle, fake_device):
@@ -79,13 +79,13 @@ def test_graphs_of_the_same_steps_stay(bundle, fake_device):
     backend = open_on(bundle, fake_device, devices)
     final(backend)
     (device,) = devices
-    before = device.captures
+    before = device.driver.captures
     backend.use(resampled(bundle, SamplerChoice(steps=4, sampler="ddpm")))
     final(backend)
-    assert before == device.captures > 0
+    assert before == device.driver.captures > 0
     backend.use(resampled(bundle, CHOICES[1]))
     final(backend)
-    assert device.captures > before
+    assert device.driver.captures > before
 
 
 def test_single_steps_of_other_steps(bundle, fake_device, pairwise):
@@ -105,10 +105,10 @@ def test_single_steps_of_other_steps(bundle, fake_device, pairwise):
         assert np.array_equal(call(**arguments[place]), wanted[place]), CHOICES[place]
     (device,) = devices
     assert device.loads.count(EngineId(0)) == 1, "what all steps run on stays loaded"
-    assert not device.replays, "no whole run"
+    assert not device.driver.replays, "no whole run"
     pipe.close()
     backend.close()
-    assert not device.arena and not device.engines
+    assert not device.driver.memory and not device.engines
 
 
 def test_weights_that_lie_elsewhere_are_uploaded_again(

@@ -24,6 +24,7 @@ from dydit.errors import BackendError, BundleError
 from dydit.models.pixart.config import PixArtConfig
 from dydit.runtime.backends import tensorrt as backend
 from dydit.runtime.backends.registry import backend_status, open_backend
+from dydit.runtime.device.driver import require_driver
 from dydit.runtime.device.launches import EngineMemory
 from dydit.runtime.device.operations import CONDITIONER, DECODER, EngineId
 from dydit.runtime.device.residency import engines_of, graph_of
@@ -45,7 +46,7 @@ def machine(monkeypatch):
         monkeypatch.setattr(backend, "is_installed", lambda flavour: flavour in flavours)
         monkeypatch.setattr(backend, "load_flavour", lambda flavour: SimpleNamespace(__version__=version))
         monkeypatch.setattr(backend, "present_gpu", lambda: gpu)
-        monkeypatch.setattr(backend, "pycuda_driver", lambda: None)
+        monkeypatch.setattr(backend, "require_driver", lambda: None)
 
     return install
 
@@ -122,15 +123,13 @@ def test_without_a_gpu(bundle, machine):
     assert dict((n, d) for n, _, d in backend_status())["tensorrt"] == wanted
 
 
-def test_without_pycuda(bundle, machine, monkeypatch):
-    from dydit.runtime.device.cuda import pycuda_driver
-
+def test_without_a_driver_layer(bundle, machine, monkeypatch):
     machine()
-    monkeypatch.setattr(backend, "pycuda_driver", pycuda_driver)
-    monkeypatch.setitem(sys.modules, "pycuda.driver", None)
-    monkeypatch.setitem(sys.modules, "pycuda", None)
+    monkeypatch.setattr(backend, "require_driver", require_driver)
+    for module in ("pycuda", "pycuda.driver", "cuda", "cuda.bindings.driver"):
+        monkeypatch.setitem(sys.modules, module, None)
     assert refusal(bundle).startswith("pycuda cannot be imported (")
-    assert refusal(bundle).endswith("pip install 'dydit[gpu]' (pip compiles it here, which needs the CUDA headers)")
+    assert refusal(bundle).endswith("pip install 'dydit[gpu]', or only cuda-bindings, which needs no compiler")
 
 
 def test_without_engines(bundle, machine):
@@ -253,7 +252,7 @@ def check_whole_runs(bundle, facts):
     assert results[0][1] == results[1][1]
     assert np.linalg.norm(results[0][0] - results[1][0]) < 1e-5 * np.linalg.norm(results[1][0])
     (device,) = facts.devices
-    assert device.replays
+    assert device.driver.replays
     assert set(facts.read) == {f"engine of {graph_of(bundle.manifest, e)}" for e in engines_of(bundle.manifest)}
 
 

@@ -100,9 +100,9 @@ def test_whole_runs_are_the_loop(kind, bundle_of, fake_device, pairwise):
         assert (stats.steps, stats.repeated_steps) == (theirs.steps, theirs.repeated_steps)
         if scale == 4.0:
             assert (stats.repeated_steps > 0) == ("capacities" in KINDS[kind])
-    assert bool(fixture.device.captures) == (kind != "dynamic")
+    assert bool(fixture.device.driver.captures) == (kind != "dynamic")
     fixture.backend.close()
-    assert not fixture.device.arena and not fixture.device.engines and not fixture.device.graphs
+    assert not fixture.device.driver.memory and not fixture.device.engines and not fixture.device.driver.graphs
 
 
 def test_a_text_decides_its_images_alone(bundle_of, fake_device):
@@ -165,7 +165,7 @@ def test_other_texts_use_the_graphs_again_where_their_numbers_are_the_same(bundl
     bundle = bundle_of("merged")
     fixture = Fixture(bundle, fake_device)
     fixture.run()
-    captures = fixture.device.captures
+    captures = fixture.device.driver.captures
     rng = np.random.default_rng(1)
     equal, short = (rng.standard_normal((5, tokens, 24)).astype(np.float32) for tokens in (6, 2))
     for embeddings, more in ((equal, False), (short, True), (equal, False)):
@@ -173,8 +173,8 @@ def test_other_texts_use_the_graphs_again_where_their_numbers_are_the_same(bundl
         fixture.backend.use(other)
         latents, _ = fixture.run()
         assert same(latents, by_loop(pairwise(other))[0])
-        assert (fixture.device.captures > captures) == more
-        captures = fixture.device.captures
+        assert (fixture.device.driver.captures > captures) == more
+        captures = fixture.device.driver.captures
     for labels in ([3, 1, 0, 2], [1, 1, 1, 1], [2, 1, 2, 0]):
         batches = make_batches(labels, [0, 1, 2, 3], 4)
         assert same(fixture.run(batches=batches)[0], by_loop(pairwise(other), batches=batches)[0])

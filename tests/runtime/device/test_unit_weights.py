@@ -119,16 +119,16 @@ def test_runs_are_the_loop(kind, empty, graphs, sliding, fake_device, figures, p
     bundle = sliding(empty, **KINDS[kind])
     pair = Pair(bundle, fake_device, figures, pairwise, graphs=graphs, resident=2)
     repeated = [pair.same(size, scale, seed).repeated_steps for size, scale, seed in ((3, 4.0, 1), (2, 1.0, 2))]
-    captures, memory = pair.device.captures, dict(pair.executor.state.buffers)
+    captures, memory = pair.device.driver.captures, dict(pair.executor.state.buffers)
     repeated.append(pair.same(3, seed=3).repeated_steps)
     assert all(segment.count == 1 for segment in bundle.manifest.plan.segments) or kind != "overflowing"
     assert any(repeated) == (kind == "overflowing")
     assert bool(captures) == (graphs and kind != "dynamic")
-    assert pair.device.captures == captures and pair.executor.state.buffers == memory
+    assert pair.device.driver.captures == captures and pair.executor.state.buffers == memory
     full = [FULL] if kind == "overflowing" else []
     assert pair.device.loads == [CONDITIONER, ENGINE, *full], "each engine is loaded once"
     pair.executor.close()
-    assert not pair.device.arena and not pair.device.engines and not pair.device.graphs
+    assert not pair.device.driver.memory and not pair.device.engines and not pair.device.driver.graphs
 
 
 @pytest.mark.parametrize("graphs", [True, False])
@@ -294,7 +294,7 @@ def test_single_steps_slide_too(kind, empty, sliding, fake_device, pairwise):
     (device,) = devices
     assert device.loads.count(ENGINE) == 1 and set(device.engines) == {CONDITIONER}
     backend.close()
-    assert not device.arena and not device.engines
+    assert not device.driver.memory and not device.engines
 
 
 # UnitWeights alone, on bytes.
