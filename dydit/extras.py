@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from dydit.errors import BackendError
@@ -73,6 +74,20 @@ def require(what: str, modules: Iterable[str], brought_by: str | None = None) ->
         verb = "is" if len(absent) == 1 else "are"
         first = f" ({TORCH_CPU} first, where there is no GPU)" if "torch" in absent else ""
         raise BackendError(f"{what} needs {names}, which {verb} not installed: {install_command(extras)}{first}")
+
+
+def require_release(module: Any, package: str, oldest: tuple[int, int], why: str) -> None:
+    """Raise `BackendError`, with the version that is needed and the installed one, if a module is older than `oldest`.
+
+    `package`: its name for pip. `why`: what needs the release, for the message.
+    """
+    version = str(getattr(module, "__version__", "(of an unknown version)"))
+    if tuple(map(int, re.findall(r"\d+", version)[:2])) < oldest:
+        needed = ".".join(map(str, oldest))
+        raise BackendError(
+            f"{module.__name__} {version} is too old: {why} need {needed} or newer; "
+            f"pip install -U '{package}>={needed}'"
+        )
 
 
 def install_command(extras: Iterable[str]) -> str:

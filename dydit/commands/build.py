@@ -46,7 +46,7 @@ from dydit.words import duration
     "compute_capabilities",
     multiple=True,
     metavar="X.Y",
-    help="With tensorrt-rtx: a compute capability to build for. Repeatable.  [default: all from 8.0]",
+    help="With tensorrt-rtx: a compute capability to build for. Repeatable.  [default: all that it can build for]",
 )
 @click.option(
     "--hardware-compatibility",

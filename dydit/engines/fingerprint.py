@@ -18,7 +18,7 @@ from pydantic import Field, model_validator
 from dydit.bundle.advice import capacity_chain_of
 from dydit.bundle.manifest import Manifest, Routing
 from dydit.bundle.stored_weights import Precision
-from dydit.engines.flavour import Flavour, Gpu
+from dydit.engines.flavour import Flavour, Gpu, require_target
 from dydit.engines.profiles import Profile
 from dydit.errors import BackendError
 from dydit.models.config import parse_config
@@ -47,7 +47,7 @@ class HardwareCompatibility(StrEnum):
 class EngineRequest(Strict):
     """The settings of a build.
 
-    `compute_capabilities`: with `tensorrt-rtx` the targets, where none means all from 8.0; with `tensorrt` that of
+    `compute_capabilities`: with `tensorrt-rtx` the targets, where none means all that it has; with `tensorrt` that of
     `gpu`, the GPU that it builds on. `tools`: versions of other packages that were used.
     """
 
@@ -195,6 +195,8 @@ def require_buildable(manifest: Manifest, request: EngineRequest, gpu: Gpu | Non
         )
     if traits.ahead_of_time:
         _require_ahead_of_time(request)
+        if gpu is not None and not request.compute_capabilities:  # who names targets builds for another machine
+            require_target(flavour, gpu)
         return
     if request.compute_capabilities:
         raise BackendError(
@@ -219,14 +221,14 @@ def _require_ahead_of_time(request: EngineRequest) -> None:
         if capability not in targets:
             raise BackendError(
                 f"{flavour} cannot build for compute capability {capability}, only for {', '.join(targets)}; remove "
-                "--compute-capability to build for 8.0 and later, or build with --flavour tensorrt on that GPU"
+                "--compute-capability to build for all of these, or build with --flavour tensorrt on that GPU"
             )
     if len(set(request.compute_capabilities)) != len(request.compute_capabilities):
         raise BackendError(f"a compute capability is given twice: {', '.join(request.compute_capabilities)}")
     if request.hardware_compatibility is not HardwareCompatibility.NONE:
         raise BackendError(
-            f"--hardware-compatibility is for tensorrt; engines of {flavour} run on all GPUs of compute capability 8.0 "
-            "and later, unless --compute-capability names fewer"
+            f"--hardware-compatibility is for tensorrt; engines of {flavour} run on all GPUs of compute capability "
+            f"{', '.join(targets)}, unless --compute-capability names fewer"
         )
     if request.version_compatible:
         raise BackendError(

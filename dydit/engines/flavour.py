@@ -17,6 +17,7 @@ from enum import StrEnum
 from typing import Any
 
 from dydit.errors import BackendError, one_line
+from dydit.extras import require_release
 
 _POLYGRAPHY_SWITCH = "POLYGRAPHY_USE_TENSORRT_RTX"
 _CUDA_LIBRARY = "libcuda.so.1"
@@ -44,21 +45,32 @@ class Flavour(StrEnum):
 class Traits:
     """What a flavour can do.
 
-    `majors`: the supported major versions. `ahead_of_time`: builds without a GPU. `data_dependent_shapes`: has NonZero.
-    `targets`: the compute capabilities that it can build for. 7.5 is missing for tensorrt-rtx: there it has no fp32
-    matrix product, and routers, embedding and final layer are fp32 in every precision.
+    `package`: its name for pip. `majors`: the supported major versions. `oldest`: the first release that is taken.
+    `ahead_of_time`: builds without a GPU. `data_dependent_shapes`: has NonZero. `targets`: the compute capabilities
+    that it can build for; empty if it builds for the GPU that is there. 7.5 is missing for tensorrt-rtx: there it has
+    no fp32 matrix product, and routers, embedding and final layer are fp32 in every precision.
     """
 
+    package: str
     majors: tuple[int, ...]
+    oldest: tuple[int, int]
     ahead_of_time: bool
     data_dependent_shapes: bool
     targets: tuple[str, ...]
 
 
 _TRAITS = {
-    Flavour.TENSORRT: Traits((10, 11), ahead_of_time=False, data_dependent_shapes=True, targets=()),
+    # 10.14 is the first whose parser knows the operator Attention.
+    Flavour.TENSORRT: Traits(
+        "tensorrt", (10, 11), oldest=(10, 14), ahead_of_time=False, data_dependent_shapes=True, targets=()
+    ),
     Flavour.TENSORRT_RTX: Traits(
-        (1,), ahead_of_time=True, data_dependent_shapes=False, targets=("8.0", "8.6", "8.9", "12.0", "12.1")
+        "tensorrt-rtx-cu13",
+        (1,),
+        oldest=(1, 7),
+        ahead_of_time=True,
+        data_dependent_shapes=False,
+        targets=("8.0", "8.6", "8.9", "12.0", "12.1"),
     ),
 }
 
@@ -76,6 +88,7 @@ def load_flavour(flavour: Flavour) -> Any:
     if not (major.isdigit() and int(major) in flavour.traits.majors):
         known = " or ".join(f"{each}.x" for each in flavour.traits.majors)
         raise BackendError(f"{flavour} {module.__version__} is not supported, only {known}: {install}")
+    require_release(module, flavour.traits.package, flavour.traits.oldest, "the graphs of a bundle")
     return module
 
 
@@ -126,6 +139,17 @@ def default_flavour() -> Flavour:
     if len(here) == 1:
         return here[0]
     return Flavour.TENSORRT if present_gpu() else Flavour.TENSORRT_RTX
+
+
+def require_target(flavour: Flavour, gpu: Gpu) -> None:
+    """Raise `BackendError`, naming the alternatives, if engines of a flavour do not run on a GPU."""
+    targets = flavour.traits.targets
+    if targets and gpu.compute_capability not in targets:
+        raise BackendError(
+            f"{flavour} engines run on compute capability {', '.join(targets[:-1])} and {targets[-1]}, but not on the "
+            f"{gpu} here; build with --flavour tensorrt (pip install 'dydit[tensorrt]'), or use backend='onnxruntime', "
+            "device='cuda' (--backend onnxruntime --device cuda)"
+        )
 
 
 @dataclass(frozen=True)

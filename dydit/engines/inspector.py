@@ -18,7 +18,7 @@ from dydit.engines.network import Messages, Network, make_logger
 from dydit.models.config import ModelConfig
 
 _PRODUCT_TYPES = ("gemm", "matrixmultiply", "matrix_multiply", "fullyconnected")
-_FUSED_MARKS = ("mha", "attention")
+_FUSED = "mha"  # in tactics such as _gemm_mha_v2 and fmha_v2_flash_attention
 _FP32 = re.compile(r"\b(float|float32|fp32)\b", re.IGNORECASE)
 
 
@@ -68,8 +68,11 @@ def engine_findings(
 
 
 def _is_fused(layer: Mapping[str, Any]) -> bool:
-    text = f"{layer.get('Name', '')} {layer.get('LayerType', '')} {layer.get('TacticName', '')}".lower()
-    return any(mark in text for mark in _FUSED_MARKS)
+    """Whether a kernel is one of fused attention, by its tactic; by its name only where no tactic is stated.
+
+    The names of kernels that attention was split into have the word attention in them too.
+    """
+    return _FUSED in str(layer.get("TacticName") or layer.get("Name", "")).lower()
 
 
 def _takes_fp32(layer: Mapping[str, Any]) -> bool:

@@ -29,7 +29,7 @@ from dydit.bundle.manifest import Manifest
 from dydit.bundle.stored_weights import WEIGHTS
 from dydit.bundle.vae_entry import VAE_DECODER, VAE_WEIGHTS
 from dydit.engines.fingerprint import EngineKey, EngineRequest, HardwareCompatibility, digest_of
-from dydit.engines.flavour import Flavour, Gpu
+from dydit.engines.flavour import Flavour, Gpu, require_target
 from dydit.errors import BundleError, DyditError, one_line
 from dydit.files import sha256_of, write_atomic
 from dydit.validation import Strict, first_problem
@@ -38,7 +38,7 @@ ENGINES, INDEX, BUILD_LOG, TIMING_CACHE = "engines", "engines.json", "build.log"
 RUNTIME_CACHE, RUNTIME_RECORD = "runtime.cache", "runtime.json"
 _INDEX_VERSION: Literal[1] = 1
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*\.engine")
-_LEAST_RTX = (8, 0)
+_AMPERE = (8, 0)
 
 
 class Built(Strict):
@@ -185,11 +185,11 @@ class EngineStore:
     def write_runtime_cache(self, data: bytes) -> None:
         """Save what a run compiled."""
         record = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
-        self.keep(RUNTIME_CACHE, data)
-        self.keep(RUNTIME_RECORD, (json.dumps(record) + "\n").encode())
+        if self.keep(RUNTIME_CACHE, data):
+            self.keep(RUNTIME_RECORD, (json.dumps(record) + "\n").encode())
 
-    def keep(self, name: str, data: bytes) -> None:
-        """Save a file beside the engines, which makes the next process faster.
+    def keep(self, name: str, data: bytes) -> bool:
+        """Save a file beside the engines, which makes the next process faster; returns whether it was saved.
 
         A failure is only a warning: a bundle may be read-only, or its disk full, and still run.
         """
@@ -197,6 +197,8 @@ class EngineStore:
             write_atomic(self.folder / name, data)
         except (OSError, DyditError) as error:
             warnings.warn(f"{name} cannot be saved for the next process: {one_line(error)}", stacklevel=2)
+            return False
+        return True
 
 
 def weights_of(manifest: Manifest, graph: str) -> str:
@@ -214,9 +216,11 @@ def stores(bundle: Bundle) -> Iterator[EngineStore]:
 def open_store(bundle: Bundle, flavour: Flavour, installed: str, gpu: Gpu | None) -> EngineStore:
     """The engines that run here.
 
-    Raises `BundleError`, with the command to run, if there are none of this flavour, or only for another GPU or
-    version.
+    Raises `BackendError` if the flavour does not run on the GPU, `BundleError`, with the command to run, if there are
+    no engines of this flavour, or only for another GPU or version.
     """
+    if gpu is not None:
+        require_target(flavour, gpu)
     refusals = []
     for store in stores(bundle):
         index = store.read()
@@ -239,7 +243,7 @@ def unfit_reason(request: EngineRequest, installed: str, gpu: Gpu | None) -> str
     if gpu is None:
         return "needs an NVIDIA GPU to run, but there is no driver or GPU here"
     if not _gpu_fits(request, gpu):
-        built_for = " or ".join(request.compute_capabilities) or "8.0 and later"
+        built_for = " or ".join(request.compute_capabilities or request.flavour.traits.targets) or "8.0 and later"
         name = f" ({request.gpu})" if request.gpu else ""
         return f"was built for compute capability {built_for}{name}, but the GPU here is {gpu}"
     return None
@@ -256,9 +260,9 @@ def _version_fits(request: EngineRequest, installed: str) -> bool:
 
 def _gpu_fits(request: EngineRequest, gpu: Gpu) -> bool:
     if request.flavour is Flavour.TENSORRT_RTX and not request.compute_capabilities:
-        return _numbers(gpu.compute_capability) >= _LEAST_RTX
+        return gpu.compute_capability in request.flavour.traits.targets
     if request.hardware_compatibility is HardwareCompatibility.AMPERE_PLUS:
-        return _numbers(gpu.compute_capability) >= _LEAST_RTX
+        return _numbers(gpu.compute_capability) >= _AMPERE
     return gpu.compute_capability in request.compute_capabilities
 
 

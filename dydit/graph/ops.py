@@ -28,6 +28,7 @@ class Ops(tape.Tape):
     def __init__(self, scope: str = "main") -> None:
         super().__init__()
         self.scope = scope
+        self._constants: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
 
     def __getattr__(self, operator: str) -> Callable[..., ir.Value]:
         if not operator[0].isupper():
@@ -56,8 +57,12 @@ class Ops(tape.Tape):
         return values
 
     def constant(self, value: Any, dtype: Any = np.int64) -> ir.Value:
-        """A constant tensor: integers by default, for shapes and axes."""
-        return self.call("", "Constant", (), 1, {"value": ir.tensor(np.asarray(value, dtype))})[0]
+        """A constant tensor: integers by default, for shapes and axes. Equal ones are one node."""
+        array = np.asarray(value, dtype)
+        key = (array.dtype.str, array.shape, array.tobytes())
+        if key not in self._constants:
+            self._constants[key] = self.call("", "Constant", (), 1, {"value": ir.tensor(array)})[0]
+        return self._constants[key]
 
     def to_precision(self, value: ir.Value, precision: Precision) -> ir.Value:
         """An fp32 or bool value, cast to the type of matrix products. Nothing is added if that type is fp32."""

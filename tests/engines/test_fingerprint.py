@@ -128,9 +128,18 @@ REFUSALS: list[tuple[Flavour, Gpu | None, dict[str, Any], str]] = [
         None,
         {"hardware_compatibility": HardwareCompatibility.AMPERE_PLUS},
         "--hardware-compatibility is for tensorrt; engines of tensorrt-rtx run on all GPUs of compute capability "
-        "8.0 and later, unless",
+        "8.0, 8.6, 8.9, 12.0, 12.1, unless",
     ),
     (Flavour.TENSORRT_RTX, None, {"version_compatible": True}, "run only with the version that built them"),
+    *(
+        (
+            Flavour.TENSORRT_RTX,
+            gpu,
+            {},
+            f"8.0, 8.6, 8.9, 12.0 and 12.1, but not on the {gpu} here; build with --flavour",
+        )
+        for gpu in (GPU, Gpu("NVIDIA B200", "10.0"), Gpu("NVIDIA B300", "10.3"), Gpu("NVIDIA T4", "7.5"))
+    ),
 ]
 
 
@@ -141,6 +150,15 @@ def test_what_cannot_be_built_is_refused_before_any_build(
     with pytest.raises(BackendError) as caught:
         make_request(capacity_bundle().manifest, flavour, "1.7.1", gpu, **settings)
     assert message in str(caught.value)
+
+
+def test_a_machine_whose_gpu_is_no_target_builds_for_others(capacity_bundle) -> None:
+    """Where the GPU does not matter, or where the target is named."""
+    manifest = capacity_bundle().manifest
+    make_request(manifest, Flavour.TENSORRT_RTX, "1.7.1", None)
+    make_request(manifest, Flavour.TENSORRT_RTX, "1.7.1", Gpu("NVIDIA L4", "8.9"))
+    request = make_request(manifest, Flavour.TENSORRT_RTX, "1.7.1", GPU, compute_capabilities=("8.9",))
+    assert request.compute_capabilities == ("8.9",)
 
 
 def test_a_batch_beyond_the_largest_is_refused(capacity_bundle) -> None:

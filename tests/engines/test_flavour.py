@@ -49,11 +49,33 @@ def test_an_unknown_version_is_refused(monkeypatch, flavour: Flavour, version: s
 
 
 @pytest.mark.parametrize(
-    ("flavour", "version"), [(Flavour.TENSORRT, "10.16.0"), (Flavour.TENSORRT, "11.4.0"), (Flavour.TENSORRT_RTX, "1.3")]
+    ("flavour", "version"),
+    [(Flavour.TENSORRT, "10.16.0"), (Flavour.TENSORRT, "11.4.0"), (Flavour.TENSORRT_RTX, "1.7.1")],
 )
 def test_known_versions_are_taken(monkeypatch, flavour: Flavour, version: str) -> None:
     pretend(monkeypatch, flavour.module, version)
     assert installed_version(flavour) == version
+
+
+@pytest.mark.parametrize(
+    ("flavour", "version", "command"),
+    [
+        (Flavour.TENSORRT, "10.13.3.9", "10.14 or newer; pip install -U 'tensorrt>=10.14'"),
+        (Flavour.TENSORRT_RTX, "1.3.0", "1.7 or newer; pip install -U 'tensorrt-rtx-cu13>=1.7'"),
+    ],
+)
+def test_a_release_that_cannot_read_our_graphs_is_refused(monkeypatch, flavour, version: str, command: str) -> None:
+    """Their parsers do not know the operator Attention."""
+    pretend(monkeypatch, flavour.module, version)
+    with pytest.raises(BackendError) as caught:
+        installed_version(flavour)
+    assert one_line(caught.value) == (f"{flavour.module} {version} is too old: the graphs of a bundle need {command}")
+
+
+def test_the_targets_are_those_of_the_package(rtx) -> None:
+    """But for 7.5, for which it has no fp32 matrix product."""
+    names = {name for name in rtx.ComputeCapability.__members__ if name.startswith("SM")}
+    assert names - {"SM75"} == {f"SM{each.replace('.', '')}" for each in Flavour.TENSORRT_RTX.traits.targets}
 
 
 def test_without_any_tensorrt_both_are_offered(monkeypatch) -> None:

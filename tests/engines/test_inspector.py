@@ -74,6 +74,10 @@ def test_attention_that_was_not_fused_is_found() -> None:
     softmax = layer("__myl_MaxSubExpSoftmax_myl0_5", "kgen", "Half", ATTENTION)
     assert found([*GOOD, softmax]) == [("__myl_MaxSubExpSoftmax_myl0_5", Kind.ATTENTION)]
     assert found(GOOD[1:]) == [("(none)", Kind.ATTENTION)]
+    split = layer("node_attention_2_softmax_myl0_5", "kgen", "Half", ATTENTION, "__myl_MaxSubExpDivMul_0x12ab")
+    assert found([*GOOD[1:], split]) == [(split["Name"], Kind.ATTENTION), ("(none)", Kind.ATTENTION)]
+    named = layer("mha_split_softmax_myl0_6", "kgen", "Half", ATTENTION, "__myl_MaxSubExpDivMul_0x12ab")
+    assert found([*GOOD[1:], named]) == [(named["Name"], Kind.ATTENTION), ("(none)", Kind.ATTENTION)]
     assert engine_findings(GOOD[1:], Precision.FP16, frozenset({ROUTER}), attends=False) == []
 
 

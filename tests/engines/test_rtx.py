@@ -24,7 +24,7 @@ from dydit.engines.build_workers import run_jobs
 from dydit.engines.builder import Job, build_engine
 from dydit.engines.bundle_engines import BuildReport, build_engines
 from dydit.engines.fingerprint import EngineRequest, make_request
-from dydit.engines.flavour import Flavour, installed_version, present_gpu
+from dydit.engines.flavour import Flavour, installed_version, load_flavour, present_gpu
 from dydit.engines.profiles import symbol_ranges
 from dydit.engines.store import EngineStore
 from dydit.errors import BackendError, BundleError
@@ -35,6 +35,8 @@ from dydit.models.config import ModelConfig
 from dydit.models.dit.config import DiTConfig
 from dydit.models.uvit.config import preset
 from dydit.quickstart.quickstart import ASSETS
+from dydit.runtime.device.engine_runtime import Runtime
+from dydit.runtime.device.operations import CONDITIONER
 
 release = pytest.mark.release
 SMALL = {"max_subnets": 2, "capacities": None, "steps": 4}  # one form of each subnetwork: fewer engines
@@ -92,6 +94,18 @@ def test_every_subnetwork_of_a_digits_like_bundle_builds_in_fp16(built_once: Bun
     again = build(built_once, jobs=2)
     assert (again.built, again.kept) == ((), 3)
     assert len(before) == 3 and engines() == before, "no engine is built or written a second time"
+
+
+def test_an_engine_says_why_it_does_not_run_here(built_once: Bundle) -> None:
+    """What `tensorrt_rtx` itself says of a whole engine where there is no GPU, in one line."""
+    if present_gpu() is not None:
+        pytest.skip("there is a GPU, on which the engine runs")
+    store = EngineStore.of(built_once, rtx_request(built_once))
+    runtime = Runtime(load_flavour(Flavour.TENSORRT_RTX), lambda engine: store.load("conditioning.onnx"))
+    with pytest.raises(BackendError) as caught:
+        runtime.load(CONDITIONER)
+    assert f"tensorrt_rtx {installed_version(Flavour.TENSORRT_RTX)} cannot load conditioning: " in str(caught.value)
+    assert "CUDA driver" in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from dydit.engines.bundle_engines import build_engines
 from dydit.engines.fingerprint import RECIPE, EngineRequest, HardwareCompatibility
 from dydit.engines.flavour import Flavour, Gpu
 from dydit.engines.store import EngineStore, build_command, open_store, unfit_reason
-from dydit.errors import BundleError
+from dydit.errors import BackendError, BundleError
 
 ADA, HOPPER, TURING = Gpu("NVIDIA L4", "8.9"), Gpu("NVIDIA H200", "9.0"), Gpu("NVIDIA T4", "7.5")
 GRAPH = "subnet-0000.onnx"
@@ -133,7 +133,12 @@ RTX = {"flavour": Flavour.TENSORRT_RTX, "version": "1.7.1"}
 DATA = {"flavour": Flavour.TENSORRT, "version": "11.4.0", "compute_capabilities": ("9.0",), "gpu": "NVIDIA H200"}
 FIT = [
     (RTX, "1.7.1", ADA, None),
-    (RTX, "1.7.1", HOPPER, None),
+    (
+        RTX,
+        "1.7.1",
+        HOPPER,
+        "was built for compute capability 8.0 or 8.6 or 8.9 or 12.0 or 12.1, but the GPU here is NVIDIA H200",
+    ),
     (RTX, "1.7.1", None, "needs an NVIDIA GPU to run, but there is no driver or GPU here"),
     (RTX, "1.7.0", ADA, "was built by tensorrt-rtx 1.7.1, but 1.7.0 is installed"),
     (RTX, "1.8.0", ADA, "was built by tensorrt-rtx 1.7.1, but 1.8.0 is installed"),
@@ -141,7 +146,7 @@ FIT = [
         RTX,
         "1.7.1",
         TURING,
-        "was built for compute capability 8.0 and later, but the GPU here is NVIDIA T4 (compute capability 7.5)",
+        "but the GPU here is NVIDIA T4 (compute capability 7.5)",
     ),
     ({**RTX, "compute_capabilities": ("8.6", "8.9")}, "1.7.1", ADA, None),
     (
@@ -188,9 +193,11 @@ def test_engines_of_another_version_or_gpu_are_refused_with_the_command(built: E
     assert str(caught.value) == (
         f"{built.folder} was built by tensorrt-rtx {VERSION}, but 2.0.0 is installed; {command}"
     )
-    with pytest.raises(BundleError) as caught:
-        open_store(built.bundle, Flavour.TENSORRT_RTX, VERSION, TURING)
-    assert "was built for compute capability 8.0 and later, but the GPU here is NVIDIA T4" in str(caught.value)
+    for gpu in (TURING, HOPPER):
+        with pytest.raises(BackendError) as refused:
+            open_store(built.bundle, Flavour.TENSORRT_RTX, VERSION, gpu)
+        assert "engines run on compute capability 8.0, 8.6, 8.9, 12.0 and 12.1, but not on" in str(refused.value)
+        assert str(gpu) in str(refused.value) and "--flavour tensorrt (" in str(refused.value)
     with pytest.raises(BundleError) as caught:
         open_store(built.bundle, Flavour.TENSORRT, "11.4.0", HOPPER)
     assert str(caught.value) == (

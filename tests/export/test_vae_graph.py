@@ -20,6 +20,7 @@ from dydit.export.vae_model import VaeOptions, load_vae
 from dydit.models.config import ModelConfig
 from dydit.models.dit.config import DiTConfig
 from dydit.runtime.images.vae_decoder import VaeDecoder
+from tests.fixtures.cuda_kernels import faults
 
 pytestmark = pytest.mark.numerics
 
@@ -73,6 +74,12 @@ def test_the_graph_is_of_our_kind(exported):
     assert places == {VAE_WEIGHTS}
     assert {file.name for file in folder.iterdir()} == {VAE_DECODER, VAE_WEIGHTS}
     assert (folder / VAE_WEIGHTS).stat().st_size > 10_000
+
+
+def test_every_node_has_a_kernel_on_a_gpu(exported):
+    """In ONNX Runtime, as `tests/export/test_cuda_kernels.py` demands of the other graphs."""
+    folder, _ = exported
+    assert faults(onnx.load(folder / VAE_DECODER, load_external_data=False)) == []
 
 
 def test_what_does_not_fit_is_refused(autoencoder, tmp_path):

@@ -88,7 +88,7 @@ def test_interface_versions_and_size(make_bench, routing, gated, source):
     assert interface(proto.graph.output) == described(subnet_outputs(bench.config, routing is Routing.CAPACITY))
     assert {"batch", "rows"} <= {dim for _, _, shape in own for dim in shape if isinstance(dim, str)}
     assert max(embedded_bytes(proto)) < 2048
-    assert path.stat().st_size < 40_000
+    assert path.stat().st_size < 45_000
 
 
 def test_weights_as_inputs_have_symbolic_widths(make_bench):

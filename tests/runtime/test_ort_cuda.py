@@ -134,6 +134,45 @@ def test_graphs_are_told_apart_by_shapes_and_addresses(make_bundle):
     assert list(engine._captured.values()) == [1, 2, 3, 4]
 
 
+def test_a_capture_that_fails_is_run_again_without_graphs(make_bundle):
+    """Once: the provider captures in a session's first runs, not when it is opened."""
+    bundle = make_bundle(routing=Routing.DENSE)
+    device, vectors = SimulatedSessions(bundle, OPTIONS), 6 * bundle.manifest.model.depth + 2
+    given = {"timesteps": np.array([3.0], np.float32), "labels": np.array([1])}
+    with device.activate():
+        device.load(CONDITIONER)
+        inputs = [Tensor(name, each.dtype.name, each.shape, device.allocate(64)) for name, each in given.items()]
+        for tensor, each in zip(inputs, given.values(), strict=True):
+            device.upload(tensor.address, each, "compute")
+        out = Tensor("condition", "float32", (1, 1, vectors, 64), device.allocate(vectors * 256))
+        device.clear(out.address, vectors * 256)
+        device.idle()
+    engine = device._engines[CONDITIONER]
+
+    class Capturing:
+        """A session whose runs are refused, as where the provider cannot capture what it is told to."""
+
+        io_binding, runs = engine._session.io_binding, 0
+
+        def run_with_iobinding(self, binding, options):
+            self.runs += 1
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    refusing = Capturing()
+    engine._graphs, engine._session = True, refusing
+    with pytest.warns(UserWarning, match=r"conditioning.onnx runs without CUDA graphs: operation not permitted"):
+        engine.launch(inputs, [out], "conditioning")
+    expected = OnnxRuntimeBackend(bundle, OPTIONS)._conditioning(given)
+    with device.activate():
+        data = device.download(out.address, vectors * 256).view(np.float32)
+    assert np.array_equal(data.reshape(expected.shape), expected)
+    engine.launch(inputs, [out], "conditioning")
+    assert refusing.runs == 1 and not engine._graphs
+    engine._session = refusing
+    with pytest.raises(BackendError, match="onnxruntime failed in conditioning: operation not permitted"):
+        engine.launch(inputs, [out], "conditioning")
+
+
 def test_bf16_is_bound_by_its_onnx_number(tmp_path):
     """NumPy has no such type, and weights that slide are inputs."""
     helper, types = onnx.helper, onnx.TensorProto
@@ -234,6 +273,7 @@ class TestCudaSessions:
             _BoundEngine(make_bundle().file("conditioning.onnx"), "cuda", options, 7, graphs=True)
         bound = asked[-1]
         assert (bound["use_tf32"], bound["user_compute_stream"], bound["enable_cuda_graph"]) == ("0", "7", "1")
+        assert bound["arena_extend_strategy"] == "kSameAsRequested", "many sessions grow to what they need"
 
     def test_what_spares_memory_on_the_cpu_is_not_done(self, asked, make_bundle):
         """There fp16 weights are widened, which a GPU does not do."""

@@ -11,9 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from dydit.engines.flavour import Flavour
 from dydit.errors import BackendError
 from dydit.runtime.backends import session
-from dydit.runtime.backends.registry import OLDEST_TORCH, open_backend
+from dydit.runtime.backends.base import BackendOptions
+from dydit.runtime.backends.onnxruntime import OnnxRuntimeBackend
+from dydit.runtime.backends.registry import OLDEST_TORCH, backend_status, open_backend
 
 PACKAGE = Path(session.__file__).parents[2]
 HOME = PACKAGE / "runtime" / "backends" / "session.py"
@@ -94,6 +97,35 @@ def test_so_is_an_old_torch(make_bundle, monkeypatch):
 
 def test_what_is_needed_is_what_is_declared():
     declared = (PACKAGE.parent / "pyproject.toml").read_text()
-    needed = ".".join(map(str, session.OLDEST))
+    needed, on_gpu = (".".join(map(str, each)) for each in (session.OLDEST, session.OLDEST_CUDA))
     assert re.findall(r'"torch>=([\d.]+)', declared) == [".".join(map(str, OLDEST_TORCH))]
-    assert re.findall(r"onnxruntime(?:-gpu\[[a-z,]+\])?>=([\d.]+)", declared) == [needed, needed]
+    assert re.findall(r"onnxruntime(?:-gpu\[[a-z,]+\])?>=([\d.]+)", declared) == [needed, on_gpu]
+    for flavour, package in ((Flavour.TENSORRT, "tensorrt"), (Flavour.TENSORRT_RTX, "tensorrt-rtx-cu13")):
+        (oldest,) = re.findall(rf'"{package}>=([\d.]+)', declared)
+        assert oldest == ".".join(map(str, flavour.traits.oldest))
+
+
+def test_a_gpu_needs_a_release_with_all_kernels(make_bundle, monkeypatch):
+    import onnxruntime
+
+    monkeypatch.setattr(onnxruntime, "__version__", "1.27.0")
+    providers = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: providers)
+    with pytest.raises(BackendError) as caught:
+        OnnxRuntimeBackend(make_bundle(steps=3), BackendOptions(device="cuda"))
+    assert str(caught.value) == (
+        "onnxruntime 1.27.0 is too old: bundles on a GPU need 1.28 or newer; pip install -U 'onnxruntime-gpu>=1.28'"
+    )
+    _, works, text = next(each for each in backend_status() if each[0] == "onnxruntime")
+    assert works and text.startswith("onnxruntime 1.27.0, devices: cpu, but not cuda (onnxruntime 1.27.0 is too old")
+    OnnxRuntimeBackend(make_bundle(steps=3), BackendOptions(threads=1)).close()
+
+
+def test_calibrated_bundles_need_a_release_that_reads_them(capacity_bundle, monkeypatch):
+    import onnxruntime
+
+    monkeypatch.setattr(onnxruntime, "__version__", "1.27.0")
+    with pytest.raises(
+        BackendError, match=r"too old: fp8 bundles need 1\.28 or newer; pip install -U 'onnxruntime>=1\.28'"
+    ):
+        OnnxRuntimeBackend(capacity_bundle("fp8", steps=4))

@@ -22,7 +22,7 @@ from dydit.graph.writer import GraphWriter, conditioning_model, typed
 from dydit.models.architecture import stored_name
 from dydit.models.pixart.config import PADDING_BIAS, PixArtConfig
 from dydit.models.transformer import ends
-from dydit.models.transformer.blocks import Values, flat
+from dydit.models.transformer.blocks import Values, flat, unflat
 from dydit.models.transformer.graph import write_attention, write_mlp
 from dydit.models.transformer.modulation import modulation_factors, scale_ones
 from dydit.models.transformer.norms import Modulated
@@ -62,6 +62,7 @@ def cross_function(config: PixArtConfig, precision: Precision) -> ir.Function:
     precisions it is the operator Attention, as in `dydit.models.transformer.blocks`.
     """
     heads, hd, kind = config.num_heads, config.head_dim, precision.attention
+    d = config.hidden_size
     inputs = ["x", "values", "bias", "rows", "block", "q_weight", "q_bias", "proj_weight", "proj_bias"]
 
     def body(ops: Ops, *arguments: ir.Value) -> Values:
@@ -73,8 +74,8 @@ def cross_function(config: PixArtConfig, precision: Precision) -> ir.Function:
 
         texts = ops.Gather(ops.Gather(of["values"], of["block"], axis=0), rows, axis=0)  # [rows, 2, tokens, D]
         k, v = (by_head(ops.Squeeze(part, ops.constant([1]))) for part in ops.split(texts, 1, 2))
-        q = ops.Gemm(ops.to_precision(flat(ops, x), precision), of["q_weight"], of["q_bias"], transB=1)
-        q = by_head(ops.Reshape(q, ops.Shape(x)))
+        q = ops.Gemm(ops.to_precision(flat(ops, x, d), precision), of["q_weight"], of["q_bias"], transB=1)
+        q = by_head(unflat(ops, config, q, d))
         bias = ops.Unsqueeze(ops.Gather(of["bias"], rows, axis=0), ops.constant([1, 2]))  # [rows, 1, 1, tokens]
         if kind.dtype == "float32":
             q = ops.Mul(q, ops.constant(hd**-0.5, np.float32))
@@ -85,9 +86,9 @@ def cross_function(config: PixArtConfig, precision: Precision) -> ir.Function:
             bias = ops.Expand(bias, ops.constant([1, 1, config.tokens, 1]))  # ONNX Runtime takes no other mask
             k, v, bias = (ops.to_precision(each, kind) for each in (k, v, bias))
             mixed = ops.Attention(q, k, v, bias, scale=hd**-0.5)
-        mixed = ops.between(flat(ops, ops.Transpose(mixed, perm=[0, 2, 1, 3])), kind, precision)
+        mixed = ops.between(flat(ops, ops.Transpose(mixed, perm=[0, 2, 1, 3]), d), kind, precision)
         out = ops.to_fp32(ops.Gemm(mixed, of["proj_weight"], of["proj_bias"], transB=1), precision)
-        return (ops.Add(x, ops.Reshape(out, ops.Shape(x))),)
+        return (ops.Add(x, unflat(ops, config, out, d)),)
 
     return function("cross_attention", inputs, body)
 

@@ -27,9 +27,20 @@ Values = Sequence[ir.Value]
 _ROUTER = ("router0_w", "router0_b", "router2_w", "router2_b")
 
 
-def flat(ops: Ops, x: ir.Value) -> ir.Value:
-    """Reshape [rows, N, a, b, ...] to [T, a*b*...]."""
-    return ops.Flatten(x, axis=2)
+def flat(ops: Ops, x: ir.Value, width: int) -> ir.Value:
+    """Reshape [rows, N, a, b, ...] with a*b*... = `width` to [T, width].
+
+    Not Flatten, because ONNX Runtime had no CUDA kernel for Flatten of opset 23 for a long time.
+    """
+    return ops.Reshape(x, ops.constant([-1, width]))
+
+
+def unflat(ops: Ops, config: TransformerConfig, x: ir.Value, width: int) -> ir.Value:
+    """Reshape [T, width] to [rows, N, width].
+
+    The shape is a constant. Computed shapes stay on the host, so they cost a GPU provider time in every step.
+    """
+    return ops.Reshape(x, ops.constant([-1, config.tokens, width]))
 
 
 def attention_function(
@@ -52,7 +63,7 @@ def attention_function(
     def body(ops: Ops, *arguments: ir.Value) -> Values:
         of = dict(zip(inputs, arguments, strict=True))
         x = of["x"]
-        hidden = ops.to_precision(flat(ops, norm.read(ops, of, x)), qkv)
+        hidden = ops.to_precision(flat(ops, norm.read(ops, of, x), config.hidden_size), qkv)
         joint = linear(ops, hidden, [of[name] for name in qkv_names], True, qkv)  # [T, h*3*hd]
         mixed = _attend(ops, config, joint, x, heads, qkv, proj)  # [T, h*hd]
         if gated:
@@ -60,7 +71,7 @@ def attention_function(
             mixed = ops.Mul(mixed, _per_channel(ops, gates, config.head_dim))
         out = linear(ops, mixed, [of[name] for name in proj_names], False, proj)
         out = ops.to_fp32(out, proj)
-        return (ops.Add(x, norm.scaled(ops, of, ops.Reshape(out, ops.Shape(x)))),)
+        return (ops.Add(x, norm.scaled(ops, of, unflat(ops, config, out, config.hidden_size))),)
 
     count = "" if heads is None else f"_{heads}"
     return function(f"attention{count}{'_gated' if gated else ''}{_fp16_suffix(fp16_layers)}", inputs, body)
@@ -92,7 +103,8 @@ def _attend(
         joint = ops.Reshape(joint, ops.constant([-1, config.tokens, heads, 3 * hd]))
         wide = ops.constant([-1, config.tokens, heads * hd])
         parts = [ops.Reshape(part, wide) for part in ops.split(joint, 3, 3)]
-        return flat(ops, ops.call(CONTRIB, "MultiHeadAttention", parts, 1, {"num_heads": heads, "scale": scale})[0])
+        (mixed,) = ops.call(CONTRIB, "MultiHeadAttention", parts, 1, {"num_heads": heads, "scale": scale})
+        return flat(ops, mixed, heads * hd)
     if heads is None:
         shape = ops.Concat(ops.Shape(x, start=0, end=2), ops.constant([-1, 3 * hd]), axis=0)
     else:
@@ -106,7 +118,10 @@ def _attend(
         kind = precision.attention
         q, k, v = (ops.between(part, precision, kind) for part in (q, k, v))
         mixed = ops.between(ops.Attention(q, k, v, scale=scale), kind, target)
-    return flat(ops, ops.Transpose(mixed, perm=[0, 2, 1, 3]))
+    mixed = ops.Transpose(mixed, perm=[0, 2, 1, 3])
+    if heads is None:
+        return ops.Reshape(mixed, ops.Concat(ops.Shape(joint, start=0, end=1), ops.constant([-1]), axis=0))
+    return flat(ops, mixed, heads * hd)
 
 
 def attention_none_function(config: TransformerConfig, precision: Precision, norm: BranchNorm) -> ir.Function:
@@ -156,12 +171,12 @@ class _Mlp:
 
     def hidden(self) -> ir.Value:
         """All tokens, normalized, [T, D]."""
-        return flat(self.ops, self.norm.read(self.ops, self.of, self.of["x"]))
+        return flat(self.ops, self.norm.read(self.ops, self.of, self.of["x"]), self.config.hidden_size)
 
     def joined(self, branch: ir.Value) -> ir.Value:
         """The stream with the output [T, D] of the MLP."""
         ops, x = self.ops, self.of["x"]
-        branch = ops.to_fp32(ops.Reshape(branch, ops.Shape(x)), self.fc2)
+        branch = ops.to_fp32(unflat(ops, self.config, branch, self.config.hidden_size), self.fc2)
         return ops.Add(x, self.norm.scaled(ops, self.of, branch))
 
     def where(self, mask: ir.Value, rows: ir.Value) -> ir.Value:
@@ -201,7 +216,7 @@ def mlp_function(
         mlp = _Mlp(ops, config, norm, fc1, fc2, of)
         if routing is None:
             return (mlp.joined(mlp.forward(mlp.hidden())),)
-        mask = _token_mask(ops, config, flat(ops, of["x"]), *(of[name] for name in _ROUTER))
+        mask = _token_mask(ops, config, flat(ops, of["x"], config.hidden_size), *(of[name] for name in _ROUTER))
         x, extra = _ROUTED[routing](mlp, mask)
         return (x, mask, *extra)
 
@@ -218,9 +233,8 @@ def mlp_none_function(config: TransformerConfig, precision: Precision, norm: Bra
         x, branch = of["x"], norm.scaled(ops, of, ops.to_fp32(of["fc2_bias"], precision))
         if not routed:
             return (ops.Add(x, branch),)
-        mask = _token_mask(ops, config, flat(ops, x), *(of[name] for name in _ROUTER))
-        shape = ops.Concat(ops.Shape(x, start=0, end=2), ops.constant([1]), axis=0)
-        on = ops.Reshape(ops.Cast(mask, to=ir.DataType.FLOAT), shape)
+        mask = _token_mask(ops, config, flat(ops, x, config.hidden_size), *(of[name] for name in _ROUTER))
+        on = unflat(ops, config, ops.Cast(mask, to=ir.DataType.FLOAT), 1)
         return (ops.Add(x, ops.Mul(branch, on)), mask)
 
     return function("mlp_none_routed" if routed else "mlp_none", inputs, body)
@@ -238,7 +252,7 @@ def _token_mask(
         of_images = ops.Reshape(logits, ops.constant([-1, config.tokens]))
         ends = (ops.constant([each]) for each in (config.extra_tokens, config.tokens, 1))
         mean = ops.ReduceMean(ops.Slice(of_images, *ends), ops.constant([1]), keepdims=1)
-        logits = ops.Expand(mean, ops.Shape(of_images))
+        logits = ops.Expand(mean, ops.constant([1, config.tokens]))
     on = ops.Reshape(ops.Greater(logits, ops.constant(0, np.float32)), ops.constant([-1]))
     if not config.extra_tokens:
         return on
@@ -256,35 +270,47 @@ def _dynamic(mlp: _Mlp, mask: ir.Value) -> Routed:
     ops, of = mlp.ops, mlp.of
     ids = ops.Reshape(ops.NonZero(mask), ops.constant([-1]))
     rows = ops.Div(ids, ops.constant([mlp.config.tokens]))
-    stream = flat(ops, of["x"])
+    stream = flat(ops, of["x"], mlp.config.hidden_size)
     entering = ops.Gather(stream, ids, axis=0)  # [n, D]
     chosen = mlp.norm.at_rows(ops, of, rows)
     branch = mlp.forward(mlp.norm.read(ops, chosen, entering))
     leaving = ops.Add(entering, mlp.norm.scaled(ops, chosen, ops.to_fp32(branch, mlp.fc2)))
     stream = ops.ScatterND(stream, ops.Unsqueeze(ids, ops.constant([1])), leaving)
-    return ops.Reshape(stream, ops.Shape(of["x"])), []
+    return unflat(ops, mlp.config, stream, mlp.config.hidden_size), []
 
 
 def _capacity(mlp: _Mlp, mask: ir.Value) -> Routed:
     """Prefix-sum compaction into `rows * capacity` slots, for the rows of a batch. All shapes are static.
 
-    slot = CumSum(mask) - 1 numbers the routed tokens. Token ids are scattered into their slots, and those of tokens
-    that are not routed into one spare slot at the end. Results are gathered: y[slot] for tokens that have a slot.
+    slot = (routed tokens of the rows before) + (of the same row, up to this one) - 1 numbers the routed tokens. The
+    sums run over rows, because a GPU provider may sum a whole batch in one thread. Token ids are scattered into their
+    slots, and those of tokens that are not routed into one spare place behind the slots. Results are gathered: y[slot]
+    for tokens that have a slot.
+
+    The number of slots is needed twice: on the host, for shapes, and on the device, to compare with. It is computed in
+    both places, because a value that a device copies from the host keeps ONNX Runtime from capturing CUDA graphs.
     """
-    ops = mlp.ops
+    ops, tokens, capacity = mlp.ops, mlp.config.tokens, mlp.of["capacity"]
     total = ops.Shape(mask)  # [1], T
-    rows = ops.Div(total, ops.constant([mlp.config.tokens]))
-    slots = ops.Mul(rows, mlp.of["capacity"])
-    count = ops.Cast(mask, to=ir.DataType.INT64)
-    slot = ops.Sub(ops.CumSum(count, ops.constant(0)), ops.constant([1]))
+    rows = ops.Div(total, ops.constant([tokens]))
+    slots_of_shapes = ops.Mul(rows, capacity)
+    slots = ops.Mul(
+        ops.ReduceSum(ops.ConstantOfShape(rows, value=ir.tensor(np.ones(1, np.int64))), keepdims=1), capacity
+    )
+    count = ops.Cast(ops.Reshape(mask, ops.constant([-1, tokens])), to=ir.DataType.INT64)  # [rows, N]
+    of_row = ops.ReduceSum(count, ops.constant([1]), keepdims=1)  # [rows, 1]
+    before = ops.CumSum(of_row, ops.constant(0), exclusive=1)
+    place = ops.Add(ops.CumSum(count, ops.constant(1)), before)
+    slot = ops.Sub(ops.Reshape(place, ops.constant([-1])), ops.constant([1]))
     fits = ops.And(mask, ops.Less(slot, slots))
     empty = ops.ConstantOfShape(ops.Add(total, ops.constant([1])), value=ir.tensor(np.zeros(1, np.int64)))
-    target = ops.Where(fits, slot, total)
+    target = ops.Where(fits, slot, slots)
     ids = ops.Range(ops.constant(0), ops.Squeeze(total), ops.constant(1))
-    table = ops.Slice(ops.ScatterElements(empty, target, ids, axis=0), ops.constant([0]), slots, ops.constant([0]))
+    scattered = ops.ScatterElements(empty, target, ids, axis=0)
+    table = ops.Slice(scattered, ops.constant([0]), slots_of_shapes, ops.constant([0]))
     out = mlp.forward(ops.Gather(mlp.hidden(), table, axis=0))
     source = ops.Where(fits, slot, ops.constant([0]))
-    routed = ops.ReduceSum(count, keepdims=1)
+    routed = ops.Reshape(ops.ReduceSum(of_row, keepdims=1), ops.constant([1]))
     overflow = ops.Max(ops.Sub(routed, slots), ops.constant([0]))
     return mlp.joined(mlp.where(fits, ops.Gather(out, source, axis=0))), [overflow]
 

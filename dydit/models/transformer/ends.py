@@ -30,7 +30,7 @@ def final_function(config: TransformerConfig, precision: Precision) -> ir.Functi
     def body(
         ops: Ops, x: ir.Value, ones: ir.Value, shift: ir.Value, scale: ir.Value, weight: ir.Value, bias: ir.Value
     ) -> Values:
-        tokens = flat(ops, modulate(ops, x, ones, shift, scale, Modulated.EPSILON))
+        tokens = flat(ops, modulate(ops, x, ones, shift, scale, Modulated.EPSILON), config.hidden_size)
         return (images(ops, config, ops.Gemm(tokens, weight, bias, transB=1)),)
 
     return function("final", ["x", "ones", "shift", "scale", "weight", "bias"], body)

@@ -10,7 +10,7 @@ from dydit.graph.ops import Ops, function, silu
 from dydit.graph.sources import Windows, graph_value
 from dydit.graph.writer import GraphWriter, conditioning_model, typed
 from dydit.models.architecture import stored_name
-from dydit.models.transformer.blocks import Values, flat
+from dydit.models.transformer.blocks import Values, flat, unflat
 from dydit.models.transformer.graph import for_rows, images, patch_tokens, write_attention, write_mlp
 from dydit.models.transformer.norms import Affine
 from dydit.models.uvit.config import UViTConfig
@@ -59,9 +59,9 @@ def skip_function(config: UViTConfig, precision: Precision) -> ir.Function:
     """A long skip: the stream and what the counterpart of a block gave, [rows, N, D] each, joined by a linear layer."""
 
     def body(ops: Ops, x: ir.Value, skip: ir.Value, weight: ir.Value, bias: ir.Value) -> Values:
-        both = ops.to_precision(flat(ops, ops.Concat(x, skip, axis=2)), precision)
+        both = ops.to_precision(flat(ops, ops.Concat(x, skip, axis=2), 2 * config.hidden_size), precision)
         joined = ops.to_fp32(ops.Gemm(both, weight, bias, transB=1), precision)
-        return (ops.Reshape(joined, ops.Shape(x)),)
+        return (unflat(ops, config, joined, config.hidden_size),)
 
     return function("skip", ["x", "skip", "weight", "bias"], body)
 
@@ -74,7 +74,9 @@ def final_function(config: UViTConfig, precision: Precision) -> ir.Function:
         of = dict(zip(inputs, arguments, strict=True))
         first, end, axis = (ops.constant([number]) for number in (config.extra_tokens, config.tokens, 1))
         patches = Affine().read(ops, of, ops.Slice(of["x"], first, end, axis))
-        image = images(ops, config, ops.Gemm(flat(ops, patches), of["weight"], of["bias"], transB=1))
+        image = images(
+            ops, config, ops.Gemm(flat(ops, patches, config.hidden_size), of["weight"], of["bias"], transB=1)
+        )
         return (ops.Conv(image, of["conv_weight"], of["conv_bias"], pads=[1, 1, 1, 1]) if config.conv else image,)
 
     return function("final", inputs, body)

@@ -31,7 +31,16 @@ from dydit.extras import require
 from dydit.runtime.backends.base import Arrays, Backend, BackendOptions, StepResult, Subnet
 from dydit.runtime.backends.batch_splitting import BatchSplitting
 from dydit.runtime.backends.int8_exactness import require_exact_products
-from dydit.runtime.backends.session import PROVIDERS, Session, SessionSettings, load_cuda_libraries, runtime
+from dydit.runtime.backends.session import (
+    OLDEST_8_BITS,
+    OLDEST_CUDA,
+    PROVIDERS,
+    Session,
+    SessionSettings,
+    load_cuda_libraries,
+    require_runtime,
+    runtime,
+)
 from dydit.runtime.dynamic_width import DynamicWidthWeights
 
 
@@ -109,6 +118,7 @@ class OnnxRuntimeBackend(Backend):
             )
         _require_precision(bundle.manifest.precision, self.options.device)
         if self.options.device == "cuda":
+            require_runtime(runtime(), OLDEST_CUDA, "bundles on a GPU")
             load_cuda_libraries(runtime())
 
     def _conditioning(self, feeds: Arrays) -> np.ndarray:
@@ -190,6 +200,8 @@ def _require_precision(precision: Precision, device: str) -> None:
         raise BackendError(
             f"int8 bundles run on the CPU, not on {device}; use device='cpu' (--device cpu), or a bundle in fp16"
         )
+    if precision.is_calibrated:
+        require_runtime(runtime(), OLDEST_8_BITS, f"{precision} bundles")
     if precision.weight_dtype == "int8" and device == "cpu":
         require_exact_products(runtime())
 

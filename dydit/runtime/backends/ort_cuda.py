@@ -23,7 +23,14 @@ from dydit.dtypes import DTYPES
 from dydit.errors import BackendError, one_line
 from dydit.runtime.backends.base import BackendOptions
 from dydit.runtime.backends.onnxruntime import OnnxRuntimeBackend
-from dydit.runtime.backends.session import base_options, error_types, open_session, require_provider, runtime
+from dydit.runtime.backends.session import (
+    GRAPHS_OPTION,
+    base_options,
+    error_types,
+    open_session,
+    require_provider,
+    runtime,
+)
 from dydit.runtime.device.cuda import CudaMemory
 from dydit.runtime.device.driver import Driver, require_driver
 from dydit.runtime.device.execute import Executor, Tensor
@@ -41,26 +48,44 @@ class _BoundEngine:
     def __init__(self, file: Path, device: str, options: BackendOptions, stream: int, graphs: bool):
         ort = runtime()
         self._ort, self._device, self._errors = ort, device, error_types(ort)
+        self._file, self._options, self._stream = file, options, stream
         self._graphs = graphs and device == "cuda"
         try:
-            self._session = self._open(file, options, stream)
+            self._session = self._open()
         except BackendError as error:
             if not self._graphs:
                 raise
-            warnings.warn(f"{file.name} runs without CUDA graphs: {one_line(error)}", stacklevel=2)
-            self._graphs = False
-            self._session = self._open(file, options, stream)
+            self._session = self._open_without_graphs(error)
         require_provider(ort, self._session, device)
         self._captured: dict[tuple[Tensor, ...], int] = {}  # by shapes and addresses
 
-    def _open(self, file: Path, options: BackendOptions, stream: int) -> Any:
-        values = {"user_compute_stream": str(stream), "enable_cuda_graph": str(int(self._graphs))}
-        settings = base_options(self._ort, options)
-        session, self._weights = open_session(self._ort, file, self._device, settings, values)
+    def _open_without_graphs(self, error: Exception) -> Any:
+        warnings.warn(f"{self._file.name} runs without CUDA graphs: {one_line(error)}", stacklevel=2)
+        self._graphs = False
+        return self._open()
+
+    def _open(self) -> Any:
+        values = {"user_compute_stream": str(self._stream), GRAPHS_OPTION: str(int(self._graphs))}
+        settings = base_options(self._ort, self._options)
+        # Weights would otherwise lie in the arena, whose blocks are reused for activations.
+        settings.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
+        session, self._weights = open_session(self._ort, self._file, self._device, settings, values)
         return session
 
     def launch(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor], what: str) -> None:
-        """Run once, reading and writing memory in place."""
+        """Run once, reading and writing memory in place.
+
+        Where that fails with CUDA graphs, which are captured in the first runs, it is tried again without them.
+        """
+        try:
+            self._run(inputs, outputs)
+        except self._errors as error:
+            if not self._graphs:
+                raise BackendError(f"onnxruntime failed in {what}: {one_line(error)}") from error
+            self._session = self._open_without_graphs(error)
+            self.launch(inputs, outputs, what)
+
+    def _run(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
         binding = self._session.io_binding()
         for bind, tensors in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
             for each in tensors:
@@ -71,10 +96,7 @@ class _BoundEngine:
         if self._graphs:
             number = self._captured.setdefault((*inputs, *outputs), len(self._captured) + 1)
             options.add_run_config_entry("gpu_graph_id", str(number))
-        try:
-            self._session.run_with_iobinding(binding, options)
-        except self._errors as error:
-            raise BackendError(f"onnxruntime failed in {what}: {one_line(error)}") from error
+        self._session.run_with_iobinding(binding, options)
 
 
 class CudaSessions(CudaMemory):

@@ -9,9 +9,9 @@ from functools import partial
 from dydit.bundle.bundle import Bundle
 from dydit.engines.flavour import Flavour
 from dydit.errors import BackendError, one_line
+from dydit.extras import require_release
 from dydit.runtime.backends.base import Backend, BackendOptions
 from dydit.runtime.backends.cores import thread_count
-from dydit.runtime.backends.versions import require_release
 from dydit.runtime.device import driver
 
 BACKENDS = ("onnxruntime", "torch")
@@ -111,10 +111,15 @@ def require_torch() -> None:
 
 
 def _probe_onnxruntime() -> str:
-    from dydit.runtime.backends.session import PROVIDERS, runtime
+    from dydit.runtime.backends.session import OLDEST_CUDA, PROVIDERS, require_runtime, runtime
 
     ort = runtime()
     devices = [device for device, provider in PROVIDERS.items() if provider in ort.get_available_providers()]
+    if "cuda" in devices:
+        try:
+            require_runtime(ort, OLDEST_CUDA, "bundles on a GPU")
+        except BackendError as error:
+            return f"onnxruntime {ort.__version__}, devices: cpu, but not cuda ({one_line(error)})"
     return f"onnxruntime {ort.__version__}, devices: {', '.join(devices)}"
 
 

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import ctypes
 import os
+import tempfile
+import warnings
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,16 +25,24 @@ from dydit.bundle.bundle import mapped_file
 from dydit.bundle.stored_weights import WEIGHTS
 from dydit.bundle.vae_entry import VAE_DECODER, VAE_WEIGHTS
 from dydit.errors import BackendError, one_line
+from dydit.extras import require_release
 from dydit.runtime.backends.base import Arrays, BackendOptions
 from dydit.runtime.backends.cores import thread_count
-from dydit.runtime.backends.versions import require_release
+from dydit.runtime.backends.device_copies import Copy, copies
 from dydit.runtime.forks import register
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-CUDA_OPTIONS = {"use_tf32": "0"}
-"""On by default; it would let fp32 products, on which routing decisions hang, round to 10 bits."""
+CUDA_OPTIONS = {"use_tf32": "0", "arena_extend_strategy": "kSameAsRequested"}
+"""TF32 is on by default; it would let fp32 products, on which routing decisions hang, round to 10 bits. Arenas grow to
+the next power of two by default, which many sessions together have no memory for."""
 OLDEST = (1, 24)
 """The first release that is tested here; opset 23 and IR 11, in which bundles are written, need 1.22."""
+OLDEST_CUDA = (1, 28)
+"""The first release whose CUDA provider has a kernel for every node of a bundle; `scripts/cuda_kernels.py` reads that
+from the packages."""
+OLDEST_8_BITS = (1, 28)
+"""Earlier releases refuse the QuantizeLinear of int8-static and fp8 bundles, on every device."""
+GRAPHS_OPTION = "enable_cuda_graph"
 TELEMETRY = "ORT_DISABLE_TELEMETRY"
 _FOLDER = "session.model_external_initializers_file_folder_path"
 _IN_PLACE = "session.use_external_initializer_file_buffers_directly"
@@ -57,9 +67,14 @@ def runtime() -> Any:
         raise BackendError(
             f"onnxruntime cannot be imported ({one_line(error)}); pip install 'dydit[cpu]', or 'dydit[gpu]' for CUDA"
         ) from error
-    package = "onnxruntime-gpu" if "CUDAExecutionProvider" in onnxruntime.get_available_providers() else "onnxruntime"
-    require_release(onnxruntime, package, OLDEST, "bundles")
+    require_runtime(onnxruntime, OLDEST, "bundles")
     return onnxruntime
+
+
+def require_runtime(ort: Any, oldest: tuple[int, int], why: str) -> None:
+    """Raise `BackendError`, with the command that installs a newer one, if onnxruntime is older than `oldest`."""
+    package = "onnxruntime-gpu" if PROVIDERS["cuda"] in ort.get_available_providers() else "onnxruntime"
+    require_release(ort, package, oldest, why)
 
 
 @dataclass(frozen=True)
@@ -144,8 +159,9 @@ def open_session(
     """An `InferenceSession` on a graph of a bundle, and what must live as long as the session.
 
     `options`: its `SessionOptions`, which are changed. `provider_options`: for `cuda`, besides `CUDA_OPTIONS`. `graph`
-    replaces the file's content. `left_out`: optimisers not to run. Raises `BackendError` where the graph cannot be
-    loaded, or there is no memory for the weights.
+    replaces the file's content. `left_out`: optimisers not to run. Warns where values of the graph are copied between
+    GPU and host in every run. Raises `BackendError` where the graph cannot be loaded, or there is no memory for the
+    weights.
     """
     provider = PROVIDERS[device]
     weights = file.with_name(VAE_WEIGHTS if file.name == VAE_DECODER else WEIGHTS)
@@ -159,11 +175,44 @@ def open_session(
         options.add_session_config_entry(_FOLDER, str(file.parent))
     more = {"disabled_optimizers": list(left_out)} if left_out else {}
     providers = [(provider, {**CUDA_OPTIONS, **(provider_options or {})})] if device == "cuda" else [provider]
+
+    def start() -> Any:
+        return ort.InferenceSession(str(file) if graph is None else graph, options, providers=providers, **more)
+
     try:
-        session = ort.InferenceSession(str(file) if graph is None else graph, options, providers=providers, **more)
+        # With CUDA graphs, ONNX Runtime itself refuses copies.
+        watched = device == "cuda" and (provider_options or {}).get(GRAPHS_OPTION) != "1"
+        session = _watched(ort, start, options, file.name) if watched else start()
     except error_types(ort) as error:
         raise BackendError(f"onnxruntime {ort.__version__} cannot load {file}: {one_line(error)}") from error
     return session, memory
+
+
+def _watched(ort: Any, start: Callable[[], Any], options: Any, name: str) -> Any:
+    """A session, with a warning if it copies values between GPU and host.
+
+    ONNX Runtime shows its copies only in an optimised graph that it saves. A graph that cannot be saved is not watched.
+    """
+    found: list[Copy] = []
+    not_watched: tuple[type[Exception], ...] = (OSError, ImportError, *error_types(ort))
+    try:
+        with tempfile.TemporaryDirectory(prefix="dydit-") as folder:
+            saved = Path(folder, "optimised.onnx")
+            options.optimized_model_filepath = str(saved)
+            session = start()
+            found = copies(saved)
+    except not_watched:
+        options.optimized_model_filepath = ""
+        return start()
+    if found:
+        more = f", and {len(found) - 1} more values" if len(found) > 1 else ""
+        warnings.warn(
+            f"{name} is slow, and cannot be captured in a CUDA graph, because in each run {found[0]}{more}; this "
+            f"onnxruntime {ort.__version__} places nodes on the CPU that other releases place on the GPU: pip install "
+            "-U onnxruntime-gpu",
+            stacklevel=2,
+        )
+    return session
 
 
 def require_provider(ort: Any, session: Any, device: str) -> None:

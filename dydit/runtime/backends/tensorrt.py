@@ -8,14 +8,23 @@ one line what is missing.
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.vae_entry import VAE_DECODER
-from dydit.engines.flavour import Flavour, Gpu, default_flavour, is_installed, load_flavour, present_gpu
+from dydit.engines.flavour import (
+    Flavour,
+    Gpu,
+    default_flavour,
+    is_installed,
+    load_flavour,
+    present_gpu,
+    require_target,
+)
 from dydit.engines.store import EngineStore, open_store
-from dydit.errors import BackendError, DyditError
+from dydit.errors import BackendError, DyditError, one_line
 from dydit.runtime.backends.base import BackendOptions, DecodeTile
 from dydit.runtime.device.backend import DeviceBackend
 from dydit.runtime.device.cuda import CudaDevice
@@ -58,11 +67,18 @@ class TensorRTBackend(DeviceBackend):
         return self.decode if index is not None and VAE_DECODER in index.engines else None
 
     def _after_run(self) -> None:
-        """Save the kernels that were compiled for the run, for the next process."""
-        if self._runtime.contexts != self._saved_contexts:
-            self._saved_contexts = self._runtime.contexts
-            if (compiled := self._runtime.compiled()) is not None:
-                self._store.write_runtime_cache(compiled)
+        """Save the kernels that were compiled for the run, for the next process. What fails here fails no run."""
+        if self._runtime.contexts == self._saved_contexts:
+            return
+        self._saved_contexts = self._runtime.contexts
+        try:
+            with self._in_context():
+                compiled = self._runtime.compiled()
+        except (RuntimeError, DyditError) as error:
+            warnings.warn(f"compiled kernels cannot be saved for the next process: {one_line(error)}", stacklevel=2)
+            return
+        if compiled is not None:
+            self._store.write_runtime_cache(compiled)
 
     def _keep_memory(self, memory: Mapping[EngineId, EngineMemory]) -> None:
         hashes = _hashes(self.bundle, self._store)
@@ -86,8 +102,17 @@ def open_engines(bundle: Bundle, flavour: Flavour | None) -> tuple[Any, EngineSt
 def describe(flavour: Flavour | None = None) -> str:
     """Versions and GPU, for `dydit doctor`. Raises `BackendError` for what is missing."""
     flavours = _flavours(flavour)
-    versions = ", ".join(f"{each} {load_flavour(each).__version__}" for each in flavours)
-    return f"{versions} on {_require_gpu()}"
+    versions = {each: f"{each} {load_flavour(each).__version__}" for each in flavours}
+    gpu, refusals = _require_gpu(), []
+    for each in flavours:
+        try:
+            require_target(each, gpu)
+        except BackendError as error:
+            refusals.append(error)
+            del versions[each]
+    if not versions:
+        raise refusals[0]
+    return f"{', '.join(versions.values())} on {gpu}"
 
 
 def _flavours(flavour: Flavour | None) -> list[Flavour]:

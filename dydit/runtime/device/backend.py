@@ -5,7 +5,9 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -232,6 +234,10 @@ class DeviceBackend(WholeRunsBackend):
 
     def _keep_memory(self, memory: Mapping[EngineId, EngineMemory]) -> None:
         """Save the memory of the engines for the next process."""
+
+    def _in_context(self) -> AbstractContextManager[Any]:
+        """Make the GPU's context current. Something must have run; all devices of a backend are the same GPU."""
+        return self._owned[-1].device.activate()
 
     def _free(self) -> None:
         self._finalizer()

@@ -3,12 +3,14 @@
 An engine has one context for each set of input shapes that it is launched with. The context's shapes and addresses
 must not change while a graph captured from it lives: a graph holds the state of its context (NVIDIA/TensorRT#3798). All
 contexts share the same activation memory, which the caller owns, so launches must follow one another on one stream.
+Everything but `Runtime()` needs a current CUDA context.
 
 Nothing here imports TensorRT: the module is passed in (`dydit.engines.flavour.load_flavour`).
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,6 +21,17 @@ from dydit.runtime.device.operations import EngineId
 
 ReadEngine = Callable[[EngineId], bytes]
 _KEPT_MESSAGES = 3
+_LOGGER = logging.getLogger(__name__)
+_REASONS = {
+    "VERSION_MISMATCH": "another version built it; run `dydit build` again",
+    "UNSUPPORTED_CC": "this GPU's compute capability is not supported",
+    "OLD_CUDA_DRIVER": "the NVIDIA driver is too old; update it",
+    "OLD_CUDA_RUNTIME": "the CUDA runtime is too old; update it",
+    "INSUFFICIENT_GPU_MEMORY": "the GPU has too little memory; use a smaller batch size, or free memory",
+    "MALFORMED_ENGINE": "it is not an engine; run `dydit build` again",
+    "CUDA_ERROR": "CUDA's driver or runtime does not work; run `dydit doctor`",
+}
+"""What `EngineInvalidityDiagnostics` of tensorrt_rtx means."""
 
 
 class Runtime:
@@ -30,16 +43,36 @@ class Runtime:
         self._runtime = trt.Runtime(_logger(trt, self.messages))
         self._cache_bytes = cache
         self._cache: Any = None
+        self._cache_works = True
         self.contexts = 0  # number of contexts created
 
     def load(self, engine: EngineId) -> LoadedEngine:
         """An engine on the device. Raises `BundleError` as `read` does, `BackendError` where TensorRT refuses it."""
         data = self._read(engine)
         self.messages.clear()
+        self._require_valid(engine, data)
         loaded = self._runtime.deserialize_cuda_engine(data)
         if loaded is None:
             raise BackendError(f"{self.trt.__name__} {self.trt.__version__} cannot load {engine}{self.last_messages()}")
         return LoadedEngine(self, engine, loaded, len(data))
+
+    def _require_valid(self, engine: EngineId, data: bytes) -> None:
+        """Raise `BackendError` with TensorRT's reasons if it says that an engine does not run here.
+
+        Only TensorRT for RTX can say that without loading the engine.
+        """
+        if not hasattr(self._runtime, "get_engine_validity"):
+            return
+        validity, diagnostics = self._runtime.get_engine_validity(data)
+        if validity == self.trt.EngineValidity.INVALID:
+            known = self.trt.EngineInvalidityDiagnostics.__members__
+            reasons = [text for name, text in _REASONS.items() if name in known and int(known[name]) & int(diagnostics)]
+            if not reasons and not self.messages:
+                reasons = [f"its diagnostics are {int(diagnostics):#x}"]
+            why = f": {' and '.join(reasons)}" if reasons else ""
+            raise BackendError(
+                f"{self.trt.__name__} {self.trt.__version__} cannot load {engine}{why}{self.last_messages()}"
+            )
 
     def context(self, engine: Any) -> Any:
         """A context without activation memory of its own; None if TensorRT cannot create it."""
@@ -53,22 +86,26 @@ class Runtime:
         config.set_execution_context_allocation_strategy(user_managed)
         config.cuda_graph_strategy = self.trt.CudaGraphStrategy.DISABLED
         config.dynamic_shapes_kernel_specialization_strategy = self.trt.DynamicShapesKernelSpecializationStrategy.EAGER
-        config.set_runtime_cache(self._runtime_cache(config))
+        # Without the cache, kernels are compiled again in the next process, and nothing else changes.
+        self._cache_works = bool(config.set_runtime_cache(self._runtime_cache(config))) and self._cache_works
         return engine.create_execution_context(config)
 
     def _runtime_cache(self, config: Any) -> Any:
         if self._cache is None:
             self._cache = config.create_runtime_cache()
-            if self._cache_bytes:
-                self._cache.deserialize(self._cache_bytes)  # stays empty if the cache is another machine's
+            if self._cache_bytes and not self._cache.deserialize(self._cache_bytes):
+                _LOGGER.info("the runtime cache is of another GPU, driver or version; kernels are compiled again")
         return self._cache
 
     def compiled(self) -> bytes | None:
-        """What this run compiled, for the next one; None if there is nothing new."""
-        if self._cache is None:
+        """What this run compiled, for the next one; None if there is nothing new, or TensorRT cannot save it."""
+        if self._cache is None or not self._cache_works:
             return None
-        data = bytes(self._cache.serialize())
-        return data if data != self._cache_bytes else None
+        serialized = self._cache.serialize()
+        if serialized is None:
+            return None
+        data = bytes(serialized)
+        return data if data and data != self._cache_bytes else None
 
     def last_messages(self) -> str:
         """TensorRT's last errors and warnings, for a message."""
@@ -103,6 +140,8 @@ class LoadedEngine:
             )
         key = tuple((each.name, each.shape) for each in inputs)
         if key not in self._contexts:
+            if capturing:
+                raise CaptureError(f"{self._name} was not run with these shapes before it was captured in a CUDA graph")
             self._contexts[key] = _Context(self._runtime, self._name, self._engine, inputs)
         self._contexts[key].launch((*inputs, *outputs), workspace, stream, capturing)
 
@@ -120,6 +159,7 @@ class _Context:
         runtime.messages.clear()
         self._context = runtime.context(engine)
         self._require(self._context is not None, "cannot make an execution context")
+        self._capturable: bool | None = None
         self._workspace: tuple[int, int] | None = None
         self._addresses: dict[str, int] = {}
         for tensor in inputs:
@@ -127,7 +167,11 @@ class _Context:
             self._require(accepted, f"does not take {tensor.name} of shape {tensor.shape}")
 
     def launch(self, tensors: Sequence[Tensor], workspace: tuple[int, int], stream: int, capturing: bool) -> None:
-        """Queue one execution."""
+        """Queue one execution.
+
+        Whether a context can be captured is asked before: TensorRT does not say it while a stream is captured. So a
+        context must have run once before.
+        """
         self._runtime.messages.clear()
         if self._workspace != workspace:
             address, nbytes = workspace
@@ -138,12 +182,16 @@ class _Context:
                 accepted = self._context.set_tensor_address(tensor.name, tensor.address)
                 self._require(accepted, f"has no input or output {tensor.name}")
                 self._addresses[tensor.name] = tensor.address
-        if capturing and hasattr(self._context, "is_stream_capturable"):
-            capturable = self._context.is_stream_capturable(stream)
-            self._require(capturable, "cannot be captured in a CUDA graph", CaptureError)
+        if capturing:
+            self._require(self._capturable, "cannot be captured in a CUDA graph", CaptureError)
+            self._require(self._context.execute_async_v3(stream), "failed in a CUDA graph", CaptureError)
+            return
+        if self._capturable is None:
+            ask = getattr(self._context, "is_stream_capturable", None)  # only TensorRT for RTX has it
+            self._capturable = ask is None or bool(ask(stream))
         self._require(self._context.execute_async_v3(stream), "failed")
 
-    def _require(self, condition: bool, problem: str, kind: type[BackendError] = BackendError) -> None:
+    def _require(self, condition: bool | None, problem: str, kind: type[BackendError] = BackendError) -> None:
         if not condition:
             trt = self._runtime.trt
             raise kind(f"{trt.__name__} {trt.__version__}: {self._name} {problem}{self._runtime.last_messages()}")

@@ -303,9 +303,12 @@ class Executor:
         self.device.begin_capture()
         try:
             self._all(each.body)
-        except BaseException:
+        except BaseException as error:
             with suppress(DyditError):
                 self.device.drop(self.device.end_capture())
+            if isinstance(error, BackendError) and not isinstance(error, CaptureError):
+                # What cannot be captured may well run: calls that wait or allocate are refused only in a capture.
+                raise CaptureError(str(error)) from error
             raise
         steps = sum(isinstance(one, op.Launch) and one.step is not None for one in each.body)
         self._graphs[each.graph] = (self.device.end_capture(), steps)

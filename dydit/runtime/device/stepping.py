@@ -31,6 +31,11 @@ class Stepper:
         self._users: Counter[EngineId] = Counter()
         self._lock = threading.Lock()
 
+    @property
+    def device(self) -> Device:
+        """The device that it runs on."""
+        return self._device
+
     def use(self, bundle: Bundle) -> None:
         """Run the steps of another manifest of the same files; its unit weights stay on the device."""
         if bundle.manifest is self._bundle.manifest:

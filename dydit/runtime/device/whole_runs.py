@@ -140,6 +140,7 @@ class WholeRunsBackend(Backend):
     """A backend whose whole runs stay on a device, on a sampler that is made for the first of them."""
 
     _made_sampler: DeviceSampler | None = None
+    _graphs: bool  # whether graphs may be captured
 
     def sample_run(
         self,
@@ -164,6 +165,7 @@ class WholeRunsBackend(Backend):
                 stats = sampler.sample(batches, noise, store, cfg_scale, progress)
             except CaptureError as error:
                 warnings.warn(f"{one_line(error)}; continuing without CUDA graphs", stacklevel=2)
+                self._graphs = False  # for a sampler that replaces this one
                 sampler.options = dataclasses.replace(sampler.options, graphs=False)
                 stats = sampler.sample(batches, noise, store, cfg_scale, progress)
             self._after_run()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 
@@ -171,19 +173,27 @@ def test_many_batches_go_in_several_passes(make_bundle, fake_device, expected, m
     assert same(latents, expected(fixture)[0]) and stats.steps == 36
 
 
-def test_where_graphs_cannot_be_captured_it_runs_without(make_bundle, fake_device, expected):
+@pytest.mark.parametrize("kind", [CaptureError, BackendError])
+def test_where_graphs_cannot_be_captured_it_runs_without(make_bundle, fake_device, expected, kind):
+    """Whatever fails in a capture may work outside of one."""
+
     class Refusing(fake_device):
         def launch(self, *arguments):
             if self.driver.capturing:
-                raise CaptureError("this engine cannot be captured")
+                raise kind("this engine cannot be captured")
             super().launch(*arguments)
 
     fixture = Fixture(make_bundle(routing=Routing.DENSE), Refusing)
     with pytest.warns(UserWarning, match="cannot be captured; continuing without CUDA graphs"):
         latents, _ = fixture.run()
     assert same(latents, expected(fixture)[0])
-    fixture.run()
-    assert not fixture.devices[0].driver.graphs and fixture.devices[0].driver.replays == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fixture.run()
+        assert not fixture.devices[0].driver.graphs and fixture.devices[0].driver.replays == 0
+        fixture.backend._clear_runs()
+        fixture.run()
+    assert len(fixture.devices) == 2 and not fixture.devices[1].driver.captures, "it is tried and said once"
 
 
 def test_what_engines_need_is_found_out_once(make_bundle, fake_device):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import logging
+from enum import IntFlag
 from types import SimpleNamespace
 
 import pytest
 
 from dydit.errors import BackendError
-from dydit.runtime.device.engine_runtime import Runtime
+from dydit.runtime.device.engine_runtime import _REASONS, Runtime
 from dydit.runtime.device.execute import CaptureError, Tensor
 from dydit.runtime.device.launches import EngineMemory
 from dydit.runtime.device.operations import CONDITIONER, EngineId
@@ -22,15 +24,21 @@ WORK = (4096, 500)
 
 
 class StandIn:
-    """As much of TensorRT as is used. `refuse`: calls that return False or None; `rtx`: which flavour."""
+    """As much of TensorRT as is used. `refuse`: calls that return False or None; `rtx`: which flavour.
 
-    def __init__(self, rtx=False, refuse=(), capturable=True):
+    `invalid`: the diagnostics of every engine.
+    """
+
+    def __init__(self, rtx=False, refuse=(), capturable=True, invalid=0):
         self.calls, self.refuse, self.capturable = [], set(refuse), capturable
+        self.capturing = False
         self.__name__, self.__version__ = ("tensorrt_rtx", "1.7.1") if rtx else ("tensorrt", "11.4.0")
         self.ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="user managed")
         if rtx:
             self.CudaGraphStrategy = SimpleNamespace(DISABLED="disabled")
             self.DynamicShapesKernelSpecializationStrategy = SimpleNamespace(EAGER="eager")
+            self.EngineValidity = SimpleNamespace(INVALID=2)
+            self.EngineInvalidityDiagnostics = IntFlag("EngineInvalidityDiagnostics", {"UNSUPPORTED_CC": 2, "NEW": 128})
         stand_in = self
 
         class ILogger:
@@ -46,6 +54,9 @@ class StandIn:
             def deserialize_cuda_engine(self, data):
                 return stand_in.say("deserialize", data) and Engine()
 
+        if rtx:
+            Runtime.get_engine_validity = lambda self, data: (2 if invalid else 0, invalid)
+
         class Config(SimpleNamespace):
             def set_execution_context_allocation_strategy(self, strategy):
                 self.strategy = strategy
@@ -53,11 +64,13 @@ class StandIn:
             def create_runtime_cache(self):
                 stand_in.say("create cache")
                 return SimpleNamespace(
-                    deserialize=lambda data: stand_in.say("fill cache", data), serialize=lambda: bytearray(b"compiled")
+                    deserialize=lambda data: stand_in.say("fill cache", data),
+                    serialize=lambda: stand_in.say("save cache") and bytearray(b"compiled"),
                 )
 
             def set_runtime_cache(self, cache):
                 self.cache = cache
+                return stand_in.say("set cache")
 
         class Engine:
             device_memory_size_v2 = 500
@@ -75,10 +88,17 @@ class StandIn:
 
         class Context:
             def __getattr__(self, name):
+                if name == "is_stream_capturable":
+                    raise AttributeError(name)
                 return lambda *arguments: stand_in.say(name, *arguments)
 
+        if rtx:
+
             def is_stream_capturable(self, stream):
-                return stand_in.capturable
+                assert not stand_in.capturing, "it may not be asked while a stream is captured"
+                return stand_in.say("is_stream_capturable", stream) and stand_in.capturable
+
+            Context.is_stream_capturable = is_stream_capturable
 
         self.ILogger, self.Runtime = ILogger, Runtime
 
@@ -181,10 +201,86 @@ def test_too_little_memory_to_work_in_is_noticed():
 
 
 def test_a_context_that_cannot_be_captured_says_so():
-    _, engine = loaded(StandIn(capturable=False))
+    """It was asked when it first ran, because it may not be asked in a capture."""
+    trt = StandIn(rtx=True, capturable=False)
+    _, engine = loaded(trt)
     engine.launch([X], [OUT], WORK, 1, capturing=False)
+    engine.launch([X], [OUT], WORK, 1, capturing=False)
+    assert [call[0] for call in trt.took()].count("is_stream_capturable") == 1
+    trt.capturing = True
     with pytest.raises(CaptureError, match="conditioning cannot be captured in a CUDA graph"):
         engine.launch([X], [OUT], WORK, 1, capturing=True)
+    assert trt.took() == [], "nothing is queued"
+
+
+@pytest.mark.parametrize("rtx", [True, False])
+def test_a_context_that_ran_is_captured_without_being_asked(rtx):
+    """Full TensorRT cannot be asked at all."""
+    trt = StandIn(rtx)
+    _, engine = loaded(trt)
+    engine.launch([X], [OUT], WORK, 1, capturing=False)
+    asked = [call for call in trt.took() if call[0] == "is_stream_capturable"]
+    assert asked == ([("is_stream_capturable", 1)] if rtx else [])
+    trt.capturing = True
+    engine.launch([X], [OUT], WORK, 1, capturing=True)
+    assert trt.took() == [("execute_async_v3", 1)]
+
+
+def test_shapes_that_never_ran_are_not_captured():
+    """Their context would be made in the capture, which allocates."""
+    trt = StandIn(rtx=True)
+    _, engine = loaded(trt)
+    engine.launch([X], [OUT], WORK, 1, capturing=False)
+    trt.took()
+    with pytest.raises(CaptureError, match="conditioning was not run with these shapes before it was captured"):
+        engine.launch([OTHER], [OUT], WORK, 1, capturing=True)
+    assert trt.took() == []
+
+
+@pytest.mark.parametrize("rtx", [True, False])
+def test_an_execution_that_is_refused_in_a_capture_ends_only_the_capture(rtx):
+    trt = StandIn(rtx)
+    _, engine = loaded(trt)
+    engine.launch([X], [OUT], WORK, 1, capturing=False)
+    trt.refuse = {"execute_async_v3"}
+    with pytest.raises(CaptureError, match=r"conditioning failed in a CUDA graph: .*execute_async_v3 is impossible"):
+        engine.launch([X], [OUT], WORK, 1, capturing=True)
+    trt.refuse = set()
+    engine.launch([X], [OUT], WORK, 1, capturing=False)
+
+
+@pytest.mark.parametrize("refused", ["fill cache", "set cache", "save cache"])
+def test_a_runtime_cache_that_is_refused_is_left_alone(refused, caplog):
+    """One of another GPU, say: the run goes on without it, and only a log says so."""
+    trt = StandIn(rtx=True, refuse=[refused])
+    runtime, engine = loaded(trt, cache=b"kernels of another machine")
+    with caplog.at_level(logging.INFO):
+        engine.launch([X], [OUT], WORK, 1, capturing=False)
+        engine.launch([OTHER], [OUT], WORK, 1, capturing=False)
+    said = [record.message for record in caplog.records]
+    assert len(said) == (refused == "fill cache") and all("of another GPU, driver or version" in each for each in said)
+    assert runtime.compiled() == (b"compiled" if refused == "fill cache" else None)
+
+
+@pytest.mark.parametrize(
+    ("diagnostics", "reason"),
+    [(2, "this GPU's compute capability is not supported"), (128, "its diagnostics are 0x80")],
+)
+def test_an_engine_that_is_not_for_here_is_refused_before_it_is_loaded(diagnostics, reason):
+    trt = StandIn(rtx=True, invalid=diagnostics)
+    with pytest.raises(BackendError, match=rf"^tensorrt_rtx 1\.7\.1 cannot load conditioning: {reason}$"):
+        loaded(trt)
+    assert trt.took() == []
+
+
+def test_tensorrt_itself_says_what_is_wrong_with_an_engine(rtx):
+    """No GPU is needed for that."""
+    with pytest.raises(BackendError) as caught:
+        Runtime(rtx, lambda engine: b"no engine at all" * 64).load(CONDITIONER)
+    assert f"tensorrt_rtx {rtx.__version__} cannot load conditioning: it is not an engine; run `dydit build`" in str(
+        caught.value
+    )
+    assert set(_REASONS) == set(rtx.EngineInvalidityDiagnostics.__members__)
 
 
 @pytest.mark.parametrize("name", ["tensorrt", "tensorrt_rtx"])
@@ -200,7 +296,10 @@ def test_the_names_that_are_used_exist(name):
     }
     if name == "tensorrt_rtx":
         used |= {
+            trt.Runtime: [*used[trt.Runtime], "get_engine_validity"],
             trt.ICudaEngine: [*used[trt.ICudaEngine], "create_runtime_config"],
+            trt.IExecutionContext: [*used[trt.IExecutionContext], "is_stream_capturable"],
+            trt.EngineValidity: ["INVALID"],
             trt.IRuntimeConfig: [
                 "cuda_graph_strategy",
                 "dynamic_shapes_kernel_specialization_strategy",

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import sys
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
@@ -141,9 +142,9 @@ def test_without_engines(bundle, machine):
 
 def test_engines_of_another_machine_are_refused(bundle, machine):
     build(bundle, compute_capabilities=("8.6",))
-    machine(gpu=HOPPER)
+    machine(gpu=ADA)
     said = refusal(bundle, kind=BundleError)
-    assert "was built for compute capability 8.6, but the GPU here is NVIDIA H200 (compute capability 9.0)" in said
+    assert "was built for compute capability 8.6, but the GPU here is NVIDIA L4 (compute capability 8.9)" in said
     assert said.endswith(f"run `dydit build {bundle.path} --flavour tensorrt-rtx`")
     machine(gpu=Gpu("NVIDIA RTX A6000", "8.6"), version="1.8.0")
     assert "was built by tensorrt-rtx 1.7.1, but 1.8.0 is installed" in refusal(bundle, kind=BundleError)
@@ -326,7 +327,60 @@ def test_a_bundle_that_cannot_be_written_to_runs(bundle, opened, monkeypatch, co
     opening = builtins.open
     monkeypatch.setattr(builtins, "open", refuse)
     store = MemoryStore()
-    with pytest.warns(UserWarning, match=r"(runtime\.cache|memory\.json) cannot be saved for the next process"):
+    with pytest.warns(UserWarning) as caught:
         facts.backend.sample_run(make_batches([1], [0], 1), SeededNoise(0, (4, 8, 8)), store, 1.0)
+    said = [str(each.message).partition(":")[0] for each in caught]
+    assert said == [f"{name} cannot be saved for the next process" for name in ("memory.json", "runtime.cache")]
     assert np.isfinite(store.load(0).x).all()
     assert sorted(path.name for path in facts.store.folder.iterdir()) == before
+
+
+def test_compiled_kernels_are_saved_in_the_context_of_the_gpu(bundle, opened, monkeypatch):
+    """TensorRT for RTX compares a cache with the context that is current."""
+    facts = opened()
+    saved = []
+
+    def compiled(self):
+        saved.append(facts.devices[0].active)
+        return b"kernels"
+
+    monkeypatch.setattr(backend.Runtime, "compiled", compiled)
+    facts.backend._sampler  # noqa: B018 - makes the device
+    (device,) = facts.devices
+    activate = device.activate
+    device.active = 0
+
+    @contextmanager
+    def counted():
+        device.active += 1
+        with activate():
+            yield
+        device.active -= 1
+
+    monkeypatch.setattr(device, "activate", counted)
+    facts.backend.sample_run(make_batches([1], [0], 1), SeededNoise(0, (4, 8, 8)), MemoryStore(), 1.0)
+    assert saved == [1] and facts.store.read_runtime_cache() == b"kernels"
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no context"), BackendError("the GPU cannot be used: gone")])
+def test_kernels_that_cannot_be_saved_fail_no_run(bundle, opened, monkeypatch, error):
+    facts = opened()
+
+    def compiled(self):
+        raise error
+
+    monkeypatch.setattr(backend.Runtime, "compiled", compiled)
+    store = MemoryStore()
+    with pytest.warns(UserWarning, match=f"compiled kernels cannot be saved for the next process: {error}"):
+        facts.backend.sample_run(make_batches([1], [0], 1), SeededNoise(0, (4, 8, 8)), store, 1.0)
+    assert np.isfinite(store.load(0).x).all()
+
+
+def test_a_gpu_for_which_there_are_no_engines_is_named_with_the_alternatives(bundle, machine):
+    build(bundle)
+    machine(gpu=HOPPER)
+    text = refusal(bundle)
+    assert "engines run on compute capability 8.0, 8.6, 8.9, 12.0 and 12.1, but not on the NVIDIA H200" in text
+    assert "pip install 'dydit[tensorrt]'" in text and "--backend onnxruntime --device cuda" in text
+    with pytest.raises(BackendError, match="but not on the NVIDIA H200"):
+        backend.describe()
