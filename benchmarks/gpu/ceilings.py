@@ -48,15 +48,14 @@ class Clock:
         return float(np.median([self.ms(work) for _ in range(WARMUP + ROUNDS)][WARMUP:]))
 
 
-def product(clock: Clock, dtype: str, n: int, shape: tuple[int, int, int] | None = None) -> dict[str, Any]:
-    """TFLOP/s of a matrix product of random numbers, n x n x n or of another `shape`. fp32 is not rounded to TF32."""
+def product(clock: Clock, dtype: str, rows: int, inner: int, columns: int) -> dict[str, Any]:
+    """TFLOP/s of a product of random matrices, [rows, inner] x [inner, columns]. fp32 is not rounded to TF32."""
     torch.backends.cuda.matmul.allow_tf32 = False
-    rows, inner, columns = shape or (n, n, n)
     kind = getattr(torch, dtype)
     a = torch.randn(rows, inner, device=clock.device).to(kind)
     b = torch.randn(inner, columns, device=clock.device).to(kind)
     ms = clock.median_ms(lambda: torch.mm(a, b))
-    return {"n": n, "shape": [rows, inner, columns], "ms": ms, "tflops": 2 * rows * inner * columns / ms / 1e9}
+    return {"shape": [rows, inner, columns], "ms": ms, "tflops": 2 * rows * inner * columns / ms / 1e9}
 
 
 def copied(clock: Clock, nbytes: int) -> dict[str, Any]:

@@ -128,16 +128,17 @@ def ceilings(context: Context) -> None:
     clock, dry, config = context.clock, context.dry, context.settings.config
     if not dry:
         context.emit("gpu", {name: nvidia_smi(name) for name in ("driver_version", "memory.total", "power.limit")})
+    n = 128 if dry else 8192
     for precision in dict.fromkeys((context.settings.precision, "bf16", "fp16", "fp32")):
-        context.emit(f"product {precision}", product(clock, TYPES[precision], 128 if dry else 8192))
-    context.emit("copy", copied(clock, (1 << 20) if dry else (4 << 30)))
+        context.emit(f"product {precision}", product(clock, TYPES[precision], n, n, n))
+    context.emit("copy", copied(clock, (1 << 20) if dry else (1 << 30)))
     dtype, d = TYPES[context.settings.precision], config.hidden_size
     for batch in context.settings.batches:
         rows = 2 * batch
         shape = (rows, config.num_heads, config.tokens, d // config.num_heads)
         context.emit(f"attention batch {batch}", attention(clock, dtype, shape))
-        of_mlp = (rows * config.tokens, d, config.mlp_hidden)
-        context.emit(f"first product of an MLP, batch {batch}", product(clock, dtype, 0, of_mlp))
+        of_mlp = product(clock, dtype, rows * config.tokens, d, config.mlp_hidden)
+        context.emit(f"first product of an MLP, batch {batch}", of_mlp)
 
 
 def write_reference(path: Path, folder: Path) -> None:

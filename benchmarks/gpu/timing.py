@@ -35,7 +35,8 @@ def ceiling(settings: Settings, work: Work, emit: Emit) -> None:
     """Emit TFLOP/s of a large square matrix product in the precision that is timed, by CUDA events."""
     from ceilings import Clock, product  # imports PyTorch
 
-    emit("product", product(Clock(settings.device), TYPES[settings.precision], 256 if settings.gpu is None else 8192))
+    n = 256 if settings.gpu is None else 8192
+    emit("product", {"n": n, **product(Clock(settings.device), TYPES[settings.precision], n, n, n)})
 
 
 def open_configuration(configuration: Configuration, bundle: Bundle, device: str) -> Backend:
