@@ -284,6 +284,7 @@ def named_gpu(context: Context) -> Gpu | None:
 def profile(context: Context) -> None:
     """The kernels of a step that take most of its time: of the device loop, and of the static model in PyTorch."""
     model, batch = made(context), context.settings.batches[0]
+    torch.compiler.reset()  # as in `_time`
     for name in (LOOP_DYNAMIC, STATIC):
         contender = open_timed(context, model, name, batch)
         try:
