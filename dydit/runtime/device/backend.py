@@ -73,7 +73,7 @@ class DeviceSubnet(Subnet):
 class DeviceBackend(WholeRunsBackend):
     """Single steps and whole runs each open a device with `make_device`, and load their own engines.
 
-    `known`: memory of the engines that earlier runs measured. `graphs`: capture segments where the routing allows it.
+    `known`: memory of the engines that earlier runs measured. `graphs`: capture steps where the routing allows it.
     """
 
     def __init__(
