@@ -23,6 +23,10 @@ class CaptureError(BackendError):
     """Work cannot be captured in a graph here. It can be run without."""
 
 
+class WorkspaceError(BackendError):
+    """An engine needs more memory for its activations than was known when the run was planned."""
+
+
 class Tensor(NamedTuple):
     """An input or output of an engine at an address of the device."""
 
@@ -141,7 +145,7 @@ class Executor:
             op.Capture: self._capture,
             op.Replay: lambda o: device.replay(self._graphs[o.graph]),
             op.DropGraph: lambda o: device.drop(self._graphs.pop(o.graph)),
-            op.LoadEngine: self._load,
+            op.LoadEngine: self._load_for_run,
             op.UnloadEngine: self._unload,
             op.Record: lambda o: device.record(o.event, o.stream),
             op.Wait: lambda o: device.wait(o.stream, o.event),
@@ -269,6 +273,12 @@ class Executor:
     def _load(self, each: op.LoadEngine) -> None:
         self.device.load(each.engine)
         self._engines.append(each.engine)
+
+    def _load_for_run(self, each: op.LoadEngine) -> None:
+        self._load(each)
+        need, (_, nbytes) = self.device.memory(each.engine).activation, self._buffers.get(WORKSPACE, (0, 0))
+        if need > nbytes:
+            raise WorkspaceError(f"{each.engine} needs a workspace of {need} bytes, but {nbytes} were expected")
 
     def _unload(self, each: op.UnloadEngine) -> None:
         self.device.unload(each.engine)
