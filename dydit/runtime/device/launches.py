@@ -324,29 +324,35 @@ class LaunchPlan:
         if not layout.staged:
             places = layout.step_bindings(subnet, size, (step - first) % 2, record, condition, counters)
             return [op.Launch(engine, step, *places)]
-        fixed = [Address(f"step.{name}") for name in ("record", "condition", "overflow")]
         ops: list[Operation] = [
-            op.Copy(fixed[0], record, layout.record_bytes(size)),
-            op.Copy(fixed[1], condition, layout.condition_bytes(size)),
+            op.Copy(Address("step.record"), record, layout.record_bytes(size)),
+            op.Copy(Address("step.condition"), condition, layout.condition_bytes(size)),
         ]
-        places = layout.step_bindings(subnet, size, 0, *fixed)
-        back = op.Copy(Address("x.0"), Address("x.1"), layout.state_bytes(size))
         if layout.capturing and not engine.full:
-            ops += self._replayed(subnet, step, size, op.Launch(engine, None, *places), back)
+            ops += self._replayed(subnet, step, size, engine)
         else:
-            ops += [op.Launch(engine, step, *places), back]
+            ops += self._at_fixed_addresses(subnet, step, size, engine)
         if layout.capacity:
-            ops.append(op.Copy(counters, fixed[2], layout.overflow_bytes))
+            ops.append(op.Copy(counters, Address("step.overflow"), layout.overflow_bytes))
         return ops
 
-    def _replayed(self, subnet: int, step: int, size: int, launch: op.Launch, back: op.Copy) -> list[Operation]:
+    def _at_fixed_addresses(
+        self, subnet: int, step: int | None, size: int, engine: EngineId
+    ) -> tuple[op.Launch, op.Copy]:
+        """A step from x.0 to x.1, which is then copied back."""
+        fixed = (Address(f"step.{name}") for name in ("record", "condition", "overflow"))
+        launch = op.Launch(engine, step, *self.layout.step_bindings(subnet, size, 0, *fixed))
+        return launch, op.Copy(Address("x.0"), Address("x.1"), self.layout.state_bytes(size))
+
+    def _replayed(self, subnet: int, step: int, size: int, engine: EngineId) -> list[Operation]:
         """A step by its graph, which is captured when it is first needed."""
         shape = self.shape
         key = GraphKey(subnet, size, shape.rows(size), shape.texts, shape.text_tokens)
         ops: list[Operation] = []
         if key not in self._captured:
             self._captured.add(key)
-            ops = [op.WarmUp(launch), op.Capture(key, (launch, back))]
+            body = self._at_fixed_addresses(subnet, None, size, engine)
+            ops = [op.WarmUp(body[0]), op.Capture(key, body)]
         return [*ops, op.Replay(key, step)]
 
     def _read_overflow(self, segment: int, batches: Sequence[int], strict: bool = False) -> op.ReadOverflow:

@@ -6,7 +6,8 @@ Every address that an engine reads or writes is 256-byte aligned, so rows of a t
 a segment are at the same addresses for every batch, so that a captured graph serves all batches of one size.
 
     latents.0, latents.1   every batch between segments: even segments read .0 and write .1, odd ones read .1
-    x.0, x.1               the current batch: a step reads one and writes the other
+    x.0, x.1               the current batch: a step reads one and writes the other; at fixed addresses, each step reads
+                           x.0, and what it wrote to x.1 is copied back
                            (of a multistep sampler, each of these four holds the history behind the latents)
     next_history           written and never read, if the sampler has no history
     records                a record for each step, of the whole run: its coefficients, and its gates if there are any.

@@ -76,7 +76,7 @@ def build(bundle: Bundle, activation_bytes: int | None = None, **settings) -> En
         key = EngineKey(
             graph_sha256=files[graph].sha256,
             weights_sha256=files[weights_of(bundle.manifest, graph)].sha256,
-            profile={},
+            profiles=(),
         )
         entries[graph] = EngineEntry(
             file=name,
