@@ -1,7 +1,7 @@
 """TensorRT's part of a device: engines from bytes, execution contexts, launches. For both flavours.
 
-An engine has one context for each set of input shapes that it is launched with, on the first of its optimization
-profiles that takes them. The context's shapes and addresses
+An engine has one context for each set of input shapes that it is launched with, on the optimization profile that suits
+them best. The context's shapes and addresses
 must not change while a graph captured from it lives: a graph holds the state of its context (NVIDIA/TensorRT#3798). All
 contexts share the same activation memory, which the caller owns, so launches must follow one another on one stream.
 Everything but `Runtime()` needs a current CUDA context.
@@ -128,17 +128,24 @@ class LoadedEngine:
         return tuple(map(max, *shapes)) if len(shapes) > 1 else tuple(shapes[0])
 
     def _profile(self, inputs: Sequence[Tensor]) -> int | None:
-        """The first profile that takes the inputs, or the last; None if there is only one.
+        """The profile to run on; None if there is only one. Where none takes the inputs, the last.
 
-        Without an input's extent, which is so where it has one shape alone, every profile takes it.
+        Of those that take them, the first of those that are tuned for at least as much in the most dimensions: the
+        profiles of a text graph differ only in what they are tuned for.
         """
         if self._profiles == 1:
             return None
+        suitable = []
         for index in range(self._profiles):
-            extents = [(self._engine.get_tensor_profile_shape(each.name, index), each.shape) for each in inputs]
-            if all(_lies_within(extent, shape) for extent, shape in extents if extent):
-                return index
-        return self._profiles - 1
+            sizes = [size for each in inputs for size in self._sizes(each, index)]
+            if all(low <= size <= high for size, low, _, high in sizes):
+                suitable.append((sum(size <= opt for size, _, opt, _ in sizes), -index))
+        return -max(suitable)[1] if suitable else self._profiles - 1
+
+    def _sizes(self, each: Tensor, profile: int) -> list[tuple[int, int, int, int]]:
+        """Each dimension of an input: its size, and the least, tuned and largest; none if it has one shape alone."""
+        extent = [tuple(shape) for shape in self._engine.get_tensor_profile_shape(each.name, profile)]
+        return list(zip(each.shape, *extent, strict=True)) if extent else []
 
     def launch(
         self,
@@ -222,12 +229,6 @@ class _Context:
         if not condition:
             trt = self._runtime.trt
             raise kind(f"{trt.__name__} {trt.__version__}: {self._name} {problem}{self._runtime.last_messages()}")
-
-
-def _lies_within(extent: Sequence[Sequence[int]], shape: tuple[int, ...]) -> bool:
-    """Whether a shape lies between the smallest and the largest of an input's extent."""
-    smallest, _, largest = (tuple(each) for each in extent)
-    return all(low <= size <= high for low, size, high in zip(smallest, shape, largest, strict=True))
 
 
 def _logger(trt: Any, messages: list[str]) -> Any:

@@ -349,6 +349,15 @@ def test_a_batch_runs_on_the_profile_that_is_tuned_for_it(rtx):
     assert loaded(StandIn(rtx))[1].longest("timesteps") == (9,)
 
 
+@pytest.mark.parametrize(("size", "profile"), [(1, 0), (2, 0), (3, 1), (4, 1), (5, 2), (9, 2)])
+def test_of_profiles_that_take_the_same_the_one_that_is_tuned_for_it_is_chosen(size, profile):
+    """As those of a text graph do: all batches of a run have as many texts as the one with the most."""
+    trt = StandIn(profiles=[{"mask": ((1, 1), (opt, 6), (9, 6))} for opt in (2, 4, 9)])
+    _, engine = loaded(trt)
+    engine.launch([Tensor("mask", "int64", (size, 5), 1024)], [OUT], WORK, 77, capturing=False)
+    assert ("set_optimization_profile_async", profile, 77) in trt.took()
+
+
 def test_an_engine_of_one_profile_is_not_asked_for_another():
     trt = StandIn()
     _, engine = loaded(trt)
