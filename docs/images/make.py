@@ -344,7 +344,7 @@ def loop_png() -> bytes:
         arrow(plot, (22.2, compute + 1), (24.8, copy + 0.3))
         for y, text in (
             (12.1, "Guidance and the sampler's formula are inside the graph, so a step is one launch."),
-            (13.1, "With CUDA graphs the steps of a segment are captured once for each batch size, then replayed."),
+            (13.1, "With CUDA graphs one step of a subnetwork is captured for each batch size, then replayed."),
             (14.1, "Between the steps of a batch, neither the host nor the GPU waits for the other. Between batches,"),
             (
                 14.9,

@@ -38,8 +38,11 @@ from dydit.words import duration
 )
 @click.option(
     "--opt-batch",
+    "opt_batches",
     type=click.IntRange(min=1),
-    help="Batch size, in images, that the engines are tuned for.  [default: the largest]",
+    multiple=True,
+    help="Batch size, in images, that the engines are tuned for. Repeatable: kernels are chosen for each of them, "
+    "which takes time to build.  [default: 1, the largest, and one between them; below 8 the largest alone]",
 )
 @click.option(
     "--compute-capability",

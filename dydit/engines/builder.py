@@ -7,6 +7,7 @@ import hashlib
 import importlib
 import resource
 import time
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from dydit.engines.fingerprint import EngineRequest, HardwareCompatibility
 from dydit.engines.flavour import Flavour, load_flavour, load_polygraphy
 from dydit.engines.inspector import inspect_engine
 from dydit.engines.network import Messages, Network, Parsed, parse_graph, read_network, require_inputs
-from dydit.engines.profiles import Extent, Profile, shape_profile
+from dydit.engines.profiles import Extent, Profile, shape_profiles
 from dydit.engines.store import Built
 from dydit.errors import BackendError, one_line
 from dydit.files import write_atomic
@@ -29,8 +30,9 @@ class Job(Strict):
     """One engine to build, for a graph of a bundle of `model`.
 
     `inputs`: the graph's inputs according to `io_spec`; None for a graph that it does not describe, such as a VAE
-    decoder, whose types are not checked against the precision either. `ranges`: the extent of every symbol of the
-    inputs. `inspect`: also check the types of the kernels that were chosen, if there is a GPU to load the engine on.
+    decoder, whose types are not checked against the precision either. `ranges`: for each profile, the extent of every
+    symbol of the inputs. `inspect`: also check the types of the kernels that were chosen, if there is a GPU to load the
+    engine on.
     """
 
     graph: Path
@@ -38,7 +40,7 @@ class Job(Strict):
     request: EngineRequest
     model: ModelConfig
     inputs: tuple[TensorSpec, ...] | None
-    ranges: dict[str, Extent]
+    ranges: tuple[dict[str, Extent], ...]
     log: Path
     timing_cache: Path | None = None
     inspect: bool = True
@@ -59,8 +61,8 @@ def build_engine(job: Job) -> Built:
         if job.inputs is not None:
             require_inputs(network, job.inputs, job.graph.name)
             require_types(network, job.request.precision, job.model, job.graph.name)
-        profile = shape_profile(network.inputs, job.ranges, job.graph.name)
-        plan = _plan(trt, parsed, job, profile, messages)
+        profiles = shape_profiles(network.inputs, job.ranges, job.graph.name)
+        plan = _plan(trt, parsed, job, profiles, messages)
         inspected = job.inspect and job.inputs is not None and _require_kernels(trt, plan, network, job)
         digest = hashlib.sha256(plan).hexdigest()
         write_atomic(job.engine, plan)
@@ -82,10 +84,10 @@ def build_engine(job: Job) -> Built:
     )
 
 
-def _plan(trt: Any, parsed: Parsed, job: Job, profile: Profile, messages: Messages) -> Any:
+def _plan(trt: Any, parsed: Parsed, job: Job, profiles: Sequence[Profile], messages: Messages) -> Any:
     """The serialized engine, a buffer."""
     polygraphy = load_polygraphy(job.request.flavour)
-    config = builder_config(trt, polygraphy, job, profile)(parsed.builder, parsed.network)
+    config = builder_config(trt, polygraphy, job, profiles)(parsed.builder, parsed.network)
     set_flags(trt, config, job.request.flavour)
     loader = polygraphy.EngineBytesFromNetwork(
         (parsed.builder, parsed.network, parsed.parser),
@@ -121,19 +123,20 @@ def set_flags(trt: Any, config: Any, flavour: Flavour) -> None:
             config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
 
 
-def builder_config(trt: Any, polygraphy: Any, job: Job, profile: Profile) -> Any:
+def builder_config(trt: Any, polygraphy: Any, job: Job, profiles: Sequence[Profile]) -> Any:
     """Polygraphy's loader of the builder's configuration."""
-    shapes = polygraphy.Profile()
-    for name, extent in profile.items():
-        shapes.add(name, extent.min, extent.opt, extent.max)
+    shapes = [polygraphy.Profile() for _ in profiles]
+    for each, profile in zip(shapes, profiles, strict=True):
+        for name, extent in profile.items():
+            each.add(name, extent.min, extent.opt, extent.max)
     request = job.request
     if request.flavour is Flavour.TENSORRT_RTX:
         rtx = importlib.import_module("polygraphy.backend.tensorrt_rtx")
         targets = [tuple(int(part) for part in each.split(".")) for each in request.compute_capabilities]
-        return rtx.CreateConfigRTX(profiles=[shapes], compute_capabilities=targets or None)
+        return rtx.CreateConfigRTX(profiles=shapes, compute_capabilities=targets or None)
     cache = job.timing_cache if job.timing_cache and job.timing_cache.exists() else None
     return polygraphy.CreateConfig(
-        profiles=[shapes],
+        profiles=shapes,
         load_timing_cache=str(cache) if cache else None,
         hardware_compatibility_level=_hardware_level(trt, request.hardware_compatibility),
         version_compatible=request.version_compatible,

@@ -16,7 +16,7 @@ from dydit.bundle.vae_entry import VAE_DECODER, vae_inputs
 from dydit.engines.build_workers import run_jobs
 from dydit.engines.builder import Job
 from dydit.engines.fingerprint import EngineKey, EngineRequest, stale_key_reasons, stale_reasons
-from dydit.engines.profiles import Extent, shape_profile, symbol_ranges, width_ranges
+from dydit.engines.profiles import Extent, shape_profiles, symbol_ranges, width_ranges
 from dydit.engines.store import Built, EngineEntry, EngineStore, stores, weights_of
 from dydit.errors import BundleError, ConfigError
 from dydit.files import explained, sha256_of
@@ -78,11 +78,11 @@ class BuildReport:
 
 @dataclass(frozen=True)
 class _Wanted:
-    """A graph of the bundle: its inputs, their ranges, and what its engine depends on."""
+    """A graph of the bundle: its inputs, their ranges for each profile, and what its engine depends on."""
 
     graph: str
     inputs: tuple[TensorSpec, ...] | None
-    ranges: dict[str, Extent]
+    ranges: tuple[dict[str, Extent], ...]
     key: EngineKey
 
 
@@ -148,14 +148,15 @@ def _settings_reasons(store: EngineStore, request: EngineRequest) -> list[str]:
 def _wanted(bundle: Bundle, request: EngineRequest) -> list[_Wanted]:
     """Every graph, the conditioning first. Raises `BundleError` if one differs from the manifest."""
     manifest = bundle.manifest
-    ranges = symbol_ranges(manifest, request.opt_batch, request.max_batch)
+    ranges = symbol_ranges(manifest, request.opt_batches, request.max_batch)
     described: dict[str, tuple[TensorSpec, ...] | None] = {CONDITIONING: conditioning_inputs()}
     if manifest.model.text is not None:
         described[TEXT_GRAPH] = text_inputs(manifest.model)
     units: tuple[TensorSpec, ...] = ()
     if manifest.dynamic_width:
         units = unit_inputs(manifest.weights, manifest.model)
-        ranges |= width_ranges(manifest.model)
+        widths = width_ranges(manifest.model)
+        ranges = tuple({**each, **widths} for each in ranges)
     for subnet in manifest.subnets:
         specs = (*subnet_inputs(manifest.model, subnet.gated), *units)
         described |= {file: specs for file in (subnet.file, subnet.full_file) if file is not None}
@@ -169,13 +170,13 @@ def _wanted(bundle: Bundle, request: EngineRequest) -> list[_Wanted]:
             raise BundleError(f"{bundle.path}: {graph} was changed (its SHA-256 differs); export the bundle again")
         if graph == VAE_DECODER:
             few = min(DECODED_AT_ONCE, request.max_batch)
-            extents = {BATCH: Extent(min=1, opt=few, max=few)}
+            extents: tuple[dict[str, Extent], ...] = ({BATCH: Extent(min=1, opt=few, max=few)},)
         else:
             extents = ranges
         key = EngineKey(
             graph_sha256=digest,
             weights_sha256=manifest.files[weights_of(manifest, graph)].sha256,
-            profile=shape_profile(decoder if graph == VAE_DECODER else inputs or (), extents, graph),
+            profiles=shape_profiles(decoder if graph == VAE_DECODER else inputs or (), extents, graph),
         )
         wanted.append(_Wanted(graph, inputs, extents, key))
     return wanted

@@ -19,7 +19,7 @@ from dydit.bundle.advice import capacity_chain_of
 from dydit.bundle.manifest import Manifest, Routing
 from dydit.bundle.stored_weights import Precision
 from dydit.engines.flavour import Flavour, Gpu, require_target
-from dydit.engines.profiles import Profile
+from dydit.engines.profiles import Profile, tuned_batches
 from dydit.errors import BackendError
 from dydit.models.config import parse_config
 from dydit.validation import Strict
@@ -47,6 +47,7 @@ class HardwareCompatibility(StrEnum):
 class EngineRequest(Strict):
     """The settings of a build.
 
+    `opt_batches`: the batch sizes that the engines are tuned for, in ascending order (`dydit.engines.profiles`).
     `compute_capabilities`: with `tensorrt-rtx` the targets, where none means all that it has; with `tensorrt` that of
     `gpu`, the GPU that it builds on. `tools`: versions of other packages that were used.
     """
@@ -54,7 +55,7 @@ class EngineRequest(Strict):
     flavour: Annotated[Flavour, CHANGES_ENGINE]
     version: Annotated[str, CHANGES_ENGINE]
     precision: Annotated[Precision, CHANGES_ENGINE]
-    opt_batch: Annotated[int, CHANGES_ENGINE] = Field(ge=1)
+    opt_batches: Annotated[tuple[Annotated[int, Field(ge=1)], ...], CHANGES_ENGINE] = Field(min_length=1)
     max_batch: Annotated[int, CHANGES_ENGINE] = Field(ge=1)
     compute_capabilities: Annotated[tuple[str, ...], CHANGES_ENGINE] = ()
     gpu: Annotated[str | None, CHANGES_ENGINE] = None
@@ -65,8 +66,10 @@ class EngineRequest(Strict):
 
     @model_validator(mode="after")
     def _consistent(self) -> EngineRequest:
-        if self.opt_batch > self.max_batch:
-            raise ValueError(f"opt_batch {self.opt_batch} is larger than max_batch {self.max_batch}")
+        if list(self.opt_batches) != sorted(set(self.opt_batches)):
+            raise ValueError(f"opt_batches {_text(list(self.opt_batches))} are not in ascending order")
+        if self.opt_batches[-1] > self.max_batch:
+            raise ValueError(f"opt_batches {self.opt_batches[-1]} is larger than max_batch {self.max_batch}")
         return self
 
     def marked(self) -> dict[str, Any]:
@@ -82,7 +85,7 @@ class EngineRequest(Strict):
 
 MARKED = tuple(name for name, field in EngineRequest.model_fields.items() if CHANGES_ENGINE in field.metadata)
 _WORDS = {
-    "opt_batch": "the batch it is tuned for",
+    "opt_batches": "the batches it is tuned for",
     "max_batch": "the largest batch",
     "compute_capabilities": "the compute capabilities",
     "gpu": "the GPU",
@@ -97,7 +100,7 @@ class EngineKey(Strict):
 
     graph_sha256: str
     weights_sha256: str
-    profile: Profile
+    profiles: tuple[Profile, ...]
 
     def fingerprint(self, request: EngineRequest) -> str:
         """SHA-256 over everything that the engine depends on."""
@@ -126,22 +129,23 @@ def stale_key_reasons(old: EngineKey, new: EngineKey) -> list[str]:
         reasons.append("the graph changed")
     if old.weights_sha256 != new.weights_sha256:
         reasons.append("the weights changed")
-    for name in sorted(old.profile.keys() | new.profile.keys()):
-        if (before := old.profile.get(name)) != (after := new.profile.get(name)):
-            reasons.append(f"the shapes of {name} changed from {_shapes(before)} to {_shapes(after)}")
+    for name in sorted({name for key in (old, new) for profile in key.profiles for name in profile}):
+        if (before := _shapes(old.profiles, name)) != (after := _shapes(new.profiles, name)):
+            reasons.append(f"the shapes of {name} changed from {before} to {after}")
     return reasons
 
 
 def _text(value: Any) -> str:
     if isinstance(value, list):
-        return " ".join(value) or "any"
+        return " ".join(map(str, value)) or "any"
     if isinstance(value, bool):
         return "on" if value else "off"
     return "none" if value is None else str(value)
 
 
-def _shapes(extent: Any) -> str:
-    return "none" if extent is None else f"{list(extent.min)} {list(extent.opt)} {list(extent.max)}"
+def _shapes(profiles: Sequence[Profile], name: str) -> str:
+    extents = [profile[name] for profile in profiles if name in profile]
+    return " and ".join(f"{list(each.min)} {list(each.opt)} {list(each.max)}" for each in extents) or "none"
 
 
 def make_request(
@@ -151,14 +155,15 @@ def make_request(
     gpu: Gpu | None,
     *,
     max_batch: int | None = None,
-    opt_batch: int | None = None,
+    opt_batches: Sequence[int] = (),
     compute_capabilities: Sequence[str] = (),
     hardware_compatibility: HardwareCompatibility | str = HardwareCompatibility.NONE,
     version_compatible: bool = False,
 ) -> EngineRequest:
     """The request for a bundle's engines, checked against what flavour, bundle and machine allow.
 
-    `installed`: the flavour's version. `max_batch`: by default the bundle's; `opt_batch`: by default `max_batch`.
+    `installed`: the flavour's version. `max_batch`: by default the bundle's; `opt_batches`: by default
+    `tuned_batches(max_batch)`.
     Raises `ConfigError` for values out of range and `BackendError` for what cannot be built, with the reason and the
     alternative.
     """
@@ -168,7 +173,7 @@ def make_request(
         "version": installed,
         "precision": manifest.precision,
         "max_batch": max_batch,
-        "opt_batch": max_batch if opt_batch is None else opt_batch,
+        "opt_batches": tuple(sorted(set(opt_batches))) or tuned_batches(max_batch),
         "compute_capabilities": tuple(compute_capabilities),
         "hardware_compatibility": hardware_compatibility,
         "version_compatible": version_compatible,

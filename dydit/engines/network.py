@@ -73,7 +73,8 @@ class Network:
 class Messages:
     """TensorRT's messages about one graph: errors, and warnings with their counts.
 
-    `activation_bytes`: device memory for the engine's activations at its largest shapes; None until it is reported.
+    `activation_bytes`: device memory for the engine's activations at the largest shapes of any profile; None until it
+    is reported.
     """
 
     errors: list[str] = field(default_factory=list)
@@ -104,7 +105,7 @@ def make_logger(trt: Any, messages: Messages) -> Any:
             level = int(severity)
             if level > warning:
                 if _ACTIVATION_WORDS in message and (match := _ACTIVATION.search(message)):
-                    messages.activation_bytes = int(match[1])
+                    messages.activation_bytes = max(messages.activation_bytes or 0, int(match[1]))
             elif level < warning:
                 messages.errors.append(message)
             else:

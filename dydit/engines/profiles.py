@@ -1,6 +1,8 @@
 """Optimization profiles: the smallest, typical and largest shape of every input, from the graphs' description.
 
-A symbol of `dydit.bundle.io_spec` has a range; an input's three shapes follow from the ranges of its symbols.
+A symbol of `dydit.bundle.io_spec` has a range; an input's three shapes follow from the ranges of its symbols. An engine
+has a profile for each batch size that it is tuned for: its kernels are chosen for that size, and it serves the sizes
+from the next smaller one up to it. Tuned for the largest batch alone, an engine is slow on small ones.
 """
 
 from __future__ import annotations
@@ -20,6 +22,15 @@ CONDITIONING_ELEMENTS = 1 << 28
 """The most numbers that one evaluation of the conditioning engine returns: 1 GiB, far below TensorRT's 2**31."""
 TENSOR_ELEMENTS = (1 << 31) - 1
 """The most numbers that a tensor of TensorRT has."""
+
+
+_SEVERAL_FROM = 8
+"""The largest batch from which several profiles are worth the time to build them."""
+
+
+def tuned_batches(max_batch: int) -> tuple[int, ...]:
+    """The batch sizes that engines are tuned for by default: one image, the most, and the geometric mean of both."""
+    return (1, round(math.sqrt(max_batch)), max_batch) if max_batch >= _SEVERAL_FROM else (max_batch,)
 
 
 class Extent(Strict):
@@ -48,25 +59,30 @@ Ranges = Mapping[str, Extent]
 Profile = dict[str, ShapeExtent]
 
 
-def symbol_ranges(manifest: Manifest, opt_batch: int, max_batch: int) -> dict[str, Extent]:
-    """Ranges of the symbols of a bundle's graphs.
+def symbol_ranges(manifest: Manifest, opt_batches: Sequence[int], max_batch: int) -> tuple[dict[str, Extent], ...]:
+    """Ranges of the symbols of a bundle's graphs, one for each of the batch sizes to tune for, in ascending order.
 
-    `rows` goes up to twice the batch, with guidance, and is tuned for that; so does `labels`, because each makes a row.
-    `steps`: those of the longest segment, but no more than `CONDITIONING_ELEMENTS` allow for all labels. `texts`: one
-    for each image, and the negative one; each of as many tokens as the model was trained with, for which it is tuned.
-    Raises `BackendError` if the keys and values of so many texts are more than `TENSOR_ELEMENTS`.
+    Each begins behind the one before; the last goes up to `max_batch`. `rows` goes up to twice the batch, with
+    guidance, and is tuned for that; so does `labels`, because each makes a row. `steps`: those of the longest segment,
+    but no more than `CONDITIONING_ELEMENTS` allow for all labels. `texts`: one for each image of the largest batch,
+    because all batches of a run have equally many, and the negative one; each of as many tokens as the model was
+    trained with, for which it is tuned. Raises `BackendError` if the keys and values of so many texts are more than
+    `TENSOR_ELEMENTS`.
     """
     counts = [segment.count for segment in manifest.plan.segments]
-    rows = Extent(min=1, opt=2 * opt_batch, max=2 * max_batch)
     row_elements = math.prod(manifest.model.condition_shape)
-    steps = max(1, min(max(counts), CONDITIONING_ELEMENTS // (rows.max * row_elements)))
-    return {
-        BATCH: Extent(min=1, opt=opt_batch, max=max_batch),
-        ROWS: rows,
-        STEPS: Extent(min=1, opt=min(steps, -(-sum(counts) // len(counts))), max=steps),
-        LABELS: rows,
-        **_text_ranges(manifest.model, opt_batch, max_batch),
-    }
+    steps = max(1, min(max(counts), CONDITIONING_ELEMENTS // (2 * max_batch * row_elements)))
+    of_steps = Extent(min=1, opt=min(steps, -(-sum(counts) // len(counts))), max=steps)
+    ranges = []
+    for first, opt, last in zip(
+        (1, *(batch + 1 for batch in opt_batches)), opt_batches, (*opt_batches[:-1], max_batch), strict=False
+    ):
+        rows = Extent(min=first, opt=2 * opt, max=2 * last)
+        of_texts = _text_ranges(manifest.model, opt, max_batch)
+        ranges.append(
+            {BATCH: Extent(min=first, opt=opt, max=last), ROWS: rows, STEPS: of_steps, LABELS: rows, **of_texts}
+        )
+    return tuple(ranges)
 
 
 def _text_ranges(model: ModelConfig, opt_batch: int, max_batch: int) -> dict[str, Extent]:
@@ -97,6 +113,15 @@ def width_ranges(model: ModelConfig) -> dict[str, Extent]:
         for rows in {layer.unit_features for layer in part.group.layers}:
             ranges[width_symbol(part, rows)] = Extent(min=rows, opt=opt * rows, max=most * rows)
     return ranges
+
+
+def shape_profiles(specs: Sequence[TensorSpec], several: Sequence[Ranges], what: str) -> tuple[Profile, ...]:
+    """The `shape_profile` of each of several ranges, equal ones once."""
+    profiles: list[Profile] = []
+    for ranges in several:
+        if (profile := shape_profile(specs, ranges, what)) not in profiles:
+            profiles.append(profile)
+    return tuple(profiles)
 
 
 def shape_profile(specs: Sequence[TensorSpec], ranges: Ranges, what: str) -> Profile:

@@ -30,13 +30,14 @@ from dydit.bundle.stored_weights import WEIGHTS
 from dydit.bundle.vae_entry import VAE_DECODER, VAE_WEIGHTS
 from dydit.engines.fingerprint import EngineKey, EngineRequest, HardwareCompatibility, digest_of
 from dydit.engines.flavour import Flavour, Gpu, require_target
+from dydit.engines.profiles import tuned_batches
 from dydit.errors import BundleError, DyditError, one_line
 from dydit.files import sha256_of, write_atomic
 from dydit.validation import Strict, first_problem
 
 ENGINES, INDEX, BUILD_LOG, TIMING_CACHE = "engines", "engines.json", "build.log", "timing.cache"
 RUNTIME_CACHE, RUNTIME_RECORD = "runtime.cache", "runtime.json"
-_INDEX_VERSION: Literal[1] = 1
+_INDEX_VERSION: Literal[2] = 2
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*\.engine")
 _AMPERE = (8, 0)
 
@@ -67,7 +68,7 @@ class EngineEntry(Built):
 class EngineIndex(Strict):
     """`engines.json`. `engines`: by the graph's file name; equal graphs share a file."""
 
-    schema_version: Literal[1]
+    schema_version: Literal[2]
     request: EngineRequest
     engines: dict[str, EngineEntry]
     digest: str = ""
@@ -105,11 +106,17 @@ class EngineStore:
         return self.folder / BUILD_LOG
 
     def read(self) -> EngineIndex | None:
-        """The index; None if nothing was built. Raises `BundleError` if it is damaged or was changed."""
+        """The index; None if nothing was built, or an older release built it.
+
+        Raises `BundleError` if it is damaged or was changed.
+        """
         path = self.folder / INDEX
         remove = f"remove {self.folder} and build again"
         try:
-            index = EngineIndex.model_validate(json.loads(path.read_text(encoding="utf-8")))
+            values = json.loads(path.read_text(encoding="utf-8"))
+            if isinstance(values, dict) and values.get("schema_version") == _INDEX_VERSION - 1:
+                return None
+            index = EngineIndex.model_validate(values)
         except FileNotFoundError:
             return None
         except ValidationError as error:
@@ -279,8 +286,8 @@ def build_command(bundle: Bundle, wanted: EngineRequest | Flavour | None) -> str
         words += ["--flavour", wanted.flavour]
         if wanted.max_batch != bundle.manifest.max_batch:
             words += ["--max-batch", wanted.max_batch]
-        if wanted.opt_batch != wanted.max_batch:
-            words += ["--opt-batch", wanted.opt_batch]
+        if wanted.opt_batches != tuned_batches(wanted.max_batch):
+            words += [word for each in wanted.opt_batches for word in ("--opt-batch", each)]
         if wanted.flavour.traits.ahead_of_time:
             words += [word for each in wanted.compute_capabilities for word in ("--compute-capability", each)]
         if wanted.hardware_compatibility is not HardwareCompatibility.NONE:

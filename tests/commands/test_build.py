@@ -52,9 +52,9 @@ def test_settings_reach_the_request_and_reasons_are_printed(run, bundle: Bundle)
     code, out, _ = run(bundle.path, "--flavour", "tensorrt-rtx", *words)
     assert code == 0
     assert out.splitlines()[0] == (
-        f"the engines in {first} were built with other settings and are not used (the batch it is tuned for: 4 became "
-        "8; the largest batch: 4 became 32; the compute capabilities: any became 8.9 12.0); the folder is kept, remove "
-        "it if you do not need it"
+        f"the engines in {first} were built with other settings and are not used (the batches it is tuned for: 4 "
+        "became 8; the largest batch: 4 became 32; the compute capabilities: any became 8.9 12.0); the folder is kept, "
+        "remove it if you do not need it"
     )
 
 

@@ -17,21 +17,22 @@ from dydit.errors import BackendError
 from dydit.models.dit.config import preset
 
 PROFILE = {"x": ShapeExtent(min=(1, 4), opt=(2, 4), max=(8, 4))}
+LARGER = {"x": ShapeExtent(min=(9, 4), opt=(32, 4), max=(32, 4))}
 MODEL = preset("S/2")
 LEVELS = SimpleNamespace(AMPERE_PLUS="ampere plus", SAME_COMPUTE_CAPABILITY="same")
 
 
 def job(flavour: Flavour, cache: Path | None = None, **settings: Any) -> Job:
     request = EngineRequest(
-        flavour=flavour, version="1.0", precision=Precision.FP16, opt_batch=2, max_batch=8, **settings
+        flavour=flavour, version="1.0", precision=Precision.FP16, opt_batches=(2,), max_batch=8, **settings
     )
     paths = {"graph": Path("g.onnx"), "engine": Path("g.engine"), "log": Path("build.log"), "timing_cache": cache}
-    return Job(**paths, request=request, model=MODEL, inputs=None, ranges={})
+    return Job(**paths, request=request, model=MODEL, inputs=None, ranges=())
 
 
 def configured(polygraphy: Any, wanted: Job, levels: Any = LEVELS) -> Any:
     trt = SimpleNamespace(__name__="tensorrt", __version__="11.4.0", HardwareCompatibilityLevel=levels)
-    return builder_config(trt, polygraphy, wanted, PROFILE)
+    return builder_config(trt, polygraphy, wanted, [PROFILE])
 
 
 @pytest.fixture
@@ -79,7 +80,8 @@ def test_targets_reach_the_builder_of_tensorrt_rtx(rtx, polygraphy) -> None:
     network = builder.create_network(0)
     network.add_input("x", rtx.float32, (-1, 4))
     wanted = job(Flavour.TENSORRT_RTX, compute_capabilities=("8.9", "12.0"))
-    config = builder_config(rtx, polygraphy, wanted, PROFILE)(builder, network)
+    config = builder_config(rtx, polygraphy, wanted, [PROFILE, LARGER])(builder, network)
+    assert config.num_optimization_profiles == 2
     targets = [config.get_compute_capability(index) for index in range(config.num_compute_capabilities)]
     assert targets == [rtx.ComputeCapability.SM89, rtx.ComputeCapability.SM120]
 

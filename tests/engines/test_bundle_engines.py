@@ -43,8 +43,8 @@ def test_the_text_graph_gets_an_engine(text_bundle, tmp_path, request_for: Reque
     assert [each.graph for each in report.built] == ["conditioning.onnx", "text.onnx", "subnet-0000.onnx"]
     index = EngineStore.of(bundle, report.request).read()
     assert index is not None
-    assert index.engines["text.onnx"].key.profile["mask"].max == (3, 6), "two images and the negative text"
-    assert index.engines["subnet-0000.onnx"].key.profile["text_values"].max == (2, 3, 2, 6, 64)
+    assert index.engines["text.onnx"].key.profiles[0]["mask"].max == (3, 6), "two images and the negative text"
+    assert index.engines["subnet-0000.onnx"].key.profiles[0]["text_values"].max == (2, 3, 2, 6, 64)
 
 
 def test_when_nothing_changed_nothing_is_built(bundle: Bundle, request_for: Requests, pretence) -> None:
@@ -123,8 +123,8 @@ def test_other_settings_have_a_folder_of_their_own_and_say_why(bundle: Bundle, r
     assert second.folder != first.folder
     assert second.text()[0] == (
         f"the engines in {first.folder} were built with other settings and are not used (the version: 1.7.1 became "
-        "1.8.0; the batch it is tuned for: 4 became 8; the largest batch: 4 became 8); the folder is kept, remove it "
-        "if you do not need it"
+        "1.8.0; the batches it is tuned for: 4 became 1 3 8; the largest batch: 4 became 8); the folder is kept, "
+        "remove it if you do not need it"
     )
     assert build_engines(bundle, request_for(bundle)).built == ()
 
@@ -218,7 +218,7 @@ def test_the_decoder_depends_on_its_own_weights_and_small_batches(vae_bundle, re
     assert index is not None and store.load("vae_decoder.onnx")
     key = index.engines["vae_decoder.onnx"].key
     assert key.weights_sha256 == bundle.manifest.files["vae_weights.bin"].sha256
-    extent = key.profile["latents"]
+    extent = key.profiles[0]["latents"]
     assert (extent.min, extent.opt, extent.max) == ((1, 4, 8, 8), (4, 4, 8, 8), (4, 4, 8, 8)), "at most 4 of 8 images"
     others = [entry.key.weights_sha256 for name, entry in index.engines.items() if name != "vae_decoder.onnx"]
     assert set(others) == {bundle.manifest.files["weights.bin"].sha256}
@@ -235,4 +235,4 @@ def test_a_decoder_takes_no_more_images_than_the_rest(vae_bundle, request_for, p
     request = request_for(bundle, max_batch=2)
     build_engines(bundle, request)
     index = EngineStore.of(bundle, request).read()
-    assert index is not None and index.engines["vae_decoder.onnx"].key.profile["latents"].max == (2, 4, 8, 8)
+    assert index is not None and index.engines["vae_decoder.onnx"].key.profiles[0]["latents"].max == (2, 4, 8, 8)

@@ -22,13 +22,18 @@ from dydit.errors import BackendError, ConfigError
 
 GPU = Gpu("NVIDIA H200", "9.0")
 BASE = EngineRequest(
-    flavour=Flavour.TENSORRT_RTX, version="1.7.1", precision=Precision.FP16, opt_batch=4, max_batch=8, tools={"a": "1"}
+    flavour=Flavour.TENSORRT_RTX,
+    version="1.7.1",
+    precision=Precision.FP16,
+    opt_batches=(4,),
+    max_batch=8,
+    tools={"a": "1"},
 )
 OTHERS: dict[str, tuple[Any, str]] = {
     "flavour": (Flavour.TENSORRT, "the flavour: tensorrt-rtx became tensorrt"),
     "version": ("1.8.0", "the version: 1.7.1 became 1.8.0"),
     "precision": (Precision.BF16, "the precision: fp16 became bf16"),
-    "opt_batch": (5, "the batch it is tuned for: 4 became 5"),
+    "opt_batches": ((1, 5), "the batches it is tuned for: 4 became 1 5"),
     "max_batch": (16, "the largest batch: 8 became 16"),
     "compute_capabilities": (("8.9", "12.0"), "the compute capabilities: any became 8.9 12.0"),
     "gpu": ("NVIDIA L4", "the GPU: none became NVIDIA L4"),
@@ -49,7 +54,7 @@ def test_a_marked_field_changes_the_fingerprints_and_is_given_as_the_reason(name
     changed = BASE.model_copy(update={name: value})
     assert stale_reasons(BASE, changed) == [reason]
     assert changed.folder != BASE.folder
-    key = EngineKey(graph_sha256="a", weights_sha256="b", profile={})
+    key = EngineKey(graph_sha256="a", weights_sha256="b", profiles=())
     assert key.fingerprint(changed) != key.fingerprint(BASE)
 
 
@@ -61,13 +66,17 @@ def test_the_rest_changes_nothing() -> None:
 
 def test_graph_weights_and_shapes_change_an_engines_fingerprint() -> None:
     shapes = {"x": ShapeExtent(min=(1, 4), opt=(2, 4), max=(8, 4))}
-    key = EngineKey(graph_sha256="a", weights_sha256="b", profile=shapes)
+    key = EngineKey(graph_sha256="a", weights_sha256="b", profiles=(shapes,))
     wider = {"x": ShapeExtent(min=(1, 4), opt=(2, 4), max=(9, 4))}
     changes: list[tuple[dict[str, Any], str]] = [
         ({"graph_sha256": "c"}, "the graph changed"),
         ({"weights_sha256": "c"}, "the weights changed"),
-        ({"profile": wider}, "the shapes of x changed from [1, 4] [2, 4] [8, 4] to [1, 4] [2, 4] [9, 4]"),
-        ({"profile": {}}, "the shapes of x changed from [1, 4] [2, 4] [8, 4] to none"),
+        ({"profiles": (wider,)}, "the shapes of x changed from [1, 4] [2, 4] [8, 4] to [1, 4] [2, 4] [9, 4]"),
+        ({"profiles": ()}, "the shapes of x changed from [1, 4] [2, 4] [8, 4] to none"),
+        (
+            {"profiles": (shapes, wider)},
+            "the shapes of x changed from [1, 4] [2, 4] [8, 4] to [1, 4] [2, 4] [8, 4] and [1, 4] [2, 4] [9, 4]",
+        ),
     ]
     assert stale_key_reasons(key, key) == []
     for update, reason in changes:
@@ -78,9 +87,10 @@ def test_graph_weights_and_shapes_change_an_engines_fingerprint() -> None:
 
 def test_a_request_takes_what_is_not_said_from_the_bundle(capacity_bundle) -> None:
     manifest = capacity_bundle("bf16").manifest
-    request = make_request(manifest, Flavour.TENSORRT_RTX, "1.7.1", None, opt_batch=2)
-    assert (request.precision, request.opt_batch, request.max_batch) == (Precision.BF16, 2, manifest.max_batch)
-    assert make_request(manifest, Flavour.TENSORRT_RTX, "1.7.1", None, max_batch=64).opt_batch == 64
+    request = make_request(manifest, Flavour.TENSORRT_RTX, "1.7.1", None, opt_batches=[2])
+    assert (request.precision, request.opt_batches, request.max_batch) == (Precision.BF16, (2,), manifest.max_batch)
+    assert make_request(manifest, Flavour.TENSORRT_RTX, "1.7.1", None, max_batch=64).opt_batches == (1, 8, 64)
+    assert make_request(manifest, Flavour.TENSORRT_RTX, "1.7.1", None, opt_batches=(4, 1, 4)).opt_batches == (1, 4)
 
 
 def test_tensorrt_is_bound_to_the_gpu_it_builds_on(capacity_bundle) -> None:
@@ -162,8 +172,8 @@ def test_a_machine_whose_gpu_is_no_target_builds_for_others(capacity_bundle) -> 
 
 
 def test_a_batch_beyond_the_largest_is_refused(capacity_bundle) -> None:
-    with pytest.raises(ConfigError, match="opt_batch 8 is larger than max_batch 4"):
-        make_request(capacity_bundle().manifest, Flavour.TENSORRT_RTX, "1.7.1", None, opt_batch=8, max_batch=4)
+    with pytest.raises(ConfigError, match="opt_batches 8 is larger than max_batch 4"):
+        make_request(capacity_bundle().manifest, Flavour.TENSORRT_RTX, "1.7.1", None, opt_batches=[8], max_batch=4)
 
 
 def test_a_static_model_is_built_by_either(capacity_bundle) -> None:

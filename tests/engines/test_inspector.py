@@ -161,7 +161,7 @@ def test_an_engine_whose_kernels_are_wrong_is_refused_and_not_kept(
     faults = [Finding("fc2_myl0_4", Kind.PRODUCT, "the product takes float32, expected float16")]
     monkeypatch.setattr(builder, "inspect_engine", lambda *_: faults)
     request = make_request(bundle.manifest, Flavour.TENSORRT_RTX, rtx.__version__, None)
-    ranges = symbol_ranges(bundle.manifest, request.opt_batch, request.max_batch)
+    ranges = symbol_ranges(bundle.manifest, request.opt_batches, request.max_batch)
     graph, engine, log = bundle.path / "conditioning.onnx", tmp_path / "x.engine", tmp_path / "build.log"
     job = Job(
         graph=graph,

@@ -143,6 +143,21 @@ def test_a_smoothed_bundle_builds(rtx, make_smoothing, digits_like, capacity_bun
     assert [each.graph for each in report.built] == ["conditioning.onnx", "subnet-0000.onnx", "subnet-0001.onnx"]
 
 
+def test_an_engine_has_a_profile_for_each_batch_that_it_is_tuned_for(rtx, capacity_bundle, tmp_path: Path) -> None:
+    """Read from the engine itself: each further profile has its own inputs there. Loading it would need a GPU."""
+    bundle = copy_of(capacity_bundle("fp16", **{**SMALL, "max_subnets": 1, "routing": "dense"}), tmp_path / "copy")
+    several = build(bundle, opt_batches=(1, 2, 4))
+    store = EngineStore.of(bundle, several.request)
+    index = store.read()
+    assert index is not None
+    for graph, name in (("subnet-0000.onnx", "x"), ("conditioning.onnx", "labels")):
+        entry, engine = index.engines[graph], store.load(graph)
+        assert [profile[name].opt[0] for profile in entry.key.profiles] == ([1, 2, 4] if name == "x" else [2, 4, 8])
+        found = {number: f"{name} [profile {number}]".encode() in engine for number in range(1, 4)}
+        assert found == {1: True, 2: True, 3: False}
+        assert entry.activation_bytes is not None
+
+
 def test_dense_routing_builds(rtx, capacity_bundle, tmp_path: Path) -> None:
     bundle = capacity_bundle("fp16", **{**SMALL, "max_subnets": 1, "routing": "dense"})
     assert len(build(copy_of(bundle, tmp_path / "copy")).built) == 2
@@ -174,7 +189,7 @@ def test_a_wide_model_builds(
     if precision != "fp16":
         settings["activations"] = even_ranges(1, depth)
     bundle = make_bundle(make_checkpoint(wide), precision=precision, **settings)
-    report = build(copy_of(bundle, tmp_path / "wide"), compute_capabilities=("8.9", "12.0"))
+    report = build(copy_of(bundle, tmp_path / "wide"), compute_capabilities=("8.9", "12.0"), opt_batches=[8])
     assert [each.graph for each in report.built] == ["conditioning.onnx", "subnet-0000.onnx"]
     assert report.built[1].bytes > bundle.manifest.subnets[0].weight_bytes, "a static subnetwork holds its weights"
 
@@ -191,7 +206,7 @@ def test_a_bundle_of_dynamic_width_builds_into_one_engine_for_every_width(
     store, heads, rows = EngineStore.of(bundle, report.request), digits_like.num_heads, 3 * digits_like.head_dim
     index = store.read()
     assert index is not None
-    profile = index.engines["sliding.onnx"].key.profile["blocks.1.qkv.weight"]
+    profile = index.engines["sliding.onnx"].key.profiles[0]["blocks.1.qkv.weight"]
     assert (profile.min, profile.max) == ((rows, 64), (heads * rows, 64))
     stored = (bundle.path / "weights.bin").read_bytes()
     for graph in ("sliding.onnx", "sliding-full.onnx"):
@@ -237,7 +252,7 @@ def test_a_graph_that_is_not_as_described_fails_the_build(small, tmp_path: Path)
     manifest = bundle.manifest
     request = rtx_request(bundle)
     inputs = subnet_inputs(manifest.model, not manifest.subnets[0].gated)
-    ranges = symbol_ranges(manifest, request.opt_batch, request.max_batch)
+    ranges = symbol_ranges(manifest, request.opt_batches, request.max_batch)
     engine = tmp_path / "x.engine"
     graph, log = bundle.path / "subnet-0000.onnx", tmp_path / "build.log"
     job = Job(graph=graph, engine=engine, request=request, model=manifest.model, inputs=inputs, ranges=ranges, log=log)
@@ -312,7 +327,7 @@ def _alive(pid: int) -> bool:
 def test_a_building_process_that_dies_is_reported(small, tmp_path: Path) -> None:
     bundle = small()
     request = rtx_request(bundle)
-    ranges = symbol_ranges(bundle.manifest, request.opt_batch, request.max_batch)
+    ranges = symbol_ranges(bundle.manifest, request.opt_batches, request.max_batch)
 
     def job(name: str) -> Job:
         model = bundle.manifest.model

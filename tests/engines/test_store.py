@@ -113,7 +113,7 @@ def test_engines_that_are_links_are_loaded_by_their_content(built: EngineStore, 
             "its digest differs",
         ),
         (lambda path: path.write_text("{"), "is damaged: not JSON"),
-        (lambda path: path.write_text('{"schema_version": 1}'), "is not valid: request"),
+        (lambda path: path.write_text('{"schema_version": 2}'), "is not valid: request"),
         (lambda path: path.write_bytes(b"\xff\xfe"), "is damaged: not JSON"),
     ],
 )
@@ -122,6 +122,14 @@ def test_a_spoiled_index_is_refused(built: EngineStore, spoil: Callable[[Path], 
     text = refusal(built)
     assert message in text
     assert text.endswith(f"remove {built.folder} and build again")
+
+
+def test_engines_of_an_older_release_count_as_not_built(built: EngineStore, request_for) -> None:
+    edit(built, lambda values: values.update(schema_version=1), sign=False)
+    assert built.read() is None
+    with pytest.raises(BundleError, match="has no tensorrt-rtx engines; run `dydit build"):
+        open_store(built.bundle, Flavour.TENSORRT_RTX, VERSION, ADA)
+    assert len(build_engines(built.bundle, request_for(built.bundle)).built) == 7
 
 
 def test_an_unsigned_change_is_noticed(built: EngineStore) -> None:
@@ -173,7 +181,7 @@ FIT = [
 
 @pytest.mark.parametrize(("values", "installed", "gpu", "reason"), FIT)
 def test_where_engines_run(values: dict, installed: str, gpu: Gpu | None, reason: str | None) -> None:
-    request = EngineRequest(precision="fp16", opt_batch=1, max_batch=1, **values)
+    request = EngineRequest(precision="fp16", opt_batches=(1,), max_batch=1, **values)
     found = unfit_reason(request, installed, gpu)
     assert (found is None) == (reason is None)
     assert reason is None or reason in str(found)
@@ -206,7 +214,7 @@ def test_engines_of_another_version_or_gpu_are_refused_with_the_command(built: E
 
 
 def test_the_command_repeats_what_was_not_default(bundle: Bundle, request_for) -> None:
-    request = request_for(bundle, max_batch=32, opt_batch=8, compute_capabilities=("8.9", "12.0"))
+    request = request_for(bundle, max_batch=32, opt_batches=(8,), compute_capabilities=("8.9", "12.0"))
     assert build_command(bundle, request) == (
         f"dydit build {bundle.path} --flavour tensorrt-rtx --max-batch 32 --opt-batch 8 --compute-capability 8.9 "
         "--compute-capability 12.0"

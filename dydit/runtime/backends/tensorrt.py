@@ -23,7 +23,7 @@ from dydit.engines.flavour import (
     present_gpu,
     require_target,
 )
-from dydit.engines.store import EngineStore, open_store
+from dydit.engines.store import EngineEntry, EngineStore, open_store
 from dydit.errors import BackendError, DyditError, one_line
 from dydit.runtime.backends.base import BackendOptions, DecodeTile
 from dydit.runtime.device.backend import DeviceBackend
@@ -35,7 +35,7 @@ from dydit.runtime.device.operations import EngineId
 from dydit.runtime.device.residency import engines_of, graph_of
 
 FIGURES = "memory.json"
-"""Beside the engines: `{sha256: [activation bytes, engine bytes]}`, measured when an engine is first loaded here."""
+"""Beside the engines: `{sha256: [activation bytes, engine bytes]}`, measured here; see `DeviceBackend._measure`."""
 
 
 class TensorRTBackend(DeviceBackend):
@@ -81,8 +81,8 @@ class TensorRTBackend(DeviceBackend):
             self._store.write_runtime_cache(compiled)
 
     def _keep_memory(self, memory: Mapping[EngineId, EngineMemory]) -> None:
-        hashes = _hashes(self.bundle, self._store)
-        values = {hashes[engine]: [each.activation, each.weights] for engine, each in memory.items()}
+        entries = _entries(self.bundle, self._store)
+        values = {entries[engine].sha256: [each.activation, each.weights] for engine, each in memory.items()}
         self._store.keep(FIGURES, json.dumps(values).encode())
 
 
@@ -132,18 +132,27 @@ def _require_gpu() -> Gpu:
     return gpu
 
 
-def _hashes(bundle: Bundle, store: EngineStore) -> dict[EngineId, str]:
+def _entries(bundle: Bundle, store: EngineStore) -> dict[EngineId, EngineEntry]:
     index = store.read()
     entries = {} if index is None else index.engines
     names = {engine: graph_of(bundle.manifest, engine) for engine in engines_of(bundle.manifest)}
-    return {engine: entries[name].sha256 for engine, name in names.items() if name in entries}
+    return {engine: entries[name] for engine, name in names.items() if name in entries}
 
 
 def _known(bundle: Bundle, store: EngineStore) -> dict[EngineId, EngineMemory]:
-    """What earlier processes measured. A damaged file counts as missing; its contents are measured again."""
+    """What earlier processes measured of the engines, or else what the builder reported.
+
+    A damaged file of measurements counts as missing.
+    """
     try:
         values = json.loads((store.folder / FIGURES).read_text(encoding="utf-8"))
-        known = {sha256: EngineMemory(int(activation), int(size)) for sha256, (activation, size) in values.items()}
+        measured = {sha256: EngineMemory(int(activation), int(size)) for sha256, (activation, size) in values.items()}
     except (OSError, ValueError, TypeError, AttributeError):
-        return {}
-    return {engine: known[sha256] for engine, sha256 in _hashes(bundle, store).items() if sha256 in known}
+        measured = {}
+    known = {}
+    for engine, entry in _entries(bundle, store).items():
+        if entry.sha256 in measured:
+            known[engine] = measured[entry.sha256]
+        elif entry.activation_bytes is not None:
+            known[engine] = EngineMemory(entry.activation_bytes, entry.bytes)
+    return known

@@ -110,7 +110,7 @@ def without_tf32() -> Iterator[None]:
 class TorchDeviceBackend(WholeRunsBackend, TorchBackend):
     """The PyTorch backend with whole runs on the device; single steps are those of `TorchBackend`.
 
-    Needs a CUDA build of PyTorch, and PyCUDA or cuda-bindings. `graphs`: capture segments as CUDA graphs. `fuse`:
+    Needs a CUDA build of PyTorch, and PyCUDA or cuda-bindings. `graphs`: capture steps as CUDA graphs. `fuse`:
     compile what is between products, which takes some seconds once and needs Triton, a part of PyTorch's CUDA builds;
     by default where it is installed. `engines`: the device of whole runs.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import Any
@@ -29,7 +29,7 @@ from dydit.bundle.manifest import Routing
 from dydit.bundle.vae_entry import vae_outputs
 from dydit.errors import BackendError
 from dydit.runtime.backends.base import Arrays, Backend, BackendOptions, StepResult, Subnet
-from dydit.runtime.device.execute import Device, Executor
+from dydit.runtime.device.execute import Device, Executor, WorkspaceError
 from dydit.runtime.device.launches import EngineMemory
 from dydit.runtime.device.memory_fit import fit_resident
 from dydit.runtime.device.memory_layout import LaunchOptions, RunShape
@@ -37,7 +37,9 @@ from dydit.runtime.device.operations import CONDITIONER, DECODER, TEXT_CONDITION
 from dydit.runtime.device.residency import conditioners_of, engine_of, engines_of
 from dydit.runtime.device.stepping import Stepper
 from dydit.runtime.device.whole_runs import DeviceSampler, WholeRunsBackend, close_whatever_state
-from dydit.runtime.loop import default_residency
+from dydit.runtime.loop import LatentStore, Progress, RunStats, default_residency
+from dydit.runtime.noise_source import NoiseSource
+from dydit.runtime.request import Batch
 
 RESERVE = 512 << 20
 """Bytes of device memory that are left free, for execution contexts and for other libraries."""
@@ -73,7 +75,8 @@ class DeviceSubnet(Subnet):
 class DeviceBackend(WholeRunsBackend):
     """Single steps and whole runs each open a device with `make_device`, and load their own engines.
 
-    `known`: memory of the engines that earlier runs measured. `graphs`: capture segments where the routing allows it.
+    `known`: memory of engines, as their builder reported it or earlier runs measured it. `graphs`: capture steps where
+    the routing allows it.
     """
 
     def __init__(
@@ -189,6 +192,23 @@ class DeviceBackend(WholeRunsBackend):
         self._stepper.load(TEXT_CONDITIONER)
         return self._stepper.longest(TEXT_CONDITIONER, "mask")
 
+    def sample_run(
+        self,
+        batches: Sequence[Batch],
+        noise: NoiseSource,
+        store: LatentStore,
+        cfg_scale: float,
+        progress: Progress | None = None,
+    ) -> RunStats:
+        """What `WholeRunsBackend` does; if too little memory was known of an engine, all are measured."""
+        with self.lock:
+            try:
+                return super().sample_run(batches, noise, store, cfg_scale, progress)
+            except WorkspaceError:
+                self._clear_runs()
+                self._memory.clear()
+                return super().sample_run(batches, noise, store, cfg_scale, progress)
+
     def _make_sampler(self) -> DeviceSampler:
         device, manifest = self._make_device(), self.bundle.manifest
         executor = Executor(device)
@@ -218,11 +238,14 @@ class DeviceBackend(WholeRunsBackend):
         return DeviceSampler(executor, self.bundle, self._memory, options, fit)
 
     def _measure(self, executor: Executor) -> None:
-        """Measure the memory of engines that no earlier run measured, by loading each once."""
-        for engine in conditioners_of(self.bundle.manifest):
-            executor.load(engine)
+        """Measure the memory of engines of which it is not known, by loading each once."""
         wanted = engines_of(self.bundle.manifest)
         unknown = [engine for engine in wanted if engine not in self._memory]
+        for engine in conditioners_of(self.bundle.manifest):
+            executor.load(engine)
+            measured = executor.device.memory(engine)
+            if engine not in self._memory or measured.activation > self._memory[engine].activation:
+                self._memory[engine] = measured
         for engine in unknown:
             if engine.subnet is not None:
                 executor.load(engine)

@@ -1,6 +1,7 @@
 """TensorRT's part of a device: engines from bytes, execution contexts, launches. For both flavours.
 
-An engine has one context for each set of input shapes that it is launched with. The context's shapes and addresses
+An engine has one context for each set of input shapes that it is launched with, on the optimization profile that suits
+them best. The context's shapes and addresses
 must not change while a graph captured from it lives: a graph holds the state of its context (NVIDIA/TensorRT#3798). All
 contexts share the same activation memory, which the caller owns, so launches must follow one another on one stream.
 Everything but `Runtime()` needs a current CUDA context.
@@ -119,10 +120,32 @@ class LoadedEngine:
         self._runtime, self._name, self._engine = runtime, name, engine
         self._contexts: dict[tuple[tuple[str, tuple[int, ...]], ...], _Context] = {}
         self.memory = EngineMemory(int(engine.device_memory_size_v2), nbytes)
+        self._profiles = int(engine.num_optimization_profiles)
 
     def longest(self, name: str) -> tuple[int, ...]:
         """The largest shape of an input that the engine was built for."""
-        return tuple(self._engine.get_tensor_profile_shape(name, 0)[2])
+        shapes = [self._engine.get_tensor_profile_shape(name, index)[2] for index in range(self._profiles)]
+        return tuple(map(max, *shapes)) if len(shapes) > 1 else tuple(shapes[0])
+
+    def _profile(self, inputs: Sequence[Tensor]) -> int | None:
+        """The profile to run on; None if there is only one. Where none takes the inputs, the last.
+
+        Of those that take them, the first of those that are tuned for at least as much in the most dimensions: the
+        profiles of a text graph differ only in what they are tuned for.
+        """
+        if self._profiles == 1:
+            return None
+        suitable = []
+        for index in range(self._profiles):
+            sizes = [size for each in inputs for size in self._sizes(each, index)]
+            if all(low <= size <= high for size, low, _, high in sizes):
+                suitable.append((sum(size <= opt for size, _, opt, _ in sizes), -index))
+        return -max(suitable)[1] if suitable else self._profiles - 1
+
+    def _sizes(self, each: Tensor, profile: int) -> list[tuple[int, int, int, int]]:
+        """Each dimension of an input: its size, and the least, tuned and largest; none if it has one shape alone."""
+        extent = [tuple(shape) for shape in self._engine.get_tensor_profile_shape(each.name, profile)]
+        return list(zip(each.shape, *extent, strict=True)) if extent else []
 
     def launch(
         self,
@@ -142,7 +165,8 @@ class LoadedEngine:
         if key not in self._contexts:
             if capturing:
                 raise CaptureError(f"{self._name} was not run with these shapes before it was captured in a CUDA graph")
-            self._contexts[key] = _Context(self._runtime, self._name, self._engine, inputs)
+            profile = self._profile(inputs)
+            self._contexts[key] = _Context(self._runtime, self._name, self._engine, inputs, profile, stream)
         self._contexts[key].launch((*inputs, *outputs), workspace, stream, capturing)
 
     def close(self) -> None:
@@ -152,9 +176,17 @@ class LoadedEngine:
 
 
 class _Context:
-    """An execution context at fixed input shapes. Only what changed is set again."""
+    """An execution context at fixed input shapes, on a profile if there are several. Only what changed is set again."""
 
-    def __init__(self, runtime: Runtime, name: EngineId, engine: Any, inputs: Sequence[Tensor]):
+    def __init__(
+        self,
+        runtime: Runtime,
+        name: EngineId,
+        engine: Any,
+        inputs: Sequence[Tensor],
+        profile: int | None,
+        stream: int,
+    ):
         self._runtime, self._name = runtime, name
         runtime.messages.clear()
         self._context = runtime.context(engine)
@@ -162,6 +194,8 @@ class _Context:
         self._capturable: bool | None = None
         self._workspace: tuple[int, int] | None = None
         self._addresses: dict[str, int] = {}
+        if profile is not None:  # on the stream of the launches, so that nothing has to wait
+            self._require(self._context.set_optimization_profile_async(profile, stream), f"has no profile {profile}")
         for tensor in inputs:
             accepted = self._context.set_input_shape(tensor.name, tensor.shape)
             self._require(accepted, f"does not take {tensor.name} of shape {tensor.shape}")

@@ -23,6 +23,10 @@ class CaptureError(BackendError):
     """Work cannot be captured in a graph here. It can be run without."""
 
 
+class WorkspaceError(BackendError):
+    """An engine needs more memory for its activations than was known when the run was planned."""
+
+
 class Tensor(NamedTuple):
     """An input or output of an engine at an address of the device."""
 
@@ -128,7 +132,7 @@ class Executor:
         self.device = device
         self._buffers: dict[str, tuple[int, int]] = {}
         self._engines: list[EngineId] = []
-        self._graphs: dict[GraphKey, tuple[Any, int]] = {}
+        self._graphs: dict[GraphKey, Any] = {}
         self._unit_order: UnitOrder | None = None
         self._do: dict[type, Callable[[Any], None]] = {
             op.Allocate: self._allocate,
@@ -137,11 +141,11 @@ class Executor:
             op.Copy: lambda o: device.copy(self._at(o.to), self._at(o.source), o.nbytes),
             op.Arranged: self._arranged,
             op.Launch: self._launch,
-            op.WarmUp: lambda o: self._all(o.body),
+            op.WarmUp: lambda o: self._launch(o.launch),
             op.Capture: self._capture,
-            op.Replay: lambda o: device.replay(self._graphs[o.graph][0]),
-            op.DropGraph: lambda o: device.drop(self._graphs.pop(o.graph)[0]),
-            op.LoadEngine: self._load,
+            op.Replay: lambda o: device.replay(self._graphs[o.graph]),
+            op.DropGraph: lambda o: device.drop(self._graphs.pop(o.graph)),
+            op.LoadEngine: self._load_for_run,
             op.UnloadEngine: self._unload,
             op.Record: lambda o: device.record(o.event, o.stream),
             op.Wait: lambda o: device.wait(o.stream, o.event),
@@ -246,18 +250,12 @@ class Executor:
                 overflowed += self._read_overflow(each, counts)
             else:
                 self._do[type(each)](each)
-            steps = self._steps(each)
-            if counts is not None:
-                counts.steps += steps
-            if progress and steps:
-                progress(steps)
+            if isinstance(each, op.Launch | op.Replay) and each.step is not None:
+                if counts is not None:
+                    counts.steps += 1
+                if progress:
+                    progress(1)
         return tuple(overflowed)
-
-    def _steps(self, each: Operation) -> int:
-        """How many sampling steps an operation is."""
-        if isinstance(each, op.Replay):
-            return self._graphs[each.graph][1]
-        return int(isinstance(each, op.Launch) and each.step is not None)
 
     def _read_overflow(self, each: op.ReadOverflow, counts: RunCounts | None) -> list[int]:
         data = self.device.download(self._at(each.source), each.nbytes).view(np.int64)
@@ -287,6 +285,12 @@ class Executor:
         self.device.load(each.engine)
         self._engines.append(each.engine)
 
+    def _load_for_run(self, each: op.LoadEngine) -> None:
+        self._load(each)
+        need, (_, nbytes) = self.device.memory(each.engine).activation, self._buffers.get(WORKSPACE, (0, 0))
+        if need > nbytes:
+            raise WorkspaceError(f"{each.engine} needs a workspace of {need} bytes, but {nbytes} were expected")
+
     def _unload(self, each: op.UnloadEngine) -> None:
         self.device.unload(each.engine)
         self._engines.remove(each.engine)
@@ -310,5 +314,4 @@ class Executor:
                 # What cannot be captured may well run: calls that wait or allocate are refused only in a capture.
                 raise CaptureError(str(error)) from error
             raise
-        steps = sum(isinstance(one, op.Launch) and one.step is not None for one in each.body)
-        self._graphs[each.graph] = (self.device.end_capture(), steps)
+        self._graphs[each.graph] = self.device.end_capture()

@@ -14,7 +14,7 @@ from dydit.diffusion.steps import State
 from dydit.errors import ConfigError
 from dydit.models.config import TEXTS_NEEDED
 from dydit.runtime.device.memory_layout import Layout
-from dydit.runtime.device.operations import ALIGNMENT, HostArray
+from dydit.runtime.device.operations import Address, HostArray
 from dydit.runtime.noise_source import NoiseSource
 from dydit.runtime.request import Batch
 
@@ -39,9 +39,7 @@ class HostInputs:
         self._noise, self._load = noise, load
         self._guidance = Guidance(cfg_scale, bundle.manifest.model.null_class)
         self._tables: dict[str, Callable[[], np.ndarray]] = {
-            "coefficients": self._coefficients,
             "cfg_scale": lambda: np.asarray([cfg_scale], np.float32),
-            "gates": self._gates,
             "timesteps": self._timesteps,
             "labels.all": self._labels,
             f"{TEXT_ROWS}.all": self._text_rows,
@@ -54,6 +52,8 @@ class HostInputs:
         if source.kind == "weights":
             assert source.name is not None
             return self._bundle.weight(source.name)
+        if source.kind == "records" and source.batch is None:
+            return self._records(range(self._bundle.manifest.sampling.steps), self._layout.record_bytes(0))
         assert source.batch is not None
         if source.kind in ("embeddings", "mask"):
             texts = texts_of(self._bundle)
@@ -62,16 +62,29 @@ class HostInputs:
         if source.kind == "latents":
             batch = self._batches[source.batch]
             return pack(self._layout, self._load(source.batch) if source.segment else State(self._noise.initial(batch)))
-        assert source.kind == "noise", source
-        return self._segment_noise(source.batch, source.segment)
+        assert source.kind == "records", source
+        return self._noisy_records(source.batch, source.segment)
 
-    def _coefficients(self) -> np.ndarray:
-        return _table(self._bundle.manifest.sampling.coefficients, np.float32, ALIGNMENT)
+    def _records(self, steps: range, nbytes: int) -> np.ndarray:
+        """A record of `nbytes` for each step, with its coefficients and gates; the rest is zeros."""
+        table = _table(self._bundle.manifest.sampling.coefficients[steps.start : steps.stop], np.float32, nbytes)
+        if self._layout.gated:
+            first = self._layout.record_parts(Address("records"))["gates"].offset // 4
+            for row, step in zip(table, steps, strict=True):
+                gates = self._bundle.step_gates(step)
+                row[first : first + len(gates)] = gates
+        return table
 
-    def _gates(self) -> np.ndarray:
-        steps = range(self._bundle.manifest.sampling.steps)
-        rows = [self._bundle.step_gates(step).reshape(-1) for step in steps]
-        return _table(rows, np.float32, self._layout.gates_stride)
+    def _noisy_records(self, index: int, segment: int) -> np.ndarray:
+        """The records of a batch's steps of a segment. A step that adds no noise has zeros in its place."""
+        batch, layout = self._batches[index], self._layout
+        size, steps = len(batch.images), layout.segments[segment].steps
+        table = self._records(steps, layout.record_bytes(size))
+        first = layout.record_parts(Address("records"))["noise"].offset // 4
+        for row, step in zip(table, steps, strict=True):
+            if layout.adds_noise(step):
+                row[first : first + size * layout.image_bytes // 4] = self._noise.step(batch, step).reshape(-1)
+        return table
 
     def _timesteps(self) -> np.ndarray:
         timesteps = self._bundle.manifest.sampling.timesteps
@@ -93,14 +106,6 @@ class HostInputs:
         """The different texts of a batch, then some again, so that there are as many as the layout has room for."""
         distinct = np.unique(self._guidance.rows(self._batches[index].labels))
         return np.resize(distinct, self._layout.shape.texts)
-
-    def _segment_noise(self, index: int, segment: int) -> np.ndarray:
-        batch, layout = self._batches[index], self._layout
-        size, steps = len(batch.images), layout.noise_steps(segment)
-        table = np.zeros((len(steps), layout.noise_stride(size) // 4), np.float32)
-        for row, step in zip(table, steps, strict=True):
-            row[: size * layout.image_bytes // 4] = self._noise.step(batch, step).reshape(-1)
-        return table
 
 
 def texts_of(bundle: Bundle) -> Texts:

@@ -4,19 +4,23 @@ Setup comes first: it allocates the buffers and uploads what the whole run needs
 it runs, over all batches:
 
     with dynamic width, the unit weights of the segment come to the front (`dydit.runtime.device.unit_weights`)
-    for each batch: noise, labels and latents are copied to the segment's buffers; condition is computed on the device,
-                    and so is what the steps take of the batch's texts, unless it was the last batch that ran;
+    for each batch: records of steps (with their noise), labels and latents are copied to the segment's buffers;
+                    condition is computed on the device, and so is what the steps take of the batch's texts, unless it
+                    was the last batch that ran;
                     the steps run, each reading what the one before wrote; the latents are copied to the next buffer
-    meanwhile:      after the first batch the next segment's engine is loaded, and after each batch the noise and texts
-                    of the next are uploaded on the copy stream
+    meanwhile:      after the first batch the next segment's engine is loaded, and after each batch the records and
+                    texts of the next are uploaded on the copy stream
     with capacity routing: the overflow counters are read once; batches that overflowed run the whole segment again, at
                     full capacity, from the latents and noise with which they started it
 
 Between the steps of a batch, neither the host nor the device waits for the other. Between batches, the compute stream
-waits for the next noise, which the host draws and uploads. With graphs, consecutive steps of a segment are captured
-once for each batch size, and replayed for the first batch and every later one; a repetition at full capacity is not
-captured. A graph is dropped with its engine. The inputs of its steps are copied to fixed addresses first, because it
-is valid only while its execution context keeps its shapes and addresses.
+waits for the next noise, which the host draws and uploads.
+
+With graphs, one step of a subnetwork is captured for each batch size, and replayed for every step of every segment that
+runs it; a repetition at full capacity is not captured. A graph is dropped with its engine. It is valid only while its
+execution context keeps its shapes and addresses, so before each replay, two copies bring the step's record and
+condition to fixed addresses. The graph itself reads x.0, writes x.1 and copies that back to x.0. Two graphs, for even
+and odd steps, would save this copy of a batch's latents, but would need twice the captures and execution contexts.
 """
 
 from __future__ import annotations
@@ -31,13 +35,11 @@ from dydit.bundle.manifest import Manifest
 from dydit.runtime.device import operations as op
 from dydit.runtime.device.memory_layout import LaunchOptions, Layout, RunShape
 from dydit.runtime.device.operations import (
-    ALIGNMENT,
     COMPUTE,
     CONDITIONER,
     COPY,
     TEXT_CONDITIONER,
     Address,
-    Body,
     EngineId,
     GraphKey,
     HostArray,
@@ -46,12 +48,14 @@ from dydit.runtime.device.operations import (
     aligned,
 )
 from dydit.runtime.device.residency import Stop, conditioners_of, engine_of, engines_of, plan_residency
+from dydit.runtime.device.unit_weights import SCRATCH
 
 WORKSPACE = "workspace"
 INPUTS_READY, INPUTS_TAKEN, SEGMENT_DONE = "inputs ready", "inputs taken", "segment done"
 _TEXTS = ("embeddings", "mask")
 _OUTSIDE_GRAPHS = (
-    *("latents.0", "latents.1", "labels", "labels.all", "timesteps", "overflow", "noise.next"),
+    *("latents.0", "latents.1", "labels", "labels.all", "timesteps", "condition", "records", "records.next"),
+    *("overflow", "overflow.visit", SCRATCH),
     *(*_TEXTS, *(f"{name}.next" for name in _TEXTS), f"{TEXT_ROWS}.all"),
 )
 
@@ -214,7 +218,9 @@ class LaunchPlan:
 
     def _uploads(self) -> list[Operation]:
         """Upload what the whole run needs, and the latents that it starts from."""
-        kinds = {"coefficients", "cfg_scale", "gates", "timesteps", "labels.all", f"{TEXT_ROWS}.all"}
+        kinds = {"cfg_scale", "timesteps", "labels.all", f"{TEXT_ROWS}.all"}
+        if not self.layout.noisy:
+            kinds.add("records")
         sizes = self.layout.buffers | {"cfg_scale": 4}
         ops: list[Operation] = [
             op.Upload(Address(name), HostArray(name), sizes[name]) for name in sizes if name in kinds
@@ -228,8 +234,10 @@ class LaunchPlan:
 
     def _inputs(self, segment: int, batch: int) -> dict[HostArray, int]:
         """What a batch needs from the host for a segment, and its bytes: noise, and texts unless it ran last."""
-        noise = len(self.layout.noise_steps(segment)) * self.layout.noise_stride(self.shape.sizes[batch])
-        inputs = {HostArray("noise", batch, segment): noise} if noise else {}
+        inputs: dict[HostArray, int] = {}
+        if self.layout.noisy:
+            nbytes = self.layout.record_bytes(self.shape.sizes[batch])
+            inputs[HostArray("records", batch, segment)] = self.layout.segments[segment].count * nbytes
         if self.layout.has_texts and batch != self._batch_of_texts:
             inputs |= {HostArray(each.name, batch): each.nbytes for each in self.layout.text_bindings()[0]}
         return inputs
@@ -289,10 +297,9 @@ class LaunchPlan:
         for chunk in layout.chunks(segment):
             inputs, outputs = layout.conditioning_bindings(chunk, size)
             ops.append(op.Launch(CONDITIONER, None, inputs, outputs))
-            body = self._body(segment, chunk, size, engine)
-            capturing = layout.capturing and not engine.full
-            ops += self._captured_body(segment, chunk, size, body) if capturing else body
-        result = Address("x.1" if layout.staged else f"x.{count % 2}")
+            for step in chunk:
+                ops += self._step(segment, chunk, step, size, engine)
+        result = Address("x.0" if layout.staged else f"x.{count % 2}")
         ops.append(op.Copy(layout.latents(segment + 1, batch), result, nbytes))
         if self._may_overflow(segment):
             counters = count * layout.overflow_stride
@@ -308,53 +315,45 @@ class LaunchPlan:
             self._batch_of_texts = batch
         return ops
 
-    def _captured_body(self, segment: int, chunk: range, size: int, body: Body) -> list[Operation]:
+    def _step(self, segment: int, chunk: range, step: int, size: int, engine: EngineId) -> list[Operation]:
+        """One step. The first step of a segment reads x.0; at fixed addresses, all of them do."""
+        layout, first = self.layout, self.layout.segments[segment].first
+        subnet = self.manifest.plan.segments[segment].subnet
+        record, condition = layout.record(segment, step, size), layout.condition(chunk, step, size)
+        counters = layout.overflow(segment, step)
+        if not layout.staged:
+            places = layout.step_bindings(subnet, size, (step - first) % 2, record, condition, counters)
+            return [op.Launch(engine, step, *places)]
+        ops: list[Operation] = [
+            op.Copy(Address("step.record"), record, layout.record_bytes(size)),
+            op.Copy(Address("step.condition"), condition, layout.condition_bytes(size)),
+        ]
+        if layout.capturing and not engine.full:
+            ops += self._replayed(subnet, step, size, engine)
+        else:
+            ops += self._at_fixed_addresses(subnet, step, size, engine)
+        if layout.capacity:
+            ops.append(op.Copy(counters, Address("step.overflow"), layout.overflow_bytes))
+        return ops
+
+    def _at_fixed_addresses(
+        self, subnet: int, step: int | None, size: int, engine: EngineId
+    ) -> tuple[op.Launch, op.Copy]:
+        """A step from x.0 to x.1, which is then copied back."""
+        fixed = (Address(f"step.{name}") for name in ("record", "condition", "overflow"))
+        launch = op.Launch(engine, step, *self.layout.step_bindings(subnet, size, 0, *fixed))
+        return launch, op.Copy(Address("x.0"), Address("x.1"), self.layout.state_bytes(size))
+
+    def _replayed(self, subnet: int, step: int, size: int, engine: EngineId) -> list[Operation]:
+        """A step by its graph, which is captured when it is first needed."""
         shape = self.shape
-        key = GraphKey(segment, chunk.start, len(chunk), size, shape.rows(size), shape.texts, shape.text_tokens)
+        key = GraphKey(subnet, size, shape.rows(size), shape.texts, shape.text_tokens)
         ops: list[Operation] = []
         if key not in self._captured:
             self._captured.add(key)
-            if chunk.start == self.layout.segments[segment].first:
-                launch = next(i for i, each in enumerate(body) if isinstance(each, op.Launch))
-                ops.append(op.WarmUp(body[: launch + 1]))
-            ops.append(op.Capture(key, body))
-        return [*ops, op.Replay(key)]
-
-    def _body(self, segment: int, chunk: range, size: int, engine: EngineId) -> Body:
-        """The steps of a part of a segment. The first step of the segment reads x.0."""
-        layout, first = self.layout, self.layout.segments[segment].first
-        subnet = self.manifest.plan.segments[segment].subnet
-        gated = self.manifest.subnets[subnet].gated
-        ops: list[op.Copy | op.Launch] = []
-        for step in chunk:
-            sources = {
-                "noise": layout.noise(segment, step, size),
-                "coefficients": Address("coefficients", step * ALIGNMENT),
-                "condition": layout.condition(chunk, step, size),
-                **({"gates": Address("gates", step * layout.gates_stride)} if gated else {}),
-            }
-            addresses = {
-                **layout.step_state((step - first) % 2, size),
-                "cfg_scale": Address("cfg_scale"),
-                "token_overflow": layout.overflow(segment, step),
-                **sources,
-            }
-            if layout.staged:
-                fixed = {name: Address(f"step.{name}") for name in sources}
-                addresses |= {**layout.step_state(0, size), **fixed}
-                addresses["token_overflow"] = Address("step.overflow")
-                if step != first:
-                    ops.append(op.Copy(Address("x.0"), Address("x.1"), layout.state_bytes(size)))
-            inputs, outputs = layout.step_bindings(subnet, size, addresses)
-            launch = op.Launch(engine, step, inputs, outputs)
-            if layout.staged:
-                sizes = {each.name: each.nbytes for each in (*inputs, *outputs)}
-                ops += [op.Copy(fixed[name], source, sizes[name]) for name, source in sources.items()]
-            ops.append(launch)
-            if layout.staged and layout.capacity:
-                counters = sizes["token_overflow"]
-                ops.append(op.Copy(layout.overflow(segment, step), addresses["token_overflow"], counters))
-        return tuple(ops)
+            body = self._at_fixed_addresses(subnet, None, size, engine)
+            ops = [op.WarmUp(body[0]), op.Capture(key, body)]
+        return [*ops, op.Replay(key, step)]
 
     def _read_overflow(self, segment: int, batches: Sequence[int], strict: bool = False) -> op.ReadOverflow:
         count, blocks = self.layout.segments[segment].count, self.manifest.model.depth
@@ -369,7 +368,7 @@ class LaunchPlan:
 
     def _unload(self, engines: Sequence[EngineId]) -> list[Operation]:
         """Unload engines, and before them the graphs that were captured from them."""
-        graphs = [graph for graph in self._captured if self._engine(graph.segment) in engines]
+        graphs = [graph for graph in self._captured if engine_of(self.manifest, graph.subnet) in engines]
         return [*self._drop(graphs), *(op.UnloadEngine(key) for key in engines)]
 
     def _drop(self, graphs: Sequence[GraphKey] | set[GraphKey]) -> list[Operation]:

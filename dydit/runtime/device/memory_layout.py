@@ -6,20 +6,23 @@ Every address that an engine reads or writes is 256-byte aligned, so rows of a t
 a segment are at the same addresses for every batch, so that a captured graph serves all batches of one size.
 
     latents.0, latents.1   every batch between segments: even segments read .0 and write .1, odd ones read .1
-    x.0, x.1               the current batch: a step reads one and writes the other
+    x.0, x.1               the current batch: a step reads one and writes the other; at fixed addresses, each step reads
+                           x.0, and what it wrote to x.1 is copied back
                            (of a multistep sampler, each of these four holds the history behind the latents)
     next_history           written and never read, if the sampler has no history
-    noise, noise.next      a segment's noise for the current batch; for the batch that runs next, uploaded meanwhile
+    records                a record for each step, of the whole run: its coefficients, and its gates if there are any.
+                           If steps add noise, a segment's records for the current batch, with the noise behind them
+    records.next           with noise: of the batch that runs next, uploaded meanwhile
     condition              of consecutive steps of the segment, computed on the device
     labels, labels.all     of the current rows; of all batches
     text_values, text_bias      of the current batch's texts, if the model takes texts; computed on the device
     embeddings, mask            the texts of the current batch, from which these are computed
     embeddings.next, mask.next  the texts of the batch that runs next, uploaded meanwhile
     text_rows, text_rows.all    which of its batch's texts each row has; of all batches
-    coefficients, cfg_scale, gates, timesteps    of the whole run
+    cfg_scale, timesteps        of the whole run
     overflow, overflow.visit    counters of a segment, for all its batches; for the current batch
-    zeros                  noise of steps that add none; history, if the sampler has none
-    step.*                 a step's inputs and counters at fixed addresses, where graphs are captured
+    zeros                  noise, if no step adds any; history, if the sampler has none
+    step.*                 a step's record, condition and counters at fixed addresses, where graphs are captured
     units, units.scratch   unit weights with dynamic width (`dydit.runtime.device.unit_weights`)
     workspace              activations, shared by all engines
 """
@@ -86,7 +89,7 @@ class RunShape:
 class LaunchOptions:
     """How to run. No option changes what is computed.
 
-    `graphs`: capture segments as CUDA graphs (dynamic routing cannot be captured and runs without, unless engines have
+    `graphs`: capture steps as CUDA graphs (dynamic routing cannot be captured and runs without, unless engines have
     `fixed_shapes`: they compute all tokens then). `fixed`: steps read their inputs at fixed addresses even without
     graphs. `resident`: subnetworks that are loaded at a time, at least 2
     (None: all). `condition_bytes`, `conditioning_steps`: how much condition is computed ahead, at most; the latter is
@@ -124,9 +127,12 @@ class Layout:
         self.capturing = options.graphs and (options.fixed_shapes or manifest.routing is not Routing.DYNAMIC)
         self.image_bytes = 4 * model.in_channels * model.input_size**2
         self.multistep, self._noisy = manifest.sampling.multistep, frozenset(manifest.sampling.noisy_steps)
+        # A graph serves other runs, too, so records are laid out for all steps and subnetworks, not only those to come.
+        self.noisy, self.gated = bool(self._noisy), any(subnet.gated for subnet in manifest.subnets)
+        self._noise_offset = ALIGNMENT + self.gated * aligned(4 * model.units.size)
         self.condition_row = 4 * math.prod(model.condition_shape)
-        self.gates_stride = aligned(4 * model.units.size)
-        self.overflow_stride = aligned(8 * model.depth)
+        self.overflow_bytes = 8 * model.depth
+        self.overflow_stride = aligned(self.overflow_bytes)
         self.labels_stride = aligned(8 * shape.rows(self.largest))
         self.has_texts = model.text is not None
 
@@ -148,9 +154,9 @@ class Layout:
         """The batches that pass a segment."""
         return tuple(batch for batch in range(len(self.shape.sizes)) if self.shape.behind(batch) <= segment)
 
-    def noise_steps(self, segment: int) -> tuple[int, ...]:
-        """The segment's steps that add noise."""
-        return tuple(step for step in self.segments[segment].steps if step in self._noisy)
+    def adds_noise(self, step: int) -> bool:
+        """Whether a step adds noise."""
+        return step in self._noisy
 
     @cached_property
     def staged(self) -> bool:
@@ -180,45 +186,52 @@ class Layout:
         """Bytes of a row of `timesteps`."""
         return aligned(4 * self.chunk_steps)
 
-    def noise_stride(self, size: int) -> int:
-        """Bytes from one step's noise to the next, for batches of `size`."""
-        return aligned(size * self.image_bytes)
+    def record_bytes(self, size: int) -> int:
+        """Bytes of a step's record, for batches of `size`; without noise it is the same for all."""
+        return self._noise_offset + self.noisy * aligned(size * self.image_bytes)
+
+    def record(self, segment: int, step: int, size: int) -> Address:
+        """One step's record."""
+        first = self.segments[segment].first if self.noisy else 0
+        return Address("records", (step - first) * self.record_bytes(size))
+
+    def record_parts(self, record: Address) -> dict[str, Address]:
+        """The inputs of a step that a record at this address holds; noise is zeros where no step adds any."""
+        gates, noise = (Address(record.buffer, record.offset + more) for more in (ALIGNMENT, self._noise_offset))
+        return {"coefficients": record, "gates": gates, "noise": noise if self.noisy else Address("zeros")}
+
+    def condition_bytes(self, size: int) -> int:
+        """Bytes of one step's condition."""
+        return self.shape.rows(size) * self.condition_row
 
     @cached_property
     def buffers(self) -> dict[str, int]:
         """Bytes of every buffer but the workspace."""
-        model, shape = self.manifest.model, self.shape
+        shape = self.shape
         batches, steps, rows = len(shape.sizes), self.manifest.sampling.steps, shape.rows(self.largest)
         longest = max(self.segments[index].count for index in self.visited)
-        most_noise = max(len(self.noise_steps(index)) for index in self.visited)
-        batch_bytes = self.largest * self.image_bytes
-        gated = any(self.manifest.subnets[self.segments[index].subnet].gated for index in self.visited)
-        silent = any(len(self.noise_steps(index)) < self.segments[index].count for index in self.visited)
+        batch_bytes, record_bytes = self.largest * self.image_bytes, self.record_bytes(self.largest)
         sizes = {
             "latents.0": sum(map(self.state_bytes, shape.sizes)),
             "latents.1": sum(map(self.state_bytes, shape.sizes)),
             "x.0": self.state_bytes(self.largest),
             "x.1": self.state_bytes(self.largest),
             "next_history": batch_bytes * (not self.multistep),
-            "noise": most_noise * self.noise_stride(self.largest),
-            "noise.next": most_noise * self.noise_stride(self.largest),
-            "zeros": batch_bytes * (silent or not self.multistep),
-            "condition": self.chunk_steps * rows * self.condition_row,
+            "records": (longest if self.noisy else steps) * record_bytes,
+            "records.next": self.noisy * longest * record_bytes,
+            "zeros": batch_bytes * (not self.noisy or not self.multistep),
+            "condition": self.chunk_steps * self.condition_bytes(self.largest),
             "labels": 8 * rows,
             "labels.all": batches * self.labels_stride,
-            "coefficients": steps * ALIGNMENT,
             "cfg_scale": 4,
-            "gates": gated * steps * self.gates_stride,
             "timesteps": len(self.all_chunks) * self.timesteps_stride,
             "overflow": self.capacity * batches * longest * self.overflow_stride,
             "overflow.visit": self.capacity * longest * self.overflow_stride,
         }
         if self.staged:
             sizes |= {
-                "step.noise": batch_bytes,
-                "step.coefficients": ALIGNMENT,
-                "step.condition": rows * self.condition_row,
-                "step.gates": gated * 4 * model.units.size,
+                "step.record": record_bytes,
+                "step.condition": self.condition_bytes(self.largest),
                 "step.overflow": self.capacity * self.overflow_stride,
             }
         if self.has_texts:
@@ -249,22 +262,22 @@ class Layout:
 
     def condition(self, chunk: range, step: int, size: int) -> Address:
         """One step's condition."""
-        return Address("condition", (step - chunk.start) * self.shape.rows(size) * self.condition_row)
-
-    def noise(self, segment: int, step: int, size: int) -> Address:
-        """One step's noise."""
-        steps = self.noise_steps(segment)
-        return Address("noise", steps.index(step) * self.noise_stride(size)) if step in steps else Address("zeros")
+        return Address("condition", (step - chunk.start) * self.condition_bytes(size))
 
     def overflow(self, segment: int, step: int) -> Address:
         """One step's counters."""
         return Address("overflow.visit", (step - self.segments[segment].first) * self.overflow_stride)
 
     def step_bindings(
-        self, subnet: int, size: int, addresses: Mapping[str, Address]
+        self, subnet: int, size: int, reads: int, record: Address, condition: Address, overflow: Address
     ) -> tuple[tuple[Binding, ...], tuple[Binding, ...]]:
-        """Inputs and outputs of a subnetwork's engine at the given addresses; with dynamic width, unit weights too."""
+        """Inputs and outputs of a subnetwork's engine that reads x.0 or x.1; with dynamic width, unit weights too.
+
+        `record`, `condition`, `overflow`: where the step finds them, and where its counters go.
+        """
         model, entry = self.manifest.model, self.manifest.subnets[subnet]
+        more = {"cfg_scale": Address("cfg_scale"), "condition": condition, "token_overflow": overflow}
+        addresses = {**self.step_state(reads, size), **self.record_parts(record), **more}
         symbols = {BATCH: size, ROWS: self.shape.rows(size), **self.shape.text_symbols}
         of_texts = {name: Address(name) for name in (TEXT_VALUES, TEXT_BIAS, TEXT_ROWS)}
         inputs = _bind(subnet_inputs(model, entry.gated), symbols, {**addresses, **of_texts})

@@ -51,14 +51,12 @@ DECODER = EngineId(None, decoder=True)
 
 @dataclass(frozen=True)
 class GraphKey:
-    """A captured graph: consecutive steps of a segment, at one batch size and number of the condition rows.
+    """A captured graph: a step of a subnetwork, at one batch size and number of the condition rows.
 
     Where the model takes texts, also at one number of `texts` and of tokens in each.
     """
 
-    segment: int
-    first: int
-    count: int
+    subnet: int
     batch: int
     rows: int
     texts: int = 0
@@ -156,7 +154,10 @@ class Arranged:
 
 @dataclass(frozen=True)
 class Launch:
-    """Run an engine once, on the compute stream. `step`: the sampling step (execution order); None: no step."""
+    """Run an engine once, on the compute stream. `step`: the sampling step (execution order).
+
+    None: no step, or one that depends on what lies at the addresses (`Replay.step`).
+    """
 
     engine: EngineId
     step: int | None
@@ -166,9 +167,9 @@ class Launch:
 
 @dataclass(frozen=True)
 class WarmUp:
-    """Run work whose results are overwritten later: TensorRT needs one launch at these shapes before a capture."""
+    """Launch once with results that are overwritten later: TensorRT needs it at these shapes before a capture."""
 
-    body: tuple[Copy | Launch, ...]
+    launch: Launch
 
 
 @dataclass(frozen=True)
@@ -176,14 +177,15 @@ class Capture:
     """Record work into a graph, without running it."""
 
     graph: GraphKey
-    body: tuple[Copy | Launch, ...]
+    body: tuple[Launch | Copy, ...]
 
 
 @dataclass(frozen=True)
 class Replay:
-    """Run a captured graph, on the compute stream."""
+    """Run a captured graph, on the compute stream, as a sampling step (execution order)."""
 
     graph: GraphKey
+    step: int
 
 
 @dataclass(frozen=True)
@@ -261,7 +263,6 @@ class Download:
     nbytes: int
 
 
-Body = tuple[Copy | Launch, ...]
 Operation = (
     Allocate
     | Free

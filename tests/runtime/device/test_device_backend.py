@@ -113,6 +113,27 @@ def test_single_steps_are_those_of_the_engines(sampler, make_bundle, fake_device
     assert not device.driver.memory and not device.engines
 
 
+@pytest.mark.parametrize("wrong", [None, EngineId(0), EngineId(1)])
+def test_engines_that_need_more_than_was_reported_are_measured(wrong, make_bundle, fake_device, figures, expected):
+    """The run starts again, from the segments that are stored."""
+    bundle = make_bundle(**OVERFLOWING)
+    known = figures(bundle.manifest)
+    if wrong is not None:
+        known[wrong] = EngineMemory(10, 10_000)
+    fixture = Fixture(bundle, fake_device, known=known, activation=lambda each: 5000 if each == wrong else 1000)
+    store = EverySegment()
+    latents, _ = fixture.run(store=store)
+    assert same(latents, expected(fixture)[0])
+    if wrong is None:
+        assert not fixture.kept and len(fixture.devices) == 1
+        return
+    first, second = fixture.devices
+    assert not first.driver.memory and not first.engines
+    assert fixture.kept[0][wrong].activation == 5000 and second.loads[:2] == [CONDITIONER, EngineId(0)]
+    fixture.run()
+    assert len(fixture.devices) == 2, "it is known now"
+
+
 def test_conditioning_is_cut_to_what_the_engine_takes(make_bundle, fake_device, relative_to):
     fixture = Fixture(make_bundle(), fake_device, longest=(3, 2))
     timesteps, labels = np.arange(7, dtype=np.float32) * 100, np.array([0, 3, 1, 6, 2])

@@ -26,10 +26,10 @@ WORK = (4096, 500)
 class StandIn:
     """As much of TensorRT as is used. `refuse`: calls that return False or None; `rtx`: which flavour.
 
-    `invalid`: the diagnostics of every engine.
+    `invalid`: the diagnostics of every engine. `profiles`: of each profile, the extents of inputs that have one.
     """
 
-    def __init__(self, rtx=False, refuse=(), capturable=True, invalid=0):
+    def __init__(self, rtx=False, refuse=(), capturable=True, invalid=0, profiles=({"timesteps": ((1,), (4,), (9,))},)):
         self.calls, self.refuse, self.capturable = [], set(refuse), capturable
         self.capturing = False
         self.__name__, self.__version__ = ("tensorrt_rtx", "1.7.1") if rtx else ("tensorrt", "11.4.0")
@@ -82,9 +82,10 @@ class StandIn:
                 stand_in.how = how
                 return stand_in.say("context") and Context()
 
+            num_optimization_profiles = len(profiles)
+
             def get_tensor_profile_shape(self, name, profile):
-                assert (name, profile) == ("timesteps", 0)
-                return [(1,), (4,), (9,)]
+                return list(profiles[profile].get(name, ()))
 
         class Context:
             def __getattr__(self, name):
@@ -289,11 +290,13 @@ def test_the_names_that_are_used_exist(name):
     trt = pytest.importorskip(name, exc_type=ImportError)
     used = {
         trt.Runtime: ["deserialize_cuda_engine"],
-        trt.ICudaEngine: ["device_memory_size_v2", "get_tensor_profile_shape", "create_execution_context"],
+        trt.ICudaEngine: ["device_memory_size_v2", "get_tensor_profile_shape", "num_optimization_profiles"],
         trt.IExecutionContext: ["set_input_shape", "set_tensor_address", "set_device_memory", "execute_async_v3"],
         trt.ExecutionContextAllocationStrategy: ["USER_MANAGED"],
         trt.ILogger: ["Severity"],
     }
+    used[trt.ICudaEngine].append("create_execution_context")
+    used[trt.IExecutionContext].append("set_optimization_profile_async")
     if name == "tensorrt_rtx":
         used |= {
             trt.Runtime: [*used[trt.Runtime], "get_engine_validity"],
@@ -318,3 +321,56 @@ def test_the_names_that_are_used_exist(name):
     assert importlib.import_module(name).ILogger.Severity.ERROR <= trt.ILogger.Severity.WARNING
     runtime = Runtime(trt, lambda engine: b"this is no engine")
     assert runtime.compiled() is None
+
+
+SEVERAL = tuple(
+    {"x": ((low, 4), (high, 4), (high, 4)), "timesteps": ((1,), (4,), (low + 4,))}
+    for low, high in ((1, 1), (2, 3), (4, 8))
+)
+
+
+def of_batch(size):
+    return Tensor("x", "float32", (size, 4), 1024), Tensor("one", "float32", (2, 4), 2048)
+
+
+@pytest.mark.parametrize("rtx", [False, True])
+def test_a_batch_runs_on_the_profile_that_is_tuned_for_it(rtx):
+    """Chosen on the stream of the launches, before the shapes are set; each context keeps its own."""
+    trt = StandIn(rtx, profiles=SEVERAL)
+    _, engine = loaded(trt)
+    for size, profile in ((1, 0), (2, 1), (3, 1), (4, 2), (8, 2)):
+        trt.took()
+        engine.launch(of_batch(size), [OUT], WORK, 77, capturing=False)
+        calls = [call for call in trt.took() if call[0] in ("set_optimization_profile_async", "set_input_shape")]
+        assert calls[0] == ("set_optimization_profile_async", profile, 77) and calls[1][0] == "set_input_shape"
+        engine.launch(of_batch(size), [OUT], WORK, 77, capturing=True)
+        assert [call[0] for call in trt.took()] == ["execute_async_v3"]
+    assert engine.longest("timesteps") == (8,), "the largest of all profiles"
+    assert loaded(StandIn(rtx))[1].longest("timesteps") == (9,)
+
+
+@pytest.mark.parametrize(("size", "profile"), [(1, 0), (2, 0), (3, 1), (4, 1), (5, 2), (9, 2)])
+def test_of_profiles_that_take_the_same_the_one_that_is_tuned_for_it_is_chosen(size, profile):
+    """As those of a text graph do: all batches of a run have as many texts as the one with the most."""
+    trt = StandIn(profiles=[{"mask": ((1, 1), (opt, 6), (9, 6))} for opt in (2, 4, 9)])
+    _, engine = loaded(trt)
+    engine.launch([Tensor("mask", "int64", (size, 5), 1024)], [OUT], WORK, 77, capturing=False)
+    assert ("set_optimization_profile_async", profile, 77) in trt.took()
+
+
+def test_an_engine_of_one_profile_is_not_asked_for_another():
+    trt = StandIn()
+    _, engine = loaded(trt)
+    engine.launch([X], [OUT], WORK, 1, capturing=False)
+    assert "set_optimization_profile_async" not in [call[0] for call in trt.took()]
+
+
+@pytest.mark.parametrize(
+    ("refuse", "problem"),
+    [("set_optimization_profile_async", "has no profile 2"), ("set_input_shape", "does not take x of shape (9, 4)")],
+)
+def test_a_batch_that_no_profile_takes_is_refused(refuse, problem):
+    _, engine = loaded(StandIn(refuse=[refuse], profiles=SEVERAL), EngineId(1))
+    with pytest.raises(BackendError) as caught:
+        engine.launch(of_batch(9), [OUT], WORK, 1, capturing=False)
+    assert f"subnetwork 1 {problem}" in str(caught.value) and "\n" not in str(caught.value)

@@ -134,7 +134,8 @@ def test_the_list_is_the_loop(kind, options, make_bundle, fake_device, figures):
     capturing = options.get("graphs", True) and not kind.endswith("dynamic")
     assert bool(run.device.driver.captures) == capturing
     if capturing:
-        assert run.device.driver.replays == 3 / 2 * run.device.driver.captures, "three batches of two sizes"
+        assert run.device.driver.captures == 2 * len(bundle.manifest.subnets), "one for each of two sizes of batches"
+        assert run.device.driver.replays == counts.steps == 3 * bundle.manifest.sampling.steps
     if kind.endswith(("overflowing", "seldom")):
         assert counts.repeated_steps >= stats.repeated_steps > 0 and counts.overflowed_tokens > 0
         assert kind.endswith("overflowing") or counts.repeated_steps == stats.repeated_steps < counts.steps

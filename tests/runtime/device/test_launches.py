@@ -92,10 +92,11 @@ class Machine:
     memory: dict[EngineId, EngineMemory]
     state: DeviceState = field(default_factory=DeviceState)
     tags: dict[str, dict[int, tuple]] = field(default_factory=dict)
-    bodies: dict[op.GraphKey, op.Body] = field(default_factory=dict)
+    bodies: dict[op.GraphKey, tuple] = field(default_factory=dict)
     launched: list[tuple[int, int]] = field(default_factory=list)
     peak: int = 0
     batch: int | None = None
+    replayed: int | None = None
     warming: bool = False
     recorded: set[str] = field(default_factory=set)
 
@@ -123,8 +124,11 @@ class Machine:
             "labels",
             "labels.all",
             "timesteps",
+            "condition",
             "overflow",
-            "noise.next",
+            "overflow.visit",
+            "records",
+            "records.next",
         )
         del self.buffers[each.buffer], self.tags[each.buffer]
 
@@ -157,6 +161,16 @@ class Machine:
             behind = dataclasses.replace(place, offset=place.offset + layout.history_offset(size))
             self._put(behind, nbytes, "history", batch, step)
 
+    def _put_record(self, place: op.Address, step: int, batch: int | None):
+        """A step's coefficients, its gates and, where some step adds noise, its noise or zeros."""
+        parts = self.plan.layout.record_parts(place)
+        self._put(parts["coefficients"], ROW_BYTES, "coefficients", step)
+        if self.plan.layout.gated:
+            self._put(parts["gates"], 4 * 2 * 2 * 2, "gates", step)
+        if batch is not None:
+            noise = ("noise", batch, step) if self.plan.layout.adds_noise(step) else ("zeros",)
+            self._put(parts["noise"], self.plan.layout.shape.sizes[batch] * self.plan.layout.image_bytes, *noise)
+
     def _read(self, place: op.Address, nbytes: int, *tag):
         self._within(place, nbytes)
         found = self.tags[place.buffer].get(place.offset)
@@ -171,22 +185,18 @@ class Machine:
         layout, source = self.plan.layout, each.source
         self._erase(each.to, each.nbytes)
         size = None if source.batch is None else layout.shape.sizes[source.batch]
-        image = layout.image_bytes
         if source.kind == "latents":
             first = layout.segments[source.segment].first
             assert each.nbytes == layout.state_bytes(size)
             self._put_state(each.to, size, source.batch, first)
-        elif source.kind == "noise":
-            stride = layout.noise_stride(size)
-            for i, step in enumerate(layout.noise_steps(source.segment)):
-                self._put(
-                    dataclasses.replace(each.to, offset=each.to.offset + i * stride),
-                    size * image,
-                    "noise",
-                    source.batch,
-                    step,
-                )
-            assert each.nbytes == stride * len(layout.noise_steps(source.segment))
+        elif source.kind == "records":
+            noisy = source.batch is not None
+            assert noisy == any(row[NOISE] for row in layout.manifest.sampling.coefficients)
+            steps = layout.segments[source.segment].steps if noisy else range(layout.manifest.sampling.steps)
+            stride = layout.record_bytes(size or 0)
+            for i, step in enumerate(steps):
+                self._put_record(dataclasses.replace(each.to, offset=each.to.offset + i * stride), step, source.batch)
+            assert each.nbytes == stride * len(steps)
         elif source.kind == "labels.all":
             for batch, count in enumerate(layout.shape.sizes):
                 self._put(
@@ -200,16 +210,9 @@ class Machine:
                 self._put(
                     op.Address("timesteps", i * layout.timesteps_stride), 4 * len(chunk), "timesteps", chunk.start
                 )
-        elif source.kind == "cfg_scale":
-            self._put(each.to, 4, "cfg_scale")
         else:
-            steps = layout.manifest.sampling.steps
-            stride, nbytes = {
-                "coefficients": (ALIGNMENT, ROW_BYTES),
-                "gates": (layout.gates_stride, 4 * 2 * 2 * 2),
-            }[source.kind]
-            for step in range(steps):
-                self._put(op.Address(source.kind, step * stride), nbytes, source.kind, step)
+            assert source.kind == "cfg_scale"
+            self._put(each.to, 4, "cfg_scale")
 
     def Copy(self, each):
         self._within(each.source, each.nbytes)
@@ -237,8 +240,7 @@ class Machine:
         self.peak = max(self.peak, sum(self.memory[key].weights for key in self.engines))
 
     def UnloadEngine(self, each):
-        segments = self.plan.manifest.plan.segments
-        assert each.engine.full or all(segments[g.segment].subnet != each.engine.subnet for g in self.bodies)
+        assert each.engine.full or all(graph.subnet != each.engine.subnet for graph in self.bodies)
         self.engines.remove(each.engine)
 
     def Launch(self, each):
@@ -261,7 +263,7 @@ class Machine:
                 place = op.Address("condition", i * rows * layout.condition_row)
                 self._put(place, rows * layout.condition_row, "condition", batch, step)
             return
-        step = each.step
+        step = self.replayed if each.step is None else each.step
         segment = next(s for s in layout.segments if step in s.steps)
         assert each.engine.subnet == segment.subnet
         assert places["x"].shape[0] == size and places["condition"].shape[0] == rows
@@ -300,22 +302,24 @@ class Machine:
     # graphs
 
     def WarmUp(self, each):
-        assert isinstance(each.body[-1], op.Launch)
-        self.warming = True
-        self.do(*each.body)
+        self.warming, self.replayed = True, self.tags["step.record"][0][1]
+        self.do(each.launch)
         self.warming = False
 
     def Capture(self, each):
         assert self.plan.manifest.routing is not Routing.DYNAMIC and self.plan.options.graphs
         assert each.graph not in self.bodies
-        launches = [one for one in each.body if isinstance(one, op.Launch)]
-        assert len({(one.engine, one.inputs, one.outputs) for one in launches}) == 1, "one context state to a graph"
-        assert [one.step for one in launches] == list(range(each.graph.first, each.graph.first + each.graph.count))
-        assert each.graph.batch == launches[0].inputs[0].shape[0]
+        launch, back = each.body
+        assert launch.step is None and launch.engine == EngineId(each.graph.subnet)
+        assert each.graph.batch == launch.inputs[0].shape[0]
+        fixed = {"x.0", "x.1", "zeros", "next_history", "cfg_scale", "step.record", "step.condition", "step.overflow"}
+        assert {one.address.buffer for one in (*launch.inputs, *launch.outputs)} <= fixed
+        assert (back.to, back.source) == (op.Address("x.0"), op.Address("x.1"))
         self.bodies[each.graph] = each.body
 
     def Replay(self, each):
         assert each.graph.batch == self.plan.layout.shape.sizes[self.batch], "a graph serves its own batch size"
+        self.replayed = each.step
         self.do(*self.bodies[each.graph])
 
     def DropGraph(self, each):
@@ -383,7 +387,7 @@ def run(machine: Machine, plan: LaunchPlan, repeats=lambda segment: ()) -> None:
 
 
 def _runs_steps(each: op.Operation) -> bool:
-    return isinstance(each, op.Replay) or (isinstance(each, op.Launch) and each.step is not None)
+    return isinstance(each, op.Launch | op.Replay) and each.step is not None
 
 
 def memory_of(manifest) -> dict[EngineId, EngineMemory]:
@@ -478,6 +482,30 @@ def test_residency_loads_ahead_and_keeps_within_its_limit(subnets, limit, spare,
     assert {s.load for s in free.stops} - {None} | set(free.load) == set(engines) - set(loaded)
     loads = len(plan.load) + sum(s.load is not None for s in plan.stops)
     assert loads >= len(free.load) + sum(s.load is not None for s in free.stops)
+
+
+@settings(max_examples=25, deadline=None)
+@given(manifests(), shapes)
+def test_one_step_of_a_subnetwork_is_captured_and_replayed_for_every_step(manifest, shape):
+    """However many steps a segment has, and however many segments share a subnetwork."""
+    plan = LaunchPlan(manifest, shape, memory_of(manifest), LaunchOptions())
+    ops, capturing = plan.operations(), manifest.routing is not Routing.DYNAMIC
+    captures = [each for each in ops if isinstance(each, op.Capture)]
+    replays = [each for each in ops if isinstance(each, op.Replay)]
+    subnets, sizes = {segment.subnet for segment in manifest.plan.segments}, set(shape.sizes)
+    assert {(each.graph.subnet, each.graph.batch) for each in captures} == (
+        {(subnet, size) for subnet in subnets for size in sizes} if capturing else set()
+    )
+    assert len(captures) == capturing * len(subnets) * len(sizes) == sum(isinstance(each, op.WarmUp) for each in ops)
+    assert all([type(one) for one in each.body] == [op.Launch, op.Copy] for each in captures)
+    steps = manifest.sampling.steps
+    assert len(replays) == capturing * steps * len(shape.sizes)
+    to_fixed = [each for each in ops if isinstance(each, op.Copy) and each.to.buffer.startswith("step.")]
+    if capturing:
+        assert len(to_fixed) == 2 * len(replays), "a record and a condition for each step"
+        assert [each.step for each in replays] == [
+            step for segment in manifest.plan.segments for _ in shape.sizes for step in segment.steps
+        ]
 
 
 def test_the_engine_that_is_used_last_goes_first():

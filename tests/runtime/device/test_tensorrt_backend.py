@@ -59,7 +59,7 @@ def bundle(make_bundle, tmp_path, request) -> Bundle:
     return Bundle.open(copy)
 
 
-def build(bundle: Bundle, **settings) -> EngineStore:
+def build(bundle: Bundle, activation_bytes: int | None = None, **settings) -> EngineStore:
     """An index of engines whose files say which graph they stand for."""
     import hashlib
 
@@ -76,7 +76,7 @@ def build(bundle: Bundle, **settings) -> EngineStore:
         key = EngineKey(
             graph_sha256=files[graph].sha256,
             weights_sha256=files[weights_of(bundle.manifest, graph)].sha256,
-            profile={},
+            profiles=(),
         )
         entries[graph] = EngineEntry(
             file=name,
@@ -89,7 +89,7 @@ def build(bundle: Bundle, **settings) -> EngineStore:
             peak_memory=1,
             layers=1,
             warnings=0,
-            activation_bytes=None,
+            activation_bytes=activation_bytes,
         )
     store.write(request, entries)
     return store
@@ -170,15 +170,15 @@ def opened(bundle, open_on):
 def open_on(machine, monkeypatch, fake_device):
     """`open_on(bundle)`: the same of a bundle, whose engines are built first."""
 
-    def of(bundle):
+    def of(bundle, **settings):
         machine()
-        return opener(bundle, monkeypatch, fake_device)
+        return opener(bundle, monkeypatch, fake_device, **settings)
 
     return of
 
 
-def opener(bundle, monkeypatch, fake_device):
-    store = build(bundle)
+def opener(bundle, monkeypatch, fake_device, **settings):
+    store = build(bundle, **settings)
     facts = SimpleNamespace(store=store, read=[], devices=[], compiled=b"kernels")
 
     class Compiler:
@@ -273,6 +273,21 @@ def test_what_a_run_finds_out_is_kept_for_the_next_process(bundle, opened):
     for damage in ("", "[1]", '{"a": 1}', '{"a": [1]}', '{"a": ["x", 1]}'):
         file.write_text(damage)
         assert backend._known(bundle, facts.store) == {}
+
+
+def test_what_the_builder_reported_is_not_measured(bundle, open_on):
+    facts = open_on(bundle, activation_bytes=1000)()
+    sizes = {each.sha256: each.bytes for each in facts.store.read().engines.values()}
+    known = backend._known(bundle, facts.store)
+    assert {each.activation for each in known.values()} == {1000} and known.keys() == set(engines_of(bundle.manifest))
+    facts.backend.sample_run(make_batches([1], [0], 1), SeededNoise(0, (4, 8, 8)), MemoryStore(), 1.0)
+    assert facts.read[:2] == [f"engine of {CONDITIONING}", "engine of subnet-0000.onnx"]
+    assert len(facts.read) == len(set(facts.read)), "no engine is loaded twice"
+    assert not (facts.store.folder / backend.FIGURES).exists()
+    hashes = list(sizes)
+    (facts.store.folder / backend.FIGURES).write_text(json.dumps({hashes[0]: [2000, 5]}))
+    measured = [each for each in backend._known(bundle, facts.store).values() if each == EngineMemory(2000, 5)]
+    assert len(measured) == 1, "what was measured counts more"
 
 
 def test_a_changed_engine_is_refused(bundle, opened):

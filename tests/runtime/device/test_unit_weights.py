@@ -187,7 +187,7 @@ def test_units_move_only_where_some_toggle_and_none_comes_from_the_host_again(em
     slides = {name: each for name, each in manifest.weights.items() if name in set(unit_names(manifest))}
     assert [each.source.name for each in uploads] == unit_names(manifest) and len(uploads) == len(slides)
     assert [each.nbytes for each in uploads] == [slides[each.source.name].nbytes for each in uploads]
-    host, total = Arrangement(axis), 0
+    host, total, captures = Arrangement(axis), 0, []
     zeros = manifest.model.num_heads
     before = [set(range(zeros))] * len(axis.parts)
     for part in plan.segments():
@@ -201,10 +201,12 @@ def test_units_move_only_where_some_toggle_and_none_comes_from_the_host_again(em
         launches = [i for i, each in enumerate(part.run) if isinstance(each, op.Launch | op.WarmUp | op.Replay)]
         assert max(copies, default=-1) < launches[0], "batches follow one another without moves"
         assert not any(isinstance(each, op.Upload) and each.source.kind == "weights" for each in part.run)
-        captured = [one for each in part.run if isinstance(each, op.Capture) for one in each.body]
-        assert captured and not any(isinstance(one, op.Copy) and touches_units(one) for one in captured)
+        captures += [each for each in part.run if isinstance(each, op.Capture)]
         before, total = now, total + exchanged
     assert total > (30 if empty else 1)
+    assert [each.graph.subnet for each in captures[::2]] == list(range(len(manifest.subnets))), "of two sizes each"
+    captured = [one for each in captures for one in each.body if isinstance(one, op.Copy)]
+    assert captured and not any(touches_units(one) for one in captured)
 
 
 def unit_names(manifest):
