@@ -197,7 +197,7 @@ class DeviceLoop(Contender):
 
     def replay(self) -> int:
         """Queue a run's graphs; returns the number of steps, 0 where none were captured."""
-        return self._backend.executor.replay(self._batch, 2 * self._batch)
+        return self._backend.replay(self._batch, 2 * self._batch)
 
     def round(self) -> Round:
         steps = 0

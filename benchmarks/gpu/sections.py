@@ -92,7 +92,7 @@ def launches(context: Context) -> None:
         with opened(context, bundle, fuse=False) as backend:
             latents, stats = _latents(backend, 2)
             values = {**_near(latents, expected[kind]), "steps": stats.steps, "repeated_steps": stats.repeated_steps}
-            values["graphs"] = backend.executor.replay(2, 4) > 0
+            values["graphs"] = backend.replay(2, 4) > 0
             context.emit(kind, values)
             values["replayed_is_equal"] = bool(np.array_equal(_latents(backend, 2)[0], latents))
             values["other_batch_size"] = _near(_latents(backend, 3)[0], expected[kind])

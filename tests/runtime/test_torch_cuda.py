@@ -114,8 +114,8 @@ def test_graphs_of_a_run_can_be_replayed_alone(bundle_of):
         latents, _ = run(backend)
         device = backend.executor.device
         before = device.replays
-        assert backend.executor.replay(2, 4) == backend.bundle.manifest.sampling.steps
-        assert backend.executor.replay(3, 6) == 0, "no batch of that size ran"
+        assert backend.replay(2, 4) == backend.bundle.manifest.sampling.steps
+        assert backend.replay(3, 6) == 0, "no batch of that size ran"
         with device.activate():
             device.idle()
         assert device.replays == before + len(backend.bundle.manifest.plan.segments)

@@ -146,6 +146,11 @@ class TorchDeviceBackend(WholeRunsBackend, TorchBackend):
         )
         return DeviceSampler(self._executor, self.bundle, engine_memory(manifest), options)
 
+    def replay(self, batch: int, rows: int) -> int:
+        """Queue all captured steps of an earlier run again, as `Executor.replay` does; returns their number."""
+        segments = self.bundle.manifest.plan.segments
+        return self.executor.replay([each.subnet for each in segments for _ in each.steps], batch, rows)
+
     @property
     def executor(self) -> Executor:
         """What whole runs left on the device, for measuring. Raises `BackendError` before the first of them."""

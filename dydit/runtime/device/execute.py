@@ -188,16 +188,19 @@ class Executor:
         with self.device.activate():
             self._perform(ops, host)
 
-    def replay(self, batch: int, rows: int) -> int:
-        """Queue the graphs of an earlier run again, without what lies between them; returns the number of steps.
+    def replay(self, subnets: Sequence[int], batch: int, rows: int) -> int:
+        """Queue the captured steps of an earlier run again, without what lies between them; returns their number.
 
-        `batch`, `rows`: of the run's batches. What the graphs compute is of no use: this is for measuring them.
+        `subnets`: the subnetwork of each step; `batch`, `rows`: of the run's batches. 0 if one was not captured. What
+        the steps compute is of no use: this is for measuring them.
         """
-        chosen = [graph for graph in self._graphs if (graph.batch, graph.rows) == (batch, rows)]
+        graphs = {key.subnet: graph for key, graph in self._graphs.items() if (key.batch, key.rows) == (batch, rows)}
+        if not graphs.keys() >= set(subnets):
+            return 0
         with self.device.activate():
-            for graph in sorted(chosen, key=lambda graph: (graph.segment, graph.first)):
-                self.device.replay(self._graphs[graph][0])
-        return sum(self._graphs[graph][1] for graph in chosen)
+            for subnet in subnets:
+                self.device.replay(graphs[subnet])
+        return len(subnets)
 
     def load(self, engine: EngineId) -> None:
         """Load an engine ahead of a run."""
