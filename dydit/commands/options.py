@@ -363,6 +363,7 @@ def backend_options(command: Command) -> Command:
         "--device",
         type=click.Choice(ALL_DEVICES),
         default="cpu",
-        help="Device to run on. cuda: an NVIDIA GPU, for onnxruntime and torch. gpu and npu: those of Intel, for openvino.",
+        help="Device to run on. cuda: an NVIDIA GPU, for onnxruntime and torch. gpu, npu: those of Intel, for "
+        "openvino.",
     )
     return backend(device(threads_option(command)))

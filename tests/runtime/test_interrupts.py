@@ -23,6 +23,7 @@ from dydit.runtime.background import Pool
 from dydit.runtime.dynamic_width import DynamicWidthWeights
 from dydit.runtime.pipeline import DyDiTPipeline
 from tests.fixtures.host_device import HostDeviceBackend
+from tests.fixtures.packages import needs_openvino
 
 INTERRUPTS = int(os.environ.get("DYDIT_INTERRUPTS", "30"))
 DYNAMIC, PER_STEP = {"plan": PlanKind.DYNAMIC_WIDTH, "steps": 3}, {"plan": PlanKind.PER_STEP, "steps": 3}
@@ -34,6 +35,7 @@ WAYS = {
     "onnxruntime, per step": (PER_STEP, lambda bundle: open_backend("onnxruntime", bundle, BackendOptions(2))),
     "torch, per step": (PER_STEP, lambda bundle: open_backend("torch", bundle, BackendOptions(1))),
     "torch, dynamic width": (DYNAMIC, lambda bundle: open_backend("torch", bundle, BackendOptions(1))),
+    "openvino, per step": (PER_STEP, lambda bundle: open_backend("openvino", bundle, BackendOptions(2))),
     "device, dynamic width": (DYNAMIC, lambda bundle: HostDeviceBackend(bundle, BackendOptions(1))),
 }
 
@@ -69,7 +71,12 @@ class Timer:
         return False
 
 
-@pytest.mark.parametrize("way", WAYS)
+def marked(ways):
+    """The names of ways, those of OpenVINO with a reason to skip them."""
+    return [pytest.param(way, marks=needs_openvino if "openvino" in way else ()) for way in ways]
+
+
+@pytest.mark.parametrize("way", marked(WAYS))
 def test_after_an_interrupt_the_next_call_is_right(way, make_bundle):
     settings, opened = WAYS[way]
     draws, struck = random.Random(way), 0

@@ -7,8 +7,8 @@
   (`dydit.runtime.backends.ov_graph`).
 - Batches are split among threads as on ONNX Runtime: every thread runs images of its own, in a stream of its own.
 - Models are compiled once for each machine, and then come from a cache (`dydit.runtime.backends.ov_cache`).
-- Each subnetwork has its own copy of its weights, in the order of OpenVINO's kernels. Conditioning, a third of the
-  weights and seldom needed, is loaded only while it is evaluated.
+- Each subnetwork has its own copy of its weights, in the order of OpenVINO's kernels. So has conditioning, a third of
+  the weights: once loaded, it stays, because every call of a pipeline needs it and loading takes long.
 """
 
 from __future__ import annotations
@@ -113,11 +113,14 @@ class OpenVinoBackend(Backend):
             specs = unit_inputs(bundle.manifest.weights, bundle.manifest.model)
             self._bfloat16 = frozenset(spec.name for spec in specs if spec.dtype == "bfloat16")
         self._graphs: dict[tuple[str, bool, bool], CompiledGraph] = {}
+        self._conditioner: CompiledGraph | None = None
         self._decoder: CompiledGraph | None = None
         self._loading = threading.Lock()  # the next subnetwork is loaded in the background
 
     def _conditioning(self, feeds: Arrays) -> np.ndarray:
-        return self._load(CONDITIONING, (CONDITION,)).run(feeds, "conditioning")[CONDITION]
+        if self._conditioner is None:
+            self._conditioner = self._load(CONDITIONING, (CONDITION,))
+        return self._conditioner.run(feeds, "conditioning")[CONDITION]
 
     def _text_values(self, feeds: Arrays) -> dict[str, np.ndarray]:
         return self._load(TEXT_GRAPH, (TEXT_VALUES, TEXT_BIAS)).run(feeds, "text")
@@ -142,7 +145,7 @@ class OpenVinoBackend(Backend):
     def _free(self) -> None:
         self._splitting.close()
         self._graphs.clear()
-        self._decoder = None
+        self._conditioner = self._decoder = None
         if self._dynamic_width is not None:
             self._dynamic_width.close()
 

@@ -76,15 +76,19 @@ def weights_in_8_bits(proto: Any) -> None:
     for node in proto.graph.node:
         if node.op_type == "MatMulIntegerToFloat":
             quantized, matrix, _, scale, _ = node.input
-            wide = f"{node.output[0]}.weight"
-            kept.append(onnx.helper.make_node("DequantizeLinear", [matrix, scale], [wide], axis=1))
+            wide, turn = f"{node.output[0]}.weight", makers.get(matrix)
+            if turn is not None and turn.op_type == "Transpose":  # OpenVINO looks for 8 bits right before the product
+                kept.append(onnx.helper.make_node("DequantizeLinear", [turn.input[0], scale], [f"{wide}.T"], axis=0))
+                kept.append(onnx.helper.make_node("Transpose", [f"{wide}.T"], [wide], perm=[1, 0]))
+            else:
+                kept.append(onnx.helper.make_node("DequantizeLinear", [matrix, scale], [wide], axis=1))
             times_row_scales = readers[node.output[0]]
             assert times_row_scales.op_type == "Mul"
             x = makers[quantized].input[0]
             kept.append(onnx.helper.make_node("MatMul", [x, wide], [times_row_scales.output[0]]))
         elif not (node.op_type == "Mul" and makers.get(node.input[0], node).op_type == "MatMulIntegerToFloat"):
             kept.append(node)
-    if len(kept) != len(proto.graph.node) or any(node.op_type == "DequantizeLinear" for node in kept):
+    if len(kept) != len(proto.graph.node):
         nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in kept]
         del proto.graph.node[:]
         proto.graph.node.extend(nodes)

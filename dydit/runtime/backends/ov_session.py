@@ -49,6 +49,7 @@ class _Core:
 
     def __init__(self) -> None:
         self._core: Any = None
+        self.in_child = False
         self._making = threading.Lock()
         register(self)
 
@@ -62,7 +63,7 @@ class _Core:
     def after_fork(self) -> None:
         """Leave the parent's core alone, without freeing it."""
         _leak(self._core)
-        self._core, self._making = None, threading.Lock()
+        self._core, self._making, self.in_child = None, threading.Lock(), True
 
 
 _core = _Core()
@@ -96,15 +97,19 @@ class CompileSettings:
     gives: tuple[str, ...] = ()
     inside: tuple[str, ...] = ()
 
-    @property
-    def properties(self) -> dict[str, Any]:
-        """The properties that OpenVINO compiles with."""
+    def properties(self, in_child: bool) -> dict[str, Any]:
+        """The properties that OpenVINO compiles with.
+
+        `in_child`: in a forked child, where OpenVINO would give a model the threads of one that the parent has freed,
+        and wait for them forever. Without streams it needs none; what would run in streams takes turns on one thread.
+        """
         if self.device != "cpu":
             return {"EXECUTION_MODE_HINT": "ACCURACY"}
         return {
             "INFERENCE_PRECISION_HINT": "dynamic",
-            "INFERENCE_NUM_THREADS": self.threads,
-            "NUM_STREAMS": self.streams,
+            "INFERENCE_NUM_THREADS": 1 if in_child and self.streams > 1 else self.threads,
+            "NUM_STREAMS": 0 if in_child else self.streams,
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": 32,  # of values that meet weights in 8 bits
             "ENABLE_CPU_PINNING": False,  # other processes, and other streams, use the same cores
         }
 
@@ -173,7 +178,7 @@ class CompiledGraph:
         if compiled is None:
             model = read_graph(self._ov, core, settings.file, self._weights, settings.inside)
             try:
-                compiled = core.compile_model(model, DEVICES[settings.device], settings.properties)
+                compiled = core.compile_model(model, DEVICES[settings.device], settings.properties(_core.in_child))
             except (RuntimeError, MemoryError) as error:
                 raise BackendError(
                     f"openvino {self._ov.__version__} cannot load {settings.file} on {settings.device}: "
@@ -205,7 +210,7 @@ class CompiledGraph:
         if data is None:
             return None
         try:
-            return core.import_model(data, DEVICES[self._settings.device], self._settings.properties)
+            return core.import_model(data, DEVICES[self._settings.device], self._settings.properties(_core.in_child))
         except RuntimeError:
             self._cache.drop(key)
             return None

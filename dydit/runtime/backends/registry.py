@@ -40,8 +40,8 @@ def open_backend(name: str, bundle: Bundle, options: BackendOptions | None = Non
         raise BackendError(f"unknown device {options.device!r}; known: {', '.join(devices)}")
     if device not in devices:
         raise BackendError(
-            f"{name} runs on {', '.join(devices[:-1])} and {devices[-1]}, not on {device}; use device='cpu' (--device cpu), or "
-            f"{_RUNS_ON[device]}"
+            f"{name} runs on {', '.join(devices[:-1])} and {devices[-1]}, not on {device}; use device='cpu' "
+            f"(--device cpu), or {_RUNS_ON[device]}"
         )
     if number and int(number):
         if device != "cuda":
