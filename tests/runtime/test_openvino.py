@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -181,6 +183,24 @@ def test_where_the_cache_is(monkeypatch, tmp_path):
 
 
 # The rest
+
+
+@needs_openvino
+def test_usage_is_not_reported(make_bundle, tmp_path):
+    """In a fresh process, with a package in place of the one that reports."""
+    (tmp_path / f"{ov_session.TELEMETRY}.py").write_text("print('reports')")
+    script = f"""
+from dydit.runtime.pipeline import DyDiTPipeline
+DyDiTPipeline.from_bundle({str(make_bundle(steps=3, max_subnets=1).path)!r}, "openvino")([1], output_type="latent")
+import openvino, openvino.tools.ovc
+print("ran")
+import {ov_session.TELEMETRY}
+"""
+    paths = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
+    environment = os.environ | {"PYTHONPATH": paths}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["ran", "reports"], "the package is found, but not by openvino"
 
 
 @needs_openvino

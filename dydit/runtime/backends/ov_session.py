@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import json
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,17 +30,28 @@ from dydit.runtime.forks import register
 
 OLDEST = (2026, 4)
 """The first release that is tested here."""
+TELEMETRY = "openvino_telemetry"
 DEVICES = {"cpu": "CPU", "gpu": "GPU", "npu": "NPU"}
 _READING = 1
 """Part of the keys of cached models. To be raised when `ov_graph` makes other models of the same graphs."""
 
 
 def openvino_module() -> Any:
-    """The module openvino. Raises `BackendError`, saying what to install, if it is missing or too old."""
+    """The module openvino. Raises `BackendError`, saying what to install, if it is missing or too old.
+
+    Importing it reports usage to its vendor, unless the user has declined, through the package openvino_telemetry, which
+    is installed with it. While openvino is imported here, that package counts as missing.
+    """
+    silenced = "openvino" not in sys.modules and TELEMETRY not in sys.modules
+    if silenced:
+        sys.modules[TELEMETRY] = None  # type: ignore[assignment]
     try:
         import openvino
     except ImportError as error:
         raise BackendError(f"openvino cannot be imported ({one_line(error)}); pip install 'dydit[openvino]'") from error
+    finally:
+        if silenced:
+            sys.modules.pop(TELEMETRY, None)
     require_release(openvino, "openvino", OLDEST, "bundles")
     return openvino
 
