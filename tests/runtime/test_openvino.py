@@ -47,7 +47,7 @@ def graphs_of(bundle: Bundle, precision: str):
     core, raw = ov.Core(), bundle.mapped_weights()
     model = ov_graph.read_graph(ov, core, bundle.file(bundle.manifest.subnets[0].file), lambda name: raw)
     routers = {
-        reader.get_node().get_friendly_name()
+        reader.get_node().get_friendly_name().removesuffix("/WithoutBiases")  # with its bias, one layer
         for node in model.get_ops()
         if ".router." in node.get_friendly_name() and node.get_friendly_name().endswith("weight")
         for reader in node.output(0).get_target_inputs()
@@ -62,8 +62,8 @@ def test_routers_residual_stream_and_sampler_stay_fp32(make_bundle, precision):
     """By what the compiled model says of each node, on CPUs with bf16 and fp16 as on those without."""
     fp32, routers, executed = graphs_of(make_bundle(precision=precision), "dynamic")
     seen = set().union(*(layers for _, layers in executed))
-    assert len(routers) == 6 and routers <= fp32 and routers & seen
-    assert {"blocks.0.x", "next_history"} & fp32 or len(fp32 & seen) > len(fp32) / 2, "the check sees the layers"
+    assert len(routers) == 6 and routers <= fp32 & seen, "the check sees the routers"
+    assert "next_history" in fp32 & seen and len(fp32 & seen) > 0.7 * len(fp32), "and most other layers"
     assert ov_graph.lowered_layers(fp32, executed) == []
 
 

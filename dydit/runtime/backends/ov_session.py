@@ -39,8 +39,8 @@ _READING = 1
 def openvino_module() -> Any:
     """The module openvino. Raises `BackendError`, saying what to install, if it is missing or too old.
 
-    Importing it reports usage to its vendor, unless the user has declined, through the package openvino_telemetry, which
-    is installed with it. While openvino is imported here, that package counts as missing.
+    Importing it reports usage to its vendor, unless the user has declined, through the package openvino_telemetry,
+    which is installed with it. While openvino is imported here, that package counts as missing.
     """
     silenced = "openvino" not in sys.modules and TELEMETRY not in sys.modules
     if silenced:
