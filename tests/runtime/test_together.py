@@ -17,18 +17,16 @@ from dydit.runtime.loop import StepRunner
 from dydit.runtime.pipeline import DyDiTPipeline
 from dydit.runtime.resident import ResidentSubnets
 from tests.fixtures.host_device import HostDeviceBackend
-from tests.fixtures.packages import OPENVINO
 
 LABELS = [1, 2, 3, 4, 5]
 OPENERS = {
     "onnxruntime": lambda bundle: open_backend("onnxruntime", bundle, BackendOptions(threads=2)),
     "torch": lambda bundle: open_backend("torch", bundle, BackendOptions(threads=1)),
-    "openvino": lambda bundle: open_backend("openvino", bundle, BackendOptions(threads=2)),
     "device": lambda bundle: HostDeviceBackend(bundle, BackendOptions(threads=1)),
 }
 
 
-@pytest.fixture(params=["onnxruntime", "torch", OPENVINO, "device"])
+@pytest.fixture(params=OPENERS)
 def pipe(request, make_bundle):
     """Five images make three batches."""
     bundle = make_bundle(steps=4, plan=PlanKind.DYNAMIC_WIDTH, max_batch=2)
