@@ -89,7 +89,7 @@ def test_after_an_interrupt_the_next_call_is_right(way, make_bundle):
         wanted, started = call(), time.perf_counter()
         call()
         whole = time.perf_counter() - started
-        while struck < INTERRUPTS:
+        while struck < (INTERRUPTS // 10 if "openvino" in way else INTERRUPTS):  # it takes longer to load
             if timer.interrupts(call, draws.random() * whole):
                 struck += 1
             started = time.perf_counter()
