@@ -25,6 +25,7 @@ EXTRAS = {
     "datasets": "data",
     "torch_fidelity": "evaluate",
     "onnxruntime": "cpu",
+    "openvino": "openvino",
 }
 """The extra that installs a module. `pyproject.toml` lists the packages of each extra."""
 CHECKPOINTS = ("torch", "safetensors")

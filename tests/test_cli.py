@@ -22,7 +22,7 @@ from dydit.cli import cli
 STEPS = 6
 COMMANDS = ("quickstart", "train", "convert", "export", "build", "sample", "parity", "bench", "inspect")
 COMMANDS += ("doctor", "calibrate", "decode", "attach-vae", "encode", "evaluate", "prepare")
-HEAVY = ("torch", "onnx", "onnx_ir", "onnxruntime", "safetensors", "tensorrt", "tensorrt_rtx", "accelerate")
+HEAVY = ("torch", "onnx", "onnx_ir", "onnxruntime", "openvino", "safetensors", "tensorrt", "tensorrt_rtx", "accelerate")
 HEAVY += ("sklearn", "scipy", "matplotlib", "jinja2", "diffusers", "transformers", "pycuda", "torch_fidelity")
 
 

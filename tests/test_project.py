@@ -26,7 +26,18 @@ MODULES = {
 }
 LONGEST = 400
 
-HEAVY = ("torch", "onnx", "onnx_ir", "onnxruntime", "safetensors", "tensorrt", "accelerate", "sklearn", "scipy")
+HEAVY = (
+    "torch",
+    "onnx",
+    "onnx_ir",
+    "onnxruntime",
+    "openvino",
+    "safetensors",
+    "tensorrt",
+    "accelerate",
+    "sklearn",
+    "scipy",
+)
 HEAVY += ("matplotlib", "jinja2", "datasets", "pandas", "pyarrow")
 # These run a bundle, or say what one is: without PyTorch, ONNX and whatever else is heavy.
 LIGHT_ROOMS = ("bundle", "commands", "diffusion", "runtime")

@@ -63,7 +63,7 @@ def command(
 
     Each of them runs in its own process. The processes take turns, so that all see the same load of the machine.
     """
-    counts_tokens = ["onnx"] if backend == "onnxruntime" else []  # by a graph with additional outputs
+    counts_tokens = ["onnx"] if backend in ("onnxruntime", "openvino") else []  # by a graph with additional outputs
     require("dydit bench", [*backend_modules(backend), *counts_tokens, *(CHECKPOINTS if against else ())])
     from dydit.bench.bench import BenchConfig, bench_files
 

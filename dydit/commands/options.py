@@ -21,7 +21,7 @@ from dydit.diffusion.samplers import DEFAULT_STEPS, Sampler, SamplerChoice, Spac
 from dydit.errors import BackendError, ConfigError
 from dydit.files import user_path
 from dydit.models.config import Space, parse_config
-from dydit.runtime.backends.registry import require_known
+from dydit.runtime.backends.registry import ALL_DEVICES, DEVICES, require_known
 from dydit.validation import SettingsError
 
 T = TypeVar("T", bound=BaseModel)
@@ -343,7 +343,7 @@ def _known_backend(_: click.Context, __: click.Parameter, value: str) -> str:
 threads_option = click.option(
     "--threads", type=click.IntRange(min=0), default=0, help="Number of CPU threads. 0: the backend's default."
 )
-device_option = click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", help="Device to run on.")
+device_option = click.option("--device", type=click.Choice(DEVICES), default="cpu", help="Device to run on.")
 npz_option = click.option(
     "--npz", is_flag=True, help="Also write samples.npz (array arr_0, uint8), which tools that compute the FID read."
 )
@@ -355,8 +355,15 @@ def backend_options(command: Command) -> Command:
         "--backend",
         default=DEFAULT_BACKEND,
         callback=_known_backend,
-        metavar="[onnxruntime|torch|tensorrt|tensorrt-rtx]",
+        metavar="[onnxruntime|torch|openvino|tensorrt|tensorrt-rtx]",
         help="Library that runs the model. `dydit doctor` shows which ones work on this machine. tensorrt and "
         "tensorrt-rtx need a GPU, and engines built by `dydit build`.",
     )
-    return backend(device_option(threads_option(command)))
+    device = click.option(
+        "--device",
+        type=click.Choice(ALL_DEVICES),
+        default="cpu",
+        help="Device to run on. cuda: an NVIDIA GPU, for onnxruntime and torch. gpu, npu: those of Intel, for "
+        "openvino.",
+    )
+    return backend(device(threads_option(command)))

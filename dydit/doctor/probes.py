@@ -91,6 +91,27 @@ def _run_graph(provider: str, fix: str) -> str:
     return f"onnxruntime {onnxruntime.__version__} ran a graph in {1e3 * (time.perf_counter() - start):.1f} ms"
 
 
+def openvino_cpu() -> str:
+    """Run a graph on the CPU with OpenVINO, and list its devices."""
+    from dydit.runtime.backends.openvino import describe
+    from dydit.runtime.backends.ov_session import openvino_module
+
+    fix = "pip install 'dydit[openvino]'"
+    try:
+        openvino, facts = openvino_module(), describe()
+    except BackendError as error:
+        raise Unavailable(one_line(error), fix) from error
+    try:
+        start = time.perf_counter()
+        core = openvino.Core()
+        (y,) = core.compile_model(core.read_model(_GRAPH), "CPU")({"x": _X}).values()
+    except Exception as error:  # as in _run_graph
+        raise Unavailable(f"{facts}: {one_line(error)[:160]}", fix) from error
+    if not np.array_equal(y, _X @ _X):
+        raise Unavailable(f"{facts}: multiplies incorrectly: {y.tolist()}", fix)
+    return f"{facts}, ran a graph in {1000 * (time.perf_counter() - start):.1f} ms"
+
+
 def torch_cpu() -> str:
     """Multiply matrices on the CPU."""
     torch = _torch()
@@ -222,6 +243,7 @@ PROBES: dict[str, Callable[[], str]] = {
     "registry": registry,
     "onnxruntime-cpu": onnxruntime_cpu,
     "onnxruntime-cuda": onnxruntime_cuda,
+    "openvino-cpu": openvino_cpu,
     "torch-cpu": torch_cpu,
     "torch-cuda": torch_cuda,
     "driver": driver,

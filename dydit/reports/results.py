@@ -20,8 +20,8 @@ from dydit.runtime.backends.cores import available_cores
 from dydit.validation import Strict
 
 PACKAGES = (
-    *("diffusers", "dydit", "numpy", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "onnxscript", "polygraphy"),
-    *("tensorrt", "tensorrt-rtx-cu13", "torch"),
+    *("diffusers", "dydit", "numpy", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "onnxscript", "openvino"),
+    *("polygraphy", "tensorrt", "tensorrt-rtx-cu13", "torch"),
 )
 
 Measured = float | None

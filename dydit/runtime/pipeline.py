@@ -110,7 +110,8 @@ class DyDiTPipeline:
     ) -> DyDiTPipeline:
         """Open a bundle and verify its files.
 
-        `device`: "cpu", "cuda", or a `torch.device` of these. `threads`: CPU threads to use; 0 lets the backend choose.
+        `device`: "cpu", "cuda", or a `torch.device` of these; for openvino "cpu", "gpu" or "npu". `threads`: CPU
+        threads to use; 0 lets the backend choose.
         `text_encoder`: of prompts, see `TextEncoder`; it is loaded when it is first needed. Raises `BundleError`,
         `BackendError` and `ConfigError`, each saying what to do.
         """

@@ -23,7 +23,18 @@ from dydit.commands.options import PATH
 from dydit.commands.suggestions import after_export, next_line
 
 DIGITS = Path(dydit.__file__).parent / "assets" / "digits" / "dydit.safetensors"
-OPTIONAL = ("torch", "onnx", "onnx_ir", "onnxruntime", "safetensors", "accelerate", "sklearn", "scipy", "matplotlib")
+OPTIONAL = (
+    "torch",
+    "onnx",
+    "onnx_ir",
+    "onnxruntime",
+    "openvino",
+    "safetensors",
+    "accelerate",
+    "sklearn",
+    "scipy",
+    "matplotlib",
+)
 OPTIONAL += ("jinja2", "diffusers", "onnxscript", "tensorrt", "tensorrt_rtx", "polygraphy", "torch_fidelity")
 # Runs commands where only some of the optional packages can be imported; prints [[exit code, standard error], ...].
 WITHOUT = """
@@ -96,6 +107,11 @@ CALLS: dict[str, tuple[list[str], set[str], set[str]]] = {
         ["sample", "BUNDLE", "--labels", "0", "--backend", "torch", "--out", "OUT"],
         {"torch"},
         {"export"},
+    ),
+    "sample --backend openvino": (
+        ["sample", "BUNDLE", "--labels", "0", "--backend", "openvino", "--out", "OUT"],
+        {"openvino"},
+        {"openvino"},
     ),
     "parity": (
         ["parity", "BUNDLE", "--against", "MODEL", "--out", "OUT"],

@@ -198,7 +198,9 @@ def test_a_backend_that_is_not_there(run, exported: Path, tmp_path: Path, monkey
         assert contents(tmp_path) == {}
 
 
-@pytest.mark.parametrize(("package", "advice"), [("onnxruntime", "[cpu]'"), ("torch", "[export]'")])
+@pytest.mark.parametrize(
+    ("package", "advice"), [("onnxruntime", "[cpu]'"), ("torch", "[export]'"), ("openvino", "[openvino]'")]
+)
 def test_a_backend_that_is_not_installed(run, exported, tmp_path: Path, monkeypatch, package: str, advice: str) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     arguments = ["sample", exported, "--labels", "1", "--backend", package, "--out", tmp_path / "out"]

@@ -12,6 +12,7 @@ import pytest
 from dydit.doctor import probes as doctor_probes
 from dydit.doctor.doctor import EXTRAS, DoctorReport, memory_bytes, run_doctor
 from dydit.doctor.probes import PROBES, Finding, Unavailable, attempt, run_probe
+from tests.fixtures.packages import needs_openvino
 
 STATUS = [
     ["onnxruntime", True, "onnxruntime 9"],
@@ -61,6 +62,7 @@ def test_every_probe_answers_in_one_line(name):
         ("onnxruntime", "onnxruntime-cpu", "pip install 'dydit[cpu]'"),
         ("onnxruntime", "onnxruntime-cuda", "pip install 'dydit[gpu]'"),
         ("torch", "torch-cpu", "pip install 'dydit[export]'"),
+        ("openvino", "openvino-cpu", "pip install 'dydit[openvino]'"),
         ("tensorrt", "tensorrt", "pip install 'dydit[tensorrt]'"),
         ("tensorrt_rtx", "tensorrt-rtx", "pip install 'dydit[tensorrt-rtx]'"),
         ("pycuda.driver", "driver-package", "pip install 'dydit[gpu]'"),
@@ -71,6 +73,14 @@ def test_a_missing_package_names_the_command(monkeypatch, module, probe, fix):
         monkeypatch.setitem(sys.modules, name, None)
     finding = attempt(probe)
     assert not finding.ok and finding.fix == fix and module.split(".")[0] in finding.detail
+
+
+@needs_openvino
+def test_so_does_openvino(monkeypatch):
+    finding = attempt("openvino-cpu")
+    assert finding.ok and "devices: cpu" in finding.detail and "ran a graph in" in finding.detail
+    monkeypatch.setattr(doctor_probes, "_X", np.ones((2, 2), np.float32) * np.nan)
+    assert not attempt("openvino-cpu").ok
 
 
 def test_wrong_numbers_are_noticed(monkeypatch):

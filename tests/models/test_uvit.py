@@ -21,6 +21,7 @@ from dydit.models.uvit.config import PRESETS, UViTConfig, preset
 from dydit.models.uvit.model import UViT, initialize
 from dydit.models.uvit.states import state_shapes
 from dydit.runtime.pipeline import DyDiTPipeline
+from tests.fixtures.packages import OPENVINO
 from tests.fixtures.uvit_reference import Reference, reverse_sde
 
 pytestmark = pytest.mark.numerics
@@ -112,7 +113,7 @@ def test_routers_decide_as_in_the_reference(heads, routers, changes):
     assert model.mid_block.attn_rate.router.weight.shape == (rows, 48)
 
 
-@pytest.mark.parametrize("backend", ["onnxruntime", "torch"])
+@pytest.mark.parametrize("backend", ["onnxruntime", "torch", OPENVINO])
 @pytest.mark.parametrize(("classes", "guidance"), [({}, 0.4), ({}, 0.0), (UNCONDITIONAL, 0.0)])
 def test_the_pipeline_walks_the_reverse_sde(make_checkpoint, make_bundle, backend, classes, guidance):
     """As the published program does, whose guidance s is our scale 1 + s, on all channels."""

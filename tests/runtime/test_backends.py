@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from dydit.runtime.backends.base import BackendOptions
 from dydit.runtime.backends.registry import BACKENDS, backend_status, open_backend
 from dydit.runtime.loop import StepRunner
 from dydit.runtime.resident import ResidentSubnets
+from tests.fixtures.packages import OPENVINO
 
 pytestmark = pytest.mark.numerics
 
@@ -42,7 +44,10 @@ KINDS = {
 }
 
 
-@pytest.fixture(params=BACKENDS)
+HERE = [name for name in BACKENDS if name != "openvino" or find_spec(name)]
+
+
+@pytest.fixture(params=["onnxruntime", "torch", OPENVINO])
 def backend_name(request) -> str:
     return request.param
 
@@ -153,7 +158,7 @@ def test_overflow_is_counted_alike_and_full_capacity_has_none(make_bundle, relat
     bundle = make_bundle(routing=Routing.CAPACITY, capacities=(3, 5, 16))
     x, noise, labels = inputs(bundle, 4)
     results = {}
-    for name in BACKENDS:
+    for name in HERE:
         backend = open_backend(name, bundle, OPTIONS)
         with ResidentSubnets(backend, debug=True) as subnets:
             runner = StepRunner(backend, subnets, labels, 4.0)
@@ -164,12 +169,14 @@ def test_overflow_is_counted_alike_and_full_capacity_has_none(make_bundle, relat
         assert tight.overflow[0] == tight.tokens[0].sum() - 3 * rows > 0
         assert tight.overflow[2] == 0 and not full.overflow.any()
         assert relative(tight.x_prev, full.x_prev) > 1e-4, "dropped tokens change the result"
-    (tight, full), (other_tight, other_full) = results.values()
-    assert np.array_equal(tight.overflow, other_tight.overflow)
-    assert np.array_equal(tight.tokens, other_tight.tokens)
-    assert relative(tight.x_prev, other_tight.x_prev) < ONE_STEP
-    assert relative(tight.residuals, other_tight.residuals) < ONE_STEP
-    assert relative(full.x_prev, other_full.x_prev) < ONE_STEP
+    (tight, full), *others = results.values()
+    assert others
+    for other_tight, other_full in others:
+        assert np.array_equal(tight.overflow, other_tight.overflow)
+        assert np.array_equal(tight.tokens, other_tight.tokens)
+        assert relative(tight.x_prev, other_tight.x_prev) < ONE_STEP
+        assert relative(tight.residuals, other_tight.residuals) < ONE_STEP
+        assert relative(full.x_prev, other_full.x_prev) < ONE_STEP
 
 
 def test_debug_outputs_are_extra(backend_name, make_bundle):
@@ -211,17 +218,28 @@ def test_wrong_feeds_are_named(backend_name, make_bundle):
 
 
 def test_unknown_backends_name_those_there_are(make_bundle):
-    with pytest.raises(BackendError, match="unknown backend 'jax'; available: onnxruntime, torch"):
+    with pytest.raises(BackendError, match="unknown backend 'jax'; available: onnxruntime, torch, openvino, tensorrt"):
         open_backend("jax", make_bundle())
     with pytest.raises(BackendError, match="unknown device 'tpu'; known: cpu, cuda"):
         open_backend("torch", make_bundle(), BackendOptions(device="tpu"))
+    for name, device, message in (
+        (
+            "onnxruntime",
+            "npu",
+            r"onnxruntime runs on cpu and cuda, not on npu; .*--device cpu\), or .*--backend openvino",
+        ),
+        ("openvino", "cuda", r"openvino runs on cpu, gpu and npu, not on cuda; .*, or .*--backend onnxruntime"),
+        ("openvino", "gpu:1", "'gpu:1': only the first one can be used; use device='gpu'"),
+    ):
+        with pytest.raises(BackendError, match=message):
+            open_backend(name, make_bundle(), BackendOptions(device=device))
     with pytest.raises(BackendError, match="threads is -1, but must not be negative"):
         open_backend("torch", make_bundle(), BackendOptions(threads=-1))
 
 
 def test_status_lists_what_works():
     status = {name: (works, detail) for name, works, detail in backend_status()}
-    assert all(status[name][0] and "devices: cpu" in status[name][1] for name in BACKENDS)
+    assert all(status[name][0] and "devices: cpu" in status[name][1] for name in HERE)
     for name in ("tensorrt", "tensorrt-rtx"):
         works, detail = status[name]
         assert works or "pip install" in detail or "no driver or GPU was found here" in detail
@@ -235,8 +253,11 @@ def test_missing_packages_say_what_to_install(make_bundle, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(BackendError, match=r"PyTorch cannot be imported .* pip install 'dydit\[export\]'"):
         open_backend("torch", bundle)
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(BackendError, match=r"openvino cannot be imported .* pip install 'dydit\[openvino\]'"):
+        open_backend("openvino", bundle)
     works = {name: (ok, "pip install" in detail) for name, ok, detail in backend_status()}
-    assert works["onnxruntime"] == works["torch"] == (False, True)
+    assert works["onnxruntime"] == works["torch"] == works["openvino"] == (False, True)
 
 
 def test_debug_without_onnx_says_what_to_install(make_bundle, monkeypatch):

@@ -22,6 +22,7 @@ from dydit.runtime.backends.base import BackendOptions
 from dydit.runtime.backends.registry import open_backend
 from dydit.runtime.pipeline import DyDiTPipeline
 from dydit.runtime.resident import ResidentSubnets
+from tests.fixtures.packages import OPENVINO
 
 PATIENCE = 240  # seconds, of a machine with much else to do; what hangs hangs for ever
 PLANS = {"dynamic width": {"plan": PlanKind.DYNAMIC_WIDTH}, "per step": {"plan": PlanKind.PER_STEP}}
@@ -51,7 +52,7 @@ def in_child(work, file: Path) -> np.ndarray:
 
 
 @pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("name", ["onnxruntime", "torch"])
+@pytest.mark.parametrize("name", ["onnxruntime", "torch", OPENVINO])
 def test_a_child_samples_what_its_parent_does(name, plan, make_bundle, tmp_path):
     """With threads at work on one image, and on an image each; before and after the child, the parent does, too."""
     bundle = make_bundle(steps=3, **PLANS[plan])
@@ -64,7 +65,7 @@ def test_a_child_samples_what_its_parent_does(name, plan, make_bundle, tmp_path)
             wanted = call()
             theirs = in_child(call, tmp_path / "child.npy")
             # PyTorch has one thread there, so its products may add up otherwise.
-            assert np.array_equal(theirs, wanted) if name == "onnxruntime" else np.allclose(theirs, wanted, rtol=1e-3)
+            assert np.array_equal(theirs, wanted) if name != "torch" else np.allclose(theirs, wanted, rtol=1e-3)
             assert np.array_equal(call(), wanted)
 
 
@@ -126,7 +127,7 @@ def mapped(bundle) -> int:
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="this system does not tell what is mapped")
 @pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("name", ["onnxruntime", "torch"])
+@pytest.mark.parametrize("name", ["onnxruntime", "torch", OPENVINO])
 def test_closing_frees_threads_sessions_and_maps(name, plan, make_bundle):
     bundle = make_bundle(steps=3, **PLANS[plan])
     gc.collect()
@@ -134,7 +135,7 @@ def test_closing_frees_threads_sessions_and_maps(name, plan, make_bundle):
     assert not mapped(bundle)
     pipe = DyDiTPipeline.from_bundle(bundle.path, name, threads=2)
     pipe([1, 2, 3], seed=0, output_type="latent")
-    assert mapped(bundle) and ours() > before
+    assert (mapped(bundle) or name == "openvino") and ours() > before  # what OpenVINO compiled before, it copies
     pipe.close()
     gc.collect()
     assert not mapped(bundle) and ours() == before
@@ -144,7 +145,7 @@ def test_closing_frees_threads_sessions_and_maps(name, plan, make_bundle):
             call()
 
 
-@pytest.mark.parametrize("name", ["onnxruntime", "torch"])
+@pytest.mark.parametrize("name", ["onnxruntime", "torch", OPENVINO])
 def test_a_backend_is_closed_by_who_opened_it(name, make_bundle):
     bundle = make_bundle(steps=3, plan=PlanKind.PER_STEP)
     backend = open_backend(name, bundle, BackendOptions(threads=1))

@@ -11,12 +11,14 @@ from dydit.errors import ConfigError
 from dydit.runtime.backends.base import BackendOptions
 from dydit.runtime.backends.registry import open_backend
 from dydit.runtime.pipeline import DyDiTPipeline
+from tests.fixtures.packages import OPENVINO
 from tests.fixtures.simulated_device import SimulatedDeviceBackend
 
 OPTIONS = BackendOptions(threads=1)
 OPENERS = {
     "onnxruntime": lambda bundle: open_backend("onnxruntime", bundle, OPTIONS),
     "torch": lambda bundle: open_backend("torch", bundle, OPTIONS),
+    "openvino": lambda bundle: open_backend("openvino", bundle, OPTIONS),
     "device": lambda bundle: SimulatedDeviceBackend(bundle, OPTIONS),
 }
 
@@ -39,7 +41,7 @@ def test_which_rows_a_step_computes():
 
 
 @pytest.mark.parametrize("kind", [{"plan": PlanKind.DYNAMIC_WIDTH}, {"cfg_channels": 1, "routing": Routing.DENSE}])
-@pytest.mark.parametrize("name", OPENERS)
+@pytest.mark.parametrize("name", ["onnxruntime", "torch", OPENVINO, "device"])
 def test_labels_do_not_matter_at_0(name, kind, make_bundle):
     with OPENERS[name](make_bundle(steps=3, **kind)) as backend:
         pipe = DyDiTPipeline(backend)
@@ -51,7 +53,7 @@ def test_labels_do_not_matter_at_0(name, kind, make_bundle):
     assert not np.array_equal(near_zero, ours), "the variance and further channels are of the class there"
 
 
-@pytest.mark.parametrize("name", OPENERS)
+@pytest.mark.parametrize("name", ["onnxruntime", "torch", OPENVINO, "device"])
 def test_the_null_class_is_unconditional_with_any_guidance(name, make_bundle, relative):
     """null + scale * (null - null); and the variance is that of the null class."""
     with OPENERS[name](make_bundle(steps=3, plan=PlanKind.DYNAMIC_WIDTH)) as backend:
@@ -65,7 +67,7 @@ def test_the_null_class_is_unconditional_with_any_guidance(name, make_bundle, re
         assert relative(beside[0], wanted[0]) < 1e-4 and relative(beside[1], wanted[1]) > 1e-2
 
 
-@pytest.mark.parametrize("name", ["onnxruntime", "torch"])
+@pytest.mark.parametrize("name", ["onnxruntime", "torch", OPENVINO])
 def test_0_and_1_compute_one_row_an_image(name, make_bundle, monkeypatch):
     with OPENERS[name](make_bundle(steps=3)) as backend:
         rows, plain = [], type(backend.subnet(0)).step

@@ -21,6 +21,7 @@ from dydit.runtime.pipeline import DyDiTPipeline
 from dydit.runtime.prompts import TextEncoder
 from dydit.runtime.text_conditioner import TextConditioner
 from dydit.runtime.text_files import read_texts, write_texts
+from tests.fixtures.packages import OPENVINO
 
 PROMPTS = ["A red fox in the snow ", "photo of the green owl"]
 
@@ -76,7 +77,7 @@ def saved(theirs: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("backend", ["onnxruntime", "torch"])
+@pytest.mark.parametrize("backend", ["onnxruntime", "torch", OPENVINO])
 @pytest.mark.parametrize("scale", [4.5, 1.0])
 def test_a_saved_pipeline_gives_the_latents_of_diffusers(theirs: Any, saved: Path, backend: str, scale: float) -> None:
     latents = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(1))

@@ -14,8 +14,16 @@ from dydit.runtime.backends.base import Backend, BackendOptions
 from dydit.runtime.backends.cores import thread_count
 from dydit.runtime.device import driver
 
-BACKENDS = ("onnxruntime", "torch")
+BACKENDS = ("onnxruntime", "torch", "openvino")
+"""The backends that run a bundle as it is; those of TensorRT need engines."""
 DEVICES = ("cpu", "cuda")
+OPENVINO_DEVICES = ("cpu", "gpu", "npu")
+"""The backend `openvino` calls Intel's GPUs and NPUs as OpenVINO does. `cuda` is always NVIDIA's."""
+ALL_DEVICES = (*DEVICES, *OPENVINO_DEVICES[1:])
+_RUNS_ON = {
+    "cuda": "backend='onnxruntime' (--backend onnxruntime)",
+    **dict.fromkeys(OPENVINO_DEVICES[1:], "backend='openvino' (--backend openvino)"),
+}
 OLDEST_TORCH = (2, 6)
 
 
@@ -27,9 +35,17 @@ def open_backend(name: str, bundle: Bundle, options: BackendOptions | None = Non
     require_known(name)
     options = options or BackendOptions()
     device, colon, number = options.device.partition(":")
-    if device not in DEVICES or (colon and not number.isdecimal()):
-        raise BackendError(f"unknown device {options.device!r}; known: {', '.join(DEVICES)}")
+    devices = OPENVINO_DEVICES if name == "openvino" else DEVICES
+    if device not in ALL_DEVICES or (colon and not number.isdecimal()):
+        raise BackendError(f"unknown device {options.device!r}; known: {', '.join(devices)}")
+    if device not in devices:
+        raise BackendError(
+            f"{name} runs on {', '.join(devices[:-1])} and {devices[-1]}, not on {device}; use device='cpu' "
+            f"(--device cpu), or {_RUNS_ON[device]}"
+        )
     if number and int(number):
+        if device != "cuda":
+            raise BackendError(f"device {options.device!r}: only the first one can be used; use device={device!r}")
         raise BackendError(
             f"device {options.device!r}: only the first visible GPU can be used; set CUDA_VISIBLE_DEVICES={number} "
             "before the process starts, and use device 'cuda'"
@@ -95,6 +111,12 @@ def _open_torch(bundle: Bundle, options: BackendOptions) -> Backend:
     return TorchBackend(bundle, options)
 
 
+def _open_openvino(bundle: Bundle, options: BackendOptions) -> Backend:
+    from dydit.runtime.backends.openvino import OpenVinoBackend
+
+    return OpenVinoBackend(bundle, options)
+
+
 def _open_tensorrt(bundle: Bundle, options: BackendOptions, flavour: Flavour | None = None) -> Backend:
     from dydit.runtime.backends.tensorrt import TensorRTBackend
 
@@ -130,6 +152,12 @@ def _probe_torch() -> str:
     return f"torch {torch.__version__}, devices: {'cpu, cuda' if torch.cuda.is_available() else 'cpu'}"
 
 
+def _probe_openvino() -> str:
+    from dydit.runtime.backends.openvino import describe
+
+    return describe()
+
+
 def _probe_tensorrt(flavour: Flavour | None = None) -> str:
     from dydit.runtime.backends.tensorrt import describe
 
@@ -140,12 +168,14 @@ def _probe_tensorrt(flavour: Flavour | None = None) -> str:
 _OPENERS: dict[str, Callable[[Bundle, BackendOptions], Backend]] = {
     "onnxruntime": _open_onnxruntime,
     "torch": _open_torch,
+    "openvino": _open_openvino,
     "tensorrt": _open_tensorrt,
     "tensorrt-rtx": partial(_open_tensorrt, flavour=Flavour.TENSORRT_RTX),
 }
 _PROBES: dict[str, Callable[[], str]] = {
     "onnxruntime": _probe_onnxruntime,
     "torch": _probe_torch,
+    "openvino": _probe_openvino,
     "tensorrt": _probe_tensorrt,
     "tensorrt-rtx": partial(_probe_tensorrt, Flavour.TENSORRT_RTX),
 }
