@@ -159,8 +159,7 @@ class OpenVinoBackend(Backend):
             self.require_open()
             if self._decoder is None:
                 self._decoder = self._load(VAE_DECODER)
-            (images,) = self._decoder.run({"latents": tiles}, "the VAE decoder").values()
-            return images
+            return next(iter(self._decoder.run({"latents": tiles}, "the VAE decoder").values()))
 
     def _load_shared(self, file: str, debug: bool, apart: bool) -> CompiledGraph:
         """The one model of a plan of dynamic width."""
