@@ -123,7 +123,9 @@ class OpenVinoBackend(Backend):
         return self._conditioner.run(feeds, "conditioning")[CONDITION]
 
     def _text_values(self, feeds: Arrays) -> dict[str, np.ndarray]:
-        return self._load(TEXT_GRAPH, (TEXT_VALUES, TEXT_BIAS)).run(feeds, "text")
+        names = (TEXT_VALUES, TEXT_BIAS)
+        out = self._load(TEXT_GRAPH, names).run(feeds, "text")
+        return {name: out[name] for name in names}
 
     def expect(self, images: int) -> None:
         self._splitting.expected = images
