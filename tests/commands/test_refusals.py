@@ -168,7 +168,7 @@ def test_training_settings_that_do_not_fit(run, tmp_path: Path, words: list[str]
     assert contents(tmp_path) == {}
 
 
-@pytest.mark.parametrize("backend", ["openvino", ""])
+@pytest.mark.parametrize("backend", ["ncnn", ""])
 def test_a_backend_that_nobody_knows(run, exported: Path, tmp_path: Path, backend: str) -> None:
     arguments = ["sample", exported, "--labels", "1", "--backend", backend, "--out", tmp_path / "out"]
     assert_refused(run(*arguments), f"unknown backend {backend!r}", "available: onnxruntime, torch")

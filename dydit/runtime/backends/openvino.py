@@ -123,7 +123,9 @@ class OpenVinoBackend(Backend):
         return self._conditioner.run(feeds, "conditioning")[CONDITION]
 
     def _text_values(self, feeds: Arrays) -> dict[str, np.ndarray]:
-        return self._load(TEXT_GRAPH, (TEXT_VALUES, TEXT_BIAS)).run(feeds, "text")
+        names = (TEXT_VALUES, TEXT_BIAS)
+        out = self._load(TEXT_GRAPH, names).run(feeds, "text")
+        return {name: out[name] for name in names}
 
     def expect(self, images: int) -> None:
         self._splitting.expected = images
@@ -159,8 +161,7 @@ class OpenVinoBackend(Backend):
             self.require_open()
             if self._decoder is None:
                 self._decoder = self._load(VAE_DECODER)
-            (images,) = self._decoder.run({"latents": tiles}, "the VAE decoder").values()
-            return images
+            return next(iter(self._decoder.run({"latents": tiles}, "the VAE decoder").values()))
 
     def _load_shared(self, file: str, debug: bool, apart: bool) -> CompiledGraph:
         """The one model of a plan of dynamic width."""

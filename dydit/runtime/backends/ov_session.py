@@ -148,7 +148,7 @@ class CompiledGraph:
         return self._ready()
 
     def run(self, feeds: Arrays, what: str) -> dict[str, np.ndarray]:
-        """Every output by name."""
+        """Every output by each of its names: OpenVINO merges values that are copies of each other."""
         compiled = self._ready()
         inputs = {name: self._tensor(name, array) for name, array in feeds.items()}
         try:
@@ -157,7 +157,7 @@ class CompiledGraph:
             except Empty:
                 request = compiled.create_infer_request()
             results = request.infer(inputs, share_inputs=True)
-            outputs = {output.get_any_name(): results[output] for output in compiled.outputs}
+            outputs = {name: results[output] for output in compiled.outputs for name in output.get_names()}
         except (RuntimeError, ValueError, TypeError, MemoryError) as error:
             raise BackendError(f"openvino failed in {what}: {one_line(error)}") from error
         self._requests.put(request)
@@ -197,7 +197,7 @@ class CompiledGraph:
                     f"{one_line(error)}"
                 ) from error
             self._to_cache(compiled, key)
-        names = {output.get_any_name() for output in compiled.outputs}
+        names = {name for output in compiled.outputs for name in output.get_names()}
         for output in settings.gives:
             if output not in names:
                 raise BackendError(
