@@ -90,7 +90,7 @@ def test_the_plan_of_the_export_is_that_of_the_calibration(run, checkpoint: Path
         (["--cfg-scale", "nan"], ["--cfg-scale must be a finite number, not nan"]),
         (["--seed", "-1"], ["seed"]),
         (["--per-step"], ["give only one of --per-step"]),
-        (["--backend", "openvino"], ["openvino"]),
+        (["--backend", "tvm"], ["tvm"]),
     ],
 )
 def test_settings_that_do_not_fit(run, checkpoint: Path, tmp_path: Path, options: list[str], words: list[str]) -> None:
