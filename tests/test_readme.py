@@ -105,7 +105,7 @@ def test_every_option_in_a_sentence_exists() -> None:
 
 def test_options_in_sentences_exist_somewhere() -> None:
     known = {option for command in cli.commands.values() for each in command.params for option in each.opts}
-    others = {"--multi_gpu", "--nproc-per-node", "--index-url", "--help", "--debug"}
+    others = {"--multi_gpu", "--use_fsdp", "--fsdp_version", "--nproc-per-node", "--index-url", "--help", "--debug"}
     spans = " ".join(re.findall(r"`([^`]+)`", README + USAGE + TRAINING))
     assert set(re.findall(r"--[a-z][a-z_-]+", spans)) <= known | others
 
@@ -113,8 +113,11 @@ def test_options_in_sentences_exist_somewhere() -> None:
 @pytest.mark.parametrize("launcher", LAUNCHED)
 def test_a_launcher_is_told_what_to_start(launcher: str) -> None:
     for words in (each for each in shell_lines(USAGE + TRAINING) if each[0] == launcher):
-        # torchrun abbreviates options of its own: without `--` it takes `--num` for one.
-        assert words[: words.index("dydit")][-2:] == (["-m", "--"] if launcher == "torchrun" else ["--multi_gpu", "-m"])
+        before = words[: words.index("dydit")]
+        if launcher == "torchrun":  # it abbreviates options of its own: without `--` it takes `--num` for one
+            assert before[-2:] == ["-m", "--"]
+        else:
+            assert before[-1] == "-m" and {"--multi_gpu", "--use_fsdp"} & set(before)
 
 
 def save_pixart(folder: Path) -> None:
