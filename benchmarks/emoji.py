@@ -8,7 +8,7 @@
 
 The second command trains the static model that the dynamic one starts from for as many further iterations as that has,
 a control that the paper does not have. For PixArt the recipe is pixart-emoji, and all three commands take --data DATA,
-the folder that `dydit prepare emoji --text-encoder ...` writes. Without checkpoints, those in docs/models are measured.
+the folder that `dydit prepare emoji --text-encoder ...` writes.
 
 Both models sample the same labels from the same noise on onnxruntime, with an exact subnetwork for each step. A U-ViT
 samples all classes in turn; a PixArt samples the names of emoji that are spread over all of them. Quality is measured
@@ -47,7 +47,6 @@ from dydit.reports.plots_samples import side_by_side_png
 from dydit.runtime.text_files import write_texts
 from dydit.training.recipe_files import find_recipes
 
-MODELS = Path(__file__).parents[1] / "docs" / "models"
 STATIC, DYNAMIC = "static", "dynamic"
 TRACED, SHOWN_STEPS, SHOWN_IMAGES, ROWS = 100, 6, 6, 3
 NEAR, MOST_DISTANCE, LEAST_MASKS, LEAST_DEVIATION = 0.03, 1.15, 20, 0.02
@@ -222,16 +221,13 @@ def main() -> int:
     )
     parser.add_argument("model", choices=["uvit", "pixart"], help="which models")
     for name in (STATIC, DYNAMIC):
-        parser.add_argument(f"--{name}", type=Path, help=f"the {name} checkpoint")
+        parser.add_argument(f"--{name}", type=Path, required=True, help=f"the {name} checkpoint")
     parser.add_argument("--data", type=Path, help="for pixart: the folder of `dydit prepare emoji`")
     parser.add_argument("--work", type=Path, required=True, help="folder that keeps bundles, samples and figures")
     parser.add_argument("--pictures", type=Path, help="draw into this folder")
     options = parser.parse_args()
     if options.model == "pixart" and options.data is None:
         parser.error("pixart needs --data, a folder that `dydit prepare emoji --text-encoder ...` writes")
-    for name in (STATIC, DYNAMIC):
-        shipped = MODELS / f"emoji-{options.model}" / f"{name}.safetensors"
-        setattr(options, name, getattr(options, name) or shipped)
     files = (STATIC, DYNAMIC, "data", "pictures")
     settings = {name: value for name, value in settings_of(options).items() if name not in files}
     settings |= {name: sha256_of(getattr(options, name)) for name in (STATIC, DYNAMIC)}
