@@ -19,7 +19,7 @@ from dydit.runtime.noise_source import SeededNoise
 from dydit.runtime.pipeline import DyDiTPipeline
 from dydit.runtime.request import make_batches
 from dydit.runtime.resident import ResidentSubnets
-from tests.fixtures.packages import OPENVINO
+from tests.fixtures.packages import OPENVINO_AT_RELEASE
 from tests.fixtures.simulated_device import SimulatedDeviceBackend
 
 CALLS = 6
@@ -78,7 +78,7 @@ def calls_of(thread: int) -> list[dict]:
     ]
 
 
-@pytest.mark.parametrize("name", ["onnxruntime", "torch", OPENVINO, "device"])
+@pytest.mark.parametrize("name", ["onnxruntime", "torch", OPENVINO_AT_RELEASE, "device"])
 def test_two_threads_get_the_bits_of_one_after_another(name, bundle):
     with OPENERS[name](bundle) as backend:
         pipe = DyDiTPipeline(backend, 2)
@@ -126,7 +126,7 @@ def test_closing_waits_for_the_call_and_ends_those_to_come(make_bundle):
         pipe([1])
 
 
-@pytest.mark.parametrize("name", ["onnxruntime", "torch", OPENVINO, "device"])
+@pytest.mark.parametrize("name", ["onnxruntime", "torch", OPENVINO_AT_RELEASE, "device"])
 def test_a_run_cannot_be_started_from_within_another(name, make_bundle):
     """Weights, engines and buffers are in use; afterwards all is well."""
     bundle = make_bundle(steps=4, plan=PlanKind.DYNAMIC_WIDTH)
@@ -155,7 +155,7 @@ def test_what_another_run_expects_does_not_matter(make_bundle):
 
 
 @pytest.mark.parametrize("plan", ["per-step", "dynamic-width"])
-@pytest.mark.parametrize("name", ["onnxruntime", "torch", OPENVINO])
+@pytest.mark.parametrize("name", ["onnxruntime", "torch", OPENVINO_AT_RELEASE])
 def test_a_bundle_that_is_replaced_under_an_open_pipeline_is_not_mixed_with_it(
     name, plan, make_bundle, make_checkpoint, tmp_path
 ):

@@ -73,7 +73,8 @@ class Timer:
 
 def marked(ways):
     """The names of ways, those of OpenVINO with a reason to skip them."""
-    return [pytest.param(way, marks=needs_openvino if "openvino" in way else ()) for way in ways]
+    at_release = (needs_openvino, pytest.mark.release)
+    return [pytest.param(way, marks=at_release if "openvino" in way else ()) for way in ways]
 
 
 @pytest.mark.parametrize("way", marked(WAYS))

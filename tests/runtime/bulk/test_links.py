@@ -17,7 +17,7 @@ from dydit.runtime.backends.registry import open_backend
 from dydit.runtime.images.pixels import ToPixels
 from dydit.runtime.noise_source import NoiseFile
 from dydit.runtime.pipeline import DyDiTPipeline
-from tests.fixtures.packages import OPENVINO
+from tests.fixtures.packages import OPENVINO_AT_RELEASE
 
 
 def hub_cache(folder: Path, target: Path) -> Path:
@@ -55,7 +55,7 @@ LAYOUTS = [hub_cache, annex, weights_elsewhere]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("backend", ["onnxruntime", "torch", OPENVINO])
+@pytest.mark.parametrize("backend", ["onnxruntime", "torch", OPENVINO_AT_RELEASE])
 @pytest.mark.parametrize("plan", [{"max_subnets": 4}, {"plan": "sliding"}], ids=["merged", "sliding"])
 def test_a_bundle_of_links_computes_the_same(make_bundle, tmp_path, layout, backend: str, plan) -> None:
     bundle = make_bundle(steps=6, max_batch=8, **plan)

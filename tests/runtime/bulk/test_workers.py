@@ -22,7 +22,7 @@ from dydit.runtime.bulk.run import OutputOptions, SampleSummary, sample_to_folde
 from dydit.runtime.bulk.run_folder import FolderStore, RunFolder
 from dydit.runtime.bulk.workers import Worker, launched_worker, own_gpu, parse_worker
 from dydit.runtime.request import SampleRequest
-from tests.fixtures.packages import OPENVINO
+from tests.fixtures.packages import OPENVINO_AT_RELEASE
 
 REQUEST = SampleRequest(labels=(3, 1), num=7, batch_size=2, seed=2)
 NPZ = OutputOptions(npz=True)
@@ -250,7 +250,7 @@ def test_the_workers_of_a_machine_take_its_gpus_in_turn():
     assert [own_gpu(local, {"CUDA_VISIBLE_DEVICES": "4,GPU-ab"}) for local in range(3)] == ["4", "GPU-ab", "4"]
 
 
-@pytest.mark.parametrize("backend", ["onnxruntime", "torch", OPENVINO])
+@pytest.mark.parametrize("backend", ["onnxruntime", "torch", OPENVINO_AT_RELEASE])
 def test_a_worker_with_the_last_smaller_batch_makes_the_same_bits(
     backend, make_bundle, make_checkpoint, small_config, tmp_path
 ):
