@@ -327,7 +327,7 @@ def test_latents_and_captions_are_the_same_after_interrupts(
 
 def test_an_interrupted_run_says_how_to_go_on_and_leaves_no_process(run: Any, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    np.savez(tmp_path / "many.npz", rng.integers(0, 256, (2000, 48, 48, 3), np.uint8))
+    np.savez(tmp_path / "many.npz", rng.integers(0, 256, (1000, 48, 48, 3), np.uint8))
     words = ["prepare", str(tmp_path / "many.npz"), "--size", "64", "--shard-size", "100", "--workers", "2"]
     words += ["--out", str(tmp_path / "data")]
     for number in (signal.SIGKILL, signal.SIGINT):
@@ -337,6 +337,8 @@ def test_an_interrupted_run_says_how_to_go_on_and_leaves_no_process(run: Any, tm
             stderr=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             text=True,
+            # A shell's background jobs, and what they start, ignore SIGINT.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
         before = len(list((tmp_path / "data").glob("shard*"))) if (tmp_path / "data").exists() else 0
         while len(list((tmp_path / "data").glob("shard*"))) <= before:
