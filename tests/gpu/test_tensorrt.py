@@ -153,7 +153,7 @@ def test_sliding_needs_no_memory_that_grows(built_bundle, on_gpu):
     backend, free = on_gpu(built_bundle(precision="fp16", plan="sliding")), []
     for seed in range(6):
         run(backend, size=2, seed=seed)
-        device = backend._sampler._executor.device
+        device = backend._sampler.executor.device
         with device.activate():
             free.append(device.free_memory())
     assert min(free[1:]) >= free[1]
@@ -183,7 +183,7 @@ def test_many_samplings_take_no_more_memory(built_bundle, on_gpu):
     for index in range(SAMPLINGS):
         run(backend, size=1 + index % 3, count=3, seed=index)
         if index + 1 in (WARM, SAMPLINGS):
-            device = backend._sampler._executor.device
+            device = backend._sampler.executor.device
             with device.activate():
                 free.append(device.free_memory())
     assert free[0] - free[1] <= 0
@@ -194,7 +194,7 @@ def test_closing_gives_the_memory_back(built_bundle):
     for _ in range(4):
         backend = TensorRTBackend(bundle)
         run(backend)
-        device = backend._sampler._executor.device
+        device = backend._sampler.executor.device
         backend.close()
         with device.activate():
             free.append(device.free_memory())

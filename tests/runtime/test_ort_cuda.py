@@ -65,7 +65,7 @@ def test_whole_runs_are_the_loop(settings, make_bundle):
         assert near(latents, expected)
         assert (stats.steps, stats.repeated_steps) == (theirs.steps, theirs.repeated_steps)
     assert stats.repeated_steps == 0 or "capacities" in settings
-    driver = backend._executor.device.driver
+    driver = backend._sampler.executor.device.driver
     assert len(driver.memory) > 10
     backend.close()
     assert not driver.memory and not driver.faults and not driver.pageable
@@ -109,7 +109,7 @@ def test_steps_find_their_inputs_at_the_same_places(make_bundle):
 
     backend = SimulatedDeviceBackend(make_bundle(routing=Routing.DENSE), OPTIONS)
     sampler = backend._sampler
-    sampler._executor.device.__class__ = Noting
+    sampler.executor.device.__class__ = Noting
     run(backend), run(backend, seed=8)
     steps = {key: places for key, places in seen.items() if key[0] != CONDITIONER}
     assert len(steps) == 2 * len(backend.bundle.manifest.subnets), "two batch sizes"

@@ -118,10 +118,10 @@ def test_a_device_keeps_engines_and_weights(bundle):
     with OPENERS["device"](bundle) as backend:
         pipe = DyDiTPipeline(backend)
         call(pipe)
-        executor, loaded = backend._executor, dict(backend._executor.device._engines)
+        executor, loaded = backend._sampler.executor, dict(backend._sampler.executor.device._engines)
         for choice in CHOICES:
             call(pipe, **choice)
-        assert backend._executor is executor
+        assert backend._sampler.executor is executor
         assert all(executor.device._engines[engine] is session for engine, session in loaded.items())
 
 

@@ -98,7 +98,7 @@ def test_whole_runs_are_the_loop_with_and_without_graphs(model, settings, bundle
             assert stats.steps == theirs.steps and stats.repeated_steps >= theirs.repeated_steps
             if "plan" in settings:
                 assert stats.repeated_steps == theirs.repeated_steps
-        device = backend._executor.device
+        device = backend._sampler.executor.device
         assert (device.replays > 0) == graphs
         if "capacities" in settings and model == "dit":
             assert any(theirs.repeated_steps for _, theirs in expected.values()), "no token overflowed"
@@ -143,7 +143,7 @@ def test_dynamic_routing_runs_with_all_tokens_and_says_so(bundle_of):
         with pytest.warns(UserWarning, match="dynamic routing.*--routing capacity"):
             latents, stats = run(backend)
         assert near(latents, expected) and stats.repeated_steps == 0
-        assert backend._executor.device.replays, "shapes do not depend on the data, so graphs are captured"
+        assert backend._sampler.executor.device.replays, "shapes do not depend on the data, so graphs are captured"
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
@@ -157,7 +157,7 @@ def test_steps_find_their_inputs_at_the_same_places(bundle_of):
     """What a captured graph relies on: one set of addresses for each engine and set of shapes."""
     with HostTorchBackend(bundle_of(**OVERFLOWING), OPTIONS) as backend:
         run(backend), run(backend, seed=8)
-        seen = backend._executor.device.seen
+        seen = backend._sampler.executor.device.seen
         steps = {key: places for key, places in seen.items() if key[0].subnet is not None}
         assert len(steps) >= 2 * len(backend.bundle.manifest.subnets), "two batch sizes"
         assert all(len(places) == 1 for places in steps.values())
@@ -191,7 +191,7 @@ def test_no_step_waits_for_the_device(model, settings, bundle_of):
     bundle = bundle_of(model, **{**settings, **capacities})
     manifest, noted = bundle.manifest, {}
     with HostTorchBackend(bundle, OPTIONS, graphs=False) as backend:
-        device = backend._sampler._executor.device
+        device = backend._sampler.executor.device
 
         def launch(engine, inputs, outputs, workspace):
             feeds = {each.name: device._view(each) for each in inputs}
@@ -243,10 +243,10 @@ def test_a_capture_that_fails_is_followed_by_the_run_without_graphs(bundle_of):
     with HostTorchBackend(bundle, OPTIONS, graphs=False) as backend:
         expected, _ = run(backend)
     with HostTorchBackend(bundle, OPTIONS) as backend:
-        backend._sampler._executor.device.records = False
+        backend._sampler.executor.device.records = False
         with pytest.warns(UserWarning, match="PyTorch failed in subnetwork 0.*continuing without CUDA graphs"):
             latents, _ = run(backend)
-        assert np.array_equal(latents, expected) and not backend._executor.device.replays
+        assert np.array_equal(latents, expected) and not backend._sampler.executor.device.replays
 
 
 def test_tokens_are_counted_and_none_beyond_its_slots_is_changed(bundle_of):
@@ -309,7 +309,7 @@ def test_weights_are_counted_once(bundle_of):
 def test_what_pytorch_cannot_run_is_one_line(bundle_of):
     bundle = bundle_of(routing=Routing.DENSE)
     with HostTorchBackend(bundle, OPTIONS) as backend:
-        device = backend._sampler._executor.device
+        device = backend._sampler.executor.device
         device.load(CONDITIONER)
         with device.activate():
             place = device.allocate(1 << 16)

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -28,8 +27,9 @@ from dydit.bundle.manifest import CONDITIONING, TEXT_GRAPH, Routing
 from dydit.bundle.stored_weights import Precision
 from dydit.errors import BackendError
 from dydit.extras import require
-from dydit.runtime.backends.base import Arrays, Backend, BackendOptions, StepResult, Subnet
+from dydit.runtime.backends.base import Arrays, Backend, BackendOptions, Subnet
 from dydit.runtime.backends.batch_splitting import BatchSplitting
+from dydit.runtime.backends.graph_subnet import GraphSubnet
 from dydit.runtime.backends.int8_exactness import require_exact_products
 from dydit.runtime.backends.session import (
     OLDEST_8_BITS,
@@ -42,60 +42,6 @@ from dydit.runtime.backends.session import (
     runtime,
 )
 from dydit.runtime.dynamic_width import DynamicWidthWeights
-
-
-class OnnxRuntimeSubnet(Subnet):
-    """A session on a subnetwork's graph; with dynamic width, the session of all subnetworks, and their weights."""
-
-    def __init__(
-        self,
-        backend: Backend,
-        index: int,
-        open_session: Callable[[bool], Session],
-        splitting: BatchSplitting | None,
-        debug: bool,
-        weights: DynamicWidthWeights | None = None,
-    ):
-        super().__init__(backend, index)
-        self._model, self._debug, self._weights = backend.bundle.manifest.model, debug, weights
-        self._open_session, self._splitting = open_session, splitting
-        self._session: Session | None = None
-        self._apart = False
-        self._ready()
-
-    def _ready(self) -> Session:
-        """The session, of one thread where batches are split; opened again when that has changed."""
-        apart = self._splitting is not None and self._splitting.apart
-        if self._session is None or apart != self._apart:
-            self._session = (
-                None  # first: two would take twice the memory, and an interrupt must not leave the wrong kind
-            )
-            self._apart = apart
-            self._session = self._open_session(apart)
-        return self._session
-
-    def _step(self, feeds: Arrays) -> StepResult:
-        session = self._ready()
-        if self._weights is None:
-            return self._run(session, feeds)
-        return self._weights.run(self.entry, lambda weights: self._run(session, {**feeds, **weights}))
-
-    def _run(self, session: Session, feeds: Arrays) -> StepResult:
-        if self._splitting is not None:
-            state = self._splitting.run(feeds, lambda each: session.run(each, self.what))
-            return StepResult(*state, np.zeros(self._model.depth, np.int64))
-        out = session.run(feeds, self.what)
-        overflow = out.get("token_overflow", np.zeros(self._model.depth, np.int64))
-        if not self._debug:
-            return StepResult(out["x_prev"], out["next_history"], overflow)
-        rows, blocks = feeds["condition"].shape[0], range(self._model.depth)
-        everything = np.ones(rows * self._model.tokens, bool)
-        tokens = np.stack([out.get(token_mask_name(b), everything).reshape(rows, -1) for b in blocks])
-        residuals = np.stack([out[residual_name(b)] for b in blocks])
-        return StepResult(out["x_prev"], out["next_history"], overflow, tokens, residuals)
-
-    def _free(self) -> None:
-        self._session = None
 
 
 class OnnxRuntimeBackend(Backend):
@@ -144,7 +90,7 @@ class OnnxRuntimeBackend(Backend):
         file = entry.full_file if full_capacity and entry.full_file else entry.file
         load = self._load_shared if self._dynamic_width is not None else self._load
         splitting = None if debug else self._usable_splitting
-        return OnnxRuntimeSubnet(self, index, partial(load, file, debug), splitting, debug, self._dynamic_width)
+        return GraphSubnet(self, index, partial(load, file, debug), splitting, debug, self._dynamic_width)
 
     def _free(self) -> None:
         self._splitting.close()

@@ -14,7 +14,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -25,65 +24,13 @@ from dydit.bundle.manifest import CONDITIONING, TEXT_GRAPH, Routing
 from dydit.bundle.stored_weights import WEIGHTS, Precision
 from dydit.bundle.vae_entry import VAE_DECODER, VAE_WEIGHTS
 from dydit.errors import BackendError
-from dydit.runtime.backends.base import Arrays, Backend, BackendOptions, DecodeTile, StepResult, Subnet
+from dydit.runtime.backends.base import Arrays, Backend, BackendOptions, DecodeTile, Subnet
 from dydit.runtime.backends.batch_splitting import BatchSplitting
 from dydit.runtime.backends.cores import thread_count
+from dydit.runtime.backends.graph_subnet import GraphSubnet
 from dydit.runtime.backends.ov_cache import ModelCache
 from dydit.runtime.backends.ov_session import CompiledGraph, CompileSettings, devices_here, here, openvino_module
 from dydit.runtime.dynamic_width import DynamicWidthWeights
-
-
-class OpenVinoSubnet(Subnet):
-    """A compiled subnetwork; with dynamic width, the model of all subnetworks, and their weights."""
-
-    def __init__(
-        self,
-        backend: Backend,
-        index: int,
-        load: Callable[[bool], CompiledGraph],
-        splitting: BatchSplitting | None,
-        debug: bool,
-        weights: DynamicWidthWeights | None = None,
-    ):
-        super().__init__(backend, index)
-        self._model, self._debug, self._weights = backend.bundle.manifest.model, debug, weights
-        self._load, self._splitting = load, splitting
-        self._graph: CompiledGraph | None = None
-        self._apart = False
-        self._ready()
-
-    def _ready(self) -> CompiledGraph:
-        """The graph, with a stream for each thread where batches are split; loaded again when that has changed."""
-        apart = self._splitting is not None and self._splitting.apart
-        if self._graph is None or apart != self._apart:
-            self._graph = None  # first: two would take twice the memory
-            self._apart = apart
-            self._graph = self._load(apart)
-        return self._graph
-
-    def _step(self, feeds: Arrays) -> StepResult:
-        graph = self._ready()
-        if self._weights is None:
-            return self._run(graph, feeds)
-        return self._weights.run(self.entry, lambda weights: self._run(graph, {**feeds, **weights}))
-
-    def _run(self, graph: CompiledGraph, feeds: Arrays) -> StepResult:
-        depth = self._model.depth
-        if self._splitting is not None:
-            state = self._splitting.run(feeds, lambda each: graph.run(each, self.what))
-            return StepResult(*state, np.zeros(depth, np.int64))
-        out = graph.run(feeds, self.what)
-        overflow = out.get("token_overflow", np.zeros(depth, np.int64))
-        if not self._debug:
-            return StepResult(out["x_prev"], out["next_history"], overflow)
-        rows = feeds[CONDITION].shape[0]
-        everything = np.ones(rows * self._model.tokens, bool)
-        tokens = np.stack([out.get(token_mask_name(b), everything).reshape(rows, -1) for b in range(depth)])
-        residuals = np.stack([out[residual_name(b)] for b in range(depth)])
-        return StepResult(out["x_prev"], out["next_history"], overflow, tokens.astype(bool), residuals)
-
-    def _free(self) -> None:
-        self._graph = None
 
 
 class OpenVinoBackend(Backend):
@@ -142,7 +89,7 @@ class OpenVinoBackend(Backend):
         # Where a batch shares its token capacity, it cannot be split.
         whole = debug or self.options.device != "cpu" or self.bundle.manifest.routing is Routing.CAPACITY
         splitting = None if whole else self._splitting
-        return OpenVinoSubnet(self, index, partial(load, file, debug), splitting, debug, self._dynamic_width)
+        return GraphSubnet(self, index, partial(load, file, debug), splitting, debug, self._dynamic_width)
 
     def _free(self) -> None:
         self._splitting.close()

@@ -38,7 +38,7 @@ from dydit.runtime.device.launches import EngineMemory
 from dydit.runtime.device.memory_layout import LaunchOptions
 from dydit.runtime.device.operations import EngineId
 from dydit.runtime.device.residency import engines_of, graph_of
-from dydit.runtime.device.whole_runs import DeviceSampler, WholeRunsBackend, close_whatever_state
+from dydit.runtime.device.whole_runs import DeviceSampler, WholeRunsBackend
 from dydit.runtime.loop import default_residency
 
 
@@ -179,20 +179,13 @@ class OnnxRuntimeDeviceBackend(WholeRunsBackend, OnnxRuntimeBackend):
         self._graphs = graphs
         if self.sessions is CudaSessions:
             require_driver()
-        self._executor: Executor | None = None
 
     def _make_sampler(self) -> DeviceSampler:
         manifest = self.bundle.manifest
-        self._executor = Executor(self.sessions(self.bundle, self.options, self._graphs))
         memory = {engine: session_memory(self.bundle, engine) for engine in engines_of(manifest)}
         options = LaunchOptions(graphs=False, fixed=True, resident=default_residency(manifest))
-        return DeviceSampler(self._executor, self.bundle, memory, options)
-
-    def _clear_runs(self) -> bool:
-        executor, self._executor, self._made_sampler = self._executor, None, None
-        if executor is not None:
-            close_whatever_state(executor)
-        return executor is not None
+        executor = Executor(self.sessions(self.bundle, self.options, self._graphs))
+        return DeviceSampler(executor, self.bundle, memory, options)
 
     def _free(self) -> None:
         super()._free()

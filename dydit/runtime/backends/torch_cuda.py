@@ -14,6 +14,7 @@ import importlib.util
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,14 +22,14 @@ import torch
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.manifest import Routing
 from dydit.errors import BackendError, one_line
-from dydit.models.pointwise import PLAIN, Pointwise, fused
+from dydit.models.pointwise import PLAIN, fused
 from dydit.runtime.backends.base import BackendOptions
 from dydit.runtime.backends.torch import TorchBackend
-from dydit.runtime.device.driver import Driver, require_driver
+from dydit.runtime.device.driver import require_driver
 from dydit.runtime.device.execute import CaptureError, Executor
 from dydit.runtime.device.memory_layout import LaunchOptions
-from dydit.runtime.device.torch_engines import Named, Settings, TorchEngines, engine_memory
-from dydit.runtime.device.whole_runs import DeviceSampler, WholeRunsBackend, close_whatever_state
+from dydit.runtime.device.torch_engines import TorchEngines, engine_memory
+from dydit.runtime.device.whole_runs import DeviceSampler, WholeRunsBackend
 from dydit.runtime.loop import default_residency
 
 
@@ -37,18 +38,15 @@ class CudaTorch(TorchEngines):
 
     kind = "cuda"
 
-    def __init__(
-        self,
-        bundle: Bundle,
-        weights: Named,
-        settings: Settings,
-        pointwise: Pointwise = PLAIN,
-        driver: Driver | None = None,
-    ):
-        super().__init__(bundle, weights, settings, pointwise, driver)
-        self._stream = torch.cuda.ExternalStream(self.stream)
-        self._pool = torch.cuda.graph_pool_handle()
-        self._graph: Any = None
+    _graph: Any = None
+
+    @cached_property
+    def _stream(self) -> Any:
+        return torch.cuda.ExternalStream(self.stream)
+
+    @cached_property
+    def _pool(self) -> Any:
+        return torch.cuda.graph_pool_handle()
 
     def allocate(self, nbytes: int) -> int:
         try:
@@ -128,7 +126,6 @@ class TorchDeviceBackend(WholeRunsBackend, TorchBackend):
         self._fuse = importlib.util.find_spec("triton") is not None if fuse is None else fuse
         if self.engines is CudaTorch:
             require_driver()
-        self._executor: Executor | None = None
 
     def _make_sampler(self) -> DeviceSampler:
         manifest = self.bundle.manifest
@@ -140,11 +137,10 @@ class TorchDeviceBackend(WholeRunsBackend, TorchBackend):
             )
         pointwise = fused() if self._fuse else PLAIN
         device: Any = self.engines(self.bundle, self._weights, self.settings, pointwise)
-        self._executor = Executor(device)
         options = LaunchOptions(
             graphs=self._graphs, fixed=True, fixed_shapes=True, resident=default_residency(manifest)
         )
-        return DeviceSampler(self._executor, self.bundle, engine_memory(manifest), options)
+        return DeviceSampler(Executor(device), self.bundle, engine_memory(manifest), options)
 
     def replay(self, batch: int, rows: int) -> int:
         """Queue all captured steps of an earlier run again, as `Executor.replay` does; returns their number."""
@@ -154,15 +150,9 @@ class TorchDeviceBackend(WholeRunsBackend, TorchBackend):
     @property
     def executor(self) -> Executor:
         """What whole runs left on the device, for measuring. Raises `BackendError` before the first of them."""
-        if self._executor is None:
+        if self._made_sampler is None:
             raise BackendError("nothing ran yet: sample a run first")
-        return self._executor
-
-    def _clear_runs(self) -> bool:
-        executor, self._executor, self._made_sampler = self._executor, None, None
-        if executor is not None:
-            close_whatever_state(executor)
-        return executor is not None
+        return self._made_sampler.executor
 
     def _free(self) -> None:
         self._clear_runs()

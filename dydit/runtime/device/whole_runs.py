@@ -47,7 +47,7 @@ class DeviceSampler:
         options: LaunchOptions,
         fit: Fit = lambda shape, options: options,
     ):
-        self._executor, self._bundle, self._memory, self.options, self._fit = executor, bundle, memory, options, fit
+        self.executor, self._bundle, self._memory, self.options, self._fit = executor, bundle, memory, options, fit
         self.unsettled = False
 
     def serves(self, bundle: Bundle) -> bool:
@@ -62,7 +62,7 @@ class DeviceSampler:
         """
         if not _same_steps(bundle.manifest, self._bundle.manifest):
             self.unsettled = True
-            self._executor.drop_graphs()
+            self.executor.drop_graphs()
             self._bundle, self.unsettled = bundle, False
         self._bundle = bundle
 
@@ -118,7 +118,7 @@ class DeviceSampler:
         texts, tokens = text_sizes(self._bundle, batches, cfg_scale)  # of all batches: a resumed run repeats its bits
         shape = RunShape(sizes, is_guided(cfg_scale), tuple(store.done(b) for b in waiting), texts, tokens)
         options = dataclasses.replace(self.options, save_segments=not isinstance(store, MemoryStore))
-        plan = LaunchPlan(self._bundle.manifest, shape, self._memory, self._fit(shape, options), self._executor.state)
+        plan = LaunchPlan(self._bundle.manifest, shape, self._memory, self._fit(shape, options), self.executor.state)
         host = HostInputs(self._bundle, plan.layout, chosen, noise, lambda place: store.load(waiting[place]), cfg_scale)
 
         def deliver(place: int, segments: int, data: np.ndarray, repeated: int) -> None:
@@ -126,7 +126,7 @@ class DeviceSampler:
             require_finite(state.x, chosen[place], f"{segments} segments")
             store.save(waiting[place], segments, state, repeated)
 
-        return self._executor.run(plan, host.array, deliver, count)
+        return self.executor.run(plan, host.array, deliver, count)
 
 
 def _same_steps(one: Manifest, other: Manifest) -> bool:
@@ -184,9 +184,12 @@ class WholeRunsBackend(Backend):
     def _make_sampler(self) -> DeviceSampler:
         """A sampler on a newly opened device."""
 
-    @abstractmethod
     def _clear_runs(self) -> bool:
         """Free what whole runs hold on the device; returns whether there was anything."""
+        sampler, self._made_sampler = self._made_sampler, None
+        if sampler is not None:
+            close_whatever_state(sampler.executor)
+        return sampler is not None
 
 
 def close_whatever_state(executor: Executor) -> None:
