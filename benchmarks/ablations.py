@@ -176,22 +176,16 @@ def trained(row: Row, folder: Path, title: str, options: Namespace) -> tuple[Pat
 # Measuring
 
 
-def measures_of(options: Namespace) -> Measures:
-    """How all rows are measured."""
-    names = ("samples", "batch", "cfg_scale", "seed", "threads", "repeats")
-    return Measures(**{name: getattr(options, name) for name in names})
-
-
 def sampled(name: str, bundle: Bundle, folder: Path, options: Namespace) -> Figures:
     """The quality of a row's samples; continues in `folder`."""
     classifier = None if options.data == "digits" else options.work / "classifier.safetensors"
     show = progress(f"{name}: sampling")
-    return quality(bundle, folder / "samples", measures_of(options), options.data, classifier, progress=show)
+    return quality(bundle, folder / "samples", Measures.of(options), options.data, classifier, progress=show)
 
 
 def routed(bundle: Bundle, options: Namespace) -> Figures:
     """What the routers decide in a run."""
-    measures = measures_of(options)
+    measures = Measures.of(options)
     labels = measures.labels(bundle, min(TRACED, measures.samples))
     trace = trace_tokens(bundle, labels, measures.cfg_scale, measures.seed, measures.options)
     return routing_figures(bundle, trace.tokens)
@@ -199,7 +193,7 @@ def routed(bundle: Bundle, options: Namespace) -> Figures:
 
 def timed(name: str, bundle: Bundle, static: Bundle, options: Namespace) -> Figures:
     """A step of a row's bundle and of the static one, in turns."""
-    return {"report": latency(bundle, static, measures_of(options), progress=progress(f"{name}: timing")).to_json()}
+    return {"report": latency(bundle, static, Measures.of(options), progress=progress(f"{name}: timing")).to_json()}
 
 
 def measure(names: Sequence[str], options: Namespace) -> dict[str, Figures]:
@@ -341,7 +335,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Train and measure what is not there yet, print, and draw."""
     parser = script_parser(
         __doc__,
-        {"steps": "sampling steps", "sampler": "sampler", "iterations_scale": "factor on the iterations of all runs"},
+        {"iterations_scale": "factor on the iterations of all runs"},
         samples=1000,
         steps=20,
         sampler=Sampler.DPM_SOLVER.value,

@@ -209,7 +209,6 @@ def main() -> int:
     """Run, print, draw, and tell by the exit code whether the limits hold."""
     parser = script_parser(
         __doc__,
-        {"sampler": "sampler"},
         samples=954,
         steps=50,
         sampler=Sampler.DPM_SOLVER.value,
@@ -228,14 +227,12 @@ def main() -> int:
     options = parser.parse_args()
     if options.model == "pixart" and options.data is None:
         parser.error("pixart needs --data, a folder that `dydit prepare emoji --text-encoder ...` writes")
-    files = (STATIC, DYNAMIC, "data", "pictures")
+    files = (STATIC, DYNAMIC, "data")
     settings = {name: value for name, value in settings_of(options).items() if name not in files}
     settings |= {name: sha256_of(getattr(options, name)) for name in (STATIC, DYNAMIC)}
     require_settings(options.work, settings)
-    names = ("samples", "batch", "cfg_scale", "seed", "threads", "repeats")
-    measures = Measures(**{name: getattr(options, name) for name in names})
     bundles = exported(options)
-    figures, trace = measure(bundles, measures, options)
+    figures, trace = measure(bundles, Measures.of(options), options)
     if options.pictures:
         draw(bundles, trace, options)
     for name, values in figures.items():

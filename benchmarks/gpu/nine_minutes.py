@@ -44,13 +44,12 @@ from typing import Any
 from budget import Context, NineSettings, run_parts
 from contenders import COMPILED, LOOP_DYNAMIC, LOOP_STATIC, MASKED, STATIC
 from sections import PARTS, write_reference
+from tasks import asked_settings
 from timing import macs_share
 
 from dydit.bench.scripts import markdown_table
-from dydit.engines.flavour import present_gpu
 from dydit.errors import ConfigError, DyditError
 from dydit.files import parents
-from dydit.models.config import parse_config
 from dydit.reports.text import bytes_text, exponent
 
 DRY = NineSettings(
@@ -174,17 +173,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def settings_of(options: argparse.Namespace) -> NineSettings:
-    """What to measure. Raises `ConfigError` without a GPU, or where a value is out of range."""
-    if options.dry_run:
-        return DRY
-    gpu = present_gpu()
-    if gpu is None:
-        raise ConfigError("no NVIDIA GPU or driver on this machine; --dry-run tries the script on the CPU")
-    values = {"model": options.model, "precision": options.precision, "gpu": str(gpu), "measured": 10}
-    return parse_config(NineSettings, values | ({"batches": tuple(options.batch)} if options.batch else {}))
-
-
 def main(arguments: Sequence[str] | None = None, started: float | None = None) -> int:
     """Run, print and write. `started`: when the process began, on the monotonic clock."""
     started, options = time.monotonic() if started is None else started, parse(arguments)
@@ -196,7 +184,9 @@ def main(arguments: Sequence[str] | None = None, started: float | None = None) -
             if options.out is None:
                 raise ConfigError("--out FILE says where the results go")
             deadline = started + 60 * options.minutes
-            context = Context(settings_of(options), options.out, Path(folder), deadline, options.reference)
+            context = Context(
+                asked_settings(options, DRY, measured=10), options.out, Path(folder), deadline, options.reference
+            )
             with parents(options.out):
                 context.save()
             try:

@@ -37,12 +37,10 @@ from pathlib import Path
 from typing import Any
 
 from report import Report, Status, markdown
-from tasks import DRY, MODELS, PRECISIONS, SECONDS, Settings, Task, Work, tasks
+from tasks import DRY, MODELS, PRECISIONS, SECONDS, Settings, Task, Work, asked_settings, tasks
 
-from dydit.engines.flavour import present_gpu
-from dydit.errors import ConfigError, DyditError, one_line
+from dydit.errors import DyditError, one_line
 from dydit.files import write_atomic, write_json
-from dydit.models.config import parse_config
 
 LEAST_SECONDS = 10
 """With less than this left of the time budget no task starts."""
@@ -163,23 +161,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def settings_of(options: argparse.Namespace) -> Settings:
-    """What to measure. Raises `ConfigError` without a GPU, or where a value is out of range."""
-    if options.dry_run:
-        return DRY
-    gpu = present_gpu()
-    if gpu is None:
-        raise ConfigError("no NVIDIA GPU or driver on this machine; --dry-run tries the script on the CPU")
-    values = {"model": options.model, "precision": options.precision, "gpu": str(gpu)}
-    return parse_config(Settings, values | ({"batches": tuple(options.batch)} if options.batch else {}))
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run, print and write."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parse(arguments)
     try:
-        settings = settings_of(options)
+        settings = asked_settings(options, DRY)
         options.work.mkdir(parents=True, exist_ok=True)
         work, everything = Work(options.work.resolve()), tasks(settings)
         if options.task:

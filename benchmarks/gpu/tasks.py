@@ -6,15 +6,18 @@ then times at the most telling batch size in every configuration, then the other
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import Field
 
 from dydit.bundle.manifest import PlanKind
-from dydit.models.config import ModelConfig
+from dydit.engines.flavour import present_gpu
+from dydit.errors import ConfigError
+from dydit.models.config import ModelConfig, parse_config
 from dydit.models.dit.config import DiTConfig, preset
 from dydit.validation import Strict
 
@@ -69,6 +72,23 @@ class Settings(Strict):
 
             return load_checkpoint(ASSETS / "dydit.safetensors").config
         return preset(self.model)
+
+
+S = TypeVar("S", bound=Settings)
+
+
+def asked_settings(options: argparse.Namespace, dry: S, **more: Any) -> S:
+    """What to measure: `dry` in a dry run, else settings of that kind by the options, and `more`.
+
+    Raises `ConfigError` without a GPU, or where a value is out of range.
+    """
+    if options.dry_run:
+        return dry
+    gpu = present_gpu()
+    if gpu is None:
+        raise ConfigError("no NVIDIA GPU or driver on this machine; --dry-run tries the script on the CPU")
+    values = {"model": options.model, "precision": options.precision, "gpu": str(gpu), **more}
+    return parse_config(type(dry), values | ({"batches": tuple(options.batch)} if options.batch else {}))
 
 
 DRY = Settings(model="tiny", precision="fp32", batches=(2,), steps=2, measured=2, repeats=2)

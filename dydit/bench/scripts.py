@@ -48,12 +48,15 @@ OPTIONS = {
     "max_subnets": "merged subnetworks",
     "preset": "sizes of the random model",
     "repeats": "rounds that count",
+    "sampler": "sampler of the runs",
     "samples": "images to sample with each model",
     "seed": "seed of what is drawn at random",
     "steps": "sampling steps",
     "threads": "CPU threads; 0: all",
 }
 """Help of the options that several scripts have."""
+_PLACES = ("json", "picture", "pictures", "plot", "work")
+"""Options that hold files and folders."""
 MEMORY_INTERVAL = 0.1
 """Seconds between two looks at the memory of a process and its children."""
 
@@ -75,7 +78,7 @@ def script_parser(
 
 def settings_of(options: argparse.Namespace) -> dict[str, Any]:
     """The options that influence the figures: all but those that hold files and folders."""
-    return {name: value for name, value in vars(options).items() if name not in ("json", "picture", "plot", "work")}
+    return {name: value for name, value in vars(options).items() if name not in _PLACES}
 
 
 @contextlib.contextmanager

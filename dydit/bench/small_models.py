@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -33,6 +34,11 @@ class Measures:
     seed: int = 0
     threads: int = 0
     repeats: int = 7
+
+    @classmethod
+    def of(cls, options: Namespace) -> Self:
+        """Those of a script's command line."""
+        return cls(**{field.name: getattr(options, field.name) for field in fields(cls)})
 
     @property
     def options(self) -> BackendOptions:

@@ -1,8 +1,7 @@
 """`dydit inspect --roofline`: the least time that a step can take on a GPU, by its datasheet.
 
 A step takes at least as long as its products take at full throughput, and at least as long as its bytes take at full
-bandwidth (`dydit.planning.step_work` says what is counted). Steps on different subnetworks
-have different bounds.
+bandwidth (`dydit.planning.step_work` says what is counted). Steps on different subnetworks have different bounds.
 """
 
 from __future__ import annotations

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -25,3 +26,16 @@ def load_script(monkeypatch) -> Callable[..., ModuleType]:
         return module
 
     return load
+
+
+@pytest.fixture
+def gpu_scripts(monkeypatch) -> Iterator[SimpleNamespace]:
+    """The modules of benchmarks/gpu, which import one another, by name."""
+    folder = BENCHMARKS / "gpu"
+    names = [path.stem for path in folder.glob("*.py")]
+    monkeypatch.syspath_prepend(str(folder))
+    for name in names:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
+    for name in names:
+        sys.modules.pop(name, None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import signal
 import sys
@@ -13,19 +12,13 @@ from types import SimpleNamespace
 import pytest
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "gpu"
-MODULES = tuple(path.stem for path in FOLDER.glob("*.py"))
 SECONDS = 3600  # so that a hanging test ends
 
 
 @pytest.fixture
-def gpu(monkeypatch):
+def gpu(gpu_scripts):
     """The folder's modules by name."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    for name in MODULES:
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    yield SimpleNamespace(**{name: importlib.import_module(name) for name in MODULES})
-    for name in MODULES:
-        sys.modules.pop(name, None)
+    return gpu_scripts
 
 
 @pytest.fixture
@@ -190,7 +183,7 @@ class TestRunner:
         assert "was measured with model S/2, not tiny; choose another --work" in capsys.readouterr().err
 
     def test_without_a_gpu_it_says_so(self, gpu, tmp_path, capsys, monkeypatch):
-        monkeypatch.setattr(gpu.run, "present_gpu", lambda: None)
+        monkeypatch.setattr(gpu.tasks, "present_gpu", lambda: None)
         assert gpu.run.main(["--work", str(tmp_path / "work")]) == 2
         assert "no NVIDIA GPU or driver on this machine; --dry-run" in capsys.readouterr().err
         assert not (tmp_path / "work").exists()

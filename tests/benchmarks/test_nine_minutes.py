@@ -3,7 +3,6 @@ bundles without graphs, which are held to the exporter's."""
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import subprocess
@@ -25,21 +24,15 @@ from dydit.runtime.backends.torch import TorchBackend
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "benchmarks" / "gpu"
-MODULES = tuple(path.stem for path in FOLDER.glob("*.py"))
 MISSING = ("onnx", "onnx_ir", "onnxruntime", "onnxscript", "tensorrt", "tensorrt_rtx", "safetensors", "scipy", "pycuda")
 MISSING += ("jinja2", "matplotlib", "diffusers", "accelerate", "sklearn", "datasets", "polygraphy", "tqdm", "click")
 NOT_OF_A_MANIFEST = {"files", "tools", "checkpoint_sha256", "digest"}
 
 
 @pytest.fixture
-def nine(monkeypatch):
+def nine(gpu_scripts):
     """The folder's modules by name."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    for name in MODULES:
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    yield SimpleNamespace(**{name: importlib.import_module(name) for name in MODULES})
-    for name in MODULES:
-        sys.modules.pop(name, None)
+    return gpu_scripts
 
 
 @pytest.fixture
@@ -187,7 +180,7 @@ def test_what_is_no_reference_is_refused(nine, tmp_path, capsys):
 
 
 def test_without_a_gpu_it_says_so(nine, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(nine.nine_minutes, "present_gpu", lambda: None)
+    monkeypatch.setattr(nine.tasks, "present_gpu", lambda: None)
     out = tmp_path / "nine.json"
     assert nine.nine_minutes.main(["--out", str(out)]) == 2
     assert "no NVIDIA GPU or driver on this machine; --dry-run" in capsys.readouterr().err and not out.exists()

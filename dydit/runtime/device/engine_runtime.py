@@ -1,9 +1,9 @@
 """TensorRT's part of a device: engines from bytes, execution contexts, launches. For both flavours.
 
 An engine has one context for each set of input shapes that it is launched with, on the optimization profile that suits
-them best. The context's shapes and addresses
-must not change while a graph captured from it lives: a graph holds the state of its context (NVIDIA/TensorRT#3798). All
-contexts share the same activation memory, which the caller owns, so launches must follow one another on one stream.
+them best. The context's shapes and addresses must not change while a graph captured from it lives: a graph holds the
+state of its context (NVIDIA/TensorRT#3798). All contexts share the same activation memory, which the caller owns, so
+launches must follow one another on one stream.
 Everything but `Runtime()` needs a current CUDA context.
 
 Nothing here imports TensorRT: the module is passed in (`dydit.engines.flavour.load_flavour`).

@@ -91,9 +91,9 @@ class LaunchOptions:
 
     `graphs`: capture steps as CUDA graphs (dynamic routing cannot be captured and runs without, unless engines have
     `fixed_shapes`: they compute all tokens then). `fixed`: steps read their inputs at fixed addresses even without
-    graphs. `resident`: subnetworks that are loaded at a time, at least 2
-    (None: all). `condition_bytes`, `conditioning_steps`: how much condition is computed ahead, at most; the latter is
-    what the engine's profile allows. `save_segments`: download latents after every segment, not only the last.
+    graphs. `resident`: subnetworks that are loaded at a time, at least 2 (None: all). `condition_bytes`,
+    `conditioning_steps`: how much condition is computed ahead, at most; the latter is what the engine's profile allows.
+    `save_segments`: download latents after every segment, not only the last.
     """
 
     graphs: bool = True
