@@ -8,24 +8,21 @@ of each contender with a reference is compared with it, so that nothing is timed
 
 from __future__ import annotations
 
-import base64
 import os
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from pydantic import Field
 
-from dydit.bench.timing import Decided, Job, Latents, Loaded, Round
+from dydit.bench.contender import Contender, Rounds, started
+from dydit.bench.timing import Decided, Job, Latents
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.manifest import SamplingEntry
-from dydit.child_process import ChildDiedError, ChildProcess
 from dydit.diffusion.samplers import SamplerChoice
-from dydit.errors import BackendError, ConfigError, DeviationError, DyditError, UnavailableError
+from dydit.errors import BackendError, ConfigError, DeviationError, UnavailableError
 from dydit.files import new_folder, require_absent, write_json
 from dydit.models.config import ModelConfig, UserPath
 from dydit.parity.comparison import relative_l2
@@ -40,8 +37,6 @@ from dydit.validation import Strict
 
 REPORT = "bench.json"
 MASKED, STATIC = "pytorch-masked", "pytorch-static"  # names of a checkpoint as a contender
-WORKER = [sys.executable, "-m", "dydit.bench.bench_worker"]
-SETTLE_SECONDS = 0.05  # pause for the threads of the contender before
 Progress = Callable[[int, int], None]
 
 
@@ -114,11 +109,15 @@ def run_bench(
     out: Path | None = None,
     progress: Progress | None = None,
     run_of: Bundle | None = None,
+    kept: Path | None = None,
+    list_refused: bool = False,
 ) -> BenchReport:
     """Time all contenders and compare the first with each other one; with `out`, write `out/bench.json`.
 
     `run_of` defines the run (sampling steps, guided channels), by default the first bundle. `progress(done, total)`
-    counts rounds. A contender whose script says that this machine lacks something is skipped and listed in `not_run`.
+    counts rounds. A contender whose script says that this machine lacks something is skipped and listed in `not_run`;
+    with `list_refused`, so is each one that cannot be loaded. `kept`: a folder for the rounds of every contender, with
+    which an interrupted benchmark of the same settings continues; the warm-up is repeated.
     Raises `ConfigError` for contenders that cannot be compared, `BackendError` if one cannot run, and
     `DeviationError` if one deviates from its reference by more than the tolerance.
     """
@@ -137,20 +136,19 @@ def run_bench(
     steps = spread_steps(sampling.steps, config.steps_measured)
     turns = config.warmup + config.repeats
     with ExitStack() as stack:
-        workers, not_run = _start([_job(side, config, model, sampling, steps) for side in sides], stack)
+        workers, not_run = _start([job_of(side, config, model, sampling) for side in sides], stack, list_refused)
         expected: dict[tuple[SideKind, str], np.ndarray] = {}
         deviations = [_deviation(worker, expected) for worker in workers]
-        rounds: list[list[Round]] = [[] for _ in workers]
+        rounds = [Rounds(worker, kept) for worker in workers]
         for turn in range(turns):
-            for index, worker in enumerate(workers):
-                time.sleep(SETTLE_SECONDS)
-                rounds[index].append(Round.model_validate(worker.ask("round")))
+            for index, each in enumerate(rounds):
+                each.take(turn - config.warmup)
                 if progress:
                     progress(turn * len(workers) + index + 1, turns * len(workers))
         load_after = os.getloadavg()[0]
         results = [
-            _side_result(worker, counted[config.warmup :], deviation, len(config.labels), sampling.steps)
-            for worker, counted, deviation in zip(workers, rounds, deviations, strict=True)
+            _side_result(worker, each, deviation, len(config.labels), sampling.steps)
+            for worker, each, deviation in zip(workers, rounds, deviations, strict=True)
         ]
     report = BenchReport(
         batch=len(config.labels),
@@ -242,12 +240,13 @@ def _common_run(
     return first.model, first.sampling, min(manifest.max_batch for manifest in manifests)
 
 
-def _job(side: Side, config: BenchConfig, model: ModelConfig, sampling: SamplingEntry, steps: tuple[int, ...]) -> Job:
+def job_of(side: Side, config: BenchConfig, model: ModelConfig, sampling: SamplingEntry) -> Job:
+    """What the process of a contender is told. The guidance scale and the threads of `config` are settled."""
     shared = config.model_dump(include={"labels", "seed", "cfg_scale", "threads", "device", "latents", "texts"})
     return Job(
         side=side,
         sizes=model.sizes.without_routers(),
-        steps=steps,
+        steps=spread_steps(sampling.steps, config.steps_measured),
         run=sampling.config,
         process=model.diffusion,
         cfg_channels=sampling.cfg_channels,
@@ -255,14 +254,16 @@ def _job(side: Side, config: BenchConfig, model: ModelConfig, sampling: Sampling
     )
 
 
-def _start(jobs: Sequence[Job], stack: ExitStack) -> tuple[list[_Worker], list[NotRun]]:
+def _start(jobs: Sequence[Job], stack: ExitStack, list_refused: bool) -> tuple[list[Contender], list[NotRun]]:
     """A loaded process for each job that can run here, which ends with `stack`; and the jobs that cannot."""
     workers, not_run = [], []
     for job in jobs:
         try:
-            workers.append(stack.enter_context(_started(job)))
-        except UnavailableError as error:
-            not_run.append(NotRun(name=job.side.name, reason=str(error)))
+            workers.append(stack.enter_context(started(job)))
+        except BackendError as error:
+            if not list_refused and not isinstance(error, UnavailableError):
+                raise
+            not_run.append(NotRun(name=job.side.name, reason=str(error).removeprefix(f"{job.side.name}: ")))
     if not workers:
         raise UnavailableError(
             f"no configuration runs on this machine: {'; '.join(f'{each.name}: {each.reason}' for each in not_run)}"
@@ -270,7 +271,7 @@ def _start(jobs: Sequence[Job], stack: ExitStack) -> tuple[list[_Worker], list[N
     return workers, not_run
 
 
-def _deviation(worker: _Worker, expected: dict[tuple[SideKind, str], np.ndarray]) -> float | None:
+def _deviation(worker: Contender, expected: dict[tuple[SideKind, str], np.ndarray]) -> float | None:
     """The relative L2 of a contender from its reference, which runs in a process of its own for this step.
 
     `expected`: what references computed, by kind and checkpoint; filled here.
@@ -281,7 +282,7 @@ def _deviation(worker: _Worker, expected: dict[tuple[SideKind, str], np.ndarray]
     key = reference.kind, reference.checkpoint
     if key not in expected:
         side = Side(name=f"reference, {reference.kind}", kind=reference.kind, path=reference.checkpoint)
-        with _started(worker.job.model_copy(update={"side": side})) as other:
+        with started(worker.job.model_copy(update={"side": side})) as other:
             expected[key] = other.check()
     value = float(relative_l2(worker.check(), expected[key]).max())
     if measured(value) is None or (reference.bar is not None and value > reference.bar):
@@ -294,10 +295,10 @@ def _deviation(worker: _Worker, expected: dict[tuple[SideKind, str], np.ndarray]
     return value
 
 
-def _side_result(worker: _Worker, rounds: list[Round], deviation: float | None, batch: int, steps: int) -> SideResult:
+def _side_result(worker: Contender, rounds: Rounds, deviation: float | None, batch: int, steps: int) -> SideResult:
     memory = worker.ask("memory")  # before the untimed round, which loads more
     decided = Decided.model_validate(worker.ask("decided"))
-    table = np.array([each.ms for each in rounds])
+    table = np.array([each.ms for each in rounds.counted])
     means = table.mean(axis=1)
     median = float(np.median(means))
     return SideResult(
@@ -311,39 +312,11 @@ def _side_result(worker: _Worker, rounds: list[Round], deviation: float | None, 
         max_ms=float(means.max()),
         peak_bytes=memory["peak_bytes"],
         settled_bytes=memory["settled_bytes"],
+        first_seconds=rounds.first_seconds,
+        disk_bytes=worker.disk_bytes,
         images_per_second=1e3 * batch / (median * steps),
-        overflows=sum(each.overflows for each in rounds),
+        overflows=sum(each.overflows for each in rounds.counted),
         precision=worker.loaded.precision,
         relative_l2=deviation,
         **decided.model_dump(),
     )
-
-
-@contextmanager
-def _started(job: Job) -> Iterator[_Worker]:
-    """The loaded process of a contender, which ends with the block."""
-    command = [sys.executable, job.side.path] if job.side.kind is SideKind.SCRIPT else WORKER
-    with ChildProcess(command, f"runs {job.side.name!r}", job.threads) as process:
-        yield _Worker(job, process)
-
-
-class _Worker:
-    """The process of a contender; it loads when this object is made."""
-
-    def __init__(self, job: Job, process: ChildProcess):
-        self.job, self._process = job, process
-        self.loaded = Loaded.model_validate(self.ask(job.model_dump_json()))
-
-    def ask(self, line: str) -> dict[str, Any]:
-        """Send a line and wait for the answer."""
-        try:
-            return self._process.ask(line)
-        except (ChildDiedError, UnavailableError):
-            raise
-        except DyditError as error:
-            raise BackendError(f"{self.job.side.name}: {error}") from error
-
-    def check(self) -> np.ndarray:
-        """What the model contributes to one step, f32 [B, C, S, S]."""
-        answer = self.ask("check")
-        return np.frombuffer(base64.b64decode(answer["values"]), "<f4").reshape(answer["shape"])

@@ -57,6 +57,7 @@ class DoctorReport(Result):
         machine = self.machine
         head = [
             ("machine", f"{machine.cpu}, {counted(machine.cores, 'core')}{memory}"),
+            ("instructions", ", ".join(machine.instruction_sets) or "unknown"),
             ("system", f"{machine.system}, Python {machine.python}"),
             ("packages", ", ".join(f"{name} {number}" for name, number in machine.packages.items())),
         ]

@@ -37,7 +37,8 @@ class Reference(Result):
 class Side(Result):
     """One contender of a benchmark. `path`: the folder of a bundle, a checkpoint, or a script.
 
-    `backend` and `packed` apply to bundles. `checkpoint` applies to scripts: the checkpoint that they load.
+    `backend` and `packed` apply to bundles. `checkpoint` and `variant` apply to scripts: the checkpoint that they load,
+    or the file or folder that was made from it; and in which of its forms the script runs it.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Side(Result):
     backend: str = "onnxruntime"
     packed: bool = Field(default=False, description="see `dydit.runtime.backends.base.BackendOptions`")
     checkpoint: str | None = None
+    variant: str = ""
     reference: Reference | None = Field(default=None, description="compared with it before anything is timed")
 
 
@@ -57,11 +59,12 @@ class SideResult(Result):
     entry per measured step. `peak_bytes`: largest resident size of the contender's process; a page of weights counts
     once for each session that maps it. `settled_bytes`: size after the rounds, with each page counted once (None if the
     system does not report it). `load_seconds`: time to read and compile the `subnets_loaded` subnetworks of the
-    measured steps. `token_share`, `flops_ratio`: decisions of the model, per measured step. `macs`: multiply-adds
-    computed in the blocks for an image, mean over the measured steps, with repeated steps: of a bundle, those of its
-    subnetworks as compiled (`dydit.planning.executed`); of the others, all. `precision`: that of matrix products, if it
-    is known. `relative_l2`: deviation of the model's part of one step, x_prev - c_x*x, from the reference, of the worst
-    image.
+    measured steps. `first_seconds`: from starting the process to the first images of a run of the measured steps.
+    `disk_bytes`: of the files that it loads. `token_share`, `flops_ratio`: decisions of the model, per measured step.
+    `macs`: multiply-adds computed in the blocks for an image, mean over the measured steps, with repeated steps: of a
+    bundle, those of its subnetworks as compiled (`dydit.planning.executed`); of the others, all. `precision`: that of
+    matrix products, if it is known. `relative_l2`: deviation of the model's part of one step, x_prev - c_x*x, from the
+    reference, of the worst image.
     """
 
     side: Side
@@ -74,6 +77,8 @@ class SideResult(Result):
     max_ms: float
     peak_bytes: int
     settled_bytes: int | None = None
+    first_seconds: float | None = None
+    disk_bytes: int | None = None
     images_per_second: float = Field(
         description="extrapolated from the measured steps to all sampling steps; without loading"
     )

@@ -17,11 +17,12 @@ from typing import Any, Self
 from pydantic import Field
 
 from dydit.runtime.backends.cores import available_cores
+from dydit.runtime.backends.instruction_sets import instruction_sets
 from dydit.validation import Strict
 
 PACKAGES = (
-    *("diffusers", "dydit", "numpy", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "onnxscript", "openvino"),
-    *("polygraphy", "tensorrt", "tensorrt-rtx-cu13", "torch"),
+    *("diffusers", "dydit", "nncf", "numpy", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "onnxscript"),
+    *("openvino", "polygraphy", "tensorrt", "tensorrt-rtx-cu13", "torch"),
 )
 
 Measured = float | None
@@ -70,6 +71,7 @@ class Machine(Result):
     python: str
     packages: dict[str, str]
     date: str = Field(description="UTC, ISO 8601")
+    instruction_sets: tuple[str, ...] = Field(default=(), description="of `dydit.runtime.backends.instruction_sets`")
 
     @classmethod
     def here(cls) -> Machine:
@@ -87,6 +89,7 @@ class Machine(Result):
             python=platform.python_version(),
             packages=packages,
             date=datetime.now(UTC).isoformat(timespec="seconds"),
+            instruction_sets=instruction_sets(),
         )
 
 

@@ -14,13 +14,13 @@ from dydit.bench.bench import (
     REPORT,
     BenchConfig,
     _deviation,
-    _started,
     compare_sides,
     run_bench,
     sides_of,
     spread_steps,
 )
 from dydit.bench.bench_worker import open_side
+from dydit.bench.contender import started
 from dydit.bench.timing import Job, Latents, chained_run, settled_bytes
 from dydit.bundle.manifest import PlanKind, Routing
 from dydit.diffusion.coefficients import HISTORY, NOISE, sampling_run
@@ -366,6 +366,24 @@ class TestScripts:
         assert alone.steps == 12 and alone.comparisons == ()
         assert BenchReport.parse(json.loads(json.dumps(report.to_json()))) == report
 
+    def test_an_interrupted_benchmark_continues_and_lists_what_is_refused(self, mine, make_bundle, tmp_path):
+        bundle, kept = make_bundle(), tmp_path / "kept"
+        refused = sides_of(bundle, backend="nonsense")
+        first = run_bench([mine(str(tmp_path / "mine.py"))], QUICK, run_of=bundle, kept=kept).sides[0]
+        assert first.disk_bytes == len(SCRIPT) and first.first_seconds > 0.06
+        file = kept / "mine.json"
+        written = json.loads(file.read_text())
+        file.write_text(json.dumps({**written, "counted": written["counted"][:1]}))
+        again = run_bench(
+            [mine(str(tmp_path / "mine.py")), *refused], QUICK, run_of=bundle, kept=kept, list_refused=True
+        )
+        (side,) = again.sides
+        assert side.first_seconds == first.first_seconds and len(side.round_ms) == len(first.round_ms) == 2
+        assert side.round_ms[0] == first.round_ms[0] and side.round_ms[1] != first.round_ms[1]
+        assert json.loads(file.read_text())["counted"][0] == written["counted"][0]
+        assert [each.name for each in again.not_run] == [bundle.path.name]
+        assert again.not_run[0].reason.startswith("unknown backend 'nonsense'")
+
     def test_what_a_side_computes_is_held_to_its_reference(self, mine, make_bundle, make_checkpoint):
         bundle, path = make_bundle(), str(make_checkpoint().path)
 
@@ -385,7 +403,7 @@ class TestScripts:
         known = {(reference.kind, reference.checkpoint): np.ones((1, 4, 8, 8), np.float32)}
         with (
             pytest.raises(DeviationError, match="is not finite, expected a finite number"),
-            _started(job(make_bundle(), mine("nan", reference))) as worker,
+            started(job(make_bundle(), mine("nan", reference))) as worker,
         ):
             _deviation(worker, known)
 
@@ -432,7 +450,7 @@ class TestRefusals:
             run_bench(sides_of(make_bundle(), backend="nonsense"), QUICK)
 
     def test_a_process_that_dies_is_told_with_its_last_words(self, make_bundle, monkeypatch):
-        monkeypatch.setattr("dydit.bench.bench.WORKER", [sys.executable, "-c", "raise SystemExit('out of luck')"])
+        monkeypatch.setattr("dydit.bench.contender.WORKER", [sys.executable, "-c", "raise SystemExit('out of luck')"])
         with pytest.raises(BackendError, match=r"ended: out of luck \(exit code 1\)"):
             run_bench(sides_of(make_bundle()), QUICK)
 

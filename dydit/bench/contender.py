@@ -1,0 +1,109 @@
+"""The process of one contender of a benchmark, as the benchmark sees it: started, asked, and its rounds.
+
+`dydit.bench.bench_worker` is the other end.
+"""
+
+from __future__ import annotations
+
+import base64
+import re
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dydit.bench.timing import Job, Loaded, Round
+from dydit.child_process import ChildDiedError, ChildProcess
+from dydit.errors import BackendError, DyditError, UnavailableError
+from dydit.files import write_json
+from dydit.reports.bench_report import SideKind
+from dydit.validation import Strict
+
+WORKER = [sys.executable, "-m", "dydit.bench.bench_worker"]
+SETTLE_SECONDS = 0.05  # pause for the threads of the contender before
+
+
+class Contender:
+    """The process of a contender; it loads when this object is made, in `start_seconds`."""
+
+    def __init__(self, job: Job, process: ChildProcess):
+        self.job, self._process, start = job, process, time.perf_counter()
+        self.loaded = Loaded.model_validate(self.ask(job.model_dump_json()))
+        self.start_seconds = time.perf_counter() - start
+
+    def ask(self, line: str) -> dict[str, Any]:
+        """Send a line and wait for the answer."""
+        try:
+            return self._process.ask(line)
+        except (ChildDiedError, UnavailableError):
+            raise
+        except DyditError as error:
+            raise BackendError(f"{self.job.side.name}: {error}") from error
+
+    def check(self) -> np.ndarray:
+        """What the model contributes to one step, f32 [B, C, S, S]."""
+        answer = self.ask("check")
+        return np.frombuffer(base64.b64decode(answer["values"]), "<f4").reshape(answer["shape"])
+
+    @property
+    def disk_bytes(self) -> int | None:
+        """Bytes of the files that it loads; None if a script does not say which."""
+        side = self.job.side
+        path = Path((side.checkpoint if side.kind is SideKind.SCRIPT else side.path) or "")
+        if side.kind is SideKind.SCRIPT and not (side.checkpoint and path.exists()):
+            return None
+        files = [each for each in path.rglob("*") if each.is_file()] if path.is_dir() else [path]
+        return sum(each.stat().st_size for each in files)
+
+
+@contextmanager
+def started(job: Job) -> Iterator[Contender]:
+    """The loaded process of a contender, which ends with the block."""
+    command = [sys.executable, job.side.path] if job.side.kind is SideKind.SCRIPT else WORKER
+    with ChildProcess(command, f"runs {job.side.name!r}", job.threads) as process:
+        yield Contender(job, process)
+
+
+class _Kept(Strict):
+    """What `Rounds` keeps of a contender in a file."""
+
+    first_seconds: float
+    counted: tuple[Round, ...] = ()
+
+
+class Rounds:
+    """The rounds of a contender. In `folder`, a file keeps them, with which another process continues."""
+
+    def __init__(self, contender: Contender, folder: Path | None):
+        self._contender, self._kept = contender, _Kept(first_seconds=0)
+        name = re.sub(r"\W+", "-", contender.job.side.name)
+        self._file = None if folder is None else folder / f"{name}.json"
+        if self._file is not None and self._file.is_file():
+            self._kept = _Kept.model_validate_json(self._file.read_bytes())
+
+    @property
+    def counted(self) -> tuple[Round, ...]:
+        """All that count, in order."""
+        return self._kept.counted
+
+    @property
+    def first_seconds(self) -> float:
+        """From starting the process to the end of its first round: to the first images of a run of these steps."""
+        return self._kept.first_seconds
+
+    def take(self, number: int) -> None:
+        """Time round `number`, unless it is kept. Those below 0 warm up: they are not counted."""
+        if 0 <= number < len(self.counted):
+            return
+        time.sleep(SETTLE_SECONDS)
+        timed, kept = Round.model_validate(self._contender.ask("round")), self._kept
+        if not kept.first_seconds:
+            kept = _Kept(first_seconds=self._contender.start_seconds + sum(timed.ms) / 1e3)
+        self._kept = kept if number < 0 else kept.model_copy(update={"counted": (*kept.counted, timed)})
+        if self._file is not None:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            write_json(self._file, self._kept.model_dump(mode="json"))
