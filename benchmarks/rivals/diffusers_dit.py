@@ -1,28 +1,24 @@
 """diffusers' `DiTTransformer2DModel`, eager: a static DiT from the same weights under diffusers' names.
 
-Another process saves the weights as a diffusers folder; the timed process loads that folder as a user would. Two
-settings make diffusers compute what the original DiT computes, at no cost in time: `norm_eps` 1e-6, and a sinusoid that
-divides by 128 (`dydit/checkpoints/diffusers_names.py`).
+The weights are saved as a diffusers folder before the contenders start; the timed process loads that folder as a user
+would. Two settings make diffusers compute what the original DiT computes, at no cost in time: `norm_eps` 1e-6, and a
+sinusoid that divides by 128 (`dydit/models/dit/diffusers.py`).
 """
 
 from __future__ import annotations
 
-import importlib.util
 import sys
-import tempfile
 from collections.abc import Mapping
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from exported import require_packages
 from torch import Tensor, nn
 
 from dydit.bench.bench_worker import serve
 from dydit.bench.timing import Job
 from dydit.bench.timing_torch import MeasuredTorch
 from dydit.checkpoints.checkpoint import load_checkpoint
-from dydit.errors import UnavailableError
 from dydit.models.config import ModelConfig
 from dydit.models.dit.diffusers import diffusers_names
 from dydit.models.transformer.modules import NORM_EPS
@@ -32,14 +28,8 @@ class Diffusers(MeasuredTorch):
     """The model that `from_pretrained` gives."""
 
     def build(self, job: Job):
-        assert job.side.checkpoint is not None
-        if importlib.util.find_spec("diffusers") is None:
-            raise UnavailableError("diffusers is not installed: pip install diffusers")
-        with tempfile.TemporaryDirectory() as folder:
-            # Another process, so that the memory that converting takes is not counted here.
-            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-                pool.submit(save_for_diffusers, Path(job.side.checkpoint), Path(folder)).result()
-            model = load_from_diffusers(Path(folder))
+        require_packages(["diffusers"])
+        model = load_from_diffusers(Path(job.side.checkpoint or ""))
         return lambda x, t, y, gating: model(x, timestep=t, class_labels=y).sample, job.sizes
 
 
@@ -58,8 +48,9 @@ def load_from_diffusers(folder: Path) -> nn.Module:
     return model
 
 
-def save_for_diffusers(path: Path, folder: Path) -> None:
+def save_for_diffusers(folder: Path, path: Path) -> None:
     """Save a static checkpoint as a diffusers DiT."""
+    require_packages(["diffusers"])
     checkpoint = load_checkpoint(path)
     config = checkpoint.config
     model = dit_class()(

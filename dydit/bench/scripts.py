@@ -26,7 +26,7 @@ from dydit.bench.bench import compare_sides
 from dydit.bundle.bundle import Bundle
 from dydit.files import write_json
 from dydit.models.config import ModelConfig
-from dydit.reports.bench_report import BenchReport, Comparison, repeats_text
+from dydit.reports.bench_report import BenchReport, Comparison, SideResult, repeats_text
 from dydit.reports.results import Machine
 from dydit.reports.text import aligned, exponent, guidance_text
 from dydit.runtime.backends.base import BackendOptions
@@ -261,46 +261,64 @@ def compare(report: BenchReport, name: str, other: str) -> Comparison | None:
     return compare_sides(sides[name], sides[other]) if name in sides and other in sides else None
 
 
-def bench_table(report: BenchReport, model: str, masked: str, static: str) -> str:
-    """All contenders, slowest first, for a terminal.
+def bound_of(report: BenchReport, name: str, statics: Sequence[str]) -> Comparison | None:
+    """A contender against the one of `statics` whose multiply-adds set a bound on it; None if there is none."""
+    pairs = (compare(report, name, other) for other in statics if other != name)
+    return next((pair for pair in pairs if pair and pair.achieved is not None), None)
 
-    Speed-ups are over the contender `masked`; `static` is the one whose multiply-adds set the bound.
+
+def bench_table(
+    report: BenchReport, model: str, dense: Sequence[str], statics: Sequence[str], baseline: SideResult | None
+) -> str:
+    """All contenders, those named `dense` and then the others, each slowest first, for a terminal.
+
+    Speed-ups are over `baseline`, the fastest dense one; `statics` are those whose multiply-adds set bounds.
     """
     columns = (
-        *("contender", "ms/step", "min", "max", "GMACs", "img/s*", "peak MB", "load s"),
-        *("speed-up", "of bound", "rel. L2"),
+        *("contender", "computes", "precision", "ms/step", "min", "max", "GMACs", "img/s*", "first s", "load s"),
+        *("peak MB", "disk MB", "speed-up", "of bound", "rel. L2"),
     )
     rows: list[Sequence[str]] = [columns]
-    for side in sorted(report.sides, key=lambda side: -side.median_ms):
-        over_masked, over_static = (compare(report, side.side.name, other) for other in (masked, static))
-        bounded = over_static is not None and over_static.achieved is not None and side.side.name != static
+    for side in sorted(report.sides, key=lambda side: (side.side.name not in dense, -side.median_ms)):
+        name = side.side.name
+        over, bound = baseline and compare(report, name, baseline.side.name), bound_of(report, name, statics)
         rows.append(
             (
-                side.side.name,
+                name,
+                "all" if name in dense else "what is routed",
+                side.precision or "-",
                 *(f"{ms:.1f}" for ms in (side.median_ms, side.min_ms, side.max_ms)),
                 f"{side.macs / 1e9:.3g}",
                 f"{side.images_per_second:.3g}",
-                f"{side.peak_bytes / 1e6:.0f}",
-                f"{side.load_seconds:.1f}",
-                f"{over_masked.median:.2f}" if over_masked else "-",
-                f"{over_static.achieved:.2f}" if over_static and bounded else "-",
+                *("-" if value is None else f"{value:.1f}" for value in (side.first_seconds, side.load_seconds)),
+                *("-" if size is None else f"{size / 1e6:.0f}" for size in (side.peak_bytes, side.disk_bytes)),
+                f"{over.median:.2f}" if over else "-",
+                f"{bound.achieved:.2f}" if bound and bound.achieved is not None and name not in statics else "-",
                 "-" if side.relative_l2 is None else exponent(side.relative_l2),
             )
         )
+    machine = report.machine
     lines = [
         f"{model}, batch {report.batch}, {guidance_text(report.cfg_scale)}, threads: {report.threads}",
-        f"{report.machine.cpu}, load average {report.load_average[0]:.1f}, then {report.load_average[1]:.1f}",
+        f"{machine.cpu} ({', '.join(machine.instruction_sets) or 'its instruction sets are unknown'}), load average "
+        f"{report.load_average[0]:.1f}, then {report.load_average[1]:.1f}",
         f"steps measured: {len(report.steps_measured)} of {report.steps}, {report.repeats} times after {report.warmup}",
         "",
-        aligned(rows, right=range(1, len(columns))),
+        aligned(rows, right=range(3, len(columns))),
         *(f"{each.name}: not run: {each.reason}" for each in report.not_run),
         "",
         f"* for all {report.steps} steps, extrapolated from those measured; without loading",
-        "load s: loading what the measured steps need, and compiling, exporting or converting once",
-        f"speed-up: over {masked}, the median over rounds",
-        f"of bound: the share of the speed-up over {static} that the multiply-adds allow",
+        f"first s: from starting the process to the first images of a run of {len(report.steps_measured)} steps",
+        "load s: loading what the measured steps need, and compiling it, of which nothing was cached",
+        "peak MB: of the process; disk MB: the files that it loads",
+        *(
+            [f"speed-up: over {baseline.side.name}, the fastest that computes all; median of rounds"]
+            if baseline
+            else []
+        ),
+        "of bound: the share of what multiply-adds allow against the static bundle of that backend and precision",
         *(f"{side.side.name}: {repeats_text(side)}" for side in report.sides if side.overflows),
-        "rel. L2: of the model's part of one step, from PyTorch (masked or static)",
+        "rel. L2: of the model's part of one step, from PyTorch in fp32 (masked or static)",
     ]
     return "\n".join(lines)
 

@@ -135,7 +135,7 @@ class Measured(ABC):
             times.append(1e3 * (time.perf_counter() - start))
             return after
 
-        self._over_round(timed)
+        self.over_round(timed)
         return Round(ms=tuple(times))
 
     def decided(self) -> Decided:
@@ -144,7 +144,7 @@ class Measured(ABC):
         masks = np.ones((steps, self.config.units.size), bool)
         return self._count(masks, np.ones((steps, self.config.depth)), np.ones(steps))
 
-    def _over_round(self, step: Callable[[int, np.ndarray], np.ndarray]) -> None:
+    def over_round(self, step: Callable[[int, np.ndarray], np.ndarray]) -> None:
         """Call `step(k, x) -> x_prev` for each measured step k with the latents x that it starts from."""
 
         def latents(k: int, state: State[np.ndarray]) -> StateOnly[np.ndarray]:
@@ -262,7 +262,7 @@ class MeasuredBundle(Measured):
             overflows += bool(result.overflow.any())
             return result.x_prev
 
-        self._over_round(step)
+        self.over_round(step)
         return Round(ms=tuple(times), overflows=overflows)
 
     def decided(self) -> Decided:
@@ -280,7 +280,7 @@ class MeasuredBundle(Measured):
                 tokens.append(result.tokens.mean(axis=(1, 2)))
                 return result.x_prev
 
-            self._over_round(step)
+            self.over_round(step)
         steps, routed = list(self.job.steps), np.stack(tokens)
         computed = computed_ratio(self.bundle.manifest, steps, routed, np.array(repeated))
         return self._count(self.bundle.masks[steps], routed, computed)

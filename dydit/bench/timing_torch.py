@@ -84,5 +84,5 @@ class MeasuredTorch(Measured):
             tokens.append(decisions.tokens.float().mean(dim=(1, 2)).cpu().numpy())
             return after
 
-        self._over_round(step)
+        self.over_round(step)
         return self._count(np.stack(masks), np.stack(tokens), np.ones(len(tokens)))

@@ -5,7 +5,7 @@ Each function returns the bytes of a PNG. The pictures of masks and tokens are i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -125,13 +125,20 @@ def latency_png(bench: BenchReport) -> bytes:
         return png(figure)
 
 
-def ranking_png(bench: BenchReport, pair: Comparison | None = None) -> bytes:
+def ranking_png(
+    bench: BenchReport, pair: Comparison | None = None, groups: Mapping[str, Collection[str]] | None = None
+) -> bytes:
     """Milliseconds a step of every configuration, slowest first; bundles have their own colour.
 
-    `pair`: if multiply-adds give it a bound, a line across all bars shows the time that the first configuration of the
-    pair would take at that bound.
+    `pair`: what the headline says. If multiply-adds give it a bound, a line across all bars shows the time that its
+    first configuration would take at that bound. `groups`: titles with the names of configurations that stand together,
+    above all others.
     """
-    sides = sorted(bench.sides, key=lambda side: -side.median_ms)
+    groups = groups or {}
+    order = [[each for each in bench.sides if each.side.name in names] for names in groups.values()]
+    order.append([each for each in bench.sides if not any(each in group for group in order)])
+    order = [sorted(group, key=lambda side: -side.median_ms) for group in order if group]
+    sides = [side for group in order for side in group]
     subject = bench.side(pair.side) if pair else sides[-1]
     with drawing(7.2, 1.6 + 0.36 * len(sides)) as figure:
         finding = f"{subject.side.name} takes {_ms(subject.median_ms)} a step"
@@ -146,6 +153,8 @@ def ranking_png(bench: BenchReport, pair: Comparison | None = None) -> bytes:
             text = f"by multiply-adds alone ({pair.allowed:.2f}\u00d7): {_ms(bound)}"
             offset, side = ((-4, -1), "right") if bound > 0.45 * most else ((4, -1), "left")
             _note(axis, text, (bound, len(sides) - 0.5), offset, SECOND, ha=side, va="center")
+        for group in order[1:]:
+            axis.axhline(len(sides) - 0.5 - sides.index(group[0]), color=MUTED, lw=0.8)
         axis.set_ylim(-0.5, len(sides) - 0.2)
         return png(figure)
 

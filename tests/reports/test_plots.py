@@ -41,9 +41,14 @@ def pixels(png):
     return array
 
 
-def count(array, colour):
+def where(array, colour):
+    """The rows of the pixels of a colour."""
     rgb = [int(colour[k : k + 2], 16) for k in (1, 3, 5)]
-    return int((array == rgb).all(axis=-1).sum())
+    return np.nonzero((array == rgb).all(axis=-1))[0]
+
+
+def count(array, colour):
+    return len(where(array, colour))
 
 
 @pytest.fixture
@@ -222,6 +227,11 @@ def test_the_ranking_has_the_bound_across_and_bundles_in_their_colour(titles):
     assert count(pixels(ranking_png(less)), SECOND) == 0
     assert titles[1][0] == "dynamic takes 11.00 ms a step" and titles[1][1].endswith("; not run: compiled")
     assert count(pixels(ranking_png(report, report.comparison("eager"))), SECOND) == 0, "of a script there is no bound"
+    eager = [
+        where(pixels(ranking_png(report, None, {"above": above})), ACCENT_LIGHT).min()
+        for above in (["eager"], ["dynamic"])
+    ]
+    assert eager[0] < eager[1], "a group stands above all others"
 
 
 def test_repeated_steps_stand_in_the_picture(titles):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dydit.reports.results import Machine
-from dydit.runtime.backends.instruction_sets import KNOWN, instruction_sets, multiplies_bf16
+from dydit.runtime.backends.instruction_sets import KNOWN, instruction_sets, multiplies
 
 X86 = (
     "processor\t: 0\nmodel name\t: X\nflags\t\t: fpu sse avx2 avx512f {} avx512_vnni\n\nprocessor\t: 1\nflags : none\n"
@@ -25,7 +25,7 @@ def test_they_are_those_of_the_first_processor(text, names, bf16, tmp_path):
     file = tmp_path / "cpuinfo"
     file.write_text(text)
     assert instruction_sets(file) == names
-    assert multiplies_bf16(names) is bf16
+    assert multiplies("bfloat16", names) is bf16 and not multiplies("float16", names)
 
 
 def test_a_system_that_does_not_list_them_has_none(tmp_path):

@@ -14,8 +14,11 @@ KNOWN = (
     *("asimd", "asimddp", "asimdhp", "sve", "i8mm", "bf16"),
 )
 """As Linux names them, slower ones first: x86, then Arm."""
-BF16 = ("avx512_bf16", "amx_bf16", "bf16")
-"""Each of them multiplies bf16."""
+MULTIPLY = {
+    "bfloat16": ("avx512_bf16", "amx_bf16", "bf16"),
+    "float16": ("avx512_fp16", "amx_fp16", "asimdhp"),
+}
+"""By type: those of which each multiplies it."""
 
 
 def instruction_sets(cpu_info: Path = CPU_INFO) -> tuple[str, ...]:
@@ -28,6 +31,6 @@ def instruction_sets(cpu_info: Path = CPU_INFO) -> tuple[str, ...]:
     return tuple(name for name in KNOWN if name in words)
 
 
-def multiplies_bf16(sets: tuple[str, ...] | None = None) -> bool:
-    """Whether a CPU with these instructions, by default this one, multiplies bf16 faster than fp32."""
-    return any(name in BF16 for name in (instruction_sets() if sets is None else sets))
+def multiplies(dtype: str, sets: tuple[str, ...] | None = None) -> bool:
+    """Whether a CPU with these instructions, by default this one, has some for products of a type of `MULTIPLY`."""
+    return any(name in MULTIPLY[dtype] for name in (instruction_sets() if sets is None else sets))
