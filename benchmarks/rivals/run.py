@@ -149,11 +149,15 @@ BUNDLES = (
     _ours("dydit openvino", backend="openvino"),
     _ours("dydit openvino bf16", Precision.BF16, "openvino"),
     _ours("dydit openvino int8", Precision.INT8, "openvino"),
+    _ours("dydit pytorch", backend="torch"),
+    _ours("dydit pytorch bf16", Precision.BF16, "torch"),
     _ours(STATIC, dense=True),
     _ours("dydit static int8", Precision.INT8, dense=True),
     _ours("dydit static openvino", backend="openvino", dense=True),
     _ours("dydit static openvino bf16", Precision.BF16, "openvino", dense=True),
     _ours("dydit static openvino int8", Precision.INT8, "openvino", dense=True),
+    _ours("dydit static pytorch", backend="torch", dense=True),
+    _ours("dydit static pytorch bf16", Precision.BF16, "torch", dense=True),
 )
 ALL = (*BUNDLES, *BASELINES)
 NAMES = [each.name for each in ALL]
@@ -223,7 +227,7 @@ class Preparation:
         if not ours.dense:
             settings = settings.model_copy(update={"routing": Routing(self.options.routing)})
         bundle = self._bundle(f"{'static' if ours.dense else settings.plan}-{ours.precision}", checkpoint, settings)
-        packed = not self.options.unpacked and ours.backend == "onnxruntime"
+        packed = not self.options.unpacked and ours.backend != "openvino"
         where = {"kind": SideKind.BUNDLE, "path": str(bundle.path), "backend": ours.backend, "packed": packed}
         return Side(name=ours.name, **where, reference=self._reference(not ours.dense, ours.precision))
 

@@ -80,8 +80,7 @@ Linear = Callable[[SlicedBlock, UnitLayer, Tensor], Tensor]
 def plain_linear(block: SlicedBlock, layer: UnitLayer, x: Tensor) -> Tensor:
     """Compute a layer on x, in the type of its weight."""
     weight, bias = block.layers[layer.name]
-    x = x.to(weight.dtype)
-    return F.linear(x, weight, bias) if layer.out_major else x @ weight + bias
+    return F.linear(x.to(weight.dtype), weight if layer.out_major else weight.T, bias)
 
 
 Branch = Callable[[Tensor, Tensor], Tensor]

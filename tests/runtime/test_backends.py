@@ -8,6 +8,7 @@ from importlib.util import find_spec
 
 import numpy as np
 import pytest
+import torch
 
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.manifest import PlanKind, Routing
@@ -102,9 +103,10 @@ def test_other_models(backend_name, routers, plan, make_bundle, make_checkpoint,
     check_steps(backend_name, bundle, checkpoint, reference, relative, [(0, 2, 4.0), (5, 3, 1.0), (11, 1, 2.0)])
 
 
-def test_packed_matrices_are_the_same_function(make_bundle, make_checkpoint, reference, relative):
+@pytest.mark.parametrize("name", ["onnxruntime", "torch"])
+def test_packed_matrices_are_the_same_function(name, make_bundle, make_checkpoint, reference, relative):
     options = BackendOptions(threads=1, packed=True)
-    check_steps("onnxruntime", make_bundle(), make_checkpoint(), reference, relative, [(4, 3, 4.0)], options)
+    check_steps(name, make_bundle(), make_checkpoint(), reference, relative, [(4, 3, 4.0)], options)
 
 
 @pytest.mark.parametrize(("precision", "bar"), [(Precision.FP16, 1e-3), (Precision.BF16, 1e-2)])
@@ -124,6 +126,22 @@ def test_lower_precision_is_the_same_function_less_exactly(
     assert 1e-6 < relative(result.x_prev, expected.x_prev) < bar
 
 
+@pytest.mark.parametrize("precision", [Precision.FP16, Precision.BF16])
+def test_torch_widens_weights_that_the_cpu_does_not_multiply(precision, make_bundle, monkeypatch, relative):
+    """Both ways are near each other; only the one in 16 bits rounds what enters a product."""
+    bundle = make_bundle(precision=precision)
+    x, noise, labels = inputs(bundle, 3)
+    made = []
+    for there in (False, True):
+        monkeypatch.setattr("dydit.runtime.backends.torch_products.multiplies", lambda dtype, _there=there: _there)
+        backend = open_backend("torch", bundle, OPTIONS)
+        with ResidentSubnets(backend) as subnets:
+            types = {weight.dtype for weight, _ in subnets.get(0)._model.blocks[1].layers.values()}
+            made.append(StepRunner(backend, subnets, labels, 4.0).run(6, State(x), noise, labels).x_prev)
+        assert types == {getattr(torch, precision.dtype) if there else torch.float32}
+    assert 1e-5 < relative(*made) < 1e-2
+
+
 def test_fp16_weights_may_be_widened_at_load_or_in_each_step(make_bundle, relative):
     """Packed sessions widen all at once, others a layer at a time: the same products, whose sums may round apart."""
     bundle = make_bundle(precision=Precision.FP16)
@@ -137,8 +155,6 @@ def test_fp16_weights_may_be_widened_at_load_or_in_each_step(make_bundle, relati
 
 
 def test_conditioning_is_that_of_the_blocks(backend_name, make_bundle, make_checkpoint, relative):
-    import torch
-
     bundle, model = make_bundle(), make_checkpoint().model()
     labels = np.array([3, model.config.null_class, 0])
     timesteps = np.array([999, 0, 17, 500], np.float32)
@@ -268,8 +284,6 @@ def test_debug_without_onnx_says_what_to_install(make_bundle, monkeypatch):
 
 
 def test_no_cuda_here(backend_name, make_bundle):
-    import torch
-
     if torch.cuda.is_available():
         pytest.skip("this machine has a CUDA device")
     with pytest.raises(BackendError, match="--device cpu"):
@@ -289,8 +303,6 @@ def test_a_graph_that_does_not_load_is_one_line(make_bundle, tmp_path):
 
 def test_torch_weights_are_one_map_of_the_file(make_bundle):
     """Whatever a subnetwork cuts, the file stays as it is."""
-    import torch
-
     from dydit.runtime.backends.torch import mapped_weights
 
     bundle = make_bundle()

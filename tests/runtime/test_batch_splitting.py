@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,6 +19,7 @@ from dydit.models.dit.config import DiTConfig
 from dydit.runtime.backends.base import BackendOptions
 from dydit.runtime.backends.batch_splitting import STREAM_BYTES, BatchSplitting, feeds_of
 from dydit.runtime.backends.onnxruntime import OnnxRuntimeBackend
+from dydit.runtime.backends.torch import TorchBackend
 from dydit.runtime.loop import MemoryStore, StepRunner, sample
 from dydit.runtime.noise_source import SeededNoise
 from dydit.runtime.request import make_batches
@@ -87,6 +91,27 @@ def test_a_run_is_the_same_bits_however_it_is_shared_out(kind, scale, make_bundl
         made.append(np.concatenate([values_of(store.load(index)) for index in range(len(batches))]))
     assert all(np.array_equal(made[0], each) for each in made[1:])
     assert made[0].shape == (7, (2 if kind == "multistep" else 1) * 4, 8, 8), "the history too"
+
+
+@pytest.mark.parametrize("kind", ["merged", "capacity", "multistep"])
+def test_torch_shares_images_out_too(kind, make_bundle, relative):
+    """Its kernels choose by the number of rows how they add, so bits may differ. Other threads keep their number."""
+    bundle, made = make_bundle(**KINDS[kind]), []
+    x, labels = np.random.default_rng(0).standard_normal((5, 4, 8, 8)).astype(np.float32), np.arange(5)
+    for expected in (1, 5):
+        backend = TorchBackend(bundle, BackendOptions(threads=2))
+        backend.expect(expected)
+        with ResidentSubnets(backend) as subnets:
+            runner = StepRunner(backend, subnets, labels, 4.0)
+            feeds = runner.feeds(3, State(x, x[::-1]), x, labels)
+            state = subnets.get(bundle.manifest.plan.segments[0].subnet).step(feeds).state
+        made.append(np.concatenate(values_of(state)))
+    assert relative(*made) < 1e-6
+    numbers = [torch.get_num_threads()]
+    thread = threading.Thread(target=lambda: numbers.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    assert numbers == [2, 2]
 
 
 def test_a_loaded_subnetwork_follows_what_is_expected(make_bundle, monkeypatch):

@@ -32,10 +32,11 @@ class BackendOptions:
     """How a backend runs. No option changes which function is computed.
 
     `threads`: cores to use (0: the backend chooses). `device`: `cpu` or `cuda`; on openvino, `cpu`, `gpu` or `npu`.
-    `packed`: onnxruntime on the CPU copies each subnetwork's matrices into its kernels' order: steps 5 to 8 % faster,
-    loading 2.5 times as slow, and as much memory for each resident subnetwork as its weights; otherwise all share one
-    map of `weights.bin`. (DiT-S/2 at a FLOPs ratio of 0.5: 130 against 140 ms for 2x256 tokens on one core, 230 against
-    100 ms to load, 75 against 12 MB.) It pays off from about a dozen steps per load.
+    `packed`: onnxruntime and torch on the CPU copy each subnetwork's matrices into their kernels' order. That takes as
+    much memory for each resident subnetwork as its weights; otherwise all share one map of `weights.bin`. On
+    onnxruntime steps are 5 to 8 % faster, and loading is 2.5 times as slow (DiT-S/2 at a FLOPs ratio of 0.5: 130
+    against 140 ms for 2x256 tokens on one core, 230 against 100 ms to load, 75 against 12 MB), so it pays off from
+    about a dozen steps per load. On torch it was not measured.
     """
 
     threads: int = 0
