@@ -25,19 +25,10 @@ class InBfloat16(nn.Module):
         super().__init__()
         self.model = model.to(torch.bfloat16)
         model.set_derived()  # the sinusoid's frequencies are fp32 again
-        model.t_embedder.mlp.insert(0, Narrow())
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """The model's output [B, 2C, S, S]."""
         return self.model(x.to(torch.bfloat16), t, y).float()
-
-
-class Narrow(nn.Module):
-    """Rounds to bf16."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Values of x in bf16."""
-        return x.to(torch.bfloat16)
 
 
 class Eager(MeasuredTorch):
