@@ -162,6 +162,7 @@ BUNDLES = (
 ALL = (*BUNDLES, *BASELINES)
 NAMES = [each.name for each in ALL]
 DENSE = [each.name for each in ALL if each.dense]
+DYNAMIC = [each.name for each in ALL if not each.dense]
 STATICS = [each.name for each in BUNDLES if each.dense]
 
 
@@ -271,11 +272,29 @@ class Preparation:
         return self.options.images * (1 if self.config.cfg_scale in (0, 1) else 2)
 
 
+def is_exact(side: SideResult) -> bool:
+    """Whether a contender is exact enough to count as fastest."""
+    return side.relative_l2 is None or side.relative_l2 <= LOWER_TOLERANCE
+
+
 def fastest(report: BenchReport, dense: bool) -> SideResult | None:
     """The fastest dense or dynamic contender of any precision, of those that are exact enough."""
-    sides = [side for side in report.sides if (side.side.name in DENSE) is dense]
-    exact = [side for side in sides if side.relative_l2 is None or side.relative_l2 <= LOWER_TOLERANCE]
-    return min(exact, key=lambda side: side.median_ms, default=None)
+    sides = [side for side in report.sides if (side.side.name in DENSE) is dense and is_exact(side)]
+    return min(sides, key=lambda side: side.median_ms, default=None)
+
+
+def verdict(report: BenchReport) -> str:
+    """The fastest dynamic contender against the fastest dense one, and those that are too inexact to count."""
+    ours, theirs = fastest(report, False), fastest(report, True)
+    pair = compare(report, ours.side.name, theirs.side.name) if ours and theirs else None
+    lines = []
+    if pair:
+        others = f"times as fast as {pair.other}, the fastest dense one ({pair.min:.2f} to {pair.max:.2f})"
+        lines.append(f"{pair.side}, the fastest dynamic one, is {pair.median:.2f} {others}")
+    for side in report.sides:
+        if not is_exact(side):
+            lines.append(f"{side.side.name} deviates by more than {LOWER_TOLERANCE} and does not count as fastest")
+    return "\n".join(lines)
 
 
 def limits(report: BenchReport, model: str) -> dict[str, bool]:
@@ -360,13 +379,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report = measure(options)
         model = str(options.checkpoint or f"DiT-{options.preset}, random weights")
         ours, theirs = fastest(report, False), fastest(report, True)
-        print(bench_table(report, model, DENSE, STATICS, theirs))
+        print(bench_table(report, model, DENSE, STATICS, theirs), verdict(report), sep="\n\n")
         code = show_limits(limits(report, "" if options.checkpoint else options.preset))
         if options.json:
             write_json(options.json, report.to_json())
         if options.plot:
             pair = compare(report, ours.side.name, theirs.side.name) if ours and theirs else None
-            write_atomic(options.plot, ranking_png(report, pair, {"dense": DENSE}))
+            write_atomic(options.plot, ranking_png(report, pair, {"dense": DENSE, "dynamic": DYNAMIC}))
     except DyditError as error:
         print(error, file=sys.stderr)
         return 1 if isinstance(error, DeviationError) else 2

@@ -134,11 +134,12 @@ def ranking_png(
     first configuration would take at that bound. `groups`: titles with the names of configurations that stand together,
     above all others.
     """
-    groups = groups or {}
-    order = [[each for each in bench.sides if each.side.name in names] for names in groups.values()]
-    order.append([each for each in bench.sides if not any(each in group for group in order)])
-    order = [sorted(group, key=lambda side: -side.median_ms) for group in order if group]
-    sides = [side for group in order for side in group]
+    rest, order = sorted(bench.sides, key=lambda side: -side.median_ms), dict[str, list[SideResult]]()
+    for title, names in (groups or {}).items():
+        order[title] = [side for side in rest if side.side.name in names]
+        rest = [side for side in rest if side.side.name not in names]
+    order[""] = rest
+    sides = [side for group in order.values() for side in group]
     subject = bench.side(pair.side) if pair else sides[-1]
     with drawing(7.2, 1.6 + 0.36 * len(sides)) as figure:
         finding = f"{subject.side.name} takes {_ms(subject.median_ms)} a step"
@@ -153,8 +154,13 @@ def ranking_png(
             text = f"by multiply-adds alone ({pair.allowed:.2f}\u00d7): {_ms(bound)}"
             offset, side = ((-4, -1), "right") if bound > 0.45 * most else ((4, -1), "left")
             _note(axis, text, (bound, len(sides) - 0.5), offset, SECOND, ha=side, va="center")
-        for group in order[1:]:
-            axis.axhline(len(sides) - 0.5 - sides.index(group[0]), color=MUTED, lw=0.8)
+        below = len(sides)
+        for title, group in order.items():
+            below -= len(group)
+            if group and title:
+                _note(axis, title, (most, below), (-4, 0), MUTED, ha="right", va="center")
+            if group and below:
+                axis.axhline(below - 0.5, color=MUTED, lw=0.8)
         axis.set_ylim(-0.5, len(sides) - 0.2)
         return png(figure)
 
