@@ -53,6 +53,7 @@ LIGHT = {
     *(name for name in MODULES if name.split(".")[1:2] and name.split(".")[1] in LIGHT_ROOMS),
 } - {
     *("dydit.diffusion.sampler_step", "dydit.runtime.backends.torch", "dydit.runtime.backends.torch_cuda"),
+    "dydit.runtime.backends.torch_products",
     "dydit.runtime.device.torch_engines",
 }
 
