@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 
@@ -26,6 +27,7 @@ from dydit.engines.builder import Job, build_engine
 from dydit.engines.bundle_engines import BuildReport, BuiltEngine, build_engines
 from dydit.engines.fingerprint import EngineRequest, make_request
 from dydit.engines.flavour import Flavour, installed_version, load_flavour, present_gpu
+from dydit.engines.kernels import plan_programs
 from dydit.engines.profiles import symbol_ranges
 from dydit.engines.store import EngineStore
 from dydit.errors import BackendError, BundleError
@@ -68,14 +70,26 @@ def copy_of(bundle: Bundle, path: Path) -> Bundle:
 
 def check_built(bundle: Bundle, report: BuildReport) -> None:
     store = EngineStore.of(bundle, report.request)
+    index = store.read()
+    assert index is not None
     for each in report.built:
-        assert len(store.load(each.graph)) == each.bytes > 100_000
-        check_kernels(bundle, each)
+        engine = store.load(each.graph)
+        assert len(engine) == each.bytes > 100_000
+        settings = [program.settings for program in plan_programs(engine) if "tf32" in program.settings]
+        assert len(settings) == len(index.engines[each.graph].key.profiles), "a program for each optimization profile"
+        for setting in settings:  # products in fp32 are not rounded, and a step can be captured in a CUDA graph
+            assert (setting["tf32"], setting["stream_capturable"]) == ("0", "1")
+            assert setting["accelerators"] == oldest_target(bundle, each.graph)
     log = report.log.read_text()
     assert all(f"{each.file} from {each.graph}: built in" in log for each in report.built)
     assert log.count("its kernels inspected") == sum(each.graph != VAE_DECODER for each in report.built)
     assert f"{report.warnings} builder warnings are in" in report.text()[-1]
     assert report.peak_memory > 0
+
+
+def oldest_target(bundle: Bundle, graph: str) -> str:
+    """An engine for all targets is for the oldest that has its types, and runs on later ones."""
+    return "sm89" if bundle.manifest.precision is Precision.FP8 and graph.startswith("subnet") else "sm80"
 
 
 def check_kernels(bundle: Bundle, built: BuiltEngine) -> None:
@@ -113,7 +127,11 @@ def rtx_request(bundle: Bundle, **settings: Any) -> EngineRequest:
 
 
 def build(bundle: Bundle, jobs: int = 1, **settings: Any) -> BuildReport:
-    return build_engines(bundle, rtx_request(bundle, **settings), jobs)
+    report = build_engines(bundle, rtx_request(bundle, **settings), jobs)
+    for each in report.built:
+        check_kernels(bundle, each)
+    assert not any("8 bits" in line for line in report.text())
+    return report
 
 
 def test_every_subnetwork_of_a_digits_like_bundle_builds_in_fp16(built_once: Bundle) -> None:
@@ -449,3 +467,27 @@ def test_a_u_vit_builds(rtx, make_bundle, make_checkpoint, even_ranges, tmp_path
     report = build(bundle, jobs=2)
     assert [each.graph for each in report.built] == ["conditioning.onnx", *(f"{name}.onnx" for name in graphs)]
     assert build(bundle).built == ()
+
+
+@release
+def test_what_a_gpu_is_needed_to_build(rtx: Any) -> None:
+    """Plans whose weights can be replaced or are left out, as docs/hardware.md says; streamed weights are built."""
+    if present_gpu() is not None:
+        pytest.skip("there is a GPU")
+
+    def size(*flags: Any) -> int | None:
+        builder = rtx.Builder(rtx.Logger(rtx.Logger.INTERNAL_ERROR))
+        network = builder.create_network(1 << int(rtx.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+        values, plain = np.ones((64, 64), np.float16), rtx.MatrixOperation.NONE
+        weight = network.add_constant((64, 64), values).get_output(0)
+        product = network.add_matrix_multiply(network.add_input("x", rtx.float16, (8, 64)), plain, weight, plain)
+        network.mark_output(product.get_output(0))
+        config = builder.create_builder_config()
+        for flag in flags:
+            config.set_flag(flag)
+        plan = builder.build_serialized_network(network, config)
+        return None if plan is None else plan.nbytes
+
+    flags = rtx.BuilderFlag
+    assert size() is not None and size(flags.WEIGHT_STREAMING) == size()
+    assert [size(each) for each in (flags.REFIT, flags.REFIT_IDENTICAL, flags.STRIP_PLAN)] == [None] * 3
