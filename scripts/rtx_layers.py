@@ -31,7 +31,7 @@ def layers(bundle: Bundle, graph: str) -> list[tuple[str, str, list[tuple[str, .
     trt = load_flavour(Flavour.TENSORRT_RTX)
     said: list[str] = []
 
-    class Log(trt.ILogger):  # type: ignore[misc, name-defined]
+    class Log(trt.ILogger):  # type: ignore[name-defined]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import onnx
 import pytest
@@ -46,7 +50,7 @@ def test_products_of_all_presets_are_aligned_at_every_width(model: TransformerCo
 
 
 @pytest.fixture
-def exported(make_checkpoint, even_ranges, tmp_path):
+def exported(make_checkpoint: Any, even_ranges: Any, tmp_path: Path) -> Callable[[str, str], Bundle]:
     """`exported(precision, name)`: a bundle whose blocks have heads that are a prefix, end at the last, have a gap."""
     masks = np.ones((2, MODEL.units.size), bool)
     for block, heads in enumerate((PREFIX, END, GAP)):
@@ -74,7 +78,7 @@ def step(bundle: Bundle) -> np.ndarray:
     return run_session(session, {name: np.asarray(value, np.float32) for name, value in feeds.items()})["x_prev"]
 
 
-def test_zeros_change_no_step(exported, monkeypatch) -> None:
+def test_zeros_change_no_step(exported: Callable[[str, str], Bundle], monkeypatch: pytest.MonkeyPatch) -> None:
     """One weight is a window that goes on into the next head's; the others are copies that end in zeros."""
     bundle = exported("fp8", "padded")
     assert projections(bundle) == [(80, 96)] * 3
@@ -87,7 +91,7 @@ def test_zeros_change_no_step(exported, monkeypatch) -> None:
     assert 0 < more < 2 * 80 * 96, "the prefix is not copied"
 
 
-def test_windows_that_go_on_hold_the_weights_of_their_heads(exported) -> None:
+def test_windows_that_go_on_hold_the_weights_of_their_heads(exported: Callable[[str, str], Bundle]) -> None:
     bundle = exported("int8-static", "padded")
     graph = onnx.load(bundle.file("subnet-0000.onnx"), load_external_data=False).graph
     stored = np.fromfile(bundle.file("weights.bin"), np.int8)

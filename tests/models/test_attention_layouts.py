@@ -20,7 +20,9 @@ from dydit.models.transformer.blocks import attention_function
 from dydit.models.transformer.norms import Modulated
 
 DIT = DiTConfig(hidden_size=64, depth=1, num_heads=4, patch_size=2, input_size=8, num_classes=7)
-PIXART = PixArtConfig(hidden_size=64, depth=1, num_heads=4, input_size=8, caption_channels=24, text_tokens=6)
+PIXART = PixArtConfig(
+    hidden_size=64, depth=1, num_heads=4, input_size=8, caption_channels=24, text_tokens=6, interpolation_scale=1
+)
 
 
 def transposes(function: ir.Function) -> int:
@@ -53,9 +55,12 @@ def test_so_has_attention_to_texts(precision: Precision) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("heads", [(0, 1, 2, 3), (0, 1, 3)])
 @pytest.mark.parametrize("gates", [None, torch.tensor([1.0, 1, 0, 1])])
-def test_pytorch_gives_attention_views_of_the_product(heads, dtype, gates, monkeypatch) -> None:
+def test_pytorch_gives_attention_views_of_the_product(
+    heads: tuple[int, ...], dtype: torch.dtype, gates: torch.Tensor | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And the next product takes the result, or what gates made of it, as a view."""
-    attend, products, attended = F.scaled_dot_product_attention, {}, []
+    attend, products = F.scaled_dot_product_attention, {}
+    attended: list[torch.Tensor] = []
 
     def noted(*parts: torch.Tensor) -> torch.Tensor:
         attended[:] = [*parts, attend(*parts)]
