@@ -32,6 +32,16 @@ from dydit.graph.ops import CONTRIB, DATA_TYPES, Ops
 _BOTH_SIGNS, _AFTER_GELU = 128, 32  # zero points
 _GELU_MINIMUM = 0.17004
 _TINY = 1e-30  # so that the scale of a row of zeros is not 0
+_ALIGNED = 16
+
+
+def padding(precision: Precision, channels: int) -> int:
+    """The number of zeros to append to the input channels of a product.
+
+    The tensor cores' 8-bit kernels read rows in pieces of 16 bytes, so with calibrated 8 bits the number of input
+    channels must be a multiple of 16. Outputs are fp32, of which a multiple of 4 is enough.
+    """
+    return -channels % _ALIGNED if precision.is_calibrated else 0
 
 
 def weight_parts(precision: Precision) -> tuple[str, ...]:

@@ -42,8 +42,11 @@ class WeightSource(ABC):
         """Whether a tensor is stored."""
 
     @abstractmethod
-    def units(self, ops: Ops, part: Part, tensor: str, slots: Sequence[int]) -> ir.Value:
-        """The rows of the given slots of a part's tensor, with the axis of units merged into the next axis."""
+    def units(self, ops: Ops, part: Part, tensor: str, slots: Sequence[int], padding: int = 0) -> ir.Value:
+        """The rows of the given slots of a part's tensor, with the axis of units merged into the next axis.
+
+        `padding`: a number of rows to follow, with any finite values. Only 8-bit weights for compilers have them.
+        """
 
     @property
     def any_width(self) -> bool:
@@ -70,7 +73,8 @@ class Windows(WeightSource):
         entry = self.entries[name]
         return self._external(f"{name}[{first}:{end}]", entry, first, (end - first, *entry.shape[1:]))
 
-    def units(self, ops: Ops, part: Part, tensor: str, slots: Sequence[int]) -> ir.Value:
+    def units(self, ops: Ops, part: Part, tensor: str, slots: Sequence[int], padding: int = 0) -> ir.Value:
+        assert not padding, "only one window can be followed by other rows"
         name = part.stored(tensor)
         entry = self.entries[name]
         rows, *rest = entry.shape[1:]
@@ -100,11 +104,14 @@ class GatheredUnits:
 
     def __init__(self, file: Path):
         self.file = file
-        self._copies: dict[tuple[str, tuple[int, ...]], WeightEntry] = {}
+        self._copies: dict[tuple[str, tuple[int, ...], int], WeightEntry] = {}
 
-    def entry(self, name: str, entry: WeightEntry, slots: Sequence[int]) -> WeightEntry:
-        """The entry of a consecutive copy of the units `slots` of a stored tensor, [units, ...]."""
-        key = name, tuple(slots)
+    def entry(self, name: str, entry: WeightEntry, slots: Sequence[int], padding: int = 0) -> WeightEntry:
+        """The entry of a consecutive copy of the units `slots` of a stored tensor, [rows of all units, ...].
+
+        `padding`: rows of zeros to follow.
+        """
+        key = name, tuple(slots), padding
         if key not in self._copies:
             unit = entry.nbytes // entry.shape[0]
             with open(self.file, "r+b") as file:
@@ -112,28 +119,36 @@ class GatheredUnits:
                 for slot in slots:
                     file.seek(entry.offset + slot * unit)
                     pieces.append(file.read(unit))
+                rows, *rest = entry.shape[1:]
+                pieces.append(b"\0" * (entry.item_bytes * math.prod(rest) * padding))
                 end = file.seek(0, 2)
                 file.write(b"\0" * (-end % ALIGNMENT) + b"".join(pieces))
-            shape = (len(slots), *entry.shape[1:])
+            shape = (len(slots) * rows + padding, *rest)
             self._copies[key] = WeightEntry(offset=end + -end % ALIGNMENT, shape=shape, dtype=entry.dtype)
         return self._copies[key]
 
 
 class SolidWindows(Windows):
-    """Windows for compilers, which refuse concatenations of 8-bit constants. Units with gaps are copied instead."""
+    """Windows for compilers, which refuse concatenations of 8-bit constants. Units with gaps are copied instead.
+
+    Rows of padding are those of the units that follow in the file. Where too few follow, the units are copied.
+    """
 
     def __init__(self, entries: Mapping[str, WeightEntry], gathered: GatheredUnits):
         super().__init__(entries)
         self._gathered = gathered
 
-    def units(self, ops: Ops, part: Part, tensor: str, slots: Sequence[int]) -> ir.Value:
+    def units(self, ops: Ops, part: Part, tensor: str, slots: Sequence[int], padding: int = 0) -> ir.Value:
         name = part.stored(tensor)
         entry = self.entries[name]
-        if entry.item_bytes > 1 or len(list(runs(slots))) == 1:
-            return super().units(ops, part, tensor, slots)
-        solid = self._gathered.entry(name, entry, slots)
-        count, rows, *rest = solid.shape
-        return self._external(f"{name}{list(slots)}", solid, 0, (count * rows, *rest))
+        first, count = slots[0], len(slots)
+        (units, rows, *rest), window = entry.shape, f"{name}[{first}:{first + count}]"
+        if entry.item_bytes > 1 or (len(list(runs(slots))) == 1 and not padding):
+            return super().units(ops, part, tensor, slots, padding)
+        if slots[-1] == first + count - 1 and padding <= (units - first - count) * rows:
+            return self._external(window, entry, first, (count * rows + padding, *rest))
+        solid = self._gathered.entry(name, entry, slots, padding)
+        return self._external(f"{name}{list(slots)}", solid, 0, solid.shape)
 
 
 class WeightInputs(Windows):
@@ -141,7 +156,8 @@ class WeightInputs(Windows):
 
     any_width = True
 
-    def units(self, ops: Ops, part: Part, tensor: str, slots: Sequence[int]) -> ir.Value:
+    def units(self, ops: Ops, part: Part, tensor: str, slots: Sequence[int], padding: int = 0) -> ir.Value:
+        assert not padding, "of an unknown width"
         spec = unit_input(part, tensor, self.entries[part.stored(tensor)])
         self.inputs.append(spec)
         return graph_value(spec)

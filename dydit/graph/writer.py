@@ -83,9 +83,13 @@ class GraphWriter:
         index = self.ops.constant(np.asarray(slots, np.int64) + part.start)
         return [self.ops.Gather(self.inputs["gates"], index, axis=0)]
 
-    def layers(self, part: Part, slots: Sequence[int]) -> list[ir.Value]:
-        """The weights of a part's layers, in the order in which functions take them."""
-        return [value for layer in part.group.layers for value in self._layer(part, layer, slots)]
+    def layers(self, part: Part, slots: Sequence[int], padding: int = 0) -> list[ir.Value]:
+        """The weights of a part's layers, in the order in which functions take them.
+
+        `padding`: a number of rows, of any finite values, that follow the slots' in weights [in, out], whose inputs are
+        padded with zeros (`dydit.graph.products.padding`).
+        """
+        return [value for layer in part.group.layers for value in self._layer(part, layer, slots, padding)]
 
     def factors(self, part: Part, slots: Sequence[int]) -> list[ir.Value]:
         """The stored factors of smoothed inputs of a part's layers, each [channels of the slots]."""
@@ -99,7 +103,7 @@ class GraphWriter:
         in_fp16 = () if self._fp16_layers is None else self._fp16_layers[part.block]
         return tuple(layer.name for layer in part.group.layers if layer.name in in_fp16)
 
-    def _layer(self, part: Part, layer: UnitLayer, slots: Sequence[int]) -> list[ir.Value]:
+    def _layer(self, part: Part, layer: UnitLayer, slots: Sequence[int], padding: int) -> list[ir.Value]:
         """A linear layer's weights, with the given slots of those tensors that have an axis of units."""
         in_fp16 = layer.name in self.fp16_layers(part)
         precision = self.library.precision.attention if in_fp16 else self.library.precision
@@ -107,7 +111,7 @@ class GraphWriter:
         for piece in weight_parts(precision):
             stored = fp16_name(layer.weight) if in_fp16 and piece == "weight" else f"{layer.name}.{piece}"
             if layer.out_major or piece == "weight":
-                value = self.weights.units(self.ops, part, stored, slots)
+                value = self.weights.units(self.ops, part, stored, slots, 0 if layer.out_major else padding)
             else:
                 value = self.weights.whole(part.stored(stored))
             # Only the weight has a stored copy in fp16. A bias is small, so the graph converts it.

@@ -111,9 +111,9 @@ def _row(batch: int, rows: int, name: str, works: Sequence[tuple[StepWork, int]]
         memory, compute = least_times(work, gpu)
         seconds[Bound.MEMORY if memory >= compute else Bound.COMPUTE] += times * max(memory, compute)
     run = sum(seconds.values())
-    flops, nbytes, weights = (
+    flops, nbytes, weights, routers = (
         sum(times * getattr(work, value) for work, times in works) / steps
-        for value in ("total_flops", "nbytes", "weights")
+        for value in ("total_flops", "nbytes", "weights", "router_flops")
     )
     return RooflineRow(
         batch=batch,
@@ -125,5 +125,6 @@ def _row(batch: int, rows: int, name: str, works: Sequence[tuple[StepWork, int]]
         intensity=flops / nbytes,
         bound=max(seconds, key=lambda bound: seconds[bound]),
         step_ms=1e3 * run / steps,
+        router_ms=1e3 * routers / gpu.rate("float32"),
         images_per_second=batch / run,
     )

@@ -134,6 +134,7 @@ class Product:
 
     `macs`: multiply-adds. `reads`, `writes`: values of its inputs and outputs, without weights. `weight`: the stored
     name of its weight; None for attention. `once`: whether it is computed once for an image, even with guidance.
+    `router`: whether it is one of a token router.
     """
 
     macs: int
@@ -141,11 +142,14 @@ class Product:
     writes: int
     weight: str | None = None
     once: bool = False
+    router: bool = False
 
     @classmethod
-    def of(cls, weight: str, vectors: int, inputs: int, outputs: int, once: bool = False) -> Product:
+    def of(
+        cls, weight: str, vectors: int, inputs: int, outputs: int, once: bool = False, router: bool = False
+    ) -> Product:
         """A linear layer on a number of vectors."""
-        return cls(vectors * inputs * outputs, vectors * inputs, vectors * outputs, weight, once)
+        return cls(vectors * inputs * outputs, vectors * inputs, vectors * outputs, weight, once, router)
 
 
 @dataclass(frozen=True)

@@ -32,11 +32,15 @@ STATES = 5
 
 @dataclass(frozen=True)
 class StepWork:
-    """What a step needs. `weights`, `activations`: bytes. `flops`: operations by the type of the products' inputs."""
+    """What a step needs. `weights`, `activations`: bytes. `flops`: operations by the type of the products' inputs.
+
+    `router_flops`: those of token routers among them, which are fp32.
+    """
 
     weights: float
     activations: float
     flops: Mapping[StoredType, float]
+    router_flops: float = 0.0
 
     @property
     def nbytes(self) -> float:
@@ -66,18 +70,19 @@ class Counted:
 
 def step_work(model: ModelConfig, precision: Precision, images: int, rows: int, step: Counted) -> StepWork:
     """The work of a step of `images` images. `rows`: those of the batch, twice as many as images with guidance."""
-    counter = _Counter(precision)
+    counter, router_flops = _Counter(precision), 0.0
     for product in architecture_of(model).step_products(model):
         dtype: StoredType = "float32" if product.weight in model.fp32_products else precision.dtype
         times = images if product.once else rows
         counter.add(dtype, dtype, times * product.macs, times * product.reads, times * product.writes)
+        router_flops += 2 * times * product.macs * product.router
     for part, units in zip(model.units.parts, step.units, strict=True):
         if units:
             share = 1.0 if step.tokens is None or not part.group.routed else float(step.tokens[part.block])
             fp16 = step.fp16_layers[part.block] if step.fp16_layers else ()
             _count_part(counter, part, int(units), rows, share, model.tokens, fp16)
     fixed = rows * math.prod(model.condition_shape) + STATES * images * model.in_channels * model.input_size**2
-    return StepWork(step.weights, counter.nbytes + 4 * fixed, counter.flops)
+    return StepWork(step.weights, counter.nbytes + 4 * fixed, counter.flops, router_flops)
 
 
 class _Counter:

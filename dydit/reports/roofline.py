@@ -11,7 +11,8 @@ from dydit.reports.text import aligned, bytes_text, count_text
 
 COUNTED = (
     "Counted: weights once a step, inputs and outputs of each product and attention once; no attention scores, nothing "
-    "between products, no conditioning. Estimates from datasheets, not measurements."
+    "between products, no conditioning. routers: ms of the fp32 products of token routers. Estimates from datasheets, "
+    "not measurements."
 )
 
 
@@ -26,6 +27,7 @@ class RooflineRow(Result):
     """One batch size, on the static model or on what is executed. Values of a step are means over the steps of a run.
 
     `bound`: what limits steps that take most of the run's time. `step_ms`: the lowest possible time of a step.
+    `router_ms`: how much of the time of its products is that of token routers, which are fp32 in every precision.
     `images_per_second`: of a whole run.
     """
 
@@ -38,6 +40,7 @@ class RooflineRow(Result):
     intensity: float = Field(description="operations per byte")
     bound: Bound
     step_ms: float
+    router_ms: float
     images_per_second: float
 
 
@@ -62,7 +65,18 @@ def roofline_text(facts: RooflineFacts) -> str:
         f"Lowest possible times on {facts.gpu} ({count_text(facts.bandwidth)}B/s; {rates}): {facts.precision}, "
         f"{facts.steps} steps, {guided}"
     )
-    titles = ["batch", "model", "FLOP a step", "bytes a step", "weights", "FLOP/byte", "bound", "ms a step", "images/s"]
+    titles = [
+        "batch",
+        "model",
+        "FLOP a step",
+        "bytes a step",
+        "weights",
+        "FLOP/byte",
+        "bound",
+        "ms a step",
+        "routers",
+        "images/s",
+    ]
     rows = [
         [
             str(row.batch),
@@ -73,10 +87,11 @@ def roofline_text(facts: RooflineFacts) -> str:
             f"{row.intensity:.0f}",
             row.bound,
             f"{row.step_ms:.3g}",
+            f"{row.router_ms:.2g}",
             f"{row.images_per_second:.3g}",
         ]
         for row in facts.rows
     ]
     executed = any(row.model == "executed" for row in facts.rows)
     notes = [COUNTED, *([f"Executed: {facts.tokens}."] if executed else [])]
-    return "\n".join([head, aligned([titles, *rows], right=(0, 2, 3, 4, 5, 7, 8)), *notes])
+    return "\n".join([head, aligned([titles, *rows], right=(0, 2, 3, 4, 5, 7, 8, 9)), *notes])

@@ -14,6 +14,9 @@ from dydit.cli import main
 from dydit.errors import ConfigError
 from dydit.inspection.gpus import GPUS
 from dydit.inspection.inspect import inspect, inspect_bundle, inspect_checkpoint, inspect_preset
+from dydit.inspection.roofline import model_roofline
+from dydit.models.config import Routers
+from dydit.models.dit.config import preset
 from dydit.models.macs import static_macs
 from dydit.reports.roofline import Bound, RooflineFacts
 
@@ -34,6 +37,17 @@ def test_a_row_follows_from_the_datasheet(gpu):
         assert row.step_ms / 1e3 == pytest.approx(memory) or row.bound is Bound.COMPUTE
         assert row.images_per_second == pytest.approx(row.batch / (row.step_ms / 1e3 * 250))
     assert all(b.images_per_second >= a.images_per_second for a, b in zip(found.rows, found.rows[1:], strict=False))
+
+
+@pytest.mark.parametrize(("gpu", "share"), [("H100", 0.129), ("H200", 0.129), ("RTX4090", 0.020)])
+def test_token_routers_of_the_published_model_are_one_percent_of_its_operations_but_not_of_its_time(gpu, share):
+    """With half of all units on. Their products are fp32, which tensor cores compute only as TF32."""
+    model = preset("XL/2", routers=Routers.FIRST_ON)
+    half = np.concatenate([np.arange(part.group.count) < part.group.count / 2 for part in model.units.parts])
+    for row in model_roofline(model, np.tile(half, (250, 1)), GPUS[gpu]).rows:
+        if row.model == "executed":
+            assert row.router_ms * 1e-3 * GPUS[gpu].fp32 / row.flops == pytest.approx(0.010, abs=5e-4)
+            assert row.router_ms / row.step_ms == pytest.approx(share, abs=2e-3)
 
 
 def test_a_gpu_that_computes_at_no_cost_is_bound_by_memory(make_bundle):
@@ -65,6 +79,8 @@ def test_executed_rows_are_the_plan_s(make_bundle, settings):
         if "capacities" not in settings:
             routers = row.flops - 2 * row.rows * manifest.plan.macs / manifest.sampling.steps
             assert 0 < routers < 0.1 * row.flops
+            assert 0 < row.router_ms < 1e3 * routers / GPUS["H200"].fp32, "the rest is the embedding and the last layer"
+        assert static.router_ms == 0
     words = found.roofline.tokens
     assert ("slots" in words) == ("capacities" in settings) and ("dense" in words) == (
         settings.get("routing") == "dense"

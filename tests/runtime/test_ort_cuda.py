@@ -15,6 +15,7 @@ from dydit.models.pixart.config import PixArtConfig
 from dydit.runtime.backends.base import BackendOptions
 from dydit.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from dydit.runtime.backends.ort_cuda import CudaSessions, OnnxRuntimeDeviceBackend, _BoundEngine, session_memory
+from dydit.runtime.backends.session import WEIGHTS_APART
 from dydit.runtime.device.cuda import CudaMemory
 from dydit.runtime.device.execute import Tensor
 from dydit.runtime.device.operations import CONDITIONER, TEXT_CONDITIONER, EngineId
@@ -255,7 +256,9 @@ class TestCudaSessions:
 
         def note(file, settings, providers, **more):
             (name, options), level = providers[0], settings.graph_optimization_level
-            asked.append({"provider": name, "level": level, "disabled": more.get("disabled_optimizers", []), **options})
+            apart = settings.get_session_config_entry(WEIGHTS_APART)
+            disabled = more.get("disabled_optimizers", [])
+            asked.append({"provider": name, "level": level, "disabled": disabled, "apart": apart, **options})
             return session(file, settings, providers=["CPUExecutionProvider"], **more)
 
         monkeypatch.setattr(real, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
@@ -269,11 +272,13 @@ class TestCudaSessions:
             OnnxRuntimeBackend(make_bundle(), options).subnet(0)
         assert asked[0] == "libraries", "before the first session"
         assert asked[1]["provider"] == "CUDAExecutionProvider" and asked[1]["use_tf32"] == "0"
+        assert asked[1]["apart"] == "1"
         with pytest.raises(BackendError, match="could not start its CUDAExecutionProvider"):
             _BoundEngine(make_bundle().file("conditioning.onnx"), "cuda", options, 7, graphs=True)
         bound = asked[-1]
         assert (bound["use_tf32"], bound["user_compute_stream"], bound["enable_cuda_graph"]) == ("0", "7", "1")
         assert bound["arena_extend_strategy"] == "kSameAsRequested", "many sessions grow to what they need"
+        assert bound["apart"] == "1", "of weights, which are allocated without the arena"
 
     def test_what_spares_memory_on_the_cpu_is_not_done(self, asked, make_bundle):
         """There fp16 weights are widened, which a GPU does not do."""

@@ -67,6 +67,14 @@ print(repr(os.environ[{session.TELEMETRY!r}]))
         assert not list(tmp_path.iterdir())
 
 
+def test_weights_lie_apart_from_the_arena_of_a_gpu():
+    on_gpu = session.base_options(session.runtime(), BackendOptions(device="cuda"))
+    assert on_gpu.get_session_config_entry(session.WEIGHTS_APART) == "1"
+    on_cpu = session.base_options(session.runtime(), BackendOptions())
+    with pytest.raises(RuntimeError, match="use_device_allocator_for_initializers"):
+        on_cpu.get_session_config_entry(session.WEIGHTS_APART)
+
+
 @pytest.mark.parametrize("version", ["1.22.1", "1.9", "0.4.0", "1.23.0rc2"])
 def test_a_release_that_is_too_old_is_refused_in_one_line(version, make_bundle, monkeypatch):
     import onnxruntime

@@ -22,10 +22,10 @@ def write_attention(writer: GraphWriter, block: int, x: ir.Value, norm: BranchNo
     if not slots:
         bias, joining = writer.weights.whole(part.stored("proj.bias")), [of[name] for name in norm.joining]
         return writer.call(writer.library.get(blocks.attention_none_function, norm), [x, *joining, bias], names)[0]
-    gates, layers = writer.gates(part, slots), writer.layers(part, slots)
-    function = writer.library.get(
-        blocks.attention_function, norm, writer.count(slots), bool(gates), writer.fp16_layers(part)
-    )
+    heads, fp16_layers = writer.count(slots), writer.fp16_layers(part)
+    zeros = blocks.attention_padding(writer.config, writer.library.precision, heads, fp16_layers)
+    gates, layers = writer.gates(part, slots), writer.layers(part, slots, zeros)
+    function = writer.library.get(blocks.attention_function, norm, heads, bool(gates), fp16_layers)
     return writer.call(function, [x, *(of[name] for name in norm.inputs), *layers, *gates], names)[0]
 
 

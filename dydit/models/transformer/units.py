@@ -62,8 +62,8 @@ def step_products(config: TransformerConfig) -> tuple[Product, ...]:
         product
         for block in (range(config.depth) if config.dynamic else ())
         for product in (
-            Product.of(stored_name(block, first), config.tokens, d, hidden),
-            Product.of(stored_name(block, second), config.tokens, hidden, 1),
+            Product.of(stored_name(block, first), config.tokens, d, hidden, router=True),
+            Product.of(stored_name(block, second), config.tokens, hidden, 1, router=True),
         )
     )
     return (

@@ -67,8 +67,6 @@ class _BoundEngine:
     def _open(self) -> Any:
         values = {"user_compute_stream": str(self._stream), GRAPHS_OPTION: str(int(self._graphs))}
         settings = base_options(self._ort, self._options)
-        # Weights would otherwise lie in the arena, whose blocks are reused for activations.
-        settings.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
         session, self._weights = open_session(self._ort, self._file, self._device, settings, values)
         return session
 

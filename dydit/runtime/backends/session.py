@@ -46,6 +46,8 @@ GRAPHS_OPTION = "enable_cuda_graph"
 TELEMETRY = "ORT_DISABLE_TELEMETRY"
 _FOLDER = "session.model_external_initializers_file_folder_path"
 _IN_PLACE = "session.use_external_initializer_file_buffers_directly"
+WEIGHTS_APART = "session.use_device_allocator_for_initializers"
+"""Weights otherwise lie in the arena of a GPU's memory, between blocks that are reused for activations."""
 _shared: weakref.WeakValueDictionary[Path, np.ndarray] = weakref.WeakValueDictionary()
 _ERRORS = (
     *("Fail", "InvalidArgument", "NoSuchFile", "NoModel", "EngineError", "RuntimeException", "InvalidProtobuf"),
@@ -235,13 +237,18 @@ def _weights_in_memory(file: Path, weights: Path) -> np.ndarray | None:
 
 
 def base_options(ort: Any, options: BackendOptions) -> Any:
-    """Options of every session: no log output, the requested threads, which do not spin, weights packed or not."""
+    """Options of every session: no log output, the requested threads, which do not spin, weights packed or not.
+
+    On a GPU weights are allocated apart from the arena.
+    """
     session_options = ort.SessionOptions()
     session_options.log_severity_level = 3
     session_options.intra_op_num_threads = thread_count(options.threads)
     session_options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if not options.packed:
         session_options.add_session_config_entry("session.disable_prepacking", "1")
+    if options.device == "cuda":
+        session_options.add_session_config_entry(WEIGHTS_APART, "1")
     return session_options
 
 
