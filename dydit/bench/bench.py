@@ -8,24 +8,21 @@ of each contender with a reference is compared with it, so that nothing is timed
 
 from __future__ import annotations
 
-import base64
 import os
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from pydantic import Field
 
-from dydit.bench.timing import Decided, Job, Latents, Loaded, Round
+from dydit.bench.contender import Contender, started
+from dydit.bench.timing import Decided, Job, Latents, Round
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.manifest import SamplingEntry
-from dydit.child_process import ChildDiedError, ChildProcess
 from dydit.diffusion.samplers import SamplerChoice
-from dydit.errors import BackendError, ConfigError, DeviationError, DyditError, UnavailableError
+from dydit.errors import ConfigError, DeviationError, UnavailableError
 from dydit.files import new_folder, require_absent, write_json
 from dydit.models.config import ModelConfig, UserPath
 from dydit.parity.comparison import relative_l2
@@ -40,7 +37,6 @@ from dydit.validation import Strict
 
 REPORT = "bench.json"
 MASKED, STATIC = "pytorch-masked", "pytorch-static"  # names of a checkpoint as a contender
-WORKER = [sys.executable, "-m", "dydit.bench.bench_worker"]
 SETTLE_SECONDS = 0.05  # pause for the threads of the contender before
 Progress = Callable[[int, int], None]
 
@@ -137,7 +133,7 @@ def run_bench(
     steps = spread_steps(sampling.steps, config.steps_measured)
     turns = config.warmup + config.repeats
     with ExitStack() as stack:
-        workers, not_run = _start([_job(side, config, model, sampling, steps) for side in sides], stack)
+        workers, not_run = _start([job_of(side, config, model, sampling, steps) for side in sides], stack)
         expected: dict[tuple[SideKind, str], np.ndarray] = {}
         deviations = [_deviation(worker, expected) for worker in workers]
         rounds: list[list[Round]] = [[] for _ in workers]
@@ -242,7 +238,8 @@ def _common_run(
     return first.model, first.sampling, min(manifest.max_batch for manifest in manifests)
 
 
-def _job(side: Side, config: BenchConfig, model: ModelConfig, sampling: SamplingEntry, steps: tuple[int, ...]) -> Job:
+def job_of(side: Side, config: BenchConfig, model: ModelConfig, sampling: SamplingEntry, steps: tuple[int, ...]) -> Job:
+    """What a contender is asked to time: `steps` of the run `sampling`."""
     shared = config.model_dump(include={"labels", "seed", "cfg_scale", "threads", "device", "latents", "texts"})
     return Job(
         side=side,
@@ -255,12 +252,12 @@ def _job(side: Side, config: BenchConfig, model: ModelConfig, sampling: Sampling
     )
 
 
-def _start(jobs: Sequence[Job], stack: ExitStack) -> tuple[list[_Worker], list[NotRun]]:
+def _start(jobs: Sequence[Job], stack: ExitStack) -> tuple[list[Contender], list[NotRun]]:
     """A loaded process for each job that can run here, which ends with `stack`; and the jobs that cannot."""
     workers, not_run = [], []
     for job in jobs:
         try:
-            workers.append(stack.enter_context(_started(job)))
+            workers.append(stack.enter_context(started(job)))
         except UnavailableError as error:
             not_run.append(NotRun(name=job.side.name, reason=str(error)))
     if not workers:
@@ -270,7 +267,7 @@ def _start(jobs: Sequence[Job], stack: ExitStack) -> tuple[list[_Worker], list[N
     return workers, not_run
 
 
-def _deviation(worker: _Worker, expected: dict[tuple[SideKind, str], np.ndarray]) -> float | None:
+def _deviation(worker: Contender, expected: dict[tuple[SideKind, str], np.ndarray]) -> float | None:
     """The relative L2 of a contender from its reference, which runs in a process of its own for this step.
 
     `expected`: what references computed, by kind and checkpoint; filled here.
@@ -281,7 +278,7 @@ def _deviation(worker: _Worker, expected: dict[tuple[SideKind, str], np.ndarray]
     key = reference.kind, reference.checkpoint
     if key not in expected:
         side = Side(name=f"reference, {reference.kind}", kind=reference.kind, path=reference.checkpoint)
-        with _started(worker.job.model_copy(update={"side": side})) as other:
+        with started(worker.job.model_copy(update={"side": side})) as other:
             expected[key] = other.check()
     value = float(relative_l2(worker.check(), expected[key]).max())
     if measured(value) is None or (reference.bar is not None and value > reference.bar):
@@ -294,7 +291,7 @@ def _deviation(worker: _Worker, expected: dict[tuple[SideKind, str], np.ndarray]
     return value
 
 
-def _side_result(worker: _Worker, rounds: list[Round], deviation: float | None, batch: int, steps: int) -> SideResult:
+def _side_result(worker: Contender, rounds: list[Round], deviation: float | None, batch: int, steps: int) -> SideResult:
     memory = worker.ask("memory")  # before the untimed round, which loads more
     decided = Decided.model_validate(worker.ask("decided"))
     table = np.array([each.ms for each in rounds])
@@ -317,33 +314,3 @@ def _side_result(worker: _Worker, rounds: list[Round], deviation: float | None, 
         relative_l2=deviation,
         **decided.model_dump(),
     )
-
-
-@contextmanager
-def _started(job: Job) -> Iterator[_Worker]:
-    """The loaded process of a contender, which ends with the block."""
-    command = [sys.executable, job.side.path] if job.side.kind is SideKind.SCRIPT else WORKER
-    with ChildProcess(command, f"runs {job.side.name!r}", job.threads) as process:
-        yield _Worker(job, process)
-
-
-class _Worker:
-    """The process of a contender; it loads when this object is made."""
-
-    def __init__(self, job: Job, process: ChildProcess):
-        self.job, self._process = job, process
-        self.loaded = Loaded.model_validate(self.ask(job.model_dump_json()))
-
-    def ask(self, line: str) -> dict[str, Any]:
-        """Send a line and wait for the answer."""
-        try:
-            return self._process.ask(line)
-        except (ChildDiedError, UnavailableError):
-            raise
-        except DyditError as error:
-            raise BackendError(f"{self.job.side.name}: {error}") from error
-
-    def check(self) -> np.ndarray:
-        """What the model contributes to one step, f32 [B, C, S, S]."""
-        answer = self.ask("check")
-        return np.frombuffer(base64.b64decode(answer["values"]), "<f4").reshape(answer["shape"])

@@ -14,13 +14,13 @@ from dydit.bench.bench import (
     REPORT,
     BenchConfig,
     _deviation,
-    _started,
     compare_sides,
     run_bench,
     sides_of,
     spread_steps,
 )
 from dydit.bench.bench_worker import open_side
+from dydit.bench.contender import started
 from dydit.bench.timing import Job, Latents, chained_run, settled_bytes
 from dydit.bundle.manifest import PlanKind, Routing
 from dydit.diffusion.coefficients import HISTORY, NOISE, sampling_run
@@ -385,7 +385,7 @@ class TestScripts:
         known = {(reference.kind, reference.checkpoint): np.ones((1, 4, 8, 8), np.float32)}
         with (
             pytest.raises(DeviationError, match="is not finite, expected a finite number"),
-            _started(job(make_bundle(), mine("nan", reference))) as worker,
+            started(job(make_bundle(), mine("nan", reference))) as worker,
         ):
             _deviation(worker, known)
 
@@ -432,7 +432,7 @@ class TestRefusals:
             run_bench(sides_of(make_bundle(), backend="nonsense"), QUICK)
 
     def test_a_process_that_dies_is_told_with_its_last_words(self, make_bundle, monkeypatch):
-        monkeypatch.setattr("dydit.bench.bench.WORKER", [sys.executable, "-c", "raise SystemExit('out of luck')"])
+        monkeypatch.setattr("dydit.bench.contender.WORKER", [sys.executable, "-c", "raise SystemExit('out of luck')"])
         with pytest.raises(BackendError, match=r"ended: out of luck \(exit code 1\)"):
             run_bench(sides_of(make_bundle()), QUICK)
 
