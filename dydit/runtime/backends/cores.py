@@ -1,4 +1,4 @@
-"""How many CPUs this process may use, by its affinity and by the quota of its container."""
+"""How many CPUs this process may use, by its affinity and by the quota of its container; and what they can compute."""
 
 from __future__ import annotations
 
@@ -7,6 +7,13 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+PROC_CPUINFO = Path("/proc/cpuinfo")
+INSTRUCTIONS = (
+    *("avx", "fma", "avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16"),
+    *("amx_tile", "amx_int8", "amx_bf16", "amx_fp16"),
+    *("asimd", "asimddp", "i8mm", "bf16", "sve", "sve2", "sme"),  # Arm
+)
+"""Instruction sets that decide how fast matrix products are, as Linux calls them."""
 PROC_CGROUP = Path("/proc/self/cgroup")
 CGROUPS = Path("/sys/fs/cgroup")
 
@@ -21,6 +28,17 @@ def available_cores() -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = cpu_quota()
     return cores if quota is None else max(1, min(cores, math.floor(quota)))
+
+
+def instruction_sets(cpuinfo: Path = PROC_CPUINFO) -> tuple[str, ...]:
+    """Those of `INSTRUCTIONS` that the first CPU has; empty if the system does not report them."""
+    try:
+        lines = cpuinfo.read_text(errors="replace").splitlines()
+    except OSError:
+        return ()
+    listed = next((line for line in lines if line.partition(":")[0].strip() in ("flags", "Features")), "")
+    flags = set(listed.partition(":")[2].split())
+    return tuple(name for name in INSTRUCTIONS if name in flags)
 
 
 def cpu_quota(membership: Path = PROC_CGROUP, root: Path = CGROUPS) -> float | None:
