@@ -35,7 +35,8 @@ class Reference(Result):
 
 
 class Side(Result):
-    """One contender of a benchmark. `path`: the folder of a bundle, a checkpoint, or a script.
+    """One contender of a benchmark. `path`: the folder of a bundle, a checkpoint, or a script; of a
+    bundle that was exported for the benchmark alone, its checkpoint.
 
     `backend` and `packed` apply to bundles. `checkpoint` applies to scripts: the checkpoint that they load.
     """
@@ -47,6 +48,7 @@ class Side(Result):
     packed: bool = Field(default=False, description="see `dydit.runtime.backends.base.BackendOptions`")
     checkpoint: str | None = None
     reference: Reference | None = Field(default=None, description="compared with it before anything is timed")
+    optional: bool = Field(default=False, description="left out where it does not run")
 
 
 class SideResult(Result):
@@ -61,7 +63,8 @@ class SideResult(Result):
     computed in the blocks for an image, mean over the measured steps, with repeated steps: of a bundle, those of its
     subnetworks as compiled (`dydit.planning.executed`); of the others, all. `precision`: that of matrix products, if it
     is known. `relative_l2`: deviation of the model's part of one step, x_prev - c_x*x, from the reference, of the worst
-    image.
+    image. `psnr`: dB, of the samples of a run over the measured steps from the same noise, of the worst image; None
+    without such a reference (`BenchReport.reference`), and where nothing differs.
     """
 
     side: Side
@@ -83,6 +86,7 @@ class SideResult(Result):
     macs: float
     precision: str | None = None
     relative_l2: Measured = None
+    psnr: Measured = None
 
     @property
     def steps_timed(self) -> int:
@@ -133,6 +137,7 @@ class BenchReport(Result):
     sides: tuple[SideResult, ...]
     comparisons: tuple[Comparison, ...] = Field(description="the first configuration compared with each of the others")
     not_run: tuple[NotRun, ...] = ()
+    reference: str = Field(default="", description="the contender that the errors of all are measured against, if any")
     load_average: tuple[float, float] = Field(
         description="one-minute load average of the machine before and after, which shows other work"
     )

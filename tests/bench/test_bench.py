@@ -41,7 +41,7 @@ def report(make_checkpoint, make_bundle, tmp_path_factory):
     out, seen = tmp_path_factory.mktemp("bench"), []
     sides = sides_of(
         make_bundle(),
-        make_bundle(plan=PlanKind.PER_STEP, routing=Routing.CAPACITY, capacities=(1, 16, 16)),
+        [make_bundle(plan=PlanKind.PER_STEP, routing=Routing.CAPACITY, capacities=(1, 16, 16))],
         make_checkpoint().path,
     )
     made = run_bench(sides, QUICK, out, lambda *at: seen.append(at))
@@ -187,7 +187,7 @@ def test_a_checkpoint_without_routers_is_called_static(make_bundle, make_checkpo
         (static, "pytorch-static", SideKind.TORCH_STATIC),
         (make_checkpoint(), "pytorch-masked", SideKind.TORCH_MASKED),
     ):
-        side = sides_of(make_bundle(), None, checkpoint.path)[1]
+        side = sides_of(make_bundle(), (), checkpoint.path)[1]
         assert (side.name, side.kind) == (name, kind)
 
 
@@ -403,10 +403,10 @@ class TestScripts:
 class TestRefusals:
     def test_bundles_of_other_runs(self, make_bundle, make_checkpoint, small_config):
         with pytest.raises(ConfigError, match=r"sampling steps differ \(12 and 6\)"):
-            run_bench(sides_of(make_bundle(), make_bundle(steps=6)), QUICK)
+            run_bench(sides_of(make_bundle(), [make_bundle(steps=6)]), QUICK)
         other = make_bundle(make_checkpoint(small_config.model_copy(update={"depth": 2})))
         with pytest.raises(ConfigError, match="model sizes differ"):
-            run_bench(sides_of(make_bundle(), other), QUICK)
+            run_bench(sides_of(make_bundle(), [other]), QUICK)
 
     def test_labels_and_batches(self, make_bundle):
         with pytest.raises(ConfigError, match=r"label 8 is outside 0..7"):

@@ -35,7 +35,7 @@ def open_backend(name: str, bundle: Bundle, options: BackendOptions | None = Non
     require_known(name)
     options = options or BackendOptions()
     device, colon, number = options.device.partition(":")
-    devices = _devices(name)
+    devices = devices_of(name)
     if device not in ALL_DEVICES or (colon and not number.isdecimal()):
         raise BackendError(f"unknown device {options.device!r}; known: {', '.join(devices)}")
     if device not in devices:
@@ -62,7 +62,7 @@ def candidates(bundle: Bundle, device: str) -> tuple[str, ...]:
     Those of TensorRT are among them on `cuda`, where the bundle holds engines of their flavour. Nothing is imported,
     so a backend may still refuse.
     """
-    names = [name for name in BACKENDS if device in _devices(name) and not missing(backend_modules(name))]
+    names = [name for name in BACKENDS if device in devices_of(name) and not missing(backend_modules(name))]
     if device == "cuda":
         from dydit.engines.store import stores
 
@@ -71,7 +71,8 @@ def candidates(bundle: Bundle, device: str) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _devices(name: str) -> tuple[str, ...]:
+def devices_of(name: str) -> tuple[str, ...]:
+    """The devices that a backend knows."""
     return OPENVINO_DEVICES if name == "openvino" else DEVICES
 
 
