@@ -54,7 +54,7 @@ def bench_everything(
             exports, left_out = _exports(given[0].manifest, checkpoint, known, config, folder / "bundles")
         names = [*bundle_names(given), *(each.path.name for each in exports)]
         sides = [
-            Side(name=f"{name}, {backend}", kind=SideKind.BUNDLE, path=str(each.path), backend=backend, optional=True)
+            Side(name=f"{name} on {backend}", kind=SideKind.BUNDLE, path=str(each.path), backend=backend, optional=True)
             for name, each in zip(names, [*given, *exports], strict=True)
             for backend in candidates(each, config.device)
         ]

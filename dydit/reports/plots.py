@@ -164,7 +164,7 @@ def errors_png(bench: BenchReport) -> bytes:
         colours = [ACCENT if side is first else ACCENT_LIGHT for side in sides]
 
         def words(side: SideResult) -> str:
-            return ", ".join([_ms(side.median_ms), *filter(None, error_words(bench, side))])
+            return ";  ".join([_ms(side.median_ms), *filter(None, error_words(bench, side))])
 
         axis, most = _bars(figure, bench, sides, colours, 0.0, [0.0] * len(sides), words)
         axis.set_xlim(0, 1.45 * most)

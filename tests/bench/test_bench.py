@@ -31,6 +31,7 @@ from dydit.models.config import Routers
 from dydit.models.pixart.config import PixArtConfig
 from dydit.models.transformer.units import attention_macs, mlp_macs
 from dydit.reports.bench_report import BenchReport, Reference, Side, SideKind, SideResult
+from dydit.reports.bench_table import table_lines
 
 QUICK = BenchConfig(labels=(1, 7), steps_measured=3, repeats=2, threads=1)
 
@@ -44,7 +45,8 @@ def report(make_checkpoint, make_bundle, tmp_path_factory):
         [make_bundle(plan=PlanKind.PER_STEP, routing=Routing.CAPACITY, capacities=(1, 16, 16))],
         make_checkpoint().path,
     )
-    made = run_bench(sides, QUICK, out, lambda *at: seen.append(at))
+    references = ("another", "pytorch-masked")
+    made = run_bench(sides, QUICK, out, lambda *at: seen.append(at), references=references)
     assert seen == [(k + 1, 9) for k in range(9)]
     assert BenchReport.parse(json.loads((out / REPORT).read_text())) == made
     return made
@@ -80,6 +82,28 @@ def test_multiply_adds_are_those_of_the_decisions(report, small_config):
     assert all(0.2 < ratio < 0.9 for ratio in merged.flops_ratio)
     assert all(0.1 < share < 0.9 for share in merged.token_share)
     assert masked.macs == static_macs(small_config), "the masked model computes everything"
+
+
+def test_errors_are_those_from_the_first_reference_that_runs(report):
+    merged, capacity, masked = report.sides
+    assert report.reference == masked.side.name and (masked.relative_l2, masked.psnr) == (0, None)
+    for side in (merged, capacity):
+        assert 0 <= side.relative_l2 < 1e-5 and (side.psnr is None or side.psnr > 80)
+    header, *rows = table_lines(report)
+    assert header.split() == ["configuration", "precision", "ms", "a", "step", "speed", "relative", "L2", "PSNR"]
+    names = [side.side.name for side in sorted(report.sides, key=lambda side: side.median_ms)]
+    assert [row.split()[0] for row in rows[:3]] == names
+    assert "reference" in rows[names.index("pytorch-masked")] and "1.00\u00d7" in rows[names.index(merged.side.name)]
+    assert "against pytorch-masked (fp32), worst image, same noise" in rows[4]
+
+
+def test_reports_of_earlier_releases_are_read(report):
+    values = report.to_json()
+    del values["reference"]
+    for side in values["sides"]:
+        del side["psnr"], side["side"]["optional"]
+    old = BenchReport.parse(values)
+    assert old.reference == "" and [each.side for each in old.sides] == [each.side for each in report.sides]
 
 
 def test_overflowing_steps_run_again_and_are_counted(report):
@@ -391,8 +415,11 @@ class TestScripts:
 
     def test_a_script_that_lacks_something_is_left_out(self, mine, make_bundle):
         sides = sides_of(make_bundle())
-        report = run_bench([mine("nothing"), *sides], QUICK)
-        assert [(each.name, each.reason) for each in report.not_run] == [("mine", "there is nothing to load")]
+        elsewhere = sides[0].model_copy(update={"name": "elsewhere", "backend": "ncnn", "optional": True})
+        report = run_bench([mine("nothing"), elsewhere, *sides], QUICK)
+        (name, reason), other = ((each.name, each.reason) for each in report.not_run)
+        assert (name, reason) == ("mine", "there is nothing to load")
+        assert other[0] == "elsewhere" and other[1].startswith("unknown backend 'ncnn'")
         assert [side.side for side in report.sides] == sides and report.comparisons == ()
         with pytest.raises(
             UnavailableError, match="no configuration runs on this machine: mine: there is nothing to load"

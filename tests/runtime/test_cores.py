@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dydit.runtime.backends import cores
-from dydit.runtime.backends.cores import available_cores, cpu_quota, thread_count
+from dydit.runtime.backends.cores import available_cores, cpu_quota, instruction_sets, thread_count
 
 
 def write(root: Path, files: dict[str, str]) -> Path:
@@ -62,3 +62,18 @@ def test_a_system_without_any_of_it(tmp_path, monkeypatch):
     monkeypatch.setattr(cores, "cpu_quota", lambda: None)
     assert available_cores() == 1
     assert cpu_quota(tmp_path / "a", tmp_path / "b") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("processor\t: 0\nflags\t\t: fpu avx2 amx_bf16 avx512f\n\nflags\t\t: avx\n", ("avx2", "avx512f", "amx_bf16")),
+        ("Features\t: fp asimd i8mm\n", ("asimd", "i8mm")),
+        ("strange\n", ()),
+        (None, ()),
+    ],
+)
+def test_instruction_sets(text: str | None, expected: tuple[str, ...], tmp_path: Path) -> None:
+    if text is not None:
+        (tmp_path / "cpuinfo").write_text(text)
+    assert instruction_sets(tmp_path / "cpuinfo") == expected
