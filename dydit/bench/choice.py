@@ -37,7 +37,7 @@ from dydit.reports.bench_report import Side, SideKind
 from dydit.reports.text import exponent
 from dydit.runtime.backends.base import BackendOptions
 from dydit.runtime.backends.cores import thread_count
-from dydit.runtime.backends.registry import BACKENDS, candidates, open_backend
+from dydit.runtime.backends.registry import BACKENDS, candidates, devices_of, open_backend
 from dydit.runtime.bulk.run import packing_pays
 
 DEFAULT = BACKENDS[0]
@@ -142,7 +142,10 @@ def fastest(ms: Mapping[str, float]) -> str:
 
 def _first_that_opens(bundle: Bundle, names: Sequence[str], options: BackendOptions) -> Choice:
     """The first backend that takes the bundle, and why it is not the default."""
-    failed = {} if DEFAULT in names else {DEFAULT: f"{DEFAULT} is not installed"}
+    failed = {}
+    if DEFAULT not in names:
+        known = options.device in devices_of(DEFAULT)
+        failed[DEFAULT] = f"{DEFAULT} " + ("is not installed" if known else f"does not run on {options.device}")
     for name in names:
         try:
             open_backend(name, bundle, options).close()

@@ -38,12 +38,14 @@ def bench_everything(
     config: BenchConfig,
     out: Path,
     progress: Progress | None = None,
+    exporting: Progress | None = None,
 ) -> BenchReport:
     """Time bundles on all backends that run here, and a checkpoint in PyTorch and in the precisions that no bundle has;
     write bench.json and bench.png to the new folder `out`.
 
-    Exports lie in `out` while they are needed. Raises as `run_bench`, `Bundle.open` and `load_checkpoint` do, and
-    `OutputError` if `out` exists or cannot be written.
+    `progress(done, total)` counts rounds, `exporting(done, total)` exports, which lie in `out` while they are needed.
+    Raises as `run_bench`, `Bundle.open` and `load_checkpoint` do, and `OutputError` if `out` exists or cannot be
+    written.
     """
     require_absent(out)
     given = [Bundle.open(path, verify=False) for path in (bundle, *versus)]
@@ -51,16 +53,16 @@ def bench_everything(
         exports, left_out = [], []
         if checkpoint is not None:
             known = {each.manifest.precision for each in given}
-            exports, left_out = _exports(given[0].manifest, checkpoint, known, config, folder / "bundles")
-        names = [*bundle_names(given), *(each.path.name for each in exports)]
+            exports, left_out = _exports(given[0].manifest, checkpoint, known, config, folder / "bundles", exporting)
+        bundles = [*given, *exports]
         sides = [
             Side(name=f"{name} on {backend}", kind=SideKind.BUNDLE, path=str(each.path), backend=backend, optional=True)
-            for name, each in zip(names, [*given, *exports], strict=True)
+            for name, each in zip(bundle_names(bundles), bundles, strict=True)
             for backend in candidates(each, config.device)
         ]
         if checkpoint is not None:
             sides.append(checkpoint_side(checkpoint))
-        references = _references(sides, {str(each.path): each.manifest.precision for each in [*given, *exports]})
+        references = _references(sides, {str(each.path): each.manifest.precision for each in bundles})
         report = run_bench(sides, config, progress=progress, references=references)
         not_run = (*report.not_run, *left_out, *_not_installed(config.device))
         kept = [
@@ -77,7 +79,12 @@ def bench_everything(
 
 
 def _exports(
-    manifest: Manifest, path: Path, known: set[Precision], config: BenchConfig, folder: Path
+    manifest: Manifest,
+    path: Path,
+    known: set[Precision],
+    config: BenchConfig,
+    folder: Path,
+    exporting: Progress | None,
 ) -> tuple[list[Bundle], list[NotRun]]:
     """Bundles of a checkpoint in further precisions, otherwise as a bundle is; and what cannot be exported."""
     from dydit.checkpoints.checkpoint import load_checkpoint
@@ -89,11 +96,13 @@ def _exports(
         return [], [NotRun(name=precision.value, reason=reason) for precision in wanted]
     checkpoint, run = load_checkpoint(path), config.sampling.over(manifest.sampling.config)
     bundles, left_out = [], []
-    for precision in wanted:
+    for done, precision in enumerate(wanted, start=1):
         try:
             bundles.append(export(checkpoint, folder / precision.value, _settings(manifest, run, precision)))
         except DyditError as error:
             left_out.append(NotRun(name=precision.value, reason=one_line(error)))
+        if exporting:
+            exporting(done, len(wanted))
     return bundles, left_out
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,8 @@ def command(
     config = parse_options(BenchConfig, settings)
     with show_progress("bench") as progress:
         if everything:
-            report = bench_everything(bundle, versus, against, config, out, progress)
+            rounds, exports = (partial(progress.stage, title) for title in ("bench", "export"))
+            report = bench_everything(bundle, versus, against, config, out, rounds, exports)
         else:
             report = bench_files(bundle, versus, against, backend, config, out, progress)
     if as_json:

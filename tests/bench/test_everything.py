@@ -18,9 +18,9 @@ FEW = ["--labels", "1,2", "--steps-measured", "2", "--repeats", "1", "--threads"
 
 
 def test_all_that_is_installed_takes_part(run, make_bundle, tmp_path: Path, monkeypatch) -> None:
+    bundle, out = make_bundle(), tmp_path / "out"
     for name in ("torch", "openvino"):
         monkeypatch.setitem(sys.modules, name, None)
-    bundle, out = make_bundle(), tmp_path / "out"
     done = run("bench", bundle.path, "--all", *FEW, "--out", out)
     assert (done.code, done.err) == (0, "")
     lines, name = done.out.splitlines(), f"{bundle.path.name} on onnxruntime"

@@ -122,7 +122,6 @@ def test_latency(sides):
     report = bench(*sides, not_run=(NotRun(name=LONG, reason="no compiler"),) if len(sides) == 2 else ())
     latency_png(report)
     ranking_png(report, report.comparisons[0] if report.comparisons else None)
-    errors_png(report)
     errors = {"relative_l2": 1.2e-5, "psnr": 101.2}
     held = tuple(each.model_copy(update=errors) for each in report.sides)
     errors_png(report.model_copy(update={"sides": held, "reference": held[0].side.name}))
