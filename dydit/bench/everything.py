@@ -50,7 +50,8 @@ def bench_everything(
     require_absent(out)
     given = [Bundle.open(path, verify=False) for path in (bundle, *versus)]
     with new_folder(out) as folder:
-        exports, left_out = [], []
+        exports: list[Bundle] = []
+        left_out: list[NotRun] = []
         if checkpoint is not None:
             known = {each.manifest.precision for each in given}
             exports, left_out = _exports(given[0].manifest, checkpoint, known, config, folder / "bundles", exporting)

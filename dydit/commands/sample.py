@@ -37,7 +37,7 @@ from dydit.words import counted, duration
 if TYPE_CHECKING:
     from dydit.bundle.texts import Texts
     from dydit.models.config import ModelConfig
-    from dydit.runtime.bulk.run import SampleSummary
+    from dydit.runtime.bulk.run import ChooseBackend, SampleSummary
 
 
 def _parse_worker(_: click.Context, __: click.Parameter, value: str | None) -> Worker:
@@ -160,7 +160,7 @@ def command(
     given = _texts(opened.manifest.model, texts, prompt, prompts, negative_prompt, text_encoder)
     opened = opened if given is None else opened.with_texts(given)
     with _progress(worker) as (progress, steps, images):
-        chosen = chooser(opened, options, worker, progress) if backend == AUTO else backend
+        chosen: str | ChooseBackend = chooser(opened, options, worker, progress) if backend == AUTO else backend
         done = sample_to_folder(
             opened, config, out, outputs, chosen, options, steps, images, worker, announce=progress.note
         )
