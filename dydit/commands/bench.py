@@ -69,9 +69,7 @@ from dydit.extras import CHECKPOINTS, GRAPHS, backend_modules, require
 @sampling_options
 @backend_options
 @json_option
-@click.pass_context
 def command(
-    context: click.Context,
     bundle: Path,
     everything: bool,
     versus: tuple[Path, ...],
@@ -89,7 +87,8 @@ def command(
     measured against the checkpoint of --against, or without it against a bundle in fp32. All processes stay loaded
     until the end, so this takes much memory.
     """
-    if everything and context.get_parameter_source("backend") is not click.core.ParameterSource.DEFAULT:
+    source = click.get_current_context().get_parameter_source("backend")
+    if everything and source is not click.core.ParameterSource.DEFAULT:
         raise click.UsageError("--all times every backend; remove --backend")
     if everything:
         require_backend("dydit bench", AUTO)
