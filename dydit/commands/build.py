@@ -65,8 +65,8 @@ from dydit.words import duration
 @click.option(
     "--inspect/--no-inspect",
     default=True,
-    help="On a machine with a GPU: fail if an engine's kernels are not in the precision of the bundle, or if attention "
-    "is not fused.",
+    help="Fail if an engine's kernels are not in the precision of the bundle, or if attention is not fused. With "
+    "tensorrt this needs a GPU that the engines run on.",
 )
 @json_option
 def command(bundle: Path, flavour: str | None, jobs: int, inspect: bool, as_json: bool, **settings: Any) -> None:

@@ -16,7 +16,7 @@ from dydit.bundle.io_spec import TensorSpec
 from dydit.engines.findings import require_types, shown
 from dydit.engines.fingerprint import EngineRequest, HardwareCompatibility
 from dydit.engines.flavour import Flavour, load_flavour, load_polygraphy
-from dydit.engines.inspector import inspect_engine
+from dydit.engines.inspector import ChosenKernels, inspect_engine
 from dydit.engines.network import Messages, Network, Parsed, parse_graph, read_network, require_inputs
 from dydit.engines.profiles import Extent, Profile, shape_profiles
 from dydit.engines.store import Built
@@ -31,8 +31,7 @@ class Job(Strict):
 
     `inputs`: the graph's inputs according to `io_spec`; None for a graph that it does not describe, such as a VAE
     decoder, whose types are not checked against the precision either. `ranges`: for each profile, the extent of every
-    symbol of the inputs. `inspect`: also check the types of the kernels that were chosen, if there is a GPU to load the
-    engine on.
+    symbol of the inputs. `inspect`: also check the types of the kernels that were chosen, where that can be read.
     """
 
     graph: Path
@@ -63,12 +62,12 @@ def build_engine(job: Job) -> Built:
             require_types(network, job.request.precision, job.model, job.graph.name)
         profiles = shape_profiles(network.inputs, job.ranges, job.graph.name)
         plan = _plan(trt, parsed, job, profiles, messages)
-        inspected = job.inspect and job.inputs is not None and _require_kernels(trt, plan, network, job)
+        kernels = _require_kernels(trt, plan, network, job) if job.inspect and job.inputs is not None else None
         digest = hashlib.sha256(plan).hexdigest()
         write_atomic(job.engine, plan)
         status = job.engine.stat()
         seconds = time.perf_counter() - started
-        outcome = f"built in {seconds:.1f} s, {'its kernels inspected' if inspected else 'its kernels not inspected'}"
+        outcome = f"built in {seconds:.1f} s, {'its kernels inspected' if kernels else 'its kernels not inspected'}"
     finally:
         _log(job.log, f"{job.engine.name} from {job.graph.name}: {outcome}", messages)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -81,6 +80,7 @@ def build_engine(job: Job) -> Built:
         layers=len(network.layers),
         warnings=sum(messages.warnings.values()),
         activation_bytes=messages.activation_bytes,
+        kernels=kernels,
     )
 
 
@@ -101,15 +101,18 @@ def _plan(trt: Any, parsed: Parsed, job: Job, profiles: Sequence[Profile], messa
         raise BackendError(f"{job.request.flavour} cannot build {job.graph.name}: {reason}; see {job.log}") from error
 
 
-def _require_kernels(trt: Any, plan: Any, network: Network, job: Job) -> bool:
-    """Whether the engine's kernels could be inspected here. Raises `BackendError` if their types are wrong."""
-    findings = inspect_engine(trt, plan, network, job.request.precision, job.model)
-    if findings:
+def _require_kernels(trt: Any, plan: Any, network: Network, job: Job) -> ChosenKernels | None:
+    """The engine's kernels; None where they cannot be inspected. Raises `BackendError` if their types are wrong."""
+    request = job.request
+    inspection = inspect_engine(trt, request.flavour, plan, network, request.precision, job.model)
+    if inspection is None:
+        return None
+    if inspection.findings:
         raise BackendError(
-            f"{job.request.flavour} {trt.__version__} built {job.graph.name} with types that {job.request.precision} "
-            f"does not allow: {shown(findings)}; try another version of it, or keep such engines with --no-inspect"
+            f"{request.flavour} {trt.__version__} built {job.graph.name} with types that {request.precision} does not "
+            f"allow: {shown(inspection.findings)}; try another version of it, or keep such engines with --no-inspect"
         )
-    return findings is not None
+    return inspection.chosen
 
 
 def set_flags(trt: Any, config: Any, flavour: Flavour) -> None:

@@ -16,6 +16,7 @@ from dydit.bundle.vae_entry import VAE_DECODER, vae_inputs
 from dydit.engines.build_workers import run_jobs
 from dydit.engines.builder import Job
 from dydit.engines.fingerprint import EngineKey, EngineRequest, stale_key_reasons, stale_reasons
+from dydit.engines.inspector import ChosenKernels
 from dydit.engines.profiles import Extent, shape_profiles, symbol_ranges, width_ranges
 from dydit.engines.store import Built, EngineEntry, EngineStore, stores, weights_of
 from dydit.errors import BundleError, ConfigError
@@ -24,18 +25,23 @@ from dydit.locks import FileLock
 
 DECODED_AT_ONCE = 4
 """The largest batch of the VAE decoder's engine: its activations are large."""
+_SHOWN = 3
 Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class BuiltEngine:
-    """An engine that this call built: its graph, file, size in bytes, seconds, and why it was built."""
+    """An engine that this call built.
+
+    Its graph, file, size in bytes, seconds, why it was built, and its kernels, where they could be read.
+    """
 
     graph: str
     file: str
     bytes: int
     seconds: float
     reasons: tuple[str, ...]
+    kernels: ChosenKernels | None
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,10 @@ class BuildReport:
     def to_json(self) -> dict[str, Any]:
         """The report as JSON values."""
         values = {**asdict(self), "folder": str(self.folder), "log": str(self.log)}
-        return values | {"request": self.request.model_dump(mode="json")}
+        built = [
+            {**asdict(each), "kernels": each.kernels and each.kernels.model_dump(mode="json")} for each in self.built
+        ]
+        return values | {"request": self.request.model_dump(mode="json"), "built": built}
 
     def text(self) -> list[str]:
         """The report as lines for a terminal."""
@@ -73,7 +82,21 @@ class BuildReport:
             return [*lines, f"{self.folder}: all {self.kept} engines for {name} are up to date; nothing was built"]
         kept = f", {self.kept} up to date" if self.kept else ""
         lines.append(f"{self.folder}: {len(self.built)} engines built by {name}{kept}")
+        lines += self._wider_products()
         return [*lines, f"{self.warnings} builder warnings are in {self.log}"] if self.warnings else lines
+
+    def _wider_products(self) -> list[str]:
+        """A line if products that the bundle holds in 8 bits are computed in another type."""
+        chosen = [(each.graph, each.kernels) for each in self.built if each.kernels]
+        wider = [f"{weight} in {graph}" for graph, kernels in chosen for weight in kernels.not_in_8_bits]
+        if not wider:
+            return []
+        total, more = sum(kernels.in_8_bits for _, kernels in chosen), len(wider) - _SHOWN
+        also = f" and {more} more" if more > 0 else ""
+        return [
+            f"the builder chose other types for {len(wider)} of {total} products that the bundle holds in 8 bits: "
+            f"{', '.join(wider[:_SHOWN])}{also}; these gain nothing from 8 bits"
+        ]
 
 
 @dataclass(frozen=True)
@@ -111,10 +134,7 @@ def build_engines(
         _remove_unused(store, entries)
         if index is None or entries != index.engines:
             store.write(request, entries)
-    built = tuple(
-        BuiltEngine(each.graph, entries[each.graph].file, entries[each.graph].bytes, entries[each.graph].seconds, why)
-        for each, why in stale
-    )
+    built = tuple(_built(each.graph, entries[each.graph], why) for each, why in stale)
     return BuildReport(
         folder=store.folder,
         request=request,
@@ -128,6 +148,10 @@ def build_engines(
         warnings=sum(each.warnings for each in new),
         log=store.build_log,
     )
+
+
+def _built(graph: str, entry: EngineEntry, reasons: tuple[str, ...]) -> BuiltEngine:
+    return BuiltEngine(graph, entry.file, entry.bytes, entry.seconds, reasons, entry.kernels)
 
 
 def _settings_reasons(store: EngineStore, request: EngineRequest) -> list[str]:

@@ -72,10 +72,18 @@ def shown(findings: Sequence[Finding]) -> str:
     return f"{'; '.join(map(str, findings[:_SHOWN]))}{more}"
 
 
-def fp32_products(network: Network, precision: Precision, model: ModelConfig) -> frozenset[str]:
-    """The ONNX nodes, as layers name them, whose products stay fp32 in a bundle of `precision`."""
+@dataclass(frozen=True)
+class Product:
+    """A product of the network: its weight, empty for one of two activations, and the type of its operands."""
+
+    weight: str
+    dtype: str
+
+
+def products(network: Network, precision: Precision, model: ModelConfig) -> dict[str, Product]:
+    """The products of a network of the types that `type_findings` asks for, by their ONNX node as layers name it."""
     check = _Check(network, precision, model)
-    return frozenset(layer.origin for layer in network.layers if layer.kind in PRODUCTS and check.is_exempt(layer))
+    return {layer.origin: check.product(layer) for layer in network.layers if layer.kind in PRODUCTS}
 
 
 class _Check:
@@ -112,7 +120,7 @@ class _Check:
     def _product(self, layer: Layer, types: set[str]) -> tuple[Kind, str] | None:
         if self.is_fp32:
             return None
-        weights = [name for operand in layer.inputs for name in self._weights(operand)]
+        weights = self._weights_of(layer)
         named = f"with {weights[0]}" if weights else "of two activations"
         taken = f"the matrix product {named} takes {_words(types)}, expected"
         if self.is_exempt(layer):
@@ -129,6 +137,17 @@ class _Check:
             return Kind.PRODUCT, f"the matrix product {named} takes float32, expected {self.low}"
         return None
 
+    def product(self, layer: Layer) -> Product:
+        """A product, with the type that its operands should have."""
+        weights = self._weights_of(layer)
+        if self.is_fp32 or self.is_exempt(layer):
+            dtype = "float32"
+        elif self.quantized and self._fp16_weights.isdisjoint(weights):
+            dtype, weights = self.quantized, [name for each in layer.inputs for name in self._weights_in_8_bits(each)]
+        else:
+            dtype = self.low
+        return Product(weights[0] if weights else "", dtype)
+
     def is_exempt(self, product: Layer) -> bool:
         """Whether a product has one of the weights that stay fp32.
 
@@ -136,7 +155,7 @@ class _Check:
         """
         if product.kind in CONVOLUTIONS and len(product.inputs) == 1:
             return True
-        return not self._exempt.isdisjoint(name for operand in product.inputs for name in self._weights(operand))
+        return not self._exempt.isdisjoint(self._weights_of(product))
 
     def _was_stored_in_8_bits(self, operand: str) -> bool:
         """Whether an operand comes, through layers that only move values, from a dequantization of the right type."""
@@ -144,6 +163,9 @@ class _Check:
             if producer.kind == "dequantize":
                 return self.network.dtypes[producer.inputs[0]] == self.quantized
         return False
+
+    def _weights_of(self, product: Layer) -> list[str]:
+        return [name for operand in product.inputs for name in self._weights(operand)]
 
     def _weights(self, operand: str) -> list[str]:
         """The stored weights that an operand comes from; empty for an activation."""
@@ -159,7 +181,13 @@ class _Check:
                 return []
             elif producer.kind == "constant":
                 names.append(producer.name)
-        return [re.sub(r"\[\d+:\d+\]$", "", name) for name in names]
+        return [_without_window(name) for name in names]
+
+    def _weights_in_8_bits(self, operand: str) -> list[str]:
+        """The weights stored in 8 bits that an operand is dequantized from."""
+        producers = self._producers(operand, lambda layer: layer.kind in _MOVING or layer.kind == "dequantize")
+        stored = (each for each in producers if each.kind == "constant")
+        return [_without_window(each.name) for each in stored if self.network.dtypes[each.outputs[0]] == self.quantized]
 
     def _cast(self, layer: Layer) -> tuple[Kind, str] | None:
         (source, *_), (result, *_) = layer.inputs, layer.outputs
@@ -265,6 +293,11 @@ def _reachable(name: str, following: Callable[[str], Sequence[str]]) -> list[str
         seen.update(dict.fromkeys(fresh))
         waiting.extend(fresh)
     return list(seen)
+
+
+def _without_window(name: str) -> str:
+    """`NAME` for `NAME[0:3]`."""
+    return re.sub(r"\[\d+:\d+\]$", "", name)
 
 
 def _words(types: set[str]) -> str:

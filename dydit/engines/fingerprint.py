@@ -27,6 +27,10 @@ from dydit.validation import Strict
 RECIPE = 2
 """Increased whenever this package builds another engine from the same settings."""
 _FOLDER_DIGITS = 16
+_WITHOUT_FP8 = (
+    "8.0",
+    "8.6",
+)  # tensorrt-rtx 1.7.1 refuses them for graphs in fp8, and by default builds for 8.9 and later
 
 
 class _ChangesEngine:
@@ -76,6 +80,12 @@ class EngineRequest(Strict):
         """The fields that change an engine, as JSON values."""
         values = self.model_dump(mode="json")
         return {name: values[name] for name in MARKED}
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The compute capabilities that the flavour can build these engines for; empty if for the GPU that is there."""
+        lacking = _WITHOUT_FP8 if self.precision is Precision.FP8 else ()
+        return tuple(each for each in self.flavour.traits.targets if each not in lacking)
 
     @property
     def folder(self) -> str:
@@ -202,6 +212,7 @@ def require_buildable(manifest: Manifest, request: EngineRequest, gpu: Gpu | Non
         _require_ahead_of_time(request)
         if gpu is not None and not request.compute_capabilities:  # who names targets builds for another machine
             require_target(flavour, gpu)
+            _require_fp8(request, gpu.compute_capability)
         return
     if request.compute_capabilities:
         raise BackendError(
@@ -215,9 +226,18 @@ def require_buildable(manifest: Manifest, request: EngineRequest, gpu: Gpu | Non
         )
 
 
+def _require_fp8(request: EngineRequest, capability: str) -> None:
+    if capability in request.flavour.traits.targets and capability not in request.targets:
+        raise BackendError(
+            f"GPUs of compute capability {capability} have no matrix products in {request.precision}, only those of "
+            f"{', '.join(request.targets)}; export the bundle with --precision int8-static or fp16"
+        )
+
+
 def _require_ahead_of_time(request: EngineRequest) -> None:
-    flavour, targets = request.flavour, request.flavour.traits.targets
+    flavour, targets = request.flavour, request.targets
     for capability in request.compute_capabilities:
+        _require_fp8(request, capability)
         if capability == "7.5":
             raise BackendError(
                 f"{flavour} has no fp32 matrix product for compute capability 7.5, which routers and embedding need; "

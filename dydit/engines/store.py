@@ -30,6 +30,7 @@ from dydit.bundle.stored_weights import WEIGHTS
 from dydit.bundle.vae_entry import VAE_DECODER, VAE_WEIGHTS
 from dydit.engines.fingerprint import EngineKey, EngineRequest, HardwareCompatibility, digest_of
 from dydit.engines.flavour import Flavour, Gpu, require_target
+from dydit.engines.inspector import ChosenKernels
 from dydit.engines.profiles import tuned_batches
 from dydit.errors import BundleError, DyditError, one_line
 from dydit.files import sha256_of, write_atomic
@@ -37,7 +38,7 @@ from dydit.validation import Strict, first_problem
 
 ENGINES, INDEX, BUILD_LOG, TIMING_CACHE = "engines", "engines.json", "build.log", "timing.cache"
 RUNTIME_CACHE, RUNTIME_RECORD = "runtime.cache", "runtime.json"
-_INDEX_VERSION: Literal[2] = 2
+_INDEX_VERSION: Literal[3] = 3
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*\.engine")
 _AMPERE = (8, 0)
 
@@ -55,6 +56,7 @@ class Built(Strict):
     activation_bytes: int | None = Field(
         description="device memory for its activations at its largest shapes, if the builder reported it"
     )
+    kernels: ChosenKernels | None = Field(default=None, description="what the builder chose, where it could be read")
 
 
 class EngineEntry(Built):
@@ -68,7 +70,7 @@ class EngineEntry(Built):
 class EngineIndex(Strict):
     """`engines.json`. `engines`: by the graph's file name; equal graphs share a file."""
 
-    schema_version: Literal[2]
+    schema_version: Literal[3]
     request: EngineRequest
     engines: dict[str, EngineEntry]
     digest: str = ""
@@ -114,7 +116,7 @@ class EngineStore:
         remove = f"remove {self.folder} and build again"
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-            if isinstance(values, dict) and values.get("schema_version") == _INDEX_VERSION - 1:
+            if isinstance(values, dict) and values.get("schema_version") in range(1, _INDEX_VERSION):
                 return None
             index = EngineIndex.model_validate(values)
         except FileNotFoundError:
@@ -250,7 +252,7 @@ def unfit_reason(request: EngineRequest, installed: str, gpu: Gpu | None) -> str
     if gpu is None:
         return "needs an NVIDIA GPU to run, but there is no driver or GPU here"
     if not _gpu_fits(request, gpu):
-        built_for = " or ".join(request.compute_capabilities or request.flavour.traits.targets) or "8.0 and later"
+        built_for = " or ".join(request.compute_capabilities or request.targets) or "8.0 and later"
         name = f" ({request.gpu})" if request.gpu else ""
         return f"was built for compute capability {built_for}{name}, but the GPU here is {gpu}"
     return None
@@ -267,7 +269,7 @@ def _version_fits(request: EngineRequest, installed: str) -> bool:
 
 def _gpu_fits(request: EngineRequest, gpu: Gpu) -> bool:
     if request.flavour is Flavour.TENSORRT_RTX and not request.compute_capabilities:
-        return gpu.compute_capability in request.flavour.traits.targets
+        return gpu.compute_capability in request.targets
     if request.hardware_compatibility is HardwareCompatibility.AMPERE_PLUS:
         return _numbers(gpu.compute_capability) >= _AMPERE
     return gpu.compute_capability in request.compute_capabilities

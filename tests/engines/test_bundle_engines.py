@@ -14,6 +14,7 @@ import pytest
 from dydit.bundle.bundle import Bundle
 from dydit.engines.bundle_engines import build_engines
 from dydit.engines.fingerprint import EngineRequest
+from dydit.engines.inspector import ChosenKernels
 from dydit.engines.store import EngineStore
 from dydit.errors import BundleError, ConfigError, OutputError
 
@@ -34,6 +35,24 @@ def test_every_graph_gets_an_engine(bundle: Bundle, request_for: Requests, prete
     assert report.bytes == sum(path.stat().st_size for path in store.folder.glob("*.engine"))
     assert report.text()[0] == f"{store.folder}: 7 engines built by tensorrt-rtx 1.7.1"
     json.dumps(report.to_json(), allow_nan=False)
+
+
+def test_products_that_are_not_computed_in_8_bits_are_named(bundle: Bundle, request_for: Requests, pretence) -> None:
+    kept = ("blocks.0.fc1.weight", "blocks.1.qkv.weight")
+    pretence.kernels = ChosenKernels(
+        products={"int8": 6, "float16": 2}, fused_attention=2, in_8_bits=8, not_in_8_bits=kept
+    )
+    report = build_engines(bundle, request_for(bundle))
+    graph = report.built[0].graph
+    assert report.text()[1] == (
+        f"the builder chose other types for 14 of 56 products that the bundle holds in 8 bits: {kept[0]} in {graph}, "
+        f"{kept[1]} in {graph}, {kept[0]} in {report.built[1].graph} and 11 more; these gain nothing from 8 bits"
+    )
+    assert report.to_json()["built"][0]["kernels"]["products"] == {"int8": 6, "float16": 2}
+    index = EngineStore.of(bundle, report.request).read()
+    assert index is not None and index.engines[graph].kernels == pretence.kernels
+    pretence.kernels = pretence.kernels.model_copy(update={"not_in_8_bits": ()})
+    assert len(build_engines(bundle, request_for(bundle, max_batch=1)).text()) == 3, "settings, engines, log"
 
 
 def test_the_text_graph_gets_an_engine(text_bundle, tmp_path, request_for: Requests, pretence) -> None:

@@ -14,9 +14,10 @@ from onnx import helper
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.io_spec import TensorSpec
 from dydit.bundle.stored_weights import Precision, stored_type
-from dydit.engines.findings import Kind, fp32_products, require_types, type_findings
+from dydit.engines.findings import Kind, products, require_types, type_findings
 from dydit.engines.network import Layer, Messages, Network, parse_graph, read_network
 from dydit.errors import BackendError
+from dydit.models.config import ModelConfig
 from dydit.models.dit.config import preset
 
 MODEL = preset("XL/2")
@@ -38,6 +39,11 @@ def picture(*lines: str, outputs: str = "f_out") -> Network:
     taken = {name for layer in layers for name in layer.inputs}
     inputs = tuple(TensorSpec(name, LETTERS[name[0]], ("batch",)) for name in sorted(taken - made))
     return Network(tuple(layers), {name: LETTERS[name[0]] for name in made | taken}, inputs, (outputs,))
+
+
+def fp32_products(network: Network, precision: Precision, model: ModelConfig = MODEL) -> list[str]:
+    """The weights of the products that should be in fp32."""
+    return [each.weight for each in products(network, precision, model).values() if each.dtype == "float32"]
 
 
 def kinds(network: Network, precision: Precision = Precision.FP16) -> list[tuple[str, Kind]]:
@@ -83,7 +89,7 @@ def test_products_that_stay_fp32_must_be_fp32(weight: str) -> None:
     assert stored_type(MODEL, weight, Precision.FP16) == "float32"
     fine = picture("f_w = constant " + weight, "f_t = shuffle f_w", "f_out = matrix_multiply f_x f_t")
     assert kinds(fine) == []
-    assert fp32_products(fine, Precision.FP16, MODEL) == fp32_products(fine, Precision.FP32, MODEL) == {""}
+    assert fp32_products(fine, Precision.FP16) == fp32_products(fine, Precision.FP32) == [weight]
     halved = picture(f"h_w = constant {weight}", "h_x = cast f_x", "h_y = matrix_multiply h_x h_w", "f_out = cast h_y")
     assert kinds(halved) == [("L2", Kind.PRODUCT)]
 
@@ -93,14 +99,15 @@ def test_an_fp32_product_with_any_other_weight_is_found(weight: str) -> None:
     network = picture(f"f_w = constant {weight}", "f_out = matrix_multiply f_x f_w")
     assert kinds(network) == [("L1", Kind.PRODUCT)]
     assert kinds(network, Precision.FP32) == []
-    assert fp32_products(network, Precision.FP16, MODEL) == fp32_products(network, Precision.FP32, MODEL) == frozenset()
+    assert fp32_products(network, Precision.FP16) == []
+    assert fp32_products(network, Precision.FP32) == [weight.removesuffix("[0:3]")]
 
 
 @pytest.mark.parametrize("precision", [each for each in Precision if each.in_8_bits])
 def test_the_conditioning_product_is_fp32_where_linear_layers_are_in_8_bits(precision: Precision) -> None:
     network = picture("f_w = constant adaln.weight[0:6]", "f_out = matrix_multiply f_x f_w")
     assert kinds(network, precision) == []
-    assert fp32_products(network, precision, MODEL) == {""}
+    assert fp32_products(network, precision) == ["adaln.weight"]
 
 
 def test_weights_may_be_inputs_of_the_graph_or_joined_from_windows() -> None:
@@ -315,14 +322,20 @@ def test_what_we_export_has_no_faults(rtx, capacity_bundle, precision: Precision
         if name.endswith(".onnx"):
             network = parsed(rtx, bundle.path / name)
             assert type_findings(network, precision, model) == [], name
-            products = [layer for layer in network.layers if layer.kind == "matrix_multiply"]
+            found = [layer for layer in network.layers if layer.kind == "matrix_multiply"]
             layers = model.depth + 1
-            assert len(products) > 3 if name != "conditioning.onnx" else len(products) == 2 + layers
+            assert len(found) > 3 if name != "conditioning.onnx" else len(found) == 2 + layers
             exempt = 2 if name == "conditioning.onnx" else 2 + 2 * model.depth
-            assert len(fp32_products(network, Precision.FP32, model)) == exempt
+            assert len(fp32_products(network, Precision.FP32, model)) == len(found)
             if name == "conditioning.onnx" and precision.in_8_bits:
                 exempt += layers  # the inspector of engines asks for these
-            assert len(fp32_products(network, precision, model)) == exempt
+            if precision is not Precision.FP32:
+                assert len(fp32_products(network, precision, model)) == exempt
+            if name.startswith("subnet") and precision.in_8_bits:
+                found = [
+                    each.weight for each in products(network, precision, model).values() if each.dtype != "float32"
+                ]
+                assert sorted(found) == sorted(model.units.weights)
             for other in set(Precision) - {precision}:
                 if name == "conditioning.onnx" and other.dtype == precision.dtype:
                     continue  # adaLN stays fp32 where linear layers are in 8 bits

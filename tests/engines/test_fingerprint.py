@@ -162,6 +162,18 @@ def test_what_cannot_be_built_is_refused_before_any_build(
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize("capability", ["8.0", "8.6"])
+def test_fp8_is_not_built_for_gpus_that_do_not_have_it(capacity_bundle, capability: str) -> None:
+    manifest = capacity_bundle().manifest.model_copy(update={"precision": Precision.FP8})
+    message = f"GPUs of compute capability {capability} have no matrix products in fp8, only those of 8.9, 12.0, 12.1; "
+    for gpu, targets in ((Gpu("NVIDIA A10", capability), ()), (None, ("8.9", capability))):
+        with pytest.raises(BackendError, match=message):
+            make_request(manifest, Flavour.TENSORRT_RTX, "1.7.1", gpu, compute_capabilities=targets)
+    make_request(manifest, Flavour.TENSORRT_RTX, "1.7.1", Gpu("NVIDIA L4", "8.9"))
+    int8 = manifest.model_copy(update={"precision": Precision.INT8_STATIC})
+    make_request(int8, Flavour.TENSORRT_RTX, "1.7.1", None, compute_capabilities=(capability,))
+
+
 def test_a_machine_whose_gpu_is_no_target_builds_for_others(capacity_bundle) -> None:
     """Where the GPU does not matter, or where the target is named."""
     manifest = capacity_bundle().manifest

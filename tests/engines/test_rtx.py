@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 
@@ -19,12 +20,14 @@ from dydit.bundle.bundle import Bundle
 from dydit.bundle.io_spec import subnet_inputs
 from dydit.bundle.manifest import FileEntry, Routing
 from dydit.bundle.stored_weights import Precision
+from dydit.bundle.vae_entry import VAE_DECODER
 from dydit.checkpoints.checkpoint import load_checkpoint
 from dydit.engines.build_workers import run_jobs
 from dydit.engines.builder import Job, build_engine
-from dydit.engines.bundle_engines import BuildReport, build_engines
+from dydit.engines.bundle_engines import BuildReport, BuiltEngine, build_engines
 from dydit.engines.fingerprint import EngineRequest, make_request
 from dydit.engines.flavour import Flavour, installed_version, load_flavour, present_gpu
+from dydit.engines.kernels import plan_programs
 from dydit.engines.profiles import symbol_ranges
 from dydit.engines.store import EngineStore
 from dydit.errors import BackendError, BundleError
@@ -39,6 +42,8 @@ from dydit.runtime.device.engine_runtime import Runtime
 from dydit.runtime.device.operations import CONDITIONER
 
 release = pytest.mark.release
+MODELS = Path(__file__).parents[2] / "docs" / "models"
+SHIPPED = sorted(path for folder in (ASSETS.parent, MODELS) for path in folder.rglob("*.safetensors"))
 SMALL = {"max_subnets": 2, "capacities": None, "steps": 4}  # one form of each subnetwork: fewer engines
 
 
@@ -65,14 +70,55 @@ def copy_of(bundle: Bundle, path: Path) -> Bundle:
 
 def check_built(bundle: Bundle, report: BuildReport) -> None:
     store = EngineStore.of(bundle, report.request)
+    index = store.read()
+    assert index is not None
     for each in report.built:
-        assert len(store.load(each.graph)) == each.bytes > 100_000
+        engine = store.load(each.graph)
+        assert len(engine) == each.bytes > 100_000
+        settings = [program.settings for program in plan_programs(engine) if "tf32" in program.settings]
+        assert len(settings) == len(index.engines[each.graph].key.profiles), "a program for each optimization profile"
+        for setting in settings:  # products in fp32 are not rounded, and a step can be captured in a CUDA graph
+            assert (setting["tf32"], setting["stream_capturable"]) == ("0", "1")
+            assert setting["accelerators"] == oldest_target(bundle, each.graph)
     log = report.log.read_text()
     assert all(f"{each.file} from {each.graph}: built in" in log for each in report.built)
-    inspected = "its kernels inspected" if present_gpu() else "its kernels not inspected"
-    assert log.count(inspected) == len(report.built)
+    assert log.count("its kernels inspected") == sum(each.graph != VAE_DECODER for each in report.built)
     assert f"{report.warnings} builder warnings are in" in report.text()[-1]
     assert report.peak_memory > 0
+
+
+def oldest_target(bundle: Bundle, graph: str) -> str:
+    """An engine for all targets is for the oldest that has its types, and runs on later ones."""
+    return "sm89" if bundle.manifest.precision is Precision.FP8 and graph.startswith("subnet") else "sm80"
+
+
+def check_kernels(bundle: Bundle, built: BuiltEngine) -> None:
+    """What the builder chose: products in 8 or 16 bits where the manifest says so, and one kernel for attention."""
+    manifest, kernels = bundle.manifest, built.kernels
+    model, low = manifest.model, manifest.precision.attention.dtype
+    if built.graph == VAE_DECODER:
+        assert kernels is None, "types of decoders are not checked"
+        return
+    assert kernels is not None and set(kernels.products) <= {
+        "float32",
+        low,
+        manifest.precision.weight_dtype,
+        "elementwise",
+    }
+    subnet = next((each for each in manifest.subnets if built.graph in (each.file, each.full_file)), None)
+    if subnet is None:
+        assert (kernels.fused_attention, kernels.in_8_bits) == (0, 0)
+        return
+    layers = model.depth * len(model.units.layer_names)
+    attention = model.depth * (1 if model.text is None else 2)  # over the tokens, and over the text
+    assert kernels.fused_attention == (0 if manifest.precision is Precision.FP32 else attention)
+    in_16_bits = sum(map(len, subnet.fp16_layers or ()))
+    if manifest.precision.in_8_bits:
+        assert (kernels.in_8_bits, kernels.not_in_8_bits) == (layers - in_16_bits, ())
+        assert kernels.products.get(manifest.precision.weight_dtype, 0) == layers - in_16_bits
+        assert kernels.products.get("float16", 0) == in_16_bits
+    else:
+        assert kernels.products[low] >= layers
 
 
 def rtx_request(bundle: Bundle, **settings: Any) -> EngineRequest:
@@ -81,7 +127,11 @@ def rtx_request(bundle: Bundle, **settings: Any) -> EngineRequest:
 
 
 def build(bundle: Bundle, jobs: int = 1, **settings: Any) -> BuildReport:
-    return build_engines(bundle, rtx_request(bundle, **settings), jobs)
+    report = build_engines(bundle, rtx_request(bundle, **settings), jobs)
+    for each in report.built:
+        check_kernels(bundle, each)
+    assert not any("8 bits" in line for line in report.text())
+    return report
 
 
 def test_every_subnetwork_of_a_digits_like_bundle_builds_in_fp16(built_once: Bundle) -> None:
@@ -109,27 +159,28 @@ def test_an_engine_says_why_it_does_not_run_here(built_once: Bundle) -> None:
 
 
 @pytest.mark.parametrize(
-    ("precision", "subnets"),
+    ("model", "precision"),
     [
-        ("fp32", 1),
-        *(
-            pytest.param(*each, marks=release)
-            for each in (("bf16", 1), ("fp32", 4), ("fp16", 1), ("int8-static", 2), ("fp8", 1))
-        ),
+        pytest.param(path, each, marks=() if (path.stem, each) == ("dydit", Precision.BF16) else release)
+        for path in SHIPPED
+        for each in Precision
+        if each is not Precision.INT8  # is for CPUs, and refused
     ],
+    ids=lambda value: value.value if isinstance(value, Precision) else f"{value.parent.name}-{value.stem}",
 )
-def test_the_shipped_digits_model_builds(rtx, even_ranges, tmp_path: Path, precision: str, subnets: int) -> None:
-    checkpoint, kind = load_checkpoint(ASSETS / "dydit.safetensors"), Precision(precision)
-    ranges = even_ranges(subnets, checkpoint.config.depth) if kind.is_calibrated else None
-    settings = ExportConfig(max_subnets=subnets, routing=Routing.CAPACITY, precision=kind, activations=ranges)
-    bundle = export(checkpoint, tmp_path / "bundle", settings)
-    assert len(bundle.manifest.subnets) == subnets
+def test_every_shipped_model_builds_in_every_precision(
+    rtx, even_ranges, tmp_path: Path, model: Path, precision: Precision
+) -> None:
+    checkpoint = load_checkpoint(model)
+    ranges = even_ranges(1, checkpoint.config.depth) if precision.is_calibrated else None
+    settings: dict[str, Any] = {"routing": Routing.CAPACITY} if checkpoint.config.dynamic else {}
+    config = ExportConfig(max_subnets=1, max_batch=4, precision=precision, activations=ranges, **settings)
+    bundle = export(checkpoint, tmp_path / "bundle", config)
     report = build(bundle, jobs=2)
     assert {each.graph for each in report.built} == {name for name in bundle.manifest.files if name.endswith(".onnx")}
-    assert len(report.built) == subnets + 1
     check_built(bundle, report)
     again = build(Bundle.open(bundle.path))
-    assert (again.built, again.kept) == ((), subnets + 1)
+    assert (again.built, again.kept) == ((), len(report.built))
 
 
 @pytest.mark.parametrize("precision", ["int8-static", "fp8"])
@@ -416,3 +467,27 @@ def test_a_u_vit_builds(rtx, make_bundle, make_checkpoint, even_ranges, tmp_path
     report = build(bundle, jobs=2)
     assert [each.graph for each in report.built] == ["conditioning.onnx", *(f"{name}.onnx" for name in graphs)]
     assert build(bundle).built == ()
+
+
+@release
+def test_what_a_gpu_is_needed_to_build(rtx: Any) -> None:
+    """Plans whose weights can be replaced or are left out, as docs/hardware.md says; streamed weights are built."""
+    if present_gpu() is not None:
+        pytest.skip("there is a GPU")
+
+    def size(*flags: Any) -> int | None:
+        builder = rtx.Builder(rtx.Logger(rtx.Logger.INTERNAL_ERROR))
+        network = builder.create_network(1 << int(rtx.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+        values, plain = np.ones((64, 64), np.float16), rtx.MatrixOperation.NONE
+        weight = network.add_constant((64, 64), values).get_output(0)
+        product = network.add_matrix_multiply(network.add_input("x", rtx.float16, (8, 64)), plain, weight, plain)
+        network.mark_output(product.get_output(0))
+        config = builder.create_builder_config()
+        for flag in flags:
+            config.set_flag(flag)
+        plan = builder.build_serialized_network(network, config)
+        return None if plan is None else plan.nbytes
+
+    flags = rtx.BuilderFlag
+    assert size() is not None and size(flags.WEIGHT_STREAMING) == size()
+    assert [size(each) for each in (flags.REFIT, flags.REFIT_IDENTICAL, flags.STRIP_PLAN)] == [None] * 3

@@ -113,7 +113,7 @@ def test_engines_that_are_links_are_loaded_by_their_content(built: EngineStore, 
             "its digest differs",
         ),
         (lambda path: path.write_text("{"), "is damaged: not JSON"),
-        (lambda path: path.write_text('{"schema_version": 2}'), "is not valid: request"),
+        (lambda path: path.write_text('{"schema_version": 3}'), "is not valid: request"),
         (lambda path: path.write_bytes(b"\xff\xfe"), "is damaged: not JSON"),
     ],
 )
@@ -124,8 +124,9 @@ def test_a_spoiled_index_is_refused(built: EngineStore, spoil: Callable[[Path], 
     assert text.endswith(f"remove {built.folder} and build again")
 
 
-def test_engines_of_an_older_release_count_as_not_built(built: EngineStore, request_for) -> None:
-    edit(built, lambda values: values.update(schema_version=1), sign=False)
+@pytest.mark.parametrize("version", [1, 2])
+def test_engines_of_an_older_release_count_as_not_built(built: EngineStore, request_for, version: int) -> None:
+    edit(built, lambda values: values.update(schema_version=version), sign=False)
     assert built.read() is None
     with pytest.raises(BundleError, match="has no tensorrt-rtx engines; run `dydit build"):
         open_store(built.bundle, Flavour.TENSORRT_RTX, VERSION, ADA)
@@ -146,6 +147,13 @@ FIT = [
         "1.7.1",
         HOPPER,
         "was built for compute capability 8.0 or 8.6 or 8.9 or 12.0 or 12.1, but the GPU here is NVIDIA H200",
+    ),
+    ({**RTX, "precision": "fp8"}, "1.7.1", ADA, None),
+    (
+        {**RTX, "precision": "fp8"},
+        "1.7.1",
+        Gpu("NVIDIA RTX A4000", "8.6"),
+        "was built for compute capability 8.9 or 12.0 or 12.1, but the GPU here is NVIDIA RTX A4000",
     ),
     (RTX, "1.7.1", None, "needs an NVIDIA GPU to run, but there is no driver or GPU here"),
     (RTX, "1.7.0", ADA, "was built by tensorrt-rtx 1.7.1, but 1.7.0 is installed"),
@@ -181,7 +189,7 @@ FIT = [
 
 @pytest.mark.parametrize(("values", "installed", "gpu", "reason"), FIT)
 def test_where_engines_run(values: dict, installed: str, gpu: Gpu | None, reason: str | None) -> None:
-    request = EngineRequest(precision="fp16", opt_batches=(1,), max_batch=1, **values)
+    request = EngineRequest(**{"precision": "fp16", "opt_batches": (1,), "max_batch": 1, **values})
     found = unfit_reason(request, installed, gpu)
     assert (found is None) == (reason is None)
     assert reason is None or reason in str(found)
