@@ -53,6 +53,16 @@ def user_path(path: Path | str) -> Path:
         return path
 
 
+def user_cache(*names: str) -> Path | None:
+    """The folder for what later processes of this user need not make again: `~/.cache/dydit/...`, or where the
+    environment puts caches. None if the user has no home folder. The folder is not made.
+    """
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "dydit", *names).expanduser()
+    except RuntimeError:
+        return None
+
+
 def fsync_path(path: Path) -> None:
     """Make a file, or renames inside a folder, durable, as far as its file system can."""
     with _as_far_as_possible():

@@ -150,7 +150,7 @@ def test_an_interrupted_export_leaves_nothing(run, monkeypatch, pixel_checkpoint
 def test_a_signal_interrupts_a_sampling_run(bundle: Path, tmp_path: Path, number: int, said: str) -> None:
     command = [sys.executable, "-m", "dydit", "sample", str(bundle), "--labels", "0-6", "--num", "100000", "-q"]
     process = subprocess.Popen(
-        [*command, "--out", str(tmp_path / "out")],
+        [*command, "--backend", "onnxruntime", "--out", str(tmp_path / "out")],
         stderr=subprocess.PIPE,
         text=True,
         # A job that a shell put into the background ignores this signal, and so would the process.

@@ -44,7 +44,7 @@ from exported import export as export_graph
 from exported import made_apart
 from openvino_export import quantize
 
-from dydit.bench.bench import BenchConfig, job_of, run_bench
+from dydit.bench.bench import BenchConfig, job_of, run_bench, spread_steps
 from dydit.bench.scripts import (
     bench_table,
     bound_of,
@@ -193,7 +193,8 @@ class Preparation:
         for each in chosen:
             try:
                 self._require_precision(each.precision)
-                sides.append(self._ours(each) if isinstance(each, Ours) else self._baseline(each))
+                side = self._ours(each) if isinstance(each, Ours) else self._baseline(each)
+                sides.append(side.model_copy(update={"optional": True}))
             except UnavailableError as error:
                 self.not_run.append(NotRun(name=each.name, reason=str(error)))
         return sides
@@ -263,7 +264,8 @@ class Preparation:
             return graph
         side = Side(name="calibration", kind=SideKind.SCRIPT, path="", checkpoint=str(graph), variant="fp32")
         manifest = self.run_of.manifest
-        job = job_of(side, self.config, manifest.model, manifest.sampling)
+        steps = spread_steps(manifest.sampling.steps, self.config.steps_measured)
+        job = job_of(side, self.config, manifest.model, manifest.sampling, steps)
         return made_apart(folder, quantize, job.model_dump_json())
 
     @property
@@ -350,7 +352,6 @@ def measure(options: Namespace) -> BenchReport:
                 progress=progress("round"),
                 run_of=prepared.run_of,
                 kept=folder / "rounds",
-                list_refused=True,
             )
         return report.model_copy(update={"not_run": (*prepared.not_run, *report.not_run)})
 

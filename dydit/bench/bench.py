@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -22,15 +22,15 @@ from dydit.bench.timing import Decided, Job, Latents
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.manifest import SamplingEntry
 from dydit.diffusion.samplers import SamplerChoice
-from dydit.errors import BackendError, ConfigError, DeviationError, UnavailableError
+from dydit.errors import BackendError, ConfigError, DeviationError, UnavailableError, one_line
 from dydit.files import new_folder, require_absent, write_json
 from dydit.models.config import ModelConfig, UserPath
-from dydit.parity.comparison import relative_l2
+from dydit.parity.comparison import PIXEL_SPAN, picture_error, relative_l2
 from dydit.planning.resampling import resampled
 from dydit.reports.bench_report import BenchReport, Comparison, NotRun, Side, SideKind, SideResult
 from dydit.reports.plot_style import write_picture
 from dydit.reports.plots import latency_png
-from dydit.reports.results import Machine, measured
+from dydit.reports.results import Machine, Measured, measured
 from dydit.reports.text import exponent
 from dydit.runtime.text_files import texts_for
 from dydit.validation import Strict
@@ -61,42 +61,54 @@ class BenchConfig(Strict):
 
 
 def sides_of(
-    bundle: Bundle, versus: Bundle | None = None, checkpoint: Path | None = None, backend: str = "onnxruntime"
+    bundle: Bundle, versus: Sequence[Bundle] = (), checkpoint: Path | None = None, backend: str = "onnxruntime"
 ) -> list[Side]:
-    """The usual contenders: a bundle, another bundle, and a checkpoint in PyTorch: masked, or static without routers.
+    """The usual contenders: a bundle, others, and a checkpoint in PyTorch: masked, or static without routers.
 
     Raises `CheckpointError` as `load_checkpoint` does.
     """
-    sides = [Side(name=bundle.path.name, kind=SideKind.BUNDLE, path=str(bundle.path), backend=backend)]
-    if versus is not None:
-        name = versus.path.name if versus.path.name != bundle.path.name else str(versus.path)
-        sides.append(Side(name=name, kind=SideKind.BUNDLE, path=str(versus.path), backend=backend))
-    if checkpoint is not None:
-        from dydit.checkpoints.checkpoint import load_checkpoint
+    names = bundle_names([bundle, *versus])
+    sides = [
+        Side(name=name, kind=SideKind.BUNDLE, path=str(each.path), backend=backend)
+        for name, each in zip(names, [bundle, *versus], strict=True)
+    ]
+    return sides if checkpoint is None else [*sides, checkpoint_side(checkpoint)]
 
-        dynamic = load_checkpoint(checkpoint).config.dynamic
-        name, kind = (MASKED, SideKind.TORCH_MASKED) if dynamic else (STATIC, SideKind.TORCH_STATIC)
-        sides.append(Side(name=name, kind=kind, path=str(checkpoint)))
-    return sides
+
+def bundle_names(bundles: Sequence[Bundle]) -> list[str]:
+    """A name for each bundle: that of its folder, or its path where an earlier one has that name."""
+    names: list[str] = []
+    for bundle in bundles:
+        names.append(str(bundle.path) if bundle.path.name in names else bundle.path.name)
+    return names
+
+
+def checkpoint_side(checkpoint: Path) -> Side:
+    """A checkpoint in PyTorch: masked, or static without routers. Raises as `load_checkpoint` does."""
+    from dydit.checkpoints.checkpoint import load_checkpoint
+
+    dynamic = load_checkpoint(checkpoint).config.dynamic
+    name, kind = (MASKED, SideKind.TORCH_MASKED) if dynamic else (STATIC, SideKind.TORCH_STATIC)
+    return Side(name=name, kind=kind, path=str(checkpoint))
 
 
 def bench_files(
     bundle: Path,
-    versus: Path | None,
+    versus: Sequence[Path],
     checkpoint: Path | None,
     backend: str,
     config: BenchConfig,
     out: Path,
     progress: Progress | None = None,
 ) -> BenchReport:
-    """Time a bundle, and another one and a checkpoint where they are given; write bench.json and bench.png to the new
+    """Time a bundle, and others and a checkpoint where they are given; write bench.json and bench.png to the new
     folder `out`.
 
     Raises as `run_bench` and `Bundle.open` do, and `OutputError` if `out` exists or cannot be written.
     """
     require_absent(out)
-    opened = Bundle.open(bundle, verify=False)
-    sides = sides_of(opened, Bundle.open(versus, verify=False) if versus else None, checkpoint, backend)
+    opened, *others = (Bundle.open(path, verify=False) for path in (bundle, *versus))
+    sides = sides_of(opened, others, checkpoint, backend)
     with new_folder(out) as folder:
         report = run_bench(sides, config, folder, progress)
         write_picture(latency_png, report, folder / "bench.png")
@@ -110,16 +122,17 @@ def run_bench(
     progress: Progress | None = None,
     run_of: Bundle | None = None,
     kept: Path | None = None,
-    list_refused: bool = False,
+    references: Sequence[str] = (),
 ) -> BenchReport:
     """Time all contenders and compare the first with each other one; with `out`, write `out/bench.json`.
 
     `run_of` defines the run (sampling steps, guided channels), by default the first bundle. `progress(done, total)`
     counts rounds. A contender whose script says that this machine lacks something is skipped and listed in `not_run`;
-    with `list_refused`, so is each one that cannot be loaded. `kept`: a folder for the rounds of every contender, with
-    which an interrupted benchmark of the same settings continues; the warm-up is repeated.
-    Raises `ConfigError` for contenders that cannot be compared, `BackendError` if one cannot run, and
-    `DeviationError` if one deviates from its reference by more than the tolerance.
+    so is an optional one that does not run here. `kept`: a folder for the rounds of every contender, with which an
+    interrupted benchmark of the same settings continues; the warm-up is repeated. `references`: names; the errors of
+    all contenders are measured against the first of these that runs. Raises `ConfigError` for contenders that cannot be
+    compared, `BackendError` if one cannot run, and `DeviationError` if one deviates from its reference by more than the
+    tolerance.
     """
     start, load_before = time.perf_counter(), os.getloadavg()[0]
     model, sampling, most = _common_run(sides, run_of, config.sampling)
@@ -136,7 +149,7 @@ def run_bench(
     steps = spread_steps(sampling.steps, config.steps_measured)
     turns = config.warmup + config.repeats
     with ExitStack() as stack:
-        workers, not_run = _start([job_of(side, config, model, sampling) for side in sides], stack, list_refused)
+        workers, not_run = _start([job_of(side, config, model, sampling, steps) for side in sides], stack)
         expected: dict[tuple[SideKind, str], np.ndarray] = {}
         deviations = [_deviation(worker, expected) for worker in workers]
         rounds = [Rounds(worker, kept) for worker in workers]
@@ -150,6 +163,12 @@ def run_bench(
             _side_result(worker, each, deviation, len(config.labels), sampling.steps)
             for worker, each, deviation in zip(workers, rounds, deviations, strict=True)
         ]
+        reference = next((worker for name in references for worker in workers if worker.job.side.name == name), None)
+        if reference is not None:
+            results = [
+                result.model_copy(update=_errors(worker, reference, model))
+                for result, worker in zip(results, workers, strict=True)
+            ]
     report = BenchReport(
         batch=len(config.labels),
         **config.model_dump(include={"cfg_scale", "latents", "threads", "repeats", "warmup", "seed"}, mode="json"),
@@ -159,6 +178,7 @@ def run_bench(
         sides=tuple(results),
         comparisons=tuple(compare_sides(results[0], other) for other in results[1:]),
         not_run=tuple(not_run),
+        reference="" if reference is None else reference.job.side.name,
         load_average=(load_before, load_after),
         machine=Machine.here(),
         seconds=round(time.perf_counter() - start, 3),
@@ -220,7 +240,7 @@ def _common_run(
     """The model, the run and the largest batch that all contenders have in common. Verifies each bundle once."""
     if len({side.name for side in sides}) != len(sides):
         raise ConfigError(f"configurations need different names, not {', '.join(side.name for side in sides)}")
-    bundles = [Bundle.open(side.path) for side in sides if side.kind is SideKind.BUNDLE]
+    bundles = [Bundle.open(path) for path in dict.fromkeys(s.path for s in sides if s.kind is SideKind.BUNDLE)]
     manifests = [resampled(bundle, choice).manifest for bundle in ([run_of] if run_of else []) + bundles]
     if not manifests:
         raise ConfigError("there is nothing to time; give at least one bundle")
@@ -240,8 +260,8 @@ def _common_run(
     return first.model, first.sampling, min(manifest.max_batch for manifest in manifests)
 
 
-def job_of(side: Side, config: BenchConfig, model: ModelConfig, sampling: SamplingEntry) -> Job:
-    """What the process of a contender is told. The guidance scale and the threads of `config` are settled."""
+def job_of(side: Side, config: BenchConfig, model: ModelConfig, sampling: SamplingEntry, steps: tuple[int, ...]) -> Job:
+    """What a contender is told to time: `steps` of the run `sampling`. Guidance and threads of `config` are settled."""
     shared = config.model_dump(include={"labels", "seed", "cfg_scale", "threads", "device", "latents", "texts"})
     return Job(
         side=side,
@@ -254,21 +274,41 @@ def job_of(side: Side, config: BenchConfig, model: ModelConfig, sampling: Sampli
     )
 
 
-def _start(jobs: Sequence[Job], stack: ExitStack, list_refused: bool) -> tuple[list[Contender], list[NotRun]]:
+def _start(jobs: Sequence[Job], stack: ExitStack) -> tuple[list[Contender], list[NotRun]]:
     """A loaded process for each job that can run here, which ends with `stack`; and the jobs that cannot."""
     workers, not_run = [], []
     for job in jobs:
         try:
-            workers.append(stack.enter_context(started(job)))
+            workers.append(stack.enter_context(_checked(job)))
         except BackendError as error:
-            if not list_refused and not isinstance(error, UnavailableError):
+            if not (job.side.optional or isinstance(error, UnavailableError)):
                 raise
-            not_run.append(NotRun(name=job.side.name, reason=str(error).removeprefix(f"{job.side.name}: ")))
+            reason = one_line(error).removeprefix(f"{job.side.name}: ")
+            not_run.append(NotRun(name=job.side.name, reason=reason))
     if not workers:
         raise UnavailableError(
             f"no configuration runs on this machine: {'; '.join(f'{each.name}: {each.reason}' for each in not_run)}"
         )
     return workers, not_run
+
+
+@contextmanager
+def _checked(job: Job) -> Iterator[Contender]:
+    """The loaded process of a contender; an optional one has done a step, which shows whether it runs here."""
+    with started(job) as contender:
+        if job.side.optional:
+            contender.check()
+        yield contender
+
+
+def _errors(worker: Contender, reference: Contender, model: ModelConfig) -> dict[str, Measured]:
+    """How far a contender is from a reference, for the worst image: see `SideResult`."""
+    values = {"relative_l2": measured(relative_l2(worker.check(), reference.check()).max()), "psnr": None}
+    if worker.job.latents is Latents.RUN:
+        span = PIXEL_SPAN if model.samples_pixels else None
+        error = picture_error(worker.last(), reference.last(), span).max()
+        values["psnr"] = measured(-20 * np.log10(error)) if error else None
+    return values
 
 
 def _deviation(worker: Contender, expected: dict[tuple[SideKind, str], np.ndarray]) -> float | None:

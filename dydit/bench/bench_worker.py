@@ -1,7 +1,8 @@
 """One contender of a benchmark in a process of its own: `python -m dydit.bench.bench_worker`, started by `bench`.
 
-The first line is the job; the worker loads the contender. Then each line is a word: `check` (an array: its shape, and
-its float32 values in base64), `round`, `memory` (bytes), `decided`. `dydit.child_process.serve` answers each.
+The first line is the job; the worker loads the contender. Then each line is a command: `check`, or `check 0` for the
+measured step 0 (an array: its shape, and its float32 values in base64), `round`, `last` (an array), `memory` (bytes),
+`decided`. `dydit.child_process.serve` answers each.
 
 A user's own script can be a contender, too: `sys.exit(serve(Mine))`, where `Mine` is a subclass of `Measured`.
 """
@@ -12,6 +13,8 @@ import base64
 import sys
 from collections.abc import Callable
 from typing import Any
+
+import numpy as np
 
 from dydit import child_process
 from dydit.bench.timing import Job, Measured, MeasuredBundle, peak_bytes, settled_bytes
@@ -46,9 +49,11 @@ def serve(open_side: Callable[[Job], Measured]) -> int:
 
 
 def _command(side: Measured, command: str) -> dict[str, Any]:
-    if command == "check":
-        array = side.check()
-        return {"shape": array.shape, "values": base64.b64encode(array.astype("<f4").tobytes()).decode()}
+    word, _, step = command.partition(" ")
+    if word == "check":
+        return _array(side.check(int(step) if step else None))
+    if command == "last":
+        return _array(side.last)
     if command == "round":
         return side.round().model_dump(mode="json")
     if command == "memory":
@@ -56,6 +61,10 @@ def _command(side: Measured, command: str) -> dict[str, Any]:
     if command == "decided":
         return side.decided().model_dump(mode="json")
     raise ValueError(f"unknown command {command!r}")
+
+
+def _array(array: np.ndarray) -> dict[str, Any]:
+    return {"shape": array.shape, "values": base64.b64encode(array.astype("<f4").tobytes()).decode()}
 
 
 if __name__ == "__main__":

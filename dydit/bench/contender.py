@@ -44,10 +44,15 @@ class Contender:
         except DyditError as error:
             raise BackendError(f"{self.job.side.name}: {error}") from error
 
-    def check(self) -> np.ndarray:
-        """What the model contributes to one step, f32 [B, C, S, S]."""
-        answer = self.ask("check")
-        return np.frombuffer(base64.b64decode(answer["values"]), "<f4").reshape(answer["shape"])
+    def check(self, k: int | None = None) -> np.ndarray:
+        """What the model contributes to the k-th measured step from the initial noise, by default to the middle one:
+        f32 [B, C, S, S].
+        """
+        return _array(self.ask("check" if k is None else f"check {k}"))
+
+    def last(self) -> np.ndarray:
+        """The latents after the last step of the latest round, f32 [B, C, S, S]."""
+        return _array(self.ask("last"))
 
     @property
     def disk_bytes(self) -> int | None:
@@ -107,3 +112,7 @@ class Rounds:
         if self._file is not None:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             write_json(self._file, self._kept.model_dump(mode="json"))
+
+
+def _array(answer: dict[str, Any]) -> np.ndarray:
+    return np.frombuffer(base64.b64decode(answer["values"]), "<f4").reshape(answer["shape"])

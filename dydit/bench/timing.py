@@ -97,7 +97,8 @@ def chained_run(process: Process, run: SamplerConfig, steps: Sequence[int], lear
 class Measured(ABC):
     """A contender that times rounds and counts the routing decisions of their steps.
 
-    By default the whole step is timed, and the model computes all heads, groups and tokens.
+    By default the whole step is timed, and the model computes all heads, groups and tokens. `last`: the latents after
+    the latest round, f32 [B, C, S, S].
     """
 
     def __init__(self, job: Job, config: ModelConfig):
@@ -109,6 +110,7 @@ class Measured(ABC):
         self.labels = np.asarray(job.labels, np.int64)
         self.initial = image_noise(job.seed, images, INITIAL_DRAW, shape)
         self.noise = [image_noise(job.seed, images, step_draw(step), shape) for step in job.steps]
+        self.last = self.initial
 
     @abstractmethod
     def load(self) -> Loaded:
@@ -120,9 +122,11 @@ class Measured(ABC):
         it, both f32 [B, C, S, S]. Its noise is `noise[k]`, its row of coefficients `coefficients[k]`.
         """
 
-    def check(self) -> np.ndarray:
-        """The model's part of the middle step from the initial noise: x_prev - c_x*x, f32 [B, C, S, S]."""
-        k = len(self.job.steps) // 2
+    def check(self, k: int | None = None) -> np.ndarray:
+        """The model's part of the k-th measured step (by default the middle one) from the initial noise:
+        x_prev - c_x*x, f32 [B, C, S, S].
+        """
+        k = len(self.job.steps) // 2 if k is None else k
         return self.step(k, self.initial) - self.coefficients[k][0] * self.initial
 
     def round(self) -> Round:
@@ -151,7 +155,7 @@ class Measured(ABC):
             after = step(k, state.x)
             return StateOnly(State(after if self.job.latents is Latents.RUN else self.noise[k]))
 
-        run_steps(latents, State(self.initial), range(len(self.job.steps)))
+        self.last = run_steps(latents, State(self.initial), range(len(self.job.steps))).x
 
     def _count(self, masks: np.ndarray, tokens: np.ndarray, computed: np.ndarray) -> Decided:
         """The decisions of K steps from `masks` bool [K, U], the share of routed tokens [K, L], and the share of the

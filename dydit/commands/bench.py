@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
+from dydit.commands.backend_choice import require_backend
 from dydit.commands.group import Command
 from dydit.commands.label_options import labels_option
 from dydit.commands.options import (
+    AUTO,
     PATH,
     backend_options,
     cfg_scale_option,
@@ -21,17 +24,27 @@ from dydit.commands.options import (
 from dydit.commands.output import print_json, say_files
 from dydit.commands.progress import show_progress
 from dydit.commands.text_options import texts_option
-from dydit.extras import CHECKPOINTS, backend_modules, require
+from dydit.extras import CHECKPOINTS, GRAPHS, backend_modules, require
 
 
 @click.command(cls=Command)
 @click.argument("bundle", type=PATH)
-@click.option("--versus", type=PATH, metavar="BUNDLE2", help="Also time this bundle, for comparison.")
+@click.option(
+    "--all",
+    "everything",
+    is_flag=True,
+    help="Time every backend that works here, in every precision, and measure the error of each.",
+)
+@click.option(
+    "--versus", type=PATH, metavar="BUNDLE2", multiple=True, help="Also time this bundle, for comparison. Repeatable."
+)
 @click.option(
     "--against",
     type=PATH,
     metavar="CHECKPOINT",
-    help="Also time this checkpoint in PyTorch, for comparison. It computes every head, channel and token.",
+    help="Also time this checkpoint in PyTorch, for comparison. It computes every head, channel and token. With --all, "
+    "also in the precisions that no bundle has: it is exported in fp32, fp16, bf16 and int8 for the time of the "
+    "benchmark.",
 )
 @click.option("--out", type=PATH, required=True, help="Folder for bench.json and bench.png. Must not exist.")
 @labels_option(default="0", help="Class numbers of the batch, one image for each: 207,360 or 0-9. Repeatable.")
@@ -57,21 +70,45 @@ from dydit.extras import CHECKPOINTS, backend_modules, require
 @backend_options
 @json_option
 def command(
-    bundle: Path, versus: Path | None, against: Path | None, out: Path, backend: str, as_json: bool, **settings: Any
+    bundle: Path,
+    everything: bool,
+    versus: tuple[Path, ...],
+    against: Path | None,
+    out: Path,
+    backend: str,
+    as_json: bool,
+    **settings: Any,
 ) -> None:
-    """Time the steps of a bundle in milliseconds, and those of another bundle or a checkpoint for comparison.
+    """Time the steps of a bundle in milliseconds, and those of other bundles or a checkpoint for comparison.
 
     Each of them runs in its own process. The processes take turns, so that all see the same load of the machine.
+
+    With --all, each bundle runs on every backend that works here, and a table shows times and errors. Errors are
+    measured against the checkpoint of --against, or without it against a bundle in fp32. All processes stay loaded
+    until the end, so this takes much memory.
     """
-    counts_tokens = ["onnx"] if backend in ("onnxruntime", "openvino") else []  # by a graph with additional outputs
-    require("dydit bench", [*backend_modules(backend), *counts_tokens, *(CHECKPOINTS if against else ())])
+    source = click.get_current_context().get_parameter_source("backend")
+    if everything and source is not click.core.ParameterSource.DEFAULT:
+        raise click.UsageError("--all times every backend; remove --backend")
+    if everything:
+        require_backend("dydit bench", AUTO)
+        require("dydit bench", ["onnx", *((*CHECKPOINTS, *GRAPHS) if against else ())])
+    else:
+        counts_tokens = ["onnx"] if backend in ("onnxruntime", "openvino") else []  # by a graph with more outputs
+        require("dydit bench", [*backend_modules(backend), *counts_tokens, *(CHECKPOINTS if against else ())])
     from dydit.bench.bench import BenchConfig, bench_files
+    from dydit.bench.everything import bench_everything
+    from dydit.reports.bench_table import table_lines
 
     config = parse_options(BenchConfig, settings)
     with show_progress("bench") as progress:
-        report = bench_files(bundle, versus, against, backend, config, out, progress)
+        if everything:
+            rounds, exports = (partial(progress.stage, title) for title in ("bench", "export"))
+            report = bench_everything(bundle, versus, against, config, out, rounds, exports)
+        else:
+            report = bench_files(bundle, versus, against, backend, config, out, progress)
     if as_json:
         print_json(report.to_json())
     else:
-        click.echo("\n".join(report.lines))
+        click.echo("\n".join(table_lines(report) if everything else report.lines))
         say_files(out)

@@ -28,6 +28,8 @@ T = TypeVar("T", bound=BaseModel)
 Command = Callable[..., Any]
 """The function of a command."""
 DEFAULT_BACKEND = "onnxruntime"
+AUTO = "auto"
+"""In place of a backend's name: the fastest one is chosen."""
 BYTE_UNITS = {
     "B": 1,
     **{f"{letter}B": 1000**power for power, letter in enumerate("kMGT", 1)},
@@ -332,7 +334,9 @@ def plan_options(command: Command) -> Command:
 # Options about running a bundle
 
 
-def _known_backend(_: click.Context, __: click.Parameter, value: str) -> str:
+def _known_backend(_: click.Context, option: click.Parameter, value: str) -> str:
+    if value == option.default:  # with a default that names no backend, the command chooses one
+        return value
     try:
         require_known(value)
     except BackendError as error:
@@ -351,19 +355,31 @@ npz_option = click.option(
 
 def backend_options(command: Command) -> Command:
     """`--backend`, `--device` and `--threads`, for the commands that run a bundle."""
-    backend = click.option(
+    return _backend_option(DEFAULT_BACKEND, "[onnxruntime|torch|openvino|tensorrt|tensorrt-rtx]", "")(
+        _device_option(threads_option(command))
+    )
+
+
+def chosen_backend_options(command: Command) -> Command:
+    """The same, for a command that chooses the backend where its user does not."""
+    metavar, text = "[auto|onnxruntime|torch|openvino|tensorrt|tensorrt-rtx]", " auto: the fastest of them."
+    return _backend_option(AUTO, metavar, text)(_device_option(threads_option(command)))
+
+
+def _backend_option(default: str, metavar: str, more: str) -> Callable[[Command], Command]:
+    return click.option(
         "--backend",
-        default=DEFAULT_BACKEND,
+        default=default,
         callback=_known_backend,
-        metavar="[onnxruntime|torch|openvino|tensorrt|tensorrt-rtx]",
-        help="Library that runs the model. `dydit doctor` shows which ones work on this machine. tensorrt and "
+        metavar=metavar,
+        help=f"Library that runs the model.{more} `dydit doctor` shows which ones work on this machine. tensorrt and "
         "tensorrt-rtx need a GPU, and engines built by `dydit build`.",
     )
-    device = click.option(
-        "--device",
-        type=click.Choice(ALL_DEVICES),
-        default="cpu",
-        help="Device to run on. cuda: an NVIDIA GPU, for onnxruntime and torch. gpu, npu: those of Intel, for "
-        "openvino.",
-    )
-    return backend(device(threads_option(command)))
+
+
+_device_option = click.option(
+    "--device",
+    type=click.Choice(ALL_DEVICES),
+    default="cpu",
+    help="Device to run on. cuda: an NVIDIA GPU, for onnxruntime and torch. gpu, npu: those of Intel, for openvino.",
+)

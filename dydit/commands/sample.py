@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from dydit.commands.backend_choice import chooser, require_backend
 from dydit.commands.encode import cut_lines, encode
 from dydit.commands.group import Command
 from dydit.commands.label_options import Label, labels_option
 from dydit.commands.options import (
+    AUTO,
     PATH,
-    backend_options,
     cfg_scale_option,
+    chosen_backend_options,
     json_option,
     npz_option,
     parse_options,
@@ -28,7 +30,6 @@ from dydit.commands.progress import Progress, show_progress
 from dydit.commands.text_options import prompt_options, texts_option
 from dydit.diffusion.samplers import SamplerChoice
 from dydit.errors import ConfigError
-from dydit.extras import backend_modules, require
 from dydit.runtime.bulk.workers import GPUS, Worker, launched_worker, own_gpu, parse_worker
 from dydit.runtime.class_labels import names_of, number_of
 from dydit.words import counted, duration
@@ -36,7 +37,7 @@ from dydit.words import counted, duration
 if TYPE_CHECKING:
     from dydit.bundle.texts import Texts
     from dydit.models.config import ModelConfig
-    from dydit.runtime.bulk.run import SampleSummary
+    from dydit.runtime.bulk.run import ChooseBackend, SampleSummary
 
 
 def _parse_worker(_: click.Context, __: click.Parameter, value: str | None) -> Worker:
@@ -87,7 +88,7 @@ def _parse_worker(_: click.Context, __: click.Parameter, value: str | None) -> W
 @cfg_scale_option()
 @sampling_options
 @click.option("--batch-size", type=int, help="Number of images per batch.  [default: as many as the bundle allows]")
-@backend_options
+@chosen_backend_options
 @npz_option
 @click.option(
     "--noise-from",
@@ -133,13 +134,17 @@ def command(
     Writes numbered PNG files, grid.png and samples.json. For a latent model without a VAE decoder it writes latents.npz
     instead of images.
 
+    Without --backend, or with --backend auto, a long run begins with a short trial of the backends that work here. It
+    takes the fastest, says which, and keeps the result for the next run. Short runs use onnxruntime. The images are the
+    same up to rounding. A run that is resumed keeps its backend.
+
     --steps, --sampler, --timestep-spacing and --eta change the run of a bundle that was exported with --dynamic-width,
     or of a static model. Other bundles are made for their own timesteps.
 
     To share a run between several processes, start them with torchrun or accelerate launch
     (`torchrun --nproc-per-node 2 -m -- dydit sample ...`), or start each process with its own --worker I/N.
     """
-    require("dydit sample", backend_modules(backend))
+    require_backend("dydit sample", backend)
     from dydit.bundle.bundle import Bundle
     from dydit.planning.resampling import resampled
     from dydit.runtime.backends.base import BackendOptions
@@ -155,8 +160,9 @@ def command(
     given = _texts(opened.manifest.model, texts, prompt, prompts, negative_prompt, text_encoder)
     opened = opened if given is None else opened.with_texts(given)
     with _progress(worker) as (progress, steps, images):
+        chosen: str | ChooseBackend = chooser(opened, options, worker, progress) if backend == AUTO else backend
         done = sample_to_folder(
-            opened, config, out, outputs, backend, options, steps, images, worker, announce=progress.note
+            opened, config, out, outputs, chosen, options, steps, images, worker, announce=progress.note
         )
     if as_json:
         print_json({**vars(done), "out": str(done.out)})

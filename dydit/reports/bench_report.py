@@ -35,7 +35,8 @@ class Reference(Result):
 
 
 class Side(Result):
-    """One contender of a benchmark. `path`: the folder of a bundle, a checkpoint, or a script.
+    """One contender of a benchmark. `path`: the folder of a bundle, a checkpoint, or a script; of a
+    bundle that was exported for the benchmark alone, its checkpoint.
 
     `backend` and `packed` apply to bundles. `checkpoint` and `variant` apply to scripts: the checkpoint that they load,
     or the file or folder that was made from it; and in which of its forms the script runs it.
@@ -49,6 +50,7 @@ class Side(Result):
     checkpoint: str | None = None
     variant: str = ""
     reference: Reference | None = Field(default=None, description="compared with it before anything is timed")
+    optional: bool = Field(default=False, description="left out where it does not run")
 
 
 class SideResult(Result):
@@ -64,7 +66,8 @@ class SideResult(Result):
     `macs`: multiply-adds computed in the blocks for an image, mean over the measured steps, with repeated steps: of a
     bundle, those of its subnetworks as compiled (`dydit.planning.executed`); of the others, all. `precision`: that of
     matrix products, if it is known. `relative_l2`: deviation of the model's part of one step, x_prev - c_x*x, from the
-    reference, of the worst image.
+    reference, of the worst image. `psnr`: dB, of the samples of a run over the measured steps from the same
+    noise, of the worst image; None without such a reference (`BenchReport.reference`), and where nothing differs.
     """
 
     side: Side
@@ -88,6 +91,7 @@ class SideResult(Result):
     macs: float
     precision: str | None = None
     relative_l2: Measured = None
+    psnr: Measured = None
 
     @property
     def steps_timed(self) -> int:
@@ -138,6 +142,7 @@ class BenchReport(Result):
     sides: tuple[SideResult, ...]
     comparisons: tuple[Comparison, ...] = Field(description="the first configuration compared with each of the others")
     not_run: tuple[NotRun, ...] = ()
+    reference: str = Field(default="", description="the contender that the errors of all are measured against, if any")
     load_average: tuple[float, float] = Field(
         description="one-minute load average of the machine before and after, which shows other work"
     )

@@ -5,7 +5,7 @@ Each function returns the bytes of a PNG. The pictures of masks and tokens are i
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from dydit.reports.bench_report import (
     repeats_text,
     speed_up_text,
 )
+from dydit.reports.bench_table import error_words, errors_text, speed_ratio
 from dydit.reports.inspection_facts import PlanRow
 from dydit.reports.parity_report import Check, ParityReport, parity_headline
 from dydit.reports.plot_style import (
@@ -165,6 +166,27 @@ def ranking_png(
         return png(figure)
 
 
+def errors_png(bench: BenchReport) -> bytes:
+    """Milliseconds a step of every configuration, the fastest first, with the error of each beside its bar."""
+    sides = sorted(bench.sides, key=lambda side: side.median_ms)
+    first, fastest = bench.sides[0], sides[0]
+    with drawing(7.2, 1.6 + 0.36 * len(sides)) as figure:
+        finding = f"{fastest.side.name} is the fastest: {_ms(fastest.median_ms)} a step"
+        if fastest is not first:
+            finding += f", {speed_ratio(bench, fastest):.2f}\u00d7 as fast as {first.side.name}"
+        errors = [f"errors {errors_text(bench)}"] if bench.reference else []
+        headline(figure, finding, "; ".join([_setting(bench), *errors]))
+        colours = [ACCENT if side is first else ACCENT_LIGHT for side in sides]
+
+        def words(side: SideResult) -> str:
+            return ";  ".join([_ms(side.median_ms), *filter(None, error_words(bench, side))])
+
+        axis, most = _bars(figure, bench, sides, colours, 0.0, [0.0] * len(sides), words)
+        axis.set_xlim(0, 1.45 * most)
+        axis.set_ylim(-0.5, len(sides) - 0.2)
+        return png(figure)
+
+
 def _bound_ms(bench: BenchReport, pair: Comparison | None) -> float:
     """The time of a step of the first configuration of a pair if only multiply-adds counted; 0 without a bound."""
     return 0.0 if pair is None or pair.allowed is None else bench.side(pair.other).median_ms / pair.allowed
@@ -196,15 +218,17 @@ def _bars(
     colours: Sequence[str],
     bound: float,
     clear: Sequence[float],
+    words: Callable[[SideResult], str] = lambda side: _ms(side.median_ms),
 ) -> tuple[Any, float]:
-    """A bar for each configuration with its time beside it, at least right of `clear`. Returns the axis of milliseconds
-    and its end, which leaves room for the times and for `bound`."""
+    """A bar for each configuration with its time beside it, or other `words`, at least right of `clear`. Returns the
+    axis of milliseconds and its end, which leaves room for the times and for `bound`.
+    """
     axis, places = figure.subplots(), np.arange(len(sides))[::-1]
     most = 1.2 * max(bound, *(side.max_ms for side in bench.sides))
     axis.barh(places, [side.median_ms for side in sides], height=0.56, color=colours)
     for place, side, least in zip(places, sides, clear, strict=True):
         axis.plot([side.min_ms, side.max_ms], [place, place], color=INK, lw=1.1)
-        _note(axis, _ms(side.median_ms), (max(side.max_ms, least), place), (6, 0), INK, va="center")
+        _note(axis, words(side), (max(side.max_ms, least), place), (6, 0), INK, va="center")
     axis.set_yticks(places, [shortened(side.side.name) for side in sides], parse_math=False)
     axis.tick_params(left=False)
     axis.spines["left"].set_visible(False)

@@ -31,6 +31,7 @@ from dydit.models.config import Routers
 from dydit.models.pixart.config import PixArtConfig
 from dydit.models.transformer.units import attention_macs, mlp_macs
 from dydit.reports.bench_report import BenchReport, Reference, Side, SideKind, SideResult
+from dydit.reports.bench_table import table_lines
 
 QUICK = BenchConfig(labels=(1, 7), steps_measured=3, repeats=2, threads=1)
 
@@ -41,10 +42,11 @@ def report(make_checkpoint, make_bundle, tmp_path_factory):
     out, seen = tmp_path_factory.mktemp("bench"), []
     sides = sides_of(
         make_bundle(),
-        make_bundle(plan=PlanKind.PER_STEP, routing=Routing.CAPACITY, capacities=(1, 16, 16)),
+        [make_bundle(plan=PlanKind.PER_STEP, routing=Routing.CAPACITY, capacities=(1, 16, 16))],
         make_checkpoint().path,
     )
-    made = run_bench(sides, QUICK, out, lambda *at: seen.append(at))
+    references = ("another", "pytorch-masked")
+    made = run_bench(sides, QUICK, out, lambda *at: seen.append(at), references=references)
     assert seen == [(k + 1, 9) for k in range(9)]
     assert BenchReport.parse(json.loads((out / REPORT).read_text())) == made
     return made
@@ -80,6 +82,28 @@ def test_multiply_adds_are_those_of_the_decisions(report, small_config):
     assert all(0.2 < ratio < 0.9 for ratio in merged.flops_ratio)
     assert all(0.1 < share < 0.9 for share in merged.token_share)
     assert masked.macs == static_macs(small_config), "the masked model computes everything"
+
+
+def test_errors_are_those_from_the_first_reference_that_runs(report):
+    merged, capacity, masked = report.sides
+    assert report.reference == masked.side.name and (masked.relative_l2, masked.psnr) == (0, None)
+    for side in (merged, capacity):
+        assert 0 <= side.relative_l2 < 1e-5 and (side.psnr is None or side.psnr > 80)
+    header, *rows = table_lines(report)
+    assert header.split() == ["configuration", "precision", "ms", "a", "step", "speed", "relative", "L2", "PSNR"]
+    names = [side.side.name for side in sorted(report.sides, key=lambda side: side.median_ms)]
+    assert [row.split()[0] for row in rows[:3]] == names
+    assert "reference" in rows[names.index("pytorch-masked")] and "1.00\u00d7" in rows[names.index(merged.side.name)]
+    assert "against pytorch-masked (fp32), worst image, same noise" in rows[4]
+
+
+def test_reports_of_earlier_releases_are_read(report):
+    values = report.to_json()
+    del values["reference"]
+    for side in values["sides"]:
+        del side["psnr"], side["side"]["optional"]
+    old = BenchReport.parse(values)
+    assert old.reference == "" and [each.side for each in old.sides] == [each.side for each in report.sides]
 
 
 def test_overflowing_steps_run_again_and_are_counted(report):
@@ -187,7 +211,7 @@ def test_a_checkpoint_without_routers_is_called_static(make_bundle, make_checkpo
         (static, "pytorch-static", SideKind.TORCH_STATIC),
         (make_checkpoint(), "pytorch-masked", SideKind.TORCH_MASKED),
     ):
-        side = sides_of(make_bundle(), None, checkpoint.path)[1]
+        side = sides_of(make_bundle(), (), checkpoint.path)[1]
         assert (side.name, side.kind) == (name, kind)
 
 
@@ -368,15 +392,13 @@ class TestScripts:
 
     def test_an_interrupted_benchmark_continues_and_lists_what_is_refused(self, mine, make_bundle, tmp_path):
         bundle, kept = make_bundle(), tmp_path / "kept"
-        refused = sides_of(bundle, backend="nonsense")
+        refused = [side.model_copy(update={"optional": True}) for side in sides_of(bundle, backend="nonsense")]
         first = run_bench([mine(str(tmp_path / "mine.py"))], QUICK, run_of=bundle, kept=kept).sides[0]
         assert first.disk_bytes == len(SCRIPT) and first.first_seconds > 0.06
         file = kept / "mine.json"
         written = json.loads(file.read_text())
         file.write_text(json.dumps({**written, "counted": written["counted"][:1]}))
-        again = run_bench(
-            [mine(str(tmp_path / "mine.py")), *refused], QUICK, run_of=bundle, kept=kept, list_refused=True
-        )
+        again = run_bench([mine(str(tmp_path / "mine.py")), *refused], QUICK, run_of=bundle, kept=kept)
         (side,) = again.sides
         assert side.first_seconds == first.first_seconds and len(side.round_ms) == len(first.round_ms) == 2
         assert side.round_ms[0] == first.round_ms[0] and side.round_ms[1] != first.round_ms[1]
@@ -409,8 +431,11 @@ class TestScripts:
 
     def test_a_script_that_lacks_something_is_left_out(self, mine, make_bundle):
         sides = sides_of(make_bundle())
-        report = run_bench([mine("nothing"), *sides], QUICK)
-        assert [(each.name, each.reason) for each in report.not_run] == [("mine", "there is nothing to load")]
+        elsewhere = sides[0].model_copy(update={"name": "elsewhere", "backend": "ncnn", "optional": True})
+        report = run_bench([mine("nothing"), elsewhere, *sides], QUICK)
+        (name, reason), other = ((each.name, each.reason) for each in report.not_run)
+        assert (name, reason) == ("mine", "there is nothing to load")
+        assert other[0] == "elsewhere" and other[1].startswith("unknown backend 'ncnn'")
         assert [side.side for side in report.sides] == sides and report.comparisons == ()
         with pytest.raises(
             UnavailableError, match="no configuration runs on this machine: mine: there is nothing to load"
@@ -421,10 +446,10 @@ class TestScripts:
 class TestRefusals:
     def test_bundles_of_other_runs(self, make_bundle, make_checkpoint, small_config):
         with pytest.raises(ConfigError, match=r"sampling steps differ \(12 and 6\)"):
-            run_bench(sides_of(make_bundle(), make_bundle(steps=6)), QUICK)
+            run_bench(sides_of(make_bundle(), [make_bundle(steps=6)]), QUICK)
         other = make_bundle(make_checkpoint(small_config.model_copy(update={"depth": 2})))
         with pytest.raises(ConfigError, match="model sizes differ"):
-            run_bench(sides_of(make_bundle(), other), QUICK)
+            run_bench(sides_of(make_bundle(), [other]), QUICK)
 
     def test_labels_and_batches(self, make_bundle):
         with pytest.raises(ConfigError, match=r"label 8 is outside 0..7"):

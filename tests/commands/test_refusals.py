@@ -178,11 +178,14 @@ def test_a_backend_that_nobody_knows(run, exported: Path, tmp_path: Path, backen
 def test_a_bf16_bundle_on_the_cpu_of_onnxruntime(run, make_bundle, tmp_path: Path) -> None:
     path = make_bundle(precision="bf16", steps=STEPS, max_subnets=2).path
     assert_refused(
-        run("sample", path, "--labels", "1", "--out", tmp_path / "out"),
+        run("sample", path, "--labels", "1", "--backend", "onnxruntime", "--out", tmp_path / "out"),
         "onnxruntime has no bf16 matrix products on the CPU; use backend='torch' (--backend torch), "
         "or a bundle in fp32 or fp16",
     )
     assert contents(tmp_path) == {}
+    chosen = run("sample", path, "--labels", "1", "--out", tmp_path / "out")
+    line = "backend: torch, because onnxruntime has no bf16 matrix products on the CPU\n"
+    assert (chosen.code, chosen.err) == (0, line)
 
 
 @pytest.mark.parametrize("backend", ["tensorrt", "tensorrt-rtx"])

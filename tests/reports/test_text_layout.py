@@ -13,7 +13,7 @@ from dydit.parity.tolerances import of_latents, tolerances
 from dydit.reports.bench_report import BenchReport, NotRun, Side, SideKind, SideResult
 from dydit.reports.inspection_facts import PlanRow
 from dydit.reports.parity_report import Check, FlippedImage, ParityReport, Status
-from dydit.reports.plots import latency_png, parity_png, plan_png, ranking_png
+from dydit.reports.plots import errors_png, latency_png, parity_png, plan_png, ranking_png
 from dydit.reports.plots_masks import masks_png, tokens_png
 from dydit.reports.plots_samples import samples_png, side_by_side_png
 from dydit.reports.results import Machine
@@ -122,6 +122,9 @@ def test_latency(sides):
     report = bench(*sides, not_run=(NotRun(name=LONG, reason="no compiler"),) if len(sides) == 2 else ())
     latency_png(report)
     ranking_png(report, report.comparisons[0] if report.comparisons else None)
+    errors = {"relative_l2": 1.2e-5, "psnr": 101.2}
+    held = tuple(each.model_copy(update=errors) for each in report.sides)
+    errors_png(report.model_copy(update={"sides": held, "reference": held[0].side.name}))
 
 
 @pytest.mark.parametrize(("most", "static", "at"), [(1, 1.0, 0), (1, 3.0, 0), (2, 1.02, 0), (9, 3.0, 4), (70, 3.0, -1)])

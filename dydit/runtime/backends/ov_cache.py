@@ -19,7 +19,7 @@ import os
 from pathlib import Path
 
 from dydit.errors import OutputError
-from dydit.files import write_atomic
+from dydit.files import user_cache, user_path, write_atomic
 
 VARIABLE, OFF = "DYDIT_OPENVINO_CACHE", "off"
 ENDING = ".model"
@@ -40,11 +40,7 @@ class ModelCache:
         chosen = os.environ.get(VARIABLE)
         if chosen == OFF:
             return cls(None)
-        base = Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "dydit", "openvino")
-        try:
-            return cls(base.expanduser())
-        except RuntimeError:  # there is no home folder
-            return cls(None)
+        return cls(user_path(chosen) if chosen else user_cache("openvino"))
 
     def read(self, key: str) -> bytes | None:
         """A model, as it was written; None if there is none, or it is damaged."""

@@ -9,13 +9,13 @@ from functools import partial
 from dydit.bundle.bundle import Bundle
 from dydit.engines.flavour import Flavour
 from dydit.errors import BackendError, one_line
-from dydit.extras import require_release
+from dydit.extras import backend_modules, missing, require_release
 from dydit.runtime.backends.base import Backend, BackendOptions
 from dydit.runtime.backends.cores import thread_count
 from dydit.runtime.device import driver
 
 BACKENDS = ("onnxruntime", "torch", "openvino")
-"""The backends that run a bundle as it is; those of TensorRT need engines."""
+"""The backends that run a bundle as it is, the default first; those of TensorRT need engines."""
 DEVICES = ("cpu", "cuda")
 OPENVINO_DEVICES = ("cpu", "gpu", "npu")
 """The backend `openvino` calls Intel's GPUs and NPUs as OpenVINO does. `cuda` is always NVIDIA's."""
@@ -35,7 +35,7 @@ def open_backend(name: str, bundle: Bundle, options: BackendOptions | None = Non
     require_known(name)
     options = options or BackendOptions()
     device, colon, number = options.device.partition(":")
-    devices = OPENVINO_DEVICES if name == "openvino" else DEVICES
+    devices = devices_of(name)
     if device not in ALL_DEVICES or (colon and not number.isdecimal()):
         raise BackendError(f"unknown device {options.device!r}; known: {', '.join(devices)}")
     if device not in devices:
@@ -54,6 +54,26 @@ def open_backend(name: str, bundle: Bundle, options: BackendOptions | None = Non
     if options.threads < 0:
         raise BackendError(f"threads is {options.threads}, but must not be negative; 0 lets the backend choose")
     return _OPENERS[name](bundle, options)
+
+
+def candidates(bundle: Bundle, device: str) -> tuple[str, ...]:
+    """The backends that may run a bundle on a device, the default first: those whose packages are installed.
+
+    Those of TensorRT are among them on `cuda`, where the bundle holds engines of their flavour. Nothing is imported,
+    so a backend may still refuse.
+    """
+    names = [name for name in BACKENDS if device in devices_of(name) and not missing(backend_modules(name))]
+    if device == "cuda":
+        from dydit.engines.store import stores
+
+        indices = [store.read() for store in stores(bundle)]
+        names += sorted({index.request.flavour.value for index in indices if index is not None})
+    return tuple(names)
+
+
+def devices_of(name: str) -> tuple[str, ...]:
+    """The devices that a backend knows."""
+    return OPENVINO_DEVICES if name == "openvino" else DEVICES
 
 
 def deciding_threads(name: str, options: BackendOptions) -> int | None:

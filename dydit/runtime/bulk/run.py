@@ -24,12 +24,14 @@ import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dydit.bundle.bundle import Bundle
+from dydit.bundle.manifest import Manifest
 from dydit.errors import ConfigError
 from dydit.files import require_absent, user_path
 from dydit.models.config import UserPath
@@ -45,7 +47,7 @@ from dydit.runtime.bulk.finished import (
     write_pictures,
     write_result,
 )
-from dydit.runtime.bulk.run_folder import FolderStore, RunFolder, ShareStore
+from dydit.runtime.bulk.run_folder import FolderStore, RunFolder, ShareStore, agreed_backend, begun_backend
 from dydit.runtime.bulk.workers import Worker
 from dydit.runtime.images.pixels import ToPixels, picture_format
 from dydit.runtime.loop import Progress, StepRunner, WholeRuns, chunk_size, sample
@@ -56,6 +58,8 @@ from dydit.validation import Strict
 
 RESIDENT = 2  # a run uses each subnetwork once per chunk
 PACKED_FROM_STEPS = 12
+ChooseBackend = Callable[[Run], str]
+"""Says which backend samples a run. The run's settings do not have it yet."""
 
 
 class OutputOptions(Strict):
@@ -147,7 +151,7 @@ def sample_to_folder(
     request: SampleRequest,
     out: Path,
     outputs: OutputOptions | None = None,
-    backend: str = "onnxruntime",
+    backend: str | ChooseBackend = "onnxruntime",
     options: BackendOptions | None = None,
     progress: Progress | None = None,
     picture_progress: Progress | None = None,
@@ -157,10 +161,11 @@ def sample_to_folder(
     """Sample `request`, or a worker's share of it, into `out`.
 
     Called again after a kill, it resumes the run. Called on a finished run, it repairs what is missing or damaged, and
-    changes nothing else. `progress(done, total)` counts steps of a batch, `picture_progress(done, total)` pictures;
-    `announce` gets a line that says when pictures will appear. Raises `ConfigError` for a request that does not fit the
-    bundle, `BackendError` as backends do, and `OutputError` if `out` holds something else, cannot be written, or
-    another process has this worker's number.
+    changes nothing else. `backend`: its name, or a function that chooses it, which is called only where a run begins: a
+    run keeps the backend that it began with. `progress(done, total)` counts steps of a batch,
+    `picture_progress(done, total)` pictures; `announce` gets a line that says when pictures will appear. Raises
+    `ConfigError` for a request that does not fit the bundle, `BackendError` as backends do, and `OutputError` if `out`
+    holds something else, cannot be written, or another process has this worker's number.
     """
     outputs, options, worker = outputs or OutputOptions(), options or BackendOptions(), worker or Worker()
     if outputs.npz and picture_format(bundle.manifest) is None:
@@ -168,8 +173,13 @@ def sample_to_folder(
             f"--npz needs pictures, but this model samples latents of {bundle.manifest.model.in_channels} channels and "
             "the bundle has no decoder; export again with --vae, or add a decoder with `dydit attach-vae`"
         )
-    run = _plan_run(bundle, request, outputs, backend, options)
-    state = RunFolder(user_path(out), run.settings)
+    run = _plan_run(bundle, request, outputs, options)
+    out = user_path(out)
+    if not isinstance(backend, str):
+        backend = _agreed_backend(out, run, backend, worker)
+    settings = {**run.settings, "backend": backend, "threads": deciding_threads(backend, options)}
+    run = dataclasses.replace(run, settings=settings)
+    state = RunFolder(out, run.settings)
     fresh = state.fresh  # before the summary is read: a run that others finish in between is not fresh
     known = state.summary()
     if known is not None and not find_damage(state.out, run, known):
@@ -177,9 +187,8 @@ def sample_to_folder(
     else:
         if known is None and fresh and outputs.latents_out is not None:
             require_absent(outputs.latents_out)
-        # Steps of the whole run, not of the share: the result must not depend on the number of workers.
-        steps_per_load = len(run.batches) * bundle.manifest.sampling.steps / len(bundle.manifest.plan.segments)
-        packed = options.packed or steps_per_load >= PACKED_FROM_STEPS
+        # Of the whole run, not of the share: the result must not depend on the number of workers.
+        packed = options.packed or packing_pays(bundle.manifest, len(run.batches))
         engine = open_backend(backend, bundle, dataclasses.replace(options, packed=packed))
         work = _Work(state, run, worker, engine, ToPixels(engine), progress, picture_progress, announce)
         if known is not None:
@@ -190,6 +199,22 @@ def sample_to_folder(
     if summary.finished:
         state.clear()
     return summary
+
+
+def packing_pays(manifest: Manifest, batches: int) -> bool:
+    """Whether a run of so many batches should pack weights (`BackendOptions.packed`)."""
+    return batches * manifest.sampling.steps / len(manifest.plan.segments) >= PACKED_FROM_STEPS
+
+
+def _agreed_backend(out: Path, run: Run, choose: ChooseBackend, worker: Worker) -> str:
+    """The backend of a run whose user chose none: that with which it began, or else what `choose` says."""
+    known = begun_backend(out)
+    if known is None:  # what would end the run anyway is found before the choice, which may take a while
+        state = RunFolder(out, run.settings)
+        if state.summary() is None and state.fresh and run.latents_out is not None:
+            require_absent(run.latents_out)
+        known = agreed_backend(out, partial(choose, run), worker)
+    return known
 
 
 def _sample_share(work: _Work) -> SampleSummary:
@@ -272,9 +297,8 @@ def _others_done(work: _Work, store: FolderStore, share: range) -> bool:
     )
 
 
-def _plan_run(
-    bundle: Bundle, request: SampleRequest, outputs: OutputOptions, backend: str, options: BackendOptions
-) -> Run:
+def _plan_run(bundle: Bundle, request: SampleRequest, outputs: OutputOptions, options: BackendOptions) -> Run:
+    """The run; its settings are complete but for the backend and its threads."""
     manifest, model = bundle.manifest, bundle.manifest.model
     file = None if request.noise_from is None else NoiseFile.read(request.noise_from, manifest)
     turn = request.labels_for(model) if file is None else _labels_beside(request, file)
@@ -294,9 +318,7 @@ def _plan_run(
         "cfg_scale": model.guidance_scale(request.cfg_scale),
         "first_image": request.first_image,
         "batch_size": size,
-        "backend": backend,
         "device": options.device,
-        "threads": deciding_threads(backend, options),
         "npz": outputs.npz,
         **({} if bundle.texts is None else {"texts_sha256": bundle.texts.digest}),
         "latents_out": None if outputs.latents_out is None else str(outputs.latents_out.resolve()),

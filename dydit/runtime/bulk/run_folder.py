@@ -1,6 +1,7 @@
 """The folder of a sampling run. After a kill, the same command completes it.
 
     OUT/.work/run.json             the request of the run; while it exists, the run is not finished
+    OUT/.work/backend.json         the backend that several workers agreed on, before the first of them began
     OUT/.work/000012.npz           batch 12: `segments` that it has passed, its `latents`, steps `repeated` so far
     OUT/.work/worker-2-of-8.lock   held by worker 2 of 8 while it works
     OUT/.work/finish.lock          held by the process that writes the results
@@ -24,7 +25,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ from dydit.runtime.bulk.workers import Worker
 from dydit.runtime.images.image_files import kept_arrays
 from dydit.runtime.request import Batch
 
-WORK, RUN, SUMMARY = ".work", "run.json", "samples.json"
+WORK, RUN, SUMMARY, AGREED = ".work", "run.json", "samples.json", "backend.json"
 
 
 class RunFolder:
@@ -172,6 +173,33 @@ class RunFolder:
                 f"{n}: {_short(stored.get(n))} in the folder, {_short(self._settings.get(n))} requested" for n in names
             )
             raise OutputError(f"{self.out} holds a run with other settings ({listed}); choose another output")
+
+
+def begun_backend(out: Path) -> str | None:
+    """The backend of the run that began in a folder, or that its workers agreed on; None if there is none."""
+    # `samples.json` is read twice, as in `RunFolder.summary`.
+    for file in (out / SUMMARY, out / WORK / RUN, out / SUMMARY, out / WORK / AGREED):
+        values = _read_json(file)
+        settings = {} if values is None else values if file.name == AGREED else values.get("settings")
+        if isinstance(settings, dict) and isinstance(backend := settings.get("backend"), str):
+            return backend
+    return None
+
+
+def agreed_backend(out: Path, choose: Callable[[], str], worker: Worker) -> str:
+    """The backend of a run that has not begun: what `choose` says to the first of its workers, for all of them.
+
+    The others wait for it meanwhile.
+    """
+    if worker.count == 1:
+        return choose()
+    work = out / WORK
+    with explained(out), parents(work / AGREED), FileLock(work / "lock").attempt(wait=True):
+        backend = begun_backend(out)
+        if backend is None:
+            backend = choose()
+            write_json(work / AGREED, {"backend": backend})
+        return backend
 
 
 class FolderStore:
