@@ -158,6 +158,12 @@ def checked(bundles: Bundles, measures: Measures, options: Namespace) -> dict[st
     return {"ok": report.ok, "summary": report.summary, "worst": {each.name: each.worst for each in report.checks}}
 
 
+def target_of(model: str) -> float:
+    """The lambda of the recipe of a model."""
+    (recipe,) = find_recipes(f"{model}-emoji-dynamic", data_needed=False)
+    return recipe.lambda_target
+
+
 def limits(figures: dict[str, Any], target: float) -> dict[str, bool]:
     """Which limits hold. `target`: the lambda of the recipe."""
     routed, distance = figures["routing"], figures[DYNAMIC]["frechet_distance"]
@@ -238,8 +244,7 @@ def main() -> int:
     for name, values in figures.items():
         shown = {key: value for key, value in values.items() if isinstance(value, float | int)}
         print(name.ljust(9), ", ".join(f"{key} {value:.4g}" for key, value in shown.items()))
-    (recipe,) = find_recipes(f"{options.model}-emoji-dynamic")
-    return finish(options, {"settings": settings, **figures}, limits(figures, recipe.lambda_target))
+    return finish(options, {"settings": settings, **figures}, limits(figures, target_of(options.model)))
 
 
 if __name__ == "__main__":

@@ -40,6 +40,11 @@ def test_each_limit_is_missed_alone(script, change):
     assert len(missed) == len(change)
 
 
+def test_the_recipe_says_what_the_flops_ratio_should_be(script):
+    assert script.target_of("uvit") == 0.4
+    assert script.target_of("pixart") == 0.7
+
+
 def test_what_is_shown_are_captions_of_emoji(script):
     from dydit.data.small_sets import Emoji
 
