@@ -55,7 +55,7 @@ def _sweep(axis: Any, curves: Sequence[Curve], marks: Mapping[str, tuple[float, 
     axis.margins(y=0.1)
     axis.set(xlabel="speed-up over the static model", ylabel="distance ÷ static model's\n(lower is better)")
     axis.set_title("Sweep of lambda, which stands beside each point")
-    axis.legend(loc="upper left")
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncol=2)  # no corner is free in every sweep
     _plain_ticks(axis.yaxis, axis.get_ylim())
 
 
