@@ -2,8 +2,9 @@
 
 Each contender runs in a process of its own, and they take turns, round by round: other load on the machine slows all of
 them, and no contender's idle threads disturb another (sessions that shared a process made a 75 ms step take 104 ms).
-The first `warmup` rounds are not counted. `dydit.bench.timing` says what a round is. Before the first round, one step
-of each contender with a reference is compared with it, so that nothing is timed that computes something else.
+The first `warmup` rounds are not counted; the first of all shows whether a contender runs here. `dydit.bench.timing` says
+what a round is. Before a round counts, one step of each contender with a reference is compared with it, so that nothing
+is timed that computes something else.
 """
 
 from __future__ import annotations
@@ -149,19 +150,20 @@ def run_bench(
     steps = spread_steps(sampling.steps, config.steps_measured)
     turns = config.warmup + config.repeats
     with ExitStack() as stack:
-        workers, not_run = _start([job_of(side, config, model, sampling, steps) for side in sides], stack)
+        jobs = [job_of(side, config, model, sampling, steps) for side in sides]
+        show = progress or (lambda done, total: None)
+        rounds, not_run = _start(jobs, stack, kept, lambda index: show(index + 1, turns * len(jobs)))
+        workers = [each.contender for each in rounds]
         expected: dict[tuple[SideKind, str], np.ndarray] = {}
         deviations = [_deviation(worker, expected) for worker in workers]
-        rounds = [Rounds(worker, kept) for worker in workers]
-        for turn in range(turns):
+        for turn in range(1, turns):
             for index, each in enumerate(rounds):
                 each.take(turn - config.warmup)
-                if progress:
-                    progress(turn * len(workers) + index + 1, turns * len(workers))
+                show(turn * len(workers) + index + 1, turns * len(workers))
         load_after = os.getloadavg()[0]
         results = [
-            _side_result(worker, each, deviation, len(config.labels), sampling.steps)
-            for worker, each, deviation in zip(workers, rounds, deviations, strict=True)
+            _side_result(each, deviation, len(config.labels), sampling.steps)
+            for each, deviation in zip(rounds, deviations, strict=True)
         ]
         reference = next((worker for name in references for worker in workers if worker.job.side.name == name), None)
         if reference is not None:
@@ -274,31 +276,37 @@ def job_of(side: Side, config: BenchConfig, model: ModelConfig, sampling: Sampli
     )
 
 
-def _start(jobs: Sequence[Job], stack: ExitStack) -> tuple[list[Contender], list[NotRun]]:
-    """A loaded process for each job that can run here, which ends with `stack`; and the jobs that cannot."""
-    workers, not_run = [], []
-    for job in jobs:
+def _start(
+    jobs: Sequence[Job], stack: ExitStack, kept: Path | None, show: Callable[[int], None]
+) -> tuple[list[Rounds], list[NotRun]]:
+    """The rounds of each job that can run here, whose process ends with `stack`; and the jobs that cannot.
+
+    A contender does its first round alone, as its users would see it. `show(index)` is called after each job.
+    """
+    rounds, not_run = [], []
+    for index, job in enumerate(jobs):
         try:
-            workers.append(stack.enter_context(_checked(job)))
+            rounds.append(stack.enter_context(_begun(job, kept)))
         except BackendError as error:
             if not (job.side.optional or isinstance(error, UnavailableError)):
                 raise
             reason = one_line(error).removeprefix(f"{job.side.name}: ")
             not_run.append(NotRun(name=job.side.name, reason=reason))
-    if not workers:
+        show(index)
+    if not rounds:
         raise UnavailableError(
             f"no configuration runs on this machine: {'; '.join(f'{each.name}: {each.reason}' for each in not_run)}"
         )
-    return workers, not_run
+    return rounds, not_run
 
 
 @contextmanager
-def _checked(job: Job) -> Iterator[Contender]:
-    """The loaded process of a contender; an optional one has done a step, which shows whether it runs here."""
+def _begun(job: Job, kept: Path | None) -> Iterator[Rounds]:
+    """The process of a contender after a first round, which does not count."""
     with started(job) as contender:
-        if job.side.optional:
-            contender.check()
-        yield contender
+        rounds = Rounds(contender, kept)
+        rounds.warm_up()
+        yield rounds
 
 
 def _errors(worker: Contender, reference: Contender, model: ModelConfig) -> dict[str, Measured]:
@@ -335,7 +343,8 @@ def _deviation(worker: Contender, expected: dict[tuple[SideKind, str], np.ndarra
     return value
 
 
-def _side_result(worker: Contender, rounds: Rounds, deviation: float | None, batch: int, steps: int) -> SideResult:
+def _side_result(rounds: Rounds, deviation: float | None, batch: int, steps: int) -> SideResult:
+    worker = rounds.contender
     memory = worker.ask("memory")  # before the untimed round, which loads more
     decided = Decided.model_validate(worker.ask("decided"))
     table = np.array([each.ms for each in rounds.counted])

@@ -84,7 +84,7 @@ class Rounds:
     """The rounds of a contender. In `folder`, a file keeps them, with which another process continues."""
 
     def __init__(self, contender: Contender, folder: Path | None):
-        self._contender, self._kept = contender, _Kept(first_seconds=0)
+        self.contender, self._kept = contender, _Kept(first_seconds=0)
         name = re.sub(r"\W+", "-", contender.job.side.name)
         self._file = None if folder is None else folder / f"{name}.json"
         if self._file is not None and self._file.is_file():
@@ -100,15 +100,26 @@ class Rounds:
         """From starting the process to the end of its first round: to the first images of a run of these steps."""
         return self._kept.first_seconds
 
+    def warm_up(self) -> None:
+        """Do a round that does not count."""
+        start = time.perf_counter()
+        self._timed()
+        if not self.first_seconds:
+            self._keep(_Kept(first_seconds=self.contender.start_seconds + time.perf_counter() - start))
+
     def take(self, number: int) -> None:
-        """Time round `number`, unless it is kept. Those below 0 warm up: they are not counted."""
-        if 0 <= number < len(self.counted):
-            return
-        time.sleep(SETTLE_SECONDS)
-        timed, kept = Round.model_validate(self._contender.ask("round")), self._kept
-        if not kept.first_seconds:
-            kept = _Kept(first_seconds=self._contender.start_seconds + sum(timed.ms) / 1e3)
-        self._kept = kept if number < 0 else kept.model_copy(update={"counted": (*kept.counted, timed)})
+        """Time round `number`, unless it is kept. Those below 0 warm up."""
+        if number < 0:
+            self.warm_up()
+        elif number >= len(self.counted):
+            time.sleep(SETTLE_SECONDS)
+            self._keep(self._kept.model_copy(update={"counted": (*self.counted, self._timed())}))
+
+    def _timed(self) -> Round:
+        return Round.model_validate(self.contender.ask("round"))
+
+    def _keep(self, kept: _Kept) -> None:
+        self._kept = kept
         if self._file is not None:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             write_json(self._file, self._kept.model_dump(mode="json"))

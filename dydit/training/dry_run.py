@@ -27,6 +27,7 @@ from dydit.training.losses import ProcessTensors
 from dydit.training.objective import Inputs, Objective
 from dydit.training.recipe import Precision, Recipe, Stage
 from dydit.training.start import start_note
+from dydit.training.teacher import teacher_config
 from dydit.words import counted, duration
 
 FP32 = 4
@@ -45,16 +46,17 @@ class Memory:
     """Bytes that a run needs: `weights`, and as many for the EMA and for gradients, twice as many for the moments.
 
     `activations`: an estimate of what the backward pass needs of a batch, without matrices of attention, which fused
-    attention does not store.
+    attention does not store. `teacher`: the weights of a teacher.
     """
 
     weights: int
     activations: int
+    teacher: int = 0
 
     @property
     def total(self) -> int:
         """All of them."""
-        return 5 * self.weights + self.activations
+        return 5 * self.weights + self.activations + self.teacher
 
 
 @dataclass(frozen=True)
@@ -67,11 +69,16 @@ class StepTime:
     device: str
 
     def of(self, recipe: Recipe) -> float:
-        """Seconds of a whole run, scaled by multiply-adds. The warm-up runs the complete model as well."""
+        """Seconds of a whole run, scaled by multiply-adds. The warm-up runs the complete model as well, and a teacher
+        runs forward only, which is a third of a step.
+        """
         images = recipe.iterations * recipe.batch_size
+        macs = images * recipe.model.macs
         if recipe.stage is not Stage.STATIC:
-            images += min(recipe.warmup_iterations, recipe.iterations) * recipe.batch_size
-        return self.seconds * images * recipe.model.macs / self.macs
+            macs += min(recipe.warmup_iterations, recipe.iterations) * recipe.batch_size * recipe.model.macs
+        if (teacher := teacher_config(recipe)) is not None:
+            macs += images * teacher.macs // 3
+        return self.seconds * macs / self.macs
 
 
 def describe(recipes: Sequence[Recipe], measure: Callable[[Recipe], StepTime] | None = None) -> list[str]:
@@ -81,6 +88,7 @@ def describe(recipes: Sequence[Recipe], measure: Callable[[Recipe], StepTime] | 
     lines = [_row("data", _data_words(last, images)), *_model_lines(last.model)]
     if note := start_note(recipes[0]):
         lines.append(_row("start", note))
+    lines += [_row("teacher", each) for each in dict.fromkeys(run.teacher for run in recipes) if each]
     for number, run in enumerate(recipes):
         lines += [_row("" if number else "run", _length_words(run, images)), _row("", _rate_words(run))]
     lines += _memory_lines(max(recipes, key=lambda run: memory(run).total))
@@ -136,6 +144,7 @@ def _memory_lines(run: Recipe) -> list[str]:
     needed = memory(run)
     whole = {"weights": 1, "EMA": 1, "gradients": 1, "moments": 2}
     parts = [f"{name} {_size(times * needed.weights)}" for name, times in whole.items()]
+    parts += [f"teacher {_size(needed.teacher)}"] if needed.teacher else []
     activations = (
         f"about {_size(needed.activations)} of activations for {counted(run.batch_size // run.accumulate, 'image')}"
     )
@@ -170,7 +179,12 @@ def memory(recipe: Recipe) -> Memory:
     block = FP32 * model.tokens * model.hidden_size if recipe.checkpointing else (more - one) / 2
     share = 0.5 if recipe.precision is Precision.BF16 else 1.0
     images = recipe.batch_size // recipe.accumulate
-    return Memory(FP32 * parameters(model), round(share * (one + block * (model.depth - 1)) * images))
+    teacher = teacher_config(recipe)
+    return Memory(
+        weights=FP32 * parameters(model),
+        activations=round(share * (one + block * (model.depth - 1)) * images),
+        teacher=FP32 * parameters(teacher) if teacher is not None else 0,
+    )
 
 
 class _Soft(Gating):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,7 @@ from dydit.training.losses import (
     token_loss,
 )
 from dydit.training.recipe import Precision, Recipe, Stage
+from dydit.training.teacher import Teacher
 
 
 @dataclass(frozen=True)
@@ -58,36 +61,37 @@ class Inputs:
 class Objective(nn.Module):
     """The model together with its losses, as one module: one forward is one synchronized step in all processes."""
 
-    def __init__(self, model: DynamicModel, recipe: Recipe, process: ProcessTensors):
+    def __init__(self, model: DynamicModel, recipe: Recipe, process: ProcessTensors, teacher: Teacher | None = None):
         super().__init__()
-        self.model, self.recipe, self.process = model, recipe, process
+        self.model, self.recipe, self.process, self.teacher = model, recipe, process, teacher
 
     def forward(self, batch: Inputs, iteration: int) -> dict[str, Tensor]:
         """Scalars: `loss`, to be minimised, and its parts."""
         x0, t, noise = batch.x0, batch.t, batch.noise
         x_t = add_noise(self.process, x0, t, noise)
 
-        def diffusion(gating: Gating) -> tuple[Tensor, Tensor]:
+        def diffusion(gating: Gating, teacher: Teacher | None = None) -> dict[str, Tensor]:
             bf16 = self.recipe.precision is Precision.BF16
             with torch.autocast(x_t.device.type, torch.bfloat16, enabled=bf16):
                 output = self.model(x_t, t, batch.y, gating)
-            return diffusion_loss(self.process, output, x0, x_t, t, noise)
+                taught = {} if teacher is None else {"teacher": teacher.loss(output, x_t, t, batch.y)}
+            mse, vb = diffusion_loss(self.process, output, x0, x_t, t, noise)
+            return {"mse": mse.mean(), "vb": vb.mean(), **taught}
 
         if self.recipe.stage is Stage.STATIC:
-            mse, vb = (part.mean() for part in diffusion(Static()))
-            return {"loss": mse + vb, "mse": mse, "vb": vb}
+            parts = diffusion(Static(), self.teacher)
+            return {"loss": total(parts), **parts}
         gating = Recording(self._gates(batch, iteration), self.model.config)
-        mse, vb = (part.mean() for part in diffusion(gating))
+        parts = diffusion(gating, self.teacher)
         decisions = gating.decisions()
         ratio = achieved_ratio(self.model.config, decisions)
-        flops = flops_loss(ratio, self.recipe.target(iteration), self.recipe.flops_weight)
-        parts = {"loss": mse + vb + flops, "mse": mse, "vb": vb, "flops": flops, "ratio": ratio.mean()}
+        parts["flops"] = flops_loss(ratio, self.recipe.target(iteration), self.recipe.flops_weight)
+        parts = {"loss": total(parts), **parts, "ratio": ratio.mean()}
         if self.recipe.token_weight:
             parts["token"] = self._token_loss(decisions.tokens, batch)
             parts["loss"] = parts["loss"] + parts["token"]
         if iteration < self.recipe.warmup_iterations:
-            whole = diffusion(Static())
-            parts["complete"] = (whole[0] + whole[1]).mean()
+            parts["complete"] = total(diffusion(Static()))
             parts["loss"] = parts["loss"] + parts["complete"]
         return parts
 
@@ -101,6 +105,11 @@ class Objective(nn.Module):
         target, weight, spread = self.recipe.token_target, self.recipe.token_weight, self.recipe.token_spread
         loss = token_loss(tokens, target, weight, batch.first)
         return loss + detail_loss(tokens, relative_detail(batch.x0), target, spread, weight) if spread else loss
+
+
+def total(losses: Mapping[str, Tensor]) -> Tensor:
+    """The sum of losses, in their order: a scalar."""
+    return reduce(torch.add, losses.values())
 
 
 def compile_model(model: DynamicModel, **options: Any) -> None:

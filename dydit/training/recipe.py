@@ -79,6 +79,13 @@ class Recipe(Strict):
         "or model",
     )
 
+    teacher: str | None = Field(
+        default=None,
+        description="checkpoint whose predictions the run learns to reproduce, beside the data; it is not trained. Not "
+        "in the paper: see dydit/training/teacher.py",
+    )
+    teacher_weight: float = Field(default=1.0, gt=0, description="weight of the loss on the predictions of `teacher`")
+
     iterations: int = Field(gt=0)
     batch_size: int = Field(default=256, gt=0, description="images per iteration, over all processes")
     learning_rate: float = Field(default=1e-4, gt=0, le=1e6)

@@ -41,7 +41,7 @@ from dydit.training.recipe import Recipe, Stage
 
 FOLDER = Path(__file__).parents[1] / "recipes"
 SUFFIX = ".toml"
-TEXTS = ("data", "init")
+TEXTS = ("data", "init", "teacher")
 """Settings whose values are text, whatever they look like."""
 
 

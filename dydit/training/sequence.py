@@ -9,6 +9,7 @@ from dydit.errors import ConfigError, OutputError
 from dydit.files import user_path
 from dydit.training.recipe import Recipe
 from dydit.training.start import with_process_of_start
+from dydit.training.teacher import teacher_config
 from dydit.training.trainer import Progress, TrainResult, train
 from dydit.training.training_folder import check_folder, has_run, stored_recipe
 
@@ -38,9 +39,10 @@ def train_sequence(
 
 
 def _check_sequence(recipes: Sequence[Recipe], folders: Sequence[Path], resume: bool) -> None:
-    """Check before the first run starts that no run will be refused because of its folder."""
+    """Check before the first run starts that no run will be refused because of its folder or its teacher."""
     longer = None
     for number, (recipe, folder) in enumerate(zip(recipes, folders, strict=True)):
+        teacher_config(recipe)
         check_folder(folder, recipe, resume, any_init=number > 0)
         if longer is not None and has_run(folder):
             raise ConfigError(

@@ -49,6 +49,7 @@ from dydit.training.state import (
     states,
     truncate_log,
 )
+from dydit.training.teacher import Teacher
 from dydit.training.trackers import FOLDER as TRACKERS
 from dydit.training.trackers import finish_trackers, require_trackers, start_trackers, track
 from dydit.training.training_folder import check_folder, finished_summary, held_folder, identity
@@ -152,7 +153,8 @@ class _Run:
         self.model, self.plain_optimizer = model, optimizer
         if recipe.compile:
             compile_model(model)
-        self.objective, self.optimizer = spread.prepared(Objective(model, recipe, self.process), optimizer)
+        objective = Objective(model, recipe, self.process, Teacher.of(recipe, accelerator.device))
+        self.objective, self.optimizer = spread.prepared(objective, optimizer)
         if 0 < self.counters.planned < recipe.iterations:
             self.counters.made_longer_at.append(self.counters.iteration)
         self.counters.planned = recipe.iterations

@@ -109,10 +109,12 @@ def _read_object(path: Path, advice: str) -> dict[str, Any]:
 
 
 def identity(recipe: Recipe) -> dict[str, Any]:
-    """What makes two runs the same: the recipe, with the hash of `init` in place of its path."""
+    """What makes two runs the same: the recipe, with the hashes of `init` and `teacher` in place of their paths."""
     values = recipe.model_dump(mode="json")
-    if recipe.init is not None and Path(recipe.init).is_file():
-        values["init"] = f"sha256:{sha256_of(Path(recipe.init))}"
+    for name in ("init", "teacher"):
+        path = values[name]
+        if path is not None and Path(path).is_file():
+            values[name] = f"sha256:{sha256_of(Path(path))}"
     return values
 
 

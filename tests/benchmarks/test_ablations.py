@@ -26,10 +26,14 @@ def script(load_script):
     return load_script("ablations")
 
 
+def both(dynamic=1.0, settle=1.0):
+    return {Stage.DYNAMIC: dynamic, Stage.SETTLE: settle}
+
+
 @pytest.fixture
 def runs(script):
     """The runs of a row on digits, by its name."""
-    return lambda name, scale=1.0: script.runs_of(script.ROWS[name], "digits", STATIC, scale)
+    return lambda name, *scales: script.runs_of(script.ROWS[name], "digits", STATIC, both(*scales))
 
 
 class TestRuns:
@@ -70,15 +74,15 @@ class TestRuns:
         assert script.token_target(recipe, below) == script.LEAST_TOKENS
 
     def test_the_static_control_trains_as_long(self, runs):
-        for scale in (1.0, 0.02, 0.0001):
-            (static,), rows = runs("static-longer", scale), runs("lambda-0.5", scale)
+        for scales in ((1.0, 1.0), (0.15, 0.6), (0.02, 0.02), (0.0001, 0.0001)):
+            (static,), rows = runs("static-longer", *scales), runs("lambda-0.5", *scales)
             assert static.iterations == sum(run.iterations for run in rows)
             assert static.stage is Stage.STATIC and static.init == str(STATIC) and not static.model.dynamic
         assert static.learning_rate == rows[0].learning_rate and rows[0].ramp_iterations == 0
 
     def test_the_emoji_have_the_same_rows(self, script):
         for row in script.ROWS.values():
-            recipes = script.runs_of(row, "emoji", Path("uvit.safetensors"), 1.0)
+            recipes = script.runs_of(row, "emoji", Path("uvit.safetensors"), both())
             assert {recipe.data for recipe in recipes} == {"emoji"}
             assert all(recipe.stage is Stage.STATIC or recipe.lambda_target == row.target for recipe in recipes)
             assert all(0 < recipe.token_target < 1 for recipe in recipes)
@@ -191,7 +195,7 @@ def test_what_is_missing_is_said(script, tmp_path, capsys):
 def test_a_run_of_two_rows(script, tmp_path, capsys):
     work, report = tmp_path / "work", tmp_path / "report.json"
     words = ["--rows", "random", "static-longer", "--work", str(work), "--json", str(report), "--threads", "1"]
-    words += ["--iterations-scale", "0.0005", "--samples", "70", "--steps", "2", "--repeats", "2"]
+    words += ["--dynamic-scale", "0.0005", "--settle-scale", "0.0005", "--samples", "70", "--steps", "2", "--repeats", "2"]
     assert script.main(words) == 0
     rows = json.loads(report.read_text())["rows"]
     assert set(rows) == {"static", "random", "static-longer"}
