@@ -2,7 +2,7 @@
 
     python benchmarks/rivals/run.py --work DIR [--json docs/benchmarks/rivals.json] [--plot docs/images/rivals.png]
     python benchmarks/rivals/run.py --images 1 --only "dydit per step" --only "pytorch masked" --only "dydit static"
-    python benchmarks/rivals/run.py --preset XL/2 --images 1 --steps 3 --repeats 3
+    python benchmarks/rivals/run.py --preset XL/2 --images 1 --steps 3 --repeats 3 --apart
 
 It makes the figures for DiT-S/2 beside PyTorch, diffusers, onnxruntime and OpenVINO (docs/benchmarks/rivals*.json),
 and those for one image (docs/benchmarks/cpu_dits2*.json; of plans with --only "dydit sliding" and "dydit 16 merged").
@@ -208,6 +208,7 @@ class Preparation:
             "threads": options.threads,
             "latents": Latents.RUN if options.checkpoint else Latents.NOISE,  # runs of random weights lead nowhere
             "cfg_scale": model.guidance_scale(None),
+            "apart": options.apart,
         }
         return parse_config(BenchConfig, settings)
 
@@ -372,6 +373,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", action="append", choices=NAMES, help="a contender to run; may be repeated  [all]")
     parser.add_argument("--work", type=Path, help="keep what is made and measured here, and continue")
     parser.add_argument("--emulated", action="store_true", help="run bf16 on a CPU without bf16, too")
+    parser.add_argument("--apart", action="store_true", help="one contender in memory at a time, for large models")
     parser.add_argument("--unpacked", action="store_true", help="do not pack the weights of bundles")
     parser.add_argument("--routing", default="dynamic", choices=[each.value for each in Routing])
     parser.add_argument("--checkpoint", type=Path, help="a dynamic model to time in place of random weights")

@@ -2,24 +2,25 @@
 
 Each contender runs in a process of its own, and they take turns, round by round: other load on the machine slows all of
 them, and no contender's idle threads disturb another (sessions that shared a process made a 75 ms step take 104 ms).
-The first `warmup` rounds are not counted; the first of all shows whether a contender runs here. `dydit.bench.timing` says
-what a round is. Before a round counts, one step of each contender with a reference is compared with it, so that nothing
-is timed that computes something else.
+The first `warmup` rounds are not counted; the first of all shows whether a contender runs here. `dydit.bench.timing`
+says what a round is. Before a round counts, one step of each contender with a reference is compared with it, so that
+nothing is timed that computes something else. Processes stay until the end, or, for models that do not fit into the
+memory next to each other, start anew for each round (`apart`).
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 from pydantic import Field
 
 from dydit.bench.contender import Contender, Rounds, started
-from dydit.bench.timing import Decided, Job, Latents
+from dydit.bench.timing import Job, Latents
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.manifest import SamplingEntry
 from dydit.diffusion.samplers import SamplerChoice
@@ -38,6 +39,8 @@ from dydit.validation import Strict
 
 REPORT = "bench.json"
 MASKED, STATIC = "pytorch-masked", "pytorch-static"  # names of a checkpoint as a contender
+REPORTED = {"cfg_scale", "latents", "threads", "repeats", "warmup", "seed", "apart"}
+"""Settings that a report states."""
 Progress = Callable[[int, int], None]
 
 
@@ -45,7 +48,8 @@ class BenchConfig(Strict):
     """What to time: a batch of one image per label; `cfg_scale` 1 disables guidance; None: the default of the model.
 
     `steps_measured`: sampling steps of a round, spread evenly over the run (all, if it has fewer). `threads`: cores for
-    each contender (0: all). `sampling`: changes of the run, for bundles that can run others (`resampled`).
+    each contender (0: all). `sampling`: changes of the run, for bundles that can run others (`resampled`). `apart`: a
+    new process for each round, after one that warms it up, so that one contender is in memory at a time.
     """
 
     labels: tuple[int, ...] = Field(default=(0,), min_length=1)
@@ -59,6 +63,7 @@ class BenchConfig(Strict):
     latents: Latents = Latents.RUN
     sampling: SamplerChoice = SamplerChoice()
     texts: UserPath | None = None
+    apart: bool = False
 
 
 def sides_of(
@@ -130,7 +135,7 @@ def run_bench(
     `run_of` defines the run (sampling steps, guided channels), by default the first bundle. `progress(done, total)`
     counts rounds. A contender whose script says that this machine lacks something is skipped and listed in `not_run`;
     so is an optional one that does not run here. `kept`: a folder for the rounds of every contender, with which an
-    interrupted benchmark of the same settings continues; the warm-up is repeated. `references`: names; the errors of
+    interrupted benchmark of the same settings continues; warm-ups are repeated. `references`: names; the errors of
     all contenders are measured against the first of these that runs. Raises `ConfigError` for contenders that cannot be
     compared, `BackendError` if one cannot run, and `DeviationError` if one deviates from its reference by more than the
     tolerance.
@@ -150,30 +155,29 @@ def run_bench(
     steps = spread_steps(sampling.steps, config.steps_measured)
     turns = config.warmup + config.repeats
     with ExitStack() as stack:
-        jobs = [job_of(side, config, model, sampling, steps) for side in sides]
-        show = progress or (lambda done, total: None)
-        rounds, not_run = _start(jobs, stack, kept, lambda index: show(index + 1, turns * len(jobs)))
-        workers = [each.contender for each in rounds]
-        expected: dict[tuple[SideKind, str], np.ndarray] = {}
-        deviations = [_deviation(worker, expected) for worker in workers]
-        for turn in range(1, turns):
-            for index, each in enumerate(rounds):
-                each.take(turn - config.warmup)
-                show(turn * len(workers) + index + 1, turns * len(workers))
-        load_after = os.getloadavg()[0]
-        results = [
-            _side_result(each, deviation, len(config.labels), sampling.steps)
-            for each, deviation in zip(rounds, deviations, strict=True)
+        all_rounds = [
+            Rounds(job_of(side, config, model, sampling, steps), kept, with_arrays=bool(references)) for side in sides
         ]
-        reference = next((worker for name in references for worker in workers if worker.job.side.name == name), None)
-        if reference is not None:
-            results = [
-                result.model_copy(update=_errors(worker, reference, model))
-                for result, worker in zip(results, workers, strict=True)
-            ]
+        show = progress or (lambda done, total: None)
+        running, not_run = _start(
+            all_rounds, None if config.apart else stack, lambda done: show(done, turns * len(sides))
+        )
+        for turn in range(1, turns):
+            for index, (rounds, _) in enumerate(running):
+                rounds.take(turn - config.warmup, is_last=turn == turns - 1)
+                show(turn * len(running) + index + 1, turns * len(running))
+        load_after = os.getloadavg()[0]
+    results = [_side_result(rounds, error, len(config.labels), sampling.steps) for rounds, error in running]
+    by_name = {rounds.job.side.name: rounds for rounds, _ in running}
+    reference = next((by_name[name] for name in references if name in by_name), None)
+    if reference is not None:
+        results = [
+            result.model_copy(update=_errors(rounds, reference, model))
+            for result, (rounds, _) in zip(results, running, strict=True)
+        ]
     report = BenchReport(
         batch=len(config.labels),
-        **config.model_dump(include={"cfg_scale", "latents", "threads", "repeats", "warmup", "seed"}, mode="json"),
+        **config.model_dump(include=REPORTED, mode="json"),
         steps=sampling.steps,
         steps_measured=steps,
         timesteps=tuple(sampling.timesteps[step] for step in steps),
@@ -277,44 +281,43 @@ def job_of(side: Side, config: BenchConfig, model: ModelConfig, sampling: Sampli
 
 
 def _start(
-    jobs: Sequence[Job], stack: ExitStack, kept: Path | None, show: Callable[[int], None]
-) -> tuple[list[Rounds], list[NotRun]]:
-    """The rounds of each job that can run here, whose process ends with `stack`; and the jobs that cannot.
+    all_rounds: Sequence[Rounds], stack: ExitStack | None, show: Callable[[int], None]
+) -> tuple[list[tuple[Rounds, float | None]], list[NotRun]]:
+    """The contenders that run here, each with its deviation from its reference; and the others.
 
-    A contender does its first round alone, as its users would see it. `show(index)` is called after each job.
+    Each does its first round by itself, as its users see it. With `stack`, its process stays until that ends.
+    `show(done)` is called after each.
     """
-    rounds, not_run = [], []
-    for index, job in enumerate(jobs):
+    running: list[tuple[Rounds, float | None]] = []
+    not_run: list[NotRun] = []
+    expected: dict[tuple[SideKind, str], np.ndarray] = {}
+    for done, rounds in enumerate(all_rounds, start=1):
+        side = rounds.job.side
         try:
-            rounds.append(stack.enter_context(_begun(job, kept)))
+            if stack is not None:
+                rounds.stay(stack)
+            with rounds.process() as contender:
+                running.append((rounds, _deviation(contender, expected)))
         except BackendError as error:
-            if not (job.side.optional or isinstance(error, UnavailableError)):
+            if isinstance(error, DeviationError) or not (side.optional or isinstance(error, UnavailableError)):
                 raise
-            reason = one_line(error).removeprefix(f"{job.side.name}: ")
-            not_run.append(NotRun(name=job.side.name, reason=reason))
-        show(index)
-    if not rounds:
+            not_run.append(NotRun(name=side.name, reason=one_line(error).removeprefix(f"{side.name}: ")))
+        show(done)
+    if not running:
         raise UnavailableError(
             f"no configuration runs on this machine: {'; '.join(f'{each.name}: {each.reason}' for each in not_run)}"
         )
-    return rounds, not_run
+    return running, not_run
 
 
-@contextmanager
-def _begun(job: Job, kept: Path | None) -> Iterator[Rounds]:
-    """The process of a contender after a first round, which does not count."""
-    with started(job) as contender:
-        rounds = Rounds(contender, kept)
-        rounds.warm_up()
-        yield rounds
-
-
-def _errors(worker: Contender, reference: Contender, model: ModelConfig) -> dict[str, Measured]:
+def _errors(rounds: Rounds, reference: Rounds, model: ModelConfig) -> dict[str, Measured]:
     """How far a contender is from a reference, for the worst image: see `SideResult`."""
-    values = {"relative_l2": measured(relative_l2(worker.check(), reference.check()).max()), "psnr": None}
-    if worker.job.latents is Latents.RUN:
+    ours, theirs = rounds.facts, reference.facts
+    assert ours.check is not None and theirs.check is not None and ours.last is not None and theirs.last is not None
+    values = {"relative_l2": measured(relative_l2(ours.check, theirs.check).max()), "psnr": None}
+    if rounds.job.latents is Latents.RUN:
         span = PIXEL_SPAN if model.samples_pixels else None
-        error = picture_error(worker.last(), reference.last(), span).max()
+        error = picture_error(ours.last, theirs.last, span).max()
         values["psnr"] = measured(-20 * np.log10(error)) if error else None
     return values
 
@@ -344,28 +347,26 @@ def _deviation(worker: Contender, expected: dict[tuple[SideKind, str], np.ndarra
 
 
 def _side_result(rounds: Rounds, deviation: float | None, batch: int, steps: int) -> SideResult:
-    worker = rounds.contender
-    memory = worker.ask("memory")  # before the untimed round, which loads more
-    decided = Decided.model_validate(worker.ask("decided"))
+    facts = rounds.facts
     table = np.array([each.ms for each in rounds.counted])
     means = table.mean(axis=1)
     median = float(np.median(means))
     return SideResult(
-        side=worker.job.side,
-        load_seconds=worker.loaded.seconds,
-        subnets_loaded=worker.loaded.subnets,
+        side=rounds.job.side,
+        load_seconds=facts.loaded.seconds,
+        subnets_loaded=facts.loaded.subnets,
         round_ms=tuple(means.tolist()),
         step_ms=tuple(np.median(table, axis=0).tolist()),
         median_ms=median,
         min_ms=float(means.min()),
         max_ms=float(means.max()),
-        peak_bytes=memory["peak_bytes"],
-        settled_bytes=memory["settled_bytes"],
+        peak_bytes=facts.peak_bytes,
+        settled_bytes=facts.settled_bytes,
         first_seconds=rounds.first_seconds,
-        disk_bytes=worker.disk_bytes,
+        disk_bytes=facts.disk_bytes,
         images_per_second=1e3 * batch / (median * steps),
         overflows=sum(each.overflows for each in rounds.counted),
-        precision=worker.loaded.precision,
+        precision=facts.loaded.precision,
         relative_l2=deviation,
-        **decided.model_dump(),
+        **facts.decided.model_dump(),
     )

@@ -10,13 +10,14 @@ import re
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dydit.bench.timing import Job, Loaded, Round
+from dydit.bench.timing import Decided, Job, Loaded, Round
 from dydit.child_process import ChildDiedError, ChildProcess
 from dydit.errors import BackendError, DyditError, UnavailableError
 from dydit.files import write_json
@@ -28,12 +29,11 @@ SETTLE_SECONDS = 0.05  # pause for the threads of the contender before
 
 
 class Contender:
-    """The process of a contender; it loads when this object is made, in `start_seconds`."""
+    """The process of a contender; it loads when this object is made."""
 
     def __init__(self, job: Job, process: ChildProcess):
-        self.job, self._process, start = job, process, time.perf_counter()
+        self.job, self._process = job, process
         self.loaded = Loaded.model_validate(self.ask(job.model_dump_json()))
-        self.start_seconds = time.perf_counter() - start
 
     def ask(self, line: str) -> dict[str, Any]:
         """Send a line and wait for the answer."""
@@ -80,12 +80,45 @@ class _Kept(Strict):
     counted: tuple[Round, ...] = ()
 
 
-class Rounds:
-    """The rounds of a contender. In `folder`, a file keeps them, with which another process continues."""
+@dataclass(frozen=True)
+class Facts:
+    """What the process of a contender says of itself after its last round.
 
-    def __init__(self, contender: Contender, folder: Path | None):
-        self.contender, self._kept = contender, _Kept(first_seconds=0)
-        name = re.sub(r"\W+", "-", contender.job.side.name)
+    `check`, `last`: as `Contender.check` and `Contender.last` give them; None unless wanted. The others: see
+    `SideResult`.
+    """
+
+    loaded: Loaded
+    decided: Decided
+    peak_bytes: int
+    settled_bytes: int | None
+    disk_bytes: int | None
+    check: np.ndarray | None
+    last: np.ndarray | None
+
+    @classmethod
+    def of(cls, contender: Contender, with_arrays: bool) -> Facts:
+        """The facts of a process. Memory comes first, because the untimed round after it loads more."""
+        memory, check, last = contender.ask("memory"), None, None
+        if with_arrays:
+            check, last = contender.check(), contender.last()
+        decided = Decided.model_validate(contender.ask("decided"))
+        return cls(contender.loaded, decided, **memory, disk_bytes=contender.disk_bytes, check=check, last=last)
+
+
+class Rounds:
+    """The rounds of a contender, in one process that stays, or in a new one each time.
+
+    In `folder`, a file keeps them, with which another `Rounds` continues. `with_arrays`: whether `facts`, which the
+    last round sets, are to have arrays.
+    """
+
+    facts: Facts
+
+    def __init__(self, job: Job, folder: Path | None = None, with_arrays: bool = False):
+        self.job, self._with_arrays, self._kept = job, with_arrays, _Kept(first_seconds=0)
+        self._process: Contender | None = None
+        name = re.sub(r"\W+", "-", job.side.name)
         self._file = None if folder is None else folder / f"{name}.json"
         if self._file is not None and self._file.is_file():
             self._kept = _Kept.model_validate_json(self._file.read_bytes())
@@ -100,23 +133,35 @@ class Rounds:
         """From starting the process to the end of its first round: to the first images of a run of these steps."""
         return self._kept.first_seconds
 
-    def warm_up(self) -> None:
-        """Do a round that does not count."""
+    def stay(self, stack: ExitStack) -> None:
+        """Keep one process for all rounds, which ends with `stack`."""
+        self._process = stack.enter_context(self.process())
+
+    @contextmanager
+    def process(self) -> Iterator[Contender]:
+        """The process that stays, or else a new one for the time of the block, after a round that does not count."""
+        if self._process is not None:
+            yield self._process
+            return
         start = time.perf_counter()
-        self._timed()
-        if not self.first_seconds:
-            self._keep(_Kept(first_seconds=self.contender.start_seconds + time.perf_counter() - start))
+        with started(self.job) as contender:
+            contender.ask("round")
+            if not self.first_seconds:
+                self._keep(_Kept(first_seconds=time.perf_counter() - start))
+            yield contender
 
-    def take(self, number: int) -> None:
-        """Time round `number`, unless it is kept. Those below 0 warm up."""
-        if number < 0:
-            self.warm_up()
-        elif number >= len(self.counted):
-            time.sleep(SETTLE_SECONDS)
-            self._keep(self._kept.model_copy(update={"counted": (*self.counted, self._timed())}))
-
-    def _timed(self) -> Round:
-        return Round.model_validate(self.contender.ask("round"))
+    def take(self, number: int, is_last: bool = False) -> None:
+        """Time round `number`, unless it is kept. Those below 0 warm up, which new processes have done."""
+        if self._process is None and number < 0:
+            return
+        with self.process() as contender:
+            if number >= len(self.counted) or number < 0:
+                time.sleep(SETTLE_SECONDS)
+                timed = Round.model_validate(contender.ask("round"))
+                if number >= 0:
+                    self._keep(self._kept.model_copy(update={"counted": (*self.counted, timed)}))
+            if is_last:
+                self.facts = Facts.of(contender, self._with_arrays)
 
     def _keep(self, kept: _Kept) -> None:
         self._kept = kept

@@ -66,6 +66,12 @@ from dydit.extras import CHECKPOINTS, GRAPHS, backend_modules, require
     default=1,
     help="Number of warm-up rounds. They run before the timed rounds and are not counted.",
 )
+@click.option(
+    "--apart",
+    is_flag=True,
+    help="Start a new process for each round, so that one configuration is in memory at a time. For large models; it "
+    "takes longer.",
+)
 @sampling_options
 @backend_options
 @json_option
@@ -85,7 +91,7 @@ def command(
 
     With --all, each bundle runs on every backend that works here, and a table shows times and errors. Errors are
     measured against the checkpoint of --against, or without it against a bundle in fp32. All processes stay loaded
-    until the end, so this takes much memory.
+    until the end, which takes much memory; with --apart they do not.
     """
     source = click.get_current_context().get_parameter_source("backend")
     if everything and source is not click.core.ParameterSource.DEFAULT:

@@ -136,6 +136,7 @@ class BenchReport(Result):
     repeats: int
     warmup: int
     seed: int
+    apart: bool = Field(default=False, description="whether each round ran in a new process, which had warmed up")
     steps: int = Field(description="sampling steps of a whole run")
     steps_measured: tuple[int, ...]
     timesteps: tuple[float, ...]

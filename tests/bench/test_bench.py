@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 
+import dydit.bench.contender as contender_module
 from dydit.bench.bench import (
     REPORT,
     BenchConfig,
@@ -405,6 +406,34 @@ class TestScripts:
         assert json.loads(file.read_text())["counted"][0] == written["counted"][0]
         assert [each.name for each in again.not_run] == [bundle.path.name]
         assert again.not_run[0].reason.startswith("unknown backend 'nonsense'")
+
+    def test_contenders_may_be_in_memory_one_at_a_time(self, mine, make_bundle, make_checkpoint, tmp_path, monkeypatch):
+        living, most, begun = [0], [0], []
+        process = contender_module.ChildProcess
+
+        class Counted(process):
+            def __enter__(self):
+                living[0] += 1
+                most[0] = max(most[0], living[0])
+                begun.append(living[0])
+                return super().__enter__()
+
+            def __exit__(self, *error):
+                living[0] -= 1
+                return super().__exit__(*error)
+
+        monkeypatch.setattr(contender_module, "ChildProcess", Counted)
+        sides = [mine(str(tmp_path / "mine.py")), *sides_of(make_bundle(), checkpoint=make_checkpoint().path)]
+        together = run_bench(sides, QUICK, references=("pytorch-masked",))
+        assert most == [len(sides)] and len(begun) == len(sides)
+        most[0], begun[:] = 0, []
+        apart = run_bench(sides, QUICK.model_copy(update={"apart": True}), references=("pytorch-masked",))
+        assert most == [1] and len(begun) == len(sides) * (1 + QUICK.repeats), "one to warm up, one for each round"
+        assert (apart.apart, together.apart) == (True, False)
+        for one, other in zip(apart.sides, together.sides, strict=True):
+            assert one.side == other.side and len(one.round_ms) == len(other.round_ms) == QUICK.repeats
+            assert (one.macs, one.relative_l2, one.psnr) == (other.macs, other.relative_l2, other.psnr)
+            assert one.first_seconds > 0 and one.peak_bytes > 0
 
     def test_what_a_side_computes_is_held_to_its_reference(self, mine, make_bundle, make_checkpoint):
         bundle, path = make_bundle(), str(make_checkpoint().path)

@@ -195,7 +195,18 @@ def test_what_is_missing_is_said(script, tmp_path, capsys):
 def test_a_run_of_two_rows(script, tmp_path, capsys):
     work, report = tmp_path / "work", tmp_path / "report.json"
     words = ["--rows", "random", "static-longer", "--work", str(work), "--json", str(report), "--threads", "1"]
-    words += ["--dynamic-scale", "0.0005", "--settle-scale", "0.0005", "--samples", "70", "--steps", "2", "--repeats", "2"]
+    words += [
+        "--dynamic-scale",
+        "0.0005",
+        "--settle-scale",
+        "0.0005",
+        "--samples",
+        "70",
+        "--steps",
+        "2",
+        "--repeats",
+        "2",
+    ]
     assert script.main(words) == 0
     rows = json.loads(report.read_text())["rows"]
     assert set(rows) == {"static", "random", "static-longer"}

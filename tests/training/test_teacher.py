@@ -69,7 +69,9 @@ def test_the_loss_is_the_distance_of_the_predictions(
     assert all(parameter.grad is None for parameter in known.model.parameters())
     if stage == "static":  # without gates, the model's output is known
         x_t = add_noise(PROCESS, batch.x0, batch.t, batch.noise)
-        ours, theirs = (each(x_t, batch.t, batch.y)[:, :1] for each in (model, load_checkpoint(Path(recipe.init or "")).model()))
+        ours, theirs = (
+            each(x_t, batch.t, batch.y)[:, :1] for each in (model, load_checkpoint(Path(recipe.init or "")).model())
+        )
         torch.testing.assert_close(parts["teacher"], weight * (ours - theirs).square().mean())
     trained = {name for name, each in model.named_parameters() if each.grad is not None and each.grad.any()}
     assert trained
@@ -137,7 +139,9 @@ def test_other_architectures_have_teachers(
     times = torch.tensor([0, 300, 600, 999])
     batch = Inputs(torch.randn(4, 4, 8, 8), times, y, torch.randn(4, 4, 8, 8), 7, 0)
     process, model = ProcessTensors.of(recipe.process), load_checkpoint(Path(own)).model()
-    assert float(Objective(model, recipe, process, Teacher.of(recipe, torch.device("cpu")))(batch, 0)["teacher"]) < 1e-10
+    assert (
+        float(Objective(model, recipe, process, Teacher.of(recipe, torch.device("cpu")))(batch, 0)["teacher"]) < 1e-10
+    )
     gated = architecture_of(config).masked(config)
     gated.load_state_dict(synthetic_model(config, flops_ratio=0.5).state_dict())
     recipe = recipe.model_copy(update={"stage": Stage.SETTLE, "model": config})
@@ -172,10 +176,10 @@ def test_teachers_that_do_not_fit_are_refused(
 
 
 def test_the_command_takes_a_teacher(run: Any, tmp_path: Path, teacher: str) -> None:
-    words = ["train", "--recipe", "digits-static", "--out", tmp_path / "run", "iterations=1", "batch_size=8"]
-    done = run(*words, f"teacher={teacher}")
+    words = ["train", "--recipe", "digits-static", "iterations=1", "batch_size=8"]
+    done = run(*words, "--out", tmp_path / "run", f"teacher={teacher}")
     assert done.code == 0, done.err
-    done = run(*words, f"teacher={tmp_path / 'missing.safetensors'}")
+    done = run(*words, "--out", tmp_path / "other", f"teacher={tmp_path / 'missing.safetensors'}")
     assert done.code == 2 and "missing.safetensors" in done.err and len(done.err.splitlines()) == 1
 
 
