@@ -165,6 +165,10 @@ def test_the_fastest_of_any_precision_are_compared(run):
     assert first.startswith("dydit openvino bf16 1.60 times as fast as torch.compile frozen bf16")
     assert second.startswith("dydit openvino bf16 reaches 0.950 of what multiply-adds allow against dydit static")
     assert len(run.limits(report.model_copy(update={"batch": 1}), "XL/2")) == 2
+    without = tuple(side for side in report.sides if side.side.name != run.INT8)
+    *_, masked = run.limits(report, "S/2")
+    *_, masked_in_fp32 = run.limits(report.model_copy(update={"sides": without}), "S/2")
+    assert masked.endswith("as fast as pytorch masked, at least 5") and masked_in_fp32.endswith("at least 2.4")
     first, *inexact = run.verdict(report).splitlines()
     assert first.startswith(
         "dydit openvino bf16, the fastest dynamic one, is 1.60 times as fast as torch.compile frozen"
