@@ -16,8 +16,9 @@ near 0.5, four images with guidance, 6 of 250 steps.
 Limits, for DiT-S/2: with four images, the fastest dynamic contender is 1.5 times as fast as the fastest dense one of
 any precision, and reaches 0.9 of what the multiply-adds allow against the static bundle of its backend and precision.
 The fp32 bundle on onnxruntime reaches 0.92 of that, int8 is 1.8 times as fast as fp32, and the best bundle 5 times as
-fast as masked PyTorch, or 2.4 times where int8 does not run. With one image: 0.85, and 2.4 times as fast as masked PyTorch. For DiT-XL/2 with one image: 1.6
-times as fast as the fastest dense contender. Contenders whose step deviates by more than 5e-2 do not count as fastest.
+fast as masked PyTorch, or 2.4 times where int8 does not run. With one image: 0.85, and 2.4 times as fast as masked
+PyTorch. For DiT-XL/2 with one image: 1.6 times as fast as the fastest dense contender. Contenders whose step deviates
+by more than 5e-2 do not count as fastest.
 
 Before anything is timed, one step of each contender is compared with PyTorch in fp32. Exit code 1: a limit is missed,
 or an fp32 contender computes something else. A contender that this machine cannot run is listed with the reason: bf16
