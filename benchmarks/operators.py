@@ -5,8 +5,9 @@
 
 The default is DiT-S/2 with random weights and routers set to a FLOPs ratio near 0.5, a subnetwork for each step in fp32
 with packed weights, one image with guidance. That is what each thread computes of a batch of as many images as threads.
-Both bundles take turns, round by round. ONNX Runtime's own profiler times every node of the subnetworks; rounds that
-warm up are not counted, nor is conditioning, which is computed for many steps at once.
+Both bundles take turns, round by round. ONNX Runtime's own profiler times every node of the subnetworks; a node's time
+is the median of the rounds after the first, which warms up. Conditioning, which is computed for many steps at once, is
+not counted.
 
 Products are compared with one large product, of 2048 x 2048 x 2048, on the same thread, in the same rounds. Profiling
 itself takes time, so shares are better than milliseconds.
@@ -105,16 +106,34 @@ def profiled(folder: Path) -> Iterator[list[tuple[str, Any]]]:
         yield opened
 
 
-def runs_of(profile: Path) -> list[Counter[str]]:
-    """Microseconds by operator of each run of a session, in order."""
-    runs, nodes = [], Counter[str]()
+Nodes = Mapping[tuple[str, str], float]
+"""Microseconds of each node of a run, by operator and name."""
+
+
+def runs_of(profile: Path) -> list[Nodes]:
+    """The nodes of each run of a session, in order."""
+    runs, nodes = [], Counter[tuple[str, str]]()
     for event in json.loads(profile.read_text()):
         if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
-            nodes[event["args"]["op_name"]] += event["dur"]
+            nodes[event["args"]["op_name"], event["name"]] += event["dur"]
         elif event["name"] == "model_run":
             runs.append(nodes)
             nodes = Counter()
     return runs
+
+
+def of_rounds(runs: Sequence[Nodes], rounds: int) -> Counter[str]:
+    """Microseconds by operator of a round: medians of each node over all rounds but the first, which warms up.
+
+    A round has the same runs in the same order, with the same inputs.
+    """
+    steps = len(runs) // rounds
+    operators = Counter[str]()
+    for step in range(steps):
+        same = runs[steps + step :: steps]
+        for node in same[0]:
+            operators[node[0]] += float(np.median([run[node] for run in same]))
+    return operators
 
 
 class Profiled:
@@ -144,13 +163,12 @@ class Profiled:
         for name, opened in self._opened:
             runs = runs_of(Path(opened.end_profiling()))
             if name in self._files:
-                operators.update(sum(runs[len(runs) // rounds :], Counter()))
-        steps = (rounds - 1) * len(self._ms[0])
-        by_operator = {name: value / 1e3 / steps for name, value in operators.most_common()}
+                operators.update(of_rounds(runs, rounds))
+        by_operator = {name: value / 1e3 / len(self._ms[0]) for name, value in operators.most_common()}
         groups = Counter[str]()
         for name, value in by_operator.items():
             groups[group_of(name)] += value
-        step = float(np.mean(self._ms[1:]))
+        step = float(np.median(np.mean(self._ms[1:], axis=1)))
         return {
             "step_ms": step,
             "groups": {**dict(groups.most_common()), BETWEEN: max(0.0, step - sum(groups.values()))},
@@ -221,7 +239,8 @@ def measure(options: Namespace) -> dict[str, Any]:
     for each in figures.values():
         products = sum(each["groups"].get(name, 0.0) for name in PRODUCTS) / 1e3
         each["products_of_best"] = each["macs"] * each["rows"] / products / best
-    return {"settings": settings_of(options), "large_product_gmacs": best / 1e9, "sides": figures}
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in settings_of(options).items()}
+    return {"settings": settings, "large_product_gmacs": best / 1e9, "sides": figures}
 
 
 def table(report: Mapping[str, Any]) -> str:
@@ -239,11 +258,12 @@ def table(report: Mapping[str, Any]) -> str:
         )
     rows.append(["a step", *(f"{side['step_ms']:.1f}" for side in (static, dynamic))])
     allowed = static["macs"] / dynamic["macs"]
+    best = report["large_product_gmacs"]
     lines = [
         f"Multiply-adds allow {allowed:.2f}; the products are {_products(static) / _products(dynamic):.2f} times as "
         f"fast, and a step {static['step_ms'] / dynamic['step_ms']:.2f} times.",
-        f"A product of {LARGE} x {LARGE} x {LARGE} reaches {report['large_product_gmacs']:.1f} G multiply-adds a second "
-        f"on one thread; those of the static model {static['products_of_best']:.0%} of that, of the dynamic one "
+        f"A product of {LARGE} x {LARGE} x {LARGE} reaches {best:.1f} G multiply-adds a second on one thread; those of "
+        f"the static model {static['products_of_best']:.0%} of that, of the dynamic one "
         f"{dynamic['products_of_best']:.0%}.",
     ]
     head = ["milliseconds of a step (share)", STATIC, DYNAMIC]
