@@ -6,8 +6,8 @@
 The default is DiT-S/2 with random weights and routers set to a FLOPs ratio near 0.5, a subnetwork for each step in fp32
 with packed weights, one image with guidance. That is what each thread computes of a batch of as many images as threads.
 Both bundles take turns, round by round. ONNX Runtime's own profiler times every node of the subnetworks; a node's time
-is the median of the rounds after the first, which warms up. Conditioning, which is computed for many steps at once, is
-not counted.
+is the median of the rounds after the first, which warms up. What conditioning takes, a share of a call for many steps,
+lies between the nodes.
 
 Products are compared with one large product, of 2048 x 2048 x 2048, on the same thread, in the same rounds. Profiling
 itself takes time, so shares are better than milliseconds.
@@ -35,6 +35,7 @@ from dydit.bench.scripts import (
     markdown_table,
     progress,
     random_checkpoint,
+    require_settings,
     script_parser,
     settings_of,
     static_checkpoint,
@@ -43,7 +44,7 @@ from dydit.bench.scripts import (
 from dydit.bench.timing import Latents, MeasuredBundle
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.manifest import PlanKind
-from dydit.errors import DyditError
+from dydit.errors import ConfigError, DyditError
 from dydit.export.settings import ExportConfig
 from dydit.files import write_atomic
 from dydit.models.dit.config import preset
@@ -51,6 +52,7 @@ from dydit.reports.bench_report import Side, SideKind
 from dydit.reports.plots_operators import operators_png
 from dydit.runtime.backends import session
 from dydit.runtime.resident import ResidentSubnets
+from dydit.words import counted
 
 PRODUCTS = ("products of layers", "products of attention")
 GROUPS = {
@@ -213,7 +215,13 @@ class LargeProduct:
 def prepared(folder: Path, options: Namespace) -> dict[str, Bundle]:
     """Both bundles: those that are given, or those of a model with random weights, made in `folder`."""
     if options.static and options.dynamic:
-        return {STATIC: Bundle.open(options.static), DYNAMIC: Bundle.open(options.dynamic)}
+        given = {STATIC: Bundle.open(options.static), DYNAMIC: Bundle.open(options.dynamic)}
+        models = [each.manifest.model.sizes.without_routers() for each in given.values()]
+        if models[0] != models[1]:
+            raise ConfigError(f"{options.static} and {options.dynamic} are models of other sizes; give two of one size")
+        if (most := min(each.manifest.max_batch for each in given.values())) < options.images:
+            raise ConfigError(f"{options.images} images, but a bundle was exported for batches up to {most}")
+        return given
     paths = {STATIC: folder / "static.safetensors", DYNAMIC: folder / "dynamic.safetensors"}
     if not all(path.exists() for path in paths.values()):
         static_checkpoint(paths[STATIC], random_checkpoint(paths[DYNAMIC], preset(options.preset), options.flops_ratio))
@@ -224,7 +232,11 @@ def prepared(folder: Path, options: Namespace) -> dict[str, Bundle]:
 
 def measure(options: Namespace) -> dict[str, Any]:
     """The figures of both bundles."""
+    settings = settings_of(options)
+    if options.static:
+        settings |= {"static": str(options.static), "dynamic": str(options.dynamic), "preset": "", "flops_ratio": 0.0}
     with work_folder(options.work) as folder:
+        require_settings(folder, settings)
         bundles = prepared(folder, options)
         profiles = folder / "profiles"
         profiles.mkdir(exist_ok=True)
@@ -239,7 +251,6 @@ def measure(options: Namespace) -> dict[str, Any]:
     for each in figures.values():
         products = sum(each["groups"].get(name, 0.0) for name in PRODUCTS) / 1e3
         each["products_of_best"] = each["macs"] * each["rows"] / products / best
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in settings_of(options).items()}
     return {"settings": settings, "large_product_gmacs": best / 1e9, "sides": figures}
 
 
@@ -294,7 +305,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(table(report))
     if options.plot:
         groups = {name: side["groups"] for name, side in report["sides"].items()}
-        write_atomic(options.plot, operators_png(groups, f"{options.preset}, one thread, {options.images} image(s)"))
+        model = f"{options.static}, {options.dynamic}" if options.static else f"DiT-{options.preset}, random weights"
+        detail = f"{model}, {counted(options.images, 'image')} with guidance, ONNX Runtime, one thread"
+        write_atomic(options.plot, operators_png(groups, detail))
     return finish(options, report, {})
 
 

@@ -315,7 +315,7 @@ def limits(report: BenchReport, model: str) -> dict[str, bool]:
     if model != "S/2" or report.batch not in OLDER_LIMITS:
         return held
     of_bound, in_fp32, in_int8 = OLDER_LIMITS[report.batch]
-    over_masked = in_int8 if any(side.side.name == INT8 for side in report.sides) else in_fp32
+    over_masked = in_fp32 if any(each.name == INT8 for each in report.not_run) else in_int8
     pair = compare(report, FP32, STATIC)
     if pair and pair.achieved is not None:
         text = f"{pair.achieved:.3f} of what multiply-adds allow, fp32 against static, at least {of_bound}"

@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from pydantic import Field
 
-from dydit.bench.contender import Contender, Rounds, started
+from dydit.bench.contender import Contender, Facts, Record, started, warmed
 from dydit.bench.timing import Job, Latents
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.manifest import SamplingEntry
@@ -41,6 +42,7 @@ REPORT = "bench.json"
 MASKED, STATIC = "pytorch-masked", "pytorch-static"  # names of a checkpoint as a contender
 REPORTED = {"cfg_scale", "latents", "threads", "repeats", "warmup", "seed", "apart"}
 """Settings that a report states."""
+SETTLE_SECONDS = 0.05  # pause for the threads of the contender before
 Progress = Callable[[int, int], None]
 
 
@@ -153,27 +155,30 @@ def run_bench(
     settled = {"threads": config.threads or Machine.here().cores, "cfg_scale": model.guidance_scale(config.cfg_scale)}
     config = config.model_copy(update=settled)
     steps = spread_steps(sampling.steps, config.steps_measured)
-    turns = config.warmup + config.repeats
     with ExitStack() as stack:
-        all_rounds = [
-            Rounds(job_of(side, config, model, sampling, steps), kept, with_arrays=bool(references)) for side in sides
-        ]
+        jobs = [job_of(side, config, model, sampling, steps) for side in sides]
+        expected = _expected(jobs)
         show = progress or (lambda done, total: None)
-        running, not_run = _start(
-            all_rounds, None if config.apart else stack, lambda done: show(done, turns * len(sides))
-        )
-        for turn in range(1, turns):
-            for index, (rounds, _) in enumerate(running):
-                rounds.take(turn - config.warmup, is_last=turn == turns - 1)
-                show(turn * len(running) + index + 1, turns * len(running))
+        most = len(jobs) * (1 + config.repeats)
+        running, not_run = _start(jobs, expected, config, kept, stack, lambda done: show(done, most))
+        done, total = len(jobs), len(jobs) + len(running) * config.repeats
+        for number in range(config.repeats):
+            is_last = number == config.repeats - 1
+            for each in running:
+                done += 1
+                each.take(number, facts=is_last and config.apart, with_arrays=bool(references))
+                show(done, total)
         load_after = os.getloadavg()[0]
-    results = [_side_result(rounds, error, len(config.labels), sampling.steps) for rounds, error in running]
-    by_name = {rounds.job.side.name: rounds for rounds, _ in running}
+        if not config.apart:  # only now, so that all rounds have the same work before them
+            for each in running:
+                each.take(config.repeats - 1, facts=True, with_arrays=bool(references))
+    results = [_side_result(each, len(config.labels), sampling.steps) for each in running]
+    by_name = {each.job.side.name: each for each in running}
     reference = next((by_name[name] for name in references if name in by_name), None)
     if reference is not None:
         results = [
-            result.model_copy(update=_errors(rounds, reference, model))
-            for result, (rounds, _) in zip(results, running, strict=True)
+            result.model_copy(update=_errors(each, reference, model))
+            for result, each in zip(results, running, strict=True)
         ]
     report = BenchReport(
         batch=len(config.labels),
@@ -280,28 +285,79 @@ def job_of(side: Side, config: BenchConfig, model: ModelConfig, sampling: Sampli
     )
 
 
-def _start(
-    all_rounds: Sequence[Rounds], stack: ExitStack | None, show: Callable[[int], None]
-) -> tuple[list[tuple[Rounds, float | None]], list[NotRun]]:
-    """The contenders that run here, each with its deviation from its reference; and the others.
-
-    Each does its first round by itself, as its users see it. With `stack`, its process stays until that ends.
-    `show(done)` is called after each.
+@dataclass
+class _Running:
+    """A contender that runs here. `warmup`: rounds of a new process that do not count. `staying`: its process; None if
+    each round has a new one.
     """
-    running: list[tuple[Rounds, float | None]] = []
-    not_run: list[NotRun] = []
+
+    job: Job
+    record: Record
+    warmup: int
+    deviation: float | None
+    staying: Contender | None
+    facts: Facts | None = None
+
+    def process(self) -> AbstractContextManager[Contender]:
+        """Its process, which stays, or else ends with the block."""
+        return warmed(self.job, self.record, self.warmup) if self.staying is None else nullcontext(self.staying)
+
+    def take(self, number: int, facts: bool, with_arrays: bool) -> None:
+        """Time round `number`, unless it is kept; with `facts`, ask for these afterwards."""
+        is_kept = number < len(self.record.counted)
+        if is_kept and not facts:
+            return
+        with self.process() as contender:
+            if not is_kept:
+                time.sleep(SETTLE_SECONDS)
+                self.record.add(contender.round())
+            if facts:
+                self.facts = Facts.of(contender, with_arrays)
+
+
+def _expected(jobs: Sequence[Job]) -> dict[tuple[SideKind, str], np.ndarray]:
+    """What the references of all contenders compute, by kind and checkpoint; each has a process for this step."""
     expected: dict[tuple[SideKind, str], np.ndarray] = {}
-    for done, rounds in enumerate(all_rounds, start=1):
-        side = rounds.job.side
+    for job in jobs:
+        reference = job.side.reference
+        if reference is not None and (reference.kind, reference.checkpoint) not in expected:
+            side = Side(name=f"reference, {reference.kind}", kind=reference.kind, path=reference.checkpoint)
+            with started(job.model_copy(update={"side": side})) as process:
+                expected[reference.kind, reference.checkpoint] = process.check()
+    return expected
+
+
+def _start(
+    jobs: Sequence[Job],
+    expected: Mapping[tuple[SideKind, str], np.ndarray],
+    config: BenchConfig,
+    kept: Path | None,
+    stack: ExitStack,
+    show: Callable[[int], None],
+) -> tuple[list[_Running], list[NotRun]]:
+    """The contenders that run here, and the others. Unless they run apart, their processes stay until `stack` ends.
+
+    Each does its first rounds by itself, as its users see it. `show(done)` is called after each.
+    """
+    running: list[_Running] = []
+    not_run: list[NotRun] = []
+    for done, job in enumerate(jobs, start=1):
+        side, record, own = job.side, Record(job.side.name, kept), ExitStack()
         try:
-            if stack is not None:
-                rounds.stay(stack)
-            with rounds.process() as contender:
-                running.append((rounds, _deviation(contender, expected)))
+            contender = own.enter_context(warmed(job, record, config.warmup))
+            deviation = _deviation(contender, expected)
         except BackendError as error:
+            own.close()
             if isinstance(error, DeviationError) or not (side.optional or isinstance(error, UnavailableError)):
                 raise
             not_run.append(NotRun(name=side.name, reason=one_line(error).removeprefix(f"{side.name}: ")))
+        else:
+            if config.apart:
+                own.close()
+            else:
+                stack.push(own)
+            staying = None if config.apart else contender
+            running.append(_Running(job, record, config.warmup, deviation, staying))
         show(done)
     if not running:
         raise UnavailableError(
@@ -310,51 +366,46 @@ def _start(
     return running, not_run
 
 
-def _errors(rounds: Rounds, reference: Rounds, model: ModelConfig) -> dict[str, Measured]:
+def _errors(each: _Running, reference: _Running, model: ModelConfig) -> dict[str, Measured]:
     """How far a contender is from a reference, for the worst image: see `SideResult`."""
-    ours, theirs = rounds.facts, reference.facts
-    assert ours.check is not None and theirs.check is not None and ours.last is not None and theirs.last is not None
+    ours, theirs = each.facts, reference.facts
+    assert ours is not None and ours.check is not None and ours.last is not None
+    assert theirs is not None and theirs.check is not None and theirs.last is not None
     values = {"relative_l2": measured(relative_l2(ours.check, theirs.check).max()), "psnr": None}
-    if rounds.job.latents is Latents.RUN:
+    if each.job.latents is Latents.RUN:
         span = PIXEL_SPAN if model.samples_pixels else None
         error = picture_error(ours.last, theirs.last, span).max()
         values["psnr"] = measured(-20 * np.log10(error)) if error else None
     return values
 
 
-def _deviation(worker: Contender, expected: dict[tuple[SideKind, str], np.ndarray]) -> float | None:
-    """The relative L2 of a contender from its reference, which runs in a process of its own for this step.
-
-    `expected`: what references computed, by kind and checkpoint; filled here.
-    """
-    reference = worker.job.side.reference
+def _deviation(contender: Contender, expected: Mapping[tuple[SideKind, str], np.ndarray]) -> float | None:
+    """The relative L2 of a contender from its reference, for the worst image. `expected`: of `_expected`."""
+    side = contender.job.side
+    reference = side.reference
     if reference is None:
         return None
-    key = reference.kind, reference.checkpoint
-    if key not in expected:
-        side = Side(name=f"reference, {reference.kind}", kind=reference.kind, path=reference.checkpoint)
-        with started(worker.job.model_copy(update={"side": side})) as other:
-            expected[key] = other.check()
-    value = float(relative_l2(worker.check(), expected[key]).max())
+    value = float(relative_l2(contender.check(), expected[reference.kind, reference.checkpoint]).max())
     if measured(value) is None or (reference.bar is not None and value > reference.bar):
         expected_value = "a finite number" if reference.bar is None else f"at most {exponent(reference.bar)}"
         actual = exponent(value) if np.isfinite(value) else "not finite"
         raise DeviationError(
-            f"{worker.job.side.name} does not compute what PyTorch ({reference.kind}) computes: the relative L2 of one "
-            f"step is {actual}, expected {expected_value}; nothing was timed"
+            f"{side.name} does not compute what PyTorch ({reference.kind}) computes: the relative L2 of one step is "
+            f"{actual}, expected {expected_value}; nothing was timed"
         )
     return value
 
 
-def _side_result(rounds: Rounds, deviation: float | None, batch: int, steps: int) -> SideResult:
-    facts = rounds.facts
-    table = np.array([each.ms for each in rounds.counted])
+def _side_result(each: _Running, batch: int, steps: int) -> SideResult:
+    facts, start = each.facts, each.record.start
+    assert facts is not None
+    table = np.array([counted.ms for counted in each.record.counted])
     means = table.mean(axis=1)
     median = float(np.median(means))
     return SideResult(
-        side=rounds.job.side,
-        load_seconds=facts.loaded.seconds,
-        subnets_loaded=facts.loaded.subnets,
+        side=each.job.side,
+        load_seconds=start.loaded.seconds,
+        subnets_loaded=start.loaded.subnets,
         round_ms=tuple(means.tolist()),
         step_ms=tuple(np.median(table, axis=0).tolist()),
         median_ms=median,
@@ -362,11 +413,11 @@ def _side_result(rounds: Rounds, deviation: float | None, batch: int, steps: int
         max_ms=float(means.max()),
         peak_bytes=facts.peak_bytes,
         settled_bytes=facts.settled_bytes,
-        first_seconds=rounds.first_seconds,
+        first_seconds=start.seconds,
         disk_bytes=facts.disk_bytes,
         images_per_second=1e3 * batch / (median * steps),
-        overflows=sum(each.overflows for each in rounds.counted),
-        precision=facts.loaded.precision,
-        relative_l2=deviation,
+        overflows=sum(counted.overflows for counted in each.record.counted),
+        precision=start.loaded.precision,
+        relative_l2=each.deviation,
         **facts.decided.model_dump(),
     )

@@ -27,7 +27,7 @@ import numpy as np
 from dydit.bench.bench import BenchConfig, job_of, spread_steps
 from dydit.bench.choice_cache import ChoiceCache, KeptChoice
 from dydit.bench.contender import Contender, started
-from dydit.bench.timing import Job, Round
+from dydit.bench.timing import Job
 from dydit.bundle.bundle import Bundle
 from dydit.diffusion.guidance import is_guided
 from dydit.errors import DyditError, one_line
@@ -201,7 +201,7 @@ class Trial:
         own = ExitStack()
         try:
             contender = own.enter_context(started(job))
-            contender.ask("round")
+            contender.round()
         except DyditError as error:
             own.close()
             self.failed[job.side.name] = one_line(error)
@@ -258,7 +258,7 @@ class Trial:
 
 
 def _mean_ms(contender: Contender) -> float:
-    return float(np.mean(Round.model_validate(contender.ask("round")).ms))
+    return float(np.mean(contender.round().ms))
 
 
 def _ms(value: float) -> str:

@@ -1,4 +1,4 @@
-"""The process of one contender of a benchmark, as the benchmark sees it: started, asked, and its rounds.
+"""The process of one contender of a benchmark, as the benchmark sees it: started, asked, and what is noted of it.
 
 `dydit.bench.bench_worker` is the other end.
 """
@@ -10,7 +10,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,6 @@ from dydit.reports.bench_report import SideKind
 from dydit.validation import Strict
 
 WORKER = [sys.executable, "-m", "dydit.bench.bench_worker"]
-SETTLE_SECONDS = 0.05  # pause for the threads of the contender before
 
 
 class Contender:
@@ -43,6 +42,10 @@ class Contender:
             raise
         except DyditError as error:
             raise BackendError(f"{self.job.side.name}: {error}") from error
+
+    def round(self) -> Round:
+        """Time one round."""
+        return Round.model_validate(self.ask("round"))
 
     def check(self, k: int | None = None) -> np.ndarray:
         """What the model contributes to the k-th measured step from the initial noise, by default to the middle one:
@@ -73,11 +76,15 @@ def started(job: Job) -> Iterator[Contender]:
         yield Contender(job, process)
 
 
-class _Kept(Strict):
-    """What `Rounds` keeps of a contender in a file."""
-
-    first_seconds: float
-    counted: tuple[Round, ...] = ()
+@contextmanager
+def warmed(job: Job, record: Record, rounds: int) -> Iterator[Contender]:
+    """The process of a contender, as `started`, after `rounds` rounds that do not count; `record` notes the first."""
+    start = time.perf_counter()
+    with started(job) as contender:
+        for _ in range(rounds):
+            contender.round()
+            record.begin(time.perf_counter() - start, contender.loaded)
+        yield contender
 
 
 @dataclass(frozen=True)
@@ -88,7 +95,6 @@ class Facts:
     `SideResult`.
     """
 
-    loaded: Loaded
     decided: Decided
     peak_bytes: int
     settled_bytes: int | None
@@ -103,68 +109,59 @@ class Facts:
         if with_arrays:
             check, last = contender.check(), contender.last()
         decided = Decided.model_validate(contender.ask("decided"))
-        return cls(contender.loaded, decided, **memory, disk_bytes=contender.disk_bytes, check=check, last=last)
+        return cls(decided, **memory, disk_bytes=contender.disk_bytes, check=check, last=last)
 
 
-class Rounds:
-    """The rounds of a contender, in one process that stays, or in a new one each time.
+class Start(Strict):
+    """How a contender started the first time, with nothing compiled before.
 
-    In `folder`, a file keeps them, with which another `Rounds` continues. `with_arrays`: whether `facts`, which the
-    last round sets, are to have arrays.
+    `seconds`: from starting the process to the end of its first round: to the first images of a run of these steps.
     """
 
-    facts: Facts
+    seconds: float
+    loaded: Loaded
 
-    def __init__(self, job: Job, folder: Path | None = None, with_arrays: bool = False):
-        self.job, self._with_arrays, self._kept = job, with_arrays, _Kept(first_seconds=0)
-        self._process: Contender | None = None
-        name = re.sub(r"\W+", "-", job.side.name)
-        self._file = None if folder is None else folder / f"{name}.json"
+
+class _Kept(Strict):
+    """What `Record` keeps in a file."""
+
+    start: Start | None = None
+    counted: tuple[Round, ...] = ()
+
+
+class Record:
+    """The counted rounds of a contender, and how it started. In `folder`, a file keeps them, with which another
+    `Record` continues.
+    """
+
+    def __init__(self, name: str, folder: Path | None = None):
+        self._kept = _Kept()
+        self._file = None if folder is None else folder / (re.sub(r"\W+", "-", name) + ".json")
         if self._file is not None and self._file.is_file():
             self._kept = _Kept.model_validate_json(self._file.read_bytes())
 
     @property
     def counted(self) -> tuple[Round, ...]:
-        """All that count, in order."""
+        """All rounds that count, in order."""
         return self._kept.counted
 
     @property
-    def first_seconds(self) -> float:
-        """From starting the process to the end of its first round: to the first images of a run of these steps."""
-        return self._kept.first_seconds
+    def start(self) -> Start:
+        """How it started; it has to have begun."""
+        assert self._kept.start is not None
+        return self._kept.start
 
-    def stay(self, stack: ExitStack) -> None:
-        """Keep one process for all rounds, which ends with `stack`."""
-        self._process = stack.enter_context(self.process())
+    def begin(self, seconds: float, loaded: Loaded) -> None:
+        """Note how it started, unless that is known."""
+        if self._kept.start is None:
+            self._keep(start=Start(seconds=seconds, loaded=loaded))
 
-    @contextmanager
-    def process(self) -> Iterator[Contender]:
-        """The process that stays, or else a new one for the time of the block, after a round that does not count."""
-        if self._process is not None:
-            yield self._process
-            return
-        start = time.perf_counter()
-        with started(self.job) as contender:
-            contender.ask("round")
-            if not self.first_seconds:
-                self._keep(_Kept(first_seconds=time.perf_counter() - start))
-            yield contender
+    def add(self, counted: Round) -> None:
+        """Note a round that counts."""
+        self._keep(counted=(*self.counted, counted))
 
-    def take(self, number: int, is_last: bool = False) -> None:
-        """Time round `number`, unless it is kept. Those below 0 warm up, which new processes have done."""
-        if self._process is None and number < 0:
-            return
-        with self.process() as contender:
-            if number >= len(self.counted) or number < 0:
-                time.sleep(SETTLE_SECONDS)
-                timed = Round.model_validate(contender.ask("round"))
-                if number >= 0:
-                    self._keep(self._kept.model_copy(update={"counted": (*self.counted, timed)}))
-            if is_last:
-                self.facts = Facts.of(contender, self._with_arrays)
-
-    def _keep(self, kept: _Kept) -> None:
-        self._kept = kept
+    def _keep(self, **changes: Any) -> None:
+        self._kept = self._kept.model_copy(update=changes)
         if self._file is not None:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             write_json(self._file, self._kept.model_dump(mode="json"))

@@ -302,7 +302,8 @@ def bench_table(
         f"{model}, batch {report.batch}, {guidance_text(report.cfg_scale)}, threads: {report.threads}",
         f"{machine.cpu} ({', '.join(machine.instruction_sets) or 'its instruction sets are unknown'}), load average "
         f"{report.load_average[0]:.1f}, then {report.load_average[1]:.1f}",
-        f"steps measured: {len(report.steps_measured)} of {report.steps}, {report.repeats} times after {report.warmup}",
+        f"steps measured: {len(report.steps_measured)} of {report.steps}, {report.repeats} times after {report.warmup}"
+        f"{', each in a new process' if report.apart else ''}",
         "",
         aligned(rows, right=range(3, len(columns))),
         *(f"{each.name}: not run: {each.reason}" for each in report.not_run),

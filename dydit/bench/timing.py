@@ -3,7 +3,8 @@
 A *round* is a set of sampling steps spread over the whole run, because subnetworks differ in cost. Each step is timed
 by itself: the step with guidance, its repetition if tokens overflow, and its share of the conditioning of several
 steps, but not loading and drawing noise. As many subnetworks stay loaded as in sampling, so that the memory is that of
-sampling. A subnetwork that has to be loaded again is run once before it is timed.
+sampling. A subnetwork that has to be loaded again is run once before it is timed, except in the first round, which only
+warms up: it is what a user waits for.
 """
 
 from __future__ import annotations
@@ -218,6 +219,7 @@ class MeasuredBundle(Measured):
         self.needed = sorted(set(self.subnet_of))
         limit = default_residency(self.bundle.manifest)
         self.keep_all = limit is None or len(self.needed) <= limit
+        self._rounds = 0
         self.subnets = ResidentSubnets(self.backend, limit)
 
     def load(self) -> Loaded:
@@ -258,7 +260,7 @@ class MeasuredBundle(Measured):
             prepared = time.perf_counter() - start - (self.backend.spent - before)
             prepared += self.backend.shares[sampling.timesteps[self.job.steps[k]]]
             prepared += self.backend.text_seconds / sampling.steps
-            if not self.keep_all:
+            if not self.keep_all and self._rounds:
                 self._step(self.subnet_of[k], feeds)
             start = time.perf_counter()
             result = self._step(self.subnet_of[k], feeds)
@@ -267,6 +269,7 @@ class MeasuredBundle(Measured):
             return result.x_prev
 
         self.over_round(step)
+        self._rounds += 1
         return Round(ms=tuple(times), overflows=overflows)
 
     def decided(self) -> Decided:

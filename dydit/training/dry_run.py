@@ -26,7 +26,7 @@ from dydit.models.text import TextRows
 from dydit.training.losses import ProcessTensors
 from dydit.training.objective import Inputs, Objective
 from dydit.training.recipe import Precision, Recipe, Stage
-from dydit.training.start import start_note
+from dydit.training.start import start_note, with_one_process
 from dydit.training.teacher import teacher_config
 from dydit.words import counted, duration
 
@@ -83,6 +83,7 @@ class StepTime:
 
 def describe(recipes: Sequence[Recipe], measure: Callable[[Recipe], StepTime] | None = None) -> list[str]:
     """The lines of a dry run. `measure`: how a step is measured; by default on this machine."""
+    recipes = with_one_process(recipes)
     last = recipes[-1]
     images = len(open_data(last.data)) if last.data else None
     lines = [_row("data", _data_words(last, images)), *_model_lines(last.model)]

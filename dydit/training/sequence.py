@@ -8,7 +8,7 @@ from pathlib import Path
 from dydit.errors import ConfigError, OutputError
 from dydit.files import user_path
 from dydit.training.recipe import Recipe
-from dydit.training.start import with_process_of_start
+from dydit.training.start import with_one_process
 from dydit.training.teacher import teacher_config
 from dydit.training.trainer import Progress, TrainResult, train
 from dydit.training.training_folder import check_folder, has_run, stored_recipe
@@ -27,8 +27,7 @@ def train_sequence(
         raise OutputError(f"{out} holds no run to resume; remove --resume to start one there")
     if len(recipes) == 1:
         return [train(recipes[0], out, resume, progress)]
-    first = with_process_of_start(recipes[0])
-    recipes = [first, *(recipe.started_from(first.model, f"the model of {first.name}") for recipe in recipes[1:])]
+    recipes = with_one_process(recipes)
     _check_sequence(recipes, folders, resume)
     results: list[TrainResult] = []
     for recipe, folder in zip(recipes, folders, strict=True):

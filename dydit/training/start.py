@@ -104,6 +104,15 @@ def with_process_of_start(recipe: Recipe) -> Recipe:
     return recipe.started_from(start_config(recipe.init, recipe.init_weights), f"init {recipe.init}")
 
 
+def with_one_process(recipes: Sequence[Recipe]) -> list[Recipe]:
+    """Runs of a sequence, each of which starts from the one before, with the process of the first one's `init`.
+
+    Raises as `with_process_of_start` does.
+    """
+    first = with_process_of_start(recipes[0])
+    return [first, *(recipe.started_from(first.model, f"the model of {first.name}") for recipe in recipes[1:])]
+
+
 # Classes
 
 

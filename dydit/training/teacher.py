@@ -1,8 +1,7 @@
 """A second model, whose predictions a run learns to reproduce: knowledge distillation (Hinton et al. 2015).
 
-Not in the paper, which fine-tunes on the data alone. The data say what one noisy image came from, which is a guess; a
-teacher says what a trained model makes of it, whose variance is far lower. A dynamic model reaches its static one in
-fewer iterations that way (docs/results.md, "The emoji models").
+Not in the paper, which fine-tunes on the data alone. The data say which image a noisy one was made from; a teacher says
+what a trained model makes of it, which varies far less between draws of the noise.
 """
 
 from __future__ import annotations
@@ -22,7 +21,9 @@ from dydit.training.recipe import Recipe
 from dydit.training.start import start_config
 
 SHARED = ("input_size", "in_channels", "num_classes", "null_class", "text")
-"""Fields of models that take the same inputs."""
+"""Fields that are equal in models that take the same inputs."""
+STATED = ("class_names", "space")
+"""Fields that are equal in such models where both state them."""
 
 
 class Teacher:
@@ -63,9 +64,9 @@ def teacher_config(recipe: Recipe) -> ModelConfig | None:
     if recipe.teacher is None:
         return None
     teacher, model = start_config(recipe.teacher, None), recipe.model
-    for name in SHARED:
+    for name in (*SHARED, *STATED):
         theirs, ours = getattr(teacher, name, None), getattr(model, name, None)
-        if theirs != ours:
+        if theirs != ours and not (name in STATED and None in (theirs, ours)):
             raise ConfigError(f"teacher {recipe.teacher} does not fit the model: {name} {theirs}, not {ours}")
     if teacher.diffusion != model.diffusion:
         raise ConfigError(

@@ -79,8 +79,8 @@ def train(recipe: Recipe, out: Path, resume: bool = False, progress: Progress | 
 
     A run may be resumed with more iterations, even a finished one. Raises `OutputError` if `out` is not empty,
     `ConfigError` if it holds the run of another recipe or a setting does not fit the data or `init`, `CheckpointError`
-    if `init` or a state cannot be used, and `TrainingError` if the run diverges. A run that is refused leaves nothing
-    behind.
+    if `init`, the teacher or a state cannot be used, and `TrainingError` if the run diverges. A run that is refused
+    leaves nothing behind.
     """
     require_trackers(recipe.trackers)  # before accelerate looks for them
     from accelerate import Accelerator

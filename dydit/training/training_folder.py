@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from dydit.checkpoints.checkpoint import load_checkpoint
 from dydit.errors import CheckpointError, ConfigError, OutputError
-from dydit.files import explained, sha256_of
+from dydit.files import explained, sha256_of, user_path
 from dydit.locks import FileLock
 from dydit.training.recipe import Recipe
 from dydit.training.state import MODEL, RECIPE, SUMMARY
@@ -62,11 +63,13 @@ def check_folder(out: Path, recipe: Recipe, resume: bool, any_init: bool = False
     different = differing_settings(stored, requested)
     if not different:
         return
-    if stored.get("init") != requested["init"] and recipe.init is not None and not Path(recipe.init).exists():
-        raise CheckpointError(
-            f"init {recipe.init} does not exist, so it is unknown whether the run in {out} started from it; give the "
-            "file that it started from"
-        )
+    for name, verb in (("init", "started from"), ("teacher", "learns from")):
+        path = getattr(recipe, name)
+        if stored.get(name) != requested[name] and path is not None and not user_path(path).exists():
+            raise CheckpointError(
+                f"{name} {path} does not exist, so it is unknown whether the run in {out} {verb} it; give the file "
+                f"that it {verb}"
+            )
     if differing_settings({**stored, "iterations": recipe.iterations}, requested):
         raise ConfigError(f"{out} holds the run of another recipe; it differs in {', '.join(different)}")
     before = stored.get("iterations")
@@ -111,10 +114,10 @@ def _read_object(path: Path, advice: str) -> dict[str, Any]:
 def identity(recipe: Recipe) -> dict[str, Any]:
     """What makes two runs the same: the recipe, with the hashes of `init` and `teacher` in place of their paths."""
     values = recipe.model_dump(mode="json")
-    for name in ("init", "teacher"):
-        path = values[name]
-        if path is not None and Path(path).is_file():
-            values[name] = f"sha256:{sha256_of(Path(path))}"
+    if recipe.init is not None and Path(recipe.init).is_file():
+        values["init"] = f"sha256:{sha256_of(Path(recipe.init))}"
+    if recipe.teacher is not None and user_path(recipe.teacher).exists():  # a file or a folder; resumed runs read it
+        values["teacher"] = f"sha256:{load_checkpoint(user_path(recipe.teacher)).sha256}"
     return values
 
 

@@ -323,6 +323,7 @@ class TestMeasure:
     def test_a_subnetwork_that_does_not_stay_is_run_once_before_it_is_timed(self, make_bundle):
         side = open_side(job(make_bundle(plan=PlanKind.PER_STEP)))
         assert side.load().subnets == 3 and not side.keep_all
+        assert len(self.latents(side)) == 3, "the first round, which is not counted, is what a user waits for"
         assert len(self.latents(side)) == 2 * 3
         kept = open_side(job(make_bundle(max_subnets=4)))
         assert kept.keep_all and len(self.latents(kept)) == 3
@@ -423,12 +424,24 @@ class TestScripts:
                 return super().__exit__(*error)
 
         monkeypatch.setattr(contender_module, "ChildProcess", Counted)
-        sides = [mine(str(tmp_path / "mine.py")), *sides_of(make_bundle(), checkpoint=make_checkpoint().path)]
+        path = make_checkpoint().path
+        reference = Reference(kind=SideKind.TORCH_MASKED, checkpoint=str(path))
+        bundle, masked = sides_of(make_bundle(), checkpoint=path)
+        sides = [mine(str(tmp_path / "mine.py")), bundle.model_copy(update={"reference": reference}), masked]
         together = run_bench(sides, QUICK, references=("pytorch-masked",))
-        assert most == [len(sides)] and len(begun) == len(sides)
+        assert most == [len(sides)] and len(begun) == 1 + len(sides)
         most[0], begun[:] = 0, []
-        apart = run_bench(sides, QUICK.model_copy(update={"apart": True}), references=("pytorch-masked",))
-        assert most == [1] and len(begun) == len(sides) * (1 + QUICK.repeats), "one to warm up, one for each round"
+        alone = QUICK.model_copy(update={"apart": True})
+        apart = run_bench(sides, alone, kept=tmp_path / "kept", references=("pytorch-masked",))
+        assert most == [1], "the reference is not in memory either"
+        assert len(begun) == 1 + len(sides) * (1 + QUICK.repeats), (
+            "each is tried first, and starts again for each round"
+        )
+        begun.clear()
+        again = run_bench(sides, alone, kept=tmp_path / "kept", references=("pytorch-masked",))
+        assert len(begun) == 1 + 2 * len(sides), "rounds that are kept need no process, but the facts after the last do"
+        assert [each.round_ms for each in again.sides] == [each.round_ms for each in apart.sides]
+        assert [each.load_seconds for each in again.sides] == [each.load_seconds for each in apart.sides]
         assert (apart.apart, together.apart) == (True, False)
         for one, other in zip(apart.sides, together.sides, strict=True):
             assert one.side == other.side and len(one.round_ms) == len(other.round_ms) == QUICK.repeats

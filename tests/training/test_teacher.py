@@ -174,6 +174,64 @@ def test_teachers_that_do_not_fit_are_refused(
     assert teacher_config(taught(teacher=str(tmp_path / "larger.safetensors"))) == larger
 
 
+def test_classes_are_those_of_the_teacher_by_name(tmp_path: Path, taught: Make, static_config: ModelConfig) -> None:
+    """Label 3 means the same to both, or the run is refused."""
+    names = tuple("abcdefghij")
+    for teachers, fits in ((names, True), (None, True), (names[::-1], False)):
+        config = static_config.model_copy(update={"class_names": teachers})
+        path = tmp_path / f"{fits}-{teachers is None}.safetensors"
+        save_checkpoint(path, DiT(config), config)
+        model = taught().model.model_copy(update={"class_names": names})
+        recipe = taught(model=model, teacher=str(path))
+        if fits:
+            assert teacher_config(recipe) == config
+        else:
+            with pytest.raises(ConfigError, match="class_names"):
+                teacher_config(recipe)
+
+
+def test_a_dry_run_takes_the_teachers_that_training_takes(
+    tmp_path: Path, taught: Make, static_config: ModelConfig, randomised: Randomised
+) -> None:
+    """The process is that of the checkpoint that the run starts from."""
+    flow = static_config.model_copy(
+        update={"process": Process(schedule=NoiseSchedule.FLOW, prediction=Prediction.VELOCITY)}
+    )
+    path = str(tmp_path / "flow.safetensors")
+    save_checkpoint(Path(path), randomised(flow), flow)
+    recipes = [
+        taught(init=path, teacher=path, iterations=2),
+        taught(stage="settle", init=None, teacher=path, iterations=2),
+    ]
+    assert f"teacher {path}" in describe(recipes, lambda _: StepTime(1e-3, 2, 100, "nothing"))
+    assert len(train_sequence(recipes, tmp_path / "run")) == 2
+
+
+@pytest.mark.parametrize("change", [{"precision": "bf16"}, {"accumulate": 2}, {"checkpointing": True}])
+def test_settings_of_speed_go_with_a_teacher(tmp_path: Path, taught: Make, change: dict[str, Any]) -> None:
+    recipes = [taught(iterations=3, **each) for each in ({}, change)]
+    plain, other = (
+        read_log(train(recipe, tmp_path / str(number)).model.parent) for number, recipe in enumerate(recipes)
+    )
+    assert other[0]["teacher"] == pytest.approx(plain[0]["teacher"], rel=0.05)
+
+
+def test_a_teacher_that_is_gone_or_in_a_folder(
+    tmp_path: Path, taught: Make, teacher: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Resuming reads it again, so the run knows it by its weights, wherever they lie."""
+    train(taught(iterations=4), tmp_path / "run")
+    home = tmp_path / "home"
+    home.mkdir()
+    Path(teacher).rename(home / "moved.safetensors")
+    with pytest.raises(CheckpointError, match=r"teacher .* does not exist, so it is unknown"):
+        train(taught(iterations=8, init=str(home / "moved.safetensors")), tmp_path / "run", resume=True)
+    monkeypatch.setenv("HOME", str(home))
+    init = str(home / "moved.safetensors")
+    longer = train(taught(iterations=8, init=init, teacher="~/moved.safetensors"), tmp_path / "run", resume=True)
+    assert longer.summary["iterations"] == 8
+
+
 def test_the_command_takes_a_teacher(run: Any, tmp_path: Path, teacher: str) -> None:
     words = ["train", "--recipe", "digits-static", "iterations=1", "batch_size=8"]
     done = run(*words, "--out", tmp_path / "run", f"teacher={teacher}")

@@ -2,7 +2,7 @@
 
 On a CPU, batches are split among threads as on ONNX Runtime (`dydit.runtime.backends.batch_splitting`), and products
 are those of `dydit.runtime.backends.torch_products`. Nothing is compiled there: `torch.compile` would make a graph for
-each subnetwork, and one graph of a DiT-S/2 takes it 6 s (docs/benchmarks/rivals.json).
+each subnetwork, and one graph of a DiT-S/2 takes it 6 s (docs/benchmarks/rivals_avx512.json).
 """
 
 from __future__ import annotations
