@@ -1,14 +1,16 @@
 """The emoji models: quality beside a static model trained equally long, what routing saves, parity, and the speed-up.
 
-    dydit train --recipe uvit-emoji --out RUN
-    dydit train --recipe uvit-emoji-static --init RUN/static/model.safetensors --out STATIC iterations=3300 \
-        learning_rate=5e-4
-    python benchmarks/emoji.py uvit --static STATIC/model.safetensors --dynamic RUN/settle/model.safetensors \
+    dydit train --recipe uvit-emoji-static --out START
+    dydit train --recipe uvit-emoji-static --init START/model.safetensors --out STATIC iterations=4500 learning_rate=5e-4
+    dydit train --recipe uvit-emoji-dynamic --init START/model.safetensors --out ROUTERS
+    dydit train --recipe uvit-emoji-settle --init ROUTERS/model.safetensors --out DYNAMIC \
+        teacher=STATIC/model.safetensors teacher_weight=8
+    python benchmarks/emoji.py uvit --static STATIC/model.safetensors --dynamic DYNAMIC/model.safetensors \
         --work DIR --json docs/benchmarks/emoji_uvit.json --pictures docs/images
 
 The second command trains the static model that the dynamic one starts from for as many further iterations as that has,
-a control that the paper does not have. For PixArt the recipe is pixart-emoji, and all three commands take --data DATA,
-the folder that `dydit prepare emoji --text-encoder ...` writes.
+a control that the paper does not have; it also teaches the dynamic one. For PixArt the recipe is pixart-emoji, and all
+commands take --data DATA, the folder that `dydit prepare emoji --text-encoder ...` writes.
 
 Both models sample the same labels from the same noise on onnxruntime, with an exact subnetwork for each step. A U-ViT
 samples all classes in turn; a PixArt samples the names of emoji that are spread over all of them. Quality is measured

@@ -97,7 +97,9 @@ def latency(
 
 
 def latency_figures(report: BenchReport) -> dict[str, Any]:
-    """Milliseconds of a step of both sides, the speed-up, and the one that multiply-adds allow."""
+    """Milliseconds of a step of both sides, the speed-up, and the one that multiply-adds allow; and what each side needs:
+    bytes in memory and on disk, and seconds to the first images.
+    """
     pair = report.comparison(STATIC)
     return {
         "ms": report.side(DYNAMIC).median_ms,
@@ -105,4 +107,8 @@ def latency_figures(report: BenchReport) -> dict[str, Any]:
         "speed_up": pair.median,
         "allowed": pair.allowed,
         "reached": pair.achieved,
+        "needs": {
+            side.side.name: {name: getattr(side, name) for name in ("peak_bytes", "disk_bytes", "first_seconds")}
+            for side in report.sides
+        },
     }
