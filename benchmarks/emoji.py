@@ -1,7 +1,8 @@
 """The emoji models: quality beside a static model trained equally long, what routing saves, parity, and the speed-up.
 
     dydit train --recipe uvit-emoji-static --out START
-    dydit train --recipe uvit-emoji-static --init START/model.safetensors --out STATIC iterations=4500 learning_rate=5e-4
+    dydit train --recipe uvit-emoji-static --init START/model.safetensors --out STATIC iterations=4500 \
+        learning_rate=5e-4
     dydit train --recipe uvit-emoji-dynamic --init START/model.safetensors --out ROUTERS
     dydit train --recipe uvit-emoji-settle --init ROUTERS/model.safetensors --out DYNAMIC \
         teacher=STATIC/model.safetensors teacher_weight=8

@@ -97,8 +97,9 @@ def latency(
 
 
 def latency_figures(report: BenchReport) -> dict[str, Any]:
-    """Milliseconds of a step of both sides, the speed-up, and the one that multiply-adds allow; and what each side needs:
-    bytes in memory and on disk, and seconds to the first images.
+    """Milliseconds of a step of both sides, the speed-up, and the one that multiply-adds allow; and what each needs.
+
+    That is: bytes in memory and on disk, and seconds to the first images.
     """
     pair = report.comparison(STATIC)
     return {
