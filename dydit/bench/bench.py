@@ -155,23 +155,10 @@ def run_bench(
     settled = {"threads": config.threads or Machine.here().cores, "cfg_scale": model.guidance_scale(config.cfg_scale)}
     config = config.model_copy(update=settled)
     steps = spread_steps(sampling.steps, config.steps_measured)
-    with ExitStack() as stack:
-        jobs = [job_of(side, config, model, sampling, steps) for side in sides]
-        expected = _expected(jobs)
-        show = progress or (lambda done, total: None)
-        most = len(jobs) * (1 + config.repeats)
-        running, not_run = _start(jobs, expected, config, kept, stack, lambda done: show(done, most))
-        done, total = len(jobs), len(jobs) + len(running) * config.repeats
-        for number in range(config.repeats):
-            is_last = number == config.repeats - 1
-            for each in running:
-                done += 1
-                each.take(number, facts=is_last and config.apart, with_arrays=bool(references))
-                show(done, total)
-        load_after = os.getloadavg()[0]
-        if not config.apart:  # only now, so that all rounds have the same work before them
-            for each in running:
-                each.take(config.repeats - 1, facts=True, with_arrays=bool(references))
+    jobs = [job_of(side, config, model, sampling, steps) for side in sides]
+    running, not_run, load_after = _take_turns(
+        jobs, config, kept, bool(references), progress or (lambda done, total: None)
+    )
     results = [_side_result(each, len(config.labels), sampling.steps) for each in running]
     by_name = {each.job.side.name: each for each in running}
     reference = next((by_name[name] for name in references if name in by_name), None)
@@ -283,6 +270,27 @@ def job_of(side: Side, config: BenchConfig, model: ModelConfig, sampling: Sampli
         cfg_channels=sampling.cfg_channels,
         **shared,
     )
+
+
+def _take_turns(
+    jobs: Sequence[Job], config: BenchConfig, kept: Path | None, with_arrays: bool, progress: Progress
+) -> tuple[list[_Running], list[NotRun], float]:
+    """Do all rounds. Returns the contenders that run here, the others, and the load average after the rounds."""
+    expected, most = _expected(jobs), len(jobs) * (1 + config.repeats)
+    with ExitStack() as stack:
+        running, not_run = _start(jobs, expected, config, kept, stack, lambda done: progress(done, most))
+        done, total = len(jobs), len(jobs) + len(running) * config.repeats
+        for number in range(config.repeats):
+            is_last = number == config.repeats - 1
+            for each in running:
+                done += 1
+                each.take(number, facts=is_last and config.apart, with_arrays=with_arrays)
+                progress(done, total)
+        load_after = os.getloadavg()[0]
+        if not config.apart:  # only now, so that all rounds have the same work before them
+            for each in running:
+                each.take(config.repeats - 1, facts=True, with_arrays=with_arrays)
+    return running, not_run, load_after
 
 
 @dataclass
