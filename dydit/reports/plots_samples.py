@@ -54,11 +54,12 @@ def side_by_side_png(groups: Mapping[str, np.ndarray], columns: Sequence[str]) -
     """
     titles = [fill(text, _WORDS_WIDTH) for text in columns]
     lines = max(title.count("\n") + 1 for title in titles)
-    rows = sum(map(len, groups.values()))
     cell = min(0.95, 9.0 / len(columns))
-    with drawing(len(columns) * cell + 1.1, rows * cell + 0.13 * lines + 0.12 * len(groups) + 0.15) as figure:
+    heights = [cell * len(images) + 0.12 for images in groups.values()]
+    heights[0] += 0.15 * lines + 0.08  # so that all images have one size
+    with drawing(len(columns) * cell + 1.1, sum(heights)) as figure:
         figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.0, hspace=0.0)
-        parts = figure.subfigures(len(groups), 1, height_ratios=[len(images) for images in groups.values()])
+        parts = figure.subfigures(len(groups), 1, height_ratios=heights)
         for place, (part, (name, images)) in enumerate(zip(np.atleast_1d(parts), groups.items(), strict=True)):
             axes = part.subplots(len(images), len(columns), squeeze=False)
             for row, pictures in enumerate(images):
