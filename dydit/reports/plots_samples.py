@@ -56,7 +56,7 @@ def side_by_side_png(groups: Mapping[str, np.ndarray], columns: Sequence[str]) -
     lines = max(title.count("\n") + 1 for title in titles)
     cell = min(0.95, 9.0 / len(columns))
     heights = [cell * len(images) + 0.12 for images in groups.values()]
-    heights[0] += 0.15 * lines + 0.08  # so that all images have one size
+    heights[0] += 0.17 * lines + 0.15  # so that all images have one size
     with drawing(len(columns) * cell + 1.1, sum(heights)) as figure:
         figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.0, hspace=0.0)
         parts = figure.subfigures(len(groups), 1, height_ratios=heights)
