@@ -12,29 +12,26 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from pydantic import Field
 
-from dydit.bench.contender import Contender, Facts, Record, started, warmed
 from dydit.bench.timing import Job, Latents
+from dydit.bench.turns import Progress, Running, Schedule, take_turns
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.manifest import SamplingEntry
 from dydit.diffusion.samplers import SamplerChoice
-from dydit.errors import BackendError, ConfigError, DeviationError, UnavailableError, one_line
+from dydit.errors import ConfigError
 from dydit.files import new_folder, require_absent, write_json
 from dydit.models.config import ModelConfig, UserPath
 from dydit.parity.comparison import PIXEL_SPAN, picture_error, relative_l2
 from dydit.planning.resampling import resampled
-from dydit.reports.bench_report import BenchReport, Comparison, NotRun, Side, SideKind, SideResult
+from dydit.reports.bench_report import BenchReport, Comparison, Side, SideKind, SideResult
 from dydit.reports.plot_style import write_picture
 from dydit.reports.plots import latency_png
 from dydit.reports.results import Machine, Measured, measured
-from dydit.reports.text import exponent
 from dydit.runtime.text_files import texts_for
 from dydit.validation import Strict
 
@@ -42,8 +39,6 @@ REPORT = "bench.json"
 MASKED, STATIC = "pytorch-masked", "pytorch-static"  # names of a checkpoint as a contender
 REPORTED = {"cfg_scale", "latents", "threads", "repeats", "warmup", "seed", "apart"}
 """Settings that a report states."""
-SETTLE_SECONDS = 0.05  # pause for the threads of the contender before
-Progress = Callable[[int, int], None]
 
 
 class BenchConfig(Strict):
@@ -156,8 +151,8 @@ def run_bench(
     config = config.model_copy(update=settled)
     steps = spread_steps(sampling.steps, config.steps_measured)
     jobs = [job_of(side, config, model, sampling, steps) for side in sides]
-    running, not_run, load_after = _take_turns(
-        jobs, config, kept, bool(references), progress or (lambda done, total: None)
+    running, not_run, load_after = take_turns(
+        jobs, Schedule(config.warmup, config.repeats, config.apart), kept, bool(references), progress or _silent
     )
     results = [_side_result(each, len(config.labels), sampling.steps) for each in running]
     by_name = {each.job.side.name: each for each in running}
@@ -184,6 +179,10 @@ def run_bench(
     if out is not None:
         write_json(out / REPORT, report.to_json())
     return report
+
+
+def _silent(done: int, total: int) -> None:
+    """Show no progress."""
 
 
 def spread_steps(steps: int, count: int) -> tuple[int, ...]:
@@ -272,109 +271,7 @@ def job_of(side: Side, config: BenchConfig, model: ModelConfig, sampling: Sampli
     )
 
 
-def _take_turns(
-    jobs: Sequence[Job], config: BenchConfig, kept: Path | None, with_arrays: bool, progress: Progress
-) -> tuple[list[_Running], list[NotRun], float]:
-    """Do all rounds. Returns the contenders that run here, the others, and the load average after the rounds."""
-    expected, most = _expected(jobs), len(jobs) * (1 + config.repeats)
-    with ExitStack() as stack:
-        running, not_run = _start(jobs, expected, config, kept, stack, lambda done: progress(done, most))
-        done, total = len(jobs), len(jobs) + len(running) * config.repeats
-        for number in range(config.repeats):
-            is_last = number == config.repeats - 1
-            for each in running:
-                done += 1
-                each.take(number, facts=is_last and config.apart, with_arrays=with_arrays)
-                progress(done, total)
-        load_after = os.getloadavg()[0]
-        if not config.apart:  # only now, so that all rounds have the same work before them
-            for each in running:
-                each.take(config.repeats - 1, facts=True, with_arrays=with_arrays)
-    return running, not_run, load_after
-
-
-@dataclass
-class _Running:
-    """A contender that runs here. `warmup`: rounds of a new process that do not count. `staying`: its process; None if
-    each round has a new one.
-    """
-
-    job: Job
-    record: Record
-    warmup: int
-    deviation: float | None
-    staying: Contender | None
-    facts: Facts | None = None
-
-    def process(self) -> AbstractContextManager[Contender]:
-        """Its process, which stays, or else ends with the block."""
-        return warmed(self.job, self.record, self.warmup) if self.staying is None else nullcontext(self.staying)
-
-    def take(self, number: int, facts: bool, with_arrays: bool) -> None:
-        """Time round `number`, unless it is kept; with `facts`, ask for these afterwards."""
-        is_kept = number < len(self.record.counted)
-        if is_kept and not facts:
-            return
-        with self.process() as contender:
-            if not is_kept:
-                time.sleep(SETTLE_SECONDS)
-                self.record.add(contender.round())
-            if facts:
-                self.facts = Facts.of(contender, with_arrays)
-
-
-def _expected(jobs: Sequence[Job]) -> dict[tuple[SideKind, str], np.ndarray]:
-    """What the references of all contenders compute, by kind and checkpoint; each has a process for this step."""
-    expected: dict[tuple[SideKind, str], np.ndarray] = {}
-    for job in jobs:
-        reference = job.side.reference
-        if reference is not None and (reference.kind, reference.checkpoint) not in expected:
-            side = Side(name=f"reference, {reference.kind}", kind=reference.kind, path=reference.checkpoint)
-            with started(job.model_copy(update={"side": side})) as process:
-                expected[reference.kind, reference.checkpoint] = process.check()
-    return expected
-
-
-def _start(
-    jobs: Sequence[Job],
-    expected: Mapping[tuple[SideKind, str], np.ndarray],
-    config: BenchConfig,
-    kept: Path | None,
-    stack: ExitStack,
-    show: Callable[[int], None],
-) -> tuple[list[_Running], list[NotRun]]:
-    """The contenders that run here, and the others. Unless they run apart, their processes stay until `stack` ends.
-
-    Each does its first rounds by itself, as its users see it. `show(done)` is called after each.
-    """
-    running: list[_Running] = []
-    not_run: list[NotRun] = []
-    for done, job in enumerate(jobs, start=1):
-        side, record, own = job.side, Record(job.side.name, kept), ExitStack()
-        try:
-            contender = own.enter_context(warmed(job, record, config.warmup))
-            deviation = _deviation(contender, expected)
-        except BackendError as error:
-            own.close()
-            if isinstance(error, DeviationError) or not (side.optional or isinstance(error, UnavailableError)):
-                raise
-            not_run.append(NotRun(name=side.name, reason=one_line(error).removeprefix(f"{side.name}: ")))
-        else:
-            if config.apart:
-                own.close()
-            else:
-                stack.push(own)
-            staying = None if config.apart else contender
-            running.append(_Running(job, record, config.warmup, deviation, staying))
-        show(done)
-    if not running:
-        raise UnavailableError(
-            f"no configuration runs on this machine: {'; '.join(f'{each.name}: {each.reason}' for each in not_run)}"
-        )
-    return running, not_run
-
-
-def _errors(each: _Running, reference: _Running, model: ModelConfig) -> dict[str, Measured]:
+def _errors(each: Running, reference: Running, model: ModelConfig) -> dict[str, Measured]:
     """How far a contender is from a reference, for the worst image: see `SideResult`."""
     ours, theirs = each.facts, reference.facts
     assert ours is not None and ours.check is not None and ours.last is not None
@@ -387,24 +284,7 @@ def _errors(each: _Running, reference: _Running, model: ModelConfig) -> dict[str
     return values
 
 
-def _deviation(contender: Contender, expected: Mapping[tuple[SideKind, str], np.ndarray]) -> float | None:
-    """The relative L2 of a contender from its reference, for the worst image. `expected`: of `_expected`."""
-    side = contender.job.side
-    reference = side.reference
-    if reference is None:
-        return None
-    value = float(relative_l2(contender.check(), expected[reference.kind, reference.checkpoint]).max())
-    if measured(value) is None or (reference.bar is not None and value > reference.bar):
-        expected_value = "a finite number" if reference.bar is None else f"at most {exponent(reference.bar)}"
-        actual = exponent(value) if np.isfinite(value) else "not finite"
-        raise DeviationError(
-            f"{side.name} does not compute what PyTorch ({reference.kind}) computes: the relative L2 of one step is "
-            f"{actual}, expected {expected_value}; nothing was timed"
-        )
-    return value
-
-
-def _side_result(each: _Running, batch: int, steps: int) -> SideResult:
+def _side_result(each: Running, batch: int, steps: int) -> SideResult:
     facts, start = each.facts, each.record.start
     assert facts is not None
     table = np.array([counted.ms for counted in each.record.counted])

@@ -13,7 +13,8 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from dydit.bench.bench import REPORT, BenchConfig, Progress, bundle_names, checkpoint_side, run_bench
+from dydit.bench.bench import REPORT, BenchConfig, bundle_names, checkpoint_side, run_bench
+from dydit.bench.turns import Progress
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.manifest import Manifest, PlanKind, Routing
 from dydit.bundle.stored_weights import Precision

@@ -14,7 +14,6 @@ import dydit.bench.contender as contender_module
 from dydit.bench.bench import (
     REPORT,
     BenchConfig,
-    _deviation,
     compare_sides,
     run_bench,
     sides_of,
@@ -23,6 +22,7 @@ from dydit.bench.bench import (
 from dydit.bench.bench_worker import open_side
 from dydit.bench.contender import started
 from dydit.bench.timing import Job, Latents, chained_run, settled_bytes
+from dydit.bench.turns import deviation_of
 from dydit.bundle.manifest import PlanKind, Routing
 from dydit.diffusion.coefficients import HISTORY, NOISE, sampling_run
 from dydit.diffusion.process import Process
@@ -469,7 +469,7 @@ class TestScripts:
             pytest.raises(DeviationError, match="is not finite, expected a finite number"),
             started(job(make_bundle(), mine("nan", reference))) as worker,
         ):
-            _deviation(worker, known)
+            deviation_of(worker, known)
 
     def test_a_script_that_lacks_something_is_left_out(self, mine, make_bundle):
         sides = sides_of(make_bundle())
