@@ -58,6 +58,7 @@ from dydit.models.config import ModelConfig
 from dydit.models.macs import flops_ratio
 from dydit.quickstart.quickstart import ASSETS
 from dydit.reports.bench_report import BenchReport
+from dydit.reports.plot_style import in_few_colours
 from dydit.reports.plots_ablations import Curve, ablations_png
 from dydit.training.recipe import Recipe, Routed, Stage
 from dydit.training.recipe_files import find_recipes
@@ -331,7 +332,7 @@ def plot(rows: Mapping[str, Figures], data: str) -> bytes:
         if FULL in places and name in places
     }
     detail = f"Ours: {data}, CPU. The paper: ImageNet (ablations: DiT-S, five sets), V100. Only orders can be compared."
-    return ablations_png(curves, marks, bars, detail)
+    return in_few_colours(ablations_png(curves, marks, bars, detail))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

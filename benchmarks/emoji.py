@@ -26,12 +26,10 @@ from __future__ import annotations
 import sys
 from argparse import Namespace
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from dydit.bench.scripts import finish, kept_bundle, kept_part, progress, require_settings, script_parser, settings_of
 from dydit.bench.small_models import Measures, latency, latency_figures, quality, routing_figures
@@ -47,6 +45,7 @@ from dydit.files import sha256_of, write_atomic
 from dydit.inspection.trace import Trace, trace_tokens
 from dydit.parity.parity import ParityConfig, run_parity
 from dydit.reports.bench_report import BenchReport
+from dydit.reports.plot_style import in_few_colours
 from dydit.reports.plots_masks import masks_png, tokens_png
 from dydit.reports.plots_samples import side_by_side_png
 from dydit.runtime.text_files import write_texts
@@ -187,14 +186,6 @@ def sampled_images(folder: Path, count: int) -> np.ndarray:
     """The first images of a sampling run, f32 [n, 3, 32, 32] in [-1, 1]."""
     with np.load(folder / "samples.npz") as arrays:
         return arrays["arr_0"][:count].astype(np.float32).transpose(0, 3, 1, 2) / 127.5 - 1
-
-
-def in_few_colours(picture: bytes) -> bytes:
-    """A PNG in 256 colours, a third of the size."""
-    file = BytesIO()
-    with Image.open(BytesIO(picture)) as image:
-        image.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(file, "png", optimize=True)
-    return file.getvalue()
 
 
 def draw(bundles: Bundles, trace: Trace, options: Namespace) -> None:

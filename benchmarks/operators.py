@@ -44,11 +44,13 @@ from dydit.bench.scripts import (
 from dydit.bench.timing import Latents, MeasuredBundle
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.manifest import PlanKind
+from dydit.diffusion.guidance import is_guided
 from dydit.errors import ConfigError, DyditError
 from dydit.export.settings import ExportConfig
 from dydit.files import write_atomic
 from dydit.models.dit.config import preset
 from dydit.reports.bench_report import Side, SideKind
+from dydit.reports.plot_style import in_few_colours
 from dydit.reports.plots_operators import operators_png
 from dydit.runtime.backends import session
 from dydit.runtime.resident import ResidentSubnets
@@ -176,7 +178,7 @@ class Profiled:
             "groups": {**dict(groups.most_common()), BETWEEN: max(0.0, step - sum(groups.values()))},
             "operators": by_operator,
             "macs": self._measured.decided().macs,
-            "rows": len(self._measured.labels) * (1 if self._measured.job.cfg_scale in (0, 1) else 2),
+            "rows": len(self._measured.labels) * (2 if is_guided(self._measured.job.cfg_scale) else 1),
         }
 
 
@@ -249,8 +251,7 @@ def measure(options: Namespace) -> dict[str, Any]:
         figures = {name: each.figures() for name, each in sides.items()}
     best = large.macs_per_second
     for each in figures.values():
-        products = sum(each["groups"].get(name, 0.0) for name in PRODUCTS) / 1e3
-        each["products_of_best"] = each["macs"] * each["rows"] / products / best
+        each["products_of_best"] = each["macs"] * each["rows"] / (_products(each) / 1e3) / best
     return {"settings": settings, "large_product_gmacs": best / 1e9, "sides": figures}
 
 
@@ -282,6 +283,7 @@ def table(report: Mapping[str, Any]) -> str:
 
 
 def _products(side: Mapping[str, Any]) -> float:
+    """Milliseconds of a step in products."""
     return float(sum(side["groups"].get(name, 0.0) for name in PRODUCTS))
 
 
@@ -307,7 +309,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         groups = {name: side["groups"] for name, side in report["sides"].items()}
         model = f"{options.static}, {options.dynamic}" if options.static else f"DiT-{options.preset}, random weights"
         detail = f"{model}, {counted(options.images, 'image')} with guidance, ONNX Runtime, one thread"
-        write_atomic(options.plot, operators_png(groups, detail))
+        write_atomic(options.plot, in_few_colours(operators_png(groups, detail)))
     return finish(options, report, {})
 
 

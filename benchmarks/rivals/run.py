@@ -64,6 +64,7 @@ from dydit.bundle.bundle import Bundle
 from dydit.bundle.manifest import PlanKind, Routing
 from dydit.bundle.stored_weights import Precision
 from dydit.checkpoints.checkpoint import Checkpoint, load_checkpoint
+from dydit.diffusion.guidance import is_guided
 from dydit.errors import ConfigError, DeviationError, DyditError, UnavailableError
 from dydit.export.exporter import export
 from dydit.export.settings import ExportConfig
@@ -71,6 +72,7 @@ from dydit.files import write_atomic, write_json
 from dydit.models.config import parse_config
 from dydit.models.dit.config import preset
 from dydit.reports.bench_report import BenchReport, NotRun, Reference, Side, SideKind, SideResult
+from dydit.reports.plot_style import in_few_colours
 from dydit.reports.plots import ranking_png
 from dydit.runtime.backends.instruction_sets import instruction_sets, multiplies
 
@@ -274,7 +276,7 @@ class Preparation:
     @property
     def _rows(self) -> int:
         """Rows of a step's batch."""
-        return self.options.images * (1 if self.config.cfg_scale in (0, 1) else 2)
+        return self.options.images * (2 if is_guided(self.config.cfg_scale or 1) else 1)
 
 
 def is_exact(side: SideResult) -> bool:
@@ -391,7 +393,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             write_json(options.json, report.to_json())
         if options.plot:
             pair = compare(report, ours.side.name, theirs.side.name) if ours and theirs else None
-            write_atomic(options.plot, ranking_png(report, pair, {"dense": DENSE, "dynamic": DYNAMIC}))
+            picture = ranking_png(report, pair, {"dense": DENSE, "dynamic": DYNAMIC})
+            write_atomic(options.plot, in_few_colours(picture))
     except DyditError as error:
         print(error, file=sys.stderr)
         return 1 if isinstance(error, DeviationError) else 2

@@ -198,7 +198,7 @@ class Trial:
 
     def _start(self, job: Job, stack: ExitStack) -> Contender | None:
         """A loaded process, after a round that is not counted; None if the backend does not run here."""
-        own = ExitStack()
+        own = stack.enter_context(ExitStack())  # closed earlier where the backend does not run
         try:
             contender = own.enter_context(started(job))
             contender.round()
@@ -206,7 +206,6 @@ class Trial:
             own.close()
             self.failed[job.side.name] = one_line(error)
             return None
-        stack.push(own)
         return contender
 
     def _pays(self, step_ms: float, spent: float) -> bool:

@@ -115,7 +115,8 @@ def _start(
     running: list[Running] = []
     not_run: list[NotRun] = []
     for done, job in enumerate(jobs, start=1):
-        side, record, own = job.side, Record(job.side.name, kept), ExitStack()
+        side, record = job.side, Record(job.side.name, kept)
+        own = stack.enter_context(ExitStack())  # closed earlier where the process is not to stay
         try:
             contender = own.enter_context(warmed(job, record, schedule.warmup))
             deviation = deviation_of(contender, expected)
@@ -127,8 +128,6 @@ def _start(
         else:
             if schedule.apart:
                 own.close()
-            else:
-                stack.push(own)
             staying = None if schedule.apart else contender
             running.append(Running(job, record, schedule.warmup, deviation, staying))
         show(done)

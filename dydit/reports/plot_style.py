@@ -146,6 +146,16 @@ def png(figure: Any) -> bytes:
     return buffer.getvalue()
 
 
+def in_few_colours(picture: bytes) -> bytes:
+    """A PNG in 256 colours, a third of the size: for pictures that are kept with documents."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    with Image.open(io.BytesIO(picture)) as image:
+        image.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(buffer, "png", optimize=True)
+    return buffer.getvalue()
+
+
 def timestep_ticks(timesteps: Sequence[float]) -> tuple[list[float], list[str]]:
     """The positions of round timesteps on an axis of step indices 0..S-1 (noisiest first), and their labels."""
     times = np.asarray(timesteps, np.float64)

@@ -116,8 +116,12 @@ def identity(recipe: Recipe) -> dict[str, Any]:
     values = recipe.model_dump(mode="json")
     if recipe.init is not None and Path(recipe.init).is_file():
         values["init"] = f"sha256:{sha256_of(Path(recipe.init))}"
-    if recipe.teacher is not None and user_path(recipe.teacher).exists():  # a file or a folder; resumed runs read it
-        values["teacher"] = f"sha256:{load_checkpoint(user_path(recipe.teacher)).sha256}"
+    if recipe.teacher is not None:  # a file or a folder, which a resumed run reads again
+        path = user_path(recipe.teacher)
+        if path.is_file():
+            values["teacher"] = f"sha256:{sha256_of(path)}"
+        elif path.is_dir():
+            values["teacher"] = f"sha256:{load_checkpoint(path).sha256}"
     return values
 
 

@@ -31,12 +31,9 @@ def test_the_groups_add_up_to_a_step(script, make_bundle, make_checkpoint, small
         assert script.OTHERS not in groups, [
             name for name in side["operators"] if script.group_of(name) == script.OTHERS
         ]
-        assert groups["products of layers"] > 0 and groups["softmax"] > 0
-    assert (
-        sides["dynamic"]["groups"]["gathers and scatters"]
-        > 0
-        == sides["static"]["groups"].get("gathers and scatters", 0)
-    )
+        assert {"products of layers", "products of attention", "softmax"} <= set(groups)
+    assert "gathers and scatters" in sides["dynamic"]["groups"]
+    assert sides["static"]["groups"].get("gathers and scatters", 0) == 0
     assert sides["dynamic"]["macs"] < sides["static"]["macs"] and sides["static"]["rows"] == 2
     printed = capsys.readouterr().out
     assert "products of layers" in printed and "Multiply-adds allow" in printed
