@@ -56,9 +56,9 @@ from dydit.files import sha256_of, write_atomic
 from dydit.inspection.trace import trace_tokens
 from dydit.models.config import ModelConfig
 from dydit.models.macs import flops_ratio
+from dydit.plot_style import in_few_colours
 from dydit.quickstart.quickstart import ASSETS
 from dydit.reports.bench_report import BenchReport
-from dydit.reports.plot_style import in_few_colours
 from dydit.reports.plots_ablations import Curve, ablations_png
 from dydit.training.recipe import Recipe, Routed, Stage
 from dydit.training.recipe_files import find_recipes

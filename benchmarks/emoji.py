@@ -44,8 +44,8 @@ from dydit.export.settings import ExportConfig
 from dydit.files import sha256_of, write_atomic
 from dydit.inspection.trace import Trace, trace_tokens
 from dydit.parity.parity import ParityConfig, run_parity
+from dydit.plot_style import in_few_colours
 from dydit.reports.bench_report import BenchReport
-from dydit.reports.plot_style import in_few_colours
 from dydit.reports.plots_masks import masks_png, tokens_png
 from dydit.reports.plots_samples import side_by_side_png
 from dydit.runtime.text_files import write_texts

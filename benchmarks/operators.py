@@ -49,8 +49,8 @@ from dydit.errors import ConfigError, DyditError
 from dydit.export.settings import ExportConfig
 from dydit.files import write_atomic
 from dydit.models.dit.config import preset
+from dydit.plot_style import in_few_colours
 from dydit.reports.bench_report import Side, SideKind
-from dydit.reports.plot_style import in_few_colours
 from dydit.reports.plots_operators import operators_png
 from dydit.runtime.backends import session
 from dydit.runtime.resident import ResidentSubnets

@@ -16,7 +16,6 @@ in the median of decibels. Exit code 1 where one is missed.
 
 from __future__ import annotations
 
-import io
 import sys
 import tempfile
 from dataclasses import asdict, dataclass
@@ -38,6 +37,7 @@ from dydit.export.settings import ExportConfig
 from dydit.files import write_atomic
 from dydit.inspection.trace import trace_tokens
 from dydit.parity.comparison import PIXEL_SPAN
+from dydit.plot_style import drawing, in_few_colours, png
 from dydit.quickstart.quickstart import ASSETS
 from dydit.runtime.request import SampleRequest
 from dydit.training.evaluate import evaluate_digits
@@ -100,23 +100,19 @@ def observed(checkpoint: Checkpoint, config: ExportConfig, cfg_scale: float) -> 
 
 def picture(images: dict[str, np.ndarray]) -> bytes:
     """A row of digits for each precision, and below each lower one its difference from fp32, times a hundred."""
-    from matplotlib.figure import Figure
-
     reference = images[FP32][:CLASSES]
     rows = [(FP32, reference)]
     for name in ("int8", "int8-static", "fp8"):
         pixels = images[name][:CLASSES]
         rows += [(name, pixels), (f"{name} - fp32, 100x", 100 * (pixels - reference))]
-    figure = Figure(figsize=(8, 0.85 * len(rows)), layout="constrained")
-    axes = figure.subplots(len(rows), CLASSES)
-    for line, (name, pixels) in zip(axes, rows, strict=True):
-        for axis, image in zip(line, pixels, strict=True):
-            axis.imshow(image[0], cmap="RdBu" if "100x" in name else "gray", vmin=-1, vmax=1)
-            axis.set(xticks=[], yticks=[])
-        line[0].set_ylabel(name.replace(" - ", " -\n"), rotation=0, ha="right", va="center")
-    data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=110)
-    return data.getvalue()
+    with drawing(8, 0.85 * len(rows)) as figure:
+        axes = figure.subplots(len(rows), CLASSES)
+        for line, (name, pixels) in zip(axes, rows, strict=True):
+            for axis, image in zip(line, pixels, strict=True):
+                axis.imshow(image[0], cmap="RdBu" if "100x" in name else "gray", vmin=-1, vmax=1)
+                axis.set(xticks=[], yticks=[], frame_on=False)
+            line[0].set_ylabel(name.replace(" - ", " -\n"), rotation=0, ha="right", va="center")
+        return in_few_colours(png(figure))
 
 
 def main() -> int:

@@ -282,12 +282,17 @@ def test_the_pictures_are_small() -> None:
 
 @pytest.mark.release
 def test_the_pictures_can_be_drawn_again(tmp_path: Path) -> None:
-    command = [sys.executable, ROOT / "docs" / "images" / "make.py", "--steps", "6", "--out", tmp_path]
+    models, out = tmp_path / "models", tmp_path / "images"
+    shutil.copytree(ROOT / "docs" / "models", models, ignore=shutil.ignore_patterns("*.png", "*.safetensors"))
+    out.mkdir()
+    command = [sys.executable, ROOT / "docs" / "images" / "make.py", "--steps", "6", "--out", out, "--models", models]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
-    drawn = {path.name: path for path in tmp_path.iterdir()}
+    drawn = {path.name: path for path in out.iterdir()}
     assert drawn and drawn.keys() <= PICTURES.keys()
     for path in drawn.values():
         with Image.open(path) as picture:
             assert picture.width >= 1000
+    kept = {path.relative_to(ROOT / "docs" / "models") for path in (ROOT / "docs" / "models").glob("*/*.png")}
+    assert {path.relative_to(models) for path in models.glob("*/*.png")} == kept

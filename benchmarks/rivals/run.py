@@ -71,8 +71,8 @@ from dydit.export.settings import ExportConfig
 from dydit.files import write_atomic, write_json
 from dydit.models.config import parse_config
 from dydit.models.dit.config import preset
+from dydit.plot_style import in_few_colours
 from dydit.reports.bench_report import BenchReport, NotRun, Reference, Side, SideKind, SideResult
-from dydit.reports.plot_style import in_few_colours
 from dydit.reports.plots import ranking_png
 from dydit.runtime.backends.instruction_sets import instruction_sets, multiplies
 

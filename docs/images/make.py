@@ -1,14 +1,16 @@
 """Draw the pictures of README and docs/design.md, from the digits model that comes with dydit.
 
-    python docs/images/make.py [--out docs/images] [--steps 250]
+    python docs/images/make.py [--out docs/images] [--steps 250] [--models docs/models]
 
-Masks, plans and tokens are the model's own; the pictures of graphs and of loops are diagrams. It takes about a minute.
+Masks, plans and tokens are the model's own; the pictures of graphs and of loops are diagrams. Beside each log of
+docs/models its curves are drawn. It takes about a minute.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,12 +26,16 @@ from dydit.checkpoints.checkpoint import load_checkpoint
 from dydit.export.exporter import export
 from dydit.export.settings import ExportConfig
 from dydit.inspection.trace import Trace, trace_tokens
+from dydit.models.config import parse_config
 from dydit.planning.costs import macs_costs
 from dydit.planning.plan import Plan, optimal_plans, per_step_plan, segment_costs
-from dydit.reports.plot_style import ACCENT, ACCENT_LIGHT, FAINT, INK, MUTED, OFF, SECOND, drawing, headline, png
+from dydit.plot_style import ACCENT, ACCENT_LIGHT, FAINT, INK, MUTED, OFF, SECOND, drawing, headline, in_few_colours, png
 from dydit.reports.plots_masks import masks_png
+from dydit.training.curves import curves_png
+from dydit.training.recipe import Recipe
 
 DIGITS = Path(dydit.__file__).parent / "assets" / "digits" / "dydit.safetensors"
+MODELS = Path(__file__).parents[1] / "models"
 SHOWN = (2, 3, 1)
 """The digits whose tokens are shown."""
 BLOCK = 2
@@ -41,6 +47,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder for the pictures")
     parser.add_argument("--steps", type=int, default=250, help="number of sampling steps")
+    parser.add_argument(
+        "--models", type=Path, default=Path(__file__).parents[1] / "models", help="folder of the models"
+    )
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as work:
         settings = ExportConfig(steps=arguments.steps, plan=PlanKind.PER_STEP)
@@ -57,6 +66,15 @@ def main() -> None:
     }
     for name, data in pictures.items():
         small(data).save(arguments.out / f"{name}.png", optimize=True)
+    for log in sorted(arguments.models.glob("*/*-log.jsonl")):
+        log.with_name(log.name.replace("-log.jsonl", "-curves.png")).write_bytes(in_few_colours(run_png(log)))
+
+
+def run_png(log: Path) -> bytes:
+    """The curves of a run from its log; the recipe stands beside it."""
+    recipe = parse_config(Recipe, json.loads(log.with_name(log.name.replace("-log.jsonl", "-recipe.json")).read_text()))
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    return curves_png(lines, recipe.name, recipe.process.prediction)
 
 
 def small(data: bytes) -> Image.Image:

@@ -28,8 +28,8 @@ from dydit.files import new_folder, require_absent, write_json
 from dydit.models.config import ModelConfig, UserPath
 from dydit.parity.comparison import PIXEL_SPAN, picture_error, relative_l2
 from dydit.planning.resampling import resampled
+from dydit.plot_style import write_picture
 from dydit.reports.bench_report import BenchReport, Comparison, Side, SideKind, SideResult
-from dydit.reports.plot_style import write_picture
 from dydit.reports.plots import latency_png
 from dydit.reports.results import Machine, Measured, measured
 from dydit.runtime.text_files import texts_for

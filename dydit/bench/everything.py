@@ -23,8 +23,8 @@ from dydit.errors import DyditError, one_line
 from dydit.export.settings import ExportConfig
 from dydit.extras import EXTRAS, backend_modules, install_command, missing
 from dydit.files import new_folder, require_absent, write_json
+from dydit.plot_style import write_picture
 from dydit.reports.bench_report import BenchReport, NotRun, Side, SideKind
-from dydit.reports.plot_style import write_picture
 from dydit.reports.plots import errors_png
 from dydit.runtime.backends.registry import BACKENDS, candidates, devices_of
 

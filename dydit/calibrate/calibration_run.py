@@ -20,7 +20,7 @@ from dydit.checkpoints.checkpoint import Checkpoint
 from dydit.errors import OutputError
 from dydit.export.settings import ExportConfig
 from dydit.files import claimed, explained, parents, remove, require_absent, write_new
-from dydit.reports.plot_style import write_picture
+from dydit.plot_style import write_picture
 from dydit.runtime.backends.base import BackendOptions
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from dydit.calibrate.calibration import CalibrationResult
-from dydit.reports.plot_style import ACCENT_LIGHT, MUTED, SECOND, drawing, headline, png, ramp, timestep_ticks
+from dydit.plot_style import ACCENT_LIGHT, MUTED, SECOND, drawing, headline, png, ramp, timestep_ticks
 from dydit.reports.text import extra_text
 from dydit.words import counted
 

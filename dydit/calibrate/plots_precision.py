@@ -9,7 +9,7 @@ import numpy as np
 
 from dydit.calibrate.calibration import CalibrationResult
 from dydit.calibrate.mixed_precision import Sensitivity
-from dydit.reports.plot_style import ACCENT, ACCENT_LIGHT, FAINT, INK, MUTED, OFF, SECOND, drawing, headline, png
+from dydit.plot_style import ACCENT, ACCENT_LIGHT, FAINT, INK, MUTED, OFF, SECOND, drawing, headline, png
 from dydit.words import counted
 
 _FP16, _INT8, _ABSENT = 2, 1, 0

@@ -52,8 +52,8 @@ from dydit.parity.comparison import (
 from dydit.parity.reference import Images, Reference, Trajectory
 from dydit.parity.tolerances import DERIVED_WEIGHTS, of_latents, tolerances
 from dydit.planning.resampling import resampled
+from dydit.plot_style import write_picture
 from dydit.reports.parity_report import Check, Departure, ParityReport
-from dydit.reports.plot_style import write_picture
 from dydit.reports.plots import parity_png
 from dydit.reports.results import Machine
 from dydit.runtime.backends.base import BackendOptions

@@ -14,10 +14,10 @@ from pathlib import Path
 
 from dydit.errors import DyditError
 from dydit.files import write_atomic
+from dydit.plot_style import DPI
 from dydit.reports.bench_report import BenchReport, bound_text, busy, repeats_text
 from dydit.reports.inspection_facts import BundleFacts, routing_text
 from dydit.reports.parity_report import ParityReport
-from dydit.reports.plot_style import DPI
 from dydit.reports.results import Line, Machine
 from dydit.reports.text import bytes_text, count_text, exponent, guidance_text
 from dydit.words import counted

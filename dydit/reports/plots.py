@@ -10,6 +10,18 @@ from typing import Any
 
 import numpy as np
 
+from dydit.plot_style import (
+    ACCENT,
+    ACCENT_LIGHT,
+    INK,
+    MUTED,
+    SECOND,
+    drawing,
+    headline,
+    png,
+    shortened,
+    timestep_ticks,
+)
 from dydit.reports.bench_report import (
     BenchReport,
     Comparison,
@@ -22,18 +34,6 @@ from dydit.reports.bench_report import (
 from dydit.reports.bench_table import error_words, errors_text, speed_ratio
 from dydit.reports.inspection_facts import PlanRow
 from dydit.reports.parity_report import Check, ParityReport, parity_headline
-from dydit.reports.plot_style import (
-    ACCENT,
-    ACCENT_LIGHT,
-    INK,
-    MUTED,
-    SECOND,
-    drawing,
-    headline,
-    png,
-    shortened,
-    timestep_ticks,
-)
 from dydit.reports.text import bytes_text, exponent, guidance_text
 from dydit.words import counted
 

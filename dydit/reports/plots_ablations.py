@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from textwrap import fill
 from typing import Any
 
-from dydit.reports.plot_style import ACCENT, INK, MUTED, SECOND, drawing, headline, png
+from dydit.plot_style import ACCENT, INK, MUTED, SECOND, drawing, headline, png
 
 _COLOURS = (ACCENT, MUTED, SECOND, "#5b8c3a")
 _BESIDE: dict[str, Any] = {"textcoords": "offset points", "fontsize": 7.5}

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from dydit.models.architecture import UnitAxis
-from dydit.reports.plot_style import ACCENT, OFF, SECOND, drawing, headline, png, ramp, timestep_ticks
+from dydit.plot_style import ACCENT, OFF, SECOND, drawing, headline, png, ramp, timestep_ticks
 from dydit.reports.plots_samples import bare, picture_cell
 from dydit.words import counted
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from dydit.reports.plot_style import ACCENT, ACCENT_LIGHT, MUTED, drawing, headline, png
+from dydit.plot_style import ACCENT, ACCENT_LIGHT, MUTED, drawing, headline, png
 
 
 def operators_png(sides: Mapping[str, Mapping[str, float]], detail: str) -> bytes:

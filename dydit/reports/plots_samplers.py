@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dydit.reports.plot_style import ACCENT, INK, MUTED, SECOND, drawing, headline, png
+from dydit.plot_style import ACCENT, INK, MUTED, SECOND, drawing, headline, png
 
 _COLOURS = {"ddpm": MUTED, "ddim": ACCENT, "dpm-solver++": SECOND}
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from dydit.reports.plot_style import drawing, png
+from dydit.plot_style import drawing, png
 
 _WORDS_WIDTH = 12  # characters in a line above a column
 

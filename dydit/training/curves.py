@@ -1,15 +1,12 @@
-"""The plot of a run: its losses, and its FLOPs ratio against the target."""
+"""The picture of a run: its losses, and its FLOPs ratio against the target."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from dydit.diffusion.process import Prediction
-from dydit.extras import require
-from dydit.files import write_atomic
+from dydit.plot_style import ACCENT, ACCENT_LIGHT, INK, MUTED, SECOND, drawing, headline, png
 
 _TARGETS = {
     Prediction.EPSILON: "the noise",
@@ -17,42 +14,58 @@ _TARGETS = {
     Prediction.V: "v",
     Prediction.VELOCITY: "the velocity",
 }
+# (key of the log, its label, colour, width of the line); what comes later is on top.
+_ERRORS = (("mse", "training", ACCENT_LIGHT, 1.0), ("probe_mse", "probe (EMA, no gate noise)", ACCENT, 1.6))
+_RATIOS = (
+    ("probe_heads", "heads", "#5b8c3a", 0.8),
+    ("probe_groups", "groups", MUTED, 0.8),
+    ("probe_tokens", "tokens", SECOND, 0.8),
+    ("ratio", "FLOPs ratio, training", ACCENT_LIGHT, 1.0),
+    ("probe_ratio", "FLOPs ratio, probe", ACCENT, 1.6),
+)
 
 
-def draw_curves(log: Sequence[dict[str, Any]], path: Path, title: str, prediction: Prediction) -> None:
-    """Draw the log's losses and, for a dynamic run, FLOPs ratio against target, as a PNG at `path`."""
-    require("drawing the curves", ["matplotlib"])
-    from matplotlib.figure import Figure
+def curves_png(log: Sequence[dict[str, Any]], name: str, prediction: Prediction) -> bytes:
+    """The losses of a run over its iterations, as a PNG; of a dynamic one also the FLOPs ratio, and what is on.
 
-    dynamic = any("ratio" in entry for entry in log)
-    figure = Figure(figsize=(10 if dynamic else 5.5, 4), layout="constrained")
-    axes = figure.subplots(1, 2 if dynamic else 1, squeeze=False)[0]
-    for key, label in (("mse", "training"), ("probe_mse", "probe (EMA, no gate noise)")):
+    log: the lines of `log.jsonl`. name: that of the recipe. Raises `DyditError` if matplotlib is not installed.
+    """
+    dynamic = any("ratio" in line for line in log)
+    with drawing(9.5 if dynamic else 5.5, 3.8) as figure:
+        headline(figure, *_finding(log, name))
+        errors, *ratios = figure.subplots(1, 1 + dynamic, squeeze=False)[0]
+        _draw(errors, log, _ERRORS)
+        low, high = errors.dataLim.intervaly
+        errors.set(title=f"Mean squared error on {_TARGETS[prediction]}", yscale="log" if high > 4 * low else "linear")
+        for axis in ratios:
+            axis.plot(*_series(log, "target"), color=INK, lw=0.8, ls="--", label="FLOPs ratio, target")
+            _draw(axis, log, _RATIOS)
+            axis.set(title="Share that is on", ylim=(0, 1.02))
+        for axis in (errors, *ratios):
+            axis.set_xlabel("iteration")
+            axis.grid(axis="y")
+            if log:
+                axis.legend(loc="best")
+        return png(figure)
+
+
+def _finding(log: Sequence[dict[str, Any]], name: str) -> tuple[str, str]:
+    """The headline and the detail below it: where the run came to."""
+    last = {key: value for line in log for key, value in line.items()}
+    error, ratio = last.get("probe_mse", last.get("mse")), last.get("probe_ratio", last.get("ratio"))
+    parts = [f"error {error:.3g}"] if error is not None else []
+    if ratio is not None:
+        parts.append(f"FLOPs ratio {ratio:.3f}" + (f" (target {last['target']:.2f})" if "target" in last else ""))
+    return f"{name}: {', '.join(parts)}" if parts else name, f"after {last.get('iteration', 0):,} iterations"
+
+
+def _draw(axis: Any, log: Sequence[dict[str, Any]], lines: Sequence[tuple[str, str, str, float]]) -> None:
+    for key, label, colour, width in lines:
         iterations, values = _series(log, key)
-        axes[0].plot(iterations, values, label=label)
-    error = f"{title}: error on {_TARGETS[prediction]}"
-    axes[0].set(title=error, xlabel="iteration", ylabel="mean squared error", yscale="log")
-    axes[0].legend()
-    if dynamic:
-        styles = (
-            ("target", "target", "k--"),
-            ("ratio", "training", "C0"),
-            ("probe_ratio", "probe (EMA, no gate noise)", "C1"),
-        )
-        for key, label, style in styles:
-            iterations, values = _series(log, key)
-            axes[1].plot(iterations, values, style, label=label)
-        parts = (("probe_heads", "heads"), ("probe_groups", "groups"), ("probe_tokens", "tokens"))
-        for (key, label), color in zip(parts, ("C2", "C3", "C4"), strict=True):
-            iterations, values = _series(log, key)
-            axes[1].plot(iterations, values, color, label=f"probe, {label}", linewidth=0.8)
-        axes[1].set(title="FLOPs ratio of the blocks", xlabel="iteration", ylim=(0, 1.02))
-        axes[1].legend(fontsize=8)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=120)
-    write_atomic(path, picture.getvalue())
+        if values:
+            axis.plot(iterations, values, color=colour, lw=width, label=label)
 
 
 def _series(log: Sequence[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
-    present = [entry for entry in log if key in entry]
-    return [entry["iteration"] for entry in present], [entry[key] for entry in present]
+    present = [line for line in log if key in line]
+    return [line["iteration"] for line in present], [line[key] for line in present]

@@ -23,8 +23,8 @@ from torch._dynamo.exc import TorchDynamoException
 from dydit.checkpoints.checkpoint import save_checkpoint
 from dydit.data.opened import data_for
 from dydit.errors import CheckpointError, ConfigError, TrainingError, one_line
-from dydit.files import sha256_of, user_path, write_json
-from dydit.training.curves import draw_curves
+from dydit.files import sha256_of, user_path, write_atomic, write_json
+from dydit.training.curves import curves_png
 from dydit.training.draws import Batch, BatchSource
 from dydit.training.losses import ProcessTensors
 from dydit.training.objective import Inputs, Objective, compile_model, probe
@@ -371,7 +371,7 @@ class _Run:
         weights = {name: whole(value) for name, value in self.ema.state_dict().items()}
         if self.accelerator.is_main_process:
             save_checkpoint(out / MODEL, weights, recipe.model, {"recipe": json.dumps(stored_recipe)})
-            draw_curves(log, out / CURVES, recipe.name, recipe.process.prediction)
+            write_atomic(out / CURVES, curves_png(log, recipe.name, recipe.process.prediction))
             summary["model_sha256"] = sha256_of(out / MODEL)
             write_json(out / SUMMARY, summary)
         self.accelerator.wait_for_everyone()

@@ -16,11 +16,11 @@ from dydit.diffusion.process import Process
 from dydit.diffusion.samplers import SamplerConfig
 from dydit.errors import DyditError
 from dydit.models.dit.config import DiTConfig
+from dydit.plot_style import ACCENT, ACCENT_LIGHT, OFF, SECOND, timestep_ticks
 from dydit.reports import plots, plots_masks
 from dydit.reports.bench_report import BUSY, BenchReport, NotRun, Side, SideKind, SideResult, busy
 from dydit.reports.inspection_facts import PlanRow
 from dydit.reports.parity_report import Check, FlippedImage, ParityReport, Status
-from dydit.reports.plot_style import ACCENT, ACCENT_LIGHT, OFF, SECOND, timestep_ticks
 from dydit.reports.plots import bound_of, latency_png, parity_png, plan_png, ranking_png
 from dydit.reports.plots_ablations import Curve, ablations_png
 from dydit.reports.plots_masks import masks_png, tokens_png

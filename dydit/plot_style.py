@@ -1,4 +1,4 @@
-"""The style of every picture of a report, with colours that colour-blind readers can distinguish.
+"""The style of every picture, with colours that colour-blind readers can distinguish.
 
 Pictures need no display and no global state of matplotlib, and are returned as the bytes of a PNG.
 """
@@ -6,6 +6,7 @@ Pictures need no display and no global state of matplotlib, and are returned as 
 from __future__ import annotations
 
 import io
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -69,18 +70,39 @@ def drawing(width: float, height: float) -> Iterator[Any]:
 
     Raises `DyditError` if matplotlib is not installed.
     """
-    try:
-        from matplotlib import rc_context
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from matplotlib.layout_engine import ConstrainedLayoutEngine
-    except ImportError as error:
-        raise DyditError("pictures need matplotlib, which is not installed: pip install 'dydit[report]'") from error
+    _find_fonts()
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
     with rc_context(cast("Any", _STYLE)):
         layout = ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.05, wspace=0.05, hspace=0.02)
         figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white", layout=layout)
         FigureCanvasAgg(figure)
         yield figure
+
+
+def _find_fonts() -> None:
+    """Have matplotlib know the fonts that it comes with.
+
+    It keeps one list of fonts for a user, whatever the environment. A list written by an environment that was just
+    being removed lacks them, and stays: then every picture would log dozens of warnings, or fail. Raises `DyditError`
+    if matplotlib is not installed.
+    """
+    log = logging.getLogger("matplotlib.font_manager")
+    level = log.level
+    log.setLevel(logging.ERROR)  # where making the list takes long, matplotlib says so on standard error
+    try:
+        from matplotlib import font_manager, get_data_path
+    except ImportError as error:
+        raise DyditError("pictures need matplotlib, which is not installed: pip install 'dydit[report]'") from error
+    finally:
+        log.setLevel(level)
+    known = {font.fname for font in font_manager.fontManager.ttflist}
+    for path in sorted(Path(get_data_path(), "fonts", "ttf").glob("*.ttf")):
+        if str(path) not in known:
+            font_manager.fontManager.addfont(path)
 
 
 def headline(figure: Any, finding: str, detail: str = "") -> None:
