@@ -71,12 +71,12 @@ def drawing(width: float, height: float) -> Iterator[Any]:
     Raises `DyditError` if matplotlib is not installed.
     """
     _find_fonts()
-    from matplotlib import rc_context
+    from matplotlib import style
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    with rc_context(cast("Any", _STYLE)):
+    with style.context(cast("Any", ["default", _STYLE])):  # whatever the user's matplotlibrc says
         layout = ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.05, wspace=0.05, hspace=0.02)
         figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white", layout=layout)
         FigureCanvasAgg(figure)

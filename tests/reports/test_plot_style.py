@@ -1,7 +1,8 @@
-"""Pictures are drawn, with nothing on standard error, whatever list of fonts matplotlib has kept for the user."""
+"""Pictures are drawn, with nothing on standard error, whatever matplotlib has kept and is told for the user."""
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -12,14 +13,27 @@ import pytest
 from matplotlib import font_manager
 from PIL import Image
 
-DRAW = """
+from dydit.diffusion.process import Prediction
+from dydit.training.curves import curves_png
+
+LOG = [{"iteration": k, "mse": 10.0**-k} for k in range(1, 5)]
+DRAW = f"""
 import sys
 from pathlib import Path
 from dydit.diffusion.process import Prediction
 from dydit.training.curves import curves_png
-log = [{"iteration": k, "mse": 10.0 ** -k} for k in range(1, 5)]
-Path(sys.argv[1]).write_bytes(curves_png(log, "a recipe", Prediction.X0))
+Path(sys.argv[1]).write_bytes(curves_png({LOG}, "a recipe", Prediction.X0))
 """
+
+
+def drawn_where(folder: Path) -> bytes:
+    """The picture that a process draws whose folder for matplotlib's files is this one."""
+    out = folder / "picture.png"
+    environment = {**os.environ, "MPLCONFIGDIR": str(folder)}
+    command = [sys.executable, "-c", DRAW, str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    return out.read_bytes()
 
 
 @pytest.mark.parametrize("kept", ["none", "without matplotlib's own fonts", "cut off"])
@@ -35,10 +49,10 @@ def test_any_list_of_fonts(kept: str, tmp_path: Path) -> None:
         listed = json.loads(path.read_text())
         listed["ttflist"] = []
         path.write_text(json.dumps(listed))
-    out = tmp_path / "picture.png"
-    environment = {**os.environ, "MPLCONFIGDIR": str(tmp_path)}
-    command = [sys.executable, "-c", DRAW, str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert (done.returncode, done.stderr) == (0, "")
-    with Image.open(out) as picture:
+    with Image.open(io.BytesIO(drawn_where(tmp_path))) as picture:
         picture.load()
+
+
+def test_settings_of_the_user_are_not_those_of_reports(tmp_path: Path) -> None:
+    (tmp_path / "matplotlibrc").write_text("axes.facecolor: black\ntext.usetex: True\nfont.family: serif\n")
+    assert drawn_where(tmp_path) == curves_png(LOG, "a recipe", Prediction.X0)
