@@ -179,6 +179,8 @@ class Recipe(Strict):
             raise ValueError("label_dropout needs a model with a null class")
         if self.random_routers and self.routed is not Routed.BOTH:
             raise ValueError(f"random_routers draws all routers; set routed to both, not {self.routed}")
+        if self.teacher is None and self.teacher_weight != 1:
+            raise ValueError(f"teacher_weight {self.teacher_weight:g} needs a teacher; set teacher to a checkpoint")
         if self.batch_size % 4:
             raise ValueError(
                 f"batch_size {self.batch_size} is not a multiple of 4 (timesteps are drawn from four quarters)"

@@ -174,6 +174,11 @@ def test_teachers_that_do_not_fit_are_refused(
     assert teacher_config(taught(teacher=str(tmp_path / "larger.safetensors"))) == larger
 
 
+def test_a_weight_needs_a_teacher(taught: Make) -> None:
+    with pytest.raises(ValueError, match="teacher_weight 8 needs a teacher; set teacher to a checkpoint"):
+        taught(teacher=None, teacher_weight=8.0)
+
+
 def test_classes_are_those_of_the_teacher_by_name(tmp_path: Path, taught: Make, static_config: ModelConfig) -> None:
     """Label 3 means the same to both, or the run is refused."""
     names = tuple("abcdefghij")
