@@ -41,6 +41,13 @@ def ablations_png(
         return png(figure)
 
 
+def _on_lines() -> dict[str, Any]:
+    """Texts with a white rim, which can be read where lines cross them."""
+    from matplotlib.patheffects import withStroke
+
+    return {"path_effects": [withStroke(linewidth=2, foreground="white")], "zorder": 5}
+
+
 def _sweep(axis: Any, curves: Sequence[Curve], marks: Mapping[str, tuple[float, float]]) -> None:
     axis.axhline(1, color=MUTED, lw=0.8, ls=":")
     for place, (curve, colour) in enumerate(zip(curves, _COLOURS, strict=False)):
@@ -48,7 +55,7 @@ def _sweep(axis: Any, curves: Sequence[Curve], marks: Mapping[str, tuple[float, 
         style = {"color": colour, "ms": 5, "mec": "white", "mew": 1, "zorder": 3 - place / 10}  # the first is on top
         axis.plot(x, y, "o-", label=curve.label, **style)
         for text, point in zip(texts, zip(x, y, strict=True), strict=True):
-            axis.annotate(text, point, (0, 5), ha="center", color=colour, **_BESIDE)
+            axis.annotate(text, point, (0, -12 if place else 5), ha="center", color=colour, **_BESIDE, **_on_lines())
     for label, mark in marks.items():
         axis.plot(*mark, "s", ms=6, mew=1.4, color="white", mec=ACCENT, label=label, zorder=4)
     axis.set_yscale("log")
