@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from dydit.commands.progress import show_progress
 from dydit.commands.suggestions import after_training
 from dydit.diffusion.process import NoiseSchedule, Prediction
 from dydit.extras import CHECKPOINTS, require
-from dydit.training.recipe import Recipe
+from dydit.training.recipe import Precision, Recipe
 from dydit.training.recipe_files import descriptions, find_recipes, recipe_text
 from dydit.words import counted, duration
 
@@ -141,21 +141,37 @@ def command(
     if dry_run:
         from dydit.training.dry_run import describe
 
-        click.echo("\n".join(describe(recipes)))
+        click.echo("\n".join([*describe(recipes), *_speed_notes(recipes)]))
         return
     assert out is not None
     from dydit.training.sequence import train_sequence
     from dydit.training.start import start_note
 
     with show_progress("train") as progress:
-        if note := start_note(recipes[0]):
-            progress.note(note)
+        for note in (start_note(recipes[0]), *_speed_notes(recipes)):
+            if note:
+                progress.note(note)
         results = train_sequence(recipes, out, resume, progress)
     for result in results:
         iterations = counted(result.summary["iterations"], "iteration")
         note = f"; {result.note}" if result.note else ""
         say(f"{result.model}: {iterations} in {duration(result.summary['seconds'])}{note}")
     say(*after_training(results[-1].model, recipes[-1]))
+
+
+def _speed_notes(recipes: Sequence[Recipe]) -> list[str]:
+    """A line where a run in bf16 has only a CPU that multiplies it in a slow loop; none otherwise."""
+    import torch
+
+    from dydit.runtime.backends.instruction_sets import multiplies
+
+    if (
+        torch.cuda.is_available()
+        or multiplies("bfloat16")
+        or all(each.precision is not Precision.BF16 for each in recipes)
+    ):
+        return []
+    return ["this CPU has no instructions for bf16: steps can take many times as long as with precision=fp32"]
 
 
 def _as_overrides(values: Mapping[str, str | None]) -> list[str]:
