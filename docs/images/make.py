@@ -29,7 +29,19 @@ from dydit.inspection.trace import Trace, trace_tokens
 from dydit.models.config import parse_config
 from dydit.planning.costs import macs_costs
 from dydit.planning.plan import Plan, optimal_plans, per_step_plan, segment_costs
-from dydit.plot_style import ACCENT, ACCENT_LIGHT, FAINT, INK, MUTED, OFF, SECOND, drawing, headline, in_few_colours, png
+from dydit.plot_style import (
+    ACCENT,
+    ACCENT_LIGHT,
+    FAINT,
+    INK,
+    MUTED,
+    OFF,
+    SECOND,
+    drawing,
+    headline,
+    in_few_colours,
+    png,
+)
 from dydit.reports.plots_masks import masks_png
 from dydit.training.curves import curves_png
 from dydit.training.recipe import Recipe
