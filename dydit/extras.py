@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import logging
 import re
 import shlex
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -55,6 +57,18 @@ PACKAGES = {"onnx_ir": "onnx-ir", "sklearn": "scikit-learn", "torch_fidelity": "
 def backend_modules(backend: str) -> list[str]:
     """The modules that a backend needs; none for TensorRT, which reports missing packages itself."""
     return [backend] if backend in EXTRAS else []
+
+
+@contextmanager
+def quiet_log(name: str) -> Iterator[None]:
+    """Hide what a package logs below errors under this name, which is no news for a user of dydit."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def missing(modules: Iterable[str]) -> list[str]:

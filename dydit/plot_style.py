@@ -6,7 +6,6 @@ Pictures need no display and no global state of matplotlib, and are returned as 
 from __future__ import annotations
 
 import io
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -16,6 +15,7 @@ from typing import Any, TypeVar, cast
 import numpy as np
 
 from dydit.errors import DyditError
+from dydit.extras import quiet_log
 from dydit.files import write_atomic
 
 T = TypeVar("T")
@@ -90,15 +90,11 @@ def _find_fonts() -> None:
     being removed lacks them, and stays: then every picture would log dozens of warnings, or fail. Raises `DyditError`
     if matplotlib is not installed.
     """
-    log = logging.getLogger("matplotlib.font_manager")
-    level = log.level
-    log.setLevel(logging.ERROR)  # where making the list takes long, matplotlib says so on standard error
     try:
-        from matplotlib import font_manager, get_data_path
+        with quiet_log("matplotlib.font_manager"):  # which says on standard error if making the list takes long
+            from matplotlib import font_manager, get_data_path
     except ImportError as error:
         raise DyditError("pictures need matplotlib, which is not installed: pip install 'dydit[report]'") from error
-    finally:
-        log.setLevel(level)
     known = {font.fname for font in font_manager.fontManager.ttflist}
     for path in sorted(Path(get_data_path(), "fonts", "ttf").glob("*.ttf")):
         if str(path) not in known:

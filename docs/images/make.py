@@ -48,6 +48,7 @@ from dydit.training.recipe import Recipe
 
 DIGITS = Path(dydit.__file__).parent / "assets" / "digits" / "dydit.safetensors"
 MODELS = Path(__file__).parents[1] / "models"
+"""The folder of the models, whose logs become curves."""
 SHOWN = (2, 3, 1)
 """The digits whose tokens are shown."""
 BLOCK = 2
@@ -59,9 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder for the pictures")
     parser.add_argument("--steps", type=int, default=250, help="number of sampling steps")
-    parser.add_argument(
-        "--models", type=Path, default=Path(__file__).parents[1] / "models", help="folder of the models"
-    )
+    parser.add_argument("--models", type=Path, default=MODELS, help="folder of the models")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as work:
         settings = ExportConfig(steps=arguments.steps, plan=PlanKind.PER_STEP)

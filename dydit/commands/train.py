@@ -141,14 +141,14 @@ def command(
     if dry_run:
         from dydit.training.dry_run import describe
 
-        click.echo("\n".join([*describe(recipes), *_speed_notes(recipes)]))
+        click.echo("\n".join(filter(None, [*describe(recipes), _speed_note(recipes)])))
         return
     assert out is not None
     from dydit.training.sequence import train_sequence
     from dydit.training.start import start_note
 
     with show_progress("train") as progress:
-        for note in (start_note(recipes[0]), *_speed_notes(recipes)):
+        for note in (start_note(recipes[0]), _speed_note(recipes)):
             if note:
                 progress.note(note)
         results = train_sequence(recipes, out, resume, progress)
@@ -159,19 +159,16 @@ def command(
     say(*after_training(results[-1].model, recipes[-1]))
 
 
-def _speed_notes(recipes: Sequence[Recipe]) -> list[str]:
-    """A line where a run in bf16 has only a CPU that multiplies it in a slow loop; none otherwise."""
+def _speed_note(recipes: Sequence[Recipe]) -> str:
+    """What is slow about a run in bf16 where there is only a CPU without instructions for it; empty otherwise."""
     import torch
 
     from dydit.runtime.backends.instruction_sets import multiplies
 
-    if (
-        torch.cuda.is_available()
-        or multiplies("bfloat16")
-        or all(each.precision is not Precision.BF16 for each in recipes)
-    ):
-        return []
-    return ["this CPU has no instructions for bf16: steps can take many times as long as with precision=fp32"]
+    is_bf16 = any(each.precision is Precision.BF16 for each in recipes)
+    if not is_bf16 or torch.cuda.is_available() or multiplies("bfloat16"):
+        return ""
+    return "this CPU has no instructions for bf16: steps can take many times as long as with precision=fp32"
 
 
 def _as_overrides(values: Mapping[str, str | None]) -> list[str]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from dydit.errors import CheckpointError, ConfigError, one_line
 from dydit.export import vae_source
 from dydit.export.vae_source import VaeFiles, find_vae, read_json, require_packages
 from dydit.export.vae_weights import infer_config, read_decoder, read_encoder
-from dydit.extras import require
+from dydit.extras import quiet_log, require
 from dydit.models.config import parse_config
 from dydit.validation import Strict
 
@@ -182,12 +181,6 @@ def _build(values: Mapping[str, Any]) -> Any:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Hide the exporter's messages about packages that are not needed."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
+    with quiet_log("torch.onnx"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

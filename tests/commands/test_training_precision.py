@@ -35,4 +35,4 @@ def test_a_gpu_multiplies_bf16(monkeypatch: Any) -> None:
     monkeypatch.setattr(instruction_sets, "instruction_sets", lambda: ("avx2",))
     for gpu in (False, True):
         monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
-        assert train._speed_notes(find_recipes("digits-static", ["precision=bf16"])) == [NOTE][gpu:]
+        assert train._speed_note(find_recipes("digits-static", ["precision=bf16"])) == ("" if gpu else NOTE)

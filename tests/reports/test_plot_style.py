@@ -18,8 +18,10 @@ from dydit.training.curves import curves_png
 
 LOG = [{"iteration": k, "mse": 10.0**-k} for k in range(1, 5)]
 DRAW = f"""
-import sys
+import sys, threading, types
 from pathlib import Path
+# matplotlib says after a while that it makes the list: here at once.
+threading.Timer = lambda seconds, say: types.SimpleNamespace(start=say, cancel=lambda: None)
 from dydit.diffusion.process import Prediction
 from dydit.training.curves import curves_png
 Path(sys.argv[1]).write_bytes(curves_png({LOG}, "a recipe", Prediction.X0))

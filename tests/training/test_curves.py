@@ -1,4 +1,4 @@
-"""The picture of a run says where the run came to, and shows every series of its log."""
+"""The picture of a run says where the run came to, and shows every series that its log has."""
 
 from __future__ import annotations
 
@@ -44,3 +44,16 @@ def test_losses_that_fall_far_are_on_a_logarithmic_axis(steep, monkeypatch) -> N
     curves.curves_png(STATIC if steep else STATIC[5:], "a recipe", Prediction.V)
     ((axis,),) = [figure.axes for figure in figures]
     assert axis.get_yscale() == ("log" if steep else "linear") and "error on v" in axis.get_title("left")
+
+
+def test_the_series_of_a_log_have_their_lines(monkeypatch) -> None:
+    figures, original = [], curves.png
+    monkeypatch.setattr(curves, "png", lambda figure: (figures.append(figure), original(figure))[1])
+    curves.curves_png(DYNAMIC, "a recipe", Prediction.X0)
+    errors, ratios = figures[0].axes
+    lines = {line.get_label(): list(line.get_ydata()) for line in (*errors.lines, *ratios.lines)}
+    keys = ("mse", "probe_mse", "target", "ratio", "probe_ratio", "probe_heads", "probe_groups")
+    assert sorted(lines.values()) == sorted([line[key] for line in DYNAMIC] for key in keys), (
+        "no tokens are in this log"
+    )
+    assert {text.get_text() for axis in (errors, ratios) for text in axis.get_legend().get_texts()} == set(lines)
