@@ -34,6 +34,7 @@ from dydit.errors import CheckpointError, ConfigError, one_line
 from dydit.files import atomic_file, new_file, require_absent, sha256_of, user_path
 from dydit.models.config import ModelConfig, Space, parse_config, parse_model
 from dydit.models.dynamic import DynamicModel
+from dydit.models.meta import without_memory
 from dydit.models.registry import Architecture, architecture_of, architectures
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ class Checkpoint:
         return self._filled({name: tensor for name, tensor in self.state.items() if needed(name)})
 
     def _filled(self, state: Mapping[str, Tensor]) -> DynamicModel:
-        with torch.device("meta"):
+        with without_memory():
             model = architecture_of(self.config).masked(self.config)
         with explained_memory(self.path):
             weights = {name: _fp32_copy(tensor) for name, tensor in state.items()}

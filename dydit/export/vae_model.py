@@ -12,8 +12,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
-
 from dydit.bundle.vae_entry import VaeEntry
 from dydit.checkpoints.fit import require_fit
 from dydit.errors import CheckpointError, ConfigError, one_line
@@ -22,6 +20,7 @@ from dydit.export.vae_source import VaeFiles, find_vae, read_json, require_packa
 from dydit.export.vae_weights import infer_config, read_decoder, read_encoder
 from dydit.extras import quiet_log, require
 from dydit.models.config import parse_config
+from dydit.models.meta import without_memory
 from dydit.validation import Strict
 
 KINDS = ("AutoencoderKL", "VQModel")
@@ -168,7 +167,7 @@ def _build(values: Mapping[str, Any]) -> Any:
     if settings.get("lookup_from_codebook"):
         raise CheckpointError("decodes indices of its codebook, which is not supported; expected latents")
     try:
-        with torch.device("meta"), quiet():
+        with without_memory(), quiet():
             module = build(**{name: value for name, value in settings.items() if name in known})
     except Exception as error:  # settings from a file can make the constructors raise anything
         raise CheckpointError(f"has a configuration that {kind} refuses: {one_line(error)[:300]}") from error

@@ -165,9 +165,9 @@ class Architecture(ABC):
 
     def state_shapes(self, config: Any) -> Shapes:
         """Published name -> shape of every tensor of a model."""
-        import torch
+        from dydit.models.meta import without_memory
 
-        with torch.device("meta"):
+        with without_memory():
             return {name: tuple(tensor.shape) for name, tensor in self.masked(config).state_dict().items()}
 
     def is_block_matrix(self, name: str) -> bool:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dydit.data.opened import open_data
 from dydit.models.config import ModelConfig
+from dydit.models.meta import without_memory
 from dydit.models.registry import architecture_of
 from dydit.models.routers import Gating, Static
 from dydit.models.text import TextRows
@@ -198,7 +199,7 @@ class _Soft(Gating):
 @lru_cache(maxsize=16)
 def _activations(model: ModelConfig) -> int:
     """Bytes that one image's backward pass needs, from tensors without memory."""
-    with torch.device("meta"):
+    with without_memory():
         network = architecture_of(model).masked(model)
         x, t, y = _inputs(model, 1)
     weights = {each.untyped_storage()._cdata for each in network.parameters()}

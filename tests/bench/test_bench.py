@@ -424,21 +424,20 @@ class TestScripts:
                 return super().__exit__(*error)
 
         monkeypatch.setattr(contender_module, "ChildProcess", Counted)
-        path = make_checkpoint().path
-        reference = Reference(kind=SideKind.TORCH_MASKED, checkpoint=str(path))
-        (bundle,) = sides_of(make_bundle())
-        sides = [bundle.model_copy(update={"reference": reference}), mine(str(tmp_path / "mine.py"))]
-        together = run_bench(sides, QUICK, references=(bundle.name,))
+        held = mine("x", Reference(kind=SideKind.TORCH_MASKED, checkpoint=str(make_checkpoint().path)))
+        other = held.model_copy(update={"name": "other", "reference": None})
+        sides, of = [held, other], {"run_of": make_bundle(), "references": (held.name,)}
+        together = run_bench(sides, QUICK, **of)
         assert most == [len(sides)] and len(begun) == 1 + len(sides)
         most[0], begun[:] = 0, []
         alone = QUICK.model_copy(update={"apart": True})
-        apart = run_bench(sides, alone, kept=tmp_path / "kept", references=(bundle.name,))
+        apart = run_bench(sides, alone, kept=tmp_path / "kept", **of)
         assert most == [1], "the reference is not in memory either"
         assert len(begun) == 1 + len(sides) * (1 + QUICK.repeats), (
             "each is tried first, and starts again for each round"
         )
         begun.clear()
-        again = run_bench(sides, alone, kept=tmp_path / "kept", references=(bundle.name,))
+        again = run_bench(sides, alone, kept=tmp_path / "kept", **of)
         assert len(begun) == 1 + 2 * len(sides), "rounds that are kept need no process, but the facts after the last do"
         assert [each.round_ms for each in again.sides] == [each.round_ms for each in apart.sides]
         assert [each.load_seconds for each in again.sides] == [each.load_seconds for each in apart.sides]

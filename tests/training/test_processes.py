@@ -28,7 +28,7 @@ from dydit.training.state import read_log
 from dydit.training.trainer import train
 
 ROOT = Path(__file__).parents[2]
-STEPS = 50
+STEPS = 20
 
 GRADIENTS = """
 import sys, torch
@@ -132,10 +132,8 @@ def test_the_mean_gradient_of_two_processes_is_that_of_the_whole_batch(tmp_path:
 def test_two_processes_give_the_losses_of_one(
     tmp_path: Path, small_recipe: Callable[..., Recipe], dynamic_recipe: Recipe, environment: dict[str, str]
 ) -> None:
-    steps = 20 if environment else STEPS
-    recipe = small_recipe(iterations=steps, log_every=10, save_every=steps)
-    recipes = {"dynamic": dynamic_recipe.model_copy(update={"iterations": steps, "save_every": steps})}
-    recipes |= {} if environment else {"static": recipe}
+    recipes = {"dynamic": dynamic_recipe}
+    recipes |= {} if environment else {"static": small_recipe(iterations=STEPS, log_every=10, save_every=STEPS)}
     arguments: list[object] = []
     for name, recipe in recipes.items():
         (tmp_path / f"{name}.json").write_text(recipe.model_dump_json())
@@ -144,7 +142,7 @@ def test_two_processes_give_the_losses_of_one(
     two_processes(RUNS, *arguments, **environment)
     for name in recipes:
         one, two = (read_log(tmp_path / f"{name}-{count}") for count in ("one", "two"))
-        assert len(one) == len(two) == steps // 10
+        assert len(one) == len(two) == STEPS // 10
         for left, right in zip(one, two, strict=True):
             assert right == pytest.approx(left, rel=1e-5, abs=1e-5), (name, left["iteration"])
         assert name == "static" or ({"flops", "token", "ratio"} <= one[0].keys() and 0.1 < one[-1]["ratio"] < 0.95)

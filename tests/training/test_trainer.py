@@ -147,7 +147,8 @@ def spawn(recipes: list[Path], out: Path, **environment: str) -> subprocess.Pope
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=variables)
 
 
-@pytest.mark.parametrize("kills", [(11,), pytest.param((8, 26), marks=pytest.mark.release)], ids=["once", "twice"])
+@pytest.mark.release  # test_killed.py kills sequences in the same way
+@pytest.mark.parametrize("kills", [(11,), (8, 26)], ids=["once", "twice"])
 def test_a_killed_run_resumes_to_the_same_bytes(tmp_path: Path, dynamic_recipe: Make, kills: tuple[int, ...]) -> None:
     recipe = dynamic_recipe(iterations=30, log_every=4, save_every=3, grad_norm_limit=60.0)
     (tmp_path / "recipe.json").write_text(recipe.model_dump_json())

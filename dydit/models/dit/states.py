@@ -20,6 +20,7 @@ from dydit.errors import CheckpointError, ConfigError
 from dydit.models.config import Routers, parse_config
 from dydit.models.dit.config import DiTConfig, preset
 from dydit.models.dit.model import LABEL_STD, DiT
+from dydit.models.meta import without_memory
 from dydit.models.transformer.modules import sine_positions
 from dydit.models.transformer.states import (
     block_count,
@@ -46,7 +47,7 @@ _PRESETS = [preset(f"{size}/2") for size in ("S", "B", "L", "XL")]
 
 def state_shapes(config: DiTConfig) -> Shapes:
     """Published name -> shape of every tensor that a model of `config` has, `pos_embed` included."""
-    with torch.device("meta"):
+    with without_memory():
         single = DiT(config.model_copy(update={"depth": 1})).state_dict()
     return {
         name.replace("blocks.0.", f"blocks.{index}."): tuple(tensor.shape)

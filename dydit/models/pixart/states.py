@@ -18,6 +18,7 @@ from dydit.checkpoints.conventions import Stated, require_sigma
 from dydit.checkpoints.fit import Given, Inferred, Shapes, expected_shapes, require_fit
 from dydit.errors import CheckpointError
 from dydit.models.config import parse_config
+from dydit.models.meta import without_memory
 from dydit.models.pixart.config import PRESETS, PixArtConfig, preset, published_scale
 from dydit.models.pixart.model import PixArt
 from dydit.models.transformer.modules import sine_positions
@@ -42,7 +43,7 @@ _KNOWN = [preset(name) for name in PRESETS]
 
 def state_shapes(config: PixArtConfig) -> Shapes:
     """Published name -> shape of every tensor that a model of `config` has."""
-    with torch.device("meta"):
+    with without_memory():
         single = PixArt(config.model_copy(update={"depth": 1})).state_dict()
     return {
         name.replace("blocks.0.", f"blocks.{index}."): tuple(tensor.shape)

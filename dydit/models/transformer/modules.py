@@ -22,10 +22,15 @@ NORM_EPS = 1e-6
 """Of the LayerNorm before adaLN."""
 
 
+def _counted(count: int, dtype: torch.dtype) -> Tensor:
+    """0, 1, ... on the CPU, also for a model without memory: there PyTorch would import its compiler, for a second."""
+    return torch.arange(count, dtype=dtype, device="cpu")
+
+
 def sine_frequencies(size: int) -> Tensor:
     """The size/2 angular frequencies of a sinusoidal timestep embedding, `exp(-ln(10000) 2i/size)`, float32."""
     half = size // 2
-    return torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32) / half)
+    return torch.exp(-math.log(10000) * _counted(half, torch.float32) / half)
 
 
 def sinusoid(t: Tensor, frequencies: Tensor) -> Tensor:
@@ -39,8 +44,8 @@ def sine_positions(config: TransformerConfig, scale: int = 1) -> Tensor:
     column, the second from the row. `scale`: what columns and rows are divided by.
     """
     side, quarter = config.side, config.hidden_size // 4
-    omega = 1 / 10000 ** (torch.arange(quarter, dtype=torch.float64) / quarter)
-    places = torch.arange(side, dtype=torch.float32) / scale  # rounded to fp32, as in the original code
+    omega = 1 / 10000 ** (_counted(quarter, torch.float64) / quarter)
+    places = _counted(side, torch.float32) / scale  # rounded to fp32, as in the original code
     angles = places.double()[:, None] * omega
     axis = torch.cat([angles.sin(), angles.cos()], 1)
     column = axis[None, :, :].expand(side, side, -1)

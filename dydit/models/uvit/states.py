@@ -17,6 +17,7 @@ from dydit.checkpoints.conventions import Stated, require_side
 from dydit.checkpoints.fit import ClassTable, Given, Inferred, Shapes, class_table, expected_shapes, require_fit
 from dydit.errors import CheckpointError
 from dydit.models.config import parse_config
+from dydit.models.meta import without_memory
 from dydit.models.transformer.states import (
     block_count,
     choose_heads,
@@ -38,7 +39,7 @@ _KNOWN = [preset(name) for name in PRESETS]
 
 def state_shapes(config: UViTConfig) -> Shapes:
     """Published name -> shape of every tensor that a model of `config` has."""
-    with torch.device("meta"):
+    with without_memory():
         small = UViT(config.model_copy(update={"depth": 3 if config.half else 1})).state_dict()
     shapes: Shapes = {}
     for name, tensor in small.items():
