@@ -115,7 +115,9 @@ def fastest_backend(
         return _first_that_opens(bundle, names, work.options)
     cache = cache or ChoiceCache.of_user()
     guided, threads = is_guided(work.cfg_scale), thread_count(work.options.threads)
-    subject = cache.subject(bundle.manifest, names, work.options.device, threads, len(work.labels), guided)
+    subject = cache.subject(
+        bundle.manifest, names, work.options.device, threads, len(work.labels), guided, work.batches == 1
+    )
     if (kept := cache.read(subject)) is not None:
         return Choice(kept.backend, kept.ms, kept.day)
     trial = Trial(bundle, names, work, progress)
@@ -194,7 +196,8 @@ class Trial:
         packed = work.options.packed or packing_pays(manifest, work.batches)
         side = Side(name=name, kind=SideKind.BUNDLE, path=str(self._bundle.path), backend=name, packed=packed)
         steps = spread_steps(manifest.sampling.steps, STEPS)
-        return job_of(side, config, manifest.model, manifest.sampling, steps)
+        job = job_of(side, config, manifest.model, manifest.sampling, steps)
+        return job.model_copy(update={"batches": work.batches})
 
     def _start(self, job: Job, stack: ExitStack) -> Contender | None:
         """A loaded process, after a round that is not counted; None if the backend does not run here."""

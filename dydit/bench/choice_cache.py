@@ -44,7 +44,8 @@ class Subject(Strict):
     """What a choice was measured for. Another value of any field can have another fastest backend.
 
     `bundle`: the digest of its manifest, which covers weights, graphs and sampling steps. `batch`: images of a batch.
-    `packages`: versions. `candidates`: the backends to choose from.
+    `alone`: the run has one batch, which loads every subnetwork for itself. `packages`: versions. `candidates`: the
+    backends to choose from.
     """
 
     bundle: str
@@ -52,6 +53,7 @@ class Subject(Strict):
     threads: int
     batch: int
     guided: bool
+    alone: bool
     packages: dict[str, str]
     candidates: tuple[str, ...]
 
@@ -84,7 +86,14 @@ class ChoiceCache:
         return cls(user_cache("backends"), Machine.here())
 
     def subject(
-        self, manifest: Manifest, candidates: tuple[str, ...], device: str, threads: int, batch: int, guided: bool
+        self,
+        manifest: Manifest,
+        candidates: tuple[str, ...],
+        device: str,
+        threads: int,
+        batch: int,
+        guided: bool,
+        alone: bool,
     ) -> Subject:
         """What a choice on this machine is for."""
         return Subject(
@@ -93,6 +102,7 @@ class ChoiceCache:
             threads=threads,
             batch=batch,
             guided=guided,
+            alone=alone,
             packages=self._packages,
             candidates=candidates,
         )

@@ -308,9 +308,10 @@ def bench_table(
         aligned(rows, right=range(3, len(columns))),
         *(f"{each.name}: not run: {each.reason}" for each in report.not_run),
         "",
-        f"* for all {report.steps} steps, extrapolated from those measured; without loading",
+        f"* for all {report.steps} steps, extrapolated from those measured; without what is loaded before the first",
         f"first s: from starting the process to the first images of a run of {len(report.steps_measured)} steps",
-        "load s: loading what the measured steps need, and compiling it, of which nothing was cached",
+        "load s: loading what a run has before its first step, and compiling it, of which nothing was cached",
+        "ms/step: with the next subnetwork loaded meanwhile, where not all are kept",
         "peak MB: of the process; disk MB: the files that it loads",
         *(
             [f"speed-up: over {baseline.side.name}, the fastest that computes all; median of rounds"]

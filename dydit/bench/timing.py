@@ -32,8 +32,8 @@ from dydit.planning.resampling import with_run
 from dydit.reports.bench_report import Side
 from dydit.runtime.backends.base import Arrays, Backend, BackendOptions, StepResult, Subnet
 from dydit.runtime.backends.registry import open_backend
-from dydit.runtime.loop import StepRunner, default_residency
-from dydit.runtime.resident import ResidentSubnets
+from dydit.runtime.loop import StepRunner
+from dydit.runtime.resident import ResidentSubnets, host_residency
 from dydit.runtime.text_files import with_texts_for
 from dydit.validation import Strict
 from dydit.words import counted
@@ -48,7 +48,8 @@ class Latents(StrEnum):
 
 class Job(Strict):
     """What a worker has to time. `steps`: execution indices of a `run`; `process`: of the model; `sizes`: those of the
-    static model."""
+    static model. `batches`: how many batches of the run do a step before any does the next; they share what is loaded.
+    """
 
     side: Side
     sizes: ModelConfig
@@ -62,6 +63,7 @@ class Job(Strict):
     threads: int
     device: str
     latents: Latents
+    batches: int = 1
     texts: UserPath | None = None
 
 
@@ -215,22 +217,24 @@ class MeasuredBundle(Measured):
         self.backend = _Timed(open_backend(job.side.backend, self.bundle, options))
         self.backend.expect(len(job.labels))
         plan = self.bundle.manifest.plan
-        self.subnet_of = [next(s.subnet for s in plan.segments if step in s.steps) for step in job.steps]
+        self._subnet_of_step = {step: segment.subnet for segment in plan.segments for step in segment.steps}
+        self.subnet_of = [self._subnet_of_step[step] for step in job.steps]
         self.needed = sorted(set(self.subnet_of))
-        limit = default_residency(self.bundle.manifest)
-        self.keep_all = limit is None or len(self.needed) <= limit
+        limit = host_residency(self.backend.inner)
+        self.keep_all = limit is None
         self._rounds = 0
         self.subnets = ResidentSubnets(self.backend, limit)
 
     def load(self) -> Loaded:
         start = time.perf_counter()
         self.backend.conditioning(np.asarray([0], np.float32), self.labels[:1])
-        for index in self.needed:
+        loaded = self.needed if self.keep_all else self.subnet_of[:1]
+        for index in loaded:
             self.subnets.get(index)
         manifest = self.bundle.manifest
         precision, fp16_layers = manifest.precision.value, layers_in_16_bits(manifest)[1]
         precision += f" with {counted(fp16_layers, 'layer')} in 16 bits" if fp16_layers else ""
-        return Loaded(seconds=time.perf_counter() - start, subnets=len(self.needed), precision=precision)
+        return Loaded(seconds=time.perf_counter() - start, subnets=len(loaded), precision=precision)
 
     def _feeds(self, runner: StepRunner, k: int, x: np.ndarray) -> dict[str, np.ndarray]:
         feeds = runner.feeds(self.job.steps[k], State(x), self.noise[k], self.labels)
@@ -260,17 +264,42 @@ class MeasuredBundle(Measured):
             prepared = time.perf_counter() - start - (self.backend.spent - before)
             prepared += self.backend.shares[sampling.timesteps[self.job.steps[k]]]
             prepared += self.backend.text_seconds / sampling.steps
-            if not self.keep_all and self._rounds:
-                self._step(self.subnet_of[k], feeds)
-            start = time.perf_counter()
-            result = self._step(self.subnet_of[k], feeds)
-            times.append(1e3 * (time.perf_counter() - start + prepared))
+            ms, result = self._timed_step(k, feeds)
+            times.append(ms + 1e3 * prepared)
             overflows += bool(result.overflow.any())
             return result.x_prev
 
         self.over_round(step)
         self._rounds += 1
         return Round(ms=tuple(times), overflows=overflows)
+
+    def _timed_step(self, k: int, feeds: dict[str, np.ndarray]) -> tuple[float, StepResult]:
+        """Milliseconds of the k-th measured step where it stands in a run, and its result.
+
+        Measured steps lie apart. So the units of the step before it are arranged first, with dynamic width; and what a
+        run loads in the background meanwhile, the next subnetwork of a plan that is not kept, is loaded here, too. The
+        other batches of the run that share a step have neither. The first round, in which everything is new, is plain.
+        """
+        step, index, following = self.job.steps[k], self.subnet_of[k], None
+        if self._rounds:
+            before, after = (self._subnet_of_step.get(other) for other in (step - 1, step + 1))
+            if not self.keep_all:
+                self.subnets.get(index)
+                following = None if after == index else after
+            if before is not None and (self.bundle.manifest.dynamic_width or (before == index and not self.keep_all)):
+                self._step(before, feeds)
+        start = time.perf_counter()
+        if following is not None:
+            self.subnets.prefetch(following)
+        result = self._step(index, feeds)
+        if following is not None:
+            self.subnets.get(following)
+        first, others = time.perf_counter() - start, self.job.batches - 1
+        if not others or not self._rounds:
+            return 1e3 * first, result
+        start = time.perf_counter()
+        self._step(index, feeds)
+        return 1e3 * (first + others * (time.perf_counter() - start)) / (1 + others), result
 
     def decided(self) -> Decided:
         tokens, repeated = [], []

@@ -60,8 +60,10 @@ class SideResult(Result):
     `round_ms`: mean over the steps of a round, one entry per counted round. `step_ms`: median over the rounds, one
     entry per measured step. `peak_bytes`: largest resident size of the contender's process; a page of weights counts
     once for each session that maps it. `settled_bytes`: size after the rounds, with each page counted once (None if the
-    system does not report it). `load_seconds`: time to read and compile the `subnets_loaded` subnetworks of the
-    measured steps. `first_seconds`: from starting the process to the first images of a run of the measured steps.
+    system does not report it). `load_seconds`: time to read and compile the `subnets_loaded` subnetworks that a
+    run has before its first step: those of the measured steps, or the first where each is loaded while the one before
+    it runs. The time of a step includes what is loaded meanwhile. `first_seconds`: from starting the process to the
+    first images of a run of the measured steps.
     `disk_bytes`: of the files that it loads. `token_share`, `flops_ratio`: decisions of the model, per measured step.
     `macs`: multiply-adds computed in the blocks for an image, mean over the measured steps, with repeated steps: of a
     bundle, those of its subnetworks as compiled (`dydit.planning.executed`); of the others, all. `precision`: that of
@@ -83,7 +85,7 @@ class SideResult(Result):
     first_seconds: float | None = None
     disk_bytes: int | None = None
     images_per_second: float = Field(
-        description="extrapolated from the measured steps to all sampling steps; without loading"
+        description="extrapolated from the measured steps to all sampling steps; without loading before the first"
     )
     overflows: int = Field(description="steps of counted rounds that ran again at full capacity; times include it")
     token_share: tuple[float, ...]

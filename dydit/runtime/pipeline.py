@@ -24,10 +24,10 @@ from dydit.runtime.class_labels import labels_of, names_of
 from dydit.runtime.images.image_files import to_pil, to_uint8
 from dydit.runtime.images.pixels import ToPixels, picture_format
 from dydit.runtime.images.vae_decoder import IMAGES_AT_ONCE
-from dydit.runtime.loop import MemoryStore, Progress, StepRunner, default_residency, sample
+from dydit.runtime.loop import MemoryStore, Progress, StepRunner, sample
 from dydit.runtime.prompts import TextEncoder
 from dydit.runtime.request import UINT64, Batch, make_batches
-from dydit.runtime.resident import ResidentSubnets
+from dydit.runtime.resident import ResidentSubnets, host_residency
 from dydit.runtime.together import OnStep, sample_together, step_callback
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -117,8 +117,8 @@ class DyDiTPipeline:
         """
         options = BackendOptions(threads=whole_number(threads, "threads", 0, 1 << 12), device=str(device))
         bundle = Bundle.open(Path(path).expanduser().absolute())  # files are read later, perhaps from another folder
-        resident = default_residency(bundle.manifest)
-        return cls(open_backend(backend, bundle, options), resident, owns_backend=True, text_encoder=text_encoder)
+        opened = open_backend(backend, bundle, options)
+        return cls(opened, host_residency(opened), owns_backend=True, text_encoder=text_encoder)
 
     @property
     def labels(self) -> dict[str, int]:

@@ -6,12 +6,15 @@ import contextlib
 from collections import OrderedDict
 from typing import Self
 
-from dydit.bundle.manifest import SubnetEntry
+from dydit.bundle.manifest import PlanKind, SubnetEntry
 from dydit.errors import BackendError, DyditError
 from dydit.runtime.backends.base import Arrays, Backend, StepResult, Subnet
 from dydit.runtime.background import Pending, Pool
 from dydit.runtime.forks import register
 
+KEPT_BYTES = 512 << 20
+"""A pipeline keeps all subnetworks of a per-step plan that together read at most so many bytes of weights: loading one
+takes longer than a step of a model that small. On ONNX Runtime they take about as much memory (measured)."""
 Key = tuple[int, SubnetEntry | None]
 """A subnetwork: its number, and its entry in the manifest. None: there is no such number, which the backend refuses."""
 
@@ -154,3 +157,16 @@ class ResidentSubnets:
         with contextlib.suppress(DyditError):  # of a subnetwork that could not be loaded
             if (subnet := pending.result()) is not None:
                 subnet.close()
+
+
+def host_residency(backend: Backend) -> int | None:
+    """How many subnetworks a process keeps that samples again and again, step by step; None: all.
+
+    All of a plan that is not per-step, and of a per-step one whose subnetworks read at most `KEPT_BYTES` of weights, on
+    a backend that keeps little else. Of any other 2: the present one and the next, which is loaded meanwhile.
+    """
+    manifest = backend.opened.manifest
+    if manifest.plan.kind is not PlanKind.PER_STEP:
+        return None
+    small = sum(entry.weight_bytes for entry in manifest.subnets) <= KEPT_BYTES
+    return None if small and backend.loads_lightly and backend.options.device == "cpu" else 2

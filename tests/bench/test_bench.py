@@ -320,13 +320,40 @@ class TestMeasure:
         assert expected.multistep and not side.coefficients[:, HISTORY].any()
         assert all(np.isfinite(x).all() for x in self.latents(side))
 
-    def test_a_subnetwork_that_does_not_stay_is_run_once_before_it_is_timed(self, make_bundle):
-        side = open_side(job(make_bundle(plan=PlanKind.PER_STEP)))
-        assert side.load().subnets == 3 and not side.keep_all
+    @pytest.mark.parametrize(("batches", "runs"), [(1, 1), (5, 2)])
+    def test_steps_of_a_plan_that_is_not_kept_are_timed_while_the_next_is_loaded(
+        self, make_bundle, monkeypatch, batches, runs
+    ):
+        """As in a run; its other batches share what is loaded."""
+        monkeypatch.setattr("dydit.runtime.resident.KEPT_BYTES", 0)
+        bundle = make_bundle(plan=PlanKind.PER_STEP)
+        side = open_side(job(bundle).model_copy(update={"batches": batches}))
+        assert (side.keep_all, side.load().subnets) == (False, 1)
         assert len(self.latents(side)) == 3, "the first round, which is not counted, is what a user waits for"
-        assert len(self.latents(side)) == 2 * 3
-        kept = open_side(job(make_bundle(max_subnets=4)))
-        assert kept.keep_all and len(self.latents(kept)) == 3
+        fetched = []
+        monkeypatch.setattr(side.subnets, "prefetch", fetched.append)
+        steps = {step: segment.subnet for segment in bundle.manifest.plan.segments for step in segment.steps}
+        measured = [(steps.get(step - 1), steps[step], steps.get(step + 1)) for step in side.job.steps]
+        same = sum(before == subnet for before, subnet, _ in measured)
+        assert len(self.latents(side)) == runs * 3 + same
+        assert fetched == [after for _, subnet, after in measured if after not in (None, subnet)] != []
+
+    def test_steps_of_dynamic_width_exchange_the_units_of_one_step(self, make_bundle):
+        side = open_side(job(make_bundle(plan=PlanKind.DYNAMIC_WIDTH)))
+        assert side.keep_all and side.load().subnets
+        assert len(self.latents(side)) == 3
+        started = []
+        step = side._step
+        side._step = lambda index, feeds: (started.append(index), step(index, feeds))[1]
+        side.round()
+        of = side._subnet_of_step
+        assert started == [each for k in side.job.steps for each in ((of[k - 1], of[k]) if k else (of[k],))]
+
+    def test_what_a_pipeline_keeps_has_loaded_everything_before_it_is_timed(self, make_bundle):
+        for bundle in (make_bundle(max_subnets=4), make_bundle(plan=PlanKind.PER_STEP)):
+            side = open_side(job(bundle))
+            assert side.keep_all and side.load().subnets == len(side.needed)
+            assert len(self.latents(side)) == len(self.latents(side)) == 3
 
     def test_settled_memory_is_that_of_this_process(self):
         size = settled_bytes()

@@ -163,7 +163,7 @@ def test_the_candidates_of_a_device(pixel_bundle, monkeypatch) -> None:
 
 
 def kept(cache: ChoiceCache, manifest, batch: int = 2, backend: str = "torch") -> KeptChoice:
-    subject = cache.subject(manifest, ("onnxruntime", "torch"), "cpu", 2, batch, True)
+    subject = cache.subject(manifest, ("onnxruntime", "torch"), "cpu", 2, batch, True, True)
     return KeptChoice(of=subject, backend=backend, ms={"torch": 1.5}, day="2026-11-29")
 
 

@@ -136,6 +136,8 @@ class Backend(ABC):
     """
 
     name: str
+    loads_lightly = False
+    """Whether a loaded subnetwork takes little more memory than the weights that it reads."""
 
     def __init__(self, bundle: Bundle, options: BackendOptions | None = None):
         self.opened = self.bundle = bundle

@@ -48,6 +48,7 @@ class OnnxRuntimeBackend(Backend):
     """Needs `onnxruntime` or `onnxruntime-gpu`, and for `debug` also the package onnx. No PyTorch."""
 
     name = "onnxruntime"
+    loads_lightly = True
 
     def __init__(self, bundle: Bundle, options: BackendOptions | None = None):
         super().__init__(bundle, options)

@@ -96,6 +96,7 @@ class TorchBackend(Backend):
     """
 
     name = "torch"
+    loads_lightly = True
 
     def __init__(self, bundle: Bundle, options: BackendOptions | None = None):
         super().__init__(bundle, options)
