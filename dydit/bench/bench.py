@@ -32,6 +32,7 @@ from dydit.plot_style import write_picture
 from dydit.reports.bench_report import BenchReport, Comparison, Side, SideKind, SideResult
 from dydit.reports.plots import latency_png
 from dydit.reports.results import Machine, Measured, measured
+from dydit.runtime.loop import packing_pays
 from dydit.runtime.text_files import texts_for
 from dydit.validation import Strict
 
@@ -71,11 +72,15 @@ def sides_of(
     Raises `CheckpointError` as `load_checkpoint` does.
     """
     names = bundle_names([bundle, *versus])
-    sides = [
-        Side(name=name, kind=SideKind.BUNDLE, path=str(each.path), backend=backend)
-        for name, each in zip(names, [bundle, *versus], strict=True)
-    ]
+    sides = [bundle_side(each, name, backend) for name, each in zip(names, [bundle, *versus], strict=True)]
     return sides if checkpoint is None else [*sides, checkpoint_side(checkpoint)]
+
+
+def bundle_side(bundle: Bundle, name: str, backend: str, optional: bool = False) -> Side:
+    """A bundle on a backend, with weights packed where a pipeline packs them."""
+    packed = packing_pays(bundle.manifest, 1)
+    path = str(bundle.path)
+    return Side(name=name, kind=SideKind.BUNDLE, path=path, backend=backend, packed=packed, optional=optional)
 
 
 def bundle_names(bundles: Sequence[Bundle]) -> list[str]:
@@ -211,7 +216,7 @@ def compare_sides(side: SideResult, other: SideResult) -> Comparison:
 def no_bound(side: SideResult, other: SideResult) -> str:
     """Why the multiply-adds of two contenders set no bound on their times; empty if they do.
 
-    Where their backends, precisions, forms or layouts differ, a multiply-add costs each of them another time.
+    Where their backends, precisions or forms differ, a multiply-add costs each of them another time.
     """
     if SideKind.SCRIPT in (side.side.kind, other.side.kind):
         return "the multiply-adds of a script are unknown"
@@ -221,7 +226,6 @@ def no_bound(side: SideResult, other: SideResult) -> str:
             "backends": of.side.backend if of.side.kind is SideKind.BUNDLE else "PyTorch",
             "precisions": of.precision,
             "forms of the model": of.side.kind.value,
-            "layouts of weights": "packed" if of.side.packed else "as stored",
         }
 
     theirs = facts(other)

@@ -38,7 +38,7 @@ from dydit.reports.text import exponent
 from dydit.runtime.backends.base import BackendOptions
 from dydit.runtime.backends.cores import thread_count
 from dydit.runtime.backends.registry import BACKENDS, candidates, devices_of, open_backend
-from dydit.runtime.bulk.run import packing_pays
+from dydit.runtime.loop import packing_pays
 
 DEFAULT = BACKENDS[0]
 STEPS = 4

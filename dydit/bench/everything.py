@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from dydit.bench.bench import REPORT, BenchConfig, bundle_names, checkpoint_side, run_bench
+from dydit.bench.bench import REPORT, BenchConfig, bundle_names, bundle_side, checkpoint_side, run_bench
 from dydit.bench.turns import Progress
 from dydit.bundle.bundle import Bundle
 from dydit.bundle.manifest import Manifest, PlanKind, Routing
@@ -58,7 +58,7 @@ def bench_everything(
             exports, left_out = _exports(given[0].manifest, checkpoint, known, config, folder / "bundles", exporting)
         bundles = [*given, *exports]
         sides = [
-            Side(name=f"{name} on {backend}", kind=SideKind.BUNDLE, path=str(each.path), backend=backend, optional=True)
+            bundle_side(each, f"{name} on {backend}", backend, optional=True)
             for name, each in zip(bundle_names(bundles), bundles, strict=True)
             for backend in candidates(each, config.device)
         ]

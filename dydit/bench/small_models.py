@@ -10,11 +10,11 @@ from typing import Any, Self
 
 import numpy as np
 
-from dydit.bench.bench import BenchConfig, run_bench
+from dydit.bench.bench import BenchConfig, bundle_side, run_bench
 from dydit.bench.scripts import Progress
 from dydit.bundle.bundle import Bundle
 from dydit.evaluation.known_set import evaluate_small_set
-from dydit.reports.bench_report import BenchReport, Side, SideKind
+from dydit.reports.bench_report import BenchReport
 from dydit.runtime.backends.base import BackendOptions
 from dydit.runtime.bulk.run import OutputOptions, sample_to_folder
 from dydit.runtime.request import SampleRequest
@@ -84,7 +84,7 @@ def latency(
 ) -> BenchReport:
     """A step of the sides `dynamic` and `static`, taking turns. `texts`: a file of at least `batch` texts."""
     named = {DYNAMIC: bundle, STATIC: static}
-    sides = [Side(name=name, kind=SideKind.BUNDLE, path=str(each.path)) for name, each in named.items()]
+    sides = [bundle_side(each, name, "onnxruntime") for name, each in named.items()]
     config = BenchConfig(
         labels=measures.labels(bundle, measures.batch),
         cfg_scale=measures.cfg_scale,

@@ -88,6 +88,7 @@ def command(
     """Time the steps of a bundle in milliseconds, and those of other bundles or a checkpoint for comparison.
 
     Each of them runs in its own process. The processes take turns, so that all see the same load of the machine.
+    A step is timed as in a run of this batch alone: where subnetworks are not all kept, the next one loads meanwhile.
 
     With --all, each bundle runs on every backend that works here, and a table shows times and errors. Errors are
     measured against the checkpoint of --against, or without it against a bundle in fp32. All processes stay loaded

@@ -29,6 +29,7 @@ from dydit.runtime.text_conditioner import TextConditioner
 Progress = Callable[[int, int], None]
 T = TypeVar("T")
 CONDITIONING_BYTES = 64 << 20
+PACKED_FROM_STEPS = 12
 
 
 class Conditioner:
@@ -332,6 +333,13 @@ def chunk_size(manifest: Manifest, batch: int, labels: int, guided: bool, device
     kinds = labels + guided if model.text is None else 1  # where texts condition the model, labels do not
     conditions = kinds * weights / max(1.0, 0.02 * step)
     return max(1, math.ceil(loads), math.ceil(conditions))
+
+
+def packing_pays(manifest: Manifest, batches: int) -> bool:
+    """Whether a run of so many batches should pack weights (`BackendOptions.packed`): each subnetwork, which is loaded
+    once, then runs for enough steps.
+    """
+    return batches * manifest.sampling.steps / len(manifest.plan.segments) >= PACKED_FROM_STEPS
 
 
 def default_residency(manifest: Manifest) -> int | None:

@@ -24,7 +24,7 @@ from dydit.runtime.class_labels import labels_of, names_of
 from dydit.runtime.images.image_files import to_pil, to_uint8
 from dydit.runtime.images.pixels import ToPixels, picture_format
 from dydit.runtime.images.vae_decoder import IMAGES_AT_ONCE
-from dydit.runtime.loop import MemoryStore, Progress, StepRunner, sample
+from dydit.runtime.loop import MemoryStore, Progress, StepRunner, packing_pays, sample
 from dydit.runtime.prompts import TextEncoder
 from dydit.runtime.request import UINT64, Batch, make_batches
 from dydit.runtime.resident import ResidentSubnets, host_residency
@@ -115,8 +115,9 @@ class DyDiTPipeline:
         `text_encoder`: of prompts, see `TextEncoder`; it is loaded when it is first needed. Raises `BundleError`,
         `BackendError` and `ConfigError`, each saying what to do.
         """
-        options = BackendOptions(threads=whole_number(threads, "threads", 0, 1 << 12), device=str(device))
         bundle = Bundle.open(Path(path).expanduser().absolute())  # files are read later, perhaps from another folder
+        used = whole_number(threads, "threads", 0, 1 << 12)
+        options = BackendOptions(threads=used, device=str(device), packed=packing_pays(bundle.manifest, 1))
         opened = open_backend(backend, bundle, options)
         return cls(opened, host_residency(opened), owns_backend=True, text_encoder=text_encoder)
 

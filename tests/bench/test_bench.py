@@ -195,7 +195,6 @@ def side_result(name="ours", rounds=(1.0, 1.0), macs=50.0, precision="fp32", **s
         ({"precision": "fp32 with 3 layers in 16 bits"}, "precisions differ"),
         ({"kind": SideKind.TORCH_MASKED}, "backends differ: onnxruntime and PyTorch"),
         ({"kind": SideKind.SCRIPT}, "the multiply-adds of a script are unknown"),
-        ({"packed": True}, "layouts of weights differ: as stored and packed"),
     ],
 )
 def test_multiply_adds_set_a_bound_between_like_sides_alone(theirs, words):

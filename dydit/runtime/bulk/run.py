@@ -31,7 +31,6 @@ from typing import Any
 import numpy as np
 
 from dydit.bundle.bundle import Bundle
-from dydit.bundle.manifest import Manifest
 from dydit.errors import ConfigError
 from dydit.files import require_absent, user_path
 from dydit.models.config import UserPath
@@ -50,14 +49,13 @@ from dydit.runtime.bulk.finished import (
 from dydit.runtime.bulk.run_folder import FolderStore, RunFolder, ShareStore, agreed_backend, begun_backend
 from dydit.runtime.bulk.workers import Worker
 from dydit.runtime.images.pixels import ToPixels, picture_format
-from dydit.runtime.loop import Progress, StepRunner, WholeRuns, chunk_size, sample
+from dydit.runtime.loop import Progress, StepRunner, WholeRuns, chunk_size, packing_pays, sample
 from dydit.runtime.noise_source import NoiseFile, SeededNoise
 from dydit.runtime.request import Batch, SampleRequest, check_batch_size, check_labels, make_batches
 from dydit.runtime.resident import ResidentSubnets
 from dydit.validation import Strict
 
 RESIDENT = 2  # a run uses each subnetwork once per chunk
-PACKED_FROM_STEPS = 12
 ChooseBackend = Callable[[Run], str]
 """Says which backend samples a run. The run's settings do not have it yet."""
 
@@ -199,11 +197,6 @@ def sample_to_folder(
     if summary.finished:
         state.clear()
     return summary
-
-
-def packing_pays(manifest: Manifest, batches: int) -> bool:
-    """Whether a run of so many batches should pack weights (`BackendOptions.packed`)."""
-    return batches * manifest.sampling.steps / len(manifest.plan.segments) >= PACKED_FROM_STEPS
 
 
 def _agreed_backend(out: Path, run: Run, choose: ChooseBackend, worker: Worker) -> str:
