@@ -29,6 +29,8 @@ from dydit.dtypes import DTYPES
 from dydit.models.architecture import Part, Slots, UnitAxis
 
 T = TypeVar("T")
+PIECE = 1 << 14
+"""Values that are exchanged at a time, 64 KiB in fp32."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,15 @@ class Arrangement:
         return done
 
 
+def _exchange(one: np.ndarray, other: np.ndarray) -> None:
+    """Exchange the values of two flat views, a piece at a time: its copy stays in the core's cache."""
+    for start in range(0, one.size, PIECE):
+        first, second = one[start : start + PIECE], other[start : start + PIECE]
+        kept = first.copy()
+        first[...] = second
+        second[...] = kept
+
+
 class DynamicWidthWeights:
     """A bundle's unit weights in host memory, arranged for one subnetwork after another.
 
@@ -110,10 +121,9 @@ class DynamicWidthWeights:
             self._map()
         self._settled = False
         for exchange in self._arrangement.arrange(subnet.units):
-            slots = [exchange.first, exchange.second]
             for tensor in exchange.part.group.unit_tensors:
                 units = self._units[exchange.part.stored(tensor)]
-                units[slots] = units[slots[::-1]]
+                _exchange(units[exchange.first].reshape(-1), units[exchange.second].reshape(-1))
         feeds = {}
         for part, wanted in self._axis.zip(subnet.units):
             for name in map(part.stored, part.group.unit_tensors):
