@@ -5,7 +5,8 @@
     python benchmarks/rivals/run.py --preset XL/2 --images 1 --steps 3 --repeats 3 --apart
 
 It makes the figures for DiT-S/2 beside PyTorch, diffusers, onnxruntime and OpenVINO (docs/benchmarks/rivals*.json),
-and those for one image (docs/benchmarks/cpu_dits2*.json; of plans with --only "dydit sliding" and "dydit 16 merged").
+and those for one image (docs/benchmarks/cpu_dits2*.json; of plans with --only "dydit dynamic width" and --only "dydit
+16 merged").
 
 Contenders are dense or dynamic. Dense are PyTorch, masked (as in the public DyDiT code), static, compiled, and in bf16;
 diffusers; onnxruntime and OpenVINO on the graph that `torch.onnx.export` writes, OpenVINO also in 8 bits by NNCF; and
@@ -147,11 +148,17 @@ BASELINES = (
 )
 BUNDLES = (
     _ours(FP32),
-    Ours("dydit sliding", ExportConfig(plan=PlanKind.DYNAMIC_WIDTH)),
+    Ours("dydit dynamic width", ExportConfig(plan=PlanKind.DYNAMIC_WIDTH)),
     Ours("dydit 16 merged", ExportConfig(max_subnets=16)),
     _ours(INT8, Precision.INT8),
     _ours("dydit openvino", backend="openvino"),
+    Ours("dydit openvino dynamic width", ExportConfig(plan=PlanKind.DYNAMIC_WIDTH), "openvino"),
     _ours("dydit openvino bf16", Precision.BF16, "openvino"),
+    Ours(
+        "dydit openvino dynamic width bf16",
+        ExportConfig(plan=PlanKind.DYNAMIC_WIDTH, precision=Precision.BF16),
+        "openvino",
+    ),
     _ours("dydit openvino int8", Precision.INT8, "openvino"),
     _ours("dydit pytorch", backend="torch"),
     _ours("dydit pytorch bf16", Precision.BF16, "torch"),

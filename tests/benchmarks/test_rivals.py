@@ -73,7 +73,7 @@ def test_every_side_computes_what_the_reference_computes(run, make_checkpoint, t
         routed = saves or name == run.MASKED
         assert all((share < 1) is routed for share in side["flops_ratio"]), name
         assert side["first_seconds"] > 1e-3 * sum(side["step_ms"]) / 2 and side["disk_bytes"] > 1e5, name
-    assert sides[run.MASKED]["flops_ratio"] == pytest.approx(sides["dydit sliding"]["flops_ratio"])
+    assert sides[run.MASKED]["flops_ratio"] == pytest.approx(sides["dydit dynamic width"]["flops_ratio"])
     assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
     said = capsys.readouterr().out
     assert all(f"\n{name}  " in said for name in names)
