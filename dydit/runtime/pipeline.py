@@ -112,6 +112,8 @@ class DyDiTPipeline:
 
         `device`: "cpu", "cuda", or a `torch.device` of these; for openvino "cpu", "gpu" or "npu". `threads`: CPU
         threads to use; 0 lets the backend choose.
+        Weights are packed (`BackendOptions`) where a call runs each subnetwork for a dozen steps or more. What stays
+        loaded between calls: `dydit.runtime.resident.host_residency`.
         `text_encoder`: of prompts, see `TextEncoder`; it is loaded when it is first needed. Raises `BundleError`,
         `BackendError` and `ConfigError`, each saying what to do.
         """

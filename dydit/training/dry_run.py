@@ -200,7 +200,7 @@ class _Soft(Gating):
 def _activations(model: ModelConfig) -> int:
     """Bytes that one image's backward pass needs, from tensors without memory."""
     with without_memory():
-        network = architecture_of(model).masked(model)
+        network = architecture_of(model).masked(model).to("meta")  # also what is computed, such as positions
         x, t, y = _inputs(model, 1)
     weights = {each.untyped_storage()._cdata for each in network.parameters()}
     saved: dict[int, int] = {}
