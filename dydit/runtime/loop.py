@@ -16,7 +16,7 @@ from typing import Protocol, TypeVar, runtime_checkable
 import numpy as np
 
 from dydit.bundle.io_spec import CONDITION
-from dydit.bundle.manifest import Manifest, PlanKind
+from dydit.bundle.manifest import Manifest
 from dydit.diffusion.guidance import Guidance
 from dydit.diffusion.steps import State, run_steps
 from dydit.errors import BackendError
@@ -340,11 +340,6 @@ def packing_pays(manifest: Manifest, batches: int) -> bool:
     once, then runs for enough steps.
     """
     return batches * manifest.sampling.steps / len(manifest.plan.segments) >= PACKED_FROM_STEPS
-
-
-def default_residency(manifest: Manifest) -> int | None:
-    """How many subnetworks a process that samples again and again keeps: all of a merged plan, 2 of a per-step one."""
-    return 2 if manifest.plan.kind is PlanKind.PER_STEP else None
 
 
 def require_finite(x: np.ndarray, batch: Batch, passed: str) -> None:

@@ -6,7 +6,7 @@ import contextlib
 from collections import OrderedDict
 from typing import Self
 
-from dydit.bundle.manifest import PlanKind, SubnetEntry
+from dydit.bundle.manifest import Manifest, PlanKind, SubnetEntry
 from dydit.errors import BackendError, DyditError
 from dydit.runtime.backends.base import Arrays, Backend, StepResult, Subnet
 from dydit.runtime.background import Pending, Pool
@@ -159,14 +159,18 @@ class ResidentSubnets:
                 subnet.close()
 
 
-def host_residency(backend: Backend) -> int | None:
-    """How many subnetworks a process keeps that samples again and again, step by step; None: all.
+def default_residency(manifest: Manifest) -> int | None:
+    """How many subnetworks a process that samples again and again keeps: all of a merged plan, 2 of a per-step one."""
+    return 2 if manifest.plan.kind is PlanKind.PER_STEP else None
 
-    All of a plan that is not per-step, and of a per-step one whose subnetworks read at most `KEPT_BYTES` of weights, on
-    a backend that keeps little else. Of any other 2: the present one and the next, which is loaded meanwhile.
+
+def host_residency(backend: Backend) -> int | None:
+    """`default_residency` of a process that samples step by step on the host; None: all.
+
+    There all of a per-step plan stay, too, if its subnetworks read at most `KEPT_BYTES` of weights, on a CPU and a
+    backend that keeps little else.
     """
     manifest = backend.opened.manifest
-    if manifest.plan.kind is not PlanKind.PER_STEP:
-        return None
     small = sum(entry.weight_bytes for entry in manifest.subnets) <= KEPT_BYTES
-    return None if small and backend.loads_lightly and backend.options.device == "cpu" else 2
+    keeps_all = small and backend.loads_lightly and backend.options.device == "cpu"
+    return None if keeps_all else default_residency(manifest)

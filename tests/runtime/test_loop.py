@@ -14,10 +14,10 @@ from dydit.diffusion.steps import State
 from dydit.errors import BackendError
 from dydit.runtime.backends.base import Backend, BackendOptions, StepResult, Subnet
 from dydit.runtime.backends.registry import open_backend
-from dydit.runtime.loop import Conditioner, MemoryStore, StepRunner, default_residency, sample
+from dydit.runtime.loop import Conditioner, MemoryStore, StepRunner, sample
 from dydit.runtime.noise_source import SeededNoise
 from dydit.runtime.request import make_batches
-from dydit.runtime.resident import ResidentSubnets
+from dydit.runtime.resident import ResidentSubnets, default_residency
 
 pytestmark = pytest.mark.numerics
 

@@ -39,7 +39,7 @@ from dydit.runtime.device.memory_layout import LaunchOptions
 from dydit.runtime.device.operations import EngineId
 from dydit.runtime.device.residency import engines_of, graph_of
 from dydit.runtime.device.whole_runs import DeviceSampler, WholeRunsBackend
-from dydit.runtime.loop import default_residency
+from dydit.runtime.resident import default_residency
 
 
 class _BoundEngine:

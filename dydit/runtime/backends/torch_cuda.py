@@ -30,7 +30,7 @@ from dydit.runtime.device.execute import CaptureError, Executor
 from dydit.runtime.device.memory_layout import LaunchOptions
 from dydit.runtime.device.torch_engines import TorchEngines, engine_memory
 from dydit.runtime.device.whole_runs import DeviceSampler, WholeRunsBackend
-from dydit.runtime.loop import default_residency
+from dydit.runtime.resident import default_residency
 
 
 class CudaTorch(TorchEngines):

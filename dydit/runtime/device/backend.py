@@ -37,9 +37,10 @@ from dydit.runtime.device.operations import CONDITIONER, DECODER, TEXT_CONDITION
 from dydit.runtime.device.residency import conditioners_of, engine_of, engines_of
 from dydit.runtime.device.stepping import Stepper
 from dydit.runtime.device.whole_runs import DeviceSampler, WholeRunsBackend, close_whatever_state
-from dydit.runtime.loop import LatentStore, Progress, RunStats, default_residency
+from dydit.runtime.loop import LatentStore, Progress, RunStats
 from dydit.runtime.noise_source import NoiseSource
 from dydit.runtime.request import Batch
+from dydit.runtime.resident import default_residency
 
 RESERVE = 512 << 20
 """Bytes of device memory that are left free, for execution contexts and for other libraries."""
